@@ -1,0 +1,1 @@
+"""Baselines that a hybrid recommender has to beat, on the same exposures."""

@@ -1,0 +1,165 @@
+"""The files of a checkpoint directory: written whole or not at all, checked, listed and deleted.
+
+Everything here is about names and bytes; `checkpoint` says what the files hold.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+MARKER = "COMPLETE"
+_logger = logging.getLogger(__name__)
+
+
+def start(final: Path) -> Path:
+    """Make the directory in which the checkpoint `final` is written, and remove what a crash left behind."""
+    for stale in final.parent.glob("step-*.tmp-*"):
+        shutil.rmtree(stale)
+    temporary = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(
+    temporary: Path, final: Path, marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]
+) -> None:
+    """Check that all ranks' files are here, write the marker, and give the directory its final name.
+
+    Args:
+        temporary: the directory that `start` made.
+        final: its name to be; a checkpoint of that name is replaced.
+        marker: what the marker says besides the files: step, metric, better.
+        files: for each rank, name -> (bytes, SHA-256) of the files it wrote.
+
+    Raises:
+        ValueError: a file is not here as its rank wrote it.
+    """
+    for rank, written in enumerate(files):
+        for name, (size, _) in written.items():
+            if not (temporary / name).is_file() or (temporary / name).stat().st_size != size:
+                raise ValueError(
+                    f"rank 0 does not see {temporary / name} as rank {rank} wrote it; "
+                    "the checkpoints must be on a file system that all machines share"
+                )
+    everything = {name: entry for written in files for name, entry in written.items()}
+    contents = {"schema_version": SCHEMA_VERSION, **marker, "world_size": len(files), "files": everything}
+    write_synced(temporary / MARKER, json.dumps(contents, indent=1))
+    _sync_directory(temporary)
+    if final.exists():  # the same step again, after resuming from an earlier one
+        remove(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+
+
+def describe_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return name -> (bytes, SHA-256) of these files in a directory."""
+    return {name: ((path / name).stat().st_size, _sha256(path / name)) for name in names}
+
+
+def find_damage(path: Path, *, check_hashes: bool = True) -> str | None:
+    """Say what is wrong with a checkpoint's files ("is truncated: ..."), or return None.
+
+    Sizes are always compared, contents (SHA-256, about 1 GB/s) if `check_hashes`.
+    """
+    try:
+        marker = read_marker(path)
+        if marker["schema_version"] != SCHEMA_VERSION:
+            return f"has schema version {marker['schema_version']}; this program reads {SCHEMA_VERSION}"
+        for name, (size, digest) in marker["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"is incomplete: {name} is missing"
+            if file.stat().st_size != size:
+                return f"is truncated: {name} has {file.stat().st_size} bytes instead of {size}"
+            if check_hashes and _sha256(file) != digest:
+                return f"is damaged: the contents of {name} are not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"has no readable {MARKER} file ({type(error).__name__}: {error})"
+    return None
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's marker: schema_version, step, metric, better, world_size, files."""
+    marker: dict[str, Any] = json.loads((path / MARKER).read_text())
+    return marker
+
+
+def by_step(directory: Path) -> list[Path]:
+    """Return the checkpoints of a directory, whole or not, in the order of their steps."""
+    found = directory.iterdir() if directory.is_dir() else iter(())
+    return sorted(
+        (path for path in found if re.fullmatch(r"step-\d+", path.name)), key=lambda p: int(p.name[5:])
+    )
+
+
+def by_metric(directory: Path) -> list[Path]:
+    """Return the checkpoints with a metric, best first; of equals the earliest first.
+
+    What is better is as the newest checkpoint says; if it says nothing, the list is empty.
+    """
+    paths = [path for path in by_step(directory) if not find_damage(path, check_hashes=False)]
+    markers = {path: read_marker(path) for path in paths}
+    better = markers[paths[-1]]["better"] if paths else None
+    if better is None:
+        return []
+    sign = -1 if better == "max" else 1
+    return sorted(
+        (p for p in paths if markers[p]["metric"] is not None), key=lambda p: sign * markers[p]["metric"]
+    )
+
+
+def undamaged(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield those of these checkpoints whose files are as they were written; warn about the others."""
+    for path in paths:
+        damage = find_damage(path)
+        if damage is None:
+            yield path
+        else:
+            _logger.warning("%s %s; it is passed over", path, damage)
+
+
+def prune(newest: Path, keep_last: int) -> None:
+    """Delete all but the last few checkpoints, the best, and `newest`; damaged ones stay, to be looked at."""
+    whole = [path for path in by_step(newest.parent) if not find_damage(path, check_hashes=False)]
+    keep = {newest, *whole[-keep_last:], *by_metric(newest.parent)[:1]}
+    for path in whole:
+        if path not in keep:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; under another name first, so that half of one is never found under its own."""
+    doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

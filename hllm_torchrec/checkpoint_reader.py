@@ -1,0 +1,87 @@
+"""Read the `.metadata` of a distributed checkpoint, which is a pickle, without running what it says.
+
+`torch.distributed.checkpoint` (DCP) unpickles that file unrestricted, and loads non-tensor ("byte") entries
+with `weights_only=False`. Here only the classes that describe tensors are admitted, and byte entries refused.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+#: module -> names that may be referred to. All are constructors of plain records; none runs anything.
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",  # empty; admitted so that the entry can be refused by its name
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},  # looks a name up in a fixed table
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # where Python 3.13 keeps it
+}
+
+
+class SafeReader(FileSystemReader):
+    """DCP's file reader, whose `.metadata` may describe nothing but tensors in this directory."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checked contents of `<path>/.metadata`; the arguments are DCP's own and are not used.
+
+        Raises:
+            ValueError: the file is missing, is no metadata, names a class that is not on the list, or
+                describes an entry that is not a tensor or is kept outside the checkpoint's directory.
+        """
+        metadata = _unpickle(Path(self.path) / ".metadata")
+        for key, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(
+                    f"{self.path}: entry {key!r} is not a tensor and would have to be unpickled; {_REMEDY}"
+                )
+        for index, info in metadata.storage_data.items():
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(
+                    f"{self.path}: entry {index.fqn!r} is kept outside the checkpoint, "
+                    f"in {info.relative_path!r}; {_REMEDY}"
+                )
+        return metadata
+
+    def read_tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Return what the checkpoint holds: dotted key -> size, dtype, chunks; raises as `read_metadata`."""
+        return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
+
+
+_REMEDY = "hllm_torchrec never writes that: do not load this checkpoint"
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """An unpickler that finds the classes of `_ALLOWED` and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not a class of tensor metadata")
+        return super().find_class(module, name)
+
+
+def _unpickle(path: Path) -> Metadata:
+    """Unpickle one `.metadata` file; whatever is wrong with it becomes a ValueError that names it."""
+    try:
+        with path.open("rb") as stream:
+            metadata = _RestrictedUnpickler(stream).load()
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise ValueError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError(
+            f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint; {_REMEDY}"
+        )
+    return metadata

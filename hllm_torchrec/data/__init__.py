@@ -1,0 +1,1 @@
+"""Sources, prepared datasets, the token store, batches and the loader."""

@@ -1,0 +1,95 @@
+"""`HybridBatch`: what one step of one rank needs, jagged from file to loss.
+
+A batch holds pieces of users. A piece is a stretch of one user's events: its *history* (what the User LLM
+reads) and its *exposures* (labelled events to predict). An exposure sees only history of strictly earlier
+seconds (ranking) or earlier positions (leave-one-out retrieval): `query_visible` says how many positions.
+
+Legend: B pieces, T history positions, Q queries, X exposures, G generative targets, K negatives, U unique
+items, S slots of the ID features (T history, then Q queries, then X targets for late fusion).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class HybridBatch(Pipelineable):
+    """One step's input. Ids and offsets are int64; offsets start at 0 and have one entry more than rows."""
+
+    user_ids: Tensor
+    """[B] the user of every piece."""
+    seq_offsets: Tensor
+    """[B+1] pieces in T."""
+    item_ids: Tensor
+    """[T] history items."""
+    timestamps: Tensor
+    """[T] seconds UTC."""
+    query_offsets: Tensor
+    """[B+1] pieces in Q."""
+    query_times: Tensor
+    """[Q] seconds UTC of the requests."""
+    query_visible: Tensor
+    """[Q] how many positions of its piece, from the start, a query sees."""
+    query_target: Tensor
+    """[Q] early fusion: the exposure a query stands for; late fusion: empty."""
+    target_query: Tensor
+    """[X] the query that serves an exposure."""
+    target_items: Tensor
+    """[X] exposed items."""
+    labels: Tensor
+    """[X] float32 in [0, 1]."""
+    weights: Tensor
+    """[X] float32, the exposure's weight in the loss."""
+    positions: Tensor
+    """[X] the exposure's index in the user's whole sequence: (user, position) identifies it."""
+    history_lengths: Tensor
+    """[X] events of strictly earlier seconds in the user's whole sequence."""
+    next_rows: Tensor
+    """[G] rows of T whose next item is to be generated."""
+    next_items: Tensor
+    """[G] those next items."""
+    negative_items: Tensor
+    """[K] drawn from the catalogue, the same on every rank."""
+    unique_items: Tensor
+    """[U] sorted: every item of this batch, once."""
+    history_index: Tensor
+    """[T] into unique_items."""
+    target_index: Tensor
+    """[X] into unique_items."""
+    next_index: Tensor
+    """[G] into unique_items."""
+    negative_index: Tensor
+    """[K] into unique_items."""
+    features: KeyedJaggedTensor
+    """S bags per ID, time and categorical feature."""
+    numeric: Tensor | None
+    """[S, F] float32, or None."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "HybridBatch":
+        """A copy on `device`."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "HybridBatch":
+        """A copy in page-locked memory."""
+        return self._map(lambda x: x.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses these tensors."""
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if value is not None:
+                value.record_stream(stream)
+
+    def _map(self, function) -> "HybridBatch":  # type: ignore[no-untyped-def]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return HybridBatch(**{k: None if v is None else function(v) for k, v in values.items()})
+
+    @property
+    def num_exposures(self) -> int:
+        """X."""
+        return self.labels.numel()

@@ -1,0 +1,148 @@
+"""A prepared dataset directory, opened for reading.
+
+Layout (written by `prepare`):
+
+    manifest.json                       counts, split, features, fingerprint, sizes of the files items.parquet
+    item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32> users.parquet
+    user_id int64 dense from 1, raw_user_id, feature_<name> list<int32> features/<name>.parquet             id
+    int32 from 1, value: the vocabulary training_item_counts.npy            int64 [num_items], events of each
+    item in train sequences/<part>/part-*.parquet     one row per user with an event in the part: user_id,
+    target_start, and the
+                                        lists item_ids, timestamps, labels, actions of the history to the
+                                        part's end
+    tokens/<fingerprint>/               token stores (`tokens.TokenStore`)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hllm_torchrec.data.manifest import read_manifest
+from hllm_torchrec.data.prepare import ITEM_COUNTS
+from hllm_torchrec.data.split import PARTS
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A readable unit of a part's sequences: file, index of the group in it, its number of rows (users)."""
+
+    path: Path
+    index: int
+    rows: int
+
+
+class Dataset:
+    """Reads a dataset directory; see the module's layout. Make one with `Dataset.open`."""
+
+    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Dataset":
+        """Opens `path`. Raises ValueError for no dataset, another schema version, or damaged files."""
+        root = Path(path)
+        return cls(root, read_manifest(root))
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return str(self.manifest["name"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the contents of all data files."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def num_items(self) -> int:
+        """Rows of an item table: the largest item id + 1, the unknown item 0 included."""
+        return int(self.manifest["counts"]["items"]) + 1
+
+    @property
+    def num_users(self) -> int:
+        """Rows of a user table: the largest user id + 1, the unknown user 0 included."""
+        return int(self.manifest["counts"]["users"]) + 1
+
+    @property
+    def num_actions(self) -> int:
+        """Rows of an action table, the unknown action 0 included."""
+        return int(self.manifest["actions"]["number"])
+
+    @cached_property
+    def items(self) -> pa.Table:
+        """`items.parquet`; row i is item i + 1."""
+        return pq.read_table(self.root / "items.parquet", memory_map=True)
+
+    @cached_property
+    def users(self) -> pa.Table:
+        """`users.parquet`; row i is user i + 1."""
+        return pq.read_table(self.root / "users.parquet", memory_map=True)
+
+    def text(self, columns: Sequence[str]) -> pa.Table:
+        """The text columns named, one row per item from id 1 on; missing text is "".
+
+        Raises ValueError for a column that is no text column of this dataset.
+        """
+        known = self.manifest["text_columns"]
+        unknown = [name for name in columns if name not in known]
+        if unknown:
+            raise ValueError(f"{self.root}: no text column {', '.join(unknown)}; it has {', '.join(known)}")
+        return pq.read_table(self.root / "items.parquet", columns=list(columns))
+
+    def sequence_files(self, part: str) -> list[Path]:
+        """The files of a part ("train", "valid" or "test"), in order."""
+        if part not in PARTS:
+            raise ValueError(f"part {part!r} is not one of {', '.join(PARTS)}")
+        return sorted((self.root / "sequences" / part).glob("part-*.parquet"))
+
+    def row_groups(self, part: str) -> list[RowGroup]:
+        """All row groups of a part, in order of file and place."""
+        groups = []
+        for path in self.sequence_files(part):
+            facts = pq.ParquetFile(path).metadata
+            groups += [RowGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
+        return groups
+
+    @staticmethod
+    def read_row_group(path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The sequences (`sequences.SEQUENCE_SCHEMA`, or the named columns of it) of one row group."""
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(index, columns=columns, use_threads=False)
+
+    def training_item_counts(self) -> np.ndarray:
+        """Events of each item in train, int64 [num_items]; 0 marks a cold item."""
+        return np.load(self.root / ITEM_COUNTS, allow_pickle=False)
+
+    def feature_size(self, kind: str, name: str) -> int:
+        """Number of ids of a feature, the unknown id 0 included; `kind` is "item" or "user"."""
+        self._check_feature(kind, name)
+        return int(self.manifest[f"{kind}_features"][name]["size"])
+
+    def feature_ids(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """All bags of a feature: (values int64 [total], offsets int64 [rows + 1]), rows = num_items or
+        num_users.
+
+        The bag of id i is values[offsets[i] : offsets[i + 1]]; the unknown id 0 has an empty bag.
+        Raises ValueError for a feature that this dataset lacks.
+        """
+        self._check_feature(kind, name)
+        table = self.items if kind == "item" else self.users
+        lists = table[f"feature_{name}"].combine_chunks()
+        assert lists.null_count == 0, "prepare writes empty lists, not nulls"
+        lengths = np.diff(lists.offsets.to_numpy())
+        offsets = np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
+        return lists.flatten().to_numpy().astype(np.int64), offsets
+
+    def _check_feature(self, kind: str, name: str) -> None:
+        if kind not in ("item", "user"):
+            raise ValueError(f"kind {kind!r} is not one of item, user")
+        known = self.manifest[f"{kind}_features"]
+        if name not in known:
+            raise ValueError(f"{self.root}: no {kind} feature {name!r}; it has {', '.join(known) or 'none'}")

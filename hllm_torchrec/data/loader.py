@@ -1,0 +1,283 @@
+"""Batches of a split for one rank: sharded, shuffled by (seed, epoch), prepared ahead, resumable.
+
+The plan of an epoch is a pure function of (dataset, world size, seed, epoch), so every rank knows how many
+steps all ranks will take (a rank that runs out earlier yields empty batches) and a resumed run starts in the
+middle without reading what came before.
+
+- Up to SHARED_EVENTS events: every rank holds the whole split, and each global batch is dealt out so that ranks
+  get equal work. The same samples form a step at any world size (of the same global batch).
+- Beyond: each rank reads its own row groups, in windows that bound memory.
+"""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.dataset import Dataset
+
+Ints = NDArray[np.int64]
+
+SHARED_EVENTS = 20_000_000
+"""About half a gigabyte per rank."""
+WINDOW_ROW_GROUPS = 8
+"""Row groups that are shuffled together (and held in memory) when ranks read their own."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Columns, one entry per piece: row group, row in it, and the stretch [start, end) with exposures from `first`."""
+
+    group: Ints
+    row: Ints
+    start: Ints
+    first: Ints
+    end: Ints
+
+    def __len__(self) -> int:
+        return self.row.size
+
+    def take(self, index: Ints) -> "Pieces":
+        """The pieces at `index`."""
+        return Pieces(self.group[index], self.row[index], self.start[index], self.first[index], self.end[index])
+
+    @property
+    def lengths(self) -> Ints:
+        """Events per piece: what it costs."""
+        return self.end - self.start
+
+
+def cut_into_pieces(group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int) -> Pieces:
+    """Cut rows into stretches of at most `max_history` events that cover every exposure once.
+
+    Every exposure sees all of its history or at least max_history / 2 events of it.
+    """
+    half = max_history // 2
+    every = np.arange(lengths.size)
+    start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
+    end = np.minimum(lengths, start + max_history)
+    parts = [(every, start, target_start, end)]
+    left, reached = every, end
+    while (unfinished := reached < lengths[left]).any():  # one round per further piece of the longest user
+        left, first = left[unfinished], reached[unfinished]
+        start = first - half
+        reached = np.minimum(lengths[left], start + max_history)
+        parts.append((left, start, first, reached))
+    index, starts, firsts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((starts, index))
+    index = index[order]
+    return Pieces(group[index], row[index], starts[order], firsts[order], ends[order])
+
+
+class Loader:
+    """Iterates over a split.
+
+    Args:
+        dataset, split: what to read.
+        collator: builds the batches.
+        batch_users: pieces per rank and step.
+        max_history: see `cut_into_pieces`.
+        rank, world: this process and how many there are.
+        shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
+        prefetch: batches prepared ahead.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        collator: Collator,
+        *,
+        batch_users: int,
+        max_history: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        self.dataset, self.collator = dataset, collator
+        self.batch_users, self.rank, self.world = batch_users, rank, world
+        self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
+        self._groups = dataset.row_groups(split)
+        if not self._groups:
+            raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
+        self.pieces = self._index(max_history)
+        self.sharded = world > 1 and int(self.pieces.lengths.sum()) > SHARED_EVENTS
+        self._rows = _RowCache(dataset, self._groups, keep=2 * WINDOW_ROW_GROUPS if self.sharded else len(self._groups))
+        self._plan_of: tuple[int, list[list[Ints]]] | None = None
+
+    def _index(self, max_history: int) -> Pieces:
+        columns = []
+        for number, group in enumerate(self._groups):
+            table = self.dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
+            lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
+            starts = table["target_start"].to_numpy().astype(np.int64)
+            columns.append((np.full(lengths.size, number, dtype=np.int64), np.arange(lengths.size), lengths, starts))
+        number, row, lengths, starts = (np.concatenate(c) for c in zip(*columns, strict=True))
+        return cut_into_pieces(number, row, lengths, starts, max_history)
+
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch, the same on every rank."""
+        return max(len(batches) for batches in self._plan(epoch))
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[HybridBatch]:
+        """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them."""
+        mine = self._plan(epoch)[self.rank]
+        work = (
+            (step, mine[step] if step < len(mine) else np.empty(0, np.int64))
+            for step in range(first_step, self.steps(epoch))
+        )
+        return _ahead((self._build(index, epoch, step) for step, index in work), self.prefetch)
+
+    def _build(self, index: Ints, epoch: int, step: int) -> HybridBatch:
+        return self.collator([self._piece(i) for i in index], epoch, step, self.rank)
+
+    def _piece(self, i: int) -> Piece:
+        pieces = self.pieces
+        start, first, end = int(pieces.start[i]), int(pieces.first[i]), int(pieces.end[i])
+        rows = self._rows[int(pieces.group[i])]
+        row = int(pieces.row[i])
+        cut = slice(rows.offsets[row] + start, rows.offsets[row] + end)
+        return Piece(
+            int(rows.user_ids[row]), start, first - start, rows.item_ids[cut], rows.timestamps[cut], rows.labels[cut], rows.actions[cut]
+        )
+
+    def _plan(self, epoch: int) -> list[list[Ints]]:
+        """For every rank, the pieces of each of its batches."""
+        if self._plan_of is None or self._plan_of[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
+            make = self._plan_of_own_groups if self.sharded else self._plan_of_shared_groups
+            self._plan_of = (epoch, make(rng))
+        return self._plan_of[1]
+
+    def _plan_of_shared_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
+        count, size = len(self.pieces), self.batch_users * self.world
+        order = rng.permutation(count) if rng is not None else np.arange(count)
+        plan: list[list[Ints]] = [[] for _ in range(self.world)]
+        for at in range(0, count, size):
+            for rank, share in enumerate(deal(order[at : at + size], self.pieces.lengths, self.world)):
+                plan[rank].append(share)
+        return plan
+
+    def _plan_of_own_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
+        groups = np.arange(len(self._groups))
+        if rng is not None:
+            rng.shuffle(groups)
+        first_of = np.searchsorted(self.pieces.group, np.arange(len(self._groups) + 1))
+        plan = []
+        for rank in range(self.world):
+            own, batches = groups[rank :: self.world], []
+            for at in range(0, own.size, WINDOW_ROW_GROUPS):
+                window = np.concatenate([np.arange(first_of[g], first_of[g + 1]) for g in own[at : at + WINDOW_ROW_GROUPS]])
+                if rng is not None:
+                    rng.shuffle(window)
+                batches += [window[i : i + self.batch_users] for i in range(0, window.size, self.batch_users)]
+            plan.append(batches)
+        return plan
+
+
+def deal(pieces: Ints, lengths: Ints, hands: int) -> list[Ints]:
+    """Deal pieces out to `hands` ranks, longest first and back and forth, so that the shares weigh alike."""
+    by_length = pieces[np.argsort(-lengths[pieces], kind="stable")]
+    place = np.arange(by_length.size) % (2 * hands)
+    hand = np.where(place < hands, place, 2 * hands - 1 - place)
+    return [by_length[hand == h] for h in range(hands)]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A decoded row group."""
+
+    user_ids: Ints
+    offsets: Ints
+    item_ids: Ints
+    timestamps: Ints
+    labels: NDArray[np.float32]
+    actions: Ints
+
+
+class _RowCache:
+    """Decoded row groups, the least recently used dropped first."""
+
+    def __init__(self, dataset: Dataset, groups: list, keep: int) -> None:
+        self._dataset, self._groups, self._keep = dataset, groups, keep
+        self._held: OrderedDict[int, _Rows] = OrderedDict()
+
+    def __getitem__(self, number: int) -> _Rows:
+        if number not in self._held:
+            group = self._groups[number]
+            self._held[number] = _decode(self._dataset.read_row_group(group.path, group.index))
+            while len(self._held) > self._keep:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return self._held[number]
+
+
+def _decode(table: pa.Table) -> _Rows:
+    table = table.combine_chunks()
+    lengths = pc.list_value_length(table["item_ids"]).to_numpy()
+    flat = {name: pc.list_flatten(table[name]) for name in ("item_ids", "timestamps", "labels", "actions")}
+    return _Rows(
+        user_ids=table["user_id"].to_numpy(),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        item_ids=flat["item_ids"].to_numpy(),
+        timestamps=flat["timestamps"].to_numpy(),
+        labels=flat["labels"].to_numpy().astype(np.float32),  # a null becomes NaN
+        actions=flat["actions"].to_numpy().astype(np.int64),
+    )
+
+
+def _ahead(batches: Iterator[HybridBatch], depth: int) -> Iterator[HybridBatch]:
+    """Run an iterator on a background thread, `depth` items ahead; its errors are raised here.
+
+    Leaving the loop early stops the thread.
+    """
+    if depth <= 0:
+        yield from batches
+        return
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[str, object]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(("batch", batch)):
+                    return
+            put(("end", None))
+        except BaseException as error:  # handed to the consumer, who raises it
+            put(("error", error))
+
+    thread = threading.Thread(target=work, name="hllm-loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value  # type: ignore[misc]
+            yield value  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join(timeout=5)

@@ -1,0 +1,93 @@
+"""`manifest.json`: what a prepared dataset is, and the cheap check that its files are the ones written."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 20
+
+
+def hash_files(paths: Sequence[Path], what: str) -> dict[Path, str]:
+    """SHA-256 of the bytes of each file, hexadecimal; a progress bar named `what` after five seconds."""
+    hashes = {}
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=5) as bar:
+        for path in paths:
+            digest = hashlib.sha256()
+            with path.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+                    bar.update(len(block))
+            hashes[path] = digest.hexdigest()
+    return hashes
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the bytes of one file, hexadecimal."""
+    return hash_files([path], path.name)[path]
+
+
+def hash_parts(parts: Iterable[str]) -> str:
+    """SHA-256 over texts in order; each is length-prefixed, so that ("ab", "c") differs from ("a", "bc")."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+def data_files(root: Path) -> list[Path]:
+    """The dataset's own data files under `root`, sorted by name: not the manifest, not the token stores."""
+    found = [
+        p
+        for p in root.rglob("*")
+        if p.is_file() and p.name != MANIFEST and p.relative_to(root).parts[0] != "tokens"
+    ]
+    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+
+
+def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
+    """Writes the file, with schema version, files (size, hash) and the fingerprint of all contents added."""
+    files = {
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in hash_files(data_files(root), "checksums").items()
+    }
+    fingerprint = hash_parts(f"{name} {facts['sha256']}" for name, facts in files.items())
+    whole = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint, "files": files}
+    (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of the dataset in `root`, its schema version and its files' presence and sizes checked.
+
+    Raises ValueError naming the folder or file, and the remedy, if there is no dataset, another schema
+    version, or a file that is missing or has another size.
+    """
+    path = root / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{root} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {root}`"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, files = manifest["schema_version"], manifest["files"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); prepare the dataset again") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}; prepare it again"
+        )
+    for name, facts in files.items():
+        size = (root / name).stat().st_size if (root / name).is_file() else None
+        if size != facts["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(
+                f"{root / name} {state}, the manifest says {facts['bytes']}; prepare again with --overwrite"
+            )
+    return dict(manifest)

@@ -1,0 +1,310 @@
+"""Turns a source into a dataset directory, once, in bounded memory.
+
+The events stream by twice: to disk, divided by user (`partition`), and from there, sorted per user, to the
+sequences of the three parts (`split`). Memory follows the largest partition, the raw ids of the items and a
+few bytes a user; it does not grow with the number of events. The directory appears whole or not at all.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from hllm_torchrec.data.catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.ingest import read_events, read_items, read_users
+from hllm_torchrec.data.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    hash_files,
+    hash_parts,
+    read_manifest,
+    write_manifest,
+)
+from hllm_torchrec.data.partition import (
+    PartitionWriter,
+    RowLocator,
+    SortedPartitions,
+    core_filter,
+    partition_count,
+    read_stream,
+    sort_partition,
+    write_sorted,
+)
+from hllm_torchrec.data.policy import BadRowLog, BadRows
+from hllm_torchrec.data.sequences import SequenceWriter
+from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
+from hllm_torchrec.data.users import UserTable
+
+logger = logging.getLogger(__name__)
+ITEM_COUNTS = "training_item_counts.npy"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a source is prepared, everything resolved; the fields are the arguments of `prepare`."""
+
+    split: Split
+    policy: BadRows
+    min_events: int
+    core: str
+    users_per_row_group: int
+    partitions: int
+
+    def __post_init__(self) -> None:
+        if self.core not in ("iterative", "published"):
+            raise ValueError(f"core={self.core!r} is not one of iterative, published; choose one of them")
+        for name, least in (("min_events", 0), ("users_per_row_group", 1), ("partitions", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+
+def prepare(
+    source: Source,
+    output_dir: str | Path,
+    *,
+    split: Split | str = "time",
+    policy: BadRows | None = None,
+    min_events: int | None = None,
+    core: str = "iterative",
+    users_per_row_group: int = 256,
+    partitions: int | None = None,
+    overwrite: bool = False,
+    extend: bool = False,
+) -> Path:
+    """Writes the dataset directory `output_dir` (layout: `dataset.Dataset`) and returns its path.
+
+    split: how events are divided; policy: what to do with bad rows (None: the source's own). min_events: k of
+    the k-core (None: the source's own; 0: none), iterated to the end (core "iterative") or in the single pass
+    of the published Books protocol (core "published"). users_per_row_group: at most so many users in a row
+    group of the sequences, the unit that ranks and workers share out (fewer where a file would have fewer
+    than 32 groups). partitions: of the users on disk (None: by the size of the event files).
+
+    A dataset there that was made from the same files with the same options is reused. `extend` prepares again
+    from a source that has grown: known users, items and feature values keep their ids, new ones are appended.
+    `overwrite` replaces another dataset. A source without timestamps gets its row number as second, so that
+    row order is time order, and the manifest says `has_timestamps: false`.
+
+    Raises ValueError for a bad row (see `policy.BadRows`), an empty part of the split, or an `output_dir`
+    that holds something else; nothing is written then.
+    """
+    options = _Options(
+        split=Split(split) if isinstance(split, str) else split,
+        policy=policy or source.policy,
+        min_events=source.min_events if min_events is None else min_events,
+        core=core,
+        users_per_row_group=users_per_row_group,
+        partitions=_partitions_for(source) if partitions is None else partitions,
+    )
+    output = Path(output_dir).absolute()
+    request = _request(source, options)
+    existing = _look_at(output, request, overwrite=overwrite, extend=extend)
+    if existing is not None and existing["request"] == request:
+        logger.info("%s is prepared already from the same source and options: reused", output)
+        return output
+    with _written_beside(output) as (target, scratch):
+        manifest = _run(source, options, target, scratch, output if extend and existing else None)
+        write_manifest(target, {**manifest, "request": request})
+    logger.info("%s: prepared %s", output, json.dumps(manifest["counts"]))
+    return output
+
+
+def _request(source: Source, options: _Options) -> dict[str, Any]:
+    """What the dataset is a function of, as JSON values: equal requests give equal datasets."""
+    hashes = hash_files([*source.event_files, *source.other_files], "checking files")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": source.name,
+        "source_fingerprint": hash_parts(f"{path.name} {sha256}" for path, sha256 in hashes.items()),
+        "source_options": source.options,
+        "split": options.split.to_dict(),
+        "policy": options.policy.to_dict(),
+        "min_events": options.min_events,
+        "core": options.core,
+        "users_per_row_group": options.users_per_row_group,
+        "partitions": options.partitions,
+    }
+
+
+def _look_at(
+    output: Path, request: dict[str, Any], *, overwrite: bool, extend: bool
+) -> dict[str, Any] | None:
+    """The manifest of the dataset at `output`, or None; ValueError if it must not be touched."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST).is_file():
+        raise ValueError(
+            f"{output} exists and is not a prepared dataset; it is not overwritten. Choose another folder"
+        )
+    try:
+        manifest = read_manifest(output)
+    except ValueError:
+        if overwrite and not extend:
+            return None
+        raise
+    if manifest["request"] == request or overwrite or extend:
+        return manifest
+    different = [key for key in request if manifest["request"].get(key) != request[key]]
+    raise ValueError(
+        f"{output} holds another dataset ({manifest['name']}; different: {', '.join(different)}). Choose "
+        "another folder, or overwrite it (--overwrite), or extend it and keep its ids (--extend)"
+    )
+
+
+@contextmanager
+def _written_beside(output: Path) -> Iterator[tuple[Path, Path]]:
+    """A new folder that takes the place of `output` at the end, and a scratch folder; both go on an error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.preparing-", dir=output.parent))
+    try:
+        for name in ("new", "scratch"):
+            (work / name).mkdir()
+        yield work / "new", work / "scratch"
+        if output.exists():
+            output.rename(work / "old")
+        (work / "new").rename(output)
+    finally:
+        if (work / "old").exists() and not output.exists():
+            (work / "old").rename(output)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Path | None) -> dict[str, Any]:
+    """All steps, from the source to the files in `target`; returns the manifest without its fingerprint."""
+    clash = set(source.item_features) & set(source.user_features)
+    if clash:
+        raise ValueError(f"{source.name}: {sorted(clash)} names both an item and a user feature; rename one")
+    log, locate, users = BadRowLog(options.policy), RowLocator(), UserTable(old)
+    item_words = load_vocabularies(old, source.item_features)
+    user_words = load_vocabularies(old, source.user_features)
+    catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
+    if old is not None:
+        catalogue.load(pq.read_table(old / "items.parquet"), {n: v.table() for n, v in item_words.items()})
+    read_items(source, catalogue)
+    count = options.partitions
+    events = PartitionWriter(scratch, "events", count, "raw_user_id")
+    event_files = read_events(source, catalogue, log, locate, events)
+    user_files = read_users(source, log, PartitionWriter(scratch, "users", count, "raw_user_id"))
+    partitions = _sort(event_files, users, log, locate)
+    user_counts, item_counts = _filter(partitions, options, len(users), len(catalogue), log)
+    total = int(user_counts.sum())
+    if total == 0:
+        raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
+    users.assign_ids(user_counts)
+    item_ids = catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
+    cuts = time_cuts(options.split, total, partitions.times) if options.split.rule == "time" else []
+    num_items = int(item_ids.max())
+    group = options.users_per_row_group
+    writer = SequenceWriter(target / "sequences", options.split, cuts, num_items, group)
+    for table in tqdm(partitions, total=len(partitions.paths), desc="writing sequences", delay=5):
+        writer.write(table, users.final_ids, item_ids)
+    check_not_empty({part: facts["events"] for part, facts in writer.facts.items()}, options.split)
+    np.save(target / ITEM_COUNTS, writer.item_counts)
+    catalogue.write(target / "items.parquet", item_ids, item_words)
+    users.write(target / "users.parquet", user_files, user_words)
+    _write_features(target, item_words | user_words)
+    counts = _counts(users, num_items, writer, log, catalogue)
+    return _manifest(source, options, cuts, counts, writer.facts, item_words, user_words)
+
+
+def _partitions_for(source: Source) -> int:
+    size = sum(path.stat().st_size for path in source.event_files)
+    return partition_count(size, any(path.suffix in (".gz", ".parquet") for path in source.event_files))
+
+
+def _sort(event_files: list[Path], users: UserTable, log: BadRowLog, locate: RowLocator) -> SortedPartitions:
+    """Sorts each partition in place and numbers its users."""
+    paths = []
+    for path in tqdm(event_files, desc="sorting", delay=5):
+        table = read_stream(path)
+        if table is None:
+            users.raw_ids.append(pa.array([], pa.string()))
+            continue
+        table, raw_ids = sort_partition(table, len(users), log, locate)
+        users.raw_ids.append(raw_ids)
+        write_sorted(path, table)
+        paths.append(path)
+    return SortedPartitions(paths)
+
+
+def _filter(
+    partitions: SortedPartitions,
+    options: _Options,
+    num_users: int,
+    num_items: int,
+    log: BadRowLog,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Applies the k-core, if any; events per user number and per item number afterwards."""
+    counts = partitions.counts(num_users, num_items)
+    k = options.min_events
+    if k <= 1:
+        return counts
+    core_filter(partitions, counts, k, iterative=options.core == "iterative")
+    after = partitions.counts(num_users, num_items)
+    log.dropped[f"outside_{k}_core"] += int(counts[0].sum() - after[0].sum())
+    return after
+
+
+def _write_features(target: Path, words: dict[str, Vocabulary]) -> None:
+    (target / "features").mkdir()
+    for name, vocabulary in words.items():
+        pq.write_table(vocabulary.table(), target / "features" / f"{name}.parquet")
+
+
+def _counts(
+    users: UserTable, num_items: int, writer: SequenceWriter, log: BadRowLog, catalogue: ItemCatalogue
+) -> dict[str, Any]:
+    parts = writer.facts.values()
+    return {
+        "users": users.total,
+        "items": num_items,
+        **{key: sum(facts[key] for facts in parts) for key in ("events", "exposures", "positives")},
+        "dropped": dict(sorted(log.dropped.items())),
+        "kept": dict(sorted(log.kept.items())),
+        "users_without_features": users.without_features,
+        "user_rows_without_events": users.without_events,
+        "items_with_new_text": catalogue.updated,
+    }
+
+
+def _manifest(
+    source: Source,
+    options: _Options,
+    cuts: list[Cut],
+    counts: dict[str, Any],
+    parts: dict[str, dict[str, int]],
+    item_words: dict[str, Vocabulary],
+    user_words: dict[str, Vocabulary],
+) -> dict[str, Any]:
+    last_action = max(source.action_names, default=0)
+    return {
+        "name": source.name,
+        "counts": counts,
+        "parts": parts,
+        "split": {
+            **options.split.to_dict(),
+            "cut_timestamps": [cut.timestamp for cut in cuts],
+            "cut_orders": [cut.order for cut in cuts],
+        },
+        "label_rule": source.label_rule,
+        "has_timestamps": source.has_timestamps,
+        "actions": {"number": last_action + 1, "names": {str(k): v for k, v in source.action_names.items()}},
+        "text_columns": list(source.text_columns),
+        "item_features": {name: {"size": vocabulary.size} for name, vocabulary in item_words.items()},
+        "user_features": {name: {"size": vocabulary.size} for name, vocabulary in user_words.items()},
+        "source": {
+            "name": source.name,
+            "files": [path.name for path in (*source.event_files, *source.other_files)],
+            "license": source.license_note,
+        },
+    }

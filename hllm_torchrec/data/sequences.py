@@ -1,0 +1,105 @@
+"""Writes `sequences/{train,valid,test}/part-*.parquet`: per user the whole history up to the part's end.
+
+Legend: N events of a partition, sorted by (user, timestamp, source row); U its users.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hllm_torchrec.data.split import PARTS, Cut, Split, assign_parts
+
+_GROUPS_AT_LEAST = 32
+
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.int64()),
+        pa.field("target_start", pa.int32()),
+        pa.field("item_ids", pa.list_(pa.int64())),
+        pa.field("timestamps", pa.list_(pa.int64())),
+        pa.field("labels", pa.list_(pa.float32())),
+        pa.field("actions", pa.list_(pa.int32())),
+    ]
+)
+
+
+class SequenceWriter:
+    """Writes partition after partition and counts what each part holds.
+
+    `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events
+    with a label) and `positives` (label > 0.5). `item_counts` (int64 [items + 1]) counts events of train by
+    item id.
+    """
+
+    def __init__(
+        self, root: Path, split: Split, cuts: Sequence[Cut], num_items: int, users_per_row_group: int
+    ) -> None:
+        self._root, self._split, self._cuts = root, split, cuts
+        self._users_per_row_group = users_per_row_group
+        self.facts = {p: {"users": 0, "events": 0, "exposures": 0, "positives": 0, "files": 0} for p in PARTS}
+        self.item_counts = np.zeros(num_items + 1, np.int64)
+        for part in PARTS:
+            (root / part).mkdir(parents=True)
+
+    def write(self, table: pa.Table, user_ids: np.ndarray, item_ids: np.ndarray) -> None:
+        """Writes one partition of `SortedPartitions`; the final ids are by user number and by item number."""
+        user = table["user"].to_numpy()
+        if len(user) == 0:
+            return
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1])
+        counts = np.diff(np.append(starts, len(user)))
+        part = assign_parts(
+            self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts
+        )
+        items = item_ids[table["item"].to_numpy()]
+        assert items.min() > 0, "an event of an item that was left out"
+        columns = {
+            "item_ids": pa.array(items),
+            "timestamps": table["timestamp"].combine_chunks(),
+            "labels": table["label"].combine_chunks(),
+            "actions": table["action"].combine_chunks(),
+        }
+        in_part = np.stack([np.add.reduceat((part == p).astype(np.int64), starts) for p in range(len(PARTS))])
+        ends = np.cumsum(in_part, axis=0)
+        for p, name in enumerate(PARTS):
+            chosen = np.flatnonzero(in_part[p])
+            self._count(name, len(chosen), columns["labels"].filter(pa.array(part == p)))
+            if len(chosen) == 0:
+                continue
+            lengths = ends[p][chosen]
+            head = {"user_id": user_ids[user[starts[chosen]]], "target_start": lengths - in_part[p][chosen]}
+            self._write_file(name, head, columns, starts[chosen], lengths)
+        self.item_counts += np.bincount(items[part == 0], minlength=len(self.item_counts))
+
+    def _count(self, name: str, users: int, labels: pa.Array) -> None:
+        values = labels.fill_null(0).to_numpy(zero_copy_only=False)
+        facts = self.facts[name]
+        facts["users"] += users
+        facts["events"] += len(labels)
+        facts["exposures"] += len(labels) - labels.null_count
+        facts["positives"] += int((values > 0.5).sum())
+        facts["files"] += users > 0
+
+    def _write_file(
+        self,
+        part: str,
+        head: dict[str, np.ndarray],
+        columns: dict[str, pa.Array],
+        starts: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        """One Parquet file of len(starts) rows; row i holds `lengths[i]` events from starts[i] on."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = pa.array(np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]))
+        limits = pa.array(offsets, pa.int32())
+        lists = {
+            name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()
+        }
+        table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
+        path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
+        # Small data gets smaller groups, so that every rank and worker has some to read.
+        group = min(self._users_per_row_group, -(-len(starts) // _GROUPS_AT_LEAST))
+        pq.write_table(table, path, row_group_size=group, compression="zstd")

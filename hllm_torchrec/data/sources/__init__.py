@@ -1,0 +1,1 @@
+"""Readers that turn a published dataset into events, items and users."""

@@ -1,0 +1,226 @@
+"""MovieLens-100k (RecBole's atomic files or GroupLens' own folder) and MovieLens-1M (`::` files).
+
+Label: rating >= 4. Action: the rating, 1..5. Text: title, year, genres. A rating outside 1..5 is a NaN label.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hllm_torchrec.data.sources.base import (
+    Chunk,
+    Source,
+    event_table,
+    parse_seconds,
+    rating_labels,
+    require_files,
+)
+
+LICENSE_NOTE = (
+    "MovieLens data (c) GroupLens, University of Minnesota: for research use; not to be redistributed "
+    "without permission, nor used commercially; cite Harper and Konstan, doi:10.1145/2827872."
+)
+_GENRES_100K = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
+    "Musical Mystery Romance Sci-Fi Thriller War Western"
+).split()
+_AGE_BUCKETS = (1, 18, 25, 35, 45, 50, 56)
+_YEAR_SUFFIX = re.compile(r"^(?P<title>.*?)\s*\((?P<year>\d{4})\)\s*$")
+_ROWS_PER_CHUNK = 65_536
+
+Rows = list[list[str]]
+
+
+def movielens_100k(path: str | Path) -> Source:
+    """MovieLens-100k in the folder `path`: `ml-100k.inter/.item/.user` (RecBole) or `u.data/u.item/u.user`.
+
+    Raises ValueError if the folder holds neither.
+    """
+    folder = Path(path)
+    if (folder / "ml-100k.inter").is_file():
+        names = ("ml-100k.inter", "ml-100k.item", "ml-100k.user")
+        files = tuple(folder / name for name in names)
+        require_files(files, "MovieLens-100k (RecBole layout)")
+        read = partial(read_rows, delimiter="\t", encoding="utf-8")
+        items = partial(_chunks, files[1], partial(read, columns=4, header="item_id:token"), _recbole_items)
+        users = partial(
+            _chunks, files[2], partial(read, columns=5, header="user_id:token"), _users_100k(1, 2, 3)
+        )
+        events = partial(_chunks, files[0], partial(read, columns=4, header="user_id:token"), _events)
+        return _source("ml-100k", files, events, items, users)
+    files = tuple(folder / name for name in ("u.data", "u.item", "u.user"))
+    require_files(files, "MovieLens-100k (neither ml-100k.inter nor GroupLens' own layout)")
+    read = partial(read_rows, delimiter="|", encoding="latin-1")
+    events = partial(
+        _chunks, files[0], partial(read_rows, delimiter="\t", encoding="latin-1", columns=4), _events
+    )
+    items = partial(_chunks, files[1], partial(read, columns=5 + len(_GENRES_100K)), _grouplens_items)
+    users = partial(_chunks, files[2], partial(read, columns=5), _users_100k(1, 2, 3))
+    return _source("ml-100k", files, events, items, users)
+
+
+def movielens_1m(path: str | Path) -> Source:
+    """MovieLens-1M in the folder `path`: `ratings.dat`, `movies.dat`, `users.dat` (`::`, latin-1).
+
+    Raises ValueError if a file is missing.
+    """
+    files = tuple(Path(path) / name for name in ("ratings.dat", "movies.dat", "users.dat"))
+    require_files(files, "MovieLens-1M")
+    read = partial(read_rows, delimiter="::", encoding="latin-1")
+    events = partial(_chunks, files[0], partial(read, columns=4), _events)
+    items = partial(_chunks, files[1], partial(read, columns=3), _items_1m)
+    users = partial(_chunks, files[2], partial(read, columns=5), _users_1m)
+    return _source("ml-1m", files, events, items, users)
+
+
+def _source(
+    name: str,
+    files: tuple[Path, ...],
+    events: Callable[[], Iterator[Chunk]],
+    items: Callable[[], Iterator[Chunk]],
+    users: Callable[[], Iterator[Chunk]],
+) -> Source:
+    return Source(
+        name=name,
+        event_files=files[:1],
+        other_files=files[1:],
+        events=events,
+        items=items,
+        users=users,
+        text_columns=("title", "year", "genres"),
+        item_features=("genres", "release_year"),
+        user_features=("gender", "occupation", "age"),
+        label_rule="rating >= 4",
+        action_names={rating: f"rating {rating}" for rating in range(1, 6)},
+        license_note=LICENSE_NOTE,
+    )
+
+
+def read_rows(
+    path: Path, *, delimiter: str, encoding: str, columns: int, header: str | None = None
+) -> Iterator[tuple[np.ndarray, Rows, int]]:
+    """Yields (row numbers int64 from 1, the split rows, bytes read) of a small text file, in order.
+
+    `header` is how the first line must begin (that line is skipped). Blank lines are skipped. Raises
+    ValueError naming file and row for another header or another number of columns.
+    """
+    numbers: list[int] = []
+    rows: Rows = []
+    size = 0
+    with path.open(encoding=encoding, newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            size += len(line)
+            text = line.rstrip("\r\n")
+            if number == 1 and header is not None:
+                if not text.startswith(header):
+                    raise ValueError(f"{path}, row 1: the header begins {text[:40]!r}, expected {header!r}")
+                continue
+            if not text:
+                continue
+            cells = text.split(delimiter)
+            if len(cells) != columns:
+                raise ValueError(
+                    f"{path}, row {number}: {len(cells)} columns separated by {delimiter!r}, expected "
+                    f"{columns}. The file is damaged or in another format: fetch it again"
+                )
+            numbers.append(number)
+            rows.append(cells)
+            if len(rows) == _ROWS_PER_CHUNK:
+                yield np.array(numbers, np.int64), rows, size
+                numbers, rows, size = [], [], 0
+    if rows:
+        yield np.array(numbers, np.int64), rows, size
+
+
+def _chunks(
+    path: Path,
+    read: Callable[[Path], Iterator[tuple[np.ndarray, Rows, int]]],
+    build: Callable[[np.ndarray, Rows], pa.Table],
+) -> Iterator[Chunk]:
+    for numbers, rows, size in read(path):
+        yield Chunk(path, build(numbers, rows), size)
+
+
+def _events(numbers: np.ndarray, rows: Rows) -> pa.Table:
+    user, item, rating_text, time_text = (pa.array(column, pa.string()) for column in zip(*rows, strict=True))
+    label, action = rating_labels(rating_text)
+    return event_table(numbers, user, item, parse_seconds(time_text, "seconds"), time_text, label, action)
+
+
+def split_title(title: str) -> tuple[str, str]:
+    """("Toy Story", "1995") for "Toy Story (1995)"; no year is ""."""
+    match = _YEAR_SUFFIX.match(title)
+    return (match["title"], match["year"]) if match else (title.strip(), "")
+
+
+def _item_table(numbers: np.ndarray, items: list[tuple[str, str, str, list[str]]]) -> pa.Table:
+    """`items` are (raw id, title, year or "", genres)."""
+    ids, titles, years, genres = zip(*items, strict=True)
+    return pa.table(
+        {
+            "raw_item_id": pa.array(ids, pa.string()),
+            "title": pa.array(titles, pa.string()),
+            "year": pa.array(years, pa.string()),
+            "genres": pa.array([", ".join(g) for g in genres], pa.string()),
+            "feature_genres": pa.array(genres, pa.list_(pa.string())),
+            "feature_release_year": pa.array([[y] if y else [] for y in years], pa.list_(pa.string())),
+            "row": numbers,
+        }
+    )
+
+
+def _recbole_items(numbers: np.ndarray, rows: Rows) -> pa.Table:
+    items = []
+    for raw_id, title, year, genres in rows:
+        plain, year_of_title = split_title(title)  # one title kept its "(1995)", and "V" stands as its year
+        items.append((raw_id, plain, year if re.fullmatch(r"\d{4}", year) else year_of_title, genres.split()))
+    return _item_table(numbers, items)
+
+
+def _grouplens_items(numbers: np.ndarray, rows: Rows) -> pa.Table:
+    items = []
+    for cells in rows:
+        title, year = split_title(cells[1])
+        genres = [name for name, flag in zip(_GENRES_100K, cells[5:], strict=True) if flag.strip() == "1"]
+        items.append((cells[0], title, year, genres))
+    return _item_table(numbers, items)
+
+
+def _items_1m(numbers: np.ndarray, rows: Rows) -> pa.Table:
+    return _item_table(numbers, [(cells[0], *split_title(cells[1]), cells[2].split("|")) for cells in rows])
+
+
+def _users_100k(age: int, gender: int, occupation: int) -> Callable[[np.ndarray, Rows], pa.Table]:
+    def build(numbers: np.ndarray, rows: Rows) -> pa.Table:
+        ages = [[age_bucket(cells[age])] if cells[age].strip().isdigit() else [] for cells in rows]
+        return _user_table(numbers, rows, ages, gender, occupation)
+
+    return build
+
+
+def age_bucket(age: str) -> str:
+    """The MovieLens-1M age code (lower bound of the bucket: 1, 18, 25, 35, 45, 50, 56) of an age in years."""
+    return str(max((bound for bound in _AGE_BUCKETS if bound <= int(age)), default=_AGE_BUCKETS[0]))
+
+
+def _users_1m(numbers: np.ndarray, rows: Rows) -> pa.Table:
+    return _user_table(numbers, rows, [[cells[2]] for cells in rows], gender=1, occupation=3)
+
+
+def _user_table(
+    numbers: np.ndarray, rows: Rows, ages: list[list[str]], gender: int, occupation: int
+) -> pa.Table:
+    strings = pa.list_(pa.string())
+    return pa.table(
+        {
+            "raw_user_id": pa.array([cells[0] for cells in rows], pa.string()),
+            "feature_gender": pa.array([[cells[gender]] for cells in rows], strings),
+            "feature_occupation": pa.array([[cells[occupation]] for cells in rows], strings),
+            "feature_age": pa.array(ages, strings),
+            "row": numbers,
+        }
+    )

@@ -1,0 +1,66 @@
+"""PixelRec (Pixel200K, Pixel1M, Pixel8M): an interaction CSV and the item information CSV.
+
+Interactions: `item_id,user_id,timestamp`. Item information: `item_id`, counters that are not read, `title`,
+`tag`, `description`. The data is implicit: every event is an exposure with label 1 and action 1. The item
+file covers all of PixelRec, so only items with an event are kept.
+
+The timestamps are seconds UTC, as HLLM's Algorithm 1 reads them; for a copy in milliseconds set `time_unit`
+(milliseconds taken for seconds are an error that says so).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hllm_torchrec.data.sources.base import (
+    Chunk,
+    Source,
+    event_table,
+    parse_seconds,
+    require_files,
+    require_time_unit,
+)
+from hllm_torchrec.data.sources.columnar import read_csv
+
+TEXT_COLUMNS = ("title", "tag", "description")
+
+
+def pixelrec(interactions: str | Path, items: str | Path, *, time_unit: str = "seconds") -> Source:
+    """PixelRec from its interaction file (its name names the dataset) and its item information file."""
+    event_file, item_file = Path(interactions), Path(items)
+    require_files([event_file, item_file], "PixelRec")
+    require_time_unit(time_unit)
+    return Source(
+        name=event_file.stem.lower(),
+        event_files=(event_file,),
+        other_files=(item_file,),
+        events=partial(_events, event_file, time_unit),
+        items=partial(_items, item_file),
+        text_columns=TEXT_COLUMNS,
+        item_features=("tag",),
+        label_rule="every event is positive (implicit feedback)",
+        action_names={1: "interaction"},
+        keep_items_without_events=False,
+        options={"time_unit": time_unit},
+        license_note="PixelRec (c) Westlake University: for research; terms: its repository.",
+    )
+
+
+def _events(path: Path, time_unit: str) -> Iterator[Chunk]:
+    for rows, table, size in read_csv(path, ["item_id", "user_id", "timestamp"]):
+        time = table["timestamp"].combine_chunks()
+        ones = np.ones(len(rows))
+        users, items = table["user_id"], table["item_id"]
+        seconds = parse_seconds(time, time_unit)
+        yield Chunk(path, event_table(rows, users, items, seconds, time, ones.astype(np.float32), ones), size)
+
+
+def _items(path: Path) -> Iterator[Chunk]:
+    for rows, table, size in read_csv(path, ["item_id", *TEXT_COLUMNS]):
+        columns = {"raw_item_id": table["item_id"], **{name: table[name] for name in TEXT_COLUMNS}}
+        tags = [[tag.strip()] if tag.strip() else [] for tag in table["tag"].to_pylist()]
+        columns["feature_tag"] = pa.array(tags, pa.list_(pa.string()))
+        yield Chunk(path, pa.table({**columns, "row": rows}), size)

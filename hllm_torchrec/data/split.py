@@ -1,0 +1,130 @@
+"""Which part of a dataset an event belongs to: global time, the last two events, or each user's last share.
+
+Legend: N events of one partition, sorted by (user, timestamp, order), with `order` the source row; U its
+users.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+PARTS = ("train", "valid", "test")
+RULES = ("time", "leave_one_out", "leave_last")
+_DIGIT_BITS = 16
+_DIGITS = 1 << _DIGIT_BITS
+_KEY_BITS = 48
+
+Pairs = Iterable[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How events are divided into train, valid and test."""
+
+    rule: str = "time"
+    """"time": all events in the order of (timestamp, source row), cut by position (ranking). "leave_one_out":
+    a user's last event is test, the last but one valid (retrieval). "leave_last": each user's own last shares
+    are valid and test, by position (ranking over all users)."""
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of train, valid and test; "leave_one_out" has no use for them."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"split.rule={self.rule!r} is not one of {', '.join(RULES)}; choose one of them")
+        if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(
+                f"split.fractions={self.fractions} must be three shares (train, valid, test), none negative, "
+                "that sum to 1"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as JSON values."""
+        uses_fractions = self.rule != "leave_one_out"
+        return {"rule": self.rule, "fractions": list(self.fractions) if uses_fractions else None}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place between two events: those with (timestamp, order) strictly below it come before."""
+
+    timestamp: int
+    order: int
+
+
+def select_kth(stream: Callable[[], Iterable[np.ndarray]], k: int) -> int:
+    """The k-th smallest (from 0) of the non-negative keys below 2^48 that `stream()` yields in arrays.
+
+    A radix search: each pass counts one 16-bit digit of the keys that share the digits found so far. Memory
+    does not depend on the number of keys; `stream` is called three times.
+    """
+    prefix = 0
+    for shift in range(_KEY_BITS - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        counts = np.zeros(_DIGITS, np.int64)
+        for keys in stream():
+            inside = keys[(keys >> (shift + _DIGIT_BITS)) == prefix]
+            counts += np.bincount((inside >> shift) & (_DIGITS - 1), minlength=_DIGITS)
+        below = np.cumsum(counts)
+        digit = int(np.searchsorted(below, k, side="right"))
+        assert digit < _DIGITS, "k is beyond the number of keys"
+        k -= int(below[digit] - counts[digit])
+        prefix = (prefix << _DIGIT_BITS) | digit
+    return prefix
+
+
+def find_cut(stream: Callable[[], Pairs], position: int) -> Cut:
+    """The cut before the event at `position` (from 0) of all events sorted by (timestamp, order).
+
+    `stream()` yields (timestamps int64 [N], orders int64 [N]) of every partition, in any order. The order
+    decides inside a second, so that exactly `position` events come before the cut.
+    """
+    second = select_kth(lambda: (times for times, _ in stream()), position)
+    earlier = sum(int(np.count_nonzero(times < second)) for times, _ in stream())
+    order = select_kth(lambda: (orders[times == second] for times, orders in stream()), position - earlier)
+    return Cut(second, order)
+
+
+def time_cuts(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut]:
+    """The two cuts of the time split of `total` events. Raises ValueError if a part would be empty."""
+    first = round(total * split.fractions[0])
+    second = round(total * (split.fractions[0] + split.fractions[1]))
+    check_not_empty(dict(zip(PARTS, (first, second - first, total - second), strict=True)), split)
+    return [find_cut(stream, first), find_cut(stream, second)]
+
+
+def check_not_empty(events: dict[str, int], split: Split) -> None:
+    """Raises ValueError naming the parts without an event."""
+    empty = [part for part, count in events.items() if count == 0]
+    if empty:
+        raise ValueError(
+            f"the {' and '.join(empty)} part of the {split.rule} split is empty (events: {events}). Give "
+            "more events, other split.fractions, or another split.rule"
+        )
+
+
+def assign_parts(
+    split: Split, cuts: Sequence[Cut], timestamps: np.ndarray, orders: np.ndarray, user_counts: np.ndarray
+) -> np.ndarray:
+    """The part (0 train, 1 valid, 2 test; int8 [N]) of each event of a partition sorted by user and time.
+
+    `user_counts` [U] are the users' numbers of events. Users with fewer than three events are training users
+    in the two per-user rules, since they cannot have an event in each part.
+    """
+    if split.rule == "time":
+        part = np.zeros(len(timestamps), np.int8)
+        for cut in cuts:
+            part += (timestamps > cut.timestamp) | ((timestamps == cut.timestamp) & (orders >= cut.order))
+        return part
+    first = np.cumsum(user_counts) - user_counts
+    position = np.arange(len(timestamps)) - np.repeat(first, user_counts)
+    if split.rule == "leave_one_out":
+        held_test = held_valid = np.ones_like(user_counts)
+    else:
+        held_test = np.maximum(np.rint(user_counts * split.fractions[2]).astype(np.int64), 1)
+        held_valid = np.maximum(np.rint(user_counts * split.fractions[1]).astype(np.int64), 1)
+    enough = user_counts >= 3
+    start_test = np.where(enough, user_counts - held_test, user_counts)
+    start_valid = np.where(enough, start_test - held_valid, user_counts)
+    in_valid = position >= np.repeat(start_valid, user_counts)
+    return in_valid.astype(np.int8) + (position >= np.repeat(start_test, user_counts))

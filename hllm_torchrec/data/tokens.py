@@ -1,0 +1,226 @@
+"""Token ids of every item, made once and memory-mapped.
+
+The text of an item is prompt + `key: value` for each key with a value, joined by a separator. Item 0, the
+unknown item, and an item without text have the prompt alone; with an empty prompt that may be no token at
+all, and then the [ITEM] vector stands for them alone.
+
+Special tokens: those that the tokeniser itself puts before a text (BOS, [CLS]) are kept; those that it puts
+after a text ([SEP]) only together with a [CLS], i.e. for encoders: after a decoder's text the [ITEM] vector
+follows. The maximum length counts them.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.manifest import hash_file, hash_parts
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_FORMAT = "1"
+_BATCH = 4_096
+
+
+class TokenStore:
+    """Token ids of the items 0 .. n-1, memory-mapped: nothing is read until `gather` touches the pages."""
+
+    def __init__(self, path: Path, values: np.ndarray, offsets: np.ndarray, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+        """int32 [total], the token ids of all items one after the other."""
+        self.offsets = offsets
+        """int64 [n + 1]; item i has values[offsets[i] : offsets[i + 1]]."""
+        self.facts = facts
+        """What the store was made from, and `vocab_size`, the smallest word-embedding table that fits it."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Maps the store in the folder `path`. Raises ValueError if it is none or damaged."""
+        root = Path(path)
+        if not (root / "store.json").is_file():
+            raise ValueError(f"{root} is no token store (no store.json); make one with build_token_store")
+        facts = json.loads((root / "store.json").read_text(encoding="utf-8"))
+        values, offsets = _read_array(root / "values.arrow"), _read_array(root / "offsets.arrow")
+        if len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]:
+            raise ValueError(
+                f"{root} is damaged: its files and store.json differ; delete the folder and build it again"
+            )
+        return cls(root, values, offsets, facts)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each item, int64 [n]."""
+        return np.diff(self.offsets)
+
+    def gather(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of `item_ids` (int [k], in that order, repetitions allowed), packed.
+
+        Returns (token_ids int32 [sum of lengths], cu_seqlens int64 [k + 1], starting at 0).
+        Raises ValueError for an id outside 0 .. n-1.
+        """
+        ids = np.asarray(item_ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            wrong = ids[(ids < 0) | (ids >= len(self))][0]
+            raise ValueError(
+                f"item id {wrong} is outside 0..{len(self) - 1} of the token store {self.path}; build it for "
+                "this dataset"
+            )
+        starts = self.offsets[ids]
+        lengths = self.offsets[ids + 1] - starts
+        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        index = np.repeat(starts - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
+        return self.values[index], cu_seqlens
+
+
+def build_token_store(
+    dataset: Dataset,
+    tokenizer_dir: str | Path,
+    *,
+    prompt: str = "",
+    keys: Sequence[str],
+    max_text_length: int,
+    separator: str = ", ",
+) -> Path:
+    """The folder of the token store of `dataset` for a tokeniser and a text layout; builds it if it is not
+    there.
+
+    `keys` are text columns of the dataset; the text is cut to `max_text_length` tokens. Two processes that
+    build it at once do no harm. Raises ValueError for an unknown key, a length below 1 or a folder without
+    tokeniser.
+    """
+    if max_text_length < 1:
+        raise ValueError(f"max_text_length={max_text_length} must be at least 1")
+    folder = Path(tokenizer_dir)
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise ValueError(
+            f"{folder} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory"
+        )
+    dataset.text(keys)  # an unknown key fails before anything is read or written
+    request = {
+        "format": _FORMAT,
+        "tokenizer": hash_parts(f"{path.name} {hash_file(path)}" for path in files),
+        "prompt": prompt,
+        "keys": list(keys),
+        "separator": separator,
+        "max_text_length": max_text_length,
+        "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
+    }
+    path = dataset.root / "tokens" / hash_parts([json.dumps(request, sort_keys=True)])[:16]
+    if (path / "store.json").is_file():
+        return path
+    path.parent.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        _write_store(work, dataset, tokenizer, request)
+        try:
+            work.rename(path)
+        except OSError:
+            if not (path / "store.json").is_file():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
+    """The texts of the items 1, 2, ... in batches: prompt + "key: value" of each non-empty value."""
+    for batch in dataset.text(keys).to_batches(max_chunksize=_BATCH):
+        columns = [batch.column(key).to_pylist() for key in keys]
+        yield [
+            prompt
+            + separator.join(f"{key}: {value}" for key, value in zip(keys, values, strict=True) if value)
+            for values in zip(*columns, strict=True)
+        ]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """(ids before a text, ids after a text) that belong to an item's tokens; see the module's rule."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    before, after = whole[:start], whole[start + len(plain) :]
+    is_encoder = tokenizer.cls_token_id is not None and tokenizer.cls_token_id in before
+    return before, after if is_encoder else []
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_text_length: int) -> list[list[int]]:
+    """Token ids of each text, with special tokens by the module's rule, cut to `max_text_length`."""
+    before, after = special_tokens(tokenizer)
+    room = max(max_text_length - len(before) - len(after), 0)
+    plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
+
+
+def _write_store(
+    folder: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any]
+) -> None:
+    prompt, keys, separator = request["prompt"], request["keys"], request["separator"]
+    length = request["max_text_length"]
+    lengths: list[np.ndarray] = []
+    largest = -1
+    with (
+        (folder / "values.raw").open("wb") as raw,
+        tqdm(total=dataset.num_items, desc="tokenizing", delay=5) as bar,
+    ):
+        for texts in _with_unknown_item(prompt, item_texts(dataset, prompt, keys, separator)):
+            ids = tokenize(tokenizer, texts, length)
+            lengths.append(np.array([len(row) for row in ids], np.int64))
+            values = np.fromiter((token for row in ids for token in row), np.int32)
+            largest = max(largest, int(values.max(initial=-1)))
+            values.tofile(raw)
+            bar.update(len(texts))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
+    total = int(offsets[-1])
+    values = np.memmap(folder / "values.raw", np.int32, "r") if total else np.zeros(0, np.int32)
+    _write_array(folder / "values.arrow", values)
+    _write_array(folder / "offsets.arrow", offsets)
+    del values
+    (folder / "values.raw").unlink()
+    facts = {**request, "items": len(offsets) - 1, "tokens": total, "vocab_size": largest + 1}
+    (folder / "store.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _with_unknown_item(prompt: str, batches: Iterator[list[str]]) -> Iterator[list[str]]:
+    yield [prompt]
+    yield from batches
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    """One array as an Arrow IPC file of a single record batch, so that it maps as one piece of memory."""
+    batch = pa.record_batch({"values": pa.array(values)})
+    with pa.ipc.new_file(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The array of `_write_array`, as a view of the mapped file."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+        if reader.num_record_batches == 0:
+            return np.zeros(0, reader.schema.field(0).type.to_pandas_dtype())
+        return reader.get_batch(0).column(0).to_numpy()

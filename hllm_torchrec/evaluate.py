@@ -1,0 +1,135 @@
+"""Scores every exposure of a split once, on any number of ranks, and says how good the scores are.
+
+The rows go to `predictions/<split>/part-<rank>.parquet`; the offline job (`hllm evaluate`) reads them back,
+so a model, a baseline and somebody else's predictions are measured by the same code.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import get_unwrapped_module
+
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.exchange import global_sum
+from hllm_torchrec.logs import progress
+from hllm_torchrec.metrics.auc import distributed_roc_auc
+from hllm_torchrec.metrics.retrieval import catalogue_ranks, retrieval_metrics
+from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
+
+Columns = dict[str, NDArray]
+
+RETRIEVAL_ROWS = 512
+"""Exposures ranked against the catalogue at a time."""
+
+
+@torch.no_grad()
+def score_split(
+    model: nn.Module, loader: Loader, device: torch.device, *, cold: NDArray[np.bool_], show: bool = False, epoch: int = 0
+) -> Columns:
+    """This rank's exposures with their scores, in the columns of the predictions format.
+
+    cold: [N] whether an item has no training event.
+    """
+    model.eval()
+    parts: list[Columns] = []
+    with progress(loader.steps(epoch), "evaluate", show) as bar:
+        for batch in loader.batches(epoch):
+            output = model(batch.to(device))
+            parts.append(_columns(batch, output.logits.float().cpu().numpy(), cold))
+            bar.update(1)
+    model.train()
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Columns:
+    piece_of_query = np.repeat(np.arange(batch.user_ids.numel()), np.diff(batch.query_offsets.numpy()))
+    query = batch.target_query.numpy()
+    items = batch.target_items.numpy()
+    return {
+        "user_id": batch.user_ids.numpy()[piece_of_query[query]],
+        "position": batch.positions.numpy().astype(np.int32),
+        "item_id": items,
+        "timestamp": batch.query_times.numpy()[query],
+        "label": batch.labels.numpy(),
+        "score": logits.astype(np.float32),
+        "probability": (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32),
+        "history_length": batch.history_lengths.numpy().astype(np.int32),
+        "item_is_cold": cold[items],
+    }
+
+
+def write_predictions(columns: Columns, directory: Path, rank: int) -> Path:
+    """Write this rank's part, beside first and then renamed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"part-{rank:05d}.parquet"
+    beside = path.with_suffix(".tmp")
+    pq.write_table(pa.table(columns), beside)
+    beside.rename(path)
+    return path
+
+
+def quick_metrics(columns: Columns) -> dict[str, float]:
+    """AUC (exact, over all ranks) and log loss of a split during training. Collective."""
+    labels, scores = columns["label"], columns["score"]
+    signed = np.where(labels > 0.5, -scores, scores).astype(np.float64)
+    loss = np.logaddexp(0, signed).sum()
+    total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
+    return {"auc": distributed_roc_auc(labels, scores), "log_loss": total_loss / max(rows, 1.0), "rows": rows}
+
+
+@torch.no_grad()
+def score_retrieval(
+    model: nn.Module, loader: Loader, items: Tensor, device: torch.device, ks: tuple[int, ...], show: bool = False
+) -> dict[str, float | int | None]:
+    """Recall@K, NDCG@K and MRR over the whole catalogue for every positive exposure. Collective.
+
+    items: [N, E] all item embeddings. Scores are cosine similarities; item 0 and the items of the user's
+    history are no candidates. Exposures without history are left out and counted as `without_history`.
+    """
+    model.eval()
+    unit = torch.nn.functional.normalize(items.float(), dim=-1)
+    ranks, skipped = [torch.empty(0, dtype=torch.int64)], 0
+    with progress(loader.steps(0), "retrieve", show) as bar:
+        for batch in loader.batches(0):
+            batch = batch.to(device)
+            predicted = model(batch, want_next=True).next_items
+            assert predicted is not None, "retrieval needs the generative loss"
+            visible = batch.query_visible[batch.target_query]
+            skipped += int(((batch.labels > 0) & (visible == 0)).sum())
+            for rows in torch.nonzero((batch.labels > 0) & (visible > 0)).flatten().split(RETRIEVAL_ROWS):
+                seen, offsets = _seen_items(batch, rows)
+                found = catalogue_ranks(
+                    torch.nn.functional.normalize(predicted[rows].float(), dim=-1),
+                    unit,
+                    batch.target_items[rows],
+                    seen_items_S=seen,
+                    seen_offsets=offsets,
+                )
+                ranks.append(found.cpu())
+            bar.update(1)
+    model.train()
+    left_out = global_sum(torch.tensor([float(skipped)], dtype=torch.float64)).item()
+    return retrieval_metrics(torch.cat(ranks), ks) | {"without_history": int(left_out)}
+
+
+def _seen_items(batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Items (jagged) that each of the exposures `rows` has in its visible history."""
+    counts = batch.query_offsets.diff()
+    piece_of_query = torch.repeat_interleave(torch.arange(counts.numel(), device=rows.device), counts)
+    query = batch.target_query[rows]
+    visible = batch.query_visible[query]
+    offsets = offsets_from_lengths(visible)
+    start = batch.seq_offsets[piece_of_query[query]]
+    within = position_in_sequence(offsets, int(offsets[-1]))
+    return batch.item_ids[torch.repeat_interleave(start, visible) + within], offsets
+
+
+def raw_model(model: nn.Module) -> nn.Module:
+    """The HLLM inside DMP and DDP."""
+    return get_unwrapped_module(model)

@@ -1,0 +1,182 @@
+"""What a configuration stands for once it meets a dataset: recipe, token store, model, loaders.
+
+Training and the offline evaluation job build their parts here, so that both score with the same inputs.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardedTensor
+
+from hllm_torchrec.config import Config
+from hllm_torchrec.data.collate import BatchRecipe, Collator, check_recipe
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.tokens import TokenStore, build_token_store
+from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.evaluate import raw_model
+from hllm_torchrec.items import ItemEncoder
+from hllm_torchrec.model import HLLM, build_model
+from hllm_torchrec.parallelize import parallelize
+from hllm_torchrec.ranks import on_rank_zero
+
+INIT_ROWS = 4096
+"""Table rows drawn from one generator: the values of a row do not depend on how the table is sharded."""
+
+
+@dataclass
+class Experiment:
+    """A configuration on a dataset, on this rank."""
+
+    config: Config
+    dataset: Dataset
+    recipe: BatchRecipe
+    device: torch.device
+    model: DistributedModelParallel
+    encoder: ItemEncoder | None
+
+    @property
+    def hllm(self) -> HLLM:
+        """The model inside its distributed wrappers."""
+        inner = raw_model(self.model)
+        assert isinstance(inner, HLLM)
+        return inner
+
+    def loader(self, split: str, batch_users: int, *, training: bool = False, max_history: int | None = None) -> Loader:
+        """Batches of a split on this rank."""
+        collator = Collator(self.dataset, self.recipe, self.config.seed, training)
+        return Loader(
+            self.dataset,
+            split,
+            collator,
+            batch_users=batch_users,
+            max_history=max_history or self.config.data.max_history,
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            seed=self.config.seed,
+            shuffle=training,
+            prefetch=self.config.data.prefetch,
+        )
+
+    def cold_items(self) -> NDArray[np.bool_]:
+        """[N] items without a training event."""
+        return self.dataset.training_item_counts() == 0
+
+    def encode_catalogue(self) -> Tensor | None:
+        """Embeddings [N, E] of every item by the present weights; None in an ID-only model. Collective."""
+        if self.encoder is None:
+            return None
+        item_llm = self.hllm.item_llm
+        assert item_llm is not None
+        return self.encoder.encode_catalogue(item_llm, show=dist.get_rank() == 0)
+
+
+def build_experiment(config: Config, device: torch.device) -> Experiment:
+    """Open the dataset, tokenise what is not yet tokenised, build and parallelize the model. Collective.
+
+    Raises:
+        ConfigError: the configuration does not fit the dataset or the device.
+    """
+    dataset = Dataset.open(Path(config.data.dataset))
+    recipe = recipe_of(config, dataset)
+    problems = check_recipe(recipe, dataset)
+    if problems:
+        raise ConfigError(problems)
+    encoder = ItemEncoder(_token_store(config, dataset), device) if config.item_llm.enabled else None
+    torch.manual_seed(config.seed)
+    model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"))
+    model.encode_items = encoder
+    wrapped = parallelize(model, config, device)
+    initialise_tables(wrapped, config.seed, config.features.init_scale)
+    torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
+    return Experiment(config, dataset, recipe, device, wrapped, encoder)
+
+
+def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
+    """What a batch of this configuration holds."""
+    generates = config.objective.fusion == "none" or config.objective.generative_weight > 0
+    return BatchRecipe(
+        fusion=config.objective.fusion,
+        history=config.data.history,
+        visibility="second" if dataset.manifest["split"]["rule"] == "time" else "position",
+        negatives=config.objective.negatives if generates else 0,
+        positive_targets_only=config.objective.positive_targets_only,
+        item_id=config.features.item_id,
+        action=config.features.action,
+        time_depth=config.features.time_depth,
+        item_features=config.data.item_features,
+        user_features=config.data.user_features,
+        numeric_features=config.data.numeric_features,
+        id_dropout=config.data.id_dropout,
+    )
+
+
+def _token_store(config: Config, dataset: Dataset) -> TokenStore:
+    item = config.item_llm
+    tokenizer = item.tokenizer or item.pretrained
+    if tokenizer is None:
+        raise ConfigError(["item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory"])
+    path: Any = on_rank_zero(
+        lambda: str(
+            build_token_store(
+                dataset,
+                tokenizer,
+                prompt=item.prompt,
+                keys=list(item.text_keys),
+                max_text_length=item.max_text_length,
+                separator=item.separator,
+            )
+        )
+    )
+    return TokenStore.open(Path(path))
+
+
+def base_rate(dataset: Dataset) -> float:
+    """Share of positive labels among the training exposures; 0.5 where there is one class only."""
+    total = positive = 0.0
+    for group in dataset.row_groups("train"):
+        labels = pc.list_flatten(dataset.read_row_group(group.path, group.index, columns=["labels"])["labels"])
+        total += len(labels) - labels.null_count
+        positive += pc.sum(labels).as_py() or 0.0
+    rate = positive / total if total else 0.5
+    return rate if 0 < rate < 1 else 0.5
+
+
+@torch.no_grad()
+def initialise_tables(model: DistributedModelParallel, seed: int, scale: float) -> None:
+    """Fill every table with values uniform in +-scale that depend on (seed, table, row, column) only.
+
+    So 1 rank and n ranks, and every sharding plan, start from the same model.
+    """
+    for name, value in model.state_dict().items():
+        if ".embedding_bags." not in name:
+            continue
+        table = name.split(".embedding_bags.")[1].removesuffix(".weight")
+        if isinstance(value, ShardedTensor):
+            width = value.metadata().size[1]
+            for shard in value.local_shards():
+                row, column = shard.metadata.shard_offsets
+                _fill(shard.tensor, row, column, width, seed, table, scale)
+        else:
+            _fill(value, 0, 0, value.shape[1], seed, table, scale)
+
+
+def _fill(target: Tensor, row: int, column: int, width: int, seed: int, table: str, scale: float) -> None:
+    """Rows [row, row + n) and columns from `column` of a table that is `width` wide."""
+    end = row + target.shape[0]
+    for block in range(row // INIT_ROWS, -(-end // INIT_ROWS)):
+        digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        values = (torch.rand(INIT_ROWS, width, generator=generator) * 2 - 1) * scale
+        first, last = max(row, block * INIT_ROWS), min(end, (block + 1) * INIT_ROWS)
+        part = values[first - block * INIT_ROWS : last - block * INIT_ROWS, column : column + target.shape[1]]
+        target[first - row : last - row].copy_(part)

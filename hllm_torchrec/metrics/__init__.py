@@ -1,0 +1,1 @@
+"""Exact offline metrics: ranking (AUC and its intervals) and retrieval."""

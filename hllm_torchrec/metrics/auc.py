@@ -1,0 +1,315 @@
+"""Exact ROC AUC with ties, on one rank or many, and its DeLong confidence interval.
+
+AUC = P(score of a positive > score of a negative) + P(equal) / 2 (the Mann-Whitney statistic).
+
+Letters: n rows, P positives, N negatives, U unique scores.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hllm_torchrec.metrics.inputs import Values, as_labels, as_scores, as_weights
+
+
+@dataclass(frozen=True)
+class AucInterval:
+    """An AUC with its confidence interval; `nan` where there is nothing to say (see `delong_interval`)."""
+
+    auc: float
+    low: float
+    high: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """AUC of model a minus AUC of model b on the same rows, with its confidence interval."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided, of the hypothesis that both models have the same AUC."""
+
+
+@dataclass(frozen=True)
+class RocCurve:
+    """Corners of a ROC curve, from (0, 0) to (1, 1)."""
+
+    false_positive_rate: np.ndarray
+    true_positive_rate: np.ndarray
+
+
+def roc_auc(labels: Values, scores: Values, weights: Values | None = None) -> float:
+    """Exact AUC; tied pairs count one half, so the order of the rows never matters.
+
+    Args:
+        labels: 0 or 1, [n].
+        scores: any real numbers, higher = more likely positive, infinities allowed, [n]. Compared as float64.
+        weights: sample weights >= 0, [n]; a pair weighs the product of its two rows.
+
+    Returns:
+        The AUC, in O(n log n); `nan` if one of the classes is empty or weighs nothing, because there is then
+        no pair to rank (scikit-learn warns and does the same).
+
+    Raises:
+        ValueError: naming the row of a NaN score, a label that is not 0 or 1 or a bad weight.
+    """
+    _, positives, negatives = _merge_ties(*_columns(labels, scores, weights))
+    return _ratio(_concordant(positives, negatives), positives.sum() * negatives.sum())
+
+
+def roc_curve(labels: Values, scores: Values, points: int = 400) -> RocCurve:
+    """The ROC curve, thinned to at most `points` corners evenly spaced along it; empty if a class is.
+
+    Raises:
+        ValueError: as `roc_auc`.
+    """
+    _, positives, negatives = _merge_ties(*_columns(labels, scores, None))
+    if not (positives.sum() and negatives.sum()):
+        return RocCurve(np.empty(0), np.empty(0))
+    true_positive = np.concatenate([[0.0], positives[::-1].cumsum() / positives.sum()])
+    false_positive = np.concatenate([[0.0], negatives[::-1].cumsum() / negatives.sum()])
+    along = true_positive + false_positive
+    kept = np.unique(np.searchsorted(along, np.linspace(0.0, along[-1], points)))
+    return RocCurve(false_positive[kept], true_positive[kept])
+
+
+def distributed_roc_auc(
+    labels: Values, scores: Values, weights: Values | None = None, group: dist.ProcessGroup | None = None
+) -> float:
+    """`roc_auc` of the rows of all ranks together; every rank gets the same number.
+
+    Equal scores are merged on each rank, then the merged rows are sorted across ranks (sample sort: regular
+    samples give the splitters, one all-to-all brings each score range to one rank). So a rank holds O(n /
+    ranks)
+    rows whatever the scores are: constant scores collapse to one merged row a rank.
+
+    Without weights the result equals `roc_auc` to the last bit (counts are integers, exact below 2^53 pairs);
+    with weights to rounding.
+
+    Args:
+        labels, scores, weights: this rank's rows as for `roc_auc`; ranks may have different numbers, or none.
+            Weights on some ranks only are allowed (the others' rows weigh 1).
+        group: the process group (gloo or nccl), by default the whole world. Without torch.distributed
+            initialised this is `roc_auc`.
+
+    Raises:
+        ValueError: as `roc_auc`, on every rank if on any, naming the rank, so that no rank waits for another.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return roc_auc(labels, scores, weights)
+    columns = _columns_of_all_ranks(labels, scores, weights, group)
+    merged_U3 = np.stack(_merge_ties(*columns), axis=1)
+    received_R3 = _exchange_score_ranges(merged_U3, group)
+    _, positives, negatives = _merge_ties(received_R3[:, 0], received_R3[:, 1], received_R3[:, 2])
+    totals = torch.tensor([positives.sum(), negatives.sum()], dtype=torch.float64, device=_device(group))
+    totals_G2 = torch.stack(_all_gather(totals, group)).cpu().numpy()
+    below = totals_G2[: dist.get_rank(group), 1].sum()  # lower ranks hold lower scores
+    concordant = torch.tensor(
+        _concordant(positives, negatives, below), dtype=torch.float64, device=_device(group)
+    )
+    dist.all_reduce(concordant, group=group)
+    return _ratio(concordant.item(), totals_G2[:, 0].sum() * totals_G2[:, 1].sum())
+
+
+def delong_interval(labels: Values, scores: Values, confidence: float = 0.95) -> AucInterval:
+    """AUC with DeLong's standard error and a confidence interval on the logit scale.
+
+    The variance is var(V10) / P + var(V01) / N with the placement values V of each positive among the
+    negatives and of each negative among the positives (DeLong, DeLong and Clarke-Pearson 1988), computed from
+    ranks in O(n log n). Rows are taken as independent: for users with many rows each, see
+    `bootstrap.user_bootstrap`. The interval is that of logit(AUC), carried back, which keeps it inside 0..1.
+
+    Returns:
+        `nan` bounds where the data cannot give any: fewer than two rows of a class, or an AUC of exactly 0 or
+        1 (perfect separation of a sample has variance 0, which says nothing of the next sample).
+
+    Raises:
+        ValueError: as `roc_auc`, or a confidence outside 0..1.
+    """
+    quantile = _normal_quantile(confidence)
+    is_positive = as_labels(labels)
+    row_scores = as_scores(scores, len(is_positive))
+    auc = roc_auc(is_positive, row_scores)
+    _, standard_error = _mean_and_error(is_positive, _placements(is_positive, row_scores))
+    if math.isnan(standard_error) or auc in (0.0, 1.0):
+        return AucInterval(auc, math.nan, math.nan, standard_error)
+    logit = math.log(auc / (1 - auc))
+    half = quantile * standard_error / (auc * (1 - auc))
+    return AucInterval(auc, _sigmoid(logit - half), _sigmoid(logit + half), standard_error)
+
+
+def delong_test(
+    labels: Values, scores_a: Values, scores_b: Values, confidence: float = 0.95
+) -> PairedDifference:
+    """DeLong's test of AUC(a) - AUC(b) on the same rows, with a plain (Wald) interval of the difference.
+
+    The variance of the difference is DeLong's with each row's placement value replaced by the difference of
+    its two placement values, which contains the covariance of the two models. Rows are taken as independent.
+
+    Returns:
+        `nan` bounds and p-value with fewer than two rows of a class, and where all pairs change alike
+        (variance 0 with a difference other than 0). Models that rank all pairs alike differ by 0, [0, 0], p =
+        1.
+
+    Raises:
+        ValueError: as `roc_auc`, or a confidence outside 0..1.
+    """
+    quantile = _normal_quantile(confidence)
+    is_positive = as_labels(labels)
+    placements = [
+        _placements(is_positive, as_scores(scores, len(is_positive))) for scores in (scores_a, scores_b)
+    ]
+    difference, standard_error = _mean_and_error(is_positive, placements[0] - placements[1])
+    if standard_error > 0:
+        p_value = math.erfc(abs(difference) / standard_error / math.sqrt(2))
+        half = quantile * standard_error
+        return PairedDifference(difference, difference - half, difference + half, p_value)
+    if standard_error == 0 and difference == 0:
+        return PairedDifference(0.0, 0.0, 0.0, 1.0)
+    return PairedDifference(difference, math.nan, math.nan, math.nan)
+
+
+def _columns(
+    labels: Values, scores: Values, weights: Values | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Checked rows as (scores, weight if positive else 0, weight if negative else 0), each float64 [n]."""
+    is_positive = as_labels(labels)
+    row_weights = as_weights(weights, len(is_positive))
+    row_scores = as_scores(scores, len(is_positive))
+    return row_scores, row_weights * is_positive, row_weights * ~is_positive
+
+
+def _merge_ties(
+    scores: np.ndarray, positives: np.ndarray, negatives: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One row per unique score, ascending: (scores [U], weight of positives [U], weight of negatives [U])."""
+    unique, index = np.unique(scores, return_inverse=True)
+    count = len(unique)
+    return unique, np.bincount(index, positives, count), np.bincount(index, negatives, count)
+
+
+def _concordant(positives: np.ndarray, negatives: np.ndarray, below: float = 0.0) -> float:
+    """Weight of the pairs ranked right plus half the tied ones; `below`: negatives under all of these."""
+    negatives_below = below + negatives.cumsum() - negatives
+    return float(positives @ (negatives_below + negatives / 2))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator > 0 else math.nan
+
+
+def _placements(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Each row's placement value [n]: the share of the other class that it is ranked right against.
+
+    A row against an empty class has the value nan.
+    """
+    unique, index = np.unique(scores, return_inverse=True)
+    positives = np.bincount(index, is_positive, len(unique))
+    negatives = np.bincount(index, ~is_positive, len(unique))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the documented nan
+        among_negatives = (negatives.cumsum() - negatives / 2) / negatives.sum()
+        among_positives = 1 - (positives.cumsum() - positives / 2) / positives.sum()
+    return np.where(is_positive, among_negatives[index], among_positives[index])
+
+
+def _mean_and_error(is_positive: np.ndarray, placements: np.ndarray) -> tuple[float, float]:
+    """(AUC or difference of AUCs, DeLong's standard error) from placement values or their differences [n]."""
+    of_positives, of_negatives = placements[is_positive], placements[~is_positive]
+    if not (of_positives.size and of_negatives.size):
+        return math.nan, math.nan
+    mean = float(of_positives.mean())
+    if of_positives.size < 2 or of_negatives.size < 2:
+        return mean, math.nan
+    variance = of_positives.var(ddof=1) / of_positives.size + of_negatives.var(ddof=1) / of_negatives.size
+    return mean, math.sqrt(variance)
+
+
+def _normal_quantile(confidence: float) -> float:
+    """The standard normal quantile of a two-sided interval, 1.96 for 0.95."""
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence is {confidence}; it lies between 0 and 1, e.g. 0.95; pass a share, not per cent"
+        )
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def _sigmoid(logit: float) -> float:
+    return 0.5 * (1 + math.tanh(logit / 2))  # cannot overflow
+
+
+def _columns_of_all_ranks(
+    labels: Values, scores: Values, weights: Values | None, group: dist.ProcessGroup | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_columns` of this rank, after every rank has said that its rows are good."""
+    problem, columns = None, None
+    try:
+        columns = _columns(labels, scores, weights)
+    except ValueError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text is not None]
+    if found:
+        raise ValueError("; ".join(found))
+    assert columns is not None
+    return columns
+
+
+def _exchange_score_ranges(merged_U3: np.ndarray, group: dist.ProcessGroup | None) -> np.ndarray:
+    """Brings each range of scores to one rank, ascending with the rank.
+
+    Args:
+        merged_U3: (score, positives, negatives), ascending and unique in the score, float64 [U, 3].
+
+    Returns:
+        The rows of this rank's range, from all ranks, float64 [R, 3]; equal scores are never parted.
+    """
+    device = _device(group)
+    cuts = np.searchsorted(merged_U3[:, 0], _splitters(merged_U3[:, 0], group), side="right")
+    sent = np.diff(cuts, prepend=0, append=len(merged_U3))
+    sent_counts = torch.from_numpy(sent).to(device)
+    received_counts = torch.empty_like(sent_counts)
+    dist.all_to_all_single(received_counts, sent_counts, group=group)
+    received = received_counts.tolist()
+    rows = torch.empty((sum(received), 3), dtype=torch.float64, device=device)
+    dist.all_to_all_single(rows, torch.from_numpy(merged_U3).to(device), received, sent.tolist(), group=group)
+    return rows.cpu().numpy()
+
+
+def _splitters(scores_U: np.ndarray, group: dist.ProcessGroup | None) -> np.ndarray:
+    """The scores [ranks - 1] that part the merged rows of all ranks into ranges of about equal size.
+
+    Each rank sends 4 x ranks regular samples, each standing for an equal share of its rows, so that no range
+    is longer than about 1.25 times the average, plus one row a rank for ties across ranks.
+    """
+    ranks = dist.get_world_size(group)
+    count = 4 * ranks
+    samples_S2 = np.zeros((count, 2))
+    if len(scores_U):
+        samples_S2[:, 0] = scores_U[((np.arange(count) + 0.5) / count * len(scores_U)).astype(np.int64)]
+        samples_S2[:, 1] = len(scores_U) / count
+    gathered = torch.cat(_all_gather(torch.from_numpy(samples_S2).to(_device(group)), group)).cpu().numpy()
+    ordered = gathered[gathered[:, 0].argsort(kind="stable")]
+    shares = np.cumsum(ordered[:, 1])
+    wanted = shares[-1] * np.arange(1, ranks) / ranks
+    return ordered[np.searchsorted(shares, wanted), 0]
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the group's collectives work: nccl knows CUDA only."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

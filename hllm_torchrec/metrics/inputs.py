@@ -1,0 +1,110 @@
+"""What every metric accepts, checked once: one value a row, numpy arrays, tensors or lists."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+Values = np.ndarray | torch.Tensor | Sequence[float] | Sequence[int] | Sequence[bool]
+"""A column: one value a row. Tensors may be on any device and of any float type, bfloat16 too."""
+
+
+def as_floats(values: Values, name: str) -> np.ndarray:
+    """The column as float64 [n], which holds every float32, float16 and bfloat16 exactly, denormals too.
+
+    Raises:
+        ValueError: the column is not one-dimensional.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to("cpu", torch.float64).numpy()  # numpy has no bfloat16
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}: one value a row is expected; flatten it first")
+    return array
+
+
+def as_labels(labels: Values) -> np.ndarray:
+    """The labels as bool [n].
+
+    Raises:
+        ValueError: a label is neither 0 nor 1, for example NaN, which a null label becomes.
+    """
+    array = as_floats(labels, "labels")
+    bad = (array != 0) & (array != 1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"labels: row {row} is {array[row]:g}; a label is 0 or 1; leave rows without a label out"
+        )
+    return array == 1
+
+
+def as_scores(scores: Values, rows: int) -> np.ndarray:
+    """The scores as float64 [n]; infinities are scores like any other.
+
+    Raises:
+        ValueError: a score is NaN, or there are not as many as labels.
+    """
+    array = _same_rows(as_floats(scores, "scores"), "scores", rows)
+    bad = np.isnan(array)
+    if bad.any():
+        raise ValueError(
+            f"scores: row {int(bad.argmax())} is nan; a score must be a number (infinities are allowed); "
+            "look in log.jsonl for the step at which the loss became nan"
+        )
+    return array
+
+
+def as_weights(weights: Values | None, rows: int) -> np.ndarray:
+    """The weights as float64 [n]; ones if there are none.
+
+    Raises:
+        ValueError: a weight is negative or not finite, or there are not as many as labels.
+    """
+    if weights is None:
+        return np.ones(rows)
+    array = _same_rows(as_floats(weights, "weights"), "weights", rows)
+    bad = ~(np.isfinite(array) & (array >= 0))
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"weights: row {row} is {array[row]:g}; a weight is finite and >= 0; use 0 to skip a row"
+        )
+    return array
+
+
+def as_probabilities(probabilities: Values, rows: int) -> np.ndarray:
+    """The probabilities as float64 [n].
+
+    Raises:
+        ValueError: a probability lies outside 0..1 or is NaN, or there are not as many as labels.
+    """
+    array = _same_rows(as_floats(probabilities, "probabilities"), "probabilities", rows)
+    bad = ~((array >= 0) & (array <= 1))
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"probabilities: row {row} is {array[row]:g}; a probability lies in 0..1; "
+            "pass a logit through the sigmoid, and any other score as `scores` only"
+        )
+    return array
+
+
+def as_groups(user_ids: np.ndarray | torch.Tensor | Sequence[int] | Sequence[str], rows: int) -> np.ndarray:
+    """Each row's user as an int64 index [n] in 0..users-1, dense; the ids may be of any sortable kind.
+
+    Raises:
+        ValueError: there are not as many ids as labels.
+    """
+    if isinstance(user_ids, torch.Tensor):
+        user_ids = user_ids.detach().cpu().numpy()
+    ids = _same_rows(np.asarray(user_ids), "user_ids", rows)
+    return np.unique(ids, return_inverse=True)[1].astype(np.int64)
+
+
+def _same_rows(array: np.ndarray, name: str, rows: int) -> np.ndarray:
+    if array.shape != (rows,):
+        raise ValueError(
+            f"{name} has shape {array.shape}, labels {(rows,)}: every row needs both; pass equal lengths"
+        )
+    return array

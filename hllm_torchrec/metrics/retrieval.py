@@ -1,0 +1,218 @@
+"""Full-catalogue retrieval metrics from the rank of each row's target.
+
+Letters: B rows (users), I catalogue rows (item 0, the unknown item, included), D width, S seen items of all
+rows.
+
+Ties are pessimistic: an item that scores the same as the target stands before it. A collapsed model, which
+scores all items alike, is thereby last everywhere instead of first, and its Recall@K is 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+BLOCK_SIZE = 16_384
+"""Catalogue rows scored at once: [B, block] scores are held, never [B, I]."""
+
+TIE_TOLERANCE = 1e-6
+"""Scores of `catalogue_ranks` closer than this share of |query| |target| are tied: two equal items get scores
+that differ by float32 rounding, depending on where in a block they stand."""
+
+ScoreBlock = Callable[[int, int], torch.Tensor]
+
+
+def target_ranks(
+    scores_BI: torch.Tensor,
+    target_B: torch.Tensor,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> torch.Tensor:
+    """The rank of each row's target among all items, from a matrix of scores.
+
+    Args:
+        scores_BI: column i scores item i; column 0 (unknown item) is never ranked. Any float type.
+        target_B: item ids, 1..I-1, int64.
+        seen_items_S: item ids to leave out of the ranking, row after row (the user's history), int64. The
+            target itself always stays in; duplicates and 0 are harmless.
+        seen_offsets: row b's seen items are `seen_items_S[seen_offsets[b]:seen_offsets[b + 1]]`, int [B + 1],
+            starting at 0.
+        block_size: columns compared at once.
+
+    Returns:
+        int64 [B], 1 = best. Items with a NaN score stand before the target.
+
+    Raises:
+        ValueError: a target outside 1..I-1 or with a score that is not finite, offsets that do not fit.
+    """
+    catalogue = scores_BI.shape[1]
+    _check_targets(target_B, len(scores_BI), catalogue)
+    target_scores_B = scores_BI.gather(1, target_B[:, None])[:, 0]
+    return 1 + _count_ahead(
+        lambda start, stop: scores_BI[:, start:stop].clone(),
+        target_scores_B,
+        target_B,
+        catalogue,
+        _checked_seen(seen_items_S, seen_offsets, target_B),
+        block_size,
+    )
+
+
+def catalogue_ranks(
+    queries_BD: torch.Tensor,
+    items_ID: torch.Tensor,
+    target_B: torch.Tensor,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+    tie_tolerance: float = TIE_TOLERANCE,
+) -> torch.Tensor:
+    """`target_ranks` of the dot products of queries and items, with [B, block] scores in memory at a time.
+
+    Normalise both sides first for cosine similarity. Products are computed in float32, items converted block
+    by block. Items within `tie_tolerance` x |query| |target| of the target's score count as tied.
+
+    Args:
+        queries_BD, items_ID: embeddings of any float type, on the same device; row i of `items_ID` is item i.
+        The others as in `target_ranks`.
+
+    Returns:
+        int64 [B], 1 = best.
+
+    Raises:
+        ValueError: as `target_ranks`.
+    """
+    _check_targets(target_B, len(queries_BD), len(items_ID))
+    queries_BD = queries_BD.float()
+    targets_BD = items_ID[target_B].float()
+    tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
+    return 1 + _count_ahead(
+        lambda start, stop: queries_BD @ items_ID[start:stop].float().T,
+        (queries_BD * targets_BD).sum(1) - tolerance_B,
+        target_B,
+        len(items_ID),
+        _checked_seen(seen_items_S, seen_offsets, target_B),
+        block_size,
+    )
+
+
+def retrieval_metrics(
+    ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10, 50, 200), group: dist.ProcessGroup | None = None
+) -> dict[str, float | int | None]:
+    """Recall@K, HR@K, NDCG@K and MRR over the rows of all ranks of the process group.
+
+    With one target a row, HR@K and Recall@K are the same number; both names are given because papers use
+    either. NDCG@K = 1 / log2(rank + 1) where rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank,
+    uncut.
+
+    Args:
+        ranks: this process's target ranks, 1 = best, int64 [b]; may be empty on some processes.
+        ks: cut-offs.
+        group: process group, by default the world; without torch.distributed initialised, this process only.
+
+    Returns:
+        `rows`, `recall@K`, `hr@K`, `ndcg@K` for each K, and `mrr`; the same on every process. None without
+        rows.
+
+    Raises:
+        ValueError: a rank or a cut-off below 1.
+    """
+    if len(ks) == 0 or min(ks) < 1:
+        raise ValueError(f"ks is {tuple(ks)}; every cut-off is at least 1; pass e.g. (5, 10)")
+    if ranks.numel() and int(ranks.min()) < 1:
+        row = int(ranks.argmin())
+        raise ValueError(
+            f"ranks: row {row} is {int(ranks[row])}; ranks start at 1; add 1 to ranks counted from 0"
+        )
+    ranks = ranks.double()
+    gains = 1 / torch.log2(ranks + 1)
+    sums = [torch.ones_like(ranks).sum(), (1 / ranks).sum()]
+    for k in ks:
+        hit = ranks <= k
+        sums += [hit.double().sum(), gains[hit].sum()]
+    rows, reciprocal, *per_k = sum_over_ranks(torch.stack(sums), group).tolist()
+
+    def mean(total: float) -> float | None:
+        return total / rows if rows else None
+
+    metrics: dict[str, float | int | None] = {"rows": int(rows), "mrr": mean(reciprocal)}
+    for k, hits, gain in zip(ks, per_k[::2], per_k[1::2]):
+        metrics |= {f"recall@{k}": mean(hits), f"hr@{k}": mean(hits), f"ndcg@{k}": mean(gain)}
+    return metrics
+
+
+def sum_over_ranks(sums: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum of a tensor over the process group, on every process; itself where nothing is initialised."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return sums
+    total = sums.clone() if dist.get_backend(group) != "nccl" else sums.clone().cuda()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _count_ahead(
+    score_block: ScoreBlock,
+    target_scores_B: torch.Tensor,
+    target_B: torch.Tensor,
+    catalogue: int,
+    seen: tuple[torch.Tensor, torch.Tensor] | None,
+    block_size: int,
+) -> torch.Tensor:
+    """How many items other than the target score at least as much as it; `score_block` gives a tensor to
+    own."""
+    finite_B = target_scores_B.isfinite()
+    if not finite_B.all():
+        row = int((~finite_B).int().argmax())
+        raise ValueError(
+            f"the target of row {row}, item {int(target_B[row])}, scores {target_scores_B[row].item()}; the "
+            "score of a target must be finite; look in log.jsonl for the step at which the loss became nan"
+        )
+    rows_B = torch.arange(len(target_B), device=target_B.device)
+    count_B = torch.zeros_like(target_B)
+    for start in range(1, catalogue, block_size):
+        stop = min(start + block_size, catalogue)
+        scores = score_block(start, stop)
+        excluded = [(rows_B, target_B)] if seen is None else [(rows_B, target_B), seen]
+        for rows, items in excluded:
+            inside = (items >= start) & (items < stop)
+            scores[rows[inside], items[inside] - start] = -math.inf
+        count_B += (~(scores < target_scores_B[:, None])).sum(1)  # not >=: nan must not make a rank better
+    return count_B
+
+
+def _check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
+    if target_B.shape != (rows,):
+        raise ValueError(f"target has shape {tuple(target_B.shape)}; one target a row is expected: {(rows,)}")
+    bad = (target_B < 1) | (target_B >= catalogue)
+    if bad.any():
+        row = int(bad.int().argmax())
+        raise ValueError(
+            f"target: row {row} is {int(target_B[row])}; targets are item ids in 1..{catalogue - 1} "
+            "(0 is the unknown item); leave rows with an unknown target out"
+        )
+
+
+def _checked_seen(
+    items_S: torch.Tensor | None, offsets: torch.Tensor | None, target_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(row [S], item [S]) of the seen items."""
+    if items_S is None and offsets is None:
+        return None
+    if items_S is None or offsets is None:
+        raise ValueError("seen_items_S and seen_offsets belong together; pass both or neither")
+    lengths = offsets.diff()
+    fits = len(offsets) == len(target_B) + 1 and offsets[0] == 0 and offsets[-1] == len(items_S)
+    if not fits or (lengths < 0).any():
+        raise ValueError(
+            f"seen_offsets of length {len(offsets)} does not part {len(items_S)} seen items among "
+            f"{len(target_B)} rows; it has a value more than rows, starts at 0, never falls and ends at the "
+            "number of seen items"
+        )
+    rows = torch.repeat_interleave(
+        torch.arange(len(target_B), device=items_S.device), lengths.to(items_S.device)
+    )
+    return rows, items_S

@@ -1,0 +1,52 @@
+"""Work on every rank, or on rank 0, where a failure on one rank raises on all instead of hanging them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Return this process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank and return all results, by rank. Collective.
+
+    Args:
+        work: its result is small and can be pickled. It must not itself be collective: a rank that fails
+            before a collective leaves the others waiting in it.
+
+    Raises:
+        Exception: on a rank where `work` raised, what it raised.
+        RuntimeError: on the other ranks, naming the first rank that failed and its error.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    outcomes: list[Any] = [(result, failure and f"{type(failure).__name__}: {failure}")]
+    if dist.is_initialized():
+        outcome, outcomes = outcomes[0], [None] * world_size()
+        dist.all_gather_object(outcomes, outcome)
+    if failure is not None:
+        raise failure
+    for number, (_, message) in enumerate(outcomes):
+        if message:
+            raise RuntimeError(f"rank {number} failed: {message}")
+    return [value for value, _ in outcomes]
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 only and return its result on every rank. Collective; raises as `together`."""
+    return together(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]

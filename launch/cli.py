@@ -1,0 +1,53 @@
+"""The console command `hllm`: one subcommand for each job, imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+
+import hllm_torchrec
+
+#: subcommand -> what it does; each is hllm_torchrec.launch.<name>, with main(argv) -> exit status.
+COMMANDS = {
+    "prepare": "turn a source (MovieLens, PixelRec, Amazon, your own tables) into a dataset directory",
+    "train": "train a model from a configuration, on this process or as a rank of torchrun or TorchX",
+    "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
+    "baselines": "fit and score the baselines on the same exposures",
+    "report": "write the HTML report of a run: loss, ROC, calibration",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `hllm SUBCOMMAND ...`; what follows the subcommand goes to it untouched, `--help` too.
+
+    Args:
+        argv: arguments without the program's name; the process's own if None.
+
+    Returns:
+        The subcommand's exit status.
+
+    Raises:
+        SystemExit: after `--help` or `--version`, and with status 2 for an unknown subcommand.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _build_parser()
+    command = parser.parse_args(argv[:1] or ["--help"]).command
+    return importlib.import_module(f"hllm_torchrec.launch.{command}").main(argv[1:])
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    """The parser of the first argument."""
+    listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="hllm",
+        usage="hllm {" + ",".join(COMMANDS) + "} ...",
+        description="Hybrid recommenders from LLMs and TorchRec tables.",
+        epilog=f"subcommands:\n{listed}\n\n`hllm SUBCOMMAND --help` says what each takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hllm {hllm_torchrec.__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="SUBCOMMAND", help="the job to run")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

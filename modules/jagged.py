@@ -1,0 +1,82 @@
+"""Jagged sequences: `offsets` say where each sequence starts and ends in one packed tensor.
+
+Offsets are int64, length B+1, start at 0 and end at T (`seq_offsets` for users, `cu_seqlens` for text).
+
+Legend: B sequences, T packed positions, N padded length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def offsets_from_lengths(lengths: Tensor) -> Tensor:
+    """Offsets [B+1] int64 of sequences with `lengths` [B]."""
+    offsets = lengths.new_zeros(lengths.numel() + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return offsets
+
+
+def lengths_from_offsets(offsets: Tensor) -> Tensor:
+    """Lengths [B] int64 of sequences with `offsets` [B+1]."""
+    return offsets[1:] - offsets[:-1]
+
+
+def sequence_of_position(offsets: Tensor, total: int) -> Tensor:
+    """The sequence's number [T] int64 of every packed position; `total` is T (saves a device sync)."""
+    sequences = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(sequences, lengths_from_offsets(offsets), output_size=total)
+
+
+def position_in_sequence(offsets: Tensor, total: int) -> Tensor:
+    """0, 1, 2, ... within every sequence, [T] int64."""
+    starts = offsets[:-1][sequence_of_position(offsets, total)]
+    return torch.arange(total, device=offsets.device) - starts
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of similar length, padded on the right to the longest of them.
+
+    rows: [b, N] int64, the packed position of each padded cell (a padding cell repeats a valid one).
+    valid: [b, N] bool, False at padding; None when nothing is padded.
+    sequences: [b] int64, which sequences these are.
+    """
+
+    rows: Tensor
+    valid: Tensor | None
+    sequences: Tensor
+
+
+def length_buckets(offsets: Tensor, waste: float = 0.25, floor: int = 16, most_scores: int = 2**22) -> list[Bucket]:
+    """Group sequences by length so that padding stays under `waste` of a bucket's cells.
+
+    Sequences up to `floor` positions share a bucket whatever the waste: there the launch costs more than
+    the cells. A bucket holds at most `most_scores` attention scores per head (b x N x N), or one sequence.
+    Empty sequences are in no bucket. Lengths are read on the host, once per batch.
+    """
+    lengths = lengths_from_offsets(offsets).cpu()
+    order = torch.argsort(lengths, descending=True, stable=True)
+    kept = order[lengths[order] > 0].tolist()
+    buckets: list[Bucket] = []
+    start = 0
+    while start < len(kept):
+        longest = int(lengths[kept[start]])
+        least = 0 if longest <= floor else longest * (1 - 2 * waste)
+        limit = min(len(kept), start + max(1, most_scores // longest**2))
+        end = start + 1
+        while end < limit and lengths[kept[end]] >= least:
+            end += 1
+        buckets.append(_bucket(kept[start:end], longest, offsets))
+        start = end
+    return buckets
+
+
+def _bucket(sequences: list[int], longest: int, offsets: Tensor) -> Bucket:
+    chosen = torch.tensor(sequences, device=offsets.device)
+    starts, lengths = offsets[chosen], lengths_from_offsets(offsets)[chosen]
+    cells = torch.arange(longest, device=offsets.device).expand(len(sequences), -1)
+    rows = starts[:, None] + torch.minimum(cells, (lengths - 1)[:, None])
+    valid = cells < lengths[:, None]
+    return Bucket(rows=rows, valid=None if bool(valid.all()) else valid, sequences=chosen)

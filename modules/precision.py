@@ -1,0 +1,9 @@
+"""Where a step needs more digits than bfloat16's eight."""
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """Cast to float32, unless the dtype is wider already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,148 @@
+"""Timestamps as categorical features: Algorithm 1 of the HLLM paper, on the device and in integers.
+
+Shapes: T packed events, D model width. The tables themselves are ordinary TorchRec tables of the sizes in
+`TABLE_SIZES`; here are the two ends around them: seconds -> table rows, and looked-up vectors -> one vector.
+"""
+
+import datetime
+import zoneinfo
+
+import torch
+from torch import Tensor, nn
+
+TIME_FEATURES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")
+"""Names of the features, coarse to fine; a depth of d uses the first d."""
+
+TABLE_SIZES = (2100, 13, 32, 24, 60, 60)
+"""Rows of each feature's table (Algorithm 1). Rows are the calendar's own numbers: year 2024 is row 2024."""
+
+SECONDS_PER_DAY = 86_400
+END_OF_TABLES = 4_102_444_800
+"""2100-01-01 00:00:00 UTC in seconds: the first moment whose year has no row."""
+
+FINER_UNITS = (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000))
+"""What a too large timestamp may have been counted in, and how many of it make a second."""
+
+PLAUSIBLE_SECONDS = 100_000_000
+"""1973: a smaller quotient is no reason to suspect a finer unit."""
+
+
+def split_timestamps(timestamps: Tensor, depth: int = 6, utc_offset_seconds: int | Tensor = 0) -> Tensor:
+    """Split seconds since 1970 (UTC) into year, month, day, hour, minute, second.
+
+    The paper's `datetime.fromtimestamp` loop uses the machine's own zone; here the zone is explicit, so that
+    two machines agree. Equal to `datetime` for every second of 1970-2099.
+
+    Args:
+        timestamps: int64 [T], seconds since 1970-01-01 00:00:00 UTC.
+        depth: how many components, 1 (year) to 6 (second).
+        utc_offset_seconds: local time minus UTC, in seconds: one int, or int64 [T] from `zone_offsets` for a
+            named zone with daylight saving.
+
+    Returns:
+        int64 [T, depth], column i in [0, TABLE_SIZES[i]), on the device of `timestamps`.
+
+    Raises:
+        ValueError: a depth outside 1-6, a dtype other than int64, or a timestamp outside 1970-2099 (the first
+            such row is named). The check waits for the device once.
+    """
+    if not 1 <= depth <= len(TABLE_SIZES):
+        raise ValueError(f"timestamp depth is {depth}: must be 1 (year) to {len(TABLE_SIZES)} (second)")
+    if timestamps.dtype != torch.int64:
+        raise ValueError(
+            f"timestamps have dtype {timestamps.dtype}: must be torch.int64 seconds "
+            "(float32 cannot hold the seconds of this century)"
+        )
+    local = timestamps + utc_offset_seconds
+    _check_range(timestamps, local)
+    days = torch.div(local, SECONDS_PER_DAY, rounding_mode="floor")
+    second = local - days * SECONDS_PER_DAY
+    clock = (second // 3600, second // 60 % 60, second % 60)
+    return torch.stack((*_civil_from_days(days), *clock)[:depth], dim=-1)
+
+
+def zone_offsets(timestamps: Tensor, zone: str) -> Tensor:
+    """Return local time minus UTC for each timestamp in a named zone, daylight saving included.
+
+    Runs on the CPU with one `zoneinfo` look-up per distinct timestamp (about a microsecond each): meant for
+    `prepare` and the loader's workers, not for the device.
+
+    Args:
+        timestamps: int64 [T], seconds since 1970 UTC, on the CPU.
+        zone: IANA name such as "Europe/Berlin".
+
+    Returns:
+        int64 [T], seconds.
+
+    Raises:
+        ValueError: an unknown zone, or a machine without a time zone database.
+    """
+    try:
+        info = zoneinfo.ZoneInfo(zone)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"time zone {zone!r} is not in this machine's time zone database: use an IANA name such as "
+            "'Europe/Berlin', or install the tzdata package"
+        ) from error
+    distinct, inverse = torch.unique(timestamps, return_inverse=True)
+    offsets = [_offset_at(seconds, info) for seconds in distinct.tolist()]
+    return torch.tensor(offsets, dtype=torch.int64)[inverse]
+
+
+class TimestampMLP(nn.Module):
+    """Merge the looked-up time vectors into one vector per event: `merge_time` of Algorithm 1.
+
+    The paper writes `MLP(time_dim * time_num, user_dim)` without its depth; here it is Linear, SiLU, Linear
+    with the output's width in between.
+    """
+
+    def __init__(self, time_dim: int, width: int, depth: int = len(TABLE_SIZES)) -> None:
+        """Build for `depth` time vectors of `time_dim` each and an output of `width`."""
+        super().__init__()
+        self.depth = depth
+        self.time_dim = time_dim
+        self.merge = nn.Sequential(nn.Linear(depth * time_dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time_vectors: Tensor) -> Tensor:
+        """Map the concatenated vectors [T, depth * time_dim], coarse to fine, to [T, width]."""
+        return self.merge(time_vectors)
+
+
+def _civil_from_days(days: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn days since 1970-01-01 into (year, month, day) of the Gregorian calendar.
+
+    Years are counted from 1 March, so that the leap day is a year's last, within eras of 400 years (146,097
+    days): Hinnant's `civil_from_days`.
+    """
+    shifted = days + 719_468  # days since 0000-03-01
+    era = torch.div(shifted, 146_097, rounding_mode="floor")
+    day_of_era = shifted - era * 146_097
+    year_of_era = (day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
+    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    month_from_march = (5 * day_of_year + 2) // 153
+    day = day_of_year - (153 * month_from_march + 2) // 5 + 1
+    month = (month_from_march + 2) % 12 + 1
+    year = year_of_era + era * 400 + (month <= 2).long()
+    return year, month, day
+
+
+def _check_range(timestamps: Tensor, local: Tensor) -> None:
+    """Raise for the first timestamp before 1970 (UTC) or, in local time, after 2099."""
+    outside = (timestamps < 0) | (local >= END_OF_TABLES)
+    if not outside.any():
+        return
+    row = int(outside.flatten().nonzero()[0])
+    value = int(timestamps.flatten()[row])
+    plausible = [unit for unit in FINER_UNITS if PLAUSIBLE_SECONDS <= value // unit[1] < END_OF_TABLES]
+    hint = f" ({plausible[0][0]}? divide by {plausible[0][1]})" if plausible else ""
+    raise ValueError(
+        f"timestamp {value} in row {row} is outside 1970-2099, the range of the time tables: "
+        f"timestamps are seconds since 1970 UTC{hint}"
+    )
+
+
+def _offset_at(seconds: int, info: zoneinfo.ZoneInfo) -> int:
+    """Return the zone's offset from UTC at a moment, in seconds."""
+    offset = datetime.datetime.fromtimestamp(seconds, tz=info).utcoffset()
+    assert offset is not None, "an aware datetime has an offset"
+    return int(offset.total_seconds())

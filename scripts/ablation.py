@@ -1,0 +1,119 @@
+"""The README's ablation table: every variant x seed is trained, evaluated and compared; done work is kept.
+
+    python scripts/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--nproc 2]
+
+A variant is a configuration of configs/ml100k; a question pairs two of them. Each run is a directory of its own,
+so the script can be stopped and started again. Differences are means over seeds of paired differences on the
+same exposures; their 95% intervals resample users (exposures of one user are not independent).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
+from hllm_torchrec.metrics.compare import read_predictions
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "ml100k"
+
+QUESTIONS = {
+    "early against late fusion": ("early", "late"),
+    "pretrained against scratch Item LLM": ("late", "scratch"),
+    "trained against frozen Item LLM": ("late", "frozen"),
+    "timestamps against none": ("late", "no_time"),
+    "item IDs against none": ("late", "no_id"),
+    "generative loss against none (lambda 0)": ("late_generative", "late"),
+}
+
+
+def train_and_evaluate(variant: str, seed: int, output: Path, processes: int) -> Path:
+    """Run directory of one variant and seed, with predictions and metrics of the test part."""
+    run = output / f"{variant}-{seed}"
+    if (run / "metrics.json").is_file():
+        return run
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    train = ["train.py", "--config", str(CONFIGS / f"{variant}.yaml"), "--seed", str(seed), "--output", str(run), "--resume", "true"]
+    evaluate = ["-m", "hllm_torchrec.launch.evaluate", "--run", str(run), "--split", "test"]
+    threads = str(max(1, (os.cpu_count() or 2) // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "output.log").open("a") as log:
+        for command in (train, evaluate):
+            print("ablation:", variant, "seed", seed, command[0 if command is train else 1], flush=True)
+            subprocess.run([*launch, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    return run
+
+
+def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
+    """AUC and retrieval of every variant (mean, standard deviation over seeds) and the paired questions."""
+    variants = sorted({variant for variant, _ in runs})
+    first = read_predictions(next(iter(runs.values())) / "predictions" / "test")
+    scored = {key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)}
+    draws = user_bootstrap(first.label, {f"{v}/{s}": p.score for (v, s), p in scored.items()}, first.user_id)
+    table, answers = {}, {}
+    for variant in variants:
+        rows = [json.loads((runs[variant, seed] / "metrics.json").read_text()) for seed in seeds]
+        table[variant] = {name: mean_and_deviation([pick(row, name) for row in rows]) for name in ("auc", "recall@10", "ndcg@10")}
+    for question, (a, b) in QUESTIONS.items():
+        if all((v, s) in scored for v in (a, b) for s in seeds):
+            paired = np.mean([draws[f"{a}/{s}"] - draws[f"{b}/{s}"] for s in seeds], axis=0)
+            low, high = percentile_interval(paired)
+            answers[question] = {"a": a, "b": b, "difference": table[a]["auc"]["mean"] - table[b]["auc"]["mean"], "low": low, "high": high}
+    return {"seeds": seeds, "variants": table, "questions": answers}
+
+
+def has_auc(run: Path) -> bool:
+    """Whether the run ranks exposures (generative-only runs do not)."""
+    return (run / "predictions" / "test").is_dir()
+
+
+def pick(metrics: dict, name: str) -> float | None:
+    """The run's own figure: AUC, or a retrieval metric."""
+    if name == "auc":
+        models = metrics.get("models") or {}
+        return models[metrics["reference"]]["auc"] if models else None
+    return (metrics.get("retrieval") or {}).get(name)
+
+
+def mean_and_deviation(values: list[float | None]) -> dict[str, float] | None:
+    """Mean and standard deviation over seeds; None where the variant has no such figure."""
+    known = [v for v in values if v is not None]
+    return {"mean": float(np.mean(known)), "deviation": float(np.std(known, ddof=1 if len(known) > 1 else 0))} if known else None
+
+
+def markdown(summary: dict) -> str:
+    """The README's two tables."""
+    lines = ["| variant | test AUC | Recall@10 | NDCG@10 |", "|---|---|---|---|"]
+    for variant, row in summary["variants"].items():
+        cells = [f"{row[n]['mean']:.4f} ± {row[n]['deviation']:.4f}" if row[n] else "–" for n in ("auc", "recall@10", "ndcg@10")]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    lines += ["", "| question | AUC difference | 95% interval over users |", "|---|---|---|"]
+    for question, answer in summary["questions"].items():
+        lines.append(f"| {question} | {answer['difference']:+.4f} | {answer['low']:+.4f} to {answer['high']:+.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run what is missing, then write `ablation.json` and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--only", nargs="+", default=sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--nproc", type=int, default=2)
+    options = parser.parse_args()
+    jobs = [(variant, seed) for seed in options.seeds for variant in options.only]
+    runs = {job: train_and_evaluate(*job, options.output, options.nproc) for job in jobs}
+    summary = summarise(runs, options.seeds)
+    (options.output / "ablation.json").write_text(json.dumps(summary, indent=2))
+    print(markdown(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Makes the environment: torch, torchrec and fbgemm as they belong together, and hllm_torchrec itself.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/install.sh [--cpu | --cuda | auto] [--dev] [--torch 2.11|2.12|2.13] [--no-venv]
+
+Makes .venv beside setup.py and installs into it. A second run with nothing changed takes a moment.
+
+  --cpu, --cuda   which build of torch and fbgemm
+  auto            what is installed already, else CUDA where nvidia-smi lists a GPU, else CPU (the default)
+  --dev           what the tests need, too (ruff, mypy, pytest ...)
+  --torch X.Y     that torch, with the torchrec and fbgemm built for it (default: the newest supported)
+  --no-venv       install into the Python that $PYTHON names (default: python3), without making .venv
+  --help          this text
+
+$PYTHON names the Python to use, 3.11 to 3.13; by default the first suitable one of python3, python3.13,
+python3.12, python3.11 and python.
+TEXT
+}
+
+fail() {
+    echo "install: $*" >&2
+    exit 1
+}
+
+is_suitable() { # PYTHON: a supported version that can make a virtual environment
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() { # prints the Python to use
+    if [ -n "${PYTHON:-}" ]; then
+        is_suitable "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11 to 3.13 with the venv module"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        if is_suitable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 to 3.13 with the venv module found (python3 is: $(python3 --version 2>&1 || true))." \
+        "Install one (on Debian or Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3"
+}
+
+detect_device() { # prints cpu or cuda
+    if [ -f "$stamp" ]; then
+        cut -d' ' -f1 "$stamp"
+    elif nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        echo cuda
+    else
+        echo cpu
+    fi
+}
+
+fingerprint() { # prints one word that changes with anything that decides what is installed
+    { echo "$device $torch $torchrec $fbgemm"; cat scripts/install.sh scripts/constraints.txt setup.py; } |
+        "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+has_torch() { # whether this torch, of the right build, is installed
+    [ -d "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" ] || return 1
+    "$python" - "$torch" "$device" <<'TEXT' 2>/dev/null
+import sys
+import torch
+
+version, device = sys.argv[1:]
+sys.exit(torch.__version__.split("+")[0] != version or (device == "cuda" and torch.version.cuda is None))
+TEXT
+}
+
+install_torch() {
+    if has_torch; then
+        return
+    elif [ "$device" = cuda ]; then
+        pip_install "torch===$torch" # === leaves out "+cpu" builds that other places may offer
+    elif timeout 8 "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
+        "$cpu_wheels/torch/" 2>/dev/null; then
+        pip_install --index-url "$cpu_wheels" "torch==$torch"
+    else
+        echo "install: $cpu_wheels cannot be reached; taking torch from the index that pip is set up with"
+        pip_install "torch==$torch"
+    fi
+}
+
+pip_install() {
+    "$python" -m pip install --disable-pip-version-check --no-warn-conflicts --no-compile "$@"
+}
+
+install_fbgemm() { # without requirements: torchrec's own name the CUDA build of fbgemm, whatever the machine
+    local wanted=fbgemm-gpu-cpu other=fbgemm-gpu
+    if [ "$device" = cuda ]; then
+        wanted=fbgemm-gpu other=fbgemm-gpu-cpu
+    fi
+    if "$python" -m pip show -q "$other" 2>/dev/null; then # they overwrite each other's files
+        "$python" -m pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu
+    fi
+    pip_install --no-deps "torchrec==$torchrec" "$wanted==$fbgemm"
+}
+
+step() { # NAME COMMAND...: runs it and says which step failed
+    echo "install: $1"
+    "${@:2}" || fail "step \"$1\" failed; the messages above say why. Run the same command again to go on."
+}
+
+device=auto dev="" torch_minor="" use_venv=yes
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --cpu) device=cpu ;;
+    --cuda) device=cuda ;;
+    auto | --auto) device=auto ;;
+    --dev) dev=dev ;;
+    --torch) torch_minor=${2:?--torch needs a version such as 2.13} && shift ;;
+    --no-venv) use_venv="" ;;
+    -h | --help) usage && exit 0 ;;
+    *) usage >&2 && fail "unknown argument: $1" ;;
+    esac
+    shift
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cpu_wheels=https://download.pytorch.org/whl/cpu
+if [ -z "$use_venv" ]; then
+    python=${PYTHON:-python3}
+    stamp=$("$python" -c 'import sys; print(sys.prefix)')/.hllm-installed
+else
+    python=.venv/bin/python stamp=.venv/.hllm-installed
+    # broken, or moved here from another folder: its commands name their Python by its full path
+    if ! "$python" -c '' 2>/dev/null || ! grep -qF "$(pwd -P)/.venv" .venv/bin/activate; then
+        base=$(find_python)
+        step "making .venv with $("$base" --version)" "$base" -m venv --clear .venv
+    fi
+fi
+release=$("$python" hllm_torchrec/versions.py $torch_minor) || exit 1
+read -r torch torchrec fbgemm <<<"$release"
+[ "$device" != auto ] || device=$(detect_device)
+wanted="$device $(fingerprint)"
+case "$(cat "$stamp" 2>/dev/null)" in
+"$wanted dev" | "$wanted $dev")
+    echo "install: up to date ($device, torch $torch, torchrec $torchrec)"
+    exit 0
+    ;;
+esac
+
+start=$SECONDS
+rm -f "$stamp"
+step "torch $torch ($device)" install_torch
+step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
+    tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
+step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
+step "a first import" "$python" -c 'import hllm_torchrec, torch, fbgemm_gpu, torchrec'
+echo "$wanted $dev" >"$stamp"
+echo "install: done in $((SECONDS - start)) s ($device, torch $torch, torchrec $torchrec)"

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Checks everything: ruff, mypy, pytest; makes the environment first if it is not there.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash scripts/test.sh [--fast] [--no-venv] [PYTEST ARGUMENTS ...]
+
+  --fast      leave out the tests marked slow
+  --no-venv   use the Python that $PYTHON names (default: python3) instead of .venv
+  --help      this text
+
+The rest goes to pytest: bash scripts/test.sh -k checkpoint -x
+TEXT
+}
+
+check_types() { # mypy on a tree laid out like the wheel, where modules/ is hllm_torchrec/modules
+    local tree problems
+    tree=$(mktemp -d)
+    cp -r hllm_torchrec "$tree/hllm_torchrec"
+    cp -r modules launch configs "$tree/hllm_torchrec/"
+    problems=$(cd "$tree" && "$python" -m mypy --config-file "$root/pyproject.toml" \
+        --cache-dir "$root/.mypy_cache" -p hllm_torchrec 2>&1) && status=0 || status=$?
+    rm -rf "$tree"
+    sed -E 's#^hllm_torchrec/(modules|launch|configs)/#\1/#' <<<"$problems"
+    return "$status"
+}
+
+pytest_args=() install_args=()
+for arg in "$@"; do
+    case "$arg" in
+    --fast) pytest_args+=(-m "not slow") ;;
+    --no-venv) install_args+=(--no-venv) ;;
+    -h | --help) usage && exit 0 ;;
+    *) pytest_args+=("$arg") ;;
+    esac
+done
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+bash scripts/install.sh --dev "${install_args[@]}"
+python=$root/.venv/bin/python
+[ ${#install_args[@]} -eq 0 ] || python=${PYTHON:-python3}
+
+echo "ruff" && "$python" -m ruff check .
+echo "mypy" && check_types
+echo "pytest"
+export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
+exec "$python" -m pytest -n 2 "${pytest_args[@]}"

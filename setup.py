@@ -1,0 +1,82 @@
+"""Package metadata, and the mapping of the top-level folders onto subpackages.
+
+`modules/`, `launch/` and `configs/` are installed as `hllm_torchrec.modules` and so on; nothing of those
+names reaches site-packages. torch, torchrec and fbgemm are not among the requirements: which build of them is
+right depends on the machine, and torchrec's requirements pull in CUDA. `scripts/install.sh` installs them.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE_DIR = {
+    "hllm_torchrec": "hllm_torchrec",
+    "hllm_torchrec.modules": "modules",
+    "hllm_torchrec.launch": "launch",
+    "hllm_torchrec.configs": "configs",
+}
+REQUIREMENTS = [
+    "accelerate>=1.15,<2",
+    "gguf>=0.19,<1",
+    "jsonargparse[signatures]>=4.53,<5",
+    "matplotlib>=3.11,<4",
+    "numpy>=2.4,<3",
+    "pyarrow>=26,<27",
+    "PyYAML>=6,<7",
+    "safetensors>=0.8,<1",
+    "scikit-learn>=1.9,<2",
+    "scipy>=1.17,<2",
+    "tensorboard>=2.21,<3",
+    "torchx==0.7.0",
+    "tqdm>=4.70,<5",
+    "transformers>=5.23,<6",
+]
+DEV = [
+    "hypothesis>=6.170,<7",
+    "mypy>=2.4,<3",
+    "pytest>=9.2,<10",
+    "pytest-xdist>=3.8,<4",
+    "ruff>=0.17.6,<0.18",
+    "setuptools>=77",
+]
+
+
+def find_packages() -> list[str]:
+    """Every folder with Python files under the mapped ones, as a dotted package name.
+
+    Raises:
+        ValueError: such a folder has no `__init__.py`, so it would be missing from the wheel.
+    """
+    names = []
+    for name, folder in PACKAGE_DIR.items():
+        for path in sorted({file.parent for file in (ROOT / folder).rglob("*.py")}):
+            if not (path / "__init__.py").is_file():
+                raise ValueError(f"{path.relative_to(ROOT)} holds Python files but no __init__.py; add one")
+            names.append(".".join([name, *path.relative_to(ROOT / folder).parts]))
+    return names
+
+
+def read_version() -> str:
+    """The package's version, without importing it."""
+    text = (ROOT / "hllm_torchrec" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
+setup(
+    name="hllm_torchrec",
+    version=read_version(),
+    description="Hybrid recommenders from two LLMs (HLLM) with TorchRec tables, sequences and ranking models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(),
+    package_dir=PACKAGE_DIR,
+    package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": DEV, "flash-attn": ["flash-attn>=2.7"]},
+    entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},
+)

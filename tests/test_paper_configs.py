@@ -1,0 +1,70 @@
+"""The paper's full settings: they build on the meta device, plan for 4 x 8 and step in a fake group of 32 ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+from hllm_torchrec.config import Config, load_config
+from hllm_torchrec.model import build_model
+from hllm_torchrec.parallelize import plan_tables
+
+PAPER = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
+SHAPES = {
+    "models/tinyllama-1.1b": (
+        "{model_type: llama, hidden_size: 2048, intermediate_size: 5632, num_hidden_layers: 22, "
+        "num_attention_heads: 32, num_key_value_heads: 4, vocab_size: 32000}"
+    ),
+    "models/baichuan2-7b-llama": (
+        "{model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, "
+        "num_attention_heads: 32, num_key_value_heads: 32, vocab_size: 125696}"
+    ),
+}
+PARAMETERS = {"1b": 2.0e9, "7b": 13.0e9}
+
+
+@pytest.fixture
+def ranks_32():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=32)
+    yield
+    dist.destroy_process_group()
+
+
+def with_random_weights(path: Path, *overrides: str) -> Config:
+    """The configuration with shapes in the place of weights that are not here."""
+    config = load_config(["--config", str(path)])
+    assert config.item_llm.pretrained == config.user.pretrained
+    shape = SHAPES[str(config.user.pretrained)]
+    arguments = ["--config", str(path)]
+    for part in ("item_llm", "user"):
+        arguments += [f"--{part}.pretrained", "null", f"--{part}.shape", shape]
+    return load_config([*arguments, *overrides])
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_the_full_model_builds_on_the_meta_device(path):
+    config = with_random_weights(path)
+    with torch.device("meta"):
+        model = build_model(config, {}, base_rate=0.5)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == pytest.approx(PARAMETERS[path.stem[-2:]], rel=0.12)
+    assert all(p.is_meta for p in model.parameters())
+    assert not any("lm_head" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    config = with_random_weights(path, "--features.item_id", "true", "--features.time_depth", "6", "--features.sharding", "auto")
+    with torch.device("meta"):
+        model = build_model(config, {"item_id": 700_000}, base_rate=0.5)
+    plan = plan_tables(model, config, torch.device("cuda"), EmbeddingBagCollectionSharder())
+    tables = plan.plan["features.tables"]
+    assert tables["time_year"].sharding_type != "data_parallel"  # 2,100 rows: above features.shard_from_rows
+    assert tables["time_second"].sharding_type == "data_parallel"
+    shards = tables["item_id"].sharding_spec.shards
+    assert sum(s.shard_sizes[0] * s.shard_sizes[1] for s in shards) == 700_000 * model.user.width
+    assert {s.placement.rank() for s in shards} <= set(range(32))
