@@ -2,21 +2,27 @@
 
 jsonargparse turns the dataclasses into `--model.user.layers 2` style options, reads the YAML and prints the
 resolved file (`--print_config`); it was chosen because the dataclasses stay plain, without a second schema.
-What it does not do is here: unknown keys are reported all together with the nearest right name, and so are
-the rules that span fields.
+What it does not do is in `config_keys` (unknown keys, with the nearest right name, and wrong types are all
+reported together) and in `config_rules` (the ranges of numbers and the rules that span fields).
 """
 
 import dataclasses
+import functools
+from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from hllm_torchrec.errors import ConfigError, nearest
+from hllm_torchrec.config_keys import file_problems, option_problems, split_arguments
+from hllm_torchrec.config_rules import problems_of
+from hllm_torchrec.errors import ConfigError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,10 @@ class DataConfig:
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
     history: Literal["all", "positive"] = "all"
-    """Which earlier events form the history: all with their action, or those with label 1 (as in the paper)."""
+    """Earlier events that form the history: all with their action, or those with label 1, as in the paper."""
     max_history: int = 1024
-    """A pass over a user holds at most this many events; longer users are cut into overlapping pieces, in which
-    an exposure sees between max_history / 2 and max_history events (all, where there are fewer)."""
+    """A pass over a user holds at most this many events; longer users are cut into overlapping pieces, in
+    which an exposure sees between max_history / 2 and max_history events (all, where there are fewer)."""
     batch_users: int = 8
     """User pieces per rank and step."""
     item_features: tuple[str, ...] = ()
@@ -38,8 +44,11 @@ class DataConfig:
     """Categorical user features added to queries, e.g. [gender]."""
     numeric_features: tuple[str, ...] = ()
     """Numbers computed from strictly earlier events, added to queries: see `hllm_torchrec.data.numeric`."""
+    item_vectors: tuple[str, ...] = ()
+    """Dense item features through a linear layer: `factors` (see `hllm_torchrec.data.factors`, fitted to the
+    training part when first asked for) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
     id_dropout: float = 0.0
-    """Probability, in training, that an item's ID is read as unknown (0), so that cold items find a trained row."""
+    """Probability, in training, that an item's ID is read as unknown (0), a row that cold items then use."""
     prefetch: int = 2
     """Batches prepared ahead by the background thread."""
 
@@ -100,6 +109,8 @@ class FeatureConfig:
     """Add the item's ID embedding."""
     action: bool = True
     """Add the action's embedding (rating, click, skip) to the history."""
+    action_gate: bool = False
+    """Scale an event's item features by 1 + gate(action), so that a bad rating can turn them round."""
     time_depth: int = 6
     """Components of year, month, day, hour, minute, second that are used; 0: no time."""
     time_width: int = 32
@@ -120,6 +131,8 @@ class ObjectiveConfig:
     """Where the target meets the user: in the head, or in the User LLM; `none`: generative only (Eq. 1)."""
     generative_weight: float = 0.0
     """lambda of Eq. (3); with fusion `none` the generative loss has weight 1."""
+    value_weight: float = 0.0
+    """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
     negatives: int = 512
     """Items drawn per step from the catalogue, shared by all users and ranks of the step."""
     temperature: float = 0.05
@@ -131,7 +144,8 @@ class ObjectiveConfig:
     head_dropout: float = 0.0
     """In the prediction head, a probability."""
     collapse_above: float = 0.98
-    """Stop when the mean cosine similarity between item embeddings passes this (all items look the same)."""
+    """Stop when, after the warm-up, the mean cosine similarity between item embeddings is above this: all items
+    look the same."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +176,12 @@ class OptimConfig:
     """Of the user encoder; none given: `lr`."""
     table_lr: float = 0.05
     """Of sharded tables."""
-    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = "rowwise_adagrad"
-    """In-backward optimizer of sharded tables; the last two run on CUDA only. Tables step at every micro-batch,
-    unclipped, whatever `accumulate` and `clip_norm` say: their update happens inside the backward pass."""
+    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = (
+        "rowwise_adagrad"
+    )
+    """In-backward optimizer of sharded tables; the last two run on CUDA only. Tables step at every
+    micro-batch, unclipped, whatever `accumulate` and `clip_norm` say: they are updated inside the backward
+    pass."""
     weight_decay: float = 0.01
     """Decoupled, on matrices only."""
     warmup: float = 0.05
@@ -191,6 +208,8 @@ class ParallelConfig:
     """Recompute the LLMs' layers in the backward pass."""
     compile: bool = False
     """torch.compile the LLMs' layers."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for the others before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -198,15 +217,18 @@ class EvaluationConfig:
     """Evaluation during training, and the checkpoint that is kept."""
 
     every: float = 1.0
-    """Epochs between evaluations on the validation part."""
+    """Epochs between evaluations on the validation part, each with a checkpoint; fractions are allowed."""
+    checkpoint_every: int = 0
+    """Steps between further checkpoints, without an evaluation; 0: none."""
     patience: int = 0
-    """Stop after this many evaluations without a better AUC (or NDCG@10); 0: never."""
+    """Stop after this many evaluations without a better AUC (without fusion: NDCG at the first of `ks`); 0:
+    never."""
     batch_users: int = 16
     """User pieces per rank and step."""
     retrieval: bool = False
     """Also Recall@K and NDCG@K over the whole catalogue (needs the generative loss)."""
     ks: tuple[int, ...] = (10, 50, 200)
-    """K of Recall@K and NDCG@K."""
+    """K of Recall@K and NDCG@K; the first is for the choice of the best checkpoint."""
     keep_last: int = 2
     """Checkpoints kept, besides the best."""
 
@@ -243,71 +265,49 @@ class Config:
     """Validation."""
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = problems_of(self)
         if problems:
             raise ConfigError(problems)
 
 
-def _problems(config: Config) -> list[str]:
-    """Every broken rule, as 'field: value: rule; remedy'."""
-    c, found = config, []
-
-    def check(holds: bool, message: str) -> None:
-        if not holds:
-            found.append(message)
-
-    backbones = [("user", c.user.pretrained, c.user.shape)]
-    if c.item_llm.enabled:
-        backbones.append(("item_llm", c.item_llm.pretrained, c.item_llm.shape))
-    for name, pretrained, shape in backbones:
-        check(
-            (pretrained is None) != (shape is None),
-            f"{name}: pretrained={pretrained!r}, shape={shape!r}: give one of them (weights, or a shape for random ones)",
-        )
-    check(c.data.max_history >= 2, f"data.max_history: {c.data.max_history}: must be at least 2")
-    check(c.data.batch_users >= 1, f"data.batch_users: {c.data.batch_users}: must be at least 1")
-    check(0 <= c.data.id_dropout < 1, f"data.id_dropout: {c.data.id_dropout}: must be in [0, 1)")
-    check(0 <= c.features.time_depth <= 6, f"features.time_depth: {c.features.time_depth}: must be 0 (off) to 6 (second)")
-    check(c.objective.generative_weight >= 0, f"objective.generative_weight: {c.objective.generative_weight}: must be >= 0")
-    check(c.objective.temperature >= 0.01, f"objective.temperature: {c.objective.temperature}: must be at least 0.01")
-    check(c.objective.negatives >= 1, f"objective.negatives: {c.objective.negatives}: must be at least 1")
-    check(bool(c.stages), "stages: empty: give at least one, e.g. [{name: end to end, epochs: 1}]")
-    for i, stage in enumerate(c.stages):
-        check(stage.epochs > 0, f"stages[{i}].epochs: {stage.epochs}: must be above 0")
-    check(c.optim.accumulate >= 1, f"optim.accumulate: {c.optim.accumulate}: must be at least 1")
-    check(c.item_llm.enabled or c.features.item_id, "features.item_id: false while item_llm.enabled is false: items would have no features")
-    generates = c.objective.fusion == "none" or c.objective.generative_weight > 0
-    check(
-        not generates or c.item_llm.enabled,
-        "objective.generative_weight: above 0 while item_llm.enabled is false: the target of L_gen is the Item LLM's embedding",
-    )
-    check(not c.evaluation.retrieval or generates, "evaluation.retrieval: true without a generative loss: set objective.generative_weight above 0")
-    return found
-
-
 def load_config(arguments: list[str]) -> Config:
-    """Parse `--config FILE` and dotted overrides, e.g. ["--config", "configs/quickstart.yaml", "--seed", "1"].
+    """Parse `--config FILE` and dotted overrides: ["--config", "configs/quickstart.yaml", "--seed", "1"].
 
     `--print_config` prints the resolved configuration and exits.
 
     Raises:
-        ConfigError: unknown keys (all of them, each with the nearest right name), wrong types, broken rules.
+        ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
+            broken rules.
     """
-    parser = ArgumentParser(prog="train.py", exit_on_error=False, description="Train a hybrid HLLM.")
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_class_arguments(Config, nested_key=None, fail_untyped=True)
-    unknown = _unknown_in_files(arguments) + _unknown_options(arguments)
-    if unknown:
-        raise ConfigError(unknown)
+    return load_as(Config, arguments, prog="train.py", description="Train a hybrid HLLM.")
+
+
+def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:
+    """`load_config` for any dataclass of such fields; `prog` and `description` show in `--help`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    given = list(split_arguments(arguments))
+    problems = [
+        problem for name, text in given if name == "config" for problem in file_problems(text, cls)
+    ]
+    problems += option_problems(dict(given), cls, others=("config", "print_config", "help"))
+    if problems:
+        raise ConfigError(problems)
     try:
-        return _build(Config, parser.parse_args(arguments))
-    except ConfigError:
-        raise
-    except Exception as error:  # jsonargparse raises its own ArgumentError with the dotted field in the text
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, ConfigError):
-            raise cause from None
+        built: T = _build(cls, _parser(cls, prog, description).parse_args(arguments))
+        return built
+    except ArgumentError as error:
         raise ConfigError([" ".join(str(error).split())]) from None
+
+
+@functools.cache
+def _parser(cls: type, prog: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_class_arguments(cls, nested_key=None, fail_untyped=True)
+    return parser
 
 
 def _build(cls: type, value: Any) -> Any:
@@ -331,62 +331,6 @@ def _build(cls: type, value: Any) -> Any:
             entry = vars(entry)
         built[name] = entry
     return cls(**built)
-
-
-def _unknown_in_files(arguments: list[str]) -> list[str]:
-    problems = []
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        path = value if option == "--config" else option.removeprefix("--config=") if option.startswith("--config=") else None
-        if path is None:
-            continue
-        if not Path(path).is_file():
-            problems.append(f"--config: {path}: no such file")
-            continue
-        try:
-            content = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
-            problems.append(f"{path}: not valid YAML: {' '.join(str(error).split())}")
-            continue
-        problems += [f"{path}: {problem}" for problem in unknown_keys(content, Config)]
-    return problems
-
-
-def unknown_keys(content: Any, cls: type, prefix: str = "") -> list[str]:
-    """Keys of a nested mapping that the dataclass has not, each as 'a.b: unknown key; did you mean ...'."""
-    if not isinstance(content, dict):
-        return [f"{prefix.rstrip('.') or 'file'}: {content!r}: must be a mapping of {cls.__name__} fields"]
-    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
-    problems = []
-    for key, value in content.items():
-        kind = kinds.get(key)
-        if kind is None:
-            problems.append(f"{prefix}{key}: unknown key{nearest(str(key), kinds)}")
-        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            problems += unknown_keys(value, kind, f"{prefix}{key}.")
-        elif key == "stages" and isinstance(value, list):
-            for i, stage in enumerate(value):
-                problems += unknown_keys(stage, StageConfig, f"stages[{i}].")
-    return problems
-
-
-def _unknown_options(arguments: list[str]) -> list[str]:
-    known = {"config", "print_config", "help", *_dotted(Config)}
-    problems = []
-    for argument in arguments:
-        if argument.startswith("--") and argument != "--":
-            name = argument[2:].split("=")[0].removesuffix("+")
-            if name not in known and not any(name.startswith(f"{k}.") for k in known if k.endswith("shape")):
-                problems.append(f"--{name}: unknown option{nearest(name, known)}")
-    return problems
-
-
-def _dotted(cls: type, prefix: str = "") -> list[str]:
-    names = []
-    for f in dataclasses.fields(cls):
-        names.append(prefix + f.name)
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
-            names += _dotted(f.type, f"{prefix}{f.name}.")
-    return names
 
 
 def to_dict(config: Any) -> Any:

@@ -4,6 +4,7 @@ The rows go to `predictions/<split>/part-<rank>.parquet`; the offline job (`hllm
 so a model, a baseline and somebody else's predictions are measured by the same code.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from hllm_torchrec.logs import progress
 from hllm_torchrec.metrics.auc import distributed_roc_auc
 from hllm_torchrec.metrics.retrieval import catalogue_ranks, retrieval_metrics
 from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
+from hllm_torchrec.ranks import on_rank_zero, together
+from hllm_torchrec.ranks import rank as this_rank
 
 Columns = dict[str, NDArray]
 
@@ -72,6 +75,23 @@ def write_predictions(columns: Columns, directory: Path, rank: int) -> Path:
     pq.write_table(pa.table(columns), beside)
     beside.rename(path)
     return path
+
+
+def save_predictions(columns: Columns, directory: Path) -> None:
+    """Write every rank's part; what the directory held is replaced once all parts are written. Collective."""
+    beside = directory.with_name(f"{directory.name}.tmp")
+
+    def remove(path: Path) -> None:
+        if path.exists():
+            shutil.rmtree(path)
+
+    def replace() -> None:
+        remove(directory)
+        beside.rename(directory)
+
+    on_rank_zero(lambda: remove(beside))
+    together(lambda: str(write_predictions(columns, beside, this_rank())))
+    on_rank_zero(replace)
 
 
 def quick_metrics(columns: Columns) -> dict[str, float]:

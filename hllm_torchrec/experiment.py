@@ -20,6 +20,7 @@ from torchrec.distributed.types import ShardedTensor
 from hllm_torchrec.config import Config
 from hllm_torchrec.data.collate import BatchRecipe, Collator, check_recipe
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.factors import item_vectors
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError
@@ -43,6 +44,7 @@ class Experiment:
     device: torch.device
     model: DistributedModelParallel
     encoder: ItemEncoder | None
+    item_vectors: NDArray[np.float32] | None
 
     @property
     def hllm(self) -> HLLM:
@@ -51,9 +53,13 @@ class Experiment:
         assert isinstance(inner, HLLM)
         return inner
 
+    def averaged_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What `optim.ema` averages: all dense parts but the Item LLM, whose cached embeddings stay valid so."""
+        return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith("item_llm.")]
+
     def loader(self, split: str, batch_users: int, *, training: bool = False, max_history: int | None = None) -> Loader:
         """Batches of a split on this rank."""
-        collator = Collator(self.dataset, self.recipe, self.config.seed, training)
+        collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors)
         return Loader(
             self.dataset,
             split,
@@ -77,7 +83,7 @@ class Experiment:
             return None
         item_llm = self.hllm.item_llm
         assert item_llm is not None
-        return self.encoder.encode_catalogue(item_llm, show=dist.get_rank() == 0)
+        return self.encoder.encode_catalogue(item_llm, self.hllm.embed_items, show=dist.get_rank() == 0)
 
 
 def build_experiment(config: Config, device: torch.device) -> Experiment:
@@ -93,12 +99,14 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
         raise ConfigError(problems)
     encoder = ItemEncoder(_token_store(config, dataset), device) if config.item_llm.enabled else None
     torch.manual_seed(config.seed)
-    model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"))
+    vectors = _item_vectors(config, dataset)
+    width = 0 if vectors is None else vectors.shape[1]
+    model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"), width)
     model.encode_items = encoder
     wrapped = parallelize(model, config, device)
     initialise_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, recipe, device, wrapped, encoder)
+    return Experiment(config, dataset, recipe, device, wrapped, encoder, vectors)
 
 
 def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
@@ -107,17 +115,25 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
     return BatchRecipe(
         fusion=config.objective.fusion,
         history=config.data.history,
-        visibility="second" if dataset.manifest["split"]["rule"] == "time" else "position",
+        visibility="position" if dataset.manifest["split"]["rule"] == "leave_one_out" else "second",
         negatives=config.objective.negatives if generates else 0,
         positive_targets_only=config.objective.positive_targets_only,
         item_id=config.features.item_id,
         action=config.features.action,
+        action_gate=config.features.action_gate,
         time_depth=config.features.time_depth,
         item_features=config.data.item_features,
         user_features=config.data.user_features,
         numeric_features=config.data.numeric_features,
         id_dropout=config.data.id_dropout,
     )
+
+
+def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | None:
+    """[N, V] all dense item features side by side, or None; fitted on rank 0 where they are not there yet."""
+    names = config.data.item_vectors
+    on_rank_zero(lambda: [item_vectors(dataset, name).shape for name in names])
+    return np.concatenate([item_vectors(dataset, name) for name in names], axis=1) if names else None
 
 
 def _token_store(config: Config, dataset: Dataset) -> TokenStore:

@@ -1,36 +1,121 @@
 """What a step cost and what training moved: the numbers behind the log's throughput and weight lines."""
 
+import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.exchange import global_sum
+from hllm_torchrec.flops import flops_utilisation, measured_matmul_peak, transformer_flops_per_token
 from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import HLLM
 
 
 class StepMeter:
-    """Seconds and rates of each step on this rank."""
+    """Seconds, rates and model FLOPs utilisation of each step, over all ranks.
 
-    def __init__(self, encoder: ItemEncoder | None) -> None:
-        self.encoder = encoder
-        self._time, self._tokens = time.perf_counter(), self._count()
+    Model FLOPs are the matrix products of the two transformers for the tokens there really are (padding and
+    recomputation do not count), 3 times the forward pass where weights are trained.
 
-    def _count(self) -> int:
-        return self.encoder.encoded_tokens if self.encoder is not None else 0
+    Args:
+        model: whose two transformers are counted.
+        encoder: counts the item tokens; None in an ID-only model.
+        peak: operations per second of all ranks together, from `global_matmul_peak`.
+    """
 
-    def tick(self, batch: HybridBatch, world: int) -> dict[str, float]:
-        """Since the last tick: seconds, exposures a second (all ranks, taking this one as typical), item tokens."""
-        now, tokens = time.perf_counter(), self._count()
-        seconds, encoded = now - self._time, tokens - self._tokens
-        self._time, self._tokens = now, tokens
+    def __init__(self, model: HLLM, encoder: ItemEncoder | None, peak: float) -> None:
+        self.model, self.encoder, self.peak = model, encoder, peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what has happened since the last tick."""
+        self._time, self._item_work = time.perf_counter(), self._encoded()
+
+    def _encoded(self) -> tuple[int, int]:
+        encoder = self.encoder
+        return (0, 0) if encoder is None else (encoder.encoded_tokens, encoder.attended_keys)
+
+    def tick(self, batches: Sequence[HybridBatch]) -> dict[str, float]:
+        """Rates since the last tick, in which every rank trained on its `batches`. Collective."""
+        seconds = time.perf_counter() - self._time
+        tokens, keys = (now - before for now, before in zip(self._encoded(), self._item_work, strict=True))
+        flops = 0.0
+        if self.model.item_llm is not None:
+            flops += backbone_flops(self.model.item_llm.backbone, tokens, keys) * item_passes(self.model)
+        work = [user_work(batch, queries=self.model.fusion != "none") for batch in batches]
+        user_tokens, user_keys = map(sum, zip(*work, strict=True))
+        flops += backbone_flops(self.model.user.backbone, user_tokens, user_keys) * user_passes(self.model)
+        exposures = sum(batch.num_exposures for batch in batches)
+        local = torch.tensor([exposures, tokens, user_tokens, flops], dtype=torch.float64)
+        exposures_all, items_all, users_all, flops_all = global_sum(local).tolist()
+        self.restart()
         return {
             "seconds": seconds,
-            "samples_per_second": world * batch.num_exposures / seconds,
-            "item_tokens_per_second": world * encoded / seconds,
+            "samples_per_second": exposures_all / seconds,
+            "item_tokens_per_second": items_all / seconds,
+            "user_tokens_per_second": users_all / seconds,
+            "mfu": flops_utilisation(flops_all, seconds, self.peak),
         }
+
+
+def user_work(batch: HybridBatch, queries: bool) -> tuple[int, int]:
+    """(tokens, keys that they attend to, all together) of the user encoder's forward pass over a batch.
+
+    queries: whether it reads the query tokens, too.
+    """
+    lengths = batch.seq_offsets.diff()
+    tokens, keys = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+    if not queries:
+        return tokens, keys
+    return tokens + batch.query_times.numel(), keys + int((batch.query_visible + 1).sum())
+
+
+def backbone_flops(backbone: PreTrainedModel, tokens: int, keys: int) -> float:
+    """Operations of a forward pass over `tokens` that attend to `keys` keys all together."""
+    if tokens == 0:
+        return 0.0
+    config = backbone.config
+    per_token = transformer_flops_per_token(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        keys / tokens,
+        head_dim=getattr(config, "head_dim", None),
+        gated=any("gate" in name for name, _ in backbone.named_modules()),
+    )
+    return tokens * per_token
+
+
+def item_passes(model: HLLM) -> int:
+    """What the Item LLM's tokens cost, in forward passes; frozen 1, since nothing before it learns."""
+    return 3 if model.item_llm is not None and _learns(model.item_llm) else 1
+
+
+def user_passes(model: HLLM) -> int:
+    """The same of the user encoder: frozen, it still hands gradients on to its inputs, in one more pass."""
+    return 3 if _learns(model.user) else 2
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def global_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of all ranks together, who measure at once: they may share cores. Collective."""
+    global_sum(torch.zeros(1))  # they begin together
+    return float(global_sum(torch.tensor([_local_peak(device, dtype)], dtype=torch.float64)))
+
+
+@functools.cache
+def _local_peak(device: torch.device, dtype: torch.dtype) -> float:
+    return measured_matmul_peak(device, dtype, seconds=0.2)
 
 
 @dataclass(frozen=True)
@@ -41,20 +126,23 @@ class WeightSnapshot:
 
     def moved_since(self, earlier: "WeightSnapshot") -> dict[str, float]:
         """Relative change ||now - then|| / ||then|| by part (0 is bit for bit the same)."""
+        norm = torch.linalg.vector_norm
         return {
-            part: float(torch.linalg.vector_norm(now - earlier.matrices[part]) / torch.linalg.vector_norm(earlier.matrices[part]))
+            part: float(norm(now - earlier.matrices[part]) / norm(earlier.matrices[part]))
             for part, now in self.matrices.items()
         }
 
 
 @torch.no_grad()
 def weights_of(model: HLLM) -> WeightSnapshot:
-    """The first layer's first matrix of the Item LLM and of the user encoder (this rank's shard under FSDP)."""
-    parts: dict[str, torch.nn.Module | None] = {"item_llm": model.item_llm, "user": model.user}
+    """The first layer's first matrix of the Item LLM and of the user encoder (this rank's part of it)."""
+    parts: dict[str, nn.Module | None] = {"item_llm": model.item_llm, "user": model.user}
     matrices = {}
     for part, module in parts.items():
         if module is None:
             continue
-        layers = [(n, p) for n, p in module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)]
-        matrices[part] = getattr(layers[0][1], "_local_tensor", layers[0][1]).detach().float().clone()
+        layers = [
+            p for n, p in module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)
+        ]
+        matrices[part] = getattr(layers[0], "_local_tensor", layers[0]).detach().float().clone()
     return WeightSnapshot(matrices)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from hllm_torchrec.config import Config
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.modules.hybrid_features import HybridFeatures
+from hllm_torchrec.modules.hybrid_features import ACTION_GATE, HybridFeatures
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
+from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.losses import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.prediction_head import PredictionHead
 from hllm_torchrec.modules.user_llm import Queries, UserLLM
@@ -32,12 +33,14 @@ EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
 class HLLMOutput:
     """What a step yields. Sums, not means: ranks hold different numbers of exposures.
 
-    logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; generative: the InfoNCE's
-    sums, or None; next_items: [X, E] predicted item of every exposure, or None; items: [U, E] detached.
+    logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
+    of squared errors of the auxiliary head, or None; generative: the InfoNCE's sums, or None; next_items:
+    [X, E] predicted item of every exposure, or None; items: [U, E] detached.
     """
 
     logits: Tensor
     classification: Tensor
+    value_error: Tensor | None
     generative: InfoNceOutput | None
     next_items: Tensor | None
     items: Tensor | None
@@ -52,23 +55,36 @@ class HLLM(nn.Module):
         features, user: hybrid features and user encoder, both D wide.
         config: the experiment.
         base_rate: share of positive labels in training, where the head's bias starts.
+        vector_width: V of the dense item features, 0 without.
     """
 
     def __init__(
-        self, item_llm: ItemLLM | None, item_width: int, features: HybridFeatures, user: UserLLM, config: Config, base_rate: float
+        self,
+        item_llm: ItemLLM | None,
+        item_width: int,
+        features: HybridFeatures,
+        user: UserLLM,
+        config: Config,
+        base_rate: float,
+        vector_width: int = 0,
     ) -> None:
         super().__init__()
         objective = config.objective
-        self.fusion, self.generates = objective.fusion, objective.fusion == "none" or objective.generative_weight > 0
+        self.fusion = objective.fusion
+        self.generates = self.fusion == "none" or objective.generative_weight > 0
         self.item_llm, self.features, self.user = item_llm, features, user
-        self.project_item = nn.Linear(item_width, user.width) if item_llm is not None and item_width != user.width else nn.Identity()
+        self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
+        same = item_llm is None or item_width == user.width
+        self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
         if self.fusion == "late":
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion != "none":
             self.head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
             self.head.initialise_bias(base_rate)
+        self.value_head: PredictionHead | None = None
+        if self.fusion != "none" and objective.value_weight > 0:
+            self.value_head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
         if self.generates:
-            same = item_width == user.width
             self.project_next = nn.Identity() if same else nn.Linear(user.width, item_width)
             self.logit_scale = LogitScale(objective.temperature)
         self.encode_items: EncodeItems | None = None
@@ -78,12 +94,13 @@ class HLLM(nn.Module):
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD = self._encode_users(batch, items)
-        logits, classification = self._classify(batch, q_QD, target_XD)
+        logits, classification, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
         classification = classification + 0.0 * (h_TD.sum() if items is None else h_TD.sum() + items.sum())
         return HLLMOutput(
             logits=logits,
             classification=classification,
+            value_error=value_error,
             generative=self._generate(batch, h_TD, items) if self.generates and items is not None else None,
             next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
             items=None if items is None else items.detach(),
@@ -95,44 +112,70 @@ class HLLM(nn.Module):
             return None
         if self.item_cache is not None:
             return self.item_cache[unique_items]
+        return self._encode_items(self.item_llm, unique_items)
+
+    def embed_items(self, item_ids: Tensor) -> Tensor:
+        """E of items [n, E] by the present weights, outside of a step. Under FSDP2 a forward pass of its own."""
+        assert self.item_llm is not None, "an ID-only model has no item embeddings"
+        return self._encode_items(self.item_llm, item_ids)
+
+    def _encode_items(self, item_llm: ItemLLM, item_ids: Tensor) -> Tensor:
         assert self.encode_items is not None, "the model was not given a way to encode items"
-        return self.encode_items(self.item_llm, unique_items)
+        return self.encode_items(item_llm, item_ids)
 
     def _encode_users(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """h [T, D], q [Q, D] and, for late fusion, the targets' features [X, D]."""
-        slots = self.features(batch.features, batch.numeric)
-        history, queries, targets = slots.tensor_split(self._slot_bounds(batch))
-        projected = None if items is None else self.project_item(items)
-
-        def with_text(ids: Tensor, index: Tensor) -> Tensor:
-            return ids if projected is None else ids + projected[index]
-
-        x_TD = with_text(history, batch.history_index)
+        slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
+        x_TD, x_QD, target_XD = slots.tensor_split(self._slot_bounds(batch))
         if self.fusion == "none":
             h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps)
             return h_TD, q_QD, None
         late = self.fusion == "late"
-        x_QD = queries + self.user_token if late else with_text(queries, batch.target_index[batch.query_target])
+        if late:
+            x_QD = x_QD + self.user_token
         asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
         h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked)
-        return h_TD, q_QD, with_text(targets, batch.target_index) if late else None
+        return h_TD, q_QD, target_XD if late else None
+
+    def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
+        """P(E) + W v of each slot's item [S, D]: history, then queries (early) or nothing and the targets (late)."""
+        terms = [] if items is None else [self.project_item(items)]
+        if self.project_vectors is not None:
+            assert batch.item_vectors is not None, "the batch has no item vectors"
+            terms.append(self.project_vectors(batch.item_vectors))
+        if not terms:
+            return None
+        projected = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        history = projected[batch.history_index]
+        if self.fusion == "none":
+            return history
+        targets = projected[batch.target_index]
+        if self.fusion == "early":
+            return torch.cat([history, targets[batch.query_target]])
+        return torch.cat([history, history.new_zeros(batch.query_times.numel(), history.shape[1]), targets])
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int]:
         history = batch.item_ids.numel()
         return history, history + (0 if self.fusion == "none" else batch.query_times.numel())
 
-    def _classify(self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _classify(
+        self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits [X], the sum of Eq. (2), and the sum of squared errors of the auxiliary value head."""
         if self.fusion == "none":
-            return batch.labels.new_empty(0), q_QD.new_zeros(())
-        user_XD = q_QD[batch.target_query]
-        logits = self.head(user_XD) if target_XD is None else self.head(user_XD, target_XD)
-        return logits, binary_cross_entropy(logits, batch.labels, batch.weights)
+            return batch.labels.new_empty(0), q_QD.new_zeros(()), None
+        inputs = (q_QD[batch.target_query],) if target_XD is None else (q_QD[batch.target_query], target_XD)
+        logits = self.head(*inputs)
+        classification = binary_cross_entropy(logits, batch.labels, batch.weights)
+        if self.value_head is None:
+            return logits, classification, None
+        known = ~torch.isnan(batch.target_values)
+        error = self.value_head(*inputs)[known] - batch.target_values[known]
+        return logits, classification, (error.square() * batch.weights[known]).sum()
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
-        """Eq. (1): the positive is E of the next item, without ID or time; negatives exclude the user's own items."""
-        sequences = torch.repeat_interleave(
-            torch.arange(batch.user_ids.numel(), device=h_TD.device), batch.seq_offsets.diff(), output_size=batch.item_ids.numel()
-        )
+        """Eq. (1): positives are E of the next items, without ID or time; own items are no negatives."""
+        sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
         return info_nce(
             self.project_next(h_TD[batch.next_rows]),
             items[batch.next_index],
@@ -144,10 +187,8 @@ class HLLM(nn.Module):
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
-        """Predicted next item [X, E] from the last position that each exposure sees (zeros where it sees none)."""
-        piece = torch.repeat_interleave(
-            torch.arange(batch.user_ids.numel(), device=h_TD.device), batch.query_offsets.diff(), output_size=batch.query_times.numel()
-        )
+        """Predicted next item [X, E] by the last position that an exposure sees; zeros where it sees none."""
+        piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         visible = batch.query_visible[batch.target_query]
         row = batch.seq_offsets[piece[batch.target_query]] + visible - 1
         if h_TD.shape[0] == 0:
@@ -155,29 +196,39 @@ class HLLM(nn.Module):
         return self.project_next(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
 
 
-def build_model(config: Config, tables: dict[str, int], base_rate: float, table_device: torch.device | None = None) -> HLLM:
-    """Assemble the model of a configuration.
+def build_model(
+    config: Config,
+    tables: dict[str, int],
+    base_rate: float,
+    table_device: torch.device | None = None,
+    vector_width: int = 0,
+) -> HLLM:
+    """Assemble the model of a configuration, on the CPU (or the default device).
 
     Args:
         tables: {categorical feature: rows}, see `BatchRecipe.tables`.
         base_rate: share of positive training labels.
         table_device: "meta" when TorchRec will shard the tables.
+        vector_width: V of the dense item features, 0 without.
     """
     item_llm, item_width = _build_item_llm(config)
     user = UserLLM(
-        build_backbone(config.user.pretrained, config.user.shape, config.user.layers, word_embeddings=False), config.user.dropout
+        build_backbone(config.user.pretrained, config.user.shape, config.user.layers, word_embeddings=False),
+        config.user.dropout,
     )
     user.requires_grad_(config.user.trainable)
     features = HybridFeatures(
-        tables,
+        {name: rows for name, rows in tables.items() if name != ACTION_GATE},
         user.width,
         time_depth=config.features.time_depth,
         time_width=config.features.time_width,
         numeric=len(config.data.numeric_features),
+        of_items=("item_id", *config.data.item_features),
+        gate_rows=tables.get(ACTION_GATE, 0),
         scale=config.features.init_scale,
         device=table_device,
     )
-    return HLLM(item_llm, item_width, features, user, config, base_rate)
+    return HLLM(item_llm, item_width, features, user, config, base_rate, vector_width)
 
 
 def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:

@@ -115,6 +115,8 @@ def materialise_state(optimizer: AdamW) -> None:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     new = [p for p in parameters if not optimizer.state.get(p)]
+    if not new:
+        return
     gradients = [p.grad for p in parameters]
     rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:

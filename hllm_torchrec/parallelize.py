@@ -8,41 +8,82 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions  # noqa: F401
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 
-from hllm_torchrec.config import Config
+from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.model import HLLM
+from hllm_torchrec.quiet import quiet_libraries
 
 CUDA_ONLY_OPTIMIZERS = ("adam", "partial_rowwise_adam")
 
+NOT_FOR_TABLES = 0.4
+"""Share of each device's memory that the planner leaves to the dense parts and activations."""
 
-def start_process() -> torch.device:
-    """Join the job that torchrun (or TorchX) started, or make a job of one; returns this rank's device."""
+
+class TableSettings(Protocol):
+    """What sharding and stepping tables takes of a configuration: a `Config`, or a baseline's own."""
+
+    @property
+    def features(self) -> FeatureConfig:
+        """Of it: `shard_from_rows`, `sharding`."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Of it: `table_optimizer`, `table_lr`."""
+
+
+def start_process(timeout: float = 600.0) -> torch.device:
+    """Join the job that torchrun (or TorchX) started, or make a job of one; returns this rank's device.
+
+    timeout: seconds that a rank waits for the others, here and in every later collective.
+
+    Raises:
+        ConnectionError: the ranks did not come together; says which address and what to do.
+    """
+    quiet_libraries()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            _join(backend, timedelta(seconds=timeout))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Initialise the process group from the environment."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+        address, port, rank, world = (os.environ.get(name, "?") for name in names)
+        cause = "it is in use: choose another" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise ConnectionError(
+            f"rank {rank} of {world} could not join the others at {address}:{port}: {cause}. The port is "
+            "--rdzv_port of torchx, --master_port of torchrun; all ranks must reach it"
+        ) from error
 
 
 def stop_process() -> None:
@@ -51,16 +92,20 @@ def stop_process() -> None:
         dist.destroy_process_group()
 
 
-def check_tables(config: Config, device: torch.device) -> list[str]:
+def check_tables(config: TableSettings, device: torch.device) -> list[str]:
     """Problems of the table settings on this device, one line each."""
     problems = []
     optimizer, sharding = config.optim.table_optimizer, config.features.sharding
     if device.type == "cpu" and optimizer in CUDA_ONLY_OPTIMIZERS:
         problems.append(
-            f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose rowwise_adagrad, adagrad or sgd"
+            f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose "
+            "rowwise_adagrad, adagrad or sgd"
         )
     if device.type == "cpu" and sharding == "row_wise":
-        problems.append("features.sharding: 'row_wise': TorchRec's CPU tables have no row-wise bags; choose table_wise or column_wise")
+        problems.append(
+            "features.sharding: 'row_wise': TorchRec's CPU tables have no row-wise bags; choose table_wise or "
+            "column_wise"
+        )
     return problems
 
 
@@ -74,33 +119,53 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     if problems:
         raise ConfigError(problems)
     if config.parallel.activation_checkpointing:
-        for backbone in _backbones(model):
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        for part in (model.item_llm, model.user):
+            if part is not None:
+                part.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if config.parallel.compile:
-        for backbone in _backbones(model):
-            for layer in backbone.get_submodule(_layers_name(backbone)):
-                layer.compile(dynamic=True)
+        for layer in _llm_layers(model):
+            layer.compile(dynamic=True)
     tables = model.features.tables
     if tables is not None:
-        _give_sharded_tables_an_optimizer(tables, config)
+        give_sharded_tables_an_optimizer(tables, config)
     sharder: ModuleSharder = EmbeddingBagCollectionSharder()
     plan = plan_tables(model, config, device, sharder)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
-    wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)
+    some_unused = model.item_llm is not None and any(s.item_embeddings == "cached" for s in config.stages)
+    ddp = config.parallel.dense == "ddp"
+    return distribute(model, plan, sharder, device, ddp=ddp, some_unused=some_unused)
+
+
+def distribute(
+    model: nn.Module,
+    plan: ShardingPlan,
+    sharder: ModuleSharder,
+    device: torch.device,
+    *,
+    ddp: bool = True,
+    some_unused: bool = False,
+) -> DistributedModelParallel:
+    """Place tables by `plan`; replicate the rest with DDP, or leave it as it is (FSDP2 has been applied).
+
+    some_unused: whether there are steps in which no rank uses some of the trainable weights.
+    """
     assert dist.group.WORLD is not None
+    wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=some_unused)
     return DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=device,
         plan=plan,
         sharders=[sharder],
-        init_data_parallel=config.parallel.dense == "ddp",
+        init_data_parallel=ddp,
         data_parallel_wrapper=wrapper,
     )
 
 
-def plan_tables(model: nn.Module, config: Config, device: torch.device, sharder: ModuleSharder) -> ShardingPlan:
+def plan_tables(
+    model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder
+) -> ShardingPlan:
     """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on."""
     world = dist.get_world_size()
     topology = TopologyFactory.create_topology(
@@ -108,7 +173,10 @@ def plan_tables(model: nn.Module, config: Config, device: torch.device, sharder:
         kernel_config=KernelConfig(compute_device=device.type),
     )
     planner = EmbeddingShardingPlanner(
-        topology=topology, constraints={name: _constraint(rows, config, device) for name, rows in _tables(model)}, debug=False
+        topology=topology,
+        constraints={name: _constraint(rows, config, device) for name, rows in _tables(model)},
+        storage_reservation=FixedPercentageStorageReservation(NOT_FOR_TABLES),
+        debug=False,
     )
     assert dist.group.WORLD is not None
     return planner.collective_plan(model, [sharder], dist.group.WORLD)
@@ -121,10 +189,11 @@ def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
                 yield table.name, table.num_embeddings
 
 
-def _constraint(rows: int, config: Config, device: torch.device) -> ParameterConstraints:
+def _constraint(rows: int, config: TableSettings, device: torch.device) -> ParameterConstraints:
     if rows < config.features.shard_from_rows:
         return ParameterConstraints(
-            sharding_types=[ShardingType.DATA_PARALLEL.value], compute_kernels=[EmbeddingComputeKernel.DENSE.value]
+            sharding_types=[ShardingType.DATA_PARALLEL.value],
+            compute_kernels=[EmbeddingComputeKernel.DENSE.value],
         )
     sharding = config.features.sharding
     kinds = [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE]
@@ -134,8 +203,8 @@ def _constraint(rows: int, config: Config, device: torch.device) -> ParameterCon
     return ParameterConstraints(sharding_types=names, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
 
 
-def _give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: Config) -> None:
-    """The in-backward optimizer of every table that is not data parallel (those belong to the dense optimizer)."""
+def give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: TableSettings) -> None:
+    """Give each table its in-backward optimizer, but for data parallel ones (the dense optimizer's)."""
     name, lr = config.optim.table_optimizer, config.optim.table_lr
     classes = {
         "rowwise_adagrad": RowWiseAdagrad,
@@ -150,28 +219,37 @@ def _give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: Co
             apply_optimizer_in_backward(classes[name], [weight], {"lr": lr})
 
 
-def _backbones(model: HLLM) -> list[nn.Module]:
-    return [m.backbone for m in (model.item_llm, model.user) if m is not None and hasattr(m, "backbone")]
-
-
-def _layers_name(backbone: nn.Module) -> str:
-    return "layers" if hasattr(backbone, "layers") else "encoder.layer"
+def _llm_layers(model: HLLM) -> list[nn.Module]:
+    """The layers of both LLMs, first to last."""
+    backbones = [part.backbone for part in (model.item_llm, model.user) if part is not None]
+    return [layer for b in backbones for layer in (b.layers if hasattr(b, "layers") else b.encoder.layer)]
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:
-    """FSDP2 over every layer of both LLMs; what is left (heads, projections) forms the root's group."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    """FSDP2: every layer of both LLMs is a group; the root's has the rest (words, heads, projections).
 
+    The tables are TorchRec's. The root gives its weights up after the forward pass like any other: kept, they
+    would go stale where weights are changed between two forward passes (averaged weights in evaluation).
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for backbone in _backbones(model):
-        for layer in backbone.get_submodule(_layers_name(backbone)):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(backbone, mesh=mesh)
+    for layer in _llm_layers(model):
+        fully_shard(layer, mesh=mesh)
+    tables = set() if model.features.tables is None else set(model.features.tables.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "embed_items")
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager:
+def whole(tensor: Tensor) -> Tensor:
+    """A dense parameter with all of its rows, also where FSDP2 has sharded it. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """What the LLMs' matrix products run in."""
+    return torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
     """The forward pass's precision."""
-    if config.parallel.precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    dtype = compute_dtype(config)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)

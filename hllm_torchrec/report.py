@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.metrics.compare import SCHEMA_VERSION, interval, number, with_interval
+from hllm_torchrec.metrics.compare import SCHEMA_VERSION, interval, number
 from hllm_torchrec.metrics.page import figure, folded, page, paragraph, section, side_by_side, table
 from hllm_torchrec.metrics.plots import (
     NEUTRALS,
@@ -154,7 +154,7 @@ def _paired(metrics: Mapping[str, Any]) -> str:
             name,
             number(pair["difference"], signed=True),
             interval(pair["delong_low"], pair["delong_high"], signed=True),
-            "n/a" if pair["delong_p"] is None else f"{pair['delong_p']:.2g}",
+            _p_value(pair["delong_p"]),
             interval(pair["bootstrap_low"], pair["bootstrap_high"], signed=True),
         )
         for name, pair in paired.items()
@@ -177,19 +177,21 @@ def _paired(metrics: Mapping[str, Any]) -> str:
     if groups:
         axis = f"AUC minus AUC of {reference}"
         label = f"{axis} with 95% intervals: {', '.join(groups)}"
-        picture = figure("", estimates(groups, axis, label, "paired", zero=True, palette=NEUTRALS))
+        picture = figure(
+            "", estimates(groups, list(kinds), axis, label, "paired", zero=True, palette=NEUTRALS)
+        )
     return section("Paired differences", table(header, rows), picture, paragraph(note))
 
 
 def _training(log: TrainingLog) -> str:
-    figures = []
+    figures: list[str] = []
+    lines: list[Series] = []
     panels = [series for key, name in LOSSES.items() if (series := _step_series(log, key, name))]
     if panels:
         figures.append(figure("Loss", line_panels(panels, "Training loss over steps")))
-    lines = []
     for split in dict.fromkeys(split for split, _ in log.evaluations):
         points = sorted((step, auc) for (name, step), auc in log.evaluations.items() if name == split)
-        lines.append(Series(split, [step for step, _ in points], [auc for _, auc in points]))
+        lines.append(Series(split, [step for step, _ in points], [auc for _, auc in points], len(lines)))
     if lines:
         figures.append(figure("AUC in training", step_lines(lines, "AUC", "AUC of evaluations over steps")))
     if not figures:
@@ -207,15 +209,15 @@ def _training(log: TrainingLog) -> str:
 def _curves(metrics: Mapping[str, Any]) -> str:
     models, curves = _models(metrics), metrics.get("curves") or {}
     roc, reliability = [], []
-    for name, model in models.items():
+    for color, (name, model) in enumerate(models.items()):
         points = (curves.get(name) or {}).get("roc") or {}
         if points.get("false_positive_rate"):
             label = f"{name}  {number(model['auc'])}"
-            roc.append(Series(label, points["false_positive_rate"], points["true_positive_rate"]))
+            roc.append(Series(label, points["false_positive_rate"], points["true_positive_rate"], color))
         bins = (curves.get(name) or {}).get("reliability") or {}
         if bins.get("rows"):
             label = f"{name}  {number(model['ece'])}"
-            reliability.append(Series(label, bins["mean_probability"], bins["observed_rate"]))
+            reliability.append(Series(label, bins["mean_probability"], bins["observed_rate"], color))
     figures = []
     if roc:
         axes = ("false positive rate", "true positive rate")
@@ -258,9 +260,9 @@ def _slices(metrics: Mapping[str, Any]) -> str:
     )
     drawn = {name: row for name, row in groups.items() if row}
     label = f"AUC with 95% intervals of every model by slice: {', '.join(drawn)}"
-    picture = figure("", estimates(drawn, "AUC", label, "slices")) if drawn else ""
+    picture = figure("", estimates(drawn, list(models), "AUC", label, "slices")) if drawn else ""
     header = ("slice", "exposures", "positives", *models)
-    return section("AUC by slice", picture, table(header, rows), paragraph(note)) if rows else ""
+    return section("AUC by slice", picture, table(header, rows, "dense"), paragraph(note)) if rows else ""
 
 
 def _retrieval(retrieval: Mapping[str, Any] | None) -> str:
@@ -284,7 +286,7 @@ def _configuration(file: Path) -> str:
 def _provenance(provenance: Mapping[str, Any] | None) -> str:
     if not provenance:
         return ""
-    return section("Provenance", table(("what", "value"), _flatten(provenance), kind="text"))
+    return section("Provenance", table(("what", "value"), _flatten(provenance), "text"))
 
 
 def _models(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,20 +296,18 @@ def _models(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _auc_cell(part: Mapping[str, Any] | None) -> str:
-    return "n/a" if part is None else with_interval(part["auc"], part["auc_low"], part["auc_high"])
+    """AUC, and below it the interval, which does not break."""
+    if part is None or part["auc"] is None:
+        return "n/a"
+    bounds = interval(part["auc_low"], part["auc_high"]).replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{number(part['auc'])}\n{bounds}"
 
 
 def _step_series(log: TrainingLog, key: str, name: str) -> Series | None:
-    points = [
-        (step, float(log.steps[step][key]))
-        for step in sorted(log.steps)
-        if _is_number(log.steps[step].get(key))
-    ]
-    return (
-        Series(name, [step for step, _ in points], [value for _, value in points])
-        if len(points) > 1
-        else None
-    )
+    """A logged number over steps; None if logged less than twice or always 0 (a loss not in use)."""
+    steps = [step for step in sorted(log.steps) if _is_number(log.steps[step].get(key))]
+    values = [float(log.steps[step][key]) for step in steps]
+    return Series(name, steps, values) if len(steps) > 1 and any(values) else None
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -325,6 +325,10 @@ def _slice_title(name: str) -> str:
     """`history_1-9` → `history 1-9`, `item_cold` → `cold items`."""
     kind, _, part = name.partition("_")
     return f"{part} items" if kind == "item" else f"history {part}" if kind == "history" else name
+
+
+def _p_value(value: float | None) -> str:
+    return "n/a" if value is None else "< 1e-16" if value < 1e-16 else f"{value:.2g}"
 
 
 def _value(value: Any) -> str:

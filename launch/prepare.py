@@ -20,10 +20,10 @@ from hllm_torchrec.data.split import RULES, Split
 
 SOURCES = ("ml-100k", "ml-1m", "pixelrec", "amazon", "table")
 EXAMPLES = """examples:
-  hllm prepare --source ml-100k --output data/ml-100k hllm prepare --source ml-1m --path ml-1m --split
-  leave_one_out --output data/ml-1m hllm prepare --source pixelrec --path Pixel200K.csv --items item_info.csv
-  --split leave_one_out --output data/pixel hllm prepare --source amazon --path ratings_Books.csv --items
-  meta_Books.json.gz --split leave_one_out \\
+  hllm prepare --source ml-100k --output data/ml-100k
+  hllm prepare --source ml-1m --path ml-1m --split leave_one_out --output data/ml-1m
+  hllm prepare --source pixelrec --path Pixel200K.csv --items item_info.csv --split leave_one_out --output data/pixel
+  hllm prepare --source amazon --path ratings_Books.csv --items meta_Books.json.gz --split leave_one_out \\
       --core published --output data/books
   hllm prepare --source table --path my_shop.yaml --bad-rows bad_time=drop --output data/shop
 """
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         source = build_source(args)
-        if source.license_note:
+        if source.license_note and args.path is not None:  # what is fetched has shown it already
             print(source.license_note, file=sys.stderr)
         path = prepare(
             source,

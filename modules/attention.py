@@ -15,6 +15,7 @@ H heads, D width of a head.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ from torch.nn.functional import dropout as apply_dropout
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from hllm_torchrec.modules.jagged import Bucket, length_buckets, lengths_from_offsets, position_in_sequence
+from hllm_torchrec.modules.jagged import (
+    MOST_SCORES,
+    Bucket,
+    length_buckets,
+    lengths_from_offsets,
+    position_in_sequence,
+)
 
 PACKED_ATTENTION = "hllm_packed"
 
@@ -65,13 +72,15 @@ def plan_attention(
     query_visible: Tensor | None = None,
     *,
     causal: bool = True,
+    most_scores: int = MOST_SCORES,
 ) -> AttentionPlan:
     """Plan for sequences `seq_offsets` [B+1] over `total` = T positions, and optionally Q queries.
 
     query_offsets: [B+1] int64, which queries belong to which sequence; query_visible: [Q] int64, how many
-    positions of its sequence (from its start) each query sees, 0 <= visible <= length.
+    positions of its sequence (from its start) each query sees, 0 <= visible <= length. causal: decoders True,
+    encoders False. most_scores: see `length_buckets`; it bounds memory and changes no value.
     """
-    history = length_buckets(seq_offsets)
+    history = length_buckets(seq_offsets, most_scores=most_scores)
     positions = position_in_sequence(seq_offsets, total)
     emitted = [_valid_rows(bucket.rows, bucket.valid) for bucket in history]
     queries: list[QueryBucket | None] = [None] * len(history)
@@ -122,21 +131,28 @@ def packed_attention(
     scaling: float,
     dropout: float = 0.0,
     hllm_plan: AttentionPlan,
-    **_: object,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, H, S, D], key and value [1, G, S, D] -> [1, S, H, D].
 
     G divides H (grouped-query attention). `attention_mask` is not used: the plan says it all.
+
+    Raises:
+        ValueError: the model wants what is not computed here (capped logits, attention sinks), or has a
+            sliding window that would cut a sequence.
     """
     del module, attention_mask
+    _check_supported(hllm_plan, options)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     outputs, query_outputs = [], []
     for bucket, queries in zip(hllm_plan.history, hllm_plan.queries, strict=True):
         k_BHND, v_BHND = _padded(key, bucket.rows), _padded(value, bucket.rows)
-        out = _history_attention(_padded(query, bucket.rows), k_BHND, v_BHND, bucket, hllm_plan.causal, scaling, dropout)
+        out = _history_attention(
+            _padded(query, bucket.rows), k_BHND, v_BHND, bucket, hllm_plan.causal, scaling, dropout
+        )
         outputs.append(_packed(out, bucket.valid))
         if queries is not None:
             q, own_k, own_v = (_padded(x, queries.rows) for x in (query, key, value))
@@ -144,6 +160,21 @@ def packed_attention(
             query_outputs.append(_packed(out, queries.valid))
     lonely = value[hllm_plan.lonely]  # a softmax over one key is that key's value
     return torch.cat([*outputs, *query_outputs, lonely])[hllm_plan.restore][None], None
+
+
+def _check_supported(plan: AttentionPlan, options: dict[str, Any]) -> None:
+    """Raise rather than compute something else than what the model was trained with."""
+    for name, wanted in (("softcap", "caps its attention logits"), ("s_aux", "has attention sinks")):
+        if options.get(name) is not None:
+            raise ValueError(f"the backbone {wanted}, which packed attention lacks: choose another model")
+    sliding_window = options.get("sliding_window")
+    longest = max((bucket.rows.shape[1] for bucket in plan.history), default=0)
+    longest += any(queries is not None for queries in plan.queries)
+    if sliding_window is not None and longest > sliding_window:
+        raise ValueError(
+            f"a sequence has {longest} positions, beyond the backbone's sliding window of {sliding_window}, "
+            "which packed attention lacks: shorten data.max_history or item_llm.max_text_length"
+        )
 
 
 def _padded(x_SHD: Tensor, rows_BN: Tensor) -> Tensor:
@@ -167,7 +198,14 @@ def _history_attention(
 
 
 def _query_attention(
-    q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scaling: float, dropout: float
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout: float,
 ) -> Tensor:
     """Softmax over the visible history and the query itself; the own key is one extra column."""
     history = (q @ k.transpose(-1, -2) * scaling).masked_fill(hidden[:, None], float("-inf"))

@@ -2,6 +2,11 @@
 
     x_i = P(E_i) + ID_i + action_i + ... + MLP([year_i, ..., second_i]) + W n_i        (Table 12, Algorithm 1)
 
+With an action gate g (beyond the paper), what was done with an item also scales what the item is: a film
+rated 1 is evidence against its kind, which a sum cannot say.
+
+    x_i = (P(E_i) + ID_i) * (1 + g(action_i)) + action_i + MLP(...) + W n_i
+
 All tables live in one TorchRec `EmbeddingBagCollection`, so TorchRec shards them; this module only meets its
 interface. The jagged features hold one bag per *slot*: history positions, then query tokens, then (late
 fusion) the target items; a bag may be empty (adds nothing) or hold several values (genres: they sum).
@@ -9,7 +14,7 @@ fusion) the target items; a bag may be empty (adds nothing) or hold several valu
 Legend: S slots, D width of the user encoder, C time components, F numeric features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +23,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.modules.timestamps import TABLE_SIZES, TIME_FEATURES, TimestampMLP
+
+ACTION_GATE = "action_gate"
+"""Feature and table of the gate; its bags are those of `action` at history positions."""
 
 
 def table_config(name: str, rows: int, width: int, scale: float = 0.02) -> EmbeddingBagConfig:
@@ -41,6 +49,8 @@ class HybridFeatures(nn.Module):
         width: D.
         time_depth: how many components of year..second are used (0: none); time_width: width of each table.
         numeric: number F of numeric inputs (0: none), through one linear layer without bias.
+        of_items: the features in `tables` that describe the slot's item, and are gated with it.
+        gate_rows: number of actions of the gate (0: no gate).
         scale: table entries start uniform in +-scale.
         device: of the tables ("meta" before sharding).
     """
@@ -53,14 +63,20 @@ class HybridFeatures(nn.Module):
         time_depth: int = 6,
         time_width: int = 32,
         numeric: int = 0,
+        of_items: Collection[str] = (),
+        gate_rows: int = 0,
         scale: float = 0.02,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.width = width
-        self.summed: Sequence[str] = tuple(tables)
+        self.of_items: Sequence[str] = tuple(name for name in tables if name in of_items)
+        self.of_events: Sequence[str] = tuple(name for name in tables if name not in of_items)
+        self.gated = gate_rows > 0
         self.time_features: Sequence[str] = TIME_FEATURES[:time_depth]
         configs = [table_config(name, rows, width, scale) for name, rows in tables.items()]
+        if self.gated:
+            configs.append(table_config(ACTION_GATE, gate_rows, width, scale))
         configs += [
             table_config(name, rows, time_width, scale)
             for name, rows in zip(self.time_features, TABLE_SIZES[:time_depth], strict=True)
@@ -69,21 +85,47 @@ class HybridFeatures(nn.Module):
         self.merge_time = TimestampMLP(time_width, width, time_depth) if time_depth else None
         self.numeric = nn.Linear(numeric, width, bias=False) if numeric else None
 
-    def forward(self, features: KeyedJaggedTensor, numeric: Tensor | None) -> Tensor:
-        """features: S bags per key; numeric [S, F] float32 or None -> [S, D]."""
-        total: Tensor | None = None
-        if self.tables is not None:
-            pooled = self.tables(features).to_dict()
-            terms = [pooled[name] for name in self.summed]
-            if self.merge_time is not None:
-                # Slots without a time (late fusion's targets) have empty bags in all components: no time is added.
-                merged = self.merge_time(torch.cat([pooled[name] for name in self.time_features], dim=-1))
-                has_time = features[self.time_features[0]].lengths() > 0
-                terms.append(merged * has_time[:, None])
-            total = torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+    def forward(self, features: KeyedJaggedTensor, numeric: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """The features of every slot.
+
+        Args:
+            features: S bags per key.
+            numeric: [S, F] float32, or None.
+            items: [S, D] projected item embeddings of the slots' items, zeros where a slot has none; or None.
+
+        Returns:
+            [S, D].
+        """
+        slots = features.stride()
+        zeros = torch.zeros(slots, self.width, device=features.device())
+        if slots == 0:  # TorchRec cannot read bags without a slot, but every rank must take part in its exchange
+            features = _one_empty_slot(features)
+        pooled = {} if self.tables is None else self.tables(features).to_dict()
+        pooled = {name: rows[:slots] for name, rows in pooled.items()}
+        described = _sum([pooled[name] for name in self.of_items] + ([] if items is None else [items]), zeros)
+        if self.gated:
+            described = described * (1 + pooled[ACTION_GATE])
+        terms = [described, *(pooled[name] for name in self.of_events)]
+        if self.merge_time is not None:
+            # Late fusion's targets have no time: their bags are empty, and the MLP's bias is no feature.
+            merged = self.merge_time(torch.cat([pooled[name] for name in self.time_features], dim=-1))
+            has_time = features[self.time_features[0]].lengths()[:slots] > 0
+            terms.append(merged * has_time[:, None])
         if self.numeric is not None and numeric is not None:
-            projected = self.numeric(numeric)
-            total = projected if total is None else total + projected
-        if total is None:
-            return torch.zeros(features.stride(), self.width, device=features.device())
-        return total
+            terms.append(self.numeric(numeric))
+        return _sum(terms, zeros)
+
+
+def _one_empty_slot(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The keys of `features`, which has no slots, with one empty bag each."""
+    keys = features.keys()
+    lengths = torch.zeros(len(keys), dtype=torch.int64, device=features.device())
+    return KeyedJaggedTensor(keys=keys, values=features.values(), lengths=lengths, stride=1)
+
+
+def _sum(terms: Sequence[Tensor], zeros: Tensor) -> Tensor:
+    """The sum of the terms, zeros without any."""
+    total = terms[0] if terms else zeros
+    for term in terms[1:]:
+        total = total + term
+    return total

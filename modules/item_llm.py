@@ -2,7 +2,8 @@
 
 The input is {t_1, ..., t_m, [ITEM]}: the tokens of the text, then one learned vector. E is the last hidden
 state at [ITEM], or the mean over the text's tokens (the paper's Table 10). Items are packed one after the
-other; `hllm_torchrec.modules.attention` keeps them apart, so padding is never encoded. No vocabulary head exists.
+other; `hllm_torchrec.modules.attention` keeps them apart, so padding is never encoded. There is no vocabulary
+head.
 
 Legend: U items, S text tokens of all items, P = S plus one [ITEM] per item that has one, D width.
 """
@@ -38,7 +39,9 @@ class ItemLLM(nn.Module):
         self.width: int = backbone.config.hidden_size
         words = backbone.get_input_embeddings().weight
         # Start where the words live: a vector of another scale would dominate the first layer's norm.
-        self.item_token = nn.Parameter(words.detach().float().mean(0) if not words.is_meta else words.new_zeros(self.width))
+        self.item_token = nn.Parameter(
+            words.detach().float().mean(0) if not words.is_meta else words.new_zeros(self.width)
+        )
 
     def forward(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """token_ids [S] int, cu_seqlens [U+1] int64 -> E [U, D]."""
@@ -47,9 +50,10 @@ class ItemLLM(nn.Module):
         has_token = torch.ones_like(lengths) if self.pooling == "item" else (lengths == 0).to(lengths.dtype)
         packed_offsets = offsets_from_lengths(lengths + has_token)
         total = token_ids.numel() + int(has_token.sum())
-        if total == 0:  # a rank without items still runs the layers once: FSDP's collectives need every rank
-            alone = self._encode(self.item_token[None], torch.tensor([0, 1], device=token_ids.device))
-            return alone[:0].expand(items, -1)
+        if total == 0:  # a rank without items runs every weight once: DDP's and FSDP's collectives need it
+            words = self.backbone.get_input_embeddings()(token_ids.long())
+            alone = torch.cat([words, self.item_token[None].to(words.dtype)])
+            return self._encode(alone, torch.tensor([0, 1], device=token_ids.device))[:0]
         hidden = self._encode(self._embed(token_ids, cu_seqlens, packed_offsets, has_token, total), packed_offsets)
         if self.pooling == "item":
             return hidden[packed_offsets[1:] - 1]
@@ -57,7 +61,9 @@ class ItemLLM(nn.Module):
         sums = sums.index_add(0, sequence_of_position(packed_offsets, total), hidden)
         return sums / lengths_from_offsets(packed_offsets)[:, None]
 
-    def _embed(self, token_ids: Tensor, cu_seqlens: Tensor, packed_offsets: Tensor, has_token: Tensor, total: int) -> Tensor:
+    def _embed(
+        self, token_ids: Tensor, cu_seqlens: Tensor, packed_offsets: Tensor, has_token: Tensor, total: int
+    ) -> Tensor:
         """Word vectors with [ITEM] in the last place of every item that has it: [P, D]."""
         words = self.backbone.get_input_embeddings()(token_ids.long())
         shift = packed_offsets[:-1] - cu_seqlens[:-1]
@@ -97,19 +103,31 @@ def build_backbone(
         ValueError: neither or both of `pretrained` and `shape`, or more layers asked for than there are.
     """
     if (pretrained is None) == (shape is None):
-        raise ValueError(f"a backbone needs either pretrained weights or a shape: pretrained={pretrained!r}, shape={shape!r}")
-    config = AutoConfig.from_pretrained(pretrained) if pretrained is not None else AutoConfig.for_model(**(shape or {}))
-    if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
-        config.num_hidden_layers = layers
-    config._attn_implementation = attention
-    model = _load(pretrained, config) if pretrained is not None else AutoModel.from_config(config)
+        raise ValueError(
+            f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
+            "weights, or a shape for random ones"
+        )
+    if pretrained is not None:
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
+        model = _load(pretrained, _adapted(config, layers, attention))
+    else:
+        config = AutoConfig.for_model(**(shape or {}))
+        model = AutoModel.from_config(_adapted(config, layers, attention), trust_remote_code=False)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's pooler serves sentence pairs; unused parameters would stall DDP
     if not word_embeddings:
         model.set_input_embeddings(None)
     return model
+
+
+def _adapted(config: PreTrainedConfig, layers: int | None, attention: str) -> PreTrainedConfig:
+    """The config with the first `layers` only, and `attention`."""
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
+        config.num_hidden_layers = layers
+    config._attn_implementation = attention
+    return config
 
 
 def _load(directory: str, config: PreTrainedConfig) -> PreTrainedModel:
@@ -122,12 +140,16 @@ def _load(directory: str, config: PreTrainedConfig) -> PreTrainedModel:
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=config._attn_implementation,
             output_loading_info=True,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    model.train()  # from_pretrained leaves it in evaluation mode: no dropout, no activation checkpointing
     missing = [key for key in report["missing_keys"] if "pooler" not in key]
     if missing:
-        raise ValueError(f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: not a complete checkpoint")
+        raise ValueError(
+            f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: not a complete checkpoint"
+        )
     return model

@@ -35,6 +35,10 @@ def position_in_sequence(offsets: Tensor, total: int) -> Tensor:
     return torch.arange(total, device=offsets.device) - starts
 
 
+MOST_SCORES = 2**22
+"""Attention scores per head that a bucket may need at a time: 16 MiB in float32."""
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Sequences of similar length, padded on the right to the longest of them.
@@ -49,12 +53,16 @@ class Bucket:
     sequences: Tensor
 
 
-def length_buckets(offsets: Tensor, waste: float = 0.25, floor: int = 16, most_scores: int = 2**22) -> list[Bucket]:
-    """Group sequences by length so that padding stays under `waste` of a bucket's cells.
+def length_buckets(
+    offsets: Tensor, waste: float = 0.25, floor: int = 16, most_scores: int = MOST_SCORES
+) -> list[Bucket]:
+    """Group sequences of `offsets` [B+1] by length, so that little of a bucket is padding.
 
-    Sequences up to `floor` positions share a bucket whatever the waste: there the launch costs more than
-    the cells. A bucket holds at most `most_scores` attention scores per head (b x N x N), or one sequence.
-    Empty sequences are in no bucket. Lengths are read on the host, once per batch.
+    `waste` is the share of padding where a bucket's lengths are spread evenly; the shortest of a bucket is
+    padded by at most twice that. Sequences up to `floor` positions share a bucket whatever the waste: there
+    the launch costs more than the cells. A bucket holds at most `most_scores` attention scores per head
+    (b x N x N), or one sequence. Empty sequences are in no bucket. Lengths are read on the host, once per
+    batch.
     """
     lengths = lengths_from_offsets(offsets).cpu()
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -68,15 +76,15 @@ def length_buckets(offsets: Tensor, waste: float = 0.25, floor: int = 16, most_s
         end = start + 1
         while end < limit and lengths[kept[end]] >= least:
             end += 1
-        buckets.append(_bucket(kept[start:end], longest, offsets))
+        is_full = int(lengths[kept[end - 1]]) == longest
+        buckets.append(_bucket(kept[start:end], longest, offsets, is_full))
         start = end
     return buckets
 
 
-def _bucket(sequences: list[int], longest: int, offsets: Tensor) -> Bucket:
+def _bucket(sequences: list[int], longest: int, offsets: Tensor, is_full: bool) -> Bucket:
     chosen = torch.tensor(sequences, device=offsets.device)
     starts, lengths = offsets[chosen], lengths_from_offsets(offsets)[chosen]
     cells = torch.arange(longest, device=offsets.device).expand(len(sequences), -1)
     rows = starts[:, None] + torch.minimum(cells, (lengths - 1)[:, None])
-    valid = cells < lengths[:, None]
-    return Bucket(rows=rows, valid=None if bool(valid.all()) else valid, sequences=chosen)
+    return Bucket(rows=rows, valid=None if is_full else cells < lengths[:, None], sequences=chosen)

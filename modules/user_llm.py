@@ -5,7 +5,7 @@ from scratch. Query tokens (see `hllm_torchrec.modules.attention`) serve both di
 paper's Figure 2: for late fusion the query is the learned [USER] vector, for early fusion the target item.
 
 Every user encoder has this one interface, so HSTU or SASRec stand in its place:
-    forward(x_TD, seq_offsets, queries) -> (h_TD, q_QD)
+    forward(x_TD, seq_offsets, timestamps, queries) -> (h_TD, q_QD)
 
 Legend: B users, T packed history positions, Q query tokens, D width.
 """
@@ -48,7 +48,11 @@ class UserLLM(nn.Module):
         self.width: int = backbone.config.hidden_size
 
     def forward(
-        self, x_TD: Tensor, seq_offsets: Tensor, timestamps: Tensor | None = None, queries: Queries | None = None
+        self,
+        x_TD: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor | None = None,
+        queries: Queries | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_TD [T, D] packed history -> h_TD [T, D] (h_i sees positions up to i) and q_QD [Q, D].
 
@@ -58,18 +62,27 @@ class UserLLM(nn.Module):
         del timestamps
         total = x_TD.shape[0]
         inputs = x_TD if queries is None else torch.cat([x_TD, queries.x_QD])
-        if inputs.shape[0] == 0:  # a rank without users still runs the layers once: FSDP's collectives need every rank
-            return self._encode_one_zero(x_TD), x_TD
+        if inputs.shape[0] == 0:
+            return self._encode_one_zero(inputs), inputs
         offsets, visible = (None, None) if queries is None else (queries.offsets, queries.visible)
         hidden = self._encode(inputs, plan_attention(seq_offsets, total, offsets, visible))
         return hidden[:total], hidden[total:]
 
     def _encode(self, inputs: Tensor, plan: AttentionPlan) -> Tensor:
         output = self.backbone(
-            inputs_embeds=self.dropout(inputs)[None], position_ids=plan.position_ids, use_cache=False, hllm_plan=plan
+            inputs_embeds=self.dropout(inputs)[None],
+            position_ids=plan.position_ids,
+            use_cache=False,
+            hllm_plan=plan,
         )
         return output.last_hidden_state[0]
 
-    def _encode_one_zero(self, x_TD: Tensor) -> Tensor:
-        plan = plan_attention(torch.tensor([0, 1], device=x_TD.device), 1)
-        return self._encode(x_TD.new_zeros(1, self.width), plan)[:0]
+    def _encode_one_zero(self, inputs: Tensor) -> Tensor:
+        """Run the layers on one zero and keep nothing of it: [0, D], with a graph through every weight.
+
+        A rank without users must do so, because FSDP's collectives and the tables' backward need every rank.
+        The zero is the sum of the inputs [0, D] that there are not: the backward pass then goes on to where
+        they come from, and meets the collectives in the other ranks' order.
+        """
+        plan = plan_attention(torch.tensor([0, 1], device=inputs.device), 1)
+        return self._encode(inputs.sum(0, keepdim=True), plan)[:0]

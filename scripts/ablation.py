@@ -38,7 +38,17 @@ def train_and_evaluate(variant: str, seed: int, output: Path, processes: int) ->
     if (run / "metrics.json").is_file():
         return run
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    train = ["train.py", "--config", str(CONFIGS / f"{variant}.yaml"), "--seed", str(seed), "--output", str(run), "--resume", "true"]
+    train = [
+        "train.py",
+        "--config",
+        str(CONFIGS / f"{variant}.yaml"),
+        "--seed",
+        str(seed),
+        "--output",
+        str(run),
+        "--resume",
+        "true",
+    ]
     evaluate = ["-m", "hllm_torchrec.launch.evaluate", "--run", str(run), "--split", "test"]
     threads = str(max(1, (os.cpu_count() or 2) // processes))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
@@ -54,17 +64,28 @@ def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
     """AUC and retrieval of every variant (mean, standard deviation over seeds) and the paired questions."""
     variants = sorted({variant for variant, _ in runs})
     first = read_predictions(next(iter(runs.values())) / "predictions" / "test")
-    scored = {key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)}
+    scored = {
+        key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)
+    }
     draws = user_bootstrap(first.label, {f"{v}/{s}": p.score for (v, s), p in scored.items()}, first.user_id)
     table, answers = {}, {}
     for variant in variants:
         rows = [json.loads((runs[variant, seed] / "metrics.json").read_text()) for seed in seeds]
-        table[variant] = {name: mean_and_deviation([pick(row, name) for row in rows]) for name in ("auc", "recall@10", "ndcg@10")}
+        table[variant] = {
+            name: mean_and_deviation([pick(row, name) for row in rows])
+            for name in ("auc", "recall@10", "ndcg@10")
+        }
     for question, (a, b) in QUESTIONS.items():
         if all((v, s) in scored for v in (a, b) for s in seeds):
             paired = np.mean([draws[f"{a}/{s}"] - draws[f"{b}/{s}"] for s in seeds], axis=0)
             low, high = percentile_interval(paired)
-            answers[question] = {"a": a, "b": b, "difference": table[a]["auc"]["mean"] - table[b]["auc"]["mean"], "low": low, "high": high}
+            answers[question] = {
+                "a": a,
+                "b": b,
+                "difference": table[a]["auc"]["mean"] - table[b]["auc"]["mean"],
+                "low": low,
+                "high": high,
+            }
     return {"seeds": seeds, "variants": table, "questions": answers}
 
 
@@ -84,18 +105,27 @@ def pick(metrics: dict, name: str) -> float | None:
 def mean_and_deviation(values: list[float | None]) -> dict[str, float] | None:
     """Mean and standard deviation over seeds; None where the variant has no such figure."""
     known = [v for v in values if v is not None]
-    return {"mean": float(np.mean(known)), "deviation": float(np.std(known, ddof=1 if len(known) > 1 else 0))} if known else None
+    return (
+        {"mean": float(np.mean(known)), "deviation": float(np.std(known, ddof=1 if len(known) > 1 else 0))}
+        if known
+        else None
+    )
 
 
 def markdown(summary: dict) -> str:
     """The README's two tables."""
     lines = ["| variant | test AUC | Recall@10 | NDCG@10 |", "|---|---|---|---|"]
     for variant, row in summary["variants"].items():
-        cells = [f"{row[n]['mean']:.4f} ± {row[n]['deviation']:.4f}" if row[n] else "–" for n in ("auc", "recall@10", "ndcg@10")]
+        cells = [
+            f"{row[n]['mean']:.4f} ± {row[n]['deviation']:.4f}" if row[n] else "–"
+            for n in ("auc", "recall@10", "ndcg@10")
+        ]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines += ["", "| question | AUC difference | 95% interval over users |", "|---|---|---|"]
     for question, answer in summary["questions"].items():
-        lines.append(f"| {question} | {answer['difference']:+.4f} | {answer['low']:+.4f} to {answer['high']:+.4f} |")
+        lines.append(
+            f"| {question} | {answer['difference']:+.4f} | {answer['low']:+.4f} to {answer['high']:+.4f} |"
+        )
     return "\n".join(lines)
 
 

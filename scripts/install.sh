@@ -45,10 +45,18 @@ find_python() { # prints the Python to use
         "Install one (on Debian or Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3"
 }
 
+has_venv() { # whether .venv works and was made here: its commands name their Python by its full path
+    .venv/bin/python -c '' 2>/dev/null && grep -qF "$(pwd -P)/.venv" .venv/bin/activate
+}
+
+has_gpu() {
+    nvidia-smi -L 2>/dev/null | grep -q GPU
+}
+
 detect_device() { # prints cpu or cuda
     if [ -f "$stamp" ]; then
         cut -d' ' -f1 "$stamp"
-    elif nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    elif has_gpu; then
         echo cuda
     else
         echo cpu
@@ -123,18 +131,19 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cpu_wheels=https://download.pytorch.org/whl/cpu
 if [ -z "$use_venv" ]; then
-    python=${PYTHON:-python3}
-    stamp=$("$python" -c 'import sys; print(sys.prefix)')/.hllm-installed
+    python=$(PYTHON=${PYTHON:-python3} find_python)
+elif has_venv; then
+    python=.venv/bin/python
 else
-    python=.venv/bin/python stamp=.venv/.hllm-installed
-    # broken, or moved here from another folder: its commands name their Python by its full path
-    if ! "$python" -c '' 2>/dev/null || ! grep -qF "$(pwd -P)/.venv" .venv/bin/activate; then
-        base=$(find_python)
-        step "making .venv with $("$base" --version)" "$base" -m venv --clear .venv
-    fi
+    python=$(find_python)
 fi
-release=$("$python" hllm_torchrec/versions.py $torch_minor) || exit 1
+release=$("$python" hllm_torchrec/versions.py ${torch_minor:+"$torch_minor"}) || exit 1
 read -r torch torchrec fbgemm <<<"$release"
+if [ -n "$use_venv" ] && ! has_venv; then
+    step "making .venv with $("$python" --version)" "$python" -m venv --clear .venv
+    python=.venv/bin/python
+fi
+stamp=$("$python" -c 'import sys; print(sys.prefix)')/.hllm-installed
 [ "$device" != auto ] || device=$(detect_device)
 wanted="$device $(fingerprint)"
 case "$(cat "$stamp" 2>/dev/null)" in
@@ -148,8 +157,12 @@ start=$SECONDS
 rm -f "$stamp"
 step "torch $torch ($device)" install_torch
 step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
-    tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
+    "torch==$torch" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
 step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
-step "a first import" "$python" -c 'import hllm_torchrec, torch, fbgemm_gpu, torchrec'
+if [ "$device" = cpu ] || has_gpu; then
+    step "a first import" "$python" -c 'import hllm_torchrec, torch, fbgemm_gpu, torchrec'
+else
+    echo "install: no GPU driver here, without which the CUDA build cannot be imported; not tried"
+fi
 echo "$wanted $dev" >"$stamp"
 echo "install: done in $((SECONDS - start)) s ($device, torch $torch, torchrec $torchrec)"

@@ -34,7 +34,11 @@ step() { # NAME COMMAND...: runs it, shows its output and keeps it in a log
     shift
     echo
     echo "== $name: $*"
-    "$@" 2>&1 | tee "$log" || fail "step \"$name\" failed; log in $log"
+    if ! "$@" 2>&1 | tee "$log"; then
+        echo
+        grep -i 'error: ' "$log" | head -n 3 >&2 || true # the launcher's own traceback buries it
+        fail "step \"$name\" failed; log in $log"
+    fi
     echo "== $name: $((SECONDS - start)) s"
 }
 

@@ -42,8 +42,10 @@ bash scripts/install.sh --dev "${install_args[@]}"
 python=$root/.venv/bin/python
 [ ${#install_args[@]} -eq 0 ] || python=${PYTHON:-python3}
 
-echo "ruff" && "$python" -m ruff check .
-echo "mypy" && check_types
-echo "pytest"
+echo "== ruff"
+"$python" -m ruff check .
+echo "== mypy"
+check_types
+echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
 exec "$python" -m pytest -n 2 "${pytest_args[@]}"

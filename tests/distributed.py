@@ -42,7 +42,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     # One server imports the heavy libraries once and forks the ranks: spawning would import them in each.
     context = multiprocessing.get_context("forkserver")
-    heavy = ("torch.distributed", "torchrec")
+    heavy = ("torch.distributed", "torchrec", "transformers", "hllm_torchrec.trainer")
     context.set_forkserver_preload([name for name in heavy if name in sys.modules])
     # Pickled here: multiprocessing's own pickler would put tensors into memory that the ranks share.
     work = pickle.dumps((function, args))

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,36 @@ def load_and_train(
     assert path is not None
     extra = load_checkpoint(path, training.state())
     return training.run(0), training.run(2), extra, load_rank_extra(path)
+
+
+def save_until_killed(directory: Path) -> None:
+    step = 0 if (path := latest_checkpoint(directory)) is None else int(path.name[5:])
+    while True:
+        step += 1
+        save_numbers(directory, step)
+
+
+@pytest.mark.slow
+def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "torchrec"])  # or each process imports them
+    steps = []
+    for seconds in (0.3, 0.013, 0.029):  # after the first save of each process
+        process = context.Process(target=save_until_killed, args=(tmp_path,))
+        before = latest_checkpoint(tmp_path)
+        process.start()
+        while latest_checkpoint(tmp_path) == before:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.kill()
+        process.join()
+        path = latest_checkpoint(tmp_path)
+        assert path is not None
+        w, extra = load_numbers(path)
+        assert w.tolist() == [float(path.name[5:])] * 4
+        assert extra == {"step": int(path.name[5:])}
+        steps.append(extra["step"])
+    assert steps == sorted(set(steps))
 
 
 Saved = tuple[Path, list[tuple[Tensor, Tensor]]]

@@ -5,14 +5,14 @@ import time
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
 
 from hllm_torchrec.flops import flops_utilisation, measured_matmul_peak, transformer_flops_per_token
 
 TOKENS = 7
 
 
-def counted_flops(model: torch.nn.Module) -> float:
+def counted_flops(model: PreTrainedModel) -> float:
     """Operations per token of one forward pass, as PyTorch counts them (the masked half included)."""
     embeddings = torch.randn(1, TOKENS, model.config.hidden_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -58,7 +58,9 @@ def test_the_full_model_builds_on_the_meta_device(path):
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    config = with_random_weights(path, "--features.item_id", "true", "--features.time_depth", "6", "--features.sharding", "auto")
+    config = with_random_weights(
+        path, "--features.item_id", "true", "--features.time_depth", "6", "--features.sharding", "auto"
+    )
     with torch.device("meta"):
         model = build_model(config, {"item_id": 700_000}, base_rate=0.5)
     plan = plan_tables(model, config, torch.device("cuda"), EmbeddingBagCollectionSharder())

@@ -9,7 +9,9 @@ items, S slots of the ID features (T history, then Q queries, then X targets for
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,10 @@ class HybridBatch(Pipelineable):
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
     """[S, F] float32, or None."""
+    item_vectors: Tensor | None
+    """[U, V] float32 dense features of unique_items, or None."""
+    target_values: Tensor
+    """[X] float32 in [-1, 1]: the exposure's ordinal action (rating), or its label; NaN where unknown."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "HybridBatch":
         """A copy on `device`."""
@@ -85,9 +91,10 @@ class HybridBatch(Pipelineable):
             if value is not None:
                 value.record_stream(stream)
 
-    def _map(self, function) -> "HybridBatch":  # type: ignore[no-untyped-def]
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return HybridBatch(**{k: None if v is None else function(v) for k, v in values.items()})
+    def _map(self, function: Callable[[Any], Any]) -> "HybridBatch":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in values.items()}
+        return HybridBatch(**mapped)
 
     @property
     def num_exposures(self) -> int:

@@ -133,8 +133,10 @@ class ItemCatalogue:
         take, numbers = [], []
         for i, raw in enumerate(raw_ids):
             if drop_empty and empty[i]:
-                self._refused.add(raw)
+                if raw not in self._numbers:
+                    self._refused.add(raw)
                 continue
+            self._refused.discard(raw)
             number = self._place(raw, hash(texts[i]), chunk.path, int(rows[i]))
             if number is not None:
                 take.append(i)

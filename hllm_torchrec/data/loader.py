@@ -4,16 +4,17 @@ The plan of an epoch is a pure function of (dataset, world size, seed, epoch), s
 steps all ranks will take (a rank that runs out earlier yields empty batches) and a resumed run starts in the
 middle without reading what came before.
 
-- Up to SHARED_EVENTS events: every rank holds the whole split, and each global batch is dealt out so that ranks
-  get equal work. The same samples form a step at any world size (of the same global batch).
-- Beyond: each rank reads its own row groups, in windows that bound memory.
+- Up to SHARED_EVENTS events: every rank holds the whole split, and each global batch is dealt out so that
+  ranks get equal work. The same samples form a step at any world size (of the same global batch).
+- Beyond: each rank reads its own row groups, in windows that bound memory (with one rank, too).
 """
 
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +23,19 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
-from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset import Dataset, RowGroup
 
 Ints = NDArray[np.int64]
 
 SHARED_EVENTS = 20_000_000
-"""About half a gigabyte per rank."""
+"""Held by every rank up to here: about half a gigabyte."""
 WINDOW_ROW_GROUPS = 8
 """Row groups that are shuffled together (and held in memory) when ranks read their own."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Columns, one entry per piece: row group, row in it, and the stretch [start, end) with exposures from `first`."""
+    """Columns, one entry per piece: row group, row in it, stretch [start, end), exposures from `first` on."""
 
     group: Ints
     row: Ints
@@ -44,10 +45,6 @@ class Pieces:
 
     def __len__(self) -> int:
         return self.row.size
-
-    def take(self, index: Ints) -> "Pieces":
-        """The pieces at `index`."""
-        return Pieces(self.group[index], self.row[index], self.start[index], self.first[index], self.end[index])
 
     @property
     def lengths(self) -> Ints:
@@ -112,10 +109,13 @@ class Loader:
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
         self._groups = dataset.row_groups(split)
         if not self._groups:
-            raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
+            raise ValueError(
+                f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule"
+            )
         self.pieces = self._index(max_history)
-        self.sharded = world > 1 and int(self.pieces.lengths.sum()) > SHARED_EVENTS
-        self._rows = _RowCache(dataset, self._groups, keep=2 * WINDOW_ROW_GROUPS if self.sharded else len(self._groups))
+        self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
+        keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
+        self._rows = _RowCache(dataset, self._groups, keep)
         self._plan_of: tuple[int, list[list[Ints]]] | None = None
 
     def _index(self, max_history: int) -> Pieces:
@@ -124,16 +124,21 @@ class Loader:
             table = self.dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
             lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
             starts = table["target_start"].to_numpy().astype(np.int64)
-            columns.append((np.full(lengths.size, number, dtype=np.int64), np.arange(lengths.size), lengths, starts))
-        number, row, lengths, starts = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return cut_into_pieces(number, row, lengths, starts, max_history)
+            columns.append((np.full(lengths.size, number), np.arange(lengths.size), lengths, starts))
+        numbers, rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
+        return cut_into_pieces(numbers, rows, all_lengths, all_starts, max_history)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
+        if not self.sharded:
+            return -(-len(self.pieces) // (self.batch_users * self.world))
         return max(len(batches) for batches in self._plan(epoch))
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[HybridBatch]:
-        """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them."""
+    def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
+        """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them.
+
+        Close the generator when leaving early: that stops its thread.
+        """
         mine = self._plan(epoch)[self.rank]
         work = (
             (step, mine[step] if step < len(mine) else np.empty(0, np.int64))
@@ -151,7 +156,13 @@ class Loader:
         row = int(pieces.row[i])
         cut = slice(rows.offsets[row] + start, rows.offsets[row] + end)
         return Piece(
-            int(rows.user_ids[row]), start, first - start, rows.item_ids[cut], rows.timestamps[cut], rows.labels[cut], rows.actions[cut]
+            int(rows.user_ids[row]),
+            start,
+            first - start,
+            rows.item_ids[cut],
+            rows.timestamps[cut],
+            rows.labels[cut],
+            rows.actions[cut],
         )
 
     def _plan(self, epoch: int) -> list[list[Ints]]:
@@ -180,7 +191,8 @@ class Loader:
         for rank in range(self.world):
             own, batches = groups[rank :: self.world], []
             for at in range(0, own.size, WINDOW_ROW_GROUPS):
-                window = np.concatenate([np.arange(first_of[g], first_of[g + 1]) for g in own[at : at + WINDOW_ROW_GROUPS]])
+                inside = own[at : at + WINDOW_ROW_GROUPS]
+                window = np.concatenate([np.arange(first_of[g], first_of[g + 1]) for g in inside])
                 if rng is not None:
                     rng.shuffle(window)
                 batches += [window[i : i + self.batch_users] for i in range(0, window.size, self.batch_users)]
@@ -211,7 +223,7 @@ class _Rows:
 class _RowCache:
     """Decoded row groups, the least recently used dropped first."""
 
-    def __init__(self, dataset: Dataset, groups: list, keep: int) -> None:
+    def __init__(self, dataset: Dataset, groups: list[RowGroup], keep: int) -> None:
         self._dataset, self._groups, self._keep = dataset, groups, keep
         self._held: OrderedDict[int, _Rows] = OrderedDict()
 
@@ -239,18 +251,18 @@ def _decode(table: pa.Table) -> _Rows:
     )
 
 
-def _ahead(batches: Iterator[HybridBatch], depth: int) -> Iterator[HybridBatch]:
+def _ahead(batches: Iterator[HybridBatch], depth: int) -> Generator[HybridBatch, None, None]:
     """Run an iterator on a background thread, `depth` items ahead; its errors are raised here.
 
-    Leaving the loop early stops the thread.
+    Closing the generator stops the thread.
     """
     if depth <= 0:
         yield from batches
         return
-    ready: queue.Queue = queue.Queue(maxsize=depth)
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
-    def put(entry: tuple[str, object]) -> bool:
+    def put(entry: tuple[str, Any]) -> bool:
         while not stop.is_set():
             try:
                 ready.put(entry, timeout=0.1)
@@ -276,8 +288,8 @@ def _ahead(batches: Iterator[HybridBatch], depth: int) -> Iterator[HybridBatch]:
             if kind == "end":
                 return
             if kind == "error":
-                raise value  # type: ignore[misc]
-            yield value  # type: ignore[misc]
+                raise value
+            yield value
     finally:
         stop.set()
         thread.join(timeout=5)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+ITEM_COUNTS = "training_item_counts.npy"
 _BLOCK = 1 << 20
 
 

@@ -1,6 +1,7 @@
 """Numbers about a request that are known strictly before its second.
 
-Each is scaled to be of order one, so that one linear layer without normalisation can read it.
+Each is scaled to be of order one, so that one linear layer without normalisation can read it. "Earlier" means
+within the stretch of events that a pass reads: of users longer than `data.max_history` that is a part.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ SHRINKAGE = 5.0
 def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targets: Ints) -> Floats:
     """[X, F] float32: the features `names` of the exposures `targets` of one user's sorted events.
 
-    timestamps [n] seconds; labels [n], NaN where there is none. Only events of strictly earlier seconds count.
+    timestamps [n] seconds; labels [n], NaN where there is none; targets [X], indices of events. Only events
+    of strictly earlier seconds count.
     """
     seen = np.searchsorted(timestamps, timestamps[targets], side="left")
     columns = [NUMERIC_FEATURES[name](timestamps, labels, targets, seen) for name in names]

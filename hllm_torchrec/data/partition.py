@@ -4,8 +4,7 @@ A partition holds all events of its users. It is written in source order while t
 rewritten once, sorted by (user, timestamp, source row) with user numbers in place of raw ids.
 """
 
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from hllm_torchrec.data.policy import BadRowLog
 
 BYTES_PER_PARTITION = 64 << 20
 MAX_PARTITIONS = 256
+_HASH_BASE = np.uint64(0x100000001B3)
+_HASH_MIX = np.uint64(0xFF51AFD7ED558CCD)
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
@@ -39,11 +40,7 @@ class PartitionWriter:
         if count == 1:
             self._append(0, table)
             return
-        encoded = table[self._key].combine_chunks().dictionary_encode()
-        of_value = np.array(
-            [zlib.crc32(v.encode()) % count for v in encoded.dictionary.to_pylist()], np.int64
-        )
-        part = of_value[encoded.indices.to_numpy()]
+        part = (hash_strings(table[self._key].combine_chunks()) % np.uint64(count)).astype(np.int64)
         table = table.take(np.argsort(part, kind="stable"))
         ends = np.cumsum(np.bincount(part, minlength=count))
         for p, (start, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)):
@@ -64,12 +61,33 @@ class PartitionWriter:
         return self._paths
 
 
-def read_stream(path: Path) -> pa.Table | None:
-    """The whole table of an Arrow stream, or None if the file is not there."""
+def read_stream(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """The table of an Arrow stream, whole or the columns named, or None if the file is not there."""
     if not path.exists():
         return None
-    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
-        return reader.read_all()
+    with pa.OSFile(str(path)) as file:
+        if columns is None:
+            return pa.ipc.open_stream(file).read_all()
+        names = pa.ipc.read_schema(file).names
+        file.seek(0)
+        options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+        return pa.ipc.open_stream(file, options=options).read_all()
+
+
+def hash_strings(values: pa.Array) -> np.ndarray:
+    """A hash (uint64 [n]) of each string's bytes: polynomial, then mixed; the same in every process.
+
+    `values` has no null and no empty string. Vectorised, since it runs over every event.
+    """
+    offsets = np.frombuffer(values.buffers()[1], np.int32)[values.offset : values.offset + len(values) + 1]
+    data = np.frombuffer(values.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    assert len(values) == 0 or lengths.min() > 0, "an empty string"
+    with np.errstate(over="ignore"):
+        powers = np.cumprod(np.full(int(lengths.max(initial=0)), _HASH_BASE, np.uint64))
+        place = np.arange(len(data)) - np.repeat(starts, lengths)
+        sums = np.add.reduceat((data.astype(np.uint64) + np.uint64(1)) * powers[place], starts)
+        return (sums ^ (sums >> np.uint64(33))) * _HASH_MIX >> np.uint64(20)
 
 
 def sort_partition(
@@ -77,39 +95,40 @@ def sort_partition(
 ) -> tuple[pa.Table, pa.Array]:
     """One partition, sorted by (user, timestamp, order), duplicates dealt with.
 
-    Takes `raw_user_id`, `item` int64, `timestamp`, `label`, `action`, `order`; returns the table with `user`
-    int64 (a number from `first_user` on in order of first appearance) in place of `raw_user_id`, and the raw
-    ids of those users. Raises ValueError for a duplicate event where the policy says so.
+    Takes `raw_user_id`, `item` int64, `timestamp`, `label`, `action`, `order`, rows by ascending order;
+    returns the table with `user` int64 (a number from `first_user` on in order of first appearance) in place
+    of `raw_user_id`, and the raw ids of those users. Raises ValueError for a duplicate event where the policy
+    says so.
     """
     users = table["raw_user_id"].combine_chunks().dictionary_encode()
     user = users.indices.to_numpy().astype(np.int64)
     item, time, order = (table[name].to_numpy() for name in ("item", "timestamp", "order"))
-    by_item = np.lexsort((order, item, time, user))
-    same = np.zeros(len(user), bool)
-    same[1:] = np.all([np.diff(column[by_item]) == 0 for column in (user, time, item)], axis=0)
-    repeated = np.zeros(len(user), bool)
-    repeated[by_item] = same
+    sort = np.lexsort((time, user))  # stable, so ties keep the order of the source
+    repeated = _repeated(user[sort], time[sort], item[sort])
     if repeated.any():
-        first = int(np.flatnonzero(repeated)[np.argmin(order[repeated])])
+        first = sort[repeated][np.argmin(order[sort][repeated])]
         path, row = locate(int(order[first]))
-        drop = log.handle(
-            "duplicate_event",
-            repeated,
-            path,
-            np.full(len(user), row),
-            lambda _: f"user {users.dictionary[int(user[first])]} has this item in this second already",
-        )
-        keep = ~repeated if drop else np.ones(len(user), bool)
-    else:
-        keep = np.ones(len(user), bool)
-    sort = np.lexsort((order, time, user))
-    sort = sort[keep[sort]]
+        problem = f"user {users.dictionary[int(user[first])]} has this item in this second already"
+        if log.handle("duplicate_event", repeated, path, np.full(len(repeated), row), lambda _: problem):
+            sort = sort[~repeated]
     columns = {"user": pa.array(user[sort] + first_user)}
-    columns |= {
-        name: table[name].combine_chunks().take(sort)
-        for name in ("item", "timestamp", "label", "action", "order")
-    }
+    for name in ("item", "timestamp", "label", "action", "order"):
+        columns[name] = table[name].combine_chunks().take(pa.array(sort))
     return pa.table(columns), users.dictionary
+
+
+def _repeated(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """True (bool [n]) where an event sorted by (user, time) had the same user, second and item before it."""
+    repeated = np.zeros(len(user), bool)
+    same_second = np.zeros(len(user) + 1, bool)
+    same_second[1:-1] = (np.diff(user) == 0) & (np.diff(time) == 0)
+    shared = np.flatnonzero(same_second[1:] | same_second[:-1])  # events that share user and second
+    if len(shared):
+        run = np.cumsum(~same_second[:-1])[shared]
+        by_item = np.lexsort((item[shared], run))
+        again = (np.diff(run[by_item]) == 0) & (np.diff(item[shared][by_item]) == 0)
+        repeated[shared[by_item[1:][again]]] = True
+    return repeated
 
 
 class RowLocator:
@@ -146,29 +165,30 @@ class SortedPartitions:
         self.alive_items: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
-        for path in self.paths:
-            yield self.read(path)
+        """The partitions one by one, without the events of users and items filtered out."""
+        return self._read(None)
 
-    def read(self, path: Path) -> pa.Table:
-        """One partition, without the events of users and items filtered out."""
-        table = read_stream(path)
-        assert table is not None, path
-        if self.alive_users is None or self.alive_items is None:
-            return table
-        user, item = table["user"].to_numpy(), table["item"].to_numpy()
-        return table.filter(pa.array(self.alive_users[user] & self.alive_items[item]))
+    def _read(self, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        for path in self.paths:
+            if self.alive_users is None or self.alive_items is None:
+                yield read_stream(path, columns)
+                continue
+            table = read_stream(path, columns and list(dict.fromkeys(["user", "item", *columns])))
+            assert table is not None, path
+            user, item = table["user"].to_numpy(), table["item"].to_numpy()
+            yield table.filter(pa.array(self.alive_users[user] & self.alive_items[item]))
 
     def counts(self, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
         """Events per user [num_users] and per item [num_items] among those not filtered out, int64."""
         users, items = np.zeros(num_users, np.int64), np.zeros(num_items, np.int64)
-        for table in self:
+        for table in self._read(["user", "item"]):
             users += np.bincount(table["user"].to_numpy(), minlength=num_users)
             items += np.bincount(table["item"].to_numpy(), minlength=num_items)
         return users, items
 
     def times(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(timestamps, orders) of each partition, for `split.find_cut`."""
-        for table in self:
+        for table in self._read(["timestamp", "order"]):
             yield table["timestamp"].to_numpy(), table["order"].to_numpy()
 
 

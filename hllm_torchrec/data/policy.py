@@ -85,7 +85,7 @@ class BadRowLog:
             others = [c for c in _ALLOWED[reason] if c != "error"]
             raise ValueError(
                 f"{path}, row {int(rows[first])}: {problem(first)}. Correct the row, or set the policy "
-                f"{reason} to {' or '.join(others)} (--bad-rows {reason}={others[0]}), which counts it and goes on"
+                f"{reason} to {' or '.join(others)} (--bad-rows {reason}={others[0]}), to count it and go on"
             )
         (self.dropped if choice == "drop" else self.kept)[reason] += count
         return bool(choice == "drop")

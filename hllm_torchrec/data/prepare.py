@@ -5,12 +5,7 @@ sequences of the three parts (`split`). Memory follows the largest partition, th
 few bytes a user; it does not grow with the number of events. The directory appears whole or not at all.
 """
 
-import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.catalogue import ItemCatalogue, Vocabulary, load_vocabularies
 from hllm_torchrec.data.ingest import read_events, read_items, read_users
 from hllm_torchrec.data.manifest import (
+    ITEM_COUNTS,
     MANIFEST,
     SCHEMA_VERSION,
     hash_files,
@@ -47,7 +44,6 @@ from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
 from hllm_torchrec.data.users import UserTable
 
 logger = logging.getLogger(__name__)
-ITEM_COUNTS = "training_item_counts.npy"
 
 
 @dataclass(frozen=True)
@@ -112,10 +108,12 @@ def prepare(
     if existing is not None and existing["request"] == request:
         logger.info("%s is prepared already from the same source and options: reused", output)
         return output
-    with _written_beside(output) as (target, scratch):
+    with whole_folder(output, replace=True) as target:
+        scratch = target.parent / "scratch"
+        scratch.mkdir()
         manifest = _run(source, options, target, scratch, output if extend and existing else None)
         write_manifest(target, {**manifest, "request": request})
-    logger.info("%s: prepared %s", output, json.dumps(manifest["counts"]))
+    logger.info("%s: prepared", output)
     return output
 
 
@@ -159,24 +157,6 @@ def _look_at(
         f"{output} holds another dataset ({manifest['name']}; different: {', '.join(different)}). Choose "
         "another folder, or overwrite it (--overwrite), or extend it and keep its ids (--extend)"
     )
-
-
-@contextmanager
-def _written_beside(output: Path) -> Iterator[tuple[Path, Path]]:
-    """A new folder that takes the place of `output` at the end, and a scratch folder; both go on an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.preparing-", dir=output.parent))
-    try:
-        for name in ("new", "scratch"):
-            (work / name).mkdir()
-        yield work / "new", work / "scratch"
-        if output.exists():
-            output.rename(work / "old")
-        (work / "new").rename(output)
-    finally:
-        if (work / "old").exists() and not output.exists():
-            (work / "old").rename(output)
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Path | None) -> dict[str, Any]:

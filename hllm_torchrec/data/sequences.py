@@ -102,4 +102,4 @@ class SequenceWriter:
         path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
         # Small data gets smaller groups, so that every rank and worker has some to read.
         group = min(self._users_per_row_group, -(-len(starts) // _GROUPS_AT_LEAST))
-        pq.write_table(table, path, row_group_size=group, compression="zstd")
+        pq.write_table(table, path, row_group_size=group, compression="zstd", use_dictionary=False)

@@ -10,8 +10,6 @@ follows. The maximum length counts them.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import hash_file, hash_parts
 
@@ -112,11 +111,11 @@ def build_token_store(
     """
     if max_text_length < 1:
         raise ValueError(f"max_text_length={max_text_length} must be at least 1")
-    folder = Path(tokenizer_dir)
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    root = Path(tokenizer_dir)
+    files = [root / name for name in _TOKENIZER_FILES if (root / name).is_file()]
     if not files:
         raise ValueError(
-            f"{folder} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory"
+            f"{root} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory"
         )
     dataset.text(keys)  # an unknown key fails before anything is read or written
     request = {
@@ -131,18 +130,9 @@ def build_token_store(
     path = dataset.root / "tokens" / hash_parts([json.dumps(request, sort_keys=True)])[:16]
     if (path / "store.json").is_file():
         return path
-    path.parent.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        _write_store(work, dataset, tokenizer, request)
-        try:
-            work.rename(path)
-        except OSError:
-            if not (path / "store.json").is_file():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with whole_folder(path) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
+        _write_store(folder, dataset, tokenizer, request)
     return path
 
 

@@ -12,10 +12,14 @@ h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; padding-top: .9rem; border-top:
 p { max-width: 46rem; margin: .4rem 0; } .note { color: #555; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: .7rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px solid #eee; white-space:
-nowrap; } th { color: #555; font-weight: 600; border-bottom: 1px solid #bbb; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px solid #eee; }
+td { white-space: nowrap; }
+th { color: #555; font-weight: 600; border-bottom: 1px solid #bbb; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: break-word;
+  min-width: 7rem; max-width: 18rem; }
+table.dense td { white-space: pre-line; line-height: 1.3; }
+table.text th, table.text td { text-align: left; vertical-align: top; }
+table.text td { white-space: normal; overflow-wrap: anywhere; }
 table.text td:first-child { white-space: nowrap; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(21rem, 1fr)); gap: 1rem 2rem; }
 figure { margin: .6rem 0; } figcaption { font-weight: 600; font-size: .9rem; }
@@ -47,7 +51,8 @@ def paragraph(text: str, kind: str = "note") -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """A table of texts: `numbers` is aligned right after the first column, `text` left."""
+    """A table of texts: `numbers` is aligned right after the first column, `dense` keeps the line breaks
+    of its cells, `text` is aligned left."""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 """Okabe and Ito's colours, told apart by colour-blind readers; models beyond seven get other dashes."""
@@ -61,6 +62,8 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    color: int = 0
+    """Place in the palette: a model has the same colour in every figure."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,8 @@ def line_panels(panels: Sequence[Series], label: str) -> str:
             window = max(1, len(x) // 20)
             axis.plot(x, y, color=PALETTE[0], alpha=0.3 if window > 1 else 1.0, linewidth=1)
             if window > 1:
-                axis.plot(
-                    x[window - 1 :], np.convolve(y, np.full(window, 1 / window), "valid"), color=PALETTE[0]
-                )
+                means = np.convolve(y, np.full(window, 1 / window), "valid")
+                axis.plot(x[window // 2 :][: len(means)], means, color=PALETTE[0])  # centred: it does not lag
             axis.set(title=_short(series.name), xlabel="training step")
         return _svg(figure, "training", label)
 
@@ -95,8 +97,8 @@ def step_lines(lines: Sequence[Series], y_label: str, label: str) -> str:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.8, 2.9))
         axis = figure.subplots()
-        for index, series in enumerate(lines):
-            axis.plot(series.x, series.y, marker="o", markersize=4, **_look(index))
+        for series in lines:
+            axis.plot(series.x, series.y, marker="o", markersize=4, **_look(series.color))
         axis.set(xlabel="training step", ylabel=y_label)
         axis.margins(y=0.15)
         axis.legend(axis.lines, [_short(series.name) for series in lines], loc="best")
@@ -111,8 +113,10 @@ def unit_square(
         figure = Figure(figsize=(4.8, 4.8 + LEGEND_LINE * len(lines)))
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color="#AAAAAA", linestyle=(0, (4, 4)), linewidth=1)
-        for index, series in enumerate(lines):
-            axis.plot(series.x, series.y, marker="o" if markers else None, markersize=4, **_look(index))
+        for series in lines:
+            axis.plot(
+                series.x, series.y, marker="o" if markers else None, markersize=4, **_look(series.color)
+            )
         axis.set(xlabel=x_label, ylabel=y_label, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         _legend_below(figure, axis.lines[1:], [series.name for series in lines])
         return _svg(figure, identifier, label)
@@ -120,6 +124,7 @@ def unit_square(
 
 def estimates(
     groups: Mapping[str, Sequence[Estimate]],
+    names: Sequence[str],
     x_label: str,
     label: str,
     identifier: str,
@@ -130,22 +135,25 @@ def estimates(
     """Dots with intervals, one row a group (from the top), within a row one dot a name.
 
     Args:
-        groups: row → its estimates; a name has the same colour in every row, in order of first appearance.
+        groups: row → its estimates, each of one of `names`.
+        names: the order of the dots within a row, of the colours and of the legend.
         zero: mark 0 with a line, for differences.
     """
-    names = list(dict.fromkeys(estimate.name for row in groups.values() for estimate in row))
     height = 0.6 + len(groups) * (0.2 + 0.13 * len(names)) + LEGEND_LINE * len(names)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, height))
         axis = figure.subplots()
         if zero:
             axis.axvline(0, color=INK, linewidth=1)
-        handles: dict[str, Any] = {}
         for row, members in enumerate(groups.values()):
             for estimate in members:
                 index = names.index(estimate.name)
-                y = row + 0.7 * ((index + 0.5) / len(names) - 0.5)
-                handles[estimate.name] = _dot(axis, estimate, y, palette[index % len(palette)])
+                _dot(
+                    axis,
+                    estimate,
+                    row + 0.7 * ((index + 0.5) / len(names) - 0.5),
+                    palette[index % len(palette)],
+                )
         axis.set(xlabel=x_label, ylim=(len(groups) - 0.5, -0.5))
         axis.set_yticks(range(len(groups)), [_short(name) for name in groups])
         axis.tick_params(axis="y", length=0)
@@ -153,14 +161,18 @@ def estimates(
         for edge in range(1, len(groups)):
             axis.axhline(edge - 0.5, color=FAINT, linewidth=0.8)
         if len(names) > 1:
-            _legend_below(figure, [handles[name] for name in names], names)
+            handles = [
+                Line2D([], [], color=palette[k % len(palette)], marker="o", markersize=4.5)
+                for k in range(len(names))
+            ]
+            _legend_below(figure, handles, names)
         return _svg(figure, identifier, label)
 
 
-def _dot(axis: Axes, estimate: Estimate, y: float, color: str) -> Any:
+def _dot(axis: Axes, estimate: Estimate, y: float, color: str) -> None:
     if estimate.low is not None and estimate.high is not None:
         axis.plot([estimate.low, estimate.high], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
-    return axis.plot([estimate.value], [y], color=color, marker="o", markersize=4.5, linestyle="none")[0]
+    axis.plot([estimate.value], [y], color=color, marker="o", markersize=4.5, linestyle="none")
 
 
 def _look(index: int) -> dict[str, Any]:

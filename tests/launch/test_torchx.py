@@ -12,7 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
+from torchx.workspace.api import walk_workspace
 
 ARGUMENTS = ["--config", "configs/quickstart.yaml"]
 
@@ -115,3 +117,29 @@ def test_slurm_job_is_the_same_command(checkout: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"--nnodes\W+4\W.*--nproc_per_node\W+8\W", result.stdout, re.DOTALL)
     assert re.search(r"train\.py train\.py --config configs/quickstart\.yaml", result.stdout)
+
+
+@pytest.mark.parametrize("ignore_file", [".torchxignore", ".dockerignore"])
+def test_workspace_copy_takes_the_program_and_leaves_data_and_builds(
+    ignore_file: str, root: Path, tmp_path: Path
+) -> None:
+    shutil.copy(root / ignore_file, tmp_path)
+    kept = ("train.py", "hllm_torchrec/data/loader.py", "configs/quickstart.yaml")
+    left = (
+        ".git/HEAD",
+        ".venv/bin/python",
+        ".cache/m/x",
+        "data/x",
+        "runs/x",
+        "build/x",
+        "launch/__pycache__/x",
+    )
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    copied = {
+        os.path.relpath(os.path.join(folder, file), tmp_path)
+        for folder, _, files in walk_workspace(fsspec.filesystem("file"), str(tmp_path), ignore_file)
+        for file in files
+    }
+    assert copied == {ignore_file, *kept}

@@ -9,10 +9,11 @@ without text, as in the published protocol.
 import ast
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -67,10 +68,7 @@ def _items(path: Path) -> Iterator[Chunk]:
     items: list[tuple[str | None, str, str, list[str]]] = []
     done = 0
     with path.open("rb") as raw:
-        stream: IO[bytes] = gzip.open(raw) if path.suffix == ".gz" else raw  # type: ignore[assignment]
-        for row, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
+        for row, line in _lines(path, raw):
             rows.append(row)
             items.append(_fields(parse_record(line, path, row)))
             if len(rows) == _ROWS_PER_CHUNK:
@@ -78,6 +76,17 @@ def _items(path: Path) -> Iterator[Chunk]:
                 rows, items, done = [], [], raw.tell()
     if rows:
         yield Chunk(path, _item_table(rows, items), path.stat().st_size - done)
+
+
+def _lines(path: Path, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1; ValueError for a damaged gzip file."""
+    row = 0
+    try:
+        for row, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, start=1):
+            if line.strip():
+                yield row, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}, after row {row}: {error}. The file is damaged: fetch it again") from error
 
 
 def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:

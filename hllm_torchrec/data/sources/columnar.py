@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-_BLOCK_BYTES = 16 << 20
-_ROWS_PER_BATCH = 262_144
+_BLOCK_BYTES = 4 << 20
+_ROWS_PER_BATCH = 131_072
 
 
 class Columns(NamedTuple):
@@ -80,7 +80,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter), [])]
 
 

@@ -106,34 +106,46 @@ def read_rows(
     """Yields (row numbers int64 from 1, the split rows, bytes read) of a small text file, in order.
 
     `header` is how the first line must begin (that line is skipped). Blank lines are skipped. Raises
-    ValueError naming file and row for another header or another number of columns.
+    ValueError naming file and row for another header or another number of columns, or bytes that are not in
+    the encoding.
     """
     numbers: list[int] = []
     rows: Rows = []
     size = 0
-    with path.open(encoding=encoding, newline="\n") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             size += len(line)
-            text = line.rstrip("\r\n")
+            text = _decoded(line, encoding, path, number).rstrip("\r\n")
             if number == 1 and header is not None:
                 if not text.startswith(header):
                     raise ValueError(f"{path}, row 1: the header begins {text[:40]!r}, expected {header!r}")
                 continue
             if not text:
                 continue
-            cells = text.split(delimiter)
-            if len(cells) != columns:
-                raise ValueError(
-                    f"{path}, row {number}: {len(cells)} columns separated by {delimiter!r}, expected "
-                    f"{columns}. The file is damaged or in another format: fetch it again"
-                )
             numbers.append(number)
-            rows.append(cells)
+            rows.append(_cells(text, delimiter, columns, path, number))
             if len(rows) == _ROWS_PER_CHUNK:
                 yield np.array(numbers, np.int64), rows, size
                 numbers, rows, size = [], [], 0
     if rows:
         yield np.array(numbers, np.int64), rows, size
+
+
+def _decoded(line: bytes, encoding: str, path: Path, number: int) -> str:
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, row {number}: not {encoding} ({error}); fetch it again") from error
+
+
+def _cells(text: str, delimiter: str, columns: int, path: Path, number: int) -> list[str]:
+    cells = text.split(delimiter)
+    if len(cells) != columns:
+        raise ValueError(
+            f"{path}, row {number}: {len(cells)} columns separated by {delimiter!r}, expected {columns}. The "
+            "file is damaged or in another format: fetch it again"
+        )
+    return cells
 
 
 def _chunks(

@@ -1,0 +1,215 @@
+"""The ID-only baseline: `torchrec.models.dlrm.DLRM` over IDs, user features, time, and the history as bags.
+
+What personalises it is the history before the exposure: the items liked and those disliked so far, each as one
+pooled bag, and running numbers about the user. Tables are sharded and stepped as the main model's are.
+
+Legend: B rows of a batch.
+"""
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from hllm_torchrec import ranks
+from hllm_torchrec.baselines.config import DLRMConfig
+from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
+from hllm_torchrec.baselines.exposures import Ints
+from hllm_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from hllm_torchrec.config import FeatureConfig, OptimConfig
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.evaluate import Columns, quick_metrics, raw_model
+from hllm_torchrec.exchange import global_sum
+from hllm_torchrec.experiment import base_rate, initialise_tables
+from hllm_torchrec.logs import progress
+from hllm_torchrec.optim import clip_grad_norm, dense_optimizer
+from hllm_torchrec.parallelize import distribute, give_sharded_tables_an_optimizer, plan_tables
+
+SCORED_ROWS = 8192
+"""Rows per batch when scoring."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _TableSettings:
+    """What `parallelize` asks of a configuration."""
+
+    features: FeatureConfig
+    optim: OptimConfig
+
+
+def build_dlrm(config: DLRMConfig, tables: dict[str, int], rate: float) -> DLRM:
+    """The model, its tables on the meta device (sharding makes them).
+
+    Args:
+        config: sizes.
+        tables: sparse feature -> rows of its table.
+        rate: share of positive training labels in (0, 1), where the last bias starts.
+    """
+    sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
+    collection = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=f"{name}_table",
+                embedding_dim=config.width,
+                num_embeddings=rows,
+                feature_names=sharers if name == "item" else [name],
+                pooling=PoolingType.MEAN,
+            )
+            for name, rows in tables.items()
+            if name not in sharers[1:]
+        ],
+        device=torch.device("meta"),
+    )
+    model = DLRM(
+        collection,
+        dense_in_features=len(config.numeric_features),
+        dense_arch_layer_sizes=[*config.bottom, config.width],
+        over_arch_layer_sizes=[*config.top, 1],
+    )
+    nn.init.constant_(model.over_arch.model[-1].bias, math.log(rate / (1 - rate)))
+    return model
+
+
+def shard_dlrm(model: DLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
+    """Shard the tables over the ranks, replicate the rest, and give every table its first values. Collective."""
+    settings = _TableSettings(
+        FeatureConfig(shard_from_rows=config.shard_from_rows), OptimConfig(table_lr=config.table_lr)
+    )
+    give_sharded_tables_an_optimizer(model.sparse_arch.embedding_bag_collection, settings)
+    sharder = EmbeddingBagCollectionSharder()
+    wrapped = distribute(model, plan_tables(model, settings, device, sharder), sharder, device)
+    initialise_tables(wrapped, config.seed, config.init_scale)
+    return wrapped
+
+
+class DLRMTrainer:
+    """Trains and scores the DLRM on this rank. All methods are collective.
+
+    Raises:
+        ConfigError: the configuration names a feature that there is not.
+    """
+
+    def __init__(self, dataset: Dataset, config: DLRMConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.data = DLRMData(dataset, config)
+        torch.manual_seed(config.seed)
+        self.model = shard_dlrm(build_dlrm(config, self.data.tables(), base_rate(dataset)), config, device)
+        self.dense = dense_optimizer(
+            raw_model(self.model).named_parameters(),
+            learning_rate=config.lr,
+            weight_decay=config.weight_decay,
+        )
+        self.trained = [p for group in self.dense.param_groups for p in group["params"]]
+
+    def fit(self, checkpoints: Path) -> dict[str, float]:
+        """Train until the validation AUC gets no better; the best epoch's weights remain. Returns its metrics.
+
+        Where AUC is undefined (one class only), the log loss decides.
+
+        checkpoints: emptied first; then the best epoch's weights are there.
+        """
+        ranks.on_rank_zero(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
+        best, best_score, stale, kept = {"epoch": 0.0}, -math.inf, 0, None
+        with progress(self.config.epochs, "dlrm", ranks.rank() == 0, unit="epoch") as bar:
+            for epoch in range(1, self.config.epochs + 1):
+                loss = self.train_epoch(epoch)
+                metrics = quick_metrics(self.score("valid")) | {"epoch": epoch, "train_loss": loss}
+                score = -metrics["log_loss"] if math.isnan(metrics["auc"]) else metrics["auc"]
+                bar.set_postfix(valid_auc=f"{metrics['auc']:.4f}", refresh=False)
+                bar.update(1)
+                stale = 0 if score > best_score else stale + 1
+                if not stale:
+                    best, best_score = metrics, score
+                    kept = save_checkpoint(checkpoints, epoch, self._state(), metrics, keep_last=1)
+                if stale >= self.config.patience:
+                    break
+        if kept is None:
+            raise FloatingPointError("dlrm: the loss is not a number from the first epoch on: lower lr or table_lr")
+        load_checkpoint(kept, self._state())
+        return best
+
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the training part; the mean loss of its exposures."""
+        total = torch.zeros(2, dtype=torch.float64)
+        no_rows = self.data.batch(self.data.nothing(), np.empty(0, np.int64))
+        for batch in _in_step(self.data.training_batches(epoch), no_rows):
+            total += self.train_step(batch.to(self.device))
+        loss, rows = global_sum(total).tolist()
+        return loss / max(rows, 1.0)
+
+    def train_step(self, batch: DLRMBatch) -> Tensor:
+        """One step on the global batch's mean loss; this rank's sum of losses and rows, [2]."""
+        logits = self._logits(batch)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        rows = global_sum(torch.tensor(float(logits.numel())))
+        (loss * ranks.world_size() / rows.item()).backward()
+        clip_grad_norm(self.trained, self.config.clip_norm)
+        self.dense.step()
+        self.dense.zero_grad(set_to_none=True)
+        return torch.tensor([loss.item(), logits.numel()], dtype=torch.float64)
+
+    @torch.no_grad()
+    def score(self, split: str) -> Columns:
+        """This rank's predictions of a split."""
+        self.model.eval()
+        none, parts = (self.data.nothing(), np.empty(0, np.int64)), []
+        for window, rows in _in_step(_rows_in_order(self.data.windows(split)), none):
+            logits = self._logits(self.data.batch(window, rows).to(self.device)).double().cpu().numpy()
+            probabilities = 1 / (1 + np.exp(-logits))
+            parts.append(window.histories.columns(logits, probabilities, ~self.data.item_is_known, rows))
+        self.model.train()
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _logits(self, batch: DLRMBatch) -> Tensor:
+        """[B]"""
+        logits: Tensor = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        return logits
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.model.state_dict()}
+
+
+def _rows_in_order(windows: Iterable[Window]) -> Iterator[tuple[Window, Ints]]:
+    """All exposures in batches; at least one batch, which may have no rows."""
+    for window in windows:
+        for at in range(0, max(window.exposures, 1), SCORED_ROWS):
+            yield window, np.arange(at, min(at + SCORED_ROWS, window.exposures))
+
+
+def _in_step(batches: Iterable[T], filler: T) -> Iterator[T]:
+    """This rank's batches, then `filler` until every rank has run out: forward passes are collective."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not bool(global_sum(torch.tensor(int(batch is not None)))):
+            return
+        yield filler if batch is None else batch
+
+
+def run_dlrm(
+    dataset: Dataset, config: DLRMConfig, device: torch.device, directory: Path, splits: tuple[str, ...]
+) -> tuple[dict[str, Columns], dict[str, float]]:
+    """Train, and return this rank's predictions of each split and the best epoch's metrics. Collective.
+
+    directory: gets `checkpoints/` with the best epoch's weights.
+
+    Raises:
+        ConfigError: the configuration names a feature that there is not.
+        ValueError: a split is empty.
+    """
+    trainer = DLRMTrainer(dataset, config, device)
+    metrics = trainer.fit(directory / "checkpoints")
+    return {split: trainer.score(split) for split in splits}, metrics

@@ -1,0 +1,113 @@
+"""The rules a configuration keeps: the range of each number, and what fields ask of one another."""
+
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hllm_torchrec.config import Config, StageConfig
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+BOUNDS = {
+    "seed": ">= 0",
+    "max_steps": ">= 0",
+    "data.max_history": ">= 2",
+    "data.batch_users": ">= 1",
+    "data.id_dropout": ">= 0, < 1",
+    "data.prefetch": ">= 0",
+    "item_llm.layers": ">= 1",
+    "item_llm.max_text_length": ">= 1",
+    "user.layers": ">= 1",
+    "user.dropout": ">= 0, < 1",
+    "features.time_depth": ">= 0, <= 6",
+    "features.time_width": ">= 1",
+    "features.init_scale": ">= 0",
+    "features.shard_from_rows": ">= 1",
+    "objective.generative_weight": ">= 0",
+    "objective.value_weight": ">= 0",
+    "objective.negatives": ">= 1",
+    "objective.temperature": ">= 0.01",
+    "objective.head_hidden": ">= 1",
+    "objective.head_dropout": ">= 0, < 1",
+    "objective.collapse_above": "> 0, <= 1",
+    "optim.lr": ">= 0",
+    "optim.item_llm_lr": ">= 0",
+    "optim.user_lr": ">= 0",
+    "optim.table_lr": ">= 0",
+    "optim.weight_decay": ">= 0",
+    "optim.warmup": ">= 0, <= 1",
+    "optim.min_lr_ratio": ">= 0, <= 1",
+    "optim.clip_norm": ">= 0",
+    "optim.accumulate": ">= 1",
+    "optim.ema": ">= 0, < 1",
+    "parallel.timeout": "> 0",
+    "evaluation.every": "> 0",
+    "evaluation.checkpoint_every": ">= 0",
+    "evaluation.patience": ">= 0",
+    "evaluation.batch_users": ">= 1",
+    "evaluation.keep_last": ">= 1",
+}
+"""Dotted field -> what its value must be, where it has one."""
+
+STAGE_BOUNDS = {"epochs": "> 0", "max_history": ">= 2", "batch_users": ">= 1"}
+
+
+def problems_of(config: "Config") -> list[str]:
+    """Every broken rule, as 'field: value: rule; remedy'."""
+    return [
+        *out_of_bounds(config, BOUNDS),
+        *_stage_problems(config.stages),
+        *_backbone_problems(config),
+        *_objective_problems(config),
+    ]
+
+
+def out_of_bounds(record: Any, bounds: dict[str, str], prefix: str = "") -> Iterator[str]:
+    """Numbers that are not as `bounds` says; a value of None is none."""
+    for name, bound in bounds.items():
+        value = operator.attrgetter(name)(record)
+        if value is not None and not all(_holds(value, part) for part in bound.split(", ")):
+            yield f"{prefix}{name}: {value}: must be {bound.replace(', ', ' and ')}"
+
+
+def _holds(value: float, comparison: str) -> bool:
+    sign, limit = comparison.split()
+    return bool(COMPARISONS[sign](value, float(limit)))
+
+
+def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
+    if not stages:
+        yield "stages: empty: give at least one, e.g. [{name: end to end, epochs: 1}]"
+    for number, stage in enumerate(stages):
+        yield from out_of_bounds(stage, STAGE_BOUNDS, f"stages[{number}].")
+
+
+def _backbone_problems(config: "Config") -> Iterator[str]:
+    for name, part in (("user", config.user), ("item_llm", config.item_llm)):
+        unused = name == "item_llm" and not config.item_llm.enabled
+        if not unused and (part.pretrained is None) == (part.shape is None):
+            yield (
+                f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
+                "(weights, or a shape for random ones)"
+            )
+
+
+def _objective_problems(config: "Config") -> Iterator[str]:
+    text, objective = config.item_llm.enabled, config.objective
+    generates = objective.fusion == "none" or objective.generative_weight > 0
+    if not text and not config.features.item_id:
+        yield "features.item_id: false while item_llm.enabled is false: items would have no features"
+    if not text and generates:
+        yield (
+            "objective.generative_weight: above 0 (or fusion none) while item_llm.enabled is false: the "
+            "generative loss has the Item LLM's embeddings as targets; set it to 0 with fusion late or early"
+        )
+    if config.evaluation.retrieval and not generates:
+        yield (
+            "evaluation.retrieval: true without a generative loss: set objective.generative_weight above 0, "
+            "or retrieval to false"
+        )
+    ks = config.evaluation.ks
+    if (config.evaluation.retrieval or objective.fusion == "none") and min(ks, default=0) < 1:
+        yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"

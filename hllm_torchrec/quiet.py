@@ -1,0 +1,41 @@
+"""Third-party messages at the start of training that say nothing about this program's use of the library."""
+
+import logging
+import warnings
+
+#: logger -> how its harmless messages begin
+_LOG_MESSAGES = {
+    "root": "Sharding spec not found for",  # torchrec, of replicated tables: they have none
+    "torchrec.distributed.utils": "Sharding Type is data_parallel, caching params will be ignored",
+    "torch.fx._symbolic_trace": "is_fx_tracing will return true",  # torchrec still calls the old name
+}
+
+#: (category, how the message begins, as a regular expression)
+_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
+    (FutureWarning, "`broadcast_buffers` is deprecated"),  # torchrec's call of DDP; the model has no buffers
+    # FSDP2, of the logits: nothing is done to them in place.
+    (UserWarning, "FSDP2-wrapped module .* returned a view tensor"),
+    # FBGEMM's replicated tables are differentiated by a fallback; tests compare what it gives.
+    (UserWarning, "fbgemm::.* an autograd kernel was not registered to the Autograd key"),
+)
+
+
+class _Without(logging.Filter):
+    """Lets everything pass but messages with a given beginning."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
+def quiet_libraries() -> None:
+    """Leave out the messages listed above, and no others; calling it again changes nothing."""
+    for name, beginning in _LOG_MESSAGES.items():
+        logger = logging.getLogger(None if name == "root" else name)
+        if not any(isinstance(f, _Without) for f in logger.filters):
+            logger.addFilter(_Without(beginning))
+    for category, message in _WARNINGS:
+        warnings.filterwarnings("ignore", message, category)

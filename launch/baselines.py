@@ -1,0 +1,93 @@
+"""`hllm baselines`: fits and scores the baselines on the exposures that a model is measured on.
+
+On one process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.baselines --dataset ...
+Settings start from configs/baselines/*.yaml and are overridden by --config and by options such as
+--dlrm.lr 0.002; `--print_config` shows them all and exits.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec import configs
+from hllm_torchrec.baselines.config import BaselinesConfig
+from hllm_torchrec.config import load_as
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+NAMES = ("item_mean", "running_bias", "dlrm")
+
+
+def build_parser() -> CommandParser:
+    """The command line, without the settings of the baselines."""
+    parser = CommandParser(
+        prog="hllm baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", required=True, type=Path, help="directory written by hllm prepare")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/baselines"), help="default: runs/baselines; one folder each"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+    )
+    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
+    return parser
+
+
+def load_settings(files: list[str], options: list[str]) -> BaselinesConfig:
+    """The packaged settings, then those of `files`, then `options` (`["--dlrm.lr", "0.002"]`).
+
+    Raises:
+        ConfigError: unknown keys or options, wrong types, values out of range.
+    """
+    folder = Path(configs.__file__).parent / "baselines"
+    named = [f"--config={file}" for file in [*(folder / f"{name}.yaml" for name in NAMES), *files]]
+    return load_as(BaselinesConfig, [*named, *options], prog="hllm baselines", description="Settings of the baselines.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args, options = parser.parse_known_args(argv)
+    return run_job(parser.prog, lambda: run(args, options))
+
+
+def run(args: argparse.Namespace, options: list[str]) -> None:
+    """Run the baselines named, and print how good they are.
+
+    Raises:
+        ValueError: settings or dataset are not usable.
+    """
+    settings = load_settings(args.config, options)
+    from hllm_torchrec.baselines.run import SPLITS, run_baseline
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.metrics.compare import compare, table
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.ranks import on_rank_zero
+
+    dataset = Dataset.open(args.dataset)
+    device = start_process()
+    try:
+        for name in args.only:
+            is_new = run_baseline(name, settings, dataset, device, args.output / name)
+            on_rank_zero(lambda name=name, is_new=is_new: _say(name, is_new, args.output / name))
+
+        def show() -> None:
+            for split in SPLITS:
+                directories = {name: args.output / name / "predictions" / split for name in args.only}
+                print(table(compare(directories, args.only[0], split=split, draws=200)), end="\n\n")
+
+        on_rank_zero(show)
+    finally:
+        stop_process()
+
+
+def _say(name: str, is_new: bool, directory: Path) -> None:
+    what = "predictions written" if is_new else "reused, same data and settings"
+    print(f"{name}: {what}: {directory}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""`hllm report --run DIR`: writes `report.html` anew from the run's metrics, log and configuration."""
+
+import sys
+from pathlib import Path
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.report import write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after one line on a mistake of the user's."""
+    parser = CommandParser(prog="hllm report", description=__doc__)
+    parser.add_argument("--run", required=True, type=Path, help="run directory with metrics.json or log.jsonl")
+    run = parser.parse_args(argv).run
+    return run_job(parser.prog, lambda: print(f"report: {write_report(run)}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,343 @@
+"""Parallelism changes where things are, not what they are: plans, replicas and shards give the same numbers."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torchrec.distributed.types import ShardedTensor
+
+from hllm_torchrec.checkpoint import latest_checkpoint
+from hllm_torchrec.config import Config
+from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.parallelize import check_tables, start_process, stop_process, whole
+from hllm_torchrec.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.training_fixtures import config, losses, train
+
+GENTLE = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
+STAGES = [
+    {"name": "live", "epochs": 0.6},
+    {"name": "stored", "epochs": 0.4, "item_embeddings": "cached"},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    stop_process()
+
+
+# --- what the device cannot do ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"features__sharding": "row_wise"},
+            "features.sharding: 'row_wise': .* choose table_wise or column_wise",
+        ),
+        (
+            {"optim__table_optimizer": "adam"},
+            "optim.table_optimizer: 'adam': FBGEMM has it on CUDA only; on a CPU",
+        ),
+        ({"optim__table_optimizer": "partial_rowwise_adam"}, "choose rowwise_adagrad, adagrad or sgd"),
+    ],
+)
+def test_a_plan_that_the_cpu_cannot_do_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_problems_of_the_tables_are_reported_together_and_none_on_cuda(tmp_path: Path) -> None:
+    settings = config(tmp_path, features__sharding="row_wise", optim__table_optimizer="adam")
+    assert len(check_tables(settings, torch.device("cpu"))) == 2
+    assert check_tables(settings, torch.device("cuda")) == []
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def test_small_tables_are_replicated_and_large_ones_sharded(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path / "run"), start_process())
+    tables = {
+        name.split(".embedding_bags.")[1].removesuffix(".weight"): value
+        for name, value in trainer.model.state_dict().items()
+        if ".embedding_bags." in name
+    }
+    sharded = {name for name, value in tables.items() if isinstance(value, ShardedTensor)}
+    assert sharded == {"item_id", "time_year", "time_day", "time_minute", "time_second"}  # 30 rows and more
+    trained_by_adam = {id(p) for group in trainer.dense.param_groups for p in group["params"]}
+    by_name = dict(trainer.hllm.named_parameters())
+    for name in tables:
+        parameter = by_name[f"features.tables.embedding_bags.{name}.weight"]
+        assert (id(parameter) in trained_by_adam) == (name not in sharded), name
+    in_backward = {
+        name.split("embedding_bags.")[1].split(".")[0] for name in trainer.model.fused_optimizer.params
+    }
+    assert in_backward == sharded
+
+
+@pytest.mark.parametrize("rate", ["table", "dense"])
+def test_each_kind_of_table_is_moved_by_its_own_optimizer_only(rate: str, tmp_path: Path) -> None:
+    rates = {"optim__lr": 0.0, "optim__item_llm_lr": 0.0, "optim__table_lr": 0.0, "optim__weight_decay": 0.0}
+    rates |= {"optim__table_lr": 0.1} if rate == "table" else {"optim__lr": 0.1}
+    trainer = Trainer(config(tmp_path / "run", max_steps=2, **rates), start_process())
+    before = _tables(trainer)
+    trainer.run()
+    moved = {name for name, value in _tables(trainer).items() if not torch.equal(value, before[name])}
+    sharded = {"item_id", "time_year", "time_day", "time_minute", "time_second"}
+    assert moved == (sharded if rate == "table" else before.keys() - sharded)
+
+
+def _tables(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All rows of each table, on one rank."""
+    found = {}
+    for name, value in trainer.model.state_dict().items():
+        if ".embedding_bags." in name:
+            local = value.local_shards()[0].tensor if isinstance(value, ShardedTensor) else value
+            found[name.split(".embedding_bags.")[1].removesuffix(".weight")] = local.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize("sharding", ["column_wise", "auto"])
+def test_other_plans_train_alike(sharding: str, tmp_path: Path) -> None:
+    """With SGD, whose update does not depend on how a row is cut (row-wise Adagrad's does)."""
+    options = {**GENTLE, "optim__table_optimizer": "sgd", "max_steps": 4}
+    train(config(tmp_path / "one", **options))
+    two = config(tmp_path / "two", features__sharding=sharding, data__batch_users=2, **options)
+    run_ranks(train_and_stop, 2, two)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
+def test_every_table_optimizer_of_the_cpu_trains_alike_on_two_ranks(optimizer: str, tmp_path: Path) -> None:
+    options = {**GENTLE, "optim__table_optimizer": optimizer, "max_steps": 3, "features__shard_from_rows": 1}
+    train(config(tmp_path / "one", **options))
+    run_ranks(train_and_stop, 2, config(tmp_path / "two", data__batch_users=2, **options))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_a_model_without_tables_trains(tmp_path: Path) -> None:
+    none = {"features__item_id": False, "features__action": False, "features__time_depth": 0}
+    features = {"data__item_features": [], "data__user_features": []}
+    for dense in ("ddp", "fsdp"):
+        train(config(tmp_path / dense, max_steps=2, parallel__dense=dense, **none, **features))
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-6)
+
+
+def train_and_stop(settings: Config) -> dict[str, Any]:
+    return train(settings).metrics
+
+
+# --- FSDP2 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective__fusion": "late", "objective__generative_weight": 0.5, "optim__ema": 0.9},
+        pytest.param({"objective__fusion": "early", "optim__accumulate": 2}, marks=pytest.mark.slow),
+        pytest.param({"objective__fusion": "none", "item_llm__pooling": "mean"}, marks=pytest.mark.slow),
+        pytest.param({"item_llm__freeze_words": True, "user__trainable": False}, marks=pytest.mark.slow),
+        pytest.param({"item_llm__trainable": False, "objective__fusion": "early"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_fsdp_equals_ddp(options: dict[str, Any], tmp_path: Path) -> None:
+    common = {**GENTLE, **options, "stages": STAGES, "data__batch_users": 2, "evaluation__every": 0.4}
+    ddp = run_ranks(train_and_stop, 2, config(tmp_path / "ddp", **common))
+    fsdp = run_ranks(train_and_stop, 2, config(tmp_path / "fsdp", parallel__dense="fsdp", **common))
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-4)
+    for found, expected in zip(fsdp, ddp, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_fsdp_shards_every_dense_weight_and_its_optimizer_state(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", parallel__dense="fsdp", max_steps=1, objective__generative_weight=1)
+    for sizes in run_ranks(local_sizes, 2, settings):
+        assert sizes["unsharded"] == []
+        assert sizes["mine"] <= 0.55 * sizes["all"]
+        assert (
+            sizes["state"] <= 0.55 * sizes["all"] * 2 + sizes["parameters"]
+        )  # two means each, and a counter
+
+
+def local_sizes(settings: Config) -> dict[str, Any]:
+    """What of the dense weights this rank holds."""
+    trainer = train(settings)
+    dense = {n: p for n, p in trainer.hllm.named_parameters() if ".embedding_bags." not in n}
+    states = [value for p in dense.values() for value in trainer.dense.state[p].values()]
+    return {
+        "unsharded": [name for name, p in dense.items() if not isinstance(p, DTensor)],
+        "all": sum(p.numel() for p in dense.values()),
+        "mine": sum(p.to_local().numel() for p in dense.values() if isinstance(p, DTensor)),
+        "state": sum(v.to_local().numel() if isinstance(v, DTensor) else v.numel() for v in states),
+        "parameters": len(dense),
+    }
+
+
+def test_replicated_weights_are_equal_on_all_ranks_after_training(tmp_path: Path) -> None:
+    """Also under FSDP2, where the replicated tables have a DDP of their own."""
+    for dense in ("ddp", "fsdp"):
+        settings = config(tmp_path / dense, parallel__dense=dense, data__batch_users=2, max_steps=3)
+        first, second = run_ranks(whole_weights, 2, settings)
+        assert first.keys() == second.keys() and len(first) > 30
+        assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def whole_weights(settings: Config) -> dict[str, torch.Tensor]:
+    trainer = train(settings)
+    sharded = ("item_id", "time_year", "time_day", "time_minute", "time_second")
+    return {
+        name: whole(p.detach()).clone()
+        for name, p in trainer.hllm.named_parameters()
+        if not any(f".{table}." in name for table in sharded)
+    }
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_a_checkpoint_of_one_kind_resumes_as_the_other(saved: str, loaded: str, tmp_path: Path) -> None:
+    options = {**GENTLE, "stages": STAGES, "optim__ema": 0.9, "objective__generative_weight": 0.5}
+    options |= {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100}
+    run = tmp_path / "run"
+    train(config(tmp_path / "whole", data__batch_users=4, **options))
+    run_ranks(train_and_remove_later, 2, config(run, data__batch_users=2, parallel__dense=saved, **options))
+    again = config(run, data__batch_users=2, parallel__dense=loaded, resume=True, **options)
+    metrics = run_ranks(train_and_stop, 2, again)
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    assert metrics[0] == metrics[1]
+
+
+def train_and_remove_later(settings: Config) -> None:
+    """Train, then remove all checkpoints after step 4, as if the run had been cut off there."""
+    import shutil
+
+    train(settings)
+    if dist.get_rank() == 0:
+        for path in (Path(settings.output) / "checkpoints").glob("step-*"):
+            if int(path.name[5:]) > 4:
+                shutil.rmtree(path)
+    dist.barrier()
+    found = latest_checkpoint(Path(settings.output) / "checkpoints")
+    assert found is not None and found.name == "step-00000004"
+
+
+# --- activation checkpointing and precision --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_activation_checkpointing_gives_the_same_losses(dense: str, tmp_path: Path) -> None:
+    options = {
+        "parallel__dense": dense,
+        "objective__generative_weight": 0.5,
+        "max_steps": 4,
+        "stages": STAGES,
+    }
+    train(config(tmp_path / "kept", **options))
+    trainer = train(config(tmp_path / "again", parallel__activation_checkpointing=True, **options))
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), abs=1e-6)
+    assert trainer.hllm.user.backbone.is_gradient_checkpointing
+
+
+def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
+    train(config(tmp_path / "wide", max_steps=3))
+    trainer = train(config(tmp_path / "narrow", max_steps=3, parallel__precision="bf16"))
+    wide, narrow = losses(tmp_path / "wide"), losses(tmp_path / "narrow")
+    assert narrow != wide and narrow == pytest.approx(wide, abs=0.02)
+    assert all(p.dtype == torch.float32 for p in trainer.hllm.parameters())
+
+
+# --- joining and leaving ---------------------------------------------------------------------------------
+
+
+def test_a_process_alone_is_a_job_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert start_process().type in ("cpu", "cuda")
+    assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+    start_process()  # joining twice is allowed
+    stop_process()
+    stop_process()
+    assert not dist.is_initialized()
+
+
+def test_a_port_in_use_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        for name, value in (
+            ("MASTER_ADDR", "localhost"),
+            ("MASTER_PORT", port),
+            ("RANK", "0"),
+            ("WORLD_SIZE", "2"),
+        ):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ConnectionError, match=rf"rank 0 of 2 .* localhost:{port}: it is in use: choose another"
+        ):
+            start_process(timeout=5)
+
+
+def test_a_rank_whose_job_does_not_come_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", port),
+        ("RANK", "1"),
+        ("WORLD_SIZE", "2"),
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConnectionError, match=rf"rank 1 of 2 could not join the others at localhost:{port}: "
+    ):
+        start_process(timeout=1)
+
+
+# --- messages --------------------------------------------------------------------------------------------
+
+NOISY = """
+import sys
+from pathlib import Path
+from tests.training_fixtures import config, train
+train(config(Path(sys.argv[1]), max_steps=2))
+"""
+
+
+@pytest.mark.slow
+def test_training_says_nothing_that_the_user_cannot_use(tmp_path: Path, root: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", NOISY, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line and not line.startswith("train:")]
+    assert lines == []
+
+
+def test_other_messages_of_the_same_libraries_pass(caplog: pytest.LogCaptureFixture) -> None:
+    start_process()
+    logging.getLogger("torchrec.distributed.utils").warning("a table does not fit")
+    logging.getLogger("torchrec.distributed.utils").warning(
+        "Sharding Type is data_parallel, caching params will be ignored"
+    )
+    logging.getLogger().warning("Sharding spec not found for features.tables.x")
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "a table does not fit"
+    ]
+    with pytest.warns(FutureWarning, match="something else"):
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)

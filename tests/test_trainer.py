@@ -1,0 +1,479 @@
+"""Training: the same numbers on any number of ranks and after any interruption, and a log that tells."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hllm_torchrec.checkpoint_files import by_step
+from hllm_torchrec.config import Config, config_from_file
+from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.logs import read_log
+from hllm_torchrec.parallelize import start_process, stop_process
+from hllm_torchrec.trainer import Trainer
+from tests.distributed import RankFailed, run_ranks
+from tests.training_fixtures import config, lines, losses, train, weights
+
+TRAINED = [{"name": "live", "epochs": 1}]
+CACHED = [{"name": "stored", "epochs": 1, "item_embeddings": "cached"}]
+MIXED = [
+    {"name": "live", "epochs": 0.5},
+    {"name": "stored", "epochs": 0.8, "item_embeddings": "cached"},
+    {"name": "live again", "epochs": 0.4},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    stop_process()
+
+
+def on_rank(settings: Config) -> dict[str, Any]:
+    """Train on one of several ranks; what it ended with."""
+    trainer = train(settings)
+    return {"metrics": trainer.metrics, "weights": weights(trainer), "step": trainer.step}
+
+
+def assert_equal_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not different, different[:5]
+
+
+# --- the same numbers ------------------------------------------------------------------------------------
+
+
+def test_the_same_configuration_gives_the_same_losses_and_weights(tmp_path: Path) -> None:
+    options = {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "data__id_dropout": 0.2}
+    first, second = (train(config(tmp_path / name, **options)) for name in "ab")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert first.metrics == second.metrics
+    assert_equal_weights(weights(first), weights(second))
+
+
+def test_another_seed_gives_other_losses(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(config(tmp_path / str(seed), seed=seed, max_steps=2))
+    assert losses(tmp_path / "0") != losses(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"objective__fusion": fusion, **options}, id=f"{fusion}-{name}", marks=marks)
+        for fusion, name, options, marks in (
+            ("late", "trained", {"stages": TRAINED}, pytest.mark.slow),
+            (
+                "late",
+                "cached-lambda",
+                {"stages": CACHED, "objective__generative_weight": 0.5},
+                pytest.mark.slow,
+            ),
+            ("early", "trained-lambda", {"stages": TRAINED, "objective__generative_weight": 0.5}, ()),
+            ("early", "cached", {"stages": CACHED}, pytest.mark.slow),
+            ("none", "trained", {"stages": TRAINED}, pytest.mark.slow),
+            ("none", "cached", {"stages": CACHED}, ()),
+            ("late", "ids-only", {"item_llm__enabled": False}, pytest.mark.slow),
+        )
+    ],
+)
+def test_one_rank_equals_two_ranks(options: dict[str, Any], tmp_path: Path) -> None:
+    common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002, **options}
+    train(config(tmp_path / "one", data__batch_users=4, **common))
+    ranks = run_ranks(on_rank, 2, config(tmp_path / "two", data__batch_users=2, **common))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    (one,), (two,) = (lines(tmp_path / name, "eval") for name in ("one", "two"))
+    name = "ndcg@10" if options["objective__fusion"] == "none" else "auc"
+    assert two[name] == pytest.approx(one[name], abs=1e-4)
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+
+
+def test_two_micro_batches_equal_one_batch_twice_as_large(tmp_path: Path) -> None:
+    replicated = {
+        "features__shard_from_rows": 10_000,
+        "max_steps": 4,
+    }  # sharded tables step at every micro-batch
+    whole = train(config(tmp_path / "whole", data__batch_users=4, **replicated))
+    halves = train(config(tmp_path / "halves", data__batch_users=2, optim__accumulate=2, **replicated))
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    assert halves.metrics["auc"] == pytest.approx(whole.metrics["auc"], abs=1e-4)
+
+
+def test_accumulation_over_ranks_equals_one_rank(tmp_path: Path) -> None:
+    options = {"features__shard_from_rows": 10_000, "max_steps": 4, "stages": MIXED}
+    train(config(tmp_path / "one", data__batch_users=4, **options))
+    run_ranks(on_rank, 2, config(tmp_path / "two", data__batch_users=1, optim__accumulate=2, **options))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "dense"),
+    [
+        ("early", "ddp"),
+        ("late", "fsdp"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("late", "ddp"), ("early", "fsdp"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("none", "ddp"), ("none", "fsdp"))),
+    ],
+)
+def test_a_rank_without_users_takes_part(fusion: str, dense: str, tmp_path: Path) -> None:
+    options = {
+        "objective__fusion": fusion,
+        "parallel__dense": dense,
+        "stages": [
+            {"name": "live", "epochs": 1},
+            {"name": "stored", "epochs": 0.5, "item_embeddings": "cached"},
+        ],
+        "data__max_history": 24,  # 35 pieces: the second step has 2 for 3 ranks
+        "evaluation__batch_users": 2,
+    }
+    one = train(config(tmp_path / "one", data__batch_users=33, **options))
+    assert [loader.steps(0) for loader in one.loaders.values()][0] == 2
+    assert len(next(iter(one.loaders.values())).pieces) == 35
+    run_ranks(on_rank, 3, config(tmp_path / "three", data__batch_users=11, **options))
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+# --- resuming --------------------------------------------------------------------------------------------
+
+
+def interrupted(source: Path, target: Path, step: int) -> Path:
+    """A copy of a finished run as it stood at a step's checkpoint."""
+    shutil.copytree(source, target)
+    for path in by_step(target / "checkpoints"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return target
+
+
+RESUMABLE = {
+    "stages": MIXED,
+    "objective__head_dropout": 0.2,
+    "objective__generative_weight": 0.5,
+    "optim__ema": 0.9,
+    "evaluation__checkpoint_every": 2,
+    "evaluation__keep_last": 100,
+    "evaluation__every": 1,
+}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = train(config(tmp_path / "whole", **RESUMABLE))
+    stages = [line["stage"] for line in lines(tmp_path / "whole", "step")]
+    assert stages == ["live"] * 4 + ["stored"] * 6 + ["live again"] * 3
+    for step in (2, 6, 10):  # within both kinds of stage, and where they meet
+        run = interrupted(tmp_path / "whole", tmp_path / f"from-{step}", step)
+        resumed = train(config(run, resume=True, **RESUMABLE))
+        assert losses(run) == losses(tmp_path / "whole"), f"resumed at step {step}"
+        assert resumed.metrics == whole.metrics
+        assert_equal_weights(weights(resumed), weights(whole))
+        assert [e["auc"] for e in lines(run, "eval")] == [e["auc"] for e in lines(tmp_path / "whole", "eval")]
+        assert lines(run, "end")[-1]["weights_moved"] == lines(tmp_path / "whole", "end")[0]["weights_moved"]
+
+
+@pytest.mark.parametrize("dense", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
+    options = {**RESUMABLE, "data__batch_users": 2, "parallel__dense": dense}
+    whole = run_ranks(on_rank, 2, config(tmp_path / "whole", **options))
+    run = interrupted(tmp_path / "whole", tmp_path / "resumed", 6)
+    resumed = run_ranks(on_rank, 2, config(run, resume=True, **options))
+    assert losses(run) == losses(tmp_path / "whole")
+    for found, expected in zip(resumed, whole, strict=True):
+        assert_equal_weights(found["weights"], expected["weights"])
+
+
+def test_resume_at_another_world_size_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__lr": 0.002}
+    train(config(tmp_path / "whole", data__batch_users=4, **options))
+    run = interrupted(tmp_path / "whole", tmp_path / "two", 4)
+    run_ranks(on_rank, 2, config(run, data__batch_users=2, resume=True, **options))
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "run"))
+    again = train(config(tmp_path / "run", resume=True))
+    assert again.step == first.step
+    assert_equal_weights(weights(again), weights(first))
+    assert len(losses(tmp_path / "run")) == first.total_steps
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    assert train(config(tmp_path / "run", resume=True, max_steps=1)).step == 1
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    with pytest.raises(ConfigError, match=r"holds a run, up to step-00000001: continue it \(resume: true\)"):
+        train(config(tmp_path / "run"))
+
+
+def test_resume_with_other_batches_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    with pytest.raises(
+        ConfigError, match=r"resume: the epochs .* keep the dataset, the stages and batch_users"
+    ):
+        train(config(tmp_path / "run", resume=True, data__batch_users=2))
+
+
+def test_resume_with_another_architecture_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    with pytest.raises(ValueError, match="is not of this model"):
+        train(config(tmp_path / "run", resume=True, objective__head_hidden=9))
+
+
+# --- stages and parts ------------------------------------------------------------------------------------
+
+
+def test_a_cached_stage_leaves_the_item_llm_exactly_as_it_is(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path / "run", stages=CACHED), start_process())
+    before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}
+    moved = trainer.run()["weights_moved"]
+    assert moved["item_llm"] == 0.0 and moved["user"] > 0
+    for name, parameter in trainer.hllm.named_parameters():
+        if name.startswith("item_llm."):
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_adam_does_not_move_the_item_llm_in_a_cached_stage_after_a_trained_one(tmp_path: Path) -> None:
+    """Adam's running means are not 0 then, and its decay would shrink what has a gradient of 0."""
+    whole = {"evaluation__checkpoint_every": 1, "evaluation__keep_last": 100, "evaluation__every": 100}
+    stages = [{"name": "live", "epochs": 0.3}, *CACHED]
+    end = train(config(tmp_path / "run", stages=stages, **whole))
+    (live_steps,) = [line["step"] for line in lines(tmp_path / "run", "stage") if line["name"] == "stored"]
+    run = interrupted(tmp_path / "run", tmp_path / "cut", live_steps)
+    start = Trainer(config(run, stages=stages, resume=True, **whole), start_process())
+    start._resume()
+    item_llm = {name: value for name, value in weights(end).items() if name.startswith("item_llm.")}
+    assert end.step > start.step == live_steps
+    assert_equal_weights(item_llm, {n: v for n, v in weights(start).items() if n.startswith("item_llm.")})
+
+
+@pytest.mark.parametrize(
+    ("options", "still", "moving"),
+    [
+        ({"item_llm__trainable": False}, "item_llm", "user"),
+        ({"user__trainable": False}, "user", "item_llm"),
+    ],
+)
+def test_a_frozen_part_stays_exactly_as_it_is(
+    options: dict[str, Any], still: str, moving: str, tmp_path: Path
+) -> None:
+    trainer = Trainer(config(tmp_path / "run", max_steps=3, **options), start_process())
+    before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}
+    moved = trainer.run()["weights_moved"]
+    assert moved[still] == 0.0 and moved[moving] > 0
+    for name, parameter in trainer.hllm.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith(f"{still}."), name
+
+
+def test_frozen_words_stay_while_the_layers_learn(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path / "run", max_steps=2, item_llm__freeze_words=True), start_process())
+    words = trainer.hllm.item_llm.backbone.get_input_embeddings().weight
+    before = words.detach().clone()
+    assert trainer.run()["weights_moved"]["item_llm"] > 0
+    assert torch.equal(words, before)
+
+
+def test_every_trainable_weight_moves(tmp_path: Path) -> None:
+    options = {"objective__generative_weight": 0.5, "max_steps": 6}
+    trainer = Trainer(config(tmp_path / "run", **options), start_process())
+    before = weights(trainer)
+    trainer.run()
+    after = weights(trainer)
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+def test_stages_of_the_same_name_may_differ(tmp_path: Path) -> None:
+    stages = [
+        {"name": "a", "epochs": 0.2, "max_history": 8, "batch_users": 2},
+        {"name": "a", "epochs": 0.2, "max_history": 500, "batch_users": 4},
+    ]
+    trainer = train(config(tmp_path / "run", stages=stages))
+    assert [len(loader.pieces) for loader in trainer.loaders.values()][1] == 24
+    assert len(trainer.loaders) == 2
+
+
+# --- objective -------------------------------------------------------------------------------------------
+
+
+def test_lambda_adds_the_generative_loss(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", objective__generative_weight=0.5))
+    for line in lines(tmp_path / "run", "step"):
+        assert line["loss"] == pytest.approx(line["loss_cls"] + 0.5 * line["loss_gen"])
+        assert line["loss_gen"] > 0
+        assert 0 < line["effective_negatives"] <= 8
+        assert 0 <= line["gen_accuracy"] <= 1
+        assert 0.01 <= line["temperature"] < 0.1
+        assert -1 <= line["item_similarity"] <= 1
+
+
+def test_without_lambda_there_is_no_generative_loss(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    (line,) = lines(tmp_path / "run", "step")
+    assert line["loss"] == line["loss_cls"]
+    assert not {"loss_gen", "temperature", "effective_negatives"} & line.keys()
+
+
+def test_generative_only_reports_retrieval(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", objective__fusion="none", evaluation__ks=[5, 10]))
+    (line,) = lines(tmp_path / "run", "eval")
+    assert "auc" not in line and 0 <= line["ndcg@5"] <= line["recall@10"] <= 1
+    assert all(line["loss"] == line["loss_gen"] for line in lines(tmp_path / "run", "step"))
+
+
+def test_training_learns_its_training_data(tmp_path: Path) -> None:
+    train(
+        config(
+            tmp_path / "run", stages=[{"name": "live", "epochs": 12}], evaluation__every=12, optim__lr=0.01
+        )
+    )
+    found = losses(tmp_path / "run")
+    assert sum(found[-4:]) / 4 < 0.75 * sum(found[:4]) / 4
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", optim__table_lr=1e30)
+    with pytest.raises(
+        FloatingPointError, match=r"step \d: the loss is nan: lower optim.lr or optim.table_lr"
+    ):
+        train(settings)
+    two = replace(settings, output=str(tmp_path / "two"))
+    with pytest.raises(RankFailed, match="FloatingPointError: step"):
+        run_ranks(on_rank, 2, two)
+
+
+def test_collapsed_items_stop_every_rank(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", objective__collapse_above=1e-9, objective__generative_weight=1)
+    with pytest.raises(
+        FloatingPointError, match="item embeddings have collapsed: .* lower optim.item_llm_lr"
+    ):
+        train(settings)
+    assert all(run_ranks(collapses, 2, replace(settings, output=str(tmp_path / "two"))))
+
+
+def collapses(settings: Config) -> bool:
+    with pytest.raises(FloatingPointError, match="collapsed"):
+        train(settings)
+    return True
+
+
+# --- schedule, evaluation, averages ----------------------------------------------------------------------
+
+
+def test_max_steps_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path: Path) -> None:
+    trainer = train(config(tmp_path / "run", max_steps=3))
+    assert trainer.step == 3 and len(losses(tmp_path / "run")) == 3
+    assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [3]
+    assert [path.name for path in by_step(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_evaluations(tmp_path: Path) -> None:
+    options = {"evaluation__checkpoint_every": 3, "evaluation__keep_last": 100}
+    trainer = train(config(tmp_path / "run", **options))
+    last = trainer.total_steps
+    saved = [line["step"] for line in lines(tmp_path / "run", "checkpoint")]
+    assert saved == sorted({*range(3, last, 3), last})
+    assert [int(path.name[5:]) for path in by_step(tmp_path / "run" / "checkpoints")] == saved
+
+
+def test_fractions_of_epochs_are_evaluated(tmp_path: Path) -> None:
+    trainer = train(config(tmp_path / "run", stages=[{"name": "x", "epochs": 1.5}], evaluation__every=0.5))
+    evaluated = [line["step"] for line in lines(tmp_path / "run", "eval")]
+    epoch = trainer.legs[0].steps
+    assert evaluated == [math.ceil(epoch / 2), epoch, trainer.total_steps]
+
+
+def test_patience_stops_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    still = {"optim__lr": 0.0, "optim__item_llm_lr": 0.0, "optim__table_lr": 0.0}
+    stages = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 5}]
+    trainer = train(config(tmp_path / "run", stages=stages, evaluation__patience=2, **still))
+    assert len(lines(tmp_path / "run", "eval")) == 3  # the first is the best, two are no better
+    assert trainer.step == 3 * trainer.legs[0].steps
+    again = train(config(tmp_path / "run", stages=stages, evaluation__patience=2, resume=True, **still))
+    assert again.step == trainer.step
+
+
+def test_the_average_is_evaluated_and_the_weights_come_back(tmp_path: Path) -> None:
+    plain = train(config(tmp_path / "plain", max_steps=6))
+    averaged = train(config(tmp_path / "ema", max_steps=6, optim__ema=0.99))
+    assert losses(tmp_path / "ema") == losses(tmp_path / "plain")
+    assert_equal_weights(weights(averaged), weights(plain))
+    assert averaged.metrics["log_loss"] != plain.metrics["log_loss"]
+    assert averaged.evaluate() == averaged.metrics
+    averaged.ema = None
+    assert averaged.evaluate()["log_loss"] == pytest.approx(plain.metrics["log_loss"], abs=1e-6)
+
+
+def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
+    options = {"objective__head_dropout": 0.3, "stages": MIXED}
+    train(config(tmp_path / "rarely", **options))
+    train(config(tmp_path / "often", evaluation__every=0.1, **options))
+    assert losses(tmp_path / "often") == losses(tmp_path / "rarely")
+
+
+def test_learning_rates_warm_up_and_fall(tmp_path: Path) -> None:
+    train(
+        config(
+            tmp_path / "run",
+            optim__warmup=0.5,
+            optim__min_lr_ratio=0.1,
+            optim__lr=0.01,
+            optim__item_llm_lr=1e-3,
+        )
+    )
+    rates = [line["lr"] for line in lines(tmp_path / "run", "step")]
+    top = rates.index(max(rates))
+    assert 0 < top < len(rates) - 1
+    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
+
+
+# --- log and files ---------------------------------------------------------------------------------------
+
+
+def test_the_log_has_every_event_and_its_numbers(tmp_path: Path) -> None:
+    trainer = train(config(tmp_path / "run", stages=[*TRAINED, *CACHED]))
+    events = [line["event"] for line in read_log(tmp_path / "run")]
+    assert events[:2] == ["start", "stage"] and events[-3:] == ["eval", "checkpoint", "end"]
+    assert events.count("step") == trainer.total_steps and events.count("stage") == 2
+    (start,), (end,) = lines(tmp_path / "run", "start"), lines(tmp_path / "run", "end")
+    assert start["world"] == 1 and start["total_steps"] == trainer.total_steps and start["matmul_peak"] > 1e8
+    assert end["weights_moved"]["item_llm"] > 0 and end["host"] > 0
+    for line in lines(tmp_path / "run", "step"):
+        assert line["seconds"] > 0 and line["samples_per_second"] > 0 and line["user_tokens_per_second"] > 0
+        assert (line["item_tokens_per_second"] > 0) == (line["stage"] == "live")
+        assert 0 < line["mfu"] < 1 and line["grad_norm"] > 0
+    assert {"auc", "log_loss", "rows"} <= lines(tmp_path / "run", "eval")[0].keys()
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_resolved_configuration_is_kept_beside_the_run(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", max_steps=1)
+    train(settings)
+    assert config_from_file(tmp_path / "run" / "config.yaml") == settings
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    stages = [{"name": "x", "epochs": 4}]
+    train(config(tmp_path / "run", stages=stages, evaluation__every=0.25, evaluation__keep_last=2))
+    evaluations = lines(tmp_path / "run", "eval")
+    best = max(evaluations, key=lambda line: line["auc"])["step"]
+    kept = [int(path.name[5:]) for path in by_step(tmp_path / "run" / "checkpoints")]
+    last = [line["step"] for line in evaluations][-2:]
+    assert kept == sorted({best, *last})
+
+
+def test_no_loader_thread_is_left_behind(tmp_path: Path) -> None:
+    import threading
+
+    with pytest.raises(FloatingPointError):
+        train(config(tmp_path / "run", optim__table_lr=1e30))
+    assert not [thread for thread in threading.enumerate() if thread.name == "hllm-loader"]
+    assert dist.is_initialized()
