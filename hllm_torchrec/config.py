@@ -295,8 +295,9 @@ def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) 
     problems += option_problems(dict(given), cls, others=("config", "print_config", "help"))
     if problems:
         raise ConfigError(problems)
+    kind: type = cls
     try:
-        built: T = _build(cls, _parser(cls, prog, description).parse_args(arguments))
+        built: T = _build(kind, _parser(kind, prog, description).parse_args(arguments))
         return built
     except ArgumentError as error:
         raise ConfigError([" ".join(str(error).split())]) from None

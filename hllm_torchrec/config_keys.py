@@ -7,7 +7,7 @@ import typing
 from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -107,7 +107,7 @@ def dotted_fields(cls: type, prefix: str = "") -> dict[str, Any]:
     for entry in dataclasses.fields(cls):
         found[prefix + entry.name] = entry.type
         if is_record(entry.type):
-            found |= dotted_fields(entry.type, f"{prefix}{entry.name}.")
+            found |= dotted_fields(cast(type, entry.type), f"{prefix}{entry.name}.")
     return found
 
 

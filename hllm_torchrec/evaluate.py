@@ -33,7 +33,13 @@ RETRIEVAL_ROWS = 512
 
 @torch.no_grad()
 def score_split(
-    model: nn.Module, loader: Loader, device: torch.device, *, cold: NDArray[np.bool_], show: bool = False, epoch: int = 0
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    *,
+    cold: NDArray[np.bool_],
+    show: bool = False,
+    epoch: int = 0,
 ) -> Columns:
     """This rank's exposures with their scores, in the columns of the predictions format.
 

@@ -15,6 +15,12 @@ from hllm_torchrec.flops import flops_utilisation, measured_matmul_peak, transfo
 from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import HLLM
 
+PEAK_SHAPES = {
+    "cpu": ((512, 512, 512), (1024, 512, 512)),
+    "cuda": ((8192, 8192, 8192), (16384, 4096, 4096)),
+}
+"""Products large enough for the full speed of a core, or of a GPU, and no larger: some CPUs emulate bfloat16."""
+
 
 class StepMeter:
     """Seconds, rates and model FLOPs utilisation of each step, over all ranks.
@@ -115,7 +121,7 @@ def global_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def _local_peak(device: torch.device, dtype: torch.dtype) -> float:
-    return measured_matmul_peak(device, dtype, seconds=0.2)
+    return measured_matmul_peak(device, dtype, PEAK_SHAPES[device.type], seconds=0.2)
 
 
 @dataclass(frozen=True)

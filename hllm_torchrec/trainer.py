@@ -231,7 +231,8 @@ class Trainer:
         every = self.config.evaluation.checkpoint_every
         if self.step in self.evaluate_after:
             self.metrics = self.evaluate()
-            score = self.metrics.get("auc", self.metrics.get(f"ndcg@{self.config.evaluation.ks[0]}"))
+            own = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
+            score = float(self.metrics[own])
             self.stale = 0 if score > self.best else self.stale + 1
             self.best = max(self.best, score)
             self.log.write("eval", self.step, split="valid", **self.metrics)

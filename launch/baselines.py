@@ -7,6 +7,7 @@ Settings start from configs/baselines/*.yaml and are overridden by --config and 
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from hllm_torchrec import configs
@@ -14,7 +15,7 @@ from hllm_torchrec.baselines.config import BaselinesConfig
 from hllm_torchrec.config import load_as
 from hllm_torchrec.launch.command import CommandParser, run_job
 
-NAMES = ("item_mean", "running_bias", "dlrm")
+NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")
 
 
 def build_parser() -> CommandParser:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     try:
         for name in args.only:
             is_new = run_baseline(name, settings, dataset, device, args.output / name)
-            on_rank_zero(lambda name=name, is_new=is_new: _say(name, is_new, args.output / name))
+            on_rank_zero(partial(_say, name, is_new, args.output / name))
 
         def show() -> None:
             for split in SPLITS:

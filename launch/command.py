@@ -15,10 +15,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_job(prog: str, job: Callable[[], None]) -> int:
-    """Run `job`; return the exit status: 0, or 2 after the message of a ValueError or OSError."""
+    """Run `job`; return the exit status: 0, or 2 after the message of an error that the user can mend."""
     try:
         job()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,7 +1,7 @@
 """`hllm evaluate`: scores a split with a run's checkpoint, and compares models on the same exposures.
 
     hllm evaluate --run runs/quickstart --compare runs/baselines/item_mean runs/baselines/running_bias
-    torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run runs/quickstart
+    torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run-dir runs/quickstart
     hllm evaluate --predictions mine=exports/mine theirs=exports/theirs --output runs/comparison
 
 The run gets predictions/<split>/, metrics.json (metrics-valid.json for the validation part) and report.html.
@@ -22,7 +22,14 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="hllm evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="run directory of hllm train")
+    parser.add_argument(
+        "--run",
+        "--run-dir",
+        dest="run",
+        type=Path,
+        metavar="DIR",
+        help="run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own",
+    )
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument(
         "--checkpoint", default="best", help="best (on validation; the default), latest, or a directory"

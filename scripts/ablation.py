@@ -1,6 +1,6 @@
 """The README's ablation table: every variant x seed is trained, evaluated and compared; done work is kept.
 
-    python scripts/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--nproc 2]
+    python scripts/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--jobs 2]
 
 A variant is a configuration of configs/ml100k; a question pairs two of them. Each run is a directory of its own,
 so the script can be stopped and started again. Differences are means over seeds of paired differences on the
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,39 +25,31 @@ CONFIGS = ROOT / "configs" / "ml100k"
 
 QUESTIONS = {
     "early against late fusion": ("early", "late"),
-    "pretrained against scratch Item LLM": ("late", "scratch"),
-    "trained against frozen Item LLM": ("late", "frozen"),
-    "timestamps against none": ("late", "no_time"),
-    "item IDs against none": ("late", "no_id"),
-    "generative loss against none (lambda 0)": ("late_generative", "late"),
+    "generative loss (lambda 0.1) against none": ("early_generative", "early"),
+    "timestamps against none": ("timestamps", "early"),
+    "item IDs and factors against text alone": ("early", "no_id"),
+    "factors against IDs learned from scratch": ("early", "no_factors"),
+    "text against IDs alone": ("early", "no_text"),
+    "trained against frozen Item LLM": ("trained", "early"),
+    "pretrained against scratch Item LLM": ("trained", "scratch"),
 }
 
 
-def train_and_evaluate(variant: str, seed: int, output: Path, processes: int) -> Path:
+def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
     """Run directory of one variant and seed, with predictions and metrics of the test part."""
     run = output / f"{variant}-{seed}"
     if (run / "metrics.json").is_file():
         return run
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    train = [
-        "train.py",
-        "--config",
-        str(CONFIGS / f"{variant}.yaml"),
-        "--seed",
-        str(seed),
-        "--output",
-        str(run),
-        "--resume",
-        "true",
-    ]
-    evaluate = ["-m", "hllm_torchrec.launch.evaluate", "--run", str(run), "--split", "test"]
-    threads = str(max(1, (os.cpu_count() or 2) // processes))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    train = ["train", "--config", str(CONFIGS / f"{variant}.yaml"), "--seed", str(seed)]
+    train += ["--output", str(run), "--resume", "true"]
+    evaluate = ["evaluate", "--run", str(run), "--split", "test"]
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.log").open("a") as log:
-        for command in (train, evaluate):
-            print("ablation:", variant, "seed", seed, command[0 if command is train else 1], flush=True)
-            subprocess.run([*launch, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+        for job, *arguments in (train, evaluate):
+            print(f"ablation: {job} {variant}, seed {seed}", flush=True)
+            command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     return run
 
 
@@ -64,16 +57,13 @@ def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
     """AUC and retrieval of every variant (mean, standard deviation over seeds) and the paired questions."""
     variants = sorted({variant for variant, _ in runs})
     first = read_predictions(next(iter(runs.values())) / "predictions" / "test")
-    scored = {
-        key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)
-    }
+    scored = {key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)}
     draws = user_bootstrap(first.label, {f"{v}/{s}": p.score for (v, s), p in scored.items()}, first.user_id)
     table, answers = {}, {}
     for variant in variants:
         rows = [json.loads((runs[variant, seed] / "metrics.json").read_text()) for seed in seeds]
         table[variant] = {
-            name: mean_and_deviation([pick(row, name) for row in rows])
-            for name in ("auc", "recall@10", "ndcg@10")
+            name: mean_and_deviation([pick(row, name) for row in rows]) for name in ("auc", "recall@10", "ndcg@10")
         }
     for question, (a, b) in QUESTIONS.items():
         if all((v, s) in scored for v in (a, b) for s in seeds):
@@ -123,9 +113,7 @@ def markdown(summary: dict) -> str:
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines += ["", "| question | AUC difference | 95% interval over users |", "|---|---|---|"]
     for question, answer in summary["questions"].items():
-        lines.append(
-            f"| {question} | {answer['difference']:+.4f} | {answer['low']:+.4f} to {answer['high']:+.4f} |"
-        )
+        lines.append(f"| {question} | {answer['difference']:+.4f} | {answer['low']:+.4f} to {answer['high']:+.4f} |")
     return "\n".join(lines)
 
 
@@ -135,10 +123,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--only", nargs="+", default=sorted(p.stem for p in CONFIGS.glob("*.yaml")))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     options = parser.parse_args()
     jobs = [(variant, seed) for seed in options.seeds for variant in options.only]
-    runs = {job: train_and_evaluate(*job, options.output, options.nproc) for job in jobs}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = pool.map(lambda job: train_and_evaluate(*job, options.output), jobs)
+        runs = dict(zip(jobs, done, strict=True))
     summary = summarise(runs, options.seeds)
     (options.output / "ablation.json").write_text(json.dumps(summary, indent=2))
     print(markdown(summary))

@@ -81,9 +81,8 @@ step prepare hllm prepare --source ml-100k --output "$dataset" --cache-dir .cach
 step fetch python -c "from hllm_torchrec.data.fetch import fetch_smollm2; print(fetch_smollm2('$models'))"
 step train env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" torchx run dist.ddp -j "1x$processes" train.py \
     --config "$config" --output "$output" --data.dataset "$dataset" --resume true "${training[@]}"
-step baselines hllm baselines --data.dataset "$dataset" --output "$output/baselines"
-step evaluate hllm evaluate --run "$output" --baselines "$output/baselines"
-step report hllm report --run "$output"
+step baselines hllm baselines --dataset "$dataset" --output runs/baselines
+step evaluate hllm evaluate --run "$output" --compare runs/baselines/{item_mean,running_bias,dlrm}
 
 echo
 echo "metrics:    $output/metrics.json"

@@ -9,8 +9,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 from hllm_torchrec.config import Config, load_config
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.experiment import recipe_of
+from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import build_model
-from hllm_torchrec.parallelize import plan_tables
+from hllm_torchrec.optim import dense_optimizer
+from hllm_torchrec.parallelize import parallelize, plan_tables
+from tests.fixtures import dataset, pieces, token_store
 
 PAPER = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
 SHAPES = {
@@ -70,3 +75,27 @@ def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, mo
     shards = tables["item_id"].sharding_spec.shards
     assert sum(s.shard_sizes[0] * s.shard_sizes[1] for s in shards) == 700_000 * model.user.width
     assert {s.placement.rank() for s in shards} <= set(range(32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_a_step_at_reduced_depth_runs_in_a_fake_group_of_32(path, ranks_32):
+    """Full width, one layer each, FSDP as configured. Fake collectives move no values, so no table is sharded."""
+    config = with_random_weights(
+        path, "--item_llm.layers", "1", "--user.layers", "1", "--parallel.precision", "fp32"
+    )
+    world, data = torch.device("cpu"), dataset("leave_one_out")
+    recipe = recipe_of(config, data)
+    model = build_model(config, recipe.tables(data), base_rate=0.5, table_device=torch.device("meta"))
+    model.encode_items = ItemEncoder(token_store("leave_one_out"), world)
+    wrapped = parallelize(model, config, world)
+    optimizer = dense_optimizer(model.named_parameters(), learning_rate=1e-4)
+    batch = Collator(data, recipe, training=True)(pieces("train", "leave_one_out")[:4], epoch=0, step=0)
+    output = wrapped(batch)
+    assert output.generative is not None and int(output.generative.count) == batch.next_rows.numel() > 0
+    (output.generative.loss_sum + output.classification).backward()
+    optimizer.step()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in trained)
+    layer = dict(model.named_parameters())["user.backbone.layers.0.mlp.gate_proj.weight"]
+    assert layer.to_local().numel() == layer.numel() // 32  # type: ignore[attr-defined]

@@ -166,6 +166,18 @@ def test_fsdp_equals_ddp(options: dict[str, Any], tmp_path: Path) -> None:
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_weights_changed_between_two_forward_passes_are_seen(dense: str, tmp_path: Path) -> None:
+    trainer = train(config(tmp_path / "run", parallel__dense=dense, max_steps=1))
+    trained = trainer.evaluate()
+    with torch.no_grad():
+        trainer.hllm.head.out.bias.add_(1.0)
+        trainer.hllm.project_item.weight.mul_(-1.0)
+    changed = trainer.evaluate()
+    assert changed["log_loss"] != pytest.approx(trained["log_loss"], abs=1e-2)
+    assert changed["auc"] != trained["auc"]
+
+
 def test_fsdp_shards_every_dense_weight_and_its_optimizer_state(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", parallel__dense="fsdp", max_steps=1, objective__generative_weight=1)
     for sizes in run_ranks(local_sizes, 2, settings):

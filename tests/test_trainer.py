@@ -24,9 +24,9 @@ from tests.training_fixtures import config, lines, losses, train, weights
 TRAINED = [{"name": "live", "epochs": 1}]
 CACHED = [{"name": "stored", "epochs": 1, "item_embeddings": "cached"}]
 MIXED = [
-    {"name": "live", "epochs": 0.5},
-    {"name": "stored", "epochs": 0.8, "item_embeddings": "cached"},
-    {"name": "live again", "epochs": 0.4},
+    {"name": "live", "epochs": 0.4},
+    {"name": "stored", "epochs": 1.3, "item_embeddings": "cached"},
+    {"name": "live again", "epochs": 0.3},
 ]
 
 
@@ -141,6 +141,19 @@ def test_a_rank_without_users_takes_part(fusion: str, dense: str, tmp_path: Path
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
+def test_a_rank_without_items_takes_part(tmp_path: Path) -> None:
+    """The second step has one piece of two events, so one of three ranks has no item to encode."""
+    options = {"data__max_history": 2, "max_steps": 2, "evaluation__batch_users": 50, "parallel__dense": "fsdp"}
+    one = Trainer(config(tmp_path / "probe", **options), start_process())
+    pieces = len(one.experiment.loader("train", 1, training=True, max_history=2).pieces)
+    whole, share = 3 * ((pieces - 1) // 3), (pieces - 1) // 3
+    assert pieces % 3 == 1
+    train(config(tmp_path / "one", data__batch_users=whole, **options))
+    run_ranks(on_rank, 3, config(tmp_path / "three", data__batch_users=share, **options))
+    assert len(losses(tmp_path / "three")) == 2
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
 # --- resuming --------------------------------------------------------------------------------------------
 
 
@@ -167,8 +180,8 @@ RESUMABLE = {
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     whole = train(config(tmp_path / "whole", **RESUMABLE))
     stages = [line["stage"] for line in lines(tmp_path / "whole", "step")]
-    assert stages == ["live"] * 4 + ["stored"] * 6 + ["live again"] * 3
-    for step in (2, 6, 10):  # within both kinds of stage, and where they meet
+    assert stages == ["live"] * 3 + ["stored"] * 10 + ["live again"] * 2
+    for step in (2, 4, 12):  # within a stage of each kind, and in the second epoch of one
         run = interrupted(tmp_path / "whole", tmp_path / f"from-{step}", step)
         resumed = train(config(run, resume=True, **RESUMABLE))
         assert losses(run) == losses(tmp_path / "whole"), f"resumed at step {step}"
@@ -182,7 +195,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
 def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
     options = {**RESUMABLE, "data__batch_users": 2, "parallel__dense": dense}
     whole = run_ranks(on_rank, 2, config(tmp_path / "whole", **options))
-    run = interrupted(tmp_path / "whole", tmp_path / "resumed", 6)
+    run = interrupted(tmp_path / "whole", tmp_path / "resumed", 12)
     resumed = run_ranks(on_rank, 2, config(run, resume=True, **options))
     assert losses(run) == losses(tmp_path / "whole")
     for found, expected in zip(resumed, whole, strict=True):

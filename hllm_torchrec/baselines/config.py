@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from hllm_torchrec.config_rules import out_of_bounds
+from hllm_torchrec.data.factors import FactorOptions
 from hllm_torchrec.errors import ConfigError
 
 
@@ -76,6 +77,11 @@ BOUNDS = {
     "item_mean.shrinkage": ">= 0",
     "running_bias.item_shrinkage": ">= 0",
     "running_bias.user_shrinkage": ">= 0",
+    "gaussian.factors": ">= 1",
+    "gaussian.prior": "> 0",
+    "gaussian.noise": "> 0",
+    "gaussian.iterations": ">= 1",
+    "gaussian.max_users": ">= 1",
     "dlrm.seed": ">= 0",
     "dlrm.width": ">= 1",
     "dlrm.init_scale": ">= 0",
@@ -106,6 +112,8 @@ class BaselinesConfig:
     """The item's mean training label."""
     running_bias: RunningBiasConfig = field(default_factory=RunningBiasConfig)
     """Item bias and the user's running residual mean."""
+    gaussian: FactorOptions = field(default_factory=FactorOptions)
+    """Linear-Gaussian factors."""
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
     """The ID-only DLRM."""
 

@@ -120,12 +120,20 @@ class DLRMTrainer:
         Where AUC is undefined (one class only), the log loss decides.
 
         checkpoints: emptied first; then the best epoch's weights are there.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
         """
-        ranks.on_rank_zero(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
-        best, best_score, stale, kept = {"epoch": 0.0}, -math.inf, 0, None
+        ranks.on_rank_zero(lambda: shutil.rmtree(checkpoints) if checkpoints.exists() else None)
+        best: dict[str, float] = {}
+        best_score, stale, kept = -math.inf, 0, checkpoints
         with progress(self.config.epochs, "dlrm", ranks.rank() == 0, unit="epoch") as bar:
             for epoch in range(1, self.config.epochs + 1):
                 loss = self.train_epoch(epoch)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"dlrm: the loss of epoch {epoch} is {loss}: lower dlrm.lr or dlrm.table_lr"
+                    )
                 metrics = quick_metrics(self.score("valid")) | {"epoch": epoch, "train_loss": loss}
                 score = -metrics["log_loss"] if math.isnan(metrics["auc"]) else metrics["auc"]
                 bar.set_postfix(valid_auc=f"{metrics['auc']:.4f}", refresh=False)
@@ -136,8 +144,6 @@ class DLRMTrainer:
                     kept = save_checkpoint(checkpoints, epoch, self._state(), metrics, keep_last=1)
                 if stale >= self.config.patience:
                     break
-        if kept is None:
-            raise FloatingPointError("dlrm: the loss is not a number from the first epoch on: lower lr or table_lr")
         load_checkpoint(kept, self._state())
         return best
 

@@ -12,6 +12,7 @@ from hllm_torchrec import ranks
 from hllm_torchrec.baselines.bias import run_bias
 from hllm_torchrec.baselines.config import BaselinesConfig
 from hllm_torchrec.baselines.dlrm import run_dlrm
+from hllm_torchrec.baselines.gaussian import run_gaussian
 from hllm_torchrec.config import to_dict
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.evaluate import save_predictions
@@ -43,6 +44,8 @@ def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: t
     fitted: dict[str, float] = {}
     if name == "dlrm":
         columns, fitted = run_dlrm(dataset, settings, device, directory, SPLITS)
+    elif name == "gaussian":
+        columns = run_gaussian(dataset, settings, SPLITS)
     else:
         columns = run_bias(dataset, settings, SPLITS)
     for split in SPLITS:

@@ -12,6 +12,7 @@ Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from hllm_torchrec.data.dataset import Dataset
 
-Doubles = NDArray[np.float64]
+Doubles = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 MEAN_LOADING = 0.45
@@ -32,13 +33,19 @@ class FactorOptions:
     """How the factors are fitted. The defaults were chosen on MovieLens-100k's validation part."""
 
     factors: int = 5
+    """K, without the user's mean."""
     prior: float = 40.0
+    """Precision of an item's loadings around v_0, in units of the users' factors."""
     noise: float = 0.8
+    """s^2, in variances of the values."""
     iterations: int = 30
+    """EM steps."""
     bias_shrinkage: float = 3.0
+    """Residuals of 0 added to each item's own."""
     max_users: int = 20_000
     """At most so many users (the first ones) are fitted."""
     seed: int = 0
+    """Of the loadings' start."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class ItemFactors:
         return self.mean + self.bias[items] + self.loadings[items] @ z
 
     def vectors(self) -> NDArray[np.float32]:
-        """[N, J + 1] float32: loadings and bias, each column with mean 0 and variance 1 over known items; row 0 is 0."""
+        """[N, J + 1] float32: loadings and bias, each column standardised over known items; row 0 is 0."""
         raw = np.concatenate([self.loadings, self.bias[:, None]], axis=1)
         spread = raw[1:].std(axis=0)
         scaled = (raw - raw[1:].mean(axis=0)) / np.where(spread > 0, spread, 1.0)

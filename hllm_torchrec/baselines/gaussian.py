@@ -1,0 +1,89 @@
+"""A strong baseline without gradients: linear-Gaussian item factors, and each user's posterior at every second.
+
+The item side is fitted to the training part (`hllm_torchrec.data.factors`); the user's factors z are the closed-form
+posterior given all events of strictly earlier seconds (of any part: prequential, as in `bias`). The score is the
+expected value (rating) of the item; the probability that it counts as positive is
+
+    P(value > t) = Phi((E[value] - t) / s),   t half way between the largest value with label 0 and the
+                                              smallest with label 1, s^2 the model's noise
+
+The hybrid model gets the same item vectors (`data.item_vectors: [factors]`), so this says what they are worth alone.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from hllm_torchrec import ranks
+from hllm_torchrec.baselines.exposures import Histories, own_groups, read_histories
+from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.factors import FactorOptions, ItemFactors, event_values, fit_item_factors
+from hllm_torchrec.evaluate import Columns
+from hllm_torchrec.logs import progress
+
+Doubles = NDArray[np.floating[Any]]
+
+
+def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ...]) -> dict[str, Columns]:
+    """This rank's predictions of each split. Collective.
+
+    Raises:
+        ValueError: a split is empty, or all training values are equal.
+    """
+    model, threshold = fit_item_factors(dataset, options), positive_threshold(dataset)
+    cold = dataset.training_item_counts() == 0
+    return {split: _score_split(dataset, split, model, threshold, cold) for split in splits}
+
+
+def positive_threshold(dataset: Dataset) -> float:
+    """The value from which an event counts as positive, by the training part."""
+    groups = dataset.row_groups("train")
+    values = _values(dataset, groups)
+    labels = read_histories(dataset, groups).labels
+    return float(values[labels == 0].max(initial=-np.inf) + values[labels == 1].min(initial=np.inf)) / 2
+
+
+def score(histories: Histories, values: Doubles, model: ItemFactors) -> Doubles:
+    """Expected value of every exposure [X]; `values` [T] of the events, NaN where unknown."""
+    exposures = histories.exposures
+    expected = np.empty(exposures.size)
+    moment = np.stack([histories.row_of_event[exposures], histories.seen[exposures]])
+    moments, which = np.unique(moment, axis=1, return_inverse=True)
+    order = np.argsort(which.reshape(-1), kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(which.reshape(-1)))[:-1])
+    for (row, seen), members in zip(moments.T, groups, strict=True):
+        start = histories.offsets[row]
+        history = np.arange(start, start + seen)
+        history = history[~np.isnan(values[history])]
+        z = model.posterior_mean(histories.item_ids[history], values[history])
+        expected[members] = model.predict(z, histories.item_ids[exposures[members]])
+    return expected
+
+
+def _score_split(
+    dataset: Dataset, split: str, model: ItemFactors, threshold: float, cold: NDArray[np.bool_]
+) -> Columns:
+    groups = own_groups(dataset, split)
+    parts = []
+    with progress(len(groups), f"score {split}", ranks.rank() == 0) as bar:
+        for share in [[group] for group in groups] or [[]]:
+            histories = read_histories(dataset, share)
+            expected = score(histories, _values(dataset, share), model)
+            deviations = torch.from_numpy((expected - threshold) / np.sqrt(model.noise))
+            parts.append(histories.columns(expected, torch.special.ndtr(deviations).numpy(), cold))
+            bar.update(len(share))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _values(dataset: Dataset, groups: list[RowGroup]) -> Doubles:
+    """[T] what each event of some row groups is worth."""
+    if not groups:
+        return np.empty(0)
+    tables = [dataset.read_row_group(group.path, group.index, columns=["labels", "actions"]) for group in groups]
+    table = pa.concat_tables(tables).combine_chunks()
+    labels = pc.list_flatten(table["labels"]).to_numpy().astype(np.float32)
+    return event_values(labels, pc.list_flatten(table["actions"]).to_numpy().astype(np.int64), dataset.num_actions)
