@@ -18,6 +18,7 @@ from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.logs import read_log
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.trainer import Trainer
+from tests import fixtures
 from tests.distributed import RankFailed, run_ranks
 from tests.training_fixtures import config, lines, losses, train, weights
 
@@ -141,17 +142,24 @@ def test_a_rank_without_users_takes_part(fusion: str, dense: str, tmp_path: Path
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
-def test_a_rank_without_items_takes_part(tmp_path: Path) -> None:
-    """The second step has one piece of two events, so one of three ranks has no item to encode."""
-    options = {"data__max_history": 2, "max_steps": 2, "evaluation__batch_users": 50, "parallel__dense": "fsdp"}
-    one = Trainer(config(tmp_path / "probe", **options), start_process())
-    pieces = len(one.experiment.loader("train", 1, training=True, max_history=2).pieces)
-    whole, share = 3 * ((pieces - 1) // 3), (pieces - 1) // 3
-    assert pieces % 3 == 1
-    train(config(tmp_path / "one", data__batch_users=whole, **options))
-    run_ranks(on_rank, 3, config(tmp_path / "three", data__batch_users=share, **options))
-    assert len(losses(tmp_path / "three")) == 2
-    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_ranks_without_items_to_encode_take_part(dense: str, tmp_path: Path) -> None:
+    """Three ranks share two items."""
+    settings = config(tmp_path / "run", parallel__dense=dense)
+    expected = two_steps_of_two_items(settings)
+    for found in run_ranks(two_steps_of_two_items, 3, settings):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def two_steps_of_two_items(settings: Config) -> list[float]:
+    """The losses of two steps in which rank 0 has the first two events of one user, and the others nobody."""
+    trainer = Trainer(settings, start_process())
+    user = next(piece for piece in fixtures.pieces() if len(set(piece.item_ids[:2])) == 2)
+    events = {name: getattr(user, name)[:2] for name in ("item_ids", "timestamps", "labels", "actions")}
+    pieces = [replace(user, **events)] if trainer.rank == 0 else []
+    batch = trainer.validation.collator(pieces, 0, 0, trainer.rank)
+    assert batch.unique_items.numel() == 2 * len(pieces)
+    return [trainer.train_step([batch])["loss"] for _ in range(2)]
 
 
 # --- resuming --------------------------------------------------------------------------------------------
