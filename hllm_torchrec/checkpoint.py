@@ -103,9 +103,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = ()
-) -> dict[str, Any]:
+def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = ()) -> dict[str, Any]:
     """Copy a checkpoint into the tensors of `state`, in place, and return its `extra`. Collective.
 
     The world size and the sharding plan may differ from those of the save, and dtypes are converted. Row-wise
@@ -261,9 +259,7 @@ def _is_replanned(tensor: torch.Tensor, saved: torch.Size) -> bool:
     return large != small and small > 0 and large % small == 0
 
 
-def _compare(
-    tensors: Mapping[str, torch.Tensor], saved: Mapping[str, TensorStorageMetadata]
-) -> dict[str, Any]:
+def _compare(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Any]:
     """Compare this rank's tensors, which do not include other ranks' tables, with the checkpoint's."""
     reshaped = {
         key: f"{key} (checkpoint {list(saved[key].size)}, model {list(_size(tensor))})"
@@ -378,6 +374,4 @@ def _check_json(name: str, value: Any) -> None:
         for index, child in enumerate(value):
             _check_json(f"{name}[{index}]", child)
     elif value is not None and not isinstance(value, str | int | float):
-        raise ValueError(
-            f"{name} is a {type(value).__name__}; JSON holds text, numbers, lists and dictionaries only"
-        )
+        raise ValueError(f"{name} is a {type(value).__name__}; JSON holds text, numbers, lists and dictionaries only")

@@ -28,9 +28,7 @@ def start(final: Path) -> Path:
     return temporary
 
 
-def commit(
-    temporary: Path, final: Path, marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]
-) -> None:
+def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]) -> None:
     """Check that all ranks' files are here, write the marker, and give the directory its final name.
 
     Args:
@@ -95,9 +93,7 @@ def read_marker(path: Path) -> dict[str, Any]:
 def by_step(directory: Path) -> list[Path]:
     """Return the checkpoints of a directory, whole or not, in the order of their steps."""
     found = directory.iterdir() if directory.is_dir() else iter(())
-    return sorted(
-        (path for path in found if re.fullmatch(r"step-\d+", path.name)), key=lambda p: int(p.name[5:])
-    )
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=lambda p: int(p.name[5:]))
 
 
 def by_metric(directory: Path) -> list[Path]:
@@ -111,9 +107,7 @@ def by_metric(directory: Path) -> list[Path]:
     if better is None:
         return []
     sign = -1 if better == "max" else 1
-    return sorted(
-        (p for p in paths if markers[p]["metric"] is not None), key=lambda p: sign * markers[p]["metric"]
-    )
+    return sorted((p for p in paths if markers[p]["metric"] is not None), key=lambda p: sign * markers[p]["metric"])
 
 
 def undamaged(paths: Iterable[Path]) -> Iterator[Path]:

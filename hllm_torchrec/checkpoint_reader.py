@@ -81,7 +81,5 @@ def _unpickle(path: Path) -> Metadata:
     except Exception as error:  # a damaged pickle raises almost anything
         raise ValueError(f"{path} cannot be read: {error}; {_REMEDY}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(
-            f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint; {_REMEDY}"
-        )
+        raise ValueError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint; {_REMEDY}")
     return metadata

@@ -176,9 +176,7 @@ class OptimConfig:
     """Of the user encoder; none given: `lr`."""
     table_lr: float = 0.05
     """Of sharded tables."""
-    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = (
-        "rowwise_adagrad"
-    )
+    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = "rowwise_adagrad"
     """In-backward optimizer of sharded tables; the last two run on CUDA only. Tables step at every
     micro-batch, unclipped, whatever `accumulate` and `clip_norm` say: they are updated inside the backward
     pass."""
@@ -289,9 +287,7 @@ def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) 
         ConfigError: as `load_config`.
     """
     given = list(split_arguments(arguments))
-    problems = [
-        problem for name, text in given if name == "config" for problem in file_problems(text, cls)
-    ]
+    problems = [problem for name, text in given if name == "config" for problem in file_problems(text, cls)]
     problems += option_problems(dict(given), cls, others=("config", "print_config", "help"))
     if problems:
         raise ConfigError(problems)

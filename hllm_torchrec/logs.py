@@ -121,9 +121,7 @@ def _plain(name: str, value: Any) -> Any:
         return None
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise ValueError(
-        f"{name} is a {type(value).__name__}; the log takes text, numbers, lists and dictionaries"
-    )
+    raise ValueError(f"{name} is a {type(value).__name__}; the log takes text, numbers, lists and dictionaries")
 
 
 def _number(value: Any) -> Any:

@@ -147,8 +147,6 @@ def weights_of(model: HLLM) -> WeightSnapshot:
     for part, module in parts.items():
         if module is None:
             continue
-        layers = [
-            p for n, p in module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)
-        ]
+        layers = [p for n, p in module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)]
         matrices[part] = getattr(layers[0], "_local_tensor", layers[0]).detach().float().clone()
     return WeightSnapshot(matrices)

@@ -58,18 +58,14 @@ def dense_optimizer(
         if not any(_is_under(name, prefix) for name, _ in parameters):
             parts = sorted({name.split(".")[0] for name, _ in parameters})
             hint = nearest(prefix, parts)
-            raise ValueError(
-                f"part_learning_rates: no parameter is under {prefix!r}{hint}; parts: {', '.join(parts)}"
-            )
+            raise ValueError(f"part_learning_rates: no parameter is under {prefix!r}{hint}; parts: {', '.join(parts)}")
     groups: dict[tuple[str, bool, bool], list[Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         if parameter.requires_grad and not hasattr(parameter, "_in_backward_optimizers"):
             part = max((prefix for prefix in rates if _is_under(name, prefix)), key=len, default="")
             groups[part, _decays(name, parameter), isinstance(parameter, DTensor)].append(parameter)
     if not groups:
-        raise ValueError(
-            "there is no dense parameter to train: all are frozen or in sharded tables; unfreeze a part"
-        )
+        raise ValueError("there is no dense parameter to train: all are frozen or in sharded tables; unfreeze a part")
     return AdamW(
         [
             {
@@ -164,9 +160,7 @@ def warmup_cosine_schedule(
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])  # LambdaLR wants it when it does not start at 0
-    return LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps, min_ratio), start_step - 1
-    )
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps, min_ratio), start_step - 1)
 
 
 def set_learning_rate(optimizer: KeyedOptimizer, learning_rate: float) -> None:
@@ -257,9 +251,7 @@ class EmaWeights:
             raise ValueError(f"ema decay is {decay}; it must be at least 0 and less than 1, such as 0.999")
         self._decay = decay
         self._parameters = {
-            name: p
-            for name, p in named_parameters
-            if p.requires_grad and not hasattr(p, "_in_backward_optimizers")
+            name: p for name, p in named_parameters if p.requires_grad and not hasattr(p, "_in_backward_optimizers")
         }
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
 

@@ -163,9 +163,7 @@ def distribute(
     )
 
 
-def plan_tables(
-    model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder
-) -> ShardingPlan:
+def plan_tables(model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder) -> ShardingPlan:
     """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on."""
     world = dist.get_world_size()
     topology = TopologyFactory.create_topology(

@@ -77,9 +77,7 @@ def read_log(path: Path) -> TrainingLog:
     log = TrainingLog()
     if not path.is_file():
         return log
-    for line_number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
-    ):
+    for line_number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -105,8 +103,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     version = metrics.get("schema_version") if isinstance(metrics, dict) else None
     if version != SCHEMA_VERSION:
         raise ValueError(
-            f"{path} has schema_version {version}, this report reads {SCHEMA_VERSION}; evaluate again to "
-            "write it anew"
+            f"{path} has schema_version {version}, this report reads {SCHEMA_VERSION}; evaluate again to write it anew"
         )
     return metrics
 
@@ -162,8 +159,7 @@ def _paired(metrics: Mapping[str, Any]) -> str:
     kinds = {"DeLong": "delong", "bootstrap over users": "bootstrap"}
     groups = {
         name: [
-            Estimate(kind, pair["difference"], pair[f"{key}_low"], pair[f"{key}_high"])
-            for kind, key in kinds.items()
+            Estimate(kind, pair["difference"], pair[f"{key}_low"], pair[f"{key}_high"]) for kind, key in kinds.items()
         ]
         for name, pair in paired.items()
         if pair["difference"] is not None
@@ -177,9 +173,7 @@ def _paired(metrics: Mapping[str, Any]) -> str:
     if groups:
         axis = f"AUC minus AUC of {reference}"
         label = f"{axis} with 95% intervals: {', '.join(groups)}"
-        picture = figure(
-            "", estimates(groups, list(kinds), axis, label, "paired", zero=True, palette=NEUTRALS)
-        )
+        picture = figure("", estimates(groups, list(kinds), axis, label, "paired", zero=True, palette=NEUTRALS))
     return section("Paired differences", table(header, rows), picture, paragraph(note))
 
 
@@ -221,14 +215,10 @@ def _curves(metrics: Mapping[str, Any]) -> str:
     figures = []
     if roc:
         axes = ("false positive rate", "true positive rate")
-        figures.append(
-            figure("ROC curve and AUC", unit_square(roc, *axes, "ROC curve of every model", "roc"))
-        )
+        figures.append(figure("ROC curve and AUC", unit_square(roc, *axes, "ROC curve of every model", "roc")))
     if reliability:
         axes = ("mean predicted probability", "observed rate of positives")
-        drawn = unit_square(
-            reliability, *axes, "Reliability curve of every model", "reliability", markers=True
-        )
+        drawn = unit_square(reliability, *axes, "Reliability curve of every model", "reliability", markers=True)
         figures.append(figure("Reliability and expected calibration error (ECE)", drawn))
     note = (
         "Each point of a reliability curve is a tenth of the exposures by predicted probability; on the "

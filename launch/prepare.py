@@ -51,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="ml-100k, ml-1m: folder (ml-100k: fetched if left out); pixelrec: interaction CSV; amazon: "
         "rating CSV; table: mapping YAML",
     )
-    parser.add_argument(
-        "--items", type=Path, help="pixelrec: item information CSV; amazon: metadata JSON lines"
-    )
+    parser.add_argument("--items", type=Path, help="pixelrec: item information CSV; amazon: metadata JSON lines")
     parser.add_argument("--split", default="time", choices=RULES, help="default: time")
     parser.add_argument(
         "--fractions",
@@ -70,12 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KIND=error|drop|keep",
         help="what to do with a kind of bad row (repeatable); kinds: " + ", ".join(BadRows().to_dict()),
     )
-    parser.add_argument(
-        "--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)"
-    )
-    parser.add_argument(
-        "--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)"
-    )
+    parser.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
+    parser.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
     parser.add_argument(
         "--core",
         default="iterative",
@@ -84,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--users-per-row-group", type=int, default=256)
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
-    parser.add_argument(
-        "--extend", action="store_true", help="prepare again, keep all ids, append the new ones"
-    )
+    parser.add_argument("--extend", action="store_true", help="prepare again, keep all ids, append the new ones")
     parser.add_argument("--cache-dir", type=Path, help="where fetched files are kept")
     return parser
 
@@ -94,9 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 def build_source(args: argparse.Namespace) -> Source:
     """The source that the arguments name. Raises ValueError for a missing argument or file."""
     if args.time_unit is not None and args.source != "pixelrec":
-        raise ValueError(
-            f"--time-unit belongs to pixelrec, not to {args.source} (table: set it in the mapping)"
-        )
+        raise ValueError(f"--time-unit belongs to pixelrec, not to {args.source} (table: set it in the mapping)")
     if args.items is not None and args.source not in ("pixelrec", "amazon"):
         raise ValueError(f"--items belongs to pixelrec and amazon, not to {args.source}")
     if args.source == "ml-100k" and args.path is None:
@@ -136,9 +126,7 @@ def summary(path: Path) -> str:
     lines = [f"{path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"]
     for part, facts in manifest["parts"].items():
         share = facts["positives"] / max(facts["exposures"], 1)
-        lines.append(
-            f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive"
-        )
+        lines.append(f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive")
     for what in ("dropped", "kept"):
         if counts[what]:
             lines.append(f"  {what}: {json.dumps(counts[what])}")

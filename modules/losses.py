@@ -245,9 +245,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_log_sum: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_log_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         query, negatives, log_sum = ctx.saved_tensors
         grad_query = torch.zeros_like(query) if ctx.needs_input_grad[0] else None
         grad_negatives = torch.empty_like(negatives) if ctx.needs_input_grad[1] else None
@@ -265,9 +263,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
         return grad_query, grad_negatives, None, None
 
 
-def _masked_logits(
-    query: Tensor, negatives: Tensor, masker: _NegativeMask, start: int, chunk_size: int
-) -> Tensor:
+def _masked_logits(query: Tensor, negatives: Tensor, masker: _NegativeMask, start: int, chunk_size: int) -> Tensor:
     """Return the logits [T, <= chunk_size] of the chunk that starts at `start`, -inf where masked."""
     stop = min(start + chunk_size, negatives.shape[0])
     logits = query @ negatives[start:stop].T

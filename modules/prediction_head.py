@@ -32,9 +32,7 @@ class PredictionHead(nn.Module):
     they make change the AUC.
     """
 
-    def __init__(
-        self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: Fusion = "late"
-    ) -> None:
+    def __init__(self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: Fusion = "late") -> None:
         """Build the head.
 
         Args:

@@ -78,11 +78,11 @@ threads=$((cores > processes ? cores / processes : 1))
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 step prepare hllm prepare --source ml-100k --output "$dataset" --cache-dir .cache
-step fetch python -c "from hllm_torchrec.data.fetch import fetch_smollm2; print(fetch_smollm2('$models'))"
+step fetch hllm fetch smollm2 --output "$models"
 step train env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" torchx run dist.ddp -j "1x$processes" train.py \
     --config "$config" --output "$output" --data.dataset "$dataset" --resume true "${training[@]}"
 step baselines hllm baselines --dataset "$dataset" --output runs/baselines
-step evaluate hllm evaluate --run "$output" --compare runs/baselines/{item_mean,running_bias,dlrm}
+step evaluate hllm evaluate --run "$output" --compare runs/baselines/{item_mean,running_bias,gaussian,dlrm}
 
 echo
 echo "metrics:    $output/metrics.json"

@@ -39,9 +39,7 @@ from tests.small_models import TwoTables, batch, shard
 
 def save_numbers(directory: Path, step: int, **options: Any) -> Path:
     """Save one tensor that is full of the step."""
-    return save_checkpoint(
-        directory, step, {"model": {"w": torch.full((4,), float(step))}}, {"step": step}, **options
-    )
+    return save_checkpoint(directory, step, {"model": {"w": torch.full((4,), float(step))}}, {"step": step}, **options)
 
 
 def load_numbers(path: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -143,9 +141,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2):
         save_numbers(tmp_path, step, keep_best="max", metric=float(step))
     spoil, message = DAMAGES[damage]
@@ -160,9 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_loading_a_truncated_checkpoint_raises(tmp_path: Path) -> None:
     path = save_numbers(tmp_path, 1)
     truncate(path)
-    with pytest.raises(
-        ValueError, match="is truncated: __0_0.distcp has .* bytes instead of .*; load the checkpoint"
-    ):
+    with pytest.raises(ValueError, match="is truncated: __0_0.distcp has .* bytes instead of .*; load the checkpoint"):
         load_numbers(path)
 
 
@@ -236,8 +230,7 @@ def test_another_architecture_is_named_in_one_error(tmp_path: Path) -> None:
         load_checkpoint(path, {"model": model})
     message = str(error.value)
     assert (
-        "7 keys missing from the checkpoint: model.new0, model.new1, model.new2, model.new3, model.new4, ..."
-        in message
+        "7 keys missing from the checkpoint: model.new0, model.new1, model.new2, model.new3, model.new4, ..." in message
     )
     assert "1 key in the checkpoint only: model.old" in message
     assert "1 key of another shape: model.b (checkpoint [2, 3], model [3, 3])" in message
@@ -360,9 +353,7 @@ def train_and_save(directory: Path, sharding: str) -> tuple[Tensor, Tensor]:
     return saved, training.run(2)
 
 
-def load_and_train(
-    directory: Path, sharding: str
-) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any] | None]:
+def load_and_train(directory: Path, sharding: str) -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any] | None]:
     """The same outputs, of a model that began with other weights and optimizer state."""
     training = Training(sharding)
     training.run(1)
@@ -451,12 +442,7 @@ def test_column_shards_saved_whole_tables_score_alike(tmp_path: Path) -> None:
 def read_momentum(directory: Path, sharding: str, fill: bool) -> list[tuple[int, Tensor]]:
     """Save with momentum = 10 x offset + row, if `fill`, or load; return t0's (offset, momentum) here."""
     training = Training(sharding)
-    shards = [
-        s
-        for key, t in training.tables.state().items()
-        if "t0" in key
-        for s in t["t0.momentum1"].local_shards()
-    ]
+    shards = [s for key, t in training.tables.state().items() if "t0" in key for s in t["t0.momentum1"].local_shards()]
     if fill:
         for s in shards:
             s.tensor.copy_(torch.arange(10) + 10.0 * s.metadata.shard_offsets[0])

@@ -41,9 +41,7 @@ def test_unknown_keys_and_wrong_types_of_file_and_options_are_reported_together(
     stages: [{name: one, epochs: 1}, {nam: two, epochs: soon}]
     colour: red
     """
-    found = problems_of(
-        [*write(tmp_path, text), "--objective.fuson", "late", "--optim.lr=fast", "--seed", "1"]
-    )
+    found = problems_of([*write(tmp_path, text), "--objective.fuson", "late", "--optim.lr=fast", "--seed", "1"])
     file = tmp_path / "c.yaml"
     assert found == [
         f"{file}: data.max_histry: unknown key (did you mean 'max_history'?)",
@@ -90,9 +88,7 @@ def test_a_file_that_is_no_mapping_is_named(text: str, message: str, tmp_path: P
 
 
 def test_a_missing_file_and_a_stray_word_are_named(tmp_path: Path) -> None:
-    assert problems_of(["--config", str(tmp_path / "no.yaml")]) == [
-        f"--config: {tmp_path}/no.yaml: no such file"
-    ]
+    assert problems_of(["--config", str(tmp_path / "no.yaml")]) == [f"--config: {tmp_path}/no.yaml: no such file"]
     assert problems_of([*VALID, "--config"]) == ["--config: no file named: no such file"]
     (problem,) = problems_of([*VALID, "resume"])
     assert "unrecognized arguments: resume" in problem
@@ -155,9 +151,7 @@ def test_a_configuration_built_in_code_keeps_the_rules_too() -> None:
 
 
 def test_options_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
-    text = (
-        f"seed: 5\nuser: {{shape: {USER}}}\nitem_llm: {{enabled: false}}\noptim: {{lr: 0.5, accumulate: 3}}\n"
-    )
+    text = f"seed: 5\nuser: {{shape: {USER}}}\nitem_llm: {{enabled: false}}\noptim: {{lr: 0.5, accumulate: 3}}\n"
     config = load_config([*write(tmp_path, text), "--optim.lr", "0.25", "--user.shape.hidden_size=16"])
     assert (config.seed, config.optim.lr, config.optim.accumulate, config.optim.table_lr) == (
         5,

@@ -89,9 +89,7 @@ def test_a_rank_that_owns_nothing_takes_part_in_the_backward_pass() -> None:
 
 
 def encode_without_gradient() -> bool:
-    return exchange.encode_unique_items(
-        torch.tensor([3, 4]), torch.ones_like, lambda ids: table()[ids]
-    ).requires_grad
+    return exchange.encode_unique_items(torch.tensor([3, 4]), torch.ones_like, lambda ids: table()[ids]).requires_grad
 
 
 def test_a_frozen_encoder_gives_rows_without_gradient() -> None:

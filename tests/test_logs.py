@@ -147,9 +147,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\rtrain: 100%" in shown
 
 
-def test_other_ranks_show_no_progress(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_ranks_show_no_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(logs, "_SECONDS_BETWEEN_LINES", 0.0)
     with progress(3, "train", enabled=False) as bar:
         bar.update(3)
@@ -159,8 +157,7 @@ def test_other_ranks_show_no_progress(
 def test_the_machine_is_described_for_json() -> None:
     info = json.loads(json.dumps(machine_info()))
     assert (
-        info["packages"]["torch"] == torch.__version__.split("+")[0]
-        or info["packages"]["torch"] == torch.__version__
+        info["packages"]["torch"] == torch.__version__.split("+")[0] or info["packages"]["torch"] == torch.__version__
     )
     assert {"torch", "torchrec", "transformers"} <= info["packages"].keys()
     assert 1 <= info["cores"] <= (os.cpu_count() or 1)

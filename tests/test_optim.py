@@ -103,9 +103,7 @@ def test_a_step_without_gradient_decays_as_said() -> None:
 
 
 def test_a_prefix_of_nothing_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"no parameter is under 'item_lm' \(did you mean 'item_llm'\?\); parts: fr"
-    ):
+    with pytest.raises(ValueError, match=r"no parameter is under 'item_lm' \(did you mean 'item_llm'\?\); parts: fr"):
         dense_optimizer(Parts().named_parameters(), learning_rate=1.0, part_learning_rates={"item_lm": 1.0})
 
 
@@ -324,9 +322,7 @@ def test_two_ranks_clip_and_step_as_one_process_does(
         norm, gradients, weights = rank[CLIPPING.index((kind, max_norm))]
         assert norm == pytest.approx(expected.item(), rel=1e-6)
         assert norm > 0.5
-        torch.testing.assert_close(
-            gradients, [whole(p.grad) for p in model.parameters()], rtol=1e-5, atol=1e-7
-        )
+        torch.testing.assert_close(gradients, [whole(p.grad) for p in model.parameters()], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(weights, alone[2], rtol=1e-4, atol=1e-5)
 
 

@@ -175,9 +175,7 @@ def test_nothing_else_of_the_root_is_a_submodule(name: str, root: Path) -> None:
 
 
 def test_import_is_light(root: Path) -> None:
-    code = (
-        "import sys, hllm_torchrec.launch.cli as _; print({'torch', 'torchrec', 'numpy'} & set(sys.modules))"
-    )
+    code = "import sys, hllm_torchrec.launch.cli as _; print({'torch', 'torchrec', 'numpy'} & set(sys.modules))"
     assert run_python("-c", code, cwd=root).stdout == "set()\n"
 
 
@@ -206,7 +204,7 @@ def test_training_runs_as_a_module(root: Path) -> None:
 def test_unknown_subcommand_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["trian"])
-    assert "invalid choice: 'trian' (choose from 'prepare', 'train'" in capsys.readouterr().err
+    assert "invalid choice: 'trian' (choose from 'fetch', 'prepare', 'train'" in capsys.readouterr().err
 
 
 GOOD = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"}
@@ -248,10 +246,9 @@ def write_distribution(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_import_beside_another_torchrec_says_what_is_installed_and_the_remedy(
-    root: Path, tmp_path: Path
-) -> None:
-    write_distribution(tmp_path, "torchrec", "1.7.0")  # comes first on the path, so it is the one found
+def test_import_beside_another_torchrec_says_what_is_installed_and_the_remedy(root: Path, tmp_path: Path) -> None:
+    for name, version in {"torch": "2.13.0", "torchrec": "1.7.0"}.items():
+        write_distribution(tmp_path, name, version)  # comes first on the path, so it is the one found
     result = run_python("-c", "import hllm_torchrec", cwd=root, path=tmp_path)
     assert result.returncode != 0
     assert "torch 2.13 needs torchrec 1.8, not 1.7.0 (installed: torch 2.13.0" in result.stderr

@@ -81,9 +81,7 @@ def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, mo
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_a_step_at_reduced_depth_runs_in_a_fake_group_of_32(path, ranks_32):
     """Full width, one layer each, FSDP as configured. Fake collectives move no values, so no table is sharded."""
-    config = with_random_weights(
-        path, "--item_llm.layers", "1", "--user.layers", "1", "--parallel.precision", "fp32"
-    )
+    config = with_random_weights(path, "--item_llm.layers", "1", "--user.layers", "1", "--parallel.precision", "fp32")
     world, data = torch.device("cpu"), dataset("leave_one_out")
     recipe = recipe_of(config, data)
     model = build_model(config, recipe.tables(data), base_rate=0.5, table_device=torch.device("meta"))

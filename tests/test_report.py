@@ -110,9 +110,7 @@ def training_lines(steps: int = 100) -> list[dict[str, Any] | str]:
         }
         for step in range(1, steps + 1)
     ]
-    evaluations = [
-        {"event": "eval", "step": step, "split": "valid", "auc": 0.7 + step / 1e4} for step in (50, 100)
-    ]
+    evaluations = [{"event": "eval", "step": step, "split": "valid", "auc": 0.7 + step / 1e4} for step in (50, 100)]
     return [{"event": "stage", "stage": "warm-up"}, *lines, *evaluations]
 
 
@@ -222,9 +220,7 @@ def test_metrics_of_one_class_are_shown_as_undefined(tmp_path: Path) -> None:
     for model in metrics["models"].values():
         for key in ("auc", "auc_low", "auc_high", "gauc", "normalized_entropy", "calibration"):
             model[key] = None
-        model["slices"] = {
-            "item_cold": {"rows": 3, "positives": 3, "auc": None, "auc_low": None, "auc_high": None}
-        }
+        model["slices"] = {"item_cold": {"rows": 3, "positives": 3, "auc": None, "auc_low": None, "auc_high": None}}
     metrics["paired"]["b"] = dict.fromkeys(metrics["paired"]["b"])
     metrics["curves"]["a"]["roc"] = {"false_positive_rate": [], "true_positive_rate": []}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
@@ -236,33 +232,24 @@ def test_lines_that_cannot_be_read_are_counted_on_the_page(tmp_path: Path) -> No
     write_log(tmp_path, [*training_lines(3), "[1, 2]", '{"step": 4}', '{"event": "step", "st'])
     assert read_log(tmp_path / "log.jsonl").unreadable == [7, 8, 9]
     _, page = report(tmp_path)
-    assert any(
-        "Lines of log.jsonl that could not be read: 3 (line 7, 8, 9)" in text for text in page.texts["p"]
-    )
+    assert any("Lines of log.jsonl that could not be read: 3 (line 7, 8, 9)" in text for text in page.texts["p"])
 
 
 def test_a_resumed_runs_repeated_steps_count_once_and_the_last_one_wins(tmp_path: Path) -> None:
-    write_log(
-        tmp_path, [{"event": "step", "step": step, "loss": loss} for step, loss in [(1, 3), (2, 9), (2, 2)]]
-    )
+    write_log(tmp_path, [{"event": "step", "step": step, "loss": loss} for step, loss in [(1, 3), (2, 9), (2, 2)]])
     log = read_log(tmp_path / "log.jsonl")
     assert {step: line["loss"] for step, line in log.steps.items()} == {1: 3, 2: 2}
 
 
 def test_a_loss_that_became_nan_or_is_not_in_use_does_not_stop_the_report(tmp_path: Path) -> None:
-    lines = [
-        {"event": "step", "step": n, "loss": 1.0 if n < 4 else float("nan"), "loss_gen": 0.0}
-        for n in range(8)
-    ]
+    lines = [{"event": "step", "step": n, "loss": 1.0 if n < 4 else float("nan"), "loss_gen": 0.0} for n in range(8)]
     write_log(tmp_path, lines)
     _, page = report(tmp_path)
     assert page.labels == ["Training loss over steps"]
 
 
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="has neither metrics.json nor a log.jsonl with steps; train or evaluate"
-    ):
+    with pytest.raises(ValueError, match="has neither metrics.json nor a log.jsonl with steps; train or evaluate"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

@@ -238,9 +238,7 @@ def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
 
 def test_resume_with_other_batches_is_refused(tmp_path: Path) -> None:
     train(config(tmp_path / "run", max_steps=1))
-    with pytest.raises(
-        ConfigError, match=r"resume: the epochs .* keep the dataset, the stages and batch_users"
-    ):
+    with pytest.raises(ConfigError, match=r"resume: the epochs .* keep the dataset, the stages and batch_users"):
         train(config(tmp_path / "run", resume=True, data__batch_users=2))
 
 
@@ -284,9 +282,7 @@ def test_adam_does_not_move_the_item_llm_in_a_cached_stage_after_a_trained_one(t
         ({"user__trainable": False}, "user", "item_llm"),
     ],
 )
-def test_a_frozen_part_stays_exactly_as_it_is(
-    options: dict[str, Any], still: str, moving: str, tmp_path: Path
-) -> None:
+def test_a_frozen_part_stays_exactly_as_it_is(options: dict[str, Any], still: str, moving: str, tmp_path: Path) -> None:
     trainer = Trainer(config(tmp_path / "run", max_steps=3, **options), start_process())
     before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}
     moved = trainer.run()["weights_moved"]
@@ -351,20 +347,14 @@ def test_generative_only_reports_retrieval(tmp_path: Path) -> None:
 
 
 def test_training_learns_its_training_data(tmp_path: Path) -> None:
-    train(
-        config(
-            tmp_path / "run", stages=[{"name": "live", "epochs": 12}], evaluation__every=12, optim__lr=0.01
-        )
-    )
+    train(config(tmp_path / "run", stages=[{"name": "live", "epochs": 12}], evaluation__every=12, optim__lr=0.01))
     found = losses(tmp_path / "run")
     assert sum(found[-4:]) / 4 < 0.75 * sum(found[:4]) / 4
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", optim__table_lr=1e30)
-    with pytest.raises(
-        FloatingPointError, match=r"step \d: the loss is nan: lower optim.lr or optim.table_lr"
-    ):
+    with pytest.raises(FloatingPointError, match=r"step \d: the loss is nan: lower optim.lr or optim.table_lr"):
         train(settings)
     two = replace(settings, output=str(tmp_path / "two"))
     with pytest.raises(RankFailed, match="FloatingPointError: step"):
@@ -373,9 +363,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
 
 def test_collapsed_items_stop_every_rank(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", objective__collapse_above=1e-9, objective__generative_weight=1)
-    with pytest.raises(
-        FloatingPointError, match="item embeddings have collapsed: .* lower optim.item_llm_lr"
-    ):
+    with pytest.raises(FloatingPointError, match="item embeddings have collapsed: .* lower optim.item_llm_lr"):
         train(settings)
     assert all(run_ranks(collapses, 2, replace(settings, output=str(tmp_path / "two"))))
 

@@ -33,11 +33,7 @@ class Vocabulary:
 
     def encode(self, values: pa.Array | pa.ChunkedArray) -> pa.Array:
         """list<string> [n] → list<int32> [n]; new values get the next ids. A null list is an empty one."""
-        lists = (
-            pa.chunked_array([values]).combine_chunks()
-            if isinstance(values, pa.Array)
-            else values.combine_chunks()
-        )
+        lists = pa.chunked_array([values]).combine_chunks() if isinstance(values, pa.Array) else values.combine_chunks()
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
         flat = lists.flatten().dictionary_encode()
         of_value = [self._ids.setdefault(v, len(self._ids) + 1) for v in flat.dictionary.to_pylist()]
@@ -47,9 +43,7 @@ class Vocabulary:
 
     def table(self) -> pa.Table:
         """Columns `id` int32 and `value` string."""
-        return pa.table(
-            {"id": pa.array(self._ids.values(), pa.int32()), "value": pa.array(self._ids, pa.string())}
-        )
+        return pa.table({"id": pa.array(self._ids.values(), pa.int32()), "value": pa.array(self._ids, pa.string())})
 
 
 def load_vocabularies(root: Path | None, names: Iterable[str]) -> dict[str, Vocabulary]:
@@ -178,9 +172,7 @@ class ItemCatalogue:
             if field.name not in table.column_names:
                 columns[field.name] = pa.nulls(len(table), field.type)
             elif field.name in self._text:
-                columns[field.name] = pc.utf8_trim_whitespace(
-                    pc.fill_null(table[field.name].cast(pa.string()), "")
-                )
+                columns[field.name] = pc.utf8_trim_whitespace(pc.fill_null(table[field.name].cast(pa.string()), ""))
             else:
                 columns[field.name] = table[field.name].cast(field.type)
         return pa.table(columns)
@@ -243,15 +235,11 @@ class ItemCatalogue:
             for name, vocabulary in vocabularies.items():
                 column = f"feature_{name}"
                 encoded = vocabulary.encode(table[column])
-                table = table.set_column(
-                    table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded
-                )
+                table = table.set_column(table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is None:
-            raise ValueError(
-                "no item is left: the item file is empty, or every item was filtered out or dropped"
-            )
+            raise ValueError("no item is left: the item file is empty, or every item was filtered out or dropped")
         writer.close()
 
     def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:

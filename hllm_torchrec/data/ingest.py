@@ -44,9 +44,7 @@ def read_users(source: Source, log: BadRowLog, writer: PartitionWriter) -> list[
     """Writes the rows of the user file, divided by user; returns the partitions' paths."""
     for chunk in source.users():
         blank = blank_mask(chunk.table["raw_user_id"])
-        table = _handled(
-            log, "missing_id", blank, chunk.table, chunk.path, lambda _: "the user id is missing"
-        )
+        table = _handled(log, "missing_id", blank, chunk.table, chunk.path, lambda _: "the user id is missing")
         writer.write(table.drop_columns("row"))
     return writer.close()
 
@@ -60,18 +58,14 @@ def _handled(
     return table
 
 
-def _checked(
-    chunk: Chunk, source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator
-) -> pa.Table:
+def _checked(chunk: Chunk, source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator) -> pa.Table:
     """The good events of a chunk, with item numbers, seconds and orders."""
     path, table = chunk.path, chunk.table
     table = table.append_column("order", pa.array(locate.orders(path, table["row"].to_numpy())))
     blank = blank_mask(table["raw_user_id"]) | blank_mask(table["raw_item_id"])
     table = _handled(log, "missing_id", blank, table, path, lambda _: "the user id or the item id is missing")
     table = (
-        _with_good_times(table, path, log)
-        if source.has_timestamps
-        else _replaced(table, "timestamp", table["order"])
+        _with_good_times(table, path, log) if source.has_timestamps else _replaced(table, "timestamp", table["order"])
     )
     unreadable = np.isnan(table["label"].fill_null(0).to_numpy())
     problem = f"the label ({source.label_rule}) is no number in its range"
@@ -89,9 +83,7 @@ def _with_good_times(table: pa.Table, path: Path, log: BadRowLog) -> pa.Table:
     text, second = table["time_text"], table["timestamp"]
     value = second.fill_null(-1).to_numpy()
     bad = (value < 0) | (value > MAX_SECOND)
-    return _handled(
-        log, "bad_time", bad, table, path, lambda i: describe_time(text[i].as_py(), second[i].as_py())
-    )
+    return _handled(log, "bad_time", bad, table, path, lambda i: describe_time(text[i].as_py(), second[i].as_py()))
 
 
 def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, log: BadRowLog) -> pa.Table:

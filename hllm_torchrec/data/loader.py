@@ -109,9 +109,7 @@ class Loader:
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
         self._groups = dataset.row_groups(split)
         if not self._groups:
-            raise ValueError(
-                f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule"
-            )
+            raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
         self.pieces = self._index(max_history)
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)

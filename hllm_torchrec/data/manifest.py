@@ -46,9 +46,7 @@ def hash_parts(parts: Iterable[str]) -> str:
 def data_files(root: Path) -> list[Path]:
     """The dataset's own data files under `root`, sorted by name: not the manifest, not the token stores."""
     found = [
-        p
-        for p in root.rglob("*")
-        if p.is_file() and p.name != MANIFEST and p.relative_to(root).parts[0] != "tokens"
+        p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST and p.relative_to(root).parts[0] != "tokens"
     ]
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
@@ -81,9 +79,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); prepare the dataset again") from error
     if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}; prepare it again"
-        )
+        raise ValueError(f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
     for name, facts in files.items():
         size = (root / name).stat().st_size if (root / name).is_file() else None
         if size != facts["bytes"]:

@@ -90,9 +90,7 @@ def hash_strings(values: pa.Array) -> np.ndarray:
         return (sums ^ (sums >> np.uint64(33))) * _HASH_MIX >> np.uint64(20)
 
 
-def sort_partition(
-    table: pa.Table, first_user: int, log: BadRowLog, locate: "RowLocator"
-) -> tuple[pa.Table, pa.Array]:
+def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "RowLocator") -> tuple[pa.Table, pa.Array]:
     """One partition, sorted by (user, timestamp, order), duplicates dealt with.
 
     Takes `raw_user_id`, `item` int64, `timestamp`, `label`, `action`, `order`, rows by ascending order;

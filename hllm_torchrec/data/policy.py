@@ -99,7 +99,6 @@ def describe_time(text: str | None, second: int | None) -> str:
         if MAX_SECOND < second <= MAX_SECOND * scale:
             return (
                 f"the time {text!r} is beyond 2099 if it is in seconds; it looks like {unit}. Set the time "
-                f"unit to {unit}"
-                + ("" if unit != "nanoseconds" else " (not supported: divide by 1000 first)")
+                f"unit to {unit}" + ("" if unit != "nanoseconds" else " (not supported: divide by 1000 first)")
             )
     return f"the time {text!r} (second {second}) is outside 1970-01-01..2099-12-31 UTC"

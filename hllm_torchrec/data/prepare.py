@@ -134,16 +134,12 @@ def _request(source: Source, options: _Options) -> dict[str, Any]:
     }
 
 
-def _look_at(
-    output: Path, request: dict[str, Any], *, overwrite: bool, extend: bool
-) -> dict[str, Any] | None:
+def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: bool) -> dict[str, Any] | None:
     """The manifest of the dataset at `output`, or None; ValueError if it must not be touched."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST).is_file():
-        raise ValueError(
-            f"{output} exists and is not a prepared dataset; it is not overwritten. Choose another folder"
-        )
+        raise ValueError(f"{output} exists and is not a prepared dataset; it is not overwritten. Choose another folder")
     try:
         manifest = read_manifest(output)
     except ValueError:

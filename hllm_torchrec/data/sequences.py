@@ -34,9 +34,7 @@ class SequenceWriter:
     item id.
     """
 
-    def __init__(
-        self, root: Path, split: Split, cuts: Sequence[Cut], num_items: int, users_per_row_group: int
-    ) -> None:
+    def __init__(self, root: Path, split: Split, cuts: Sequence[Cut], num_items: int, users_per_row_group: int) -> None:
         self._root, self._split, self._cuts = root, split, cuts
         self._users_per_row_group = users_per_row_group
         self.facts = {p: {"users": 0, "events": 0, "exposures": 0, "positives": 0, "files": 0} for p in PARTS}
@@ -51,9 +49,7 @@ class SequenceWriter:
             return
         starts = np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1])
         counts = np.diff(np.append(starts, len(user)))
-        part = assign_parts(
-            self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts
-        )
+        part = assign_parts(self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts)
         items = item_ids[table["item"].to_numpy()]
         assert items.min() > 0, "an event of an item that was left out"
         columns = {
@@ -95,9 +91,7 @@ class SequenceWriter:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         index = pa.array(np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]))
         limits = pa.array(offsets, pa.int32())
-        lists = {
-            name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()
-        }
+        lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
         table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
         path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
         # Small data gets smaller groups, so that every rank and worker has some to read.

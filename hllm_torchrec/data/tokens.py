@@ -114,9 +114,7 @@ def build_token_store(
     root = Path(tokenizer_dir)
     files = [root / name for name in _TOKENIZER_FILES if (root / name).is_file()]
     if not files:
-        raise ValueError(
-            f"{root} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory"
-        )
+        raise ValueError(f"{root} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory")
     dataset.text(keys)  # an unknown key fails before anything is read or written
     request = {
         "format": _FORMAT,
@@ -141,8 +139,7 @@ def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: st
     for batch in dataset.text(keys).to_batches(max_chunksize=_BATCH):
         columns = [batch.column(key).to_pylist() for key in keys]
         yield [
-            prompt
-            + separator.join(f"{key}: {value}" for key, value in zip(keys, values, strict=True) if value)
+            prompt + separator.join(f"{key}: {value}" for key, value in zip(keys, values, strict=True) if value)
             for values in zip(*columns, strict=True)
         ]
 
@@ -161,15 +158,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_text_leng
     """Token ids of each text, with special tokens by the module's rule, cut to `max_text_length`."""
     before, after = special_tokens(tokenizer)
     room = max(max_text_length - len(before) - len(after), 0)
-    plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
 
 
-def _write_store(
-    folder: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any]
-) -> None:
+def _write_store(folder: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any]) -> None:
     prompt, keys, separator = request["prompt"], request["keys"], request["separator"]
     length = request["max_text_length"]
     lengths: list[np.ndarray] = []

@@ -111,9 +111,7 @@ def distributed_roc_auc(
     totals = torch.tensor([positives.sum(), negatives.sum()], dtype=torch.float64, device=_device(group))
     totals_G2 = torch.stack(_all_gather(totals, group)).cpu().numpy()
     below = totals_G2[: dist.get_rank(group), 1].sum()  # lower ranks hold lower scores
-    concordant = torch.tensor(
-        _concordant(positives, negatives, below), dtype=torch.float64, device=_device(group)
-    )
+    concordant = torch.tensor(_concordant(positives, negatives, below), dtype=torch.float64, device=_device(group))
     dist.all_reduce(concordant, group=group)
     return _ratio(concordant.item(), totals_G2[:, 0].sum() * totals_G2[:, 1].sum())
 
@@ -145,9 +143,7 @@ def delong_interval(labels: Values, scores: Values, confidence: float = 0.95) ->
     return AucInterval(auc, _sigmoid(logit - half), _sigmoid(logit + half), standard_error)
 
 
-def delong_test(
-    labels: Values, scores_a: Values, scores_b: Values, confidence: float = 0.95
-) -> PairedDifference:
+def delong_test(labels: Values, scores_a: Values, scores_b: Values, confidence: float = 0.95) -> PairedDifference:
     """DeLong's test of AUC(a) - AUC(b) on the same rows, with a plain (Wald) interval of the difference.
 
     The variance of the difference is DeLong's with each row's placement value replaced by the difference of
@@ -163,9 +159,7 @@ def delong_test(
     """
     quantile = _normal_quantile(confidence)
     is_positive = as_labels(labels)
-    placements = [
-        _placements(is_positive, as_scores(scores, len(is_positive))) for scores in (scores_a, scores_b)
-    ]
+    placements = [_placements(is_positive, as_scores(scores, len(is_positive))) for scores in (scores_a, scores_b)]
     difference, standard_error = _mean_and_error(is_positive, placements[0] - placements[1])
     if standard_error > 0:
         p_value = math.erfc(abs(difference) / standard_error / math.sqrt(2))
@@ -176,9 +170,7 @@ def delong_test(
     return PairedDifference(difference, math.nan, math.nan, math.nan)
 
 
-def _columns(
-    labels: Values, scores: Values, weights: Values | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _columns(labels: Values, scores: Values, weights: Values | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Checked rows as (scores, weight if positive else 0, weight if negative else 0), each float64 [n]."""
     is_positive = as_labels(labels)
     row_weights = as_weights(weights, len(is_positive))
@@ -234,9 +226,7 @@ def _mean_and_error(is_positive: np.ndarray, placements: np.ndarray) -> tuple[fl
 def _normal_quantile(confidence: float) -> float:
     """The standard normal quantile of a two-sided interval, 1.96 for 0.95."""
     if not 0 < confidence < 1:
-        raise ValueError(
-            f"confidence is {confidence}; it lies between 0 and 1, e.g. 0.95; pass a share, not per cent"
-        )
+        raise ValueError(f"confidence is {confidence}; it lies between 0 and 1, e.g. 0.95; pass a share, not per cent")
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 

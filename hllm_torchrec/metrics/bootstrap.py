@@ -41,12 +41,9 @@ def user_bootstrap(
     is_positive = as_labels(labels)
     users = as_groups(user_ids, len(is_positive))
     if draws < 1 or not len(users):
-        raise ValueError(
-            f"{draws} draws of {len(users)} rows; at least one of each is needed; 1000 draws are usual"
-        )
+        raise ValueError(f"{draws} draws of {len(users)} rows; at least one of each is needed; 1000 draws are usual")
     sorted_models = {
-        name: _SortedRows(is_positive, as_scores(values, len(is_positive)), users)
-        for name, values in scores.items()
+        name: _SortedRows(is_positive, as_scores(values, len(is_positive)), users) for name, values in scores.items()
     }
     user_count = int(users.max()) + 1
     chunk = max(1, min(draws, CHUNK_VALUES // len(users)))

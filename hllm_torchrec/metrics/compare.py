@@ -52,13 +52,9 @@ def read_predictions(directory: str | Path) -> Predictions:
     """
     files = sorted(Path(directory).glob("part-*.parquet"))
     if not files:
-        raise ValueError(
-            f"{directory} holds no part-*.parquet; pass the directory that a model's predictions went to"
-        )
+        raise ValueError(f"{directory} holds no part-*.parquet; pass the directory that a model's predictions went to")
     table = pa.concat_tables([_read_file(file) for file in files])
-    columns = {
-        name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "probability"
-    }
+    columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "probability"}
     missing = table["probability"].null_count
     if missing not in (0, len(table)):
         raise ValueError(
@@ -105,9 +101,7 @@ def compare(
             exposures, or with different labels or items for the same exposure.
     """
     if reference not in predictions:
-        raise ValueError(
-            f"reference {reference!r} is not among the models {sorted(predictions)}; choose one of them"
-        )
+        raise ValueError(f"reference {reference!r} is not among the models {sorted(predictions)}; choose one of them")
     loaded = {name: read_predictions(directory) for name, directory in predictions.items()}
     rows = loaded[reference]
     for name in loaded:
@@ -190,16 +184,12 @@ def _read_file(file: Path) -> pa.Table:
     found = pq.read_schema(file).names
     missing = [name for name in COLUMNS if name not in found]
     if missing:
-        raise ValueError(
-            f"{file} has no column {missing[0]}; it has {', '.join(found)}; write all of {list(COLUMNS)}"
-        )
+        raise ValueError(f"{file} has no column {missing[0]}; it has {', '.join(found)}; write all of {list(COLUMNS)}")
     table = pq.read_table(file, columns=list(COLUMNS))
     for name in COLUMNS:
         if name != "probability" and table[name].null_count:
             row = int(table[name].is_null().to_numpy().argmax())
-            raise ValueError(
-                f"{file}: column {name} is null in row {row}; only probability may be null; leave it out"
-            )
+            raise ValueError(f"{file}: column {name} is null in row {row}; only probability may be null; leave it out")
     return table
 
 

@@ -33,9 +33,7 @@ def as_labels(labels: Values) -> np.ndarray:
     bad = (array != 0) & (array != 1)
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(
-            f"labels: row {row} is {array[row]:g}; a label is 0 or 1; leave rows without a label out"
-        )
+        raise ValueError(f"labels: row {row} is {array[row]:g}; a label is 0 or 1; leave rows without a label out")
     return array == 1
 
 
@@ -67,9 +65,7 @@ def as_weights(weights: Values | None, rows: int) -> np.ndarray:
     bad = ~(np.isfinite(array) & (array >= 0))
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(
-            f"weights: row {row} is {array[row]:g}; a weight is finite and >= 0; use 0 to skip a row"
-        )
+        raise ValueError(f"weights: row {row} is {array[row]:g}; a weight is finite and >= 0; use 0 to skip a row")
     return array
 
 
@@ -104,7 +100,5 @@ def as_groups(user_ids: np.ndarray | torch.Tensor | Sequence[int] | Sequence[str
 
 def _same_rows(array: np.ndarray, name: str, rows: int) -> np.ndarray:
     if array.shape != (rows,):
-        raise ValueError(
-            f"{name} has shape {array.shape}, labels {(rows,)}: every row needs both; pass equal lengths"
-        )
+        raise ValueError(f"{name} has shape {array.shape}, labels {(rows,)}: every row needs both; pass equal lengths")
     return array

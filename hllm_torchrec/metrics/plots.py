@@ -114,9 +114,7 @@ def unit_square(
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color="#AAAAAA", linestyle=(0, (4, 4)), linewidth=1)
         for series in lines:
-            axis.plot(
-                series.x, series.y, marker="o" if markers else None, markersize=4, **_look(series.color)
-            )
+            axis.plot(series.x, series.y, marker="o" if markers else None, markersize=4, **_look(series.color))
         axis.set(xlabel=x_label, ylabel=y_label, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         _legend_below(figure, axis.lines[1:], [series.name for series in lines])
         return _svg(figure, identifier, label)
@@ -162,8 +160,7 @@ def estimates(
             axis.axhline(edge - 0.5, color=FAINT, linewidth=0.8)
         if len(names) > 1:
             handles = [
-                Line2D([], [], color=palette[k % len(palette)], marker="o", markersize=4.5)
-                for k in range(len(names))
+                Line2D([], [], color=palette[k % len(palette)], marker="o", markersize=4.5) for k in range(len(names))
             ]
             _legend_below(figure, handles, names)
         return _svg(figure, identifier, label)
@@ -184,9 +181,7 @@ def _look(index: int) -> dict[str, Any]:
 
 def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
     """A legend by position: drawn from the artists' labels it would leave out those that begin with `_`."""
-    figure.legend(
-        handles, [_short(name, 2 * MAX_LABEL) for name in names], loc="outside lower center", ncols=1
-    )
+    figure.legend(handles, [_short(name, 2 * MAX_LABEL) for name in names], loc="outside lower center", ncols=1)
 
 
 def _short(name: str, length: int = MAX_LABEL) -> str:
@@ -206,9 +201,7 @@ def _thin(series: Series) -> tuple[np.ndarray, np.ndarray]:
 def _svg(figure: Figure, identifier: str, label: str) -> str:
     """The figure as an `<svg>` element with a description, whose ids are its own within a page."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)

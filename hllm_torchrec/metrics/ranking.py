@@ -191,9 +191,7 @@ def standard_slices(history_length: Values, item_is_cold: Values) -> dict[str, n
     lengths = as_floats(history_length, "history_length")
     cold = as_floats(item_is_cold, "item_is_cold") != 0
     if len(lengths) != len(cold):
-        raise ValueError(
-            f"history_length has {len(lengths)} rows, item_is_cold {len(cold)}; pass equal lengths"
-        )
+        raise ValueError(f"history_length has {len(lengths)} rows, item_is_cold {len(cold)}; pass equal lengths")
     slices = {"item_cold": cold, "item_warm": ~cold}
     for name, (low, high) in HISTORY_BUCKETS.items():
         slices[f"history_{name}"] = (lengths >= low) & (lengths <= high)

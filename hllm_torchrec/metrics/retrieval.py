@@ -125,9 +125,7 @@ def retrieval_metrics(
         raise ValueError(f"ks is {tuple(ks)}; every cut-off is at least 1; pass e.g. (5, 10)")
     if ranks.numel() and int(ranks.min()) < 1:
         row = int(ranks.argmin())
-        raise ValueError(
-            f"ranks: row {row} is {int(ranks[row])}; ranks start at 1; add 1 to ranks counted from 0"
-        )
+        raise ValueError(f"ranks: row {row} is {int(ranks[row])}; ranks start at 1; add 1 to ranks counted from 0")
     ranks = ranks.double()
     gains = 1 / torch.log2(ranks + 1)
     sums = [torch.ones_like(ranks).sum(), (1 / ranks).sum()]
@@ -212,7 +210,5 @@ def _checked_seen(
             f"{len(target_B)} rows; it has a value more than rows, starts at 0, never falls and ends at the "
             "number of seen items"
         )
-    rows = torch.repeat_interleave(
-        torch.arange(len(target_B), device=items_S.device), lengths.to(items_S.device)
-    )
+    rows = torch.repeat_interleave(torch.arange(len(target_B), device=items_S.device), lengths.to(items_S.device))
     return rows, items_S

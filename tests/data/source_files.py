@@ -97,9 +97,7 @@ def pixelrec_files(folder: Path) -> tuple[Path, Path]:
     interactions = write_csv(folder / "Pixel200K.csv", [("item_id", "user_id", "timestamp"), *events])
     counters = ["view_number", "comment_number", "thumbup_number", "share_number", "coin_number"]
     header = ["item_id", *counters, "favorite_number", "barrage_number", "title", "tag", "description"]
-    rows = [
-        [f"i{i}", *range(7), title, "film", f'line 1, "quoted"\nline 2 of {i}'] for i, title, _, _ in MOVIES
-    ]
+    rows = [[f"i{i}", *range(7), title, "film", f'line 1, "quoted"\nline 2 of {i}'] for i, title, _, _ in MOVIES]
     rows.insert(1, ["i404", *range(7), "never seen", "game", ""])
     return interactions, write_csv(folder / "item_info.csv", [header, *rows])
 
@@ -125,9 +123,7 @@ def amazon_files(folder: Path, ratings: Sequence[Event], python_literals: bool =
     return rating_file, meta
 
 
-def memory_source(
-    folder: Path, events: Sequence[tuple], items: Sequence[str | tuple], /, **changes: object
-) -> Source:
+def memory_source(folder: Path, events: Sequence[tuple], items: Sequence[str | tuple], /, **changes: object) -> Source:
     """A source of given events (label: rating >= 4; a rating None: no label) for tests of `prepare` itself.
 
     `items` are raw ids (their text is "title <id>") or pairs of raw id and text.
@@ -143,16 +139,12 @@ def memory_source(
             action = np.array([r if r is not None and r == r else 0 for r in ratings])
             time = pa.array(seconds, pa.int64())
             label = pa.array([None if value is None else float(value) for value in label], pa.float32())
-            yield Chunk(
-                event_file, event_table(rows, pa.array(users), pa.array(raw_items), time, time, label, action)
-            )
+            yield Chunk(event_file, event_table(rows, pa.array(users), pa.array(raw_items), time, time, label, action))
 
     def item_chunks() -> Iterator[Chunk]:
         ids, titles = zip(*pairs, strict=True)
         rows = np.arange(1, len(ids) + 1)
-        yield Chunk(
-            item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": titles, "row": rows})
-        )
+        yield Chunk(item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": titles, "row": rows}))
 
     facts: dict[str, object] = {
         "name": "memory",
@@ -169,12 +161,8 @@ def memory_source(
 
 def sequences(dataset: Dataset, part: str) -> dict[str, tuple[int, list[tuple]]]:
     """Raw user id → (target_start, [(raw item id, second, label, action)]) of a part, from the files."""
-    items = dict(
-        zip(dataset.items["item_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist(), strict=True)
-    )
-    users = dict(
-        zip(dataset.users["user_id"].to_pylist(), dataset.users["raw_user_id"].to_pylist(), strict=True)
-    )
+    items = dict(zip(dataset.items["item_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist(), strict=True))
+    users = dict(zip(dataset.users["user_id"].to_pylist(), dataset.users["raw_user_id"].to_pylist(), strict=True))
     found = {}
     for group in dataset.row_groups(part):
         for row in dataset.read_row_group(group.path, group.index).to_pylist():

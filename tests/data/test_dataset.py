@@ -46,9 +46,7 @@ def test_counts_are_the_training_events_of_each_item(dataset):
 
 def test_row_groups_name_every_user_once(tmp_path):
     events = [(f"u{n % 50}", "i", 5, n) for n in range(200)]
-    path = prepare(
-        memory_source(tmp_path, events, ["i"]), tmp_path / "out", users_per_row_group=1, partitions=3
-    )
+    path = prepare(memory_source(tmp_path, events, ["i"]), tmp_path / "out", users_per_row_group=1, partitions=3)
     dataset = Dataset.open(path)
     groups = dataset.row_groups("train")
     assert [g.rows for g in groups] == [1] * 50
@@ -88,9 +86,7 @@ def test_text_is_by_item_and_unknown_columns_are_named(dataset):
 
 
 def test_what_is_no_sound_dataset_is_an_error_with_a_remedy(dataset, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"nowhere is not a prepared dataset: no manifest\.json.*hllm prepare"
-    ):
+    with pytest.raises(ValueError, match=r"nowhere is not a prepared dataset: no manifest\.json.*hllm prepare"):
         Dataset.open(tmp_path / "nowhere")
     path = dataset.root / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -103,7 +99,5 @@ def test_what_is_no_sound_dataset_is_an_error_with_a_remedy(dataset, tmp_path):
     path.write_text(json.dumps(manifest))
     with (dataset.root / "users.parquet").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(
-        ValueError, match=r"users\.parquet has \d+ bytes, the manifest says \d+; prepare again"
-    ):
+    with pytest.raises(ValueError, match=r"users\.parquet has \d+ bytes, the manifest says \d+; prepare again"):
         Dataset.open(dataset.root)

@@ -145,9 +145,7 @@ ROWS = st.lists(
 
 
 @given(rows=ROWS, max_history=st.integers(2, 25))
-def test_pieces_cover_every_exposure_once_and_see_enough(
-    rows: list[tuple[int, int]], max_history: int
-) -> None:
+def test_pieces_cover_every_exposure_once_and_see_enough(rows: list[tuple[int, int]], max_history: int) -> None:
     lengths, starts = np.array(rows, dtype=np.int64).T
     number = np.arange(len(rows))
     pieces = cut_into_pieces(number // 3, number % 3, lengths, starts, max_history)
@@ -247,9 +245,7 @@ class _Unprepared(Dataset):
 
 def test_an_empty_split_is_an_error() -> None:
     data = _Unprepared(fixtures.dataset().root, fixtures.dataset().manifest)
-    with pytest.raises(
-        ValueError, match=r"split 'valid' is empty: prepare the dataset with another split rule"
-    ):
+    with pytest.raises(ValueError, match=r"split 'valid' is empty: prepare the dataset with another split rule"):
         make("valid", dataset=data)
 
 

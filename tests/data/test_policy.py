@@ -44,9 +44,7 @@ def test_a_bad_row_is_dropped_and_counted(tmp_path, reason):
     assert dataset.manifest["counts"]["dropped"] == {reason: 1}
     assert dataset.manifest["counts"]["kept"] == {}
     extra = [BAD[reason][0][0]] if reason == "duplicate_event" else []
-    assert sequences(dataset, "test") == oracle([*GOOD, *extra], "leave_one_out")["test"], (
-        "the first one stays"
-    )
+    assert sequences(dataset, "test") == oracle([*GOOD, *extra], "leave_one_out")["test"], "the first one stays"
 
 
 @pytest.mark.parametrize("reason", ["nan_label", "unknown_item", "duplicate_event"])

@@ -26,9 +26,7 @@ from tests.data.source_files import (
 def test_sequences_equal_plain_loops_over_the_definition(tmp_path, rule, partitions):
     events = [*random_events(), ("short", "i1", 5, 3), ("short", "i2", 5, 3)]
     source = memory_source(tmp_path, events, ITEMS)
-    dataset = Dataset.open(
-        prepare(source, tmp_path / "out", split=rule, partitions=partitions, users_per_row_group=4)
-    )
+    dataset = Dataset.open(prepare(source, tmp_path / "out", split=rule, partitions=partitions, users_per_row_group=4))
     expected = oracle(events, rule)
     for part in PARTS:
         assert sequences(dataset, part) == expected[part]
@@ -48,13 +46,9 @@ def test_the_time_cut_falls_inside_a_second_by_source_row(tmp_path):
 
 def test_ties_keep_the_order_of_the_source(tmp_path):
     events = [("u", f"i{n % 15}", 5, 7 if n % 3 else 8) for n in range(30)]
-    dataset = Dataset.open(
-        prepare(memory_source(tmp_path, events, ITEMS), tmp_path / "out", split="leave_one_out")
-    )
+    dataset = Dataset.open(prepare(memory_source(tmp_path, events, ITEMS), tmp_path / "out", split="leave_one_out"))
     _, history = sequences(dataset, "test")["u"]
-    assert [e[0] for e in history] == [
-        f"i{n % 15}" for n in [*(n for n in range(30) if n % 3), *range(0, 30, 3)]
-    ]
+    assert [e[0] for e in history] == [f"i{n % 15}" for n in [*(n for n in range(30) if n % 3), *range(0, 30, 3)]]
 
 
 def test_partitions_change_no_sequence_only_the_user_ids(tmp_path):
@@ -82,9 +76,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     source = memory_source(tmp_path, random_events(), ITEMS)
     first, second = (Dataset.open(prepare(source, tmp_path / n, partitions=3)) for n in ("a", "b"))
     assert first.fingerprint == second.fingerprint
-    other = prepare(
-        memory_source(tmp_path / "other", random_events(seed=1), ITEMS), tmp_path / "c", partitions=3
-    )
+    other = prepare(memory_source(tmp_path / "other", random_events(seed=1), ITEMS), tmp_path / "c", partitions=3)
     assert Dataset.open(other).fingerprint != first.fingerprint
 
 
@@ -105,9 +97,7 @@ def test_another_dataset_is_refused_and_overwritten_only_if_asked(tmp_path):
     source = memory_source(tmp_path, random_events(), ITEMS)
     path = prepare(source, tmp_path / "out")
     old = Dataset.open(path).fingerprint
-    with pytest.raises(
-        ValueError, match=r"out holds another dataset \(memory; different: split\).*--overwrite"
-    ):
+    with pytest.raises(ValueError, match=r"out holds another dataset \(memory; different: split\).*--overwrite"):
         prepare(source, path, split="leave_one_out")
     changed = memory_source(tmp_path / "new", random_events(seed=4), ITEMS)
     with pytest.raises(ValueError, match=r"different: source_fingerprint\)"):
@@ -193,9 +183,7 @@ def test_extending_keeps_feature_ids(tmp_path):
 
     split = "leave_one_out"
     old = Dataset.open(
-        prepare(
-            people(tmp_path / "1", ["5\t24\tM\tnurse\t1", "3\t24\tF\tcook\t1"]), tmp_path / "out", split=split
-        )
+        prepare(people(tmp_path / "1", ["5\t24\tM\tnurse\t1", "3\t24\tF\tcook\t1"]), tmp_path / "out", split=split)
     )
     first = old.users.to_pylist()
     assert [r["feature_occupation"] for r in first] == [[1], [2], []]
@@ -229,9 +217,7 @@ def test_an_empty_part_is_an_error(tmp_path):
 
 def test_no_event_left_is_an_error(tmp_path):
     source = memory_source(tmp_path, random_events(count=20), ITEMS)
-    with pytest.raises(
-        ValueError, match=r"memory: no event is left; check the event file, the policy and min_events"
-    ):
+    with pytest.raises(ValueError, match=r"memory: no event is left; check the event file, the policy and min_events"):
         prepare(source, tmp_path / "out", min_events=50)
 
 
@@ -290,9 +276,7 @@ def test_memory_follows_the_partition_and_not_the_number_of_events(tmp_path, roo
         file.write(header)
         for _ in range(per_user):
             items, times = rng.integers(500, size=users), rng.integers(10**9, size=users)
-            file.writelines(
-                f"i{i},user-{u:07d},{t}\n" for u, (i, t) in enumerate(zip(items, times, strict=True))
-            )
+            file.writelines(f"i{i},user-{u:07d},{t}\n" for u, (i, t) in enumerate(zip(items, times, strict=True)))
     (tmp_path / "warm.csv").write_text(header + "".join(f"i{n % 9},u{n % 7},{n}\n" for n in range(99)))
     lines = ["item_id,title,tag,description", *(f"i{n},t{n},x,d" for n in range(500))]
     (tmp_path / "item_info.csv").write_text("\n".join(lines) + "\n")

@@ -104,9 +104,7 @@ def test_a_damaged_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"ml-100k\.user, row 2: not utf-8"):
         list(movielens_100k(recbole).users())
     write_lines(recbole / "ml-100k.item", ["id\ttitle"])
-    with pytest.raises(
-        ValueError, match=r"ml-100k\.item, row 1: the header begins 'id\\ttitle', expected 'item_id"
-    ):
+    with pytest.raises(ValueError, match=r"ml-100k\.item, row 1: the header begins 'id\\ttitle', expected 'item_id"):
         list(movielens_100k(recbole).items())
 
 
@@ -127,12 +125,8 @@ def test_pixelrec_keeps_the_items_with_events_and_reads_quoted_line_breaks(tmp_p
 def test_pixelrec_milliseconds_are_named_and_can_be_declared(tmp_path):
     interactions, items = pixelrec_files(tmp_path)
     rows = [(item, user, int(second) * 1000 + 999) for user, item, _, second in RATINGS]
-    write_csv(
-        interactions, [("item_id", "user_id", "timestamp"), *((f"i{i}", f"u{u}", t) for i, u, t in rows)]
-    )
-    with pytest.raises(
-        ValueError, match=r"Pixel200K\.csv, row 2: the time '880000000999'.*looks like milliseconds"
-    ):
+    write_csv(interactions, [("item_id", "user_id", "timestamp"), *((f"i{i}", f"u{u}", t) for i, u, t in rows)])
+    with pytest.raises(ValueError, match=r"Pixel200K\.csv, row 2: the time '880000000999'.*looks like milliseconds"):
         prepare(pixelrec(interactions, items), tmp_path / "out", split=SPLIT)
     source = pixelrec(interactions, items, time_unit="milliseconds")
     dataset = Dataset.open(prepare(source, tmp_path / "out", split=SPLIT))
@@ -177,9 +171,7 @@ def test_amazon_keeps_the_5_core_and_items_without_metadata(tmp_path, python_lit
     assert found == {u: h for u, h in histories(expected).items() if len(h) >= 3}
     assert dataset.manifest["counts"]["dropped"]["outside_5_core"] == len(ratings) - len(expected)
     assert set(dataset.items["raw_item_id"].to_pylist()) == {r[1] for r in expected}
-    titles = dict(
-        zip(dataset.items["raw_item_id"].to_pylist(), dataset.items["title"].to_pylist(), strict=True)
-    )
+    titles = dict(zip(dataset.items["raw_item_id"].to_pylist(), dataset.items["title"].to_pylist(), strict=True))
     top = Counter(r[1] for r in ratings).most_common(1)[0][0]
     known = next(item for item in titles if item != top)
     assert titles[known] == f"It's book {known}"
@@ -211,9 +203,7 @@ def test_amazon_ratings_outside_1_to_5_are_bad_labels(tmp_path):
     ratings, meta = amazon_files(tmp_path, random_ratings())
     with ratings.open("a") as file:
         file.write("A1,B1,6.0,1000000000\n")
-    with pytest.raises(
-        ValueError, match=r"ratings_Books\.csv, row 501: the label \(rating >= 4\) is no number"
-    ):
+    with pytest.raises(ValueError, match=r"ratings_Books\.csv, row 501: the label \(rating >= 4\) is no number"):
         prepare(amazon(ratings, meta), tmp_path / "out", split=SPLIT)
 
 
@@ -221,9 +211,7 @@ def test_a_csv_row_with_another_number_of_cells_names_file_and_row(tmp_path):
     interactions, items = pixelrec_files(tmp_path)
     with interactions.open("a") as file:
         file.write("i1,u5\n")
-    with pytest.raises(
-        ValueError, match=r"Pixel200K\.csv, after row \d+: .*Row #12: Expected 3 columns, got 2"
-    ):
+    with pytest.raises(ValueError, match=r"Pixel200K\.csv, after row \d+: .*Row #12: Expected 3 columns, got 2"):
         prepare(pixelrec(interactions, items), tmp_path / "out", split=SPLIT)
     interactions.write_bytes(b"item_id,user_id,timestamp\ni\xff1,u5,880000000\n")
     with pytest.raises(ValueError, match=r"Pixel200K\.csv, after row 1: .*invalid UTF8"):
@@ -233,9 +221,7 @@ def test_a_csv_row_with_another_number_of_cells_names_file_and_row(tmp_path):
 def test_a_missing_column_lists_those_there_are(tmp_path):
     interactions, items = pixelrec_files(tmp_path)
     write_csv(items, [("item_id", "title", "tag"), ("i1", "a", "b")])
-    with pytest.raises(
-        ValueError, match=r"item_info\.csv: no column description; it has item_id, title, tag"
-    ):
+    with pytest.raises(ValueError, match=r"item_info\.csv: no column description; it has item_id, title, tag"):
         prepare(pixelrec(interactions, items), tmp_path / "out", split=SPLIT)
 
 
@@ -416,9 +402,7 @@ def test_numbers_are_nan_where_they_are_none():
 def test_ids_must_have_an_exact_text():
     assert as_id_strings(pa.array([7, None]), "user").to_pylist() == ["7", None]
     assert as_id_strings(pa.array(["a", "b"]).dictionary_encode(), "user").to_pylist() == ["a", "b"]
-    with pytest.raises(
-        ValueError, match=r"the user id column has type double; ids must be strings or integers"
-    ):
+    with pytest.raises(ValueError, match=r"the user id column has type double; ids must be strings or integers"):
         as_id_strings(pa.array([1.0]), "user")
 
 
@@ -428,9 +412,7 @@ def test_events_stream_in_chunks_with_running_row_numbers(tmp_path):
     with path.open("w") as file:
         file.write("item_id,user_id,timestamp\n")
         file.writelines(f"i{n % 97},user{n},88{n:07d}\n" for n in range(count))
-    items = write_csv(
-        tmp_path / "item_info.csv", [("item_id", "title", "tag", "description"), ("i1", "a", "b", "c")]
-    )
+    items = write_csv(tmp_path / "item_info.csv", [("item_id", "title", "tag", "description"), ("i1", "a", "b", "c")])
     chunks = list(pixelrec(path, items).events())
     assert len(chunks) > 1
     rows = np.concatenate([chunk.table["row"].to_numpy() for chunk in chunks])

@@ -13,9 +13,7 @@ def test_the_kth_smallest_key_equals_sorting(keys, data):
     assert select_kth(lambda: iter(pieces), k) == sorted(keys)[k]
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2**32)), min_size=1, unique_by=lambda pair: pair[1])
-)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2**32)), min_size=1, unique_by=lambda pair: pair[1]))
 def test_a_cut_has_exactly_its_position_of_events_before_it(pairs):
     times, orders = np.array(pairs, np.int64).T
     for position in range(len(pairs)):

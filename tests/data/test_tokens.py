@@ -77,9 +77,7 @@ def test_encoder_tokens_are_those_of_the_tokenizer_itself(dataset, tmp_path):
 
 
 def test_special_tokens_of_a_decoder_leave_out_what_would_follow_the_text(tmp_path):
-    for number, (kind, expected) in enumerate(
-        [(DECODER, ([0], [])), (ENCODER, ([2], [3])), (PLAIN, ([], []))]
-    ):
+    for number, (kind, expected) in enumerate([(DECODER, ([0], [])), (ENCODER, ([2], [3])), (PLAIN, ([], []))]):
         folder = tiny_tokenizer(tmp_path / str(number), **kind)
         assert special_tokens(AutoTokenizer.from_pretrained(folder)) == expected
 

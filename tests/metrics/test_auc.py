@@ -99,9 +99,7 @@ def test_swapping_labels_or_signs_mirrors_auc(rows: Rows) -> None:
 @given(rows_of_both_classes, st.integers(2, 4))
 def test_duplicated_rows_change_nothing_and_equal_whole_weights(rows: Rows, copies: int) -> None:
     labels, scores = split(rows)
-    assert roc_auc(np.repeat(labels, copies), np.repeat(scores, copies)) == pytest.approx(
-        roc_auc(labels, scores)
-    )
+    assert roc_auc(np.repeat(labels, copies), np.repeat(scores, copies)) == pytest.approx(roc_auc(labels, scores))
     counts = 1 + np.arange(len(labels)) % copies
     repeated = roc_auc(np.repeat(labels, counts), np.repeat(scores, counts))
     assert roc_auc(labels, scores, counts) == pytest.approx(repeated, abs=1e-12)
@@ -130,17 +128,13 @@ def test_neighbouring_float32_scores_are_not_merged() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tensors_of_any_float_type_and_lists_are_accepted(dtype: torch.dtype) -> None:
     scores = torch.tensor([0.5, -1.0, 2.0, 0.5], dtype=dtype, requires_grad=True)
-    assert (
-        roc_auc(torch.tensor([1, 0, 1, 0]), scores) == roc_auc([1, 0, 1, 0], [0.5, -1.0, 2.0, 0.5]) == 0.875
-    )
+    assert roc_auc(torch.tensor([1, 0, 1, 0]), scores) == roc_auc([1, 0, 1, 0], [0.5, -1.0, 2.0, 0.5]) == 0.875
 
 
 def test_bad_rows_are_named() -> None:
     with pytest.raises(ValueError, match=r"scores: row 2 is nan; .* log.jsonl"):
         roc_auc([0, 1, 1], [0.0, 1.0, math.nan])
-    with pytest.raises(
-        ValueError, match="labels: row 1 is nan; a label is 0 or 1; leave rows without a label out"
-    ):
+    with pytest.raises(ValueError, match="labels: row 1 is nan; a label is 0 or 1; leave rows without a label out"):
         roc_auc([0, math.nan, 1], [0.0, 1.0, 2.0])
     with pytest.raises(ValueError, match="labels: row 0 is 4; a label is 0 or 1"):
         roc_auc([4, 1], [0.0, 1.0])
@@ -153,9 +147,7 @@ def test_bad_rows_are_named() -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"scores has shape \(3,\), labels \(2,\)"):
         roc_auc([0, 1], [0.0, 1.0, 2.0])
-    with pytest.raises(
-        ValueError, match=r"scores has shape \(2, 1\): one value a row is expected; flatten it first"
-    ):
+    with pytest.raises(ValueError, match=r"scores has shape \(2, 1\): one value a row is expected; flatten it first"):
         roc_auc([0, 1], np.zeros((2, 1)))
 
 
@@ -206,9 +198,7 @@ def test_delong_interval_covers_the_true_auc_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     true_auc = 0.5 * (1 + math.erf(1 / 2))  # normal scores one standard deviation apart
     labels = np.arange(200) < 60
-    intervals = [
-        delong_interval(labels, random.normal(size=200) + labels, confidence=0.9) for _ in range(500)
-    ]
+    intervals = [delong_interval(labels, random.normal(size=200) + labels, confidence=0.9) for _ in range(500)]
     covered = np.mean([interval.low < true_auc < interval.high for interval in intervals])
     assert covered == pytest.approx(0.9, abs=0.03)
 
@@ -229,9 +219,7 @@ def test_wider_confidence_gives_a_wider_interval() -> None:
     [([0, 0, 1, 1], [1, 2, 3, 4], 1.0), ([1, 0, 0], [2, 1, 3], 0.5), ([1, 1], [1, 2], math.nan)],
     ids=["perfect separation", "one positive", "one class"],
 )
-def test_no_interval_is_given_where_data_say_nothing(
-    labels: list[int], scores: list[float], auc: float
-) -> None:
+def test_no_interval_is_given_where_data_say_nothing(labels: list[int], scores: list[float], auc: float) -> None:
     interval = delong_interval(labels, scores)
     assert interval.auc == pytest.approx(auc, nan_ok=True)
     assert math.isnan(interval.low) and math.isnan(interval.high)
@@ -267,9 +255,7 @@ def test_paired_p_value_is_uniform_where_models_are_equally_good() -> None:
     p_values = []
     for _ in range(400):
         shared = random.normal(size=150) + labels
-        p_values.append(
-            delong_test(labels, shared + random.normal(size=150), shared + random.normal(size=150)).p_value
-        )
+        p_values.append(delong_test(labels, shared + random.normal(size=150), shared + random.normal(size=150)).p_value)
     assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.05, abs=0.03)
     assert np.mean(np.array(p_values) < 0.5) == pytest.approx(0.5, abs=0.07)
 

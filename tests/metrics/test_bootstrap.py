@@ -53,9 +53,7 @@ def test_rows_that_resemble_each_other_widen_the_interval() -> None:
     labels, scores, _ = example(rows=200)
     copies = 10
     repeated = np.repeat(labels, copies), np.repeat(scores, copies)
-    draws = user_bootstrap(repeated[0], {"a": repeated[1]}, np.repeat(np.arange(200), copies), draws=1000)[
-        "a"
-    ]
+    draws = user_bootstrap(repeated[0], {"a": repeated[1]}, np.repeat(np.arange(200), copies), draws=1000)["a"]
     single = delong_interval(labels, scores).standard_error
     assert draws.std() == pytest.approx(single, rel=0.1)
     assert delong_interval(*repeated).standard_error < single / 3

@@ -51,9 +51,7 @@ def models(tmp_path: Path) -> dict[str, Path]:
     return {
         "hllm": write(tmp_path / "hllm", columns(), parts=3),
         "worse": write(tmp_path / "worse", worse),
-        "scores only": write(
-            tmp_path / "scores", columns(3.0, seed=2) | {"probability": pa.nulls(ROWS, pa.float32())}
-        ),
+        "scores only": write(tmp_path / "scores", columns(3.0, seed=2) | {"probability": pa.nulls(ROWS, pa.float32())}),
     }
 
 
@@ -154,30 +152,22 @@ def test_missing_exposures_are_counted_with_an_example(models: dict[str, Path], 
         compare(models | {"fewer": fewer}, "hllm")
     moved = columns()
     moved["position"] = moved["position"] + (moved["user_id"] == 7)
-    with pytest.raises(
-        ValueError, match="'moved' miss 1 of the 600 .* have 1 that it misses, .*user_id 7, position 0"
-    ):
+    with pytest.raises(ValueError, match="'moved' miss 1 of the 600 .* have 1 that it misses, .*user_id 7, position 0"):
         compare(models | {"moved": write(tmp_path / "moved", moved)}, "hllm")
 
 
 @pytest.mark.parametrize("column", ["label", "item_id"])
-def test_another_label_or_item_of_an_exposure_is_named(
-    models: dict[str, Path], tmp_path: Path, column: str
-) -> None:
+def test_another_label_or_item_of_an_exposure_is_named(models: dict[str, Path], tmp_path: Path, column: str) -> None:
     other = columns()
     other[column][42] = 1 - other[column][42]
-    with pytest.raises(
-        ValueError, match=f"{column} of user_id 3, position 1 is .* in the predictions of 'other'"
-    ):
+    with pytest.raises(ValueError, match=f"{column} of user_id 3, position 1 is .* in the predictions of 'other'"):
         compare(models | {"other": write(tmp_path / "other", other)}, "hllm")
 
 
 def test_an_exposure_that_appears_twice_is_named(tmp_path: Path) -> None:
     doubled = {name: np.concatenate([values, values[81:83]]) for name, values in columns().items()}
     directory = write(tmp_path / "doubled", doubled, parts=2)
-    with pytest.raises(
-        ValueError, match="doubled: 2 exposures appear more than once, .*user_id 2, position 2"
-    ):
+    with pytest.raises(ValueError, match="doubled: 2 exposures appear more than once, .*user_id 2, position 2"):
         read_predictions(directory)
 
 
@@ -189,9 +179,7 @@ def test_a_directory_without_predictions_is_named(tmp_path: Path) -> None:
 def test_a_missing_column_is_named_with_its_file(tmp_path: Path) -> None:
     values = columns()
     del values["history_length"]
-    with pytest.raises(
-        ValueError, match="part-00000.parquet has no column history_length; it has user_id, position"
-    ):
+    with pytest.raises(ValueError, match="part-00000.parquet has no column history_length; it has user_id, position"):
         read_predictions(write(tmp_path / "model", values))
 
 

@@ -98,11 +98,7 @@ def test_two_ranks_equal_one(two_ranks: list[dict], case: str, part: str) -> Non
 
 
 def test_a_process_group_can_be_given(two_ranks: list[dict]) -> None:
-    assert (
-        two_ranks[0]["subgroup"]
-        == two_ranks[1]["subgroup"]
-        == roc_auc([0, 1, 0, 0, 1, 1], [0.5, 0.4, 0.3] * 2)
-    )
+    assert two_ranks[0]["subgroup"] == two_ranks[1]["subgroup"] == roc_auc([0, 1, 0, 0, 1, 1], [0.5, 0.4, 0.3] * 2)
     assert [rank["group of one"] for rank in two_ranks] == [1.0, 0.0]
 
 

@@ -68,9 +68,7 @@ def test_gauc_of_one_user_is_the_auc_and_ids_may_be_strings_or_tensors() -> None
 def test_gauc_ignores_what_differs_between_users_only() -> None:
     labels, scores, users = example()
     shifted = gauc(labels, scores + 5.0 * users, users)
-    assert shifted.gauc == pytest.approx(
-        gauc(labels, scores, users).gauc, abs=1e-3
-    )  # float32 ties may appear
+    assert shifted.gauc == pytest.approx(gauc(labels, scores, users).gauc, abs=1e-3)  # float32 ties may appear
 
 
 def test_user_ids_must_be_as_many_as_labels() -> None:
@@ -108,9 +106,7 @@ def test_reliability_of_a_hand_example() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=1, max_size=50), st.integers(1, 12))
-def test_reliability_bins_hold_every_row_once_and_never_part_ties(
-    rows: list[tuple[bool, int]], bins: int
-) -> None:
+def test_reliability_bins_hold_every_row_once_and_never_part_ties(rows: list[tuple[bool, int]], bins: int) -> None:
     labels = np.array([label for label, _ in rows])
     probabilities = np.array([eighths / 8 for _, eighths in rows])
     curve = reliability_curve(labels, probabilities, bins)

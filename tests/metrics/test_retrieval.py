@@ -136,9 +136,7 @@ def test_ndcg_equals_scikit_learn() -> None:
     relevance = torch.nn.functional.one_hot(targets, 30)
     for k in (1, 5, 20):
         expected = ndcg_score(relevance[:, 1:].numpy(), scores[:, 1:].numpy(), k=k)
-        assert retrieval_metrics(target_ranks(scores, targets), ks=(k,))[f"ndcg@{k}"] == pytest.approx(
-            expected
-        )
+        assert retrieval_metrics(target_ranks(scores, targets), ks=(k,))[f"ndcg@{k}"] == pytest.approx(expected)
 
 
 def test_metrics_without_rows_are_none() -> None:

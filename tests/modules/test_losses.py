@@ -159,8 +159,7 @@ def test_bfloat16_embeddings_and_autocast_are_computed_in_float32() -> None:
         loss = info_nce(**inputs, chunk_size=2).loss_sum
         loss.backward()
     wide: dict[str, Any] = {
-        k: v.detach().float() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
+        k: v.detach().float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
     }
     assert loss.dtype == torch.float32 and inputs["negatives"].grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss, info_nce(**wide).loss_sum)

@@ -17,9 +17,7 @@ def inputs(n: int, fusion: str) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("fusion", ["early", "late"])
 @pytest.mark.parametrize("hidden", [5, [8, 4], []])
-def test_one_logit_per_exposure_that_depends_on_its_own_row_alone(
-    fusion: Fusion, hidden: int | list[int]
-) -> None:
+def test_one_logit_per_exposure_that_depends_on_its_own_row_alone(fusion: Fusion, hidden: int | list[int]) -> None:
     torch.manual_seed(0)
     head = PredictionHead(WIDTH, hidden, fusion=fusion)
     rows = inputs(4, fusion)

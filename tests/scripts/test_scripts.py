@@ -14,9 +14,7 @@ SCRIPTS = ("install", "test", "quickstart")
 def run_script(name: str, *args: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the checkout at `root` with more environment variables."""
     command = ["bash", str(root / "scripts" / f"{name}.sh"), *args]
-    return subprocess.run(
-        command, cwd="/", env={**os.environ, **env}, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(command, cwd="/", env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture

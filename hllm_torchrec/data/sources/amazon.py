@@ -101,9 +101,7 @@ def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
                 f"{path}, row {row}: neither JSON nor a Python literal ({error}); fetch it again"
             ) from error
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{path}, row {row}: a {type(record).__name__}, expected a dict with asin, title, ..."
-        )
+        raise ValueError(f"{path}, row {row}: a {type(record).__name__}, expected a dict with asin, title, ...")
     return record
 
 

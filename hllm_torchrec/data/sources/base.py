@@ -169,6 +169,4 @@ def require_files(paths: Sequence[Path], what: str) -> None:
     """Raises ValueError that names each file of `paths` that is not there, and `what` they belong to."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"{what}: file not found: {', '.join(missing)}. Give the folder that holds it as the path"
-        )
+        raise ValueError(f"{what}: file not found: {', '.join(missing)}. Give the folder that holds it as the path")

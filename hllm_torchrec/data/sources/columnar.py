@@ -41,18 +41,14 @@ def read_csv(
     present = list(names) if names is not None else _header(path, delimiter)
     _require_columns(path, columns, present)
     wanted = list(dict.fromkeys(columns))
-    read = pa.csv.ReadOptions(
-        use_threads=False, block_size=_BLOCK_BYTES, column_names=present, skip_rows=names is None
-    )
+    read = pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=present, skip_rows=names is None)
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     types = {name: pa.string() for name in wanted}
     convert = pa.csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=False)
     next_row, done = (1 if names is not None else 2), 0
     with pa.OSFile(str(path)) as file:
         try:
-            with pa.csv.open_csv(
-                file, read_options=read, parse_options=parse, convert_options=convert
-            ) as reader:
+            with pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as reader:
                 for batch in reader:
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)

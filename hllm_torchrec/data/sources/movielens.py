@@ -47,17 +47,13 @@ def movielens_100k(path: str | Path) -> Source:
         require_files(files, "MovieLens-100k (RecBole layout)")
         read = partial(read_rows, delimiter="\t", encoding="utf-8")
         items = partial(_chunks, files[1], partial(read, columns=4, header="item_id:token"), _recbole_items)
-        users = partial(
-            _chunks, files[2], partial(read, columns=5, header="user_id:token"), _users_100k(1, 2, 3)
-        )
+        users = partial(_chunks, files[2], partial(read, columns=5, header="user_id:token"), _users_100k(1, 2, 3))
         events = partial(_chunks, files[0], partial(read, columns=4, header="user_id:token"), _events)
         return _source("ml-100k", files, events, items, users)
     files = tuple(folder / name for name in ("u.data", "u.item", "u.user"))
     require_files(files, "MovieLens-100k (neither ml-100k.inter nor GroupLens' own layout)")
     read = partial(read_rows, delimiter="|", encoding="latin-1")
-    events = partial(
-        _chunks, files[0], partial(read_rows, delimiter="\t", encoding="latin-1", columns=4), _events
-    )
+    events = partial(_chunks, files[0], partial(read_rows, delimiter="\t", encoding="latin-1", columns=4), _events)
     items = partial(_chunks, files[1], partial(read, columns=5 + len(_GENRES_100K)), _grouplens_items)
     users = partial(_chunks, files[2], partial(read, columns=5), _users_100k(1, 2, 3))
     return _source("ml-100k", files, events, items, users)
@@ -223,9 +219,7 @@ def _users_1m(numbers: np.ndarray, rows: Rows) -> pa.Table:
     return _user_table(numbers, rows, [[cells[2]] for cells in rows], gender=1, occupation=3)
 
 
-def _user_table(
-    numbers: np.ndarray, rows: Rows, ages: list[list[str]], gender: int, occupation: int
-) -> pa.Table:
+def _user_table(numbers: np.ndarray, rows: Rows, ages: list[list[str]], gender: int, occupation: int) -> pa.Table:
     strings = pa.list_(pa.string())
     return pa.table(
         {

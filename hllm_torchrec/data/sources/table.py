@@ -151,9 +151,7 @@ def read_mapping(path: Path) -> TableMapping:
 def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
     """`raw` as keyword arguments of `kind`."""
     if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {raw!r}"
-        )
+        raise ValueError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {raw!r}")
     known = {f.name: f for f in fields(kind)}
     for key in raw:
         if key not in known:
@@ -172,9 +170,7 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
     if not isinstance(mapping.items.text, list) or not mapping.items.text:
         raise ValueError(f"{path}: items.text={mapping.items.text!r} must be a list of at least one column")
     if mapping.events.action is not None and not mapping.events.actions:
-        raise ValueError(
-            f"{path}: events.actions is missing; list the values of {mapping.events.action!r} there"
-        )
+        raise ValueError(f"{path}: events.actions is missing; list the values of {mapping.events.action!r} there")
     if mapping.events.positive_from is not None and mapping.events.label is None:
         raise ValueError(f"{path}: events.positive_from needs events.label, the column that it compares")
 
@@ -185,9 +181,7 @@ def _find(mapping_file: Path, pattern: str, field_name: str) -> tuple[Path, ...]
     relative = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
     found = tuple(sorted(p for p in root.glob(relative) if p.is_file()))
     if not found:
-        raise ValueError(
-            f"{mapping_file}: {field_name}={pattern!r} matches no file under {root}; correct the path"
-        )
+        raise ValueError(f"{mapping_file}: {field_name}={pattern!r} matches no file under {root}; correct the path")
     return found
 
 
@@ -243,9 +237,7 @@ def _items(files: tuple[Path, ...], columns: ItemColumns) -> Iterator[Chunk]:
             out = {"raw_item_id": as_id_strings(data[columns.item], "item")}
             out |= {name: data[name].cast(pa.string()) for name in columns.text}
             if columns.created_at is not None:
-                out["created_at"] = parse_seconds(
-                    data[columns.created_at].combine_chunks(), columns.time_unit
-                )
+                out["created_at"] = parse_seconds(data[columns.created_at].combine_chunks(), columns.time_unit)
             yield Chunk(path, pa.table({**out, **_features(data, columns.features), "row": rows}), size)
 
 
@@ -255,9 +247,7 @@ def _users(files: tuple[Path, ...], columns: UserColumns | None) -> Iterator[Chu
     for path in files:
         for rows, data, size in read_columns(path, [columns.user, *columns.features]):
             ids = as_id_strings(data[columns.user], "user")
-            yield Chunk(
-                path, pa.table({"raw_user_id": ids, **_features(data, columns.features), "row": rows}), size
-            )
+            yield Chunk(path, pa.table({"raw_user_id": ids, **_features(data, columns.features), "row": rows}), size)
 
 
 def _features(data: pa.Table, features: Mapping[str, str | None]) -> dict[str, pa.Array]:
@@ -270,7 +260,5 @@ def _features(data: pa.Table, features: Mapping[str, str | None]) -> dict[str, p
         else:
             texts = column.cast(pa.string()).to_pylist()
             cells = [(text or "").split(separator) if separator else [text or ""] for text in texts]
-        out[f"feature_{name}"] = pa.array(
-            [[v.strip() for v in c if v.strip()] for c in cells], pa.list_(pa.string())
-        )
+        out[f"feature_{name}"] = pa.array([[v.strip() for v in c if v.strip()] for c in cells], pa.list_(pa.string()))
     return out
