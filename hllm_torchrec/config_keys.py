@@ -7,7 +7,7 @@ import typing
 from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from jsonargparse import ArgumentParser

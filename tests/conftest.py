@@ -1,6 +1,8 @@
 """Settings of every test run: one thread a process, no network, the same examples each time."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,12 @@ settings.load_profile("repeatable")
 def root() -> Path:
     """The checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_process_group() -> Iterator[None]:
+    """A process group that a test joined ends with it: the next test may want another kind."""
+    yield
+    distributed = sys.modules.get("torch.distributed")  # not imported for the tests that do without torch
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
