@@ -277,7 +277,7 @@ def load_config(arguments: list[str]) -> Config:
         ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
             broken rules.
     """
-    return load_as(Config, arguments, prog="train.py", description="Train a hybrid HLLM.")
+    return load_as(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
 
 
 def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:

@@ -103,6 +103,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"), width)
     model.encode_items = encoder
+    _check_vocabulary(model, encoder)
     wrapped = parallelize(model, config, device)
     initialise_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
@@ -154,6 +155,16 @@ def _token_store(config: Config, dataset: Dataset) -> TokenStore:
         )
     )
     return TokenStore.open(Path(path))
+
+
+def _check_vocabulary(model: HLLM, encoder: ItemEncoder | None) -> None:
+    """Whether the Item LLM has a word vector for every token; looking up a row that is not there would crash."""
+    if encoder is None or model.item_llm is None:
+        return
+    rows, needed = model.item_llm.backbone.get_input_embeddings().num_embeddings, encoder.tokens.facts["vocab_size"]
+    if needed > rows:
+        problem = f"item_llm.tokenizer: makes token ids up to {needed - 1}, but the Item LLM has {rows} word vectors"
+        raise ConfigError([f"{problem}: give the tokeniser of that model, or a shape with a larger vocab_size"])
 
 
 def base_rate(dataset: Dataset) -> float:

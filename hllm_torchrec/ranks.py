@@ -8,6 +8,10 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class PeerFailed(RuntimeError):
+    """Another rank failed; its own error says more."""
+
+
 def rank() -> int:
     """Return this process's rank, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -27,7 +31,7 @@ def together(work: Callable[[], T]) -> list[T]:
 
     Raises:
         Exception: on a rank where `work` raised, what it raised.
-        RuntimeError: on the other ranks, naming the first rank that failed and its error.
+        PeerFailed: on the other ranks (a RuntimeError), naming the first rank that failed and its error.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -43,7 +47,7 @@ def together(work: Callable[[], T]) -> list[T]:
         raise failure
     for number, (_, message) in enumerate(outcomes):
         if message:
-            raise RuntimeError(f"rank {number} failed: {message}")
+            raise PeerFailed(f"rank {number} failed: {message}")
     return [value for value, _ in outcomes]
 
 

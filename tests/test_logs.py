@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import resource
+import select
 import struct
 import subprocess
 import sys
@@ -142,7 +143,9 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(sys, "stderr", terminal)
         with progress(3, "train") as bar:
             bar.update(3)
-        shown = os.read(ours, 10_000).decode()
+        shown = ""
+        while select.select([ours], [], [], 2.0)[0] and "100%" not in shown:  # it may come in several pieces
+            shown += os.read(ours, 10_000).decode()
     os.close(ours)
     assert "\rtrain: 100%" in shown
 
