@@ -293,10 +293,16 @@ def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) 
         raise ConfigError(problems)
     kind: type = cls
     try:
-        built: T = _build(kind, _parser(kind, prog, description).parse_args(arguments))
-        return built
+        # jsonargparse's own --print_config cannot print dataclasses in a list
+        to_parse = [argument for argument in arguments if argument != "--print_config"]
+        parsed = _parser(kind, prog, description).parse_args(to_parse)
     except ArgumentError as error:
         raise ConfigError([" ".join(str(error).split())]) from None
+    if "--print_config" in arguments:
+        print(_as_yaml(parsed), end="")
+        raise SystemExit(0)
+    built: T = _build(kind, parsed)
+    return built
 
 
 @functools.cache
@@ -331,16 +337,22 @@ def _build(cls: type, value: Any) -> Any:
 
 
 def to_dict(config: Any) -> Any:
-    """The configuration as plain dicts and lists (JSON and YAML)."""
+    """The configuration as plain dicts and lists (JSON and YAML); also one that is parsed but not yet built."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    return [to_dict(entry) for entry in config] if isinstance(config, tuple) else config
+    if isinstance(config, Namespace):
+        return {name: to_dict(value) for name, value in vars(config).items() if name != "config"}
+    return [to_dict(entry) for entry in config] if isinstance(config, tuple | list) else config
+
+
+def _as_yaml(config: Any) -> str:
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    path.write_text(_as_yaml(config))
 
 
 def config_from_file(path: Path) -> Config:

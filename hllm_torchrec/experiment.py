@@ -4,6 +4,7 @@ Training and the offline evaluation job build their parts here, so that both sco
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     """
     dataset = Dataset.open(Path(config.data.dataset))
     recipe = recipe_of(config, dataset)
-    problems = check_recipe(recipe, dataset)
+    problems = check_recipe(recipe, dataset) + list(_missing_models(config))
     if problems:
         raise ConfigError(problems)
     encoder = ItemEncoder(_token_store(config, dataset), device) if config.item_llm.enabled else None
@@ -135,6 +136,17 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
     names = config.data.item_vectors
     on_rank_zero(lambda: [item_vectors(dataset, name).shape for name in names])
     return np.concatenate([item_vectors(dataset, name) for name in names], axis=1) if names else None
+
+
+def _missing_models(config: Config) -> Iterator[str]:
+    """Pretrained models that are not there; Hugging Face would look for them on the network."""
+    parts = {
+        "user": config.user.pretrained,
+        "item_llm": config.item_llm.pretrained if config.item_llm.enabled else None,
+    }
+    for part, directory in parts.items():
+        if directory is not None and not (Path(directory) / "config.json").is_file():
+            yield f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); download one"
 
 
 def _token_store(config: Config, dataset: Dataset) -> TokenStore:

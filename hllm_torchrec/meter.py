@@ -124,6 +124,10 @@ def _local_peak(device: torch.device, dtype: torch.dtype) -> float:
     return measured_matmul_peak(device, dtype, PEAK_SHAPES[device.type], seconds=0.2)
 
 
+SAMPLED_ITEMS = 256
+"""How many items' embeddings are looked at before and after."""
+
+
 @dataclass(frozen=True)
 class WeightSnapshot:
     """Copies of one matrix of each part: enough to show that a part was trained, or was left alone."""
@@ -140,8 +144,11 @@ class WeightSnapshot:
 
 
 @torch.no_grad()
-def weights_of(model: HLLM) -> WeightSnapshot:
-    """The first layer's first matrix of the Item LLM and of the user encoder (this rank's part of it)."""
+def weights_of(model: HLLM, encoder: ItemEncoder | None = None) -> WeightSnapshot:
+    """The first layer's first matrix of the Item LLM and of the user encoder (this rank's part of it).
+
+    With an encoder also the embeddings of the first SAMPLED_ITEMS items, as "item_embeddings"; then collective.
+    """
     parts: dict[str, nn.Module | None] = {"item_llm": model.item_llm, "user": model.user}
     matrices = {}
     for part, module in parts.items():
@@ -149,4 +156,10 @@ def weights_of(model: HLLM) -> WeightSnapshot:
             continue
         layers = [p for n, p in module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)]
         matrices[part] = getattr(layers[0], "_local_tensor", layers[0]).detach().float().clone()
+    if encoder is not None and model.item_llm is not None:
+        sample = torch.arange(1, min(SAMPLED_ITEMS + 1, len(encoder.tokens)), device=encoder.device)
+        was_training = model.item_llm.training
+        model.item_llm.eval()
+        matrices["item_embeddings"] = model.embed_items(sample).float()
+        model.item_llm.train(was_training)
     return WeightSnapshot(matrices)

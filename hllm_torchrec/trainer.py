@@ -83,7 +83,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the end (or until it stops getting better) and return the last evaluation."""
-        started = weights_of(self.hllm)
+        started = weights_of(self.hllm, self.experiment.encoder)
         resumed = self._resume()
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
@@ -97,9 +97,26 @@ class Trainer:
                     continue
                 self._enter(leg)
                 self._train_leg(leg)
-            moved = weights_of(self.hllm).moved_since(started)
-            self.log.write("end", self.step, **peak_memory_bytes(), weights_moved=moved)
+            moved = weights_of(self.hllm, self.experiment.encoder).moved_since(started)
+            self.log.write("end", self.step, **peak_memory_bytes(), weights_moved=moved, live_steps=self._live_steps())
+        if self.rank == 0:
+            print(self._closing_line(moved), flush=True)
         return self.metrics | {"weights_moved": moved}
+
+    def _live_steps(self) -> int:
+        """Steps so far through which gradients reached the Item LLM."""
+        legs = [leg for leg in self.legs if leg.stage.item_embeddings == "trained"]
+        steps = sum(max(0, min(self.step, leg.first + leg.steps) - leg.first) for leg in legs)
+        return steps if self.config.item_llm.enabled and self.config.item_llm.trainable else 0
+
+    def _closing_line(self, moved: dict[str, float]) -> str:
+        """What was trained, for the reader of the log: relative changes of weights and of item embeddings."""
+        live = self._live_steps()
+        shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
+        return (
+            f"trained {self.step} steps, {live} of them ({live / max(self.step, 1):.0%}) end to end through the "
+            f"Item LLM; moved: {shown}"
+        )
 
     def _train_leg(self, leg: Leg) -> None:
         meter = StepMeter(self.hllm, self.experiment.encoder, self.peak)

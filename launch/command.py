@@ -1,6 +1,8 @@
 """What the jobs' command lines have in common: mistakes of the user's are one line and exit status 2."""
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,11 +16,38 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+#: What torch.distributed says where another rank has died or does not answer (gloo, nccl, the store).
+_LOST_RANK = re.compile(
+    r"gloo/transport|caused pair closure|connection (closed|reset) by peer|broken pipe|remote process|nccl.*timeout",
+    re.IGNORECASE,
+)
+
+
 def run_job(prog: str, job: Callable[[], None]) -> int:
-    """Run `job`; return the exit status: 0, or 2 after the message of an error that the user can mend."""
+    """Run `job`; return the exit status.
+
+    Returns:
+        0; 2 after the message of an error that the user can mend; 1 after one line if another rank failed or
+        was lost, whose own messages say why.
+    """
     try:
         job()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not is_of_another_rank(error):
+            raise
+        rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
+        print(f"{prog}: rank {rank} stops because of another rank, see its messages: {cause}", file=sys.stderr)
+        return 1
     return 0
+
+
+def is_of_another_rank(error: RuntimeError) -> bool:
+    """Whether this rank failed because another one did, or does not answer."""
+    from torch import distributed as dist
+
+    from hllm_torchrec.ranks import PeerFailed
+
+    return isinstance(error, PeerFailed | dist.DistError) or _LOST_RANK.search(str(error)) is not None

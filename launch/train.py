@@ -3,28 +3,31 @@
 import sys
 
 from hllm_torchrec.config import load_config
-from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.launch.command import run_job
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one configuration; returns the exit status (2: the user's configuration or data is wrong)."""
-    try:
-        config = load_config(sys.argv[1:] if argv is None else argv)
-    except ConfigError as error:
-        print(f"train: error: {error}", file=sys.stderr)
-        return 2
+    """Run one configuration; returns the exit status, see `launch.command.run_job`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_job("train", lambda: train(arguments))
+
+
+def train(arguments: list[str]) -> None:
+    """Train as `arguments` say, as a rank of the job that the environment names, or alone.
+
+    Raises:
+        ValueError: the configuration, or what it names, is wrong.
+        ConnectionError: the ranks did not come together.
+    """
+    config = load_config(arguments)  # so that a mistake shows before anything large is imported
     from hllm_torchrec.parallelize import start_process, stop_process
     from hllm_torchrec.trainer import Trainer
 
-    device = start_process()
+    device = start_process(config.parallel.timeout)
     try:
         Trainer(config, device).run()
-    except ValueError as error:
-        print(f"train: error: {error}", file=sys.stderr)
-        return 2
     finally:
         stop_process()
-    return 0
 
 
 if __name__ == "__main__":

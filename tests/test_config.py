@@ -220,3 +220,12 @@ def test_every_field_has_a_docstring_in_the_help(capsys: pytest.CaptureFixture[s
 def test_defaults_are_a_configuration_but_for_the_models() -> None:
     assert len(problems_of([])) == 2  # no backbone is given
     assert isinstance(load_config(VALID), Config)
+
+
+def test_the_defaults_are_printed_even_though_they_are_no_whole_configuration(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["stages"][0]["name"] == "end to end" and printed["user"]["shape"] is None

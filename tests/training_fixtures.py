@@ -1,11 +1,13 @@
 """Tiny training runs: command-line settings on the generated shop, and what a run left behind."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hllm_torchrec.checkpoint_files import by_step
 from hllm_torchrec.config import Config, load_config
 from hllm_torchrec.logs import read_log
 from hllm_torchrec.parallelize import start_process
@@ -22,6 +24,12 @@ ITEM_LLAMA: dict[str, Any] = {
     "vocab_size": 32,
 }
 USER_LLAMA: dict[str, Any] = {**ITEM_LLAMA, "hidden_size": 24, "num_hidden_layers": 1, "vocab_size": 3}
+MIXED = [
+    {"name": "live", "epochs": 0.4},
+    {"name": "stored", "epochs": 1.3, "item_embeddings": "cached"},
+    {"name": "live again", "epochs": 0.3},
+]
+"""Stages that train the Item LLM, then use stored embeddings for more than one epoch, then train it again."""
 
 
 def arguments(output: Path, **settings: Any) -> list[str]:
@@ -87,3 +95,25 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
             local = part.to_local() if hasattr(part, "to_local") else part
             found[f"{name}.{number}"] = local.detach().clone()
     return found
+
+
+def on_rank(settings: Config) -> dict[str, Any]:
+    """Train on one of several ranks; what it ended with."""
+    trainer = train(settings)
+    return {"metrics": trainer.metrics, "weights": weights(trainer), "step": trainer.step}
+
+
+def assert_equal_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    different = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not different, different[:5]
+
+
+def interrupted(source: Path, target: Path, step: int) -> Path:
+    """A copy of a finished run as it stood at a step's checkpoint."""
+    shutil.copytree(source, target)
+    for path in by_step(target / "checkpoints"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return target

@@ -1,0 +1,226 @@
+"""The training job as users start it: one line for a mistake, a whole run otherwise, and never a hang."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hllm_torchrec.config import config_from_file
+from hllm_torchrec.launch.train import main
+from hllm_torchrec.parallelize import stop_process
+from tests.training_fixtures import arguments, config, lines, losses
+
+Process = subprocess.Popen
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    stop_process()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment(root: Path, **variables: object) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "PYTHONPATH": str(root), **{name: str(value) for name, value in variables.items()}}
+
+
+def run(command: list[str], root: Path, tmp_path: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    env = environment(root, **variables)
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+
+
+MODULE = [sys.executable, "-m", "hllm_torchrec.launch.train"]
+
+
+# --- mistakes --------------------------------------------------------------------------------------------
+
+
+def test_mistakes_in_the_configuration_are_reported_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data.histry", "all", "--seed", "one"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        "train: error: 2 problems in the configuration:",
+        "  - --data.histry: unknown option (did you mean 'data.history'?)",
+        "  - --seed: 'one': must be an integer",
+    ]
+    assert printed.out == ""
+
+
+def test_a_single_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "no/such.yaml"]) == 2
+    assert capsys.readouterr().err == "train: error: --config: no/such.yaml: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data__dataset": "nowhere"}, "nowhere is not a prepared dataset: no manifest.json. Make one with `hllm"),
+        ({"item_llm__tokenizer": "nowhere"}, "nowhere holds no tokeniser"),
+        ({"data__item_features": ["genre"]}, "data.item_features: 'genre': not in the dataset; it has ['genres']"),
+        ({"features__sharding": "row_wise"}, "choose table_wise or column_wise"),
+        ({"optim__table_lr": 1e30}, "the loss is nan: lower optim.lr or optim.table_lr"),
+        ({"user__shape": None, "user__pretrained": "nowhere"}, "user.pretrained: nowhere: not a Hugging Face directory"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_leaves_no_checkpoint(
+    options: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "run", **options)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("train: error: ") and message in line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_help_and_the_printed_configuration_end_well(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, text in (("--help", "--optim.lr"), ("--print_config", "fusion: late")):
+        with pytest.raises(SystemExit) as exited:
+            main([option])
+        assert exited.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [*MODULE, *arguments(output)]
+    result = run(command, root, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in output.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "tensorboard"}
+    assert config_from_file(output / "config.yaml") == config(output)
+    assert len(losses(output)) == 8 and "auc" in lines(output, "eval")[0]
+
+    again = run(command, root, tmp_path)
+    assert again.returncode == 2
+    assert "holds a run, up to step-00000008: continue it (resume: true)" in again.stderr
+    assert "Traceback" not in again.stderr
+    resumed = run([*command, "--resume", "true"], root, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(losses(output)) == 8
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_that_train_as_one(root: Path, tmp_path: Path) -> None:
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    launcher = [torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())]
+    common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
+    one = run([*MODULE, *arguments(tmp_path / "one", **common)], root, tmp_path)
+    halves = arguments(tmp_path / "two", data__batch_users=2, **common)
+    two = run([*launcher, "-m", "hllm_torchrec.launch.train", *halves], root, tmp_path)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert lines(tmp_path / "two", "start")[0]["world"] == 2
+
+
+# --- what goes wrong between ranks -----------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_one_line(root: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}
+        result = run([*MODULE, *arguments(tmp_path / "run", parallel__timeout=10)], root, tmp_path, **address)
+    assert result.returncode == 2
+    assert f"train: error: rank 0 of 2 could not join the others at localhost:{port}: it is in use" in result.stderr
+    assert "--rdzv_port of torchx, --master_port of torchrun" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def start_ranks(commands: list[list[str]], root: Path, tmp_path: Path) -> list["Process[str]"]:
+    """Start one process for each command, as the ranks of a job."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": len(commands)}
+    return [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=environment(root, RANK=rank, LOCAL_RANK=rank, **address),
+        )
+        for rank, command in enumerate(commands)
+    ]
+
+
+def end(processes: list["Process[str]"]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "evaluation__every": 1000}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blow", "reason"), [(signal.SIGKILL, "reset|closed|broken"), (signal.SIGSTOP, "timed out|timeout")])
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
+    blow: signal.Signals, reason: str, root: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = [*MODULE, *arguments(output, parallel__timeout=10, **LONG)]
+    processes = start_ranks([command, command], root, tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "log.jsonl").exists() or len(lines(output, "step")) < 2:
+            assert time.monotonic() < deadline and processes[0].poll() is None
+            time.sleep(0.2)
+        processes[1].send_signal(blow)
+        _, errors = processes[0].communicate(timeout=60)
+    finally:
+        end(processes)
+    assert processes[0].returncode == 1
+    assert "train: rank 0 stops because of another rank, see its messages: " in errors
+    assert any(word in errors.lower() for word in reason.split("|")), errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_rank_ends_the_others(root: Path, tmp_path: Path) -> None:
+    right = [*MODULE, *arguments(tmp_path / "run", parallel__timeout=20)]
+    wrong = [*MODULE, *arguments(tmp_path / "run", parallel__timeout=20, data__dataset="nowhere")]
+    processes = start_ranks([right, wrong], root, tmp_path)
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        end(processes)
+    assert [process.returncode for process in processes] == [1, 2]
+    assert "train: rank 0 stops because of another rank" in errors[0]
+    assert "train: error: nowhere is not a prepared dataset" in errors[1]
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_rank_is_killed(root: Path, tmp_path: Path) -> None:
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    output = tmp_path / "run"
+    launcher = [torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [*launcher, "-m", "hllm_torchrec.launch.train", *arguments(output, parallel__timeout=30, **LONG)]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment(root))
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "log.jsonl").exists() or len(lines(output, "step")) < 2:
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.2)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        assert len(children) >= 2
+        os.kill(int(children[1]), signal.SIGKILL)
+        _, errors = job.communicate(timeout=90)
+    finally:
+        job.terminate()
+        job.wait(timeout=60)
+    assert job.returncode == 1
+    assert "Signal 9 (SIGKILL)" in errors

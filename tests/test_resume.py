@@ -1,0 +1,101 @@
+"""A run that was interrupted goes on as if it had not been; one that cannot says why."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.parallelize import stop_process
+from tests.distributed import run_ranks
+from tests.training_fixtures import (
+    MIXED,
+    assert_equal_weights,
+    config,
+    interrupted,
+    lines,
+    losses,
+    on_rank,
+    train,
+    weights,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    stop_process()
+
+
+RESUMABLE = {
+    "stages": MIXED,
+    "objective__head_dropout": 0.2,
+    "objective__generative_weight": 0.5,
+    "optim__ema": 0.9,
+    "evaluation__checkpoint_every": 2,
+    "evaluation__keep_last": 100,
+    "evaluation__every": 1,
+}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole = train(config(tmp_path / "whole", **RESUMABLE))
+    stages = [line["stage"] for line in lines(tmp_path / "whole", "step")]
+    assert stages == ["live"] * 3 + ["stored"] * 10 + ["live again"] * 2
+    for step in (2, 4, 12):  # within a stage of each kind, and in the second epoch of one
+        run = interrupted(tmp_path / "whole", tmp_path / f"from-{step}", step)
+        resumed = train(config(run, resume=True, **RESUMABLE))
+        assert losses(run) == losses(tmp_path / "whole"), f"resumed at step {step}"
+        assert resumed.metrics == whole.metrics
+        assert_equal_weights(weights(resumed), weights(whole))
+        assert [e["auc"] for e in lines(run, "eval")] == [e["auc"] for e in lines(tmp_path / "whole", "eval")]
+        assert lines(run, "end")[-1]["weights_moved"] == lines(tmp_path / "whole", "end")[0]["weights_moved"]
+
+
+@pytest.mark.parametrize("dense", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
+    options = {**RESUMABLE, "data__batch_users": 2, "parallel__dense": dense}
+    whole = run_ranks(on_rank, 2, config(tmp_path / "whole", **options))
+    run = interrupted(tmp_path / "whole", tmp_path / "resumed", 12)
+    resumed = run_ranks(on_rank, 2, config(run, resume=True, **options))
+    assert losses(run) == losses(tmp_path / "whole")
+    for found, expected in zip(resumed, whole, strict=True):
+        assert_equal_weights(found["weights"], expected["weights"])
+
+
+def test_resume_at_another_world_size_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__lr": 0.002}
+    train(config(tmp_path / "whole", data__batch_users=4, **options))
+    run = interrupted(tmp_path / "whole", tmp_path / "two", 4)
+    run_ranks(on_rank, 2, config(run, data__batch_users=2, resume=True, **options))
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    first = train(config(tmp_path / "run"))
+    again = train(config(tmp_path / "run", resume=True))
+    assert again.step == first.step
+    assert_equal_weights(weights(again), weights(first))
+    assert len(losses(tmp_path / "run")) == first.total_steps
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    assert train(config(tmp_path / "run", resume=True, max_steps=1)).step == 1
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    with pytest.raises(ConfigError, match=r"holds a run, up to step-00000001: continue it \(resume: true\)"):
+        train(config(tmp_path / "run"))
+
+
+def test_resume_with_other_batches_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    with pytest.raises(ConfigError, match=r"resume: the epochs .* keep the dataset, the stages and batch_users"):
+        train(config(tmp_path / "run", resume=True, data__batch_users=2))
+
+
+def test_resume_with_another_architecture_is_refused(tmp_path: Path) -> None:
+    train(config(tmp_path / "run", max_steps=1))
+    with pytest.raises(ValueError, match="is not of this model"):
+        train(config(tmp_path / "run", resume=True, objective__head_hidden=9))
