@@ -209,6 +209,19 @@ def test_moved_weights_are_shown_relative_to_their_size(tmp_path: Path) -> None:
     assert moved["item_llm"] == 0.0 and moved["user"] == pytest.approx(0.25, rel=1e-5)
 
 
+def test_item_embeddings_show_what_moved_before_them() -> None:
+    model = fixtures.model(fixtures.config()).train()
+    encoder = model.encode_items
+    assert isinstance(encoder, ItemEncoder)
+    before = weights_of(model, encoder)
+    assert before.matrices["item_embeddings"].shape == (fixtures.ITEMS, fixtures.LLAMA["hidden_size"])
+    assert weights_of(model, encoder).moved_since(before)["item_embeddings"] == 0.0
+    with torch.no_grad():
+        model.item_llm.backbone.norm.weight.mul_(1.5)
+    assert weights_of(model, encoder).moved_since(before)["item_embeddings"] == pytest.approx(0.5, rel=1e-4)
+    assert model.item_llm.training
+
+
 def test_the_smallest_change_is_seen() -> None:
     model = fixtures.model(fixtures.config(item_llm={"shape": fixtures.BERT, "causal": False}))
     before = weights_of(model)

@@ -72,7 +72,7 @@ def test_a_single_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         ({"data__item_features": ["genre"]}, "data.item_features: 'genre': not in the dataset; it has ['genres']"),
         ({"features__sharding": "row_wise"}, "choose table_wise or column_wise"),
         ({"optim__table_lr": 1e30}, "the loss is nan: lower optim.lr or optim.table_lr"),
-        ({"user__shape": None, "user__pretrained": "nowhere"}, "user.pretrained: nowhere: not a Hugging Face directory"),
+        ({"user__shape": None, "user__pretrained": "nowhere"}, "user.pretrained: nowhere: not a Hugging Face"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_no_checkpoint(
@@ -103,6 +103,7 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(root: Path, tm
     assert {path.name for path in output.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "tensorboard"}
     assert config_from_file(output / "config.yaml") == config(output)
     assert len(losses(output)) == 8 and "auc" in lines(output, "eval")[0]
+    assert "trained 8 steps, 8 of them (100%) end to end through the Item LLM; moved: item_llm " in result.stdout
 
     again = run(command, root, tmp_path)
     assert again.returncode == 2
@@ -167,7 +168,9 @@ LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "e
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("blow", "reason"), [(signal.SIGKILL, "reset|closed|broken"), (signal.SIGSTOP, "timed out|timeout")])
+@pytest.mark.parametrize(
+    ("blow", "reason"), [(signal.SIGKILL, "reset|closed|broken"), (signal.SIGSTOP, "timed out|timeout")]
+)
 def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
     blow: signal.Signals, reason: str, root: Path, tmp_path: Path
 ) -> None:
