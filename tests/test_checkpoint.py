@@ -494,7 +494,7 @@ def fail_on_rank_one(directory: Path) -> str:
 
 def test_a_failure_on_one_rank_raises_on_all_and_leaves_nothing(tmp_path: Path) -> None:
     outcomes = run_ranks(fail_on_rank_one, 2, tmp_path / "checkpoints")
-    assert outcomes[0].startswith("RuntimeError: rank 1 failed: ValueError: state 'model.w' is a str")
+    assert outcomes[0].startswith("PeerFailed: rank 1 failed: ValueError: state 'model.w' is a str")
     assert outcomes[1].startswith("ValueError: state 'model.w' is a str")
     assert not (tmp_path / "checkpoints").exists()
 

@@ -32,6 +32,6 @@ def outcomes() -> tuple[list[int], int, str]:
 
 def test_results_and_failures_reach_every_rank() -> None:
     assert run_ranks(outcomes, 2) == [
-        ([0, 1], 10, "RuntimeError: rank 1 failed: KeyError: 'lost'"),
+        ([0, 1], 10, "PeerFailed: rank 1 failed: KeyError: 'lost'"),
         ([0, 1], 10, "KeyError: 'lost'"),
     ]
