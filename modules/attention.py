@@ -121,6 +121,7 @@ def _queries_of_empty_sequences(seq_offsets: Tensor, query_offsets: Tensor) -> T
     return torch.nonzero(torch.repeat_interleave(empty, counts)).flatten()
 
 
+@torch.compiler.disable  # its shapes differ in every batch: traced, it would be compiled anew for each
 def packed_attention(
     module: nn.Module,
     query: Tensor,

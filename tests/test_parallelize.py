@@ -265,6 +265,15 @@ def test_activation_checkpointing_gives_the_same_losses(dense: str, tmp_path: Pa
     assert trainer.hllm.user.backbone.is_gradient_checkpointing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_compiled_layers_give_the_same_losses(dense: str, tmp_path: Path) -> None:
+    options = {"parallel__dense": dense, "objective__fusion": "early", "max_steps": 3}
+    train(config(tmp_path / "plain", **options))
+    train(config(tmp_path / "compiled", parallel__compile=True, **options))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
 def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
     train(config(tmp_path / "wide", max_steps=3))
     trainer = train(config(tmp_path / "narrow", max_steps=3, parallel__precision="bf16"))
