@@ -240,7 +240,8 @@ class Config:
     seed: int = 0
     """Of weights, shuffling, negatives and dropout."""
     resume: bool = False
-    """Continue from the last complete checkpoint of `output`."""
+    """Continue from the last complete checkpoint of `output`, or begin where there is none: what a job that is
+    restarted after a failure wants."""
     max_steps: int = 0
     """Stop after this many steps; 0: run all stages."""
     data: DataConfig = field(default_factory=DataConfig)

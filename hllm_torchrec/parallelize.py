@@ -132,7 +132,8 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     plan = plan_tables(model, config, device, sharder)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
-    some_unused = model.item_llm is not None and any(s.item_embeddings == "cached" for s in config.stages)
+    learns = model.item_llm is not None and any(p.requires_grad for p in model.item_llm.parameters())
+    some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
     ddp = config.parallel.dense == "ddp"
     return distribute(model, plan, sharder, device, ddp=ddp, some_unused=some_unused)
 

@@ -84,11 +84,11 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end (or until it stops getting better) and return the last evaluation."""
         started = weights_of(self.hllm, self.experiment.encoder)
-        resumed = self._resume()
+        self._resume()
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
         with (
-            RunLog(self.output, self.rank, resumed_step=resumed) as self.log,
+            RunLog(self.output, self.rank, resumed_step=self.step) as self.log,
             progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
         ):
             self._log_start()
@@ -203,7 +203,7 @@ class Trainer:
         A run resumed within a cached stage fills it anew: the Item LLM is as it was when the stage began,
         since nothing trains it in such a stage.
         """
-        cached = leg.stage.item_embeddings == "cached"
+        cached = leg.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
         if leg.opens_stage or (cached and self.hllm.item_cache is None):
             self.hllm.item_cache = None
             if cached:
@@ -315,10 +315,10 @@ class Trainer:
             )
         return path
 
-    def _resume(self) -> int | None:
+    def _resume(self) -> None:
         """Continue from the last complete checkpoint, if asked to and there is one."""
         if self.checkpoint is None:
-            return None
+            return
         extra = load_checkpoint(self.checkpoint, self._state())
         self._check_schedule(extra)
         self.step, self.stale = extra["step"], extra["stale"]
@@ -327,7 +327,6 @@ class Trainer:
         own = load_rank_extra(self.checkpoint)
         if own is not None:
             set_rng_state(own["rng"])
-        return self.step
 
     def _check_schedule(self, extra: dict[str, Any]) -> None:
         """The epochs begun must have the steps they had, or "step n" would be another place in the data."""

@@ -79,8 +79,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == first.total_steps
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
-    assert train(config(tmp_path / "run", resume=True, max_steps=1)).step == 1
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(resume: bool, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        train(config(tmp_path / "run", optim__table_lr=1e30))
+    assert losses(tmp_path / "run")
+    train(config(tmp_path / "run", resume=resume))
+    assert [line["step"] for line in lines(tmp_path / "run", "step")] == list(range(1, 9))
 
 
 def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:

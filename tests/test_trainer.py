@@ -228,6 +228,22 @@ def test_every_trainable_weight_moves(tmp_path: Path) -> None:
     assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
+def test_cached_stages_of_a_model_of_ids_are_ordinary_ones(tmp_path: Path) -> None:
+    stages = [{"name": "stored", "epochs": 2, "item_embeddings": "cached"}]
+    trainer = train(config(tmp_path / "run", item_llm__enabled=False, stages=stages))
+    assert trainer.step == 16 and len(lines(tmp_path / "run", "stage")) == 1
+
+
+@pytest.mark.parametrize("fusion", ["late", "none"])
+def test_leave_one_out_data_trains_and_retrieves(fusion: str, tmp_path: Path) -> None:
+    options = {"data__dataset": fixtures.dataset("leave_one_out").root, "data__history": "positive"}
+    options |= {"objective__fusion": fusion, "objective__generative_weight": 1, "evaluation__retrieval": True}
+    train(config(tmp_path / "run", max_steps=3, **options))
+    (line,) = lines(tmp_path / "run", "eval")
+    assert 0 <= line["recall@10"] <= 1 and line["retrieval_rows"] > 0
+    assert ("auc" in line) == (fusion == "late")
+
+
 def test_stages_of_the_same_name_may_differ(tmp_path: Path) -> None:
     stages = [
         {"name": "a", "epochs": 0.2, "max_history": 8, "batch_users": 2},
