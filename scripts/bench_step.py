@@ -335,12 +335,12 @@ def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) 
             name: seconds["plain"] / seconds["ours"],
             f"{name}_nohead": seconds["plain_nohead"] / seconds["ours"],
         },
+        "share": {side: flops[side] / seconds[side] / peak for side in seconds},
         "row": {
             **comparison.shapes(),
             "seconds": times,
             "loss": comparison.losses,
             "plain_with_by_without_head": seconds["plain"] / seconds["plain_nohead"],
-            "matmul_share": {side: flops[side] / seconds[side] / peak for side in seconds},
             "item_attention": str(getattr(comparison.trainer.hllm.item_llm, "attention", "buckets")),
         },
     }
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     say(f"matrix products: {peak / 1e9:.0f} GFLOP/s")
     rows = TINY if options.tiny else QUICK if options.quick else FULL
     ratios: dict[str, float | None] = {}
-    shapes, left_out = {}, {}
+    shapes, share, left_out = {}, {}, {}
     for row in rows:
         for precision, reason in precisions():
             name = f"step_{precision}_{row.name}"
@@ -376,11 +376,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 continue
             found = compare(row, precision, options, peak)
             ratios |= found["ratios"]
-            shapes[name] = found["row"]
+            shapes[name], share[name] = found["row"], found["share"]
     stop_process()
     model = {"llama": SMALL if options.tiny else LLAMA, "prompt": PROMPT, "text_keys": TEXT_KEYS, "max_text": MAX_TEXT}
-    found = {"ratios": ratios, "shapes": shapes, "left_out": left_out, "model": model, "matmul_peak": peak}
-    return report("step", options, found)
+    found = {"ratios": ratios, "shapes": shapes, "left_out": left_out, "model": model}
+    return report("step", options, found | {"matmul_peak": peak, "matmul_share": share})
 
 
 if __name__ == "__main__":

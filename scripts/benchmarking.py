@@ -92,12 +92,13 @@ def say(text: str) -> None:
 
 
 def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Print the result as one JSON object on the last line of stdout; write it to `--out`.
+    """Print the shares of the peak, then the result as one JSON object on stdout's last line; write it to `--out`.
 
     Args:
         bench: name of the bench.
         options: as parsed.
-        found: `ratios` and `shapes`, and whatever else there is to say.
+        found: `ratios`, `shapes`, `matmul_peak` (operations/s), `matmul_share` by row and side (None: nothing was
+            multiplied), and whatever else there is to say.
     """
     machine = machine_info()
     result = {
@@ -118,5 +119,12 @@ def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) ->
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"share of the matrix-product peak, {found['matmul_peak'] / 1e9:.0f} GFLOP/s: {_shares(found)}")
     print(json.dumps(result), flush=True)
     return result
+
+
+def _shares(found: Mapping[str, Any]) -> str:
+    shares = found["matmul_share"] or {}
+    rows = (f"{row} " + ", ".join(f"{side} {share:.1%}" for side, share in by.items()) for row, by in shares.items())
+    return "; ".join(rows) or "nothing was multiplied"

@@ -1,5 +1,6 @@
 """What the benches share."""
 
+import json
 import time
 
 import pytest
@@ -31,3 +32,12 @@ def test_a_result_without_ratios_is_a_bug_of_the_bench() -> None:
     options = benchmarking.arguments("A bench.").parse_args(["--quick"])
     with pytest.raises(AssertionError, match="a bench reports ratios"):
         benchmarking.report("none", options, {})
+
+
+def test_a_report_prints_the_shares_and_then_its_json(capsys: pytest.CaptureFixture[str]) -> None:
+    options = benchmarking.arguments("A bench.").parse_args([])
+    found = {"ratios": {"a": 2.0}, "matmul_peak": 5e9, "matmul_share": {"row": {"plain": 0.25, "ours": 0.5}}}
+    benchmarking.report("some", options, found)
+    shares, result = capsys.readouterr().out.splitlines()
+    assert shares == "share of the matrix-product peak, 5 GFLOP/s: row plain 25.0%, ours 50.0%"
+    assert json.loads(result)["ratios"] == {"a": 2.0} and json.loads(result)["mode"] == "full"
