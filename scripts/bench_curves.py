@@ -43,7 +43,7 @@ CURVES = {
     "negatives": (128, 512, 2048, 8192),
     "catalogue": (10_000, 100_000, 1_000_000),
 }
-QUICK = {"history": (10, 50, 200), "users": (2, 8), "negatives": (128, 2048), "catalogue": (10_000, 1_000_000)}
+QUICK = {"history": (10, 50, 100), "users": (2, 8), "negatives": (128, 1024), "catalogue": (10_000, 1_000_000)}
 TINY_DEFAULT = {"history": 5, "users": 2, "negatives": 8, "catalogue": 2000}
 TINY = {"history": (3, 6), "users": (1, 2), "negatives": (4, 8), "catalogue": (2000, 4000)}
 
