@@ -4,6 +4,7 @@ Training and the offline evaluation job build their parts here, so that both sco
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"), width)
     model.encode_items = encoder
-    _check_vocabulary(model, encoder)
+    _check_words(model, encoder)
     wrapped = parallelize(model, config, device)
     initialise_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
@@ -117,7 +118,7 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
     return BatchRecipe(
         fusion=config.objective.fusion,
         history=config.data.history,
-        visibility="position" if dataset.manifest["split"]["rule"] == "leave_one_out" else "second",
+        visibility=dataset.visibility,
         negatives=config.objective.negatives if generates else 0,
         positive_targets_only=config.objective.positive_targets_only,
         item_id=config.features.item_id,
@@ -169,14 +170,28 @@ def _token_store(config: Config, dataset: Dataset) -> TokenStore:
     return TokenStore.open(Path(path))
 
 
-def _check_vocabulary(model: HLLM, encoder: ItemEncoder | None) -> None:
-    """Whether the Item LLM has a word vector for every token; looking up a row that is not there would crash."""
+def _check_words(model: HLLM, encoder: ItemEncoder | None) -> None:
+    """Whether the Item LLM has a vector for every token and place; looking up one that is not there would crash."""
     if encoder is None or model.item_llm is None:
         return
-    rows, needed = model.item_llm.backbone.get_input_embeddings().num_embeddings, encoder.tokens.facts["vocab_size"]
-    if needed > rows:
-        problem = f"item_llm.tokenizer: makes token ids up to {needed - 1}, but the Item LLM has {rows} word vectors"
-        raise ConfigError([f"{problem}: give the tokeniser of that model, or a shape with a larger vocab_size"])
+    words = model.item_llm.backbone.get_input_embeddings().num_embeddings
+    tokens, problems = encoder.tokens.facts["vocab_size"], []
+    if tokens > words:
+        problems.append(
+            f"item_llm.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
+            "the tokeniser of that model, or a shape with a larger vocab_size"
+        )
+    learned = getattr(getattr(model.item_llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
+    places = math.inf if learned is None else learned.num_embeddings
+    own = int(model.item_llm.pooling == "item")
+    longest = int(encoder.tokens.lengths.max())
+    if longest + own > places:
+        problems.append(
+            f"item_llm.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * own}, but the "
+            f"Item LLM has {places} position vectors: at most {places - own}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def base_rate(dataset: Dataset) -> float:

@@ -181,7 +181,7 @@ class Collator:
             history_lengths=np.searchsorted(times, times[targets], side="left") + piece.offset,
             next_rows=next_rows,
             next_items=next_items,
-            target_values=scaled_values(piece.labels, piece.actions, self.dataset.num_actions)[targets],
+            target_values=scaled_values(piece.labels, piece.actions, self.dataset.action_values)[targets],
             numeric=numeric_columns(recipe.numeric_features, times, piece.labels, targets)[queries],
         )
 
