@@ -116,6 +116,10 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         ConfigError: a plan that the device or the optimizer cannot do.
     """
     problems = check_tables(config, device)
+    if config.parallel.dense == "fsdp" and device.type == "cpu" and torch.__version__.startswith("2.11."):
+        problems.append(
+            f"parallel.dense: fsdp: torch {torch.__version__} fails at it on a CPU; take 2.12 or later, or ddp"
+        )
     if problems:
         raise ConfigError(problems)
     if config.parallel.activation_checkpointing:

@@ -2,7 +2,8 @@
 
     python scripts/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--jobs 2]
 
-A variant is a configuration of configs/ml100k; a question pairs two of them. Each run is a directory of its own,
+A variant is a configuration of configs/ml100k, or one with the generative loss added (early_generative: lambda 0.1,
+which also gives Recall and NDCG); a question pairs two of them. Each run is a directory of its own,
 so the script can be stopped and started again. Differences are means over seeds of paired differences on the
 same exposures; their 95% intervals resample users (exposures of one user are not independent).
 """
@@ -23,6 +24,10 @@ from hllm_torchrec.metrics.compare import read_predictions
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "ml100k"
 
+GENERATIVE = "_generative"
+WITH_GENERATIVE_LOSS = ["--objective.generative_weight", "0.1", "--objective.negatives", "256"]
+WITH_GENERATIVE_LOSS += ["--evaluation.retrieval", "true"]
+
 QUESTIONS = {
     "early against late fusion": ("early", "late"),
     "generative loss (lambda 0.1) against none": ("early_generative", "early"),
@@ -40,7 +45,9 @@ def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
     run = output / f"{variant}-{seed}"
     if (run / "metrics.json").is_file():
         return run
-    train = ["train", "--config", str(CONFIGS / f"{variant}.yaml"), "--seed", str(seed)]
+    base = variant.removesuffix(GENERATIVE)
+    train = ["train", "--config", str(CONFIGS / f"{base}.yaml"), "--seed", str(seed)]
+    train += WITH_GENERATIVE_LOSS if base != variant else []
     train += ["--output", str(run), "--resume", "true"]
     evaluate = ["evaluate", "--run", str(run), "--split", "test"]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
@@ -56,8 +63,8 @@ def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
 def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
     """AUC and retrieval of every variant (mean, standard deviation over seeds) and the paired questions."""
     variants = sorted({variant for variant, _ in runs})
-    first = read_predictions(next(iter(runs.values())) / "predictions" / "test")
     scored = {key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)}
+    first = next(iter(scored.values()))  # the labels and users of all
     draws = user_bootstrap(first.label, {f"{v}/{s}": p.score for (v, s), p in scored.items()}, first.user_id)
     table, answers = {}, {}
     for variant in variants:
@@ -117,11 +124,17 @@ def markdown(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def every_variant() -> list[str]:
+    """All configurations, and those that classify and have an Item LLM with the generative loss added."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    return names + [name + GENERATIVE for name in names if name not in ("generative", "no_text")]
+
+
 def main() -> int:
     """Run what is missing, then write `ablation.json` and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--only", nargs="+", default=sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    parser.add_argument("--only", nargs="+", default=every_variant(), help="variants (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     options = parser.parse_args()

@@ -60,6 +60,14 @@ def test_a_plan_that_the_cpu_cannot_do_is_refused(options: dict[str, Any], messa
     assert not (tmp_path / "run").exists()
 
 
+def test_fsdp_is_refused_on_a_cpu_with_the_torch_that_cannot_do_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    with pytest.raises(ConfigError, match="parallel.dense: fsdp: torch 2.11.0.cpu fails .* 2.12 or later, or ddp"):
+        train(config(tmp_path / "run", parallel__dense="fsdp"))
+
+
 def test_all_problems_of_the_tables_are_reported_together_and_none_on_cuda(tmp_path: Path) -> None:
     settings = config(tmp_path, features__sharding="row_wise", optim__table_optimizer="adam")
     assert len(check_tables(settings, torch.device("cpu"))) == 2
