@@ -38,6 +38,9 @@ class DataConfig:
     which an exposure sees between max_history / 2 and max_history events (all, where there are fewer)."""
     batch_users: int = 8
     """User pieces per rank and step."""
+    batch_item_tokens: int = 0
+    """Above 0: a rank's training step has users whose events have at most this many text tokens together, instead of
+    batch_users of them; steps then cost alike. A stage's own batch_users goes before it."""
     item_features: tuple[str, ...] = ()
     """Categorical item features of the dataset added to history, query and target, e.g. [genres]."""
     user_features: tuple[str, ...] = ()
@@ -83,6 +86,10 @@ class ItemLLMConfig:
     """Between the key-value pairs."""
     max_text_length: int = 256
     """Tokens of an item's text, prompt included."""
+    trained_share: float = 1.0
+    """Share of a step's items through which gradients flow; the others' embeddings come from a cache."""
+    refresh_after: int = 20
+    """Steps after which a cached embedding is made anew; matters where trained_share is below 1."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import HLLM, build_model
 from hllm_torchrec.parallelize import parallelize
 from hllm_torchrec.ranks import on_rank_zero
+from hllm_torchrec.subsample import SubsampledEncoder
 
 INIT_ROWS = 4096
 """Table rows drawn from one generator: the values of a row do not depend on how the table is sharded."""
@@ -59,8 +60,17 @@ class Experiment:
         """What `optim.ema` averages: all dense parts but the Item LLM, whose cached embeddings stay valid so."""
         return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith("item_llm.")]
 
-    def loader(self, split: str, batch_users: int, *, training: bool = False, max_history: int | None = None) -> Loader:
+    def loader(
+        self,
+        split: str,
+        batch_users: int,
+        *,
+        training: bool = False,
+        max_history: int | None = None,
+        batch_item_tokens: int = 0,
+    ) -> Loader:
         """Batches of a split on this rank."""
+        costs = self.encoder.tokens.lengths + 1 if batch_item_tokens and self.encoder is not None else None
         collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors)
         return Loader(
             self.dataset,
@@ -73,6 +83,8 @@ class Experiment:
             seed=self.config.seed,
             shuffle=training,
             prefetch=self.config.data.prefetch,
+            batch_cost=batch_item_tokens,
+            item_costs=costs,
         )
 
     def cold_items(self) -> NDArray[np.bool_]:
@@ -104,7 +116,10 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"), width)
+    share = config.item_llm.trained_share
     model.encode_items = encoder
+    if encoder is not None and share < 1:
+        model.encode_items = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed)
     _check_words(model, encoder)
     wrapped = parallelize(model, config, device)
     initialise_tables(wrapped, config.seed, config.features.init_scale)

@@ -186,6 +186,7 @@ class Trainer:
                 stage.batch_users or self.config.data.batch_users,
                 training=True,
                 max_history=stage.max_history,
+                batch_item_tokens=0 if stage.batch_users else self.config.data.batch_item_tokens,
             )
         return self.loaders[stage]
 
