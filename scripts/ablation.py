@@ -2,10 +2,10 @@
 
     python scripts/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--jobs 2]
 
-A variant is a configuration of configs/ml100k, or one with the generative loss added (early_generative: lambda 0.1,
-which also gives Recall and NDCG); a question pairs two of them. Each run is a directory of its own,
-so the script can be stopped and started again. Differences are means over seeds of paired differences on the
-same exposures; their 95% intervals resample users (exposures of one user are not independent).
+A variant is a configuration of configs/ml100k, plain or with what a suffix adds: early_generative is early with the
+generative loss (lambda 0.1; it also gives Recall and NDCG). A question pairs two of them. Each run is a directory of
+its own, so the script can be stopped and started again. Differences are means over seeds of paired differences on
+the same exposures; their 95% intervals resample users (exposures of one user are not independent).
 """
 
 import argparse
@@ -24,9 +24,10 @@ from hllm_torchrec.metrics.compare import read_predictions
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "ml100k"
 
-GENERATIVE = "_generative"
-WITH_GENERATIVE_LOSS = ["--objective.generative_weight", "0.1", "--objective.negatives", "256"]
-WITH_GENERATIVE_LOSS += ["--evaluation.retrieval", "true"]
+SUFFIXES = {
+    "_generative": ["--objective.generative_weight=0.1", "--objective.negatives=256", "--evaluation.retrieval=true"],
+    "_quarter": ["--item_llm.trained_share=0.25", "--item_llm.refresh_after=20"],
+}
 
 QUESTIONS = {
     "early against late fusion": ("early", "late"),
@@ -37,6 +38,7 @@ QUESTIONS = {
     "text against IDs alone": ("early", "no_text"),
     "trained against frozen Item LLM": ("trained", "early"),
     "pretrained against scratch Item LLM": ("trained", "scratch"),
+    "a quarter of a step's items trained against all": ("trained_quarter", "trained"),
 }
 
 
@@ -45,10 +47,7 @@ def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
     run = output / f"{variant}-{seed}"
     if (run / "metrics.json").is_file():
         return run
-    base = variant.removesuffix(GENERATIVE)
-    train = ["train", "--config", str(CONFIGS / f"{base}.yaml"), "--seed", str(seed)]
-    train += WITH_GENERATIVE_LOSS if base != variant else []
-    train += ["--output", str(run), "--resume", "true"]
+    train = ["train", *configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
     evaluate = ["evaluate", "--run", str(run), "--split", "test"]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
     run.mkdir(parents=True, exist_ok=True)
@@ -58,6 +57,14 @@ def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
             command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     return run
+
+
+def configuration(variant: str) -> list[str]:
+    """Command-line options of a variant."""
+    for suffix, options in SUFFIXES.items():
+        if variant.endswith(suffix):
+            return configuration(variant.removesuffix(suffix)) + options
+    return ["--config", str(CONFIGS / f"{variant}.yaml")]
 
 
 def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
@@ -125,9 +132,10 @@ def markdown(summary: dict) -> str:
 
 
 def every_variant() -> list[str]:
-    """All configurations, and those that classify and have an Item LLM with the generative loss added."""
+    """All configurations, those that classify and have an Item LLM also with the generative loss, and a quarter."""
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    return names + [name + GENERATIVE for name in names if name not in ("generative", "no_text")]
+    both = [f"{name}_generative" for name in names if name not in ("generative", "no_text")]
+    return [*names, *both, "trained_quarter", "trained_quarter_generative"]
 
 
 def main() -> int:
