@@ -94,7 +94,7 @@ def scaled_values(labels: NDArray[np.float32], actions: Ints, action_values: Dou
     values = event_values(labels, actions, action_values)
     low, high = 0.0, 1.0
     if _are_graded(action_values):
-        low, high = np.nanmin(action_values), np.nanmax(action_values)
+        low, high = float(np.nanmin(action_values)), float(np.nanmax(action_values))
     return (2 * (values - low) / (high - low) - 1).astype(np.float32)
 
 

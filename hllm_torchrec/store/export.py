@@ -36,15 +36,12 @@ def export_parquet(snapshot: Snapshot, target: Path, rows_per_file: int = 2_000_
                 writer.write_table(table)
                 rows += len(keys)
                 if rows >= written * rows_per_file:
-                    writer = _close(writer)
+                    writer.close()
+                    writer = None
         finally:
-            _close(writer)
+            if writer is not None:
+                writer.close()
     return rows
-
-
-def _close(writer: pq.ParquetWriter | None) -> None:
-    if writer is not None:
-        writer.close()
 
 
 def export_faiss(snapshot: Snapshot, target: Path, *, normalise: bool = True) -> int:

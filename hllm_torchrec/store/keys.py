@@ -5,14 +5,14 @@ values in the tests keep it.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 KeyKind = Literal["string", "int64"]
-Keys = pa.Array | NDArray[np.int64] | Sequence[str] | Sequence[int]
+Keys: TypeAlias = pa.Array | NDArray[np.int64] | Sequence[str] | Sequence[int]
 Hashes = NDArray[np.uint64]
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

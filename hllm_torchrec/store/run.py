@@ -28,7 +28,7 @@ from hllm_torchrec.store.layout import RunFacts, sync_folder
 
 Ints = NDArray[np.int64]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_STORAGE = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<i2")}
+_STORAGE: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<i2")}
 FILE_BYTES = 2**30
 """Vectors of a run are spread over files of about this size."""
 _BLOCK = 2**24
@@ -191,7 +191,7 @@ class _VectorFile:
 
     def write(self, rows: NDArray[Any]) -> None:
         """Append rows."""
-        data = memoryview(rows).cast("B")
+        data = memoryview(rows.data).cast("B")
         self._pending.append(self._pool.submit(self._add, data))
         self._file.write(data)
         while len(self._pending) > _AHEAD:
