@@ -58,6 +58,17 @@ def find_checkpoint(run: Path, which: str) -> Path:
     return found
 
 
+def load_run(run: Path, which: str, device: torch.device) -> tuple[Experiment, AbstractContextManager[None], int]:
+    """A run's experiment, the context in which its model has the weights to evaluate with, and their step. Collective.
+
+    Raises:
+        ValueError: no such run, checkpoint or dataset; a checkpoint of another model.
+    """
+    checkpoint = find_checkpoint(run, which)
+    experiment = build_experiment(run_config(run), device)
+    return experiment, *_load(experiment, checkpoint)
+
+
 def score_run(run: Path, split: str, which: str, device: torch.device) -> RunScores:
     """Score every exposure of a split with a checkpoint's weights; predictions go to the run. Collective.
 

@@ -46,7 +46,11 @@ def hash_keys(keys: pa.Array) -> Hashes:
         return keys.to_numpy(zero_copy_only=False).view(np.uint64)
     offsets = np.frombuffer(keys.buffers()[1], np.int64)[keys.offset : keys.offset + len(keys) + 1]
     data = keys.buffers()[2]
-    flat = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    return hash_bytes(np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8), offsets)
+
+
+def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
+    """uint64 [n] of the byte strings flat[offsets[i] : offsets[i + 1]]."""
     lengths = np.diff(offsets)
     hashes = lengths.astype(np.uint64)
     for begin in range(0, int(lengths.max(initial=0)), _LONG):

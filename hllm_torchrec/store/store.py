@@ -17,7 +17,7 @@ Legend: n ids asked for, D width.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,12 +162,16 @@ class EmbeddingStore:
         with writer_lock(self.root):
             self._remove_leftovers()
             snapshot = self.snapshot()
-            run = RunWriter(self.root / "runs", self.width, self.dtype, self.kind)
+            run = self.run_writer()
             for keys, vectors, marks in snapshot.rows():
                 run.add(keys, vectors, marks)
             facts = run.finish()
             write_manifest(self.root, Manifest(snapshot.version + 1, facts.rows, (facts,) if facts.rows else ()))
             self._remove_leftovers()
+
+    def run_writer(self) -> RunWriter:
+        """A run of this store that another process than the writer's may write; `StoreWriter.commit` takes it in."""
+        return RunWriter(self.root / "runs", self.width, self.dtype, self.kind, FILE_BYTES)
 
     def verify(self) -> list[str]:
         """Files that are not as they were written, one line each; none: all is well."""
@@ -286,16 +290,25 @@ class StoreWriter:
         """Take vectors away; keys without one are ignored. `compact` then removes the bytes."""
         self._writing().delete(as_keys(keys, self.store.kind))
 
-    def commit(self) -> int:
-        """Make everything since the last commit visible at once; returns the new version."""
-        before = self.store.snapshot()
-        if self._run is None:
-            return before.version
-        run, self._run = self._run.finish(), None
-        after = Manifest(before.version + 1, 0, (*(r.facts for r in before.runs), run))
-        live = len(before) + _change(before, Snapshot(self.store, after))
-        write_manifest(self.store.root, Manifest(after.version, live, after.runs))
-        return after.version
+    def commit(self, others: Sequence[RunFacts] = ()) -> int:
+        """Make everything since the last commit visible at once; returns the new version.
+
+        others: finished runs that other processes have written into the store's folder (see `RunWriter`).
+        """
+        runs = list(others)
+        if self._run is not None:
+            runs.append(self._run.finish())
+            self._run = None
+        state = self.store.snapshot()
+        if not runs:
+            return state.version
+        for run in runs:
+            after = Manifest(state.version, 0, (*(r.facts for r in state.runs), run))
+            following = Snapshot(self.store, after)
+            following.live = len(state) + _change(state, following)
+            state = following
+        write_manifest(self.store.root, Manifest(state.version + 1, len(state), tuple(r.facts for r in state.runs)))
+        return state.version + 1
 
     def drop(self) -> None:
         """Forget what has not been committed."""
@@ -305,9 +318,7 @@ class StoreWriter:
 
     def _writing(self) -> RunWriter:
         if self._run is None:
-            self._run = RunWriter(
-                self.store.root / "runs", self.store.width, self.store.dtype, self.store.kind, FILE_BYTES
-            )
+            self._run = self.store.run_writer()
         return self._run
 
 
