@@ -8,6 +8,7 @@ import hashlib
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hllm_torchrec.items import CATALOGUE_TOKENS
 from hllm_torchrec.logs import progress
 from hllm_torchrec.parallelize import autocast, whole
 from hllm_torchrec.store.keys import Hashes, hash_bytes
+from hllm_torchrec.store.layout import RunFacts
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
 COMMIT_TOKENS = 2_000_000
@@ -102,10 +104,15 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
                         vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
                     run.add(raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids])
                 written = ranks.together(run.finish)
-                ranks.on_rank_zero(lambda written=written: writer[0].commit(written))
+                ranks.on_rank_zero(partial(_commit, writer, written))
                 bar.update(1)
         version = ranks.on_rank_zero(lambda: store.snapshot().version)
     return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+
+
+def _commit(writer: list[StoreWriter], written: list[RunFacts]) -> int:
+    """Rank 0's writer takes in what every rank has written."""
+    return writer[0].commit(written)
 
 
 def open_or_create(path: Path, width: int, dtype: str, facts: dict[str, Any]) -> EmbeddingStore:
