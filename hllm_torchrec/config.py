@@ -83,6 +83,12 @@ class ItemLLMConfig:
     """Between the key-value pairs."""
     max_text_length: int = 256
     """Tokens of an item's text, prompt included."""
+    share_prefix: bool = True
+    """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
+    the same values and gradients for less work. Encoders (`causal: false`) do without."""
+    attention: Literal["auto", "buckets", "varlen", "flash"] = "auto"
+    """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
+    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the fastest that can run."""
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,14 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Choic
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"item_llm.attention: {name!r}: unknown; choose auto or one of {', '.join(BACKENDS)}")
-    problems = {tried: BACKENDS[tried].problem(device, dtype) for tried in (BACKENDS if name == "auto" else [name])}
-    chosen = next((tried for tried, problem in problems.items() if problem is None), None)
-    if chosen is None:
-        said = "; ".join(f"{tried}: {problem}" for tried, problem in problems.items())
-        raise ValueError(f"item_llm.attention: {said}; choose auto, which takes what can run")
-    passed = [f"{tried} {problem}" for tried, problem in problems.items() if problem is not None]
-    return Choice(BACKENDS[chosen], ", ".join(passed) or ("asked for" if name != "auto" else "the fastest here"))
+    passed: list[str] = []
+    for tried in BACKENDS if name == "auto" else [name]:
+        problem = BACKENDS[tried].problem(device, dtype)
+        if problem is None:
+            default = "asked for" if name != "auto" else "the first choice here"
+            return Choice(BACKENDS[tried], ", ".join(passed) or default)
+        passed.append(f"{tried} {problem}")
+    raise ValueError(f"item_llm.attention: {', '.join(passed)}; choose auto, which takes what can run")
 
 
 def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> TextPlan:
