@@ -10,6 +10,7 @@ of FlashAttention since 2.1) then lets a text see all of it. Two calls merged by
 those copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _torch_varlen(
             f"{dropout}; choose buckets or flash"
         )
     window = (-1, 0) if causal else (-1, -1)
-    shares = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    shares: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     out: Any = varlen_attn(
         query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=window, **shares
     )
@@ -207,9 +208,7 @@ def _flash(
     dropout: float,
 ) -> Tensor:
     """The flash-attn package."""
-    from flash_attn import flash_attn_varlen_func
-
-    out: Tensor = flash_attn_varlen_func(
+    out: Tensor = importlib.import_module("flash_attn").flash_attn_varlen_func(
         query,
         key,
         value,
