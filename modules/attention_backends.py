@@ -4,6 +4,9 @@
     varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
     flash     the flash-attn package (optional); the same, and dropout
 
+A User LLM's query tokens (`hllm_torchrec.modules.attention`) always run in buckets: none of these kernels lets a
+query see part of a sequence and itself.
+
 A variable-length kernel gets the shared prefix by keys, not by a second call: the few key and value rows of the
 prefix are repeated in front of each text's own, and a causal mask aligned at the bottom right (the convention
 of FlashAttention since 2.1) then lets a text see all of it. Two calls merged by their log-sum-exp would save
@@ -12,6 +15,7 @@ those copies, but the kernels return no gradient of the log-sum-exp, so the merg
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -186,7 +190,11 @@ def _torch_varlen(
             f"{dropout}; choose buckets or flash"
         )
     window = (-1, 0) if causal else (-1, -1)
-    shares: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    groups, shares = query.shape[1] // key.shape[1], dict[str, Any]()
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        shares["enable_gqa"] = True
+    elif groups > 1:  # the first releases of varlen_attn lack it
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out: Any = varlen_attn(
         query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=window, **shares
     )

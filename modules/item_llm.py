@@ -84,10 +84,13 @@ class ItemLLM(nn.Module):
         hidden = self._encode(self._embed(token_ids, cu_seqlens, lengths, packing), packing.layout)
         if self.pooling == "item":
             return hidden.index_select(0, packing.last_rows)
-        sums = hidden.new_zeros(lengths.numel(), self.width)
-        sums = sums.index_add(0, packing.item_of_row, hidden[prefix_ids.numel() :])
-        sums = sums + (in_front > 0)[:, None] * hidden[: prefix_ids.numel()].sum(0)
-        return sums / (lengths + is_item + in_front)[:, None]
+        return self._sums_of_rows(hidden, in_front > 0, packing) / (lengths + is_item + in_front)[:, None]
+
+    def _sums_of_rows(self, hidden: Tensor, has_prefix: Tensor, packing: "_Packing") -> Tensor:
+        """Each item's sum over its own rows and, where it begins with the prefix, the prefix' [U, D]."""
+        prefix, own = hidden.tensor_split([packing.layout.prefix])
+        sums = hidden.new_zeros(has_prefix.numel(), self.width).index_add(0, packing.item_of_row, own)
+        return sums + has_prefix[:, None] * prefix.sum(0)
 
     def _embed(self, token_ids: Tensor, cu_seqlens: Tensor, lengths: Tensor, packing: "_Packing") -> Tensor:
         """The prefix' and the texts' words, [ITEM] in the last place of every item that has it: [P + R, D].
@@ -113,7 +116,7 @@ class ItemLLM(nn.Module):
 class _Packing:
     """Where the items' rows lie: behind the prefix, in the layout's order.
 
-    item_of_row, place_of_row: [R] int64, whose row it is and the how manieth of that item; last_rows: [U] int64,
+    item_of_row, place_of_row: [R] int64, whose row it is and where in that item it stands; last_rows: [U] int64,
     the row of each item's last position, P counted.
     """
 

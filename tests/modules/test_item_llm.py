@@ -283,6 +283,14 @@ def test_an_encoder_refuses_a_shared_prefix() -> None:
         item_llm("bert")(*behind_prefix(BEGIN["some do not"]))
 
 
+def test_a_sliding_window_counts_the_prefix() -> None:
+    shape = {**LLAMA, "model_type": "mistral", "sliding_window": 7}
+    model = ItemLLM(build_backbone(None, shape)).eval()
+    model(*behind_prefix([[*PREFIX, 1, 2, 3]]))  # with [ITEM] seven
+    with pytest.raises(ValueError, match="a sequence has 8 positions, beyond the backbone's sliding window of 7"):
+        model(*behind_prefix([[*PREFIX, 1, 2, 3, 4]]))
+
+
 def test_frozen_words_get_no_gradient_behind_a_prefix() -> None:
     model = item_llm("llama", "mean")
     model.backbone.get_input_embeddings().requires_grad_(False)
