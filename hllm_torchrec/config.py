@@ -90,6 +90,12 @@ class ItemLLMConfig:
     """Share of a step's items through which gradients flow; the others' embeddings come from a cache."""
     refresh_after: int = 20
     """Steps after which a cached embedding is made anew; matters where trained_share is below 1."""
+    share_prefix: bool = True
+    """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
+    the same values and gradients for less work. Encoders (`causal: false`) do without."""
+    attention: Literal["auto", "buckets", "varlen", "flash"] = "auto"
+    """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
+    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the fastest that can run."""
 
 
 @dataclass(frozen=True)

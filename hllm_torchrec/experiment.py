@@ -111,7 +111,10 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     problems = check_recipe(recipe, dataset) + list(_missing_models(config))
     if problems:
         raise ConfigError(problems)
-    encoder = ItemEncoder(_token_store(config, dataset), device) if config.item_llm.enabled else None
+    encoder = None
+    if config.item_llm.enabled:
+        shares = config.item_llm.share_prefix and config.item_llm.causal
+        encoder = ItemEncoder(_token_store(config, dataset), device, shares)
     torch.manual_seed(config.seed)
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]

@@ -30,6 +30,7 @@ from torchrec.optim import Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.model import HLLM
+from hllm_torchrec.modules.attention_backends import Choice, choose_backend
 from hllm_torchrec.quiet import quiet_libraries
 
 CUDA_ONLY_OPTIMIZERS = ("adam", "partial_rowwise_adam")
@@ -122,6 +123,8 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         )
     if problems:
         raise ConfigError(problems)
+    if model.item_llm is not None:
+        model.item_llm.attention = choose_attention(config, device)
     if config.parallel.activation_checkpointing:
         for part in (model.item_llm, model.user):
             if part is not None:
@@ -140,6 +143,18 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
     ddp = config.parallel.dense == "ddp"
     return distribute(model, plan, sharder, device, ddp=ddp, some_unused=some_unused)
+
+
+def choose_attention(config: Config, device: torch.device) -> Choice:
+    """The kernel of the Item LLM's attention, and why.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    try:
+        return choose_backend(config.item_llm.attention, device, compute_dtype(config))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def distribute(

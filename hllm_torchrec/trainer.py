@@ -235,6 +235,7 @@ class Trainer:
             total_steps=self.total_steps,
             parameters=sum(p.numel() for p in self.hllm.parameters()),
             matmul_peak=self.peak,
+            item_attention=None if self.hllm.item_llm is None else str(self.hllm.item_llm.attention),
             machine=machine_info(),
         )
 
