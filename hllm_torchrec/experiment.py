@@ -27,8 +27,9 @@ from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import raw_model
 from hllm_torchrec.items import ItemEncoder
-from hllm_torchrec.model import HLLM, build_model
+from hllm_torchrec.model import HLLM, build_model, item_space
 from hllm_torchrec.parallelize import parallelize
+from hllm_torchrec.protocols import dataset_problems
 from hllm_torchrec.ranks import on_rank_zero
 
 INIT_ROWS = 4096
@@ -59,11 +60,16 @@ class Experiment:
         return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith("item_llm.")]
 
     def loader(self, split: str, batch_users: int, *, training: bool = False, max_history: int | None = None) -> Loader:
-        """Batches of a split on this rank."""
+        """Batches of a split on this rank; training ones of the events that `data.train_part` names.
+
+        Outside of training, where exposures see earlier positions (leave one out), they see as much as
+        `max_history` allows.
+        """
+        whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
         collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors)
         return Loader(
             self.dataset,
-            split,
+            "valid" if whole else split,
             collator,
             batch_users=batch_users,
             max_history=max_history or self.config.data.max_history,
@@ -72,6 +78,8 @@ class Experiment:
             seed=self.config.seed,
             shuffle=training,
             prefetch=self.config.data.prefetch,
+            whole=whole,
+            fill=not training and self.recipe.visibility == "position",
         )
 
     def cold_items(self) -> NDArray[np.bool_]:
@@ -95,7 +103,12 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     """
     dataset = Dataset.open(Path(config.data.dataset))
     recipe = recipe_of(config, dataset)
-    problems = check_recipe(recipe, dataset) + list(_missing_models(config))
+    problems = [
+        *check_recipe(recipe, dataset),
+        *_missing_models(config),
+        *dataset_problems(config, dataset.manifest),
+        *_part_problems(config, dataset),
+    ]
     if problems:
         raise ConfigError(problems)
     encoder = ItemEncoder(_token_store(config, dataset), device) if config.item_llm.enabled else None
@@ -119,6 +132,7 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
         history=config.data.history,
         visibility="position" if dataset.manifest["split"]["rule"] == "leave_one_out" else "second",
         negatives=config.objective.negatives if generates else 0,
+        item_slots=generates and item_space(config) == "features",
         positive_targets_only=config.objective.positive_targets_only,
         item_id=config.features.item_id,
         action=config.features.action,
@@ -136,6 +150,16 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
     names = config.data.item_vectors
     on_rank_zero(lambda: [item_vectors(dataset, name).shape for name in names])
     return np.concatenate([item_vectors(dataset, name) for name in names], axis=1) if names else None
+
+
+def _part_problems(config: Config, dataset: Dataset) -> Iterator[str]:
+    """Whether training on both parts would lose the users who have no validation event."""
+    users = {part: sum(group.rows for group in dataset.row_groups(part)) for part in ("train", "valid")}
+    if config.data.train_part == "train_and_valid" and users["valid"] < users["train"]:
+        yield (
+            f"data.train_part: 'train_and_valid': {users['train'] - users['valid']} training users of "
+            f"{config.data.dataset} have no validation event; prepare it with --split leave_one_out --min-events 3"
+        )
 
 
 def _missing_models(config: Config) -> Iterator[str]:

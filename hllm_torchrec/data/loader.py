@@ -52,14 +52,19 @@ class Pieces:
         return self.end - self.start
 
 
-def cut_into_pieces(group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int) -> Pieces:
+def cut_into_pieces(
+    group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int, fill: bool = False
+) -> Pieces:
     """Cut rows into stretches of at most `max_history` events that cover every exposure once.
 
-    Every exposure sees all of its history or at least max_history / 2 events of it.
+    Every exposure sees all of its history or at least max_history / 2 events of it. fill: where a row's
+    exposures fit into one stretch, it is as long as allowed, so that the exposures see more.
     """
     half = max_history // 2
     every = np.arange(lengths.size)
     start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
+    if fill:
+        start = np.minimum(start, np.maximum(0, lengths - max_history))
     end = np.minimum(lengths, start + max_history)
     parts = [(every, start, target_start, end)]
     left, reached = every, end
@@ -83,6 +88,8 @@ class Loader:
         batch_users: pieces per rank and step.
         max_history: see `cut_into_pieces`.
         rank, world: this process and how many there are.
+        whole: every event counts as one of the split's part, those of earlier parts too.
+        fill: see `cut_into_pieces`.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
 
@@ -103,6 +110,8 @@ class Loader:
         seed: int = 0,
         shuffle: bool = False,
         prefetch: int = 2,
+        whole: bool = False,
+        fill: bool = False,
     ) -> None:
         self.dataset, self.collator = dataset, collator
         self.batch_users, self.rank, self.world = batch_users, rank, world
@@ -110,21 +119,22 @@ class Loader:
         self._groups = dataset.row_groups(split)
         if not self._groups:
             raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
-        self.pieces = self._index(max_history)
+        self.pieces = self._index(max_history, whole, fill)
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self._plan_of: tuple[int, list[list[Ints]]] | None = None
 
-    def _index(self, max_history: int) -> Pieces:
+    def _index(self, max_history: int, whole: bool, fill: bool) -> Pieces:
         columns = []
         for number, group in enumerate(self._groups):
             table = self.dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
             lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
             starts = table["target_start"].to_numpy().astype(np.int64)
+            starts = np.zeros_like(starts) if whole else starts
             columns.append((np.full(lengths.size, number), np.arange(lengths.size), lengths, starts))
         numbers, rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return cut_into_pieces(numbers, rows, all_lengths, all_starts, max_history)
+        return cut_into_pieces(numbers, rows, all_lengths, all_starts, max_history, fill)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
