@@ -107,7 +107,6 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
         *check_recipe(recipe, dataset),
         *_missing_models(config),
         *dataset_problems(config, dataset.manifest),
-        *_part_problems(config, dataset),
     ]
     if problems:
         raise ConfigError(problems)
@@ -150,16 +149,6 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
     names = config.data.item_vectors
     on_rank_zero(lambda: [item_vectors(dataset, name).shape for name in names])
     return np.concatenate([item_vectors(dataset, name) for name in names], axis=1) if names else None
-
-
-def _part_problems(config: Config, dataset: Dataset) -> Iterator[str]:
-    """Whether training on both parts would lose the users who have no validation event."""
-    users = {part: sum(group.rows for group in dataset.row_groups(part)) for part in ("train", "valid")}
-    if config.data.train_part == "train_and_valid" and users["valid"] < users["train"]:
-        yield (
-            f"data.train_part: 'train_and_valid': {users['train'] - users['valid']} training users of "
-            f"{config.data.dataset} have no validation event; prepare it with --split leave_one_out --min-events 3"
-        )
 
 
 def _missing_models(config: Config) -> Iterator[str]:

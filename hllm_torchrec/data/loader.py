@@ -88,7 +88,8 @@ class Loader:
         batch_users: pieces per rank and step.
         max_history: see `cut_into_pieces`.
         rank, world: this process and how many there are.
-        whole: every event counts as one of the split's part, those of earlier parts too.
+        whole: every event counts as one of the split's part, those of earlier parts too, and the training users
+            without an event in it come as well.
         fill: see `cut_into_pieces`.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
@@ -117,24 +118,33 @@ class Loader:
         self.batch_users, self.rank, self.world = batch_users, rank, world
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
         self._groups = dataset.row_groups(split)
+        own = len(self._groups)
+        if whole and split != "train":
+            self._groups += dataset.row_groups("train")
         if not self._groups:
             raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
-        self.pieces = self._index(max_history, whole, fill)
+        self.pieces = self._index(max_history, own, whole, fill)
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self._plan_of: tuple[int, list[list[Ints]]] | None = None
 
-    def _index(self, max_history: int, whole: bool, fill: bool) -> Pieces:
-        columns = []
+    def _index(self, max_history: int, own: int, whole: bool, fill: bool) -> Pieces:
+        """The pieces of all row groups; of those from number `own` on, the users that the others lack."""
+        columns: list[tuple[Ints, Ints, Ints, Ints]] = []
+        users: list[Ints] = []
         for number, group in enumerate(self._groups):
-            table = self.dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
+            names = ["user_id", "target_start", "actions"]
+            table = self.dataset.read_row_group(group.path, group.index, columns=names)
+            users.append(table["user_id"].to_numpy())
             lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
             starts = table["target_start"].to_numpy().astype(np.int64)
             starts = np.zeros_like(starts) if whole else starts
-            columns.append((np.full(lengths.size, number), np.arange(lengths.size), lengths, starts))
-        numbers, rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return cut_into_pieces(numbers, rows, all_lengths, all_starts, max_history, fill)
+            is_new = np.ones(lengths.size, bool) if number < own else ~np.isin(users[-1], np.concatenate(users[:own]))
+            rows = np.flatnonzero(is_new)
+            columns.append((np.full(rows.size, number), rows, lengths[rows], starts[rows]))
+        numbers, all_rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
+        return cut_into_pieces(numbers, all_rows, all_lengths, all_starts, max_history, fill)
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
