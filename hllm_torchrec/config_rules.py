@@ -120,6 +120,11 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
             f"user.shape.max_positions: {shape.max_positions}: must be at least the longest history, {longest} "
             "(data.max_history or a stage's)"
         )
+    if user.encoder != "hstu" and shape.count_from == "end" and config.objective.fusion != "none":
+        yield (
+            "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
+            "write start"
+        )
     if user.encoder == "hstu" and shape.time_of == "next" and config.objective.fusion != "none":
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "

@@ -223,9 +223,13 @@ def give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: Tab
 
 def _llm_layers(model: HLLM) -> list[nn.Module]:
     """The layers of both LLMs (or of what stands in the User LLM's place), first to last."""
-    parts = [part for part in (model.item_llm, model.user) if part is not None]
-    backbones = [part if isinstance(part, UserEncoder) else part.backbone for part in parts]
-    return [layer for b in backbones for layer in (b.layers if hasattr(b, "layers") else b.encoder.layer)]
+    found: list[nn.Module] = []
+    for part in (model.item_llm, model.user):
+        if isinstance(part, UserEncoder):
+            found += part.layers
+        elif part is not None:
+            found += part.backbone.layers if hasattr(part.backbone, "layers") else part.backbone.encoder.layer
+    return found
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:

@@ -103,6 +103,9 @@ class SASRecShape:
     code); pre: x + f(LN(x)) (the paper's text); post: LN(x + f(x))."""
     max_positions: int = MAX_POSITIONS
     """Rows of the table of learned positions."""
+    count_from: Literal["start", "end"] = "start"
+    """Where positions count from. end: the last event of a pass is 0, as in the public implementations, which
+    tells recency but lets a position know how many events follow; only without query tokens (fusion none)."""
     dropout: float = 0.0
     """Of attention weights and of both sublayers' outputs, a probability."""
 
@@ -121,6 +124,9 @@ class LiGRShape:
     """Width of the feed-forward part; None: 4 x width."""
     max_positions: int = MAX_POSITIONS
     """Rows of the table of learned positions."""
+    count_from: Literal["start", "end"] = "start"
+    """Where positions count from. end: the last event of a pass is 0, as in the public implementations, which
+    tells recency but lets a position know how many events follow; only without query tokens (fusion none)."""
     dropout: float = 0.0
     """Of attention weights and of both sublayers' outputs, a probability."""
 

@@ -65,7 +65,7 @@ class LiGR(UserEncoder):
     """
 
     def __init__(self, shape: LiGRShape, dropout: float = 0.0) -> None:
-        super().__init__(shape.width, dropout, shape.max_positions)
+        super().__init__(shape.width, dropout, shape.max_positions, from_end=shape.count_from == "end")
         self.layers = nn.ModuleList(LiGRLayer(shape) for _ in range(shape.layers))
         self.final_norm = nn.LayerNorm(shape.width)
         initialise(self)

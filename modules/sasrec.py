@@ -8,8 +8,8 @@ Three ways to norm a block (`SASRecShape.norm`):
     pre:    x = x + MHA(LN(x));  x = x + FFN(LN(x))                            (the paper's text)
     post:   x = LN(x + MHA(x));  x = LN(x + FFN(x))
 
-Differences from the public code: positions count from the sequence's start, not from the end of a padded
-window, so a position's state never depends on what comes after it; inputs are not multiplied by sqrt(D)
+Differences from the public code: positions count from the sequence's start unless `count_from` says end, so a
+position's state does not depend on how much comes after it; inputs are not multiplied by sqrt(D)
 (`features.init_scale` sets their size).
 
 Legend: S packed rows, D width.
@@ -72,7 +72,7 @@ class SASRec(UserEncoder):
     """
 
     def __init__(self, shape: SASRecShape, dropout: float = 0.0) -> None:
-        super().__init__(shape.width, dropout, shape.max_positions)
+        super().__init__(shape.width, dropout, shape.max_positions, from_end=shape.count_from == "end")
         if shape.norm not in NORMS:
             raise ValueError(f"user.shape.norm: {shape.norm!r}: must be one of {', '.join(NORMS)}")
         self.layers = nn.ModuleList(SASRecBlock(shape) for _ in range(shape.layers))

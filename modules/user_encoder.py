@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hllm_torchrec.modules.jagged import position_in_sequence, sequence_of_position
+from hllm_torchrec.modules.jagged import lengths_from_offsets, position_in_sequence, sequence_of_position
 from hllm_torchrec.modules.user_llm import Queries
 
 
@@ -81,18 +81,26 @@ class UserEncoder(nn.Module):
         dropout: of the inputs, a probability.
         positions: rows of a table of learned positions that are added to the inputs; 0: none.
         asks_at_next: history positions ask at the time of the next event.
+        from_end: positions count from a sequence's last event; then there can be no queries.
     """
 
     layers: nn.ModuleList
 
-    def __init__(self, width: int, dropout: float = 0.0, positions: int = 0, asks_at_next: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        dropout: float = 0.0,
+        positions: int = 0,
+        asks_at_next: bool = False,
+        from_end: bool = False,
+    ) -> None:
         super().__init__()
         self.width = width
         self.dropout = nn.Dropout(dropout)
         self.positions = nn.Embedding(positions, width) if positions else None
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
-        self.asks_at_next = asks_at_next
+        self.asks_at_next, self.from_end = asks_at_next, from_end
         self.recompute = False
         """Whether each layer runs again in the backward pass instead of keeping its activations."""
 
@@ -109,8 +117,8 @@ class UserEncoder(nn.Module):
         seq_offsets: [B+1] int64; timestamps, next_times: see `pack_rows`.
 
         Raises:
-            ValueError: the encoder asks at the next event's time and is not told it, or a sequence is longer
-                than the table of positions.
+            ValueError: the encoder asks at the next event's time and is not told it, it counts positions from
+                the end and is given queries, or a sequence is longer than the table of positions.
         """
         if self.asks_at_next and next_times is None:
             raise ValueError(
@@ -142,14 +150,21 @@ class UserEncoder(nn.Module):
 
     def _prepare(self, inputs: Tensor, rows: PackedRows) -> Tensor:
         if self.positions is not None:
-            table = self.positions.num_embeddings
-            longest = int(rows.positions.max())
+            table, places = self.positions.num_embeddings, rows.positions
+            if self.from_end:
+                if rows.visible.numel():
+                    raise ValueError(
+                        "positions count from the end (user.shape.count_from), which queries, that see histories "
+                        "of many lengths, cannot have: write start"
+                    )
+                places = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - places
+            longest = int(places.max())
             if longest >= table:
                 raise ValueError(
                     f"a row stands at position {longest}, but user.shape.max_positions is {table}: raise it, or "
                     "lower data.max_history"
                 )
-            inputs = inputs + self.positions(rows.positions)
+            inputs = inputs + self.positions(places)
         return self.dropout(inputs)
 
     def _run_one_zero(self, inputs: Tensor) -> Tensor:

@@ -157,6 +157,15 @@ HSTU = ["--user.encoder=hstu", "--user.shape", "{width: 8, layers: 1}", "--item_
             "user.shape.time_of: 'next': only with objective.fusion none",
         ),
         (
+            [
+                "--user.encoder=ligr",
+                "--user.shape",
+                "{width: 8, layers: 1, count_from: end}",
+                "--objective.fusion=early",
+            ],
+            "user.shape.count_from: 'end': only with objective.fusion none",
+        ),
+        (
             ["--evaluation.protocol=leave_one_out", "--data.train_part=train_and_valid"],
             "data.train_part: 'train_and_valid': must be 'train' under evaluation.protocol leave_one_out",
         ),

@@ -159,6 +159,23 @@ def test_every_encoder_trains_and_its_loss_falls(encoder: str, tmp_path: Path) -
     assert trainer.metrics["protocol"] == "leave_one_out" and trainer.metrics["mrr"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["hstu", "ligr"])
+def test_one_rank_two_ranks_and_fsdp_train_alike(encoder: str, tmp_path: Path) -> None:
+    def settings(name: str, batch_users: int, **more: Any) -> Config:
+        own = {"user__encoder": encoder, "user__shape": SHAPES[encoder], "data__batch_users": batch_users}
+        return config(tmp_path / name, **own, **more, stages=[{"name": "ids", "epochs": 2}], optim__lr=0.001)
+
+    one = training_fixtures.train(settings("one", 4)).metrics
+    for name, dense in (("ddp", "ddp"), ("fsdp", "fsdp")):
+        found = run_ranks(training_fixtures.on_rank, 2, settings(name, 2, parallel__dense=dense))
+        for rank in found:
+            assert rank["metrics"]["mrr"] == pytest.approx(one["mrr"], rel=0.02)
+        np.testing.assert_allclose(
+            training_fixtures.losses(tmp_path / name), training_fixtures.losses(tmp_path / "one"), rtol=2e-3
+        )
+
+
 def test_results_name_the_protocol_and_what_was_measured(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", evaluation__protocol="ml1m_hstu", data__train_part="train_and_valid")
     training_fixtures.train(settings)

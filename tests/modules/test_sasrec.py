@@ -157,6 +157,21 @@ def test_dropout_acts_in_training_alone(name: str) -> None:
     assert not torch.equal(model(x, offsets)[0], model(x, offsets)[0])
 
 
+@pytest.mark.parametrize("name", ["public", "ligr"])
+def test_positions_from_the_end_are_those_from_the_start_turned_round(name: str) -> None:
+    model, turned = build(name), build(name)
+    turned.from_end = True
+    x, offsets, queries = batch()
+    assert model.positions is not None and turned.positions is not None
+    for start, end in zip(offsets.tolist(), offsets.tolist()[1:]):
+        with torch.no_grad():
+            turned.positions.weight[: end - start] = model.positions.weight[: end - start].flip(0)
+        alone = turned(x[start:end], torch.tensor([0, end - start]))[0]
+        torch.testing.assert_close(alone, model(x, offsets)[0][start:end], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="positions count from the end .* write start"):
+        turned(x, offsets, None, queries)
+
+
 def test_a_wrong_shape_is_an_error() -> None:
     with pytest.raises(ValueError, match="user.shape.norm: 'rms': must be one of public, pre, post"):
         SASRec(replace(SHAPE, norm="rms"))  # type: ignore[arg-type]
