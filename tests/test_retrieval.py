@@ -20,7 +20,7 @@ from hllm_torchrec.modules.losses import Exclusion, info_nce
 from hllm_torchrec.modules.sampled_bce import sampled_bce
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.retrieval import catalogue_vectors, retrieve
-from tests import fixtures, training_fixtures
+from tests import fixtures, naive_model, training_fixtures
 from tests.distributed import run_ranks
 
 RULE = "leave_one_out"
@@ -203,6 +203,27 @@ def test_targets_and_seen_items_are_by_option_and_two_ranks_agree(positive: bool
     assert unfiltered["mrr"] < one["mrr"] and unfiltered["filter_seen"] is False
     for other in run_ranks(retrieval_of, 2, settings):
         assert other == pytest.approx(one, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- other encoders in the ranking model
+
+
+@pytest.mark.parametrize("fusion", ["late", "early"])
+@pytest.mark.parametrize("encoder", ["hstu", "sasrec", "ligr"])
+def test_packed_exposures_equal_one_at_a_time_with_any_user_encoder(encoder: str, fusion: str) -> None:
+    shape = SHAPES[encoder] | ({"time_of": "event", "window": 5, "divide_by": "length"} if encoder == "hstu" else {})
+    cfg = naive_model.config(fusion, user={"encoder": encoder, "shape": shape}, data={"max_history": 64})
+    model = fixtures.model(cfg)
+    pieces = naive_model.some_pieces()[:4]
+    with torch.no_grad():
+        packed = naive_model.run(model, cfg, pieces)[1].logits
+        singles = [
+            naive_model.run(model, cfg, [naive_model.alone(p, t)])[1].logits
+            for p in pieces
+            for t in naive_model.exposures(p)
+        ]
+    assert packed.std() > 0.01
+    torch.testing.assert_close(packed, torch.cat(singles), rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- protocols
