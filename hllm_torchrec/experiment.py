@@ -28,8 +28,9 @@ from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import raw_model
 from hllm_torchrec.items import ItemEncoder
-from hllm_torchrec.model import HLLM, build_model
+from hllm_torchrec.model import HLLM, build_model, item_space
 from hllm_torchrec.parallelize import parallelize
+from hllm_torchrec.protocols import dataset_problems
 from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.subsample import SubsampledEncoder
 
@@ -69,12 +70,17 @@ class Experiment:
         max_history: int | None = None,
         batch_item_tokens: int = 0,
     ) -> Loader:
-        """Batches of a split on this rank."""
+        """Batches of a split on this rank; training ones of the events that `data.train_part` names.
+
+        Outside of training, where exposures see earlier positions (leave one out), they see as much as
+        `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
+        """
+        whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
         costs = self.encoder.tokens.lengths + 1 if batch_item_tokens and self.encoder is not None else None
         collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors)
         return Loader(
             self.dataset,
-            split,
+            "valid" if whole else split,
             collator,
             batch_users=batch_users,
             max_history=max_history or self.config.data.max_history,
@@ -85,6 +91,8 @@ class Experiment:
             prefetch=self.config.data.prefetch,
             batch_cost=batch_item_tokens,
             item_costs=costs,
+            whole=whole,
+            fill=not training and self.recipe.visibility == "position",
         )
 
     def cold_items(self) -> NDArray[np.bool_]:
@@ -108,7 +116,11 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     """
     dataset = Dataset.open(Path(config.data.dataset))
     recipe = recipe_of(config, dataset)
-    problems = check_recipe(recipe, dataset) + list(_missing_models(config))
+    problems = [
+        *check_recipe(recipe, dataset),
+        *_missing_models(config),
+        *dataset_problems(config, dataset.manifest),
+    ]
     if problems:
         raise ConfigError(problems)
     encoder = None
@@ -138,6 +150,7 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
         history=config.data.history,
         visibility=dataset.visibility,
         negatives=config.objective.negatives if generates else 0,
+        item_slots=generates and item_space(config) == "features",
         positive_targets_only=config.objective.positive_targets_only,
         item_id=config.features.item_id,
         action=config.features.action,

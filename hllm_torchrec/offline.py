@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from hllm_torchrec.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from hllm_torchrec.config import Config, config_from_file
-from hllm_torchrec.evaluate import save_predictions, score_retrieval, score_split
+from hllm_torchrec.evaluate import save_predictions, score_split
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.logs import machine_info
 from hllm_torchrec.optim import EmaWeights
+from hllm_torchrec.retrieval import measures_retrieval, retrieve
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,8 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
             predictions = run / "predictions" / split
             cold = experiment.cold_items()
             save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
-        if config.evaluation.retrieval or hllm.fusion == "none":
-            assert hllm.item_cache is not None, "retrieval without an Item LLM"
-            ks = config.evaluation.ks
-            retrieval = score_retrieval(experiment.model, loader, hllm.item_cache, device, ks, show)
+        if measures_retrieval(experiment):
+            retrieval = retrieve(experiment, loader, show)
     return RunScores(predictions, retrieval, _provenance(experiment, checkpoint, step))
 
 

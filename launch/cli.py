@@ -15,6 +15,7 @@ COMMANDS = {
     "baselines": "fit and score the baselines on the same exposures",
     "embed": "write the item embeddings that are new or changed into a store",
     "store": "look into an embedding store, check it, tidy it up, take vectors out of it or away",
+    "retrieval": "popularity, EASE and a Markov chain, chosen and measured on a leave-one-out dataset",
     "report": "write the HTML report of a run: loss, ROC, calibration",
 }
 

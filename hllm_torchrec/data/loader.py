@@ -53,14 +53,19 @@ class Pieces:
         return self.end - self.start
 
 
-def cut_into_pieces(group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int) -> Pieces:
+def cut_into_pieces(
+    group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int, fill: bool = False
+) -> Pieces:
     """Cut rows into stretches of at most `max_history` events that cover every exposure once.
 
-    Every exposure sees all of its history or at least max_history / 2 events of it.
+    Every exposure sees all of its history or at least max_history / 2 events of it. fill: where a row's
+    exposures fit into one stretch, it is as long as allowed, so that the exposures see more.
     """
     half = max_history // 2
     every = np.arange(lengths.size)
     start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
+    if fill:
+        start = np.minimum(start, np.maximum(0, lengths - max_history))
     end = np.minimum(lengths, start + max_history)
     parts = [(every, start, target_start, end)]
     left, reached = every, end
@@ -87,6 +92,9 @@ class Loader:
         item_costs: [N], cost of each item (its tokens); a piece costs what its events do. None: 1 each.
         max_history: see `cut_into_pieces`.
         rank, world: this process and how many there are.
+        whole: every event counts as one of the split's part, those of earlier parts too, and the training users
+            without an event in it come as well.
+        fill: see `cut_into_pieces`.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
 
@@ -109,30 +117,42 @@ class Loader:
         prefetch: int = 2,
         batch_cost: int = 0,
         item_costs: Ints | None = None,
+        whole: bool = False,
+        fill: bool = False,
     ) -> None:
         self.dataset, self.collator = dataset, collator
         self.batch_users, self.rank, self.world = batch_users, rank, world
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
         self.batch_cost = batch_cost
         self._groups = dataset.row_groups(split)
+        own = len(self._groups)
+        if whole and split != "train":
+            self._groups += dataset.row_groups("train")
         if not self._groups:
             raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
-        self.pieces = self._index(max_history)
+        self.pieces = self._index(max_history, own, whole, fill)
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self.costs = self.pieces.lengths if item_costs is None else self._costs(item_costs)
         self._plan_of: tuple[int, list[list[Ints]]] | None = None
 
-    def _index(self, max_history: int) -> Pieces:
-        columns = []
+    def _index(self, max_history: int, own: int, whole: bool, fill: bool) -> Pieces:
+        """The pieces of all row groups; of those from number `own` on, the users that the others lack."""
+        columns: list[tuple[Ints, Ints, Ints, Ints]] = []
+        users: list[Ints] = []
         for number, group in enumerate(self._groups):
-            table = self.dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
+            names = ["user_id", "target_start", "actions"]
+            table = self.dataset.read_row_group(group.path, group.index, columns=names)
+            users.append(table["user_id"].to_numpy())
             lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
             starts = table["target_start"].to_numpy().astype(np.int64)
-            columns.append((np.full(lengths.size, number), np.arange(lengths.size), lengths, starts))
-        numbers, rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return cut_into_pieces(numbers, rows, all_lengths, all_starts, max_history)
+            starts = np.zeros_like(starts) if whole else starts
+            is_new = np.ones(lengths.size, bool) if number < own else ~np.isin(users[-1], np.concatenate(users[:own]))
+            rows = np.flatnonzero(is_new)
+            columns.append((np.full(rows.size, number), rows, lengths[rows], starts[rows]))
+        numbers, all_rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
+        return cut_into_pieces(numbers, all_rows, all_lengths, all_starts, max_history, fill)
 
     def _costs(self, item_costs: Ints) -> Ints:
         """[pieces] what the events of each piece cost."""
