@@ -5,6 +5,7 @@ Shapes: T predictions (packed positions of all users), K negatives (shared by al
 start at 0. Similarities are cosines; everything here runs in at least float32, also under autocast.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ MAX_SCALE = 100.0
 
 EPS = 1e-6
 """Smallest norm a vector is divided by."""
+
+MOST_LOGITS = 2**22
+"""Logits that exist at a time: 16 MiB in float32."""
 
 
 class LogitScale(nn.Module):
@@ -92,7 +96,7 @@ def info_nce(
     target_ids: Tensor,
     negative_ids: Tensor,
     exclude: Exclusion | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
 ) -> InfoNceOutput:
     """Eq. (1): -log(exp(s+) / (exp(s+) + sum_k exp(s_k))), s = scale * cosine, summed over the predictions.
 
@@ -101,8 +105,10 @@ def info_nce(
     Where no negative is left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative drawn twice
     counts twice, as in Eq. (1).
 
-    Memory is O(T D + K D + (T + B) chunk_size): logits and masks exist for `chunk_size` negatives at a time,
-    and the backward pass computes them again.
+    Memory beyond the inputs is that of their gradients and O(T D + K chunk_size): logits and masks exist for
+    `chunk_size` predictions at a time. Gradients are computed in the forward pass, while the logits are there,
+    so nothing is computed twice; the backward pass scales them in place. (A second backward pass through the
+    same graph computes them again.) On CUDA the host waits once for the device.
 
     Args:
         predictions: [T, D], E' of the User LLM (of any norm).
@@ -112,30 +118,30 @@ def info_nce(
         target_ids: int64 [T], ids of the positives.
         negative_ids: int64 [K].
         exclude: ids of the users' own sequences, or None to mask the targets alone.
-        chunk_size: negatives per chunk, >= 1.
+        chunk_size: predictions per chunk, >= 1; none given: what keeps to `MOST_LOGITS`.
 
     Raises:
         ValueError: no negatives, or a chunk size below 1.
     """
-    if negatives.shape[0] == 0:
+    n_rows, n_negatives = predictions.shape[0], negatives.shape[0]
+    if n_negatives == 0:
         raise ValueError("InfoNCE got no negatives: its loss would always be 0; sample at least one per step")
+    if chunk_size is None:
+        chunk_size = max(1, MOST_LOGITS // n_negatives)
     if chunk_size < 1:
         raise ValueError(f"InfoNCE chunk size is {chunk_size}: must be at least 1")
-    n_rows = predictions.shape[0]
+    masker = _NegativeMask(target_ids, negative_ids, exclude)
     with torch.autocast(device_type=predictions.device.type, enabled=False):
-        query = F.normalize(widen(predictions), dim=-1, eps=EPS) * scale
-        positive_logits = (query * F.normalize(widen(positives), dim=-1, eps=EPS)).sum(dim=-1)
-        unit_negatives = F.normalize(widen(negatives), dim=-1, eps=EPS).to(query.dtype)
-        masker = _NegativeMask(target_ids, negative_ids, exclude)
-        log_sum, largest, n_left = _MaskedLogSumExp.apply(query, unit_negatives, masker, chunk_size)
-        # -log(e^p / (e^p + e^n)) = -log sigmoid(p - n), which stays exact where all negatives are masked.
-        loss_sum = -F.logsigmoid(positive_logits - log_sum).sum()
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (predictions, positives, negatives, scale)))
+        dtype = torch.promote_types(dtype, torch.float32)
+        inputs = (x.to(dtype) for x in (predictions, positives, negatives, scale))
+        loss_sum, n_left, n_right = _InfoNce.apply(*inputs, masker, chunk_size, torch.is_grad_enabled())
     denominator = max(n_rows, 1)
     return InfoNceOutput(
         loss_sum=loss_sum,
         count=torch.tensor(n_rows, device=predictions.device),
-        effective_negatives=n_left.sum() / denominator,
-        accuracy=(positive_logits.detach() > largest).sum() / denominator,
+        effective_negatives=n_left / denominator,
+        accuracy=n_right / denominator,
     )
 
 
@@ -188,86 +194,180 @@ def embedding_spread(x: Tensor) -> Tensor:
 
 
 class _NegativeMask:
-    """Which (prediction, negative) pairs are not negatives, for one chunk of negatives at a time."""
+    """Which (prediction, negative) pairs are not negatives, for one chunk of predictions at a time."""
 
     def __init__(self, target_ids: Tensor, negative_ids: Tensor, exclude: Exclusion | None) -> None:
-        self.target_ids = target_ids
-        self.negative_ids = negative_ids
+        self.n_negatives = negative_ids.shape[0]
+        # Marks go to the first copy of an id, and from there to its other copies.
+        self.in_order, self.order = negative_ids.sort(stable=True)
+        first_copy = self._columns(negative_ids)
+        self.copies = torch.nonzero(first_copy != torch.arange(self.n_negatives, device=first_copy.device))[:, 0]
+        self.originals = first_copy[self.copies]
+        self.column_of_target = self._columns(target_ids)
         self.exclude = exclude
         if exclude is not None:
-            n_sequences = exclude.offsets.shape[0] - 1
-            sequences = torch.arange(n_sequences, device=exclude.ids.device)
-            self.n_sequences = n_sequences
+            sequences = torch.arange(exclude.offsets.shape[0] - 1, device=exclude.ids.device)
+            self.column_of_excluded = self._columns(exclude.ids)
             self.sequence_of_excluded = torch.repeat_interleave(
                 sequences, exclude.offsets.diff(), output_size=exclude.ids.shape[0]
             )
 
+    def _columns(self, ids: Tensor) -> Tensor:
+        """The column of each id's first copy among the negatives; K, a spare column, where it is none of them."""
+        place = torch.searchsorted(self.in_order, ids).clamp_(max=self.n_negatives - 1)
+        return torch.where(self.in_order[place] == ids, self.order[place], self.n_negatives)
+
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Return bool [T, stop - start]: True where the pair is masked. Never waits for the device."""
-        ids = self.negative_ids[start:stop]
-        masked = self.target_ids[:, None] == ids
+        """Return bool [stop - start, K]: True where the pair is masked."""
+        masked = self._own_sequences(start, stop)
+        masked[torch.arange(stop - start, device=masked.device), self.column_of_target[start:stop]] = True
+        if self.copies.numel():
+            masked[:, self.copies] = masked[:, self.originals]
+        return masked[:, : self.n_negatives]
+
+    def _own_sequences(self, start: int, stop: int) -> Tensor:
+        """[stop - start, K + 1]: whether the first copy of a negative stands in the prediction's sequence."""
+        n_rows, device = stop - start, self.in_order.device
         if self.exclude is None:
-            return masked
-        # One column per distinct id (the place of its first copy in sorted order), and one more to take the
-        # writes of the excluded ids that are not in this chunk.
-        in_order = ids.sort().values
-        column = torch.searchsorted(in_order, self.exclude.ids).clamp_(max=ids.shape[0] - 1)
-        column = torch.where(in_order[column] == self.exclude.ids, column, ids.shape[0])
-        in_sequence = ids.new_zeros((self.n_sequences, ids.shape[0] + 1), dtype=torch.bool)
-        in_sequence[self.sequence_of_excluded, column] = True
-        columns = in_sequence[:, torch.searchsorted(in_order, ids)]
-        return masked.logical_or_(columns[self.exclude.row_to_sequence])
+            return torch.zeros(n_rows, self.n_negatives + 1, dtype=torch.bool, device=device)
+        # One row for each of the chunk's sequences, that of one of its predictions (whichever wrote last), and
+        # one more to take the writes of all other sequences.
+        sequences = self.exclude.row_to_sequence[start:stop]
+        row_of_sequence = sequences.new_full((self.exclude.offsets.shape[0] - 1,), n_rows)
+        row_of_sequence[sequences] = torch.arange(n_rows, device=device)
+        in_sequence = torch.zeros(n_rows + 1, self.n_negatives + 1, dtype=torch.bool, device=device)
+        in_sequence[row_of_sequence[self.sequence_of_excluded], self.column_of_excluded] = True
+        return in_sequence.index_select(0, row_of_sequence[sequences])
 
 
-class _MaskedLogSumExp(torch.autograd.Function):
-    """log sum_k exp(query . negative_k) over the negatives left, chunk by chunk; recomputed in backward.
+class _Gradients(NamedTuple):
+    """Of the loss's sum, by input; an entry is None where nobody wants it."""
 
-    Also returns, without gradient, each row's largest logit (-inf where none is left) and its number of
-    negatives left.
-    """
+    predictions: Tensor | None
+    positives: Tensor | None
+    negatives: Tensor | None
+    scale: Tensor | None
+
+
+class _InfoNce(torch.autograd.Function):
+    """(loss_sum, negatives left, predictions that beat them all), 0-d each; the last two without gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, negatives: Tensor, masker: _NegativeMask, chunk_size: int
+        ctx: Any,
+        predictions: Tensor,
+        positives: Tensor,
+        negatives: Tensor,
+        scale: Tensor,
+        masker: _NegativeMask,
+        chunk_size: int,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        log_sum = query.new_full(query.shape[:1], -torch.inf)
-        largest = log_sum.clone()
-        n_left = torch.zeros_like(masker.target_ids)
-        for start in range(0, negatives.shape[0], chunk_size):
-            logits = _masked_logits(query, negatives, masker, start, chunk_size)
-            log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, dim=1))
-            largest = torch.maximum(largest, logits.amax(dim=1))
-            n_left += (logits > -torch.inf).sum(dim=1)
-        ctx.save_for_backward(query, negatives, log_sum)
-        ctx.masker, ctx.chunk_size = masker, chunk_size
-        ctx.mark_non_differentiable(largest, n_left)
-        return log_sum, largest, n_left
+        wanted = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:4])
+        inputs = (predictions, positives, negatives, scale)
+        loss_sum, n_left, n_right, ctx.gradients = _chunked(*inputs, masker, chunk_size, wanted)
+        ctx.save_for_backward(*inputs)
+        ctx.masker, ctx.chunk_size, ctx.wanted = masker, chunk_size, wanted
+        ctx.mark_non_differentiable(n_left, n_right)
+        return loss_sum, n_left, n_right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        query, negatives, log_sum = ctx.saved_tensors
-        grad_query = torch.zeros_like(query) if ctx.needs_input_grad[0] else None
-        grad_negatives = torch.empty_like(negatives) if ctx.needs_input_grad[1] else None
-        # Rows without negatives: every logit is -inf, so exp(-inf - 0) = 0 instead of exp(-inf + inf).
-        log_sum = torch.where(log_sum > -torch.inf, log_sum, 0.0)[:, None]
-        with torch.autocast(device_type=query.device.type, enabled=False):
-            for start in range(0, negatives.shape[0], ctx.chunk_size):
-                logits = _masked_logits(query, negatives, ctx.masker, start, ctx.chunk_size)
-                grad_logits = logits.sub_(log_sum).exp_().mul_(grad_log_sum[:, None])
-                chunk = slice(start, start + ctx.chunk_size)
-                if grad_query is not None:
-                    grad_query.addmm_(grad_logits, negatives[chunk])
-                if grad_negatives is not None:
-                    torch.mm(grad_logits.T, query, out=grad_negatives[chunk])
-        return grad_query, grad_negatives, None, None
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # handed over: they are the caller's to change now
+        if gradients is None:
+            with torch.autocast(device_type=grad_loss.device.type, enabled=False):
+                predictions, positives, negatives, scale = ctx.saved_tensors
+                settings = (ctx.masker, ctx.chunk_size, ctx.wanted)
+                gradients = _chunked(predictions, positives, negatives, scale, *settings)[-1]
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in gradients), None, None, None
 
 
-def _masked_logits(query: Tensor, negatives: Tensor, masker: _NegativeMask, start: int, chunk_size: int) -> Tensor:
-    """Return the logits [T, <= chunk_size] of the chunk that starts at `start`, -inf where masked."""
-    stop = min(start + chunk_size, negatives.shape[0])
-    logits = query @ negatives[start:stop].T
-    return logits.masked_fill_(masker.chunk(start, stop), -torch.inf)
+def _chunked(
+    predictions: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    scale: Tensor,
+    masker: _NegativeMask,
+    chunk_size: int,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor, _Gradients]:
+    """Return what `_InfoNce` does, and the gradients that are `wanted`, predictions in chunks.
+
+    Nothing is copied in normalised form but a chunk at a time: for the negatives, their inverse norms scale the
+    logits instead.
+    """
+    inverse_p, inverse_t, inverse_n = (_inverse_norm(x) for x in (predictions, positives, negatives))
+    grad_p = torch.empty_like(predictions) if wanted[0] or wanted[3] else None
+    grad_t = torch.empty_like(positives) if wanted[1] else None
+    grad_n = torch.zeros_like(negatives) if wanted[2] else None
+    loss_sum, scale_grad = predictions.new_zeros(()), torch.zeros_like(scale)
+    n_right = torch.zeros_like(loss_sum, dtype=torch.int64)
+    n_left = torch.full_like(n_right, predictions.shape[0] * negatives.shape[0])
+    space = predictions.new_empty(min(chunk_size, predictions.shape[0]), negatives.shape[0])
+    for start in range(0, predictions.shape[0], chunk_size):
+        rows = slice(start, min(start + chunk_size, predictions.shape[0]))
+        unit = predictions[rows] * inverse_p[rows, None]
+        query, target = unit * scale, positives[rows] * inverse_t[rows, None]
+        logits = torch.mm(query, negatives.T, out=space[: unit.shape[0]]).mul_(inverse_n)
+        masked = masker.chunk(rows.start, rows.stop)
+        n_left -= masked.count_nonzero()
+        losses, slopes, is_right = _softmax_(logits.masked_fill_(masked, -torch.inf), (query * target).sum(dim=-1))
+        del masked  # its memory, before the next chunk's
+        loss_sum += losses.sum()
+        n_right += is_right.count_nonzero()
+        if grad_t is not None:
+            torch.mul(query, -slopes[:, None], out=grad_t[rows])
+        if grad_n is not None:
+            grad_n.addmm_(logits.T, query)
+        if grad_p is not None:
+            by_query = torch.mm(logits.mul_(inverse_n), negatives, out=grad_p[rows])
+            by_query.addcmul_(target, slopes[:, None], value=-1)
+            scale_grad += (by_query * unit).sum()
+            by_query.mul_(scale)
+    gradients = _Gradients(
+        _through_norm_(grad_p, predictions, inverse_p) if grad_p is not None and wanted[0] else None,
+        _through_norm_(grad_t, positives, inverse_t) if grad_t is not None else None,
+        _through_norm_(grad_n, negatives, inverse_n) if grad_n is not None else None,
+        scale_grad if wanted[3] else None,
+    )
+    return loss_sum, n_left, n_right, gradients
+
+
+def _softmax_(logits: Tensor, positive_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [t], their slopes by the positive logits [t] (negated), and which positives beat all negatives.
+
+    `logits` [t, K], -inf where masked, become the losses' gradients by them: slope * softmax.
+    """
+    largest = logits.amax(dim=1)
+    is_right = positive_logits > largest
+    # exp(logit - largest); a row without negatives is exp(-inf - 0) = 0, not exp(-inf + inf).
+    largest = torch.where(largest > -torch.inf, largest, 0.0)
+    total = logits.sub_(largest[:, None]).exp_().sum(dim=1)
+    # -log(e^p / (e^p + e^n)) = -log sigmoid(p - n), which stays exact where all negatives are masked.
+    margin = positive_logits - (largest + total.log())
+    slopes = torch.sigmoid(-margin)
+    logits.mul_((slopes / total.clamp(min=torch.finfo(total.dtype).tiny))[:, None])
+    return -F.logsigmoid(margin), slopes, is_right
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / max(norm, EPS) of each row: [N]."""
+    return torch.linalg.vector_norm(x, dim=-1).clamp_(min=EPS).reciprocal_()
+
+
+def _through_norm_(grads: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """Turn gradients by u = x / max(|x|, EPS) into those by x, in place: (g - u (u . g)) / |x|.
+
+    A block of rows at a time: nothing as large as x is made on the way.
+    """
+    grads.mul_(inverse[:, None])
+    slopes = torch.where(inverse < 1 / EPS, -inverse.square(), 0.0)  # below EPS the divisor is constant
+    for start in range(0, x.shape[0], 1024):
+        rows = slice(start, start + 1024)
+        along = (grads[rows] * x[rows]).sum(dim=-1)
+        grads[rows].addcmul_(x[rows], (slopes[rows] * along)[:, None])
+    return grads
 
 
 class _ClampFromAbove(torch.autograd.Function):

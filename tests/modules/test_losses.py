@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hllm_torchrec.modules import losses
 from hllm_torchrec.modules.losses import (
     Exclusion,
     InfoNceOutput,
@@ -56,7 +57,7 @@ def by_loop(
     exclude: Exclusion | None,
 ) -> InfoNceOutput:
     """Eq. (1) as written, one prediction and one negative at a time."""
-    losses, n_left, n_right = [predictions.sum() * 0], 0, 0
+    each, n_left, n_right = [predictions.sum() * 0], 0, 0
     for t in range(len(predictions)):
         banned = {int(target_ids[t])}
         if exclude is not None:
@@ -67,13 +68,11 @@ def by_loop(
 
         positive = similarity(positives[t])
         left = [similarity(negatives[k]) for k in range(len(negatives)) if int(negative_ids[k]) not in banned]
-        losses.append(-(positive.exp() / (positive.exp() + sum(s.exp() for s in left))).log())
+        each.append(-(positive.exp() / (positive.exp() + sum(s.exp() for s in left))).log())
         n_left += len(left)
         n_right += all(bool(positive > s) for s in left)
     n = len(predictions)
-    return InfoNceOutput(
-        torch.stack(losses).sum(), torch.tensor(n), torch.tensor(n_left / n), torch.tensor(n_right / n)
-    )
+    return InfoNceOutput(torch.stack(each).sum(), torch.tensor(n), torch.tensor(n_left / n), torch.tensor(n_right / n))
 
 
 def gradients(output: InfoNceOutput, inputs: dict[str, Any]) -> list[Tensor]:
@@ -166,27 +165,28 @@ def test_bfloat16_embeddings_and_autocast_are_computed_in_float32() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remember the largest tensor any operation returns."""
+    """Remember the largest tensor any operation returns, and how many matrix products there were."""
 
-    numel = 0
+    numel = products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.products += func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for x in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(x, Tensor):
                 self.numel = max(self.numel, x.numel())
         return out
 
 
-@pytest.mark.parametrize("n_negatives", [500, 4000])
-def test_no_tensor_grows_with_predictions_times_negatives(n_negatives: int) -> None:
-    n, width, chunk_size = 200, 4, 50
-    ids = torch.arange(n)
-    exclude = Exclusion(ids, torch.arange(0, n + 1, 2), ids // 2)
+@pytest.mark.parametrize("n_predictions", [200, 2000])
+def test_no_tensor_grows_with_predictions_times_negatives(n_predictions: int) -> None:
+    n_negatives, width, chunk_size = 500, 4, 20
+    ids = torch.arange(n_predictions)
+    exclude = Exclusion(ids, torch.arange(0, n_predictions + 1, 2), ids // 2)
     with LargestTensor() as largest:
         info_nce(
-            torch.randn(n, width, requires_grad=True),
-            torch.randn(n, width),
+            torch.randn(n_predictions, width, requires_grad=True),
+            torch.randn(n_predictions, width),
             torch.randn(n_negatives, width, requires_grad=True),
             torch.ones(1),
             target_ids=ids,
@@ -194,7 +194,72 @@ def test_no_tensor_grows_with_predictions_times_negatives(n_negatives: int) -> N
             exclude=exclude,
             chunk_size=chunk_size,
         ).loss_sum.backward()
-    assert largest.numel <= max(n * chunk_size, n_negatives * width)
+    assert largest.numel <= max((chunk_size + 1) * (n_negatives + 1), n_predictions * width)
+
+
+def test_chunks_are_chosen_so_that_few_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "MOST_LOGITS", 14)
+    with LargestTensor() as largest:
+        got = info_nce(**example())  # 4 predictions x 7 negatives
+    assert largest.numel <= (2 + 1) * (7 + 1) + 14, "two predictions at a time"
+    torch.testing.assert_close(got.loss_sum, info_nce(**example(), chunk_size=4).loss_sum)
+
+
+def test_a_second_backward_pass_computes_the_gradients_again() -> None:
+    """The first one hands out the gradients that the forward pass made, and its caller may change them."""
+    inputs = example()
+    output = info_nce(**inputs, chunk_size=3)
+    leaves = [inputs[name] for name in ("predictions", "positives", "negatives", "scale")]
+    first = torch.autograd.grad(output.loss_sum, leaves, retain_graph=True)
+    expected = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    for a, b in zip(torch.autograd.grad(output.loss_sum * 3, leaves), expected):
+        torch.testing.assert_close(a, 3 * b)
+
+
+def test_gradients_take_two_more_products_a_chunk_and_none_without_autograd() -> None:
+    inputs = example()
+    with LargestTensor() as training:
+        info_nce(**inputs, chunk_size=2).loss_sum.backward()
+    with torch.no_grad(), LargestTensor() as evaluation:
+        loss = info_nce(**inputs, chunk_size=2).loss_sum
+    assert (training.products, evaluation.products) == (6, 2)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, info_nce(**inputs).loss_sum.detach())
+
+
+@pytest.mark.parametrize("name", ["predictions", "positives", "negatives", "scale"])
+def test_each_input_may_be_the_only_one_with_a_gradient(name: str) -> None:
+    inputs = example()
+    expected = torch.autograd.grad(info_nce(**inputs).loss_sum, inputs[name])[0]
+    alone = {k: v.detach() if isinstance(v, Tensor) and k != name else v for k, v in inputs.items()}
+    torch.testing.assert_close(torch.autograd.grad(info_nce(**alone).loss_sum, alone[name])[0], expected)
+
+
+def test_vectors_of_zero_length_have_finite_gradients() -> None:
+    inputs = example()
+    for key in ("predictions", "positives", "negatives"):
+        inputs[key].data[0] = 0
+    found = gradients(info_nce(**inputs), inputs)
+    assert all(grad.isfinite().all() for grad in found)
+    for grad, key in zip(found, ("predictions", "positives", "negatives")):
+        torch.testing.assert_close(grad, by_normalize(inputs)[key], msg=key)
+
+
+def by_normalize(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Gradients through torch's own normalize, of all pairs at once."""
+    names = ("predictions", "positives", "negatives")
+    units = {name: torch.nn.functional.normalize(inputs[name], dim=-1, eps=losses.EPS) for name in names}
+    query = units["predictions"] * inputs["scale"]
+    owner = inputs["exclude"].row_to_sequence.tolist()
+    banned = [[t, *SEQUENCES[u]] for t, u in zip(inputs["target_ids"].tolist(), owner)]
+    mask = torch.tensor([[k in row for k in NEGATIVE_IDS] for row in banned])
+    logits = (query @ units["negatives"].T).masked_fill(mask, -torch.inf)
+    each = torch.logaddexp((query * units["positives"]).sum(-1), logits.logsumexp(1)) - (
+        query * units["positives"]
+    ).sum(-1)
+    return dict(zip(names, torch.autograd.grad(each.sum() * 0.5, [inputs[name] for name in names])))
 
 
 def test_info_nce_without_negatives_is_an_error() -> None:

@@ -1,0 +1,122 @@
+"""What the bench_*.py scripts share: arguments, alternating timing, the machine's peak, the JSON that they end with.
+
+Rules of every bench: the compared sides run in one process under one allocator setting, in turn, after a warm-up;
+a ratio is that of their medians. Speeds are also given as a share of the machine's measured matrix-product peak.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hllm_torchrec.flops import measured_matmul_peak
+from hllm_torchrec.logs import machine_info
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+"""glibc keeps large buffers: given back to the system at each step, they cost a third of it in page faults."""
+
+
+def keep_large_buffers() -> None:
+    """Start this script again under `ALLOCATOR`, which glibc reads when a process begins."""
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every bench takes."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores: few repeats, fewer shapes")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # shapes for the tests
+    return parser
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], float | None]], repeats: int, warmup: int = 1, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Call the sides in turn and time each call.
+
+    Args:
+        sides: name -> what to time; one that returns a number has timed itself (what it left out is not counted).
+        repeats: timed rounds, at least.
+        warmup: rounds before them.
+        seconds: go on with rounds until this much time has been measured (so that fast sides get many).
+
+    Returns:
+        Seconds of every timed call, by side.
+    """
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    spent = 0.0
+    while min(map(len, times.values())) < repeats or spent < seconds:
+        for name, run in sides.items():
+            start = time.perf_counter()
+            own = run()
+            times[name].append(time.perf_counter() - start if own is None else own)
+            spent += times[name][-1]
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Median seconds by side."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
+    """Operations per second of this machine's matrix products, on all threads that torch uses here."""
+    return measured_matmul_peak("cpu", dtype, seconds=seconds)
+
+
+def why_no_bf16() -> str | None:
+    """Why bfloat16 rows are left out here; None where the processor multiplies bfloat16 matrices itself."""
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return "the processor has no bfloat16 matrix instructions (AVX512-BF16 or AMX): it would emulate them"
+
+
+def say(text: str) -> None:
+    """A line of progress, on stderr: stdout ends with the JSON."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Print the result as one JSON object on the last line of stdout; write it to `--out`.
+
+    Args:
+        bench: name of the bench.
+        options: as parsed.
+        found: `ratios` and `shapes`, and whatever else there is to say.
+    """
+    machine = machine_info()
+    result = {
+        "bench": bench,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "mode": "tiny" if options.tiny else "quick" if options.quick else "full",
+        "ratios": {},
+        "shapes": {},
+        **found,
+        "threads": torch.get_num_threads(),
+        "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
+        "load": os.getloadavg()[0],
+        "machine": {name: machine[name] for name in ("cpu", "cores", "memory_bytes", "gpus")},
+        "versions": {"python": machine["python"], **machine["packages"], "hllm_torchrec": machine["hllm_torchrec"]},
+        "commit": machine["commit"],
+    }
+    assert result["ratios"] or options.tiny or "curves" in result, "a bench reports ratios"
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
+    return result
