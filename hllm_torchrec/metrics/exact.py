@@ -110,9 +110,7 @@ class Placements:
         return np.fromfile(path, kind, length, offset=values.nbytes), values
 
 
-def measure(
-    runs: SortedRuns, group: Group = None, *, keep: bool = False
-) -> tuple[RankStatistics, Placements]:
+def measure(runs: SortedRuns, group: Group = None, *, keep: bool = False) -> tuple[RankStatistics, Placements]:
     """Statistics of the rows of all ranks, the same on every rank. Collective.
 
     Without weights the AUC is the same to the last bit on any number of ranks and for any memory (integers up to
@@ -163,7 +161,9 @@ def _add_range(sums: _Sums, tied: Tied, below: np.ndarray, positives: float, neg
 def _corners(curve_3U: np.ndarray) -> np.ndarray:
     """The corners of a range nearest above an even grid along the ROC curve, finer at its beginning."""
     along = (curve_3U[0] + curve_3U[1])[::-1]
-    grid = np.sort(np.concatenate([np.linspace(0, 2, CURVE_POINTS * 3 // 4), 2 * np.logspace(-5, -1, CURVE_POINTS // 4)]))
+    grid = np.sort(
+        np.concatenate([np.linspace(0, 2, CURVE_POINTS * 3 // 4), 2 * np.logspace(-5, -1, CURVE_POINTS // 4)])
+    )
     inside = grid[(grid >= along[0]) & (grid <= along[-1])] if len(along) else grid[:0]
     places = np.unique(np.searchsorted(along, inside))
     return curve_3U[:, ::-1][:, places]

@@ -59,8 +59,10 @@ def reliability(runs: SortedRuns, group: Group = None, bins: int = BINS) -> tupl
     for _, tied, below in ranges:
         counts = tied.masses[0] + tied.masses[1]
         upto = below[:2].sum() + np.cumsum(counts)
-        places = np.minimum((upto - 1) * bins // max(rows - 1, 1), bins - 1).astype(np.int64) if rows > 1 else (
-            np.full(len(counts), bins - 1)
+        places = (
+            np.minimum((upto - 1) * bins // max(rows - 1, 1), bins - 1).astype(np.int64)
+            if rows > 1
+            else (np.full(len(counts), bins - 1))
         )
         positives = tied.masses[2] if runs.weighted else tied.masses[0]
         weights = tied.masses[2] + tied.masses[3] if runs.weighted else counts

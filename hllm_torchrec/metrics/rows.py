@@ -83,7 +83,10 @@ class Rows:
         self.readers = {}
         for place, model in enumerate(models):
             columns = [name for name in (model.score, model.probability) if name]
-            numbers = [*columns, *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name)]
+            numbers = [
+                *columns,
+                *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name),
+            ]
             columns = [*columns, *(layout.all if place == 0 else [layout.label])]
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
@@ -194,11 +197,7 @@ class Rows:
             names = [f"history_{name}" for name in HISTORY_BUCKETS]
             found.append((names, np.searchsorted(lows, lengths, side="right") - 1))
         if layout.timestamp:
-            seconds = self._seconds(table, start)
-            days = seconds // DAY
-            found.append(([f"day_{np.datetime64(int(day), 'D')}" for day in np.unique(days)], _codes(days)))
-            hours = seconds % DAY // 3600
-            found.append(([f"hour_{hour:02d}" for hour in np.unique(hours)], _codes(hours)))
+            found += time_slices(self._seconds(table, start))
         for column in layout.slices:
             encoded = pc.dictionary_encode(table[column].combine_chunks(), null_encoding="encode")
             names = [f"{column}={value}" for value in encoded.dictionary.to_pylist()]
@@ -214,6 +213,15 @@ class Rows:
         return self._numbers(self.models[0].name, table, self.layout.timestamp, start).astype(np.int64)
 
 
+def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
+    """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and each row's place among them."""
+    days, hours = seconds // DAY, seconds % DAY // 3600
+    unique, of_row = np.unique(days, return_inverse=True)
+    by_day = [f"day_{np.datetime64(int(day), 'D')}" for day in unique], of_row
+    unique, of_row = np.unique(hours, return_inverse=True)
+    return [by_day, ([f"hour_{hour:02d}" for hour in unique], of_row)]
+
+
 def identities(values: pa.ChunkedArray) -> np.ndarray:
     """Ids as int64 [n]: integers themselves, all else a 64-bit hash of its text (two of 10^7 users share one with a
     chance of 3e-6)."""
@@ -221,11 +229,9 @@ def identities(values: pa.ChunkedArray) -> np.ndarray:
         return values.to_numpy().astype(np.int64)
     encoded = pc.dictionary_encode(pc.cast(values, pa.string()).combine_chunks(), null_encoding="encode")
     hashed = [hashlib.blake2b(str(text).encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist()]
-    return np.frombuffer(b"".join(hashed), dtype=np.int64)[encoded.indices.to_numpy()] if hashed else np.empty(0, np.int64)
-
-
-def _codes(values: np.ndarray) -> np.ndarray:
-    return np.unique(values, return_inverse=True)[1]
+    return (
+        np.frombuffer(b"".join(hashed), dtype=np.int64)[encoded.indices.to_numpy()] if hashed else np.empty(0, np.int64)
+    )
 
 
 def _without(batch: Batch, kept: np.ndarray) -> Batch:

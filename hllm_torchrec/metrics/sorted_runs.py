@@ -191,7 +191,9 @@ class Ranges:
         flat = [part for of_rank in parts for part in of_rank]
         scores = np.concatenate([part.scores for part in flat]) if flat else np.empty(0, self._type)
         mass_type = flat[0].masses.dtype if flat else np.dtype(np.int32 if self._kinds == 2 else np.float64)
-        masses = np.concatenate([part.masses for part in flat], axis=1) if flat else np.empty((self._kinds, 0), mass_type)
+        masses = (
+            np.concatenate([part.masses for part in flat], axis=1) if flat else np.empty((self._kinds, 0), mass_type)
+        )
         if world(self.group) > 1:
             scores = exchange(scores, sent, self.group)
             masses = np.stack([exchange(row, sent, self.group) for row in masses])

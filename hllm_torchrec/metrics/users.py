@@ -49,9 +49,7 @@ class _Sums:
 def record_type(models: int) -> np.dtype:
     """A row: its user, class and weight, and each model's score and influence on the AUC."""
     values = (np.float64, (models,))
-    return np.dtype(
-        [("user", "i8"), ("positive", "i1"), ("weight", "f8"), ("score", *values), ("influence", *values)]
-    )
+    return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), ("score", *values), ("influence", *values)])
 
 
 class UserBuckets:
