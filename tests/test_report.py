@@ -257,7 +257,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema_version": 9}', "metrics.json has schema_version 9, this report reads 1; evaluate again"),
+        ('{"schema_version": 9}', "metrics.json has schema_version 9, this report reads 1, 2; evaluate again"),
         ("[]", "metrics.json has schema_version None"),
         ('{"schema_', "metrics.json is no JSON .*; evaluate again"),
     ],

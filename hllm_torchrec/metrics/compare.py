@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from hllm_torchrec.metrics.exchange import ALONE
 from hllm_torchrec.metrics.job import Settings, evaluate
 from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
-from hllm_torchrec.metrics.rows import Batch, Model, time_slices
+from hllm_torchrec.metrics.rows import Batch, Model, row_keys, time_slices
 from hllm_torchrec.metrics.schema import SCHEMA_VERSION as SCHEMA_VERSION
 
 COLUMNS = {
@@ -82,7 +82,7 @@ class _Loaded:
             {name: model.score for name, model in self._loaded.items()},
             {name: model.probability for name, model in self._loaded.items() if model.probability is not None},
             first.user_id,
-            None,
+            row_keys(first.label == 1, None, first.user_id, first.item_id),
             slices,
         )
 

@@ -73,6 +73,8 @@ class _Sorted:
     probability: dict[str, tuple[ProbabilitySums, SortedRuns]]
     slices: dict[tuple[int, str], dict[str, SortedRuns]] = field(default_factory=dict)
     """(column, slice) → model → its rows."""
+    keys: int = 0
+    """Sum of the rows' keys, modulo 2^64: the same in any order."""
 
 
 def evaluate(source: Source, settings: Settings, group: Group = None) -> dict[str, Any]:
@@ -123,6 +125,7 @@ class _Evaluation:
             "rows": statistics[reference].rows,
             "rows_without_weight": self.source.rows - statistics[reference].rows,
             "users": users.users if users else None,
+            "exposures": f"{sum(gather_objects(ordered.keys, self.group)) % 2**64:016x}",
             "weighted": self.source.weighted,
             "models": models,
             "paired": paired,
@@ -156,6 +159,7 @@ class _Evaluation:
                 runs = ordered.overall[model.name] if same else SortedRuns(self.pool, np.dtype(np.float64), weighted)
                 ordered.probability[model.name] = ProbabilitySums(), runs
         for batch in self._batches():
+            ordered.keys = (ordered.keys + int(batch.keys.sum(dtype=np.uint64))) % 2**64
             for name, scores in batch.scores.items():
                 ordered.overall[name].add(scores, batch.is_positive, batch.weights)
             for name, values in batch.probabilities.items():
@@ -234,7 +238,7 @@ class _Evaluation:
         scores = {model.name: np.empty(0, self.source.score_type(model)) for model in self.source.models}
         weights = np.empty(0) if self.source.weighted else None
         users = np.empty(0, np.int64) if self.source.has_users else None
-        return Batch(np.empty(0, bool), weights, scores, {}, users, None, [])
+        return Batch(np.empty(0, bool), weights, scores, {}, users, np.empty(0, np.uint64), [])
 
     def _bootstrap(self, buckets: UserBuckets) -> dict[str, np.ndarray]:
         """model → AUCs of resampled users; empty if not wanted or not possible."""

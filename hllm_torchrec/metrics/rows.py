@@ -63,8 +63,8 @@ class Batch:
     """model → float64 [n], of the models that have them."""
     users: np.ndarray | None
     """int64 [n]: the number itself, or a 64-bit hash of the text."""
-    pairs: np.ndarray | None
-    """uint64 [n]: hash of (user, item), if the files have both."""
+    keys: np.ndarray
+    """uint64 [n]: hash of the label and, where there are, of weight, user and item; says what was measured."""
     slices: list[tuple[list[str], np.ndarray]] = field(default_factory=list)
     """For each column its slices' names and each row's place among them [n], -1 for none."""
 
@@ -135,9 +135,9 @@ class Rows:
         }
         users = identities(table[layout.user]) if layout.user else None
         items = identities(table[layout.item]) if layout.item else None
-        pairs = None if users is None or items is None else mix(users, items)
+        keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, start)
-        batch = Batch(is_positive, weights, scores, probabilities, users, pairs, slices)
+        batch = Batch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
 
     def _labels(self, tables: Mapping[str, pa.Table], start: int) -> np.ndarray:
@@ -197,20 +197,29 @@ class Rows:
             names = [f"history_{name}" for name in HISTORY_BUCKETS]
             found.append((names, np.searchsorted(lows, lengths, side="right") - 1))
         if layout.timestamp:
-            found += time_slices(self._seconds(table, start))
+            if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
+                self._numbers(self.models[0].name, table, layout.timestamp, start)
+            found += time_slices(seconds_of(table[layout.timestamp]))
         for column in layout.slices:
             encoded = pc.dictionary_encode(table[column].combine_chunks(), null_encoding="encode")
             names = [f"{column}={value}" for value in encoded.dictionary.to_pylist()]
             found.append((names, encoded.indices.to_numpy()))
         return found
 
-    def _seconds(self, table: pa.Table, start: int) -> np.ndarray:
-        assert self.layout.timestamp
-        values = table[self.layout.timestamp]
-        if pa.types.is_timestamp(values.type):
-            values = pc.cast(pc.cast(values, pa.timestamp("s"), safe=False), pa.int64())
-            table = pa.table({self.layout.timestamp: values})
-        return self._numbers(self.models[0].name, table, self.layout.timestamp, start).astype(np.int64)
+
+def seconds_of(values: pa.ChunkedArray) -> np.ndarray:
+    """Times as int64 seconds [n]: Arrow timestamps, or numbers of seconds."""
+    if pa.types.is_timestamp(values.type):
+        values = pc.cast(pc.cast(values, pa.timestamp("s"), safe=False), pa.int64())
+    return values.to_numpy().astype(np.int64)
+
+
+def row_keys(
+    is_positive: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None, items: np.ndarray | None
+) -> np.ndarray:
+    """A hash of what is there of each row, uint64 [n]."""
+    columns = [is_positive.astype(np.int64), None if weights is None else weights.view(np.int64), users, items]
+    return mix(*(column for column in columns if column is not None))
 
 
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
@@ -246,6 +255,6 @@ def _without(batch: Batch, kept: np.ndarray) -> Batch:
         {name: values[kept] for name, values in batch.scores.items()},
         {name: values[kept] for name, values in batch.probabilities.items()},
         pick(batch.users),
-        pick(batch.pairs),
+        batch.keys[kept],
         [(names, codes[kept]) for names, codes in batch.slices],
     )

@@ -148,10 +148,11 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--run", "{run}", "--checkpoint", "newest"], "--checkpoint newest: neither best nor latest"),
         (["--run", "{run}", "--compare", "{run}"], "has no predictions"),
         (["--run", "{base}/item_mean", "--compare", "{base}/item_mean"], "another model has the name 'item_mean'"),
-        (["--predictions", "mean"], "--predictions mean: must be NAME=DIR"),
+        (["--predictions", "mean"], "--predictions mean: must be NAME=PATH"),
         (["--predictions", "a={base}/item_mean", "a={base}/item_mean"], "two models are named 'a'"),
         (["--compare", "{base}"], "no part-*.parquet in"),
-        (["--predictions", "a={base}/item_mean", "--draws", "0"], "0 draws of"),
+        (["--predictions", "a={base}"], "is no file, and no directory with .parquet"),
+        (["--predictions", "a={base}/item_mean", "--draws", "-1"], "draws is -1; 0 for no bootstrap"),
         (["--split", "tests"], "argument --split: invalid choice: 'tests'"),
     ],
 )
