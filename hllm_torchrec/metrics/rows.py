@@ -218,8 +218,11 @@ def row_keys(
     is_positive: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None, items: np.ndarray | None
 ) -> np.ndarray:
     """A hash of what is there of each row, uint64 [n]."""
-    columns = [is_positive.astype(np.int64), None if weights is None else weights.view(np.int64), users, items]
-    return mix(*(column for column in columns if column is not None))
+    columns = (None if weights is None else weights.view(np.int64), users, items)
+    there = [column for column in columns if column is not None]
+    if not there:
+        return mix(np.arange(2))[is_positive.astype(np.int8)]
+    return mix(is_positive.astype(np.int64), *there)
 
 
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:

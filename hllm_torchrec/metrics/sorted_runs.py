@@ -189,11 +189,11 @@ class Ranges:
         parts = [[run.part(cuts[k], cuts[k + 1]) for run, cuts in zip(self._runs, self._cuts)] for k in wanted]
         sent = [sum(len(part.scores) for part in of_rank) for of_rank in parts]
         flat = [part for of_rank in parts for part in of_rank]
-        scores = np.concatenate([part.scores for part in flat]) if flat else np.empty(0, self._type)
-        mass_type = flat[0].masses.dtype if flat else np.dtype(np.int32 if self._kinds == 2 else np.float64)
-        masses = (
-            np.concatenate([part.masses for part in flat], axis=1) if flat else np.empty((self._kinds, 0), mass_type)
-        )
+        if len(flat) == 1 and world(self.group) == 1:
+            return widened(flat[0])
+        mass_type = np.dtype(np.int32 if self._kinds == 2 else np.float64)
+        scores = np.concatenate([part.scores for part in flat] or [np.empty(0, self._type)])
+        masses = np.concatenate([part.masses for part in flat] or [np.empty((self._kinds, 0), mass_type)], axis=1)
         if world(self.group) > 1:
             scores = exchange(scores, sent, self.group)
             masses = np.stack([exchange(row, sent, self.group) for row in masses])
@@ -208,10 +208,12 @@ def merge_rows(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray 
     if weights is None:
         scores, positives = _sort_labelled(scores, is_positive)
         starts = _starts(scores)
-        ends = np.append(starts[1:], len(scores)).astype(np.int64)
-        cumulated = np.concatenate([[0], np.cumsum(positives, dtype=np.int32)])
-        count = cumulated[ends] - cumulated[starts]
-        return Tied(scores[starts], np.stack([count, (ends - starts - count).astype(np.int32)]))
+        masses = np.empty((2, len(starts)), dtype=np.int32)
+        ends = np.append(starts[1:], len(scores))
+        upto = np.cumsum(positives, dtype=np.int32)[ends - 1]
+        masses[0, 0], masses[0, 1:] = upto[0], upto[1:] - upto[:-1]
+        np.subtract(ends - starts, masses[0], out=masses[1], casting="unsafe")
+        return Tied(scores[starts], masses)
     order = np.argsort(scores, kind="stable")
     scores, positive, weights = scores[order], is_positive[order], weights[order]
     starts = _starts(scores)
@@ -222,14 +224,24 @@ def merge_rows(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray 
 
 def merge_tied(tied: Tied) -> Tied:
     """Sorted runs one after the other as one run of unique scores; counts become int64."""
-    wide = np.int64 if tied.masses.dtype.kind == "i" else np.float64
     if not len(tied.scores):
-        return Tied(tied.scores, tied.masses.astype(wide))
+        return widened(tied)
     order = np.argsort(tied.scores, kind="stable")  # merges ascending stretches in linear time
     scores = tied.scores[order]
     starts = _starts(scores)
-    masses = [np.add.reduceat(row[order], starts, dtype=wide) for row in tied.masses]
-    return Tied(scores[starts], np.stack(masses))
+    masses = np.empty((len(tied.masses), len(starts)), _wide(tied.masses.dtype))
+    for row, into in zip(tied.masses, masses):
+        np.add.reduceat(row[order], starts, dtype=masses.dtype, out=into)
+    return Tied(scores[starts], masses)
+
+
+def widened(tied: Tied) -> Tied:
+    """The same with counts as int64, whose products do not overflow."""
+    return Tied(tied.scores, tied.masses.astype(_wide(tied.masses.dtype), copy=False))
+
+
+def _wide(kind: np.dtype) -> np.dtype:
+    return np.dtype(np.int64 if kind.kind == "i" else np.float64)
 
 
 def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,7 +255,7 @@ def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndar
     keys <<= 1
     keys |= is_positive
     keys.sort()
-    positives = (keys & 1).astype(bool)
+    positives = keys.astype(np.int8) & np.int8(1)
     keys >>= 1
     ordered = keys.astype(np.int32)
     del keys
