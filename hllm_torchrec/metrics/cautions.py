@@ -95,7 +95,7 @@ def file_overlap(
     columns = [layout.user, layout.item]
     readers = [RowReader(find_files(files), columns, folder) for files in (test, train)]
     names = "user, item"
-    if layout.timestamp and all(layout.timestamp in schema.names for reader in readers for schema in reader.schemas):
+    if layout.timestamp and all(reader.has(layout.timestamp) for reader in readers):
         columns, names = [*columns, layout.timestamp], "user, item, time"
         readers = [RowReader(find_files(files), columns, folder, columns[2:]) for files in (test, train)]
     return count_overlap(*(_keys(reader, layout) for reader in readers), readers[0].rows, memory, names)

@@ -185,8 +185,8 @@ def _add_thresholds(
     sums: _Sums, mass: np.ndarray, under: np.ndarray, positives: float, negatives: float
 ) -> list[np.ndarray]:
     """Add what the thresholds of a block give, each score and all above it called positive; the curves' corners."""
-    over = positives - under[0]
-    false = negatives - under[1]
+    over = np.maximum(positives - under[0], mass[0])  # rounding may eat light rows beside heavy ones
+    false = np.maximum(negatives - under[1], mass[1])
     precision = over / (over + false)
     sums.precision += float(mass[0] @ precision) / positives
     for place, wanted in enumerate(PRECISIONS):

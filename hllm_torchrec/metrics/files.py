@@ -65,10 +65,11 @@ class RowReader:
             ValueError: a file that cannot be read or lacks a column, naming it.
         """
         self.files, self.columns = list(files), list(dict.fromkeys(columns))
+        self._names: list[list[str]] = []
         self._readable = [self._as_parquet(file, folder, index, numbers) for index, file in enumerate(files)]
-        self._parquet = [_open(file, shown) for file, shown in zip(self._readable, files)]
-        for shown, parquet in zip(files, self._parquet):
-            _check_columns(shown, parquet.schema_arrow.names, self.columns)
+        self._parquet = [_open(file) for file in self._readable]
+        for shown, names in zip(files, self._names):
+            _check_columns(shown, names, self.columns)
         self._first_rows = [0]
         for parquet in self._parquet:
             self._first_rows.append(self._first_rows[-1] + parquet.metadata.num_rows)
@@ -77,6 +78,10 @@ class RowReader:
     def rows(self) -> int:
         """Rows of all files."""
         return self._first_rows[-1]
+
+    def has(self, column: str) -> bool:
+        """Whether every file has the column, be it read or not."""
+        return all(column in names for names in self._names)
 
     @property
     def schemas(self) -> list[pa.Schema]:
@@ -123,9 +128,11 @@ class RowReader:
 
     def _as_parquet(self, file: Path, folder: Path, index: int, numbers: Sequence[str]) -> Path:
         if file.suffix == ".parquet":
+            self._names.append(_open(file).schema_arrow.names)
             return file
         with pacsv.open_csv(file) as header:
             names = header.schema.names
+        self._names.append(names)
         _check_columns(file, names, self.columns)
         kinds = {name: pa.float64() if name in (*NUMBERS, *numbers) else pa.string() for name in self.columns}
         convert = pacsv.ConvertOptions(column_types=kinds, include_columns=self.columns, strings_can_be_null=True)
@@ -142,11 +149,11 @@ class RowReader:
         return target
 
 
-def _open(file: Path, shown: Path) -> pq.ParquetFile:
+def _open(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, memory_map=False, pre_buffer=False)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{shown} cannot be read as Parquet: {error}; write it again") from error
+        raise ValueError(f"{file} cannot be read as Parquet: {error}; write it again") from error
 
 
 def _check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> None:

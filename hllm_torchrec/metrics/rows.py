@@ -1,6 +1,7 @@
 """The rows of prediction files, checked: labels, weights, scores of one model or more, users and slices."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from hllm_torchrec.metrics.inputs import WEIGHT_RANGE
 from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
 
 DAY = 86_400
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
 
 @dataclass(frozen=True)
@@ -235,15 +237,19 @@ def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
 
 
 def identities(values: pa.ChunkedArray) -> np.ndarray:
-    """Ids as int64 [n]: integers themselves, all else a 64-bit hash of its text (two of 10^7 users share one with a
-    chance of 3e-6)."""
+    """Ids as int64 [n]: integers themselves, also where a file holds them as text; of all else a 64-bit hash (two of
+    10^7 users share one with a chance of 3e-6)."""
     if pa.types.is_integer(values.type) and not values.null_count:
         return values.to_numpy().astype(np.int64)
     encoded = pc.dictionary_encode(pc.cast(values, pa.string()).combine_chunks(), null_encoding="encode")
-    hashed = [hashlib.blake2b(str(text).encode(), digest_size=8).digest() for text in encoded.dictionary.to_pylist()]
-    return (
-        np.frombuffer(b"".join(hashed), dtype=np.int64)[encoded.indices.to_numpy()] if hashed else np.empty(0, np.int64)
-    )
+    unique = np.array([_identity(str(text)) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return unique[encoded.indices.to_numpy()]
+
+
+def _identity(text: str) -> int:
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _without(batch: Batch, kept: np.ndarray) -> Batch:
