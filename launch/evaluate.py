@@ -185,10 +185,10 @@ def named_paths(compared: list[Path], named: list[str]) -> dict[str, Path]:
     """
     pairs = [(path.resolve().name, path) for path in compared]
     for entry in named:
-        name, equals, path = entry.partition("=")
-        if not (name and equals and path):
+        name, equals, place = entry.partition("=")
+        if not (name and equals and place):
             raise ValueError(f"--predictions {entry}: must be NAME=PATH")
-        pairs.append((name, Path(path)))
+        pairs.append((name, Path(place)))
     found: dict[str, Path] = {}
     for name, path in pairs:
         if name in found:

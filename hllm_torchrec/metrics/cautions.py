@@ -56,6 +56,10 @@ def cautions(metrics: Mapping[str, Any], overlap: Overlap | None = None) -> list
                 f"{name}: rows of one user resemble each other: with users as independent units the standard error "
                 f"is {clustered:.5f}, DeLong's (rows as independent) only {plain:.5f}. Trust the wider interval."
             )
+    left_out = (metrics.get("bootstrap") or {}).get("left_out")
+    if left_out:
+        instead = "The interval over users is by formula." if metrics.get("users") else "Rows count as independent."
+        found.append(f"No bootstrap over users: {left_out}. {instead}")
     if metrics.get("users") and metrics["users"] < FEW_USERS:
         found.append(f"Only {metrics['users']} users: intervals over users are rough.")
     found += _tiny_slices(metrics)
@@ -98,7 +102,8 @@ def file_overlap(
     if layout.timestamp and all(reader.has(layout.timestamp) for reader in readers):
         columns, names = [*columns, layout.timestamp], "user, item, time"
         readers = [RowReader(find_files(files), columns, folder, columns[2:]) for files in (test, train)]
-    return count_overlap(*(_keys(reader, layout) for reader in readers), readers[0].rows, memory, names)
+    test_keys, train_keys = (_keys(reader, layout) for reader in readers)
+    return count_overlap(test_keys, train_keys, readers[0].rows, memory, names)
 
 
 def count_overlap(

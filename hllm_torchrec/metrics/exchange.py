@@ -26,7 +26,7 @@ def world(group: Group = None) -> int:
 
 def rank_in(group: Group = None) -> int:
     """This rank's number in the group."""
-    return dist.get_rank(group) if world(group) > 1 else 0
+    return 0 if isinstance(group, Alone) or world(group) == 1 else dist.get_rank(group)
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
@@ -40,6 +40,7 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
 
 def device(group: Group = None) -> torch.device:
     """Where the group's collectives work: nccl knows CUDA only."""
+    assert not isinstance(group, Alone)
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

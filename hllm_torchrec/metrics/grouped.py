@@ -43,7 +43,7 @@ def grouped_auc(
         positives /= np.where(kept, group_positives, 1)[tie_groups]
         negatives /= np.where(kept, group_negatives, 1)[tie_groups]
         positives, negatives = positives * kept[tie_groups], negatives * kept[tie_groups]
-        group_positives, group_negatives = np.ones(len(kept)), np.bincount(tie_groups, negatives)
+        group_positives, group_negatives = np.bincount(tie_groups, positives), np.bincount(tie_groups, negatives)
     before = group_negatives.cumsum() - group_negatives
     below = negatives.cumsum() - negatives - before[tie_groups]
     concordant = np.bincount(tie_groups, positives * (below + negatives / 2))

@@ -95,7 +95,6 @@ class _Evaluation:
     def __init__(self, source: Source, settings: Settings, pool: Pool, group: Group):
         self.source, self.settings, self.pool, self.group = source, settings, pool, group
         self.names = [model.name for model in source.models]
-        self.batch_rows = max(64, min(1 << 20, settings.memory // 1024))
 
     def run(self) -> dict[str, Any]:
         ordered = self._sort()
@@ -130,12 +129,16 @@ class _Evaluation:
             "models": models,
             "paired": paired,
             "curves": {name: curves(statistics[name], probability[name][1]) for name in self.names},
-            "bootstrap": {"draws": self.settings.draws if drawn else 0, "seed": self.settings.seed},
+            "bootstrap": {
+                "draws": self.settings.draws if drawn else 0,
+                "seed": self.settings.seed,
+                "left_out": self._no_bootstrap(),
+            },
             "memory": {"limit": self.settings.memory, "spilled": sum(gather_objects(self.pool.spilled, self.group))},
         }
 
-    def _batches(self) -> Iterator[Batch]:
-        return self.source.batches(rank_in(self.group), world(self.group), self.batch_rows)
+    def _batches(self, rows: int) -> Iterator[Batch]:
+        return self.source.batches(rank_in(self.group), world(self.group), rows)
 
     def _sort(self) -> _Sorted:
         """Pass one. A bad row raises on every rank, so that none waits for another."""
@@ -158,7 +161,7 @@ class _Evaluation:
                 same = model.probability == model.score and self.source.score_type(model) == np.float64
                 runs = ordered.overall[model.name] if same else SortedRuns(self.pool, np.dtype(np.float64), weighted)
                 ordered.probability[model.name] = ProbabilitySums(), runs
-        for batch in self._batches():
+        for batch in self._batches(max(64, min(1 << 20, self.settings.memory // 1024))):
             ordered.keys = (ordered.keys + int(batch.keys.sum(dtype=np.uint64))) % 2**64
             for name, scores in batch.scores.items():
                 ordered.overall[name].add(scores, batch.is_positive, batch.weights)
@@ -180,11 +183,11 @@ class _Evaluation:
             for name, low, high in zip(names, cuts, cuts[1:]):
                 runs = ordered.slices.setdefault((column, name), {})
                 for model in self.source.models:
-                    mine = runs.setdefault(model.name, None) or self._new_runs(model)
-                    runs[model.name] = mine
+                    if model.name not in runs:
+                        runs[model.name] = self._new_runs(model)
                     rows = order[low:high]
                     weights = None if batch.weights is None else batch.weights[rows]
-                    mine.add(batch.scores[model.name][rows], batch.is_positive[rows], weights)
+                    runs[model.name].add(batch.scores[model.name][rows], batch.is_positive[rows], weights)
             if sum(key[0] == column for key in ordered.slices) > MAX_SLICES:
                 example = names[0].partition("=")[0]
                 raise ValueError(
@@ -214,7 +217,8 @@ class _Evaluation:
     ) -> UserBuckets:
         """Pass two: every row's influence on each AUC, by user and for the pairs."""
         buckets = UserBuckets(self.pool, len(self.names), self.source.rows, self.group)
-        batches, empty = self._batches(), self._empty()
+        # each batch goes through all placements on disk: few large ones, of up to a quarter of the memory
+        batches, empty = self._batches(max(64, self.settings.memory // 512)), self._empty()
         while any(gather_objects((batch := next(batches, None)) is not None, self.group)):
             batch = batch or empty
             influences = np.stack(
@@ -240,11 +244,21 @@ class _Evaluation:
         users = np.empty(0, np.int64) if self.source.has_users else None
         return Batch(np.empty(0, bool), weights, scores, {}, users, np.empty(0, np.uint64), [])
 
+    def _no_bootstrap(self) -> str | None:
+        """Why there is no bootstrap although it is wanted."""
+        if not (self.settings.draws and self.source.rows):
+            return None
+        if not self.source.has_users:
+            return "the rows have no users"
+        if self.source.weighted:
+            return "rows are weighted"
+        if self.source.rows > BOOTSTRAP_ROWS:
+            return f"more than {BOOTSTRAP_ROWS:,} rows"
+        return None
+
     def _bootstrap(self, buckets: UserBuckets) -> dict[str, np.ndarray]:
         """model → AUCs of resampled users; empty if not wanted or not possible."""
-        if not self.settings.draws or not self.source.rows or self.source.weighted:
-            return {}
-        if self.source.rows > BOOTSTRAP_ROWS:
+        if not (self.settings.draws and self.source.rows) or self._no_bootstrap():
             return {}
         records = np.concatenate([part for parts in gather_objects(list(buckets), self.group) for part in parts])
         scores = {name: records["score"][:, place] for place, name in enumerate(self.names)}

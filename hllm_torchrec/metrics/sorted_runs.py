@@ -142,7 +142,7 @@ class SortedRuns:
         self.flush()
         ranks = world(group)
         own = np.array([sum(run.length for run in self._runs)], dtype=np.int64)
-        total = int(sum(all_gather(own, group)).item())
+        total = int(np.sum(all_gather(own, group)))
         per_rank = -(-total * RANGE_BYTES[self.weighted] // (ranks * max(self.pool.memory, 1)))
         splitters = _splitters(self._runs, self.score_type, ranks * max(per_rank, 1), group)
         return Ranges(self._runs, splitters, max(per_rank, 1), KINDS[self.weighted], self.score_type, group)

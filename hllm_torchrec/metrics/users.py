@@ -97,7 +97,7 @@ class UserBuckets:
 
     def statistics(self, models: int) -> UserStatistics:
         """Of the users of all ranks, the same on every rank. Collective."""
-        sums = _Sums(*[0, 0, 0.0], *(np.zeros(models) for _ in range(4)))
+        sums = _Sums(0, 0, 0.0, *(np.zeros(models) for _ in range(4)))
         for records in self:
             _add_bucket(sums, records, models)
         return _finish(gather_objects(sums, self._group))
