@@ -124,7 +124,7 @@ def interval_lines(lines: Sequence[Interval], places: Sequence[str], y_label: st
             look = _look(series.color)
             axis.plot(values[:, 0], marker="o", markersize=3, **look)
             axis.fill_between(range(len(values)), values[:, 1], values[:, 2], color=look["color"], alpha=0.15, lw=0)
-        shown = np.unique(np.linspace(0, len(places) - 1, 8).astype(int))
+        shown = np.unique(np.linspace(0, len(places) - 1, 6).astype(int))
         axis.set_xticks(shown, [places[place] for place in shown])
         axis.set(ylabel=y_label)
         if len(lines) > 1:

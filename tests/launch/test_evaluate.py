@@ -19,6 +19,7 @@ from hllm_torchrec.launch.baselines import main as run_baselines
 from hllm_torchrec.launch.evaluate import main
 from hllm_torchrec.launch.report import main as write_report
 from hllm_torchrec.metrics.compare import read_predictions
+from hllm_torchrec.offline import training_overlap
 from tests import fixtures
 from tests.training_fixtures import config, lines, train
 
@@ -66,6 +67,9 @@ def test_a_run_is_compared_with_baselines_on_the_same_exposures(run: Path, capsy
     assert metrics["models"]["plain"]["auc"] == pytest.approx(roc_auc_score(own.label, own.score))
     assert metrics["rows"] == len(own.label) == sum(p.num_rows for p in map(pq.read_metadata, parts(run)))
     assert metrics["provenance"]["dataset"]["fingerprint"] == fixtures.dataset().fingerprint
+    assert len(metrics["provenance"]["weights"]["fingerprint"]) == 16
+    exposures = set(zip(own.user_id.tolist(), own.item_id.tolist(), np.asarray(own.timestamp).tolist()))
+    assert (metrics["overlap"]["exposures"], metrics["overlap"]["seen"]) == (len(exposures), 0)
     assert metrics["provenance"]["seed"] == 0 and metrics["provenance"]["machine"]["packages"]
     printed = capsys.readouterr().out
     assert "difference to plain" in printed and "running_bias" in printed
@@ -110,6 +114,26 @@ def test_a_generative_run_has_retrieval_only(run: Path, capsys: pytest.CaptureFi
     assert not (run / "predictions").exists()
     assert "whole catalogue" in capsys.readouterr().out
     assert "recall@5" in (run / "report.html").read_text()
+
+
+def test_exposures_of_the_training_part_are_found(run: Path) -> None:
+    assert main(["--run", str(run), "--draws", "0", "--no-tensorboard", "--split", "train"]) == 0
+    predictions, dataset = run / "predictions" / "train", fixtures.dataset().root
+    found = training_overlap(predictions, dataset)
+    assert found.seen == found.exposures > 0 and metrics_of(run, "metrics-train.json")["overlap"] is None
+
+
+def test_the_gate_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--run-dir", str(run), "--draws", "0", "--no-tensorboard"]
+    assert main(quick) == 0
+    accepted = shutil.copy(run / "metrics.json", tmp_path / "accepted.json")
+    assert main([*quick, "--baseline", str(accepted)]) == 0
+    assert "gate: PASS: AUC of plain" in capsys.readouterr().out
+    better = metrics_of(tmp_path, "accepted.json")
+    better["models"]["plain"] |= {"auc": 0.9999, "auc_se": 1e-9, "clustered_se": 1e-9}
+    accepted.write_text(json.dumps(better))
+    assert main([*quick, "--baseline", str(accepted), "--max-drop", "0.001"]) in (3, 4)
+    assert metrics_of(run)["gate"]["drop"] > 0.001
 
 
 def test_predictions_alone_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchx.tracker.api import AppRun
 from torchx.tracker.backend.fsspec import FsspecTracker
+from torchx.tracker.backend.fsspec import create as create_tracker
 
 from hllm_torchrec.launch import prediction_files
 from hllm_torchrec.launch.evaluate import main
@@ -195,8 +196,15 @@ def test_the_torchx_component_starts_ranks_that_agree_with_one(files: Path, root
     command = [str(binaries / "torchx"), "run", str(root / "launch" / "components.py") + ":evaluate", "--j", "1x2"]
     command += ["--predictions", named, "--", *QUICK, "--output", str(two)]
     env = os.environ | {"PYTHONPATH": str(root), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    (tmp_path / "tracker").mkdir()
+    (tmp_path / "tracker.conf").write_text(f"protocol=file\nroot_path={tmp_path / 'tracker'}\n")
+    tracker = f"[torchx:tracker]\nfsspec =\n\n[tracker:fsspec]\nconfig = {tmp_path / 'tracker.conf'}\n"
+    (tmp_path / ".torchxconfig").write_text(f"[cli:run]\nscheduler = local_cwd\n\n{tracker}")
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
+    recorded = create_tracker(str(tmp_path / "tracker.conf"))
+    (job,) = recorded.run_ids()
+    assert job.startswith("local_cwd://torchx/evaluate-") and set(recorded.artifacts(job)) == {"metrics", "report"}
     assert read(two)["provenance"]["world"] == 2
     assert read(two)["models"]["new"]["auc"] == read(one)["models"]["new"]["auc"]
     assert read(two)["models"]["new"]["gauc"] == pytest.approx(read(one)["models"]["new"]["gauc"], abs=1e-12)
