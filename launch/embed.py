@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
     device = start_process()
     try:
-        experiment, weights, _ = load_run(args.run, args.checkpoint, device)
-        with weights:
-            report = embed_items(experiment, args.items, args.dtype)
+        loaded = load_run(args.run, args.checkpoint, device)
+        with loaded.weights:
+            report = embed_items(loaded.experiment, args.items, args.dtype)
         if rank() == 0:
             print(
                 f"embedded {report.encoded:,} of {report.items:,} items in {report.seconds:.1f} s; "
