@@ -16,7 +16,9 @@ did but chance may explain it.
 
 import argparse
 import os
+import resource
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,10 +151,9 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
 
 def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Verdict | None":
     """Measure files of predictions on all ranks."""
-    import tempfile
-
     from hllm_torchrec.logs import machine_info
     from hllm_torchrec.metrics.cautions import file_overlap
+    from hllm_torchrec.metrics.exchange import gather_objects
     from hllm_torchrec.metrics.job import Settings, evaluate
     from hllm_torchrec.metrics.rows import Rows
     from hllm_torchrec.ranks import on_rank_zero, world_size
@@ -161,6 +162,7 @@ def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Ver
     settings = Settings(args.split, args.memory, args.draws, spill=args.spill)
     with tempfile.TemporaryDirectory(prefix="hllm-files-", dir=args.spill) as folder:
         metrics = evaluate(Rows(models, layout, Path(folder)), settings)
+        metrics["memory"]["peak"] = max(gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * 1024
 
         def write() -> "Verdict | None":
             metrics["provenance"] = {

@@ -49,6 +49,7 @@ def test_two_models_in_parquet_and_csv(files: Path, tmp_path: Path, capsys: pyte
     assert metrics["models"]["new"]["log_loss"] is not None and metrics["models"]["old"]["log_loss"] is None
     assert {"country=de", "item_cold", "history_0", "hour_07"} <= metrics["models"]["old"]["slices"].keys()
     assert metrics["overlap"]["seen"] == 20 and metrics["overlap"]["keys"] == "user, item, time"
+    assert metrics["memory"]["limit"] == 1 << 30 and metrics["memory"]["peak"] > 100 << 20
     provenance = metrics["provenance"]
     assert provenance["columns"]["user"] == "user_id" and len(provenance["files"]["old"]["fingerprint"]) == 16
     printed = capsys.readouterr().out
