@@ -34,6 +34,7 @@ REQUIREMENTS = [
     "transformers>=5.23,<6",
 ]
 DEV = [
+    "faiss-cpu>=1.15,<2",
     "hypothesis>=6.170,<7",
     "mypy>=2.4,<3",
     "pytest>=9.2,<10",
@@ -77,6 +78,6 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEV, "flash-attn": ["flash-attn>=2.7"]},
+    extras_require={"dev": DEV, "faiss": ["faiss-cpu>=1.15,<2"], "flash-attn": ["flash-attn>=2.7"]},
     entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},
 )

@@ -38,6 +38,9 @@ class DataConfig:
     which an exposure sees between max_history / 2 and max_history events (all, where there are fewer)."""
     batch_users: int = 8
     """User pieces per rank and step."""
+    batch_item_tokens: int = 0
+    """Above 0: a rank's training step has users whose events have at most this many text tokens together, instead of
+    batch_users of them; steps then cost alike. A stage's own batch_users goes before it."""
     item_features: tuple[str, ...] = ()
     """Categorical item features of the dataset added to history, query and target, e.g. [genres]."""
     user_features: tuple[str, ...] = ()
@@ -49,6 +52,9 @@ class DataConfig:
     training part when first asked for) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is read as unknown (0), a row that cold items then use."""
+    train_part: Literal["train", "train_and_valid"] = "train"
+    """Which events train: those of the training part, or those of the validation part too. The second is for the
+    last run, when nothing is left to choose: validation metrics are then of events that were trained on."""
     prefetch: int = 2
     """Batches prepared ahead by the background thread."""
 
@@ -83,18 +89,31 @@ class ItemLLMConfig:
     """Between the key-value pairs."""
     max_text_length: int = 256
     """Tokens of an item's text, prompt included."""
+    trained_share: float = 1.0
+    """Share of a step's items through which gradients flow; the others' embeddings come from a cache."""
+    refresh_after: int = 20
+    """Steps after which a cached embedding is made anew; matters where trained_share is below 1."""
+    share_prefix: bool = True
+    """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
+    the same values and gradients for less work. Encoders (`causal: false`) do without."""
+    attention: Literal["auto", "buckets", "varlen", "flash"] = "auto"
+    """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
+    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the fastest that can run."""
 
 
 @dataclass(frozen=True)
 class UserEncoderConfig:
     """The User LLM, or what stands in its place."""
 
+    encoder: Literal["llm", "hstu", "sasrec", "ligr"] = "llm"
+    """llm: a Hugging Face decoder; the others are described by `shape`, see `modules.encoder_shapes`."""
     pretrained: str | None = None
     """Hugging Face directory of a decoder; its word embeddings are dropped."""
     shape: dict[str, Any] | None = None
-    """Hugging Face config of a decoder with random weights, instead of `pretrained`."""
+    """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
+    fields of HSTUShape, SASRecShape or LiGRShape."""
     layers: int | None = None
-    """Keep the first n layers (none given: all)."""
+    """Keep the first n layers of the decoder (none given: all)."""
     trainable: bool = True
     """False freezes it (the paper's Table 4)."""
     dropout: float = 0.0
@@ -133,6 +152,12 @@ class ObjectiveConfig:
     """lambda of Eq. (3); with fusion `none` the generative loss has weight 1."""
     value_weight: float = 0.0
     """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
+    item_space: Literal["auto", "text", "features"] = "auto"
+    """Where positives and negatives of the generative loss live. text: E of the Item LLM alone, as in the paper;
+    features: P(E) + ID + item features, which an ID-only model has. auto: text where there is an Item LLM."""
+    generative_loss: Literal["infonce", "bce"] = "infonce"
+    """infonce: Eq. (1), a sampled softmax; bce: one binary decision for the positive and one, the mean over the
+    negatives, against them (SASRec)."""
     negatives: int = 512
     """Items drawn per step from the catalogue, shared by all users and ranks of the step."""
     temperature: float = 0.05
@@ -224,7 +249,13 @@ class EvaluationConfig:
     batch_users: int = 16
     """User pieces per rank and step."""
     retrieval: bool = False
-    """Also Recall@K and NDCG@K over the whole catalogue (needs the generative loss)."""
+    """Also Recall@K and NDCG@K over the whole catalogue (needs the generative loss). Targets are what the
+    generative loss has for targets: positive exposures, or all (objective.positive_targets_only)."""
+    filter_seen: bool = True
+    """Items of a user's history are no candidates."""
+    protocol: Literal["leave_one_out", "ml1m_hstu"] | None = None
+    """Published protocol that the run follows; what it asks of other fields is checked, and its name goes into
+    the results (`hllm_torchrec.protocols`)."""
     ks: tuple[int, ...] = (10, 50, 200)
     """K of Recall@K and NDCG@K; the first is for the choice of the best checkpoint."""
     keep_last: int = 2

@@ -4,6 +4,10 @@ import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from hllm_torchrec.config_keys import record_problems
+from hllm_torchrec.modules.encoder_shapes import SHAPES
+from hllm_torchrec.protocols import protocol_problems
+
 if TYPE_CHECKING:
     from hllm_torchrec.config import Config, StageConfig
 
@@ -14,10 +18,13 @@ BOUNDS = {
     "max_steps": ">= 0",
     "data.max_history": ">= 2",
     "data.batch_users": ">= 1",
+    "data.batch_item_tokens": ">= 0",
     "data.id_dropout": ">= 0, < 1",
     "data.prefetch": ">= 0",
     "item_llm.layers": ">= 1",
     "item_llm.max_text_length": ">= 1",
+    "item_llm.trained_share": "> 0, <= 1",
+    "item_llm.refresh_after": ">= 0",
     "user.layers": ">= 1",
     "user.dropout": ">= 0, < 1",
     "features.time_depth": ">= 0, <= 6",
@@ -59,7 +66,9 @@ def problems_of(config: "Config") -> list[str]:
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
         *_backbone_problems(config),
+        *_encoder_problems(config),
         *_objective_problems(config),
+        *protocol_problems(config),
     ]
 
 
@@ -86,6 +95,7 @@ def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
 def _backbone_problems(config: "Config") -> Iterator[str]:
     for name, part in (("user", config.user), ("item_llm", config.item_llm)):
         unused = name == "item_llm" and not config.item_llm.enabled
+        unused = unused or (name == "user" and config.user.encoder != "llm")
         if not unused and (part.pretrained is None) == (part.shape is None):
             yield (
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
@@ -93,15 +103,47 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
             )
 
 
+def _encoder_problems(config: "Config") -> Iterator[str]:
+    """What of `user` does not fit an encoder that is no Hugging Face decoder."""
+    user = config.user
+    if user.encoder == "llm":
+        return
+    for name in ("pretrained", "layers"):
+        if getattr(user, name) is not None:
+            yield f"user.{name}: {getattr(user, name)!r}: only for user.encoder llm; leave it out"
+    kind = SHAPES[user.encoder]
+    problems = list(record_problems(user.shape or {}, kind, "user.shape"))
+    yield from problems
+    if problems:
+        return
+    shape = kind(**(user.shape or {}))
+    longest = max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
+    if shape.max_positions < longest and user.encoder != "hstu":
+        yield (
+            f"user.shape.max_positions: {shape.max_positions}: must be at least the longest history, {longest} "
+            "(data.max_history or a stage's)"
+        )
+    if user.encoder != "hstu" and shape.count_from == "end" and config.objective.fusion != "none":
+        yield (
+            "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
+            "write start"
+        )
+    if user.encoder == "hstu" and shape.time_of == "next" and config.objective.fusion != "none":
+        yield (
+            "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
+            "was would tell what is to be classified; write event"
+        )
+
+
 def _objective_problems(config: "Config") -> Iterator[str]:
     text, objective = config.item_llm.enabled, config.objective
     generates = objective.fusion == "none" or objective.generative_weight > 0
     if not text and not config.features.item_id:
         yield "features.item_id: false while item_llm.enabled is false: items would have no features"
-    if not text and generates:
+    if not text and generates and objective.item_space == "text":
         yield (
-            "objective.generative_weight: above 0 (or fusion none) while item_llm.enabled is false: the "
-            "generative loss has the Item LLM's embeddings as targets; set it to 0 with fusion late or early"
+            "objective.item_space: 'text' while item_llm.enabled is false: there are no text embeddings to predict; "
+            "write features (or auto)"
         )
     if config.evaluation.retrieval and not generates:
         yield (

@@ -111,12 +111,21 @@ def quick_metrics(columns: Columns) -> dict[str, float]:
 
 @torch.no_grad()
 def score_retrieval(
-    model: nn.Module, loader: Loader, items: Tensor, device: torch.device, ks: tuple[int, ...], show: bool = False
+    model: nn.Module,
+    loader: Loader,
+    items: Tensor,
+    device: torch.device,
+    ks: tuple[int, ...],
+    show: bool = False,
+    *,
+    filter_seen: bool = True,
+    positive_only: bool = True,
 ) -> dict[str, float | int | None]:
-    """Recall@K, NDCG@K and MRR over the whole catalogue for every positive exposure. Collective.
+    """Recall@K, NDCG@K and MRR over the whole catalogue for every (positive) exposure. Collective.
 
-    items: [N, E] all item embeddings. Scores are cosine similarities; item 0 and the items of the user's
-    history are no candidates. Exposures without history are left out and counted as `without_history`.
+    items: [N, V] all items in the space of the generative loss. Scores are cosine similarities; item 0 is no
+    candidate, and with `filter_seen` neither are the items of the user's history. positive_only: exposures with
+    label 0 are no targets. Exposures without history are left out and counted as `without_history`.
     """
     model.eval()
     unit = torch.nn.functional.normalize(items.float(), dim=-1)
@@ -127,9 +136,10 @@ def score_retrieval(
             predicted = model(batch, want_next=True).next_items
             assert predicted is not None, "retrieval needs the generative loss"
             visible = batch.query_visible[batch.target_query]
-            skipped += int(((batch.labels > 0) & (visible == 0)).sum())
-            for rows in torch.nonzero((batch.labels > 0) & (visible > 0)).flatten().split(RETRIEVAL_ROWS):
-                seen, offsets = _seen_items(batch, rows)
+            wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
+            skipped += int((wanted & (visible == 0)).sum())
+            for rows in torch.nonzero(wanted & (visible > 0)).flatten().split(RETRIEVAL_ROWS):
+                seen, offsets = _seen_items(batch, rows) if filter_seen else (None, None)
                 found = catalogue_ranks(
                     torch.nn.functional.normalize(predicted[rows].float(), dim=-1),
                     unit,

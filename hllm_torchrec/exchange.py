@@ -76,7 +76,7 @@ def encode_unique_items(
     owners = assign_owners(union, costs_of(union), n_ranks)
     mine = union[owners == dist.get_rank()]
     encoded = encode(mine)
-    wants_gradient = _any_rank(_wants_gradient(encoded), encoded.device)
+    wants_gradient = any_rank(_wants_gradient(encoded), encoded.device)
 
     asked = [ids[owners[torch.searchsorted(union, ids)] == dist.get_rank()] for ids in ids_by_rank]
     rows = encoded[torch.searchsorted(mine, torch.cat(asked))]
@@ -130,10 +130,10 @@ def all_agree_to_continue(flag: bool) -> bool:
 
     Collective, also at the end: a rank that has run out must ask once more with False, with the others.
     """
-    return not _any_rank(not flag, _communication_device())
+    return not any_rank(not flag, _communication_device())
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether `flag` is true on at least one rank."""
     return bool(global_sum(torch.tensor(int(flag), device=device)))
 

@@ -4,6 +4,7 @@ Training and the offline evaluation job build their parts here, so that both sco
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import raw_model
 from hllm_torchrec.items import ItemEncoder
-from hllm_torchrec.model import HLLM, build_model
+from hllm_torchrec.model import HLLM, build_model, item_space
 from hllm_torchrec.parallelize import parallelize
+from hllm_torchrec.protocols import dataset_problems
 from hllm_torchrec.ranks import on_rank_zero
+from hllm_torchrec.subsample import SubsampledEncoder
 
 INIT_ROWS = 4096
 """Table rows drawn from one generator: the values of a row do not depend on how the table is sharded."""
@@ -58,12 +61,26 @@ class Experiment:
         """What `optim.ema` averages: all dense parts but the Item LLM, whose cached embeddings stay valid so."""
         return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith("item_llm.")]
 
-    def loader(self, split: str, batch_users: int, *, training: bool = False, max_history: int | None = None) -> Loader:
-        """Batches of a split on this rank."""
+    def loader(
+        self,
+        split: str,
+        batch_users: int,
+        *,
+        training: bool = False,
+        max_history: int | None = None,
+        batch_item_tokens: int = 0,
+    ) -> Loader:
+        """Batches of a split on this rank; training ones of the events that `data.train_part` names.
+
+        Outside of training, where exposures see earlier positions (leave one out), they see as much as
+        `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
+        """
+        whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
+        costs = self.encoder.tokens.lengths + 1 if batch_item_tokens and self.encoder is not None else None
         collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors)
         return Loader(
             self.dataset,
-            split,
+            "valid" if whole else split,
             collator,
             batch_users=batch_users,
             max_history=max_history or self.config.data.max_history,
@@ -72,6 +89,10 @@ class Experiment:
             seed=self.config.seed,
             shuffle=training,
             prefetch=self.config.data.prefetch,
+            batch_cost=batch_item_tokens,
+            item_costs=costs,
+            whole=whole,
+            fill=not training and self.recipe.visibility == "position",
         )
 
     def cold_items(self) -> NDArray[np.bool_]:
@@ -95,16 +116,26 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     """
     dataset = Dataset.open(Path(config.data.dataset))
     recipe = recipe_of(config, dataset)
-    problems = check_recipe(recipe, dataset) + list(_missing_models(config))
+    problems = [
+        *check_recipe(recipe, dataset),
+        *_missing_models(config),
+        *dataset_problems(config, dataset.manifest),
+    ]
     if problems:
         raise ConfigError(problems)
-    encoder = ItemEncoder(_token_store(config, dataset), device) if config.item_llm.enabled else None
+    encoder = None
+    if config.item_llm.enabled:
+        shares = config.item_llm.share_prefix and config.item_llm.causal
+        encoder = ItemEncoder(_token_store(config, dataset), device, shares)
     torch.manual_seed(config.seed)
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, recipe.tables(dataset), base_rate(dataset), torch.device("meta"), width)
+    share = config.item_llm.trained_share
     model.encode_items = encoder
-    _check_vocabulary(model, encoder)
+    if encoder is not None and share < 1:
+        model.encode_items = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed)
+    _check_words(model, encoder)
     wrapped = parallelize(model, config, device)
     initialise_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
@@ -117,8 +148,9 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
     return BatchRecipe(
         fusion=config.objective.fusion,
         history=config.data.history,
-        visibility="position" if dataset.manifest["split"]["rule"] == "leave_one_out" else "second",
+        visibility=dataset.visibility,
         negatives=config.objective.negatives if generates else 0,
+        item_slots=generates and item_space(config) == "features",
         positive_targets_only=config.objective.positive_targets_only,
         item_id=config.features.item_id,
         action=config.features.action,
@@ -169,14 +201,28 @@ def _token_store(config: Config, dataset: Dataset) -> TokenStore:
     return TokenStore.open(Path(path))
 
 
-def _check_vocabulary(model: HLLM, encoder: ItemEncoder | None) -> None:
-    """Whether the Item LLM has a word vector for every token; looking up a row that is not there would crash."""
+def _check_words(model: HLLM, encoder: ItemEncoder | None) -> None:
+    """Whether the Item LLM has a vector for every token and place; looking up one that is not there would crash."""
     if encoder is None or model.item_llm is None:
         return
-    rows, needed = model.item_llm.backbone.get_input_embeddings().num_embeddings, encoder.tokens.facts["vocab_size"]
-    if needed > rows:
-        problem = f"item_llm.tokenizer: makes token ids up to {needed - 1}, but the Item LLM has {rows} word vectors"
-        raise ConfigError([f"{problem}: give the tokeniser of that model, or a shape with a larger vocab_size"])
+    words = model.item_llm.backbone.get_input_embeddings().num_embeddings
+    tokens, problems = encoder.tokens.facts["vocab_size"], []
+    if tokens > words:
+        problems.append(
+            f"item_llm.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
+            "the tokeniser of that model, or a shape with a larger vocab_size"
+        )
+    learned = getattr(getattr(model.item_llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
+    places = math.inf if learned is None else learned.num_embeddings
+    own = int(model.item_llm.pooling == "item")
+    longest = int(encoder.tokens.lengths.max())
+    if longest + own > places:
+        problems.append(
+            f"item_llm.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * own}, but the "
+            f"Item LLM has {places} position vectors: at most {places - own}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def base_rate(dataset: Dataset) -> float:

@@ -20,10 +20,17 @@ class ItemEncoder:
 
     The tokens are looked up by the rank that encodes them (it may be another than the one whose batch has the
     item), so batches carry ids, not text.
+
+    Args:
+        tokens: of all items.
+        device: where they are encoded.
+        share_prefix: encode the tokens with which most items begin once per call, not once per item; for causal
+            Item LLMs.
     """
 
-    def __init__(self, tokens: TokenStore, device: torch.device) -> None:
+    def __init__(self, tokens: TokenStore, device: torch.device, share_prefix: bool = False) -> None:
         self.tokens, self.device = tokens, device
+        self.share_prefix = share_prefix and len(tokens.prefix) > 0
         self.encoded_tokens = 0
         """Tokens encoded on this rank so far, [ITEM] included: what the throughput log counts."""
         self.attended_keys = 0
@@ -34,20 +41,37 @@ class ItemEncoder:
         return encode_unique_items(unique_items, self.costs, lambda ids: self.encode(item_llm, ids))
 
     def costs(self, ids: Tensor) -> Tensor:
-        """Tokens of each item, the [ITEM] vector included."""
+        """Tokens of each item, the [ITEM] vector included, a shared prefix not."""
         rows, offsets = ids.cpu().numpy(), self.tokens.offsets
-        return torch.from_numpy(offsets[rows + 1] - offsets[rows] + 1).to(ids.device)
+        counts = offsets[rows + 1] - offsets[rows] + 1
+        if self.share_prefix:
+            counts = counts - self.tokens.begins_with_prefix[rows] * len(self.tokens.prefix)
+        return torch.from_numpy(counts).to(ids.device)
 
     def encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
         """Embeddings [n, E] of `ids` [n], on this rank."""
-        token_ids, cu_seqlens = self.tokens.gather(ids.cpu().numpy())
-        self._count(np.diff(cu_seqlens), item_llm)
-        return item_llm(torch.from_numpy(token_ids).to(self.device), torch.from_numpy(cu_seqlens).to(self.device))
+        rows = ids.cpu().numpy()
+        if not self.share_prefix:
+            token_ids, cu_seqlens = self.tokens.gather(rows)
+            self._count(np.diff(cu_seqlens), np.zeros(len(rows), np.int64), item_llm)
+            return item_llm(self._tensor(token_ids), self._tensor(cu_seqlens))
+        token_ids, cu_seqlens, has_prefix = self.tokens.gather_behind_prefix(rows)
+        prefix = self.tokens.prefix
+        self._count(np.diff(cu_seqlens), has_prefix * len(prefix), item_llm)
+        if len(rows):  # without items there is no prefix to encode either
+            self.encoded_tokens += len(prefix)
+            self.attended_keys += len(prefix) * (len(prefix) + 1) // 2
+        return item_llm(*map(self._tensor, (token_ids, cu_seqlens, prefix, has_prefix)))
 
-    def _count(self, lengths: np.ndarray, item_llm: ItemLLM) -> None:
-        lengths = lengths + (1 if item_llm.pooling == "item" else lengths == 0)
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _count(self, lengths: np.ndarray, in_front: np.ndarray, item_llm: ItemLLM) -> None:
+        """Count texts of `lengths` that see `in_front` tokens of a shared prefix besides."""
+        lengths = lengths + (1 if item_llm.pooling == "item" else lengths + in_front == 0)
         self.encoded_tokens += int(lengths.sum())
-        self.attended_keys += int((lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2).sum())
+        own = lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2
+        self.attended_keys += int((own + lengths * in_front).sum())
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:

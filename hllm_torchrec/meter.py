@@ -14,6 +14,7 @@ from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.flops import flops_utilisation, measured_matmul_peak, transformer_flops_per_token
 from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import HLLM
+from hllm_torchrec.modules.user_encoder import UserEncoder
 
 PEAK_SHAPES = {
     "cpu": ((512, 512, 512), (1024, 512, 512)),
@@ -55,7 +56,11 @@ class StepMeter:
             flops += backbone_flops(self.model.item_llm.backbone, tokens, keys) * item_passes(self.model)
         work = [user_work(batch, queries=self.model.fusion != "none") for batch in batches]
         user_tokens, user_keys = map(sum, zip(*work, strict=True))
-        flops += backbone_flops(self.model.user.backbone, user_tokens, user_keys) * user_passes(self.model)
+        user = self.model.user
+        if isinstance(user, UserEncoder):
+            flops += user.flops(user_tokens, user_keys) * user_passes(self.model)
+        else:
+            flops += backbone_flops(user.backbone, user_tokens, user_keys) * user_passes(self.model)
         exposures = sum(batch.num_exposures for batch in batches)
         local = torch.tensor([exposures, tokens, user_tokens, flops], dtype=torch.float64)
         exposures_all, items_all, users_all, flops_all = global_sum(local).tolist()

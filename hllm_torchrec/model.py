@@ -6,8 +6,11 @@
     logit = Head(q) or Head(q, x_target)                   early or late fusion, Figure 2
     L = lambda * L_gen(h, E_next, E_negatives) + L_cls     Eq. (1)-(3)
 
+E_next and E_negatives are the Item LLM's embeddings, or in the item space of features P(E) + ID + ... of each
+item, looked up in the same call as everything else: an ID-only model has no other.
+
 Legend: B pieces of users, T history positions, Q queries, X exposures, G generative targets, U unique items,
-S feature slots (T, Q, then X for late fusion), D user width, E item width.
+S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
 """
 
 from collections.abc import Callable
@@ -15,15 +18,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hllm_torchrec.config import Config
+from hllm_torchrec.config import Config, UserEncoderConfig
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.modules.encoder_shapes import SHAPES
+from hllm_torchrec.modules.hstu import HSTU
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE, HybridFeatures
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
 from hllm_torchrec.modules.jagged import sequence_of_position
+from hllm_torchrec.modules.ligr import LiGR
 from hllm_torchrec.modules.losses import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.prediction_head import PredictionHead
+from hllm_torchrec.modules.sampled_bce import sampled_bce
+from hllm_torchrec.modules.sasrec import SASRec
+from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.modules.user_llm import Queries, UserLLM
+
+ENCODERS: dict[str, type[HSTU] | type[SASRec] | type[LiGR]] = {"hstu": HSTU, "sasrec": SASRec, "ligr": LiGR}
+"""`user.encoder` -> what stands in the User LLM's place."""
+
+GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 
 EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
 """(item_llm, unique item ids [U]) -> E [U, E]; where items of a global batch are shared out over ranks."""
@@ -35,7 +50,8 @@ class HLLMOutput:
 
     logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
     of squared errors of the auxiliary head, or None; generative: the InfoNCE's sums, or None; next_items:
-    [X, E] predicted item of every exposure, or None; items: [U, E] detached.
+    [X, E] predicted item of every exposure, or None; items: [U, E] detached, what the generative loss compares, or
+    the Item LLM's embeddings.
     """
 
     logits: Tensor
@@ -63,7 +79,7 @@ class HLLM(nn.Module):
         item_llm: ItemLLM | None,
         item_width: int,
         features: HybridFeatures,
-        user: UserLLM,
+        user: UserLLM | UserEncoder,
         config: Config,
         base_rate: float,
         vector_width: int = 0,
@@ -73,6 +89,7 @@ class HLLM(nn.Module):
         self.fusion = objective.fusion
         self.generates = self.fusion == "none" or objective.generative_weight > 0
         self.item_llm, self.features, self.user = item_llm, features, user
+        self.compares_features = self.generates and item_space(config) == "features"
         self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
         same = item_llm is None or item_width == user.width
         self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
@@ -85,7 +102,9 @@ class HLLM(nn.Module):
         if self.fusion != "none" and objective.value_weight > 0:
             self.value_head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
         if self.generates:
-            self.project_next = nn.Identity() if same else nn.Linear(user.width, item_width)
+            straight = same or self.compares_features
+            self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
+            self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
             self.logit_scale = LogitScale(objective.temperature)
         self.encode_items: EncodeItems | None = None
         self.item_cache: Tensor | None = None
@@ -93,17 +112,18 @@ class HLLM(nn.Module):
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
-        h_TD, q_QD, target_XD = self._encode_users(batch, items)
+        h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
+        compared = of_features if self.compares_features else items
         logits, classification, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
-        classification = classification + 0.0 * (h_TD.sum() if items is None else h_TD.sum() + items.sum())
+        classification = classification + 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
         return HLLMOutput(
             logits=logits,
             classification=classification,
             value_error=value_error,
-            generative=self._generate(batch, h_TD, items) if self.generates and items is not None else None,
+            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
             next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
-            items=None if items is None else items.detach(),
+            items=None if compared is None else compared.detach(),
         )
 
     def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
@@ -119,44 +139,68 @@ class HLLM(nn.Module):
         assert self.item_llm is not None, "an ID-only model has no item embeddings"
         return self._encode_items(self.item_llm, item_ids)
 
+    def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
+        """P(E) + ID + item features of items [n, D] by the present weights, outside of a step. Collective.
+
+        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
+        """
+        return self.features(features, None, self._projected(self.item_embeddings(item_ids), vectors))
+
     def _encode_items(self, item_llm: ItemLLM, item_ids: Tensor) -> Tensor:
         assert self.encode_items is not None, "the model was not given a way to encode items"
         return self.encode_items(item_llm, item_ids)
 
-    def _encode_users(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """h [T, D], q [Q, D] and, for late fusion, the targets' features [X, D]."""
+    def _encode_users(
+        self, batch: HybridBatch, items: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """h [T, D], q [Q, D], the targets' features [X, D] (late fusion) and the items' [U, D] (if they have slots)."""
         slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
-        x_TD, x_QD, target_XD = slots.tensor_split(self._slot_bounds(batch))
+        x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
+        of_items = item_UD if self._has_item_slots(batch) else None
         if self.fusion == "none":
-            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps)
-            return h_TD, q_QD, None
+            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, next_times=batch.next_times)
+            return h_TD, q_QD, None, of_items
         late = self.fusion == "late"
         if late:
             x_QD = x_QD + self.user_token
         asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
-        h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked)
-        return h_TD, q_QD, target_XD if late else None
+        h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
+        return h_TD, q_QD, target_XD if late else None, of_items
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
-        """P(E) + W v of each slot's item [S, D]: history, then queries (early) or nothing and the targets (late)."""
-        terms = [] if items is None else [self.project_item(items)]
-        if self.project_vectors is not None:
-            assert batch.item_vectors is not None, "the batch has no item vectors"
-            terms.append(self.project_vectors(batch.item_vectors))
-        if not terms:
+        """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
+        projected = self._projected(items, batch.item_vectors)
+        if projected is None:
             return None
-        projected = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        history = projected[batch.history_index]
-        if self.fusion == "none":
-            return history
+        parts = [projected[batch.history_index]]
         targets = projected[batch.target_index]
         if self.fusion == "early":
-            return torch.cat([history, targets[batch.query_target]])
-        return torch.cat([history, history.new_zeros(batch.query_times.numel(), history.shape[1]), targets])
+            parts.append(targets[batch.query_target])
+        if self.fusion == "late":
+            parts += [targets.new_zeros(batch.query_times.numel(), targets.shape[1]), targets]
+        if self._has_item_slots(batch):
+            parts.append(projected)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int]:
+    def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+        """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
+        terms = [] if items is None else [self.project_item(items)]
+        if self.project_vectors is not None:
+            assert vectors is not None, "the batch has no item vectors"
+            terms.append(self.project_vectors(vectors))
+        if not terms:
+            return None
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
         history = batch.item_ids.numel()
-        return history, history + (0 if self.fusion == "none" else batch.query_times.numel())
+        queries = 0 if self.fusion == "none" else batch.query_times.numel()
+        targets = batch.target_items.numel() if self.fusion == "late" else 0
+        return history, history + queries, history + queries + targets
+
+    def _has_item_slots(self, batch: HybridBatch) -> bool:
+        """Batches of training have them where the loss compares features; those of evaluation need none."""
+        return self.compares_features and batch.features.stride() > self._slot_bounds(batch)[2]
 
     def _classify(
         self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
@@ -174,9 +218,9 @@ class HLLM(nn.Module):
         return logits, classification, (error.square() * batch.weights[known]).sum()
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
-        """Eq. (1): positives are E of the next items, without ID or time; own items are no negatives."""
+        """Eq. (1): positives are the next items, `items` [U, E] without action or time; own items are no negatives."""
         sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
-        return info_nce(
+        return self.generative_loss(
             self.project_next(h_TD[batch.next_rows]),
             items[batch.next_index],
             items[batch.negative_index],
@@ -212,10 +256,7 @@ def build_model(
         vector_width: V of the dense item features, 0 without.
     """
     item_llm, item_width = _build_item_llm(config)
-    user = UserLLM(
-        build_backbone(config.user.pretrained, config.user.shape, config.user.layers, word_embeddings=False),
-        config.user.dropout,
-    )
+    user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
     features = HybridFeatures(
         {name: rows for name, rows in tables.items() if name != ACTION_GATE},
@@ -229,6 +270,26 @@ def build_model(
         device=table_device,
     )
     return HLLM(item_llm, item_width, features, user, config, base_rate, vector_width)
+
+
+def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
+    """The User LLM, or the encoder that stands in its place.
+
+    Raises:
+        ValueError: the shape is not one of that encoder.
+    """
+    if user.encoder == "llm":
+        backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
+        return UserLLM(backbone, user.dropout)
+    return ENCODERS[user.encoder](SHAPES[user.encoder](**(user.shape or {})), user.dropout)
+
+
+def item_space(config: Config) -> str:
+    """Where the generative loss compares items: "text" (E) or "features" (P(E) + ID + ...)."""
+    chosen = config.objective.item_space
+    if chosen != "auto":
+        return chosen
+    return "text" if config.item_llm.enabled else "features"
 
 
 def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:

@@ -1,19 +1,32 @@
 """The offline evaluation of a run: its model as configured, the weights of a checkpoint, a split scored."""
 
+import hashlib
+import json
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
 from hllm_torchrec.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from hllm_torchrec.checkpoint_files import read_marker
 from hllm_torchrec.config import Config, config_from_file
-from hllm_torchrec.evaluate import save_predictions, score_retrieval, score_split
+from hllm_torchrec.evaluate import save_predictions, score_split
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.logs import machine_info
+from hllm_torchrec.metrics.cautions import Overlap, count_overlap
+from hllm_torchrec.metrics.grouped import mix
 from hllm_torchrec.optim import EmaWeights
+from hllm_torchrec.retrieval import measures_retrieval, retrieve
+
+OVERLAP_MEMORY = 1 << 30
+"""Bytes for the search for exposures that the training part has too."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,8 @@ class RunScores:
     """Of `metrics.retrieval`, where the configuration asks for it or there is nothing else."""
     provenance: dict[str, Any]
     """Where the numbers come from."""
+    overlap: Overlap | None = None
+    """Exposures of the split that the training part has too; None for the training part itself. Rank 0 only."""
 
 
 def run_config(run: Path) -> Config:
@@ -58,6 +73,28 @@ def find_checkpoint(run: Path, which: str) -> Path:
     return found
 
 
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model with the weights of a checkpoint. weights: the context in which it has those to evaluate with."""
+
+    experiment: Experiment
+    checkpoint: Path
+    weights: AbstractContextManager[None]
+    step: int
+
+
+def load_run(run: Path, which: str, device: torch.device) -> LoadedRun:
+    """The model of a run at a checkpoint: see `find_checkpoint`. Collective.
+
+    Raises:
+        ValueError: no such run, checkpoint or dataset; a checkpoint of another model.
+    """
+    config = run_config(run)
+    checkpoint = find_checkpoint(run, which)
+    experiment = build_experiment(config, device)
+    return LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
+
+
 def score_run(run: Path, split: str, which: str, device: torch.device) -> RunScores:
     """Score every exposure of a split with a checkpoint's weights; predictions go to the run. Collective.
 
@@ -66,24 +103,38 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
     Raises:
         ValueError: no such run, checkpoint or dataset, or an empty split; a checkpoint of another model.
     """
-    config = run_config(run)
-    checkpoint = find_checkpoint(run, which)
-    experiment = build_experiment(config, device)
-    loader = experiment.loader(split, config.evaluation.batch_users)
+    loaded = load_run(run, which, device)
+    experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
+    loader = experiment.loader(split, experiment.config.evaluation.batch_users)
     show = dist.get_rank() == 0
-    hllm, predictions, retrieval = experiment.hllm, None, None
-    weights, step = _load(experiment, checkpoint)
-    with weights:
+    with loaded.weights:
         hllm.item_cache = experiment.encode_catalogue()
         if hllm.fusion != "none":
             predictions = run / "predictions" / split
             cold = experiment.cold_items()
             save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
-        if config.evaluation.retrieval or hllm.fusion == "none":
-            assert hllm.item_cache is not None, "retrieval without an Item LLM"
-            ks = config.evaluation.ks
-            retrieval = score_retrieval(experiment.model, loader, hllm.item_cache, device, ks, show)
-    return RunScores(predictions, retrieval, _provenance(experiment, checkpoint, step))
+        if measures_retrieval(experiment):
+            retrieval = retrieve(experiment, loader, show)
+    overlap = None
+    if predictions is not None and split != "train" and dist.get_rank() == 0:
+        overlap = training_overlap(predictions, experiment.dataset.root)
+    return RunScores(predictions, retrieval, _provenance(loaded), overlap)
+
+
+def training_overlap(predictions: Path, dataset: Path) -> Overlap:
+    """Exposures (user, item, second) of predictions that are events of the dataset's training part too."""
+    test = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp"])
+
+    def events() -> Iterator[np.ndarray]:
+        for file in sorted((dataset / "sequences" / "train").glob("part-*.parquet")):
+            for batch in pq.ParquetFile(file).iter_batches(4096, columns=["user_id", "item_ids", "timestamps"]):
+                lengths = pc.list_value_length(batch["item_ids"]).to_numpy(zero_copy_only=False)
+                users = np.repeat(batch["user_id"].to_numpy(), lengths)
+                items, times = (batch[name].flatten().to_numpy() for name in ("item_ids", "timestamps"))
+                yield mix(*(column.astype(np.int64) for column in (users, items, times)))
+
+    own = mix(*(test[name].to_numpy().astype(np.int64) for name in test.column_names))
+    return count_overlap([own], events(), len(own), OVERLAP_MEMORY, "user, item, time")
 
 
 def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int]:
@@ -97,13 +148,20 @@ def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextMana
     return weights, int(load_checkpoint(checkpoint, state)["step"])
 
 
-def _provenance(experiment: Experiment, checkpoint: Path, step: int) -> dict[str, Any]:
-    dataset = experiment.dataset
+def _provenance(loaded: LoadedRun) -> dict[str, Any]:
+    dataset, checkpoint = loaded.experiment.dataset, loaded.checkpoint
     return {
         "checkpoint": str(checkpoint),
-        "step": step,
-        "seed": experiment.config.seed,
+        "weights": {"fingerprint": _weights_fingerprint(checkpoint)},
+        "step": loaded.step,
+        "seed": loaded.experiment.config.seed,
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         "world": dist.get_world_size(),
         "machine": machine_info(),
     }
+
+
+def _weights_fingerprint(checkpoint: Path) -> str:
+    """Sixteen hexadecimal digits of the contents of the checkpoint's files, from the hashes in its marker."""
+    files = json.dumps(read_marker(checkpoint)["files"], sort_keys=True)
+    return hashlib.blake2b(files.encode(), digest_size=8).hexdigest()

@@ -30,6 +30,8 @@ from torchrec.optim import Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.model import HLLM
+from hllm_torchrec.modules.attention_backends import Choice, choose_backend
+from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.quiet import quiet_libraries
 
 CUDA_ONLY_OPTIMIZERS = ("adam", "partial_rowwise_adam")
@@ -116,11 +118,19 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         ConfigError: a plan that the device or the optimizer cannot do.
     """
     problems = check_tables(config, device)
+    if config.parallel.dense == "fsdp" and device.type == "cpu" and torch.__version__.startswith("2.11."):
+        problems.append(
+            f"parallel.dense: fsdp: torch {torch.__version__} fails at it on a CPU; take 2.12 or later, or ddp"
+        )
     if problems:
         raise ConfigError(problems)
+    if model.item_llm is not None:
+        model.item_llm.attention = choose_attention(config, device)
     if config.parallel.activation_checkpointing:
         for part in (model.item_llm, model.user):
-            if part is not None:
+            if isinstance(part, UserEncoder):
+                part.recompute = True
+            elif part is not None:
                 part.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if config.parallel.compile:
         for layer in _llm_layers(model):
@@ -136,6 +146,18 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
     ddp = config.parallel.dense == "ddp"
     return distribute(model, plan, sharder, device, ddp=ddp, some_unused=some_unused)
+
+
+def choose_attention(config: Config, device: torch.device) -> Choice:
+    """The kernel of the Item LLM's attention, and why.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    try:
+        return choose_backend(config.item_llm.attention, device, compute_dtype(config))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def distribute(
@@ -219,9 +241,14 @@ def give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: Tab
 
 
 def _llm_layers(model: HLLM) -> list[nn.Module]:
-    """The layers of both LLMs, first to last."""
-    backbones = [part.backbone for part in (model.item_llm, model.user) if part is not None]
-    return [layer for b in backbones for layer in (b.layers if hasattr(b, "layers") else b.encoder.layer)]
+    """The layers of both LLMs (or of what stands in the User LLM's place), first to last."""
+    found: list[nn.Module] = []
+    for part in (model.item_llm, model.user):
+        if isinstance(part, UserEncoder):
+            found += part.layers
+        elif part is not None:
+            found += part.backbone.layers if hasattr(part.backbone, "layers") else part.backbone.encoder.layer
+    return found
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:
@@ -236,6 +263,7 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
     tables = set() if model.features.tables is None else set(model.features.tables.parameters())
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
     register_fsdp_forward_method(model, "embed_items")
+    register_fsdp_forward_method(model, "embed_in_feature_space")
 
 
 def whole(tensor: Tensor) -> Tensor:

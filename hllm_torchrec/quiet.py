@@ -13,6 +13,7 @@ _LOG_MESSAGES = {
 #: (category, how the message begins, as a regular expression)
 _WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, "`broadcast_buffers` is deprecated"),  # torchrec's call of DDP; the model has no buffers
+    (FutureWarning, "Please use DTensor instead and we are deprecating ShardedTensor"),  # torchrec's tables
     # FSDP2, of the logits: nothing is done to them in place.
     (UserWarning, "FSDP2-wrapped module .* returned a view tensor"),
     # FBGEMM's replicated tables are differentiated by a fallback; tests compare what it gives.

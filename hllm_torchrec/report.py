@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.metrics.compare import SCHEMA_VERSION, interval, number
-from hllm_torchrec.metrics.page import figure, folded, page, paragraph, section, side_by_side, table
+from hllm_torchrec.metrics.compare import by_users, interval, number
+from hllm_torchrec.metrics.page import figure, folded, page, paragraph, section, table
 from hllm_torchrec.metrics.plots import (
     NEUTRALS,
     Estimate,
@@ -17,8 +17,9 @@ from hllm_torchrec.metrics.plots import (
     estimates,
     line_panels,
     step_lines,
-    unit_square,
 )
+from hllm_torchrec.metrics.schema import READABLE
+from hllm_torchrec.metrics.sections import curves, models_of, over_time, slices, warnings
 
 LOSSES = {"loss": "loss", "loss_cls": "classification loss", "loss_gen": "generative loss"}
 
@@ -56,11 +57,13 @@ def write_report(run_dir: str | Path) -> Path:
             f"{run_dir} has neither metrics.json nor a log.jsonl with steps; train or evaluate into it first"
         )
     parts = [
+        warnings(metrics),
         _headline(metrics),
         _paired(metrics),
         _training(log),
-        _curves(metrics),
-        _slices(metrics),
+        curves(metrics),
+        over_time(metrics),
+        slices(metrics),
         _retrieval(metrics.get("retrieval")),
         _configuration(run_dir / "config.yaml"),
         _provenance(metrics.get("provenance")),
@@ -101,21 +104,25 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); evaluate again to write it anew") from error
     version = metrics.get("schema_version") if isinstance(metrics, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
+        reads = ", ".join(map(str, READABLE))
         raise ValueError(
-            f"{path} has schema_version {version}, this report reads {SCHEMA_VERSION}; evaluate again to write it anew"
+            f"{path} has schema_version {version}, this report reads {reads}; evaluate again to write it anew"
         )
     return metrics
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
-    models = _models(metrics)
+    models = models_of(metrics)
     if not models:
         return ""
     plain = {
+        "PR-AUC": "pr_auc",
         "GAUC": "gauc",
+        "GAUC by user": "gauc_user_weighted",
         "log loss": "log_loss",
-        "normalized entropy": "normalized_entropy",
+        "NE": "normalized_entropy",
+        "Brier": "brier",
         "calibration": "calibration",
         "ECE": "ece",
     }
@@ -124,21 +131,37 @@ def _headline(metrics: Mapping[str, Any]) -> str:
             name,
             number(model["auc"]),
             interval(model["auc_low"], model["auc_high"]),
-            interval(model.get("bootstrap_low"), model.get("bootstrap_high")),
+            interval(*by_users(model)),
             *(number(model.get(key)) for key in plain.values()),
         )
         for name, model in models.items()
     ]
     first = next(iter(models.values()))
-    size = f"{metrics['split']} split: {metrics['rows']:,} exposures of {metrics['users']:,} users"
-    note = (
-        "AUC is exact, ties count one half. DeLong's interval takes exposures as independent; the other "
-        "resamples users. GAUC is the AUC within a user, weighted by exposures: "
+    users = f" of {metrics['users']:,} users" if metrics.get("users") else ""
+    size = f"{metrics['split']} split: {metrics['rows']:,} exposures{users}"
+    within = (
+        "GAUC is the AUC within a user, weighted by exposures, GAUC by user with all users alike: "
         f"{first['gauc_users']:,} users count, {first['gauc_users_left_out']:,} with one class only do not. "
-        "Normalized entropy is useful below 1; calibration is right at 1."
+    )
+    note = (
+        "AUC is exact, ties count one half. DeLong's interval takes exposures as independent, the other takes users: "
+        "exposures of one user resemble each other, so it is the one to trust. "
+        f"{within if first['gauc_users'] is not None else ''}PR-AUC is average precision. NE, normalized entropy, is "
+        "useful below 1; calibration is right at 1. "
+        f"{'Exposures are weighted.' if metrics.get('weighted') else ''}"
     )
     header = ("model", "AUC", "95% (DeLong)", "95% (users)", *plain)
-    return paragraph(size, "lead") + section("Models", table(header, rows), paragraph(note))
+    return paragraph(size, "lead") + section("Models", table(header, rows), paragraph(note.strip()), _recalls(models))
+
+
+def _recalls(models: Mapping[str, Any]) -> str:
+    """Recall at precision, a row a model; nothing for metrics that were written before there was any."""
+    found = {name: model["recall_at_precision"] for name, model in models.items() if model.get("recall_at_precision")}
+    if not found:
+        return ""
+    wanted = list(next(iter(found.values())))
+    rows = [(name, *(number(block.get(precision)) for precision in wanted)) for name, block in found.items()]
+    return table(("model", *(f"recall at precision {precision}" for precision in wanted)), rows)
 
 
 def _paired(metrics: Mapping[str, Any]) -> str:
@@ -152,28 +175,29 @@ def _paired(metrics: Mapping[str, Any]) -> str:
             number(pair["difference"], signed=True),
             interval(pair["delong_low"], pair["delong_high"], signed=True),
             _p_value(pair["delong_p"]),
-            interval(pair["bootstrap_low"], pair["bootstrap_high"], signed=True),
+            interval(*by_users(pair), signed=True),
         )
         for name, pair in paired.items()
     ]
-    kinds = {"DeLong": "delong", "bootstrap over users": "bootstrap"}
+    kinds = ["DeLong", "users"]
     groups = {
         name: [
-            Estimate(kind, pair["difference"], pair[f"{key}_low"], pair[f"{key}_high"]) for kind, key in kinds.items()
+            Estimate("DeLong", pair["difference"], pair["delong_low"], pair["delong_high"]),
+            Estimate("users", pair["difference"], *by_users(pair)),
         ]
         for name, pair in paired.items()
         if pair["difference"] is not None
     }
     note = (
         "Both intervals compare the models on the same exposures. One that does not contain 0 says that the "
-        "difference would show on other exposures (DeLong) or with other users (bootstrap) too."
+        "difference would show on other exposures (DeLong) or with other users too."
     )
     header = ("model", f"AUC minus {reference}", "95% (DeLong)", "p (DeLong)", "95% (users)")
     picture = ""
     if groups:
         axis = f"AUC minus AUC of {reference}"
         label = f"{axis} with 95% intervals: {', '.join(groups)}"
-        picture = figure("", estimates(groups, list(kinds), axis, label, "paired", zero=True, palette=NEUTRALS))
+        picture = figure("", estimates(groups, kinds, axis, label, "paired", zero=True, palette=NEUTRALS))
     return section("Paired differences", table(header, rows), picture, paragraph(note))
 
 
@@ -200,61 +224,6 @@ def _training(log: TrainingLog) -> str:
     return section("Training", *figures, paragraph(" ".join(notes).strip()))
 
 
-def _curves(metrics: Mapping[str, Any]) -> str:
-    models, curves = _models(metrics), metrics.get("curves") or {}
-    roc, reliability = [], []
-    for color, (name, model) in enumerate(models.items()):
-        points = (curves.get(name) or {}).get("roc") or {}
-        if points.get("false_positive_rate"):
-            label = f"{name}  {number(model['auc'])}"
-            roc.append(Series(label, points["false_positive_rate"], points["true_positive_rate"], color))
-        bins = (curves.get(name) or {}).get("reliability") or {}
-        if bins.get("rows"):
-            label = f"{name}  {number(model['ece'])}"
-            reliability.append(Series(label, bins["mean_probability"], bins["observed_rate"], color))
-    figures = []
-    if roc:
-        axes = ("false positive rate", "true positive rate")
-        figures.append(figure("ROC curve and AUC", unit_square(roc, *axes, "ROC curve of every model", "roc")))
-    if reliability:
-        axes = ("mean predicted probability", "observed rate of positives")
-        drawn = unit_square(reliability, *axes, "Reliability curve of every model", "reliability", markers=True)
-        figures.append(figure("Reliability and expected calibration error (ECE)", drawn))
-    note = (
-        "Each point of a reliability curve is a tenth of the exposures by predicted probability; on the "
-        "dashed diagonal the predicted probability is the observed rate."
-    )
-    return section("Order and calibration", side_by_side(figures), paragraph(note)) if figures else ""
-
-
-def _slices(metrics: Mapping[str, Any]) -> str:
-    models = _models(metrics)
-    names = list(dict.fromkeys(name for model in models.values() for name in model.get("slices") or {}))
-    groups: dict[str, list[Estimate]] = {}
-    rows = []
-    for name in names:
-        parts = {model: block["slices"][name] for model, block in models.items() if name in block["slices"]}
-        size = next(iter(parts.values()))
-        if not size["rows"]:
-            continue
-        cells = [_auc_cell(parts.get(model)) for model in models]
-        rows.append((_slice_title(name), f"{size['rows']:,}", f"{size['positives']:,}", *cells))
-        groups[f"{_slice_title(name)}  ({size['rows']:,})"] = [
-            Estimate(model, part["auc"], part["auc_low"], part["auc_high"])
-            for model, part in parts.items()
-            if part["auc"] is not None
-        ]
-    note = (
-        "Cold items have no event in the training part. History length counts the user's events in strictly "
-        "earlier seconds. Intervals are DeLong's, 95%; n/a where a class is missing."
-    )
-    drawn = {name: row for name, row in groups.items() if row}
-    label = f"AUC with 95% intervals of every model by slice: {', '.join(drawn)}"
-    picture = figure("", estimates(drawn, list(models), "AUC", label, "slices")) if drawn else ""
-    header = ("slice", "exposures", "positives", *models)
-    return section("AUC by slice", picture, table(header, rows, "dense"), paragraph(note)) if rows else ""
-
-
 def _retrieval(retrieval: Mapping[str, Any] | None) -> str:
     """A row a model; metrics that are not given by model get one row."""
     if not retrieval:
@@ -279,20 +248,6 @@ def _provenance(provenance: Mapping[str, Any] | None) -> str:
     return section("Provenance", table(("what", "value"), _flatten(provenance), "text"))
 
 
-def _models(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The models, the reference first: the order of colours in every figure."""
-    models, reference = metrics.get("models") or {}, metrics.get("reference")
-    return {name: models[name] for name in sorted(models, key=lambda name: name != reference)}
-
-
-def _auc_cell(part: Mapping[str, Any] | None) -> str:
-    """AUC, and below it the interval, which does not break."""
-    if part is None or part["auc"] is None:
-        return "n/a"
-    bounds = interval(part["auc_low"], part["auc_high"]).replace(" ", "\N{NO-BREAK SPACE}")
-    return f"{number(part['auc'])}\n{bounds}"
-
-
 def _step_series(log: TrainingLog, key: str, name: str) -> Series | None:
     """A logged number over steps; None if logged less than twice or always 0 (a loss not in use)."""
     steps = [step for step in sorted(log.steps) if _is_number(log.steps[step].get(key))]
@@ -309,12 +264,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         else:
             rows.append((f"{prefix}{key}", str(value)))
     return rows
-
-
-def _slice_title(name: str) -> str:
-    """`history_1-9` → `history 1-9`, `item_cold` → `cold items`."""
-    kind, _, part = name.partition("_")
-    return f"{part} items" if kind == "item" else f"history {part}" if kind == "history" else name
 
 
 def _p_value(value: float | None) -> str:

@@ -23,7 +23,7 @@ from hllm_torchrec.config import Config, StageConfig, save_config, to_dict
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.errors import ConfigError
-from hllm_torchrec.evaluate import quick_metrics, score_retrieval, score_split
+from hllm_torchrec.evaluate import quick_metrics, score_split
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.logs import RunLog, machine_info, peak_memory_bytes, progress
 from hllm_torchrec.meter import StepMeter, global_matmul_peak, weights_of
@@ -38,6 +38,7 @@ from hllm_torchrec.optim import (
     warmup_cosine,
 )
 from hllm_torchrec.parallelize import autocast, compute_dtype, whole
+from hllm_torchrec.retrieval import measures_retrieval, retrieve
 from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
 
@@ -186,6 +187,7 @@ class Trainer:
                 stage.batch_users or self.config.data.batch_users,
                 training=True,
                 max_history=stage.max_history,
+                batch_item_tokens=0 if stage.batch_users else self.config.data.batch_item_tokens,
             )
         return self.loaders[stage]
 
@@ -234,6 +236,7 @@ class Trainer:
             total_steps=self.total_steps,
             parameters=sum(p.numel() for p in self.hllm.parameters()),
             matmul_peak=self.peak,
+            item_attention=None if self.hllm.item_llm is None else str(self.hllm.item_llm.attention),
             machine=machine_info(),
         )
 
@@ -263,10 +266,8 @@ class Trainer:
             if self.hllm.fusion != "none":
                 cold = self.experiment.cold_items()
                 metrics |= quick_metrics(score_split(self.model, self.validation, self.device, cold=cold))
-            if self.config.evaluation.retrieval or self.hllm.fusion == "none":
-                assert items is not None
-                ks = self.config.evaluation.ks
-                found = score_retrieval(self.model, self.validation, items, self.device, ks)
+            if measures_retrieval(self.experiment):
+                found = retrieve(self.experiment, self.validation)
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in found.items()}
             self.hllm.item_cache = kept
         return metrics

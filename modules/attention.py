@@ -6,9 +6,9 @@ A packed batch is one row of T history positions followed by Q query tokens (T +
 - a query sees the first `query_visible` positions of its sequence and itself; no one sees a query.
 
 So one pass over a user's sequence serves all of the user's exposures (O(N^2) instead of O(N^3)).
-The model gets `hllm_plan=AttentionPlan` as a keyword of its forward; transformers hands it to the function
-registered here, so no modelling code is copied. Sequences of similar length share a padded bucket inside
-the kernel only: no T x T mask of the whole batch exists.
+The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a keyword of its forward;
+transformers hands it to the function registered here, so no modelling code is copied. Sequences of similar
+length share a padded bucket inside the kernel only: no T x T mask of the whole batch exists.
 
 Legend: B sequences, S packed tokens, b sequences in a bucket, N padded positions, M padded queries,
 H heads, D width of a head.
@@ -30,6 +30,7 @@ from hllm_torchrec.modules.jagged import (
     lengths_from_offsets,
     position_in_sequence,
 )
+from hllm_torchrec.modules.text_attention import TextPlan
 
 PACKED_ATTENTION = "hllm_packed"
 
@@ -63,6 +64,29 @@ class AttentionPlan:
     restore: Tensor
     position_ids: Tensor
     causal: bool
+
+    @property
+    def longest(self) -> int:
+        """Keys that the last position, or query, of the longest sequence sees."""
+        longest = max((bucket.rows.shape[1] for bucket in self.history), default=0)
+        return longest + any(queries is not None for queries in self.queries)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """query [S, H, D], key and value [S, G, D] -> [S, H, D]; G divides H."""
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        outputs, query_outputs = [], []
+        for bucket, queries in zip(self.history, self.queries, strict=True):
+            k_BHND, v_BHND = _padded(key, bucket.rows), _padded(value, bucket.rows)
+            out = _history_attention(_padded(query, bucket.rows), k_BHND, v_BHND, bucket, self.causal, scaling, dropout)
+            outputs.append(_packed(out, bucket.valid))
+            if queries is not None:
+                q, own_k, own_v = (_padded(x, queries.rows) for x in (query, key, value))
+                out = _query_attention(q, own_k, own_v, k_BHND, v_BHND, queries.hidden, scaling, dropout)
+                query_outputs.append(_packed(out, queries.valid))
+        lonely = value[self.lonely]  # a softmax over one key is that key's value
+        return torch.cat([*outputs, *query_outputs, lonely])[self.restore]
 
 
 def plan_attention(
@@ -131,7 +155,7 @@ def packed_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    hllm_plan: AttentionPlan,
+    hllm_plan: AttentionPlan | TextPlan,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [1, H, S, D], key and value [1, G, S, D] -> [1, S, H, D].
@@ -145,35 +169,18 @@ def packed_attention(
     del module, attention_mask
     _check_supported(hllm_plan, options)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    outputs, query_outputs = [], []
-    for bucket, queries in zip(hllm_plan.history, hllm_plan.queries, strict=True):
-        k_BHND, v_BHND = _padded(key, bucket.rows), _padded(value, bucket.rows)
-        out = _history_attention(
-            _padded(query, bucket.rows), k_BHND, v_BHND, bucket, hllm_plan.causal, scaling, dropout
-        )
-        outputs.append(_packed(out, bucket.valid))
-        if queries is not None:
-            q, own_k, own_v = (_padded(x, queries.rows) for x in (query, key, value))
-            out = _query_attention(q, own_k, own_v, k_BHND, v_BHND, queries.hidden, scaling, dropout)
-            query_outputs.append(_packed(out, queries.valid))
-    lonely = value[hllm_plan.lonely]  # a softmax over one key is that key's value
-    return torch.cat([*outputs, *query_outputs, lonely])[hllm_plan.restore][None], None
+    return hllm_plan.attend(query, key, value, scaling, dropout)[None], None
 
 
-def _check_supported(plan: AttentionPlan, options: dict[str, Any]) -> None:
+def _check_supported(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> None:
     """Raise rather than compute something else than what the model was trained with."""
     for name, wanted in (("softcap", "caps its attention logits"), ("s_aux", "has attention sinks")):
         if options.get(name) is not None:
             raise ValueError(f"the backbone {wanted}, which packed attention lacks: choose another model")
     sliding_window = options.get("sliding_window")
-    longest = max((bucket.rows.shape[1] for bucket in plan.history), default=0)
-    longest += any(queries is not None for queries in plan.queries)
-    if sliding_window is not None and longest > sliding_window:
+    if sliding_window is not None and plan.longest > sliding_window:
         raise ValueError(
-            f"a sequence has {longest} positions, beyond the backbone's sliding window of {sliding_window}, "
+            f"a sequence has {plan.longest} positions, beyond the backbone's sliding window of {sliding_window}, "
             "which packed attention lacks: shorten data.max_history or item_llm.max_text_length"
         )
 

@@ -2,12 +2,15 @@
 
 The input is {t_1, ..., t_m, [ITEM]}: the tokens of the text, then one learned vector. E is the last hidden
 state at [ITEM], or the mean over the text's tokens (the paper's Table 10). Items are packed one after the
-other; `hllm_torchrec.modules.attention` keeps them apart, so padding is never encoded. There is no vocabulary
-head.
+other; `hllm_torchrec.modules.text_attention` keeps them apart, so padding is never encoded. There is no
+vocabulary head. Tokens with which many texts begin (the prompt) can be given once, as a prefix that those items
+attend to: a causal model computes the same hidden states for it in front of each of them.
 
-Legend: U items, S text tokens of all items, P = S plus one [ITEM] per item that has one, D width.
+Legend: U items, S text tokens of all items (after the prefix), P tokens of the prefix, R rows of the items: S plus
+one [ITEM] per item that has one, D width.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,8 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hllm_torchrec.modules.attention import PACKED_ATTENTION, plan_attention
-from hllm_torchrec.modules.jagged import lengths_from_offsets, offsets_from_lengths, sequence_of_position
+from hllm_torchrec.modules.attention import PACKED_ATTENTION
+from hllm_torchrec.modules.attention_backends import BACKENDS, Choice, plan_text
+from hllm_torchrec.modules.jagged import lengths_from_offsets
+from hllm_torchrec.modules.text_attention import TextLayout
 
 Pooling = Literal["item", "mean"]
 
@@ -37,49 +42,102 @@ class ItemLLM(nn.Module):
         self.pooling = pooling
         self.causal = causal
         self.width: int = backbone.config.hidden_size
+        self.attention = Choice(BACKENDS["buckets"], "runs everywhere")
         words = backbone.get_input_embeddings().weight
         # Start where the words live: a vector of another scale would dominate the first layer's norm.
         self.item_token = nn.Parameter(
             words.detach().float().mean(0) if not words.is_meta else words.new_zeros(self.width)
         )
 
-    def forward(self, token_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """token_ids [S] int, cu_seqlens [U+1] int64 -> E [U, D]."""
-        items = cu_seqlens.numel() - 1
-        lengths = lengths_from_offsets(cu_seqlens)
-        has_token = torch.ones_like(lengths) if self.pooling == "item" else (lengths == 0).to(lengths.dtype)
-        packed_offsets = offsets_from_lengths(lengths + has_token)
-        total = token_ids.numel() + int(has_token.sum())
-        if total == 0:  # a rank without items runs every weight once: DDP's and FSDP's collectives need it
-            words = self.backbone.get_input_embeddings()(token_ids.long())
-            alone = torch.cat([words, self.item_token[None].to(words.dtype)])
-            return self._encode(alone, torch.tensor([0, 1], device=token_ids.device))[:0]
-        hidden = self._encode(self._embed(token_ids, cu_seqlens, packed_offsets, has_token, total), packed_offsets)
-        if self.pooling == "item":
-            return hidden[packed_offsets[1:] - 1]
-        sums = hidden.new_zeros(items, self.width)
-        sums = sums.index_add(0, sequence_of_position(packed_offsets, total), hidden)
-        return sums / lengths_from_offsets(packed_offsets)[:, None]
-
-    def _embed(
-        self, token_ids: Tensor, cu_seqlens: Tensor, packed_offsets: Tensor, has_token: Tensor, total: int
+    def forward(
+        self,
+        token_ids: Tensor,
+        cu_seqlens: Tensor,
+        prefix_ids: Tensor | None = None,
+        has_prefix: Tensor | None = None,
     ) -> Tensor:
-        """Word vectors with [ITEM] in the last place of every item that has it: [P, D]."""
-        words = self.backbone.get_input_embeddings()(token_ids.long())
-        shift = packed_offsets[:-1] - cu_seqlens[:-1]
-        text_rows = torch.arange(token_ids.numel(), device=token_ids.device)
-        text_rows = text_rows + shift[sequence_of_position(cu_seqlens, token_ids.numel())]
-        item_rows = (packed_offsets[1:] - 1)[has_token.bool()]
-        order = torch.empty(total, dtype=torch.int64, device=token_ids.device)
-        order[torch.cat([text_rows, item_rows])] = torch.arange(total, device=token_ids.device)
-        return torch.cat([words, self.item_token.to(words.dtype).expand(item_rows.numel(), -1)])[order]
+        """token_ids [S] int, cu_seqlens [U+1] int64 -> E [U, D].
 
-    def _encode(self, embedded: Tensor, packed_offsets: Tensor) -> Tensor:
-        plan = plan_attention(packed_offsets, embedded.shape[0], causal=self.causal)
+        prefix_ids: [P] int, tokens with which some texts begin and which `token_ids` then leaves out;
+        has_prefix: [U] bool, which texts these are (not given: all).
+
+        Raises:
+            ValueError: a prefix, and the model is not causal.
+        """
+        if prefix_ids is None:
+            prefix_ids = token_ids[:0]
+        if prefix_ids.numel() and not self.causal:
+            raise ValueError(
+                f"a shared prefix of {prefix_ids.numel()} tokens needs a causal Item LLM: an encoder's prefix sees "
+                "the text behind it; set item_llm.share_prefix to false, or item_llm.causal to true for a decoder"
+            )
+        lengths = lengths_from_offsets(cu_seqlens)
+        if has_prefix is None:
+            has_prefix = torch.ones_like(lengths, dtype=torch.bool)
+        in_front = has_prefix * prefix_ids.numel()
+        is_item = torch.ones_like(lengths) if self.pooling == "item" else (lengths + in_front == 0).long()
+        if lengths.numel() == 0:  # a rank without items runs every weight once: DDP's and FSDP's collectives need it
+            words = self.backbone.get_input_embeddings()(token_ids.long())
+            return self._encode(torch.cat([words, self.item_token[None].to(words.dtype)]), TextLayout([1]))[:0]
+        packing = _Packing.of(lengths + is_item, in_front > 0, prefix_ids.numel(), self.causal)
+        token_ids = torch.cat([prefix_ids, token_ids])
+        hidden = self._encode(self._embed(token_ids, cu_seqlens, lengths, packing), packing.layout)
+        if self.pooling == "item":
+            return hidden.index_select(0, packing.last_rows)
+        return self._sums_of_rows(hidden, in_front > 0, packing) / (lengths + is_item + in_front)[:, None]
+
+    def _sums_of_rows(self, hidden: Tensor, has_prefix: Tensor, packing: "_Packing") -> Tensor:
+        """Each item's sum over its own rows and, where it begins with the prefix, the prefix' [U, D]."""
+        prefix, own = hidden.tensor_split([packing.layout.prefix])
+        sums = hidden.new_zeros(has_prefix.numel(), self.width).index_add(0, packing.item_of_row, own)
+        return sums + has_prefix[:, None] * prefix.sum(0)
+
+    def _embed(self, token_ids: Tensor, cu_seqlens: Tensor, lengths: Tensor, packing: "_Packing") -> Tensor:
+        """The prefix' and the texts' words, [ITEM] in the last place of every item that has it: [P + R, D].
+
+        token_ids: [P + S], the prefix first.
+        """
+        words = self.backbone.get_input_embeddings()(token_ids.long())
+        prefix, item = packing.layout.prefix, packing.item_of_row
+        is_text = packing.place_of_row < lengths[item]
+        source = torch.where(is_text, prefix + cu_seqlens[item] + packing.place_of_row, token_ids.numel())
+        source = torch.cat([torch.arange(prefix, device=source.device), source])
+        return torch.cat([words, self.item_token[None].to(words.dtype)]).index_select(0, source)
+
+    def _encode(self, embedded: Tensor, layout: TextLayout) -> Tensor:
+        plan = plan_text(layout, self.attention.backend, embedded.device)
         output = self.backbone(
             inputs_embeds=embedded[None], position_ids=plan.position_ids, use_cache=False, hllm_plan=plan
         )
         return output.last_hidden_state[0]
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where the items' rows lie: behind the prefix, in the layout's order.
+
+    item_of_row, place_of_row: [R] int64, whose row it is and where in that item it stands; last_rows: [U] int64,
+    the row of each item's last position, P counted.
+    """
+
+    layout: TextLayout
+    item_of_row: Tensor
+    place_of_row: Tensor
+    last_rows: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, has_prefix: Tensor, prefix: int, causal: bool) -> "_Packing":
+        """For `rows` [U] of each item, not counting the prefix in front of some."""
+        # Items without the prefix first, then those with it; in both, longer ones first.
+        order = torch.argsort(rows - has_prefix * (rows.max() + 1), descending=True, stable=True)
+        sizes = rows[order].tolist()
+        layout = TextLayout(sizes, prefix, int((~has_prefix).sum()) if prefix else 0, causal)
+        ends = rows[order].cumsum(0)
+        item_of_row = torch.repeat_interleave(order, rows[order], output_size=sum(sizes))
+        starts = torch.empty_like(ends)
+        starts[order] = ends - rows[order]
+        place = torch.arange(sum(sizes), device=rows.device) - starts[item_of_row]
+        return _Packing(layout, item_of_row, place, prefix + starts + rows - 1)
 
 
 def build_backbone(

@@ -5,6 +5,7 @@ Offsets are int64, length B+1, start at 0 and end at T (`seq_offsets` for users,
 Legend: B sequences, T packed positions, N padded length.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -66,20 +67,31 @@ def length_buckets(
     """
     lengths = lengths_from_offsets(offsets).cpu()
     order = torch.argsort(lengths, descending=True, stable=True)
-    kept = order[lengths[order] > 0].tolist()
-    buckets: list[Bucket] = []
+    kept = order[lengths[order] > 0]
+    sizes = lengths[kept].tolist()
+    return [
+        _bucket(kept[start:end].tolist(), sizes[start], offsets, sizes[end - 1] == sizes[start])
+        for start, end in bucket_runs(sizes, waste, floor, most_scores)
+    ]
+
+
+def bucket_runs(
+    lengths: list[int], waste: float, floor: int, most_scores: int = MOST_SCORES, seen: int = 0
+) -> Iterator[tuple[int, int]]:
+    """(start, end) of the runs of `lengths` (falling, each at least 1) that share a bucket; see `length_buckets`.
+
+    seen: keys that every position attends to besides those of its own sequence.
+    """
     start = 0
-    while start < len(kept):
-        longest = int(lengths[kept[start]])
+    while start < len(lengths):
+        longest = lengths[start]
         least = 0 if longest <= floor else longest * (1 - 2 * waste)
-        limit = min(len(kept), start + max(1, most_scores // longest**2))
+        limit = min(len(lengths), start + max(1, most_scores // (longest * (longest + seen))))
         end = start + 1
-        while end < limit and lengths[kept[end]] >= least:
+        while end < limit and lengths[end] >= least:
             end += 1
-        is_full = int(lengths[kept[end - 1]]) == longest
-        buckets.append(_bucket(kept[start:end], longest, offsets, is_full))
+        yield start, end
         start = end
-    return buckets
 
 
 def _bucket(sequences: list[int], longest: int, offsets: Tensor, is_full: bool) -> Bucket:

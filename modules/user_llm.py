@@ -5,7 +5,7 @@ from scratch. Query tokens (see `hllm_torchrec.modules.attention`) serve both di
 paper's Figure 2: for late fusion the query is the learned [USER] vector, for early fusion the target item.
 
 Every user encoder has this one interface, so HSTU or SASRec stand in its place:
-    forward(x_TD, seq_offsets, timestamps, queries) -> (h_TD, q_QD)
+    forward(x_TD, seq_offsets, timestamps, queries, next_times) -> (h_TD, q_QD)
 
 Legend: B users, T packed history positions, Q query tokens, D width.
 """
@@ -53,13 +53,14 @@ class UserLLM(nn.Module):
         seq_offsets: Tensor,
         timestamps: Tensor | None = None,
         queries: Queries | None = None,
+        next_times: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x_TD [T, D] packed history -> h_TD [T, D] (h_i sees positions up to i) and q_QD [Q, D].
 
-        seq_offsets: [B+1] int64. `timestamps` [T] is for encoders with a time bias (HSTU); here time is part
-        of the input. Position ids start at 0 for every user; a query stands right after what it sees.
+        seq_offsets: [B+1] int64. `timestamps` and `next_times` [T] are for encoders with a time bias (HSTU);
+        here time is part of the input. Position ids start at 0 for every user; a query stands right after what it sees.
         """
-        del timestamps
+        del timestamps, next_times
         total = x_TD.shape[0]
         inputs = x_TD if queries is None else torch.cat([x_TD, queries.x_QD])
         if inputs.shape[0] == 0:

@@ -2,9 +2,10 @@
 
     python scripts/ablation.py --output runs/ablation [--only late early] [--seeds 0 1 2] [--jobs 2]
 
-A variant is a configuration of configs/ml100k; a question pairs two of them. Each run is a directory of its own,
-so the script can be stopped and started again. Differences are means over seeds of paired differences on the
-same exposures; their 95% intervals resample users (exposures of one user are not independent).
+A variant is a configuration of configs/ml100k, plain or with what a suffix adds: early_generative is early with the
+generative loss (lambda 0.1; it also gives Recall and NDCG). A question pairs two of them. Each run is a directory of
+its own, so the script can be stopped and started again. Differences are means over seeds of paired differences on
+the same exposures; their 95% intervals resample users (exposures of one user are not independent).
 """
 
 import argparse
@@ -23,6 +24,11 @@ from hllm_torchrec.metrics.compare import read_predictions
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "ml100k"
 
+SUFFIXES = {
+    "_generative": ["--objective.generative_weight=0.1", "--objective.negatives=256", "--evaluation.retrieval=true"],
+    "_quarter": ["--item_llm.trained_share=0.25", "--item_llm.refresh_after=20"],
+}
+
 QUESTIONS = {
     "early against late fusion": ("early", "late"),
     "generative loss (lambda 0.1) against none": ("early_generative", "early"),
@@ -32,6 +38,7 @@ QUESTIONS = {
     "text against IDs alone": ("early", "no_text"),
     "trained against frozen Item LLM": ("trained", "early"),
     "pretrained against scratch Item LLM": ("trained", "scratch"),
+    "a quarter of a step's items trained against all": ("trained_quarter", "trained"),
 }
 
 
@@ -40,8 +47,7 @@ def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
     run = output / f"{variant}-{seed}"
     if (run / "metrics.json").is_file():
         return run
-    train = ["train", "--config", str(CONFIGS / f"{variant}.yaml"), "--seed", str(seed)]
-    train += ["--output", str(run), "--resume", "true"]
+    train = ["train", *configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
     evaluate = ["evaluate", "--run", str(run), "--split", "test"]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
     run.mkdir(parents=True, exist_ok=True)
@@ -53,11 +59,19 @@ def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
     return run
 
 
+def configuration(variant: str) -> list[str]:
+    """Command-line options of a variant."""
+    for suffix, options in SUFFIXES.items():
+        if variant.endswith(suffix):
+            return configuration(variant.removesuffix(suffix)) + options
+    return ["--config", str(CONFIGS / f"{variant}.yaml")]
+
+
 def summarise(runs: dict[tuple[str, int], Path], seeds: list[int]) -> dict:
     """AUC and retrieval of every variant (mean, standard deviation over seeds) and the paired questions."""
     variants = sorted({variant for variant, _ in runs})
-    first = read_predictions(next(iter(runs.values())) / "predictions" / "test")
     scored = {key: read_predictions(run / "predictions" / "test") for key, run in runs.items() if has_auc(run)}
+    first = next(iter(scored.values()))  # the labels and users of all
     draws = user_bootstrap(first.label, {f"{v}/{s}": p.score for (v, s), p in scored.items()}, first.user_id)
     table, answers = {}, {}
     for variant in variants:
@@ -117,11 +131,18 @@ def markdown(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def every_variant() -> list[str]:
+    """All configurations, those that classify and have an Item LLM also with the generative loss, and a quarter."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    both = [f"{name}_generative" for name in names if name not in ("generative", "no_text")]
+    return [*names, *both, "trained_quarter", "trained_quarter_generative"]
+
+
 def main() -> int:
     """Run what is missing, then write `ablation.json` and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "ablation")
-    parser.add_argument("--only", nargs="+", default=sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    parser.add_argument("--only", nargs="+", default=every_variant(), help="variants (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     options = parser.parse_args()

@@ -156,6 +156,8 @@ esac
 start=$SECONDS
 rm -f "$stamp"
 step "torch $torch ($device)" install_torch
+# A new venv of Python 3.11 brings a setuptools that cannot build this package without the package `wheel`.
+step "setuptools" pip_install -q "setuptools>=77"
 step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
     "torch==$torch" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
 step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm

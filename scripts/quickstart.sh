@@ -74,6 +74,7 @@ dataset=data/ml-100k
 models=.cache/models
 cores=$(env -u OMP_NUM_THREADS nproc)
 threads=$((cores > processes ? cores / processes : 1))
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # DDP warns of the Item LLM's weights, unused in stage II only
 # glibc otherwise hands large buffers back to the system at every step, a third of a step's time.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 

@@ -204,7 +204,7 @@ def model(cfg: Config, rule: str = "time", seed: int = 0) -> HLLM:
     """An unsharded model on the CPU, in evaluation mode, with weights large enough to matter."""
     torch.manual_seed(seed)
     built = build_model(cfg, recipe(cfg, rule).tables(dataset(rule)), base_rate=0.4)
-    for backbone in (built.user.backbone, built.item_llm.backbone if built.item_llm else None):
+    for backbone in (built.user, built.item_llm.backbone if built.item_llm else None):
         if backbone is not None:
             enlarge(backbone)
     if built.item_llm is not None:

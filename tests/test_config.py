@@ -127,14 +127,61 @@ def test_broken_rules_are_reported_together() -> None:
     ("option", "message"),
     [
         ("--features.item_id=false", "items would have no features"),
-        ("--objective.generative_weight=1", "the generative loss has the Item LLM's embeddings as targets"),
-        ("--objective.fusion=none", "set it to 0 with fusion late or early"),
         ("--stages=[]", "stages: empty: give at least one"),
         ("--user.pretrained=some/folder", "give one of them"),
     ],
 )
 def test_a_rule_that_spans_fields_names_the_remedy(option: str, message: str) -> None:
     assert any(message in problem for problem in problems_of([*VALID, option]))
+
+
+RETRIEVAL = ["--objective.fusion=none", "--objective.positive_targets_only=false"]
+HSTU = ["--user.encoder=hstu", "--user.shape", "{width: 8, layers: 1}", "--item_llm.enabled=false"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective.item_space=text"], "objective.item_space: 'text' while item_llm.enabled is false"),
+        (["--user.layers=2"], "user.layers: 2: only for user.encoder llm; leave it out"),
+        (["--user.shape", "{width: 8, layer: 1}"], "user.shape.layer: unknown key (did you mean 'layers'?)"),
+        (["--user.shape", "{width: 8}"], "user.shape.layers: missing: must be an integer"),
+        (["--user.shape", "{width: 8, layers: two}"], "user.shape.layers: 'two': must be an integer"),
+        (["--user.shape", "{width: 8, layers: 1, silu: q}"], "user.shape.silu: 'q': must be one of all, u or null"),
+        (
+            ["--user.encoder=sasrec", "--user.shape", "{width: 8, layers: 1, max_positions: 9}"],
+            "user.shape.max_positions: 9: must be at least the longest history, 1024",
+        ),
+        (
+            ["--user.shape", "{width: 8, layers: 1, time_of: next}", "--objective.fusion=late"],
+            "user.shape.time_of: 'next': only with objective.fusion none",
+        ),
+        (
+            [
+                "--user.encoder=ligr",
+                "--user.shape",
+                "{width: 8, layers: 1, count_from: end}",
+                "--objective.fusion=early",
+            ],
+            "user.shape.count_from: 'end': only with objective.fusion none",
+        ),
+        (
+            ["--evaluation.protocol=leave_one_out", "--data.train_part=train_and_valid"],
+            "data.train_part: 'train_and_valid': must be 'train' under evaluation.protocol leave_one_out",
+        ),
+        (
+            ["--evaluation.protocol=ml1m_hstu", "--objective.positive_targets_only=true"],
+            "objective.positive_targets_only: True: must be False under evaluation.protocol ml1m_hstu",
+        ),
+        (
+            ["--data.train_part=train_and_valid", "--stages", "[{name: a, epochs: 2}]"],
+            "evaluation.every: 1.0: must be at least the 2 epochs of all stages",
+        ),
+    ],
+)
+def test_a_rule_of_encoders_and_protocols_names_the_remedy(options: list[str], message: str) -> None:
+    load_config([*HSTU, *RETRIEVAL])
+    assert any(message in problem for problem in problems_of([*HSTU, *RETRIEVAL, *options]))
 
 
 def test_ks_must_be_positive_where_retrieval_is_measured() -> None:

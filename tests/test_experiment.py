@@ -228,6 +228,14 @@ def test_cold_items_are_those_without_a_training_event(tmp_path: Path) -> None:
         ({"item_llm__tokenizer": None}, "item_llm.tokenizer: none: an Item LLM from scratch still needs"),
         ({"item_llm__text_keys": ["plot"]}, "no text column plot; it has title, brand"),
         ({"item_llm__shape": {**USER_LLAMA, "vocab_size": 5}}, r"up to \d+, but the Item LLM has 5 word vectors"),
+        (
+            {
+                "item_llm__shape": {**fixtures.BERT, "vocab_size": 64, "max_position_embeddings": 6},
+                "item_llm__causal": False,
+                "item_llm__max_text_length": 6,
+            },
+            r"item_llm.max_text_length: the longest text has 6 tokens, and \[ITEM\] follows, .* 6 position .* most 5",
+        ),
         ({"user__layers": 3}, "layers: 3: the backbone has 1"),
     ],
 )

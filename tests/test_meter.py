@@ -73,6 +73,25 @@ def test_item_tokens_and_keys_are_those_of_the_encoded_items(pooling: str, causa
     assert encoder.attended_keys == expected
 
 
+@pytest.mark.parametrize("pooling", ["item", "mean"])
+def test_tokens_of_a_shared_prefix_count_once(pooling: str) -> None:
+    model = fixtures.model(fixtures.config(item_llm={"pooling": pooling}))
+    store = fixtures.token_store()
+    encoder = ItemEncoder(store, CPU, share_prefix=True)
+    ids = torch.tensor([0, 4, 9, 20])  # item 0 and one other have no text
+    shared, begins = len(store.prefix), store.begins_with_prefix[ids.numpy()].tolist()
+    assert shared > 1 and sorted(begins) == [False, False, True, True]
+    encoder.encode(model.item_llm, ids)
+    rests = [int(store.lengths[i]) - shared * has for i, has in zip(ids.tolist(), begins, strict=True)]
+    lengths = [n + 1 if pooling == "item" or not n + shared * has else n for n, has in zip(rests, begins, strict=True)]
+    assert encoder.encoded_tokens == shared + sum(lengths)
+    keys = [seen + shared * has for n, has in zip(lengths, begins, strict=True) for seen in range(1, n + 1)]
+    assert encoder.attended_keys == sum(range(1, shared + 1)) + sum(keys)
+    assert encoder.costs(ids).tolist() == [n + 1 for n in rests]
+    encoder.encode(model.item_llm, ids[:0])
+    assert encoder.encoded_tokens == shared + sum(lengths), "without items there is no prefix either"
+
+
 # --- operations ------------------------------------------------------------------------------------------
 
 

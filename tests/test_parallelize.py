@@ -22,7 +22,7 @@ from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.parallelize import check_tables, start_process, stop_process, whole
 from hllm_torchrec.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.training_fixtures import config, losses, train
+from tests.training_fixtures import config, lines, losses, train
 
 GENTLE = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
 STAGES = [
@@ -58,6 +58,14 @@ def test_a_plan_that_the_cpu_cannot_do_is_refused(options: dict[str, Any], messa
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_is_refused_on_a_cpu_with_the_torch_that_cannot_do_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    with pytest.raises(ConfigError, match="parallel.dense: fsdp: torch 2.11.0.cpu fails .* 2.12 or later, or ddp"):
+        train(config(tmp_path / "run", parallel__dense="fsdp"))
 
 
 def test_all_problems_of_the_tables_are_reported_together_and_none_on_cuda(tmp_path: Path) -> None:
@@ -272,6 +280,25 @@ def test_compiled_layers_give_the_same_losses(dense: str, tmp_path: Path) -> Non
     train(config(tmp_path / "plain", **options))
     train(config(tmp_path / "compiled", parallel__compile=True, **options))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
+def test_a_shared_prefix_gives_the_same_losses(tmp_path: Path) -> None:
+    options = {"max_steps": 3, "objective__generative_weight": 1, **GENTLE}
+    found = {}
+    for share in (True, False):
+        trainer = train(config(tmp_path / str(share), item_llm__share_prefix=share, **options))
+        assert trainer.experiment.encoder is not None
+        found[share] = trainer.experiment.encoder.encoded_tokens
+        stop_process()
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
+    assert found[True] < found[False], "two tokens of each item are the same"
+    assert lines(tmp_path / "True", "start")[0]["item_attention"].startswith("buckets: varlen runs on CUDA only")
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flash"])
+def test_a_kernel_that_the_cpu_has_not_is_refused(kernel: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"item_llm.attention: {kernel} .*; choose auto"):
+        train(config(tmp_path / "run", item_llm__attention=kernel))
 
 
 def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:

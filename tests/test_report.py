@@ -10,16 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hllm_torchrec.metrics.cautions import cautions
 from hllm_torchrec.metrics.compare import compare
 from hllm_torchrec.report import read_log, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 HOSTILE = '<script>alert("x")</script> $\\frac$ & _name'
 SECTIONS = {
+    "Warnings",
     "Models",
     "Paired differences",
     "Training",
     "Order and calibration",
+    "AUC over time",
     "AUC by slice",
     "Retrieval",
     "Configuration",
@@ -69,7 +72,8 @@ class Page(HTMLParser):
             self.labels.append(str(attributes["aria-label"]))
 
 
-def write_metrics(run_dir: Path, names: list[str], **extra: Any) -> dict[str, Any]:
+def write_metrics(run_dir: Path, names: list[str], *, days: int = 0, **extra: Any) -> dict[str, Any]:
+    """Metrics of models on 300 exposures of 20 users; with days, their times too."""
     random = np.random.default_rng(0)
     labels = (random.random(300) < 0.5).astype(np.float32)
     directories = {}
@@ -87,8 +91,11 @@ def write_metrics(run_dir: Path, names: list[str], **extra: Any) -> dict[str, An
             "history_length": np.arange(300) % 60,
             "item_is_cold": np.arange(300) % 9 == 0,
         }
+        if days:
+            values["timestamp"] = 1_700_000_000 + np.arange(300) * 86_400 * days // 300
         pq.write_table(pa.table(values), directories[name] / "part-0.parquet")
     metrics = compare(directories, names[0], draws=20, **extra)
+    metrics["cautions"] = cautions(metrics) if days else []
     (run_dir / "metrics.json").write_text(json.dumps(metrics))
     return metrics
 
@@ -124,7 +131,7 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("full")
     retrieval = {"hllm": {"rows": 20, "recall@10": 0.125}, "popularity": {"rows": 20, "recall@10": 0.0625}}
     provenance = {"versions": {"torch": "2.13.0"}, "seed": 1}
-    write_metrics(run_dir, ["hllm", "item mean", HOSTILE], retrieval=retrieval, provenance=provenance)
+    write_metrics(run_dir, ["hllm", "item mean", HOSTILE], days=6, retrieval=retrieval, provenance=provenance)
     write_log(run_dir, training_lines())
     (run_dir / "config.yaml").write_text(f"name: '{HOSTILE}'\n")
     return run_dir
@@ -138,7 +145,10 @@ def full_page(full_run: Path) -> tuple[str, Page]:
 def test_a_full_run_has_every_section_and_figure(full_page: tuple[str, Page]) -> None:
     text, page = full_page
     assert set(page.texts["h2"]) == SECTIONS
-    assert len(page.labels) == 6
+    assert len(page.labels) == 8
+    assert any(label.startswith("AUC with 95% intervals of every model over 7 days") for label in page.labels)
+    assert any("Only 20 users" in warning for warning in page.texts["li"])
+    assert any(warning.startswith("Tiny slices") for warning in page.texts["li"])
     assert all(page.labels)
     assert len(text) < 1_000_000
 
@@ -172,7 +182,9 @@ def test_the_tables_show_the_numbers_of_metrics_json(full_run: Path, full_page: 
         assert f"{model['auc']:.4f}" in cells
         assert f"[{model['auc_low']:.4f}, {model['auc_high']:.4f}]" in cells
         assert f"[{model['bootstrap_low']:.4f}, {model['bootstrap_high']:.4f}]" in cells
-        assert f"{model['gauc']:.4f}" in cells
+        for key in ("gauc", "gauc_user_weighted", "pr_auc"):
+            assert f"{model[key]:.4f}" in cells
+        assert {f"{recall:.4f}" for recall in model["recall_at_precision"].values()} <= set(cells)
     for pair in metrics["paired"].values():
         assert f"{pair['difference']:+.4f}" in cells
         assert f"[{pair['delong_low']:+.4f}, {pair['delong_high']:+.4f}]" in cells
@@ -199,6 +211,29 @@ def test_a_run_with_one_model_and_no_log_leaves_sections_out(tmp_path: Path) -> 
     write_metrics(tmp_path, ["hllm"])
     _, page = report(tmp_path)
     assert set(page.texts["h2"]) == {"Models", "Order and calibration", "AUC by slice"}
+
+
+def test_metrics_of_the_first_schema_are_shown(tmp_path: Path) -> None:
+    metrics = write_metrics(tmp_path, ["hllm", "b"])
+    metrics["schema_version"] = 1
+    for block in metrics["models"].values():
+        for key in ("pr_auc", "recall_at_precision", "gauc_user_weighted", "clustered_low", "clustered_high"):
+            del block[key]
+    for key in ("cautions", "weighted", "exposures"):
+        del metrics[key]
+    for curves in metrics["curves"].values():
+        del curves["pr"]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    _, page = report(tmp_path)
+    assert set(page.texts["h2"]) == {"Models", "Paired differences", "Order and calibration", "AUC by slice"}
+
+
+def test_the_verdict_of_the_gate_leads(tmp_path: Path) -> None:
+    metrics = write_metrics(tmp_path, ["hllm"]) | {"gate": {"text": "FAIL: AUC of hllm"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    text, page = report(tmp_path)
+    assert "Regression gate: FAIL: AUC of hllm." in page.texts["p"]
+    assert text.index("Regression gate") < text.index("<h2>")
 
 
 def test_a_run_that_was_not_evaluated_shows_its_training(tmp_path: Path) -> None:
@@ -257,7 +292,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema_version": 9}', "metrics.json has schema_version 9, this report reads 1; evaluate again"),
+        ('{"schema_version": 9}', "metrics.json has schema_version 9, this report reads 1, 2; evaluate again"),
         ("[]", "metrics.json has schema_version None"),
         ('{"schema_', "metrics.json is no JSON .*; evaluate again"),
     ],

@@ -101,11 +101,6 @@ class Histories:
         }
 
 
-def visibility_of(dataset: Dataset) -> str:
-    """What an exposure sees: earlier "second"s (time split), or earlier "position"s (leave one out)."""
-    return "position" if dataset.manifest["split"]["rule"] == "leave_one_out" else "second"
-
-
 def own_groups(dataset: Dataset, split: str) -> list[RowGroup]:
     """This rank's share of a split's row groups.
 
@@ -125,7 +120,7 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
     if not tables:
         nothing = np.empty(0, np.int64)
         offsets, labels = np.zeros(1, np.int64), np.empty(0)
-        return Histories(nothing, nothing, offsets, nothing, nothing, labels, visibility_of(dataset))
+        return Histories(nothing, nothing, offsets, nothing, nothing, labels, dataset.visibility)
     table = pa.concat_tables(tables).combine_chunks()
     lengths = pc.list_value_length(table["item_ids"]).to_numpy()
     return Histories(
@@ -135,7 +130,7 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
         item_ids=pc.list_flatten(table["item_ids"]).to_numpy(),
         timestamps=pc.list_flatten(table["timestamps"]).to_numpy(),
         labels=pc.list_flatten(table["labels"]).to_numpy().astype(np.float64),  # a null becomes NaN
-        visibility=visibility_of(dataset),
+        visibility=dataset.visibility,
     )
 
 

@@ -44,7 +44,8 @@ def positive_threshold(dataset: Dataset) -> float:
     groups = dataset.row_groups("train")
     values = _values(dataset, groups)
     labels = read_histories(dataset, groups).labels
-    return float(values[labels == 0].max(initial=-np.inf) + values[labels == 1].min(initial=np.inf)) / 2
+    highest_negative = np.fmax.reduce(values[labels == 0], initial=-np.inf)  # fmax and fmin pass NaN over
+    return float(highest_negative + np.fmin.reduce(values[labels == 1], initial=np.inf)) / 2
 
 
 def score(histories: Histories, values: Doubles, model: ItemFactors) -> Doubles:
@@ -86,4 +87,4 @@ def _values(dataset: Dataset, groups: list[RowGroup]) -> Doubles:
     tables = [dataset.read_row_group(group.path, group.index, columns=["labels", "actions"]) for group in groups]
     table = pa.concat_tables(tables).combine_chunks()
     labels = pc.list_flatten(table["labels"]).to_numpy().astype(np.float32)
-    return event_values(labels, pc.list_flatten(table["actions"]).to_numpy().astype(np.int64), dataset.num_actions)
+    return event_values(labels, pc.list_flatten(table["actions"]).to_numpy().astype(np.int64), dataset.action_values)

@@ -5,7 +5,8 @@ reads) and its *exposures* (labelled events to predict). An exposure sees only h
 seconds (ranking) or earlier positions (leave-one-out retrieval): `query_visible` says how many positions.
 
 Legend: B pieces, T history positions, Q queries, X exposures, G generative targets, K negatives, U unique
-items, S slots of the ID features (T history, then Q queries, then X targets for late fusion).
+items, S slots of the ID features (T history, then Q queries, then X targets for late fusion, then U items where
+the generative loss compares items by their features).
 """
 
 import dataclasses
@@ -31,6 +32,8 @@ class HybridBatch(Pipelineable):
     """[T] history items."""
     timestamps: Tensor
     """[T] seconds UTC."""
+    next_times: Tensor
+    """[T] seconds UTC of the history event after each (its own where there is none)."""
     query_offsets: Tensor
     """[B+1] pieces in Q."""
     query_times: Tensor

@@ -46,6 +46,7 @@ class BatchRecipe:
     history: "all" earlier events, or the "positive" ones (label 1) alone;
     visibility: an exposure sees earlier "second"s (ranking) or "position"s (leave-one-out retrieval);
     negatives: how many items are drawn per step (0: none, and no generative targets);
+    item_slots: every unique item has a slot of its own in training, for a generative loss over item features;
     positive_targets_only: an item with label 0 is no generative target;
     item_id, action, action_gate, time_depth, item_features, user_features: which bags there are;
     numeric_features: see `hllm_torchrec.data.numeric`;
@@ -56,6 +57,7 @@ class BatchRecipe:
     history: Literal["all", "positive"] = "all"
     visibility: Literal["second", "position"] = "second"
     negatives: int = 0
+    item_slots: bool = False
     positive_targets_only: bool = True
     item_id: bool = True
     action: bool = True
@@ -88,6 +90,7 @@ class _View:
 
     item_ids: Ints
     timestamps: Ints
+    next_times: Ints
     actions: Ints
     query_times: Ints
     query_visible: Ints
@@ -147,13 +150,20 @@ class Collator:
             **_unique_items(view, negatives),
         }
         rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
-        vectors = None if self.item_vectors is None else self.item_vectors[arrays["unique_items"]]
+        unique = arrays["unique_items"]
+        vectors = None if self.item_vectors is None else self.item_vectors[unique]
+        slots = unique if self.recipe.item_slots and self.training else unique[:0]
         return HybridBatch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            features=self._features(view, np.repeat(users, np.diff(query_offsets)), rng),
-            numeric=self._numeric(view),
+            features=self._features(view, np.repeat(users, np.diff(query_offsets)), slots, rng),
+            numeric=self._numeric(view, slots.size),
             item_vectors=None if vectors is None else torch.from_numpy(vectors),
         )
+
+    def item_features(self, items: Ints) -> KeyedJaggedTensor:
+        """The bags of `items` [n] by themselves: slots as a batch has them for its unique items."""
+        rng = np.random.default_rng(0)  # nothing is drawn: IDs are dropped of histories and targets only
+        return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng)
 
     def _view(self, piece: Piece) -> _View:
         """Filter the history, find what each exposure sees and what each position generates."""
@@ -171,6 +181,7 @@ class Collator:
         return _View(
             item_ids=piece.item_ids[seen],
             timestamps=times[seen],
+            next_times=times[np.append(kept[1:], kept[-1:])[: seen.size]],
             actions=piece.actions[seen],
             query_times=times[targets[queries]],
             query_visible=visible[queries],
@@ -181,7 +192,7 @@ class Collator:
             history_lengths=np.searchsorted(times, times[targets], side="left") + piece.offset,
             next_rows=next_rows,
             next_items=next_items,
-            target_values=scaled_values(piece.labels, piece.actions, self.dataset.num_actions)[targets],
+            target_values=scaled_values(piece.labels, piece.actions, self.dataset.action_values)[targets],
             numeric=numeric_columns(recipe.numeric_features, times, piece.labels, targets)[queries],
         )
 
@@ -207,17 +218,19 @@ class Collator:
             wanted &= (piece.labels[following] > 0) | np.isnan(piece.labels[following])
         return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
 
-    def _features(self, view: _View, query_users: Ints, rng: np.random.Generator) -> KeyedJaggedTensor:
-        """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is."""
+    def _features(self, view: _View, query_users: Ints, items: Ints, rng: np.random.Generator) -> KeyedJaggedTensor:
+        """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is; items:
+        those with a slot of their own, after all others."""
         recipe, history = self.recipe, view.item_ids.size
         queries = view.query_times.size if recipe.fusion != "none" else 0
-        item_of_slot = self._item_of_slot(view, queries)
+        of_events = self._item_of_slot(view, queries)
+        item_of_slot = np.concatenate([of_events, items])
         slots = item_of_slot.size
         user_of_slot = np.full(slots, -1)
         user_of_slot[history : history + queries] = query_users[:queries]
         bags: dict[str, Bags] = {}
         if recipe.item_id:
-            ids = self._drop_ids(item_of_slot, rng)
+            ids = np.concatenate([self._drop_ids(of_events, rng), items])
             bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)
         if recipe.action:
             unknown = np.zeros(queries, dtype=np.int64)  # the candidate's own action is what we predict
@@ -254,13 +267,13 @@ class Collator:
         dropped = rng.random(item_of_slot.size) < self.recipe.id_dropout
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
-    def _numeric(self, view: _View) -> torch.Tensor | None:
+    def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
         """[S, F], zero but at queries; None without numeric features."""
         if not self.recipe.numeric_features:
             return None
         fusion = self.recipe.fusion
         at_queries = view.numeric if fusion != "none" else view.numeric[:0]
-        after = view.target_items.size if fusion == "late" else 0
+        after = item_slots + (view.target_items.size if fusion == "late" else 0)
         return torch.from_numpy(np.pad(at_queries, ((view.item_ids.size, after), (0, 0))))
 
 

@@ -2,22 +2,22 @@
 
 Layout (written by `prepare`):
 
-    manifest.json                       counts, split, features, fingerprint, sizes of the files items.parquet
-    item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32> users.parquet
-    user_id int64 dense from 1, raw_user_id, feature_<name> list<int32> features/<name>.parquet             id
-    int32 from 1, value: the vocabulary training_item_counts.npy            int64 [num_items], events of each
-    item in train sequences/<part>/part-*.parquet     one row per user with an event in the part: user_id,
-    target_start, and the
-                                        lists item_ids, timestamps, labels, actions of the history to the
-                                        part's end
-    tokens/<fingerprint>/               token stores (`tokens.TokenStore`)
+    manifest.json                     counts, split, features, fingerprint, sizes of the files
+    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>
+    users.parquet                     user_id int64 dense from 1, raw_user_id, feature_<name> list<int32>
+    features/<name>.parquet           id int32 from 1, value: the vocabulary
+    training_item_counts.npy          int64 [num_items], events of each item in train
+    sequences/<part>/part-*.parquet   one row per user with an event in the part: user_id, target_start, and the
+                                      lists item_ids, timestamps, labels, actions of the history to the part's end
+    tokens/<fingerprint>/             token stores (`tokens.TokenStore`)
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
 from hllm_torchrec.data.split import PARTS
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ class Dataset:
     def num_actions(self) -> int:
         """Rows of an action table, the unknown action 0 included."""
         return int(self.manifest["actions"]["number"])
+
+    @cached_property
+    def action_values(self) -> np.ndarray:
+        """The number in each action's name ("rating 4": 4), NaN where there is none ("view"); float64 [num_actions]."""
+        values = np.full(self.num_actions, np.nan)
+        for action, name in self.manifest["actions"]["names"].items():
+            number = _NUMBER.search(name)
+            values[int(action)] = float(number[0]) if number else np.nan
+        return values
+
+    @property
+    def visibility(self) -> Literal["second", "position"]:
+        """What an exposure sees: earlier seconds (ranking), or earlier positions (leave-one-out retrieval)."""
+        return "position" if self.manifest["split"]["rule"] == "leave_one_out" else "second"
 
     @cached_property
     def items(self) -> pa.Table:

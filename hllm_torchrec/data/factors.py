@@ -81,21 +81,26 @@ class ItemFactors:
         return scaled.astype(np.float32)
 
 
-def event_values(labels: NDArray[np.float32], actions: Ints, num_actions: int) -> Doubles:
-    """What an event is worth [n]: its ordinal action (rating 1..5) where there are several, else its label.
+def event_values(labels: NDArray[np.float32], actions: Ints, action_values: Doubles) -> Doubles:
+    """What an event is worth [n]: its action's number (rating 1..5) where actions have several, else its label.
 
-    NaN where neither is known.
+    action_values: `Dataset.action_values`. NaN where nothing is known.
     """
-    if num_actions > 2:
-        return np.where(actions > 0, actions.astype(np.float64), np.nan)
-    return labels.astype(np.float64)
+    return action_values[actions] if _are_graded(action_values) else labels.astype(np.float64)
 
 
-def scaled_values(labels: NDArray[np.float32], actions: Ints, num_actions: int) -> NDArray[np.float32]:
+def scaled_values(labels: NDArray[np.float32], actions: Ints, action_values: Doubles) -> NDArray[np.float32]:
     """`event_values` on [-1, 1]: the lowest action (or label 0) is -1, the highest (or label 1) is 1."""
-    values = event_values(labels, actions, num_actions)
-    low, high = (1.0, float(num_actions - 1)) if num_actions > 2 else (0.0, 1.0)
+    values = event_values(labels, actions, action_values)
+    low, high = 0.0, 1.0
+    if _are_graded(action_values):
+        low, high = float(np.nanmin(action_values)), float(np.nanmax(action_values))
     return (2 * (values - low) / (high - low) - 1).astype(np.float32)
+
+
+def _are_graded(action_values: Doubles) -> bool:
+    """Whether actions have at least two different numbers."""
+    return np.unique(action_values[~np.isnan(action_values)]).size > 1
 
 
 def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
@@ -176,7 +181,7 @@ def _training_users(dataset: Dataset, most: int) -> list[tuple[Ints, Doubles]]:
     """(items, values) of each training user, events without a value left out."""
     users: list[tuple[Ints, Doubles]] = []
     for items, labels, actions in _training_rows(dataset):
-        values = event_values(labels, actions, dataset.num_actions)
+        values = event_values(labels, actions, dataset.action_values)
         known = ~np.isnan(values)
         users.append((items[known], values[known]))
         if len(users) == most:

@@ -9,6 +9,7 @@ middle without reading what came before.
 - Beyond: each rank reads its own row groups, in windows that bound memory (with one rank, too).
 """
 
+import heapq
 import queue
 import threading
 from collections import OrderedDict
@@ -52,14 +53,19 @@ class Pieces:
         return self.end - self.start
 
 
-def cut_into_pieces(group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int) -> Pieces:
+def cut_into_pieces(
+    group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int, fill: bool = False
+) -> Pieces:
     """Cut rows into stretches of at most `max_history` events that cover every exposure once.
 
-    Every exposure sees all of its history or at least max_history / 2 events of it.
+    Every exposure sees all of its history or at least max_history / 2 events of it. fill: where a row's
+    exposures fit into one stretch, it is as long as allowed, so that the exposures see more.
     """
     half = max_history // 2
     every = np.arange(lengths.size)
     start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
+    if fill:
+        start = np.minimum(start, np.maximum(0, lengths - max_history))
     end = np.minimum(lengths, start + max_history)
     parts = [(every, start, target_start, end)]
     left, reached = every, end
@@ -81,8 +87,14 @@ class Loader:
         dataset, split: what to read.
         collator: builds the batches.
         batch_users: pieces per rank and step.
+        batch_cost: where above 0, a step of a rank has pieces of at most this cost together (or a single one above
+            it) instead of `batch_users`, so that steps cost alike.
+        item_costs: [N], cost of each item (its tokens); a piece costs what its events do. None: 1 each.
         max_history: see `cut_into_pieces`.
         rank, world: this process and how many there are.
+        whole: every event counts as one of the split's part, those of earlier parts too, and the training users
+            without an event in it come as well.
+        fill: see `cut_into_pieces`.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
 
@@ -103,32 +115,60 @@ class Loader:
         seed: int = 0,
         shuffle: bool = False,
         prefetch: int = 2,
+        batch_cost: int = 0,
+        item_costs: Ints | None = None,
+        whole: bool = False,
+        fill: bool = False,
     ) -> None:
         self.dataset, self.collator = dataset, collator
         self.batch_users, self.rank, self.world = batch_users, rank, world
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
+        self.batch_cost = batch_cost
         self._groups = dataset.row_groups(split)
+        own = len(self._groups)
+        if whole and split != "train":
+            self._groups += dataset.row_groups("train")
         if not self._groups:
             raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
-        self.pieces = self._index(max_history)
+        self.pieces = self._index(max_history, own, whole, fill)
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
+        self.costs = self.pieces.lengths if item_costs is None else self._costs(item_costs)
         self._plan_of: tuple[int, list[list[Ints]]] | None = None
 
-    def _index(self, max_history: int) -> Pieces:
-        columns = []
+    def _index(self, max_history: int, own: int, whole: bool, fill: bool) -> Pieces:
+        """The pieces of all row groups; of those from number `own` on, the users that the others lack."""
+        columns: list[tuple[Ints, Ints, Ints, Ints]] = []
+        users: list[Ints] = []
         for number, group in enumerate(self._groups):
-            table = self.dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
+            names = ["user_id", "target_start", "actions"]
+            table = self.dataset.read_row_group(group.path, group.index, columns=names)
+            users.append(table["user_id"].to_numpy())
             lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
             starts = table["target_start"].to_numpy().astype(np.int64)
-            columns.append((np.full(lengths.size, number), np.arange(lengths.size), lengths, starts))
-        numbers, rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return cut_into_pieces(numbers, rows, all_lengths, all_starts, max_history)
+            starts = np.zeros_like(starts) if whole else starts
+            is_new = np.ones(lengths.size, bool) if number < own else ~np.isin(users[-1], np.concatenate(users[:own]))
+            rows = np.flatnonzero(is_new)
+            columns.append((np.full(rows.size, number), rows, lengths[rows], starts[rows]))
+        numbers, all_rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
+        return cut_into_pieces(numbers, all_rows, all_lengths, all_starts, max_history, fill)
+
+    def _costs(self, item_costs: Ints) -> Ints:
+        """[pieces] what the events of each piece cost."""
+        costs = np.empty(len(self.pieces), np.int64)
+        for number, group in enumerate(self._groups):
+            table = self.dataset.read_row_group(group.path, group.index, columns=["item_ids"])
+            lists = table["item_ids"].combine_chunks()
+            sums = _offsets(item_costs[lists.flatten().to_numpy()])
+            inside = np.flatnonzero(self.pieces.group == number)
+            first = _offsets(pc.list_value_length(lists).to_numpy())[self.pieces.row[inside]]
+            costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
+        return costs
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
-        if not self.sharded:
+        if not self.sharded and not self.batch_cost:
             return -(-len(self.pieces) // (self.batch_users * self.world))
         return max(len(batches) for batches in self._plan(epoch))
 
@@ -172,13 +212,26 @@ class Loader:
         return self._plan_of[1]
 
     def _plan_of_shared_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
-        count, size = len(self.pieces), self.batch_users * self.world
+        count = len(self.pieces)
         order = rng.permutation(count) if rng is not None else np.arange(count)
         plan: list[list[Ints]] = [[] for _ in range(self.world)]
-        for at in range(0, count, size):
-            for rank, share in enumerate(deal(order[at : at + size], self.pieces.lengths, self.world)):
+        for batch in self._cut(order, self.world):
+            most = batch.size if self.batch_cost else self.batch_users
+            for rank, share in enumerate(deal(batch, self.costs, self.world, most)):
                 plan[rank].append(share)
         return plan
+
+    def _cut(self, order: Ints, ranks: int) -> list[Ints]:
+        """Batches for `ranks` together, of so many users or of so much cost."""
+        if not self.batch_cost:
+            size = self.batch_users * ranks
+            return [order[i : i + size] for i in range(0, order.size, size)]
+        spent, budget, batches, at = _offsets(self.costs[order]), self.batch_cost * ranks, [], 0
+        while at < order.size:
+            end = max(at + 1, int(np.searchsorted(spent, spent[at] + budget, side="right")) - 1)
+            batches.append(order[at:end])
+            at = end
+        return batches
 
     def _plan_of_own_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
         groups = np.arange(len(self._groups))
@@ -193,17 +246,29 @@ class Loader:
                 window = np.concatenate([np.arange(first_of[g], first_of[g + 1]) for g in inside])
                 if rng is not None:
                     rng.shuffle(window)
-                batches += [window[i : i + self.batch_users] for i in range(0, window.size, self.batch_users)]
+                batches += self._cut(window, ranks=1)
             plan.append(batches)
         return plan
 
 
-def deal(pieces: Ints, lengths: Ints, hands: int) -> list[Ints]:
-    """Deal pieces out to `hands` ranks, longest first and back and forth, so that the shares weigh alike."""
-    by_length = pieces[np.argsort(-lengths[pieces], kind="stable")]
-    place = np.arange(by_length.size) % (2 * hands)
-    hand = np.where(place < hands, place, 2 * hands - 1 - place)
-    return [by_length[hand == h] for h in range(hands)]
+def deal(pieces: Ints, costs: Ints, hands: int, most: int) -> list[Ints]:
+    """Deal pieces out to `hands` ranks, the dearest first, each to the rank that has least: shares weigh alike.
+
+    most: pieces that a rank can hold; there are at most hands x most.
+    """
+    held: list[list[int]] = [[] for _ in range(hands)]
+    loads = [(0, 0, hand) for hand in range(hands)]  # (cost, pieces, rank): a heap already
+    for piece in pieces[np.argsort(-costs[pieces], kind="stable")].tolist():
+        load, number, hand = heapq.heappop(loads)
+        held[hand].append(piece)
+        if number + 1 < most:
+            heapq.heappush(loads, (load + int(costs[piece]), number + 1, hand))
+    return [np.array(share, dtype=np.int64) for share in held]
+
+
+def _offsets(lengths: Ints) -> Ints:
+    """[n + 1] int64, starting at 0."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -241,7 +306,7 @@ def _decode(table: pa.Table) -> _Rows:
     flat = {name: pc.list_flatten(table[name]) for name in ("item_ids", "timestamps", "labels", "actions")}
     return _Rows(
         user_ids=table["user_id"].to_numpy(),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=_offsets(lengths),
         item_ids=flat["item_ids"].to_numpy(),
         timestamps=flat["timestamps"].to_numpy(),
         labels=flat["labels"].to_numpy().astype(np.float32),  # a null becomes NaN

@@ -11,6 +11,7 @@ follows. The maximum length counts them.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,58 @@ class TokenStore:
         Returns (token_ids int32 [sum of lengths], cu_seqlens int64 [k + 1], starting at 0).
         Raises ValueError for an id outside 0 .. n-1.
         """
+        ids = self._checked(item_ids)
+        return self._gather(self.offsets[ids], self.offsets[ids + 1])
+
+    def gather_behind_prefix(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`gather` without the `prefix` of the items that begin with it.
+
+        Returns (token_ids, cu_seqlens, has_prefix bool [k]: which items begin with it). Raises as `gather`.
+        """
+        ids = self._checked(item_ids)
+        has_prefix = self.begins_with_prefix[ids]
+        return *self._gather(self.offsets[ids] + has_prefix * len(self.prefix), self.offsets[ids + 1]), has_prefix
+
+    @property
+    def prefix(self) -> np.ndarray:
+        """int32 [P], the tokens with which most items begin (the prompt and the first key's name), maybe none.
+
+        Of the prefixes that grow by the most frequent next token (of equals the smallest) of the items that have
+        begun with it so far, the shortest that saves most: P x (items that begin with it). Computed once, from
+        the first tokens of the items.
+        """
+        return self._prefix_and_items[0]
+
+    @property
+    def begins_with_prefix(self) -> np.ndarray:
+        """bool [n], which items begin with `prefix` (all, if it is empty)."""
+        return self._prefix_and_items[1]
+
+    @cached_property
+    def _prefix_and_items(self) -> tuple[np.ndarray, np.ndarray]:
+        lengths, items = self.lengths, np.arange(len(self))
+        grown: list[int] = []
+        best: tuple[int, np.ndarray] = (0, items)
+        while True:
+            items = items[lengths[items] > len(grown)]
+            if len(items) < 2:
+                break
+            tokens = self.values[self.offsets[items] + len(grown)]
+            grown.append(int(np.bincount(tokens).argmax()))
+            items = items[tokens == grown[-1]]
+            if len(items) > 1 and len(grown) * len(items) > best[0] * len(best[1]):
+                best = len(grown), items
+        begins = np.zeros(len(self), bool)
+        begins[best[1]] = True
+        return np.array(grown[: best[0]], np.int32), begins
+
+    def _gather(self, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lengths = ends - starts
+        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        index = np.repeat(starts - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
+        return self.values[index], cu_seqlens
+
+    def _checked(self, item_ids: np.ndarray) -> np.ndarray:
         ids = np.asarray(item_ids, np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             wrong = ids[(ids < 0) | (ids >= len(self))][0]
@@ -86,11 +139,7 @@ class TokenStore:
                 f"item id {wrong} is outside 0..{len(self) - 1} of the token store {self.path}; build it for "
                 "this dataset"
             )
-        starts = self.offsets[ids]
-        lengths = self.offsets[ids + 1] - starts
-        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        index = np.repeat(starts - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        return self.values[index], cu_seqlens
+        return ids
 
 
 def build_token_store(

@@ -131,12 +131,22 @@ def delong_interval(labels: Values, scores: Values, confidence: float = 0.95) ->
     Raises:
         ValueError: as `roc_auc`, or a confidence outside 0..1.
     """
-    quantile = _normal_quantile(confidence)
+    normal_quantile(confidence)
     is_positive = as_labels(labels)
     row_scores = as_scores(scores, len(is_positive))
     auc = roc_auc(is_positive, row_scores)
-    _, standard_error = _mean_and_error(is_positive, _placements(is_positive, row_scores))
-    if math.isnan(standard_error) or auc in (0.0, 1.0):
+    _, standard_error = _mean_and_error(is_positive, placement_values(is_positive, row_scores))
+    return logit_interval(auc, standard_error, confidence)
+
+
+def logit_interval(auc: float, standard_error: float, confidence: float = 0.95) -> AucInterval:
+    """The interval of logit(AUC), carried back; `nan` bounds without an error or at an AUC of 0 or 1.
+
+    Raises:
+        ValueError: a confidence outside 0..1.
+    """
+    quantile = normal_quantile(confidence)
+    if math.isnan(standard_error) or not 0 < auc < 1:
         return AucInterval(auc, math.nan, math.nan, standard_error)
     logit = math.log(auc / (1 - auc))
     half = quantile * standard_error / (auc * (1 - auc))
@@ -157,10 +167,19 @@ def delong_test(labels: Values, scores_a: Values, scores_b: Values, confidence: 
     Raises:
         ValueError: as `roc_auc`, or a confidence outside 0..1.
     """
-    quantile = _normal_quantile(confidence)
+    normal_quantile(confidence)
     is_positive = as_labels(labels)
-    placements = [_placements(is_positive, as_scores(scores, len(is_positive))) for scores in (scores_a, scores_b)]
-    difference, standard_error = _mean_and_error(is_positive, placements[0] - placements[1])
+    placements = [placement_values(is_positive, as_scores(scores, len(is_positive))) for scores in (scores_a, scores_b)]
+    return wald_difference(*_mean_and_error(is_positive, placements[0] - placements[1]), confidence)
+
+
+def wald_difference(difference: float, standard_error: float, confidence: float = 0.95) -> PairedDifference:
+    """A difference with its plain (Wald) interval and two-sided p-value; see `delong_test` for an error of 0.
+
+    Raises:
+        ValueError: a confidence outside 0..1.
+    """
+    quantile = normal_quantile(confidence)
     if standard_error > 0:
         p_value = math.erfc(abs(difference) / standard_error / math.sqrt(2))
         half = quantile * standard_error
@@ -197,7 +216,7 @@ def _ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator > 0 else math.nan
 
 
-def _placements(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def placement_values(is_positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Each row's placement value [n]: the share of the other class that it is ranked right against.
 
     A row against an empty class has the value nan.
@@ -223,7 +242,7 @@ def _mean_and_error(is_positive: np.ndarray, placements: np.ndarray) -> tuple[fl
     return mean, math.sqrt(variance)
 
 
-def _normal_quantile(confidence: float) -> float:
+def normal_quantile(confidence: float) -> float:
     """The standard normal quantile of a two-sided interval, 1.96 for 0.95."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it lies between 0 and 1, e.g. 0.95; pass a share, not per cent")

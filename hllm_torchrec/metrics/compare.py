@@ -1,6 +1,6 @@
 """Models compared on the same exposures: prediction directories in, the content of `metrics.json` out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.metrics.auc import delong_test, roc_curve
-from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
-from hllm_torchrec.metrics.ranking import finite_or_none, ranking_metrics, reliability_curve, standard_slices
-
-SCHEMA_VERSION = 1
+from hllm_torchrec.metrics.exchange import ALONE
+from hllm_torchrec.metrics.job import Settings, evaluate
+from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
+from hllm_torchrec.metrics.rows import Batch, Model, row_keys, time_slices
+from hllm_torchrec.metrics.schema import SCHEMA_VERSION as SCHEMA_VERSION
 
 COLUMNS = {
     "user_id": np.int64,
@@ -41,19 +41,66 @@ class Predictions:
     """None if the model gives scores only."""
     history_length: np.ndarray
     item_is_cold: np.ndarray
+    timestamp: np.ndarray | None = None
+    """int64 seconds UTC, if the files have them."""
+
+
+class _Loaded:
+    """Predictions in memory, all of the same exposures, as the source of `job.evaluate`."""
+
+    weighted, has_users = False, True
+
+    def __init__(self, loaded: Mapping[str, Predictions]):
+        self.models = [
+            Model(name, (), "score", None if model.probability is None else "probability")
+            for name, model in loaded.items()
+        ]
+        self._loaded, self._first = loaded, next(iter(loaded.values()))
+        self.rows = len(self._first.label)
+
+    def score_type(self, model: Model) -> np.dtype:
+        """Of the predictions that `read_predictions` gives."""
+        return self._loaded[model.name].score.dtype
+
+    def batches(self, rank: int, ranks: int, size: int) -> Iterator[Batch]:
+        """All rows at once: they are in memory already, on one rank."""
+        assert ranks == 1
+        first = self._first
+        lows = [low for low, _ in HISTORY_BUCKETS.values()]
+        slices = [
+            (["item_cold", "item_warm"], np.where(first.item_is_cold, 0, 1)),
+            (
+                [f"history_{name}" for name in HISTORY_BUCKETS],
+                np.searchsorted(lows, first.history_length, side="right") - 1,
+            ),
+        ]
+        if first.timestamp is not None:
+            slices += time_slices(first.timestamp)
+        yield Batch(
+            first.label == 1,
+            None,
+            {name: model.score for name, model in self._loaded.items()},
+            {name: model.probability for name, model in self._loaded.items() if model.probability is not None},
+            first.user_id,
+            row_keys(first.label == 1, None, first.user_id, first.item_id),
+            slices,
+        )
 
 
 def read_predictions(directory: str | Path) -> Predictions:
     """Reads `part-*.parquet` of a prediction directory and sorts the rows by (user_id, position).
 
     Raises:
-        ValueError: no such files, a missing column, a null where there may be none, a probability that is
-            null in some rows only, an exposure that appears twice; naming file, column or exposure.
+        ValueError: no such files, a missing column, a null where there may be none, a label that is not 0 or 1, a
+            score that is NaN, a probability outside 0..1 or null in some rows only, an exposure that appears
+            twice; naming file, row and column, or the exposure.
     """
     files = sorted(Path(directory).glob("part-*.parquet"))
     if not files:
         raise ValueError(f"{directory} holds no part-*.parquet; pass the directory that a model's predictions went to")
-    table = pa.concat_tables([_read_file(file) for file in files])
+    tables = [_read_file(file) for file in files]
+    shared = [name for name in tables[0].column_names if all(name in part.column_names for part in tables)]
+    table = pa.concat_tables([part.select(shared) for part in tables])
     columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "probability"}
     missing = table["probability"].null_count
     if missing not in (0, len(table)):
@@ -65,7 +112,8 @@ def read_predictions(directory: str | Path) -> Predictions:
     order = np.lexsort((columns["position"], columns["user_id"]))
     columns = {name: values[order] for name, values in columns.items()}
     _check_no_duplicates(directory, columns["user_id"], columns["position"])
-    return Predictions(**columns, probability=None if probability is None else probability[order])
+    times = table["timestamp"].to_numpy().astype(np.int64)[order] if "timestamp" in table.column_names else None
+    return Predictions(**columns, probability=None if probability is None else probability[order], timestamp=times)
 
 
 def compare(
@@ -85,16 +133,13 @@ def compare(
             the same exposures, which are paired by (user_id, position).
         reference: the model that the others are compared with; a difference is other minus reference.
         split: name of the split, only carried over.
-        draws: resamples of the bootstrap over users.
+        draws: resamples of the bootstrap over users, 0 for none.
         seed: of the bootstrap.
         retrieval, provenance: carried over.
 
     Returns:
-        A dict that JSON can hold: `schema_version`, `split`, `reference`, `rows`, `users`, `models` (model →
-        `ranking_metrics` with `bootstrap_low`, `bootstrap_high`, the AUC's interval over users), `paired`
-        (other model → `difference`, `delong_low`, `delong_high`, `delong_p`, `bootstrap_low`,
-        `bootstrap_high`), `curves` (model → points of the ROC and reliability curves, for the report),
-        `bootstrap` (draws, seed), `retrieval` and `provenance`.
+        A dict that JSON can hold, see `docs/evaluation.md`; the same keys as `job.evaluate`, with `retrieval` and
+        `provenance`.
 
     Raises:
         ValueError: unknown reference, unreadable predictions (`read_predictions`), models with different
@@ -106,28 +151,10 @@ def compare(
     rows = loaded[reference]
     for name in loaded:
         _check_same_exposures(name, loaded[name], reference, rows)
-    slices = standard_slices(rows.history_length, rows.item_is_cold)
-    resampled = user_bootstrap(
-        rows.label, {name: model.score for name, model in loaded.items()}, rows.user_id, draws, seed
-    )
-    models = {}
-    for name, model in loaded.items():
-        models[name] = ranking_metrics(model.label, model.score, model.probability, model.user_id, slices)
-        models[name] |= _bounds("bootstrap", *percentile_interval(resampled[name]))
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "split": split,
-        "reference": reference,
-        "rows": len(rows.label),
-        "users": models[reference]["users"],
-        "models": models,
-        "paired": {
-            name: _paired(model, rows, resampled[name] - resampled[reference])
-            for name, model in loaded.items()
-            if name != reference
-        },
-        "curves": {name: _curves(model) for name, model in loaded.items()},
-        "bootstrap": {"draws": draws, "seed": seed},
+    first = {reference: rows} | loaded
+    metrics = evaluate(_Loaded(first), Settings(split=split, draws=draws, seed=seed), ALONE)
+    metrics["models"] = {name: metrics["models"][name] for name in loaded}
+    return metrics | {
         "retrieval": None if retrieval is None else dict(retrieval),
         "provenance": dict(provenance or {}),
     }
@@ -136,7 +163,7 @@ def compare(
 def table(metrics: Mapping[str, Any]) -> str:
     """The short table for a terminal: one line a model, best AUC first.
 
-    The AUC's interval is DeLong's (rows as independent), that of the difference the bootstrap over users.
+    The AUC's interval is DeLong's (rows as independent), that of the difference takes users as independent.
     """
     reference = metrics["reference"]
     header = ("model", "AUC [95%]", f"difference to {reference} [95% by users]", "GAUC", "log loss")
@@ -147,11 +174,7 @@ def table(metrics: Mapping[str, Any]) -> str:
             (
                 name,
                 with_interval(model["auc"], model["auc_low"], model["auc_high"]),
-                "reference"
-                if paired is None
-                else with_interval(
-                    paired["difference"], paired["bootstrap_low"], paired["bootstrap_high"], signed=True
-                ),
+                "reference" if paired is None else with_interval(paired["difference"], *by_users(paired), signed=True),
                 number(model["gauc"]),
                 number(model["log_loss"]),
             )
@@ -159,7 +182,8 @@ def table(metrics: Mapping[str, Any]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     lines.insert(1, tuple("-" * width for width in widths))
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    caption = f"{metrics['split']}: {metrics['rows']:,} exposures of {metrics['users']:,} users"
+    users = "" if metrics["users"] is None else f" of {metrics['users']:,} users"
+    caption = f"{metrics['split']}: {metrics['rows']:,} exposures{users}"
     return "\n".join([caption, *text])
 
 
@@ -179,18 +203,40 @@ def with_interval(value: float | None, low: float | None, high: float | None, si
     return text if low is None or high is None else f"{text} {interval(low, high, signed)}"
 
 
+def by_users(block: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The interval with users as independent units: the bootstrap's if there is one, else the formula's."""
+    kind = "bootstrap" if block.get("bootstrap_low") is not None else "clustered"
+    return block.get(f"{kind}_low"), block.get(f"{kind}_high")
+
+
 def _read_file(file: Path) -> pa.Table:
     """The columns of one file, with nulls where they may be only."""
     found = pq.read_schema(file).names
     missing = [name for name in COLUMNS if name not in found]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]}; it has {', '.join(found)}; write all of {list(COLUMNS)}")
-    table = pq.read_table(file, columns=list(COLUMNS))
+    table = pq.read_table(file, columns=[*COLUMNS, *(["timestamp"] if "timestamp" in found else [])])
     for name in COLUMNS:
         if name != "probability" and table[name].null_count:
             row = int(table[name].is_null().to_numpy().argmax())
             raise ValueError(f"{file}: column {name} is null in row {row}; only probability may be null; leave it out")
+    _check_values(file, table)
     return table
+
+
+def _check_values(file: Path, table: pa.Table) -> None:
+    label, score, probability = (
+        table[name].to_numpy().astype(np.float64) for name in ("label", "score", "probability")
+    )
+    rules = {
+        "label": (label, (label == 0) | (label == 1), "a label is 0 or 1; leave rows without a label out"),
+        "score": (score, ~np.isnan(score), "a score is a number; look in log.jsonl for the step of the first nan loss"),
+        "probability": (probability, ~((probability < 0) | (probability > 1)), "a probability lies in 0..1"),
+    }
+    for name, (values, good, rule) in rules.items():
+        if not good.all():
+            row = int((~good).argmax())
+            raise ValueError(f"{file}: column {name} is {values[row]:g} in row {row}; {rule}")
 
 
 def _check_no_duplicates(directory: str | Path, user_id: np.ndarray, position: np.ndarray) -> None:
@@ -226,37 +272,3 @@ def _check_same_exposures(name: str, model: Predictions, reference: str, rows: P
                 f"{getattr(rows, column)[row]:g} in those of {reference!r}; predict with each on the same "
                 "dataset and split"
             )
-
-
-def _paired(model: Predictions, reference: Predictions, differences: np.ndarray) -> dict[str, float | None]:
-    test = delong_test(reference.label, model.score, reference.score)
-    return {
-        "difference": finite_or_none(test.difference),
-        **_bounds("delong", test.low, test.high),
-        "delong_p": finite_or_none(test.p_value),
-        **_bounds("bootstrap", *percentile_interval(differences)),
-    }
-
-
-def _bounds(name: str, low: float, high: float) -> dict[str, float | None]:
-    return {f"{name}_low": finite_or_none(low), f"{name}_high": finite_or_none(high)}
-
-
-def _curves(model: Predictions) -> dict[str, Any]:
-    """Rounded points, a few kB a model, so that the report needs no predictions."""
-    roc = roc_curve(model.label, model.score, points=200)
-    curves: dict[str, Any] = {
-        "roc": {
-            "false_positive_rate": roc.false_positive_rate.round(5).tolist(),
-            "true_positive_rate": roc.true_positive_rate.round(5).tolist(),
-        },
-        "reliability": None,
-    }
-    if model.probability is not None:
-        reliability = reliability_curve(model.label, model.probability)
-        curves["reliability"] = {
-            "mean_probability": reliability.mean_probability.round(5).tolist(),
-            "observed_rate": reliability.observed_rate.round(5).tolist(),
-            "rows": reliability.rows.tolist(),
-        }
-    return curves

@@ -8,6 +8,9 @@ import torch
 Values = np.ndarray | torch.Tensor | Sequence[float] | Sequence[int] | Sequence[bool]
 """A column: one value a row. Tensors may be on any device and of any float type, bfloat16 too."""
 
+WEIGHT_RANGE = (1e-100, 1e100)
+"""Weights other than 0: their squares and the products of two sums of them are then float64 too."""
+
 
 def as_floats(values: Values, name: str) -> np.ndarray:
     """The column as float64 [n], which holds every float32, float16 and bfloat16 exactly, denormals too.
@@ -57,15 +60,18 @@ def as_weights(weights: Values | None, rows: int) -> np.ndarray:
     """The weights as float64 [n]; ones if there are none.
 
     Raises:
-        ValueError: a weight is negative or not finite, or there are not as many as labels.
+        ValueError: a weight is neither 0 nor in `WEIGHT_RANGE`, or there are not as many as labels.
     """
     if weights is None:
         return np.ones(rows)
     array = _same_rows(as_floats(weights, "weights"), "weights", rows)
-    bad = ~(np.isfinite(array) & (array >= 0))
+    low, high = WEIGHT_RANGE
+    bad = ~((array == 0) | ((array >= low) & (array <= high)))
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(f"weights: row {row} is {array[row]:g}; a weight is finite and >= 0; use 0 to skip a row")
+        raise ValueError(
+            f"weights: row {row} is {array[row]:g}; a weight is 0, to skip a row, or lies in {low:g}..{high:g}"
+        )
     return array
 
 

@@ -9,7 +9,7 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-
   background: #fff; max-width: 62rem; margin: 2rem auto 4rem; padding: 0 1.25rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; padding-top: .9rem; border-top: 1px solid #ddd; }
-p { max-width: 46rem; margin: .4rem 0; } .note { color: #555; font-size: .9rem; }
+p, li { max-width: 46rem; } p { margin: .4rem 0; } .note { color: #555; font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: .7rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px solid #eee; }
@@ -73,3 +73,8 @@ def side_by_side(figures: Iterable[str]) -> str:
 def folded(summary: str, text: str) -> str:
     """Preformatted text under a line that opens it."""
     return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def listing(texts: Iterable[str]) -> str:
+    """A list of texts."""
+    return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>"

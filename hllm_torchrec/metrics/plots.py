@@ -76,6 +76,15 @@ class Estimate:
     high: float | None
 
 
+@dataclass(frozen=True)
+class Interval:
+    """One named line with intervals: (value, low, high) at each place, None where there is none."""
+
+    name: str
+    points: Sequence[tuple[float | None, float | None, float | None]]
+    color: int = 0
+
+
 def line_panels(panels: Sequence[Series], label: str) -> str:
     """One panel a series beside each other, x = training step, with a running mean over a twentieth of it."""
     with mpl.rc_context(STYLE):
@@ -105,18 +114,44 @@ def step_lines(lines: Sequence[Series], y_label: str, label: str) -> str:
         return _svg(figure, "evaluation", label)
 
 
+def interval_lines(lines: Sequence[Interval], places: Sequence[str], y_label: str, label: str, identifier: str) -> str:
+    """Lines over named places (days), the intervals as bands; a place without a value is a gap."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.2 + LEGEND_LINE * len(lines)))
+        axis = figure.subplots()
+        for series in lines:
+            values = np.array(series.points, dtype=np.float64)
+            look = _look(series.color)
+            axis.plot(values[:, 0], marker="o", markersize=3, **look)
+            axis.fill_between(range(len(values)), values[:, 1], values[:, 2], color=look["color"], alpha=0.15, lw=0)
+        shown = np.unique(np.linspace(0, len(places) - 1, 6).astype(int))
+        axis.set_xticks(shown, [places[place] for place in shown])
+        axis.set(ylabel=y_label)
+        if len(lines) > 1:
+            _legend_below(figure, axis.lines, [series.name for series in lines])
+        return _svg(figure, identifier, label)
+
+
 def unit_square(
-    lines: Sequence[Series], x_label: str, y_label: str, label: str, identifier: str, *, markers: bool = False
+    lines: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    label: str,
+    identifier: str,
+    *,
+    markers: bool = False,
+    diagonal: bool = True,
 ) -> str:
-    """Lines in the unit square with its diagonal: ROC and reliability curves."""
+    """Lines in the unit square, with its diagonal or without: ROC, precision-recall and reliability curves."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 4.8 + LEGEND_LINE * len(lines)))
         axis = figure.subplots()
-        axis.plot([0, 1], [0, 1], color="#AAAAAA", linestyle=(0, (4, 4)), linewidth=1)
+        if diagonal:
+            axis.plot([0, 1], [0, 1], color="#AAAAAA", linestyle=(0, (4, 4)), linewidth=1)
         for series in lines:
             axis.plot(series.x, series.y, marker="o" if markers else None, markersize=4, **_look(series.color))
         axis.set(xlabel=x_label, ylabel=y_label, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-        _legend_below(figure, axis.lines[1:], [series.name for series in lines])
+        _legend_below(figure, axis.lines[int(diagonal) :], [series.name for series in lines])
         return _svg(figure, identifier, label)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hllm_torchrec.metrics.auc import delong_interval
+from hllm_torchrec.metrics.grouped import grouped_auc
 from hllm_torchrec.metrics.inputs import (
     Values,
     as_floats,
@@ -18,6 +19,7 @@ from hllm_torchrec.metrics.inputs import (
     as_labels,
     as_probabilities,
     as_scores,
+    as_weights,
 )
 
 UserIds = np.ndarray | torch.Tensor | Sequence[int] | Sequence[str]
@@ -45,6 +47,8 @@ class GroupedAuc:
     """Users with both classes, who count."""
     users_left_out: int
     """Users with one class only: they have no pair to rank."""
+    user_weighted: float
+    """The mean in which every user who counts has the same weight."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class ReliabilityCurve:
     rows: np.ndarray
 
 
-def gauc(labels: Values, scores: Values, user_ids: UserIds) -> GroupedAuc:
-    """AUC within each user, averaged with each user's number of rows as weight; exact with ties.
+def gauc(labels: Values, scores: Values, user_ids: UserIds, weights: Values | None = None) -> GroupedAuc:
+    """AUC within each user, averaged with each user's number of rows (or their weights) as weight, and with every
+    user alike; exact with ties.
 
     Users with one class only are left out of numerator and denominator (not counted as 0.5). O(n log n), no
     loop over users.
@@ -72,24 +77,12 @@ def gauc(labels: Values, scores: Values, user_ids: UserIds) -> GroupedAuc:
     row_scores = as_scores(scores, len(is_positive))
     users = as_groups(user_ids, len(is_positive))
     if not len(users):
-        return GroupedAuc(math.nan, 0, 0)
-    order = np.lexsort((row_scores, users))
-    sorted_users, sorted_scores, sorted_labels = users[order], row_scores[order], is_positive[order]
-    new_tie = (sorted_users[1:] != sorted_users[:-1]) | (sorted_scores[1:] != sorted_scores[:-1])
-    ties = np.concatenate([[0], np.flatnonzero(new_tie) + 1])
-    tie_users = sorted_users[ties]
-    positives = np.add.reduceat(sorted_labels, ties, dtype=np.float64)
-    negatives = np.add.reduceat(~sorted_labels, ties, dtype=np.float64)
-    user_positives, user_negatives = np.bincount(tie_users, positives), np.bincount(tie_users, negatives)
-    negatives_of_users_before = user_negatives.cumsum() - user_negatives
-    below = negatives.cumsum() - negatives - negatives_of_users_before[tie_users]
-    concordant = np.bincount(tie_users, positives * (below + negatives / 2))
-    kept = (user_positives > 0) & (user_negatives > 0)
-    if not kept.any():
-        return GroupedAuc(math.nan, 0, len(kept))
-    aucs = concordant[kept] / (user_positives[kept] * user_negatives[kept])
-    rows = (user_positives + user_negatives)[kept]
-    return GroupedAuc(float(np.average(aucs, weights=rows)), int(kept.sum()), int((~kept).sum()))
+        return GroupedAuc(math.nan, 0, 0, math.nan)
+    within = grouped_auc(users, is_positive, row_scores, None if weights is None else as_weights(weights, len(users)))
+    if not len(within.aucs):
+        return GroupedAuc(math.nan, 0, within.left_out, math.nan)
+    by_rows = float(np.average(within.aucs, weights=within.weights))
+    return GroupedAuc(by_rows, len(within.aucs), within.left_out, float(within.aucs.mean()))
 
 
 def log_loss(labels: Values, probabilities: Values) -> float:

@@ -100,6 +100,50 @@ def catalogue_ranks(
     )
 
 
+def top_items(
+    queries_BD: torch.Tensor,
+    items_ID: torch.Tensor,
+    k: int,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best items of each query by dot product, best first, with [B, block + k] scores in memory at a time.
+
+    What serves a user; metrics come from `catalogue_ranks`, which orders ties as it should. Here equal scores
+    stand in any order.
+
+    Args:
+        queries_BD, items_ID: as in `catalogue_ranks`; item 0 is never among the best.
+        k: at least 1.
+        seen_items_S, seen_offsets: as in `target_ranks`.
+
+    Returns:
+        ids int64 [B, k] and scores float32 [B, k]; where fewer than k items are left, id 0 and score -inf.
+
+    Raises:
+        ValueError: k below 1, or offsets that do not fit.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}: must be at least 1")
+    queries_BD = queries_BD.float()
+    seen = _checked_seen(seen_items_S, seen_offsets, queries_BD[:, 0])
+    best = queries_BD.new_full((len(queries_BD), k), -math.inf)
+    ids = torch.zeros(len(queries_BD), k, dtype=torch.int64, device=queries_BD.device)
+    for start in range(1, len(items_ID), block_size):
+        stop = min(start + block_size, len(items_ID))
+        scores = queries_BD @ items_ID[start:stop].float().T
+        if seen is not None:
+            rows, items = seen
+            inside = (items >= start) & (items < stop)
+            scores[rows[inside], items[inside] - start] = -math.inf
+        of_block = torch.arange(start, stop, device=ids.device).expand(len(ids), -1)
+        best, place = torch.cat([best, scores], dim=1).topk(k, dim=1)
+        ids = torch.cat([ids, of_block], dim=1).gather(1, place)
+    return ids.masked_fill(best == -math.inf, 0), best
+
+
 def retrieval_metrics(
     ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10, 50, 200), group: dist.ProcessGroup | None = None
 ) -> dict[str, float | int | None]:

@@ -145,7 +145,7 @@ def test_a_rating_is_the_auxiliary_target() -> None:
     p = piece([1, 2, 3, 4], [1.0, 0.0, 1.0, 0.0])
     p = dataclasses.replace(p, actions=np.array([1, 6, 3, 0]))
     values = collate(recipe(), [p]).target_values
-    torch.testing.assert_close(values, torch.tensor([-1.0, 1.0, -0.2, torch.nan]), equal_nan=True)
+    torch.testing.assert_close(values, torch.tensor([-1.0, torch.nan, 0.0, torch.nan]), equal_nan=True)
 
 
 def test_exposures_of_one_moment_share_a_query_in_late_fusion_only() -> None:

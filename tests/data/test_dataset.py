@@ -7,6 +7,7 @@ import pytest
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.movielens import movielens_100k
+from tests import fixtures
 from tests.data.source_files import RATINGS, memory_source, recbole_100k
 
 
@@ -21,6 +22,11 @@ def test_sizes_include_the_unknown_id(dataset):
     assert dataset.items["item_id"].to_pylist() == [1, 2, 3, 4]
     assert dataset.users["user_id"].to_pylist() == [1, 2, 3]
     assert dataset.feature_size("item", "genres") == 9
+
+
+def test_actions_are_worth_the_number_in_their_name(dataset):
+    np.testing.assert_array_equal(dataset.action_values, [np.nan, 1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(fixtures.dataset().action_values, [np.nan, 1, 2, 3, 4, 5, np.nan])  # a view: none
 
 
 def test_features_are_bags_by_id_with_an_empty_one_for_the_unknown(dataset):

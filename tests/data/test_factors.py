@@ -49,10 +49,12 @@ def test_vectors_are_standardised_and_the_unknown_item_is_zero() -> None:
 
 def test_ratings_are_values_where_there_are_several_and_labels_elsewhere() -> None:
     labels, actions = np.array([1, 0, np.nan], np.float32), np.array([5, 1, 0])
-    np.testing.assert_array_equal(event_values(labels, actions, 6), [5, 1, np.nan])
-    np.testing.assert_array_equal(event_values(labels, actions, 2), [1, 0, np.nan])
-    np.testing.assert_array_equal(scaled_values(labels, actions, 6), np.array([1, -1, np.nan], np.float32))
-    np.testing.assert_array_equal(scaled_values(labels, actions, 2), np.array([1, -1, np.nan], np.float32))
+    nothing = np.nan
+    rated, bought = np.array([nothing, 1, 2, 3, 4, 5]), np.array([nothing, nothing, nothing, nothing, nothing, 1])
+    np.testing.assert_array_equal(event_values(labels, actions, rated), [5, 1, nothing])
+    np.testing.assert_array_equal(event_values(labels, actions, bought), [1, 0, nothing])  # one number is no scale
+    np.testing.assert_array_equal(scaled_values(labels, actions, rated), np.array([1, -1, nothing], np.float32))
+    np.testing.assert_array_equal(scaled_values(labels, actions, bought), np.array([1, -1, nothing], np.float32))
 
 
 def test_the_same_seed_gives_the_same_factors_and_only_training_events_count() -> None:

@@ -189,12 +189,58 @@ def _history(batch: HybridBatch) -> list[tuple[tuple[int, int], int]]:
 )
 def test_deal_shares_pieces_and_work_out_evenly(lengths: list[int], hands: int) -> None:
     sizes = np.array(lengths)
-    shares = deal(np.arange(sizes.size), sizes, hands)
+    most = -(-sizes.size // hands)
+    capped = deal(np.arange(sizes.size), sizes, hands, most)
+    assert sorted(np.concatenate(capped).tolist()) == list(range(sizes.size))
+    assert max(share.size for share in capped) <= most
+    shares = deal(np.arange(sizes.size), sizes, hands, sizes.size)
     assert sorted(np.concatenate(shares).tolist()) == list(range(sizes.size))
-    counts = [share.size for share in shares]
-    assert max(counts) - min(counts) <= 1
+    assert all(share.size for share in shares) or sizes.size < hands
     loads = [int(sizes[share].sum()) for share in shares]
     assert max(loads) - min(loads) <= sizes.max()
+
+
+# --- batches of so much cost -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def item_costs() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 30, fixtures.dataset().num_items)
+
+
+def cost_of(loader: Loader, step: int, item_costs: np.ndarray) -> int:
+    """What the pieces of a step of this rank cost, summed event by event."""
+    return sum(int(item_costs[loader._piece(int(i)).item_ids].sum()) for i in loader._plan(0)[loader.rank][step])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_steps_of_a_cost_never_exceed_it_and_are_filled(world: int, item_costs: np.ndarray) -> None:
+    budget = 900
+    ranks = loaders(world, batch_cost=budget, item_costs=item_costs)
+    dearest = int(ranks[0].costs.max())
+    assert dearest < budget
+    steps = ranks[0].steps(0)
+    together = [sum(cost_of(loader, step, item_costs) for loader in ranks) for step in range(steps)]
+    assert all(cost <= budget * world for cost in together)
+    assert all(cost + dearest > budget * world for cost in together[:-1])  # another piece would not have fitted
+    for step in range(steps):
+        shares = [cost_of(loader, step, item_costs) for loader in ranks]
+        assert max(shares) - min(shares) <= dearest
+
+
+def test_batches_of_a_cost_hold_every_exposure_once_on_as_many_steps_per_rank(
+    mode: str, item_costs: np.ndarray
+) -> None:
+    ranks = loaders(2, batch_cost=500, item_costs=item_costs)
+    batches = [list(loader.batches(1)) for loader in ranks]
+    assert len(batches[0]) == len(batches[1]) == ranks[0].steps(1)
+    found = [exposure for of_rank in batches for batch in of_rank for exposure in exposures(batch)]
+    assert sorted(found) == expected_exposures("train")
+
+
+def test_a_piece_above_the_cost_is_a_step_of_its_own(item_costs: np.ndarray) -> None:
+    loader = make(batch_cost=1, item_costs=item_costs)
+    assert loader.steps(0) == len(loader.pieces)
 
 
 # --- memory and errors -----------------------------------------------------------------------------------

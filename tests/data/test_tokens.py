@@ -107,6 +107,47 @@ def test_an_item_outside_the_store_is_an_error(dataset, tmp_path, wrong):
         store.gather(np.array([1, wrong]))
 
 
+def store_of(tmp_path, texts):
+    """A store of these token ids, without a tokeniser."""
+    values = np.array([token for text in texts for token in text], np.int32)
+    return TokenStore(tmp_path, values, np.cumsum([0, *map(len, texts)]), {})
+
+
+@pytest.mark.parametrize(
+    ("texts", "prefix", "items"),
+    [
+        ([[7, 8], [7, 8, 1], [7, 8, 2, 3], [7, 8, 4]], [7, 8], [0, 1, 2, 3]),  # the prompt alone and three texts
+        ([[7], [7, 8, 1], [7, 8, 2], [7, 8, 3]], [7, 8], [1, 2, 3]),  # 2 x 3 tokens saved, not 1 x 4
+        ([[7], [7, 8], [7], [7]], [7], [0, 1, 2, 3]),
+        ([[], [5, 1], [5, 2], [6]], [5], [1, 2]),
+        ([[1], [2], [3]], [], [0, 1, 2]),  # nothing is saved
+        ([[], []], [], [0, 1]),
+        ([[4, 4, 4]] * 3, [4, 4, 4], [0, 1, 2]),
+        ([[2, 1], *[[2, 3, 3, 3, 3]] * 2], [2, 3, 3, 3, 3], [1, 2]),  # 5 x 2, though 2 x 2 saves less than 1 x 3
+        ([], [], []),
+    ],
+)
+def test_the_prefix_is_what_most_items_begin_with(tmp_path, texts, prefix, items):
+    store = store_of(tmp_path, texts)
+    assert store.prefix.dtype == np.int32
+    assert store.prefix.tolist() == prefix
+    assert np.flatnonzero(store.begins_with_prefix).tolist() == items
+    ids = np.array([*range(len(texts)), *range(len(texts))][::-1], np.int64)
+    tokens, cu_seqlens, has_prefix = store.gather_behind_prefix(ids)
+    rests = [tokens[a:b].tolist() for a, b in zip(cu_seqlens, cu_seqlens[1:])]
+    assert [prefix * bool(has) + rest for has, rest in zip(has_prefix, rests)] == [texts[i] for i in ids]
+
+
+def test_the_prompt_and_the_first_key_are_the_prefix(dataset, tmp_path):
+    folder = tiny_tokenizer(tmp_path / "tokenizer", **DECODER)
+    store = TokenStore.open(build_token_store(dataset, folder, prompt=PROMPT, keys=KEYS, max_text_length=99))
+    whole = f"{PROMPT}title: "
+    assert len(store.prefix) == 1 + len(whole)  # <s>, then bytes
+    assert store.begins_with_prefix.tolist() == [False, True, True, True, True], "item 0 has the prompt alone"
+    with pytest.raises(ValueError, match=r"item id 5 is outside 0\.\.4"):
+        store.gather_behind_prefix(np.array([5]))
+
+
 def test_missing_texts_leave_no_key_behind(tmp_path):
     items = [("i1", "a"), ("i2", "")]
     events = [("u", f"i{n % 2 + 1}", 5, n) for n in range(20)]

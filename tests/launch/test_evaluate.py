@@ -19,6 +19,7 @@ from hllm_torchrec.launch.baselines import main as run_baselines
 from hllm_torchrec.launch.evaluate import main
 from hllm_torchrec.launch.report import main as write_report
 from hllm_torchrec.metrics.compare import read_predictions
+from hllm_torchrec.offline import training_overlap
 from tests import fixtures
 from tests.training_fixtures import config, lines, train
 
@@ -66,6 +67,9 @@ def test_a_run_is_compared_with_baselines_on_the_same_exposures(run: Path, capsy
     assert metrics["models"]["plain"]["auc"] == pytest.approx(roc_auc_score(own.label, own.score))
     assert metrics["rows"] == len(own.label) == sum(p.num_rows for p in map(pq.read_metadata, parts(run)))
     assert metrics["provenance"]["dataset"]["fingerprint"] == fixtures.dataset().fingerprint
+    assert len(metrics["provenance"]["weights"]["fingerprint"]) == 16
+    exposures = set(zip(own.user_id.tolist(), own.item_id.tolist(), np.asarray(own.timestamp).tolist()))
+    assert (metrics["overlap"]["exposures"], metrics["overlap"]["seen"]) == (len(exposures), 0)
     assert metrics["provenance"]["seed"] == 0 and metrics["provenance"]["machine"]["packages"]
     printed = capsys.readouterr().out
     assert "difference to plain" in printed and "running_bias" in printed
@@ -112,6 +116,26 @@ def test_a_generative_run_has_retrieval_only(run: Path, capsys: pytest.CaptureFi
     assert "recall@5" in (run / "report.html").read_text()
 
 
+def test_exposures_of_the_training_part_are_found(run: Path) -> None:
+    assert main(["--run", str(run), "--draws", "0", "--no-tensorboard", "--split", "train"]) == 0
+    predictions, dataset = run / "predictions" / "train", fixtures.dataset().root
+    found = training_overlap(predictions, dataset)
+    assert found.seen == found.exposures > 0 and metrics_of(run, "metrics-train.json")["overlap"] is None
+
+
+def test_the_gate_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["--run-dir", str(run), "--draws", "0", "--no-tensorboard"]
+    assert main(quick) == 0
+    accepted = shutil.copy(run / "metrics.json", tmp_path / "accepted.json")
+    assert main([*quick, "--baseline", str(accepted)]) == 0
+    assert "gate: PASS: AUC of plain" in capsys.readouterr().out
+    better = metrics_of(tmp_path, "accepted.json")
+    better["models"]["plain"] |= {"auc": 0.9999, "auc_se": 1e-9, "clustered_se": 1e-9}
+    accepted.write_text(json.dumps(better))
+    assert main([*quick, "--baseline", str(accepted), "--max-drop", "0.001"]) in (3, 4)
+    assert metrics_of(run)["gate"]["drop"] > 0.001
+
+
 def test_predictions_alone_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = baselines() / "item_mean", baselines() / "running_bias" / "predictions" / "test"
     named = ["--predictions", f"mean={one}", f"running={two}", "--draws", "20"]
@@ -148,10 +172,11 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--run", "{run}", "--checkpoint", "newest"], "--checkpoint newest: neither best nor latest"),
         (["--run", "{run}", "--compare", "{run}"], "has no predictions"),
         (["--run", "{base}/item_mean", "--compare", "{base}/item_mean"], "another model has the name 'item_mean'"),
-        (["--predictions", "mean"], "--predictions mean: must be NAME=DIR"),
+        (["--predictions", "mean"], "--predictions mean: must be NAME=PATH"),
         (["--predictions", "a={base}/item_mean", "a={base}/item_mean"], "two models are named 'a'"),
         (["--compare", "{base}"], "no part-*.parquet in"),
-        (["--predictions", "a={base}/item_mean", "--draws", "0"], "0 draws of"),
+        (["--predictions", "a={base}"], "is no file, and no directory with .parquet"),
+        (["--predictions", "a={base}/item_mean", "--draws", "-1"], "draws is -1; 0 for no bootstrap"),
         (["--split", "tests"], "argument --split: invalid choice: 'tests'"),
     ],
 )

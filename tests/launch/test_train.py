@@ -114,16 +114,22 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_ranks_that_train_as_one(root: Path, tmp_path: Path) -> None:
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    launcher = [torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())]
+def test_ranks_of_torchrun_and_of_torchx_train_as_one(root: Path, tmp_path: Path) -> None:
+    programs = Path(sys.executable).parent
     common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
     one = run([*MODULE, *arguments(tmp_path / "one", **common)], root, tmp_path)
-    halves = arguments(tmp_path / "two", data__batch_users=2, **common)
-    two = run([*launcher, "-m", "hllm_torchrec.launch.train", *halves], root, tmp_path)
-    assert one.returncode == two.returncode == 0, two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    assert lines(tmp_path / "two", "start")[0]["world"] == 2
+    assert one.returncode == 0, one.stderr
+    launchers = {
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "train.py"],
+        "torchx": ["torchx", "run", "dist.ddp", "-j", "1x2", "train.py"],
+    }
+    for name, (program, *options) in launchers.items():
+        halves = arguments(tmp_path / name, data__batch_users=2, **common)
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # TorchX starts `torchrun` from there
+        two = run([str(programs / program), *options, *halves], root, root, PATH=path)
+        assert two.returncode == 0, two.stdout + two.stderr
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+        assert lines(tmp_path / name, "start")[0]["world"] == 2
 
 
 # --- what goes wrong between ranks -----------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_bad_rows_are_named() -> None:
         roc_auc([0, math.nan, 1], [0.0, 1.0, 2.0])
     with pytest.raises(ValueError, match="labels: row 0 is 4; a label is 0 or 1"):
         roc_auc([4, 1], [0.0, 1.0])
-    with pytest.raises(ValueError, match="weights: row 1 is -1; a weight is finite and >= 0"):
+    with pytest.raises(ValueError, match="weights: row 1 is -1; a weight is 0, to skip a row, or lies in 1e-100"):
         roc_auc([0, 1], [0.0, 1.0], [1.0, -1.0])
     with pytest.raises(ValueError, match="weights: row 0 is inf"):
         roc_auc([0, 1], [0.0, 1.0], [math.inf, 1.0])

@@ -208,3 +208,92 @@ def test_a_causal_checkpoint_reads_back_through_transformers(tmp_path: Path) -> 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").model
     for mine, theirs in zip(again.parameters(), build_backbone(str(tmp_path)).parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+# ------------------------------------------------------------------------------------ the shared prefix
+
+PREFIX = [3, 17, 8]
+BEGIN = {
+    "all begin with it": [PREFIX + text for text in TEXTS],
+    "some do not": [PREFIX + [4, 9], [], PREFIX, [7, 7, 1], PREFIX + [6], [5]],
+    "none does": [[4], [], [9, 9]],
+    "all are the prefix": [PREFIX, PREFIX],
+    "one item": [PREFIX + [5]],
+}
+
+
+def behind_prefix(texts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `ItemLLM` gets when the prefix is shared."""
+    has = [text[: len(PREFIX)] == PREFIX for text in texts]
+    rests = [text[len(PREFIX) :] if begins else text for text, begins in zip(texts, has, strict=True)]
+    return *packed(rests), torch.tensor(PREFIX, dtype=torch.int32), torch.tensor(has)
+
+
+def gradients(model: ItemLLM, embeddings: Tensor) -> dict[str, Tensor]:
+    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad((embeddings * weights).sum(), parameters, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ["item", "mean"])
+@pytest.mark.parametrize("name", BEGIN)
+def test_a_shared_prefix_changes_no_embedding_and_no_gradient(name: str, pooling: Pooling) -> None:
+    model, texts = item_llm("llama", pooling), BEGIN[name]
+    plain, shared = model(*packed(texts)), model(*behind_prefix(texts))
+    torch.testing.assert_close(shared, plain, rtol=1e-4, atol=1e-4)
+    expected, found = gradients(model, plain), gradients(model, shared)
+    assert float(expected["backbone.embed_tokens.weight"].abs().sum()) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prefix_without_a_mask_stands_before_all_texts() -> None:
+    model = item_llm("llama")
+    token_ids, cu_seqlens, prefix, has = behind_prefix(BEGIN["all begin with it"])
+    assert bool(has.all())
+    torch.testing.assert_close(
+        model(token_ids, cu_seqlens, prefix), model(token_ids, cu_seqlens, prefix, has), rtol=0, atol=0
+    )
+
+
+def test_rows_of_the_prefix_are_encoded_once() -> None:
+    model, rows = item_llm("llama"), []
+    model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    texts = BEGIN["all begin with it"]
+    model(*packed(texts))
+    model(*behind_prefix(texts))
+    assert rows == [sum(map(len, texts)) + len(texts), len(PREFIX) + sum(map(len, TEXTS)) + len(texts)]
+
+
+@pytest.mark.parametrize("pooling", ["item", "mean"])
+def test_no_items_behind_a_prefix_still_run_the_layers_once(pooling: Pooling) -> None:
+    model = item_llm("llama", pooling)
+    calls: list[int] = []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    none = model(*behind_prefix([]))
+    assert none.shape == (0, LLAMA["hidden_size"]) and calls == [1]
+    none.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "embed_tokens" not in name)
+
+
+def test_an_encoder_refuses_a_shared_prefix() -> None:
+    with pytest.raises(ValueError, match="shared prefix of 3 tokens needs a causal Item LLM.*item_llm.share_prefix"):
+        item_llm("bert")(*behind_prefix(BEGIN["some do not"]))
+
+
+def test_a_sliding_window_counts_the_prefix() -> None:
+    shape = {**LLAMA, "model_type": "mistral", "sliding_window": 7}
+    model = ItemLLM(build_backbone(None, shape)).eval()
+    model(*behind_prefix([[*PREFIX, 1, 2, 3]]))  # with [ITEM] seven
+    with pytest.raises(ValueError, match="a sequence has 8 positions, beyond the backbone's sliding window of 7"):
+        model(*behind_prefix([[*PREFIX, 1, 2, 3, 4]]))
+
+
+def test_frozen_words_get_no_gradient_behind_a_prefix() -> None:
+    model = item_llm("llama", "mean")
+    model.backbone.get_input_embeddings().requires_grad_(False)
+    model(*behind_prefix(BEGIN["some do not"])).sum().backward()
+    assert model.backbone.get_input_embeddings().weight.grad is None
+    assert model.backbone.layers[0].self_attn.k_proj.weight.grad is not None

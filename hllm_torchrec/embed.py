@@ -1,0 +1,152 @@
+"""Embedding job: what is new or changed since the store's last commit is encoded, on all ranks, and committed.
+
+An item's mark in the store is a hash of its tokens, so a job that is run again, or again after a crash, encodes only
+what is missing: its cost follows what changed, not the catalogue.
+"""
+
+import hashlib
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hllm_torchrec import ranks
+from hllm_torchrec.data.tokens import TokenStore
+from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.experiment import Experiment
+from hllm_torchrec.items import CATALOGUE_TOKENS
+from hllm_torchrec.logs import progress
+from hllm_torchrec.parallelize import autocast, whole
+from hllm_torchrec.store.keys import Hashes, hash_bytes
+from hllm_torchrec.store.layout import RunFacts
+from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
+
+COMMIT_TOKENS = 2_000_000
+"""A rank encodes about so many tokens between two commits: what a crash can cost."""
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What a job did. items: of the dataset; encoded: of them, now; seconds: encoding and writing."""
+
+    items: int
+    encoded: int
+    version: int
+    seconds: float
+
+
+def item_facts(experiment: Experiment) -> dict[str, Any]:
+    """What item embeddings depend on besides the texts: weights, pooling, tokeniser, text layout. Collective.
+
+    Raises:
+        ConfigError: the model has no Item LLM.
+    """
+    item_llm, encoder = experiment.hllm.item_llm, experiment.encoder
+    if item_llm is None or encoder is None:
+        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item embeddings to store"])
+    layout = ("tokenizer", "prompt", "keys", "separator", "max_text_length")
+    return {
+        "part": "items",
+        "weights": hash_weights(item_llm),
+        "pooling": item_llm.pooling,
+        **{name: encoder.tokens.facts[name] for name in layout},
+    }
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, names and shapes included, wherever they are. Collective."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        values = whole(weight.detach()).cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def item_marks(tokens: TokenStore) -> Hashes:
+    """uint64 [N]: a hash of each item's tokens."""
+    return hash_bytes(np.ascontiguousarray(tokens.values).view(np.uint8), tokens.offsets * tokens.values.itemsize)
+
+
+@torch.no_grad()
+def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> EmbedReport:
+    """Bring the item store at `path` (made if it is not there) up to date with the dataset. Collective.
+
+    Keys are raw item ids. Ranks share the work by tokens; each writes its own rows, and rank 0 commits those of all.
+
+    Raises:
+        ValueError: the store was made by another model, or another process is writing to it.
+    """
+    facts = item_facts(experiment)
+    store = open_or_create(path, experiment.hllm.item_llm.width, dtype, facts)  # type: ignore[union-attr]
+    encoder = experiment.encoder
+    assert encoder is not None
+    raw_ids, marks = experiment.dataset.items["raw_item_id"], item_marks(encoder.tokens)
+    todo = changed(store, raw_ids, marks)
+    rounds = shares(todo, encoder.tokens.lengths + 1)
+    started, model = time.perf_counter(), experiment.hllm.eval()
+    with ExitStack() as stack:
+        writer: list[StoreWriter] = []
+        ranks.on_rank_zero(lambda: writer.append(stack.enter_context(store.writer())))
+        with progress(len(rounds), "embed items", ranks.rank() == 0) as bar:
+            for chunks in rounds:
+                run = store.run_writer()
+                for ids in chunks:
+                    with autocast(experiment.config, experiment.device):
+                        vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
+                    run.add(raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids])
+                written = ranks.together(run.finish)
+                ranks.on_rank_zero(partial(_commit, writer, written))
+                bar.update(1)
+        version = ranks.on_rank_zero(lambda: store.snapshot().version)
+    return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+
+
+def _commit(writer: list[StoreWriter], written: list[RunFacts]) -> int:
+    """Rank 0's writer takes in what every rank has written."""
+    return writer[0].commit(written)
+
+
+def open_or_create(path: Path, width: int, dtype: str, facts: dict[str, Any]) -> EmbeddingStore:
+    """The store at `path`, of this model. Collective.
+
+    Raises:
+        ValueError: it was made by another model.
+    """
+
+    def on_one() -> None:
+        if not (path / "store.json").is_file():
+            EmbeddingStore.create(path, width, dtype, "string", facts)
+        EmbeddingStore.open(path).require(facts)
+
+    ranks.on_rank_zero(on_one)
+    return EmbeddingStore.open(path)
+
+
+def changed(store: EmbeddingStore, raw_ids: Any, marks: Hashes) -> NDArray[np.int64]:
+    """Ids (from 1) whose vector is missing in the store or was made from something else."""
+    stored, known = store.snapshot().marks(pc.cast(raw_ids, "large_string").combine_chunks())
+    return 1 + np.flatnonzero(~known | (stored != marks[1:]))
+
+
+def shares(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
+    """What this rank encodes: rounds, each of chunks of ids, as many on every rank (some may be empty).
+
+    Sorted by length, ids are dealt out in turn; a chunk has about CATALOGUE_TOKENS tokens, a round (what lies between
+    two commits) about COMMIT_TOKENS.
+    """
+    order = ids[np.argsort(costs[ids], kind="stable")]
+    world, rank = ranks.world_size(), ranks.rank()
+    per_chunk = CATALOGUE_TOKENS * world
+    parts = np.cumsum(costs[order]) // per_chunk
+    chunks = [part[rank::world] for part in np.split(order, np.flatnonzero(np.diff(parts)) + 1) if part.size]
+    per_round = max(1, COMMIT_TOKENS // CATALOGUE_TOKENS)
+    return [chunks[i : i + per_round] for i in range(0, len(chunks), per_round)]

@@ -1,0 +1,5 @@
+"""Embeddings on disk: id -> vector, memory-mapped, changed by atomic commits. See `store.EmbeddingStore`."""
+
+from hllm_torchrec.store.store import EmbeddingStore, Snapshot
+
+__all__ = ["EmbeddingStore", "Snapshot"]

@@ -1,0 +1,256 @@
+"""A run: the rows of one commit. Written once, in order, never changed.
+
+    keys.arrow          [n + d] keys in the order of writing, those to delete last (Arrow file, one column)
+    marks.npy           uint64 [n]: what each vector was made from (a hash of the item's text, the user's last event)
+    hashes.npy          uint64 [m] hashes of the keys, sorted; of equal keys the last written stands
+    rows.npy            int64 [m] row of each; n and above: deleted
+    vectors-NNNN.bin    rows of the run, `rows_per_file` in each but the last
+
+Legend: n vectors, d deleted keys, m = distinct keys of both, D width.
+"""
+
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.store.keys import Hashes, KeyKind, as_keys, hash_keys
+from hllm_torchrec.store.layout import RunFacts, sync_folder
+
+Ints = NDArray[np.int64]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STORAGE: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<i2")}
+FILE_BYTES = 2**30
+"""Vectors of a run are spread over files of about this size."""
+_BLOCK = 2**24
+_AHEAD = 4
+"""Writes whose checksums may be outstanding: they hold their vectors in memory."""
+
+
+class RunReader:
+    """A run, memory-mapped: opened files stay readable when a compaction has removed their names.
+
+    Raises:
+        ValueError: a file is missing or has not the size that the manifest says.
+    """
+
+    def __init__(self, folder: Path, facts: RunFacts, width: int, dtype: str) -> None:
+        damage = next(find_damage(folder, facts, contents=False), None)
+        if damage is not None:
+            raise ValueError(f"{damage}: the store is damaged; restore it or build it anew")
+        self.facts, self.width, self.dtype = facts, width, DTYPES[dtype]
+        try:
+            self._open(folder, dtype)
+        except (OSError, ValueError) as error:  # pyarrow's errors are such
+            raise ValueError(f"{folder}: {error}: the store is damaged; `hllm store verify` says where") from None
+
+    def _open(self, folder: Path, dtype: str) -> None:
+        self.hashes: Hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+        self.rows: Ints = np.load(folder / "rows.npy", mmap_mode="r")
+        self.marks: Hashes = np.load(folder / "marks.npy", mmap_mode="r")
+        with pa.memory_map(str(folder / "keys.arrow")) as source:
+            self.keys = pa.ipc.open_file(source).read_all()["key"]
+        names = sorted(name for name in self.facts.files if name.startswith("vectors-"))
+        self.files = [self._mapped(folder / name, dtype) for name in names]
+        self.rows_per_file = self.files[0].shape[0] if self.files else 1
+
+    def _mapped(self, path: Path, dtype: str) -> NDArray[Any]:
+        return np.asarray(np.memmap(path, _STORAGE[dtype], mode="r")).reshape(-1, self.width)
+
+    def find(self, hashes: Hashes, keys: pa.Array) -> Ints:
+        """Row of each key [k]; -1: not in this run; facts.rows and above: deleted by it."""
+        low = self._place(hashes)
+        found = np.full(hashes.size, -1, np.int64)
+        for step in range(self.hashes.size):  # one round, but for keys whose hashes collide
+            at = low + step
+            same = np.flatnonzero((at < self.hashes.size) & (found < 0))
+            same = same[self.hashes[at[same]] == hashes[same]]
+            if same.size == 0:
+                break
+            rows = self.rows[at[same]]
+            if not pa.types.is_integer(keys.type):
+                equal = pa.compute.equal(self.keys.take(pa.array(rows)).combine_chunks(), keys.take(pa.array(same)))
+                equal = equal.to_numpy(zero_copy_only=False)
+                same, rows = same[equal], rows[equal]
+            found[same] = rows
+            if pa.types.is_integer(keys.type):
+                break  # the hash is the key
+        return found
+
+    def _place(self, hashes: Hashes) -> Ints:
+        """Where each hash [k] would stand among the sorted ones."""
+        size = self.hashes.size
+        if size and int(self.hashes[-1]) - int(self.hashes[0]) == size - 1:  # ids without gaps: no search
+            with np.errstate(over="ignore"):
+                return np.minimum(hashes - self.hashes[0], np.uint64(size)).astype(np.int64)
+        order = np.argsort(hashes)  # neighbours touch the same pages
+        places = np.empty(hashes.size, np.int64)
+        places[order] = np.searchsorted(self.hashes, hashes[order], side="left")
+        return places
+
+    def gather(self, rows: Ints, out: Tensor, places: Tensor | None = None) -> None:
+        """Vectors of `rows` [k] into out[places] (None: into out, in order), fp32 or this run's type."""
+        for number in range(len(self.files)):
+            first = number * self.rows_per_file
+            last = first + self.rows_per_file
+            inside = np.flatnonzero((rows >= first) & (rows < last)) if len(self.files) > 1 else None
+            own = rows if inside is None else rows[inside] - first
+            if own.size == 0:
+                continue
+            picked = torch.from_numpy(np.take(self.files[number], own, axis=0, mode="clip")).view(self.dtype)
+            if inside is None and places is None:
+                out.copy_(picked)
+            else:
+                at = torch.arange(rows.size) if places is None else places
+                out[at if inside is None else at[torch.from_numpy(inside)]] = picked.to(out.dtype)
+
+
+class RunWriter:
+    """Writes a run, vectors as they come. `finish` syncs everything; the run is nothing until a manifest names it."""
+
+    def __init__(self, runs: Path, width: int, dtype: str, kind: KeyKind, file_bytes: int = FILE_BYTES) -> None:
+        self.name = f"{secrets.token_hex(8)}"
+        self.folder = runs / self.name
+        self.folder.mkdir(parents=True)
+        self.width, self.dtype, self.kind = width, dtype, kind
+        self.rows_per_file = max(1, file_bytes // (width * DTYPES[dtype].itemsize))
+        self.rows = 0
+        self._keys: list[pa.Array] = []
+        self._deleted: list[pa.Array] = []
+        self._marks: list[Hashes] = []
+        self._file: _VectorFile | None = None
+        self._files: dict[str, tuple[int, int]] = {}
+        self._pool = ThreadPoolExecutor(1)  # checksums are computed beside the writing
+
+    def add(self, keys: pa.Array, vectors: Tensor, marks: Hashes) -> None:
+        """Append rows: keys [k], vectors [k, D], marks [k]."""
+        values = vectors.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        raw = (values.view(torch.int16) if self.dtype == "bf16" else values).numpy().reshape(-1, self.width)
+        at = 0
+        while at < len(raw):
+            if self._file is None:
+                self._file = _VectorFile(self.folder / f"vectors-{len(self._files):04d}.bin", self._pool)
+            space = self.rows_per_file - self.rows % self.rows_per_file
+            part = raw[at : at + space]
+            self._file.write(part)
+            at, self.rows = at + len(part), self.rows + len(part)
+            if self.rows % self.rows_per_file == 0:
+                self._close_file()
+        self._keys.append(keys)
+        self._marks.append(np.asarray(marks, np.uint64))
+
+    def delete(self, keys: pa.Array) -> None:
+        """Take keys away that earlier runs have."""
+        self._deleted.append(keys)
+
+    def finish(self) -> RunFacts:
+        """Write the index, sync all files and say what they are."""
+        if self._file is not None:
+            self._close_file()
+        keys = pa.chunked_array([*self._keys, *self._deleted], as_keys([], self.kind).type)
+        deleted = sum(len(part) for part in self._deleted)
+        with pa.OSFile(str(self.folder / "keys.arrow"), "wb") as sink:
+            table = pa.table({"key": keys})
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2**20)
+        np.save(self.folder / "marks.npy", np.concatenate([np.empty(0, np.uint64), *self._marks]))
+        hashes, rows = sorted_index(keys)
+        np.save(self.folder / "hashes.npy", hashes)
+        np.save(self.folder / "rows.npy", rows)
+        for name in ("keys.arrow", "marks.npy", "hashes.npy", "rows.npy"):
+            _sync(self.folder / name)
+            self._files[name] = ((self.folder / name).stat().st_size, file_checksum(self.folder / name))
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
+        self._pool.shutdown()
+        return RunFacts(self.name, self.rows, deleted, dict(self._files))
+
+    def _close_file(self) -> None:
+        assert self._file is not None
+        self._files[self._file.path.name] = self._file.close()
+        self._file = None
+
+
+class _VectorFile:
+    """A file being written, with the checksum of what has been."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self.path, self._pool = path, pool
+        self._file = path.open("wb")
+        self._checksum = 0
+        self._pending: list[Future[None]] = []
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Append rows."""
+        data = memoryview(rows.data).cast("B")
+        self._pending.append(self._pool.submit(self._add, data))
+        self._file.write(data)
+        while len(self._pending) > _AHEAD:
+            self._pending.pop(0).result()
+
+    def close(self) -> tuple[int, int]:
+        """Sync; (bytes, CRC-32)."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        for future in self._pending:
+            future.result()
+        return size, self._checksum
+
+    def _add(self, data: memoryview) -> None:
+        self._checksum = zlib.crc32(data, self._checksum)
+
+
+def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
+    """Sorted hashes [m] and the row of each; of equal keys the last row stands."""
+    parts = [hash_keys(chunk) for chunk in keys.chunks]
+    hashes = np.concatenate([np.empty(0, np.uint64), *parts])
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    repeated = np.flatnonzero(hashes[1:] == hashes[:-1])
+    if repeated.size == 0:
+        return hashes, order.astype(np.int64)
+    kept = np.ones(hashes.size, bool)
+    seen: dict[tuple[int, Any], int] = {}
+    for at in np.union1d(repeated, repeated + 1).tolist():  # equal hashes: equal keys, or a collision
+        key = (int(hashes[at]), keys[int(order[at])].as_py())
+        if key in seen:
+            kept[seen[key]] = False
+        seen[key] = at
+    return hashes[kept], order[kept].astype(np.int64)
+
+
+def find_damage(folder: Path, facts: RunFacts, *, contents: bool = True) -> Iterator[str]:
+    """Files of a run that are not as they were written, a line each; sizes, and checksums if `contents`."""
+    for name, (size, checksum) in sorted(facts.files.items()):
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            yield f"{folder / name} is missing"
+        elif found != size:
+            yield f"{folder / name} has {found} bytes instead of {size}"
+        elif contents and file_checksum(folder / name) != checksum:
+            yield f"{folder / name}: the contents are not what was written"
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,107 @@
+"""`hllm retrieval`: popularity, EASE and a decayed Markov chain on a leave-one-out dataset.
+
+    hllm retrieval --dataset data/ml-100k-loo --output runs/retrieval
+
+Settings are chosen on the validation part and the test part is scored once. Each baseline gets a folder with
+metrics.json in the layout of `hllm evaluate`. Options such as --ease_l2 "[100, 300]" change the grids;
+--print_config shows them all and exits.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.config import load_as
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+
+def build_parser() -> CommandParser:
+    """The command line, without the grids."""
+    from hllm_torchrec.baselines.retrieval import NAMES
+
+    parser = CommandParser(
+        prog="hllm retrieval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", required=True, type=Path, help="prepared with --split leave_one_out")
+    parser.add_argument("--output", type=Path, default=Path("runs/retrieval"), help="one folder each goes there")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args, options = parser.parse_known_args(argv)
+    return run_job(parser.prog, lambda: run(args, options))
+
+
+def run(args: argparse.Namespace, options: list[str]) -> None:
+    """Fit and measure the baselines named.
+
+    Raises:
+        ValueError: the grids or the dataset are not usable.
+    """
+    from hllm_torchrec.baselines.retrieval import RetrievalBaselinesConfig, run_retrieval_baseline
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.protocols import SPLIT_RULE
+    from hllm_torchrec.ranks import on_rank_zero
+
+    config = load_as(
+        RetrievalBaselinesConfig, options, prog="hllm retrieval", description="Grids of retrieval baselines."
+    )
+    dataset = Dataset.open(args.dataset)
+    rule = dataset.manifest["split"]["rule"]
+    if rule != SPLIT_RULE:
+        raise ValueError(f"--dataset {args.dataset}: split by {rule!r}; prepare one with --split {SPLIT_RULE}")
+    start_process()
+    try:
+        for name in args.only:
+            found = run_retrieval_baseline(name, dataset, config, partial(print, file=sys.stderr))
+            on_rank_zero(partial(_write, args.output / name, name, found, dataset, config))
+    finally:
+        stop_process()
+
+
+def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, config: Any) -> None:
+    from hllm_torchrec.logs import machine_info
+    from hllm_torchrec.metrics.compare import SCHEMA_VERSION
+
+    measured_as = {
+        "protocol": None if config.positive_only or not config.filter_seen else "leave_one_out",
+        "filter_seen": config.filter_seen,
+        "targets": "positive" if config.positive_only else "all",
+        "candidates": dataset.num_items - 1,
+    }
+    provenance = {
+        "settings": found["settings"],
+        "tried": found["tried"],
+        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "machine": machine_info(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, file in (("valid", "metrics-valid.json"), ("test", "metrics.json")):
+        metrics = {
+            "schema_version": SCHEMA_VERSION,
+            "split": split,
+            "models": {},
+            "retrieval": found[split] | measured_as,
+            "provenance": provenance,
+        }
+        (directory / file).write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    shown = ", ".join(
+        f"{key} {value:.4f}" for key, value in found["test"].items() if key.startswith(("recall", "ndcg"))
+    )
+    print(f"{name} {found['settings']}: test, {found['test']['rows']} targets: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""`hllm store`: look into an embedding store, check it, tidy it up, take vectors out of it or away.
+
+hllm store info stores/items
+hllm store verify stores/items                             # every checksum; exit status 1 if one is wrong
+hllm store compact stores/items                            # one run; deleted vectors leave the disk
+hllm store export stores/items --parquet exports/items     # or --faiss exports/index
+hllm store delete stores/users --id 4711 --id 4712         # or --ids FILE, one to a line; compacts
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+if TYPE_CHECKING:  # `--help` needs no torch
+    from hllm_torchrec.store.store import EmbeddingStore
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="hllm store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("info", "what it holds and what made it"),
+        ("verify", "compare every file with its checksum"),
+        ("compact", "rewrite all live vectors as one run"),
+        ("export", "write all live vectors for other programs"),
+        ("delete", "take vectors away for good, compaction included"),
+    ):
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("store", type=Path, help="the store's folder")
+        if name == "export":
+            target = command.add_mutually_exclusive_group(required=True)
+            target.add_argument("--parquet", type=Path, metavar="DIR", help="Parquet files of id and embedding")
+            target.add_argument(
+                "--faiss", type=Path, metavar="DIR", help="a FAISS index of cosine similarity, and its ids"
+            )
+        if name == "delete":
+            command.add_argument("--id", action="append", default=[], help="an id; may be given several times")
+            command.add_argument("--ids", type=Path, metavar="FILE", help="ids, one to a line")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; exit status 0, 1 if `verify` finds damage, 2 after one line on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    damaged: list[str] = []
+    status = run_job(parser.prog, lambda: damaged.extend(run(args)))
+    return status or int(bool(damaged))
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Do what is asked, print what was done, and return what `verify` found.
+
+    Raises:
+        ValueError: no store, a damaged one, or arguments that do not fit.
+    """
+    from hllm_torchrec.store.export import export_faiss, export_parquet
+    from hllm_torchrec.store.store import EmbeddingStore
+
+    store = EmbeddingStore.open(args.store)
+    if args.command == "info":
+        print(describe(store))
+    elif args.command == "verify":
+        damage = store.verify()
+        print("\n".join(damage) or f"{args.store}: every file is as it was written")
+        return damage
+    elif args.command == "compact":
+        store.compact()
+        print(describe(store))
+    elif args.command == "export":
+        snapshot = store.snapshot()
+        write, target = (export_parquet, args.parquet) if args.parquet else (export_faiss, args.faiss)
+        print(f"{write(snapshot, target):,} vectors: {target}")
+    else:
+        ids = [*args.id, *(read_ids(args.ids) if args.ids else [])]
+        if not ids:
+            raise ValueError("delete: no ids: give --id or --ids FILE")
+        print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; they are gone, and so are their bytes")
+    return []
+
+
+def describe(store: "EmbeddingStore") -> str:
+    """What a store holds, a line each."""
+    snapshot = store.snapshot()
+    size = sum(n for run in snapshot.runs for n, _ in run.facts.files.values())
+    lines = {
+        "vectors": f"{len(snapshot):,} of {store.width} x {store.dtype}, keys {store.kind}",
+        "on disk": f"{size / 1e6:,.1f} MB in {len(snapshot.runs)} runs, version {snapshot.version}",
+        "made by": f"{store.fingerprint[:16]}",
+    } | {f"  {name}": str(value) for name, value in store.facts.items()}
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def delete(store: "EmbeddingStore", ids: list[str]) -> int:
+    """Take ids away and compact; returns how many had a vector."""
+    keys = [int(i) for i in ids] if store.kind == "int64" else ids
+    before = len(store.snapshot())
+    with store.writer() as writer:
+        writer.delete(keys)
+        writer.commit()
+    store.compact()
+    return before - len(store.snapshot())
+
+
+def read_ids(path: Path) -> list[str]:
+    """The lines of a file that are not empty."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

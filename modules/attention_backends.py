@@ -1,0 +1,253 @@
+"""Which kernel runs the Item LLM's attention over packed texts: a registry, and the choice among its entries.
+
+    buckets   length-sorted padded buckets, SDPA in each; every device and dtype
+    varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
+    flash     the flash-attn package (optional); the same, and dropout
+
+A User LLM's query tokens (`hllm_torchrec.modules.attention`) always run in buckets: none of these kernels lets a
+query see part of a sequence and itself.
+
+A variable-length kernel gets the shared prefix by keys, not by a second call: the few key and value rows of the
+prefix are repeated in front of each text's own, and a causal mask aligned at the bottom right (the convention
+of FlashAttention since 2.1) then lets a text see all of it. Two calls merged by their log-sum-exp would save
+those copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hllm_torchrec.modules.jagged import offsets_from_lengths
+from hllm_torchrec.modules.text_attention import TextLayout, TextPlan, longest_of, plan_buckets
+
+
+class VarlenKernel(Protocol):
+    """Attention of sequences that lie one after the other, without padding."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        longest_q: int,
+        longest_k: int,
+        *,
+        causal: bool,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        """query [S, H, D], key and value [K, G, D] -> [S, H, D].
+
+        cu_q and cu_k: int32 [n + 1], where each sequence's queries and keys start. causal: query i of a
+        sequence with q queries and k keys sees its keys up to k - q + i.
+        """
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """An entry of the registry.
+
+    kernel: None for padded buckets. problem: (device, dtype of the matrix products) -> why it cannot run
+    there, or None.
+    """
+
+    name: str
+    kernel: VarlenKernel | None
+    problem: Callable[[torch.device, torch.dtype], str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and, for the log, why it was taken."""
+
+    backend: AttentionBackend
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}: {self.reason}"
+
+
+BACKENDS: dict[str, AttentionBackend] = {}
+"""By name, in the order in which `choose_backend` tries them."""
+
+
+def register_backend(backend: AttentionBackend) -> None:
+    """Add a backend, or replace the one of that name."""
+    BACKENDS[backend.name] = backend
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend called `name`, or for "auto" the first that can run; `dtype` is that of the matrix products.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot run on this device in this dtype.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"item_llm.attention: {name!r}: unknown; choose auto or one of {', '.join(BACKENDS)}")
+    passed: list[str] = []
+    for tried in BACKENDS if name == "auto" else [name]:
+        problem = BACKENDS[tried].problem(device, dtype)
+        if problem is None:
+            default = "asked for" if name != "auto" else "the first choice here"
+            return Choice(BACKENDS[tried], ", ".join(passed) or default)
+        passed.append(f"{tried} {problem}")
+    raise ValueError(f"item_llm.attention: {', '.join(passed)}; choose auto, which takes what can run")
+
+
+def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> TextPlan:
+    """The plan by which every layer of a batch with this layout attends."""
+    return plan_buckets(layout, device) if backend.kernel is None else plan_varlen(layout, backend.kernel, device)
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """A `TextPlan` without padding: the prefix and every text that is not empty are its sequences.
+
+    cu_q, cu_k: int32 [n + 1]; key_rows: [K] int64 packed rows of the keys, None where they are the queries'.
+    """
+
+    kernel: VarlenKernel
+    cu_q: Tensor
+    cu_k: Tensor
+    key_rows: Tensor | None
+    longest_q: int
+    longest: int
+    causal: bool
+    position_ids: Tensor
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`. Runs in value's dtype: rotary embeddings leave queries and keys in float32."""
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if self.key_rows is not None:
+            key, value = key.index_select(0, self.key_rows), value.index_select(0, self.key_rows)
+        return self.kernel(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            self.cu_q,
+            self.cu_k,
+            self.longest_q,
+            self.longest,
+            causal=self.causal,
+            scaling=scaling,
+            dropout=dropout,
+        )
+
+
+def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) -> VarlenPlan:
+    """Sequences and their keys for a kernel of variable lengths."""
+    own = torch.tensor([layout.prefix, *layout.lengths])
+    seen = torch.tensor([0] * (layout.bare + 1) + [layout.prefix] * (len(layout.lengths) - layout.bare))
+    starts = own.cumsum(0) - own
+    used = own > 0
+    own, seen, starts = own[used], seen[used], starts[used]
+    cu_q, cu_k = offsets_from_lengths(own), offsets_from_lengths(own + seen)
+    key_rows = None
+    if layout.prefix:
+        within = torch.arange(int(cu_k[-1])) - torch.repeat_interleave(cu_k[:-1], own + seen)
+        first_own = torch.repeat_interleave(starts - seen, own + seen)
+        in_prefix = within < torch.repeat_interleave(seen, own + seen)
+        key_rows = torch.where(in_prefix, within, within + first_own).to(device)
+    return VarlenPlan(
+        kernel=kernel,
+        cu_q=cu_q.to(device, torch.int32),
+        cu_k=cu_k.to(device, torch.int32),
+        key_rows=key_rows,
+        longest_q=int(own.max()),
+        longest=longest_of(layout),
+        causal=layout.causal,
+        position_ids=layout.position_ids(device),
+    )
+
+
+def _torch_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """torch.nn.attention.varlen; raises ValueError for dropout, which it lacks."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout > 0:
+        raise ValueError(
+            f"item_llm.attention: varlen: torch's kernel has no dropout, and the backbone's attention_dropout is "
+            f"{dropout}; choose buckets or flash"
+        )
+    window = (-1, 0) if causal else (-1, -1)
+    groups, shares = query.shape[1] // key.shape[1], dict[str, Any]()
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        shares["enable_gqa"] = True
+    elif groups > 1:  # the first releases of varlen_attn lack it
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out: Any = varlen_attn(
+        query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=window, **shares
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """The flash-attn package."""
+    out: Tensor = importlib.import_module("flash_attn").flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_q,
+        cu_k,
+        longest_q,
+        longest_k,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=causal,
+    )
+    return out
+
+
+def _needs_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"runs on CUDA only (this is {device.type})"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"runs in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')}: see parallel.precision)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 (this GPU has {capability[0]}.{capability[1]})"
+    return None
+
+
+def _flash_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "is not installed (pip install flash-attn)"
+    return _needs_tensor_cores(device, dtype)
+
+
+register_backend(AttentionBackend("varlen", _torch_varlen, _needs_tensor_cores))
+register_backend(AttentionBackend("flash", _flash, _flash_problem))
+register_backend(AttentionBackend("buckets", None, lambda device, dtype: None))

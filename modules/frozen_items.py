@@ -1,0 +1,52 @@
+"""Item embeddings as a frozen TorchRec table: stage II of HLLM, where only the user encoder and features learn.
+
+The table is an `EmbeddingBagCollection` like any other, so TorchRec shards it over the ranks; its lookup runs without
+gradients, because a sharded table whose optimizer nobody chose would otherwise still be trained.
+
+Legend: N items (0 is unknown), n items looked up, E width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+FROZEN_ITEMS = "frozen_items"
+"""Name of the table and of its feature."""
+
+_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+
+
+class FrozenItems(nn.Module):
+    """Looks embeddings up and never learns them.
+
+    Args:
+        rows: N.
+        width: E.
+        dtype: of the table, "fp16" or "fp32"; what comes out is float32.
+        device: of the table ("meta" before sharding).
+    """
+
+    def __init__(self, rows: int, width: int, dtype: str = "fp16", device: torch.device | None = None) -> None:
+        super().__init__()
+        self.rows, self.width = rows, width
+        table = EmbeddingBagConfig(
+            name=FROZEN_ITEMS,
+            embedding_dim=width,
+            num_embeddings=rows,
+            feature_names=[FROZEN_ITEMS],
+            pooling=PoolingType.SUM,
+            data_type=_TYPES[dtype],
+        )
+        self.table = EmbeddingBagCollection(tables=[table], device=device)
+        self.table.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """item_ids [n] int64 -> [n, E] float32. Where the table is sharded, all ranks must call it."""
+        asked = item_ids if item_ids.numel() else item_ids.new_zeros(1)  # TorchRec cannot read no bag at all
+        features = KeyedJaggedTensor(
+            keys=[FROZEN_ITEMS], values=asked, lengths=torch.ones_like(asked, dtype=torch.int32), stride=asked.numel()
+        )
+        return self.table(features).values()[: item_ids.numel()].float()

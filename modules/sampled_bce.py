@@ -1,0 +1,81 @@
+"""SASRec's loss over sampled negatives: one binary decision for the positive, one against the negatives.
+
+    -log sigmoid(s+) - mean over k of log sigmoid(-s_k)
+
+With one negative a position this is the paper's Eq. (6); the mean over K shared negatives has the same
+expectation and less noise. Similarities are scaled cosines, as in `modules.losses`, so that a model can be
+trained with either loss and is served alike.
+
+Shapes: T predictions, K negatives, B users, S excluded ids, D width. Offsets are int64 [B + 1] and start at 0.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hllm_torchrec.modules.losses import EPS, Exclusion, InfoNceOutput
+from hllm_torchrec.modules.precision import widen
+
+
+def sampled_bce(
+    predictions: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    scale: Tensor,
+    *,
+    target_ids: Tensor,
+    negative_ids: Tensor,
+    exclude: Exclusion | None = None,
+    chunk_size: int = 1024,
+) -> InfoNceOutput:
+    """The loss summed over predictions; arguments, masks and output are those of `losses.info_nce`.
+
+    Memory is O(T D + K D + B K + chunk_size K): logits exist for `chunk_size` predictions at a time, and the
+    backward pass computes them again.
+
+    Raises:
+        ValueError: no negatives, or a chunk size below 1.
+    """
+    if negatives.shape[0] == 0:
+        raise ValueError("the binary loss got no negatives: sample at least one per step")
+    if chunk_size < 1:
+        raise ValueError(f"the binary loss's chunk size is {chunk_size}: must be at least 1")
+    rows = predictions.shape[0]
+    with torch.autocast(device_type=predictions.device.type, enabled=False):
+        query = F.normalize(widen(predictions), dim=-1, eps=EPS) * scale
+        positive_logits = (query * F.normalize(widen(positives), dim=-1, eps=EPS)).sum(dim=-1)
+        unit = F.normalize(widen(negatives), dim=-1, eps=EPS)
+        own = None if exclude is None else _in_sequence(exclude, negative_ids)
+        loss, effective, beaten = -F.logsigmoid(positive_logits).sum(), query.new_zeros(()), query.new_zeros(())
+        for start in range(0, rows, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            masked = target_ids[chunk, None] == negative_ids
+            if own is not None and exclude is not None:
+                masked |= own[exclude.row_to_sequence[chunk]]
+            part, left, largest = checkpoint(_against, query[chunk], unit, masked, use_reentrant=False)
+            loss, effective = loss + part, effective + left.sum()
+            beaten = beaten + (positive_logits[chunk].detach() > largest).sum()
+    return InfoNceOutput(
+        loss_sum=loss,
+        count=torch.tensor(rows, device=predictions.device),
+        effective_negatives=effective / max(rows, 1),
+        accuracy=beaten / max(rows, 1),
+    )
+
+
+def _against(query: Tensor, unit: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over rows of the mean of softplus(s_k), negatives left [t], and each row's largest logit [t]."""
+    logits = query @ unit.T
+    left = (~masked).sum(1)
+    losses = F.softplus(logits).masked_fill(masked, 0.0).sum(1) / left.clamp(min=1)
+    return losses.sum(), left, logits.detach().masked_fill(masked, -torch.inf).amax(1)
+
+
+def _in_sequence(exclude: Exclusion, negative_ids: Tensor) -> Tensor:
+    """Bool [B, K]: whether each negative stands in each user's sequence."""
+    users = exclude.offsets.numel() - 1
+    numbers = torch.arange(users, device=negative_ids.device)
+    width = torch.cat([exclude.ids, negative_ids]).max() + 1
+    owner = torch.repeat_interleave(numbers, exclude.offsets.diff(), output_size=exclude.ids.numel())
+    return torch.isin(numbers[:, None] * width + negative_ids, owner * width + exclude.ids)

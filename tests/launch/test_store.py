@@ -1,0 +1,89 @@
+"""`hllm store`: what it prints, what it leaves, and one line for a mistake."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hllm_torchrec.launch.store import main
+from hllm_torchrec.store import EmbeddingStore
+
+faiss = pytest.importorskip("faiss")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    made = EmbeddingStore.create(tmp_path / "s", 3, "fp16", facts={"weights": "ab12"})
+    with made.writer() as writer:
+        writer.upsert(["a", "b", "c"], torch.tensor([[3.0, 4, 0], [0, 2, 0], [0, 0, 1]]))
+        writer.commit()
+        writer.delete(["c"])
+        writer.commit()
+    return made
+
+
+def test_info_says_what_it_holds_and_what_made_it(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(store.root)]) == 0
+    out = capsys.readouterr().out
+    assert "vectors    2 of 3 x fp16, keys string" in out and "in 2 runs, version 2" in out
+    assert store.fingerprint[:16] in out and "weights  ab12" in out
+
+
+def test_compact_leaves_one_run(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compact", str(store.root)]) == 0
+    assert "in 1 runs, version 3" in capsys.readouterr().out
+
+
+def test_verify_fails_on_damage_and_names_it(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(store.root)]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    (file,) = store.root.glob("runs/*/vectors-0000.bin")
+    file.write_bytes(b"x" * file.stat().st_size)
+    assert main(["verify", str(store.root)]) == 1
+    assert capsys.readouterr().out == f"{file}: the contents are not what was written\n"
+
+
+def test_parquet_has_every_live_vector(store: EmbeddingStore, tmp_path: Path) -> None:
+    assert main(["export", str(store.root), "--parquet", str(tmp_path / "p")]) == 0
+    table = pq.read_table(tmp_path / "p")
+    assert table["id"].to_pylist() == ["a", "b"] and table["embedding"].to_pylist() == [[3, 4, 0], [0, 2, 0]]
+
+
+def test_faiss_finds_by_cosine(store: EmbeddingStore, tmp_path: Path) -> None:
+    assert main(["export", str(store.root), "--faiss", str(tmp_path / "f")]) == 0
+    index, ids = (
+        faiss.read_index(str(tmp_path / "f" / "index.faiss")),
+        pq.read_table(tmp_path / "f" / "ids.parquet")["id"],
+    )
+    scores, found = index.search(np.array([[0, 1, 0]], np.float32), 2)
+    assert [ids[int(i)].as_py() for i in found[0]] == ["b", "a"]
+    np.testing.assert_allclose(scores[0], [1, 0.8], atol=1e-3)
+
+
+def test_delete_takes_ids_away_for_good(
+    store: EmbeddingStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone.txt").write_text("b\nnobody\n\n")
+    assert main(["delete", str(store.root), "--ids", str(tmp_path / "gone.txt")]) == 0
+    assert "1 of 2 ids had a vector; they are gone" in capsys.readouterr().out
+    raw = b"".join(path.read_bytes() for path in store.root.rglob("*.bin"))
+    assert raw == np.array([3, 4, 0], np.float16).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nowhere"], "nowhere: no embedding store"),
+        (["delete", "STORE"], "no ids: give --id or --ids FILE"),
+        (["delete", "STORE", "--ids", "nowhere.txt"], "nowhere.txt"),
+        (["export", "STORE", "--parquet", "STORE"], "is there already: choose another folder"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(store.root) if word == "STORE" else word for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hllm store: error: ") and message in err and err.count("\n") == 1

@@ -1,0 +1,153 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hllm_torchrec.metrics.files import RowReader, find_files, fingerprint
+from hllm_torchrec.metrics.grouped import mix
+from hllm_torchrec.metrics.rows import Batch, Layout, Model, Rows, identities, seconds_of
+from tests.metrics.prediction_rows import ROWS, columns, write_csv, write_parquet
+
+EVERY = Layout(weight="weight", user="user_id", item="item_id", slices=("country",))
+MODEL = ("score", "probability")
+
+
+def opened(path: Path, scratch: Path, layout: Layout = EVERY) -> Rows:
+    return Rows([Model("a", (path,), *MODEL)], layout, scratch)
+
+
+def all_batches(rows: Rows, ranks: int = 1, size: int = 100) -> list[Batch]:
+    return [batch for rank in range(ranks) for batch in rows.batches(rank, ranks, size)]
+
+
+@pytest.mark.parametrize(("ranks", "size", "files"), [(1, 5000, 1), (3, 64, 2), (7, 333, 5)])
+def test_every_row_comes_once_and_in_order(tmp_path: Path, ranks: int, size: int, files: int) -> None:
+    rows = opened(write_parquet(columns(), tmp_path / "rows", files=files), tmp_path)
+    batches = all_batches(rows, ranks, size)
+    assert max(len(batch.is_positive) for batch in batches) <= size
+    scores = np.concatenate([batch.scores["a"] for batch in batches])
+    np.testing.assert_array_equal(scores, columns()["score"])
+    assert scores.dtype == np.float32 and rows.rows == ROWS
+
+
+def test_csv_rows_are_those_of_parquet(tmp_path: Path) -> None:
+    (one,) = all_batches(opened(write_csv(columns(), tmp_path / "a.csv"), tmp_path), size=ROWS)
+    (other,) = all_batches(opened(write_parquet(columns(), tmp_path / "a"), tmp_path), size=ROWS)
+    np.testing.assert_array_equal(one.is_positive, other.is_positive)
+    np.testing.assert_array_equal(one.weights, other.weights)
+    assert one.scores["a"] == pytest.approx(other.scores["a"], abs=1e-6)
+    np.testing.assert_array_equal(one.users, other.users)
+    np.testing.assert_array_equal(one.keys, other.keys)
+    assert sorted(one.slices[0][0]) == sorted(other.slices[0][0]) == ["country=de", "country=fr", "country=it"]
+
+
+BAD = {
+    "score": (math.nan, r"row 7.*: column 'score' is nan; it must be a number \(infinities are allowed"),
+    "label": (0.5, "row 7.*: column 'label' is 0.5; a label is 0 or 1"),
+    "weight": (-1.0, r"row 7.*: column 'weight' is -1; a weight is 0 \(the row is skipped\) or lies in"),
+    "probability": (1.5, "row 7.*: column 'probability' is 1.5; a probability lies in 0..1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_named_with_file_and_row(tmp_path: Path, name: str) -> None:
+    value, message = BAD[name]
+    values = columns()
+    values[name] = values[name].astype(np.float64)
+    values[name][607] = value  # row 7 of the second of two files
+    folder = write_parquet(values, tmp_path / "rows", files=2)
+    with pytest.raises(ValueError, match=f"^{folder}/1.parquet: {message}"):
+        all_batches(opened(folder, tmp_path), ranks=3)
+    file = write_csv({column: entries[600:] for column, entries in values.items()}, tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match=rf"^{file}: {message}".replace("row 7", r"row 7 \(line 9\)")):
+        all_batches(opened(file, tmp_path))
+
+
+def test_a_null_is_named_with_file_and_row(tmp_path: Path) -> None:
+    values: dict[str, Any] = columns(30)
+    values["score"] = pa.array([None if row == 12 else 0.5 for row in range(30)], pa.float32())
+    with pytest.raises(ValueError, match="0.parquet: row 12: column 'score' is nan"):
+        all_batches(opened(write_parquet(values, tmp_path / "rows"), tmp_path))
+
+
+def test_infinite_and_denormal_scores_are_rows_like_any_other(tmp_path: Path) -> None:
+    values = columns(6) | {"score": np.array([np.inf, -np.inf, 1e-45, -1e-45, 0.0, -0.0], np.float32)}
+    (batch,) = all_batches(opened(write_parquet(values, tmp_path / "rows"), tmp_path))
+    assert batch.scores["a"].tolist() == values["score"].tolist() and batch.scores["a"][2] > 0
+
+
+def test_models_must_have_the_same_rows(tmp_path: Path) -> None:
+    rows = columns(50)
+    a = write_parquet(rows, tmp_path / "a")
+    shorter = write_parquet({name: values[:49] for name, values in rows.items()}, tmp_path / "shorter")
+    models = [Model("a", (a,)), Model("b", (shorter,))]
+    with pytest.raises(ValueError, match="'b' has 49 rows, 'a' 50; models are compared row by row"):
+        Rows(models, Layout(), tmp_path)
+    rows["label"][20] = 1 - rows["label"][20]
+    other = write_parquet(rows, tmp_path / "other")
+    with pytest.raises(ValueError, match="other/0.parquet: row 20: column 'label' is .; it is another in the files"):
+        all_batches(Rows([Model("a", (a,)), Model("b", (other,))], Layout(), tmp_path))
+
+
+def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    folder = write_parquet(columns(10), tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"0.parquet has no column 'scor' \(did you mean 'score'\?\); it has label"):
+        Rows([Model("a", (folder,), "scor")], Layout(), tmp_path)
+    with pytest.raises(ValueError, match=r"column 'country' is string; it must hold numbers"):
+        all_batches(Rows([Model("a", (folder,), "country")], Layout(), tmp_path))
+    with pytest.raises(ValueError, match="nowhere is no file, and no directory with .parquet, .csv"):
+        find_files([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="matches no file"):
+        find_files([tmp_path / "*.csv"])
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="notes.txt is not of a kind that can be read"):
+        find_files([tmp_path / "notes.txt"])
+    (tmp_path / "broken.parquet").write_text("x")
+    with pytest.raises(ValueError, match="broken.parquet cannot be read as Parquet"):
+        RowReader([tmp_path / "broken.parquet"], ["score"], tmp_path)
+    (tmp_path / "text.csv").write_text("label,score\n1,0.5\n0,high\n")
+    with pytest.raises(ValueError, match="(?s)text.csv cannot be read as CSV: .*'high'"):
+        Rows([Model("a", (tmp_path / "text.csv",))], Layout(), tmp_path)
+
+
+def test_a_column_of_many_values_makes_no_slices(tmp_path: Path) -> None:
+    from hllm_torchrec.metrics.job import Settings, evaluate
+
+    rows = columns(500) | {"country": np.arange(500).astype(str)}
+    folder = write_parquet(rows, tmp_path / "rows")
+    with pytest.raises(ValueError, match="the column of 'country' has more than 400 values"):
+        evaluate(opened(folder, tmp_path), Settings())
+
+
+def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
+    from hllm_torchrec.metrics.job import Settings, evaluate
+
+    rows = opened(write_parquet(columns(10), tmp_path / "rows"), tmp_path)
+    with pytest.raises(ValueError, match="memory is 1000 bytes; at least 65536 are needed"):
+        evaluate(rows, Settings(memory=1000))
+    with pytest.raises(ValueError, match="draws is -2; 0 for no bootstrap"):
+        evaluate(rows, Settings(draws=-2))
+
+
+def test_ids_of_any_kind_become_integers() -> None:
+    assert identities(pa.chunked_array([[3, 3, 7]])).tolist() == [3, 3, 7]
+    words = identities(pa.chunked_array([["a", "b"], ["a"]]))
+    assert words[0] == words[2] != words[1]
+    assert identities(pa.chunked_array([["-12", "0", "7"]])).tolist() == [-12, 0, 7]
+    assert len(set(identities(pa.chunked_array([["7", "07", "7.0", "99999999999999999999"]])).tolist())) == 4
+    mixed = mix(np.array([1, 1, 2]), np.array([5, 6, 5]))
+    assert len(set(mixed.tolist())) == 3 and mix(np.array([2]), np.array([5]))[0] == mixed[2]
+
+
+def test_arrow_timestamps_are_seconds() -> None:
+    times = pa.chunked_array([pa.array([1_700_000_000_123], pa.timestamp("ms"))])
+    assert seconds_of(times).tolist() == [1_700_000_000]
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    one, two = (write_csv(columns(20), tmp_path / name) for name in ("1.csv", "2.csv"))
+    assert fingerprint([one]) == fingerprint([two]) and len(fingerprint([one])) == 16
+    assert fingerprint([write_csv(columns(21), tmp_path / "3.csv")]) != fingerprint([one])

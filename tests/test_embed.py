@@ -1,0 +1,122 @@
+"""The embedding job: what the model says, only what has changed, on any number of ranks."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hllm_torchrec import embed
+from hllm_torchrec.embed import EmbedReport, embed_items, item_marks
+from hllm_torchrec.experiment import Experiment, build_experiment
+from hllm_torchrec.launch.embed import main
+from hllm_torchrec.parallelize import start_process, stop_process
+from hllm_torchrec.store import EmbeddingStore
+from tests import fixtures
+from tests.distributed import run_ranks
+from tests.training_fixtures import config, train
+
+RAW_IDS = fixtures.dataset().items["raw_item_id"].to_pylist()
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Any:
+    yield
+    stop_process()
+
+
+def build(tmp_path: Path, **options: Any) -> Experiment:
+    return build_experiment(config(tmp_path / "run", **options), start_process())
+
+
+def test_every_item_has_the_vector_that_the_model_gives_it(tmp_path: Path) -> None:
+    experiment = build(tmp_path)
+    report = embed_items(experiment, tmp_path / "s", "fp32")
+    assert (report.items, report.encoded) == (len(RAW_IDS), len(RAW_IDS))
+    found, known = EmbeddingStore.open(tmp_path / "s").snapshot().gather(RAW_IDS)
+    assert known.all()
+    torch.testing.assert_close(found, experiment.encode_catalogue()[1:], atol=1e-6, rtol=0)
+
+
+def test_a_job_in_many_commits_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = build(tmp_path)
+    embed_items(experiment, tmp_path / "one", "fp32")
+    monkeypatch.setattr(embed, "CATALOGUE_TOKENS", 40)
+    monkeypatch.setattr(embed, "COMMIT_TOKENS", 90)
+    report = embed_items(experiment, tmp_path / "many", "fp32")
+    assert report.version > 3
+    one, many = (EmbeddingStore.open(tmp_path / name).snapshot().gather(RAW_IDS)[0] for name in ("one", "many"))
+    torch.testing.assert_close(many, one, atol=1e-6, rtol=0)
+
+
+def test_only_new_and_changed_items_are_encoded(tmp_path: Path) -> None:
+    experiment = build(tmp_path)
+    embed_items(experiment, tmp_path / "s")
+    assert embed_items(experiment, tmp_path / "s").encoded == 0
+    store = EmbeddingStore.open(tmp_path / "s")
+    before, _ = store.snapshot().gather(RAW_IDS)
+    with store.writer() as writer:  # as if two texts had been others, and an item new
+        writer.upsert(RAW_IDS[3:5], torch.zeros(2, store.width), np.array([1, 2], np.uint64))
+        writer.delete(RAW_IDS[7:8])
+        writer.commit()
+    assert embed_items(experiment, tmp_path / "s").encoded == 3
+    torch.testing.assert_close(store.snapshot().gather(RAW_IDS)[0], before, atol=1e-3, rtol=0)
+
+
+def test_a_mark_follows_the_text_of_its_item_alone() -> None:
+    tokens = fixtures.token_store()
+    marks = item_marks(tokens)
+    assert marks.dtype == np.uint64 and marks.size == len(tokens)
+    texts = [tuple(tokens.gather(np.array([i]))[0].tolist()) for i in range(len(tokens))]
+    assert len(set(texts)) == np.unique(marks).size
+    assert all((texts[i] == texts[j]) == (marks[i] == marks[j]) for i in range(20) for j in range(20))
+
+
+def embed_on_ranks(tmp_path: Path) -> EmbedReport:
+    return embed_items(build(tmp_path), tmp_path / "two", "fp32")
+
+
+def test_two_ranks_write_what_one_does(tmp_path: Path) -> None:
+    embed_items(build(tmp_path), tmp_path / "one", "fp32")
+    stop_process()
+    reports = run_ranks(embed_on_ranks, 2, tmp_path)
+    assert [report.encoded for report in reports] == [len(RAW_IDS)] * 2
+    store = EmbeddingStore.open(tmp_path / "two")
+    assert len(store.snapshot().runs) == 2 and all(run.facts.rows for run in store.snapshot().runs)
+    found, known = store.snapshot().gather(RAW_IDS)
+    assert known.all()
+    torch.testing.assert_close(
+        found, EmbeddingStore.open(tmp_path / "one").snapshot().gather(RAW_IDS)[0], atol=1e-5, rtol=0
+    )
+
+
+def test_a_store_of_other_weights_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    embed_items(build(tmp_path), tmp_path / "s")
+    before = (tmp_path / "s" / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"made by another model \(weights differ\)"):
+        embed_items(build(tmp_path, seed=1), tmp_path / "s")
+    with pytest.raises(ValueError, match=r"another model \(.*max_text_length.* differ\)"):
+        embed_items(build(tmp_path, item_llm__max_text_length=5), tmp_path / "s")
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == before
+
+
+def test_a_model_of_ids_has_nothing_to_store(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="item_llm.enabled: false: a model without an Item LLM"):
+        embed_items(build(tmp_path, item_llm__enabled=False), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_command_embeds_a_run_and_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(tmp_path / "run"))
+    stop_process()
+    capsys.readouterr()
+    command = ["--run", str(tmp_path / "run"), "--items", str(tmp_path / "s")]
+    assert main(command) == 0
+    assert f"embedded {len(RAW_IDS)} of {len(RAW_IDS)} items in " in capsys.readouterr().out
+    assert main(command) == 0
+    assert f"embedded 0 of {len(RAW_IDS)} items in " in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main(command) == 2
+    assert capsys.readouterr().err.count("\n") == 1
