@@ -105,7 +105,8 @@ class _Sizes:
     """What a collator asks of a dataset."""
 
     def __init__(self, items: int) -> None:
-        self.num_items, self.num_actions = items + 1, 2
+        self.num_items = items + 1
+        self.action_values = np.full(2, np.nan)  # one action, without a number
 
 
 class _GivenNegatives(Collator):
