@@ -46,6 +46,7 @@ def test_a_rank_that_dies_is_reported_with_its_exit_code() -> None:
         run_ranks(die_on_rank_one, 2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_killed_at_the_timeout() -> None:
     with pytest.raises(TimeoutError, match=r"1\] of 2 still ran after 5 s"):
         run_ranks(sleep_on_rank_one, 2, timeout=5)

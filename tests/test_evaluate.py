@@ -86,6 +86,7 @@ def test_every_exposure_is_scored_once_with_its_facts(split: str, fusion: str, t
     np.testing.assert_allclose(columns["probability"], expected, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_exposures_and_agree_on_the_metrics(world: int, tmp_path: Path) -> None:
     settings = config(tmp_path, evaluation__batch_users=3)

@@ -117,6 +117,7 @@ def _tables(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["column_wise", "auto"])
 def test_other_plans_train_alike(sharding: str, tmp_path: Path) -> None:
     """With SGD, whose update does not depend on how a row is cut (row-wise Adagrad's does)."""
@@ -127,6 +128,7 @@ def test_other_plans_train_alike(sharding: str, tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd"])
 def test_every_table_optimizer_of_the_cpu_trains_alike_on_two_ranks(optimizer: str, tmp_path: Path) -> None:
     options = {**GENTLE, "optim__table_optimizer": optimizer, "max_steps": 3, "features__shard_from_rows": 1}
@@ -170,6 +172,7 @@ def test_fsdp_equals_ddp(options: dict[str, Any], tmp_path: Path) -> None:
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_weights_changed_between_two_forward_passes_are_seen(dense: str, tmp_path: Path) -> None:
     settings = config(tmp_path / "run", parallel__dense=dense, max_steps=1)
@@ -188,6 +191,7 @@ def evaluate_twice(settings: Config) -> list[dict[str, Any]]:
     return [trained, trainer.evaluate()]
 
 
+@pytest.mark.slow
 def test_fsdp_shards_every_dense_weight_and_its_optimizer_state(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", parallel__dense="fsdp", max_steps=1, objective__generative_weight=1)
     for sizes in run_ranks(local_sizes, 2, settings):
@@ -210,6 +214,7 @@ def local_sizes(settings: Config) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_replicated_weights_are_equal_on_all_ranks_after_training(tmp_path: Path) -> None:
     """Also under FSDP2, where the replicated tables have a DDP of their own."""
     for dense in ("ddp", "fsdp"):
@@ -229,6 +234,7 @@ def whole_weights(settings: Config) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "loaded"), [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_a_checkpoint_of_one_kind_resumes_as_the_other(saved: str, loaded: str, tmp_path: Path) -> None:
     options = {**GENTLE, "stages": STAGES, "optim__ema": 0.9, "objective__generative_weight": 0.5}
@@ -259,6 +265,7 @@ def train_and_remove_later(settings: Config) -> None:
 # --- activation checkpointing and precision --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_activation_checkpointing_gives_the_same_losses(dense: str, tmp_path: Path) -> None:
     options = {
@@ -301,6 +308,7 @@ def test_a_kernel_that_the_cpu_has_not_is_refused(kernel: str, tmp_path: Path) -
         train(config(tmp_path / "run", item_llm__attention=kernel))
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
     train(config(tmp_path / "wide", max_steps=3))
     trainer = train(config(tmp_path / "narrow", max_steps=3, parallel__precision="bf16"))

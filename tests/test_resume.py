@@ -38,6 +38,7 @@ RESUMABLE = {
 }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     whole = train(config(tmp_path / "whole", **RESUMABLE))
     stages = [line["stage"] for line in lines(tmp_path / "whole", "step")]
@@ -63,6 +64,7 @@ def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
         assert_equal_weights(found["weights"], expected["weights"])
 
 
+@pytest.mark.slow
 def test_resume_at_another_world_size_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__lr": 0.002}
     train(config(tmp_path / "whole", data__batch_users=4, **options))

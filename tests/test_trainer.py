@@ -113,6 +113,7 @@ def test_two_micro_batches_equal_one_batch_twice_as_large(tmp_path: Path) -> Non
     assert halves.metrics["auc"] == pytest.approx(whole.metrics["auc"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_over_ranks_equals_one_rank(tmp_path: Path) -> None:
     options = {"features__shard_from_rows": 10_000, "max_steps": 4, "stages": MIXED}
     train(config(tmp_path / "one", data__batch_users=4, **options))
@@ -336,6 +337,7 @@ def test_fractions_of_epochs_are_evaluated(tmp_path: Path) -> None:
     assert evaluated == [math.ceil(epoch / 2), epoch, trainer.total_steps]
 
 
+@pytest.mark.slow
 def test_patience_stops_a_run_that_gets_no_better(tmp_path: Path) -> None:
     still = {"optim__lr": 0.0, "optim__item_llm_lr": 0.0, "optim__table_lr": 0.0}
     stages = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 5}]
@@ -406,6 +408,7 @@ def test_the_resolved_configuration_is_kept_beside_the_run(tmp_path: Path) -> No
     assert config_from_file(tmp_path / "run" / "config.yaml") == settings
 
 
+@pytest.mark.slow
 def test_the_last_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     stages = [{"name": "x", "epochs": 2}]
     train(config(tmp_path / "run", stages=stages, evaluation__every=0.25, evaluation__keep_last=2))

@@ -142,6 +142,7 @@ def scores_on_this_rank(root: str) -> dict[tuple[int, int], float]:
     return by_exposure(run_bias(Dataset.open(root), RunningBiasConfig(), ("test",))["test"])
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_exposures_and_score_them_as_one() -> None:
     dataset = fixtures.dataset()
     first, second = run_ranks(scores_on_this_rank, 2, str(dataset.root))

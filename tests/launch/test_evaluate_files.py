@@ -82,6 +82,7 @@ def test_two_scores_in_one_file_with_columns_of_other_names(tmp_path: Path, caps
     assert "caution: No bootstrap over users: rows are weighted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_gate_of_a_model_repository(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new, old = f"new={files / 'new'}", f"old={files / 'old.csv'}"
     accepted, now = tmp_path / "accepted", tmp_path / "now"
@@ -100,6 +101,7 @@ def test_the_gate_of_a_model_repository(files: Path, tmp_path: Path, capsys: pyt
     assert "was measured on other rows" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_an_unsure_drop_passes_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = columns(300)
     rows["other"] = rows["score"] + 0.5 * np.random.default_rng(4).normal(size=300)

@@ -95,6 +95,7 @@ def test_help_and_the_printed_configuration_end_well(capsys: pytest.CaptureFixtu
 # --- runs ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +136,7 @@ def test_ranks_of_torchrun_and_of_torchx_train_as_one(root: Path, tmp_path: Path
 # --- what goes wrong between ranks -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_one_line(root: Path, tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))

@@ -87,5 +87,6 @@ def own_share(ranks: int) -> BoundedAuc:
     return found.auc()
 
 
+@pytest.mark.slow
 def test_ranks_give_the_same_bits_as_one() -> None:
     assert run_ranks(own_share, 2, 2) == [histogram(*draw(4_000)).auc()] * 2

@@ -244,6 +244,7 @@ def numbers(values: Any) -> list[float]:
     return [math.nan if values is None else values] if isinstance(values, (int, float, type(None))) else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "memory"), [(2, 1 << 30), (4, TINY)])
 def test_ranks_equal_one(parquet: Path, tmp_path: Path, ranks: int, memory: int) -> None:
     bad = columns(300)

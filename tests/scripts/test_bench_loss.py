@@ -22,6 +22,7 @@ def test_the_example_has_masked_negatives() -> None:
     assert torch.isin(inputs["negative_ids"], inputs["exclude"].ids).any()
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_side_measured() -> None:
     shape = (256, 16384, 16)  # 16 MiB of logits, 1 MiB of negatives
     logits = 4 * shape[0] * shape[1]
