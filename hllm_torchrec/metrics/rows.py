@@ -203,9 +203,8 @@ class Rows:
                 self._numbers(self.models[0].name, table, layout.timestamp, start)
             found += time_slices(seconds_of(table[layout.timestamp]))
         for column in layout.slices:
-            encoded = pc.dictionary_encode(table[column].combine_chunks(), null_encoding="encode")
-            names = [f"{column}={value}" for value in encoded.dictionary.to_pylist()]
-            found.append((names, encoded.indices.to_numpy()))
+            values, codes = _encoded(table[column])
+            found.append(([f"{column}={value}" for value in values], codes))
         return found
 
 
@@ -241,9 +240,16 @@ def identities(values: pa.ChunkedArray) -> np.ndarray:
     10^7 users share one with a chance of 3e-6)."""
     if pa.types.is_integer(values.type) and not values.null_count:
         return values.to_numpy().astype(np.int64)
-    encoded = pc.dictionary_encode(pc.cast(values, pa.string()).combine_chunks(), null_encoding="encode")
-    unique = np.array([_identity(str(text)) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
-    return unique[encoded.indices.to_numpy()]
+    texts, codes = _encoded(pc.cast(values, pa.string()))
+    return np.array([_identity(str(text)) for text in texts], dtype=np.int64)[codes]
+
+
+def _encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
+    """The values that there are, null as None, and each row's place among them [n]."""
+    if pa.types.is_dictionary(values.type):
+        values = pc.cast(values, values.type.value_type)
+    encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
 def _identity(text: str) -> int:

@@ -132,6 +132,28 @@ def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
         evaluate(rows, Settings(draws=-2))
 
 
+def test_categories_nulls_half_floats_and_time_zones_are_read(tmp_path: Path) -> None:
+    for part in range(2):
+        values: dict[str, Any] = columns(40, seed=part)
+        category = [None, "x", "y"][part:] * 20
+        values["country"] = pa.array(category[:40], pa.string()).dictionary_encode()
+        values["user_id"] = pa.array([f"u{user}" for user in values["user_id"]]).dictionary_encode()
+        values["score"] = values["score"].astype(np.float16)
+        values["label"] = values["label"] == 1
+        values["timestamp"] = pa.array(values["timestamp"] * 1000, pa.timestamp("ms", "Europe/Berlin"))
+        write_parquet(values, tmp_path / "parts" / str(part), row_group=7)
+    layout = Layout(user="user_id", timestamp="timestamp", slices=("country",))
+    rows = Rows([Model("a", (tmp_path / "parts" / "0", tmp_path / "parts" / "1"))], layout, tmp_path)
+    sizes: dict[str, int] = {}
+    for batch in all_batches(rows, ranks=2, size=9):
+        assert batch.scores["a"].dtype == np.float32 and batch.is_positive.dtype == bool
+        names, codes = batch.slices[-1]
+        for name, count in zip(names, np.bincount(codes, minlength=len(names))):
+            sizes[name] = sizes.get(name, 0) + int(count)
+        assert batch.slices[0][0][0].startswith("day_2023-11-1")
+    assert sizes == {"country=None": 14, "country=x": 33, "country=y": 33}
+
+
 def test_ids_of_any_kind_become_integers() -> None:
     assert identities(pa.chunked_array([[3, 3, 7]])).tolist() == [3, 3, 7]
     words = identities(pa.chunked_array([["a", "b"], ["a"]]))
