@@ -74,13 +74,16 @@ class Batch:
 class Rows:
     """The rows of all models, read together; every rank reads its own share."""
 
-    def __init__(self, models: Sequence[Model], layout: Layout, folder: Path):
+    def __init__(self, models: Sequence[Model], layout: Layout, folder: Path, known_items: np.ndarray | None = None):
         """Open the files; CSV files are rewritten into `folder`.
+
+        Args:
+            known_items: of the training part (`known_items`): all others are cold, where no column says so.
 
         Raises:
             ValueError: files that are missing, lack a column or have other row counts than the first model's.
         """
-        self.models, self.layout = list(models), layout
+        self.models, self.layout, self._known_items = list(models), layout, known_items
         self.files = {model.name: find_files(model.files) for model in models}
         self.readers = {}
         for place, model in enumerate(models):
@@ -138,7 +141,7 @@ class Rows:
         users = identities(table[layout.user]) if layout.user else None
         items = identities(table[layout.item]) if layout.item else None
         keys = row_keys(is_positive, weights, users, items)
-        slices = self._slices(table, start)
+        slices = self._slices(table, start, items)
         batch = Batch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
 
@@ -188,10 +191,17 @@ class Rows:
             place = self.readers[name].locate(start + row)
             raise ValueError(f"{place}: column {column!r} is {float(values[row]):g}; {rule}")
 
-    def _slices(self, table: pa.Table, start: int) -> list[tuple[list[str], np.ndarray]]:
+    def _slices(self, table: pa.Table, start: int, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
         layout, found = self.layout, []
+        cold: np.ndarray | None = None
         if layout.item_is_cold:
-            cold = pc.cast(pc.cast(table[layout.item_is_cold], pa.string()), pa.bool_()).to_numpy().astype(bool)
+            flags = pc.cast(pc.cast(table[layout.item_is_cold], pa.string()), pa.bool_())
+            cold = pc.fill_null(flags, False).to_numpy()
+            known = pc.is_valid(flags).to_numpy()
+            self._check(self.models[0].name, layout.item_is_cold, np.where(known, 0, np.nan), known, start, "say which")
+        elif items is not None and self._known_items is not None:
+            cold = ~np.isin(items, self._known_items)
+        if cold is not None:
             found.append((["item_cold", "item_warm"], np.where(cold, 0, 1)))
         if layout.history_length:
             lengths = self._numbers(self.models[0].name, table, layout.history_length, start)
@@ -224,6 +234,18 @@ def row_keys(
     if not there:
         return mix(np.arange(2))[is_positive.astype(np.int8)]
     return mix(is_positive.astype(np.int64), *there)
+
+
+def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.ndarray:
+    """The distinct items of training files as `identities`, int64, ascending.
+
+    Raises:
+        ValueError: files that are missing or lack the column.
+    """
+    reader, found = RowReader(find_files(files), [column], folder), np.empty(0, np.int64)
+    for table in reader.batches(0, reader.rows, 1 << 20):
+        found = np.union1d(found, identities(table[column]))
+    return found
 
 
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:

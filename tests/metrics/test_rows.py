@@ -8,7 +8,7 @@ import pytest
 
 from hllm_torchrec.metrics.files import RowReader, find_files, fingerprint
 from hllm_torchrec.metrics.grouped import mix
-from hllm_torchrec.metrics.rows import Batch, Layout, Model, Rows, identities, seconds_of
+from hllm_torchrec.metrics.rows import Batch, Layout, Model, Rows, identities, known_items, seconds_of
 from tests.metrics.prediction_rows import ROWS, columns, write_csv, write_parquet
 
 EVERY = Layout(weight="weight", user="user_id", item="item_id", slices=("country",))
@@ -77,6 +77,26 @@ def test_infinite_and_denormal_scores_are_rows_like_any_other(tmp_path: Path) ->
     values = columns(6) | {"score": np.array([np.inf, -np.inf, 1e-45, -1e-45, 0.0, -0.0], np.float32)}
     (batch,) = all_batches(opened(write_parquet(values, tmp_path / "rows"), tmp_path))
     assert batch.scores["a"].tolist() == values["score"].tolist() and batch.scores["a"][2] > 0
+
+
+def test_items_that_training_does_not_know_are_cold(tmp_path: Path) -> None:
+    rows = columns(200)
+    train = write_csv({"item_id": rows["item_id"][:30]}, tmp_path / "train.csv")
+    warm = known_items([train], "item_id", tmp_path)
+    assert warm.tolist() == sorted(set(rows["item_id"][:30].tolist()))
+    layout = Layout(item="item_id")
+    found = Rows([Model("a", (write_parquet(rows, tmp_path / "rows"),))], layout, tmp_path, warm)
+    (batch,) = all_batches(found, size=200)
+    (names, codes) = batch.slices[0]
+    assert names == ["item_cold", "item_warm"]
+    np.testing.assert_array_equal(codes == 0, ~np.isin(rows["item_id"], rows["item_id"][:30]))
+
+
+def test_a_null_flag_is_named(tmp_path: Path) -> None:
+    values = columns(20) | {"item_is_cold": pa.array([True] * 19 + [None])}
+    rows = opened(write_parquet(values, tmp_path / "rows"), tmp_path, Layout(item_is_cold="item_is_cold"))
+    with pytest.raises(ValueError, match="0.parquet: row 19: column 'item_is_cold' is nan; say which"):
+        all_batches(rows)
 
 
 def test_models_must_have_the_same_rows(tmp_path: Path) -> None:
