@@ -23,6 +23,15 @@ from hllm_torchrec.metrics.sections import curves, models_of, over_time, slices,
 
 LOSSES = {"loss": "loss", "loss_cls": "classification loss", "loss_gen": "generative loss"}
 
+ORDER = {"PR-AUC": "pr_auc", "GAUC": "gauc", "GAUC by user": "gauc_user_weighted"}
+PROBABILITY = {
+    "log loss": "log_loss",
+    "NE": "normalized_entropy",
+    "Brier": "brier",
+    "calibration": "calibration",
+    "ECE": "ece",
+}
+
 
 @dataclass
 class TrainingLog:
@@ -116,23 +125,13 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     models = models_of(metrics)
     if not models:
         return ""
-    plain = {
-        "PR-AUC": "pr_auc",
-        "GAUC": "gauc",
-        "GAUC by user": "gauc_user_weighted",
-        "log loss": "log_loss",
-        "NE": "normalized_entropy",
-        "Brier": "brier",
-        "calibration": "calibration",
-        "ECE": "ece",
-    }
     rows = [
         (
             name,
             number(model["auc"]),
             interval(model["auc_low"], model["auc_high"]),
             interval(*by_users(model)),
-            *(number(model.get(key)) for key in plain.values()),
+            *(number(model.get(key)) for key in ORDER.values()),
         )
         for name, model in models.items()
     ]
@@ -150,18 +149,26 @@ def _headline(metrics: Mapping[str, Any]) -> str:
         "useful below 1; calibration is right at 1. "
         f"{'Exposures are weighted.' if metrics.get('weighted') else ''}"
     )
-    header = ("model", "AUC", "95% (DeLong)", "95% (users)", *plain)
-    return paragraph(size, "lead") + section("Models", table(header, rows), paragraph(note.strip()), _recalls(models))
+    header = ("model", "AUC", "95% (DeLong)", "95% (users)", *ORDER)
+    return paragraph(size, "lead") + section(
+        "Models", table(header, rows), paragraph(note.strip()), _probabilities(models)
+    )
 
 
-def _recalls(models: Mapping[str, Any]) -> str:
-    """Recall at precision, a row a model; nothing for metrics that were written before there was any."""
-    found = {name: model["recall_at_precision"] for name, model in models.items() if model.get("recall_at_precision")}
-    if not found:
-        return ""
-    wanted = list(next(iter(found.values())))
-    rows = [(name, *(number(block.get(precision)) for precision in wanted)) for name, block in found.items()]
-    return table(("model", *(f"recall at precision {precision}" for precision in wanted)), rows)
+def _probabilities(models: Mapping[str, Any]) -> str:
+    """Metrics of probabilities and recall at precision (none in the first schema), a row a model."""
+    recalls = {name: model.get("recall_at_precision") or {} for name, model in models.items()}
+    wanted = list(dict.fromkeys(precision for found in recalls.values() for precision in found))
+    rows = [
+        (
+            name,
+            *(number(model.get(key)) for key in PROBABILITY.values()),
+            *(number(recalls[name].get(precision)) for precision in wanted),
+        )
+        for name, model in models.items()
+    ]
+    header = ("model", *PROBABILITY, *(f"recall at precision {precision}" for precision in wanted))
+    return table(header, rows)
 
 
 def _paired(metrics: Mapping[str, Any]) -> str:

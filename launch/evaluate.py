@@ -155,13 +155,14 @@ def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Ver
     from hllm_torchrec.metrics.cautions import file_overlap
     from hllm_torchrec.metrics.exchange import gather_objects
     from hllm_torchrec.metrics.job import Settings, evaluate
-    from hllm_torchrec.metrics.rows import Rows
+    from hllm_torchrec.metrics.rows import Rows, known_items
     from hllm_torchrec.ranks import on_rank_zero, world_size
 
     models, layout = describe(paths, args)
     settings = Settings(args.split, args.memory, args.draws, spill=args.spill)
     with tempfile.TemporaryDirectory(prefix="hllm-files-", dir=args.spill) as folder:
-        metrics = evaluate(Rows(models, layout, Path(folder)), settings)
+        warm = known_items(args.train, layout.item, Path(folder)) if args.train and layout.item else None
+        metrics = evaluate(Rows(models, layout, Path(folder), warm), settings)
         metrics["memory"]["peak"] = max(gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * 1024
 
         def write() -> "Verdict | None":

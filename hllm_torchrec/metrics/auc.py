@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
+from hllm_torchrec.metrics.exchange import all_gather, exchange
 from hllm_torchrec.metrics.inputs import Values, as_labels, as_scores, as_weights
 
 
@@ -86,9 +86,8 @@ def distributed_roc_auc(
     """`roc_auc` of the rows of all ranks together; every rank gets the same number.
 
     Equal scores are merged on each rank, then the merged rows are sorted across ranks (sample sort: regular
-    samples give the splitters, one all-to-all brings each score range to one rank). So a rank holds O(n /
-    ranks)
-    rows whatever the scores are: constant scores collapse to one merged row a rank.
+    samples give the splitters, one all-to-all brings each score range to one rank). So a rank holds O(n / ranks) rows
+    whatever the scores are: constant scores collapse to one merged row a rank.
 
     Without weights the result equals `roc_auc` to the last bit (counts are integers, exact below 2^53 pairs);
     with weights to rounding.
@@ -108,12 +107,11 @@ def distributed_roc_auc(
     merged_U3 = np.stack(_merge_ties(*columns), axis=1)
     received_R3 = _exchange_score_ranges(merged_U3, group)
     _, positives, negatives = _merge_ties(received_R3[:, 0], received_R3[:, 1], received_R3[:, 2])
-    totals = torch.tensor([positives.sum(), negatives.sum()], dtype=torch.float64, device=_device(group))
-    totals_G2 = torch.stack(_all_gather(totals, group)).cpu().numpy()
+    totals = np.array([positives.sum(), negatives.sum()], dtype=np.float64)  # of no rows they would be integers
+    totals_G2 = np.stack(all_gather(totals, group))
     below = totals_G2[: dist.get_rank(group), 1].sum()  # lower ranks hold lower scores
-    concordant = torch.tensor(_concordant(positives, negatives, below), dtype=torch.float64, device=_device(group))
-    dist.all_reduce(concordant, group=group)
-    return _ratio(concordant.item(), totals_G2[:, 0].sum() * totals_G2[:, 1].sum())
+    concordant = np.sum(all_gather(np.array([_concordant(positives, negatives, below)]), group))
+    return _ratio(float(concordant), totals_G2[:, 0].sum() * totals_G2[:, 1].sum())
 
 
 def delong_interval(labels: Values, scores: Values, confidence: float = 0.95) -> AucInterval:
@@ -280,16 +278,8 @@ def _exchange_score_ranges(merged_U3: np.ndarray, group: dist.ProcessGroup | Non
     Returns:
         The rows of this rank's range, from all ranks, float64 [R, 3]; equal scores are never parted.
     """
-    device = _device(group)
     cuts = np.searchsorted(merged_U3[:, 0], _splitters(merged_U3[:, 0], group), side="right")
-    sent = np.diff(cuts, prepend=0, append=len(merged_U3))
-    sent_counts = torch.from_numpy(sent).to(device)
-    received_counts = torch.empty_like(sent_counts)
-    dist.all_to_all_single(received_counts, sent_counts, group=group)
-    received = received_counts.tolist()
-    rows = torch.empty((sum(received), 3), dtype=torch.float64, device=device)
-    dist.all_to_all_single(rows, torch.from_numpy(merged_U3).to(device), received, sent.tolist(), group=group)
-    return rows.cpu().numpy()
+    return exchange(merged_U3, np.diff(cuts, prepend=0, append=len(merged_U3)).tolist(), group)
 
 
 def _splitters(scores_U: np.ndarray, group: dist.ProcessGroup | None) -> np.ndarray:
@@ -300,25 +290,12 @@ def _splitters(scores_U: np.ndarray, group: dist.ProcessGroup | None) -> np.ndar
     """
     ranks = dist.get_world_size(group)
     count = 4 * ranks
-    samples_S2 = np.zeros((count, 2))
+    samples_2S = np.zeros((2, count))
     if len(scores_U):
-        samples_S2[:, 0] = scores_U[((np.arange(count) + 0.5) / count * len(scores_U)).astype(np.int64)]
-        samples_S2[:, 1] = len(scores_U) / count
-    gathered = torch.cat(_all_gather(torch.from_numpy(samples_S2).to(_device(group)), group)).cpu().numpy()
-    ordered = gathered[gathered[:, 0].argsort(kind="stable")]
-    shares = np.cumsum(ordered[:, 1])
+        samples_2S[0] = scores_U[((np.arange(count) + 0.5) / count * len(scores_U)).astype(np.int64)]
+        samples_2S[1] = len(scores_U) / count
+    gathered = np.concatenate(all_gather(samples_2S, group), axis=1)
+    ordered = gathered[:, gathered[0].argsort(kind="stable")]
+    shares = np.cumsum(ordered[1])
     wanted = shares[-1] * np.arange(1, ranks) / ranks
-    return ordered[np.searchsorted(shares, wanted), 0]
-
-
-def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor, group=group)
-    return parts
-
-
-def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group's collectives work: nccl knows CUDA only."""
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return ordered[0, np.searchsorted(shares, wanted)]

@@ -74,13 +74,16 @@ class Batch:
 class Rows:
     """The rows of all models, read together; every rank reads its own share."""
 
-    def __init__(self, models: Sequence[Model], layout: Layout, folder: Path):
+    def __init__(self, models: Sequence[Model], layout: Layout, folder: Path, known_items: np.ndarray | None = None):
         """Open the files; CSV files are rewritten into `folder`.
+
+        Args:
+            known_items: of the training part (`known_items`): all others are cold, where no column says so.
 
         Raises:
             ValueError: files that are missing, lack a column or have other row counts than the first model's.
         """
-        self.models, self.layout = list(models), layout
+        self.models, self.layout, self._known_items = list(models), layout, known_items
         self.files = {model.name: find_files(model.files) for model in models}
         self.readers = {}
         for place, model in enumerate(models):
@@ -138,7 +141,7 @@ class Rows:
         users = identities(table[layout.user]) if layout.user else None
         items = identities(table[layout.item]) if layout.item else None
         keys = row_keys(is_positive, weights, users, items)
-        slices = self._slices(table, start)
+        slices = self._slices(table, start, items)
         batch = Batch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
 
@@ -188,10 +191,17 @@ class Rows:
             place = self.readers[name].locate(start + row)
             raise ValueError(f"{place}: column {column!r} is {float(values[row]):g}; {rule}")
 
-    def _slices(self, table: pa.Table, start: int) -> list[tuple[list[str], np.ndarray]]:
+    def _slices(self, table: pa.Table, start: int, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
         layout, found = self.layout, []
+        cold: np.ndarray | None = None
         if layout.item_is_cold:
-            cold = pc.cast(pc.cast(table[layout.item_is_cold], pa.string()), pa.bool_()).to_numpy().astype(bool)
+            flags = pc.cast(pc.cast(table[layout.item_is_cold], pa.string()), pa.bool_())
+            cold = pc.fill_null(flags, False).to_numpy()
+            known = pc.is_valid(flags).to_numpy()
+            self._check(self.models[0].name, layout.item_is_cold, np.where(known, 0, np.nan), known, start, "say which")
+        elif items is not None and self._known_items is not None:
+            cold = ~np.isin(items, self._known_items)
+        if cold is not None:
             found.append((["item_cold", "item_warm"], np.where(cold, 0, 1)))
         if layout.history_length:
             lengths = self._numbers(self.models[0].name, table, layout.history_length, start)
@@ -203,9 +213,8 @@ class Rows:
                 self._numbers(self.models[0].name, table, layout.timestamp, start)
             found += time_slices(seconds_of(table[layout.timestamp]))
         for column in layout.slices:
-            encoded = pc.dictionary_encode(table[column].combine_chunks(), null_encoding="encode")
-            names = [f"{column}={value}" for value in encoded.dictionary.to_pylist()]
-            found.append((names, encoded.indices.to_numpy()))
+            values, codes = _encoded(table[column])
+            found.append(([f"{column}={value}" for value in values], codes))
         return found
 
 
@@ -227,6 +236,18 @@ def row_keys(
     return mix(is_positive.astype(np.int64), *there)
 
 
+def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.ndarray:
+    """The distinct items of training files as `identities`, int64, ascending.
+
+    Raises:
+        ValueError: files that are missing or lack the column.
+    """
+    reader, found = RowReader(find_files(files), [column], folder), np.empty(0, np.int64)
+    for table in reader.batches(0, reader.rows, 1 << 20):
+        found = np.union1d(found, identities(table[column]))
+    return found
+
+
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
     """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and each row's place among them."""
     days, hours = seconds // DAY, seconds % DAY // 3600
@@ -241,9 +262,16 @@ def identities(values: pa.ChunkedArray) -> np.ndarray:
     10^7 users share one with a chance of 3e-6)."""
     if pa.types.is_integer(values.type) and not values.null_count:
         return values.to_numpy().astype(np.int64)
-    encoded = pc.dictionary_encode(pc.cast(values, pa.string()).combine_chunks(), null_encoding="encode")
-    unique = np.array([_identity(str(text)) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
-    return unique[encoded.indices.to_numpy()]
+    texts, codes = _encoded(pc.cast(values, pa.string()))
+    return np.array([_identity(str(text)) for text in texts], dtype=np.int64)[codes]
+
+
+def _encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
+    """The values that there are, null as None, and each row's place among them [n]."""
+    if pa.types.is_dictionary(values.type):
+        values = pc.cast(values, values.type.value_type)
+    encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
 
 def _identity(text: str) -> int:

@@ -228,6 +228,8 @@ def share_of_ranks(folder: Path, memory: int) -> list[dict[str, Any]]:
     """Runs on each rank: without weights, and with them."""
     layouts = (replace(EVERYTHING, timestamp=None), Layout(weight="weight", user="user_id"))
     results = [run(two_models(folder), layout, folder.parent, memory=memory, draws=20) for layout in layouts]
+    odd = [Model("one score", (folder,), "constant"), Model("in order", (folder,), "sorted")]
+    results.append(run(odd, Layout(user="user_id"), folder.parent, memory=memory))  # one range holds all; none overlap
     try:
         run([Model("a", (folder.parent / "bad",))], Layout(), folder.parent)
     except ValueError as error:
@@ -249,12 +251,14 @@ def numbers(values: Any) -> list[float]:
 def test_ranks_equal_one(parquet: Path, tmp_path: Path, ranks: int, memory: int) -> None:
     bad = columns(300)
     bad["score"][299] = math.nan  # in the last rank's share
-    folder, broken = write_parquet(columns(), tmp_path / "rows", files=2), write_parquet(bad, tmp_path / "bad")
+    rows = columns() | {"constant": np.full(ROWS, 0.5, np.float32), "sorted": np.arange(ROWS) * 1.0}
+    folder, broken = write_parquet(rows, tmp_path / "rows", files=2), write_parquet(bad, tmp_path / "bad")
     expected = share_of_ranks(folder, 1 << 30)
     for results in run_ranks(share_of_ranks, ranks, folder, memory):
         assert results[0]["models"]["a"]["auc"] == expected[0]["models"]["a"]["auc"]  # to the last bit
         assert results[0]["exposures"] == expected[0]["exposures"]
-        for found, one in zip(results[:2], expected[:2]):
+        assert results[2]["models"]["one score"]["auc"] == 0.5
+        for found, one in zip(results[:3], expected[:3]):
             for key in ("models", "paired", "rows", "users", "bootstrap"):
                 assert numbers(found[key]) == pytest.approx(numbers(one[key]), abs=1e-12, nan_ok=True), key
-        assert results[2]["error"].startswith(f"{broken / '0.parquet'}: row 299: column 'score' is nan")
+        assert results[3]["error"].startswith(f"{broken / '0.parquet'}: row 299: column 'score' is nan")

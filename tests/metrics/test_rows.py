@@ -8,7 +8,7 @@ import pytest
 
 from hllm_torchrec.metrics.files import RowReader, find_files, fingerprint
 from hllm_torchrec.metrics.grouped import mix
-from hllm_torchrec.metrics.rows import Batch, Layout, Model, Rows, identities, seconds_of
+from hllm_torchrec.metrics.rows import Batch, Layout, Model, Rows, identities, known_items, seconds_of
 from tests.metrics.prediction_rows import ROWS, columns, write_csv, write_parquet
 
 EVERY = Layout(weight="weight", user="user_id", item="item_id", slices=("country",))
@@ -79,6 +79,26 @@ def test_infinite_and_denormal_scores_are_rows_like_any_other(tmp_path: Path) ->
     assert batch.scores["a"].tolist() == values["score"].tolist() and batch.scores["a"][2] > 0
 
 
+def test_items_that_training_does_not_know_are_cold(tmp_path: Path) -> None:
+    rows = columns(200)
+    train = write_csv({"item_id": rows["item_id"][:30]}, tmp_path / "train.csv")
+    warm = known_items([train], "item_id", tmp_path)
+    assert warm.tolist() == sorted(set(rows["item_id"][:30].tolist()))
+    layout = Layout(item="item_id")
+    found = Rows([Model("a", (write_parquet(rows, tmp_path / "rows"),))], layout, tmp_path, warm)
+    (batch,) = all_batches(found, size=200)
+    (names, codes) = batch.slices[0]
+    assert names == ["item_cold", "item_warm"]
+    np.testing.assert_array_equal(codes == 0, ~np.isin(rows["item_id"], rows["item_id"][:30]))
+
+
+def test_a_null_flag_is_named(tmp_path: Path) -> None:
+    values = columns(20) | {"item_is_cold": pa.array([True] * 19 + [None])}
+    rows = opened(write_parquet(values, tmp_path / "rows"), tmp_path, Layout(item_is_cold="item_is_cold"))
+    with pytest.raises(ValueError, match="0.parquet: row 19: column 'item_is_cold' is nan; say which"):
+        all_batches(rows)
+
+
 def test_models_must_have_the_same_rows(tmp_path: Path) -> None:
     rows = columns(50)
     a = write_parquet(rows, tmp_path / "a")
@@ -130,6 +150,28 @@ def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
         evaluate(rows, Settings(memory=1000))
     with pytest.raises(ValueError, match="draws is -2; 0 for no bootstrap"):
         evaluate(rows, Settings(draws=-2))
+
+
+def test_categories_nulls_half_floats_and_time_zones_are_read(tmp_path: Path) -> None:
+    for part in range(2):
+        values: dict[str, Any] = columns(40, seed=part)
+        category = [None, "x", "y"][part:] * 20
+        values["country"] = pa.array(category[:40], pa.string()).dictionary_encode()
+        values["user_id"] = pa.array([f"u{user}" for user in values["user_id"]]).dictionary_encode()
+        values["score"] = values["score"].astype(np.float16)
+        values["label"] = values["label"] == 1
+        values["timestamp"] = pa.array(values["timestamp"] * 1000, pa.timestamp("ms", "Europe/Berlin"))
+        write_parquet(values, tmp_path / "parts" / str(part), row_group=7)
+    layout = Layout(user="user_id", timestamp="timestamp", slices=("country",))
+    rows = Rows([Model("a", (tmp_path / "parts" / "0", tmp_path / "parts" / "1"))], layout, tmp_path)
+    sizes: dict[str, int] = {}
+    for batch in all_batches(rows, ranks=2, size=9):
+        assert batch.scores["a"].dtype == np.float32 and batch.is_positive.dtype == bool
+        names, codes = batch.slices[-1]
+        for name, count in zip(names, np.bincount(codes, minlength=len(names))):
+            sizes[name] = sizes.get(name, 0) + int(count)
+        assert batch.slices[0][0][0].startswith("day_2023-11-1")
+    assert sizes == {"country=None": 14, "country=x": 33, "country=y": 33}
 
 
 def test_ids_of_any_kind_become_integers() -> None:
