@@ -1,6 +1,8 @@
 """Where item embeddings come from: the Item LLM over tokens in the memory map, shared out over the ranks."""
 
+import operator
 from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -13,6 +15,26 @@ from hllm_torchrec.modules.item_llm import ItemLLM
 
 CATALOGUE_TOKENS = 16_384
 """Tokens encoded at a time when the whole catalogue is."""
+
+
+@dataclass(frozen=True)
+class EncodedWork:
+    """What the Item LLM had to do.
+
+    items; tokens: [ITEM] and a shared prefix included, the latter once; keys: that those tokens attend to, all
+    together; last_keys: that the last token of each item attends to.
+    """
+
+    items: int = 0
+    tokens: int = 0
+    keys: int = 0
+    last_keys: int = 0
+
+    def __add__(self, other: "EncodedWork") -> "EncodedWork":
+        return EncodedWork(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: "EncodedWork") -> "EncodedWork":
+        return EncodedWork(*map(operator.sub, astuple(self), astuple(other)))
 
 
 class ItemEncoder:
@@ -31,10 +53,8 @@ class ItemEncoder:
     def __init__(self, tokens: TokenStore, device: torch.device, share_prefix: bool = False) -> None:
         self.tokens, self.device = tokens, device
         self.share_prefix = share_prefix and len(tokens.prefix) > 0
-        self.encoded_tokens = 0
-        """Tokens encoded on this rank so far, [ITEM] included: what the throughput log counts."""
-        self.attended_keys = 0
-        """Keys that those tokens attended to, all together: what their attention cost."""
+        self.work = EncodedWork()
+        """What was encoded on this rank so far."""
 
     def __call__(self, item_llm: ItemLLM, unique_items: Tensor) -> Tensor:
         """Embeddings [U, E] of this rank's `unique_items` [U], with gradients."""
@@ -59,8 +79,7 @@ class ItemEncoder:
         prefix = self.tokens.prefix
         self._count(np.diff(cu_seqlens), has_prefix * len(prefix), item_llm)
         if len(rows):  # without items there is no prefix to encode either
-            self.encoded_tokens += len(prefix)
-            self.attended_keys += len(prefix) * (len(prefix) + 1) // 2
+            self.work += EncodedWork(tokens=len(prefix), keys=len(prefix) * (len(prefix) + 1) // 2)
         return item_llm(*map(self._tensor, (token_ids, cu_seqlens, prefix, has_prefix)))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -69,9 +88,9 @@ class ItemEncoder:
     def _count(self, lengths: np.ndarray, in_front: np.ndarray, item_llm: ItemLLM) -> None:
         """Count texts of `lengths` that see `in_front` tokens of a shared prefix besides."""
         lengths = lengths + (1 if item_llm.pooling == "item" else lengths + in_front == 0)
-        self.encoded_tokens += int(lengths.sum())
         own = lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2
-        self.attended_keys += int((own + lengths * in_front).sum())
+        keys, last_keys = (own + lengths * in_front).sum(), (lengths + in_front).sum()
+        self.work += EncodedWork(len(lengths), int(lengths.sum()), int(keys), int(last_keys))
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.flops import flops_utilisation, measured_matmul_peak, transformer_flops_per_token
-from hllm_torchrec.items import ItemEncoder
+from hllm_torchrec.items import EncodedWork, ItemEncoder
 from hllm_torchrec.model import HLLM
+from hllm_torchrec.modules.item_llm import ItemLLM
 from hllm_torchrec.modules.user_encoder import UserEncoder
 
 PEAK_SHAPES = {
@@ -43,17 +44,16 @@ class StepMeter:
         """Leave out what has happened since the last tick."""
         self._time, self._item_work = time.perf_counter(), self._encoded()
 
-    def _encoded(self) -> tuple[int, int]:
-        encoder = self.encoder
-        return (0, 0) if encoder is None else (encoder.encoded_tokens, encoder.attended_keys)
+    def _encoded(self) -> EncodedWork:
+        return EncodedWork() if self.encoder is None else self.encoder.work
 
     def tick(self, batches: Sequence[HybridBatch]) -> dict[str, float]:
         """Rates since the last tick, in which every rank trained on its `batches`. Collective."""
         seconds = time.perf_counter() - self._time
-        tokens, keys = (now - before for now, before in zip(self._encoded(), self._item_work, strict=True))
+        encoded = self._encoded() - self._item_work
         flops = 0.0
         if self.model.item_llm is not None:
-            flops += backbone_flops(self.model.item_llm.backbone, tokens, keys) * item_passes(self.model)
+            flops += item_flops(self.model.item_llm, encoded) * item_passes(self.model)
         work = [user_work(batch, queries=self.model.fusion != "none") for batch in batches]
         user_tokens, user_keys = map(sum, zip(*work, strict=True))
         user = self.model.user
@@ -62,7 +62,7 @@ class StepMeter:
         else:
             flops += backbone_flops(user.backbone, user_tokens, user_keys) * user_passes(self.model)
         exposures = sum(batch.num_exposures for batch in batches)
-        local = torch.tensor([exposures, tokens, user_tokens, flops], dtype=torch.float64)
+        local = torch.tensor([exposures, encoded.tokens, user_tokens, flops], dtype=torch.float64)
         exposures_all, items_all, users_all, flops_all = global_sum(local).tolist()
         self.restart()
         return {
@@ -84,6 +84,19 @@ def user_work(batch: HybridBatch, queries: bool) -> tuple[int, int]:
     if not queries:
         return tokens, keys
     return tokens + batch.query_times.numel(), keys + int((batch.query_visible + 1).sum())
+
+
+def item_flops(item_llm: ItemLLM, work: EncodedWork) -> float:
+    """Operations of the Item LLM's forward pass; of its last layer only what is read, where it runs so."""
+    backbone, tokens = item_llm.backbone, work.tokens
+    whole, config = backbone_flops(backbone, tokens, work.keys), backbone.config
+    if not item_llm.reads_rows or tokens == 0:
+        return whole
+    layers = config.num_hidden_layers
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys_and_values = 2.0 * 2 * config.hidden_size * head * config.num_key_value_heads
+    last_layer = backbone_flops(backbone, work.items, work.last_keys) / layers + keys_and_values * (tokens - work.items)
+    return whole * (layers - 1) / layers + last_layer
 
 
 def backbone_flops(backbone: PreTrainedModel, tokens: int, keys: int) -> float:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.modules.jagged import offsets_from_lengths
-from hllm_torchrec.modules.text_attention import TextLayout, TextPlan, longest_of, plan_buckets
+from hllm_torchrec.modules.text_attention import TextLayout, WholeTextPlan, longest_of, plan_buckets
 
 
 class VarlenKernel(Protocol):
@@ -102,7 +102,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Choic
     raise ValueError(f"item_llm.attention: {', '.join(passed)}; choose auto, which takes what can run")
 
 
-def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> TextPlan:
+def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> WholeTextPlan:
     """The plan by which every layer of a batch with this layout attends."""
     return plan_buckets(layout, device) if backend.kernel is None else plan_varlen(layout, backend.kernel, device)
 
@@ -121,6 +121,7 @@ class VarlenPlan:
     longest_q: int
     longest: int
     causal: bool
+    has_prefix: bool
     position_ids: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -137,6 +138,26 @@ class VarlenPlan:
             self.longest_q,
             self.longest,
             causal=self.causal,
+            scaling=scaling,
+            dropout=dropout,
+        )
+
+    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`."""
+        query, key, cu_k = query.to(value.dtype), key.to(value.dtype), self.cu_k
+        if self.has_prefix:
+            assert self.key_rows is not None
+            of_texts = self.key_rows[cu_k[1] :]  # the prefix is the first sequence
+            key, value, cu_k = key.index_select(0, of_texts), value.index_select(0, of_texts), cu_k[1:] - cu_k[1]
+        return self.kernel(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32),
+            cu_k,
+            1,
+            self.longest,
+            causal=False,
             scaling=scaling,
             dropout=dropout,
         )
@@ -164,6 +185,7 @@ def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) 
         longest_q=int(own.max()),
         longest=longest_of(layout),
         causal=layout.causal,
+        has_prefix=layout.prefix > 0,
         position_ids=layout.position_ids(device),
     )
 

@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 from hllm_torchrec.modules.attention import PACKED_ATTENTION
 from hllm_torchrec.modules.attention_backends import BACKENDS, Choice, plan_text
 from hllm_torchrec.modules.jagged import lengths_from_offsets
-from hllm_torchrec.modules.text_attention import TextLayout
+from hllm_torchrec.modules.last_rows import ReadRows, can_read_rows, let_read_rows
+from hllm_torchrec.modules.text_attention import TextLayout, TextPlan
 
 Pooling = Literal["item", "mean"]
 
@@ -43,6 +44,10 @@ class ItemLLM(nn.Module):
         self.causal = causal
         self.width: int = backbone.config.hidden_size
         self.attention = Choice(BACKENDS["buckets"], "runs everywhere")
+        self.reads_rows = pooling == "item" and causal and can_read_rows(backbone)
+        """Whether the last layer runs over the [ITEM] rows alone, which are all that is read."""
+        if self.reads_rows:
+            let_read_rows(backbone)
         words = backbone.get_input_embeddings().weight
         # Start where the words live: a vector of another scale would dominate the first layer's norm.
         self.item_token = nn.Parameter(
@@ -81,7 +86,11 @@ class ItemLLM(nn.Module):
             return self._encode(torch.cat([words, self.item_token[None].to(words.dtype)]), TextLayout([1]))[:0]
         packing = _Packing.of(lengths + is_item, in_front > 0, prefix_ids.numel(), self.causal)
         token_ids = torch.cat([prefix_ids, token_ids])
-        hidden = self._encode(self._embed(token_ids, cu_seqlens, lengths, packing), packing.layout)
+        embedded = self._embed(token_ids, cu_seqlens, lengths, packing)
+        if self.reads_rows:
+            in_order = packing.last_rows[packing.order]
+            return self._encode(embedded, packing.layout, in_order).index_select(0, packing.order.argsort())
+        hidden = self._encode(embedded, packing.layout)
         if self.pooling == "item":
             return hidden.index_select(0, packing.last_rows)
         return self._sums_of_rows(hidden, in_front > 0, packing) / (lengths + is_item + in_front)[:, None]
@@ -104,8 +113,10 @@ class ItemLLM(nn.Module):
         source = torch.cat([torch.arange(prefix, device=source.device), source])
         return torch.cat([words, self.item_token[None].to(words.dtype)]).index_select(0, source)
 
-    def _encode(self, embedded: Tensor, layout: TextLayout) -> Tensor:
-        plan = plan_text(layout, self.attention.backend, embedded.device)
+    def _encode(self, embedded: Tensor, layout: TextLayout, read: Tensor | None = None) -> Tensor:
+        """Last hidden states [P + R, D], or those of the rows to `read` [U], each text's last."""
+        whole = plan_text(layout, self.attention.backend, embedded.device)
+        plan: TextPlan = whole if read is None else ReadRows(whole, read)
         output = self.backbone(
             inputs_embeds=embedded[None], position_ids=plan.position_ids, use_cache=False, hllm_plan=plan
         )
@@ -117,10 +128,11 @@ class _Packing:
     """Where the items' rows lie: behind the prefix, in the layout's order.
 
     item_of_row, place_of_row: [R] int64, whose row it is and where in that item it stands; last_rows: [U] int64,
-    the row of each item's last position, P counted.
+    the row of each item's last position, P counted; order: [U] int64, the items in the layout's order.
     """
 
     layout: TextLayout
+    order: Tensor
     item_of_row: Tensor
     place_of_row: Tensor
     last_rows: Tensor
@@ -137,7 +149,7 @@ class _Packing:
         starts = torch.empty_like(ends)
         starts[order] = ends - rows[order]
         place = torch.arange(sum(sizes), device=rows.device) - starts[item_of_row]
-        return _Packing(layout, item_of_row, place, prefix + starts + rows - 1)
+        return _Packing(layout, order, item_of_row, place, prefix + starts + rows - 1)
 
 
 def build_backbone(

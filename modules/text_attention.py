@@ -76,6 +76,15 @@ class TextPlan(Protocol):
         """query [S, H, D], key and value [S, G, D] -> [S, H, D]; G divides H."""
 
 
+class WholeTextPlan(TextPlan, Protocol):
+    """A `TextPlan` that can also attend for the last positions alone."""
+
+    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """The last position of each text alone, no text being empty: query [U, H, D] in the layout's order,
+        key and value [S, G, D] of all rows -> [U, H, D].
+        """
+
+
 def longest_of(layout: TextLayout) -> int:
     """Keys that the last position of the longest text sees."""
     groups = zip(layout.groups(), layout.seen(), strict=True)
@@ -90,7 +99,7 @@ class TextBucket:
     int64 row, counted from the bucket's first, of each cell (padding repeats the text's last), and kept:
     [count] int64, the cells that are no padding; else None. seen: prefix rows before the own keys.
     mask: bool, True where a position looks, [N, seen + N] or [b, 1, 1, N]; None: causal without a prefix, or
-    nothing hidden.
+    nothing hidden. last_mask: [b, 1, 1, seen + N], the same for each text's last position; None: it sees all.
     """
 
     texts: int
@@ -100,13 +109,18 @@ class TextBucket:
     kept: Tensor | None
     seen: int
     mask: Tensor | None
+    last_mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """A `TextPlan` in length-sorted padded buckets, each one call of SDPA; any device and dtype."""
+    """A `TextPlan` in length-sorted padded buckets, each one call of SDPA; any device and dtype.
+
+    has_prefix: whether the first bucket is the prefix.
+    """
 
     buckets: list[TextBucket]
+    has_prefix: bool
     position_ids: Tensor
     longest: int
     causal: bool
@@ -119,10 +133,20 @@ class BucketPlan:
         outputs = []
         for bucket, *parts in zip(self.buckets, *rows, strict=True):
             q, k, v = (_grid(part, bucket) for part in parts)
-            if bucket.seen:
-                k, v = (torch.cat([p.expand(bucket.texts, -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v)))
+            k, v = _behind(prefix, k, v, bucket)
             out = _attend(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
             outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
+        return torch.cat(outputs)
+
+    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`."""
+        keys, values = (x.split([bucket.count for bucket in self.buckets]) for x in (key, value))
+        first = int(self.has_prefix)
+        asked = query.split([bucket.texts for bucket in self.buckets[first:]])
+        outputs = []
+        for bucket, q, k, v in zip(self.buckets[first:], asked, keys[first:], values[first:], strict=True):
+            k, v = _behind((keys[0], values[0]), _grid(k, bucket), _grid(v, bucket), bucket)
+            outputs.append(_attend(q[:, None], k, v, bucket.last_mask, False, scaling, dropout))
         return torch.cat(outputs)
 
 
@@ -134,13 +158,13 @@ def plan_buckets(layout: TextLayout, device: torch.device) -> BucketPlan:
         lengths = [length for length in group if length]
         for start, end in bucket_runs(lengths, waste, floor, seen=seen):
             buckets.append(_bucket(lengths[start:end], seen, layout.causal, device))
-    return BucketPlan(buckets, layout.position_ids(device), longest_of(layout), layout.causal)
+    return BucketPlan(buckets, layout.prefix > 0, layout.position_ids(device), longest_of(layout), layout.causal)
 
 
 def _bucket(lengths: list[int], seen: int, causal: bool, device: torch.device) -> TextBucket:
     """The bucket of texts with these falling lengths."""
     longest, count = lengths[0], sum(lengths)
-    cells = kept = mask = None
+    cells = kept = mask = last_mask = None
     if lengths[-1] < longest:
         rows = torch.tensor(lengths)
         column = torch.arange(longest)
@@ -150,9 +174,18 @@ def _bucket(lengths: list[int], seen: int, causal: bool, device: torch.device) -
         kept = valid.flatten().nonzero().flatten().to(device)
         # Right padding lies in the future of every real position, so a causal model needs no padding mask.
         mask = None if causal else valid[:, None, None, :].to(device)
+        last_mask = torch.nn.functional.pad(valid, (seen, 0), value=True)[:, None, None, :].to(device)
     if seen:
         mask = torch.ones(longest, seen + longest, dtype=torch.bool, device=device).tril(seen)
-    return TextBucket(len(lengths), longest, count, cells, kept, seen, mask)
+    return TextBucket(len(lengths), longest, count, cells, kept, seen, mask, last_mask)
+
+
+def _behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bucket: TextBucket) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, N, G, D] of a bucket, the prefix's [P, G, D] in front where its texts see it."""
+    if not bucket.seen:
+        return k, v
+    before_k, before_v = (x.expand(bucket.texts, -1, -1, -1) for x in prefix)
+    return torch.cat([before_k, k], 1), torch.cat([before_v, v], 1)
 
 
 def _grid(rows: Tensor, bucket: TextBucket) -> Tensor:

@@ -27,8 +27,8 @@ from hllm_torchrec.data.collate import BatchRecipe, Collator, Piece
 from hllm_torchrec.data.tokens import TokenStore
 from hllm_torchrec.evaluate import raw_model
 from hllm_torchrec.experiment import initialise_tables
-from hllm_torchrec.items import ItemEncoder
-from hllm_torchrec.meter import backbone_flops, user_work
+from hllm_torchrec.items import EncodedWork, ItemEncoder
+from hllm_torchrec.meter import backbone_flops, item_flops, user_work
 from hllm_torchrec.model import build_model
 from hllm_torchrec.optim import clip_grad_norm, dense_optimizer
 from hllm_torchrec.parallelize import parallelize, start_process, stop_process
@@ -142,7 +142,8 @@ def measure(
 def flops(catalogue: Catalogue, batch: HybridBatch) -> float:
     """Matrix-product operations of a step."""
     items, length, hllm = batch.unique_items.numel(), TEXT_TOKENS + 1, catalogue.hllm
-    texts = backbone_flops(hllm.item_llm.backbone, items * length, items * length * (length + 1) // 2)
+    keys = items * length * (length + 1) // 2
+    texts = item_flops(hllm.item_llm, EncodedWork(items, items * length, keys, items * length))
     users = backbone_flops(hllm.user.backbone, *user_work(batch, queries=False))
     logits = 2.0 * batch.next_rows.numel() * batch.negative_items.numel() * hllm.user.width
     return 3 * (texts + users + logits)

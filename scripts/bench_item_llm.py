@@ -6,39 +6,33 @@ Real texts of MovieLens-100k with a prompt, each item once, through a Llama of S
 its layers, random weights, frozen words). The compared sides run in turn in one process:
 
     plain     every item with its whole text
-    shared    the common prefix once, attended to by all items (what training does)
+    shared    the common prefix once, attended to by all items
     compiled  the same, its layers under torch.compile
+    read      as shared, the last layer for the [ITEM] rows alone (what training does)
     products  the matrix products of "shared", forward and backward, on buffers of their shapes, nothing else
 
 Ratios are medians over the rounds of one round's two times, so a slower or faster spell of the machine hits both.
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, why_no_bf16
 from torch import Tensor
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.tokens import TokenStore, build_token_store
-from hllm_torchrec.flops import measured_matmul_peak
-from hllm_torchrec.items import ItemEncoder
-from hllm_torchrec.logs import machine_info
-from hllm_torchrec.meter import backbone_flops
+from hllm_torchrec.items import EncodedWork, ItemEncoder
+from hllm_torchrec.meter import item_flops
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
 from hllm_torchrec.modules.text_attention import BucketPlan
 
-ROOT = Path(__file__).resolve().parents[1]
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -51,17 +45,9 @@ SHAPE = {
 PROMPT = "Compress the following sentence into embedding: "
 
 
-def keep_large_buffers() -> None:
-    """Start again under `ALLOCATOR`: glibc reads it when a process begins."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line's options, or those of `arguments`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under 3 minutes on 2 cores")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options, or those of `given`."""
+    parser = arguments(__doc__)
     parser.add_argument("--dataset", type=Path, default=ROOT / "data/ml-100k", help="written by `hllm prepare`")
     parser.add_argument("--keys", nargs="+", default=["title", "year", "genres"], help="its text columns")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / ".cache/models/smollm2-135m-instruct")
@@ -69,16 +55,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor seconds of one thread, where others use the machine"
     )
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # shapes for the tests
-    return parser.parse_args(arguments)
+    return parser.parse_args(given)
 
 
 class Side:
     """The Item LLM on one set of items: forward and backward."""
 
-    def __init__(self, tokens: TokenStore, ids: Tensor, shape: dict[str, Any], share: bool) -> None:
+    def __init__(self, tokens: TokenStore, ids: Tensor, shape: dict[str, Any], share: bool, read: bool = False) -> None:
         torch.manual_seed(0)
         self.item_llm, self.ids = ItemLLM(build_backbone(None, shape)), ids
+        self.item_llm.reads_rows = read
         self.item_llm.backbone.get_input_embeddings().requires_grad_(False)
         self.encoder = ItemEncoder(tokens, torch.device("cpu"), share_prefix=share)
 
@@ -89,11 +75,11 @@ class Side:
         embeddings.square().sum().backward()
         return embeddings.detach()
 
-    def work(self) -> tuple[int, int]:
-        """(tokens, attended keys) of one pass."""
-        before = self.encoder.encoded_tokens, self.encoder.attended_keys
+    def work(self) -> EncodedWork:
+        """What one pass has to do."""
+        before = self.encoder.work
         self()
-        return self.encoder.encoded_tokens - before[0], self.encoder.attended_keys - before[1]
+        return self.encoder.work - before
 
     def plan(self) -> BucketPlan:
         """The buckets of its batch, as its forward pass plans them."""
@@ -148,30 +134,20 @@ def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
     return forward_and_backward
 
 
-def alternate(
-    sides: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float], warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of every timed call, by side; the sides take turns."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(warmup + rounds):
-        for name, run in sides.items():
-            start = clock()
-            run()
-            if number >= warmup:
-                times[name].append(clock() - start)
-    return times
-
-
 def ratio(above: list[float], below: list[float]) -> float:
     """Median over the rounds of above / below."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
 
 
-def why_no_bf16() -> str | None:
-    """Why there are no bfloat16 rows; None where the processor multiplies bfloat16 matrices itself."""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return None
-    return "the processor has no bfloat16 matrix instructions (AVX512-BF16 or AMX)"
+def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[[], float]:
+    """`run`, which times itself."""
+
+    def timed() -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return timed
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -186,73 +162,49 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     tokens = TokenStore.open(path)
     ids = torch.from_numpy(np.random.default_rng(0).choice(np.arange(1, len(tokens)), options.items, replace=False))
-    sides = {name: Side(tokens, ids, shape, share=name != "plain") for name in ("plain", "shared", "compiled")}
+    names = ("plain", "shared", "compiled", "read")
+    sides = {name: Side(tokens, ids, shape, share=name != "plain", read=name == "read") for name in names}
     for layer in sides["compiled"].item_llm.backbone.layers:
         layer.compile(dynamic=True, backend="eager" if options.tiny else "inductor")
     outputs = {name: side() for name, side in sides.items()}
     for found in outputs.values():
         torch.testing.assert_close(found, outputs["plain"], rtol=1e-3, atol=1e-3)
-    work = {name: sides[name].work() for name in ("plain", "shared")}
-    timed = {**sides, "products": products(sides["shared"], shape)}
-    rounds = 2 if options.tiny else 5 if options.quick else 15
-    times = alternate(timed, rounds, time.process_time if options.cpu_time else time.perf_counter)
-    return _describe(options, shape, sides, work, times)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    calls: dict[str, Callable[[], object]] = {**sides, "products": products(sides["shared"], shape)}
+    timed = {name: timed_by(clock, call) for name, call in calls.items()}
+    times = alternate(timed, 2 if options.tiny else 5 if options.quick else 15)
+    return describe(options, sides, times)
 
 
-def _peak_of_one_thread() -> float:
-    """Operations per processor second of a large product; `measured_matmul_peak` goes by the wall clock."""
-    left, right = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    times = alternate({"product": lambda: torch.mm(left, right)}, 15, time.process_time)["product"]
-    return 2.0 * 1024**3 / statistics.median(times)
-
-
-def _describe(
-    options: argparse.Namespace,
-    shape: dict[str, Any],
-    sides: dict[str, Side],
-    work: dict[str, tuple[int, int]],
-    times: dict[str, list[float]],
-) -> dict[str, Any]:
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    peak = _peak_of_one_thread() if options.cpu_time else measured_matmul_peak("cpu", torch.float32, seconds=1.0)
-    flops = 3 * backbone_flops(sides["shared"].item_llm.backbone, *work["shared"])
-    lengths = [bucket.longest for bucket in sides["shared"].plan().buckets]
-    ratios = {
-        "item_llm_matmul_share_fp32": ratio(times["products"], times["shared"]),
-        "item_llm_matmul_share_fp32_compiled": ratio(times["products"], times["compiled"]),
-        "item_llm_matmul_share_bf16": None,
-        "prefix_sharing": ratio(times["plain"], times["shared"]),
-        "compile": ratio(times["shared"], times["compiled"]),
-    }
-    machine = machine_info()
+def describe(options: argparse.Namespace, sides: dict[str, Side], times: dict[str, list[float]]) -> dict[str, Any]:
+    """What `report` prints."""
+    seconds, peak = medians(times), matmul_peak()
+    work = {name: side.work() for name, side in sides.items()}
+    flops = {name: 3 * item_flops(side.item_llm, work[name]) for name, side in sides.items()}
+    shape = sides["shared"].item_llm.backbone.config
     return {
-        "bench": "item_llm",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "mode": "tiny" if options.tiny else "quick" if options.quick else "full",
-        "ratios": {name: None if value is None else round(value, 3) for name, value in ratios.items()},
+        "ratios": {
+            "item_llm_matmul_share_fp32": ratio(times["products"], times["shared"]),
+            "item_llm_matmul_share_fp32_compiled": ratio(times["products"], times["compiled"]),
+            "item_llm_matmul_share_bf16": None,
+            "prefix_sharing": ratio(times["plain"], times["shared"]),
+            "compile": ratio(times["shared"], times["compiled"]),
+            "read_rows_alone": ratio(times["shared"], times["read"]),
+        },
         "bf16": why_no_bf16() or "not measured",
-        "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "spread": {name: [round(min(values), 4), round(max(values), 4)] for name, values in times.items()},
-        "peak_share": {
-            "shared": round(flops / seconds["shared"] / peak, 3),
-            "products": round(flops / seconds["products"] / peak, 3),
-        },
+        "seconds": seconds,
+        "spread": {name: [min(values), max(values)] for name, values in times.items()},
+        "clock": "processor seconds of one thread" if options.cpu_time else "wall seconds",
         "matmul_peak": peak,
+        "matmul_share": {"item_llm": {name: flops[name] / seconds[name] / peak for name in sides}},
         "shapes": {
-            "backbone": shape,
+            "layers": shape.num_hidden_layers,
+            "width": shape.hidden_size,
             "items": options.items,
-            "tokens": {name: tokens for name, (tokens, _) in work.items()},
+            "tokens": {name: done.tokens for name, done in work.items()},
             "prefix_tokens": sides["shared"].encoder.tokens.prefix.size,
-            "buckets": lengths,
-            "rounds": len(times["plain"]),
+            "buckets": [bucket.longest for bucket in sides["shared"].plan().buckets],
         },
-        "clock": "processor seconds" if options.cpu_time else "wall seconds",
-        "threads": torch.get_num_threads(),
-        "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
-        "load": os.getloadavg()[0],
-        "machine": {name: machine[name] for name in ("cpu", "cores")},
-        "versions": {"python": machine["python"], **machine["packages"]},
-        "commit": machine["commit"],
     }
 
 
@@ -262,15 +214,7 @@ def main() -> None:
     options = parse()
     if options.cpu_time:
         torch.set_num_threads(1)
-    result = run(options)
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["peak_share"].items())
-    print(
-        f"of the machine's matrix-product peak ({result['matmul_peak'] / 1e9:.0f} GFLOP/s): {shares}", file=sys.stderr
-    )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result), flush=True)
+    report("item_llm", options, run(options))
 
 
 if __name__ == "__main__":

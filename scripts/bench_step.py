@@ -44,7 +44,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.tokens import TokenStore
-from hllm_torchrec.meter import backbone_flops, user_work
+from hllm_torchrec.meter import backbone_flops, item_flops, user_work
 from hllm_torchrec.optim import dense_optimizer
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.trainer import Trainer
@@ -265,15 +265,14 @@ class Comparison:
                 embedded = torch.cat([encode(group) for group in groups])
             anchor = torch.zeros((), requires_grad=True)
             hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, groups)
-        before = (self.encoder.encoded_tokens, self.encoder.attended_keys)
+        before = self.encoder.work
         start = time.perf_counter()
         # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
         with self.trainer._no_sync() if self.item_groups > 1 else nullcontext():
             numbers = self.trainer.train_step([self.batch])
         seconds = time.perf_counter() - start
         self.losses.setdefault("ours", numbers["loss"])
-        after = (self.encoder.encoded_tokens, self.encoder.attended_keys)
-        self.item_work = tuple(b - a for a, b in zip(before, after, strict=True))
+        self.item_work = self.encoder.work - before
         return seconds
 
     def check_losses(self, tolerance: float) -> None:
@@ -294,7 +293,7 @@ class Comparison:
             "unique_items": self.batch.unique_items.numel(),
             "tokens_plain": self.plain.tokens,
             "tokens_plain_per_item": self.plain.tokens / occurrences,
-            "tokens_ours": self.item_work[0],
+            "tokens_ours": self.item_work.tokens,
             "prefix_tokens": len(getattr(self.encoder.tokens, "prefix", ())),
             "predictions": self.batch.next_rows.numel(),
             "negatives": self.batch.negative_items.numel(),
@@ -313,7 +312,7 @@ class Comparison:
         plain = 3 * backbone_flops(hllm.item_llm.backbone, self.plain.tokens, keys) + rest
         shape = hllm.item_llm.backbone.config
         head = 2.0 * (self.plain.tokens + self.plain.valid.numel()) * shape.hidden_size * shape.vocab_size
-        ours = 3 * backbone_flops(hllm.item_llm.backbone, *self.item_work) + rest
+        ours = 3 * item_flops(hllm.item_llm, self.item_work) + rest
         return {"plain": plain + head, "plain_nohead": plain, "ours": ours}
 
 

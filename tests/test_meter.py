@@ -31,6 +31,8 @@ from tests.distributed import run_ranks
 from tests.training_fixtures import config
 
 CPU = torch.device("cpu")
+LLAMA_KEYS = fixtures.LLAMA["hidden_size"] * fixtures.LLAMA["hidden_size"] // 4 * 2
+"""Entries of the matrix that makes keys: as wide as two of four heads."""
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +70,9 @@ def test_item_tokens_and_keys_are_those_of_the_encoded_items(pooling: str, causa
     text = [int(fixtures.token_store().lengths[i]) for i in ids.tolist()]
     assert 0 in text and max(text) > 1
     lengths = [n + 1 if pooling == "item" else max(n, 1) for n in text]
-    assert encoder.encoded_tokens == sum(lengths)
+    assert encoder.work.tokens == sum(lengths)
     expected = sum(sum(range(1, n + 1)) if causal else n * n for n in lengths)
-    assert encoder.attended_keys == expected
+    assert encoder.work.keys == expected
 
 
 @pytest.mark.parametrize("pooling", ["item", "mean"])
@@ -84,12 +86,12 @@ def test_tokens_of_a_shared_prefix_count_once(pooling: str) -> None:
     encoder.encode(model.item_llm, ids)
     rests = [int(store.lengths[i]) - shared * has for i, has in zip(ids.tolist(), begins, strict=True)]
     lengths = [n + 1 if pooling == "item" or not n + shared * has else n for n, has in zip(rests, begins, strict=True)]
-    assert encoder.encoded_tokens == shared + sum(lengths)
+    assert encoder.work.tokens == shared + sum(lengths)
     keys = [seen + shared * has for n, has in zip(lengths, begins, strict=True) for seen in range(1, n + 1)]
-    assert encoder.attended_keys == sum(range(1, shared + 1)) + sum(keys)
+    assert encoder.work.keys == sum(range(1, shared + 1)) + sum(keys)
     assert encoder.costs(ids).tolist() == [n + 1 for n in rests]
     encoder.encode(model.item_llm, ids[:0])
-    assert encoder.encoded_tokens == shared + sum(lengths), "without items there is no prefix either"
+    assert encoder.work.tokens == shared + sum(lengths), "without items there is no prefix either"
 
 
 # --- operations ------------------------------------------------------------------------------------------
@@ -157,7 +159,11 @@ def test_a_step_is_measured_in_tokens_and_operations(monkeypatch: pytest.MonkeyP
 def naive_item_flops(model: HLLM, batch: HybridBatch) -> float:
     lengths = [int(fixtures.token_store().lengths[i]) + 1 for i in batch.unique_items.tolist()]
     assert model.item_llm is not None
-    return sum(token_flops(model.item_llm.backbone, seen) for n in lengths for seen in range(1, n + 1))
+    backbone = model.item_llm.backbone
+    layers, key_value = backbone.config.num_hidden_layers, 2 * 2 * LLAMA_KEYS
+    every_layer = sum(token_flops(backbone, seen) for n in lengths for seen in range(1, n + 1))
+    last = sum(token_flops(backbone, n) / layers + (n - 1) * key_value for n in lengths)  # only [ITEM]'s row is read
+    return every_layer * (layers - 1) / layers + last
 
 
 def naive_user_flops(model: HLLM, batch: HybridBatch) -> float:

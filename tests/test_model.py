@@ -310,12 +310,12 @@ def test_the_catalogue_is_encoded_in_chunks_without_dropout(monkeypatch: pytest.
     whole = model.encode_items.encode_catalogue(model.item_llm, model.embed_items, show=False)
     monkeypatch.setattr("hllm_torchrec.items.CATALOGUE_TOKENS", 20)
     model.item_llm.train()
-    encoded = model.encode_items.encoded_tokens
+    encoded = model.encode_items.work.tokens
     chunked = model.encode_items.encode_catalogue(model.item_llm, model.embed_items, show=False)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
     assert model.item_llm.training
     lengths = fixtures.token_store().lengths
-    assert model.encode_items.encoded_tokens - encoded == lengths.sum() + len(lengths)
+    assert model.encode_items.work.tokens - encoded == lengths.sum() + len(lengths)
     ids = torch.tensor([5, 0, 4])
     assert model.encode_items.costs(ids).tolist() == (lengths[ids.numpy()] + 1).tolist()
 

@@ -295,7 +295,7 @@ def test_a_shared_prefix_gives_the_same_losses(tmp_path: Path) -> None:
     for share in (True, False):
         trainer = train(config(tmp_path / str(share), item_llm__share_prefix=share, **options))
         assert trainer.experiment.encoder is not None
-        found[share] = trainer.experiment.encoder.encoded_tokens
+        found[share] = trainer.experiment.encoder.work.tokens
         stop_process()
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
     assert found[True] < found[False], "two tokens of each item are the same"

@@ -87,9 +87,9 @@ def test_cached_items_cost_no_tokens() -> None:
     model, plain = item_llm(), encoder()
     sampled = SubsampledEncoder(plain, share=1e-9, refresh_after=100, seed=0)
     sampled(model, ITEMS)
-    spent = plain.encoded_tokens
+    spent = plain.work.tokens
     sampled(model, ITEMS)
-    assert plain.encoded_tokens == spent > 0
+    assert plain.work.tokens == spent > 0
 
 
 def on_two_ranks() -> tuple[list[Tensor], int]:

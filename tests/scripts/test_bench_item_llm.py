@@ -1,16 +1,13 @@
 """The bench of the Item LLM, on tiny shapes: its sides agree, and its products are those of the model."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hllm_torchrec.data.dataset import Dataset
 from tests import fixtures
+from tests.scripts.benches import bench_module
 
+bench = bench_module("bench_item_llm")
 TINY = {
     "model_type": "llama",
     "hidden_size": 24,
@@ -22,17 +19,7 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest) -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "bench_item_llm.py"
-    spec = importlib.util.spec_from_file_location("bench_item_llm", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_products_are_those_of_the_model(bench: ModuleType) -> None:
+def test_the_products_are_those_of_the_model() -> None:
     """As many operations as torch counts in the linear maps, and the attention's over padded buckets."""
     side = bench.Side(fixtures.token_store(), torch.arange(40), TINY, share=True)
     products = bench.products(side, TINY)
@@ -47,12 +34,12 @@ def test_the_products_are_those_of_the_model(bench: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_run_reports_every_ratio(bench: ModuleType, tmp_path: Path) -> None:
-    dataset = Dataset.open(fixtures.dataset().root)
-    given = ["--dataset", str(dataset.root), "--tokenizer", str(fixtures.tokenizer_dir()), "--keys", "title", "brand"]
+def test_a_tiny_run_reports_every_ratio() -> None:
+    dataset, tokenizer = str(fixtures.dataset().root), str(fixtures.tokenizer_dir())
+    given = ["--dataset", dataset, "--tokenizer", tokenizer, "--keys", "title", "brand"]
     result = bench.run(bench.parse([*given, "--tiny", "--items", "12"]))
-    names = {"item_llm_matmul_share_fp32", "item_llm_matmul_share_bf16", "prefix_sharing", "compile"}
+    names = {"item_llm_matmul_share_fp32", "item_llm_matmul_share_bf16", "prefix_sharing", "compile", "read_rows_alone"}
     assert names <= result["ratios"].keys()
     assert all(value is None or value > 0 for value in result["ratios"].values())
-    assert (result["ratios"]["item_llm_matmul_share_bf16"] is None) == bool(result["bf16"])
+    assert result["ratios"]["item_llm_matmul_share_bf16"] is None and result["bf16"]
     assert result["shapes"]["tokens"]["shared"] < result["shapes"]["tokens"]["plain"]
