@@ -59,6 +59,22 @@ BOUNDS = {
 
 STAGE_BOUNDS = {"epochs": "> 0", "max_history": ">= 2", "batch_users": ">= 1"}
 
+SHAPE_BOUNDS = {
+    "width": ">= 1",
+    "layers": ">= 1",
+    "heads": ">= 1",
+    "hidden": ">= 1",
+    "qk_width": ">= 1",
+    "value_width": ">= 1",
+    "max_positions": ">= 1",
+    "time_buckets": ">= 1",
+    "window": ">= 1",
+    "prefix": ">= 0",
+    "dropout": ">= 0, < 1",
+    "stochastic_depth": ">= 0, < 1",
+}
+"""The same for the fields that an encoder's shape has of these."""
+
 
 def problems_of(config: "Config") -> list[str]:
     """Every broken rule, as 'field: value: rule; remedy'."""
@@ -117,6 +133,8 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     if problems:
         return
     shape = kind(**(user.shape or {}))
+    bounds = {name: bound for name, bound in SHAPE_BOUNDS.items() if hasattr(shape, name)}
+    yield from out_of_bounds(shape, bounds, "user.shape.")
     longest = max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
     if shape.max_positions < longest and user.encoder != "hstu":
         yield (

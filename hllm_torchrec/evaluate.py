@@ -110,26 +110,28 @@ def quick_metrics(columns: Columns) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score_retrieval(
+def rank_targets(
     model: nn.Module,
     loader: Loader,
     items: Tensor,
     device: torch.device,
-    ks: tuple[int, ...],
     show: bool = False,
     *,
     filter_seen: bool = True,
     positive_only: bool = True,
-) -> dict[str, float | int | None]:
-    """Recall@K, NDCG@K and MRR over the whole catalogue for every (positive) exposure. Collective.
+) -> tuple[Columns, int]:
+    """This rank's targets with their place in the whole catalogue, and how many had no history. Collective.
 
     items: [N, V] all items in the space of the generative loss. Scores are cosine similarities; item 0 is no
     candidate, and with `filter_seen` neither are the items of the user's history. positive_only: exposures with
-    label 0 are no targets. Exposures without history are left out and counted as `without_history`.
+    label 0 are no targets. Exposures without history are left out.
+
+    Returns:
+        `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number left out.
     """
     model.eval()
     unit = torch.nn.functional.normalize(items.float(), dim=-1)
-    ranks, skipped = [torch.empty(0, dtype=torch.int64)], 0
+    parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
     with progress(loader.steps(0), "retrieve", show) as bar:
         for batch in loader.batches(0):
             batch = batch.to(device)
@@ -147,21 +149,49 @@ def score_retrieval(
                     seen_items_S=seen,
                     seen_offsets=offsets,
                 )
-                ranks.append(found.cpu())
+                users = batch.user_ids[_piece_of_query(batch)[batch.target_query[rows]]]
+                parts.append(torch.stack([users, batch.positions[rows], batch.target_items[rows], found]).cpu())
             bar.update(1)
     model.train()
+    columns = torch.cat(parts, dim=1).numpy()
+    return dict(zip(("user_id", "position", "item_id", "rank"), columns, strict=True)), skipped
+
+
+def score_retrieval(
+    model: nn.Module,
+    loader: Loader,
+    items: Tensor,
+    device: torch.device,
+    ks: tuple[int, ...],
+    show: bool = False,
+    **options: bool,
+) -> dict[str, float | int | None]:
+    """Recall@K, NDCG@K and MRR of `rank_targets` (and its `options`) over all ranks. Collective.
+
+    Exposures without history are counted as `without_history`.
+    """
+    columns, skipped = rank_targets(model, loader, items, device, show, **options)
+    return metrics_of_ranks(columns, skipped, ks)
+
+
+def metrics_of_ranks(columns: Columns, skipped: int, ks: tuple[int, ...]) -> dict[str, float | int | None]:
+    """Metrics of all ranks' targets, and `without_history`, those left out. Collective."""
     left_out = global_sum(torch.tensor([float(skipped)], dtype=torch.float64)).item()
-    return retrieval_metrics(torch.cat(ranks), ks) | {"without_history": int(left_out)}
+    return retrieval_metrics(torch.from_numpy(columns["rank"]), ks) | {"without_history": int(left_out)}
+
+
+def _piece_of_query(batch: HybridBatch) -> Tensor:
+    """[Q] which piece each query is of."""
+    counts = batch.query_offsets.diff()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
 
 
 def _seen_items(batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Items (jagged) that each of the exposures `rows` has in its visible history."""
-    counts = batch.query_offsets.diff()
-    piece_of_query = torch.repeat_interleave(torch.arange(counts.numel(), device=rows.device), counts)
     query = batch.target_query[rows]
     visible = batch.query_visible[query]
     offsets = offsets_from_lengths(visible)
-    start = batch.seq_offsets[piece_of_query[query]]
+    start = batch.seq_offsets[_piece_of_query(batch)[query]]
     within = position_in_sequence(offsets, int(offsets[-1]))
     return batch.item_ids[torch.repeat_interleave(start, visible) + within], offsets
 

@@ -114,7 +114,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
             cold = experiment.cold_items()
             save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
         if measures_retrieval(experiment):
-            retrieval = retrieve(experiment, loader, show)
+            retrieval = retrieve(experiment, loader, show, run / "retrieval" / split)
     overlap = None
     if predictions is not None and split != "train" and dist.get_rank() == 0:
         overlap = training_overlap(predictions, experiment.dataset.root)

@@ -1,5 +1,6 @@
 """Full-catalogue retrieval of an experiment: what a run's training, its evaluation job and its results share."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.evaluate import score_retrieval
+from hllm_torchrec.evaluate import metrics_of_ranks, rank_targets, save_predictions
 from hllm_torchrec.exchange import all_gather_variable
 from hllm_torchrec.experiment import Experiment
 
@@ -22,25 +23,30 @@ def measures_retrieval(experiment: Experiment) -> bool:
     return experiment.config.evaluation.retrieval or experiment.hllm.fusion == "none"
 
 
-def retrieve(experiment: Experiment, loader: Loader, show: bool = False) -> dict[str, Any]:
+def retrieve(
+    experiment: Experiment, loader: Loader, show: bool = False, ranks_to: Path | None = None
+) -> dict[str, Any]:
     """Metrics of `score_retrieval` over a split with what they were measured under. Collective.
+
+    ranks_to: directory that gets every target with its rank (`metrics.retrieval_table` reads it), or None.
 
     Besides the numbers: `protocol` (or None), `filter_seen`, `targets` ("all" or "positive") and `candidates`,
     the size of the catalogue. In a model with an Item LLM its `item_cache` is used where it is filled.
     """
     config = experiment.config
     positive = config.objective.positive_targets_only
-    found = score_retrieval(
+    columns, skipped = rank_targets(
         experiment.model,
         loader,
         catalogue_vectors(experiment),
         experiment.device,
-        config.evaluation.ks,
         show,
         filter_seen=config.evaluation.filter_seen,
         positive_only=positive,
     )
-    return found | {
+    if ranks_to is not None:
+        save_predictions(columns, ranks_to)
+    return metrics_of_ranks(columns, skipped, config.evaluation.ks) | {
         "protocol": config.evaluation.protocol,
         "filter_seen": config.evaluation.filter_seen,
         "targets": "positive" if positive else "all",

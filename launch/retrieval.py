@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     """
     from hllm_torchrec.baselines.retrieval import RetrievalBaselinesConfig, run_retrieval_baseline
     from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.evaluate import save_predictions
     from hllm_torchrec.parallelize import start_process, stop_process
     from hllm_torchrec.protocols import SPLIT_RULE
     from hllm_torchrec.ranks import on_rank_zero
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     try:
         for name in args.only:
             found = run_retrieval_baseline(name, dataset, config, partial(print, file=sys.stderr))
+            save_predictions(found.pop("ranks"), args.output / name / "retrieval" / "test")
             on_rank_zero(partial(_write, args.output / name, name, found, dataset, config))
     finally:
         stop_process()

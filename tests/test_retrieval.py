@@ -16,6 +16,7 @@ from hllm_torchrec.data.loader import cut_into_pieces
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.experiment import build_experiment
 from hllm_torchrec.launch.evaluate import main as evaluate
+from hllm_torchrec.metrics.retrieval_table import read_ranks
 from hllm_torchrec.modules.losses import Exclusion, info_nce
 from hllm_torchrec.modules.sampled_bce import sampled_bce
 from hllm_torchrec.parallelize import start_process, stop_process
@@ -183,6 +184,8 @@ def test_results_name_the_protocol_and_what_was_measured(tmp_path: Path) -> None
     assert evaluate(["--run", str(tmp_path / "run"), "--checkpoint", "latest"]) == 0
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())["retrieval"]
     assert found["protocol"] == "ml1m_hstu" and found["filter_seen"] is True and found["targets"] == "all"
+    ranks = read_ranks(tmp_path / "run" / "retrieval" / "test").rank
+    assert len(ranks) == found["rows"] and (ranks <= 5).mean() == pytest.approx(found["recall@5"])
     assert found["candidates"] == fixtures.ITEMS and 0 <= found["recall@5"] <= found["recall@20"] <= 1
 
 

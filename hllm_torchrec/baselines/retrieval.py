@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.baselines.exposures import Histories, own_groups, read_histories
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.exchange import global_sum
-from hllm_torchrec.metrics.retrieval import retrieval_metrics, target_ranks
+from hllm_torchrec.evaluate import metrics_of_ranks
+from hllm_torchrec.metrics.retrieval import target_ranks
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -176,8 +176,10 @@ def fit(name: str, train: Histories, items: int, config: RetrievalBaselinesConfi
     return fit_markov(train, items, shrinkage=config.markov_shrinkage, window=config.window, **settings)
 
 
-def measure(model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig) -> dict[str, Any]:
-    """What `score_retrieval` gives for a model: the same targets, candidates and numbers. Collective."""
+def rank_targets(
+    model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig
+) -> tuple[dict[str, Ints], int]:
+    """What `evaluate.rank_targets` gives for a model: the same targets, candidates and columns."""
     labels = histories.labels[histories.exposures]
     wanted = labels > 0 if config.positive_only else np.ones(labels.size, bool)
     visible = histories.seen[histories.exposures] > 0
@@ -189,8 +191,19 @@ def measure(model: ItemToItem, histories: Histories, config: RetrievalBaselinesC
         targets = torch.from_numpy(histories.item_ids[histories.exposures[part]])
         scores = torch.from_numpy(model.scores(histories, part))
         ranks.append(target_ranks(scores, targets, seen_items_S=seen[0], seen_offsets=seen[1]))
-    left_out = global_sum(torch.tensor(float((wanted & ~visible).sum()), dtype=torch.float64))
-    return retrieval_metrics(torch.cat(ranks), config.ks) | {"without_history": int(left_out)}
+    events = histories.exposures[rows]
+    columns = {
+        "user_id": histories.user_ids[histories.row_of_event[events]],
+        "position": histories.position[events],
+        "item_id": histories.item_ids[events],
+        "rank": torch.cat(ranks).numpy(),
+    }
+    return columns, int((wanted & ~visible).sum())
+
+
+def measure(model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig) -> dict[str, Any]:
+    """Metrics of `rank_targets` over all ranks. Collective."""
+    return metrics_of_ranks(*rank_targets(model, histories, config), config.ks)
 
 
 def _parts(rows: Ints, size: int) -> Iterator[Ints]:
@@ -203,7 +216,8 @@ def run_retrieval_baseline(
     """Choose settings on the validation part, then measure the test part once. Collective.
 
     Returns:
-        `settings` chosen, `tried` (every setting with its validation NDCG), `valid` and `test` metrics.
+        `settings` chosen, `tried` (every setting with its validation NDCG), `valid` and `test` metrics, and
+        `ranks`, this rank's columns of the test part.
 
     Raises:
         ValueError: a part is empty, or the catalogue is too large for EASE.
@@ -219,6 +233,7 @@ def run_retrieval_baseline(
         say(f"{name} {settings}: validation {key} {found[key] or 0:.4f}")
         by_settings.append((found[key] or 0.0, settings, found))
     _, chosen, valid = max(by_settings, key=lambda entry: entry[0])
-    test = measure(fit(name, train, dataset.num_items, config, **chosen), parts["test"], config)
+    columns, skipped = rank_targets(fit(name, train, dataset.num_items, config, **chosen), parts["test"], config)
+    test = metrics_of_ranks(columns, skipped, config.ks)
     tried = [{**settings, key: score} for score, settings, _ in by_settings]
-    return {"settings": chosen, "tried": tried, "valid": valid, "test": test}
+    return {"settings": chosen, "tried": tried, "valid": valid, "test": test, "ranks": columns}

@@ -20,6 +20,7 @@ from hllm_torchrec.baselines.retrieval import (
     run_retrieval_baseline,
 )
 from hllm_torchrec.launch import cli
+from hllm_torchrec.metrics.retrieval_table import read_ranks
 from hllm_torchrec.parallelize import start_process, stop_process
 from tests import fixtures
 from tests.distributed import run_ranks
@@ -128,6 +129,8 @@ def test_the_command_writes_results_that_name_the_protocol(tmp_path: Path, capsy
     arguments = ["retrieval", "--dataset", root, "--output", str(tmp_path), "--only", "popularity", "ease"]
     assert cli.main([*arguments, "--ease_l2", "[10, 100]"]) == 0
     metrics = json.loads((tmp_path / "ease" / "metrics.json").read_text())
+    ranks = read_ranks(tmp_path / "ease" / "retrieval" / "test").rank
+    assert (ranks <= 10).mean() == pytest.approx(metrics["retrieval"]["recall@10"])
     assert metrics["split"] == "test" and metrics["retrieval"]["protocol"] == "leave_one_out"
     assert metrics["retrieval"]["candidates"] == fixtures.dataset("leave_one_out").num_items - 1
     assert [entry["l2"] for entry in metrics["provenance"]["tried"]] == [10, 100]

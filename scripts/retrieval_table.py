@@ -1,0 +1,87 @@
+"""The README's retrieval table: every configuration x seed is trained and evaluated once; done work is kept.
+
+    python scripts/retrieval_table.py --output runs/retrieval [--only sasrec hstu] [--seeds 0 1 2] [--jobs 2]
+
+Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain come from
+`hllm retrieval`. Each run is a directory of its own, so the script can be stopped and started again. Options after
+`--` go to every training (`-- --data.dataset elsewhere`).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hllm_torchrec.config import load_config
+from hllm_torchrec.metrics.retrieval_table import compare_models, markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "retrieval"
+BASELINES = ("popularity", "ease", "markov")
+MODELS = (
+    *("sasrec", "esasrec", "hstu", "hstu_large", "llama_id"),
+    *("hllm", "hllm_id", "hllm_id_time", "hllm_hstu", "learn"),
+)
+METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@200", "ndcg@200")
+
+
+def run_job(job: str, arguments: list[str], log: Path) -> None:
+    """Run one of the project's jobs with one thread, its output in `log`."""
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"retrieval_table: {job} {' '.join(arguments)}", flush=True)
+    with log.open("a") as file:
+        command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
+
+
+def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
+    """Ranks of the test targets of one model and seed."""
+    run = output / f"{name}-{seed}"
+    if not (run / "metrics.json").is_file():
+        train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
+        run_job("train", [*train, "--resume", "true", *more], run / "output.log")
+        run_job("evaluate", ["--run", str(run), "--split", "test"], run / "output.log")
+    return run / "retrieval" / "test"
+
+
+def run_baselines(output: Path, dataset: str) -> dict[str, list[Path]]:
+    """Ranks of the test targets of the baselines."""
+    if not all((output / name / "metrics.json").is_file() for name in BASELINES):
+        run_job("retrieval", ["--dataset", dataset, "--output", str(output)], output / "baselines.log")
+    return {name: [output / name / "retrieval" / "test"] for name in BASELINES}
+
+
+def main() -> int:
+    """Run what is missing, then write `retrieval.json` and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "retrieval")
+    parser.add_argument("--only", nargs="+", default=list(MODELS), help="configurations of configs/retrieval")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
+    parser.add_argument("more", nargs="*", help="options of every training, after --")
+    options = parser.parse_args()
+    options.output = options.output.resolve()
+    dataset = load_config(["--config", str(CONFIGS / f"{options.only[0]}.yaml"), *options.more]).data.dataset
+    models = run_baselines(options.output, dataset)
+    jobs = [(name, seed) for seed in options.seeds for name in options.only]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = list(pool.map(lambda job: run_model(*job, options.output, options.more), jobs))
+    for (name, _), path in zip(jobs, done, strict=True):
+        models.setdefault(name, []).append(path)
+    found = compare_models(models, METRICS, reference=options.only[0])
+    plain = {
+        name: {kind: {metric: dataclasses.asdict(f) for metric, f in figures.items()} for kind, figures in row.items()}
+        for name, row in found.items()
+    }
+    (options.output / "retrieval.json").write_text(json.dumps({"seeds": options.seeds, "models": plain}, indent=1))
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
