@@ -290,7 +290,8 @@ def summary(metrics: dict[str, Any]) -> str:
     if retrieval:
         shown = {name: value for name, value in retrieval.items() if name.startswith(("recall", "ndcg", "mrr"))}
         values = ", ".join(f"{name} {number(value)}" for name, value in shown.items())
-        lines.append(f"{metrics['split']}, whole catalogue, {retrieval['rows']:,} positive exposures: {values}")
+        targets = "events" if retrieval.get("targets") == "all" else "positive exposures"
+        lines.append(f"{metrics['split']}, whole catalogue, {retrieval['rows']:,} {targets}: {values}")
     lines += [f"caution: {text}" for text in metrics.get("cautions", [])]
     return "\n".join(lines)
 
