@@ -7,6 +7,10 @@ what HLLM's public dataset class does: `__getitem__` draws negatives and padding
 dictionary, joins its text and calls the tokeniser, in one worker process of a `DataLoader`. Ours is the trainer's
 `Loader` with its one background thread, and the tokens of each batch's unique items gathered from the memory map, as
 the Item LLM's encoder does. `loader_h<history>` is our samples per second / those of the plain one.
+
+`steps` compares, without timing anything, steps of so many users with steps of so many item tokens
+(`data.batch_item_tokens`) on 2 ranks: `variation`, the standard deviation of the steps' tokens over their mean, and
+`waiting`, the share of the ranks' time spent on waiting for the one with most.
 """
 
 import argparse
@@ -160,6 +164,35 @@ def compare(history: int, options: argparse.Namespace) -> dict[str, Any]:
     return {"ratio": rates["ours"] / rates["plain"], "shape": shape}
 
 
+def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str, dict[str, float]]:
+    """How unlike steps and ranks are, by users and by tokens, at equal mean cost."""
+    dataset, ranks = Dataset.open(options.dataset), 2
+    config = our_config(dataset, options.tokenizer, history)
+    collator = Collator(dataset, recipe_of(config, dataset), config.seed, training=True)
+    item_costs = token_store(dataset, options.tokenizer, history).lengths + 1
+    found, budget = {}, 0
+    for kind in ("users", "tokens"):
+        loader = Loader(
+            dataset,
+            "train",
+            collator,
+            batch_users=USERS,
+            max_history=history,
+            world=ranks,
+            shuffle=True,
+            batch_cost=budget,
+            item_costs=item_costs,
+        )
+        costs = np.array([[loader.costs[step].sum() for step in of_rank] for of_rank in loader.plan(0)])[:, :-1]
+        budget = budget or int(costs.mean())
+        total = costs.sum(axis=0)
+        found[kind] = {
+            "variation": float(total.std() / total.mean()),
+            "waiting": float(1 - costs.mean(axis=0).sum() / costs.max(axis=0).sum()),
+        }
+    return found
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
@@ -178,6 +211,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         {
             "ratios": {name: result["ratio"] for name, result in found.items()},
             "shapes": {name: result["shape"] for name, result in found.items()},
+            "steps": spread_of_steps(options),
             "matmul_peak": peak,
             "matmul_share": None,
         },

@@ -170,14 +170,14 @@ class Loader:
         """Steps of an epoch, the same on every rank."""
         if not self.sharded and not self.batch_cost:
             return -(-len(self.pieces) // (self.batch_users * self.world))
-        return max(len(batches) for batches in self._plan(epoch))
+        return max(len(batches) for batches in self.plan(epoch))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
         """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them.
 
         Close the generator when leaving early: that stops its thread.
         """
-        mine = self._plan(epoch)[self.rank]
+        mine = self.plan(epoch)[self.rank]
         work = (
             (step, mine[step] if step < len(mine) else np.empty(0, np.int64))
             for step in range(first_step, self.steps(epoch))
@@ -203,7 +203,7 @@ class Loader:
             rows.actions[cut],
         )
 
-    def _plan(self, epoch: int) -> list[list[Ints]]:
+    def plan(self, epoch: int) -> list[list[Ints]]:
         """For every rank, the pieces of each of its batches."""
         if self._plan_of is None or self._plan_of[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None

@@ -210,7 +210,7 @@ def item_costs() -> np.ndarray:
 
 def cost_of(loader: Loader, step: int, item_costs: np.ndarray) -> int:
     """What the pieces of a step of this rank cost, summed event by event."""
-    return sum(int(item_costs[loader._piece(int(i)).item_ids].sum()) for i in loader._plan(0)[loader.rank][step])
+    return sum(int(item_costs[loader._piece(int(i)).item_ids].sum()) for i in loader.plan(0)[loader.rank][step])
 
 
 @pytest.mark.parametrize("world", [1, 2])
