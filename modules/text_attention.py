@@ -121,7 +121,7 @@ class BucketPlan:
             q, k, v = (_grid(part, bucket) for part in parts)
             if bucket.seen:
                 k, v = (torch.cat([p.expand(bucket.texts, -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v)))
-            out = _attend(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
+            out = grouped_attention(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
             outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
         return torch.cat(outputs)
 
@@ -162,10 +162,10 @@ def _grid(rows: Tensor, bucket: TextBucket) -> Tensor:
     return rows.view(bucket.texts, bucket.longest, *rows.shape[1:])
 
 
-def _attend(
+def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float, dropout: float
 ) -> Tensor:
-    """q [b, N, H, D], k and v [b, M, G, D] -> [b * N, H, D]."""
+    """SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     shares = groups > 1 and q.device.type == "cpu"  # on CUDA not every kernel of SDPA has grouped queries
