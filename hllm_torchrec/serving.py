@@ -253,10 +253,11 @@ class Scorer:
         """The cache with the events behind it."""
         # The one exposure comes after all events, so all of the history belongs to the batch.
         after = int(events.timestamps[-1]) + 1 if len(events) else 0
-        columns = (events.item_ids, events.timestamps, events.labels, events.actions)
-        end = (np.zeros(1, np.int64), np.array([after]), np.zeros(1, np.float32), np.zeros(1, np.int64))
-        joined = (np.concatenate(pair) for pair in zip(columns, end))
-        batch = self._collator([Piece(events.user_id, 0, len(events), *joined)], 0, 0).to(self.experiment.device)
+        zero = np.zeros(1, np.int64)
+        exposure = UserHistory(events.user_id, zero, zero + after, zero.astype(np.float32), zero)
+        whole = events.followed_by(exposure)
+        columns = (whole.item_ids, whole.timestamps, whole.labels, whole.actions)
+        batch = self._collator([Piece(whole.user_id, 0, len(events), *columns)], 0, 0).to(self.experiment.device)
         x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
         return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
 

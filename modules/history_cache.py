@@ -114,8 +114,11 @@ def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCa
         cache = None
     # Without history one zero is read, and nothing of it kept: the layers' shapes are then known.
     x_ND, kept = (x_ND, joined.numel()) if x_ND.shape[0] else (x_ND.new_zeros(1, encoder.width), 0)
-    read = _read_pointwise if isinstance(encoder, HSTU) else _read_softmax
-    layers = read(encoder, x_ND, joined if kept else joined.new_zeros(1), cache)
+    moments = joined if kept else joined.new_zeros(1)
+    if isinstance(encoder, HSTU):
+        layers = _read_pointwise(encoder, x_ND, moments, cache)
+    else:
+        layers = _read_softmax(encoder, x_ND, cache)
     return HistoryCache(tuple(layer.first(kept) for layer in layers), joined)
 
 
@@ -246,8 +249,7 @@ def _with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return extended(layer.keys), extended(layer.values)
 
 
-def _read_softmax(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
-    del times
+def _read_softmax(encoder: Encoder, x_ND: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
     plan = _Reading(cache, x_ND.shape[0], x_ND.device)
     _run_softmax(encoder, x_ND, plan)
     return plan.layers
@@ -288,7 +290,7 @@ def _read_pointwise(encoder: HSTU, x_ND: Tensor, times: Tensor, cache: HistoryCa
     if cache is None:
         layout = plan_blocks(rows, encoder.rules)
         x_ND, layers = encoder.placed(x_ND, rows.positions), []
-        for layer in encoder.layers:
+        for layer in _layers(encoder):
             u, v, q, k = layer.project(x_ND)
             attended = pointwise_attention(q, k, v, layout, layer.bias, layer.backend)
             x_ND = layer.combine(x_ND, u, attended.flatten(1), rows.sequences)
@@ -305,7 +307,7 @@ def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: History
     block = block_without_own_keys(rows, rules, asking, torch.arange(times.numel(), device=times.device))
     divisor = _divisor(encoder, keys_seen(rows, rules)[asking])
     x_nD, layers = encoder.placed(x_nD, asking), []
-    for layer, cached in zip(encoder.layers, cache.layers, strict=True):
+    for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
         u, v, q, k = layer.project(x_nD)
         whole = cached.followed_by(k, v)
         bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)
@@ -326,7 +328,7 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
     shown = torch.nonzero(~block.hidden[0, 0]).flatten()
     divisor = _divisor(encoder, keys_seen(rows, rules)[-1:])
     layers = []
-    for layer, cached in zip(encoder.layers, cache.layers, strict=True):
+    for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
         # The window hides a stretch: what no candidate sees is not read at all.
         keys, values = cached.keys.index_select(0, shown), cached.values.index_select(0, shown)
         bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)[:, :, shown]
@@ -345,6 +347,10 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
         return x_mD
 
     return ask
+
+
+def _layers(encoder: HSTU) -> list[HSTULayer]:
+    return [layer for layer in encoder.layers if isinstance(layer, HSTULayer)]
 
 
 def _own_key(layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Tensor:

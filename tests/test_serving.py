@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "hstu": {
         **RICH,
         "objective__fusion": "early",
+        "parallel__dense": "fsdp",  # trained and evaluated so; a scorer has all weights in one process
         "user__encoder": "hstu",
         "user__shape": HSTU,
         "data__history": "positive",
