@@ -154,18 +154,26 @@ class HLLM(nn.Module):
         self, batch: HybridBatch, items: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """h [T, D], q [Q, D], the targets' features [X, D] (late fusion) and the items' [U, D] (if they have slots)."""
-        slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
-        x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
+        x_TD, x_QD, target_XD, item_UD = self.slot_features(batch, items)
         of_items = item_UD if self._has_item_slots(batch) else None
         if self.fusion == "none":
             h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, next_times=batch.next_times)
             return h_TD, q_QD, None, of_items
-        late = self.fusion == "late"
-        if late:
-            x_QD = x_QD + self.user_token
         asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
         h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
-        return h_TD, q_QD, target_XD if late else None, of_items
+        return h_TD, q_QD, target_XD if self.fusion == "late" else None, of_items
+
+    def slot_features(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the user encoder and the heads read, by kind of slot; items: E [U, E] of the unique items.
+
+        History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
+        items [U, D] (if they have slots; else [0, D]). A slot's features depend on nothing but the slot.
+        """
+        slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
+        x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
+        if self.fusion == "late":
+            x_QD = x_QD + self.user_token
+        return x_TD, x_QD, target_XD, item_UD
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""

@@ -83,13 +83,15 @@ class LoadedRun:
     step: int
 
 
-def load_run(run: Path, which: str, device: torch.device) -> LoadedRun:
+def load_run(run: Path, which: str, device: torch.device, config: Config | None = None) -> LoadedRun:
     """The model of a run at a checkpoint: see `find_checkpoint`. Collective.
+
+    config: the run's own unless given; one that changes only how the model is parallelized loads as well.
 
     Raises:
         ValueError: no such run, checkpoint or dataset; a checkpoint of another model.
     """
-    config = run_config(run)
+    config = config or run_config(run)
     checkpoint = find_checkpoint(run, which)
     experiment = build_experiment(config, device)
     return LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))

@@ -293,3 +293,11 @@ def pointwise_attention(
 def score_scale(qk_width: int, scaled: bool) -> float:
     """alpha: 1 / sqrt(width) or 1."""
     return 1.0 / math.sqrt(qk_width) if scaled else 1.0
+
+
+def block_without_own_keys(rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor) -> Block:
+    """Scores of the packed rows `asking` [M] of one sequence against its history positions `keys` [N].
+
+    Like a query's, an asking row's own key is hidden: what it adds comes on its own (there is no normaliser).
+    """
+    return _block(rows, rules, asking[None], None, keys[None], None)

@@ -134,7 +134,7 @@ class BucketPlan:
         for bucket, *parts in zip(self.buckets, *rows, strict=True):
             q, k, v = (_grid(part, bucket) for part in parts)
             k, v = _behind(prefix, k, v, bucket)
-            out = _attend(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
+            out = grouped_attention(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
             outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
         return torch.cat(outputs)
 
@@ -146,7 +146,7 @@ class BucketPlan:
         outputs = []
         for bucket, q, k, v in zip(self.buckets[first:], asked, keys[first:], values[first:], strict=True):
             k, v = _behind((keys[0], values[0]), _grid(k, bucket), _grid(v, bucket), bucket)
-            outputs.append(_attend(q[:, None], k, v, bucket.last_mask, False, scaling, dropout))
+            outputs.append(grouped_attention(q[:, None], k, v, bucket.last_mask, False, scaling, dropout))
         return torch.cat(outputs)
 
 
@@ -195,10 +195,10 @@ def _grid(rows: Tensor, bucket: TextBucket) -> Tensor:
     return rows.view(bucket.texts, bucket.longest, *rows.shape[1:])
 
 
-def _attend(
+def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float, dropout: float
 ) -> Tensor:
-    """q [b, N, H, D], k and v [b, M, G, D] -> [b * N, H, D]."""
+    """SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     shares = groups > 1 and q.device.type == "cpu"  # on CUDA not every kernel of SDPA has grouped queries

@@ -149,23 +149,31 @@ class UserEncoder(nn.Module):
         return layer(*inputs)
 
     def _prepare(self, inputs: Tensor, rows: PackedRows) -> Tensor:
-        if self.positions is not None:
-            table, places = self.positions.num_embeddings, rows.positions
-            if self.from_end:
-                if rows.visible.numel():
-                    raise ValueError(
-                        "positions count from the end (user.shape.count_from), which queries, that see histories "
-                        "of many lengths, cannot have: write start"
-                    )
-                places = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - places
-            longest = int(places.max())
-            if longest >= table:
+        places = rows.positions
+        if self.from_end:
+            if rows.visible.numel():
                 raise ValueError(
-                    f"a row stands at position {longest}, but user.shape.max_positions is {table}: raise it, or "
-                    "lower data.max_history"
+                    "positions count from the end (user.shape.count_from), which queries, that see histories "
+                    "of many lengths, cannot have: write start"
                 )
-            inputs = inputs + self.positions(places)
-        return self.dropout(inputs)
+            places = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - places
+        return self.placed(inputs, places)
+
+    def placed(self, x_SD: Tensor, places: Tensor) -> Tensor:
+        """The layers' inputs: x [S, D] with the vectors of positions `places` [S] added, where there are any.
+
+        Raises:
+            ValueError: a position beyond the table.
+        """
+        if self.positions is None:
+            return self.dropout(x_SD)
+        table, longest = self.positions.num_embeddings, int(places.max())
+        if longest >= table:
+            raise ValueError(
+                f"a row stands at position {longest}, but user.shape.max_positions is {table}: raise it, or "
+                "lower data.max_history"
+            )
+        return self.dropout(x_SD + self.positions(places))
 
     def _run_one_zero(self, inputs: Tensor) -> Tensor:
         """Run the layers on one zero and keep nothing of it: [0, D], with a graph through every weight.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hllm_torchrec.modules.attention import AttentionPlan, plan_attention
+from hllm_torchrec.modules.text_attention import TextPlan
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ class UserLLM(nn.Module):
         if inputs.shape[0] == 0:
             return self._encode_one_zero(inputs), inputs
         offsets, visible = (None, None) if queries is None else (queries.offsets, queries.visible)
-        hidden = self._encode(inputs, plan_attention(seq_offsets, total, offsets, visible))
+        hidden = self.encode(inputs, plan_attention(seq_offsets, total, offsets, visible))
         return hidden[:total], hidden[total:]
 
-    def _encode(self, inputs: Tensor, plan: AttentionPlan) -> Tensor:
+    def encode(self, inputs: Tensor, plan: AttentionPlan | TextPlan) -> Tensor:
+        """All layers over packed rows [S, D] -> [S, D]; the plan says who sees whom."""
         output = self.backbone(
             inputs_embeds=self.dropout(inputs)[None],
             position_ids=plan.position_ids,
@@ -86,4 +88,4 @@ class UserLLM(nn.Module):
         they come from, and meets the collectives in the other ranks' order.
         """
         plan = plan_attention(torch.tensor([0, 1], device=inputs.device), 1)
-        return self._encode(inputs.sum(0, keepdim=True), plan)[:0]
+        return self.encode(inputs.sum(0, keepdim=True), plan)[:0]

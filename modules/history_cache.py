@@ -1,0 +1,367 @@
+"""M-FALCON: a user's history is read once, and candidates in micro-batches are scored against it (HSTU, section 3.4).
+
+    cache = read_history(encoder, x_ND, times)               keys and values of every layer, kept
+    cache = read_history(encoder, more_nD, times, cache)     events appended: only they are computed
+    q_QD  = answer(encoder, cache, x_QD, time)               candidates, `micro_batch` at a time
+
+The numbers are those of the packed pass of training (`Queries`): a candidate is a query that sees the history
+before it and itself. So m candidates after n events cost n^2 + n m keys, not m n^2 (one pass per candidate) nor
+(n + m)^2 (all in one sequence behind a mask), and memory beyond the cache is that of one micro-batch. This
+holds for early fusion, where a candidate is an input; late fusion has one query, the [USER] vector.
+
+For HSTU and for every softmax encoder: the User LLM (a stock Hugging Face decoder through its registered
+attention), SASRec and LiGR. Inference only: nothing here keeps a graph.
+
+Legend: N history positions, Q candidates, m of a micro-batch, H heads, G key-value heads, E and V widths of a
+head's keys and values, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
+
+from hllm_torchrec.modules.hstu import HSTU, HSTULayer
+from hllm_torchrec.modules.ligr import LiGR
+from hllm_torchrec.modules.pointwise_attention import (
+    block_attention,
+    block_without_own_keys,
+    keys_seen,
+    plan_blocks,
+    pointwise_attention,
+)
+from hllm_torchrec.modules.sasrec import SASRec
+from hllm_torchrec.modules.text_attention import grouped_attention
+from hllm_torchrec.modules.user_encoder import UserEncoder, pack_rows
+from hllm_torchrec.modules.user_llm import Queries, UserLLM
+
+MICRO_BATCH = 256
+"""Candidates computed at a time where nothing else is said."""
+
+OWN_COLUMNS = 8
+"""Columns added to keys and values for a candidate's own key; one is needed, kernels on CUDA want a multiple of 8."""
+
+Encoder = UserLLM | UserEncoder
+Ask = Callable[[Tensor], Tensor]
+"""x [m, D] of a micro-batch of candidates -> q [m, D]."""
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Of one layer: keys [N, G, E] (rotated where the encoder rotates them), values [N, G, V]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def first(self, number: int) -> "KeysValues":
+        """Of the first positions."""
+        return KeysValues(self.keys[:number], self.values[:number])
+
+    def followed_by(self, keys: Tensor, values: Tensor) -> "KeysValues":
+        """With more positions at the end."""
+        return KeysValues(torch.cat([self.keys, keys]), torch.cat([self.values, values]))
+
+
+@dataclass(frozen=True)
+class HistoryCache:
+    """What is kept of one user's history: every layer's keys and values, and times [N] int64 seconds."""
+
+    layers: tuple[KeysValues, ...]
+    times: Tensor
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.times.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.times.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+@torch.no_grad()
+def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCache | None = None) -> HistoryCache:
+    """Run the history through the encoder once and keep its keys and values.
+
+    Args:
+        encoder: in evaluation mode.
+        x_ND: features of the events, oldest first; no rows for a user without history.
+        times: [N] int64 seconds.
+        cache: of the events before these, which are not computed again; it stays as it is.
+
+    Returns:
+        The cache of all events, equal (up to rounding) to one read at once.
+
+    Raises:
+        ValueError: an encoder in training mode or that has no queries; events before the last cached one; a
+            cache shorter than HSTU's context prefix, whose positions see one another.
+    """
+    check_encoder(encoder)
+    before = 0 if cache is None else cache.length
+    joined = times if cache is None else torch.cat([cache.times, times])
+    if before and times.numel() and int(times[0]) < int(joined[before - 1]):
+        raise ValueError(
+            f"times[0] is {int(times[0])}, before the last cached event at {int(joined[before - 1])}: append "
+            "events in order of time, or read the whole history again"
+        )
+    if cache is not None and x_ND.shape[0] == 0:
+        return cache
+    if before == 0:
+        cache = None
+    # Without history one zero is read, and nothing of it kept: the layers' shapes are then known.
+    x_ND, kept = (x_ND, joined.numel()) if x_ND.shape[0] else (x_ND.new_zeros(1, encoder.width), 0)
+    moments = joined if kept else joined.new_zeros(1)
+    if isinstance(encoder, HSTU):
+        layers = _read_pointwise(encoder, x_ND, moments, cache)
+    else:
+        layers = _read_softmax(encoder, x_ND, cache)
+    return HistoryCache(tuple(layer.first(kept) for layer in layers), joined)
+
+
+@torch.no_grad()
+def open_request(encoder: Encoder, cache: HistoryCache, time: int, visible: int | None = None) -> Ask:
+    """What all candidates of a request share, made once; the result answers one micro-batch after the other.
+
+    time: seconds of the request; visible: how many events, from the oldest, it sees (None: all).
+
+    Raises:
+        ValueError: as `read_history`, or more events visible than are cached.
+    """
+    check_encoder(encoder)
+    seen = cache.length if visible is None else visible
+    if not 0 <= seen <= cache.length:
+        raise ValueError(f"visible is {seen}: the cache has {cache.length} events; give 0 to {cache.length}")
+    if isinstance(encoder, HSTU):
+        return _open_pointwise(encoder, cache, time, seen)
+    return _open_softmax(encoder, cache, seen)
+
+
+def answer(
+    encoder: Encoder,
+    cache: HistoryCache,
+    x_QD: Tensor,
+    time: int,
+    visible: int | None = None,
+    micro_batch: int = MICRO_BATCH,
+) -> Tensor:
+    """q [Q, D] of candidates x [Q, D]; the micro-batch bounds memory and changes no value beyond rounding.
+
+    Raises:
+        ValueError: as `open_request`, or a micro-batch below 1.
+    """
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
+    ask = open_request(encoder, cache, time, visible)
+    output = torch.empty_like(x_QD)
+    for part, target in zip(x_QD.split(micro_batch), output.split(micro_batch)):
+        target.copy_(ask(part))
+    return output
+
+
+def check_encoder(encoder: Encoder) -> None:
+    """Whether candidates can be scored by it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if encoder.training:
+        raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")
+    if isinstance(encoder, UserEncoder) and (encoder.asks_at_next or encoder.from_end):
+        option = "time_of is 'next'" if encoder.asks_at_next else "count_from is 'end'"
+        raise ValueError(
+            f"user.shape.{option}: a cached history would change with every new event; train with "
+            f"{'event' if encoder.asks_at_next else 'start'!r}"
+        )
+
+
+# --- softmax encoders ------------------------------------------------------------------------------------
+
+
+class _Reading:
+    """A `TextPlan` for n rows behind a cached history, causally; notes each layer's keys and values."""
+
+    def __init__(self, cache: HistoryCache | None, new: int, device: torch.device) -> None:
+        self.before = 0 if cache is None else cache.length
+        self.cached = None if cache is None else cache.layers
+        self.position_ids = torch.arange(self.before, self.before + new, device=device)[None]
+        self.longest = self.before + new
+        self.layers: list[KeysValues] = []
+        self.mask = None
+        if self.before:
+            self.mask = torch.ones(new, self.longest, dtype=torch.bool, device=device).tril(self.before)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`; called once per layer, in their order."""
+        own = KeysValues(key, value)
+        layer = own if self.cached is None else self.cached[len(self.layers)].followed_by(key, value)
+        self.layers.append(layer)
+        q, k, v = query[None], layer.keys[None], layer.values[None]
+        return grouped_attention(q, k, v, self.mask, self.mask is None, scaling, dropout)
+
+
+class _Asking:
+    """A `TextPlan` for m candidates that see a history and themselves.
+
+    layers: (keys [1, G, 1 + N, E + 8], values likewise) from `_with_own_key`.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], number: int, visible: int) -> None:
+        self.remaining = iter(layers)
+        self.position_ids = torch.full((1, number), visible, device=layers[0][0].device)
+        self.longest = visible + 1
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`; called once per layer, in their order.
+
+        A candidate's own key is another for every row, which a kernel of attention does not know. So one key
+        stands for it, (0, ..., 0, 1), which a query (q, q . k_own) scores as its own; its value, (0, ..., 0, 1),
+        makes the last column of the output the weight of the own value. No mask, and no scores in memory.
+        """
+        keys, values = next(self.remaining)
+        (number, heads, width), groups = query.shape, key.shape[1]
+        by_group = query.view(number, groups, heads // groups, width)
+        own = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
+        asking = torch.cat([query, own, own.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)
+        found = _attention(asking.transpose(0, 1)[None], keys, values, scaling, dropout)[0].transpose(0, 1)
+        weight = found[..., value.shape[2]].view(number, groups, -1, 1)
+        return found[..., : value.shape[2]] + (weight * value[:, :, None]).reshape(number, heads, -1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    return scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=groups > 1)
+
+
+def _with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, G, 1 + N, E + 8] with the key that stands for a candidate's own in front."""
+
+    def extended(x_NGE: Tensor) -> Tensor:
+        number, groups, width = x_NGE.shape
+        whole = torch.zeros(1, groups, number + 1, width + OWN_COLUMNS, device=x_NGE.device, dtype=dtype)
+        whole[0, :, 1:, :width] = x_NGE.transpose(0, 1)
+        whole[0, :, 0, width] = 1
+        return whole
+
+    return extended(layer.keys), extended(layer.values)
+
+
+def _read_softmax(encoder: Encoder, x_ND: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
+    plan = _Reading(cache, x_ND.shape[0], x_ND.device)
+    _run_softmax(encoder, x_ND, plan)
+    return plan.layers
+
+
+def _open_softmax(encoder: Encoder, cache: HistoryCache, visible: int) -> Ask:
+    layers = [_with_own_key(layer.first(visible), layer.keys.dtype) for layer in cache.layers]
+
+    @torch.no_grad()
+    def ask(x_mD: Tensor) -> Tensor:
+        return _run_softmax(encoder, x_mD, _Asking(layers, x_mD.shape[0], visible))
+
+    return ask
+
+
+def _run_softmax(encoder: Encoder, x_SD: Tensor, plan: _Reading | _Asking) -> Tensor:
+    """All layers: [S, D] -> [S, D]."""
+    if isinstance(encoder, UserLLM):
+        return encoder.encode(x_SD, plan)
+    assert isinstance(encoder, SASRec | LiGR), f"{type(encoder).__name__} has no cache"
+    x_SD = encoder.placed(x_SD, plan.position_ids[0])
+    for layer in encoder.layers:
+        x_SD = layer(x_SD, plan)
+    output: Tensor = encoder.final_norm(x_SD)
+    return output
+
+
+# --- HSTU ------------------------------------------------------------------------------------------------
+
+
+def _read_pointwise(encoder: HSTU, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
+    if cache is not None and cache.length < encoder.rules.prefix:
+        raise ValueError(
+            f"the cache has {cache.length} events, fewer than user.shape.prefix {encoder.rules.prefix}, whose "
+            "positions see one another: read the whole history again"
+        )
+    rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
+    if cache is None:
+        layout = plan_blocks(rows, encoder.rules)
+        x_ND, layers = encoder.placed(x_ND, rows.positions), []
+        for layer in _layers(encoder):
+            u, v, q, k = layer.project(x_ND)
+            attended = pointwise_attention(q, k, v, layout, layer.bias, layer.backend)
+            x_ND = layer.combine(x_ND, u, attended.flatten(1), rows.sequences)
+            layers.append(KeysValues(k, v))
+        return layers
+    return _extend_pointwise(encoder, x_ND, times, cache)
+
+
+def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: HistoryCache) -> list[KeysValues]:
+    """Each layer's keys and values with those of the new events x [n, D] behind them; times [N + n]."""
+    rules = encoder.rules
+    rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
+    asking = torch.arange(cache.length, times.numel(), device=times.device)
+    block = block_without_own_keys(rows, rules, asking, torch.arange(times.numel(), device=times.device))
+    divisor = _divisor(encoder, keys_seen(rows, rules)[asking])
+    x_nD, layers = encoder.placed(x_nD, asking), []
+    for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
+        u, v, q, k = layer.project(x_nD)
+        whole = cached.followed_by(k, v)
+        bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)
+        seen = block_attention(q[None], whole.keys[None], whole.values[None], block.hidden, bias, rules.alpha)[0]
+        attended = (seen + _own_key(layer, q, k, v, rules.alpha)) / divisor
+        x_nD = layer.combine(x_nD, u, attended.flatten(1), rows.sequences)
+        layers.append(whole)
+    return layers
+
+
+def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int) -> Ask:
+    """All candidates stand at one place and time, so they share one row of biases, and see the same keys."""
+    rules, device = encoder.rules, cache.times.device
+    one = torch.tensor([visible], device=device)
+    query = Queries(one, torch.tensor([0, 1], device=device), one, torch.tensor([time], device=device))
+    rows = pack_rows(torch.tensor([0, visible], device=device), visible, cache.times[:visible], query)
+    block = block_without_own_keys(rows, rules, one, torch.arange(visible, device=device))
+    shown = torch.nonzero(~block.hidden[0, 0]).flatten()
+    divisor = _divisor(encoder, keys_seen(rows, rules)[-1:])
+    layers = []
+    for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
+        # The window hides a stretch: what no candidate sees is not read at all.
+        keys, values = cached.keys.index_select(0, shown), cached.values.index_select(0, shown)
+        bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)[:, :, shown]
+        added = keys.new_zeros(1, 1, 1) if bias is None else bias.to(keys.dtype)
+        layers.append((layer, keys.permute(1, 2, 0).contiguous(), values.transpose(0, 1).contiguous(), added))
+
+    @torch.no_grad()
+    def ask(x_mD: Tensor) -> Tensor:
+        x_mD = encoder.placed(x_mD, one)
+        for layer, keys, values, added in layers:
+            u, v, q, k = layer.project(x_mD)
+            scores = torch.baddbmm(added, q.transpose(0, 1), keys, alpha=rules.alpha)
+            seen = torch.bmm(F.silu(scores, inplace=True), values).transpose(0, 1)
+            attended = (seen + _own_key(layer, q, k, v, rules.alpha)) / divisor
+            x_mD = layer.combine(x_mD, u, attended.flatten(1), one)
+        return x_mD
+
+    return ask
+
+
+def _layers(encoder: HSTU) -> list[HSTULayer]:
+    return [layer for layer in encoder.layers if isinstance(layer, HSTULayer)]
+
+
+def _own_key(layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """What each row adds by seeing itself: [m, H, V]."""
+    scores = (q * k).sum(-1) * alpha
+    if layer.bias is not None:  # distance 0 in both
+        scores = scores + (layer.bias.of_position[0] + layer.bias.of_time[0]).to(scores.dtype)
+    return F.silu(scores)[:, :, None] * v
+
+
+def _divisor(encoder: HSTU, seen: Tensor) -> Tensor:
+    """n_i of rows that see so many keys: [m, 1, 1]."""
+    number = seen if encoder.rules.divide_by is None else torch.full_like(seen, encoder.rules.divide_by)
+    return number[:, None, None].to(next(encoder.parameters()).dtype)
