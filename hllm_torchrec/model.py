@@ -168,6 +168,12 @@ class HLLM(nn.Module):
         """
         return self.features(features, None, self._projected(self.item_embeddings(item_ids), vectors))
 
+    @property
+    def user_vector_width(self) -> int:
+        """Width of `embed_users`' vectors: D, or E."""
+        projects = self.fusion != "late" and self.generates and isinstance(self.project_next, nn.Linear)
+        return int(self.project_next.out_features) if projects else self.user.width
+
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
 
