@@ -79,6 +79,10 @@ class ItemLLMConfig:
     """True for decoders, False for encoders such as BERT."""
     trainable: bool = True
     """False freezes the Item LLM in every stage (the paper's Table 4)."""
+    store: str | None = None
+    """Embedding store (see `hllm embed`) for stages with `item_embeddings: stored`; made by this same Item LLM."""
+    adapter: int = 0
+    """Above 0: width of a trained residual bottleneck on top of stored embeddings; it begins as the identity."""
     freeze_words: bool = False
     """Keep the word embeddings as they are: they are most of a small LLM's weights and optimizer state."""
     prompt: str = ""
@@ -181,8 +185,9 @@ class StageConfig:
     """Shown in the log."""
     epochs: float = 1.0
     """Passes over the training users; fractions are allowed."""
-    item_embeddings: Literal["trained", "cached"] = "trained"
-    """They come from the Item LLM, with gradients, or from a cache filled when the stage begins."""
+    item_embeddings: Literal["trained", "cached", "stored"] = "trained"
+    """They come from the Item LLM, with gradients; from a cache filled when the stage begins; or (the paper's stage
+    II, then in all stages of a run) from `item_llm.store` as a frozen table, sharded over the ranks."""
     max_history: int | None = None
     """Overrides data.max_history (150 in the paper's stage I, 1000 in stage II)."""
     batch_users: int | None = None
@@ -273,6 +278,9 @@ class Config:
     resume: bool = False
     """Continue from the last complete checkpoint of `output`, or begin where there is none: what a job that is
     restarted after a failure wants."""
+    start_from: str | None = None
+    """Begin with the weights of another run's best checkpoint (its directory), or of the checkpoint named: the Item
+    LLM and the user encoder must be the same; other parts that it has not got keep their initial values."""
     max_steps: int = 0
     """Stop after this many steps; 0: run all stages."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,6 +23,7 @@ BOUNDS = {
     "data.prefetch": ">= 0",
     "item_llm.layers": ">= 1",
     "item_llm.max_text_length": ">= 1",
+    "item_llm.adapter": ">= 0",
     "item_llm.trained_share": "> 0, <= 1",
     "item_llm.refresh_after": ">= 0",
     "user.layers": ">= 1",
@@ -81,6 +82,7 @@ def problems_of(config: "Config") -> list[str]:
     return [
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
+        *_store_problems(config),
         *_backbone_problems(config),
         *_encoder_problems(config),
         *_objective_problems(config),
@@ -106,6 +108,31 @@ def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
         yield "stages: empty: give at least one, e.g. [{name: end to end, epochs: 1}]"
     for number, stage in enumerate(stages):
         yield from out_of_bounds(stage, STAGE_BOUNDS, f"stages[{number}].")
+
+
+def takes_stored_items(config: "Config") -> bool:
+    """Whether item embeddings come from `item_llm.store`: a run takes them from there in all stages, or in none."""
+    return any(stage.item_embeddings == "stored" for stage in config.stages)
+
+
+def _store_problems(config: "Config") -> Iterator[str]:
+    """What stages with stored item embeddings need, and what only they have a use for."""
+    item = config.item_llm
+    if not takes_stored_items(config):
+        for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
+            if value != nothing:
+                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; write so, or leave it out"
+        return
+    for number, stage in enumerate(config.stages):
+        if stage.item_embeddings != "stored":
+            yield (
+                f"stages[{number}].item_embeddings: {stage.item_embeddings!r}: other stages have 'stored': a run takes "
+                "all from the store or nothing; make two runs, the second with start_from"
+            )
+    if not item.enabled:
+        yield "item_llm.enabled: false while stages have item_embeddings: stored: an ID-only model has no use for them"
+    elif item.store is None:
+        yield "item_llm.store: none: item_embeddings: stored needs the store that `hllm embed` has made"
 
 
 def _backbone_problems(config: "Config") -> Iterator[str]:

@@ -6,17 +6,19 @@ what is missing: its cost follows what changed, not the catalogue.
 
 import hashlib
 import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from hllm_torchrec import ranks
 from hllm_torchrec.data.tokens import TokenStore
@@ -31,6 +33,10 @@ from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
 COMMIT_TOKENS = 2_000_000
 """A rank encodes about so many tokens between two commits: what a crash can cost."""
+
+T = TypeVar("T")
+NewRows = tuple[pa.Array, Tensor, Hashes]
+"""What goes into a store: keys [n], vectors [n, D] float32, marks [n]."""
 
 
 @dataclass(frozen=True)
@@ -93,21 +99,41 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
     todo = changed(store, raw_ids, marks)
     rounds = shares(todo, encoder.tokens.lengths + 1)
     started, model = time.perf_counter(), experiment.hllm.eval()
+
+    def encode(ids: NDArray[np.int64]) -> NewRows:
+        with autocast(experiment.config, experiment.device):
+            vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
+        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids]
+
+    version = write_rounds(store, rounds, encode, "embed items", len(rounds))
+    return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+
+
+def write_rounds(
+    store: EmbeddingStore, rounds: Iterable[Sequence[T]], encode: Callable[[T], NewRows], what: str, total: int
+) -> int:
+    """Encode every chunk of every round and commit after each round; returns the store's version. Collective.
+
+    Args:
+        rounds: this rank's chunks; every rank has as many rounds, each of as many chunks.
+        encode: chunk -> its rows, which may be none; it may be collective.
+        what, total: name and length of the progress bar.
+
+    Raises:
+        ValueError: another process is writing to the store.
+    """
     with ExitStack() as stack:
         writer: list[StoreWriter] = []
         ranks.on_rank_zero(lambda: writer.append(stack.enter_context(store.writer())))
-        with progress(len(rounds), "embed items", ranks.rank() == 0) as bar:
+        with progress(total, what, ranks.rank() == 0) as bar:
             for chunks in rounds:
                 run = store.run_writer()
-                for ids in chunks:
-                    with autocast(experiment.config, experiment.device):
-                        vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
-                    run.add(raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids])
+                for chunk in chunks:
+                    run.add(*encode(chunk))
                 written = ranks.together(run.finish)
                 ranks.on_rank_zero(partial(_commit, writer, written))
                 bar.update(1)
-        version = ranks.on_rank_zero(lambda: store.snapshot().version)
-    return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+        return ranks.on_rank_zero(lambda: store.snapshot().version)
 
 
 def _commit(writer: list[StoreWriter], written: list[RunFacts]) -> int:

@@ -27,12 +27,16 @@ from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import raw_model
+from hllm_torchrec.exchange import all_gather_variable
 from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import HLLM, build_model, item_space
 from hllm_torchrec.parallelize import parallelize
 from hllm_torchrec.protocols import dataset_problems
 from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.subsample import SubsampledEncoder
+
+LOOKED_UP_ITEMS = 65_536
+"""Rows of a frozen item table that all ranks together look up at a time."""
 
 INIT_ROWS = 4096
 """Table rows drawn from one generator: the values of a row do not depend on how the table is sharded."""
@@ -100,12 +104,31 @@ class Experiment:
         return self.dataset.training_item_counts() == 0
 
     def encode_catalogue(self) -> Tensor | None:
-        """Embeddings [N, E] of every item by the present weights; None in an ID-only model. Collective."""
+        """Embeddings [N, E] of every item by the present weights; None in an ID-only model. Collective.
+
+        Where item embeddings are stored they are looked up in the frozen table.
+        """
         if self.encoder is None:
             return None
         item_llm = self.hllm.item_llm
         assert item_llm is not None
+        if self.hllm.takes_stored_items:
+            return self._look_up_catalogue()
         return self.encoder.encode_catalogue(item_llm, self.hllm.embed_items, show=dist.get_rank() == 0)
+
+    def items_to_evaluate_with(self) -> Tensor | None:
+        """What `HLLM.item_cache` should hold while the model is evaluated; None: nothing, it needs none. Collective."""
+        return None if self.hllm.takes_stored_items else self.encode_catalogue()
+
+    @torch.no_grad()
+    def _look_up_catalogue(self) -> Tensor:
+        """[N, E] of the frozen table, looked up in blocks that the ranks share."""
+        world, rank, rows = dist.get_world_size(), dist.get_rank(), []
+        for block in torch.arange(self.dataset.num_items, device=self.device).split(LOOKED_UP_ITEMS):
+            mine = self.hllm.look_up_items(block.tensor_split(world)[rank])
+            assert mine is not None
+            rows.append(all_gather_variable(mine))
+        return torch.cat(rows)
 
 
 def build_experiment(config: Config, device: torch.device) -> Experiment:
@@ -171,7 +194,10 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
 
 
 def _missing_models(config: Config) -> Iterator[str]:
-    """Pretrained models that are not there; Hugging Face would look for them on the network."""
+    """Pretrained models (Hugging Face would look for them on the network), and an item store, that are not there."""
+    store = config.item_llm.store
+    if store is not None and not (Path(store) / "store.json").is_file():
+        yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
     parts = {
         "user": config.user.pretrained,
         "item_llm": config.item_llm.pretrained if config.item_llm.enabled else None,

@@ -6,13 +6,61 @@ from torch.nn import Module
 from torchrec.distributed.types import ShardedTensor
 
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.embed import item_facts
 from hllm_torchrec.errors import ConfigError
-from hllm_torchrec.modules.frozen_items import FROZEN_ITEMS
-from hllm_torchrec.ranks import together
+from hllm_torchrec.experiment import Experiment
+from hllm_torchrec.modules.frozen_items import FROZEN_ITEMS, FrozenItems
+from hllm_torchrec.parallelize import shard_frozen_items
+from hllm_torchrec.ranks import on_rank_zero, together
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
 
 _ROWS = 65_536
 """Rows read at a time."""
+
+
+class StoredItems:
+    """What `HLLM.stored_items` is: a frozen table over all ranks, which the model does not own.
+
+    So it is in no checkpoint, optimizer or average, and FSDP and DDP do not see it.
+    """
+
+    def __init__(self, table: Module) -> None:
+        self.table = table
+
+    def __call__(self, item_ids: Tensor) -> Tensor:
+        """item_ids [n] -> [n, E] float32. Collective."""
+        vectors: Tensor = self.table(item_ids)
+        return vectors
+
+
+def use_store(experiment: Experiment, path: str | None = None) -> None:
+    """Let the model take item embeddings from a store, as a frozen fp16 table over all ranks. Collective.
+
+    The Item LLM must have its weights already: the store's must be of the same ones.
+
+    Args:
+        path: the store; by default `item_llm.store`.
+
+    Raises:
+        ConfigError: there is no store, it was made by another Item LLM, or it lacks items of the dataset.
+    """
+    root, hllm = path or experiment.config.item_llm.store, experiment.hllm
+    facts = item_facts(experiment)
+    assert root is not None and hllm.item_llm is not None
+
+    def opened() -> None:
+        try:
+            EmbeddingStore.open(root).require(facts)
+        except ValueError as error:
+            raise ConfigError(
+                [f"item_llm.store: {error}; a run that begins with start_from has the Item LLM of that run"]
+            ) from None
+
+    on_rank_zero(opened)
+    items = FrozenItems(experiment.dataset.num_items, hllm.item_llm.width, device=torch.device("meta"))
+    table = shard_frozen_items(items, experiment.device)
+    fill_from_store(table, experiment.dataset, EmbeddingStore.open(root))
+    hllm.stored_items, hllm.takes_stored_items = StoredItems(table), True
 
 
 @torch.no_grad()

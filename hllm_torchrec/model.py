@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.config import Config, UserEncoderConfig
+from hllm_torchrec.config_rules import takes_stored_items
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.modules.adapter import Adapter
 from hllm_torchrec.modules.encoder_shapes import SHAPES
 from hllm_torchrec.modules.hstu import HSTU
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE, HybridFeatures
@@ -42,6 +44,9 @@ GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 
 EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
 """(item_llm, unique item ids [U]) -> E [U, E]; where items of a global batch are shared out over ranks."""
+
+StoredItems = Callable[[Tensor], Tensor]
+"""item ids [n] -> E [n, E] float32 from a frozen table; collective where it is sharded."""
 
 
 @dataclass
@@ -106,7 +111,11 @@ class HLLM(nn.Module):
             self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
             self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
             self.logit_scale = LogitScale(objective.temperature)
+        self.takes_stored_items = takes_stored_items(config)
+        rank = config.item_llm.adapter
+        self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
         self.encode_items: EncodeItems | None = None
+        self.stored_items: StoredItems | None = None
         self.item_cache: Tensor | None = None
 
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
@@ -127,12 +136,25 @@ class HLLM(nn.Module):
         )
 
     def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
-        """E of the batch's items [U, E]: from the cache, from the Item LLM, or None in an ID-only model."""
+        """E of the batch's items [U, E]: from cache, frozen table or Item LLM, or None in an ID-only model."""
         if self.item_llm is None:
             return None
         if self.item_cache is not None:
             return self.item_cache[unique_items]
-        return self._encode_items(self.item_llm, unique_items)
+        if not self.takes_stored_items:
+            return self._encode_items(self.item_llm, unique_items)
+        assert self.stored_items is not None, "the model was not given its stored items (`frozen.use_store`)"
+        stored = self.stored_items(unique_items)
+        return stored if self.adapter is None else self.adapter(stored)
+
+    @property
+    def live_items(self) -> bool:
+        """Whether a step makes item embeddings by the present weights."""
+        return self.item_cache is None and not self.takes_stored_items
+
+    def look_up_items(self, item_ids: Tensor) -> Tensor | None:
+        """`item_embeddings` outside of a step. Collective; under FSDP2 a forward pass of its own."""
+        return self.item_embeddings(item_ids)
 
     def embed_items(self, item_ids: Tensor) -> Tensor:
         """E of items [n, E] by the present weights, outside of a step. Under FSDP2 a forward pass of its own."""
@@ -145,6 +167,24 @@ class HLLM(nn.Module):
         features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
         """
         return self.features(features, None, self._projected(self.item_embeddings(item_ids), vectors))
+
+    @property
+    def user_vector_width(self) -> int:
+        """Width of `embed_users`' vectors: D, or E."""
+        projects = self.fusion != "late" and self.generates and isinstance(self.project_next, nn.Linear)
+        return int(self.project_next.out_features) if projects else self.user.width
+
+    def embed_users(self, batch: HybridBatch) -> Tensor:
+        """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
+
+        Late fusion: the [USER] query's output. Otherwise the hidden state of the last position that the query sees,
+        in item space ([Q, E]) where the generative loss compares there; zeros where it sees none.
+        """
+        h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
+        if self.fusion == "late":
+            return q_QD
+        every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
+        return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
 
     def _encode_items(self, item_llm: ItemLLM, item_ids: Tensor) -> Tensor:
         assert self.encode_items is not None, "the model was not given a way to encode items"
@@ -240,12 +280,16 @@ class HLLM(nn.Module):
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
         """Predicted next item [X, E] by the last position that an exposure sees; zeros where it sees none."""
+        return self._last_visible(batch, h_TD, batch.target_query, self.project_next)
+
+    def _last_visible(self, batch: HybridBatch, h_TD: Tensor, queries: Tensor, project: nn.Module) -> Tensor:
+        """Projected hidden state of the last position that each of `queries` [n] sees; zeros where it sees none."""
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
-        visible = batch.query_visible[batch.target_query]
-        row = batch.seq_offsets[piece[batch.target_query]] + visible - 1
+        visible = batch.query_visible[queries]
+        row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:
-            return self.project_next(h_TD.new_zeros(row.numel(), h_TD.shape[1])) * 0
-        return self.project_next(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
+            return project(h_TD.new_zeros(row.numel(), h_TD.shape[1])) * 0
+        return project(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
 
 
 def build_model(
@@ -305,7 +349,7 @@ def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
     if not item.enabled:
         return None, 0
     model = ItemLLM(build_backbone(item.pretrained, item.shape, item.layers), item.pooling, item.causal)
-    model.requires_grad_(item.trainable)
+    model.requires_grad_(item.trainable and not takes_stored_items(config))
     if item.freeze_words:
         model.backbone.get_input_embeddings().requires_grad_(False)
     return model, model.width

@@ -19,6 +19,7 @@ from hllm_torchrec.checkpoint_files import read_marker
 from hllm_torchrec.config import Config, config_from_file
 from hllm_torchrec.evaluate import save_predictions, score_split
 from hllm_torchrec.experiment import Experiment, build_experiment
+from hllm_torchrec.frozen import use_store
 from hllm_torchrec.logs import machine_info
 from hllm_torchrec.metrics.cautions import Overlap, count_overlap
 from hllm_torchrec.metrics.grouped import mix
@@ -83,18 +84,24 @@ class LoadedRun:
     step: int
 
 
-def load_run(run: Path, which: str, device: torch.device, config: Config | None = None) -> LoadedRun:
+def load_run(
+    run: Path, which: str, device: torch.device, config: Config | None = None, *, use_items: bool = True
+) -> LoadedRun:
     """The model of a run at a checkpoint: see `find_checkpoint`. Collective.
 
     config: the run's own unless given; one that changes only how the model is parallelized loads as well.
+    use_items: fill the table of a run whose item embeddings are stored; without it the model can embed items only.
 
     Raises:
-        ValueError: no such run, checkpoint or dataset; a checkpoint of another model.
+        ValueError: no such run, checkpoint or dataset; a checkpoint of another model; an item store that lacks items.
     """
     config = config or run_config(run)
     checkpoint = find_checkpoint(run, which)
     experiment = build_experiment(config, device)
-    return LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
+    loaded = LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
+    if use_items and experiment.hllm.takes_stored_items:
+        use_store(experiment)
+    return loaded
 
 
 def score_run(run: Path, split: str, which: str, device: torch.device) -> RunScores:
@@ -110,7 +117,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
     loader = experiment.loader(split, experiment.config.evaluation.batch_users)
     show = dist.get_rank() == 0
     with loaded.weights:
-        hllm.item_cache = experiment.encode_catalogue()
+        hllm.item_cache = experiment.items_to_evaluate_with()
         if hllm.fusion != "none":
             predictions = run / "predictions" / split
             cold = experiment.cold_items()
@@ -154,7 +161,7 @@ def _provenance(loaded: LoadedRun) -> dict[str, Any]:
     dataset, checkpoint = loaded.experiment.dataset, loaded.checkpoint
     return {
         "checkpoint": str(checkpoint),
-        "weights": {"fingerprint": _weights_fingerprint(checkpoint)},
+        "weights": {"fingerprint": weights_fingerprint(checkpoint)},
         "step": loaded.step,
         "seed": loaded.experiment.config.seed,
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
@@ -163,7 +170,7 @@ def _provenance(loaded: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _weights_fingerprint(checkpoint: Path) -> str:
+def weights_fingerprint(checkpoint: Path) -> str:
     """Sixteen hexadecimal digits of the contents of the checkpoint's files, from the hashes in its marker."""
     files = json.dumps(read_marker(checkpoint)["files"], sort_keys=True)
     return hashlib.blake2b(files.encode(), digest_size=8).hexdigest()

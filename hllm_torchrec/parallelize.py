@@ -31,6 +31,7 @@ from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.model import HLLM
 from hllm_torchrec.modules.attention_backends import Choice, choose_backend
+from hllm_torchrec.modules.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.quiet import quiet_libraries
 
@@ -38,6 +39,10 @@ CUDA_ONLY_OPTIMIZERS = ("adam", "partial_rowwise_adam")
 
 NOT_FOR_TABLES = 0.4
 """Share of each device's memory that the planner leaves to the dense parts and activations."""
+
+
+FROZEN_COLUMNS = 64
+"""A frozen item table is cut by columns into parts of at least this width."""
 
 
 class TableSettings(Protocol):
@@ -186,8 +191,25 @@ def distribute(
     )
 
 
+def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedModelParallel:
+    """Spread the table over the ranks as TorchRec's planner sees fit; it has no optimizer and no replica."""
+    kinds = [kind.value for kind in _sharded_kinds(device)]
+    constraint = ParameterConstraints(
+        sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=FROZEN_COLUMNS
+    )
+    sharder: ModuleSharder = EmbeddingBagCollectionSharder()
+    plan = _plan(items, {FROZEN_ITEMS: constraint}, device, sharder)
+    return distribute(items, plan, sharder, device, ddp=False)
+
+
 def plan_tables(model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder) -> ShardingPlan:
     """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on."""
+    return _plan(model, {name: _constraint(rows, config, device) for name, rows in _tables(model)}, device, sharder)
+
+
+def _plan(
+    model: nn.Module, constraints: dict[str, ParameterConstraints], device: torch.device, sharder: ModuleSharder
+) -> ShardingPlan:
     world = dist.get_world_size()
     topology = TopologyFactory.create_topology(
         TrainerConfig(world_size=world, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world))),
@@ -195,7 +217,7 @@ def plan_tables(model: nn.Module, config: TableSettings, device: torch.device, s
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,
-        constraints={name: _constraint(rows, config, device) for name, rows in _tables(model)},
+        constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(NOT_FOR_TABLES),
         debug=False,
     )
@@ -217,11 +239,14 @@ def _constraint(rows: int, config: TableSettings, device: torch.device) -> Param
             compute_kernels=[EmbeddingComputeKernel.DENSE.value],
         )
     sharding = config.features.sharding
-    kinds = [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE]
-    if device.type == "cuda":
-        kinds += [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE]
-    names = [kind.value for kind in kinds] if sharding == "auto" else [sharding]
+    names = [kind.value for kind in _sharded_kinds(device)] if sharding == "auto" else [sharding]
     return ParameterConstraints(sharding_types=names, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
+
+
+def _sharded_kinds(device: torch.device) -> list[ShardingType]:
+    """How bags can be sharded on this device."""
+    on_cuda = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device.type == "cuda" else []
+    return [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, *on_cuda]
 
 
 def give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: TableSettings) -> None:
@@ -263,7 +288,8 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
     tables = set() if model.features.tables is None else set(model.features.tables.parameters())
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
     register_fsdp_forward_method(model, "embed_items")
-    register_fsdp_forward_method(model, "embed_in_feature_space")
+    for name in ("embed_in_feature_space", "look_up_items", "embed_users"):
+        register_fsdp_forward_method(model, name)
 
 
 def whole(tensor: Tensor) -> Tensor:

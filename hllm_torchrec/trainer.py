@@ -25,6 +25,7 @@ from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import quick_metrics, score_split
 from hllm_torchrec.experiment import Experiment, build_experiment
+from hllm_torchrec.frozen import use_store
 from hllm_torchrec.logs import RunLog, machine_info, peak_memory_bytes, progress
 from hllm_torchrec.meter import StepMeter, global_matmul_peak, weights_of
 from hllm_torchrec.modules.losses import MAX_SCALE
@@ -40,6 +41,7 @@ from hllm_torchrec.optim import (
 from hllm_torchrec.parallelize import autocast, compute_dtype, whole
 from hllm_torchrec.retrieval import measures_retrieval, retrieve
 from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
+from hllm_torchrec.start import start_from
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
 
 
@@ -58,6 +60,8 @@ class Trainer:
         self.peak = global_matmul_peak(device, compute_dtype(config))  # draws numbers: before anything is seeded
         self.experiment: Experiment = build_experiment(config, device)
         self.model, self.hllm = self.experiment.model, self.experiment.hllm
+        if config.start_from is not None:
+            start_from(self.experiment, Path(config.start_from))
         self.dense = dense_optimizer(
             self.hllm.named_parameters(),
             learning_rate=config.optim.lr,
@@ -86,6 +90,8 @@ class Trainer:
         """Train to the end (or until it stops getting better) and return the last evaluation."""
         started = weights_of(self.hllm, self.experiment.encoder)
         self._resume()
+        if self.hllm.takes_stored_items:
+            use_store(self.experiment)
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
         with (
@@ -142,8 +148,7 @@ class Trainer:
             with self._no_sync() if left else nullcontext():
                 with autocast(self.config, self.device):
                     output = self.model(batch)
-                live = self.hllm.item_cache is None
-                loss, of_batch = micro_batch_loss(output, counts, self.loss_weights, live)
+                loss, of_batch = micro_batch_loss(output, counts, self.loss_weights, self.hllm.live_items)
                 (loss * self.world).backward()
             numbers += of_batch
         norm = self._dense_step()
@@ -260,7 +265,7 @@ class Trainer:
         """Validation metrics with the averaged weights, if there are any. Collective."""
         with self.ema.swapped() if self.ema is not None else nullcontext():
             kept, self.hllm.item_cache = self.hllm.item_cache, None
-            items = self.experiment.encode_catalogue() if kept is None else kept
+            items = self.experiment.items_to_evaluate_with() if kept is None else kept
             self.hllm.item_cache = items
             metrics: dict[str, Any] = {}
             if self.hllm.fusion != "none":

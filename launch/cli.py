@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a model from a configuration, on this process or as a rank of torchrun or TorchX",
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
     "baselines": "fit and score the baselines on the same exposures",
-    "embed": "write the item embeddings that are new or changed into a store",
+    "embed": "write item and user embeddings that are new or changed into stores",
     "store": "look into an embedding store, check it, tidy it up, take vectors out of it or away",
     "retrieval": "popularity, EASE and a Markov chain, chosen and measured on a leave-one-out dataset",
     "report": "write the HTML report of a run: loss, ROC, calibration",

@@ -1,16 +1,23 @@
-"""`hllm embed`: writes the item embeddings of a run into a store: those that are new, or whose text has changed.
+"""`hllm embed`: writes a run's item and user embeddings into stores: those that are new, or made from something new.
 
     hllm embed --run runs/quickstart --items stores/items
+    hllm embed --run runs/quickstart --items stores/items --users stores/users --since 1998-04-01
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.embed --run-dir runs/quickstart --items stores/items
 
-Run it again every night: what it costs follows what has changed. A store made by other weights is refused.
+Run it again every night: what it costs follows what has changed (items by their text, users by their events). With
+both stores the users are embedded from the stored items. A store made by other weights is refused.
 """
 
 import argparse
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hllm_torchrec.launch.command import CommandParser, run_job
+
+if TYPE_CHECKING:
+    from hllm_torchrec.offline import LoadedRun
 
 
 def build_parser() -> CommandParser:
@@ -18,42 +25,81 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="hllm embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
     parser.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
-    parser.add_argument("--items", type=Path, required=True, metavar="DIR", help="the store, made if it is not there")
+    parser.add_argument("--items", type=Path, metavar="DIR", help="store of items, made if it is not there")
+    parser.add_argument("--users", type=Path, metavar="DIR", help="store of users, made if it is not there")
+    since_help = "leave users alone who have no event since then (UTC); without it all users are looked at"
+    parser.add_argument("--since", type=second_of, default=0, metavar="YYYY-MM-DD", help=since_help)
     parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of a new store")
     return parser
+
+
+def second_of(date: str) -> int:
+    """The first second of a date, UTC.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        return int(datetime.combine(datetime.fromisoformat(date).date(), datetime.min.time(), UTC).timestamp())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{date!r} is no date: write it as 1998-04-01") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.items is None and args.users is None:
+        parser.error("name a store: --items, --users or both")
     return run_job(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the run's model, embed what has changed, and say what was done.
+    """Load the run's model, embed items and users that have changed, and say what was done.
 
     Raises:
         ValueError: no such run or checkpoint, or a store of another model.
     """
-    from hllm_torchrec.embed import embed_items
     from hllm_torchrec.offline import load_run
     from hllm_torchrec.parallelize import start_process, stop_process
-    from hllm_torchrec.ranks import rank
 
     device = start_process()
     try:
-        loaded = load_run(args.run, args.checkpoint, device)
+        # Items that the run's own store lacks must not stand in the way of embedding them.
+        loaded = load_run(args.run, args.checkpoint, device, use_items=args.items is None)
         with loaded.weights:
-            report = embed_items(loaded.experiment, args.items, args.dtype)
-        if rank() == 0:
-            print(
-                f"embedded {report.encoded:,} of {report.items:,} items in {report.seconds:.1f} s; "
-                f"{args.items} is at version {report.version}"
-            )
+            if args.items is not None:
+                _embed_items(loaded, args)
+            if args.users is not None:
+                _embed_users(loaded, args)
     finally:
         stop_process()
+
+
+def _embed_items(loaded: "LoadedRun", args: argparse.Namespace) -> None:
+    from hllm_torchrec.embed import embed_items
+
+    report = embed_items(loaded.experiment, args.items, args.dtype)
+    _say(f"embedded {report.encoded:,} of {report.items:,} items in {report.seconds:.1f} s", args.items, report.version)
+
+
+def _embed_users(loaded: "LoadedRun", args: argparse.Namespace) -> None:
+    from hllm_torchrec.embed_users import embed_users
+    from hllm_torchrec.frozen import use_store
+
+    if args.items is not None:
+        use_store(loaded.experiment, args.items)
+    report = embed_users(loaded, args.users, since=args.since, dtype=args.dtype)
+    done = f"embedded {report.encoded:,} of {report.active:,} active users ({report.users:,} in all)"
+    _say(f"{done} in {report.seconds:.1f} s", args.users, report.version)
+
+
+def _say(done: str, store: Path, version: int) -> None:
+    from hllm_torchrec.ranks import rank
+
+    if rank() == 0:
+        print(f"{done}; {store} is at version {version}")
 
 
 if __name__ == "__main__":
