@@ -1,0 +1,21 @@
+"""The bench of what a step waits for, on a tiny run."""
+
+from pathlib import Path
+
+import pytest
+
+from hllm_torchrec.config import save_config
+from tests.scripts.benches import bench_module, tiny_result
+from tests.training_fixtures import config
+
+
+@pytest.mark.slow
+def test_bench_waiting_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [{"name": "stored", "epochs": 1, "item_embeddings": "cached"}]
+    save_config(config(tmp_path / "run", stages=stages), tmp_path / "tiny.yaml")
+    out = tmp_path / "waiting.json"
+    bench_module("bench_waiting").main(["--tiny", "--config", str(tmp_path / "tiny.yaml"), "--out", str(out)])
+    result = tiny_result("waiting", out, capsys.readouterr().out)
+    assert result["ratios"].keys() == {"batch_share_of_step", "table_forward_share_of_step"}
+    assert all(0 <= share < 1 for share in result["ratios"].values())
+    assert sum(result["ratios"].values()) < 1 and result["shapes"]["steps"] == 2
