@@ -42,8 +42,7 @@ def own_process_group() -> Iterator[None]:
 def build(tmp_path: Path, fusion: str = "late", **options: Any) -> Experiment:
     settings = {"objective__fusion": fusion, "data__max_history": LIMIT, "features__init_scale": 0.5, **options}
     experiment = build_experiment(config(tmp_path / "run", **settings), start_process())
-    if settings.get("parallel__dense") != "fsdp":
-        fixtures.enlarge(experiment.hllm.user)
+    fixtures.enlarge(experiment.hllm.user)
     return experiment
 
 
