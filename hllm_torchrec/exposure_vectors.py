@@ -8,7 +8,7 @@ Legend: X exposures, E and D widths of item and user vectors.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -118,8 +118,15 @@ def nearline_units(piece: Piece, max_history: int) -> Iterator[Unit]:
         inside = exposures[(exposures >= first) & (exposures < end)]
         if inside.size:
             own = slice(start, end)
-            columns = (c[own] for c in (piece.item_ids, piece.timestamps, piece.labels, piece.actions))
-            asked = Piece(piece.user_id, piece.offset + start, first - start, *columns)
+            asked = replace(
+                piece,
+                offset=piece.offset + start,
+                first=first - start,
+                item_ids=piece.item_ids[own],
+                timestamps=piece.timestamps[own],
+                labels=piece.labels[own],
+                actions=piece.actions[own],
+            )
             yield Unit(piece, inside, asked, per_exposure=True)
 
 

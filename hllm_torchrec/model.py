@@ -171,8 +171,8 @@ class HLLM(nn.Module):
     @property
     def user_vector_width(self) -> int:
         """Width of `embed_users`' vectors: D, or E."""
-        projects = self.fusion != "late" and self.generates and isinstance(self.project_next, nn.Linear)
-        return int(self.project_next.out_features) if projects else self.user.width
+        project = self.project_next if self.fusion != "late" and self.generates else None
+        return project.out_features if isinstance(project, nn.Linear) else self.user.width
 
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.

@@ -168,9 +168,9 @@ def by_key(parts: list[ExposureVectors]) -> dict[Key, tuple[torch.Tensor, torch.
     }
 
 
-def of_split(tmp_path: Path, mode: Mode) -> tuple[dict[Key, Any], Coverage]:
+def of_split(tmp_path: Path, mode: Mode, dense: str = "ddp") -> tuple[dict[Key, Any], Coverage]:
     embed.CATALOGUE_TOKENS = 40  # many small batches, not as many on every rank
-    parts = list(exposure_vectors(build(tmp_path), "test", mode))
+    parts = list(exposure_vectors(build(tmp_path, parallel__dense=dense), "test", mode))
     return by_key(parts), coverage(parts)
 
 
@@ -194,7 +194,7 @@ def test_every_exposure_of_a_split_comes_once_on_one_rank_and_on_two(
     for key, (item_vector, *_) in one.items():
         torch.testing.assert_close(item_vector, catalogue[wanted[key][2]], atol=1e-5, rtol=0)
     stop_process()
-    shares = run_ranks(of_split, 2, tmp_path, mode)
+    shares = run_ranks(of_split, 2, tmp_path, mode, "fsdp" if mode == "daily" else "ddp")
     assert [share[1] for share in shares] == [counted] * 2
     assert all(share[0] for share in shares) and not shares[0][0].keys() & shares[1][0].keys()
     for key, (item_vector, vector, *rest) in {**shares[0][0], **shares[1][0]}.items():

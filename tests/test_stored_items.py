@@ -86,10 +86,12 @@ def test_on_two_ranks_the_table_keeps_every_byte_and_is_in_no_checkpoint(
     dense: str, first: Path, tmp_path: Path
 ) -> None:
     options = {"parallel__dense": dense, "optim__ema": 0.9, "item_llm__adapter": 3}
+    options |= {"objective__generative_weight": 0.5, "evaluation__retrieval": True}
     found = run_ranks(train_stored, 2, second(first, tmp_path / "two", **options))
     width = 16
     assert sum(one["bytes"] for one in found) == fixtures.dataset().num_items * width
     assert {one["type"] for one in found} <= {torch.float16, None}
+    assert 0 < found[0]["metrics"]["mrr"] == found[1]["metrics"]["mrr"]
     for one in found:
         assert one["item_llm_same"] and one["head_moved"] and not one["in_optimizer"]
         assert not any(FROZEN_ITEMS in name for name in one["names"] + one["ema"])
@@ -98,6 +100,7 @@ def test_on_two_ranks_the_table_keeps_every_byte_and_is_in_no_checkpoint(
     assert lines(tmp_path / "two", "end")[0]["live_steps"] == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one_take_the_same_steps(first: Path, tmp_path: Path) -> None:
     train(second(first, tmp_path / "one", data__batch_users=8))
     stop_process()
