@@ -46,7 +46,7 @@ TINY_HEADLINE = (12, 8)
 PACKED_ROWS = 6000
 """Rows of a sequence behind a dense mask, at most."""
 MANY = 5_000_000
-"""History x candidates from which on two repeats must do."""
+"""Square of the rows (what packed costs) from which on two repeats must do."""
 
 
 class Side:
@@ -261,12 +261,14 @@ def run(name: str, options: argparse.Namespace, peak: float) -> tuple[dict[str, 
     """All points of one encoder: its ratios, and what else was found."""
     headline = TINY_HEADLINE if options.tiny else HEADLINE
     histories, numbers = ((6, 12), (3, 8)) if options.tiny else QUICK if options.quick else (HISTORIES, CANDIDATES)
-    repeats, sample = (1, 2) if options.tiny else (5, 3) if options.quick else (7, 5)
+    repeats, sample = (1, 2) if options.tiny else (5, 3) if options.quick else (5, 5)
     longest = histories[-1] + 1
     side = SIDES[name](16 if options.tiny else WIDTH, longest)
     points = []
     for history, candidates in itertools.product(histories, numbers):
-        point = measure(side, history, candidates, repeats if history * candidates < MANY else 2, sample)
+        point = measure(
+            side, history, candidates, repeats if (history + candidates) ** 2 < MANY else min(repeats, 2), sample
+        )
         points.append(point)
         say(f"{name} {history} x {candidates}: {point['seconds']}")
     [head] = [point for point in points if (point["history"], point["candidates"]) == headline]
