@@ -11,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.factors import scaled_values
+from hllm_torchrec.data.factors import scaled_values, value_scale
 from hllm_torchrec.data.numeric import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE
 from hllm_torchrec.modules.timestamps import TIME_FEATURES, split_timestamps
@@ -118,6 +118,7 @@ class Collator:
     ) -> None:
         self.dataset, self.recipe, self.seed, self.training = dataset, recipe, seed, training
         self.item_vectors = item_vectors
+        self._value_scale = value_scale(dataset.action_values)
         self._bags = {name: dataset.feature_ids("item", name) for name in recipe.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in recipe.user_features}
 
@@ -192,7 +193,7 @@ class Collator:
             history_lengths=np.searchsorted(times, times[targets], side="left") + piece.offset,
             next_rows=next_rows,
             next_items=next_items,
-            target_values=scaled_values(piece.labels, piece.actions, self.dataset.action_values)[targets],
+            target_values=scaled_values(piece.labels[targets], piece.actions[targets], self._value_scale),
             numeric=numeric_columns(recipe.numeric_features, times, piece.labels, targets)[queries],
         )
 

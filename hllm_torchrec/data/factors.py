@@ -89,13 +89,17 @@ def event_values(labels: NDArray[np.float32], actions: Ints, action_values: Doub
     return action_values[actions] if _are_graded(action_values) else labels.astype(np.float64)
 
 
-def scaled_values(labels: NDArray[np.float32], actions: Ints, action_values: Doubles) -> NDArray[np.float32]:
-    """`event_values` on [-1, 1]: the lowest action (or label 0) is -1, the highest (or label 1) is 1."""
-    values = event_values(labels, actions, action_values)
-    low, high = 0.0, 1.0
-    if _are_graded(action_values):
-        low, high = float(np.nanmin(action_values)), float(np.nanmax(action_values))
-    return (2 * (values - low) / (high - low) - 1).astype(np.float32)
+def value_scale(action_values: Doubles) -> NDArray[np.float32] | None:
+    """`event_values` of each action on [-1, 1], the lowest action -1, the highest 1; None where labels say it."""
+    if not _are_graded(action_values):
+        return None
+    low, high = np.nanmin(action_values), np.nanmax(action_values)
+    return (2 * (action_values - low) / (high - low) - 1).astype(np.float32)
+
+
+def scaled_values(labels: NDArray[np.float32], actions: Ints, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """`event_values` on [-1, 1] [n]; scale: of `value_scale`. A label of 0 is -1, of 1 is 1."""
+    return 2 * labels - 1 if scale is None else scale[actions]
 
 
 def _are_graded(action_values: Doubles) -> bool:

@@ -11,6 +11,7 @@ from hllm_torchrec.data.factors import (
     fit_item_factors,
     item_vectors,
     scaled_values,
+    value_scale,
 )
 from tests.fixtures import dataset as shop
 
@@ -53,8 +54,12 @@ def test_ratings_are_values_where_there_are_several_and_labels_elsewhere() -> No
     rated, bought = np.array([nothing, 1, 2, 3, 4, 5]), np.array([nothing, nothing, nothing, nothing, nothing, 1])
     np.testing.assert_array_equal(event_values(labels, actions, rated), [5, 1, nothing])
     np.testing.assert_array_equal(event_values(labels, actions, bought), [1, 0, nothing])  # one number is no scale
-    np.testing.assert_array_equal(scaled_values(labels, actions, rated), np.array([1, -1, nothing], np.float32))
-    np.testing.assert_array_equal(scaled_values(labels, actions, bought), np.array([1, -1, nothing], np.float32))
+    np.testing.assert_array_equal(
+        scaled_values(labels, actions, value_scale(rated)), np.array([1, -1, nothing], np.float32)
+    )
+    np.testing.assert_array_equal(
+        scaled_values(labels, actions, value_scale(bought)), np.array([1, -1, nothing], np.float32)
+    )
 
 
 def test_the_same_seed_gives_the_same_factors_and_only_training_events_count() -> None:
