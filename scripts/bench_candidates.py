@@ -308,8 +308,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "ours": "reading the history is counted; `kept` is a request that finds it read",
         "memory": "bytes of tensors alive at a time in a call, inputs not counted",
     }
-    found = {"ratios": ratios, "shapes": shapes, "notes": notes, "encoders": encoders, "matmul_peak": peak}
-    return report("candidates", options, found)
+    shares = {name: {"ours": encoder.pop("matmul_share")} for name, encoder in encoders.items()}
+    found = {"ratios": ratios, "shapes": shapes, "notes": notes, "encoders": encoders}
+    return report("candidates", options, found | {"matmul_peak": peak, "matmul_share": shares})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bench of what a step waits for, on a tiny run."""
+"""The benches of what a step waits for and of item sub-sampling, on tiny runs."""
 
 from pathlib import Path
 
@@ -19,3 +19,13 @@ def test_bench_waiting_ends_with_its_json(tmp_path: Path, capsys: pytest.Capture
     assert result["ratios"].keys() == {"batch_share_of_step", "table_forward_share_of_step"}
     assert all(0 <= share < 1 for share in result["ratios"].values())
     assert sum(result["ratios"].values()) < 1 and result["shapes"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_bench_subsample_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(config(tmp_path / "run"), tmp_path / "tiny.yaml")
+    out = tmp_path / "subsample.json"
+    arguments = ["--tiny", "--config", str(tmp_path / "tiny.yaml"), "--share", "0.3", "--out", str(out)]
+    bench_module("bench_subsample").main(arguments)
+    result = tiny_result("subsample", out, capsys.readouterr().out)
+    assert result["ratios"]["tokens"] > 1 and result["ratios"]["subsample"] > 0
