@@ -50,12 +50,7 @@ def cautions(metrics: Mapping[str, Any], overlap: Overlap | None = None) -> list
                 f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
                 "that is known only after the label, or training on these rows."
             )
-        plain, clustered = model.get("auc_se"), model.get("clustered_se")
-        if plain and clustered and clustered > WIDER * plain:
-            found.append(
-                f"{name}: rows of one user resemble each other: with users as independent units the standard error "
-                f"is {clustered:.5f}, DeLong's (rows as independent) only {plain:.5f}. Trust the wider interval."
-            )
+    found += _alike_rows(metrics)
     left_out = (metrics.get("bootstrap") or {}).get("left_out")
     if left_out:
         instead = "The interval over users is by formula." if metrics.get("users") else "Rows count as independent."
@@ -66,6 +61,21 @@ def cautions(metrics: Mapping[str, Any], overlap: Overlap | None = None) -> list
     if metrics.get("rows_without_weight"):
         found.append(f"{metrics['rows_without_weight']:,} rows of weight 0 were left out.")
     return found
+
+
+def _alike_rows(metrics: Mapping[str, Any]) -> list[str]:
+    wider = {
+        name: model["clustered_se"] / model["auc_se"]
+        for name, model in metrics["models"].items()
+        if model.get("auc_se") and model.get("clustered_se") and model["clustered_se"] > WIDER * model["auc_se"]
+    }
+    if not wider:
+        return []
+    times = ", ".join(f"{name} {factor:.1f}" for name, factor in wider.items())
+    return [
+        "Rows of one user resemble each other: with users as independent units the standard errors are larger than "
+        f"DeLong's (rows as independent), as many times: {times}. Trust the wider intervals."
+    ]
 
 
 def _tiny_slices(metrics: Mapping[str, Any]) -> list[str]:
