@@ -253,6 +253,8 @@ class EvaluationConfig:
     never."""
     batch_users: int = 16
     """User pieces per rank and step."""
+    auc: Literal["exact", "approximate"] = "exact"
+    """During training: exact, or by a histogram with a bound on its error. `hllm evaluate` is always exact."""
     retrieval: bool = False
     """Also Recall@K and NDCG@K over the whole catalogue (needs the generative loss). Targets are what the
     generative loss has for targets: positive exposures, or all (objective.positive_targets_only)."""

@@ -270,7 +270,8 @@ class Trainer:
             metrics: dict[str, Any] = {}
             if self.hllm.fusion != "none":
                 cold = self.experiment.cold_items()
-                metrics |= quick_metrics(score_split(self.model, self.validation, self.device, cold=cold))
+                scored = score_split(self.model, self.validation, self.device, cold=cold)
+                metrics |= quick_metrics(scored, self.config.evaluation.auc)
             if measures_retrieval(self.experiment):
                 found = retrieve(self.experiment, self.validation)
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in found.items()}

@@ -125,6 +125,15 @@ def test_quick_metrics_equal_scikit_learn(tmp_path: Path) -> None:
     assert metrics["rows"] == len(labels)
 
 
+def test_the_approximate_auc_of_training_keeps_its_bound(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(5000) < 0.3).astype(np.float32)
+    columns = {"label": labels, "score": (rng.normal(size=5000) + labels).astype(np.float32)}
+    exact, found = quick_metrics(columns), quick_metrics(columns, "approximate")
+    assert 0 < abs(found["auc"] - exact["auc"]) <= found["auc_error"] < 1e-3
+    assert found["log_loss"] == exact["log_loss"] and found["rows"] == 5000
+
+
 def test_quick_metrics_survive_large_scores_and_ties() -> None:
     labels = np.array([1, 0, 1, 0], np.float32)
     scores = np.array([800, -800, 3, 3], np.float32)
