@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> list[str]:
         ids = [*args.id, *(read_ids(args.ids) if args.ids else [])]
         if not ids:
             raise ValueError("delete: no ids: give --id or --ids FILE")
-        print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; they are gone, and so are their bytes")
+        print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; nothing of them is left")
     return []
 
 

@@ -67,7 +67,7 @@ def test_delete_takes_ids_away_for_good(
 ) -> None:
     (tmp_path / "gone.txt").write_text("b\nnobody\n\n")
     assert main(["delete", str(store.root), "--ids", str(tmp_path / "gone.txt")]) == 0
-    assert "1 of 2 ids had a vector; they are gone" in capsys.readouterr().out
+    assert "1 of 2 ids had a vector; nothing of them is left" in capsys.readouterr().out
     raw = b"".join(path.read_bytes() for path in store.root.rglob("*.bin"))
     assert raw == np.array([3, 4, 0], np.float16).tobytes()
 
