@@ -78,6 +78,7 @@ def embed_on_ranks(tmp_path: Path) -> EmbedReport:
     return embed_items(build(tmp_path), tmp_path / "two", "fp32")
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_does(tmp_path: Path) -> None:
     embed_items(build(tmp_path), tmp_path / "one", "fp32")
     stop_process()
@@ -108,6 +109,7 @@ def test_a_model_of_ids_has_nothing_to_store(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_the_command_embeds_a_run_and_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(config(tmp_path / "run"))
     stop_process()

@@ -91,6 +91,7 @@ def embed_on_ranks(run_dir: Path, store: Path) -> UserReport:
     return embed_users(load(run_dir), store, dtype="fp32")
 
 
+@pytest.mark.slow
 def test_two_ranks_in_many_commits_write_what_one_does_in_one(run_dir: Path, tmp_path: Path) -> None:
     embed_users(load(run_dir), tmp_path / "one", dtype="fp32")
     stop_process()

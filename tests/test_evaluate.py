@@ -207,6 +207,7 @@ def test_retrieval_equals_a_naive_loop(fusion: str, tmp_path: Path) -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_retrieval_is_the_same_on_two_ranks(tmp_path: Path) -> None:
     settings = config(tmp_path, objective__fusion="none")
     one = retrieval(settings)

@@ -50,6 +50,7 @@ def encode_and_differentiate(ids_by_rank: list[list[int]]) -> tuple[Tensor, Tens
     return rows.detach(), weight.grad, asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IDS)
 def test_items_are_encoded_once_and_rows_and_summed_gradients_equal_one_process(case: str) -> None:
     ids_by_rank = IDS[case]
@@ -111,6 +112,7 @@ def gather_and_differentiate(sizes: list[int], dtype: torch.dtype) -> tuple[Tens
     return gathered.detach(), x.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [([2, 3], torch.float32), ([4, 0, 1], torch.float32), ([0, 0], torch.float32), ([1, 2], torch.bfloat16)],

@@ -64,6 +64,7 @@ def assembled(ranks: list[dict[str, list[tuple[int, int, Tensor]]]], table: str)
     return full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["t0", "t1"])
 def test_tables_start_equal_under_every_plan_and_world_size(table: str) -> None:
     reference = assembled([initialised("table_wise")], table)
@@ -90,6 +91,7 @@ def test_table_entries_are_uniform_and_differ_between_rows_tables_and_seeds() ->
     assert torch.equal(assembled([initialised("table_wise", scale=0.25)], "t0"), big / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_one_and_two_ranks_start_from_the_same_model(dense: str, tmp_path: Path) -> None:
     settings = config(tmp_path, parallel__dense=dense, objective__generative_weight=1, seed=5)
@@ -170,6 +172,7 @@ def catalogue(settings: Config) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_the_catalogue_is_encoded_alike_on_one_and_two_ranks(dense: str, tmp_path: Path) -> None:
     settings = config(tmp_path, parallel__dense=dense)

@@ -174,6 +174,7 @@ def of_split(tmp_path: Path, mode: Mode, dense: str = "ddp") -> tuple[dict[Key, 
     return by_key(parts), coverage(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_exposure_of_a_split_comes_once_on_one_rank_and_on_two(
     mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -95,6 +95,7 @@ def train_ten_steps(path: Path, sharding: str) -> tuple[bool, bool, Tensor]:
     return same, not torch.equal(layer, model.module.over.weight), model.module.items(torch.arange(30)).clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["table_wise", "column_wise"])
 def test_ten_steps_on_two_ranks_leave_every_byte_of_the_table(sharding: str, tmp_path: Path) -> None:
     stored(tmp_path / "s", RAW_IDS)

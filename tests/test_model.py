@@ -86,6 +86,7 @@ def test_loss_sums_and_their_gradients_add_up_over_the_parts_of_a_batch(fusion: 
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["all", "positive"])
 def test_the_generative_loss_equals_equation_1_written_out(history: str) -> None:
     """Own items are no negatives; positives and negatives are E itself, without ID, time or projection."""

@@ -60,6 +60,7 @@ def test_the_full_model_builds_on_the_meta_device(path):
     assert not any("lm_head" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

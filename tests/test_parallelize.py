@@ -152,6 +152,7 @@ def train_and_stop(settings: Config) -> dict[str, Any]:
 # --- FSDP2 -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -346,6 +347,7 @@ def test_a_port_in_use_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch)
             start_process(timeout=5)
 
 
+@pytest.mark.slow
 def test_a_rank_whose_job_does_not_come_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -142,6 +142,7 @@ def full_page(full_run: Path) -> tuple[str, Page]:
     return report(full_run)
 
 
+@pytest.mark.slow
 def test_a_full_run_has_every_section_and_figure(full_page: tuple[str, Page]) -> None:
     text, page = full_page
     assert set(page.texts["h2"]) == SECTIONS
@@ -202,6 +203,7 @@ def test_the_tables_show_the_numbers_of_metrics_json(full_run: Path, full_page: 
     assert any("Best valid AUC 0.7100 at step 100." in text for text in page.texts["p"])
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(full_run: Path, full_page: tuple[str, Page]) -> None:
     assert report(full_run)[0] == full_page[0]
     assert not list(full_run.glob("*.tmp"))

@@ -53,6 +53,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
         assert lines(run, "end")[-1]["weights_moved"] == lines(tmp_path / "whole", "end")[0]["weights_moved"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
     options = {**RESUMABLE, "data__batch_users": 2, "parallel__dense": dense}
@@ -81,6 +82,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == first.total_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_that_died_before_its_first_checkpoint_starts_anew(resume: bool, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError):

@@ -142,6 +142,7 @@ def test_the_catalogue_is_embedded_alike_on_one_and_two_ranks(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------ runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [pytest.param("llm", marks=pytest.mark.slow), "hstu", "sasrec", "ligr"])
 def test_every_encoder_trains_and_its_loss_falls(encoder: str, tmp_path: Path) -> None:
     settings = config(
@@ -194,6 +195,7 @@ def retrieval_of(settings: Config) -> dict[str, Any]:
     return retrieve(experiment, experiment.loader("test", 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positive", [False, True])
 def test_targets_and_seen_items_are_by_option_and_two_ranks_agree(positive: bool, tmp_path: Path) -> None:
     settings = config(tmp_path, evaluation__protocol=None, objective__positive_targets_only=positive)
@@ -211,6 +213,7 @@ def test_targets_and_seen_items_are_by_option_and_two_ranks_agree(positive: bool
 # ---------------------------------------------------------------------- other encoders in the ranking model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["late", "early"])
 @pytest.mark.parametrize("encoder", ["hstu", "sasrec", "ligr"])
 def test_packed_exposures_equal_one_at_a_time_with_any_user_encoder(encoder: str, fusion: str) -> None:

@@ -73,6 +73,7 @@ def scorer_without_training(tmp_path: Path, **more: Any) -> Scorer:
     return Scorer(build_experiment(settings("early", tmp_path, **{"optim__ema": 0.0, **more}), start_process()), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(RUNS))
 def test_scores_equal_those_of_the_evaluation(kind: str) -> None:
     run, evaluated = trained(kind)

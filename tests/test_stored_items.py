@@ -81,6 +81,7 @@ def train_stored(settings: Config) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_on_two_ranks_the_table_keeps_every_byte_and_is_in_no_checkpoint(
     dense: str, first: Path, tmp_path: Path
@@ -146,6 +147,7 @@ def test_the_evaluation_job_scores_such_a_run_as_training_did(first: Path, tmp_p
     assert scores.retrieval["mrr"] == pytest.approx(trainer.metrics["mrr"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(first: Path, tmp_path: Path) -> None:
     options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__ema": 0.9}
     whole = train(second(first, tmp_path / "whole", **options))
@@ -155,6 +157,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(first: Path, tmp_path: Path) 
     assert_equal_weights(weights(resumed), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_store_of_another_model_or_without_some_items_is_refused(first: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"item_llm\.store: .*made by another model \(weights differ\).*start_from"):
         train(second(first, tmp_path / "two", start_from="null"))

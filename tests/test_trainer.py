@@ -71,6 +71,7 @@ def test_another_seed_gives_other_losses(tmp_path: Path) -> None:
     assert losses(tmp_path / "0") != losses(tmp_path / "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -121,6 +122,7 @@ def test_accumulation_over_ranks_equals_one_rank(tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fusion", "dense"),
     [
@@ -148,6 +150,7 @@ def test_a_rank_without_users_takes_part(fusion: str, dense: str, tmp_path: Path
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", ["ddp", "fsdp"])
 def test_ranks_without_items_to_encode_take_part(dense: str, tmp_path: Path) -> None:
     """Three ranks share two items."""
@@ -182,6 +185,7 @@ def test_a_cached_stage_leaves_the_item_llm_exactly_as_it_is(tmp_path: Path) -> 
             assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.slow
 def test_adam_does_not_move_the_item_llm_in_a_cached_stage_after_a_trained_one(tmp_path: Path) -> None:
     """Adam's running means are not 0 then, and its decay would shrink what has a gradient of 0."""
     whole = {"evaluation__checkpoint_every": 1, "evaluation__keep_last": 100, "evaluation__every": 100}
@@ -283,12 +287,14 @@ def test_generative_only_reports_retrieval(tmp_path: Path) -> None:
     assert all(line["loss"] == line["loss_gen"] for line in lines(tmp_path / "run", "step"))
 
 
+@pytest.mark.slow
 def test_training_learns_its_training_data(tmp_path: Path) -> None:
     train(config(tmp_path / "run", stages=[{"name": "live", "epochs": 12}], evaluation__every=12, optim__lr=0.01))
     found = losses(tmp_path / "run")
     assert sum(found[-4:]) / 4 < 0.75 * sum(found[:4]) / 4
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", optim__table_lr=1e30)
     with pytest.raises(FloatingPointError, match=r"step \d: the loss is nan: lower optim.lr or optim.table_lr"):
@@ -298,6 +304,7 @@ def test_a_loss_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
         run_ranks(on_rank, 2, two)
 
 
+@pytest.mark.slow
 def test_collapsed_items_stop_every_rank(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", objective__collapse_above=1e-9, objective__generative_weight=1)
     with pytest.raises(FloatingPointError, match="item embeddings have collapsed: .* lower optim.item_llm_lr"):
@@ -359,6 +366,7 @@ def test_the_average_is_evaluated_and_the_weights_come_back(tmp_path: Path) -> N
     assert averaged.evaluate()["log_loss"] == pytest.approx(plain.metrics["log_loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_disturb_training(tmp_path: Path) -> None:
     options = {"objective__head_dropout": 0.3, "stages": MIXED}
     train(config(tmp_path / "rarely", **options))

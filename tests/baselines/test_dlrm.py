@@ -198,6 +198,7 @@ def one_step(root: str, config: DLRMConfig) -> dict[str, Any]:
     return trainer.score("test")
 
 
+@pytest.mark.slow
 def test_a_step_on_two_ranks_is_the_step_of_one_on_both_shares() -> None:
     config = dataclasses.replace(SMALL, lr=0.05, table_lr=0.5, clip_norm=0.5)
     root = str(fixtures.dataset().root)

@@ -58,6 +58,7 @@ def metrics_of(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_baselines_on_the_same_exposures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = [str(baselines() / name) for name in ("item_mean", "running_bias")]
     assert main(["--run", str(run), "--compare", *others, "--draws", "50"]) == 0
@@ -123,6 +124,7 @@ def test_exposures_of_the_training_part_are_found(run: Path) -> None:
     assert found.seen == found.exposures > 0 and metrics_of(run, "metrics-train.json")["overlap"] is None
 
 
+@pytest.mark.slow
 def test_the_gate_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--run-dir", str(run), "--draws", "0", "--no-tensorboard"]
     assert main(quick) == 0
@@ -147,6 +149,7 @@ def test_predictions_alone_are_compared(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "both" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_new_predictions_replace_those_of_more_ranks(run: Path) -> None:
     assert main(["--run", str(run), "--draws", "5"]) == 0
     (part,) = parts(run)

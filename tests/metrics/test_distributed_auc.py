@@ -88,6 +88,7 @@ def two_ranks() -> list[dict]:
     return run_ranks(measure, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one(two_ranks: list[dict], case: str, part: str) -> None:

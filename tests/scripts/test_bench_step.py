@@ -57,6 +57,7 @@ def assert_same_gradients(model: nn.Module, optimizer: AdamW, other: nn.Module, 
         torch.testing.assert_close(*means, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", [True, False])
 def test_the_plain_counterpart_has_our_loss_and_gradients(compare: Any, repeats: bool) -> None:
     made = compare(bench_step.Row(19, 5, repeats))
