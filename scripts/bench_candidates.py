@@ -19,6 +19,7 @@ widths the linear layers, which packed computes once as well, weigh more: `width
 
 import argparse
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,7 +50,7 @@ MANY = 5_000_000
 """Square of the rows (what packed costs) from which on two repeats must do."""
 
 
-class Side:
+class Side(ABC):
     """A user encoder, and the two ways to score candidates without a cache."""
 
     def __init__(self, width: int, longest: int) -> None:
@@ -63,17 +64,17 @@ class Side:
         x = torch.randn(history + candidates, self.width, generator=generator)
         return x[:history], times[:-1], x[history:], int(times[-1])
 
+    @abstractmethod
     def flops(self, tokens: int, keys: int) -> float:
         """Operations of `tokens` rows that see `keys` keys all together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def each(self, x: Tensor, times: Tensor, candidate: Tensor, time: int) -> Tensor:
         """[1, D] of one candidate, by a pass of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed(self, x: Tensor, times: Tensor, candidates: Tensor, time: int) -> Tensor:
         """[m, D] of all candidates, behind a dense mask."""
-        raise NotImplementedError
 
 
 class LlamaSide(Side):

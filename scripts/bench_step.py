@@ -220,6 +220,7 @@ class Comparison:
         self.row = row
         shape = SMALL if options.tiny else LLAMA
         config = config_of(row, str(options.dataset), str(options.tokenizer), shape, precision, output)
+        config = replace(config, parallel=replace(config.parallel, compile=options.compile))
         self.trainer = Trainer(config, torch.device("cpu"))
         encoder = self.trainer.experiment.encoder
         assert encoder is not None
@@ -324,6 +325,10 @@ def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) 
         big = row.users * row.history > 400
         repeats = 1 if options.tiny else 3 if options.quick or big else 5
         times = alternate(comparison.sides(), repeats)
+        if options.profile:
+            with torch.profiler.profile() as profiled:
+                comparison.sides()["ours"]()
+            say(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
     comparison.check_losses(1e-4 if precision == "fp32" else 2e-2)
     seconds = medians(times)
     flops = comparison.flops()
@@ -358,6 +363,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--tokenizer", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct", help="of SmolLM2"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile our LLM layers (parallel.compile)")
+    parser.add_argument("--profile", action="store_true", help="also say what a step of ours spends its time on")
     options = parser.parse_args(argv)
     start_process()
     Dataset.open(options.dataset)  # fails early and says what to do
