@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from hllm_torchrec.modules.attention import AttentionPlan
 from hllm_torchrec.modules.encoder_shapes import LiGRShape
-from hllm_torchrec.modules.self_attention import PackedSelfAttention, attention_flops, initialise, plan_rows
-from hllm_torchrec.modules.user_encoder import PackedRows, UserEncoder, dense_flops
+from hllm_torchrec.modules.self_attention import PackedSelfAttention, SoftmaxEncoder, initialise
 
 
 class SwiGLU(nn.Module):
@@ -53,7 +52,7 @@ class LiGRLayer(nn.Module):
         return x_SD + self.forward_gate(x_SD).sigmoid() * self.dropout(self.feed_forward(self.forward_norm(x_SD)))
 
 
-class LiGR(UserEncoder):
+class LiGR(SoftmaxEncoder):
     """A stack of LiGR layers and a last norm: see `UserEncoder.forward`.
 
     Args:
@@ -69,15 +68,3 @@ class LiGR(UserEncoder):
         self.layers = nn.ModuleList(LiGRLayer(shape) for _ in range(shape.layers))
         self.final_norm = nn.LayerNorm(shape.width)
         initialise(self)
-
-    def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
-        """All layers and the last norm: [S, D] -> [S, D]."""
-        plan = plan_rows(rows)
-        for layer in self.layers:
-            x_SD = self.run_layer(layer, x_SD, plan)
-        output: Tensor = self.final_norm(x_SD)
-        return output
-
-    def flops(self, tokens: int, keys: int) -> float:
-        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
-        return tokens * dense_flops([self.layers]) + attention_flops(self.width, len(self.layers), keys)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from hllm_torchrec.modules.attention import AttentionPlan
 from hllm_torchrec.modules.encoder_shapes import SASRecShape
-from hllm_torchrec.modules.self_attention import PackedSelfAttention, attention_flops, initialise, plan_rows
-from hllm_torchrec.modules.user_encoder import PackedRows, UserEncoder, dense_flops
+from hllm_torchrec.modules.self_attention import PackedSelfAttention, SoftmaxEncoder, initialise
 
 NORMS = ("public", "pre", "post")
 NORM_EPS = 1e-8
@@ -60,7 +59,7 @@ class SASRecBlock(nn.Module):
         return output
 
 
-class SASRec(UserEncoder):
+class SASRec(SoftmaxEncoder):
     """A stack of SASRec blocks: see `UserEncoder.forward`.
 
     Args:
@@ -78,15 +77,3 @@ class SASRec(UserEncoder):
         self.layers = nn.ModuleList(SASRecBlock(shape) for _ in range(shape.layers))
         self.final_norm = nn.Identity() if shape.norm == "post" else nn.LayerNorm(shape.width, NORM_EPS)
         initialise(self)
-
-    def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
-        """All blocks and the last norm: [S, D] -> [S, D]."""
-        plan = plan_rows(rows)
-        for layer in self.layers:
-            x_SD = self.run_layer(layer, x_SD, plan)
-        output: Tensor = self.final_norm(x_SD)
-        return output
-
-    def flops(self, tokens: int, keys: int) -> float:
-        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
-        return tokens * dense_flops([self.layers]) + attention_flops(self.width, len(self.layers), keys)

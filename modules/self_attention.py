@@ -6,7 +6,7 @@ Legend: S packed rows, D width, H heads.
 from torch import Tensor, nn
 
 from hllm_torchrec.modules.attention import AttentionPlan, packed_attention, plan_attention
-from hllm_torchrec.modules.user_encoder import PackedRows
+from hllm_torchrec.modules.user_encoder import PackedRows, UserEncoder, dense_flops
 
 
 def plan_rows(rows: PackedRows) -> AttentionPlan:
@@ -48,6 +48,25 @@ class PackedSelfAttention(nn.Module):
         return x_SD.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
 
 
+class SoftmaxEncoder(UserEncoder):
+    """A stack of `layers`, each called with (rows, plan), and a `final_norm`; subclasses make both."""
+
+    final_norm: nn.Module
+
+    def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
+        """All layers and the last norm: [S, D] -> [S, D]."""
+        plan = plan_rows(rows)
+        for layer in self.layers:
+            x_SD = self.run_layer(layer, x_SD, plan)
+        output: Tensor = self.final_norm(x_SD)
+        return output
+
+    def flops(self, tokens: int, keys: int) -> float:
+        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
+        attention = 4.0 * self.width * len(self.layers) * keys  # scores and weighted sums
+        return tokens * dense_flops([self.layers]) + attention
+
+
 def initialise(module: nn.Module) -> None:
     """Matrices of linear layers Xavier normal, their biases 0 (the public SASRec's choice)."""
     for part in module.modules():
@@ -55,8 +74,3 @@ def initialise(module: nn.Module) -> None:
             nn.init.xavier_normal_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-
-
-def attention_flops(width: int, layers: int, keys: int) -> float:
-    """Operations of scores and weighted sums over `keys` keys all together in each of `layers` layers."""
-    return 4.0 * width * layers * keys

@@ -7,6 +7,7 @@ no one sees a query.
 Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width, H heads.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def pack_rows(
     )
 
 
-class UserEncoder(nn.Module):
+class UserEncoder(nn.Module, ABC):
     """Base of HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
 
     Args:
@@ -133,13 +134,13 @@ class UserEncoder(nn.Module):
         hidden = self.encode(self._prepare(inputs, rows), rows)
         return hidden[:total], hidden[total:]
 
+    @abstractmethod
     def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
         """All layers: [S, D] -> [S, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, tokens: int, keys: int) -> float:
         """Operations of a forward pass over `tokens` rows that see `keys` keys all together, 2 per product."""
-        raise NotImplementedError
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """The layer's output; kept activations are traded for time where `recompute` is set."""
