@@ -30,7 +30,7 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def compare(shop: list[str], tmp_path: Path) -> Iterator[Any]:
     """Makes a `Comparison` of a row, with weights large enough to matter."""
-    options = argparse.Namespace(tiny=True, dataset=shop[1], tokenizer=shop[3])
+    options = argparse.Namespace(tiny=True, compile=False, dataset=shop[1], tokenizer=shop[3])
     start_process()
 
     def make(row: Any) -> Any:
