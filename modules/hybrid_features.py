@@ -98,8 +98,7 @@ class HybridFeatures(nn.Module):
         """
         slots = features.stride()
         zeros = torch.zeros(slots, self.width, device=features.device())
-        if slots == 0:  # TorchRec cannot read bags without a slot, but every rank must take part in its exchange
-            features = _one_empty_slot(features)
+        features = with_a_slot(features)
         pooled = {} if self.tables is None else self.tables(features).to_dict()
         pooled = {name: rows[:slots] for name, rows in pooled.items()}
         described = _sum([pooled[name] for name in self.of_items] + ([] if items is None else [items]), zeros)
@@ -116,8 +115,13 @@ class HybridFeatures(nn.Module):
         return _sum(terms, zeros)
 
 
-def _one_empty_slot(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The keys of `features`, which has no slots, with one empty bag each."""
+def with_a_slot(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """`features` themselves, or where they have no slots, the same keys with one empty bag each.
+
+    TorchRec cannot read bags without a slot, but every rank must take part in its exchange.
+    """
+    if features.stride():
+        return features
     keys = features.keys()
     lengths = torch.zeros(len(keys), dtype=torch.int64, device=features.device())
     return KeyedJaggedTensor(keys=keys, values=features.values(), lengths=lengths, stride=1)

@@ -11,9 +11,11 @@ one [ITEM] per item that has one, D width.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -25,6 +27,9 @@ from hllm_torchrec.modules.last_rows import ReadRows, can_read_rows, let_read_ro
 from hllm_torchrec.modules.text_attention import TextLayout, TextPlan
 
 Pooling = Literal["item", "mean"]
+
+ITEM_TOKEN_FILE = "item_token.safetensors"
+"""Beside a backbone's weights: the [ITEM] vector that was trained with them, `item_token` [D]."""
 
 
 class ItemLLM(nn.Module):
@@ -150,6 +155,12 @@ class _Packing:
         starts[order] = ends - rows[order]
         place = torch.arange(sum(sizes), device=rows.device) - starts[item_of_row]
         return _Packing(layout, order, item_of_row, place, prefix + starts + rows - 1)
+
+
+def trained_item_token(pretrained: str | None) -> Tensor | None:
+    """The [ITEM] vector [D] that an exported or imported Item LLM brings along; None: it brings none."""
+    path = Path(pretrained or "") / ITEM_TOKEN_FILE
+    return load_file(str(path))["item_token"].float() if pretrained is not None and path.is_file() else None
 
 
 def build_backbone(

@@ -6,13 +6,16 @@ Trains the last stage of a configuration (quickstart: cached items, so that the 
 for some steps and adds up, on every rank, the seconds until the loader's thread hands over a batch, and those of the
 forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one another. Shares are of the
 steps' seconds, means over ranks: what overlapping them with compute could save at most (the tables' share holds their
-lookups too; `--nproc_per_node 1` measures those alone).
+lookups too; `--nproc_per_node 1` measures those alone). Then blocks of steps with and without
+`parallel.overlap_tables` take turns: `overlap` is the median step without / with it.
 """
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,9 +23,13 @@ import torch.distributed as dist
 from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, report
 
 from hllm_torchrec.config import Config, config_from_file
+from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.trainer import Trainer
+
+BLOCK = 10
+"""Steps in a row with, or without, overlap."""
 
 
 class Stopwatch:
@@ -42,14 +49,14 @@ class Stopwatch:
 
 
 def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
-    """Mean seconds over ranks, of all counted steps together: step, batch, table_forward."""
+    """Mean seconds over ranks, of all counted steps together: step, batch, table_forward; and the ratio overlap."""
     trainer = Trainer(config, start_process())
     leg = trainer.legs[0]
     if leg.stage.item_embeddings == "cached":
         trainer.hllm.item_cache = trainer.experiment.encode_catalogue()
     tables = trainer.hllm.features.tables
     assert tables is not None, "a model without tables exchanges no rows"
-    watch, batches = Stopwatch(tables), trainer._micro_batches(leg)
+    watch, batches = Stopwatch(tables), all_batches(trainer)
     spent = torch.zeros(3, dtype=torch.float64)
     for number in range(skipped + steps):
         watch.seconds, begun = 0.0, time.perf_counter()
@@ -58,9 +65,31 @@ def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
         trainer.train_step(batch)
         if number >= skipped:
             spent += torch.tensor([time.perf_counter() - begun, ready - begun, watch.seconds], dtype=torch.float64)
-    batches.close()
     mean = (global_sum(spent) / dist.get_world_size()).tolist()
-    return dict(zip(("step", "batch", "table_forward"), mean, strict=True))
+    found = dict(zip(("step", "batch", "table_forward"), mean, strict=True))
+    return found | {"overlap": overlap_ratio(trainer, batches, steps)}
+
+
+def all_batches(trainer: Trainer) -> Iterator[list[HybridBatch]]:
+    """The batches of all epochs, one after the other."""
+    for leg in trainer.legs:
+        yield from trainer._micro_batches(leg)
+
+
+def overlap_ratio(trainer: Trainer, batches: Iterator[list[HybridBatch]], steps: int) -> float:
+    """Median seconds of a step without the ids exchanged ahead / with; blocks of ten steps take turns."""
+    assert trainer.ahead is not None
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    coming = next(batches)
+    for number in range(2 * steps):
+        ahead = number // min(BLOCK, steps) % 2 == 1
+        now, coming = coming, next(batches)
+        begun = time.perf_counter()
+        trainer.train_step(now, coming if ahead else None)
+        seconds[ahead].append(time.perf_counter() - begun)
+    trainer.ahead.finish()
+    mean = global_sum(torch.tensor([median(seconds[False]), median(seconds[True])], dtype=torch.float64))
+    return float(mean[0] / mean[1])
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
@@ -71,7 +100,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     config = config_from_file(options.config)
     steps = 2 if options.tiny else 40 if options.quick else 200
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, output=folder, stages=config.stages[-1:], max_steps=0, resume=False)
+        last = replace(config.stages[-1], epochs=1000)  # batches enough for any number of steps
+        config = replace(config, output=folder, stages=(last,), max_steps=0, resume=False)
+        config = replace(config, parallel=replace(config.parallel, overlap_tables=True))
         found = run(config, steps, skipped=0 if options.tiny else 10)
     world, rank = dist.get_world_size(), dist.get_rank()
     stop_process()
@@ -82,7 +113,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         "waiting",
         options,
         {
-            "ratios": {f"{name}_share_of_step": share for name, share in shares.items()},
+            "ratios": {f"{name}_share_of_step": share for name, share in shares.items()}
+            | {"overlap": found["overlap"]},
             "shapes": {"ranks": world, "steps": steps, "config": options.config.name},
             "seconds": found,
             "matmul_peak": matmul_peak(seconds=0.2),

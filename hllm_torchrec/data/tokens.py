@@ -24,7 +24,7 @@ from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import hash_file, hash_parts
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "sentencepiece.bpe.model",
@@ -36,6 +36,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+"""Files of a Hugging Face directory that make up its tokeniser."""
 _FORMAT = "1"
 _BATCH = 4_096
 
@@ -161,7 +162,7 @@ def build_token_store(
     if max_text_length < 1:
         raise ValueError(f"max_text_length={max_text_length} must be at least 1")
     root = Path(tokenizer_dir)
-    files = [root / name for name in _TOKENIZER_FILES if (root / name).is_file()]
+    files = [root / name for name in TOKENIZER_FILES if (root / name).is_file()]
     if not files:
         raise ValueError(f"{root} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory")
     dataset.text(keys)  # an unknown key fails before anything is read or written

@@ -16,9 +16,10 @@ def test_bench_waiting_ends_with_its_json(tmp_path: Path, capsys: pytest.Capture
     out = tmp_path / "waiting.json"
     bench_module("bench_waiting").main(["--tiny", "--config", str(tmp_path / "tiny.yaml"), "--out", str(out)])
     result = tiny_result("waiting", out, capsys.readouterr().out)
-    assert result["ratios"].keys() == {"batch_share_of_step", "table_forward_share_of_step"}
-    assert all(0 <= share < 1 for share in result["ratios"].values())
-    assert sum(result["ratios"].values()) < 1 and result["shapes"]["steps"] == 2
+    shares = [result["ratios"][f"{name}_share_of_step"] for name in ("batch", "table_forward")]
+    assert all(0 <= share < 1 for share in shares) and sum(shares) < 1
+    assert result["ratios"].keys() == {"batch_share_of_step", "table_forward_share_of_step", "overlap"}
+    assert result["ratios"]["overlap"] > 0 and result["shapes"]["steps"] == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,49 @@
+"""`hllm export-hf`: a run's LLMs as Hugging Face directories, everything else as safetensors, with a model card.
+
+hllm export-hf --run runs/quickstart --output models/quickstart
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(
+        prog="hllm export-hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory of hllm train")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
+    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_job(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and say what was written.
+
+    Raises:
+        ValueError: no such run or checkpoint, or the output is there already.
+    """
+    from hllm_torchrec.export import export_run
+    from hllm_torchrec.parallelize import start_process, stop_process
+
+    device = start_process()
+    try:
+        export_run(args.run, args.checkpoint, args.output, device)
+    finally:
+        stop_process()
+    print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

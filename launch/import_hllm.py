@@ -1,0 +1,79 @@
+"""`hllm import-hllm`: the published HLLM weights as models of this library.
+
+    hllm import-hllm --checkpoint pytorch_model.bin --item-llm TinyLlama --user-llm TinyLlama --output models/hllm-1b
+    hllm import-hllm ... --output runs/hllm-1b --dataset data/pixel200k      # ... and as a run, evaluated
+
+The output has item_llm/ and user_llm/ (Hugging Face directories) and a config.yaml to train on with. With a prepared
+dataset it is a run besides, with one checkpoint of no steps: `hllm evaluate`, `embed` and `recommend` take it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(
+        prog="hllm import-hllm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="pytorch_model.bin")
+    base_help = "Hugging Face directory of the {} LLM that training began with: its config{}"
+    parser.add_argument(
+        "--item-llm", type=Path, required=True, metavar="DIR", help=base_help.format("Item", " and tokeniser")
+    )
+    parser.add_argument("--user-llm", type=Path, required=True, metavar="DIR", help=base_help.format("User", ""))
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
+    parser.add_argument("--dataset", type=Path, metavar="DIR", help="prepared dataset: makes the output a run, too")
+    parser.add_argument("--prompt", help="in front of every text (default: the published one)")
+    parser.add_argument("--text-keys", nargs="+", metavar="COLUMN", help="default: title tag description")
+    parser.add_argument("--max-text-length", type=int, metavar="N", help="tokens of a text (default: 256)")
+    parser.add_argument("--max-history", type=int, metavar="N", help="events of a history (default: 50)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_job(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert the weights, and make a run of them where there is a dataset.
+
+    Raises:
+        ValueError: see `public_weights.import_public` and `Trainer`.
+    """
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.public_weights import TextOptions, import_public
+
+    given = {name: getattr(args, name) for name in ("prompt", "max_text_length", "max_history")}
+    given["text_keys"] = tuple(args.text_keys) if args.text_keys else None
+    text = TextOptions(**{name: value for name, value in given.items() if value is not None})
+    if args.dataset is not None:
+        Dataset.open(args.dataset).text(text.text_keys)  # a mistake shows before gigabytes are written
+    import_public(args.checkpoint, args.item_llm, args.user_llm, args.output, text, str(args.dataset or "data/hllm"))
+    print(f"{args.output}: item_llm, user_llm and config.yaml are written")
+    if args.dataset is not None:
+        _make_run(args.output)
+
+
+def _make_run(output: Path) -> None:
+    from hllm_torchrec.config import config_from_file
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.trainer import Trainer
+
+    device = start_process()
+    try:
+        found = Trainer(config_from_file(output / "config.yaml"), device).save_untrained()
+    finally:
+        stop_process()
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if "@" in name)
+    print(f"{output}: is a run now; on its validation part {shown}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

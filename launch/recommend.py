@@ -1,0 +1,77 @@
+"""`hllm recommend`: a user's history and what a run recommends, with titles.
+
+hllm recommend --run runs/quickstart --user 196 --top 20
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+if TYPE_CHECKING:
+    from hllm_torchrec.recommend import Item, Recommendations
+
+WIDTH = 80
+"""Characters of a text that are shown."""
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(
+        prog="hllm recommend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory of hllm train")
+    parser.add_argument("--user", required=True, metavar="ID", help="raw user id, as in the source")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="items to print (default: 10)")
+    parser.add_argument("--history", type=int, default=10, metavar="N", help="latest events to print (default: 10)")
+    parser.add_argument("--time", type=int, metavar="SECOND", help="second (UTC) of the request (default: now)")
+    parser.add_argument("--seen-too", action="store_true", help="items of the history may come again")
+    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_job(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Recommend and print.
+
+    Raises:
+        ValueError: no such run, checkpoint or user.
+    """
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.recommend import recommend
+
+    device = start_process()
+    try:
+        found = recommend(
+            args.run, args.user, args.top, device, which=args.checkpoint, time=args.time, seen_too=args.seen_too
+        )
+    finally:
+        stop_process()
+    print(as_text(args.user, found, args.history))
+
+
+def as_text(user: str, found: "Recommendations", history: int) -> str:
+    """Both lists, a line for each item."""
+    latest = found.history[-history:] if history else []
+    lines = [f"user {user}, {len(found.history)} events, the latest {len(latest)}:"]
+    lines += [f"     {_line(item)}" for item in latest]
+    lines.append(f"recommended, with {found.scored_by}:")
+    lines += [f"{place:>4} {item.score:.3f}  {_line(item)}" for place, item in enumerate(found.items, 1)]
+    return "\n".join(lines)
+
+
+def _line(item: "Item") -> str:
+    text = " ".join(item.text.split())
+    return f"{item.raw_id:<8} {text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
