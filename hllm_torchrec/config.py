@@ -1,28 +1,16 @@
 """Configuration: frozen, typed dataclasses; one YAML per experiment; dotted overrides on the command line.
 
-jsonargparse turns the dataclasses into `--model.user.layers 2` style options, reads the YAML and prints the
-resolved file (`--print_config`); it was chosen because the dataclasses stay plain, without a second schema.
-What it does not do is in `config_keys` (unknown keys, with the nearest right name, and wrong types are all
-reported together) and in `config_rules` (the ranges of numbers and the rules that span fields).
+How a file and options become one is in `config_files`; the ranges of numbers and the rules that span fields are in
+`config_rules`.
 """
 
-import dataclasses
-import functools
-from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-
-from hllm_torchrec.config_keys import file_problems, option_problems, split_arguments
+from hllm_torchrec.config_files import as_yaml, load_as
 from hllm_torchrec.config_rules import problems_of
 from hllm_torchrec.errors import ConfigError
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -324,79 +312,10 @@ def load_config(arguments: list[str]) -> Config:
     return load_as(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
 
 
-def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:
-    """`load_config` for any dataclass of such fields; `prog` and `description` show in `--help`.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    given = list(split_arguments(arguments))
-    problems = [problem for name, text in given if name == "config" for problem in file_problems(text, cls)]
-    problems += option_problems(dict(given), cls, others=("config", "print_config", "help"))
-    if problems:
-        raise ConfigError(problems)
-    kind: type = cls
-    try:
-        # jsonargparse's own --print_config cannot print dataclasses in a list
-        to_parse = [argument for argument in arguments if argument != "--print_config"]
-        parsed = _parser(kind, prog, description).parse_args(to_parse)
-    except ArgumentError as error:
-        raise ConfigError([" ".join(str(error).split())]) from None
-    if "--print_config" in arguments:
-        print(_as_yaml(parsed), end="")
-        raise SystemExit(0)
-    built: T = _build(kind, parsed)
-    return built
-
-
-@functools.cache
-def _parser(cls: type, prog: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_class_arguments(cls, nested_key=None, fail_untyped=True)
-    return parser
-
-
-def _build(cls: type, value: Any) -> Any:
-    """Namespace or dict -> dataclass, recursively."""
-    if dataclasses.is_dataclass(value):
-        return value
-    data = vars(value) if isinstance(value, Namespace) else dict(value)
-    kinds = {f.name: f for f in dataclasses.fields(cls)}
-    built = {}
-    for name, entry in data.items():
-        if name not in kinds:
-            continue
-        kind = kinds[name].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            entry = _build(kind, entry)
-        elif name == "stages":
-            entry = tuple(_build(StageConfig, stage) for stage in entry)
-        elif isinstance(entry, list):
-            entry = tuple(entry)
-        elif isinstance(entry, Namespace):
-            entry = vars(entry)
-        built[name] = entry
-    return cls(**built)
-
-
-def to_dict(config: Any) -> Any:
-    """The configuration as plain dicts and lists (JSON and YAML); also one that is parsed but not yet built."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, Namespace):
-        return {name: to_dict(value) for name, value in vars(config).items() if name != "config"}
-    return [to_dict(entry) for entry in config] if isinstance(config, tuple | list) else config
-
-
-def _as_yaml(config: Any) -> str:
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
-
-
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_as_yaml(config))
+    path.write_text(as_yaml(config))
 
 
 def config_from_file(path: Path) -> Config:

@@ -19,7 +19,8 @@ from hllm_torchrec.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from hllm_torchrec.config import Config, StageConfig, save_config, to_dict
+from hllm_torchrec.config import Config, StageConfig, save_config
+from hllm_torchrec.config_files import to_dict
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.errors import ConfigError

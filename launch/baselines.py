@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hllm_torchrec import configs
 from hllm_torchrec.baselines.config import BaselinesConfig
-from hllm_torchrec.config import load_as
+from hllm_torchrec.config_files import load_as
 from hllm_torchrec.launch.command import CommandParser, run_job
 
 NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.config import load_as
+from hllm_torchrec.config_files import load_as
 from hllm_torchrec.launch.command import CommandParser, run_job
 
 

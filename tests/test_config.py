@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hllm_torchrec.config import Config, config_from_file, load_config, save_config, to_dict
+from hllm_torchrec.config import Config, config_from_file, load_config, save_config
+from hllm_torchrec.config_files import to_dict
 from hllm_torchrec.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -13,7 +13,7 @@ from hllm_torchrec.baselines.bias import run_bias
 from hllm_torchrec.baselines.config import BaselinesConfig
 from hllm_torchrec.baselines.dlrm import run_dlrm
 from hllm_torchrec.baselines.gaussian import run_gaussian
-from hllm_torchrec.config import to_dict
+from hllm_torchrec.config_files import to_dict
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.evaluate import save_predictions
 
