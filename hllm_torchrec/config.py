@@ -26,6 +26,11 @@ class DataConfig:
     which an exposure sees between max_history / 2 and max_history events (all, where there are fewer)."""
     batch_users: int = 8
     """User pieces per rank and step."""
+    stochastic_length: float = 0.0
+    """alpha of Stochastic Length (HSTU; 1.6 to 1.9 there): in training, a history longer than max_history^(alpha / 2)
+    is mostly read as a subsample of that length. 0: off. Every exposure and generative target stays."""
+    stochastic_choice: Literal["recent", "uniform"] = "recent"
+    """Events of such a subsample: drawn with weights that fall with age, or all alike."""
     batch_item_tokens: int = 0
     """Above 0: a rank's training step has users whose events have at most this many text tokens together, instead of
     batch_users of them; steps then cost alike. A stage's own batch_users goes before it."""

@@ -82,6 +82,7 @@ def problems_of(config: "Config") -> list[str]:
     return [
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
+        *_length_problems(config),
         *_store_problems(config),
         *_backbone_problems(config),
         *_encoder_problems(config),
@@ -108,6 +109,12 @@ def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
         yield "stages: empty: give at least one, e.g. [{name: end to end, epochs: 1}]"
     for number, stage in enumerate(stages):
         yield from out_of_bounds(stage, STAGE_BOUNDS, f"stages[{number}].")
+
+
+def _length_problems(config: "Config") -> Iterator[str]:
+    alpha = config.data.stochastic_length
+    if alpha != 0 and not 1 < alpha <= 2:
+        yield f"data.stochastic_length: {alpha}: must be 0 (off), or above 1 and at most 2; the paper has 1.6 to 1.9"
 
 
 def takes_stored_items(config: "Config") -> bool:

@@ -24,6 +24,7 @@ from hllm_torchrec.data.collate import BatchRecipe, Collator, check_recipe
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.factors import item_vectors
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import raw_model
@@ -81,13 +82,17 @@ class Experiment:
         """
         whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
         costs = self.encoder.tokens.lengths + 1 if batch_item_tokens and self.encoder is not None else None
-        collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors)
+        data, longest = self.config.data, max_history or self.config.data.max_history
+        shortening = None
+        if training and data.stochastic_length:
+            shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
+        collator = Collator(self.dataset, self.recipe, self.config.seed, training, self.item_vectors, shortening)
         return Loader(
             self.dataset,
             "valid" if whole else split,
             collator,
             batch_users=batch_users,
-            max_history=max_history or self.config.data.max_history,
+            max_history=longest,
             rank=dist.get_rank(),
             world=dist.get_world_size(),
             seed=self.config.seed,

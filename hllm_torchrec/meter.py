@@ -25,7 +25,8 @@ PEAK_SHAPES = {
 
 
 class StepMeter:
-    """Seconds, rates and model FLOPs utilisation of each step, over all ranks.
+    """Seconds, rates and model FLOPs utilisation of each step, over all ranks; with Stochastic Length also
+    `history_kept`, the share of history tokens that were read.
 
     Model FLOPs are the matrix products of the two transformers for the tokens there really are (padding and
     recomputation do not count), 3 times the forward pass where weights are trained.
@@ -62,10 +63,13 @@ class StepMeter:
         else:
             flops += backbone_flops(user.backbone, user_tokens, user_keys) * user_passes(self.model)
         exposures = sum(batch.num_exposures for batch in batches)
-        local = torch.tensor([exposures, encoded.tokens, user_tokens, flops], dtype=torch.float64)
-        exposures_all, items_all, users_all, flops_all = global_sum(local).tolist()
+        read = sum(batch.item_ids.numel() for batch in batches)
+        whole = sum(batch.whole_history[0].numel() for batch in batches)
+        local = torch.tensor([exposures, encoded.tokens, user_tokens, flops, read, whole], dtype=torch.float64)
+        exposures_all, items_all, users_all, flops_all, read_all, whole_all = global_sum(local).tolist()
         self.restart()
-        return {
+        shortens = any(batch.own_items is not None for batch in batches)
+        return ({"history_kept": read_all / max(whole_all, 1.0)} if shortens else {}) | {
             "seconds": seconds,
             "samples_per_second": exposures_all / seconds,
             "item_tokens_per_second": items_all / seconds,

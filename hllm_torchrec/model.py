@@ -268,6 +268,7 @@ class HLLM(nn.Module):
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time; own items are no negatives."""
         sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
+        own_items, own_offsets = batch.whole_history
         return self.generative_loss(
             self.project_next(h_TD[batch.next_rows]),
             items[batch.next_index],
@@ -275,7 +276,7 @@ class HLLM(nn.Module):
             self.logit_scale(),
             target_ids=batch.next_items,
             negative_ids=batch.negative_items,
-            exclude=Exclusion(batch.item_ids, batch.seq_offsets, sequences[batch.next_rows]),
+            exclude=Exclusion(own_items, own_offsets, sequences[batch.next_rows]),
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
