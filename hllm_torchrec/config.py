@@ -115,6 +115,10 @@ class UserEncoderConfig:
     """False freezes it (the paper's Table 4)."""
     dropout: float = 0.0
     """Of the inputs, a probability."""
+    actions: Literal["summed", "interleaved"] = "summed"
+    """How the history tells what was done with an item (features.action). summed: the action is added to the event;
+    interleaved: an event is two tokens, its item and then its action (HSTU's sequence), for twice the length. Windows,
+    prefixes and tables of positions then count tokens."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,16 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
 
 def _encoder_problems(config: "Config") -> Iterator[str]:
     """What of `user` does not fit an encoder that is no Hugging Face decoder."""
-    user = config.user
+    user, tokens = config.user, 1
+    if user.actions == "interleaved":
+        tokens = 2
+        if not config.features.action:
+            yield "user.actions: 'interleaved' while features.action is false: there are no actions; set it true"
+        if config.features.action_gate:
+            yield (
+                "user.actions: 'interleaved' with features.action_gate: an item's token comes before its action and "
+                "cannot be scaled by it; set the gate to false, or write summed"
+            )
     if user.encoder == "llm":
         return
     for name in ("pretrained", "layers"):
@@ -169,11 +178,11 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     shape = kind(**(user.shape or {}))
     bounds = {name: bound for name, bound in SHAPE_BOUNDS.items() if hasattr(shape, name)}
     yield from out_of_bounds(shape, bounds, "user.shape.")
-    longest = max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
+    longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
     if shape.max_positions < longest and user.encoder != "hstu":
         yield (
             f"user.shape.max_positions: {shape.max_positions}: must be at least the longest history, {longest} "
-            "(data.max_history or a stage's)"
+            f"(data.max_history or a stage's{', in tokens' if tokens > 1 else ''})"
         )
     if user.encoder != "hstu" and shape.count_from == "end" and config.objective.fusion != "none":
         yield (

@@ -188,6 +188,7 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
         user_features=config.data.user_features,
         numeric_features=config.data.numeric_features,
         id_dropout=config.data.id_dropout,
+        interleaved=config.user.actions == "interleaved",
     )
 
 

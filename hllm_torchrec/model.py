@@ -111,6 +111,7 @@ class HLLM(nn.Module):
             self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
             self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
             self.logit_scale = LogitScale(objective.temperature)
+        self.interleaved = config.user.actions == "interleaved"
         self.takes_stored_items = takes_stored_items(config)
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
@@ -221,6 +222,8 @@ class HLLM(nn.Module):
         if projected is None:
             return None
         parts = [projected[batch.history_index]]
+        if self.interleaved:  # every other token is an action's, which bears no item
+            parts[0] = parts[0] * (torch.arange(len(parts[0]), device=projected.device) % 2 == 0)[:, None]
         targets = projected[batch.target_index]
         if self.fusion == "early":
             parts.append(targets[batch.query_target])

@@ -80,11 +80,20 @@ HIDDEN = (own, same_second, same_second_is_no_exposure, later, later_times, noth
 
 @pytest.mark.parametrize("change", HIDDEN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("fusion", "history"), [("late", "all"), ("early", "all"), ("early", "positive")])
+@pytest.mark.parametrize(
+    ("fusion", "history", "actions"),
+    [
+        ("late", "all", "summed"),
+        ("early", "all", "summed"),
+        ("early", "positive", "summed"),
+        ("early", "all", "interleaved"),
+    ],
+)
 def test_a_logit_does_not_depend_on_its_own_label_its_second_or_what_comes_later(
-    fusion: str, history: str, training: bool, change: Callable[[Piece, int], Piece]
+    fusion: str, history: str, actions: str, training: bool, change: Callable[[Piece, int], Piece]
 ) -> None:
-    cfg = config(fusion, data={"history": history})
+    gate = {"action_gate": actions == "summed"}
+    cfg = config(fusion, data={"history": history}, features=gate, user={"actions": actions})
     model = fixtures.model(cfg)
     piece, target = busiest(fixtures.pieces("train"))
     before, after, control = (

@@ -4,6 +4,9 @@ A batch holds pieces of users. A piece is a stretch of one user's events: its *h
 reads) and its *exposures* (labelled events to predict). An exposure sees only history of strictly earlier
 seconds (ranking) or earlier positions (leave-one-out retrieval): `query_visible` says how many positions.
 
+Where actions are interleaved, an event is two positions of the history, the token of its item and that of its action;
+both bear the event's item id and second, and "positions" below are tokens.
+
 Legend: B pieces, T history positions, Q queries, X exposures, G generative targets, K negatives, U unique
 items, S slots of the ID features (T history, then Q queries, then X targets for late fusion, then U items where
 the generative loss compares items by their features).

@@ -51,7 +51,8 @@ class BatchRecipe:
     positive_targets_only: an item with label 0 is no generative target;
     item_id, action, action_gate, time_depth, item_features, user_features: which bags there are;
     numeric_features: see `hllm_torchrec.data.numeric`;
-    id_dropout: probability that an ID is read as unknown, in training.
+    id_dropout: probability that an ID is read as unknown, in training;
+    interleaved: an event is two tokens of the history, its item and then its action.
     """
 
     fusion: Literal["late", "early", "none"]
@@ -68,6 +69,7 @@ class BatchRecipe:
     user_features: tuple[str, ...] = ()
     numeric_features: tuple[str, ...] = ()
     id_dropout: float = 0.0
+    interleaved: bool = False
 
     def tables(self, dataset: Dataset) -> dict[str, int]:
         """Rows of every summed table (time components excluded), in the order of the batch's keys."""
@@ -192,7 +194,7 @@ class Collator:
         seen = kept[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
         queries, query_of_target = self._queries(times[targets], visible)
         read = self._read(piece, times[seen], epoch)
-        return _View(
+        view = _View(
             item_ids=piece.item_ids[seen[read]],
             timestamps=times[seen[read]],
             next_times=times[np.append(kept[1:], kept[-1:])[read]],
@@ -210,6 +212,7 @@ class Collator:
             numeric=numeric_columns(recipe.numeric_features, times, piece.labels, targets)[queries],
             own_items=piece.item_ids[seen],
         )
+        return _interleaved(view) if recipe.interleaved else view
 
     def _read(self, piece: Piece, times: Ints, epoch: int) -> Ints:
         """Which of the history's events, at `times` [n], are read: indices, sorted."""
@@ -244,6 +247,8 @@ class Collator:
         those with a slot of their own, after all others."""
         recipe, history = self.recipe, view.item_ids.size
         queries = view.query_times.size if recipe.fusion != "none" else 0
+        is_item, is_action = self._tokens(history)
+        asks = np.ones(queries, bool)
         of_events = self._item_of_slot(view, queries)
         item_of_slot = np.concatenate([of_events, items])
         slots = item_of_slot.size
@@ -254,19 +259,22 @@ class Collator:
             ids = np.concatenate([self._drop_ids(of_events, rng), items])
             bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)
         if recipe.action:
-            unknown = np.zeros(queries, dtype=np.int64)  # the candidate's own action is what we predict
-            bags["action"] = np.concatenate([view.actions, unknown]), _present(history + queries, slots)
+            # The candidate's own action is what we predict: unknown, or after the query, which is an item's token.
+            unknown = np.zeros(0 if recipe.interleaved else queries, dtype=np.int64)
+            given = np.concatenate([is_action, asks & (not recipe.interleaved)])
+            bags["action"] = np.concatenate([view.actions[is_action], unknown]), _present(given, slots)
         if recipe.action_gate:
-            bags[ACTION_GATE] = view.actions, _present(history, slots)
+            bags[ACTION_GATE] = view.actions, _present(is_action, slots)
         for name in recipe.item_features:
             bags[name] = gather_bags(*self._bags[name], item_of_slot)
         for name in recipe.user_features:
             bags[name] = gather_bags(*self._bags[name], user_of_slot)
         if recipe.time_depth:
-            stamps = np.concatenate([view.timestamps, view.query_times[:queries]])
+            stamps = np.concatenate([view.timestamps[is_item], view.query_times[:queries]])
+            timed = np.concatenate([is_item, asks])
             parts = split_timestamps(torch.from_numpy(stamps), recipe.time_depth).numpy()
             for column, name in enumerate(TIME_FEATURES[: recipe.time_depth]):
-                bags[name] = parts[:, column], _present(stamps.size, slots)
+                bags[name] = parts[:, column], _present(timed, slots)
         return KeyedJaggedTensor(
             keys=list(bags),
             values=torch.from_numpy(_cat([values for values, _ in bags.values()])),
@@ -274,12 +282,21 @@ class Collator:
             stride=slots,
         )
 
+    def _tokens(self, history: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """[T] which history tokens bear an item, and which an action: all both, or in turn."""
+        every = np.ones(history, bool)
+        if not self.recipe.interleaved:
+            return every, every
+        is_item = np.arange(history) % 2 == 0
+        return is_item, ~is_item
+
     def _item_of_slot(self, view: _View, queries: int) -> Ints:
-        """[S] whose item each slot bears; -1: none (late queries, whose targets follow as slots)."""
+        """[S] whose item each slot bears; -1: none (action tokens; late queries, whose targets follow as slots)."""
+        of_history = np.where(self._tokens(view.item_ids.size)[0], view.item_ids, -1)
         if self.recipe.fusion == "none":
-            return view.item_ids
+            return of_history
         none = np.full(queries if self.recipe.fusion == "late" else 0, -1)
-        return np.concatenate([view.item_ids, none, view.target_items])
+        return np.concatenate([of_history, none, view.target_items])
 
     def _drop_ids(self, item_of_slot: Ints, rng: np.random.Generator) -> Ints:
         """In training, some ids become 0: the unknown row learns what to say about cold items."""
@@ -300,6 +317,17 @@ class Collator:
 
 _FIELDS = tuple(field.name for field in fields(_View))
 _NO_EVENTS = Piece(0, 0, 0, *(np.empty(0, np.int64),) * 2, np.empty(0, np.float32), np.empty(0, np.int64))
+
+
+def _interleaved(view: _View) -> _View:
+    """The view with two tokens for each event of the history, of its item and of its action, at the event's second.
+
+    A query sees both tokens of each event that it sees; the next item is generated at the action's token.
+    """
+    doubled = {name: np.repeat(getattr(view, name), 2) for name in ("item_ids", "timestamps", "actions", "own_items")}
+    next_times = np.stack([view.timestamps, view.next_times], axis=1).reshape(-1)
+    visible, rows = 2 * view.query_visible, 2 * view.next_rows + 1
+    return replace(view, **doubled, next_times=next_times, query_visible=visible, next_rows=rows)
 
 
 def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _View:
@@ -348,9 +376,9 @@ def check_recipe(recipe: BatchRecipe, dataset: Dataset) -> list[str]:
     return problems
 
 
-def _present(first: int, total: int) -> Ints:
-    """Bag lengths: one value in each of the first `first` slots, none after."""
-    return (np.arange(total) < first).astype(np.int64)
+def _present(where: NDArray[np.bool_], total: int) -> Ints:
+    """Bag lengths [total]: one value in each slot where `where` is true, none in the others and after them."""
+    return np.pad(where.astype(np.int64), (0, total - where.size))
 
 
 def _cat(parts: Sequence[Ints]) -> Ints:
