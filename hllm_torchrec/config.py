@@ -141,6 +141,8 @@ class FeatureConfig:
     """Tables with fewer rows are replicated (data parallel) and belong to the dense optimizer."""
     sharding: Literal["table_wise", "column_wise", "row_wise", "auto"] = "table_wise"
     """How the larger tables are sharded; `auto` leaves it to TorchRec's planner."""
+    table_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of the larger tables' weights; their optimizer state is float32 all the same (bytes: docs/retrieval.md)."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ class OptimConfig:
     """In-backward optimizer of sharded tables; the last two run on CUDA only. Tables step at every
     micro-batch, unclipped, whatever `accumulate` and `clip_norm` say: they are updated inside the backward
     pass."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's means of gradients and of squared gradients, of the dense parts."""
     weight_decay: float = 0.01
     """Decoupled, on matrices only."""
     warmup: float = 0.05

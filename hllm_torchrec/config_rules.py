@@ -83,6 +83,7 @@ def problems_of(config: "Config") -> list[str]:
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
         *_length_problems(config),
+        *_optimizer_problems(config),
         *_store_problems(config),
         *_backbone_problems(config),
         *_encoder_problems(config),
@@ -115,6 +116,11 @@ def _length_problems(config: "Config") -> Iterator[str]:
     alpha = config.data.stochastic_length
     if alpha != 0 and not 1 < alpha <= 2:
         yield f"data.stochastic_length: {alpha}: must be 0 (off), or above 1 and at most 2; the paper has 1.6 to 1.9"
+
+
+def _optimizer_problems(config: "Config") -> Iterator[str]:
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas: {list(config.optim.betas)}: each must be at least 0 and less than 1, such as [0.9, 0.98]"
 
 
 def takes_stored_items(config: "Config") -> bool:

@@ -323,6 +323,7 @@ def build_model(
         of_items=("item_id", *config.data.item_features),
         gate_rows=tables.get(ACTION_GATE, 0),
         scale=config.features.init_scale,
+        half_from=config.features.shard_from_rows if config.features.table_dtype == "fp16" else None,
         device=table_device,
     )
     return HLLM(item_llm, item_width, features, user, config, base_rate, vector_width)

@@ -21,11 +21,11 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim import Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 
 from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
@@ -34,8 +34,7 @@ from hllm_torchrec.modules.attention_backends import Choice, choose_backend
 from hllm_torchrec.modules.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.quiet import quiet_libraries
-
-CUDA_ONLY_OPTIMIZERS = ("adam", "partial_rowwise_adam")
+from hllm_torchrec.table_memory import TABLE_OPTIMIZERS, TableEnumerator
 
 NOT_FOR_TABLES = 0.4
 """Share of each device's memory that the planner leaves to the dense parts and activations."""
@@ -103,7 +102,7 @@ def check_tables(config: TableSettings, device: torch.device) -> list[str]:
     """Problems of the table settings on this device, one line each."""
     problems = []
     optimizer, sharding = config.optim.table_optimizer, config.features.sharding
-    if device.type == "cpu" and optimizer in CUDA_ONLY_OPTIMIZERS:
+    if device.type == "cpu" and TABLE_OPTIMIZERS[optimizer].cuda_only:
         problems.append(
             f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose "
             "rowwise_adagrad, adagrad or sgd"
@@ -217,6 +216,7 @@ def _plan(
     )
     planner = EmbeddingShardingPlanner(
         topology=topology,
+        enumerator=TableEnumerator(topology, BATCH_SIZE, constraints),
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(NOT_FOR_TABLES),
         debug=False,
@@ -251,18 +251,11 @@ def _sharded_kinds(device: torch.device) -> list[ShardingType]:
 
 def give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: TableSettings) -> None:
     """Give each table its in-backward optimizer, but for data parallel ones (the dense optimizer's)."""
-    name, lr = config.optim.table_optimizer, config.optim.table_lr
-    classes = {
-        "rowwise_adagrad": RowWiseAdagrad,
-        "adagrad": Adagrad,
-        "sgd": torch.optim.SGD,
-        "adam": Adam,
-        "partial_rowwise_adam": PartialRowWiseAdam,
-    }
+    chosen, lr = TABLE_OPTIMIZERS[config.optim.table_optimizer].optimizer, config.optim.table_lr
     for table in tables.embedding_bag_configs():
         if table.num_embeddings >= config.features.shard_from_rows:
             weight = tables.embedding_bags[table.name].weight
-            apply_optimizer_in_backward(classes[name], [weight], {"lr": lr})
+            apply_optimizer_in_backward(chosen, [weight], {"lr": lr})
 
 
 def _llm_layers(model: HLLM) -> list[nn.Module]:

@@ -69,6 +69,7 @@ class Trainer:
             learning_rate=config.optim.lr,
             part_learning_rates=self._part_rates(),
             weight_decay=config.optim.weight_decay,
+            betas=config.optim.betas,
         )
         self.full_rates = [group["lr"] for group in self.dense.param_groups]
         self.tables = TableOptimizer(self.model.fused_optimizer)

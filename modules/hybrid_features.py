@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -28,8 +28,8 @@ ACTION_GATE = "action_gate"
 """Feature and table of the gate; its bags are those of `action` at history positions."""
 
 
-def table_config(name: str, rows: int, width: int, scale: float = 0.02) -> EmbeddingBagConfig:
-    """One sum-pooled table whose feature bears its name; entries start uniform in +-scale."""
+def table_config(name: str, rows: int, width: int, scale: float = 0.02, *, half: bool = False) -> EmbeddingBagConfig:
+    """One sum-pooled table whose feature bears its name; entries start uniform in +-scale. half: in float16."""
     return EmbeddingBagConfig(
         name=name,
         embedding_dim=width,
@@ -38,6 +38,7 @@ def table_config(name: str, rows: int, width: int, scale: float = 0.02) -> Embed
         pooling=PoolingType.SUM,
         weight_init_min=-scale,
         weight_init_max=scale,
+        data_type=DataType.FP16 if half else DataType.FP32,
     )
 
 
@@ -52,6 +53,7 @@ class HybridFeatures(nn.Module):
         of_items: the features in `tables` that describe the slot's item, and are gated with it.
         gate_rows: number of actions of the gate (0: no gate).
         scale: table entries start uniform in +-scale.
+        half_from: tables of at least so many rows are in float16 (what is looked up is float32); None: none is.
         device: of the tables ("meta" before sharding).
     """
 
@@ -66,6 +68,7 @@ class HybridFeatures(nn.Module):
         of_items: Collection[str] = (),
         gate_rows: int = 0,
         scale: float = 0.02,
+        half_from: int | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -74,12 +77,14 @@ class HybridFeatures(nn.Module):
         self.of_events: Sequence[str] = tuple(name for name in tables if name not in of_items)
         self.gated = gate_rows > 0
         self.time_features: Sequence[str] = TIME_FEATURES[:time_depth]
-        configs = [table_config(name, rows, width, scale) for name, rows in tables.items()]
+        sizes = [(name, rows, width) for name, rows in tables.items()]
         if self.gated:
-            configs.append(table_config(ACTION_GATE, gate_rows, width, scale))
-        configs += [
-            table_config(name, rows, time_width, scale)
-            for name, rows in zip(self.time_features, TABLE_SIZES[:time_depth], strict=True)
+            sizes.append((ACTION_GATE, gate_rows, width))
+        times = zip(self.time_features, TABLE_SIZES[:time_depth], strict=True)
+        sizes += [(name, rows, time_width) for name, rows in times]
+        configs = [
+            table_config(name, rows, columns, scale, half=half_from is not None and rows >= half_from)
+            for name, rows, columns in sizes
         ]
         self.tables = EmbeddingBagCollection(tables=configs, device=device) if configs else None
         self.merge_time = TimestampMLP(time_width, width, time_depth) if time_depth else None
@@ -100,7 +105,7 @@ class HybridFeatures(nn.Module):
         zeros = torch.zeros(slots, self.width, device=features.device())
         features = with_a_slot(features)
         pooled = {} if self.tables is None else self.tables(features).to_dict()
-        pooled = {name: rows[:slots] for name, rows in pooled.items()}
+        pooled = {name: rows[:slots].float() for name, rows in pooled.items()}
         described = _sum([pooled[name] for name in self.of_items] + ([] if items is None else [items]), zeros)
         if self.gated:
             described = described * (1 + pooled[ACTION_GATE])
