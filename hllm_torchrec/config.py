@@ -90,6 +90,9 @@ class ItemLLMConfig:
     """Share of a step's items through which gradients flow; the others' embeddings come from a cache."""
     refresh_after: int = 20
     """Steps after which a cached embedding is made anew; matters where trained_share is below 1."""
+    items_at_once: int = 0
+    """Above 0: a rank keeps the activations of at most this many items of a step; the backward pass makes them again,
+    group after group, for a third more compute. With thousands of negatives nothing else fits."""
     share_prefix: bool = True
     """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
     the same values and gradients for less work. Encoders (`causal: false`) do without."""

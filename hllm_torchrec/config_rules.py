@@ -26,6 +26,7 @@ BOUNDS = {
     "item_llm.adapter": ">= 0",
     "item_llm.trained_share": "> 0, <= 1",
     "item_llm.refresh_after": ">= 0",
+    "item_llm.items_at_once": ">= 0",
     "user.layers": ">= 1",
     "user.dropout": ">= 0, < 1",
     "features.time_depth": ">= 0, <= 6",

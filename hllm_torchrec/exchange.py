@@ -133,6 +133,15 @@ def all_agree_to_continue(flag: bool) -> bool:
     return not any_rank(not flag, _communication_device())
 
 
+def global_max(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor([value], device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Return whether `flag` is true on at least one rank."""
     return bool(global_sum(torch.tensor(int(flag), device=device)))

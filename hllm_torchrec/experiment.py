@@ -154,7 +154,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     encoder = None
     if config.item_llm.enabled:
         shares = config.item_llm.share_prefix and config.item_llm.causal
-        encoder = ItemEncoder(_token_store(config, dataset), device, shares)
+        encoder = ItemEncoder(_token_store(config, dataset), device, shares, config.item_llm.items_at_once)
     torch.manual_seed(config.seed)
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]

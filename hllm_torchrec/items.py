@@ -7,9 +7,10 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hllm_torchrec.data.tokens import TokenStore
-from hllm_torchrec.exchange import encode_unique_items, world_size
+from hllm_torchrec.exchange import encode_unique_items, global_max, world_size
 from hllm_torchrec.logs import progress
 from hllm_torchrec.modules.item_llm import ItemLLM
 
@@ -48,17 +49,34 @@ class ItemEncoder:
         device: where they are encoded.
         share_prefix: encode the tokens with which most items begin once per call, not once per item; for causal
             Item LLMs.
+        items_at_once: above 0: keep the activations of at most this many items for the backward pass; it makes them
+            again, a group of items at a time.
     """
 
-    def __init__(self, tokens: TokenStore, device: torch.device, share_prefix: bool = False) -> None:
-        self.tokens, self.device = tokens, device
+    def __init__(
+        self, tokens: TokenStore, device: torch.device, share_prefix: bool = False, items_at_once: int = 0
+    ) -> None:
+        self.tokens, self.device, self.items_at_once = tokens, device, items_at_once
         self.share_prefix = share_prefix and len(tokens.prefix) > 0
         self.work = EncodedWork()
         """What was encoded on this rank so far."""
 
     def __call__(self, item_llm: ItemLLM, unique_items: Tensor) -> Tensor:
         """Embeddings [U, E] of this rank's `unique_items` [U], with gradients."""
-        return encode_unique_items(unique_items, self.costs, lambda ids: self.encode(item_llm, ids))
+        return encode_unique_items(unique_items, self.costs, lambda ids: self._encode_in_groups(item_llm, ids))
+
+    def _encode_in_groups(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
+        """`encode`, a group after the other where there are many and gradients; on every rank as many groups."""
+        groups = 1
+        if self.items_at_once and torch.is_grad_enabled():
+            groups = global_max(-(-ids.numel() // self.items_at_once), self.device)
+        if groups <= 1:
+            return self.encode(item_llm, ids)
+        order = self.costs(ids).argsort(descending=True, stable=True)  # alike lengths together
+        parts = ids[order].tensor_split(groups)
+        self._count(ids, item_llm)
+        rows = [checkpoint(self._encode, item_llm, part, use_reentrant=False) for part in parts]
+        return torch.cat(rows).index_select(0, order.argsort())
 
     def costs(self, ids: Tensor) -> Tensor:
         """Tokens of each item, the [ITEM] vector included, a shared prefix not."""
@@ -70,27 +88,31 @@ class ItemEncoder:
 
     def encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
         """Embeddings [n, E] of `ids` [n], on this rank."""
+        self._count(ids, item_llm)
+        return self._encode(item_llm, ids)
+
+    def _encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
         rows = ids.cpu().numpy()
         if not self.share_prefix:
-            token_ids, cu_seqlens = self.tokens.gather(rows)
-            self._count(np.diff(cu_seqlens), np.zeros(len(rows), np.int64), item_llm)
-            return item_llm(self._tensor(token_ids), self._tensor(cu_seqlens))
+            return item_llm(*map(self._tensor, self.tokens.gather(rows)))
         token_ids, cu_seqlens, has_prefix = self.tokens.gather_behind_prefix(rows)
-        prefix = self.tokens.prefix
-        self._count(np.diff(cu_seqlens), has_prefix * len(prefix), item_llm)
-        if len(rows):  # without items there is no prefix to encode either
-            self.work += EncodedWork(tokens=len(prefix), keys=len(prefix) * (len(prefix) + 1) // 2)
-        return item_llm(*map(self._tensor, (token_ids, cu_seqlens, prefix, has_prefix)))
+        return item_llm(*map(self._tensor, (token_ids, cu_seqlens, self.tokens.prefix, has_prefix)))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _count(self, lengths: np.ndarray, in_front: np.ndarray, item_llm: ItemLLM) -> None:
-        """Count texts of `lengths` that see `in_front` tokens of a shared prefix besides."""
+    def _count(self, ids: Tensor, item_llm: ItemLLM) -> None:
+        """Count the work of encoding `ids` [n], which recomputing them does not add to."""
+        rows = ids.cpu().numpy()
+        prefix = len(self.tokens.prefix) if self.share_prefix else 0
+        in_front = self.tokens.begins_with_prefix[rows] * prefix if prefix else np.zeros(len(rows), np.int64)
+        lengths = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows] - in_front
         lengths = lengths + (1 if item_llm.pooling == "item" else lengths + in_front == 0)
         own = lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2
         keys, last_keys = (own + lengths * in_front).sum(), (lengths + in_front).sum()
         self.work += EncodedWork(len(lengths), int(lengths.sum()), int(keys), int(last_keys))
+        if len(rows) and prefix:  # without items there is no prefix to encode either
+            self.work += EncodedWork(tokens=prefix, keys=prefix * (prefix + 1) // 2)
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
