@@ -23,7 +23,13 @@ from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, Dist
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -34,6 +40,7 @@ from hllm_torchrec.modules.attention_backends import Choice, choose_backend
 from hllm_torchrec.modules.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.quiet import quiet_libraries
+from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.table_memory import TABLE_OPTIMIZERS, TableEnumerator
 
 NOT_FOR_TABLES = 0.4
@@ -137,7 +144,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
             elif part is not None:
                 part.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if config.parallel.compile:
-        for layer in _llm_layers(model):
+        for layer in llm_layers(model):
             layer.compile(dynamic=True)
     tables = model.features.tables
     if tables is not None:
@@ -192,7 +199,7 @@ def distribute(
 
 def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedModelParallel:
     """Spread the table over the ranks as TorchRec's planner sees fit; it has no optimizer and no replica."""
-    kinds = [kind.value for kind in _sharded_kinds(device)]
+    kinds = [kind.value for kind in _sharded_kinds(device.type)]
     constraint = ParameterConstraints(
         sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=FROZEN_COLUMNS
     )
@@ -202,18 +209,51 @@ def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedM
 
 
 def plan_tables(model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder) -> ShardingPlan:
-    """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on."""
-    return _plan(model, {name: _constraint(rows, config, device) for name, rows in _tables(model)}, device, sharder)
+    """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on. Collective.
+
+    Raises:
+        ConfigError: the tables do not fit into the ranks' memory.
+    """
+    return _plan(model, table_constraints(model, config, device.type), device, sharder)
+
+
+def table_constraints(model: nn.Module, config: TableSettings, device: str) -> dict[str, ParameterConstraints]:
+    """How each table may be placed on a kind of device ("cpu" or "cuda")."""
+    return {name: _constraint(rows, config, device) for name, rows in _tables(model)}
 
 
 def _plan(
     model: nn.Module, constraints: dict[str, ParameterConstraints], device: torch.device, sharder: ModuleSharder
 ) -> ShardingPlan:
     world = dist.get_world_size()
-    topology = TopologyFactory.create_topology(
-        TrainerConfig(world_size=world, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world))),
-        kernel_config=KernelConfig(compute_device=device.type),
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    hardware = hardware_of(device, local_world)
+    return on_rank_zero(
+        lambda: place_tables(model, constraints, device.type, sharder, TrainerConfig(world, local_world), hardware)
     )
+
+
+def hardware_of(device: torch.device, local_world: int) -> HardwareConfig:
+    """Memory of a rank: of its GPU, and its share of the host's."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
+    gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return HardwareConfig(hbm_cap_bytes=gpu, ddr_cap_bytes=host)
+
+
+def place_tables(
+    model: nn.Module,
+    constraints: dict[str, ParameterConstraints],
+    device: str,
+    sharder: ModuleSharder,
+    ranks: TrainerConfig,
+    hardware: HardwareConfig,
+) -> ShardingPlan:
+    """The plan of TorchRec's planner for `ranks` of `hardware`, which need not be there.
+
+    Raises:
+        ConfigError: the tables do not fit.
+    """
+    topology = TopologyFactory.create_topology(ranks, hardware, KernelConfig(compute_device=device))
     planner = EmbeddingShardingPlanner(
         topology=topology,
         enumerator=TableEnumerator(topology, BATCH_SIZE, constraints),
@@ -221,8 +261,18 @@ def _plan(
         storage_reservation=FixedPercentageStorageReservation(NOT_FOR_TABLES),
         debug=False,
     )
-    assert dist.group.WORLD is not None
-    return planner.collective_plan(model, [sharder], dist.group.WORLD)
+    try:
+        return planner.plan(model, [sharder])
+    except PlannerError as error:
+        memory = (hardware.hbm_cap_bytes if device == "cuda" else hardware.ddr_cap_bytes) or 0
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ConfigError(
+            [
+                f"features: TorchRec cannot place the tables on {ranks.world_size} ranks of {memory / 1e9:.1f} GB, of "
+                f"which {1 - NOT_FOR_TABLES:.0%} are for tables: {reason}; take features.sharding: "
+                "auto, more ranks, narrower tables, or features.table_dtype: fp16"
+            ]
+        ) from error
 
 
 def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
@@ -232,7 +282,7 @@ def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
                 yield table.name, table.num_embeddings
 
 
-def _constraint(rows: int, config: TableSettings, device: torch.device) -> ParameterConstraints:
+def _constraint(rows: int, config: TableSettings, device: str) -> ParameterConstraints:
     if rows < config.features.shard_from_rows:
         return ParameterConstraints(
             sharding_types=[ShardingType.DATA_PARALLEL.value],
@@ -243,9 +293,9 @@ def _constraint(rows: int, config: TableSettings, device: torch.device) -> Param
     return ParameterConstraints(sharding_types=names, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
 
 
-def _sharded_kinds(device: torch.device) -> list[ShardingType]:
-    """How bags can be sharded on this device."""
-    on_cuda = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device.type == "cuda" else []
+def _sharded_kinds(device: str) -> list[ShardingType]:
+    """How bags can be sharded on a kind of device."""
+    on_cuda = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device == "cuda" else []
     return [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, *on_cuda]
 
 
@@ -258,7 +308,7 @@ def give_sharded_tables_an_optimizer(tables: EmbeddingBagCollection, config: Tab
             apply_optimizer_in_backward(chosen, [weight], {"lr": lr})
 
 
-def _llm_layers(model: HLLM) -> list[nn.Module]:
+def llm_layers(model: HLLM) -> list[nn.Module]:
     """The layers of both LLMs (or of what stands in the User LLM's place), first to last."""
     found: list[nn.Module] = []
     for part in (model.item_llm, model.user):
@@ -276,7 +326,7 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
     would go stale where weights are changed between two forward passes (averaged weights in evaluation).
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in _llm_layers(model):
+    for layer in llm_layers(model):
         fully_shard(layer, mesh=mesh)
     tables = set() if model.features.tables is None else set(model.features.tables.parameters())
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)

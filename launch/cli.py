@@ -17,6 +17,7 @@ COMMANDS = {
     "store": "look into an embedding store, check it, tidy it up, take vectors out of it or away",
     "retrieval": "popularity, EASE and a Markov chain, chosen and measured on a leave-one-out dataset",
     "report": "write the HTML report of a run: loss, ROC, calibration",
+    "plan": "say what a configuration needs on a machine that need not be there: memory, traffic, time",
     "recommend": "print a user's history and the items that a run recommends",
     "import-hllm": "turn the published HLLM weights into models of this library, or a run",
     "export-hf": "write a run's LLMs as Hugging Face directories, with a model card",

@@ -1,0 +1,162 @@
+"""`hllm plan`: what a configuration needs on a machine that need not be there: memory, traffic and time of a step.
+
+    hllm plan --config configs/paper/books_hllm_7b.yaml --nodes 4 --gpus 8 --items 695762 --users 694898
+    hllm plan --config configs/quickstart.yaml --nodes 1 --gpus 2 --hardware cpu
+
+Numbers of items and users come from the configuration's dataset where that is prepared. Options of the configuration
+(--parallel.dense fsdp) can be tried on the command line.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+if TYPE_CHECKING:
+    from hllm_torchrec.config import Config
+    from hllm_torchrec.plan import Estimate, Machine, Workload
+
+UNKNOWN_ROWS = 1000
+"""Rows of a categorical feature's table, where no dataset says how many."""
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="hllm plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration; its own options may follow")
+    parser.add_argument("--nodes", type=int, default=1, help="hosts (default: 1)")
+    parser.add_argument("--gpus", type=int, default=8, help="ranks of a host (default: 8)")
+    parser.add_argument("--hardware", choices=("h100", "a100", "cpu"), default="h100", help="of a rank")
+    parser.add_argument("--memory", type=float, metavar="GB", help="of a rank, if not the hardware's")
+    parser.add_argument("--items", type=int, help="items of the catalogue (default: the dataset's)")
+    parser.add_argument("--users", type=int, help="users (default: the dataset's)")
+    parser.add_argument(
+        "--item-tokens", type=float, help="mean length of a text (default: the dataset's, or the longest)"
+    )
+    parser.add_argument("--history", type=float, help="mean events of a pass (default: data.max_history)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0, 1 where it does not fit, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args, options = parser.parse_known_args(argv)
+    fits: list[bool] = []
+    status = run_job(parser.prog, lambda: fits.append(run(args, options)))
+    return status or int(not fits[0])
+
+
+def run(args: argparse.Namespace, options: list[str]) -> bool:
+    """Estimate and print; returns whether it fits.
+
+    Raises:
+        ValueError: a wrong configuration, a model of unknown shape, or sizes that nothing says.
+    """
+    from hllm_torchrec.config import load_config
+    from hllm_torchrec.plan import FILLED, HARDWARE, Machine, advice, estimate
+    from hllm_torchrec.quiet import quiet_libraries
+
+    quiet_libraries()
+    if args.nodes < 1 or args.gpus < 1:
+        raise ValueError(f"--nodes {args.nodes} --gpus {args.gpus}: both must be at least 1")
+    config = load_config(["--config", args.config, *options])
+    machine = Machine(args.nodes, args.gpus, **HARDWARE[args.hardware])
+    if args.memory:
+        machine = dataclasses.replace(machine, memory=args.memory * 1e9)
+    work, tables = workload(args, config)
+    found = estimate(config, work, machine, tables)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found) | {"peak": found.peak, "machine": dataclasses.asdict(machine)}))
+    else:
+        print(as_text(config, work, machine, found))
+        print("\n".join(advice(config, found, machine)))
+    return found.peak <= FILLED * machine.memory
+
+
+def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", dict[str, int]]:
+    """What the data is like, and the tables' rows: from the dataset, or from the options.
+
+    Raises:
+        ValueError: neither says how many items and users there are.
+    """
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.experiment import recipe_of
+    from hllm_torchrec.plan import Workload
+
+    tokens = float(config.item_llm.max_text_length)
+    history = args.history or float(config.data.max_history)
+    popularity = None
+    if (Path(config.data.dataset) / "manifest.json").is_file():
+        dataset = Dataset.open(config.data.dataset)
+        tables = recipe_of(config, dataset).tables(dataset)
+        counts = dataset.manifest["counts"]
+        items, users = args.items or counts["items"], args.users or counts["users"]
+        history = args.history or min(history, counts["events"] / max(1, counts["users"]))
+        tokens = min(tokens, mean_tokens(dataset.root) or tokens)
+        popularity = None if args.items else dataset.training_item_counts()[1:]
+    else:
+        if not (args.items and args.users):
+            raise ValueError(f"{config.data.dataset}: not prepared here: say how many with --items and --users")
+        items, users, tables = args.items, args.users, guessed_tables(config)
+    if config.features.item_id and "item_id" in tables:
+        tables["item_id"] = items + 1
+    return Workload(items, users, args.item_tokens or tokens, history, popularity), tables
+
+
+def mean_tokens(root: Path) -> float | None:
+    """Mean length of the dataset's texts, where they have been tokenised: by the longest of its token stores."""
+    found = []
+    for path in root.glob("tokens/*/store.json"):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        found.append(facts["tokens"] / max(1, facts["items"]))
+    return max(found, default=None)
+
+
+def guessed_tables(config: "Config") -> dict[str, int]:
+    """The tables of a configuration whose dataset is not here; sizes of features are assumed."""
+    names = [*config.data.item_features, *config.data.user_features]
+    tables = dict.fromkeys(names, UNKNOWN_ROWS)
+    if config.features.item_id:
+        tables["item_id"] = UNKNOWN_ROWS
+    if config.features.action:
+        tables["action"] = 16
+    return tables
+
+
+def as_text(config: "Config", work: "Workload", machine: "Machine", found: "Estimate") -> str:
+    """The estimate as a table."""
+    counts = found.counts
+    lines = [
+        f"{config.output}: {machine.nodes} x {machine.ranks} ranks of {machine.memory / 1e9:.0f} GB; "
+        f"{work.items:,} items of {work.item_tokens:.0f} tokens, {work.users:,} users",
+        f"a step of a rank: {counts['pieces']:.0f} users, {counts['positions']:,.0f} events, "
+        f"{counts['encoded_items']:,.0f} items encoded ({counts['item_tokens']:,.0f} tokens), "
+        f"{counts['negatives']:,.0f} negatives",
+        "",
+        "memory of the fullest rank",
+        *(f"  {name:<18} {_bytes(size):>10}" for name, size in found.memory.items() if size),
+        f"  {'together':<18} {_bytes(found.peak):>10}  of {_bytes(machine.memory)}",
+        "sent by a rank in a step",
+        *(f"  {name:<18} {_bytes(size):>10}" for name, size in found.traffic.items() if size),
+        "seconds of a step",
+        f"  {'compute':<18} {found.seconds['compute']:>10.3f}  at {machine.efficiency:.0%} of "
+        f"{machine.flops / 1e12:,.0f} TFLOP/s",
+        f"  {'traffic':<18} {found.seconds['traffic']:>10.3f}  at {machine.bandwidth / 1e9:,.0f} GB/s, "
+        "in part behind compute",
+    ]
+    if found.tables:
+        lines += ["tables", *(f"  {name:<18} {place}" for name, place in found.tables.items())]
+    return "\n".join(lines)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
