@@ -18,11 +18,12 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.exchange import global_sum
+from hllm_torchrec.exchange import global_sum, world_size
 from hllm_torchrec.logs import progress
 from hllm_torchrec.metrics.approximate import ScoreHistogram
 from hllm_torchrec.metrics.auc import distributed_roc_auc
-from hllm_torchrec.metrics.retrieval import catalogue_ranks, retrieval_metrics
+from hllm_torchrec.metrics.retrieval import retrieval_metrics
+from hllm_torchrec.metrics.sharded_ranks import CatalogueShare, rounds_of_all, sharded_ranks
 from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
 from hllm_torchrec.ranks import on_rank_zero, together
 from hllm_torchrec.ranks import rank as this_rank
@@ -30,7 +31,7 @@ from hllm_torchrec.ranks import rank as this_rank
 Columns = dict[str, NDArray]
 
 RETRIEVAL_ROWS = 512
-"""Exposures ranked against the catalogue at a time."""
+"""Exposures, of all ranks together, that are ranked against the catalogue at a time."""
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def quick_metrics(columns: Columns, auc: Literal["exact", "approximate"] = "exac
 def rank_targets(
     model: nn.Module,
     loader: Loader,
-    items: Tensor,
+    items: CatalogueShare,
     device: torch.device,
     show: bool = False,
     *,
@@ -135,15 +136,16 @@ def rank_targets(
 ) -> tuple[Columns, int]:
     """This rank's targets with their place in the whole catalogue, and how many had no history. Collective.
 
-    items: [N, V] all items in the space of the generative loss. Scores are cosine similarities; item 0 is no
-    candidate, and with `filter_seen` neither are the items of the user's history. positive_only: exposures with
-    label 0 are no targets. Exposures without history are left out.
+    items: this rank's share of all items, in the space of the generative loss. Scores are cosine similarities; item
+    0 is no candidate, and with `filter_seen` neither are the items of the user's history. positive_only: exposures
+    with label 0 are no targets. Exposures without history are left out.
 
     Returns:
         `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number left out.
     """
     model.eval()
-    unit = torch.nn.functional.normalize(items.float(), dim=-1)
+    unit = items.normalised()
+    at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
     with progress(loader.steps(0), "retrieve", show) as bar:
         for batch in loader.batches(0):
@@ -153,9 +155,9 @@ def rank_targets(
             visible = batch.query_visible[batch.target_query]
             wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
-            for rows in torch.nonzero(wanted & (visible > 0)).flatten().split(RETRIEVAL_ROWS):
+            for rows in rounds_of_all(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
                 seen, offsets = _seen_items(batch, rows) if filter_seen else (None, None)
-                found = catalogue_ranks(
+                found = sharded_ranks(
                     torch.nn.functional.normalize(predicted[rows].float(), dim=-1),
                     unit,
                     batch.target_items[rows],
@@ -173,7 +175,7 @@ def rank_targets(
 def score_retrieval(
     model: nn.Module,
     loader: Loader,
-    items: Tensor,
+    items: CatalogueShare,
     device: torch.device,
     ks: tuple[int, ...],
     show: bool = False,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.data.collate import Collator
@@ -13,6 +13,7 @@ from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.evaluate import metrics_of_ranks, rank_targets, save_predictions
 from hllm_torchrec.exchange import all_gather_variable
 from hllm_torchrec.experiment import Experiment
+from hllm_torchrec.metrics.sharded_ranks import CatalogueShare, share_bounds
 
 ITEMS_AT_ONCE = 8192
 """Catalogue items whose features one rank looks up at a time."""
@@ -38,7 +39,7 @@ def retrieve(
     columns, skipped = rank_targets(
         experiment.model,
         loader,
-        catalogue_vectors(experiment),
+        catalogue_share(experiment),
         experiment.device,
         show,
         filter_seen=config.evaluation.filter_seen,
@@ -54,28 +55,43 @@ def retrieve(
     }
 
 
-@torch.no_grad()
 def catalogue_vectors(experiment: Experiment) -> Tensor:
-    """[N, V] what the user's output is compared with, row 0 the unknown item: E, or P(E) + ID + ... Collective."""
+    """[N, V] of all items on every rank: what `catalogue_share` gives each a part of. Collective."""
+    return all_gather_variable(catalogue_share(experiment).vectors)
+
+
+@torch.no_grad()
+def catalogue_share(experiment: Experiment) -> CatalogueShare:
+    """What the user's output is compared with, of this rank's share of items: E, or P(E) + ID + ... Collective.
+
+    Row 0 of the first rank is the unknown item. Only embeddings that every rank has anyway (`HLLM.item_cache`, or of an
+    Item LLM that encodes the catalogue now) are held whole.
+    """
     hllm = experiment.hllm
-    if not hllm.compares_features:
+    if not hllm.compares_features and not hllm.takes_stored_items:
         items = experiment.encode_catalogue() if hllm.item_cache is None else hllm.item_cache
         assert items is not None, "without an Item LLM items are compared by their features"
-        return items
+        return CatalogueShare.cut(items)
     was_training = hllm.training
     hllm.eval()
-    collator = Collator(experiment.dataset, experiment.recipe, item_vectors=experiment.item_vectors)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    blocks = np.array_split(np.arange(experiment.dataset.num_items), -(-experiment.dataset.num_items // ITEMS_AT_ONCE))
-    rows = []
-    for block in blocks:
-        mine = np.array_split(block, world)[rank]  # ranks share each block, in order
-        vectors = None if experiment.item_vectors is None else torch.from_numpy(experiment.item_vectors[mine])
-        embedded = hllm.embed_in_feature_space(
-            collator.item_features(mine).to(experiment.device),
-            torch.from_numpy(mine).to(experiment.device),
-            None if vectors is None else vectors.to(experiment.device),
-        )
-        rows.append(all_gather_variable(embedded.float()))
+    total = experiment.dataset.num_items
+    first, end = share_bounds(total)
+    blocks = -(-total // ITEMS_AT_ONCE)  # the same number of collective look-ups on every rank
+    rows = [_vectors_of(experiment, block) for block in np.array_split(np.arange(first, end), blocks)]
     hllm.train(was_training)
-    return torch.cat(rows)
+    return CatalogueShare(torch.cat(rows), first, total)
+
+
+def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
+    """[n, V] of items [n], which may be none. Collective."""
+    hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
+    if not hllm.compares_features:
+        found = hllm.look_up_items(ids)
+        assert found is not None, "stored items have embeddings"
+        return found.float()
+    collator = Collator(experiment.dataset, experiment.recipe, item_vectors=experiment.item_vectors)
+    vectors = None if experiment.item_vectors is None else torch.from_numpy(experiment.item_vectors[items])
+    features = collator.item_features(items).to(experiment.device)
+    return hllm.embed_in_feature_space(
+        features, ids, None if vectors is None else vectors.to(experiment.device)
+    ).float()

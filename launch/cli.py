@@ -15,6 +15,7 @@ COMMANDS = {
     "baselines": "fit and score the baselines on the same exposures",
     "embed": "write item and user embeddings that are new or changed into stores",
     "store": "look into an embedding store, check it, tidy it up, take vectors out of it or away",
+    "index": "write a FAISS index of a run's items, for serving retrieval",
     "retrieval": "popularity, EASE and a Markov chain, chosen and measured on a leave-one-out dataset",
     "report": "write the HTML report of a run: loss, ROC, calibration",
     "plan": "say what a configuration needs on a machine that need not be there: memory, traffic, time",

@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from hllm_torchrec.config import Config
 from hllm_torchrec.evaluate import Columns, quick_metrics, score_retrieval, score_split, write_predictions
 from hllm_torchrec.experiment import Experiment, build_experiment
+from hllm_torchrec.metrics.sharded_ranks import CatalogueShare
 from hllm_torchrec.parallelize import start_process, stop_process
 from tests import fixtures
 from tests.distributed import run_ranks
@@ -169,7 +170,7 @@ def retrieval(settings: Config) -> dict[str, Any]:
     loader = experiment.loader("valid", settings.evaluation.batch_users)
     items = experiment.encode_catalogue()
     assert items is not None
-    return score_retrieval(experiment.model, loader, items, experiment.device, (1, 5, 20))
+    return score_retrieval(experiment.model, loader, CatalogueShare.cut(items), experiment.device, (1, 5, 20))
 
 
 def naive_retrieval(settings: Config) -> dict[str, float]:

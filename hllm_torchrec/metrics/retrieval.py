@@ -49,14 +49,14 @@ def target_ranks(
         ValueError: a target outside 1..I-1 or with a score that is not finite, offsets that do not fit.
     """
     catalogue = scores_BI.shape[1]
-    _check_targets(target_B, len(scores_BI), catalogue)
+    check_targets(target_B, len(scores_BI), catalogue)
     target_scores_B = scores_BI.gather(1, target_B[:, None])[:, 0]
-    return 1 + _count_ahead(
+    return 1 + count_ahead(
         lambda start, stop: scores_BI[:, start:stop].clone(),
         target_scores_B,
         target_B,
-        catalogue,
-        _checked_seen(seen_items_S, seen_offsets, target_B),
+        (1, catalogue),
+        checked_seen(seen_items_S, seen_offsets, target_B),
         block_size,
     )
 
@@ -86,18 +86,23 @@ def catalogue_ranks(
     Raises:
         ValueError: as `target_ranks`.
     """
-    _check_targets(target_B, len(queries_BD), len(items_ID))
+    check_targets(target_B, len(queries_BD), len(items_ID))
     queries_BD = queries_BD.float()
-    targets_BD = items_ID[target_B].float()
-    tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
-    return 1 + _count_ahead(
+    return 1 + count_ahead(
         lambda start, stop: queries_BD @ items_ID[start:stop].float().T,
-        (queries_BD * targets_BD).sum(1) - tolerance_B,
+        scores_to_beat(queries_BD, items_ID[target_B], tie_tolerance),
         target_B,
-        len(items_ID),
-        _checked_seen(seen_items_S, seen_offsets, target_B),
+        (1, len(items_ID)),
+        checked_seen(seen_items_S, seen_offsets, target_B),
         block_size,
     )
+
+
+def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
+    """float32 [B], the least score of an item that stands before the target: the target's, less the tolerance."""
+    targets_BD = targets_BD.float()
+    tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
+    return (queries_BD * targets_BD).sum(1) - tolerance_B
 
 
 def top_items(
@@ -128,7 +133,7 @@ def top_items(
     if k < 1:
         raise ValueError(f"k is {k}: must be at least 1")
     queries_BD = queries_BD.float()
-    seen = _checked_seen(seen_items_S, seen_offsets, queries_BD[:, 0])
+    seen = checked_seen(seen_items_S, seen_offsets, queries_BD[:, 0])
     best = queries_BD.new_full((len(queries_BD), k), -math.inf)
     ids = torch.zeros(len(queries_BD), k, dtype=torch.int64, device=queries_BD.device)
     for start in range(1, len(items_ID), block_size):
@@ -196,16 +201,21 @@ def sum_over_ranks(sums: torch.Tensor, group: dist.ProcessGroup | None = None) -
     return total
 
 
-def _count_ahead(
+def count_ahead(
     score_block: ScoreBlock,
     target_scores_B: torch.Tensor,
     target_B: torch.Tensor,
-    catalogue: int,
+    items: tuple[int, int],
     seen: tuple[torch.Tensor, torch.Tensor] | None,
     block_size: int,
 ) -> torch.Tensor:
-    """How many items other than the target score at least as much as it; `score_block` gives a tensor to
-    own."""
+    """How many of the items [first, end), the target and `seen` (row [S], item [S]) excepted, reach the target's score.
+
+    score_block: (start, stop) of items -> their scores [B, stop - start], a tensor to own.
+
+    Raises:
+        ValueError: a target's score that is not finite.
+    """
     finite_B = target_scores_B.isfinite()
     if not finite_B.all():
         row = int((~finite_B).int().argmax())
@@ -215,18 +225,19 @@ def _count_ahead(
         )
     rows_B = torch.arange(len(target_B), device=target_B.device)
     count_B = torch.zeros_like(target_B)
-    for start in range(1, catalogue, block_size):
-        stop = min(start + block_size, catalogue)
+    for start in range(items[0], items[1], block_size):
+        stop = min(start + block_size, items[1])
         scores = score_block(start, stop)
         excluded = [(rows_B, target_B)] if seen is None else [(rows_B, target_B), seen]
-        for rows, items in excluded:
-            inside = (items >= start) & (items < stop)
-            scores[rows[inside], items[inside] - start] = -math.inf
+        for rows, ids in excluded:
+            inside = (ids >= start) & (ids < stop)
+            scores[rows[inside], ids[inside] - start] = -math.inf
         count_B += (~(scores < target_scores_B[:, None])).sum(1)  # not >=: nan must not make a rank better
     return count_B
 
 
-def _check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
+def check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
+    """Raises ValueError for a row without a target, or a target outside 1..catalogue - 1."""
     if target_B.shape != (rows,):
         raise ValueError(f"target has shape {tuple(target_B.shape)}; one target a row is expected: {(rows,)}")
     bad = (target_B < 1) | (target_B >= catalogue)
@@ -238,10 +249,10 @@ def _check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
         )
 
 
-def _checked_seen(
+def checked_seen(
     items_S: torch.Tensor | None, offsets: torch.Tensor | None, target_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(row [S], item [S]) of the seen items."""
+    """(row [S], item [S]) of the seen items; raises ValueError for offsets that do not fit."""
     if items_S is None and offsets is None:
         return None
     if items_S is None or offsets is None:

@@ -64,12 +64,20 @@ def export_faiss(snapshot: Snapshot, target: Path, *, normalise: bool = True) ->
             faiss.normalize_L2(values)
         index.add(values)
         ids.append(keys)
-    with whole_folder(target) as folder:
-        faiss.write_index(index, str(folder / "index.faiss"))
-        pq.write_table(
-            pa.table({"id": pa.chunked_array(ids or [pa.array([], pa.large_string())])}), folder / "ids.parquet"
-        )
+    write_index(index, pa.chunked_array(ids or [pa.array([], pa.large_string())]), target)
     return int(index.ntotal)
+
+
+def write_index(index: Any, ids: pa.Array | pa.ChunkedArray, target: Path) -> None:
+    """Write a FAISS index as index.faiss and ids.parquet: position in the index -> id.
+
+    Raises:
+        ValueError: there is something at `target`.
+    """
+    _refuse_existing(target)
+    with whole_folder(target) as folder:
+        import_faiss().write_index(index, str(folder / "index.faiss"))
+        pq.write_table(pa.table({"id": ids}), folder / "ids.parquet")
 
 
 def import_faiss() -> Any:

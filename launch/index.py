@@ -1,0 +1,55 @@
+"""`hllm index`: writes a FAISS index of a run's items, in the space where its user vectors are.
+
+hllm index --run runs/retrieval/hstu --output exports/items
+hllm index --run runs/retrieval/hstu --output exports/items --kind ivf --cells 4096
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(prog="hllm index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
+    parser.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, not there yet")
+    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
+    parser.add_argument("--kind", choices=("flat", "ivf"), default="flat", help="exact, or by cells of near items")
+    parser.add_argument("--cells", type=int, default=0, help="of an ivf index; 0: 4 times the root of the items")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_job(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the run's model, embed the catalogue and write the index.
+
+    Raises:
+        ValueError: no such run or checkpoint, no faiss, or something at the output.
+    """
+    from hllm_torchrec.item_index import export_run
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.ranks import rank
+
+    if args.output.exists():
+        raise ValueError(f"--output {args.output}: is there already: choose another folder, or remove it")
+    device = start_process()
+    try:
+        number = export_run(args.run, args.output, args.checkpoint, device, args.kind, args.cells)
+        if rank() == 0:
+            print(f"{number:,} items: {args.output}")
+    finally:
+        stop_process()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
