@@ -69,7 +69,7 @@ def _build(cls: type, value: Any) -> Any:
         if name not in kinds:
             continue
         kind = kinds[name].type
-        if is_record(kind):
+        if isinstance(kind, type) and is_record(kind):
             entry = _build(kind, entry)
         elif is_record(element_type(kind)):
             entry = tuple(_build(element_type(kind), part) for part in entry)

@@ -106,8 +106,8 @@ def _counted_without_state(options: list[ShardingOption]) -> Iterator[None]:
     given = [(tensor, tensor._optimizer_classes) for tensor in tensors if hasattr(tensor, "_optimizer_classes")]
     try:
         for tensor, _ in given:
-            tensor._optimizer_classes = [torch.optim.SGD]  # type: ignore[attr-defined]
+            tensor._optimizer_classes = [torch.optim.SGD]
         yield
     finally:
         for tensor, classes in given:
-            tensor._optimizer_classes = classes  # type: ignore[attr-defined]
+            tensor._optimizer_classes = classes

@@ -29,6 +29,7 @@ def own_process_group() -> Iterator[None]:
 
 RESUMABLE = {
     "stages": MIXED,
+    "data__stochastic_length": 1.3,
     "objective__head_dropout": 0.2,
     "objective__generative_weight": 0.5,
     "optim__ema": 0.9,
@@ -68,10 +69,13 @@ def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resume_at_another_world_size_goes_on_with_the_same_losses(tmp_path: Path) -> None:
     options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__lr": 0.002}
+    options |= {"data__stochastic_length": 1.3, "user__actions": "interleaved"}
     train(config(tmp_path / "whole", data__batch_users=4, **options))
     run = interrupted(tmp_path / "whole", tmp_path / "two", 4)
     run_ranks(on_rank, 2, config(run, data__batch_users=2, resume=True, **options))
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    kept = [line["history_kept"] for line in lines(run, "step")]
+    assert kept == [line["history_kept"] for line in lines(tmp_path / "whole", "step")] and min(kept) < 1
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
