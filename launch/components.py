@@ -1,12 +1,123 @@
-"""TorchX components: `torchx run launch/components.py:evaluate --j 1x2 -- --run-dir runs/quickstart`.
+"""TorchX components, one for each job: `torchx run launch/components.py:embed --j 1x2 --run_dir runs/quickstart ...`.
 
-TorchX executes this file inside a module of its own, so nothing of the project is imported here.
+    prepare       a source into a dataset directory, on one process
+    train         a configuration, on one rank or many
+    evaluate      a checkpoint, or prediction files
+    embed         item and user embeddings that are new or changed, into stores
+    three_stages  train, embed, train from the store, embed: the paper's three stages as one job
+
+What all of them take, after their own: `image` (container, for schedulers that need one), `h` (a named resource) or
+`cpu`, `gpu` and `memMB` of a node, `env`, `mounts`, `max_retries` (by the scheduler, of the whole job) and `restarts`
+(by torchrun, of the ranks of a node, on any scheduler). Every job can be started again: `train` goes on from its last
+checkpoint, `embed` with what its store lacks.
+
+TorchX executes this file inside a module of its own, so nothing of the project is imported here, and its names must
+not be those of `torchx.specs.finder`.
 """
 
-from typing import Dict, List, Optional  # noqa: UP035 - TorchX reads the annotations, and knows these
+from typing import Any, Dict, List, Optional  # noqa: UP035 - TorchX reads the annotations, and knows these
 
 from torchx import specs
-from torchx.components.dist import ddp
+from torchx.components import dist as torchx_dist
+
+
+def prepare(
+    *arguments: str,
+    source: str,
+    output: str,
+    path: str = "",
+    split: str = "time",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803 - as in TorchX's own components
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """A source into a dataset directory: `hllm prepare`, on one process.
+
+    Args:
+        arguments: further arguments of `hllm prepare`, after `--`
+        source: ml-100k, ml-1m, pixelrec, amazon or table
+        output: dataset directory to write
+        path: the source's file or folder
+        split: time or leave_one_out
+        image: container image, for the schedulers that need one
+        h: a named resource, instead of cpu, gpu and memMB
+        cpu: processors
+        gpu: accelerators; none are used
+        memMB: memory in MB
+        env: environment variables, NAME=VALUE separated by commas
+        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
+        max_retries: restarts by the scheduler
+    """
+    given = ["--source", source, "--output", output, "--split", split, *_option("--path", path), *arguments]
+    role = specs.Role(
+        name="prepare",
+        image=image,
+        entrypoint="python",
+        args=["-m", "hllm_torchrec.launch.prepare", *given],
+        env=dict(env or {}),
+        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+        max_retries=max_retries,
+    )
+    return specs.AppDef(name="prepare", roles=[role])
+
+
+def train(
+    *arguments: str,
+    config: str,
+    output: str = "",
+    resume: bool = True,
+    j: str = "1x1",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Training: `hllm train`, on one rank or many.
+
+    Args:
+        arguments: overrides of the configuration, after `--`, such as --optim.lr 0.001
+        config: a YAML of configs/
+        output: run directory, instead of the configuration's
+        resume: go on from the last checkpoint of the run directory, where there is one
+        j: nodes x processes, such as 4x8
+        image: container image, for the schedulers that need one
+        h: a named resource, instead of cpu, gpu and memMB
+        cpu: processors of a node
+        gpu: accelerators of a node
+        memMB: memory of a node in MB
+        env: environment variables, NAME=VALUE separated by commas
+        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
+        max_retries: restarts by the scheduler
+        restarts: restarts by torchrun, when a rank fails
+        rdzv_port: port on the first node at which several nodes meet
+    """
+    given = ["--config", config, *_option("--output", output), "--resume", str(resume).lower(), *arguments]
+    return _on_ranks(
+        "train",
+        given,
+        *(j, restarts),
+        image=image,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        env=env,
+        mounts=mounts,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+    )
 
 
 def evaluate(
@@ -20,9 +131,12 @@ def evaluate(
     h: Optional[str] = None,  # noqa: UP045
     cpu: int = 2,
     gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803 - as in TorchX's own components
+    memMB: int = 8192,  # noqa: N803
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
 ) -> specs.AppDef:
     """Offline evaluation: `hllm evaluate` on a checkpoint or on prediction files, on one rank or many.
 
@@ -39,26 +153,162 @@ def evaluate(
         gpu: accelerators of a node
         memMB: memory of a node in MB
         env: environment variables, NAME=VALUE separated by commas
+        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
         max_retries: restarts by the scheduler
+        restarts: restarts by torchrun, when a rank fails
+        rdzv_port: port on the first node at which several nodes meet
     """
-    given: List[str] = []  # noqa: UP006
-    if run_dir:
-        given += ["--run-dir", run_dir]
+    given = _option("--run-dir", run_dir)
     if predictions:
         given += ["--predictions", *predictions]
     if baseline:
         given += ["--baseline", baseline, "--max-drop", str(max_drop)]
-    return ddp(
-        *given,
-        *arguments,
-        m="hllm_torchrec.launch.evaluate",
-        name="/evaluate",
+    return _on_ranks(
+        "evaluate",
+        [*given, *arguments],
+        *(j, restarts),
         image=image,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
-        j=j,
         env=env,
+        mounts=mounts,
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
     )
+
+
+def embed(
+    *arguments: str,
+    run_dir: str,
+    items: str = "",
+    users: str = "",
+    since: str = "",
+    checkpoint: str = "best",
+    j: str = "1x1",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Embeddings that are new or changed, into stores: `hllm embed`, shared out over the ranks by tokens.
+
+    Args:
+        arguments: further arguments of `hllm embed`, after `--`
+        run_dir: run directory of `hllm train`
+        items: store of items, made if it is not there
+        users: store of users, made if it is not there
+        since: YYYY-MM-DD; users without an event since then are left alone
+        checkpoint: best, latest, or a directory
+        j: nodes x processes, such as 1x2
+        image: container image, for the schedulers that need one
+        h: a named resource, instead of cpu, gpu and memMB
+        cpu: processors of a node
+        gpu: accelerators of a node
+        memMB: memory of a node in MB
+        env: environment variables, NAME=VALUE separated by commas
+        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
+        max_retries: restarts by the scheduler; what has been committed is not made again
+        restarts: restarts by torchrun, when a rank fails
+        rdzv_port: port on the first node at which several nodes meet
+    """
+    return _on_ranks(
+        "embed",
+        [*_embed_arguments(run_dir, items, users, since, checkpoint), *arguments],
+        *(j, restarts),
+        image=image,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        env=env,
+        mounts=mounts,
+        max_retries=max_retries,
+        rdzv_port=rdzv_port,
+    )
+
+
+def three_stages(
+    *arguments: str,
+    one: str = "configs/stages/1.yaml",
+    two: str = "configs/stages/2.yaml",
+    folder: str = "runs/three_stages",
+    j: str = "1x1",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
+) -> specs.AppDef:
+    """Stage I, its item embeddings, stage II from them, and the embeddings of all items and users for stage III.
+
+    Four commands one after the other on the same nodes; a job that is started again goes on where it was. It writes
+    `folder`/one and two (run directories), items and users (stores); stage II begins with one's weights.
+
+    Args:
+        arguments: overrides of both configurations, after `--`, such as --data.dataset data/ml-100k
+        one: configuration of stage I
+        two: configuration of stage II
+        folder: where runs and stores are written
+        j: nodes x processes, such as 1x2
+        image: container image, for the schedulers that need one
+        h: a named resource, instead of cpu, gpu and memMB
+        cpu: processors of a node
+        gpu: accelerators of a node
+        memMB: memory of a node in MB
+        env: environment variables, NAME=VALUE separated by commas
+        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
+        max_retries: restarts by the scheduler
+        restarts: restarts by torchrun, when a rank fails
+        rdzv_port: the first of four ports on the first node at which several nodes meet
+    """
+    first, second, items = f"{folder}/one", f"{folder}/two", f"{folder}/items"
+    train_two = ["--output", second, "--start_from", first, "--item_llm.store", items]
+    steps = [
+        ("train", ["--config", one, "--output", first, "--resume", "true", *arguments]),
+        ("embed", _embed_arguments(first, items)),
+        ("train", ["--config", two, *train_two, "--resume", "true", *arguments]),
+        ("embed", _embed_arguments(second, items, f"{folder}/users")),
+    ]
+    resources: Dict[str, Any] = {"image": image, "h": h, "cpu": cpu, "gpu": gpu, "memMB": memMB}  # noqa: UP006
+    resources |= {"env": env, "mounts": mounts, "max_retries": max_retries}
+    apps = [
+        # Ports of their own: a slow node must not meet the others of the step before.
+        _on_ranks(job, given, j, restarts, **resources, rdzv_port=rdzv_port + number)
+        for number, (job, given) in enumerate(steps)
+    ]
+    role = apps[0].roles[0]
+    role.name, role.args = "three_stages", ["-c", " && ".join(app.roles[0].args[1] for app in apps)]
+    role.port_map = {f"c10d{number}": rdzv_port + number for number in range(len(steps))}
+    return specs.AppDef(name="three_stages", roles=[role])
+
+
+def _on_ranks(job: str, given: List[str], j: str, restarts: int, **resources: Any) -> specs.AppDef:  # noqa: UP006
+    """`hllm_torchrec.launch.<job>` under torchrun, by TorchX's own component."""
+    start = getattr(torchx_dist, "torchrun", None) or torchx_dist.ddp  # the nightly's name of it, and 0.7.0's
+    env = {**(resources.pop("env") or {}), **({"PET_MAX_RESTARTS": str(restarts)} if restarts else {})}
+    found: specs.AppDef = start(*given, m=f"hllm_torchrec.launch.{job}", name=f"/{job}", j=j, env=env, **resources)
+    return found
+
+
+def _embed_arguments(run_dir: str, items: str, users: str = "", since: str = "", checkpoint: str = "best") -> List[str]:  # noqa: UP006
+    """Of `hllm embed`; --run-dir, because torchrun takes --run for one of its own."""
+    stores = [*_option("--items", items), *_option("--users", users), *_option("--since", since)]
+    return ["--run-dir", run_dir, *stores, "--checkpoint", checkpoint]
+
+
+def _option(name: str, value: str) -> List[str]:  # noqa: UP006
+    """An option with a value, or nothing."""
+    return [name, value] if value else []

@@ -97,7 +97,7 @@ def describe(store: "EmbeddingStore") -> str:
 
 def delete(store: "EmbeddingStore", ids: list[str]) -> int:
     """Take ids away and compact; returns how many had a vector."""
-    keys = [int(i) for i in ids] if store.kind == "int64" else ids
+    keys = [_number(store, i) for i in ids] if store.kind == "int64" else ids
     before = len(store.snapshot())
     with store.writer() as writer:
         writer.delete(keys)
@@ -107,8 +107,23 @@ def delete(store: "EmbeddingStore", ids: list[str]) -> int:
 
 
 def read_ids(path: Path) -> list[str]:
-    """The lines of a file that are not empty."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """The lines of a file that are not empty.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one to a line") from None
+
+
+def _number(store: "EmbeddingStore", text: str) -> int:
+    """An id of a store whose ids are numbers."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"delete: id {text!r}: the ids of {store.root} are whole numbers") from None
 
 
 if __name__ == "__main__":

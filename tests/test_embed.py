@@ -1,6 +1,8 @@
 """The embedding job: what the model says, only what has changed, on any number of ranks."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from hllm_torchrec import embed
+from hllm_torchrec import embed, ranks
 from hllm_torchrec.embed import EmbedReport, embed_items, item_marks
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.launch.embed import main
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.store import EmbeddingStore
+from hllm_torchrec.store.run import RunWriter
 from tests import fixtures
-from tests.distributed import run_ranks
+from tests.distributed import RankFailed, run_ranks
 from tests.training_fixtures import config, train
 
 RAW_IDS = fixtures.dataset().items["raw_item_id"].to_pylist()
@@ -91,6 +94,39 @@ def test_two_ranks_write_what_one_does(tmp_path: Path) -> None:
     torch.testing.assert_close(
         found, EmbeddingStore.open(tmp_path / "one").snapshot().gather(RAW_IDS)[0], atol=1e-5, rtol=0
     )
+
+
+def embed_in_small_commits(tmp_path: Path, die_after: int = 0) -> EmbedReport:
+    """On each rank; rank 1 is killed when it has written so many runs, in the middle of a round."""
+    embed.CATALOGUE_TOKENS, embed.COMMIT_TOKENS = 20, 40
+    experiment, written = build(tmp_path), []
+    add = RunWriter.add
+
+    def add_or_die(run: RunWriter, *row: Any) -> None:
+        add(run, *row)
+        written.append(run.name)
+        if die_after and ranks.rank() == 1 and len(set(written)) > die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunWriter, "add", add_or_die)
+        return embed_items(experiment, tmp_path / "two", "fp32")
+
+
+@pytest.mark.slow
+def test_a_job_whose_rank_is_killed_continues_when_it_is_started_again(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="rank 1 of 2 died without a traceback"):
+        run_ranks(embed_in_small_commits, 2, tmp_path, 3)
+    store = EmbeddingStore.open(tmp_path / "two")
+    done = len(store.snapshot())
+    assert 0 < done < len(RAW_IDS) and store.verify() == [] and store.snapshot().version == 3
+    assert len(list((tmp_path / "two" / "runs").iterdir())) > len(store.snapshot().runs), "what the killed left"
+    reports = run_ranks(embed_in_small_commits, 2, tmp_path)
+    assert [report.encoded for report in reports] == [len(RAW_IDS) - done] * 2
+    assert len(list((tmp_path / "two" / "runs").iterdir())) == len(store.snapshot().runs)
+    found, known = store.snapshot().gather(RAW_IDS)
+    assert known.all()
+    torch.testing.assert_close(found, build(tmp_path).encode_catalogue()[1:], atol=1e-5, rtol=0)
 
 
 def test_a_store_of_other_weights_is_refused_and_left_as_it_was(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ Hashes = NDArray[np.uint64]
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64's
-_LONG = 512
-"""Strings are hashed this many bytes at a time, so that one long string does not widen the others' matrix."""
+_KEPT = np.array([2 ** (8 * kept) - 1 for kept in range(9)], np.uint64)
+"""Masks of the first 0 to 8 bytes of a word."""
 
 
 def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
@@ -50,27 +50,20 @@ def hash_keys(keys: pa.Array) -> Hashes:
 
 
 def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
-    """uint64 [n] of the byte strings flat[offsets[i] : offsets[i + 1]]."""
+    """uint64 [n] of the byte strings flat[offsets[i] : offsets[i + 1]]: eight bytes at a time, the last padded."""
     lengths = np.diff(offsets)
-    hashes = lengths.astype(np.uint64)
-    for begin in range(0, int(lengths.max(initial=0)), _LONG):
-        rows = np.flatnonzero(lengths > begin)
-        hashes[rows] = _fold(hashes[rows], flat, offsets[rows] + begin, np.minimum(lengths[rows] - begin, _LONG))
+    padded = np.zeros(int(offsets[-1] - offsets[0]) + 8, np.uint8)
+    padded[:-8] = flat[offsets[0] : offsets[-1]]
+    words: Hashes = np.ndarray(padded.size - 7, "<u8", padded, strides=(1,))  # the eight bytes from each place on
+    starts, hashes, at = offsets[:-1] - offsets[0], lengths.astype(np.uint64), 0
+    rows = np.flatnonzero(lengths)
+    while rows.size:
+        word = words[starts[rows] + at] & _KEPT[np.minimum(lengths[rows] - at, 8)]
+        with np.errstate(over="ignore"):
+            hashes[rows] = _mix(hashes[rows] ^ (word * _MULTIPLIER))
+        at += 8
+        rows = rows[lengths[rows] > at]
     return _mix(hashes)
-
-
-def _fold(hashes: Hashes, flat: NDArray[np.uint8], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Hashes:
-    """Take up to _LONG bytes of each string into its hash, eight at a time, the last word padded with zeros."""
-    with np.errstate(over="ignore"):
-        for at in range(0, int(lengths.max()), 8):
-            word = np.zeros(starts.size, np.uint64)
-            for byte in range(8):
-                inside = lengths > at + byte
-                value = flat[np.where(inside, starts + at + byte, 0)].astype(np.uint64)
-                word |= np.where(inside, value, np.uint64(0)) << np.uint64(8 * byte)
-            folded = _mix(hashes ^ (word * _MULTIPLIER))
-            hashes = np.where(lengths > at, folded, hashes)
-    return hashes
 
 
 def _mix(x: Hashes) -> Hashes:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -54,13 +55,14 @@ class RunReader:
             raise ValueError(f"{folder}: {error}: the store is damaged; `hllm store verify` says where") from None
 
     def _open(self, folder: Path, dtype: str) -> None:
-        self.hashes: Hashes = np.load(folder / "hashes.npy", mmap_mode="r")
-        self.rows: Ints = np.load(folder / "rows.npy", mmap_mode="r")
-        self.marks: Hashes = np.load(folder / "marks.npy", mmap_mode="r")
+        # Plain arrays over the maps: np.memmap's own indexing costs microseconds a call.
+        self.hashes, self.rows, self.marks = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("hashes", "rows", "marks")
+        )
         with pa.memory_map(str(folder / "keys.arrow")) as source:
             self.keys = pa.ipc.open_file(source).read_all()["key"]
-        names = sorted(name for name in self.facts.files if name.startswith("vectors-"))
-        self.files = [self._mapped(folder / name, dtype) for name in names]
+        names = (name for name in self.facts.files if name.startswith("vectors-"))
+        self.files = [self._mapped(folder / name, dtype) for name in sorted(names, key=lambda name: (len(name), name))]
         self.rows_per_file = self.files[0].shape[0] if self.files else 1
 
     def _mapped(self, path: Path, dtype: str) -> NDArray[Any]:
@@ -78,7 +80,7 @@ class RunReader:
                 break
             rows = self.rows[at[same]]
             if not pa.types.is_integer(keys.type):
-                equal = pa.compute.equal(self.keys.take(pa.array(rows)).combine_chunks(), keys.take(pa.array(same)))
+                equal = pc.equal(self.keys.take(pa.array(rows)).combine_chunks(), keys.take(pa.array(same)))
                 equal = equal.to_numpy(zero_copy_only=False)
                 same, rows = same[equal], rows[equal]
             found[same] = rows
@@ -114,6 +116,11 @@ class RunReader:
                 out[at if inside is None else at[torch.from_numpy(inside)]] = picked.to(out.dtype)
 
 
+def rows_per_file(width: int, dtype: str, file_bytes: int) -> int:
+    """Rows of a file of vectors, at least one."""
+    return max(1, file_bytes // (width * DTYPES[dtype].itemsize))
+
+
 class RunWriter:
     """Writes a run, vectors as they come. `finish` syncs everything; the run is nothing until a manifest names it."""
 
@@ -122,7 +129,7 @@ class RunWriter:
         self.folder = runs / self.name
         self.folder.mkdir(parents=True)
         self.width, self.dtype, self.kind = width, dtype, kind
-        self.rows_per_file = max(1, file_bytes // (width * DTYPES[dtype].itemsize))
+        self.rows_per_file = rows_per_file(width, dtype, file_bytes)
         self.rows = 0
         self._keys: list[pa.Array] = []
         self._deleted: list[pa.Array] = []
@@ -132,7 +139,7 @@ class RunWriter:
         self._pool = ThreadPoolExecutor(1)  # checksums are computed beside the writing
 
     def add(self, keys: pa.Array, vectors: Tensor, marks: Hashes) -> None:
-        """Append rows: keys [k], vectors [k, D], marks [k]."""
+        """Append rows: keys [k], vectors [k, D], marks [k]. They undo a `delete` of before."""
         values = vectors.detach().to("cpu", DTYPES[self.dtype]).contiguous()
         raw = (values.view(torch.int16) if self.dtype == "bf16" else values).numpy().reshape(-1, self.width)
         at = 0
@@ -145,6 +152,7 @@ class RunWriter:
             at, self.rows = at + len(part), self.rows + len(part)
             if self.rows % self.rows_per_file == 0:
                 self._close_file()
+        self._deleted = [part.filter(pc.invert(pc.is_in(part, value_set=keys))) for part in self._deleted]
         self._keys.append(keys)
         self._marks.append(np.asarray(marks, np.uint64))
 

@@ -75,6 +75,31 @@ def test_delete_takes_ids_away_for_good(
     assert raw == np.array([3, 4, 0], np.float16).tobytes()
 
 
+def test_ids_that_the_store_cannot_have_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EmbeddingStore.create(tmp_path / "numbers", 3, keys="int64")
+    assert main(["delete", str(tmp_path / "numbers"), "--id", "4711", "--id", "u4711"]) == 2
+    assert "delete: id 'u4711': the ids of " in capsys.readouterr().err
+    (tmp_path / "ids.bin").write_bytes(b"\xff\xfe\x00")
+    assert main(["delete", str(tmp_path / "numbers"), "--ids", str(tmp_path / "ids.bin")]) == 2
+    err = capsys.readouterr().err
+    assert "ids.bin: 'utf-8' codec" in err and "one to a line" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["info", "compact", "verify", "delete"])
+def test_a_damaged_store_is_one_line_that_names_the_file(
+    command: str, store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = next(store.root.glob("runs/*/vectors-0000.bin"))
+    file.unlink()
+    assert main([command, str(store.root), *(["--id", "a"] if command == "delete" else [])]) == 1 + (
+        command != "verify"
+    )
+    captured = capsys.readouterr()
+    said = captured.out if command == "verify" else captured.err
+    assert f"{file} is missing" in said and said.count("\n") == 1
+    assert len(list(store.root.glob("runs/*"))) == 2, "nothing else was touched"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,8 @@
 """Kill writers of a store at random moments and look at what is left: python kill_writers.py STORE --kills 25.
 
 Each writer commits forever: commit n sets every key to n, and key n is new; now and then it compacts. Having
-committed, it says so. What is found afterwards must be whole: every key of version v set to v, v at least the last
-that the writer spoke of and at most the one after.
+committed, it says so. What is found, meanwhile and afterwards, must be whole: every key of version v set to v, v at
+least the last that the writer spoke of and at most the one after.
 """
 
 import argparse
@@ -69,7 +69,11 @@ def main() -> None:
         if child == 0:
             write_forever(options.store, say)
         os.close(say)
-        time.sleep(rng.uniform(0.02, 0.25))
+        until, seen = time.monotonic() + rng.uniform(0.02, 0.25), 0
+        while time.monotonic() < until:  # meanwhile a reader sees whole states alone, and none go back
+            now = read(options.store)
+            assert now >= seen, f"{now} after {seen}"
+            seen = now
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         heard = os.fdopen(hear).read().split()

@@ -1,0 +1,189 @@
+"""The TorchX components: what each scheduler would be given, and a real run of `embed` on two ranks."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torchx import specs
+from torchx.runner import Runner, get_runner
+
+from hllm_torchrec.parallelize import stop_process
+from hllm_torchrec.store import EmbeddingStore
+from tests import fixtures
+from tests.training_fixtures import config, train
+
+ON_NODES = ["--j", "2x4", "--gpu", "4", "--cpu", "16", "--memMB", "65536", "--max_retries", "3", "--restarts", "2"]
+ON_NODES += ["--env", "NCCL_DEBUG=INFO,X=1", "--image", "hllm:1", "--rdzv_port", "29600"]
+MOUNTS = ["--mounts", "type=bind,src=/data,dst=/data,readonly,type=bind,src=/runs,dst=/runs"]
+JOBS = {
+    "train": (["--config", "c.yaml", "--output", "/runs/one"], "--config c.yaml --output /runs/one --resume true"),
+    "evaluate": (["--run_dir", "/runs/one"], "--run-dir /runs/one"),
+    "embed": (
+        ["--run_dir", "/runs/one", "--items", "/runs/i", "--users", "/runs/u", "--since", "1998-04-01"],
+        "--run-dir /runs/one --items /runs/i --users /runs/u --since 1998-04-01 --checkpoint best",
+    ),
+}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "slurm": {"partition": "gpu"},
+    "kubernetes": {"queue": "default"},
+    "local_docker": {},
+}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Any:
+    with get_runner("test") as made:
+        yield made
+
+
+@pytest.fixture
+def dryrun(runner: Runner, root: Path) -> Any:
+    """Runs a component on a scheduler without starting anything; what the scheduler would be given."""
+
+    def run(job: str, arguments: list[str], scheduler: str) -> Any:
+        component = f"{root / 'launch' / 'components.py'}:{job}"
+        return runner.dryrun_component(component, arguments, scheduler, SCHEDULERS.get(scheduler, {})).request
+
+    return run
+
+
+def torchrun(command: str) -> tuple[dict[str, str], list[str]]:
+    """torchrun's options in a shell command, and what follows them (-m module arguments)."""
+    words = shlex.split(command)
+    at = words.index("-m")
+    options = words[words.index("torchrun") + 1 : at]
+    return dict(zip(options[::2], options[1::2], strict=True)), words[at + 1 :]
+
+
+def check_command(command: str, job: str, arguments: str) -> None:
+    """The ranks of 2 x 4, their meeting point, module and arguments."""
+    options, rest = torchrun(command)
+    assert (options["--nnodes"], options["--nproc_per_node"]) == ("2", "4")
+    assert options["--rdzv_endpoint"].endswith(":29600")
+    assert rest == [f"hllm_torchrec.launch.{job}", *arguments.split(), "--seed", "1"]
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_slurm_gets_ranks_resources_environment_and_retries(job: str, dryrun: Any) -> None:
+    given, arguments = JOBS[job]
+    request = dryrun(job, [*given, *ON_NODES, "--", "--seed", "1"], "slurm")
+    assert request.max_retries == 3 and len(request.replicas) == 2
+    for replica in request.replicas.values():
+        wanted = {
+            "partition": "gpu",
+            "cpus-per-task": "16",
+            "gpus-per-task": "4",
+            "mem": "65536",
+            "ntasks-per-node": "1",
+        }
+        assert {name: replica.sbatch_opts.get(name) for name in wanted} == wanted
+        assert {"NCCL_DEBUG": "INFO", "X": "1", "PET_MAX_RESTARTS": "2"}.items() <= replica.env.items()
+        assert replica.entrypoint == "bash"
+        check_command(replica.args[1], job, arguments)
+    script = request.materialize()
+    assert "#SBATCH --requeue" in script and "TORCHX_MAX_RETRIES=3" in script
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_docker_gets_ranks_resources_mounts_environment_and_retries(job: str, dryrun: Any) -> None:
+    given, arguments = JOBS[job]
+    request = dryrun(job, [*given, *ON_NODES, *MOUNTS, "--", "--seed", "1"], "local_docker")
+    assert len(request.containers) == 2
+    for container in request.containers:
+        options = container.kwargs
+        assert container.image == "hllm:1" and container.command[:2] == ["bash", "-c"]
+        assert {"NCCL_DEBUG": "INFO", "X": "1", "PET_MAX_RESTARTS": "2"}.items() <= options["environment"].items()
+        mounts = {mount["Target"]: (mount["Source"], mount["ReadOnly"]) for mount in options["mounts"]}
+        assert mounts == {"/data": ("/data", True), "/runs": ("/runs", False)}
+        assert options["mem_limit"] == "65536m" and options["nano_cpus"] == 16 * 10**9
+        assert options["device_requests"][0]["Count"] == 4
+        assert options["restart_policy"] == {"Name": "on-failure", "MaximumRetryCount": 3}
+        check_command(container.command[2], job, arguments)
+
+
+@pytest.mark.parametrize("job", list(JOBS))
+def test_kubernetes_gets_ranks_resources_mounts_environment_and_retries(job: str, dryrun: Any) -> None:
+    pytest.importorskip("kubernetes")
+    given, arguments = JOBS[job]
+    request = dryrun(job, [*given, *ON_NODES, *MOUNTS, "--", "--seed", "1"], "kubernetes")
+    (document,) = yaml.safe_load_all(str(request))
+    assert document["spec"]["maxRetry"] == 3 and len(document["spec"]["tasks"]) == 2
+    for task in document["spec"]["tasks"]:
+        (container,) = task["template"]["spec"]["containers"]
+        assert container["image"] == "hllm:1"
+        limits = container["resources"]["limits"]
+        assert (limits["cpu"], limits["memory"], limits["nvidia.com/gpu"]) == ("16000m", "65536M", "4")
+        env = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert {"NCCL_DEBUG": "INFO", "X": "1", "PET_MAX_RESTARTS": "2"}.items() <= env.items()
+        mounts = {mount["mountPath"]: mount.get("readOnly") for mount in container["volumeMounts"]}
+        assert mounts["/data"] is True and not mounts["/runs"]
+        check_command(container["command"][2], job, arguments)
+
+
+def test_prepare_is_one_process_and_no_rank(dryrun: Any) -> None:
+    arguments = ["--source", "ml-1m", "--path", "/data/ml-1m", "--output", "/data/out", "--split", "leave_one_out"]
+    arguments += ["--cpu", "4", "--memMB", "4096", "--max_retries", "1", "--env", "A=b", "--image", "hllm:1", *MOUNTS]
+    (container,) = dryrun("prepare", [*arguments, "--", "--overwrite"], "local_docker").containers
+    given = "--source ml-1m --output /data/out --split leave_one_out --path /data/ml-1m --overwrite"
+    assert container.command == ["python", "-m", "hllm_torchrec.launch.prepare", *given.split()]
+    assert container.kwargs["environment"]["A"] == "b" and container.kwargs["mem_limit"] == "4096m"
+    assert container.kwargs["restart_policy"] == {"Name": "on-failure", "MaximumRetryCount": 1}
+    assert {mount["Target"] for mount in container.kwargs["mounts"]} == {"/data", "/runs"}
+
+
+def test_three_stages_are_four_commands_on_the_same_nodes(dryrun: Any) -> None:
+    given = ["--one", "a.yaml", "--two", "b.yaml", "--folder", "/runs/x", *ON_NODES, "--", "--seed", "1"]
+    request = dryrun("three_stages", given, "slurm")
+    assert len(request.replicas) == 2 and request.max_retries == 3
+    for replica in request.replicas.values():
+        steps = [torchrun(command) for command in replica.args[1].split(" && ")]
+        ports = [options["--rdzv_endpoint"].rsplit(":", 1)[1] for options, _ in steps]
+        assert ports == ["29600", "29601", "29602", "29603"]
+        assert all((options["--nnodes"], options["--nproc_per_node"]) == ("2", "4") for options, _ in steps)
+        begun = "--start_from /runs/x/one --item_llm.store /runs/x/items --resume true --seed 1"
+        assert [" ".join(rest).removeprefix("hllm_torchrec.launch.") for _, rest in steps] == [
+            "train --config a.yaml --output /runs/x/one --resume true --seed 1",
+            "embed --run-dir /runs/x/one --items /runs/x/items --checkpoint best",
+            f"train --config b.yaml --output /runs/x/two {begun}",
+            "embed --run-dir /runs/x/two --items /runs/x/items --users /runs/x/users --checkpoint best",
+        ]
+
+
+def test_the_nightlys_name_of_the_component_is_taken_where_there_is_one(
+    dryrun: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchx.components import dist
+
+    def torchrun(*arguments: str, m: str, **others: Any) -> specs.AppDef:
+        app = dist.ddp(*arguments, m=m, **others)
+        app.roles[0].env["FROM"] = "torchrun"
+        return app
+
+    monkeypatch.setattr(dist, "torchrun", torchrun, raising=False)
+    request = dryrun("embed", ["--run_dir", "r", "--items", "i"], "local_docker")
+    assert request.containers[0].kwargs["environment"]["FROM"] == "torchrun"
+
+
+@pytest.mark.slow
+def test_embed_runs_on_two_ranks_and_once_more_has_nothing_to_do(root: Path, tmp_path: Path) -> None:
+    train(config(tmp_path / "run", stages=[{"name": "first", "epochs": 0.5}], evaluation__batch_users=24))
+    stop_process()
+    binaries = Path(sys.executable).parent
+    command = [str(binaries / "torchx"), "run", "-s", "local_cwd", f"{root / 'launch' / 'components.py'}:embed"]
+    command += ["--j", "1x2", "--run_dir", str(tmp_path / "run"), "--items", "items", "--users", "users"]
+    env = os.environ | {"PYTHONPATH": str(root), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    items, users = (len(fixtures.dataset().items), len(fixtures.dataset().users))
+    assert re.search(rf"embedded {items} of {items} items in .*; items is at version 1", said), said
+    assert re.search(rf"embedded {users} of {users} active users .*; users is at version 1", said), said
+    for name, number in (("items", items), ("users", users)):
+        store = EmbeddingStore.open(tmp_path / name)
+        assert len(store.snapshot()) == number and len(store.snapshot().runs) == 2, "each rank has written a run"
