@@ -52,18 +52,25 @@ def hash_keys(keys: pa.Array) -> Hashes:
 def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
     """uint64 [n] of the byte strings flat[offsets[i] : offsets[i + 1]]: eight bytes at a time, the last padded."""
     lengths = np.diff(offsets)
-    padded = np.zeros(int(offsets[-1] - offsets[0]) + 8, np.uint8)
-    padded[:-8] = flat[offsets[0] : offsets[-1]]
-    words: Hashes = np.ndarray(padded.size - 7, "<u8", padded, strides=(1,))  # the eight bytes from each place on
-    starts, hashes, at = offsets[:-1] - offsets[0], lengths.astype(np.uint64), 0
+    hashes, at = lengths.astype(np.uint64), 0
     rows = np.flatnonzero(lengths)
     while rows.size:
-        word = words[starts[rows] + at] & _KEPT[np.minimum(lengths[rows] - at, 8)]
+        word = _words(flat, offsets[rows] + at, np.minimum(lengths[rows] - at, 8))
         with np.errstate(over="ignore"):
             hashes[rows] = _mix(hashes[rows] ^ (word * _MULTIPLIER))
         at += 8
         rows = rows[lengths[rows] > at]
     return _mix(hashes)
+
+
+def _words(data: NDArray[np.uint8], starts: NDArray[np.int64], kept: NDArray[np.int64]) -> Hashes:
+    """uint64 [k]: the first `kept` (1 to 8) of the bytes from each place on."""
+    if data.size < 8:
+        data = np.concatenate([data, np.zeros(8, np.uint8)])
+    words: Hashes = np.ndarray(data.size - 7, "<u8", data, strides=(1,))
+    last = data.size - 8  # whole words there are up to here; behind it, one that ends with the data is shifted
+    late = np.maximum(starts - last, 0)
+    return (words[starts - late] >> (8 * late).astype(np.uint64)) & _KEPT[kept]
 
 
 def _mix(x: Hashes) -> Hashes:

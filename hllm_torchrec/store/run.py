@@ -30,7 +30,14 @@ from hllm_torchrec.store.layout import RunFacts, sync_folder
 Ints = NDArray[np.int64]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORAGE: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<i2")}
-FILE_BYTES = 2**30
+_BITS = {
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
+"""Integers of the same size, and the exponent that infinities and NaN alone have."""
+_IN_CACHE = 2**16
+FILE_BYTES = 2**32
 """Vectors of a run are spread over files of about this size."""
 _BLOCK = 2**24
 _AHEAD = 4
@@ -99,21 +106,50 @@ class RunReader:
         places[order] = np.searchsorted(self.hashes, hashes[order], side="left")
         return places
 
-    def gather(self, rows: Ints, out: Tensor, places: Tensor | None = None) -> None:
+    def gather(self, rows: Ints, out: Tensor, places: Ints | None = None) -> None:
         """Vectors of `rows` [k] into out[places] (None: into out, in order), fp32 or this run's type."""
-        for number in range(len(self.files)):
-            first = number * self.rows_per_file
-            last = first + self.rows_per_file
-            inside = np.flatnonzero((rows >= first) & (rows < last)) if len(self.files) > 1 else None
-            own = rows if inside is None else rows[inside] - first
-            if own.size == 0:
-                continue
-            picked = torch.from_numpy(np.take(self.files[number], own, axis=0, mode="clip")).view(self.dtype)
-            if inside is None and places is None:
-                out.copy_(picked)
-            else:
-                at = torch.arange(rows.size) if places is None else places
-                out[at if inside is None else at[torch.from_numpy(inside)]] = picked.to(out.dtype)
+        same = out.dtype == self.dtype and out.device.type == "cpu"
+        target = self._raw(out) if same else None
+        if len(self.files) == 1 and places is None and target is not None:
+            self._take(0, rows, target)
+            return
+        order, picked = self._picked(rows)
+        at = (np.arange(rows.size) if places is None else places)[order]
+        if target is not None:
+            target[at] = picked  # numpy's, by rows: torch's for fp16 goes number by number
+        else:
+            out[torch.from_numpy(at)] = torch.from_numpy(picked).view(self.dtype).to(out.dtype)
+
+    def _picked(self, rows: Ints) -> tuple[Ints | slice, NDArray[Any]]:
+        """Rows of the files, file by file, and in which order they so are."""
+        picked = np.empty((rows.size, self.width), self.files[0].dtype if self.files else np.float32)
+        if len(self.files) <= 1:
+            if rows.size:
+                self._take(0, rows, picked)
+            return slice(None), picked
+        numbers = rows // self.rows_per_file
+        order = np.argsort(numbers, kind="stable")
+        ends = np.searchsorted(numbers[order], np.arange(len(self.files) + 1))
+        for number in np.unique(numbers).tolist():
+            part = slice(ends[number], ends[number + 1])
+            self._take(number, rows[order[part]] - number * self.rows_per_file, picked[part])
+        return order, picked
+
+    def _take(self, number: int, rows: Ints, out: NDArray[Any]) -> None:
+        # "clip": with "raise", numpy would take into a buffer first. Rows are those of the index.
+        np.take(self.files[number], rows, axis=0, mode="clip", out=out)
+
+    def _raw(self, values: Tensor) -> NDArray[Any]:
+        """Values of this run's type as the files have them."""
+        return (values.view(torch.int16) if self.dtype == torch.bfloat16 else values).numpy()
+
+
+def all_finite(vectors: Tensor) -> bool:
+    """Whether no number of a store's type is infinite or NaN; by the bits, as CPUs have no arithmetic in fp16."""
+    bits, exponent = _BITS[vectors.dtype]
+    flat = vectors.detach().cpu().contiguous().view(bits).view(-1).numpy()
+    blocks = (flat[at : at + _IN_CACHE] for at in range(0, flat.size, _IN_CACHE))
+    return all(int(np.bitwise_and(block, exponent).max()) < exponent for block in blocks)
 
 
 def rows_per_file(width: int, dtype: str, file_bytes: int) -> int:
@@ -167,9 +203,9 @@ class RunWriter:
         keys = pa.chunked_array([*self._keys, *self._deleted], as_keys([], self.kind).type)
         deleted = sum(len(part) for part in self._deleted)
         with pa.OSFile(str(self.folder / "keys.arrow"), "wb") as sink:
-            table = pa.table({"key": keys})
+            table = pa.table({"key": keys}).combine_chunks()  # look-ups go chunk by chunk
             with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table, max_chunksize=2**20)
+                writer.write_table(table)
         np.save(self.folder / "marks.npy", np.concatenate([np.empty(0, np.uint64), *self._marks]))
         hashes, rows = sorted_index(keys)
         np.save(self.folder / "hashes.npy", hashes)
@@ -223,7 +259,7 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
     """Sorted hashes [m] and the row of each; of equal keys the last row stands."""
     parts = [hash_keys(chunk) for chunk in keys.chunks]
     hashes = np.concatenate([np.empty(0, np.uint64), *parts])
-    order = np.argsort(hashes, kind="stable")
+    order = np.argsort(hashes)
     hashes = hashes[order]
     repeated = np.flatnonzero(hashes[1:] == hashes[:-1])
     if repeated.size == 0:
@@ -232,9 +268,11 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
     seen: dict[tuple[int, Any], int] = {}
     for at in np.union1d(repeated, repeated + 1).tolist():  # equal hashes: equal keys, or a collision
         key = (int(hashes[at]), keys[int(order[at])].as_py())
-        if key in seen:
-            kept[seen[key]] = False
-        seen[key] = at
+        standing = seen.setdefault(key, at)
+        if order[standing] < order[at]:
+            seen[key] = at
+        kept[at] = seen[key] == at
+        kept[standing] &= seen[key] == standing
     return hashes[kept], order[kept].astype(np.int64)
 
 

@@ -56,7 +56,7 @@ class Snapshot:
         out = torch.zeros(rows.size, self.store.width, dtype=dtype)
         for number in np.unique(runs[known]).tolist():
             places = np.flatnonzero(runs == number)
-            self.runs[number].gather(rows[places], out, torch.from_numpy(places))
+            self.runs[number].gather(rows[places], out, places)
         return out, torch.from_numpy(known)
 
     def marks(self, keys: Keys) -> tuple[Hashes, NDArray[np.bool_]]:

@@ -39,7 +39,7 @@ from hllm_torchrec.store.layout import (
     write_manifest,
     writer_lock,
 )
-from hllm_torchrec.store.run import DTYPES, FILE_BYTES, RunReader, RunWriter, find_damage
+from hllm_torchrec.store.run import DTYPES, FILE_BYTES, RunReader, RunWriter, all_finite, find_damage
 from hllm_torchrec.store.snapshot import Snapshot
 
 _ATTEMPTS = 10
@@ -213,8 +213,7 @@ class StoreWriter:
         if vectors.shape != (len(array), self.store.width):
             raise ValueError(f"vectors: shape {tuple(vectors.shape)}: must be [{len(array)}, {self.store.width}]")
         stored = vectors.to(DTYPES[self.store.dtype])
-        # A sum is four times as fast as looking at each; it may also overflow where every value is finite.
-        if not bool(torch.isfinite(stored.sum(dtype=torch.float32))) and not bool(torch.isfinite(stored).all()):
+        if not all_finite(stored):
             row = int((~torch.isfinite(stored)).any(dim=1).nonzero()[0])
             raise ValueError(
                 f"vectors: row {row} (key {array[row].as_py()!r}) is not finite in {self.store.dtype}: look at the "

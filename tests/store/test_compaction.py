@@ -36,12 +36,12 @@ def test_ten_thousand_commits_rewrite_each_row_a_few_times() -> None:
 
 def test_merged_runs_hold_what_they_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MAX_RUNS", 4)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # 40 commits would wait for the disk most of the time
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # 20 commits would wait for the disk most of the time
     store, expected = create(tmp_path / "s"), {f"base{k}": float(k) for k in range(50)}
     commit(store, dict(expected))
     rng = np.random.default_rng(0)
     most = 0
-    for number in range(40):
+    for number in range(20):
         changed: dict[str, float | None] = {f"k{int(k)}": float(number) for k in rng.integers(0, 9, 2)}
         changed |= {f"base{int(k)}": None for k in rng.integers(0, 50, 1)} | {f"k{int(rng.integers(0, 9))}": None}
         before = store.snapshot()

@@ -13,8 +13,8 @@ from hllm_torchrec.store.layout import Manifest, RunFacts, write_manifest
 from hllm_torchrec.store.run import FILE_BYTES, rows_per_file
 
 ROWS, WIDTH = 100_000_000, 2048
-PER_FILE = 262_144
-ASKED = [0, 1, PER_FILE - 1, PER_FILE, 50_000_000, 381 * PER_FILE, ROWS - 1]
+PER_FILE = 1_048_576
+ASKED = [0, 1, PER_FILE - 1, PER_FILE, 50_000_000, 95 * PER_FILE, ROWS - 1]
 
 
 def hole(path: Path, size: int) -> tuple[int, int]:
@@ -59,10 +59,10 @@ def store(tmp_path: Path) -> EmbeddingStore:
     return made
 
 
-def test_the_reader_finds_rows_of_a_hundred_million_in_382_files(store: EmbeddingStore) -> None:
+def test_the_reader_finds_rows_of_a_hundred_million_in_96_files(store: EmbeddingStore) -> None:
     folder = store.root / "runs" / "big"
     sizes = [file.stat() for file in folder.glob("vectors-*.bin")]
-    assert len(sizes) == 382 and sum(size.st_size for size in sizes) == ROWS * WIDTH * 2 == 409_600_000_000
+    assert len(sizes) == 96 and sum(size.st_size for size in sizes) == ROWS * WIDTH * 2 == 409_600_000_000
     assert sum(size.st_blocks for size in sizes) * 512 < 10_000_000, "the files are holes"
     snapshot = store.snapshot()
     order = [5, 0, 3, 6, 1, 4, 2]
@@ -74,10 +74,10 @@ def test_the_reader_finds_rows_of_a_hundred_million_in_382_files(store: Embeddin
     assert snapshot.marks(keys)[0].tolist() == [ASKED[i] + 1 for i in order] + [0, 0]
 
 
-def test_a_file_takes_a_gibibyte_or_one_row() -> None:
-    assert rows_per_file(WIDTH, "fp16", FILE_BYTES) == PER_FILE and PER_FILE * WIDTH * 2 == 2**30
-    assert rows_per_file(576, "fp16", FILE_BYTES) == 932_067
-    assert rows_per_file(2**31, "fp32", FILE_BYTES) == 1
+def test_a_file_takes_four_gibibytes_or_one_row() -> None:
+    assert rows_per_file(WIDTH, "fp16", FILE_BYTES) == PER_FILE and PER_FILE * WIDTH * 2 == 2**32
+    assert rows_per_file(576, "fp16", FILE_BYTES) == 3_728_270
+    assert rows_per_file(2**32, "fp32", FILE_BYTES) == 1
 
 
 def test_files_beyond_the_ten_thousandth_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from hllm_torchrec.store import run as run_module
 from hllm_torchrec.store import snapshot as snapshot_module
 from hllm_torchrec.store import store as store_module
 from hllm_torchrec.store.keys import as_keys, hash_keys
-from hllm_torchrec.store.run import DTYPES
+from hllm_torchrec.store.run import DTYPES, all_finite
 
 WIDTH = 4
 FACTS = {"weights": "ab12", "tokenizer": "cd34"}
@@ -102,18 +102,26 @@ def test_vectors_and_marks_come_back_in_the_order_asked(kind: str, dtype: str, t
     ]
 
 
-def test_runs_of_several_files_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "FILE_BYTES", 3 * WIDTH * 4)
-    store = create(tmp_path / "s")
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_runs_of_several_files_are_read_as_one(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "FILE_BYTES", 3 * WIDTH * DTYPES[dtype].itemsize)
+    store = create(tmp_path / "s", dtype=dtype)
     with store.writer() as writer:
         for first in (0, 5, 6):  # batches that fill files, and end in the middle of one
             keys = range(first, {0: 5, 5: 6, 6: 11}[first])
             writer.upsert([str(k) for k in keys], vectors(*map(float, keys)))
         writer.commit()
     assert len(list((tmp_path / "s" / "runs").glob("*/vectors-*.bin"))) == 4
-    found, known = store.snapshot().gather(["10", "0", "2", "3", "nothing", "8"])
-    assert found[:, 0].tolist() == [10, 0, 2, 3, 0, 8] and known.tolist() == [True] * 4 + [False, True]
-    assert contents(store) == {str(k): float(k) for k in range(11)}
+    for wanted in (torch.float32, DTYPES[dtype]):
+        found, known = store.snapshot().gather(["10", "0", "2", "3", "8", "3"], wanted)
+        assert found.dtype == wanted and known.all()
+        torch.testing.assert_close(found, vectors(10, 0, 2, 3, 8, 3).to(wanted), atol=0, rtol=0)
+    commit(store, {"2": 20.0, "12": 12.0})
+    for wanted in (torch.float32, DTYPES[dtype]):
+        found, known = store.snapshot().gather(["10", "2", "0", "nothing", "12", "8"], wanted)
+        torch.testing.assert_close(found, vectors(10, 20, 0, 0, 12, 8).to(wanted), atol=0, rtol=0)
+        assert known.tolist() == [True] * 3 + [False, True, True]
+    assert contents(store) == {str(k): float(k) for k in range(11)} | {"2": 20, "12": 12}
 
 
 def test_of_equal_keys_in_a_commit_the_last_stands(tmp_path: Path) -> None:
@@ -257,6 +265,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         (["a", "b"], vectors(1, float("nan")), "row 1 .key 'b'. is not finite in fp16"),
         (["a"], vectors(1e6), "is not finite in fp16: look at the model, or use a store of fp32"),
         (["a", None], vectors(1, 2), "1 of 2 are null: every vector needs a key"),
+        (["a", "b"], vectors(1, -float("inf")), "row 1 .key 'b'. is not finite"),
         ([1, 2], vectors(1, 2), "keys are int64: this store's keys are of type string"),
     ],
 )
@@ -265,6 +274,16 @@ def test_rows_that_do_not_fit_are_refused(keys: list, rows: Tensor, message: str
     with store.writer() as writer, pytest.raises(ValueError, match=message):
         writer.upsert(keys, rows)
     assert contents(store) == {}
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()))
+def test_infinite_and_undefined_numbers_are_found_by_their_bits(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype)
+    fine = torch.tensor([0.0, -0.0, most.max, most.min, most.tiny, -most.tiny / 4, 1.0], dtype=dtype).repeat(40_000)
+    assert all_finite(fine) and all_finite(fine[:0])
+    for wrong in (float("inf"), -float("inf"), float("nan"), -float("nan")):
+        fine[-1] = wrong
+        assert not all_finite(fine)
 
 
 def test_vectors_of_another_model_are_refused_with_the_remedy(tmp_path: Path) -> None:
