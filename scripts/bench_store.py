@@ -5,7 +5,7 @@
 - `store_write_vs_plain`: 10^6 x 576 in fp16 with string ids, in blocks; seconds of the plain way (the same bytes into
   one file, then fsync) / seconds of a commit (the same, and checksums, ids, marks, index and manifest, each synced).
 - `store_gather_vs_memmap`: 4,096 random ids out of them; seconds of numpy's `memmap[ids]` / of `Snapshot.gather`, in a
-  store of int64 ids. `_strings`: string ids, the memory map is given rows; `_strings_dict`: it asks a dict for them. Both
+  store of int64 ids. `_strings`: string ids, the memory map is given rows; `_strings_dict`: it asks a dict. Both
   sides hand out fp16 and both files are in the page cache; the bench stops if the vectors differ.
 - `refresh_vs_full`: seconds of `embed_items` for 1,000 items that the store lacks of 100,000 / for all 100,000: hash
   of weights, marks of the whole catalogue, their look-up, encoding, commit; all that a job does once it has a model.
