@@ -36,12 +36,15 @@ _BITS = {
     torch.bfloat16: (torch.int16, 0x7F80),
 }
 """Integers of the same size, and the exponent that infinities and NaN alone have."""
-_IN_CACHE = 2**16
+_IN_CACHE = 2**17
+"""Numbers looked at a time."""
 FILE_BYTES = 2**32
 """Vectors of a run are spread over files of about this size."""
 _BLOCK = 2**24
 _AHEAD = 4
 """Writes whose checksums may be outstanding: they hold their vectors in memory."""
+_SYNCED_BYTES = 2**27
+"""The disk is given this much to do while more is written."""
 
 
 class RunReader:
@@ -148,8 +151,12 @@ def all_finite(vectors: Tensor) -> bool:
     """Whether no number of a store's type is infinite or NaN; by the bits, as CPUs have no arithmetic in fp16."""
     bits, exponent = _BITS[vectors.dtype]
     flat = vectors.detach().cpu().contiguous().view(bits).view(-1).numpy()
-    blocks = (flat[at : at + _IN_CACHE] for at in range(0, flat.size, _IN_CACHE))
-    return all(int(np.bitwise_and(block, exponent).max()) < exponent for block in blocks)
+    kept = np.empty(min(flat.size, _IN_CACHE), flat.dtype)
+    for at in range(0, flat.size, _IN_CACHE):
+        block = flat[at : at + _IN_CACHE]
+        if np.bitwise_and(block, exponent, out=kept[: block.size]).max() == exponent:
+            return False
+    return True
 
 
 def rows_per_file(width: int, dtype: str, file_bytes: int) -> int:
@@ -171,8 +178,8 @@ class RunWriter:
         self._deleted: list[pa.Array] = []
         self._marks: list[Hashes] = []
         self._file: _VectorFile | None = None
-        self._files: dict[str, tuple[int, int]] = {}
-        self._pool = ThreadPoolExecutor(1)  # checksums are computed beside the writing
+        self._files: dict[str, Future[tuple[int, int]]] = {}
+        self._checksums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # beside the writing
 
     def add(self, keys: pa.Array, vectors: Tensor, marks: Hashes) -> None:
         """Append rows: keys [k], vectors [k, D], marks [k]. They undo a `delete` of before."""
@@ -181,7 +188,8 @@ class RunWriter:
         at = 0
         while at < len(raw):
             if self._file is None:
-                self._file = _VectorFile(self.folder / f"vectors-{len(self._files):04d}.bin", self._pool)
+                path = self.folder / f"vectors-{len(self._files):04d}.bin"
+                self._file = _VectorFile(path, self._checksums, self._syncs)
             space = self.rows_per_file - self.rows % self.rows_per_file
             part = raw[at : at + space]
             self._file.write(part)
@@ -210,13 +218,16 @@ class RunWriter:
         hashes, rows = sorted_index(keys)
         np.save(self.folder / "hashes.npy", hashes)
         np.save(self.folder / "rows.npy", rows)
+        files = {}
         for name in ("keys.arrow", "marks.npy", "hashes.npy", "rows.npy"):
             _sync(self.folder / name)
-            self._files[name] = ((self.folder / name).stat().st_size, file_checksum(self.folder / name))
+            files[name] = ((self.folder / name).stat().st_size, file_checksum(self.folder / name))
+        files |= {name: written.result() for name, written in self._files.items()}
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
-        self._pool.shutdown()
-        return RunFacts(self.name, self.rows, deleted, dict(self._files))
+        self._checksums.shutdown()
+        self._syncs.shutdown()
+        return RunFacts(self.name, self.rows, deleted, files)
 
     def _close_file(self) -> None:
         assert self._file is not None
@@ -225,30 +236,39 @@ class RunWriter:
 
 
 class _VectorFile:
-    """A file being written, with the checksum of what has been."""
+    """A file being written, with the checksum of what has been; what is written is synced meanwhile."""
 
-    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self.path, self._pool = path, pool
-        self._file = path.open("wb")
-        self._checksum = 0
+    def __init__(self, path: Path, checksums: ThreadPoolExecutor, syncs: ThreadPoolExecutor) -> None:
+        self.path, self._checksums, self._syncs = path, checksums, syncs
+        self._file = path.open("wb", buffering=0)
+        self._checksum = self._unsynced = 0
         self._pending: list[Future[None]] = []
+        self._synced: list[Future[None]] = []
 
     def write(self, rows: NDArray[Any]) -> None:
         """Append rows."""
         data = memoryview(rows.data).cast("B")
-        self._pending.append(self._pool.submit(self._add, data))
-        self._file.write(data)
+        self._pending.append(self._checksums.submit(self._add, data))
+        at = 0
+        while at < len(data):  # one call writes 2 GiB at most
+            at += self._file.write(data[at:])
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNCED_BYTES:
+            self._synced.append(self._syncs.submit(os.fsync, self._file.fileno()))
+            self._unsynced = 0
         while len(self._pending) > _AHEAD:
             self._pending.pop(0).result()
 
-    def close(self) -> tuple[int, int]:
-        """Sync; (bytes, CRC-32)."""
-        self._file.flush()
+    def close(self) -> Future[tuple[int, int]]:
+        """Sync beside what follows; (bytes, CRC-32)."""
+        return self._syncs.submit(self._close)
+
+    def _close(self) -> tuple[int, int]:
+        for written in (*self._synced, *self._pending):
+            written.result()
         os.fsync(self._file.fileno())
         size = self._file.tell()
         self._file.close()
-        for future in self._pending:
-            future.result()
         return size, self._checksum
 
     def _add(self, data: memoryview) -> None:

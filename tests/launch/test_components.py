@@ -171,7 +171,7 @@ def test_the_nightlys_name_of_the_component_is_taken_where_there_is_one(
 
 
 @pytest.mark.slow
-def test_embed_runs_on_two_ranks_and_once_more_has_nothing_to_do(root: Path, tmp_path: Path) -> None:
+def test_embed_runs_on_two_ranks(root: Path, tmp_path: Path) -> None:
     train(config(tmp_path / "run", stages=[{"name": "first", "epochs": 0.5}], evaluation__batch_users=24))
     stop_process()
     binaries = Path(sys.executable).parent
