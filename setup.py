@@ -41,6 +41,7 @@ DEV = [
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.6,<0.18",
     "setuptools>=77",
+    'triton>=3.6,<4; platform_system == "Linux"',
 ]
 
 

@@ -36,8 +36,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.model import HLLM
+from hllm_torchrec.modules import pointwise_attention
 from hllm_torchrec.modules.attention_backends import Choice, choose_backend
 from hllm_torchrec.modules.frozen_items import FROZEN_ITEMS, FrozenItems
+from hllm_torchrec.modules.hstu import HSTU
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.quiet import quiet_libraries
 from hllm_torchrec.ranks import on_rank_zero
@@ -137,6 +139,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         raise ConfigError(problems)
     if model.item_llm is not None:
         model.item_llm.attention = choose_attention(config, device)
+    user_attention(model.user, device)
     if config.parallel.activation_checkpointing:
         for part in (model.item_llm, model.user):
             if isinstance(part, UserEncoder):
@@ -167,6 +170,20 @@ def choose_attention(config: Config, device: torch.device) -> Choice:
     """
     try:
         return choose_backend(config.item_llm.attention, device, compute_dtype(config))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def user_attention(user: nn.Module, device: torch.device) -> str | None:
+    """Which backend runs HSTU's attention, and why; None for the other encoders.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    if not isinstance(user, HSTU):
+        return None
+    try:
+        return pointwise_attention.choose_backend(user.shape.backend, device)[1]
     except ValueError as error:
         raise ConfigError([str(error)]) from None
 

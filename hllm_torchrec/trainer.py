@@ -39,7 +39,7 @@ from hllm_torchrec.optim import (
     named_state,
     warmup_cosine,
 )
-from hllm_torchrec.parallelize import autocast, compute_dtype, whole
+from hllm_torchrec.parallelize import autocast, compute_dtype, user_attention, whole
 from hllm_torchrec.retrieval import measures_retrieval, retrieve
 from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
 from hllm_torchrec.start import start_from
@@ -258,6 +258,7 @@ class Trainer:
             parameters=sum(p.numel() for p in self.hllm.parameters()),
             matmul_peak=self.peak,
             item_attention=None if self.hllm.item_llm is None else str(self.hllm.item_llm.attention),
+            user_attention=user_attention(self.hllm.user, self.device),
             machine=machine_info(),
         )
 

@@ -2,7 +2,7 @@
 
 A wrong pair fails deep inside a shared library ("undefined symbol"), so it is refused at import, from the
 packages' metadata alone: nothing heavy is imported here. Run as a program, this file tells
-`scripts/install.sh` what to install: `python hllm_torchrec/versions.py 2.13` prints `2.13.0 1.8.0 1.8.0`.
+`scripts/install.sh` what to install: `python hllm_torchrec/versions.py 2.13` prints `2.13.0 1.8.0 1.8.0 3.7.1`.
 """
 
 import re
@@ -18,13 +18,15 @@ class Release(NamedTuple):
     torch: str
     torchrec: str
     fbgemm: str
+    triton: str
+    """What torch's CUDA build requires; on a CPU the tests run its interpreter and its compiler."""
 
 
 #: Supported releases by torch's minor version, oldest first; the last is what is installed by default.
 RELEASES = {
-    "2.11": Release(torch="2.11.0", torchrec="1.6.1", fbgemm="1.6.0"),
-    "2.12": Release(torch="2.12.0", torchrec="1.7.0", fbgemm="1.7.0"),
-    "2.13": Release(torch="2.13.0", torchrec="1.8.0", fbgemm="1.8.0"),
+    "2.11": Release(torch="2.11.0", torchrec="1.6.1", fbgemm="1.6.0", triton="3.6.0"),
+    "2.12": Release(torch="2.12.0", torchrec="1.7.0", fbgemm="1.7.0", triton="3.7.0"),
+    "2.13": Release(torch="2.13.0", torchrec="1.8.0", fbgemm="1.8.0", triton="3.7.1"),
 }
 
 REMEDY = "from the checkout, run: bash scripts/install.sh --cpu (or --cuda, or auto)"

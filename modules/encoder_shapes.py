@@ -59,8 +59,9 @@ class HSTUShape:
     """Before each layer's output projection, a probability."""
     stochastic_depth: float = 0.0
     """Probability, in training, that a user skips the last layer; layer l of L is skipped with l / L of it."""
-    backend: Literal["eager", "compiled"] | str = "eager"
-    """Name in the registry of attention backends."""
+    backend: Literal["auto", "eager", "compiled", "triton"] | str = "eager"
+    """Name in the registry of attention backends (`modules.pointwise_attention`); auto: triton on CUDA, else
+    eager."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

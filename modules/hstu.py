@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hllm_torchrec.modules.encoder_shapes import PRESETS, HSTUShape
-from hllm_torchrec.modules.pointwise_attention import (
-    Layout,
-    RelativeBias,
-    Rules,
-    known_backend,
-    plan_blocks,
-    pointwise_attention,
-    score_scale,
-)
+from hllm_torchrec.modules.pointwise_attention import known_backend, plan_layout, pointwise_attention
+from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, Rules, score_scale
 from hllm_torchrec.modules.user_encoder import PackedRows, UserEncoder, dense_flops
 
 NORM_EPS = 1e-6
@@ -150,7 +143,7 @@ class HSTU(UserEncoder):
 
     def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
         """All layers: [S, D] -> [S, D]."""
-        layout = plan_blocks(rows, self.rules)
+        layout = plan_layout(rows, self.rules, self.shape.backend)
         for layer in self.layers:
             x_SD = self.run_layer(layer, x_SD, layout)
         return x_SD

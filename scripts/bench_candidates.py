@@ -35,7 +35,8 @@ from hllm_torchrec.modules.encoder_shapes import HSTUShape
 from hllm_torchrec.modules.history_cache import HistoryCache, answer, read_history
 from hllm_torchrec.modules.hstu import HSTU
 from hllm_torchrec.modules.item_llm import build_backbone
-from hllm_torchrec.modules.pointwise_attention import block_attention, time_bucket
+from hllm_torchrec.modules.pointwise_blocks import block_attention
+from hllm_torchrec.modules.pointwise_layout import time_bucket
 from hllm_torchrec.modules.user_llm import UserLLM
 
 LAYERS, HEADS, MICRO_BATCH = 4, 4, 256

@@ -64,7 +64,7 @@ detect_device() { # prints cpu or cuda
 }
 
 fingerprint() { # prints one word that changes with anything that decides what is installed
-    { echo "$device $torch $torchrec $fbgemm"; cat scripts/install.sh scripts/constraints.txt setup.py; } |
+    { echo "$device $torch $torchrec $fbgemm $triton"; cat scripts/install.sh scripts/constraints.txt setup.py; } |
         "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
@@ -138,7 +138,7 @@ else
     python=$(find_python)
 fi
 release=$("$python" hllm_torchrec/versions.py ${torch_minor:+"$torch_minor"}) || exit 1
-read -r torch torchrec fbgemm <<<"$release"
+read -r torch torchrec fbgemm triton <<<"$release"
 if [ -n "$use_venv" ] && ! has_venv; then
     step "making .venv with $("$python" --version)" "$python" -m venv --clear .venv
     python=.venv/bin/python
@@ -158,8 +158,10 @@ rm -f "$stamp"
 step "torch $torch ($device)" install_torch
 # A new venv of Python 3.11 brings a setuptools that cannot build this package without the package `wheel`.
 step "setuptools" pip_install -q "setuptools>=77"
+pins=("torch==$torch")
+[ -z "$dev" ] || [ "$(uname)" != Linux ] || pins+=("triton==$triton") # torch's CUDA build brings the same
 step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
-    "torch==$torch" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
+    "${pins[@]}" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
 step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
 if [ "$device" = cpu ] || has_gpu; then
     step "a first import" "$python" -c 'import hllm_torchrec, torch, fbgemm_gpu, torchrec'

@@ -271,7 +271,7 @@ def test_untested_newer_release_warns(root: Path, tmp_path: Path) -> None:
 
 def test_install_script_asks_this_file_for_versions(root: Path) -> None:
     result = run_python("hllm_torchrec/versions.py", cwd=root)
-    assert result.stdout == "2.13.0 1.8.0 1.8.0\n"
-    assert run_python("hllm_torchrec/versions.py", "2.11", cwd=root).stdout == "2.11.0 1.6.1 1.6.0\n"
+    assert result.stdout == "2.13.0 1.8.0 1.8.0 3.7.1\n"
+    assert run_python("hllm_torchrec/versions.py", "2.11", cwd=root).stdout == "2.11.0 1.6.1 1.6.0 3.6.0\n"
     wrong = run_python("hllm_torchrec/versions.py", "2.7", cwd=root)
     assert wrong.returncode == 1 and "torch 2.7 is not supported; supported: torch 2.11.0" in wrong.stderr

@@ -309,6 +309,16 @@ def test_a_kernel_that_the_cpu_has_not_is_refused(kernel: str, tmp_path: Path) -
         train(config(tmp_path / "run", item_llm__attention=kernel))
 
 
+def test_a_kernel_of_hstu_that_the_cpu_has_not_is_refused_and_auto_says_what_it_took(tmp_path: Path) -> None:
+    shape = {"width": 16, "layers": 1}
+    with pytest.raises(ConfigError, match="user.shape.backend: 'triton': cannot run on cpu: it needs CUDA"):
+        train(config(tmp_path / "no", user__encoder="hstu", user__shape=shape | {"backend": "triton"}))
+    stop_process()
+    options = {"user__encoder": "hstu", "user__shape": shape | {"backend": "auto"}, "max_steps": 1}
+    train(config(tmp_path / "auto", **options))
+    assert lines(tmp_path / "auto", "start")[0]["user_attention"] == "eager: triton: it needs CUDA"
+
+
 @pytest.mark.slow
 def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
     train(config(tmp_path / "wide", max_steps=3))

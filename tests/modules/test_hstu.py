@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hllm_torchrec.modules import pointwise_attention
+from hllm_torchrec.modules import pointwise_attention, pointwise_blocks
 from hllm_torchrec.modules.encoder_shapes import HSTUShape
 from hllm_torchrec.modules.hstu import HSTU, HSTULayer, resolved
-from hllm_torchrec.modules.pointwise_attention import time_bucket
+from hllm_torchrec.modules.pointwise_layout import time_bucket
 from hllm_torchrec.modules.user_llm import Queries
 
 RESEARCH = HSTUShape(width=6, layers=2, heads=2, qk_width=2, value_width=4, max_positions=12, divide_by=10)
@@ -271,7 +271,7 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(
         pointwise_attention.BACKENDS,
         "tpu",
-        pointwise_attention.Backend(pointwise_attention.blockwise, lambda device: "it needs a TPU"),
+        pointwise_attention.Backend(pointwise_blocks.blockwise, lambda device: "it needs a TPU"),
     )
     with pytest.raises(ValueError, match="'tpu': cannot run on cpu: it needs a TPU; choose 'eager'"):
         build(replace(RESEARCH, backend="tpu"))(x, offsets, times)
@@ -283,7 +283,10 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "flash"}, r"user.shape.backend: 'flash': no such attention backend; there are \['compiled"),
+        (
+            {"backend": "flash"},
+            r"user.shape.backend: 'flash': no such attention backend; there are \['auto', 'compiled",
+        ),
         ({"preset": "meta"}, "user.shape.preset: 'meta': must be one of research, ranking"),
         ({"heads": 4, "qk_width": None}, "user.shape.heads: 4: does not divide the width 6"),
         ({"divide_by": 0}, "user.shape.divide_by: 0: must be 'length' or an integer of at least 1"),

