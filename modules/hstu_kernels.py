@@ -379,7 +379,9 @@ def backward_biases(
                 values = _load(v + head * v_head, key, v_row, there, VALUE_WIDTH, V)
                 scores = tl.dot(asking, tl.trans(keys), input_precision=PRECISION) * alpha + added
                 gradient += _score_gradients(scores, shown, received, values, PRECISION)
-            for one in range(tl.min(tl.min(bucket, 1), 0), tl.max(tl.max(bucket, 1), 0) + 1):
+            lowest = tl.min(tl.min(tl.where(shown, bucket, LAST_BUCKET), 1), 0)
+            highest = tl.max(tl.max(tl.where(shown, bucket, 0), 1), 0)
+            for one in range(lowest, highest + 1):  # few: away from the diagonal a tile spans one or two
                 of_bucket = tl.sum(tl.sum(tl.where(bucket == one, gradient, 0.0), 1), 0)
                 by_bucket += tl.where(numbers == one, of_bucket, 0.0)
             if nearest_row - (tile + 1) * BLOCK_N + 1 >= LAST_POSITION:  # all share the table's last row
