@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hllm_torchrec.modules.hstu import HSTU, HSTULayer
 from hllm_torchrec.modules.ligr import LiGR
 from hllm_torchrec.modules.pointwise_attention import plan_layout, pointwise_attention
-from hllm_torchrec.modules.pointwise_blocks import block_attention, marks_without_own_keys
+from hllm_torchrec.modules.pointwise_blocks import block_attention, pairs_without_own_keys
 from hllm_torchrec.modules.pointwise_layout import keys_seen
 from hllm_torchrec.modules.sasrec import SASRec
 from hllm_torchrec.modules.text_attention import grouped_attention
@@ -300,7 +300,7 @@ def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: History
     rules = encoder.rules
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
     asking = torch.arange(cache.length, times.numel(), device=times.device)
-    block = marks_without_own_keys(rows, rules, asking, torch.arange(times.numel(), device=times.device))
+    block = pairs_without_own_keys(rows, rules, asking, torch.arange(times.numel(), device=times.device))
     divisor = _divisor(encoder, keys_seen(rows, rules)[asking])
     x_nD, layers = encoder.placed(x_nD, asking), []
     for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
@@ -320,7 +320,7 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
     one = torch.tensor([visible], device=device)
     query = Queries(one, torch.tensor([0, 1], device=device), one, torch.tensor([time], device=device))
     rows = pack_rows(torch.tensor([0, visible], device=device), visible, cache.times[:visible], query)
-    block = marks_without_own_keys(rows, rules, one, torch.arange(visible, device=device))
+    block = pairs_without_own_keys(rows, rules, one, torch.arange(visible, device=device))
     shown = torch.nonzero(~block.hidden[0, 0]).flatten()
     divisor = _divisor(encoder, keys_seen(rows, rules)[-1:])
     layers = []

@@ -29,16 +29,18 @@ MOST_SCORES = 2**20
 """Scores of a chunk, per head."""
 KEPT_SCORES = 2**24
 """Scores of a layer, all heads, that the backward pass finds kept: 64 MiB in float32."""
-KEPT_CELLS = 2**23
-"""Cells whose marks (hidden or not, distance, time bucket) are kept for all layers of a batch: 72 MiB."""
+KEPT_CELLS = 2**25
+"""Cells whose marks (hidden or not, time bucket) are kept for all layers of a batch: 64 MiB and a little."""
+COPIES = 8
+"""Of the time table, taken by the columns in turn: adding to one address many times in a row is slow."""
 
 
 class Marks(NamedTuple):
     """What is known of the pairs of M rows and N keys before any layer.
 
     hidden: [b or 1, M, N - open] bool, True where a row may not look, of the keys from `open` on (all rows see
-    those before); distance: [b or 1, M, N] int64 positions >= 0; bucket: [b, M, N] int16, time bucket. The last
-    two are None without a relative bias.
+    those before); distance: [b, M, N] int64 positions >= 0, None where rows and keys are both consecutive positions;
+    bucket: [b, M, N] int16, time bucket in `COPIES` tables that follow one another. No bias: both None.
     """
 
     hidden: Tensor
@@ -166,16 +168,28 @@ def _mark(
     if rules.last_bucket is None:
         return Marks(hidden, first_hidden, None, None)
     gap = rows.asked_at[asking][:, :, None] - rows.times[keys][:, None, :]
-    return Marks(hidden, first_hidden, distance.clamp(min=0), time_bucket(gap, rules.last_bucket))
+    copy = torch.arange(keys.shape[1], device=keys.device) % COPIES * (rules.last_bucket + 1)
+    bucket = time_bucket(gap, rules.last_bucket).add_(copy.to(torch.int16))
+    return Marks(hidden, first_hidden, None if chunk.is_history else distance.clamp(min=0), bucket)
 
 
-def marks_without_own_keys(rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor) -> Marks:
+class Pairs(NamedTuple):
+    """For a cached history: hidden [1, M, N] bool; distance [1, M, N] int64; bucket [1, M, N] int16; or None."""
+
+    hidden: Tensor
+    distance: Tensor | None
+    bucket: Tensor | None
+
+
+def pairs_without_own_keys(rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor) -> Pairs:
     """Of the packed rows `asking` [M] of one sequence against its history positions `keys` [N], from its first on.
 
     Like a query's, an asking row's own key is hidden: what it adds comes on its own (there is no normaliser).
     """
     chunk = Chunk(False, (0, asking.numel()), (0, keys.numel()))
-    return _mark(rows, rules, asking[None], keys[None], chunk, None)
+    marks = _mark(rows, rules, asking[None], keys[None], chunk, None)
+    bucket = None if rules.last_bucket is None or marks.bucket is None else marks.bucket % (rules.last_bucket + 1)
+    return Pairs(marks.hidden, marks.distance, bucket)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
@@ -304,7 +318,7 @@ class _HistoryAttention(torch.autograd.Function):
                     scores = _scores(part, chunk, marks, of_position, of_time)
                 of_scores = _add_gradients(part, sums, grad, chunk, marks, scores, ctx.inner)
                 if tables is not None:
-                    _add_bias_gradients(*tables, of_scores, marks)
+                    _add_bias_gradients(*tables, chunk, marks, of_scores)
             none_of_queries = [None if x is None else x.new_zeros(x.shape) for x in (sums.asking, grad[1])]
             for rows, parts in zip(
                 found, ((sums.q, sums.asking), (sums.k, none_of_queries[0]), (sums.v, none_of_queries[1]))
@@ -329,17 +343,34 @@ def _scores(part: _Part, chunk: Chunk, marks: Marks, of_position: Tensor | None,
     q, keys = part.rows(chunk), part.k[:, :, slice(*chunk.keys)].transpose(-1, -2)
     if of_position is None or of_time is None:
         return q @ keys
-    assert marks.distance is not None and marks.bucket is not None
-    added = (look_up(of_position, _place(of_position, marks)) + look_up(of_time, marks.bucket)).to(q.dtype)
+    added = _bias(chunk, marks, of_position, of_time).to(q.dtype)
     scores = q.new_empty(*q.shape[:3], keys.shape[3])
     for head in range(q.shape[0]):  # the product is added where the bias is written: no pass of its own
         torch.baddbmm(added, q[head], keys[head], out=scores[head])
     return scores
 
 
-def _place(of_position: Tensor, marks: Marks) -> Tensor:
-    assert marks.distance is not None
-    return marks.distance.clamp(max=of_position.numel() - 1)
+def _bias(chunk: Chunk, marks: Marks, of_position: Tensor, of_time: Tensor) -> Tensor:
+    """rab of a chunk: [b, M, N]."""
+    assert marks.bucket is not None
+    by_time = look_up(of_time.repeat(COPIES), marks.bucket)
+    if marks.distance is not None:
+        return by_time.add_(look_up(of_position, _place(of_position, marks.distance)))
+    number, keys = marks.bucket.shape[1:]
+    along = of_position[_places_on_diagonals(of_position, chunk)]  # a matrix that is constant along its diagonals
+    return by_time.add_(along.as_strided((number, keys), (1, 1)).flip(0))
+
+
+def _place(of_position: Tensor, distance: Tensor) -> Tensor:
+    return distance.clamp(max=of_position.numel() - 1)
+
+
+def _places_on_diagonals(of_position: Tensor, chunk: Chunk) -> Tensor:
+    """Rows of the position table, one for each diagonal of a chunk of history: that of the last row and first key,
+    then falling by one: [M + N - 1]."""
+    farthest, nearest = chunk.rows[1] - 1 - chunk.keys[0], chunk.rows[0] - (chunk.keys[1] - 1)
+    diagonals = torch.arange(farthest, nearest - 1, -1, device=of_position.device)
+    return diagonals.clamp(0, of_position.numel() - 1)
 
 
 def _add_gradients(
@@ -362,14 +393,21 @@ def _add_gradients(
     return of_scores
 
 
-def _add_bias_gradients(of_position: Tensor, of_time: Tensor, of_scores: Tensor, marks: Marks) -> None:
+def _add_bias_gradients(of_position: Tensor, of_time: Tensor, chunk: Chunk, marks: Marks, of_scores: Tensor) -> None:
     """Add a chunk's gradient of scores [H, b, M, N] to those of the tables."""
-    assert marks.distance is not None and marks.bucket is not None
+    assert marks.bucket is not None
     by_pair = of_scores.sum(0).to(of_time.dtype)
-    of_time.index_add_(0, marks.bucket.flatten().int(), by_pair.flatten())
-    if marks.distance.shape[0] == 1:
-        by_pair = by_pair.sum(0)
-    of_position.index_add_(0, _place(of_position, marks).flatten().int(), by_pair.flatten())
+    by_copy = of_time.new_zeros(COPIES * of_time.numel())
+    by_copy.index_add_(0, marks.bucket.flatten().int(), by_pair.flatten())
+    of_time += by_copy.view(COPIES, -1).sum(0)
+    if marks.distance is not None:
+        places = _place(of_position, marks.distance).flatten().int()
+        of_position.index_add_(0, places, by_pair.flatten())
+        return
+    number, keys = by_pair.shape[1:]
+    # Rows shifted against one another, the last one not at all, so that columns are diagonals.
+    shifted = F.pad(by_pair.sum(0).flip(0), (0, number)).flatten()[:-number].view(number, keys + number - 1)
+    of_position.index_add_(0, _places_on_diagonals(of_position, chunk), shifted.sum(0))
 
 
 def _emitted(bucket: PaddedBucket, of_history: Tensor, of_queries: Tensor | None) -> list[Tensor]:

@@ -56,7 +56,8 @@ def divisor(rows: PackedRows, rules: Rules) -> Tensor:
 
 def time_bucket(seconds: Tensor, last: int) -> Tensor:
     """floor(ln(max(|seconds|, 1)) / 0.301), at most `last`, as int16."""
-    return (seconds.abs().clamp(min=1).double().log() / BUCKET_WIDTH).floor().clamp(max=last).to(torch.int16)
+    buckets = seconds.abs().clamp_(min=1).double().log_().div_(BUCKET_WIDTH)
+    return buckets.clamp_(max=last).to(torch.int16)  # which cuts, and nothing is below 0
 
 
 def keys_seen(rows: PackedRows, rules: Rules) -> Tensor:
