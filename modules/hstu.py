@@ -25,6 +25,7 @@ from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, Rules, 
 from hllm_torchrec.modules.user_encoder import PackedRows, UserEncoder, dense_flops
 
 NORM_EPS = 1e-6
+MOST_BUCKETS = 1024
 
 
 def resolved(shape: HSTUShape) -> HSTUShape:
@@ -48,6 +49,10 @@ def resolved(shape: HSTUShape) -> HSTUShape:
         raise ValueError(f"user.shape.divide_by: {shape.divide_by!r}: must be 'length' or an integer of at least 1")
     if shape.window is not None and shape.window < 1:
         raise ValueError(f"user.shape.window: {shape.window}: must be at least 1, or null for all positions")
+    if not 0 <= shape.time_buckets <= MOST_BUCKETS:
+        raise ValueError(
+            f"user.shape.time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 146 hold every int64 second"
+        )
     return dataclasses.replace(shape, **chosen)
 
 

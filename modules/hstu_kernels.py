@@ -178,7 +178,7 @@ def _band(ask_offsets, key_offsets, positions, sequences, ask_base, BLOCK_M: tl.
     return number < bands, row, place, inside, key_start, length
 
 
-@triton.autotune(_tuned((64, 64, 4, 2), (128, 64, 4, 2), (128, 64, 8, 3), (64, 32, 4, 3)), TUNED_FOR)
+@triton.autotune(_tuned((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3)), TUNED_FOR)
 @jit
 def forward(
     q, k, v, out, q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
@@ -217,7 +217,7 @@ def forward(
         _store(out + head * out_head, row, out_row, inside, total, VALUE_WIDTH, V)
 
 
-@triton.autotune(_tuned((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)), TUNED_FOR)
+@triton.autotune(_tuned((64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)), TUNED_FOR)
 @jit
 def backward_rows(
     q, k, v, grad, dq, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, dq_row, dq_head,
@@ -256,7 +256,7 @@ def backward_rows(
         _store(dq + head * dq_head, row, dq_row, inside, total * alpha, WIDTH, D)
 
 
-@triton.autotune(_tuned((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 3), (32, 128, 8, 2)), TUNED_FOR)
+@triton.autotune(_tuned((64, 64, 8, 2), (32, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2)), TUNED_FOR)
 @jit
 def backward_keys(
     q, k, v, grad, dk, dv, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head, dk_row, dk_head,
@@ -335,7 +335,7 @@ def _add_rows(
 
 
 @triton.autotune(
-    _tuned((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2)), TUNED_FOR, reset_to_zero=["position_parts", "time_parts"]
+    _tuned((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2)), TUNED_FOR, reset_to_zero=["position_parts", "time_parts"]
 )
 @jit
 def backward_biases(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -266,6 +267,35 @@ def test_the_compiled_backend_equals_the_eager_one() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_chunks_and_what_is_kept_of_them_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, offsets, times, queries, following = batch()
+    for name in ("prefix and window", "next event's time"):
+        found = []
+        for most_scores, kept in ((2**20, 2**24), (4, 0), (16, 30)):
+            monkeypatch.setattr(pointwise_blocks, "MOST_SCORES", most_scores)
+            monkeypatch.setattr(pointwise_blocks, "KEPT_SCORES", kept)
+            monkeypatch.setattr(pointwise_blocks, "KEPT_CELLS", kept)
+            model = build(replace(VARIANTS[name], relative_bias=True))
+            h, q = model(x, offsets, times, queries, following)
+            loss = h.square().sum() + q.square().sum()
+            found.append((h, q, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+        torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-10, atol=1e-10)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MOST_SCORES", "KEPT_SCORES", "KEPT_CELLS"):
+        monkeypatch.setattr(pointwise_blocks, name, 2**13)
+    model, used = build(replace(RESEARCH, heads=1, max_positions=800)), []
+    for length in (200, 800):
+        x, times = torch.randn(length, 6, dtype=torch.float64), torch.arange(length) * 50
+        with torch.profiler.profile(profile_memory=True) as found:
+            model(x.requires_grad_(), torch.tensor([0, length]), times)[0].sum().backward()
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns()))
+        used.append(max(sizes))
+    assert used[1] < 6 * used[0] and used[1] < 800 * 800 * 8 / 2
+
+
 def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     x, offsets, times, _, _ = batch()
     monkeypatch.setitem(
@@ -291,6 +321,7 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         ({"heads": 4, "qk_width": None}, "user.shape.heads: 4: does not divide the width 6"),
         ({"divide_by": 0}, "user.shape.divide_by: 0: must be 'length' or an integer of at least 1"),
         ({"window": 0}, "user.shape.window: 0: must be at least 1"),
+        ({"time_buckets": 5000}, "user.shape.time_buckets: 5000: must be 0 to 1024"),
     ],
 )
 def test_a_wrong_shape_is_an_error(changes: dict, message: str) -> None:

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from hllm_torchrec.modules import hstu_triton
-from hllm_torchrec.modules.pointwise_attention import choose_backend, plan_layout
-from hllm_torchrec.modules.pointwise_layout import RelativeBias, Rules, time_bucket
+from hllm_torchrec.modules.pointwise_attention import choose_backend
+from hllm_torchrec.modules.pointwise_layout import Rules, plan_rows, time_bucket
 from hllm_torchrec.modules.user_encoder import pack_rows
 from hllm_torchrec.modules.user_llm import Queries
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux alone")
 
 
 def test_in_the_interpreter_it_equals_the_eager_backend(root: Path) -> None:
@@ -56,24 +55,41 @@ def test_bucket_edges_are_where_the_buckets_change() -> None:
 
 
 def launches(rules: Rules, dtype: torch.dtype) -> list[hstu_triton.Launch]:
-    """All launches of a forward and a backward pass."""
+    """All launches of a forward and a backward pass, heads of 64 and 48."""
     queries = Queries(torch.zeros(2, 1), torch.tensor([0, 1, 2]), torch.tensor([3, 1]), torch.tensor([5, 5]))
     rows = pack_rows(torch.tensor([0, 20, 25]), 25, torch.arange(25), queries)
     q, k, v = (torch.zeros(27, 2, width, dtype=dtype) for width in (64, 64, 48))
-    bias = RelativeBias(100, 128) if rules.last_bucket else None
-    tables = (None, None) if bias is None else (bias.of_position.detach(), bias.of_time.detach())
-    call = hstu_triton.Call(q, k, v, *tables, plan_layout_of(rows, rules))
+    tables: Any = [None, None] if rules.last_bucket is None else [torch.zeros(100), torch.zeros(129)]
+    call = hstu_triton.Call(q, k, v, *tables, plan_rows(rows, rules))
     found = [*call.forward(v), *call.backward(v, q, k, v)]
-    return found if bias is None else [*found, *call.backward_biases(v)[0]]
+    return found if rules.last_bucket is None else [*found, *call.backward_biases(v)[0]]
 
 
-def plan_layout_of(rows: Any, rules: Rules) -> Any:
-    return choose_layout(rows, rules)
+def compiled(launch: hstu_triton.Launch, capability: int) -> Any:
+    """The machine code of a launch for a GPU of that compute capability, by the compiler that Triton brings."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
 
-
-choose_layout = plan_layout
+    function, config = launch.kernel.fn, launch.kernel.configs[0]
+    values = launch.arguments | config.kwargs
+    constants = {p.name: values[p.name] for p in function.params if p.is_constexpr}
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32", float: "fp32"}
+    types = {
+        p.name: "constexpr" if p.is_constexpr else names[getattr(values[p.name], "dtype", type(values[p.name]))]
+        for p in function.params
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return compile(ASTSource(function, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.slow
-def test_placeholder() -> None:
-    assert triton and ASTSource and GPUTarget
+@pytest.mark.parametrize(
+    ("dtype", "capability", "rules"),
+    [
+        (torch.bfloat16, 90, Rules(None, 0, None, 0.1, 128)),
+        (torch.float32, 80, Rules(40, 5, None, 0.1, None)),
+    ],
+)
+def test_the_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, rules: Rules) -> None:
+    for launch in launches(rules, dtype):
+        assert len(compiled(launch, capability).asm["cubin"]) > 1000
