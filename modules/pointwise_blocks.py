@@ -21,8 +21,8 @@ from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
 from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, Rules, divisor, look_up, own_keys, time_bucket
 from hllm_torchrec.modules.user_encoder import PackedRows
 
-FEWEST_ROWS = 64
-"""Rows of a chunk: fewer cost more in calls than the keys that are left out save."""
+FEWEST_ROWS = 128
+"""Rows of a chunk, and of a sequence that has a bucket of its own kind: fewer cost more in calls than they save."""
 CHUNKS = 8
 """Chunks of a bucket at most, unless memory asks for more: 8 leave 56% of the square, 7 parts in 16 are future."""
 MOST_SCORES = 2**20
@@ -90,7 +90,7 @@ class BlockLayout(Layout):
 def plan_blocks(rows: PackedRows, rules: Rules) -> BlockLayout:
     """Group the sequences of a batch by length; queries stand beside their history."""
     buckets, emitted, kept = [], [], 0
-    for found in length_buckets(rows.seq_offsets):
+    for found in length_buckets(rows.seq_offsets, floor=FEWEST_ROWS):
         asked, asked_valid = _queries_of(rows, found.sequences)
         bucket = PaddedBucket(found.rows, found.valid, asked, asked_valid, ())
         chunks = []

@@ -170,8 +170,9 @@ def measure(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
     sides["padded"] = padded
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(list(padded(batch.x))), next(sides["hstu"](batch.x)), rtol=2e-3, atol=2e-3)
-    both = alternate({name: lambda rows=rows: step(rows, batch.x) for name, rows in sides.items()}, repeats)
-    alone = alternate({name: lambda rows=rows: forward(rows, batch.x) for name, rows in sides.items()}, repeats)
+    warmup = int(repeats > 1)  # a pass of many seconds needs none
+    both = alternate({name: lambda rows=rows: step(rows, batch.x) for name, rows in sides.items()}, repeats, warmup)
+    alone = alternate({name: lambda rows=rows: forward(rows, batch.x) for name, rows in sides.items()}, repeats, warmup)
     return {
         "lengths": lengths,
         "tokens": sum(lengths),
@@ -231,10 +232,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
+    parser.add_argument("--longest", type=int, nargs="+", help="lengths of the longest history, instead of the usual")
     options: argparse.Namespace = parser.parse_args(argv)
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
     histories = history_lengths(Dataset.open(options.dataset))
-    longests = TINY if options.tiny else QUICK if options.quick else FULL
+    longests = options.longest or (TINY if options.tiny else QUICK if options.quick else FULL)
     width = 16 if options.tiny else WIDTH
     ratios: dict[str, float] = {}
     points: dict[str, Any] = {}
@@ -243,13 +245,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for longest in longests:
             name = f"{distribution}_{longest}"
             lengths = lengths_of(distribution, longest, USERS, histories)
-            repeats = 1 if options.tiny or longest > 4000 else 3 if options.quick or longest > 1000 else 5
+            few = options.tiny or longest > 4000 or (options.quick and longest > 1000)
+            repeats = 1 if few else 3 if options.quick or longest > 1000 else 5
             point = points[name] = measure(lengths, width, repeats)
             ratios |= ratios_of(point, name)
             flops = point.pop("flops")
             shares[name] = {side: 3 * flops[side] / point["seconds"][side] / peak for side in flops}
             say(f"{name}: {point['seconds']}; forward {point['seconds_forward']}")
-    longest = longests[-1] if options.tiny else 2000
+    longest = min(longests[-1], 2000)
     used = memory(lengths_of("ml", longest, USERS, histories), width)
     ratios[f"padded_vs_hstu_memory_ml_{longest}"] = used["padded"] / used["hstu"]
     cuda = {}
