@@ -31,6 +31,9 @@ query gets from its own key is added outside (`modules.hstu_triton`).
 Legend: B sequences, M asking rows, N keys, H heads, D and V padded widths of a head's keys and values.
 """
 
+# Kernels' arguments have Triton's own types:
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 import triton
 import triton.language as tl
 from triton import jit

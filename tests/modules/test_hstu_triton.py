@@ -83,13 +83,11 @@ def compiled(launch: hstu_triton.Launch, capability: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "capability", "rules"),
-    [
-        (torch.bfloat16, 90, Rules(None, 0, None, 0.1, 128)),
-        (torch.float32, 80, Rules(40, 5, None, 0.1, None)),
-    ],
-)
-def test_the_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, rules: Rules) -> None:
-    for launch in launches(rules, dtype):
-        assert len(compiled(launch, capability).asm["cubin"]) > 1000
+def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+    window_and_prefix = Rules(40, 5, None, 0.1, 128)
+    found = {}
+    for launch in launches(window_and_prefix, torch.bfloat16):
+        if launch.arguments["HISTORY"]:
+            found[launch.kernel.fn.__name__] = compiled(launch, 90).asm["cubin"]
+    assert set(found) == {"forward", "backward_rows", "backward_keys", "backward_biases"}
+    assert all(len(code) > 1000 for code in found.values())
