@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 CASES = {
     "bias, two heads": Case(last_bucket=128, heads=2),
-    "own length": Case(divide_by=None, lengths=(1, 0, 33)),
+    "own length": Case(divide_by=None, lengths=(5, 0, 33)),
     "window": Case(window=7, divide_by=None, last_bucket=9),
     "window of one": Case(window=1, visible=((), (0, 0), (5,))),
     "prefix": Case(prefix=3, divide_by=None, last_bucket=9),
