@@ -5,27 +5,56 @@ Everything here is about names and bytes; `checkpoint` says what the files hold.
 
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had no hash of the marker itself."""
 MARKER = "COMPLETE"
-_logger = logging.getLogger(__name__)
 
 
-def start(final: Path) -> Path:
-    """Make the directory in which the checkpoint `final` is written, and remove what a crash left behind."""
+class DiskFull(OSError):
+    """A checkpoint was not written for want of room; says where and how much it needs."""
+
+    def __init__(self, final: Path, needed: int) -> None:
+        """Look how much room there is; final: the checkpoint; needed: its bytes."""
+        free = shutil.disk_usage(final.parent).free
+        super().__init__(
+            f"{final}: not written, the disk is full: it needs {needed:,} bytes, and {free:,} are free; make room "
+            "(evaluation.keep_last says how many checkpoints stay). Older checkpoints are as they were"
+        )
+
+
+def start(final: Path, needed: int = 0) -> Path:
+    """Make the directory in which the checkpoint `final` is written, and remove what a crash left behind.
+
+    Raises:
+        DiskFull: fewer than `needed` bytes are free; nothing is made.
+    """
+    rescue(final.parent)
     for stale in final.parent.glob("step-*.tmp-*"):
         shutil.rmtree(stale)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    usage = shutil.disk_usage(final.parent)
+    if usage.total and usage.free < needed:  # some file systems do not say
+        raise DiskFull(final, needed)
     temporary = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     return temporary
+
+
+def rescue(directory: Path) -> None:
+    """Give their names to checkpoints that a crash caught whole, but between two names; for the run's owner only."""
+    for caught in sorted(directory.glob("step-*.tmp-*")):
+        final = caught.with_name(caught.name.split(".")[0])
+        if not final.exists() and find_damage(caught, check_hashes=False) is None:
+            caught.rename(final)
 
 
 def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]) -> None:
@@ -49,12 +78,19 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
                 )
     everything = {name: entry for written in files for name, entry in written.items()}
     contents = {"schema_version": SCHEMA_VERSION, **marker, "world_size": len(files), "files": everything}
-    write_synced(temporary / MARKER, json.dumps(contents, indent=1))
+    write_synced(temporary / MARKER, json.dumps(seal(contents), indent=1))
     _sync_directory(temporary)
-    if final.exists():  # the same step again, after resuming from an earlier one
-        remove(final)
+    replaced = _set_aside(final) if final.exists() else None  # the same step again, after resuming from an earlier one
     temporary.rename(final)
     _sync_directory(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+
+
+def seal(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a marker's contents with their SHA-256 as `sha256`."""
+    rest = {name: value for name, value in contents.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def describe_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -62,22 +98,26 @@ def describe_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, str
     return {name: ((path / name).stat().st_size, _sha256(path / name)) for name in names}
 
 
-def find_damage(path: Path, *, check_hashes: bool = True) -> str | None:
+def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """Say what is wrong with a checkpoint's files ("is truncated: ..."), or return None.
 
-    Sizes are always compared, contents (SHA-256, about 1 GB/s) if `check_hashes`.
+    Sizes are always compared, contents (SHA-256, about 1 GB/s) if `check_hashes`: of the files of `share`, (which,
+    of how many), so that ranks can divide them.
     """
     try:
         marker = read_marker(path)
-        if marker["schema_version"] != SCHEMA_VERSION:
-            return f"has schema version {marker['schema_version']}; this program reads {SCHEMA_VERSION}"
-        for name, (size, digest) in marker["files"].items():
+        if marker["schema_version"] not in READABLE_VERSIONS:
+            return f"has schema version {marker['schema_version']}; this program reads {READABLE_VERSIONS}"
+        if marker["schema_version"] > 1 and seal(marker) != marker:
+            return f"is damaged: the contents of {MARKER} are not what was written"
+        part, parts = share
+        for number, (name, (size, digest)) in enumerate(marker["files"].items()):
             file = path / name
             if not file.is_file():
                 return f"is incomplete: {name} is missing"
             if file.stat().st_size != size:
                 return f"is truncated: {name} has {file.stat().st_size} bytes instead of {size}"
-            if check_hashes and _sha256(file) != digest:
+            if check_hashes and number % parts == part and _sha256(file) != digest:
                 return f"is damaged: the contents of {name} are not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"has no readable {MARKER} file ({type(error).__name__}: {error})"
@@ -110,16 +150,6 @@ def by_metric(directory: Path) -> list[Path]:
     return sorted((p for p in paths if markers[p]["metric"] is not None), key=lambda p: sign * markers[p]["metric"])
 
 
-def undamaged(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield those of these checkpoints whose files are as they were written; warn about the others."""
-    for path in paths:
-        damage = find_damage(path)
-        if damage is None:
-            yield path
-        else:
-            _logger.warning("%s %s; it is passed over", path, damage)
-
-
 def prune(newest: Path, keep_last: int) -> None:
     """Delete all but the last few checkpoints, the best, and `newest`; damaged ones stay, to be looked at."""
     whole = [path for path in by_step(newest.parent) if not find_damage(path, check_hashes=False)]
@@ -131,9 +161,14 @@ def prune(newest: Path, keep_last: int) -> None:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; under another name first, so that half of one is never found under its own."""
+    shutil.rmtree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a checkpoint a name under which nobody looks for one, and which the next `start` removes."""
     doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hllm_torchrec.config_files import as_yaml, load_as
+from hllm_torchrec.config_reliability import ReliabilityConfig
 from hllm_torchrec.config_rules import problems_of
 from hllm_torchrec.errors import ConfigError
 
@@ -309,6 +310,8 @@ class Config:
     """Distribution and precision."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Validation."""
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
+    """Faults."""
 
     def __post_init__(self) -> None:
         problems = problems_of(self)

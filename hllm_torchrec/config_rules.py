@@ -56,6 +56,7 @@ BOUNDS = {
     "evaluation.patience": ">= 0",
     "evaluation.batch_users": ">= 1",
     "evaluation.keep_last": ">= 1",
+    "reliability.max_skipped": ">= 0",
 }
 """Dotted field -> what its value must be, where it has one."""
 

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
         return "\n  - ".join([f"{len(self.problems)} problems in the configuration:", *self.problems])
 
 
+class Preempted(Exception):
+    """The run was asked to leave (SIGTERM): no fault, and its state is saved where it says so."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string if none is.
 

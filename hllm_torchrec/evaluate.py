@@ -5,6 +5,7 @@ so a model, a baseline and somebody else's predictions are measured by the same 
 """
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from hllm_torchrec.metrics.auc import distributed_roc_auc
 from hllm_torchrec.metrics.retrieval import retrieval_metrics
 from hllm_torchrec.metrics.sharded_ranks import CatalogueShare, rounds_of_all, sharded_ranks
 from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
+from hllm_torchrec.preemption import leave_if_asked
 from hllm_torchrec.ranks import on_rank_zero, together
 from hllm_torchrec.ranks import rank as this_rank
 
@@ -50,8 +52,9 @@ def score_split(
     """
     model.eval()
     parts: list[Columns] = []
-    with progress(loader.steps(epoch), "evaluate", show) as bar:
-        for batch in loader.batches(epoch):
+    with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
+        for batch in batches:
+            leave_if_asked()
             output = model(batch.to(device))
             parts.append(_columns(batch, output.logits.float().cpu().numpy(), cold))
             bar.update(1)
@@ -147,8 +150,9 @@ def rank_targets(
     unit = items.normalised()
     at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
-    with progress(loader.steps(0), "retrieve", show) as bar:
-        for batch in loader.batches(0):
+    with progress(loader.steps(0), "retrieve", show) as bar, closing(loader.batches(0)) as batches:
+        for batch in batches:
+            leave_if_asked()
             batch = batch.to(device)
             predicted = model(batch, want_next=True).next_items
             assert predicted is not None, "retrieval needs the generative loss"

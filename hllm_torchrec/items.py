@@ -13,6 +13,7 @@ from hllm_torchrec.data.tokens import TokenStore
 from hllm_torchrec.exchange import encode_unique_items, global_max, world_size
 from hllm_torchrec.logs import progress
 from hllm_torchrec.modules.item_llm import ItemLLM
+from hllm_torchrec.preemption import leave_if_asked
 
 CATALOGUE_TOKENS = 16_384
 """Tokens encoded at a time when the whole catalogue is."""
@@ -126,6 +127,7 @@ class ItemEncoder:
         shares = list(self._chunks(world_size()))
         with progress(len(shares), "encode items", show) as bar:
             for ids in shares:
+                leave_if_asked()
                 table[ids] = embed(ids).float()
                 bar.update(1)
         item_llm.train(was_training)

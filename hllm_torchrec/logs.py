@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 #: Events that are repeated when a run resumes from a checkpoint before them.
-_REPEATED_EVENTS = ("step", "eval")
+_REPEATED_EVENTS = ("step", "eval", "skipped")
 _SECONDS_BETWEEN_LINES = 10.0
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "numpy", "pyarrow")
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from hllm_torchrec.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from hllm_torchrec.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint_files import read_marker
 from hllm_torchrec.config import Config, config_from_file
 from hllm_torchrec.evaluate import save_predictions, score_split
@@ -60,12 +60,12 @@ def find_checkpoint(run: Path, which: str) -> Path:
     """The checkpoint "best" (on validation) or "latest" of a run, or the directory that is named. Collective.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the one named is damaged.
     """
     if which not in ("best", "latest"):
         if not Path(which).is_dir():
             raise ValueError(f"--checkpoint {which}: neither best nor latest nor a directory")
-        return Path(which)
+        return verify_checkpoint(Path(which))
     folder = run / "checkpoints"
     found = latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
     if found is None:

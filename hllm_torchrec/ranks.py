@@ -9,7 +9,9 @@ T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed; its own error says more."""
+    """Another rank failed; its own error says more. kind: the name of that error's type."""
+
+    kind = ""
 
 
 def rank() -> int:
@@ -22,12 +24,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def together(work: Callable[[], T]) -> list[T]:
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `work` on every rank and return all results, by rank. Collective.
 
     Args:
         work: its result is small and can be pickled. It must not itself be collective: a rank that fails
             before a collective leaves the others waiting in it.
+        group: of all ranks, but other than the usual one: for a thread of its own.
 
     Raises:
         Exception: on a rank where `work` raised, what it raised.
@@ -42,15 +45,17 @@ def together(work: Callable[[], T]) -> list[T]:
     outcomes: list[Any] = [(result, failure and f"{type(failure).__name__}: {failure}")]
     if dist.is_initialized():
         outcome, outcomes = outcomes[0], [None] * world_size()
-        dist.all_gather_object(outcomes, outcome)
+        dist.all_gather_object(outcomes, outcome, group=group)
     if failure is not None:
         raise failure
     for number, (_, message) in enumerate(outcomes):
         if message:
-            raise PeerFailed(f"rank {number} failed: {message}")
+            failed = PeerFailed(f"rank {number} failed: {message}")
+            failed.kind = message.partition(":")[0]
+            raise failed
     return [value for value, _ in outcomes]
 
 
-def on_rank_zero(work: Callable[[], T]) -> T:
+def on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `work` on rank 0 only and return its result on every rank. Collective; raises as `together`."""
-    return together(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
+    return together(lambda: work() if rank() == 0 else None, group)[0]  # type: ignore[return-value]

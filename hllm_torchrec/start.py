@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hllm_torchrec.checkpoint import best_checkpoint, load_checkpoint
+from hllm_torchrec.checkpoint import best_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint_files import MARKER
 from hllm_torchrec.checkpoint_reader import SafeReader
 from hllm_torchrec.errors import ConfigError
@@ -32,7 +32,7 @@ def start_from(experiment: Experiment, source: Path) -> None:
 
     Raises:
         ConfigError: there is no such checkpoint.
-        ValueError: its Item LLM or user encoder are others.
+        ValueError: its Item LLM or user encoder are others, or its files are damaged.
     """
     checkpoint = _find(source)
     keep = [f"{group}.{part}" for group in ("model", "ema") for part in MAY_BE_NEW]
@@ -45,7 +45,7 @@ def start_from(experiment: Experiment, source: Path) -> None:
 
 def _find(source: Path) -> Path:
     if (source / MARKER).is_file():
-        return source
+        return verify_checkpoint(source)
     found = best_checkpoint(source / "checkpoints")
     if found is None:
         raise ConfigError(

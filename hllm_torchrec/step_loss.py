@@ -63,16 +63,17 @@ def micro_batch_loss(
     return loss, torch.stack([number.detach().double() for number in numbers]).cpu()
 
 
-def describe_step(numbers: Tensor, config: Config, alarm: bool) -> dict[str, float]:
-    """The losses and statistics of a step from the sum of all `micro_batch_loss` numbers. Collective.
+def describe_step(numbers: Tensor, norm: float, config: Config, alarm: bool) -> dict[str, float]:
+    """The losses and statistics of a step from the sum of its `micro_batch_loss` numbers over all ranks.
 
+    norm: of the gradients, NaN or infinite if one of them is.
     alarm: whether collapsed items are an error yet. A model from scratch begins with much the same embedding
     for every item, and the first steps pull them apart.
 
     Raises:
-        FloatingPointError: on every rank: the loss is not finite, or the item embeddings have collapsed.
+        FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
     """
-    cls, gen, value, effective, accuracy, spread, measured = global_sum(numbers).tolist()
+    cls, gen, value, effective, accuracy, spread, measured = numbers.tolist()
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": cls + weights.generative * gen + weights.value * value}
     if objective.fusion != "none":
@@ -84,6 +85,10 @@ def describe_step(numbers: Tensor, config: Config, alarm: bool) -> dict[str, flo
     if not math.isfinite(found["loss"]):
         raise FloatingPointError(
             f"the loss is {found['loss']}: lower optim.lr or optim.table_lr, or set optim.clip_norm above 0"
+        )
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the norm of the gradients is {norm} at a loss of {found['loss']:.6g}: lower optim.lr or optim.table_lr"
         )
     if measured:
         found["item_similarity"] = spread / measured

@@ -5,28 +5,23 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hllm_torchrec.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_rank_extra,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from hllm_torchrec.checkpoint import load_checkpoint, load_rank_extra, set_rng_state
 from hllm_torchrec.config import Config, StageConfig, save_config
 from hllm_torchrec.config_files import to_dict
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.errors import Preempted
 from hllm_torchrec.evaluate import quick_metrics, score_split
+from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.frozen import use_store
+from hllm_torchrec.keeper import CheckpointKeeper
 from hllm_torchrec.logs import RunLog, machine_info, peak_memory_bytes, progress
 from hllm_torchrec.meter import StepMeter, global_matmul_peak, weights_of
 from hllm_torchrec.modules.losses import MAX_SCALE
@@ -40,9 +35,12 @@ from hllm_torchrec.optim import (
     warmup_cosine,
 )
 from hllm_torchrec.parallelize import autocast, compute_dtype, user_attention, whole
+from hllm_torchrec.preemption import LeaveRequest
+from hllm_torchrec.resume import check_schedule, checkpoint_to_resume
 from hllm_torchrec.retrieval import measures_retrieval, retrieve
 from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
 from hllm_torchrec.start import start_from
+from hllm_torchrec.step_guard import StepGuard
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
 from hllm_torchrec.tables_ahead import TablesAhead
 
@@ -58,7 +56,7 @@ class Trainer:
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.output = Path(config.output)
-        self.checkpoint = self._find_checkpoint()
+        self.checkpoint = checkpoint_to_resume(config)
         self.peak = global_matmul_peak(device, compute_dtype(config))  # draws numbers: before anything is seeded
         self.experiment: Experiment = build_experiment(config, device)
         self.model, self.hllm = self.experiment.model, self.experiment.hllm
@@ -87,12 +85,21 @@ class Trainer:
         self.warmup_steps = max(1, round(config.optim.warmup * self.total_steps))
         self.evaluate_after = evaluation_steps(self.legs, config.evaluation.every, self.total_steps)
         self.step, self.best, self.stale = 0, -math.inf, 0
+        self.keeper, self.guard = CheckpointKeeper(config), StepGuard(config, self.rank)
+        self.owed = False  # whether the present step's evaluation is still to come
+        self.leave, self.leaving = LeaveRequest(), False
+        self.unsaved = False  # whether a checkpoint in flight has failed
         self.metrics: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> dict[str, Any]:
-        """Train to the end (or until it stops getting better) and return the last evaluation."""
+        """Train to the end (or until it stops getting better) and return the last evaluation.
+
+        Raises:
+            Preempted: a rank was sent SIGTERM; the state after the last step is saved.
+            FloatingPointError: the loss is not finite, or the item embeddings have collapsed.
+        """
         started = weights_of(self.hllm, self.experiment.encoder)
         self._resume()
         if self.hllm.takes_stored_items:
@@ -102,18 +109,39 @@ class Trainer:
         with (
             RunLog(self.output, self.rank, resumed_step=self.step) as self.log,
             progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
+            self.leave,
+            self.keeper.in_a_run(),
         ):
             self._log_start()
-            for leg in self.legs:
-                if leg.first + leg.steps <= self.step or leg.first >= self.total_steps or self._is_stale():
-                    continue
-                self._enter(leg)
-                self._train_leg(leg)
+            try:
+                self._train_legs()
+            except Preempted:
+                self._save_and_leave()
+            except RuntimeError as error:
+                error.add_note(f"after step {self.step}")
+                raise
+            self.keeper.close(self.log)
             moved = weights_of(self.hllm, self.experiment.encoder).moved_since(started)
             self.log.write("end", self.step, **peak_memory_bytes(), weights_moved=moved, live_steps=self._live_steps())
         if self.rank == 0:
             print(self._closing_line(moved), flush=True)
         return self.metrics | {"weights_moved": moved}
+
+    def _train_legs(self) -> None:
+        if self.owed:
+            self._evaluate_and_save()
+        for leg in self.legs:
+            if leg.first + leg.steps <= self.step or leg.first >= self.total_steps or self._is_stale():
+                continue
+            self._enter(leg)
+            self._train_leg(leg)
+
+    def _save_and_leave(self) -> NoReturn:
+        if self.keeper.saved != self.step:
+            self._save(None)
+        self.keeper.close(self.log)
+        self.log.write("preempted", self.step)
+        raise Preempted(f"asked to leave (SIGTERM) after step {self.step}, which is saved: continue with resume: true")
 
     def _live_steps(self) -> int:
         """Steps so far through which gradients reached the Item LLM."""
@@ -135,11 +163,14 @@ class Trainer:
         with closing(self._micro_batches(leg)) as steps:
             for batches, following in pairwise(chain(steps, [None])):
                 assert batches is not None
-                numbers = self.train_step(batches, following) | meter.tick(batches)
-                self.log.write("step", self.step, stage=leg.stage.name, epoch=leg.epoch, **numbers)
-                self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                numbers, rates = self.train_step(batches, following), meter.tick(batches)
+                if numbers:
+                    self.log.write("step", self.step, stage=leg.stage.name, epoch=leg.epoch, **numbers, **rates)
+                    self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                else:
+                    self.log.write("skipped", self.step, reason=self.guard.reason)
                 self.bar.update(1)
-                self._evaluate_or_save()
+                self._after_step()
                 if self._is_stale():
                     break
                 meter.restart()
@@ -149,6 +180,7 @@ class Trainer:
     def train_step(self, batches: list[HybridBatch], following: list[HybridBatch] | None = None) -> dict[str, float]:
         """Forward and backward of every micro-batch, then the dense optimizer's step; what the log shows.
 
+        Nothing where the step is skipped: see `StepGuard`.
         following: micro-batches of the next step, on the device: their table ids may be exchanged ahead.
         """
         self._set_learning_rates(self._rate_ratio())
@@ -165,28 +197,38 @@ class Trainer:
                 loss, of_batch = micro_batch_loss(output, counts, self.loss_weights, self.hllm.live_items)
                 if self.ahead is not None:
                     self.ahead.send()
+                numbers += of_batch
+                if refused := self.guard.refuses(loss):
+                    break
                 (loss * self.world).backward()
-            numbers += of_batch
-        norm = self._dense_step()
+        norm = math.nan if refused else self._dense_step()
         self.step += 1
-        if self.ema is not None:
+        if self.ema is not None and math.isfinite(norm):
             self.ema.update(self.step)
-        return self._describe(numbers) | {"grad_norm": float(norm), "lr": self.dense.param_groups[0]["lr"]}
+        found = self._describe(numbers, norm, batches)
+        return found and found | {"grad_norm": norm, "lr": self.dense.param_groups[0]["lr"]}
 
-    def _describe(self, numbers: Tensor) -> dict[str, float]:
+    def _describe(self, numbers: Tensor, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
+        totals = global_sum(torch.cat([numbers, numbers.new_tensor([self.leave.asked, self.keeper.failed])]))
+        self.leaving, self.unsaved = totals[-2:].bool().tolist()
         try:
-            found = describe_step(numbers, self.config, alarm=self.step > self.warmup_steps)
+            found = describe_step(totals[:-2], norm, self.config, alarm=self.step > self.warmup_steps)
         except FloatingPointError as error:
-            raise FloatingPointError(f"step {self.step}: {error}") from None
+            self.dense.zero_grad(set_to_none=True)  # a step that was refused has its earlier micro-batches' gradients
+            self.guard.failed(self.step, batches, str(error), may_skip=not math.isfinite(norm))
+            return {}
+        self.guard.passed()
         if self.hllm.generates:
             log_scale = whole(self.hllm.logit_scale.log_scale.detach())
             found["temperature"] = max(1 / MAX_SCALE, float((-log_scale).exp()))
         return found
 
-    def _dense_step(self) -> Tensor:
+    def _dense_step(self) -> float:
+        """Step by the gradients, if they are finite; their norm before clipping, the same on every rank."""
         trained = [p for group in self.dense.param_groups for p in group["params"]]
-        norm = clip_grad_norm(trained, self.config.optim.clip_norm)
-        self.dense.step()
+        norm = float(clip_grad_norm(trained, self.config.optim.clip_norm))
+        if math.isfinite(norm):
+            self.dense.step()
         self.dense.zero_grad(set_to_none=True)
         return norm
 
@@ -264,10 +306,15 @@ class Trainer:
 
     # ------------------------------------------------------------------ evaluation and checkpoints
 
-    def _evaluate_or_save(self) -> None:
+    def _after_step(self) -> None:
         """What is due after the present step."""
         every = self.config.evaluation.checkpoint_every
-        if self.step in self.evaluate_after:
+        self.owed = self.step in self.evaluate_after
+        if self.unsaved:
+            self.keeper.settle(self.log)
+        if self.leaving:
+            raise Preempted
+        if self.owed:
             self._evaluate_and_save()
         elif every and self.step % every == 0:
             self._save(None)
@@ -278,6 +325,7 @@ class Trainer:
         score = float(self.metrics[own])
         self.stale = 0 if score > self.best else self.stale + 1
         self.best = max(self.best, score)
+        self.owed = False
         self.log.write("eval", self.step, split="valid", **self.metrics)
         self._save(score)
 
@@ -291,6 +339,7 @@ class Trainer:
         with RunLog(self.output, self.rank, resumed_step=0) as self.log:
             self._log_start()
             self._evaluate_and_save()
+            self.keeper.close(self.log)
         return self.metrics
 
     def evaluate(self) -> dict[str, Any]:
@@ -323,59 +372,25 @@ class Trainer:
         return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
     def _save(self, score: float | None) -> None:
-        best = self.best if math.isfinite(self.best) else None
-        path = save_checkpoint(
-            self.output / "checkpoints",
-            self.step,
-            self._state(),
-            {
-                "step": self.step,
-                "best": best,
-                "stale": self.stale,
-                "leg_steps": [leg.steps for leg in self.legs],
-                "config": to_dict(self.config),
-            },
-            rank_extra={"rng": rng_state()},
-            keep_last=self.config.evaluation.keep_last,
-            keep_best="max",
-            metric=score,
-        )
-        self.log.write("checkpoint", self.step, path=str(path.relative_to(self.output)))
-
-    def _find_checkpoint(self) -> Path | None:
-        """What to continue from; a run that is not to be continued must not be mixed with a new one."""
-        path = latest_checkpoint(self.output / "checkpoints")
-        if path is not None and not self.config.resume:
-            raise ConfigError(
-                [
-                    f"output: {self.output}: holds a run, up to {path.name}: continue it (resume: true) "
-                    "or choose another folder"
-                ]
-            )
-        return path
+        extra = {
+            "best": self.best if math.isfinite(self.best) else None,
+            "stale": self.stale,
+            "owed": self.owed,
+            "leg_steps": [leg.steps for leg in self.legs],
+            "config": to_dict(self.config),
+        }
+        self.keeper.save(self.step, self._state(), extra, score, self.log)
 
     def _resume(self) -> None:
         """Continue from the last complete checkpoint, if asked to and there is one."""
         if self.checkpoint is None:
             return
         extra = load_checkpoint(self.checkpoint, self._state())
-        self._check_schedule(extra)
-        self.step, self.stale = extra["step"], extra["stale"]
+        check_schedule(self.checkpoint, extra, self.legs)
+        self.step = self.keeper.saved = extra["step"]
+        self.stale, self.owed = extra["stale"], extra.get("owed", False)
         self.best = -math.inf if extra["best"] is None else extra["best"]
         self.tables.set_step(self.step * self.config.optim.accumulate)
         own = load_rank_extra(self.checkpoint)
         if own is not None:
             set_rng_state(own["rng"])
-
-    def _check_schedule(self, extra: dict[str, Any]) -> None:
-        """The epochs begun must have the steps they had, or "step n" would be another place in the data."""
-        begun = sum(leg.first < extra["step"] for leg in self.legs)
-        mine, saved = [leg.steps for leg in self.legs[:begun]], extra["leg_steps"][:begun]
-        if mine != saved:
-            raise ConfigError(
-                [
-                    f"resume: the epochs of {self.checkpoint} have {saved} steps, those of this run {mine}: "
-                    "keep the dataset, the stages and batch_users x ranks x optim.accumulate (it ran with "
-                    f"data.batch_users {extra['config']['data']['batch_users']})"
-                ]
-            )

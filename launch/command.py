@@ -7,6 +7,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from hllm_torchrec.errors import Preempted
+
+PREEMPTED = 75
+"""Exit status of a run that left because it was asked to (sysexits.h: EX_TEMPFAIL, try again)."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage."""
@@ -28,10 +33,15 @@ def run_job(prog: str, job: Callable[[], None]) -> int:
 
     Returns:
         0; 2 after the message of an error that the user can mend; 1 after one line if another rank failed or
-        was lost, whose own messages say why.
+        was lost, whose own messages say why; PREEMPTED after one line of rank 0 if the job was asked to leave
+        (SIGTERM) and has saved what it had.
     """
     try:
         job()
+    except Preempted as request:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: {request}", file=sys.stderr)
+        return PREEMPTED
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -39,7 +49,8 @@ def run_job(prog: str, job: Callable[[], None]) -> int:
         if not is_of_another_rank(error):
             raise
         rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
-        print(f"{prog}: rank {rank} stops because of another rank, see its messages: {cause}", file=sys.stderr)
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)
         return 1
     return 0
 

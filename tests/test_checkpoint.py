@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec.checkpoint import (
     best_checkpoint,
     latest_checkpoint,
@@ -29,6 +30,7 @@ from hllm_torchrec.checkpoint import (
     rng_state,
     save_checkpoint,
     set_rng_state,
+    verify_checkpoint,
 )
 from hllm_torchrec.optim import TableOptimizer, dense_optimizer, materialise_state, named_state
 from tests.distributed import run_ranks
@@ -133,6 +135,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: (path / "COMPLETE").write_text('{"step": 2, '),
         "has no readable COMPLETE file",
     ),
+    "an altered marker": (
+        lambda path: (path / "COMPLETE").write_text((path / "COMPLETE").read_text().replace("2.0", "9.0")),
+        "is damaged: the contents of COMPLETE",
+    ),
     "a newer schema": (
         lambda path: (path / "COMPLETE").write_text('{"schema_version": 9}'),
         "has schema version 9",
@@ -151,6 +157,60 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog
     assert f"step-00000002 {message}" in caplog.text
     assert best_checkpoint(tmp_path) == tmp_path / "step-00000001"
     assert load_numbers(tmp_path / "step-00000001")[0].tolist() == [1.0] * 4
+
+
+def test_any_file_that_is_gone_cut_or_altered_in_one_bit_is_noticed(tmp_path: Path) -> None:
+    path, rng = save_numbers(tmp_path, 1, rank_extra={"rng": [1, 2]}, metric=0.5), random.Random(0)
+    names = {file.name for file in path.iterdir()}
+    assert names == {"__0_0.distcp", ".metadata", "extra.json", "extra-rank0.json", "COMPLETE"}
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        file.unlink()
+        assert f"{file.name} " in files.find_damage(path)
+        file.write_bytes(whole[:-1])
+        assert f"{file.name} " in files.find_damage(path)
+        for _ in range(300):
+            altered = bytearray(whole)
+            altered[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            file.write_bytes(altered)
+            assert files.find_damage(path), (file.name, bytes(altered))
+        file.write_bytes(whole)
+        assert files.find_damage(path) is None
+
+
+def test_a_checkpoint_of_the_first_schema_still_loads(tmp_path: Path) -> None:
+    path = save_numbers(tmp_path, 3)
+    marker = json.loads((path / "COMPLETE").read_text())
+    del marker["sha256"]
+    (path / "COMPLETE").write_text(json.dumps(marker | {"schema_version": 1}))
+    assert latest_checkpoint(tmp_path) == path
+    assert load_numbers(path)[0].tolist() == [3.0] * 4
+
+
+def test_a_named_checkpoint_is_hashed(tmp_path: Path) -> None:
+    path = save_numbers(tmp_path, 1)
+    assert verify_checkpoint(path) == path
+    flip_a_byte(path)
+    with pytest.raises(ValueError, match="is damaged: the contents of __0_0.distcp are not .*; load the checkpoint be"):
+        verify_checkpoint(path)
+
+
+def test_half_a_deleted_checkpoint_is_none(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_numbers(tmp_path, step)
+    doomed = files._set_aside(tmp_path / "step-00000002")
+    for file in sorted(doomed.iterdir()):
+        file.unlink()
+        files.rescue(tmp_path)
+        assert latest_checkpoint(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_a_checkpoint_caught_between_two_names_is_found_again(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1)
+    files._set_aside(tmp_path / "step-00000001")
+    assert latest_checkpoint(tmp_path) is None  # a reader leaves the run's directory as it is
+    save_numbers(tmp_path, 2)
+    assert [path.name for path in files.by_step(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
 def test_loading_a_truncated_checkpoint_raises(tmp_path: Path) -> None:
@@ -179,7 +239,7 @@ def rewrite_metadata(path: Path, change: Callable[[Any], Any]) -> None:
     file.write_bytes(pickle.dumps(change(pickle.loads(file.read_bytes()))))
     marker = json.loads((path / "COMPLETE").read_text())
     marker["files"][".metadata"][0] = file.stat().st_size
-    (path / "COMPLETE").write_text(json.dumps(marker))
+    (path / "COMPLETE").write_text(json.dumps(files.seal(marker)))
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
@@ -364,33 +424,39 @@ def load_and_train(directory: Path, sharding: str) -> tuple[Tensor, Tensor, dict
 
 
 def save_until_killed(directory: Path) -> None:
+    """Save step after step, each twice: the second takes the first one's place."""
+    files.rescue(directory)
     step = 0 if (path := latest_checkpoint(directory)) is None else int(path.name[5:])
     while True:
         step += 1
-        save_numbers(directory, step)
+        save_numbers(directory, step, keep_last=1)
+        save_numbers(directory, step, keep_last=1)
 
 
 @pytest.mark.slow
 def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "torchrec"])  # or each process imports them
-    steps = []
-    for seconds in (0.3, 0.013, 0.029):  # after the first save of each process
+    rng, steps, inside = random.Random(0), [], 0
+    for _ in range(20):
         process = context.Process(target=save_until_killed, args=(tmp_path,))
-        before = latest_checkpoint(tmp_path)
+        before = {path.name for path in files.by_step(tmp_path)}
         process.start()
-        while latest_checkpoint(tmp_path) == before:
+        while {path.name for path in files.by_step(tmp_path)} <= before:
             time.sleep(0.001)
-        time.sleep(seconds)
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.join()
+        inside += any(tmp_path.glob("*.tmp-*"))
+        files.rescue(tmp_path)
         path = latest_checkpoint(tmp_path)
         assert path is not None
         w, extra = load_numbers(path)
         assert w.tolist() == [float(path.name[5:])] * 4
         assert extra == {"step": int(path.name[5:])}
         steps.append(extra["step"])
-    assert steps == sorted(set(steps))
+    assert steps == sorted(steps) and steps[-1] > 20
+    assert inside > 5  # kills within a write
 
 
 Saved = tuple[Path, list[tuple[Tensor, Tensor]]]

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from hllm_torchrec.errors import ConfigError
-from hllm_torchrec.parallelize import stop_process
+from hllm_torchrec.evaluate import quick_metrics, score_split
+from hllm_torchrec.offline import load_run
+from hllm_torchrec.parallelize import start_process, stop_process
 from tests.distributed import run_ranks
 from tests.training_fixtures import (
     MIXED,
@@ -78,6 +80,28 @@ def test_resume_at_another_world_size_goes_on_with_the_same_losses(tmp_path: Pat
     assert kept == [line["history_kept"] for line in lines(tmp_path / "whole", "step")] and min(kept) < 1
 
 
+def auc_of(run: Path) -> float:
+    """Validation AUC of a run's last checkpoint, on however many ranks this is called."""
+    device = start_process()
+    loaded = load_run(run, "latest", device)
+    experiment = loaded.experiment
+    with loaded.weights:
+        experiment.hllm.item_cache = experiment.items_to_evaluate_with()
+        scored = score_split(experiment.model, experiment.loader("valid", 4), device, cold=experiment.cold_items())
+    return quick_metrics(scored)["auc"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loaded_at_another_world_size_has_the_same_auc(tmp_path: Path) -> None:
+    options = {"max_steps": 3, "optim__ema": 0.9}
+    (two, _) = run_ranks(on_rank, 2, config(tmp_path / "two", data__batch_users=2, **options))
+    for world in (1, 4):
+        aucs = run_ranks(auc_of, world, tmp_path / "two")
+        assert aucs == pytest.approx([two["metrics"]["auc"]] * world, abs=1e-6)
+    one = train(config(tmp_path / "one", **options))
+    assert run_ranks(auc_of, 2, tmp_path / "one") == pytest.approx([one.metrics["auc"]] * 2, abs=1e-6)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     first = train(config(tmp_path / "run"))
     again = train(config(tmp_path / "run", resume=True))
@@ -100,6 +124,36 @@ def test_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     train(config(tmp_path / "run", max_steps=1))
     with pytest.raises(ConfigError, match=r"holds a run, up to step-00000001: continue it \(resume: true\)"):
         train(config(tmp_path / "run"))
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    file = checkpoint / "__0_0.distcp"
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_without_a_whole_one_the_run_stops(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"evaluation__checkpoint_every": 2, "max_steps": 4}
+    whole = train(config(tmp_path / "run", **options))
+    older, newer = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    flip_a_bit(newer)
+    resumed = train(config(tmp_path / "run", resume=True, **options))
+    assert "step-00000004 is damaged: the contents of __0_0.distcp" in caplog.text
+    assert lines(tmp_path / "run", "start")[-1]["step"] == 2
+    assert_equal_weights(weights(resumed), weights(whole))
+    for checkpoint in (older, newer):
+        flip_a_bit(checkpoint)
+    with pytest.raises(
+        ConfigError, match=r"resume: none of the checkpoints .*\(step-00000002, step-00000004\) is whole"
+    ):
+        train(config(tmp_path / "run", resume=True, **options))
+    with pytest.raises(ConfigError, match="holds a run, up to step-00000004"):
+        train(config(tmp_path / "run", **options))
+    train(config(tmp_path / "run", resume=True, reliability__no_checkpoint_left="begin", **options))
+    assert lines(tmp_path / "run", "start")[-1]["step"] == 0
 
 
 def test_resume_with_other_batches_is_refused(tmp_path: Path) -> None:

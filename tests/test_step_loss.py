@@ -74,8 +74,8 @@ def test_weights_of_the_losses(objective: dict[str, Any], expected: LossWeights)
 # --- what the log shows ----------------------------------------------------------------------------------
 
 
-def described(settings: Config, *numbers: float, alarm: bool = True) -> dict[str, float]:
-    return describe_step(torch.tensor(numbers, dtype=torch.float64), settings, alarm)
+def described(settings: Config, *numbers: float, alarm: bool = True, norm: float = 1.0) -> dict[str, float]:
+    return describe_step(torch.tensor(numbers, dtype=torch.float64), norm, settings, alarm)
 
 
 def test_the_step_is_described_by_the_losses_that_it_has(tmp_path: Path) -> None:
@@ -101,6 +101,12 @@ def test_the_step_is_described_by_the_losses_that_it_has(tmp_path: Path) -> None
 def test_a_loss_that_is_not_finite_is_an_error(bad: float, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf): lower optim.lr or optim.table_lr, or set"):
         described(config(tmp_path), bad, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_an_error(bad: float, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the norm of the gradients is (nan|inf) at a loss of 0.5: lower"):
+        described(config(tmp_path), 0.5, 0, 0, 0, 0, 0, 0, norm=bad)
 
 
 def test_collapsed_items_are_an_error_after_the_warm_up(tmp_path: Path) -> None:

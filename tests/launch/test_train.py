@@ -1,11 +1,11 @@
 """The training job as users start it: one line for a mistake, a whole run otherwise, and never a hang."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ import pytest
 from hllm_torchrec.config import config_from_file
 from hllm_torchrec.launch.train import main
 from hllm_torchrec.parallelize import stop_process
+from tests.launch.processes import MODULE, end, environment, free_port, start_ranks, until_step
 from tests.training_fixtures import arguments, config, lines, losses
-
-Process = subprocess.Popen
 
 
 @pytest.fixture(autouse=True)
@@ -26,23 +25,9 @@ def own_process_group() -> Iterator[None]:
     stop_process()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
-
-
-def environment(root: Path, **variables: object) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "PYTHONPATH": str(root), **{name: str(value) for name, value in variables.items()}}
-
-
 def run(command: list[str], root: Path, tmp_path: Path, **variables: object) -> subprocess.CompletedProcess[str]:
     env = environment(root, **variables)
     return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
-
-
-MODULE = [sys.executable, "-m", "hllm_torchrec.launch.train"]
 
 
 # --- mistakes --------------------------------------------------------------------------------------------
@@ -150,27 +135,6 @@ def test_a_port_in_use_is_one_line(root: Path, tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def start_ranks(commands: list[list[str]], root: Path, tmp_path: Path) -> list["Process[str]"]:
-    """Start one process for each command, as the ranks of a job."""
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": len(commands)}
-    return [
-        subprocess.Popen(
-            command,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=environment(root, RANK=rank, LOCAL_RANK=rank, **address),
-        )
-        for rank, command in enumerate(commands)
-    ]
-
-
-def end(processes: list["Process[str]"]) -> None:
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
 LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "evaluation__every": 1000}
 
 
@@ -185,16 +149,13 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
     command = [*MODULE, *arguments(output, parallel__timeout=10, **LONG)]
     processes = start_ranks([command, command], root, tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not (output / "log.jsonl").exists() or len(lines(output, "step")) < 2:
-            assert time.monotonic() < deadline and processes[0].poll() is None
-            time.sleep(0.2)
+        until_step(2, output, processes[0])
         processes[1].send_signal(blow)
         _, errors = processes[0].communicate(timeout=60)
     finally:
         end(processes)
     assert processes[0].returncode == 1
-    assert "train: rank 0 stops because of another rank, see its messages: " in errors
+    assert re.search(r"train: rank 0 stops after step \d+ because of another rank, see its messages: ", errors), errors
     assert any(word in errors.lower() for word in reason.split("|")), errors
     assert "Traceback" not in errors
 
@@ -221,10 +182,7 @@ def test_torchrun_ends_when_a_rank_is_killed(root: Path, tmp_path: Path) -> None
     command = [*launcher, "-m", "hllm_torchrec.launch.train", *arguments(output, parallel__timeout=30, **LONG)]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment(root))
     try:
-        deadline = time.monotonic() + 120
-        while not (output / "log.jsonl").exists() or len(lines(output, "step")) < 2:
-            assert time.monotonic() < deadline and job.poll() is None
-            time.sleep(0.2)
+        until_step(2, output, job)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         assert len(children) >= 2
         os.kill(int(children[1]), signal.SIGKILL)

@@ -1,0 +1,65 @@
+"""Steps whose loss or gradients are not finite: the run stops, or skips them; their batches are kept for a look."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hllm_torchrec.config import Config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.exchange import all_agree_to_continue
+
+
+class StepGuard:
+    """Decides what becomes of a step that is not as it should be, on all ranks alike.
+
+    Sharded tables step inside the backward pass, so a loss that is not finite must be known before it: where steps
+    may be skipped, the ranks ask one another at every micro-batch. Gradients that overflow although the loss is
+    finite keep the dense weights as they are; the tables' rows of that step have moved.
+    """
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self._skips = config.reliability.not_finite == "skip"
+        self._most = config.reliability.max_skipped
+        self._folder, self._rank = Path(config.output) / "bad_batches", rank
+        self._in_a_row, self.reason = 0, ""
+
+    def refuses(self, loss: Tensor) -> bool:
+        """Whether there is to be no backward pass, as a rank's loss is not finite and steps may be skipped."""
+        return self._skips and not all_agree_to_continue(bool(loss.isfinite()))
+
+    def passed(self) -> None:
+        """Note a step that is as it should be."""
+        self._in_a_row = 0
+
+    def failed(self, step: int, batches: Sequence[HybridBatch], reason: str, may_skip: bool) -> None:
+        """Keep the batches of a step that is not, as `bad_batches/step-<step>-rank<rank>.json` of the run.
+
+        may_skip: whether the step has changed nothing that matters.
+
+        Raises:
+            FloatingPointError: the run is to stop.
+        """
+        self._in_a_row, self.reason = self._in_a_row + 1, reason
+        path = self._folder / f"step-{step:08d}-rank{self._rank}.json"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": step, "reason": reason, "batches": [_ids(batch) for batch in batches]}))
+        if not self._skips or not may_skip:
+            raise FloatingPointError(f"step {step}: {reason}. The batch's ids are in {path}")
+        if self._in_a_row > self._most:
+            raise FloatingPointError(
+                f"step {step}: {reason}. That makes {self._in_a_row} steps to skip in a row, more than "
+                f"reliability.max_skipped {self._most}; the batches' ids are in {self._folder}"
+            )
+
+
+def _ids(batch: HybridBatch) -> dict[str, Any]:
+    """What identifies a batch: users and items by the dataset's ids, exposures by user's position and item."""
+    return {
+        "user_ids": batch.user_ids.tolist(),
+        "unique_items": batch.unique_items.tolist(),
+        "target_items": batch.target_items.tolist(),
+        "positions": batch.positions.tolist(),
+    }

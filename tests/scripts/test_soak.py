@@ -1,0 +1,19 @@
+"""A few of the soak script's kills; fifty are its own."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_random_moments_lose_nothing(root: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("soak", root / "scripts" / "soak.py")
+    assert spec is not None and spec.loader is not None
+    soak = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = soak  # dataclasses look their module up
+    spec.loader.exec_module(soak)
+    found = soak.soak(tmp_path, kills=2, world=2, launcher="torchrun", asynchronous=True, seed=1)
+    assert found["kills"]["injected"] == found["recovered"] == 2
+    assert found["lost"] == 0 and found["exit_status"] == 0

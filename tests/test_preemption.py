@@ -1,0 +1,164 @@
+"""SIGTERM: the step is finished, the state saved, and the run that continues equals one that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.errors import Preempted
+from hllm_torchrec.launch.command import PREEMPTED
+from hllm_torchrec.parallelize import start_process, stop_process
+from hllm_torchrec.preemption import LeaveRequest, leave_if_asked
+from hllm_torchrec.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.launch.processes import MODULE, end, environment, free_port, start_ranks, until_step
+from tests.training_fixtures import arguments, assert_equal_weights, config, lines, losses, train, weights
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    stop_process()
+
+
+# --- one process -----------------------------------------------------------------------------------------
+
+
+def test_a_request_is_noted_and_the_handler_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with LeaveRequest() as request:
+        assert not request.asked
+        leave_if_asked()
+        signal.raise_signal(signal.SIGTERM)
+        assert request.asked
+        with pytest.raises(Preempted, match="asked to leave"):
+            leave_if_asked()
+    assert signal.getsignal(signal.SIGTERM) is before
+    leave_if_asked()  # nobody listens: nothing
+
+
+SECOND = """
+import signal
+from hllm_torchrec.preemption import LeaveRequest
+with LeaveRequest():
+    signal.raise_signal(signal.SIGTERM)
+    print("noted", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("still here")
+"""
+
+
+@pytest.mark.slow
+def test_a_second_request_ends_the_process_at_once(root: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment(root))
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
+
+
+class AskedWhileRead(Loader):
+    """A loader in the midst of which SIGTERM comes, before batch number `at`."""
+
+    at = 0
+
+    def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
+        for number, batch in enumerate(super().batches(epoch, first_step)):
+            if number == self.at:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+
+OPTIONS = {"stages": [{"name": "a", "epochs": 0.5}, {"name": "b", "epochs": 0.75, "item_embeddings": "cached"}]}
+OPTIONS |= {"optim__ema": 0.9, "objective__head_dropout": 0.2, "evaluation__every": 0.5}
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in a step after which an evaluation is due", "in an evaluation"])
+def test_an_interrupted_run_goes_on_as_if_it_had_been_left_alone(moment: str, tmp_path: Path) -> None:
+    whole = train(config(tmp_path / "whole", **OPTIONS))
+    trainer = Trainer(config(tmp_path / "run", **OPTIONS), start_process())
+    loader = trainer.validation if moment == "in an evaluation" else trainer._loader(trainer.legs[0].stage)
+    loader.__class__ = AskedWhileRead
+    loader.prefetch = 0  # or batches are made ahead, on a thread
+    loader.at = {"in a step": 1, "in an evaluation": 1}.get(moment, trainer.legs[0].steps - 1)
+    left_at = {"in a step": 2}.get(moment, trainer.legs[0].steps)
+    with pytest.raises(Preempted, match=rf"after step {left_at}, which is saved: continue with resume: true"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{left_at:08d}"]
+    assert lines(tmp_path / "run", "preempted")[0]["step"] == left_at and not lines(tmp_path / "run", "eval")
+
+    resumed = train(config(tmp_path / "run", resume=True, **OPTIONS))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_equal_weights(weights(resumed), weights(whole))
+    evaluations = [(line["step"], line["auc"]) for line in lines(tmp_path / "run", "eval")]
+    assert evaluations == [(line["step"], line["auc"]) for line in lines(tmp_path / "whole", "eval")]
+
+
+# --- several ranks ---------------------------------------------------------------------------------------
+
+
+def ask_rank_one_in_an_evaluation(settings: object) -> tuple[str, int]:
+    trainer = Trainer(settings, start_process())  # type: ignore[arg-type]
+    if trainer.rank == 1:
+        trainer.validation.__class__ = AskedWhileRead
+        trainer.validation.prefetch = 0
+    with pytest.raises(Preempted) as left:
+        trainer.run()
+    return str(left.value), trainer.step
+
+
+@pytest.mark.slow
+def test_ranks_leave_an_evaluation_together(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", data__batch_users=2, max_steps=2)
+    outcomes = run_ranks(ask_rank_one_in_an_evaluation, 2, settings)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] == 2 and "after step 2, which is saved" in outcomes[0][0]
+
+
+LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "evaluation__every": 1000}
+
+
+@pytest.mark.slow
+def test_a_request_to_one_rank_ends_all_at_the_same_step(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [*MODULE, *arguments(output, parallel__timeout=60, **LONG)]
+    processes = start_ranks([command, command], root, tmp_path)
+    try:
+        until_step(2, output, processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+        seconds = time.monotonic() - begun
+    finally:
+        end(processes)
+    assert [process.returncode for process in processes] == [PREEMPTED, PREEMPTED]
+    last = lines(output, "step")[-1]["step"]
+    assert f"train: asked to leave (SIGTERM) after step {last}, which is saved" in errors[0]
+    assert "Traceback" not in errors[0] + errors[1] and "asked to leave" not in errors[1]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
+    assert seconds < 30
+
+
+@pytest.mark.slow
+def test_torchrun_hands_the_request_on_and_gives_the_time_to_save(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(free_port()), "--max_restarts", "3"]
+    command = [*launcher, "-m", "hllm_torchrec.launch.train", *arguments(output, parallel__timeout=60, **LONG)]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment(root))
+    try:
+        until_step(2, output, job)
+        job.send_signal(signal.SIGTERM)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+        job.wait()
+    last = lines(output, "step")[-1]["step"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"], errors
+    assert len(lines(output, "start")) == 1  # no restart
+    assert f"asked to leave (SIGTERM) after step {last}" in errors
+    assert job.returncode not in (0, PREEMPTED) and os.WIFEXITED(job.returncode << 8)

@@ -1,0 +1,112 @@
+"""A batch that makes the loss or the gradients NaN: the run stops or skips it, and says which batch it was."""
+
+import json
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hllm_torchrec.checkpoint_files import by_step
+from hllm_torchrec.config import Config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.parallelize import start_process, stop_process
+from hllm_torchrec.trainer import Trainer
+from tests.distributed import run_ranks
+from tests.training_fixtures import config, lines, losses, weights
+
+BAD = {2, 3}
+"""Steps, from 0, whose batches are bad."""
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    stop_process()
+
+
+class Dirty(Loader):
+    """A loader whose numeric features are NaN in some batches."""
+
+    def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
+        for number, batch in enumerate(super().batches(epoch, first_step)):
+            if number in BAD:
+                assert batch.numeric is not None
+                batch.numeric.fill_(float("nan"))
+            yield batch
+
+
+def dirty(settings: Config, rank: int = 0) -> Trainer:
+    """A trainer whose training data is dirty on one rank."""
+    trainer = Trainer(settings, start_process())
+    if trainer.rank == rank:
+        loader = trainer._loader(trainer.legs[0].stage)
+        loader.__class__, loader.prefetch = Dirty, 0
+    return trainer
+
+
+EVERY = {"evaluation__checkpoint_every": 1, "evaluation__keep_last": 100, "optim__ema": 0.9}
+
+
+def test_skipped_steps_change_nothing_and_their_batches_are_kept(tmp_path: Path) -> None:
+    trainer = dirty(config(tmp_path / "run", reliability__not_finite="skip", **EVERY))
+    trainer.run()
+    assert [line["step"] for line in lines(tmp_path / "run", "skipped")] == [3, 4]
+    assert "the loss is nan" in lines(tmp_path / "run", "skipped")[0]["reason"]
+    assert [line["step"] for line in lines(tmp_path / "run", "step")] == [1, 2, 5, 6, 7, 8]
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+    of_step = [(path / "__0_0.distcp").read_bytes() for path in by_step(tmp_path / "run" / "checkpoints")]
+    assert of_step[1] == of_step[2] == of_step[3] and of_step[0] != of_step[1] and of_step[3] != of_step[4]
+    kept = json.loads((tmp_path / "run" / "bad_batches" / "step-00000003-rank0.json").read_text())
+    assert kept["step"] == 3 and "the loss is nan" in kept["reason"]
+    loader = trainer._loader(trainer.legs[0].stage)
+    users = list(Loader.batches(loader, 0, 2))[0].user_ids.tolist()
+    assert [batch["user_ids"] for batch in kept["batches"]] == [users]
+
+
+def test_without_leave_to_skip_the_run_stops_and_names_the_batch(tmp_path: Path) -> None:
+    trainer = dirty(config(tmp_path / "run", **EVERY))
+    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan: .* ids are in .*step-00000003-rank0.json"):
+        trainer.run()
+    assert [path.name[-1] for path in by_step(tmp_path / "run" / "checkpoints")] == ["1", "2"]
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    trainer = dirty(config(tmp_path / "run", reliability__not_finite="skip", reliability__max_skipped=1))
+    with pytest.raises(
+        FloatingPointError, match=r"step 4: .* makes 2 steps to skip in a row, more than .*max_skipped 1"
+    ):
+        trainer.run()
+
+
+def test_gradients_that_overflow_do_not_reach_the_dense_weights(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", reliability__not_finite="skip", features__shard_from_rows=10_000, max_steps=2)
+    trainer = Trainer(settings, start_process())
+    parameter = next(p for name, p in trainer.hllm.named_parameters() if name.startswith("head."))
+    before = weights(trainer)
+    handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
+    batches = list(trainer._micro_batches(trainer.legs[0]))
+    assert trainer.train_step(batches[0]) == {}
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+    assert "the norm of the gradients is" in trainer.guard.reason
+    handle.remove()
+    assert trainer.train_step(batches[1])["loss"] > 0
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def run_dirty_on_rank_one(settings: Config) -> list[int]:
+    trainer = dirty(settings, rank=1)
+    trainer.run()
+    return [number for number, value in enumerate(weights(trainer).values()) if not value.isfinite().all()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_all_ranks_skip_what_is_bad_on_one(dense: str, tmp_path: Path) -> None:
+    options = {"data__batch_users": 2, "parallel__dense": dense, "optim__accumulate": 2, "max_steps": 4}
+    settings = config(tmp_path / "run", reliability__not_finite="skip", **options)
+    assert run_ranks(run_dirty_on_rank_one, 2, settings) == [[], []]
+    assert [line["step"] for line in lines(tmp_path / "run", "skipped")] == [2]  # micro-batches 2 and 3
+    assert len(losses(tmp_path / "run")) == 3
+    assert len(list((tmp_path / "run" / "bad_batches").iterdir())) == 2
