@@ -1,8 +1,9 @@
 """Kill ranks of a training job with SIGKILL, again and again, and see whether anything was lost.
 
-    python scripts/soak.py [--kills 50] [--world 2] [--launcher torchrun|torchx] [--asynchronous] [--out FILE]
+    python scripts/soak.py [--kills 50] [--world 2] [--launcher torchrun|torchx|fork] [--asynchronous] [--out FILE]
 
-A tiny model trains on a generated shop, saving after every step, on `--world` gloo ranks with elastic restarts. Kills
+A tiny model trains on a generated shop, saving after every step, on `--world` gloo ranks, all of which are started
+again when one has died: by torchrun, by TorchX, or (cheap, as nothing is imported again) by this script. Kills
 hit a random rank: a fifth of them at a random moment after the ranks have started, while they are still building the
 model; half of the others at a random moment of the steps, half while a checkpoint is being written. At the end the
 losses in the run's log must be those of a run that was left alone, bit for bit, each step once. Prints JSON: kills
@@ -12,6 +13,7 @@ missing), seconds from a kill to the next step. Exit status 1 if anything was lo
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,25 +87,120 @@ def events(output: Path, name: str) -> list[dict]:
     return [line for line in read_log(output) if line["event"] == name] if (output / "log.jsonl").exists() else []
 
 
-class Job:
-    """A training job under way."""
+class LaunchedJob:
+    """A training job under torchrun or TorchX, which restart all ranks when one has died."""
 
     def __init__(self, launcher: str, world: int, restarts: int, output: Path, options: list[str]) -> None:
         self.world, self.output = world, output
         words, env = command(launcher, world, restarts, options)
-        self.printed = (output.parent / f"{output.name}.txt").open("w")
-        self.process = subprocess.Popen(words, env=env, cwd=ROOT, stdout=self.printed, stderr=subprocess.STDOUT)
-        self.killed: set[int] = set()
+        with (output.parent / f"{output.name}.txt").open("w") as printed:
+            self._process = subprocess.Popen(words, env=env, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
 
     def running(self) -> bool:
         """Whether it has not ended."""
-        return self.process.poll() is None
+        return self._process.poll() is None
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process id, of those that there are at the moment."""
+        return ranks_of(self.output)
+
+    def wait(self) -> int:
+        """Wait for its end; its exit status."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End it, if it has not."""
+        self._process.terminate()
+        self._process.wait()
+
+
+class ForkedJob:
+    """The same without a launcher: ranks are forked from a process that has imported everything, restarts are cheap."""
+
+    def __init__(self, world: int, restarts: int, output: Path, options: list[str]) -> None:
+        self.world, self.output, self._restarts, self._options = world, output, restarts, options
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch.distributed", "transformers", "hllm_torchrec.trainer"])
+        self._pids: dict[int, int] = {}
+        self._status: int | None = None
+        self._stopped = False
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+        self._supervisor.start()
+
+    def _supervise(self) -> None:
+        for generation in range(self._restarts + 1):
+            store = self.output.parent / f"{self.output.name}-store-{generation}"
+            processes = [
+                self._context.Process(target=train_forked, args=(rank, self.world, store, self._options))
+                for rank in range(self.world)
+            ]
+            for process in processes:
+                process.start()
+            self._pids = {rank: process.pid for rank, process in enumerate(processes)}
+            codes = [process.exitcode for process in processes]
+            while None in codes and not any(codes):
+                time.sleep(0.01)
+                codes = [process.exitcode for process in processes]
+            for process in processes:  # as torchrun does
+                process.terminate()
+            for process in processes:
+                process.join(30)
+                process.kill()
+                process.join()
+            self._pids = {}
+            codes = [process.exitcode for process in processes]
+            if codes == [0] * self.world:
+                break
+            if self._stopped:
+                break
+        self._status = max(map(abs, codes))
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._status is None
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process id, of those that there are at the moment."""
+        return self._pids
+
+    def wait(self) -> int:
+        """Wait for its end; its exit status."""
+        self._supervisor.join()
+        return self._status or 0
+
+    def stop(self) -> None:
+        """End it, if it has not."""
+        self._stopped = True
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGKILL)
+        self._supervisor.join()
+
+
+def train_forked(rank: int, world: int, store: Path, options: list[str]) -> None:
+    """One rank of a `ForkedJob`."""
+    import torch
+    from torch import distributed as dist
+
+    from hllm_torchrec.launch.train import main as train
+
+    torch.set_num_threads(1)
+    address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in address.items()})
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    sys.exit(train(options))
+
+
+class Victim:
+    """A job whose ranks are killed."""
+
+    def __init__(self, job: "LaunchedJob | ForkedJob") -> None:
+        self.job, self._dead = job, set[int]()
 
     def new_ranks(self) -> dict[int, int]:
         """Wait until all ranks run that came after the last kill; nothing if the job has ended."""
-        while self.running():
-            found = ranks_of(self.output)
-            if len(found) == self.world and not self.killed & set(found.values()):
+        while self.job.running():
+            found = self.job.ranks()
+            if len(found) == self.job.world and not self._dead & set(found.values()):
                 return found
             time.sleep(0.01)
         return {}
@@ -110,66 +208,70 @@ class Job:
     def next_step(self, after: float) -> dict | None:
         """Wait for the first step of a start later than `after`; None if the job has ended."""
         begun = time.monotonic()
-        while self.running():
-            starts = [line["time"] for line in events(self.output, "start") if line["time"] > after]
-            steps = [line for line in events(self.output, "step") if starts and line["time"] >= starts[-1]]
+        while self.job.running():
+            starts = [line["time"] for line in events(self.job.output, "start") if line["time"] > after]
+            steps = [line for line in events(self.job.output, "step") if starts and line["time"] >= starts[-1]]
             if steps:
                 return steps[0]
             if time.monotonic() - begun > GIVE_UP_AFTER:
-                raise TimeoutError(f"no step for {GIVE_UP_AFTER:.0f} s; see {self.printed.name}")
+                raise TimeoutError(f"no step for {GIVE_UP_AFTER:.0f} s in {self.job.output}")
             time.sleep(0.02)
         return None
+
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return bool(list((self.job.output / "checkpoints").glob("*.tmp-*")))
+
+    def wait_for_a_write(self) -> None:
+        """Wait until a checkpoint is being written."""
+        while self.job.running() and not self.writing():
+            time.sleep(0.0005)
 
     def kill(self, rank: int, ranks: dict[int, int]) -> None:
         """SIGKILL for one rank; all of this generation count as dead."""
         os.kill(ranks[rank], signal.SIGKILL)
-        self.killed |= set(ranks.values())
+        self._dead |= set(ranks.values())
 
 
-def torment(job: Job, kills: int, rng: random.Random) -> Tally:
+def torment(victim: Victim, kills: int, rng: random.Random) -> Tally:
     """Kill ranks of a job until enough were killed or it has ended, then wait for its end."""
-    tally, killed_at = Tally(), 0.0
-    while job.running():
-        ranks = job.new_ranks()
+    tally, killed_at, job = Tally(), 0.0, victim.job
+    while ranks := victim.new_ranks():
         early = tally.injected < kills and rng.random() < 0.2
-        if early and ranks:
-            time.sleep(rng.uniform(0, 5))
+        if early:
+            time.sleep(rng.uniform(0, SECONDS))
         else:
-            step = job.next_step(killed_at)
-            if step is None:
-                break
-            if killed_at:
+            step = victim.next_step(killed_at)
+            if step is not None and killed_at:
                 tally.seconds_to_resume.append(step["time"] - killed_at)
                 tally.recovered = tally.injected
-            if tally.injected >= kills:
-                job.process.wait()
+            if step is None or tally.injected >= kills:
                 break
             time.sleep(rng.uniform(0, SECONDS))
             if rng.random() < 0.5:
-                wait_for_a_write(job)
-        if not job.running():
-            break
-        writing = bool(list((job.output / "checkpoints").glob("*.tmp-*")))
+                victim.wait_for_a_write()
+        writing = victim.writing()
         try:
-            job.kill(rng.randrange(job.world), ranks)
+            victim.kill(rng.randrange(job.world), ranks)
         except ProcessLookupError:
             break  # it has just ended
         killed_at = time.time()
         tally.injected, tally.in_a_write = tally.injected + 1, tally.in_a_write + writing
         tally.at_the_start += early
-    job.process.wait()
+    job.wait()
     return tally
-
-
-def wait_for_a_write(job: Job) -> None:
-    """Wait until a checkpoint is being written."""
-    while job.running() and not list((job.output / "checkpoints").glob("*.tmp-*")):
-        time.sleep(0.0005)
 
 
 def losses(output: Path) -> list[tuple[int, float]]:
     """(step, loss) as the log has them."""
     return [(line["step"], line["loss"]) for line in events(output, "step")]
+
+
+def start(launcher: str, world: int, restarts: int, output: Path, options: list[str]) -> LaunchedJob | ForkedJob:
+    """A job that trains into `output`."""
+    if launcher == "fork":
+        return ForkedJob(world, restarts, output, options)
+    return LaunchedJob(launcher, world, restarts, output, options)
 
 
 def soak(folder: Path, kills: int, world: int, launcher: str, asynchronous: bool, seed: int) -> dict:
@@ -180,11 +282,14 @@ def soak(folder: Path, kills: int, world: int, launcher: str, asynchronous: bool
     options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9, "resume": True}
     options |= {"reliability__asynchronous_checkpoints": asynchronous}
     begun = time.monotonic()
-    alone = Job(launcher, world, 0, folder / "alone", arguments(folder / "alone", **options))
-    if alone.process.wait() != 0:
-        raise RuntimeError(f"the run that was left alone failed; see {alone.printed.name}")
-    killed = Job(launcher, world, kills + 5, folder / "killed", arguments(folder / "killed", **options))
-    tally = torment(killed, kills, random.Random(seed))
+    alone = start(launcher, world, 0, folder / "alone", arguments(folder / "alone", **options))
+    if alone.wait() != 0:
+        raise RuntimeError(f"the run that was left alone failed; see {folder / 'alone'}")
+    killed = start(launcher, world, kills + 5, folder / "killed", arguments(folder / "killed", **options))
+    try:
+        tally = torment(Victim(killed), kills, random.Random(seed))
+    finally:
+        killed.stop()
     expected, found = losses(folder / "alone"), losses(folder / "killed")
     lost = len(set(expected) ^ set(found)) + abs(len(found) - len(expected))
     resumed = tally.seconds_to_resume
@@ -193,7 +298,7 @@ def soak(folder: Path, kills: int, world: int, launcher: str, asynchronous: bool
         "recovered": tally.recovered,
         "lost": lost,
         "steps": steps,
-        "exit_status": killed.process.returncode,
+        "exit_status": killed.wait(),
         "seconds_to_resume": {"median": statistics.median(resumed), "most": max(resumed)} if resumed else None,
         "world": world,
         "launcher": launcher,
@@ -208,7 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how many")
     parser.add_argument("--world", type=int, default=2, help="ranks")
-    parser.add_argument("--launcher", choices=["torchrun", "torchx"], default="torchrun")
+    parser.add_argument("--launcher", choices=["torchrun", "torchx", "fork"], default="torchrun")
     parser.add_argument("--asynchronous", action="store_true", help="checkpoints in the background")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
     parser.add_argument("--out", type=Path, help="write the JSON there too")

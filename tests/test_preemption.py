@@ -4,21 +4,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from hllm_torchrec.config import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.errors import Preempted
 from hllm_torchrec.launch.command import PREEMPTED
+from hllm_torchrec.launch.train import main
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.preemption import LeaveRequest, leave_if_asked
 from hllm_torchrec.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.launch.processes import MODULE, end, environment, free_port, start_ranks, until_step
+from tests.launch.processes import environment, free_port, until_step
 from tests.training_fixtures import arguments, assert_equal_weights, config, lines, losses, train, weights
 
 
@@ -101,46 +104,51 @@ def test_an_interrupted_run_goes_on_as_if_it_had_been_left_alone(moment: str, tm
 # --- several ranks ---------------------------------------------------------------------------------------
 
 
-def ask_rank_one_in_an_evaluation(settings: object) -> tuple[str, int]:
-    trainer = Trainer(settings, start_process())  # type: ignore[arg-type]
+def ask_rank_one(settings: Config, part: str) -> tuple[str, int]:
+    """Train until rank 1 is asked, while it reads the training or the validation part."""
+    trainer = Trainer(settings, start_process())
     if trainer.rank == 1:
-        trainer.validation.__class__ = AskedWhileRead
-        trainer.validation.prefetch = 0
+        loader = trainer.validation if part == "valid" else trainer._loader(trainer.legs[0].stage)
+        loader.__class__, loader.prefetch, loader.at = AskedWhileRead, 0, 1
     with pytest.raises(Preempted) as left:
         trainer.run()
     return str(left.value), trainer.step
 
 
+PARTS = ("train", "valid")
+
+
+def ask_rank_one_twice(settings: dict[str, Config]) -> list[tuple[str, int]]:
+    return [ask_rank_one(of_part, part) for part, of_part in settings.items()]
+
+
 @pytest.mark.slow
-def test_ranks_leave_an_evaluation_together(tmp_path: Path) -> None:
-    settings = config(tmp_path / "run", data__batch_users=2, max_steps=2)
-    outcomes = run_ranks(ask_rank_one_in_an_evaluation, 2, settings)
+def test_ranks_leave_together_when_one_of_them_is_asked(tmp_path: Path) -> None:
+    options = {"data__batch_users": 2, "evaluation__batch_users": 4, "max_steps": 3}
+    outcomes = run_ranks(ask_rank_one_twice, 2, {part: config(tmp_path / part, **options) for part in PARTS})
     assert outcomes[0] == outcomes[1]
-    assert outcomes[0][1] == 2 and "after step 2, which is saved" in outcomes[0][0]
+    assert [step for _, step in outcomes[0]] == [2, 3]
+    assert all(f"after step {step}, which is saved" in line for line, step in outcomes[0])
 
 
 LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "evaluation__every": 1000}
 
 
-@pytest.mark.slow
-def test_a_request_to_one_rank_ends_all_at_the_same_step(root: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    command = [*MODULE, *arguments(output, parallel__timeout=60, **LONG)]
-    processes = start_ranks([command, command], root, tmp_path)
-    try:
-        until_step(2, output, processes[0])
-        processes[1].send_signal(signal.SIGTERM)
-        begun = time.monotonic()
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-        seconds = time.monotonic() - begun
-    finally:
-        end(processes)
-    assert [process.returncode for process in processes] == [PREEMPTED, PREEMPTED]
-    last = lines(output, "step")[-1]["step"]
-    assert f"train: asked to leave (SIGTERM) after step {last}, which is saved" in errors[0]
-    assert "Traceback" not in errors[0] + errors[1] and "asked to leave" not in errors[1]
-    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{last:08d}"]
-    assert seconds < 30
+def test_the_command_says_so_in_one_line_and_has_a_status_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask() -> None:
+        while not (tmp_path / "run" / "log.jsonl").exists() or len(lines(tmp_path / "run", "step")) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert main(arguments(tmp_path / "run", **LONG)) == PREEMPTED
+    last = lines(tmp_path / "run", "step")[-1]["step"]
+    said = f"train: asked to leave (SIGTERM) after step {last}, which is saved: continue with resume: true"
+    assert said in capsys.readouterr().err.splitlines()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
 
 @pytest.mark.slow
