@@ -207,8 +207,8 @@ class _Snapshot(DefaultSavePlanner):
         super().__init__()
         self.set_up_planner(tensors)
         items = self.create_local_plan().items
-        self._values = {item.index: super(_Snapshot, self).resolve_data(item) for item in items}
-        self._values = {index: value.detach().to("cpu", copy=True) for index, value in self._values.items()}
+        values = ((item.index, super(_Snapshot, self).resolve_data(item)) for item in items)
+        self._values = {i: v.detach().to("cpu", copy=True) for i, v in values if isinstance(v, Tensor)}
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The copy, in place of the tensor as it is now."""

@@ -1,16 +1,22 @@
-"""Leaving when asked to: the first SIGTERM ends a run after its present step with a checkpoint, the second at once.
+"""Leaving when asked to: a SIGTERM ends a run after its present step with a checkpoint, a second one at once.
 
 The ranks must leave at the same step, so each tells the others in a sum that a training step has anyway
 (`Trainer.train_step`), and at every batch of an evaluation or an encoding of the catalogue (`leave_if_asked`).
 """
 
+import math
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from hllm_torchrec.errors import Preempted
 from hllm_torchrec.exchange import all_agree_to_continue
+
+ONE_REQUEST = 1.0
+"""Seconds in which further SIGTERMs are the same request: schedulers send it to a job's every process, and torchrun
+passes on the one that it gets itself."""
 
 _listening: "list[LeaveRequest]" = []
 
@@ -20,6 +26,7 @@ class LeaveRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = math.inf
         self._before: Any = None
 
     def __enter__(self) -> "LeaveRequest":
@@ -38,8 +45,11 @@ class LeaveRequest:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        if time.monotonic() - self._since > ONE_REQUEST:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        elif not self.asked:
+            self.asked, self._since = True, time.monotonic()
 
 
 def leave_if_asked() -> None:

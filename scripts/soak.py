@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 from hllm_torchrec.logs import machine_info, read_log  # noqa: E402
 from tests.training_fixtures import arguments  # noqa: E402
 
-STEPS_PER_KILL = 40
+STEPS_PER_KILL = 10
 """More than a job takes in the seconds that it is given."""
-SECONDS = 1.0
+SECONDS = 0.7
 """Kills come so long after the first step of a restart at most."""
 GIVE_UP_AFTER = 120.0
 """Seconds without a step."""
@@ -172,7 +173,8 @@ class ForkedJob:
         """End it, if it has not."""
         self._stopped = True
         for pid in self._pids.values():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._supervisor.join()
 
 
@@ -318,7 +320,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    memory = Path("/dev/shm")  # a disk would be most of the time
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         found = soak(Path(folder), options.kills, options.world, options.launcher, options.asynchronous, options.seed)
     text = json.dumps(found, indent=1)
     print(text)

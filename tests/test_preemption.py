@@ -48,18 +48,20 @@ def test_a_request_is_noted_and_the_handler_given_back() -> None:
 
 
 SECOND = """
-import signal
+import signal, time
 from hllm_torchrec.preemption import LeaveRequest
 with LeaveRequest():
     signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     print("noted", flush=True)
+    time.sleep(1.1)
     signal.raise_signal(signal.SIGTERM)
     print("still here")
 """
 
 
 @pytest.mark.slow
-def test_a_second_request_ends_the_process_at_once(root: Path) -> None:
+def test_a_second_request_ends_the_process_but_the_first_may_come_twice(root: Path) -> None:
     result = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment(root))
     assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
 
