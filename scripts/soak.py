@@ -1,8 +1,8 @@
 """Kill ranks of a training job with SIGKILL, again and again, and see whether anything was lost.
 
-    python scripts/soak.py [--kills 50] [--world 2] [--launcher torchrun|torchx|fork] [--asynchronous] [--out FILE]
+    python scripts/soak.py [--launcher torchrun|torchx|fork] [--kills 50] [--steps 500] [--asynchronous] [--out FILE]
 
-A tiny model trains on a generated shop, saving after every step, on `--world` gloo ranks, all of which are started
+A tiny model trains on a generated shop, saving after every step, on two gloo ranks (`--world`), all of which are started
 again when one has died: by torchrun, by TorchX, or (cheap, as nothing is imported again) by this script. Kills
 hit a random rank: a fifth of them at a random moment after the ranks have started, while they are still building the
 model; half of the others at a random moment of the steps, half while a checkpoint is being written. At the end the
@@ -34,8 +34,6 @@ sys.path.insert(0, str(ROOT))
 from hllm_torchrec.logs import machine_info, read_log  # noqa: E402
 from tests.training_fixtures import arguments  # noqa: E402
 
-STEPS_PER_KILL = 10
-"""More than a job takes in the seconds that it is given."""
 SECONDS = 0.7
 """Kills come so long after the first step of a restart at most."""
 GIVE_UP_AFTER = 120.0
@@ -276,9 +274,8 @@ def start(launcher: str, world: int, restarts: int, output: Path, options: list[
     return LaunchedJob(launcher, world, restarts, output, options)
 
 
-def soak(folder: Path, kills: int, world: int, launcher: str, asynchronous: bool, seed: int) -> dict:
+def soak(folder: Path, kills: int, steps: int, world: int, launcher: str, asynchronous: bool, seed: int) -> dict:
     """A run that is left alone and one that is not, in `folder`; the report."""
-    steps = STEPS_PER_KILL * (kills + 1)
     options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": steps, "data__batch_users": 4 // world or 1}
     options |= {"evaluation__every": 1000, "evaluation__checkpoint_every": 1, "parallel__timeout": 60}
     options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9, "resume": True}
@@ -314,6 +311,7 @@ def main() -> int:
     """Parse, soak, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how many")
+    parser.add_argument("--steps", type=int, default=500, help="of the job; it may end before the last kill")
     parser.add_argument("--world", type=int, default=2, help="ranks")
     parser.add_argument("--launcher", choices=["torchrun", "torchx", "fork"], default="torchrun")
     parser.add_argument("--asynchronous", action="store_true", help="checkpoints in the background")
@@ -322,7 +320,15 @@ def main() -> int:
     options = parser.parse_args()
     memory = Path("/dev/shm")  # a disk would be most of the time
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        found = soak(Path(folder), options.kills, options.world, options.launcher, options.asynchronous, options.seed)
+        found = soak(
+            Path(folder),
+            options.kills,
+            options.steps,
+            options.world,
+            options.launcher,
+            options.asynchronous,
+            options.seed,
+        )
     text = json.dumps(found, indent=1)
     print(text)
     if options.out:

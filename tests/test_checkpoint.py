@@ -438,7 +438,7 @@ def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: P
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "torchrec"])  # or each process imports them
     rng, steps, inside = random.Random(0), [], 0
-    for _ in range(20):
+    for _ in range(12):
         process = context.Process(target=save_until_killed, args=(tmp_path,))
         before = {path.name for path in files.by_step(tmp_path)}
         process.start()
@@ -455,8 +455,8 @@ def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: P
         assert w.tolist() == [float(path.name[5:])] * 4
         assert extra == {"step": int(path.name[5:])}
         steps.append(extra["step"])
-    assert steps == sorted(steps) and steps[-1] > 20
-    assert inside > 5  # kills within a write
+    assert steps == sorted(steps) and steps[-1] >= 12
+    assert inside > 2  # kills within a write
 
 
 Saved = tuple[Path, list[tuple[Tensor, Tensor]]]

@@ -18,7 +18,17 @@ from hllm_torchrec.checkpoint_write import _Draft, _share_out
 from hllm_torchrec.launch.train import main
 from hllm_torchrec.parallelize import start_process, stop_process
 from tests.distributed import run_ranks
-from tests.training_fixtures import arguments, assert_equal_weights, config, lines, losses, on_rank, train, weights
+from tests.training_fixtures import (
+    arguments,
+    assert_equal_weights,
+    config,
+    interrupted,
+    lines,
+    losses,
+    on_rank,
+    train,
+    weights,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -102,13 +112,13 @@ def test_a_run_is_the_same_and_so_are_its_checkpoints(tmp_path: Path) -> None:
 def test_two_ranks_write_in_the_background_and_one_goes_on(dense: str, tmp_path: Path) -> None:
     common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
     train(config(tmp_path / "one", data__batch_users=4, **common))
-    settings = config(tmp_path / "two", data__batch_users=2, parallel__dense=dense, max_steps=5, **ASYNC, **common)
+    settings = config(tmp_path / "two", data__batch_users=2, parallel__dense=dense, **ASYNC, **common)
     run_ranks(on_rank, 2, settings)
-    assert len(by_step(tmp_path / "two" / "checkpoints")) == 5
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000005")
-    train(config(tmp_path / "two", data__batch_users=4, resume=True, **common))
-    assert lines(tmp_path / "two", "start")[-1]["step"] == 4
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert len(by_step(tmp_path / "two" / "checkpoints")) == 8
+    cut = interrupted(tmp_path / "two", tmp_path / "cut", 4)
+    train(config(cut, data__batch_users=4, resume=True, **common))
+    assert lines(cut, "start")[-1]["step"] == 4
+    assert losses(cut) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
 # --- full disks ------------------------------------------------------------------------------------------
