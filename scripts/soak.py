@@ -2,7 +2,7 @@
 
     python scripts/soak.py [--launcher torchrun|torchx|fork] [--kills 50] [--steps 500] [--asynchronous] [--out FILE]
 
-A tiny model trains on a generated shop, saving after every step, on two gloo ranks (`--world`), all of which are started
+A tiny model trains on a generated shop, saving after every step, on two gloo ranks (`--world`), which are all started
 again when one has died: by torchrun, by TorchX, or (cheap, as nothing is imported again) by this script. Kills
 hit a random rank: a fifth of them at a random moment after the ranks have started, while they are still building the
 model; half of the others at a random moment of the steps, half while a checkpoint is being written. At the end the
