@@ -5,7 +5,7 @@ A checkpoint is a directory `step-00000100` in the run's `checkpoints/`:
 - `__<rank>_<n>.distcp`, `.metadata`: the tensors, by `torch.distributed.checkpoint` (DCP);
 - `extra.json`: what is the same on every rank (loader position, metrics, configuration);
 - `extra-rank<rank>.json`: what is each rank's own (its random number generators);
-- `COMPLETE`: JSON with the step, the metric, and every file's size and SHA-256.
+- `COMPLETE`: JSON with the step, the metric, every file's size and SHA-256, and its own.
 
 It is written as `step-00000100.tmp-...`, synced, and renamed by rank 0 when every rank is done, so a
 directory of the final name is whole unless its files were damaged later. Nothing in it is loaded as a pickle

@@ -36,7 +36,7 @@ from tests.training_fixtures import arguments  # noqa: E402
 
 SECONDS = 0.7
 """Kills come so long after the first step of a restart at most."""
-GIVE_UP_AFTER = 120.0
+GIVE_UP_AFTER = 300.0
 """Seconds without a step."""
 
 

@@ -161,7 +161,7 @@ def fill_on_rank_one(folder: Path) -> str:
     try:
         save_checkpoint(folder / "checkpoints", 2, state, {})
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{getattr(error, 'kind', '')} {type(error).__name__}: {error}"
     return "saved"
 
 
@@ -178,5 +178,6 @@ def test_a_disk_that_fills_while_it_is_written_to_is_noticed_too(small_disk: Pat
 def test_a_disk_that_is_full_for_one_rank_is_so_for_all(small_disk: Path) -> None:
     (small_disk / "filling").write_bytes(bytes(1900 * 1024))
     outcomes = run_ranks(fill_on_rank_one, 2, small_disk)
-    assert outcomes[0].startswith("DiskFull: ") and outcomes[1].startswith("PeerFailed: rank 0 failed: DiskFull: ")
+    assert outcomes[0].startswith(" DiskFull: ")
+    assert outcomes[1].startswith("DiskFull PeerFailed: rank 0 failed: DiskFull: ")
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
