@@ -34,8 +34,6 @@ sys.path.insert(0, str(ROOT))
 from hllm_torchrec.logs import machine_info, read_log  # noqa: E402
 from tests.training_fixtures import arguments  # noqa: E402
 
-SECONDS = 0.7
-"""Kills come so long after the first step of a restart at most."""
 GIVE_UP_AFTER = 300.0
 """Seconds without a step."""
 
@@ -233,13 +231,16 @@ class Victim:
         self._dead |= set(ranks.values())
 
 
-def torment(victim: Victim, kills: int, rng: random.Random) -> Tally:
-    """Kill ranks of a job until enough were killed or it has ended, then wait for its end."""
+def torment(victim: Victim, kills: int, seconds: float, rng: random.Random) -> Tally:
+    """Kill ranks of a job until enough were killed or it has ended, then wait for its end.
+
+    seconds: kills come so long after the first step of a restart at most.
+    """
     tally, killed_at, job = Tally(), 0.0, victim.job
     while ranks := victim.new_ranks():
         early = tally.injected < kills and rng.random() < 0.2
         if early:
-            time.sleep(rng.uniform(0, SECONDS))
+            time.sleep(rng.uniform(0, seconds))
         else:
             step = victim.next_step(killed_at)
             if step is not None and killed_at:
@@ -247,7 +248,7 @@ def torment(victim: Victim, kills: int, rng: random.Random) -> Tally:
                 tally.recovered = tally.injected
             if step is None or tally.injected >= kills:
                 break
-            time.sleep(rng.uniform(0, SECONDS))
+            time.sleep(rng.uniform(0, seconds))
             if rng.random() < 0.5:
                 victim.wait_for_a_write()
         writing = victim.writing()
@@ -258,6 +259,7 @@ def torment(victim: Victim, kills: int, rng: random.Random) -> Tally:
         killed_at = time.time()
         tally.injected, tally.in_a_write = tally.injected + 1, tally.in_a_write + writing
         tally.at_the_start += early
+        print(f"kill {tally.injected}{' in a write' * writing}{' at the start' * early}", file=sys.stderr, flush=True)
     job.wait()
     return tally
 
@@ -274,19 +276,20 @@ def start(launcher: str, world: int, restarts: int, output: Path, options: list[
     return LaunchedJob(launcher, world, restarts, output, options)
 
 
-def soak(folder: Path, kills: int, steps: int, world: int, launcher: str, asynchronous: bool, seed: int) -> dict:
-    """A run that is left alone and one that is not, in `folder`; the report."""
-    options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": steps, "data__batch_users": 4 // world or 1}
-    options |= {"evaluation__every": 1000, "evaluation__checkpoint_every": 1, "parallel__timeout": 60}
-    options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9, "resume": True}
-    options |= {"reliability__asynchronous_checkpoints": asynchronous}
+def soak(folder: Path, wanted: argparse.Namespace) -> dict:
+    """A run that is left alone and one that is not, in `folder`; the report. wanted: the script's options."""
+    launcher, world = wanted.launcher, wanted.world
+    options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": wanted.steps, "resume": True}
+    options |= {"data__batch_users": 4 // world or 1, "evaluation__every": 1000, "evaluation__checkpoint_every": 1}
+    options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9}
+    options |= {"reliability__asynchronous_checkpoints": wanted.asynchronous, "parallel__timeout": 60}
     begun = time.monotonic()
     alone = start(launcher, world, 0, folder / "alone", arguments(folder / "alone", **options))
     if alone.wait() != 0:
         raise RuntimeError(f"the run that was left alone failed; see {folder / 'alone'}")
-    killed = start(launcher, world, kills + 5, folder / "killed", arguments(folder / "killed", **options))
+    killed = start(launcher, world, wanted.kills + 5, folder / "killed", arguments(folder / "killed", **options))
     try:
-        tally = torment(Victim(killed), kills, random.Random(seed))
+        tally = torment(Victim(killed), wanted.kills, wanted.seconds, random.Random(wanted.seed))
     finally:
         killed.stop()
     expected, found = losses(folder / "alone"), losses(folder / "killed")
@@ -296,43 +299,41 @@ def soak(folder: Path, kills: int, steps: int, world: int, launcher: str, asynch
         "kills": {"injected": tally.injected, "in_a_write": tally.in_a_write, "at_the_start": tally.at_the_start},
         "recovered": tally.recovered,
         "lost": lost,
-        "steps": steps,
+        "steps": wanted.steps,
         "exit_status": killed.wait(),
         "seconds_to_resume": {"median": statistics.median(resumed), "most": max(resumed)} if resumed else None,
         "world": world,
         "launcher": launcher,
-        "asynchronous": asynchronous,
+        "asynchronous": wanted.asynchronous,
         "seconds": time.monotonic() - begun,
         "machine": machine_info(),
     }
 
 
-def main() -> int:
-    """Parse, soak, report."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The script's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--launcher", choices=["torchrun", "torchx", "fork"], default="torchrun")
     parser.add_argument("--kills", type=int, default=50, help="how many")
+    parser.add_argument("--seconds", type=float, default=1, help="from a restart's first step to a kill, at most")
     parser.add_argument("--steps", type=int, default=500, help="of the job; it may end before the last kill")
     parser.add_argument("--world", type=int, default=2, help="ranks")
-    parser.add_argument("--launcher", choices=["torchrun", "torchx", "fork"], default="torchrun")
     parser.add_argument("--asynchronous", action="store_true", help="checkpoints in the background")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Soak and report."""
+    wanted = parse()
     memory = Path("/dev/shm")  # a disk would be most of the time
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        found = soak(
-            Path(folder),
-            options.kills,
-            options.steps,
-            options.world,
-            options.launcher,
-            options.asynchronous,
-            options.seed,
-        )
+        found = soak(Path(folder), wanted)
     text = json.dumps(found, indent=1)
     print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    if wanted.out:
+        wanted.out.write_text(text + "\n")
     return int(found["lost"] > 0 or found["exit_status"] != 0)
 
 

@@ -14,6 +14,7 @@ def test_ranks_killed_at_random_moments_lose_nothing(root: Path, tmp_path: Path)
     soak = importlib.util.module_from_spec(spec)
     sys.modules["soak"] = soak  # dataclasses look their module up
     spec.loader.exec_module(soak)
-    found = soak.soak(tmp_path, kills=5, steps=40, world=2, launcher="fork", asynchronous=True, seed=1)
+    words = "--launcher fork --kills 5 --steps 40 --asynchronous --seed 1".split()
+    found = soak.soak(tmp_path, soak.parse(words))
     assert found["kills"]["injected"] == found["recovered"] == 5
     assert found["lost"] == 0 and found["exit_status"] == 0
