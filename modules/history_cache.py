@@ -27,8 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from hllm_torchrec.modules.hstu import HSTU, HSTULayer
 from hllm_torchrec.modules.ligr import LiGR
 from hllm_torchrec.modules.pointwise_attention import plan_layout, pointwise_attention
-from hllm_torchrec.modules.pointwise_blocks import block_attention, pairs_without_own_keys
+from hllm_torchrec.modules.pointwise_blocks import block_attention
 from hllm_torchrec.modules.pointwise_layout import keys_seen
+from hllm_torchrec.modules.pointwise_plan import pairs_without_own_keys
 from hllm_torchrec.modules.sasrec import SASRec
 from hllm_torchrec.modules.text_attention import grouped_attention
 from hllm_torchrec.modules.user_encoder import UserEncoder, pack_rows

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.modules import hstu_triton
-from hllm_torchrec.modules.pointwise_blocks import EAGER, Inner, blockwise, plan_blocks
+from hllm_torchrec.modules.pointwise_blocks import EAGER, Inner, blockwise
 from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, Rules, plan_rows
+from hllm_torchrec.modules.pointwise_plan import plan_blocks
 from hllm_torchrec.modules.user_encoder import PackedRows
 
 Attention = Callable[[Tensor, Tensor, Tensor, Layout, RelativeBias | None], Tensor]

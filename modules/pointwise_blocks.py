@@ -9,187 +9,18 @@ Legend: B sequences, S packed rows (T history positions, then Q queries), b sequ
 history, M asking rows of a chunk, N keys, H heads, D and V widths of a head's keys and values.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
-from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, Rules, divisor, look_up, own_keys, time_bucket
-from hllm_torchrec.modules.user_encoder import PackedRows
+from hllm_torchrec.modules.pointwise_layout import Layout, RelativeBias, look_up, own_keys
+from hllm_torchrec.modules.pointwise_plan import COPIES, BlockLayout, Chunk, Marks, PaddedBucket, dropped, mark
 
-FEWEST_ROWS = 128
-"""Rows of a chunk, and of a sequence that has a bucket of its own kind: fewer cost more in calls than they save."""
-CHUNKS = 8
-"""Chunks of a bucket at most, unless memory asks for more: 8 leave 56% of the square, 7 parts in 16 are future."""
-MOST_SCORES = 2**20
-"""Scores of a chunk, per head."""
 KEPT_SCORES = 2**24
 """Scores of a layer, all heads, that the backward pass finds kept: 64 MiB in float32."""
-KEPT_CELLS = 2**25
-"""Cells whose marks (hidden or not, time bucket) are kept for all layers of a batch: 64 MiB and a little."""
-COPIES = 8
-"""Of the time table, taken by the columns in turn: adding to one address many times in a row is slow."""
-
-
-class Marks(NamedTuple):
-    """What is known of the pairs of M rows and N keys before any layer.
-
-    hidden: [b or 1, M, N - open] bool, True where a row may not look, of the keys from `open` on (all rows see
-    those before); distance: [b, M, N] int64 positions >= 0, None where rows and keys are both consecutive positions;
-    bucket: [b, M, N] int16, time bucket in `COPIES` tables that follow one another. No bias: both None.
-    """
-
-    hidden: Tensor
-    open: int
-    distance: Tensor | None
-    bucket: Tensor | None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows `rows` (first, end) of a bucket's history, or of its queries, against keys `keys` (first, end)."""
-
-    is_history: bool
-    rows: tuple[int, int]
-    keys: tuple[int, int]
-    marks: Marks | None = None
-
-
-@dataclass(frozen=True)
-class PaddedBucket:
-    """Sequences of similar length.
-
-    rows: [b, L] int64 packed rows of their history (a padding cell repeats a valid one); valid: [b, L] bool, None
-    where nothing is padded; asked, asked_valid: the same of their queries, None where there are none.
-    """
-
-    rows: Tensor
-    valid: Tensor | None
-    asked: Tensor | None
-    asked_valid: Tensor | None
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True)
-class BlockLayout(Layout):
-    """A layout with buckets.
-
-    restore: [S] int64, from the order in which the buckets emit rows (of each its history, then its queries),
-    followed by `alone` rows (queries without any history), to the packed order; alone: their number.
-    """
-
-    buckets: tuple[PaddedBucket, ...]
-    alone: int
-    restore: Tensor
-
-
-def plan_blocks(rows: PackedRows, rules: Rules) -> BlockLayout:
-    """Group the sequences of a batch by length; queries stand beside their history."""
-    buckets, emitted, kept = [], [], 0
-    for found in length_buckets(rows.seq_offsets, floor=FEWEST_ROWS):
-        asked, asked_valid = _queries_of(rows, found.sequences)
-        bucket = PaddedBucket(found.rows, found.valid, asked, asked_valid, ())
-        chunks = []
-        for chunk in _chunks(bucket, rules):
-            kept += found.rows.shape[0] * (chunk.rows[1] - chunk.rows[0]) * (chunk.keys[1] - chunk.keys[0])
-            chunks.append(replace(chunk, marks=mark(rows, rules, bucket, chunk)) if kept <= KEPT_CELLS else chunk)
-        buckets.append(replace(bucket, chunks=tuple(chunks)))
-        emitted.append(_dropped(found.rows, found.valid))
-        if asked is not None:
-            emitted.append(_dropped(asked, asked_valid))
-    empty = lengths_from_offsets(rows.seq_offsets) == 0
-    alone = torch.nonzero(empty[rows.sequences[rows.history :]]).flatten() + rows.history
-    order = torch.cat([*emitted, alone])
-    restore = torch.empty_like(order)
-    restore[order] = torch.arange(order.numel(), device=order.device)
-    return BlockLayout(rows, rules, divisor(rows, rules), tuple(buckets), alone.numel(), restore)
-
-
-def _queries_of(rows: PackedRows, sequences: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(packed rows [b, Q], valid [b, Q]) of the queries of some sequences; Nones where there is none."""
-    counts = lengths_from_offsets(rows.query_offsets)[sequences]
-    most = int(counts.max())
-    if most == 0:
-        return None, None
-    cells = torch.arange(most, device=counts.device).expand(counts.numel(), -1)
-    index = (rows.query_offsets[sequences][:, None] + cells).clamp(max=rows.visible.numel() - 1)
-    return index + rows.history, cells < counts[:, None]
-
-
-def _chunks(bucket: PaddedBucket, rules: Rules) -> Iterator[Chunk]:
-    b, longest = bucket.rows.shape
-    most = max(1, MOST_SCORES // (b * longest))
-    step = min(most, max(FEWEST_ROWS, -(-longest // CHUNKS)))
-    for first in range(0, longest, step):
-        end = min(first + step, longest)
-        seen_from = 0 if rules.window is None or rules.prefix else max(0, first - rules.window + 1)
-        seen_to = end if first >= rules.prefix else min(longest, max(end, rules.prefix))
-        yield Chunk(True, (first, end), (seen_from, seen_to))
-    number = 0 if bucket.asked is None else bucket.asked.shape[1]
-    for first in range(0, number, most):
-        yield Chunk(False, (first, min(first + most, number)), (0, longest))
-
-
-def mark(rows: PackedRows, rules: Rules, bucket: PaddedBucket, chunk: Chunk) -> Marks:
-    """The marks of a chunk."""
-    keys, valid = bucket.rows[:, slice(*chunk.keys)], bucket.valid
-    if not chunk.is_history:
-        assert bucket.asked is not None
-        return _mark(rows, rules, bucket.asked[:, slice(*chunk.rows)], keys, chunk, None)
-    asking = bucket.rows[:, slice(*chunk.rows)]
-    return _mark(rows, rules, asking, keys, chunk, None if valid is None else valid[:, slice(*chunk.keys)])
-
-
-def _mark(
-    rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor, chunk: Chunk, keys_valid: Tensor | None
-) -> Marks:
-    """asking [b, M], keys and keys_valid [b, N]."""
-    columns = torch.arange(*chunk.keys, device=keys.device)
-    if chunk.is_history and not rules.prefix:
-        place = torch.arange(*chunk.rows, device=keys.device)[None, :, None]  # the same for every sequence
-        hidden = columns > place  # padding is always in the future
-    else:
-        place = rows.positions[asking][:, :, None]
-        hidden = columns >= place + int(chunk.is_history)
-    distance = place - columns
-    if rules.window is not None:
-        hidden = hidden | ((distance >= rules.window) & (columns >= rules.prefix))
-    if rules.prefix and chunk.is_history:
-        hidden = hidden & ~((place < rules.prefix) & (columns < rules.prefix))
-        if keys_valid is not None:
-            hidden = hidden | ~keys_valid[:, None, :]
-    plain = chunk.is_history and not rules.prefix and rules.window is None
-    first_hidden = chunk.rows[0] - chunk.keys[0] if plain else 0
-    hidden = hidden[..., first_hidden:]
-    if rules.last_bucket is None:
-        return Marks(hidden, first_hidden, None, None)
-    gap = rows.asked_at[asking][:, :, None] - rows.times[keys][:, None, :]
-    copy = torch.arange(keys.shape[1], device=keys.device) % COPIES * (rules.last_bucket + 1)
-    bucket = time_bucket(gap, rules.last_bucket).add_(copy.to(torch.int16))
-    return Marks(hidden, first_hidden, None if chunk.is_history else distance.clamp(min=0), bucket)
-
-
-class Pairs(NamedTuple):
-    """For a cached history: hidden [1, M, N] bool; distance [1, M, N] int64; bucket [1, M, N] int16; or None."""
-
-    hidden: Tensor
-    distance: Tensor | None
-    bucket: Tensor | None
-
-
-def pairs_without_own_keys(rows: PackedRows, rules: Rules, asking: Tensor, keys: Tensor) -> Pairs:
-    """Of the packed rows `asking` [M] of one sequence against its history positions `keys` [N], from its first on.
-
-    Like a query's, an asking row's own key is hidden: what it adds comes on its own (there is no normaliser).
-    """
-    chunk = Chunk(False, (0, asking.numel()), (0, keys.numel()))
-    marks = _mark(rows, rules, asking[None], keys[None], chunk, None)
-    bucket = None if rules.last_bucket is None or marks.bucket is None else marks.bucket % (rules.last_bucket + 1)
-    return Pairs(marks.hidden, marks.distance, bucket)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
@@ -249,11 +80,6 @@ def _gather(x_SHD: Tensor, rows: Tensor) -> Tensor:
     """x[rows [b, L]] as [H, b, L, D]."""
     gathered = x_SHD.index_select(0, rows.flatten()).view(*rows.shape, *x_SHD.shape[1:])
     return gathered.permute(2, 0, 1, 3).contiguous()
-
-
-def _dropped(x: Tensor, valid: Tensor | None) -> Tensor:
-    """x [b, L, ...] without padding: [n, ...]."""
-    return x.flatten(0, 1) if valid is None else x[valid]
 
 
 def _part(bucket: PaddedBucket, q: Tensor, k: Tensor, v: Tensor) -> _Part:
@@ -412,9 +238,9 @@ def _add_bias_gradients(of_position: Tensor, of_time: Tensor, chunk: Chunk, mark
 
 def _emitted(bucket: PaddedBucket, of_history: Tensor, of_queries: Tensor | None) -> list[Tensor]:
     """[H, b, L, V] and [H, b, Q, V] as packed rows [n, H, V] without padding."""
-    emitted = [_dropped(of_history.permute(1, 2, 0, 3), bucket.valid)]
+    emitted = [dropped(of_history.permute(1, 2, 0, 3), bucket.valid)]
     if of_queries is not None:
-        emitted.append(_dropped(of_queries.permute(1, 2, 0, 3), bucket.asked_valid))
+        emitted.append(dropped(of_queries.permute(1, 2, 0, 3), bucket.asked_valid))
     return emitted
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hllm_torchrec.modules import pointwise_attention, pointwise_blocks
+from hllm_torchrec.modules import pointwise_attention, pointwise_blocks, pointwise_plan
 from hllm_torchrec.modules.encoder_shapes import HSTUShape
 from hllm_torchrec.modules.hstu import HSTU, HSTULayer, resolved
 from hllm_torchrec.modules.pointwise_layout import time_bucket
@@ -272,9 +272,9 @@ def test_chunks_and_what_is_kept_of_them_change_nothing(monkeypatch: pytest.Monk
     for name in ("prefix and window", "next event's time"):
         found = []
         for most_scores, kept in ((2**20, 2**24), (4, 0), (16, 30)):
-            monkeypatch.setattr(pointwise_blocks, "MOST_SCORES", most_scores)
+            monkeypatch.setattr(pointwise_plan, "MOST_SCORES", most_scores)
             monkeypatch.setattr(pointwise_blocks, "KEPT_SCORES", kept)
-            monkeypatch.setattr(pointwise_blocks, "KEPT_CELLS", kept)
+            monkeypatch.setattr(pointwise_plan, "KEPT_CELLS", kept)
             model = build(replace(VARIANTS[name], relative_bias=True))
             h, q = model(x, offsets, times, queries, following)
             loss = h.square().sum() + q.square().sum()
@@ -283,8 +283,9 @@ def test_chunks_and_what_is_kept_of_them_change_nothing(monkeypatch: pytest.Monk
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MOST_SCORES", "KEPT_SCORES", "KEPT_CELLS"):
-        monkeypatch.setattr(pointwise_blocks, name, 2**13)
+    limits = ((pointwise_plan, "MOST_SCORES"), (pointwise_plan, "KEPT_CELLS"), (pointwise_blocks, "KEPT_SCORES"))
+    for module, name in limits:
+        monkeypatch.setattr(module, name, 2**13)
     model, used = build(replace(RESEARCH, heads=1, max_positions=800)), []
     for length in (200, 800):
         x, times = torch.randn(length, 6, dtype=torch.float64), torch.arange(length) * 50
