@@ -188,7 +188,7 @@ def _padded(width: int) -> int:
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Steps between rows and between heads; those along a head's width are 1."""
-    steps = {}
+    steps: dict[str, int] = {}
     for name, x in tensors.items():
         assert x.stride(2) == 1 or x.shape[2] == 1 or x.numel() == 0, "rows of a head lie together"
         steps |= {f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}

@@ -48,7 +48,7 @@ class Backend:
 
 @cache
 def _compiled_inner() -> Inner:
-    return Inner(*(torch.compile(function, dynamic=True) for function in EAGER))
+    return Inner(torch.compile(EAGER.weights, dynamic=True), torch.compile(EAGER.gradients, dynamic=True))
 
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:

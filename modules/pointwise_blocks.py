@@ -75,6 +75,11 @@ class _Part(NamedTuple):
         assert x is not None
         return x[:, :, slice(*chunk.rows)]
 
+    def zeros(self) -> "_Part":
+        """As many zeros."""
+        q, k, v = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
+        return _Part(q, k, v, None if self.asking is None else torch.zeros_like(self.asking))
+
 
 def _gather(x_SHD: Tensor, rows: Tensor) -> Tensor:
     """x[rows [b, L]] as [H, b, L, D]."""
@@ -136,7 +141,7 @@ class _HistoryAttention(torch.autograd.Function):
         scores_kept = iter(kept)
         for bucket in layout.buckets:
             part, grad = _part(bucket, scaled, k, v), _received(bucket, received)
-            sums = _Part(*(None if x is None else torch.zeros_like(x) for x in part))
+            sums = part.zeros()
             for chunk in bucket.chunks:
                 marks = chunk.marks or mark(layout.rows, layout.rules, bucket, chunk)
                 scores = next(scores_kept, None)
