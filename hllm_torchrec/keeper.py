@@ -93,7 +93,8 @@ class CheckpointKeeper:
                 try:
                     self._writer.finish()
                 except Exception as error:  # the run fails of something else; this is said besides
-                    print(f"the checkpoint in flight was not written: {error}", file=sys.stderr, flush=True)
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    print(f"the checkpoint in flight was not written: {reason}", file=sys.stderr, flush=True)
             raise
 
     def close(self, log: RunLog) -> None:
