@@ -167,6 +167,9 @@ class ObjectiveConfig:
     negatives, against them (SASRec)."""
     negatives: int = 512
     """Items drawn per step from the catalogue, shared by all users and ranks of the step."""
+    mask_own_items: bool = True
+    """Items of a user's sequence are no negatives of its positions. False: only a position's positive is masked, as
+    in a plain softmax, so that what comes later, but not next, is a negative."""
     temperature: float = 0.05
     """Where the learnable temperature of the similarity starts (it stays >= 0.01)."""
     positive_targets_only: bool = True

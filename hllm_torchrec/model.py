@@ -111,6 +111,7 @@ class HLLM(nn.Module):
             self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
             self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
             self.logit_scale = LogitScale(objective.temperature)
+            self.mask_own_items = objective.mask_own_items
         self.interleaved = config.user.actions == "interleaved"
         self.takes_stored_items = takes_stored_items(config)
         rank = config.item_llm.adapter
@@ -269,9 +270,11 @@ class HLLM(nn.Module):
         return logits, classification, (error.square() * batch.weights[known]).sum()
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
-        """Eq. (1): positives are the next items, `items` [U, E] without action or time; own items are no negatives."""
-        sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
-        own_items, own_offsets = batch.whole_history
+        """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
+        exclude = None
+        if self.mask_own_items:
+            sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
+            exclude = Exclusion(*batch.whole_history, sequences[batch.next_rows])
         return self.generative_loss(
             self.project_next(h_TD[batch.next_rows]),
             items[batch.next_index],
@@ -279,7 +282,7 @@ class HLLM(nn.Module):
             self.logit_scale(),
             target_ids=batch.next_items,
             negative_ids=batch.negative_items,
-            exclude=Exclusion(own_items, own_offsets, sequences[batch.next_rows]),
+            exclude=exclude,
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:

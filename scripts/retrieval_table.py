@@ -3,8 +3,10 @@
     python scripts/retrieval_table.py --output runs/retrieval [--only sasrec hstu] [--seeds 0 1 2] [--jobs 2]
 
 Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain come from
-`hllm retrieval`. Each run is a directory of its own, so the script can be stopped and started again. Options after
-`--` go to every training (`-- --data.dataset elsewhere`).
+`hllm retrieval`; --others names models that were trained elsewhere into OUTPUT/NAME-SEED (see
+`scripts/compare_rectools.py`). Each run is a directory of its own, so the script can be stopped and started again;
+--done trains nothing and tabulates the runs that are complete. Options after `--` go to every training
+(`-- --data.dataset elsewhere`).
 """
 
 import argparse
@@ -56,29 +58,47 @@ def run_baselines(output: Path, dataset: str) -> dict[str, list[Path]]:
     return {name: [output / name / "retrieval" / "test"] for name in BASELINES}
 
 
-def main() -> int:
-    """Run what is missing, then write `retrieval.json` and print the table."""
+def finished(output: Path, names: list[str], seeds: list[int]) -> dict[str, list[Path]]:
+    """Ranks of the runs that were evaluated, by model; models without any are left out."""
+    paths = {name: [output / f"{name}-{seed}" for seed in seeds] for name in names}
+    found = {
+        name: [run / "retrieval" / "test" for run in runs if (run / "metrics.json").is_file()]
+        for name, runs in paths.items()
+    }
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "retrieval")
     parser.add_argument("--only", nargs="+", default=list(MODELS), help="configurations of configs/retrieval")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
+    parser.add_argument("--others", nargs="+", default=[], help="models trained elsewhere into OUTPUT/NAME-SEED")
+    parser.add_argument("--done", action="store_true", help="train nothing, tabulate what is complete")
     parser.add_argument("more", nargs="*", help="options of every training, after --")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is missing, then write `retrieval.json` and print the table."""
+    options = parse()
     options.output = options.output.resolve()
     dataset = load_config(["--config", str(CONFIGS / f"{options.only[0]}.yaml"), *options.more]).data.dataset
     models = run_baselines(options.output, dataset)
-    jobs = [(name, seed) for seed in options.seeds for name in options.only]
+    jobs = [] if options.done else [(name, seed) for seed in options.seeds for name in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
-        done = list(pool.map(lambda job: run_model(*job, options.output, options.more), jobs))
-    for (name, _), path in zip(jobs, done, strict=True):
-        models.setdefault(name, []).append(path)
-    found = compare_models(models, METRICS, reference=options.only[0])
+        list(pool.map(lambda job: run_model(*job, options.output, options.more), jobs))
+    models |= finished(options.output, [*options.others, *options.only], options.seeds)
+    reference = options.only[0] if options.only[0] in models else None
+    found = compare_models(models, METRICS, reference=reference)
     plain = {
         name: {kind: {metric: dataclasses.asdict(f) for metric, f in figures.items()} for kind, figures in row.items()}
         for name, row in found.items()
     }
-    (options.output / "retrieval.json").write_text(json.dumps({"seeds": options.seeds, "models": plain}, indent=1))
+    runs = {name: len(paths) for name, paths in models.items()}
+    (options.output / "retrieval.json").write_text(json.dumps({"runs": runs, "models": plain}, indent=1))
     print(markdown(found))
     return 0
 
