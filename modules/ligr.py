@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hllm_torchrec.modules.attention import AttentionPlan
-from hllm_torchrec.modules.encoder_shapes import LiGRShape
+from hllm_torchrec.modules.encoder_shapes import LiGRShape, attention_dropout
 from hllm_torchrec.modules.self_attention import PackedSelfAttention, SoftmaxEncoder, initialise
 
 
@@ -39,7 +39,7 @@ class LiGRLayer(nn.Module):
         super().__init__()
         width = shape.width
         self.attention_norm, self.forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = PackedSelfAttention(width, shape.heads, shape.dropout)
+        self.attention = PackedSelfAttention(width, shape.heads, attention_dropout(shape))
         self.feed_forward = SwiGLU(width, shape.hidden or 4 * width, shape.dropout)
         self.attention_gate, self.forward_gate = nn.Linear(width, width), nn.Linear(width, width)
         self.dropout = nn.Dropout(shape.dropout)

@@ -18,7 +18,7 @@ Legend: S packed rows, D width.
 from torch import Tensor, nn
 
 from hllm_torchrec.modules.attention import AttentionPlan
-from hllm_torchrec.modules.encoder_shapes import SASRecShape
+from hllm_torchrec.modules.encoder_shapes import SASRecShape, attention_dropout
 from hllm_torchrec.modules.self_attention import PackedSelfAttention, SoftmaxEncoder, initialise
 
 NORMS = ("public", "pre", "post")
@@ -33,7 +33,7 @@ class SASRecBlock(nn.Module):
         hidden = shape.hidden or shape.width
         self.norm = shape.norm
         self.attention_norm = nn.LayerNorm(shape.width, NORM_EPS)
-        self.attention = PackedSelfAttention(shape.width, shape.heads, shape.dropout)
+        self.attention = PackedSelfAttention(shape.width, shape.heads, attention_dropout(shape))
         self.attention_dropout = nn.Dropout(0.0 if shape.norm == "public" else shape.dropout)
         self.forward_norm = nn.LayerNorm(shape.width, NORM_EPS)
         self.feed_forward = nn.Sequential(

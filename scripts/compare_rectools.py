@@ -2,7 +2,7 @@
 
 RecTools goes into an environment of its own, and this script runs in that:
 
-    python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" pyarrow
+    python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0" "pyarrow<21"
     rectools/bin/python scripts/compare_rectools.py --dataset data/ml-100k-loo --output runs/retrieval/rectools_sasrec-0
     python scripts/retrieval_table.py --others rectools_sasrec      # in our environment: into the table
 
