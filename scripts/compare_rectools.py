@@ -131,8 +131,11 @@ def rank_part(model: Any, part: Part, candidates: int) -> Ints:
     return ranks_of_targets(part, *columns, candidates)
 
 
-def train(model: Any, dataset: Path, candidates: int, epochs: int, every: int, patience: int) -> list[dict[str, float]]:
-    """Train until validation stops getting better; leaves the best weights in the model. Returns every evaluation."""
+def train(model: Any, dataset: Path, candidates: int, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Train until validation stops getting better; leaves the best weights in the model. Returns every evaluation.
+
+    options: `epochs`, `every`, `patience` and `minutes` of the command line.
+    """
     import pandas as pd
     from rectools.dataset import Dataset
 
@@ -140,14 +143,15 @@ def train(model: Any, dataset: Path, candidates: int, epochs: int, every: int, p
     events = Dataset.construct(pd.DataFrame(interactions(valid)))
     curve: list[dict[str, float]] = []
     best, weights, started = -math.inf, None, time.perf_counter()
-    for epoch in range(every, epochs + 1, every):
-        model.fit_partial(events, min_epochs=every, max_epochs=every)
+    for epoch in range(options.every, options.epochs + 1, options.every):
+        model.fit_partial(events, min_epochs=options.every, max_epochs=options.every)
         found = metrics_of(rank_part(model, valid, candidates))
         curve.append({"epoch": epoch, "seconds": time.perf_counter() - started, **found})
         print(json.dumps({key: round(value, 4) for key, value in curve[-1].items()}), flush=True)
         if found[CHOSEN_BY] > best:
             best, weights = found[CHOSEN_BY], copy.deepcopy(model.torch_model.state_dict())
-        if [entry[CHOSEN_BY] for entry in curve].index(best) < len(curve) - patience:
+        is_stale = [entry[CHOSEN_BY] for entry in curve].index(best) < len(curve) - options.patience
+        if is_stale or curve[-1]["seconds"] > options.minutes * 60:
             break
     assert weights is not None, "no epoch was trained"
     model.torch_model.load_state_dict(weights)
@@ -164,6 +168,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=100, help="at most")
     parser.add_argument("--every", type=int, default=5, help="epochs between evaluations")
     parser.add_argument("--patience", type=int, default=4, help="evaluations without a better NDCG@10")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="training goes on after an evaluation only within these"
+    )
     parser.add_argument("--settings", type=json.loads, default={}, help="of SASRecModel, as JSON")
     parser.add_argument("--no-test", action="store_true", help="choose only: the test part is not looked at")
     return parser.parse_args()
@@ -174,7 +181,7 @@ def main() -> int:
     options = parse()
     candidates = json.loads((options.dataset / "manifest.json").read_text())["counts"]["items"]
     model = build_model(options.settings, options.history, options.seed)
-    curve = train(model, options.dataset, candidates, options.epochs, options.every, options.patience)
+    curve = train(model, options.dataset, candidates, options)
     best = max(curve, key=lambda entry: entry[CHOSEN_BY])
     facts = {"settings": options.settings, "history": options.history, "seed": options.seed}
     options.output.mkdir(parents=True, exist_ok=True)
