@@ -183,3 +183,21 @@ def test_operations_are_those_of_the_matrix_products() -> None:
     attention, hidden = 4 * 8 * 8, 2 * 8 * 12
     assert build("public").flops(3, 5) == 2 * (3 * 2 * (attention + hidden) + 5 * 4 * 8)
     assert build("ligr").flops(3, 5) == 2 * (3 * 2 * (attention + 3 * 8 * 32 + 2 * 64) + 5 * 4 * 8)
+
+
+@pytest.mark.parametrize("make", [SASRec, LiGR])
+def test_attention_weights_have_a_dropout_of_their_own(make: type[SASRec] | type[LiGR]) -> None:
+    """None: that of the other parts; training then differs from evaluation by it alone."""
+    shape = SASRecShape if make is SASRec else LiGRShape
+    x, offsets, _ = batch()
+
+    def is_random(**dropouts: float) -> bool:
+        model = make(shape(width=8, layers=1, heads=2, max_positions=10, **dropouts))  # type: ignore[arg-type]
+        enlarge(model, 2.0)
+        outputs = [module(x, offsets)[0] for module in (model.eval(), model.train())]
+        return not torch.equal(*outputs)
+
+    assert not is_random(dropout=0.0) and is_random(dropout=0.0, attention_dropout=0.5)
+    plain = make(shape(width=8, layers=1, dropout=0.5))  # type: ignore[arg-type]
+    fused = make(shape(width=8, layers=1, dropout=0.5, attention_dropout=0.0))  # type: ignore[arg-type]
+    assert [model.layers[0].attention.dropout for model in (plain, fused)] == [0.5, 0.0]
