@@ -46,6 +46,9 @@ class DataConfig:
     training part when first asked for) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is read as unknown (0), a row that cold items then use."""
+    cold_dropout: float = 0.0
+    """Above 0: items without a training event are read as unknown, ID 0 and item_vectors of zeros, and so is, in
+    training, each item of a step with this probability: the model learns to do with text and item features."""
     train_part: Literal["train", "train_and_valid"] = "train"
     """Which events train: those of the training part, or those of the validation part too. The second is for the
     last run, when nothing is left to choose: validation metrics are then of events that were trained on."""

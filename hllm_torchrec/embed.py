@@ -27,7 +27,7 @@ from hllm_torchrec.experiment import Experiment
 from hllm_torchrec.items import CATALOGUE_TOKENS
 from hllm_torchrec.logs import progress
 from hllm_torchrec.parallelize import autocast, whole
-from hllm_torchrec.store.keys import Hashes, hash_bytes
+from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes
 from hllm_torchrec.store.layout import RunFacts
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
@@ -110,14 +110,14 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
 
 
 def write_rounds(
-    store: EmbeddingStore, rounds: Iterable[Sequence[T]], encode: Callable[[T], NewRows], what: str, total: int
+    store: EmbeddingStore, rounds: Iterable[Sequence[T]], encode: Callable[[T], NewRows], what: str, total: int | None
 ) -> int:
     """Encode every chunk of every round and commit after each round; returns the store's version. Collective.
 
     Args:
         rounds: this rank's chunks; every rank has as many rounds, each of as many chunks.
         encode: chunk -> its rows, which may be none; it may be collective.
-        what, total: name and length of the progress bar.
+        what, total: name and length (None: not known) of the progress bar.
 
     Raises:
         ValueError: another process is writing to the store.
@@ -141,7 +141,9 @@ def _commit(writer: list[StoreWriter], written: list[RunFacts]) -> int:
     return writer[0].commit(written)
 
 
-def open_or_create(path: Path, width: int, dtype: str, facts: dict[str, Any]) -> EmbeddingStore:
+def open_or_create(
+    path: Path, width: int, dtype: str, facts: dict[str, Any], keys: KeyKind = "string"
+) -> EmbeddingStore:
     """The store at `path`, of this model. Collective.
 
     Raises:
@@ -150,7 +152,7 @@ def open_or_create(path: Path, width: int, dtype: str, facts: dict[str, Any]) ->
 
     def on_one() -> None:
         if not (path / "store.json").is_file():
-            EmbeddingStore.create(path, width, dtype, "string", facts)
+            EmbeddingStore.create(path, width, dtype, keys, facts)
         EmbeddingStore.open(path).require(facts)
 
     ranks.on_rank_zero(on_one)

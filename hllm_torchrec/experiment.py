@@ -189,6 +189,7 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
         numeric_features=config.data.numeric_features,
         id_dropout=config.data.id_dropout,
         interleaved=config.user.actions == "interleaved",
+        cold_dropout=config.data.cold_dropout,
     )
 
 
@@ -196,7 +197,12 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
     """[N, V] all dense item features side by side, or None; fitted on rank 0 where they are not there yet."""
     names = config.data.item_vectors
     on_rank_zero(lambda: [item_vectors(dataset, name).shape for name in names])
-    return np.concatenate([item_vectors(dataset, name) for name in names], axis=1) if names else None
+    if not names:
+        return None
+    vectors = np.concatenate([item_vectors(dataset, name) for name in names], axis=1)
+    if config.data.cold_dropout:
+        vectors[dataset.training_item_counts() == 0] = 0
+    return vectors
 
 
 def _missing_models(config: Config) -> Iterator[str]:

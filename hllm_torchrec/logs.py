@@ -139,11 +139,11 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, float(number)
 
 
-def progress(total: int, desc: str, enabled: bool = True, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
+def progress(total: int | None, desc: str, enabled: bool = True, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
     """Return a progress bar with the remaining time; on a terminal a bar, elsewhere a line every 10 seconds.
 
     Args:
-        total: units of work.
+        total: units of work; None: not known.
         desc: what is being done.
         enabled: false on ranks other than 0: then nothing is shown.
         unit: name of a unit.

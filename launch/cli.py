@@ -14,6 +14,8 @@ COMMANDS = {
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
     "baselines": "fit and score the baselines on the same exposures",
     "embed": "write item and user embeddings that are new or changed into stores",
+    "exposures": "write the user vector of every exposure into a store, to train a ranking model with",
+    "downstream": "train a DLRM alone and with stored vectors, and compare them",
     "store": "look into an embedding store, check it, tidy it up, take vectors out of it or away",
     "index": "write a FAISS index of a run's items, for serving retrieval",
     "retrieval": "popularity, EASE and a Markov chain, chosen and measured on a leave-one-out dataset",

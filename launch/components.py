@@ -120,6 +120,47 @@ def train(
     )
 
 
+def job(
+    *arguments: str,
+    name: str,
+    j: str = "1x1",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,  # noqa: N803 - as in TorchX's own components
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Any job of `hllm` that runs as ranks: embed, exposures, baselines, downstream.
+
+    Args:
+        arguments: the job's own arguments, after `--`
+        name: the job, a module of hllm_torchrec.launch
+        j: nodes x processes, such as 1x2
+        image: container image, for the schedulers that need one
+        h: a named resource, instead of cpu, gpu and memMB
+        cpu: processors of a node
+        gpu: accelerators of a node
+        memMB: memory of a node in MB
+        env: environment variables, NAME=VALUE separated by commas
+        max_retries: restarts by the scheduler
+    """
+    return ddp(
+        *arguments,
+        m=f"hllm_torchrec.launch.{name}",
+        name=f"/{name}",
+        image=image,
+        h=h,
+        cpu=cpu,
+        gpu=gpu,
+        memMB=memMB,
+        j=j,
+        env=env,
+        max_retries=max_retries,
+    )
+
+
 def evaluate(
     *arguments: str,
     run_dir: str = "",

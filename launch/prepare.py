@@ -62,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="shares of the parts (default: 0.8 0.1 0.1)",
     )
     parser.add_argument(
+        "--hold-out-items",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the items without any event in train, to measure cold start (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which items are held out (default: 0)")
+    parser.add_argument(
         "--bad-rows",
         action="append",
         default=[],
@@ -144,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         path = prepare(
             source,
             args.output,
-            split=Split(args.split, tuple(args.fractions)),
+            split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
             policy=build_policy(source, args.bad_rows),
             min_events=args.min_events,
             core=args.core,

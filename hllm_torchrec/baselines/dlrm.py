@@ -8,7 +8,7 @@ Legend: B rows of a batch.
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,7 @@ from hllm_torchrec.experiment import base_rate, initialise_tables
 from hllm_torchrec.logs import progress
 from hllm_torchrec.optim import clip_grad_norm, dense_optimizer
 from hllm_torchrec.parallelize import distribute, give_sharded_tables_an_optimizer, plan_tables
+from hllm_torchrec.plugin import PluggedDLRM, Way, plug_into
 
 SCORED_ROWS = 8192
 """Rows per batch when scoring."""
@@ -50,13 +51,16 @@ class _TableSettings:
     optim: OptimConfig
 
 
-def build_dlrm(config: DLRMConfig, tables: dict[str, int], rate: float) -> DLRM:
+def build_dlrm(
+    config: DLRMConfig, tables: dict[str, int], rate: float, widths: Sequence[int] = (), way: Way = "slots"
+) -> DLRM | PluggedDLRM:
     """The model, its tables on the meta device (sharding makes them).
 
     Args:
         config: sizes.
         tables: sparse feature -> rows of its table.
         rate: share of positive training labels in (0, 1), where the last bias starts.
+        widths, way: of stored vectors behind the dense features, if there are any; see `plugin.plug_into`.
     """
     sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
     collection = EmbeddingBagCollection(
@@ -73,22 +77,27 @@ def build_dlrm(config: DLRMConfig, tables: dict[str, int], rate: float) -> DLRM:
         ],
         device=torch.device("meta"),
     )
-    model = DLRM(
-        collection,
-        dense_in_features=len(config.numeric_features),
-        dense_arch_layer_sizes=[*config.bottom, config.width],
-        over_arch_layer_sizes=[*config.top, 1],
-    )
-    nn.init.constant_(model.over_arch.model[-1].bias, math.log(rate / (1 - rate)))
+    dense = len(config.numeric_features)
+    sizes = {"dense_arch_layer_sizes": [*config.bottom, config.width], "over_arch_layer_sizes": [*config.top, 1]}
+    if widths:
+        model = plug_into(DLRM, collection, dense, list(widths), way, **sizes)
+    else:
+        model = DLRM(collection, dense_in_features=dense, **sizes)
+    nn.init.constant_(_dlrm_of(model).over_arch.model[-1].bias, math.log(rate / (1 - rate)))
     return model
 
 
-def shard_dlrm(model: DLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
+def _dlrm_of(model: DLRM | PluggedDLRM) -> DLRM:
+    """The DLRM itself, which may have stored vectors plugged in."""
+    return model.dlrm if isinstance(model, PluggedDLRM) else model
+
+
+def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
     """Shard the tables over the ranks, replicate the rest, and give every table its first values. Collective."""
     settings = _TableSettings(
         FeatureConfig(shard_from_rows=config.shard_from_rows), OptimConfig(table_lr=config.table_lr)
     )
-    give_sharded_tables_an_optimizer(model.sparse_arch.embedding_bag_collection, settings)
+    give_sharded_tables_an_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
     sharder = EmbeddingBagCollectionSharder()
     wrapped = distribute(model, plan_tables(model, settings, device, sharder), sharder, device)
     initialise_tables(wrapped, config.seed, config.init_scale)
@@ -98,15 +107,27 @@ def shard_dlrm(model: DLRM, config: DLRMConfig, device: torch.device) -> Distrib
 class DLRMTrainer:
     """Trains and scores the DLRM on this rank. All methods are collective.
 
+    Args:
+        data: makes the batches, of `dataset` and `config`; unless given, without stored vectors.
+        way: how stored vectors enter the model, if the batches have any.
+
     Raises:
         ConfigError: the configuration names a feature that there is not.
     """
 
-    def __init__(self, dataset: Dataset, config: DLRMConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DLRMConfig,
+        device: torch.device,
+        data: DLRMData | None = None,
+        way: Way = "slots",
+    ) -> None:
         self.config, self.device = config, device
-        self.data = DLRMData(dataset, config)
+        self.data = DLRMData(dataset, config) if data is None else data
         torch.manual_seed(config.seed)
-        self.model = shard_dlrm(build_dlrm(config, self.data.tables(), base_rate(dataset)), config, device)
+        model = build_dlrm(config, self.data.tables(), base_rate(dataset), self.data.widths, way)
+        self.model = shard_dlrm(model, config, device)
         self.dense = dense_optimizer(
             raw_model(self.model).named_parameters(),
             learning_rate=config.lr,

@@ -96,6 +96,11 @@ class DLRMData:
         self._user_bags = {name: dataset.feature_ids("user", name) for name in config.user_features}
         self._kept: dict[str, Window] = {}
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the stored vectors that batches have behind their numeric features; here none."""
+        return []
+
     def tables(self) -> dict[str, int]:
         """Rows of the table of each sparse feature; `item`, `liked` and `disliked` hold items."""
         rows = dict.fromkeys(("item", "liked", "disliked"), self.dataset.num_items)

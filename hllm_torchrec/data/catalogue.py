@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.data.policy import BadRowLog
 from hllm_torchrec.data.sources.base import Chunk, Source
+from hllm_torchrec.data.split import Split
 
 FEATURE_TYPE = pa.list_(pa.int32())
 _ROWS_PER_BATCH = 16_384
@@ -221,6 +222,14 @@ class ItemCatalogue:
         keep = np.ones(len(self), bool) if keep_all else has_event.copy()
         keep[: self.existing] = True
         return np.where(keep, np.cumsum(keep), 0)
+
+    def held_out(self, split: Split, final_ids: np.ndarray) -> np.ndarray:
+        """Whether the item of each final id is held out of train, bool [largest final id + 1]; False for id 0."""
+        found = np.zeros(int(final_ids.max()) + 1, bool)
+        if split.hold_out_items:
+            found[final_ids] = split.held_out(self._numbers)
+            found[0] = False
+        return found
 
     def write(self, path: Path, final_ids: np.ndarray, vocabularies: dict[str, Vocabulary]) -> None:
         """Writes `items.parquet`: the rows with a final id, in its order, features encoded."""

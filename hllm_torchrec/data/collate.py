@@ -52,6 +52,8 @@ class BatchRecipe:
     item_id, action, action_gate, time_depth, item_features, user_features: which bags there are;
     numeric_features: see `hllm_torchrec.data.numeric`;
     id_dropout: probability that an ID is read as unknown, in training;
+    cold_dropout: above 0, items without a training event are read as unknown, and in training each item of a step
+    with this probability;
     interleaved: an event is two tokens of the history, its item and then its action.
     """
 
@@ -70,6 +72,7 @@ class BatchRecipe:
     numeric_features: tuple[str, ...] = ()
     id_dropout: float = 0.0
     interleaved: bool = False
+    cold_dropout: float = 0.0
 
     def tables(self, dataset: Dataset) -> dict[str, int]:
         """Rows of every summed table (time components excluded), in the order of the batch's keys."""
@@ -127,13 +130,22 @@ class Collator:
         self.dataset, self.recipe, self.seed, self.training = dataset, recipe, seed, training
         self.item_vectors, self.shortening = item_vectors, shortening if training else None
         self._value_scale = value_scale(dataset.action_values)
+        self._cold = dataset.training_item_counts() == 0 if recipe.cold_dropout else np.zeros(dataset.num_items, bool)
+        self._negatives = _items_of_train(dataset) if "hold_out_items" in dataset.manifest["split"] else None
         self._bags = {name: dataset.feature_ids("item", name) for name in recipe.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in recipe.user_features}
 
     def negatives(self, epoch: int, step: int) -> Ints:
-        """[K] distinct items, drawn uniformly by (seed, epoch, step): the same on every rank."""
-        wanted, catalogue = self.recipe.negatives, self.dataset.num_items - 1
+        """[K] distinct items, drawn uniformly by (seed, epoch, step): the same on every rank.
+
+        Items that the split holds out of train do not exist yet in training: they are no negatives.
+        """
+        wanted = self.recipe.negatives
         rng = np.random.default_rng((self.seed, epoch, step))
+        if self._negatives is not None:
+            drawn = rng.choice(self._negatives, size=min(wanted, self._negatives.size), replace=False)
+            return drawn.astype(np.int64)
+        catalogue = self.dataset.num_items - 1
         if wanted >= catalogue:
             return np.arange(1, catalogue + 1)
         return rng.choice(catalogue, size=wanted, replace=False).astype(np.int64) + 1
@@ -162,11 +174,12 @@ class Collator:
             arrays |= {"own_items": view.own_items, "own_offsets": _offsets([view.own_items.size for view in views])}
         rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
         unique = arrays["unique_items"]
-        vectors = None if self.item_vectors is None else self.item_vectors[unique]
+        unknown = self._read_as_unknown(unique, rng)
+        vectors = None if self.item_vectors is None else np.where(unknown[:, None], 0, self.item_vectors[unique])
         slots = unique if self.recipe.item_slots and self.training else unique[:0]
         return HybridBatch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            features=self._features(view, np.repeat(users, np.diff(query_offsets)), slots, rng),
+            features=self._features(view, np.repeat(users, np.diff(query_offsets)), slots, rng, unique[unknown]),
             numeric=self._numeric(view, slots.size),
             item_vectors=None if vectors is None else torch.from_numpy(vectors),
         )
@@ -174,7 +187,14 @@ class Collator:
     def item_features(self, items: Ints) -> KeyedJaggedTensor:
         """The bags of `items` [n] by themselves: slots as a batch has them for its unique items."""
         rng = np.random.default_rng(0)  # nothing is drawn: IDs are dropped of histories and targets only
-        return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng)
+        return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng, items[self._cold[items]])
+
+    def _read_as_unknown(self, unique: Ints, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Of the batch's items [U], those whose IDs and vectors the model is not to see."""
+        unknown = self._cold[unique]
+        if self.training and self.recipe.cold_dropout:
+            unknown = unknown | (rng.random(unique.size) < self.recipe.cold_dropout)
+        return unknown
 
     def _view(self, piece: Piece, epoch: int = 0) -> _View:
         """Filter the history, find what each exposure sees and what each position generates.
@@ -242,9 +262,11 @@ class Collator:
             wanted &= (piece.labels[following] > 0) | np.isnan(piece.labels[following])
         return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
 
-    def _features(self, view: _View, query_users: Ints, items: Ints, rng: np.random.Generator) -> KeyedJaggedTensor:
+    def _features(
+        self, view: _View, query_users: Ints, items: Ints, rng: np.random.Generator, unknown: Ints
+    ) -> KeyedJaggedTensor:
         """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is; items:
-        those with a slot of their own, after all others."""
+        those with a slot of their own, after all others; unknown: items whose IDs are read as 0."""
         recipe, history = self.recipe, view.item_ids.size
         queries = view.query_times.size if recipe.fusion != "none" else 0
         is_item, is_action = self._tokens(history)
@@ -257,12 +279,13 @@ class Collator:
         bags: dict[str, Bags] = {}
         if recipe.item_id:
             ids = np.concatenate([self._drop_ids(of_events, rng), items])
+            ids = np.where(np.isin(ids, unknown), 0, ids) if unknown.size else ids
             bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)
         if recipe.action:
             # The candidate's own action is what we predict: unknown, or after the query, which is an item's token.
-            unknown = np.zeros(0 if recipe.interleaved else queries, dtype=np.int64)
+            not_yet = np.zeros(0 if recipe.interleaved else queries, dtype=np.int64)
             given = np.concatenate([is_action, asks & (not recipe.interleaved)])
-            bags["action"] = np.concatenate([view.actions[is_action], unknown]), _present(given, slots)
+            bags["action"] = np.concatenate([view.actions[is_action], not_yet]), _present(given, slots)
         if recipe.action_gate:
             bags[ACTION_GATE] = view.actions, _present(is_action, slots)
         for name in recipe.item_features:
@@ -374,6 +397,11 @@ def check_recipe(recipe: BatchRecipe, dataset: Dataset) -> list[str]:
         if n not in NUMERIC_FEATURES
     ]
     return problems
+
+
+def _items_of_train(dataset: Dataset) -> Ints:
+    """Items with a training event."""
+    return np.flatnonzero(dataset.training_item_counts())
 
 
 def _present(where: NDArray[np.bool_], total: int) -> Ints:

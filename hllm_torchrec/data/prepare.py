@@ -181,9 +181,11 @@ def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Pa
     cuts = time_cuts(options.split, total, partitions.times) if options.split.rule == "time" else []
     num_items = int(item_ids.max())
     group = options.users_per_row_group
-    writer = SequenceWriter(target / "sequences", options.split, cuts, num_items, group)
+    held_out = catalogue.held_out(options.split, item_ids)
+    writer = SequenceWriter(target / "sequences", options.split, cuts, held_out, group)
     for table in tqdm(partitions, total=len(partitions.paths), desc="writing sequences", delay=5):
         writer.write(table, users.final_ids, item_ids)
+    log.dropped.update({"held_out_of_train": writer.held_out_events} if options.split.hold_out_items else {})
     check_not_empty({part: facts["events"] for part, facts in writer.facts.items()}, options.split)
     np.save(target / ITEM_COUNTS, writer.item_counts)
     catalogue.write(target / "items.parquet", item_ids, item_words)

@@ -31,14 +31,18 @@ class SequenceWriter:
 
     `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events
     with a label) and `positives` (label > 0.5). `item_counts` (int64 [items + 1]) counts events of train by
-    item id.
+    item id. Events of train whose item is in `held_out` (bool [items + 1]) are left out everywhere, and counted in
+    `held_out_events`.
     """
 
-    def __init__(self, root: Path, split: Split, cuts: Sequence[Cut], num_items: int, users_per_row_group: int) -> None:
-        self._root, self._split, self._cuts = root, split, cuts
+    def __init__(
+        self, root: Path, split: Split, cuts: Sequence[Cut], held_out: np.ndarray, users_per_row_group: int
+    ) -> None:
+        self._root, self._split, self._cuts, self._held_out = root, split, cuts, held_out
+        self.held_out_events = 0
         self._users_per_row_group = users_per_row_group
         self.facts = {p: {"users": 0, "events": 0, "exposures": 0, "positives": 0, "files": 0} for p in PARTS}
-        self.item_counts = np.zeros(num_items + 1, np.int64)
+        self.item_counts = np.zeros(len(held_out), np.int64)
         for part in PARTS:
             (root / part).mkdir(parents=True)
 
@@ -47,10 +51,16 @@ class SequenceWriter:
         user = table["user"].to_numpy()
         if len(user) == 0:
             return
-        starts = np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1])
-        counts = np.diff(np.append(starts, len(user)))
+        counts = np.diff(np.append(_starts(user), len(user)))
         part = assign_parts(self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts)
         items = item_ids[table["item"].to_numpy()]
+        kept = ~(self._held_out[items] & (part == 0))
+        if not kept.all():
+            self.held_out_events += int((~kept).sum())
+            table, user, part, items = table.filter(pa.array(kept)), user[kept], part[kept], items[kept]
+            if len(user) == 0:
+                return
+        starts = _starts(user)
         assert items.min() > 0, "an event of an item that was left out"
         columns = {
             "item_ids": pa.array(items),
@@ -97,3 +107,8 @@ class SequenceWriter:
         # Small data gets smaller groups, so that every rank and worker has some to read.
         group = min(self._users_per_row_group, -(-len(starts) // _GROUPS_AT_LEAST))
         pq.write_table(table, path, row_group_size=group, compression="zstd", use_dictionary=False)
+
+
+def _starts(user: np.ndarray) -> np.ndarray:
+    """Where each user's events begin; user [N], N > 0, equal values side by side."""
+    return np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1])

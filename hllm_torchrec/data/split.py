@@ -4,6 +4,7 @@ Legend: N events of one partition, sorted by (user, timestamp, order), with `ord
 users.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,11 @@ class Split:
     are valid and test, by position (ranking over all users)."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of train, valid and test; "leave_one_out" has no use for them."""
+    hold_out_items: float = 0.0
+    """Above 0: this share of the items has no event in train, as if they were new afterwards: their events of that
+    part are removed, from the history of the later parts too. For measuring cold start."""
+    hold_out_seed: int = 0
+    """Which items those are: a function of the seed and an item's raw id alone."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -38,11 +44,24 @@ class Split:
                 f"split.fractions={self.fractions} must be three shares (train, valid, test), none negative, "
                 "that sum to 1"
             )
+        if not 0 <= self.hold_out_items < 1:
+            raise ValueError(
+                f"split.hold_out_items={self.hold_out_items}: must be a share of the items, 0 or more and < 1"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON values."""
         uses_fractions = self.rule != "leave_one_out"
-        return {"rule": self.rule, "fractions": list(self.fractions) if uses_fractions else None}
+        found = {"rule": self.rule, "fractions": list(self.fractions) if uses_fractions else None}
+        if self.hold_out_items:
+            found |= {"hold_out_items": self.hold_out_items, "hold_out_seed": self.hold_out_seed}
+        return found
+
+    def held_out(self, raw_item_ids: Iterable[str]) -> np.ndarray:
+        """Whether each item is held out of train, bool [n]."""
+        prefix, limit = f"{self.hold_out_seed}/".encode(), self.hold_out_items * 2**64
+        digests = (hashlib.blake2b(prefix + raw.encode(), digest_size=8).digest() for raw in raw_item_ids)
+        return np.array([int.from_bytes(digest) < limit for digest in digests], bool)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import BatchRecipe, Collator, Piece, check_recipe, gather_bags
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.numeric import NUMERIC_FEATURES, numeric_columns
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table import table
+from hllm_torchrec.data.split import Split
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE
 from hllm_torchrec.modules.timestamps import TIME_FEATURES
 from tests import fixtures
@@ -448,3 +452,44 @@ def test_features_that_the_dataset_lacks_are_named_with_those_it_has() -> None:
         "data.user_features: 'age': not in the dataset; it has ['country']",
         "data.numeric_features: 'mean': unknown; there are ['history_length', 'log_gap', 'user_mean']",
     ]
+
+
+def item_ids_of_slots(batch: HybridBatch) -> list[int]:
+    bags = batch.features["item_id"]
+    assert set(bags.lengths().tolist()) <= {0, 1}
+    return bags.values().tolist()
+
+
+def test_cold_items_are_read_as_unknown_and_in_training_a_share_of_the_others_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    what = recipe("early", cold_dropout=0.5)
+    dataset, pieces = Dataset.open(fixtures.dataset().root), some_pieces()
+    cold = np.arange(dataset.num_items) % 5 == 2
+    monkeypatch.setattr(dataset, "training_item_counts", lambda: np.where(cold, 0, 3))
+    vectors = np.ones((dataset.num_items, 2), np.float32)
+    plain = collate(recipe("early"), pieces)
+    items = item_ids_of_slots(plain)
+    assert any(cold[i] for i in items)
+    scored = Collator(dataset, what, 0, False, vectors)(pieces, 0, 0)
+    assert item_ids_of_slots(scored) == [0 if cold[i] else i for i in items]
+    assert (scored.item_vectors[:, 0] == 0).tolist() == cold[scored.unique_items.numpy()].tolist()
+    trained = Collator(dataset, what, 0, True, vectors)(pieces, 0, 0)
+    unknown = set(trained.unique_items[trained.item_vectors[:, 0] == 0].tolist())
+    known = {i for i in items if not cold[i]}
+    assert 0.25 < len(unknown & known) / len(known) < 0.75
+    assert item_ids_of_slots(trained) == [0 if i in unknown else i for i in items], "ID and vectors go together"
+    of_items = Collator(dataset, what).item_features(np.arange(1, dataset.num_items))
+    assert of_items["item_id"].values().tolist() == [0 if cold[i] else i for i in range(1, dataset.num_items)]
+
+
+def test_items_held_out_of_train_are_no_negatives(tmp_path: Any) -> None:
+    mapping = fixtures.write_shop(tmp_path / "shop")
+    split = Split(hold_out_items=0.4)
+    dataset = Dataset.open(prepare(table(mapping), tmp_path / "data", split=split))
+    counts = dataset.training_item_counts()
+    drawn = np.concatenate([Collator(dataset, recipe(negatives=9)).negatives(0, step) for step in range(20)])
+    assert set(drawn.tolist()) == set(np.flatnonzero(counts).tolist())
+    assert (counts[1:] == 0).sum() > 8
+    every = Collator(dataset, recipe(negatives=99)).negatives(0, 0)
+    assert sorted(every.tolist()) == np.flatnonzero(counts).tolist()

@@ -10,6 +10,8 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.partition import hash_strings
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.movielens import movielens_100k
+from hllm_torchrec.data.split import Split
+from hllm_torchrec.launch.prepare import main
 from tests.data.source_files import (
     ITEMS,
     PARTS,
@@ -289,3 +291,53 @@ def test_memory_follows_the_partition_and_not_the_number_of_events(tmp_path, roo
     whole, parted = growth(1), growth(24)
     assert parted < 200, f"{parted} MiB more for 3 million events (in one partition {whole} MiB)"
     assert 0 < parted < whole / 2
+
+
+# --- items held out of train
+
+
+@pytest.mark.parametrize("partitions", [1, 5])
+def test_held_out_items_have_no_event_in_train_nor_its_history_and_keep_those_of_later_parts(tmp_path, partitions):
+    events = random_events()
+    split = Split(hold_out_items=0.3, hold_out_seed=1)
+    prepared = prepare(memory_source(tmp_path, events, ITEMS), tmp_path / "out", split=split, partitions=partitions)
+    dataset, held = Dataset.open(prepared), {i for i, out in zip(ITEMS, split.held_out(ITEMS), strict=True) if out}
+    assert 1 < len(held) < 8
+    removed = 0
+    for part, users in oracle(events, "time").items():
+        found = sequences(dataset, part)
+        expected = {}
+        for user, (start, history) in users.items():
+            in_train = oracle(events, "time")["train"].get(user, (0, []))[1]
+            kept = [e for n, e in enumerate(history) if n >= len(in_train) or e[0] not in held]
+            gone = len(history) - len(kept)
+            removed += gone if part == "train" else 0
+            if kept:
+                expected[user] = (0 if part == "train" else start - gone, kept)
+        assert found == expected
+    names = dataset.items["raw_item_id"].to_pylist()
+    counts = dict(zip(names, dataset.training_item_counts()[1:], strict=True))
+    assert all(counts[item] == 0 for item in held) and all(counts[item] for item in set(ITEMS) - held)
+    assert dataset.manifest["counts"]["dropped"] == {"held_out_of_train": removed}
+    assert dataset.manifest["split"]["hold_out_items"] == 0.3
+    assert sum(part["events"] for part in dataset.manifest["parts"].values()) == len(events) - removed
+
+
+def test_which_items_are_held_out_depends_on_seed_and_raw_id_alone():
+    items = [f"i{n}" for n in range(2000)]
+    split = Split(hold_out_items=0.2)
+    chosen = split.held_out(items)
+    assert 330 < chosen.sum() < 470
+    assert np.array_equal(split.held_out(items[::-1]), chosen[::-1])
+    assert not np.array_equal(Split(hold_out_items=0.2, hold_out_seed=1).held_out(items), chosen)
+    assert not Split().held_out(items).any() and "hold_out_items" not in Split().to_dict()
+    with pytest.raises(ValueError, match=r"split.hold_out_items=1: must be a share of the items"):
+        Split(hold_out_items=1)
+
+
+def test_the_command_holds_items_out(tmp_path, capsys):
+    folder = recbole_100k(tmp_path / "raw")
+    arguments = ["--source", "ml-100k", "--path", str(folder), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--hold-out-items", "0.6", "--seed", "3"]) == 0
+    assert '"held_out_of_train"' in capsys.readouterr().out
+    assert Dataset.open(tmp_path / "out").manifest["split"]["hold_out_seed"] == 3

@@ -1,0 +1,182 @@
+"""Stage III measured: the ID-only DLRM baseline by itself and with stored vectors, each row the same DLRM.
+
+    alone            the baseline as `hllm baselines` has it
+    items            + each target item's vector, from a store by raw id
+    users_<store>    + the user's vector as of the exposure, from a store of exposures
+    both_<store>     + both
+
+Legend: B rows of a batch, X exposures of a window, N items, E and D widths of item and user vectors.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hllm_torchrec
+from hllm_torchrec.baselines.config import BOUNDS, DLRMConfig
+from hllm_torchrec.baselines.dlrm import DLRMTrainer
+from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
+from hllm_torchrec.baselines.exposures import Ints
+from hllm_torchrec.config import to_dict
+from hllm_torchrec.config_rules import out_of_bounds
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.evaluate import save_predictions
+from hllm_torchrec.exposure_store import ExposureLookup
+from hllm_torchrec.plugin import VectorLookup, Way, append_vectors
+from hllm_torchrec.ranks import on_rank_zero
+from hllm_torchrec.store.store import EmbeddingStore
+
+SPLITS = ("valid", "test")
+RECORD = "downstream.json"
+ALONE, ITEMS, USERS, BOTH = "alone", "items", "users_", "both_"
+
+
+@dataclass(frozen=True)
+class DownstreamConfig:
+    """A DLRM and the stores that it may read.
+
+    Raises:
+        ConfigError: values out of range or rows without their store, all of them.
+    """
+
+    output: str = "runs/stages/3"
+    """A folder for each row, with checkpoints and predictions."""
+    dataset: str = "data/ml-100k"
+    """Directory written by `hllm prepare`."""
+    item_store: str | None = None
+    """Store of item vectors by raw id, of `hllm embed --items` or `hllm exposures --items`."""
+    user_stores: tuple[str, ...] = ()
+    """Stores of `hllm exposures --users`; the name of a store's folder names its rows."""
+    rows: tuple[str, ...] = ()
+    """Which rows; none given: all that the stores allow."""
+    way: Way = "slots"
+    """How vectors enter the DLRM: as slots of the interaction, or among the dense features."""
+    dlrm: DLRMConfig = field(default_factory=DLRMConfig)
+    """The DLRM of every row."""
+
+    def __post_init__(self) -> None:
+        bounds = {name: bound for name, bound in BOUNDS.items() if name.startswith("dlrm.")}
+        problems = list(out_of_bounds(self, bounds))
+        there = self.possible_rows()
+        for row in self.rows:
+            if row not in there:
+                problems.append(f"rows: {row!r}: not possible with these stores; there are {', '.join(there)}")
+        if len({Path(store).name for store in self.user_stores}) < len(self.user_stores):
+            problems.append(
+                f"user_stores: {list(self.user_stores)}: two folders of one name; rows are named by them: rename one"
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    def possible_rows(self) -> dict[str, tuple[str | None, str | None]]:
+        """Row -> its stores (items, users)."""
+        found: dict[str, tuple[str | None, str | None]] = {ALONE: (None, None)}
+        if self.item_store is not None:
+            found[ITEMS] = (self.item_store, None)
+        for store in self.user_stores:
+            found[f"{USERS}{Path(store).name}"] = (None, store)
+            if self.item_store is not None:
+                found[f"{BOTH}{Path(store).name}"] = (self.item_store, store)
+        return found
+
+
+class VectorData(DLRMData):
+    """The DLRM's batches with stored vectors behind the numeric features.
+
+    Args:
+        items: store of item vectors by raw id, or None.
+        users: store of exposures, or None.
+
+    Raises:
+        ConfigError: a feature that there is not.
+        ValueError: no such store.
+    """
+
+    def __init__(self, dataset: Dataset, config: DLRMConfig, items: str | None, users: str | None) -> None:
+        super().__init__(dataset, config)
+        self._items = None if items is None else _item_vectors(dataset, items)
+        self._users = None if users is None else ExposureLookup(users)
+
+    @property
+    def widths(self) -> list[int]:
+        """E and D, of those that there are."""
+        items = [] if self._items is None else [self._items.shape[1] - 1]
+        return items + ([] if self._users is None else [self._users.width])
+
+    def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
+        """As `DLRMData.batch`; dense_features are [B, F + E + 1 + D + 1].
+
+        Raises:
+            ValueError: the store of exposures is of another dataset.
+        """
+        batch, histories, found = super().batch(window, rows, rng), window.histories, []
+        events = histories.exposures[rows]
+        items = histories.item_ids[events]
+        if self._items is not None:
+            found.append(self._items[torch.from_numpy(items)])
+        if self._users is not None:
+            users = histories.user_ids[histories.row_of_event[events]]
+            found.append(self._users(users, histories.position[events], items, histories.timestamps[events]))
+        return dataclasses.replace(batch, dense_features=append_vectors(batch.dense_features, *found))
+
+
+def _item_vectors(dataset: Dataset, store: str) -> Tensor:
+    """[N, E + 1] as `plugin.VectorLookup` gives them; the unknown item 0 is not in the store."""
+    lookup = VectorLookup(store)
+    found = lookup(dataset.items["raw_item_id"].cast("large_string").combine_chunks())
+    unknown = torch.zeros(1, found.shape[1])
+    unknown[:, -1] = 1
+    return torch.cat([unknown, found])
+
+
+def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.device) -> bool:
+    """Train and score a row; `predictions/{valid,test}` and `downstream.json` go to `<output>/<row>`. Collective.
+
+    Returns:
+        False if they are there already, from the same dataset, stores, settings and version.
+
+    Raises:
+        ConfigError: a feature that the dataset lacks.
+        ValueError: a store is not there or does not fit the dataset.
+    """
+    items, users = config.possible_rows()[row]
+    directory = Path(config.output) / row
+    made_of = {
+        "row": row,
+        "way": config.way,
+        "config": to_dict(config.dlrm),
+        "dataset": dataset.fingerprint,
+        "stores": [None if path is None else _state_of(path) for path in (items, users)],
+        "hllm_torchrec": hllm_torchrec.__version__,
+    }
+    if on_rank_zero(lambda: _is_there(directory, made_of)):
+        return False
+    on_rank_zero(lambda: (directory / RECORD).unlink(missing_ok=True))
+    trainer = DLRMTrainer(dataset, config.dlrm, device, VectorData(dataset, config.dlrm, items, users), config.way)
+    fitted = trainer.fit(directory / "checkpoints")
+    for split in SPLITS:
+        save_predictions(trainer.score(split), directory / "predictions" / split)
+    on_rank_zero(lambda: (directory / RECORD).write_text(json.dumps(made_of | {"fitted": fitted}, indent=1)))
+    return True
+
+
+def _state_of(store: str) -> dict[str, Any]:
+    """Which vectors a store has."""
+    opened = EmbeddingStore.open(store)
+    return {"fingerprint": opened.fingerprint, "version": opened.snapshot().version}
+
+
+def _is_there(directory: Path, made_of: dict[str, Any]) -> bool:
+    """Whether the record, which is written last, says the same."""
+    path = directory / RECORD
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text())
+    return {key: record.get(key) for key in made_of} == json.loads(json.dumps(made_of))

@@ -1,0 +1,76 @@
+"""`hllm downstream`: the ID-only DLRM alone and with stored item and user vectors, each scored on the same exposures.
+
+On one process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.downstream --config ...
+Settings start from configs/baselines/dlrm.yaml and are overridden by --config and by options such as
+--user_stores '[stores/users/nearline]' or --dlrm.lr 0.002; `--print_config` shows them all and exits.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hllm_torchrec import configs
+from hllm_torchrec.launch.command import run_job
+
+if TYPE_CHECKING:
+    from hllm_torchrec.downstream import DownstreamConfig
+
+PROG = "hllm downstream"
+
+
+def load_settings(arguments: list[str]) -> "DownstreamConfig":
+    """The packaged settings of the DLRM, then `arguments`.
+
+    Raises:
+        ConfigError: unknown keys or options, wrong types, values out of range.
+    """
+    from hllm_torchrec.config import load_as
+    from hllm_torchrec.downstream import DownstreamConfig
+
+    tuned = Path(configs.__file__).parent / "baselines" / "dlrm.yaml"
+    return load_as(DownstreamConfig, [f"--config={tuned}", *arguments], prog=PROG, description=str(__doc__))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    return run_job(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(arguments: list[str]) -> None:
+    """Train and score every row, and print how good they are.
+
+    Raises:
+        ValueError: settings, stores or dataset are not usable.
+    """
+    settings = load_settings(arguments)
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.downstream import ALONE, SPLITS, run_row
+    from hllm_torchrec.metrics.compare import compare, table
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.ranks import on_rank_zero
+
+    rows = settings.rows or tuple(settings.possible_rows())
+    dataset, device, output = Dataset.open(settings.dataset), start_process(), Path(settings.output)
+    try:
+        for row in rows:
+            is_new = run_row(settings, row, dataset, device)
+            on_rank_zero(partial(_say, row, is_new, output / row))
+
+        def show() -> None:
+            for split in SPLITS:
+                directories = {row: output / row / "predictions" / split for row in rows}
+                reference = ALONE if ALONE in rows else rows[0]
+                print(table(compare(directories, reference, split=split, draws=200)), end="\n\n")
+
+        on_rank_zero(show)
+    finally:
+        stop_process()
+
+
+def _say(row: str, is_new: bool, directory: Path) -> None:
+    print(f"{row}: {'predictions written' if is_new else 'reused, same data and settings'}: {directory}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""`hllm exposures`: every exposure's user vector as a ranking model would have had it, to train and test one.
+
+    hllm exposures --run runs/stages/2 --users stores/users --items stores/item-features
+    torchrun --nproc_per_node 2 -m hllm_torchrec.launch.exposures --run-dir runs/stages/2 --users stores/users
+
+--users gets a store for each mode. nearline: from events of strictly earlier seconds; daily: from events before the
+exposure's day (UTC). --items writes the items as the user encoder reads them (text, ID and item features), in the same
+space as late fusion's user vectors.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.launch.command import CommandParser, run_job
+
+MODES = ("nearline", "daily")
+PARTS = ("train", "valid", "test")
+
+
+def build_parser() -> CommandParser:
+    """The command line."""
+    parser = CommandParser(
+        prog="hllm exposures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
+    parser.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+    parser.add_argument(
+        "--users", type=Path, metavar="DIR", help="folder of stores of user vectors by exposure: DIR/MODE"
+    )
+    parser.add_argument("--items", type=Path, metavar="DIR", help="store of items as the user encoder reads them")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the run's dataset; default: all")
+    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.items is None and args.users is None:
+        parser.error("name a store: --users, --items or both")
+    return run_job(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the run's model, write the stores, and say how many exposures have a vector.
+
+    Raises:
+        ValueError: no such run or checkpoint, or a store of another model or mode.
+    """
+    from hllm_torchrec.exposure_store import coverage_lines, embed_exposures, embed_item_features
+    from hllm_torchrec.offline import load_run
+    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.ranks import rank
+    from hllm_torchrec.user_vectors import open_embedder
+
+    device, lines = start_process(), []
+    try:
+        loaded = load_run(args.run, args.checkpoint, device)
+        with loaded.weights, open_embedder(loaded.experiment):  # item embeddings are made ready once for all
+            if args.items is not None:
+                items = embed_item_features(loaded, args.items)
+                lines.append(f"{args.items}: {items.encoded:,} of {items.items:,} items in {items.seconds:.1f} s")
+            for mode in args.modes if args.users is not None else ():
+                report = embed_exposures(loaded, args.users / mode, mode, args.parts)
+                lines += [f"{args.users / mode}: in {report.seconds:.1f} s", *coverage_lines(report)]
+        if rank() == 0:
+            print("\n".join(lines))
+    finally:
+        stop_process()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

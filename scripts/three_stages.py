@@ -1,0 +1,149 @@
+"""The table of scripts/three_stages.sh: AUC and NE of every row of stage III, and differences to the DLRM alone.
+
+    python scripts/three_stages.py --output runs/stages --seeds 0 1 2 [--splits test]
+
+Figures are means over seeds, ± their standard deviation. Intervals (95%) resample users, the same draws for every row
+and seed; of a difference they are those of the mean over seeds of paired differences. DeLong's test is paired on the
+same exposures, with each exposure's score the mean over seeds of the model's logits.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hllm_torchrec.metrics.auc import delong_test
+from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
+from hllm_torchrec.metrics.compare import Predictions, read_predictions
+from hllm_torchrec.metrics.ranking import PROBABILITY_FLOOR
+
+ALONE = "alone"
+Scored = dict[tuple[str, int], Predictions]
+
+
+def summarise(scored: Scored, rows: list[str], seeds: list[int], draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Row -> its figures, and its differences to the first row. scored: (row, seed) -> predictions, paired."""
+    first = scored[rows[0], seeds[0]]
+    labels, users = first.label, first.user_id
+    for predictions in scored.values():
+        assert np.array_equal(predictions.position, first.position) and np.array_equal(predictions.user_id, users)
+    aucs = user_bootstrap(labels, {f"{r}/{s}": p.score for (r, s), p in scored.items()}, users, draws, seed)
+    entropies = {key: entropy_draws(predictions, draws, seed) for key, predictions in scored.items()}
+    found: dict[str, Any] = {}
+    for row in rows:
+        own = [scored[row, s] for s in seeds]
+        base = [scored[rows[0], s] for s in seeds]
+        auc_draws = np.mean([aucs[f"{row}/{s}"] for s in seeds], axis=0)
+        base_draws = np.mean([aucs[f"{rows[0]}/{s}"] for s in seeds], axis=0)
+        ne = [entropies[row, s] for s in seeds]
+        ne_draws, base_ne = (np.mean([entropies[r, s][1:] for s in seeds], axis=0) for r in (row, rows[0]))
+        of_seeds = [float(auc(p)) for p in own]
+        test = delong_test(labels, *(np.mean([p.score for p in group], axis=0) for group in (own, base)))
+        found[row] = {
+            "auc": float(np.mean(of_seeds)),
+            "auc_deviation": float(np.std(of_seeds, ddof=1)) if len(seeds) > 1 else 0.0,
+            "auc_interval": percentile_interval(auc_draws),
+            "ne": float(np.mean([n[0] for n in ne])),
+            "ne_interval": percentile_interval(ne_draws),
+            "difference": float(np.mean(of_seeds) - np.mean([float(auc(p)) for p in base])),
+            "difference_interval": percentile_interval(auc_draws - base_draws),
+            "ne_difference": float(np.mean([n[0] for n in ne]) - np.mean([entropies[rows[0], s][0] for s in seeds])),
+            "ne_difference_interval": percentile_interval(ne_draws - base_ne),
+            "delong_difference": test.difference,
+            "delong_p": test.p_value,
+        }
+    return found
+
+
+def auc(predictions: Predictions) -> float:
+    """Exact, with ties."""
+    from hllm_torchrec.metrics.auc import roc_auc
+
+    return roc_auc(predictions.label, predictions.score)
+
+
+def entropy_draws(predictions: Predictions, draws: int, seed: int) -> np.ndarray:
+    """Normalised entropy [1 + draws]: of all rows, then of resampled users (the draws of `user_bootstrap`)."""
+    assert predictions.probability is not None
+    is_positive = predictions.label == 1
+    p = np.clip(predictions.probability, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    loss = -np.log(np.where(is_positive, p, 1 - p))
+    _, users = np.unique(predictions.user_id, return_inverse=True)
+    sums = np.stack([np.bincount(users, x) for x in (loss, is_positive.astype(float), np.ones(len(p)))])
+    count, random = sums.shape[1], np.random.default_rng(seed)
+    weights = [np.ones(count)]
+    weights += [np.bincount(random.integers(count, size=count), minlength=count) for _ in range(draws)]
+    loss_sum, positives, total = sums @ np.stack(weights, axis=1)
+    rate = positives / total
+    return loss_sum / total / -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+
+
+def markdown(found: dict[str, Any], base: str) -> str:
+    """The table of docs/stages.md."""
+    lines = [
+        f"| row | AUC | NE | AUC - {base} | DeLong p | NE - {base} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, one in found.items():
+        cells = [
+            f"{one['auc']:.4f} ± {one['auc_deviation']:.4f} {bounds(one['auc_interval'])}",
+            f"{one['ne']:.4f} {bounds(one['ne_interval'])}",
+        ]
+        if row == base:
+            cells += ["–"] * 3
+        else:
+            cells += [
+                f"{one['difference']:+.4f} {bounds(one['difference_interval'], '+')}",
+                f"{one['delong_p']:.1e}",
+                f"{one['ne_difference']:+.4f} {bounds(one['ne_difference_interval'], '+')}",
+            ]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bounds(interval: tuple[float, float], sign: str = "") -> str:
+    """`[low, high]`."""
+    return f"[{interval[0]:{sign}.4f}, {interval[1]:{sign}.4f}]"
+
+
+def read_rows(output: Path, seeds: list[int], split: str) -> tuple[Scored, list[str]]:
+    """All predictions below `output`/seed-<seed>/3, and the rows, the DLRM alone first.
+
+    Raises:
+        ValueError: there are none, or the seeds have different rows.
+    """
+    folders = [output / f"seed-{seed}" / "3" for seed in seeds]
+    names = [sorted(path.parents[1].name for path in folder.glob(f"*/predictions/{split}")) for folder in folders]
+    if not names[0] or any(other != names[0] for other in names):
+        raise ValueError(f"{output}: rows of seeds {seeds}: {names}: run scripts/three_stages.sh for all of them first")
+    rows = sorted(names[0], key=lambda name: (name != ALONE, name != "items", name))
+    scored = {
+        (row, seed): read_predictions(folder / row / "predictions" / split)
+        for row in rows
+        for seed, folder in zip(seeds, folders, strict=True)
+    }
+    return scored, rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables of both parts and write `three_stages.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/stages"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--splits", nargs="+", default=["valid", "test"])
+    parser.add_argument("--draws", type=int, default=1000)
+    options = parser.parse_args(argv)
+    found = {}
+    for split in options.splits:
+        scored, rows = read_rows(options.output, options.seeds, split)
+        found[split] = summarise(scored, rows, options.seeds, options.draws)
+        print(f"{split}, seeds {options.seeds}:\n\n{markdown(found[split], rows[0])}\n")
+    (options.output / "three_stages.json").write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
