@@ -153,9 +153,9 @@ def _difference(one: Predictions, reference: Predictions, rows: np.ndarray) -> d
 
 def measure_recall(folder: Path, ks: tuple[int, ...] = (10, 50)) -> dict[str, dict[str, Any]]:
     """Model -> Recall@K of cold and of warm targets, ranked among the whole catalogue."""
-    counts = Dataset.open(folder / "data").training_item_counts()
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*_next/retrieval/test")):
+        counts = Dataset.open(folder / "data").training_item_counts()
         table = pq.read_table(path)
         cold, rank = counts[table["item_id"].to_numpy()] == 0, table["rank"].to_numpy()
         found[path.parents[1].name] = {
