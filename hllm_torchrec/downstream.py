@@ -58,12 +58,14 @@ class DownstreamConfig:
     """Which rows; none given: all that the stores allow."""
     way: Way = "slots"
     """How vectors enter the DLRM: as slots of the interaction, or among the dense features."""
+    vector_dropout: float = 0.0
+    """Of the vectors' entries, in training: a user's vector is nearly the user's name."""
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
     """The DLRM of every row."""
 
     def __post_init__(self) -> None:
         bounds = {name: bound for name, bound in BOUNDS.items() if name.startswith("dlrm.")}
-        problems = list(out_of_bounds(self, bounds))
+        problems = list(out_of_bounds(self, bounds | {"vector_dropout": ">= 0, < 1"}))
         there = self.possible_rows()
         for row in self.rows:
             if row not in there:
@@ -151,6 +153,7 @@ def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.
     made_of = {
         "row": row,
         "way": config.way,
+        "vector_dropout": config.vector_dropout,
         "config": to_dict(config.dlrm),
         "dataset": dataset.fingerprint,
         "stores": [None if path is None else _state_of(path) for path in (items, users)],
@@ -159,7 +162,8 @@ def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.
     if on_rank_zero(lambda: _is_there(directory, made_of)):
         return False
     on_rank_zero(lambda: (directory / RECORD).unlink(missing_ok=True))
-    trainer = DLRMTrainer(dataset, config.dlrm, device, VectorData(dataset, config.dlrm, items, users), config.way)
+    data = VectorData(dataset, config.dlrm, items, users)
+    trainer = DLRMTrainer(dataset, config.dlrm, device, data, config.way, config.vector_dropout)
     fitted = trainer.fit(directory / "checkpoints")
     for split in SPLITS:
         save_predictions(trainer.score(split), directory / "predictions" / split)

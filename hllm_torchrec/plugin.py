@@ -68,17 +68,20 @@ class StoredVectors(nn.Module):
     Args:
         width: E.
         out: width of what comes out; None: E, without a projection.
+        dropout: of the normed vector's entries, in training. A user's vector is nearly the user's name: without it a
+            DLRM can learn its training users by heart.
     """
 
-    def __init__(self, width: int, out: int | None = None) -> None:
+    def __init__(self, width: int, out: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
         self.project = nn.Identity() if out is None else nn.Linear(width, out)
         self.default = nn.Parameter(torch.zeros(out or width))
 
     def forward(self, found: Tensor) -> Tensor:
         """found [B, E + 1] of `VectorLookup` -> [B, out]."""
-        return torch.where(found[:, -1:] > 0, self.default, self.project(self.norm(found[:, :-1])))
+        return torch.where(found[:, -1:] > 0, self.default, self.project(self.dropout(self.norm(found[:, :-1]))))
 
 
 class PluggedDLRM(nn.Module):
@@ -88,13 +91,14 @@ class PluggedDLRM(nn.Module):
         dlrm: sized for what the vectors add.
         dense: n, columns of the dense features before the vectors.
         widths: E of each store, in the order in which their columns follow.
+        dropout: of the vectors.
     """
 
-    def __init__(self, dlrm: DLRM, dense: int, widths: list[int], way: Way) -> None:
+    def __init__(self, dlrm: DLRM, dense: int, widths: list[int], way: Way, dropout: float = 0.0) -> None:
         super().__init__()
         self.dlrm, self.dense, self.way = dlrm, dense, way
         out = dlrm.sparse_arch.D if way == "slots" else None
-        self.stored = nn.ModuleList(StoredVectors(width, out) for width in widths)
+        self.stored = nn.ModuleList(StoredVectors(width, out, dropout) for width in widths)
         ends = np.cumsum([dense, *(width + 1 for width in widths)]).tolist()
         self.columns = [slice(first, end) for first, end in zip(ends, ends[1:])]
 
@@ -118,6 +122,7 @@ def plug_into(
     dense_in_features: int,
     widths: list[int],
     way: Way,
+    dropout: float = 0.0,
     **options: Any,
 ) -> PluggedDLRM:
     """A model of `kind` that also reads stored vectors.
@@ -127,6 +132,7 @@ def plug_into(
         tables, dense_in_features, options: what `kind` is made from without us.
         widths: E of each store, in the order of `append_vectors`.
         way: "dense": among the dense features; "slots": as slots of the interaction, one per store.
+        dropout: of the vectors' entries, in training; see `StoredVectors`.
 
     Raises:
         ValueError: no store, or another way.
@@ -134,7 +140,9 @@ def plug_into(
     if not widths or way not in ("dense", "slots"):
         raise ValueError(f"plug_into: widths={widths}, way={way!r}: give the width of each store, and dense or slots")
     if way == "dense":
-        return PluggedDLRM(kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way)
+        return PluggedDLRM(
+            kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way, dropout
+        )
     # Each kind sizes its interaction by the tables' features: tables on the meta device stand for the vectors.
     own = tables.embedding_bag_configs()
     more = [
@@ -143,4 +151,4 @@ def plug_into(
     ]
     dlrm = kind(EmbeddingBagCollection([*own, *more], device=torch.device("meta")), dense_in_features, **options)
     dlrm.sparse_arch = SparseArch(tables)
-    return PluggedDLRM(dlrm, dense_in_features, widths, way)
+    return PluggedDLRM(dlrm, dense_in_features, widths, way, dropout)

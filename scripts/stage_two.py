@@ -1,6 +1,6 @@
 """Two reports on stage II: AUC against the length of histories, and what frozen item embeddings keep of full training.
 
-    python scripts/stage_two.py --stage-one runs/stages/seed-0 --output runs/stage-two [--seed 0] [--only stored all]
+    python scripts/stage_two.py --stage-one runs/stages/seed-0 --output runs/stage-two [--epochs 3] [--only all]
 
 Every variant starts from the same stage I (`--stage-one` has 1/ and item-embeddings/ as scripts/three_stages.sh leaves
 them) and sees as many exposures a step and as many epochs. `full` trains the Item LLM on (a tenth of a step's items
@@ -19,8 +19,6 @@ from typing import Any
 from hllm_torchrec.metrics.compare import compare, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL = json.dumps([{"name": "everything", "epochs": 3, "item_embeddings": "trained"}])
-
 VARIANTS = {
     "length_20": ["--data.max_history=20", "--data.batch_users=51"],
     "length_50": ["--data.max_history=50", "--data.batch_users=20"],
@@ -28,13 +26,20 @@ VARIANTS = {
     "length_150": ["--data.max_history=150", "--data.batch_users=7"],
     "all": ["--data.max_history=1024", "--data.batch_users=5"],
     "adapter": ["--item_llm.adapter=64"],
-    "full": [f"--stages={FULL}", "--item_llm.store=null", "--item_llm.trained_share=0.1"],
+    "full": ["--item_llm.store=null", "--item_llm.trained_share=0.1"],
 }
 """Name -> what is changed of configs/stages/2.yaml. batch_users keeps the exposures of a step alike."""
 REFERENCE = "stored"
 
 
-def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int) -> Path:
+def options_of(name: str, epochs: float) -> list[str]:
+    """Options of a variant, trained for so many epochs."""
+    source = "trained" if name == "full" else "stored"
+    stages = json.dumps([{"name": name, "epochs": epochs, "item_embeddings": source}])
+    return [*VARIANTS[name], f"--stages={stages}"]
+
+
+def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
     """The run directory of a variant, with predictions of the test part."""
     run = output / name
     if (run / "metrics.json").is_file():
@@ -43,7 +48,7 @@ def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int) -> P
     train = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), "--seed", str(seed), "--output", str(run)]
     train += ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
-    jobs = {"train": [*train, "--resume", "true", *VARIANTS[name]], "evaluate": ["--run", str(run)]}
+    jobs = {"train": [*train, "--resume", "true", *options_of(name, epochs)], "evaluate": ["--run", str(run)]}
     with (run / "output.log").open("a") as log:
         for job, arguments in jobs.items():
             print(f"stage_two: {job} {name}", flush=True)
@@ -77,11 +82,12 @@ def main() -> int:
     parser.add_argument("--stage-one", type=Path, required=True, help="folder with 1/ and item-embeddings/")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stage-two")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
     names = [name for name in VARIANTS if name in {REFERENCE, *options.only}]
     stage_one, output = options.stage_one.absolute(), options.output.absolute()
-    runs = {name: train_and_evaluate(name, stage_one, output, options.seed) for name in names}
+    runs = {name: train_and_evaluate(name, stage_one, output, options.seed, options.epochs) for name in names}
     metrics = compare({name: run / "predictions" / "test" for name, run in runs.items()}, REFERENCE)
     print(markdown(metrics, runs))
     return 0

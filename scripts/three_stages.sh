@@ -46,9 +46,9 @@ PATH=$(dirname "$(command -v "$python")"):$PATH
 export PATH PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-train() { # ARGUMENTS: a training through TorchX
-    torchx run dist.ddp -j "1x$processes" train.py --data.dataset "$dataset" --data.batch_users $((8 / processes)) \
-        --resume true "$@"
+train() { # ARGUMENTS, --config first (what follows overrides it): a training through TorchX
+    torchx run dist.ddp -j "1x$processes" train.py "$@" --data.dataset "$dataset" \
+        --data.batch_users $((8 / processes)) --resume true
 }
 
 job() { # NAME ARGUMENTS: another job of hllm through TorchX

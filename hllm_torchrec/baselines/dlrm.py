@@ -52,7 +52,12 @@ class _TableSettings:
 
 
 def build_dlrm(
-    config: DLRMConfig, tables: dict[str, int], rate: float, widths: Sequence[int] = (), way: Way = "slots"
+    config: DLRMConfig,
+    tables: dict[str, int],
+    rate: float,
+    widths: Sequence[int] = (),
+    way: Way = "slots",
+    vector_dropout: float = 0.0,
 ) -> DLRM | PluggedDLRM:
     """The model, its tables on the meta device (sharding makes them).
 
@@ -60,7 +65,8 @@ def build_dlrm(
         config: sizes.
         tables: sparse feature -> rows of its table.
         rate: share of positive training labels in (0, 1), where the last bias starts.
-        widths, way: of stored vectors behind the dense features, if there are any; see `plugin.plug_into`.
+        widths, way, vector_dropout: of stored vectors behind the dense features, if there are any; see
+            `plugin.plug_into`.
     """
     sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
     collection = EmbeddingBagCollection(
@@ -80,7 +86,7 @@ def build_dlrm(
     dense = len(config.numeric_features)
     sizes = {"dense_arch_layer_sizes": [*config.bottom, config.width], "over_arch_layer_sizes": [*config.top, 1]}
     if widths:
-        model = plug_into(DLRM, collection, dense, list(widths), way, **sizes)
+        model = plug_into(DLRM, collection, dense, list(widths), way, vector_dropout, **sizes)
     else:
         model = DLRM(collection, dense_in_features=dense, **sizes)
     nn.init.constant_(_dlrm_of(model).over_arch.model[-1].bias, math.log(rate / (1 - rate)))
@@ -109,7 +115,7 @@ class DLRMTrainer:
 
     Args:
         data: makes the batches, of `dataset` and `config`; unless given, without stored vectors.
-        way: how stored vectors enter the model, if the batches have any.
+        way, vector_dropout: how stored vectors enter the model, if the batches have any.
 
     Raises:
         ConfigError: the configuration names a feature that there is not.
@@ -122,11 +128,12 @@ class DLRMTrainer:
         device: torch.device,
         data: DLRMData | None = None,
         way: Way = "slots",
+        vector_dropout: float = 0.0,
     ) -> None:
         self.config, self.device = config, device
         self.data = DLRMData(dataset, config) if data is None else data
         torch.manual_seed(config.seed)
-        model = build_dlrm(config, self.data.tables(), base_rate(dataset), self.data.widths, way)
+        model = build_dlrm(config, self.data.tables(), base_rate(dataset), self.data.widths, way, vector_dropout)
         self.model = shard_dlrm(model, config, device)
         self.dense = dense_optimizer(
             raw_model(self.model).named_parameters(),

@@ -27,7 +27,7 @@ def test_every_training_and_every_variant_of_stage_two_is_a_configuration_of_its
         ["--config", str(root / "configs" / f"{job.config}.yaml"), *job.options] for job in cold.TRAININGS.values()
     ]
     stage_two = ["--config", str(root / "configs" / "stages" / "2.yaml")]
-    files += [[*stage_two, *options] for options in two.VARIANTS.values()]
+    files += [[*stage_two, *two.options_of(name, 2)] for name in two.VARIANTS]
     found = [repr(load_config(arguments)) for arguments in files]
     assert len(set(found)) == len(found) == len(cold.TRAININGS) + len(two.VARIANTS)
 
