@@ -23,7 +23,7 @@ from hllm_torchrec.baselines.config import BOUNDS, DLRMConfig
 from hllm_torchrec.baselines.dlrm import DLRMTrainer
 from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.baselines.exposures import Ints
-from hllm_torchrec.config import to_dict
+from hllm_torchrec.config_files import to_dict
 from hllm_torchrec.config_rules import out_of_bounds
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.errors import ConfigError

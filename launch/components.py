@@ -5,6 +5,7 @@
     evaluate      a checkpoint, or prediction files
     embed         item and user embeddings that are new or changed, into stores
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
+    job           any other of hllm's jobs that run as ranks
 
 What all of them take, after their own: `image` (container, for schedulers that need one), `h` (a named resource) or
 `cpu`, `gpu` and `memMB` of a node, `env`, `mounts`, `max_retries` (by the scheduler, of the whole job) and `restarts`
@@ -130,9 +131,12 @@ def job(
     gpu: int = 0,
     memMB: int = 8192,  # noqa: N803 - as in TorchX's own components
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Any job of `hllm` that runs as ranks: embed, exposures, baselines, downstream.
+    """Any other job of `hllm` that runs as ranks: exposures, downstream, baselines.
 
     Args:
         arguments: the job's own arguments, after `--`
@@ -144,20 +148,24 @@ def job(
         gpu: accelerators of a node
         memMB: memory of a node in MB
         env: environment variables, NAME=VALUE separated by commas
-        max_retries: restarts by the scheduler
+        mounts: volumes, as TorchX's own components take them
+        max_retries: restarts by the scheduler, of the whole job
+        restarts: restarts by torchrun, of the ranks of a node
+        rdzv_port: port on which several nodes meet
     """
-    return ddp(
-        *arguments,
-        m=f"hllm_torchrec.launch.{name}",
-        name=f"/{name}",
+    return _on_ranks(
+        name,
+        list(arguments),
+        *(j, restarts),
         image=image,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
-        j=j,
         env=env,
+        mounts=mounts,
         max_retries=max_retries,
+        rdzv_port=rdzv_port,
     )
 
 

@@ -52,7 +52,7 @@ class Split:
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON values."""
         uses_fractions = self.rule != "leave_one_out"
-        found = {"rule": self.rule, "fractions": list(self.fractions) if uses_fractions else None}
+        found: dict[str, Any] = {"rule": self.rule, "fractions": list(self.fractions) if uses_fractions else None}
         if self.hold_out_items:
             found |= {"hold_out_items": self.hold_out_items, "hold_out_seed": self.hold_out_seed}
         return found
