@@ -47,7 +47,7 @@ def end(processes: list["subprocess.Popen[str]"]) -> None:
         process.wait()
 
 
-def until_step(step: int, output: Path, process: "subprocess.Popen[str]", seconds: float = 120) -> None:
+def until_step(step: int, output: Path, process: "subprocess.Popen[str]", seconds: float = 240) -> None:
     """Wait until the run's log has a step."""
     deadline = time.monotonic() + seconds
     while not (output / "log.jsonl").exists() or len(lines(output, "step")) < step:
