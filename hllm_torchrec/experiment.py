@@ -20,10 +20,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedTensor
 
 from hllm_torchrec.config import Config
-from hllm_torchrec.data.collate import BatchRecipe, Collator, check_recipe
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.factors import item_vectors
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.recipe import BatchRecipe, check_recipe
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.errors import ConfigError

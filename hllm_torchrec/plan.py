@@ -9,12 +9,10 @@ Sizes are bytes, times seconds, rates per second.
 Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an item.
 """
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,10 @@ from torch import nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
-from transformers import AutoConfig
 
 from hllm_torchrec.config import Config
 from hllm_torchrec.kept import kept_by_decoder, kept_by_encoder
+from hllm_torchrec.known_shapes import with_shapes
 from hllm_torchrec.meter import backbone_flops
 from hllm_torchrec.model import HLLM, build_model
 from hllm_torchrec.modules.losses import MOST_LOGITS
@@ -39,28 +37,6 @@ from hllm_torchrec.parallelize import (
     table_constraints,
 )
 from hllm_torchrec.table_memory import bytes_per_row
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tinyllama-1.1b": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "baichuan2-7b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 125696,
-    },
-}
-"""Published shapes, for configurations that name a directory which is not on this machine, by the directory's name."""
 
 
 @dataclass(frozen=True)
@@ -165,34 +141,6 @@ def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str,
         "traffic": sum(traffic.values()) / machine.bandwidth,
     }
     return Estimate(memory, traffic, seconds, counts | {"flops": flops}, placed)
-
-
-def with_shapes(config: Config) -> Config:
-    """The configuration with shapes in place of pretrained weights, whose values do not matter here.
-
-    Raises:
-        ValueError: a directory that is not there and whose name is not of SHAPES.
-    """
-    item, user = config.item_llm, config.user
-    if item.enabled and item.pretrained is not None:
-        item = dataclasses.replace(item, pretrained=None, shape=_shape_of("item_llm", item.pretrained))
-    if user.pretrained is not None:
-        user = dataclasses.replace(user, pretrained=None, shape=_shape_of("user", user.pretrained))
-    return dataclasses.replace(config, item_llm=item, user=user)
-
-
-def _shape_of(part: str, directory: str) -> dict[str, Any]:
-    if (Path(directory) / "config.json").is_file():
-        shape: dict[str, Any] = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
-        return shape
-    name = Path(directory).name.lower()
-    for known, shape in SHAPES.items():
-        if name.startswith(known):
-            return shape
-    raise ValueError(
-        f"{part}.pretrained: {directory}: is not there, and {name!r} is none of the known shapes "
-        f"({', '.join(SHAPES)}); download it, or give {part}.shape"
-    )
 
 
 def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float]:

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 from hllm_torchrec.config import Config, DataConfig, FeatureConfig, ItemLLMConfig, ObjectiveConfig, UserEncoderConfig
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import BatchRecipe, Collator, Piece
+from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.recipe import BatchRecipe
 from hllm_torchrec.data.tokens import TokenStore
 from hllm_torchrec.evaluate import raw_model
 from hllm_torchrec.experiment import initialise_tables

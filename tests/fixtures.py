@@ -31,9 +31,10 @@ from hllm_torchrec.config import (
     ParallelConfig,
     UserEncoderConfig,
 )
-from hllm_torchrec.data.collate import BatchRecipe, Collator, Piece
+from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.recipe import BatchRecipe
 from hllm_torchrec.data.sources.table import table
 from hllm_torchrec.data.tokens import TokenStore, build_token_store
 from hllm_torchrec.items import ItemEncoder

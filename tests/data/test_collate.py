@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import BatchRecipe, Collator, Piece, check_recipe, gather_bags
+from hllm_torchrec.data.collate import Collator, Piece, gather_bags
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.numeric import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.recipe import BatchRecipe, check_recipe
 from hllm_torchrec.data.sources.table import table
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE

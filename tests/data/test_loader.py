@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from hllm_torchrec.data import loader as loader_module
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import BatchRecipe, Collator
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, cut_into_pieces, deal
+from hllm_torchrec.data.recipe import BatchRecipe
 from tests import fixtures
 
 RECIPE = BatchRecipe(fusion="late", negatives=4)

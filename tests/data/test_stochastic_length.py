@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import BatchRecipe, Collator, Piece
+from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.recipe import BatchRecipe
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.experiment import build_experiment
