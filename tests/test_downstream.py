@@ -122,9 +122,10 @@ def test_the_table_of_the_script_has_every_row_with_its_intervals(
     root: Path, chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "seed-0").mkdir()
-    (tmp_path / "seed-0" / "3").symlink_to(chain / "3")
+    for name in ("3", "users"):
+        (tmp_path / "seed-0" / name).symlink_to(chain / name)
     script = load_script(root, "three_stages")
-    assert script.main(["--output", str(tmp_path), "--seeds", "0", "--draws", "20"]) == 0
+    assert script.main(["--output", str(tmp_path), "--seeds", "0", "--draws", "20", "--fallback"]) == 0
     found = json.loads((tmp_path / "three_stages.json").read_text())["test"]
     alone = read_predictions(chain / "3" / "alone" / "predictions" / "test")
     assert found["alone"]["auc"] == pytest.approx(script.auc(alone))
@@ -132,6 +133,14 @@ def test_the_table_of_the_script_has_every_row_with_its_intervals(
     low, high = found["both_nearline"]["difference_interval"]
     assert low <= high
     assert "| both_daily |" in capsys.readouterr().out
+    scored, rows = script.read_rows(tmp_path, [0], "test")
+    (name,) = [row for row in script.fall_back(tmp_path, scored, rows, [0]) if row.startswith("both")]
+    own, base, mixed = (scored[row, 0].score for row in ("both_daily", "alone", name))
+    _, known = (
+        EmbeddingStore.open(chain / "users" / "daily").snapshot().marks(exposure_keys(alone.user_id, alone.position))
+    )
+    assert known.any() and np.array_equal(mixed, np.where(known, own, base))
+    assert found[name]["auc"] == pytest.approx(script.auc(scored[name, 0]))
     with pytest.raises(ValueError, match="run scripts/three_stages.sh for all of them first"):
         script.main(["--output", str(tmp_path), "--seeds", "0", "1"])
 
