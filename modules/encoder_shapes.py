@@ -110,7 +110,7 @@ class SASRecShape:
     dropout: float = 0.0
     """Of attention weights and of both sublayers' outputs, a probability."""
     attention_dropout: float | None = None
-    """Of attention weights; None: dropout. Without it (0) the attention is one fused kernel, several times as fast."""
+    """Of attention weights; None: dropout. Without it (0) the attention can be one fused kernel on a CPU, too."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class LiGRShape:
     dropout: float = 0.0
     """Of attention weights and of both sublayers' outputs, a probability."""
     attention_dropout: float | None = None
-    """Of attention weights; None: dropout. Without it (0) the attention is one fused kernel, several times as fast."""
+    """Of attention weights; None: dropout. Without it (0) the attention can be one fused kernel on a CPU, too."""
 
 
 def attention_dropout(shape: SASRecShape | LiGRShape) -> float:
