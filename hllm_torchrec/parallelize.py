@@ -251,10 +251,11 @@ def _plan(
 
 
 def hardware_of(device: torch.device, local_world: int) -> HardwareConfig:
-    """Memory of a rank: of its GPU, and its share of the host's."""
+    """Memory of a rank: of its GPU (what TorchRec assumes, where there is none here), and its share of the host's."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
-    gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return HardwareConfig(hbm_cap_bytes=gpu, ddr_cap_bytes=host)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return HardwareConfig(ddr_cap_bytes=host)
+    return HardwareConfig(torch.cuda.get_device_properties(device).total_memory, host)
 
 
 def place_tables(

@@ -8,14 +8,28 @@ Ids depend on no weight, so every number stays what it is without. TorchRec's ow
 model to find its tables; this one knows them.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torchrec.distributed.types import ShardedModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.modules.hybrid_features import with_a_slot
+
+T = TypeVar("T")
+
+
+def with_next(steps: Iterable[T], looks_ahead: bool) -> Iterator[tuple[T, T | None]]:
+    """Each step with the one after it; without looking ahead, steps are fetched one by one and come with None."""
+    if not looks_ahead:
+        yield from ((step, None) for step in steps)
+        return
+    for step, following in pairwise(chain(steps, [None])):
+        assert step is not None
+        yield step, following
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +42,7 @@ from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
 from hllm_torchrec.start import start_from
 from hllm_torchrec.step_guard import StepGuard
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
-from hllm_torchrec.tables_ahead import TablesAhead
+from hllm_torchrec.tables_ahead import TablesAhead, with_next
 
 
 class Trainer:
@@ -161,8 +161,7 @@ class Trainer:
     def _train_leg(self, leg: Leg) -> None:
         meter = StepMeter(self.hllm, self.experiment.encoder, self.peak)
         with closing(self._micro_batches(leg)) as steps:
-            for batches, following in pairwise(chain(steps, [None])):
-                assert batches is not None
+            for batches, following in with_next(steps, self.ahead is not None):
                 numbers, rates = self.train_step(batches, following), meter.tick(batches)
                 if numbers:
                     self.log.write("step", self.step, stage=leg.stage.name, epoch=leg.epoch, **numbers, **rates)

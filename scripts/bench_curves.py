@@ -108,6 +108,7 @@ class _Sizes:
     def __init__(self, items: int) -> None:
         self.num_items = items + 1
         self.action_values = np.full(2, np.nan)  # one action, without a number
+        self.manifest: dict[str, Any] = {"split": {}}  # nothing is held out
 
 
 class _GivenNegatives(Collator):

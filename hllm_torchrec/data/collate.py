@@ -84,7 +84,7 @@ class Collator:
         self.dataset, self.recipe, self.seed, self.training = dataset, recipe, seed, training
         self.item_vectors, self.shortening = item_vectors, shortening if training else None
         self._value_scale = value_scale(dataset.action_values)
-        self._cold = dataset.training_item_counts() == 0 if recipe.cold_dropout else np.zeros(dataset.num_items, bool)
+        self._cold = dataset.training_item_counts() == 0 if recipe.cold_dropout else None
         self._negatives = _items_of_train(dataset) if "hold_out_items" in dataset.manifest["split"] else None
         self._bags = {name: dataset.feature_ids("item", name) for name in recipe.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in recipe.user_features}
@@ -141,14 +141,15 @@ class Collator:
     def item_features(self, items: Ints) -> KeyedJaggedTensor:
         """The bags of `items` [n] by themselves: slots as a batch has them for its unique items."""
         rng = np.random.default_rng(0)  # nothing is drawn: IDs are dropped of histories and targets only
-        return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng, items[self._cold[items]])
+        unknown = items[:0] if self._cold is None else items[self._cold[items]]
+        return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng, unknown)
 
     def _read_as_unknown(self, unique: Ints, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Of the batch's items [U], those whose IDs and vectors the model is not to see."""
-        unknown = self._cold[unique]
-        if self.training and self.recipe.cold_dropout:
-            unknown = unknown | (rng.random(unique.size) < self.recipe.cold_dropout)
-        return unknown
+        if self._cold is None:
+            return np.zeros(unique.size, bool)
+        drawn = rng.random(unique.size) < self.recipe.cold_dropout if self.training else False
+        return self._cold[unique] | drawn
 
     def _view(self, piece: Piece, epoch: int = 0) -> _View:
         """Filter the history, find what each exposure sees and what each position generates.
