@@ -68,6 +68,7 @@ def test_weights_are_those_of_the_model_shared_by_fsdp() -> None:
     assert shared["weights"] == pytest.approx(4 * dense / 32) and shared["gathered weights"] < 4 * dense
 
 
+@pytest.mark.slow
 def test_the_real_planner_places_tables_on_up_to_512_ranks() -> None:
     for world in (32, 512):
         found = on(world, config(features={"sharding": "auto"}), items=3_000_000_000)  # 204 GB
@@ -96,6 +97,7 @@ def test_unique_items_are_those_of_draws(popular: bool) -> None:
     assert work.unique(0, 0) == 0
 
 
+@pytest.mark.slow
 def test_the_papers_7b_fits_32_gpus_only_with_what_its_configuration_says(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--config", str(ROOT / "configs/paper/books_hllm_7b.yaml"), "--nodes", "4", "--items", "700000"]
     assert command.main([*given, "--users", "700000", "--json"]) == 0

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux alone")
 
 
+@pytest.mark.slow
 def test_in_the_interpreter_it_equals_the_eager_backend(root: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     run = subprocess.run(
