@@ -159,6 +159,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, caplog
     assert load_numbers(tmp_path / "step-00000001")[0].tolist() == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_any_file_that_is_gone_cut_or_altered_in_one_bit_is_noticed(tmp_path: Path) -> None:
     path, rng = save_numbers(tmp_path, 1, rank_extra={"rng": [1, 2]}, metric=0.5), random.Random(0)
     names = {file.name for file in path.iterdir()}

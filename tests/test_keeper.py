@@ -95,6 +95,7 @@ def test_each_replicated_tensor_is_one_ranks_to_write() -> None:
 ASYNC = {"reliability__asynchronous_checkpoints": True, "evaluation__checkpoint_every": 1, "evaluation__keep_last": 100}
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_and_so_are_its_checkpoints(tmp_path: Path) -> None:
     options = {"max_steps": 4, "optim__ema": 0.9, "evaluation__every": 0.25}
     plain = train(config(tmp_path / "plain", **{**options, **ASYNC, "reliability__asynchronous_checkpoints": False}))

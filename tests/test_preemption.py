@@ -82,6 +82,7 @@ OPTIONS = {"stages": [{"name": "a", "epochs": 0.5}, {"name": "b", "epochs": 0.75
 OPTIONS |= {"optim__ema": 0.9, "objective__head_dropout": 0.2, "evaluation__every": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in a step", "in a step after which an evaluation is due", "in an evaluation"])
 def test_an_interrupted_run_goes_on_as_if_it_had_been_left_alone(moment: str, tmp_path: Path) -> None:
     whole = train(config(tmp_path / "whole", **OPTIONS))

@@ -49,6 +49,7 @@ def dirty(settings: Config, rank: int = 0) -> Trainer:
 EVERY = {"evaluation__checkpoint_every": 1, "evaluation__keep_last": 100, "optim__ema": 0.9}
 
 
+@pytest.mark.slow
 def test_skipped_steps_change_nothing_and_their_batches_are_kept(tmp_path: Path) -> None:
     trainer = dirty(config(tmp_path / "run", reliability__not_finite="skip", **EVERY))
     trainer.run()

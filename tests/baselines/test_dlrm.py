@@ -221,6 +221,7 @@ def train_with_few_groups(root: str, config: DLRMConfig, folder: str) -> tuple[i
     return columns["test"]["score"].size, metrics["log_loss"]
 
 
+@pytest.mark.slow
 def test_a_rank_without_rows_keeps_step(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, epochs=1)
     (n, loss), (none, same_loss) = run_ranks(

@@ -215,6 +215,7 @@ def metrics_of_a_part(ranks: torch.Tensor) -> list[dict]:
     return [uneven, retrieval_metrics(ranks if rank == 0 else ranks[:0])]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one() -> None:
     ranks = torch.randint(1, 300, (100,), generator=torch.Generator().manual_seed(4))
     expected = pytest.approx(retrieval_metrics(ranks), rel=1e-14)

@@ -56,6 +56,7 @@ def contents(store: EmbeddingStore) -> dict[str, float]:
 
 
 @settings(max_examples=40, deadline=None)
+@pytest.mark.slow
 @given(
     commits=st.lists(
         st.one_of(
