@@ -98,16 +98,19 @@ def test_two_ranks_equal_one(two_ranks: list[dict], case: str, part: str) -> Non
         assert rank[f"{case}, {part}"] == pytest.approx(expected, abs=tolerance, rel=0, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_a_process_group_can_be_given(two_ranks: list[dict]) -> None:
     assert two_ranks[0]["subgroup"] == two_ranks[1]["subgroup"] == roc_auc([0, 1, 0, 0, 1, 1], [0.5, 0.4, 0.3] * 2)
     assert [rank["group of one"] for rank in two_ranks] == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_bad_row_raises_on_every_rank_and_names_its_rank(two_ranks: list[dict]) -> None:
     for rank in two_ranks:
         assert "rank 1: scores: row 1 is nan" in rank["error"]
 
 
+@pytest.mark.slow
 def test_score_ranges_are_apart_and_of_about_equal_size(two_ranks: list[dict]) -> None:
     (low_rows, _, low_high), (high_rows, high_low, _) = (rank["range"] for rank in two_ranks)
     assert low_high < high_low
@@ -115,6 +118,7 @@ def test_score_ranges_are_apart_and_of_about_equal_size(two_ranks: list[dict]) -
     assert max(low_rows, high_rows) <= 1.25 * 10_000
 
 
+@pytest.mark.slow
 def test_constant_scores_need_memory_for_a_ranks_own_rows_only(two_ranks: list[dict]) -> None:
     for rank in two_ranks:
         assert rank["large"] == 0.5
