@@ -1,11 +1,11 @@
 """The table of scripts/three_stages.sh: AUC and NE of every row of stage III, and differences to the DLRM alone.
 
-    python scripts/three_stages.py --output runs/stages --seeds 0 1 2 [--splits test] [--fallback]
+    python scripts/three_stages.py --output runs/stages --seeds 0 1 2 [--splits test] [--fallback] [--covered]
 
 Figures are means over seeds, ± their standard deviation. Intervals (95%) resample users, the same draws for every row
 and seed; of a difference they are those of the mean over seeds of paired differences. DeLong's test is paired on the
-same exposures, seed by seed; the largest of the seeds' p is shown. `--fallback` adds rows in which
-the DLRM alone scores the exposures without a daily user vector.
+same exposures, seed by seed; the largest of the seeds' p is shown. `--fallback` adds rows in which the DLRM alone
+scores the exposures without a daily user vector; `--covered` adds tables of those that have one, and of the others.
 """
 
 import argparse
@@ -136,8 +136,7 @@ def fall_back(output: Path, scored: Scored, rows: list[str], seeds: list[int]) -
         added.append(f"{row}_else_{ALONE}")
         for seed in seeds:
             own, base = scored[row, seed], scored[ALONE, seed]
-            store = EmbeddingStore.open(output / f"seed-{seed}" / "users" / "daily")
-            _, known = store.snapshot().marks(exposure_keys(own.user_id, own.position))
+            known = has_daily_vector(output, seed, own)
             assert own.probability is not None and base.probability is not None
             scored[added[-1], seed] = dataclasses.replace(
                 own,
@@ -145,6 +144,21 @@ def fall_back(output: Path, scored: Scored, rows: list[str], seeds: list[int]) -
                 probability=np.where(known, own.probability, base.probability),
             )
     return added
+
+
+def has_daily_vector(output: Path, seed: int, scored: Predictions) -> np.ndarray:
+    """Whether each exposure [n] has a user vector of the night before."""
+    store = EmbeddingStore.open(output / f"seed-{seed}" / "users" / "daily")
+    return store.snapshot().marks(exposure_keys(scored.user_id, scored.position))[1]
+
+
+def restrict(scored: Scored, rows: np.ndarray) -> Scored:
+    """The predictions of some of the exposures; rows: bool [n]."""
+    arrays = [field.name for field in dataclasses.fields(Predictions)]
+    return {
+        key: Predictions(**{name: None if (x := getattr(one, name)) is None else x[rows] for name in arrays})
+        for key, one in scored.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,14 +169,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--splits", nargs="+", default=["valid", "test"])
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--fallback", action="store_true")
+    parser.add_argument("--covered", action="store_true")
     options = parser.parse_args(argv)
     found = {}
     for split in options.splits:
         scored, rows = read_rows(options.output, options.seeds, split)
         if options.fallback:
             rows += fall_back(options.output, scored, rows, options.seeds)
-        found[split] = summarise(scored, rows, options.seeds, options.draws)
-        print(f"{split}, seeds {options.seeds}:\n\n{markdown(found[split], rows[0])}\n")
+        parts = {split: scored}
+        if options.covered:  # whether there is a vector depends on the history alone, not on the seed
+            known = has_daily_vector(options.output, options.seeds[0], scored[rows[0], options.seeds[0]])
+            parts |= {f"{split} covered": restrict(scored, known), f"{split} uncovered": restrict(scored, ~known)}
+        for name, part in parts.items():
+            found[name] = summarise(part, rows, options.seeds, options.draws)
+            exposures = part[rows[0], options.seeds[0]].label.size
+            print(f"{name}, {exposures:,} exposures, seeds {options.seeds}:\n\n{markdown(found[name], rows[0])}\n")
     (options.output / "three_stages.json").write_text(json.dumps(found, indent=1))
     return 0
 

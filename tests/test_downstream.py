@@ -141,6 +141,10 @@ def test_the_table_of_the_script_has_every_row_with_its_intervals(
     )
     assert known.any() and np.array_equal(mixed, np.where(known, own, base))
     assert found[name]["auc"] == pytest.approx(script.auc(scored[name, 0]))
+    assert np.array_equal(script.has_daily_vector(tmp_path, 0, alone), known)
+    covered, uncovered = (script.restrict(scored, rows)[name, 0] for rows in (known, ~known))
+    assert np.array_equal(covered.score, own[known]) and np.array_equal(uncovered.score, base[~known])
+    assert np.array_equal(covered.position, alone.position[known]) and covered.user_id.size == known.sum()
     with pytest.raises(ValueError, match="run scripts/three_stages.sh for all of them first"):
         script.main(["--output", str(tmp_path), "--seeds", "0", "1"])
 

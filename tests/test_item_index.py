@@ -59,6 +59,7 @@ def test_an_ivf_index_that_searches_all_cells_is_exact_and_one_cell_holds_some(t
     assert all(0 < len(ids) < 300 for ids in few) and np.isfinite(scores).sum() == sum(map(len, few))
 
 
+@pytest.mark.slow
 def test_the_index_of_a_run_ranks_targets_as_the_evaluation_does(tmp_path: Path) -> None:
     train(config(tmp_path / "run", max_steps=2))
     assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "index")]) == 0

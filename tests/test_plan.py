@@ -58,6 +58,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer() -> None:
     assert kept.of(10, True) < 0.35 * kept.of(10, False)
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_the_model_shared_by_fsdp() -> None:
     made = config()
     own = fixtures.model(made)

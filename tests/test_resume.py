@@ -133,6 +133,7 @@ def flip_a_bit(checkpoint: Path) -> None:
     file.write_bytes(contents)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_without_a_whole_one_the_run_stops(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -33,6 +33,7 @@ def both_ways(output: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_changes_on_one_rank(tmp_path: Path) -> None:
     found = both_ways(tmp_path)
     assert_equal_weights(found["ahead"], found["plain"])

@@ -204,6 +204,7 @@ def test_ranks_and_resumed_runs_read_the_same() -> None:
     assert histories(make(), 2) != one
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_share_that_it_reads_and_evaluates_whole_histories(tmp_path: Path) -> None:
     options = {
         "data__stochastic_length": 1.2,
