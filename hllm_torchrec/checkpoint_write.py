@@ -126,11 +126,7 @@ def save_checkpoint(
         tensors.update(flatten(state))
         for name, value in own.items():
             check_json(name, value)
-        replicated = {
-            key: t.numel() * t.element_size() + BYTES_BESIDES for key, t in tensors.items() if _is_replicated(t)
-        }
-        sharded = [_local_bytes(t) + BYTES_BESIDES for key, t in tensors.items() if key not in replicated]
-        return replicated, sum(sharded) + sum(len(json.dumps(value)) for value in own.values())
+        return _sizes(tensors, own)
 
     found = ranks.together(check)
     replicated = [sizes for sizes, _ in found]
@@ -213,6 +209,13 @@ class _Snapshot(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The copy, in place of the tensor as it is now."""
         return self._values[write_item.index]
+
+
+def _sizes(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> tuple[dict[str, int], int]:
+    """Bytes of each replicated tensor, by key; and of all that this rank alone can write: its shards and JSON files."""
+    replicated = {key: t.numel() * t.element_size() + BYTES_BESIDES for key, t in tensors.items() if _is_replicated(t)}
+    sharded = [_local_bytes(t) + BYTES_BESIDES for key, t in tensors.items() if key not in replicated]
+    return replicated, sum(sharded) + sum(len(json.dumps(value)) for value in own.values())
 
 
 def _is_full(error: BaseException) -> bool:
