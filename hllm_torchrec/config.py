@@ -52,6 +52,9 @@ class DataConfig:
     train_part: Literal["train", "train_and_valid"] = "train"
     """Which events train: those of the training part, or those of the validation part too. The second is for the
     last run, when nothing is left to choose: validation metrics are then of events that were trained on."""
+    train_users: float = 1.0
+    """Share of the users that are trained on, chosen by a hash of the user, so that a smaller share is part of a larger
+    one: for learning curves. Item counts, `factors` and numeric features stay those of the whole dataset."""
     prefetch: int = 2
     """Batches prepared ahead by the background thread."""
 

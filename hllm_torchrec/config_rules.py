@@ -21,6 +21,7 @@ BOUNDS = {
     "data.batch_item_tokens": ">= 0",
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
+    "data.train_users": "> 0, <= 1",
     "data.prefetch": ">= 0",
     "item_llm.layers": ">= 1",
     "item_llm.max_text_length": ">= 1",

@@ -103,6 +103,7 @@ class Experiment:
             item_costs=costs,
             whole=whole,
             fill=not training and self.recipe.visibility == "position",
+            users=data.train_users if training else 1.0,
         )
 
     def cold_items(self) -> NDArray[np.bool_]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.metrics.grouped import mix
 
 Ints = NDArray[np.int64]
 
@@ -95,11 +96,12 @@ class Loader:
         whole: every event counts as one of the split's part, those of earlier parts too, and the training users
             without an event in it come as well.
         fill: see `cut_into_pieces`.
+        users: share of the users that come, the same ones whatever the split; a smaller share is part of a larger one.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
 
     Raises:
-        ValueError: the split is empty.
+        ValueError: the split is empty, or no user is left of it.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Loader:
         item_costs: Ints | None = None,
         whole: bool = False,
         fill: bool = False,
+        users: float = 1.0,
     ) -> None:
         self.dataset, self.collator = dataset, collator
         self.batch_users, self.rank, self.world = batch_users, rank, world
@@ -130,15 +133,17 @@ class Loader:
             self._groups += dataset.row_groups("train")
         if not self._groups:
             raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
-        self.pieces = self._index(max_history, own, whole, fill)
+        self.pieces = self._index(max_history, own, whole, fill, users)
+        if not len(self.pieces):
+            raise ValueError(f"{dataset.root}: no user of split {split!r} is among a share of {users}: raise the share")
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self.costs = self.pieces.lengths if item_costs is None else self._costs(item_costs)
         self._plan_of: tuple[int, list[list[Ints]]] | None = None
 
-    def _index(self, max_history: int, own: int, whole: bool, fill: bool) -> Pieces:
-        """The pieces of all row groups; of those from number `own` on, the users that the others lack."""
+    def _index(self, max_history: int, own: int, whole: bool, fill: bool, share: float) -> Pieces:
+        """The pieces of a share of users in all row groups; of those from number `own` on, whom the others lack."""
         columns: list[tuple[Ints, Ints, Ints, Ints]] = []
         users: list[Ints] = []
         for number, group in enumerate(self._groups):
@@ -149,7 +154,7 @@ class Loader:
             starts = table["target_start"].to_numpy().astype(np.int64)
             starts = np.zeros_like(starts) if whole else starts
             is_new = np.ones(lengths.size, bool) if number < own else ~np.isin(users[-1], np.concatenate(users[:own]))
-            rows = np.flatnonzero(is_new)
+            rows = np.flatnonzero(is_new & is_chosen(users[-1], share))
             columns.append((np.full(rows.size, number), rows, lengths[rows], starts[rows]))
         numbers, all_rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
         return cut_into_pieces(numbers, all_rows, all_lengths, all_starts, max_history, fill)
@@ -249,6 +254,11 @@ class Loader:
                 batches += self._cut(window, ranks=1)
             plan.append(batches)
         return plan
+
+
+def is_chosen(user_ids: Ints, share: float) -> NDArray[np.bool_]:
+    """Which users (bool [n]) are of a share of all, by a hash of the id; a smaller share is part of a larger one."""
+    return (mix(user_ids) >> np.uint64(11)) < share * 2**53  # 53 bits: what a double holds exactly
 
 
 def deal(pieces: Ints, costs: Ints, hands: int, most: int) -> list[Ints]:

@@ -14,7 +14,7 @@ from hllm_torchrec.data import loader as loader_module
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, cut_into_pieces, deal
+from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, cut_into_pieces, deal, is_chosen
 from hllm_torchrec.data.recipe import BatchRecipe
 from tests import fixtures
 
@@ -51,6 +51,11 @@ def expected_exposures(split: str) -> list[tuple[int, int]]:
         targets = np.flatnonzero(~np.isnan(piece.labels[piece.first :])) + piece.first
         found += [(piece.user_id, int(target)) for target in targets]
     return sorted(found)
+
+
+def users_of(loader: Loader) -> set[int]:
+    """The users of an epoch."""
+    return {user for batch in loader.batches(0) for user in batch.user_ids.tolist()}
 
 
 def signature(batch: HybridBatch) -> list[list[float]]:
@@ -288,6 +293,25 @@ class _Unprepared(Dataset):
 
     def row_groups(self, part: str) -> list[RowGroup]:
         return []
+
+
+def test_a_share_of_users_holds_the_smaller_shares_and_no_other_exposure() -> None:
+    everyone = users_of(make())
+    half, quarter = users_of(make(users=0.5)), users_of(make(users=0.25))
+    assert quarter < half < everyone
+    found = [pair for batch in make(users=0.5).batches(0) for pair in exposures(batch)]
+    assert sorted(found) == [pair for pair in expected_exposures("train") if pair[0] in half]
+
+
+def test_a_share_of_many_users_is_as_large_as_it_says() -> None:
+    chosen = is_chosen(np.arange(100_000), 0.3)
+    assert abs(chosen.mean() - 0.3) < 0.01
+    assert is_chosen(np.arange(100_000), 1.0).all()
+
+
+def test_a_share_without_a_user_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no user of split 'train' is among a share of 1e-09: raise the share"):
+        make(users=1e-9)
 
 
 def test_an_empty_split_is_an_error() -> None:
