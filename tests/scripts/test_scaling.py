@@ -1,0 +1,63 @@
+"""The scaling study: its law is found again in points made by it, and its grids are configurations that load."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hllm_torchrec.config import load_config
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "scripts" / "scaling.py"
+    spec = importlib.util.spec_from_file_location("scaling", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def points(script: ModuleType, noise: float = 0.0) -> list[Any]:
+    """A grid whose losses follow E = 4, A = .5, a = .3, B = .8, b = .4."""
+    rng = np.random.default_rng(0)
+    found = []
+    for n in (5e3, 2e4, 8e4, 3e5):
+        for d in (1e4, 2e4, 4e4, 8e4):
+            loss = 4 + 0.5 * (n / 1e4) ** -0.3 + 0.8 * (d / 1e4) ** -0.4 + noise * rng.normal()
+            found.append(script.Point("user", 16, 1.0, 0, int(n), int(d), loss, 0.1, 10, 1e12, 60.0))
+    return found
+
+
+def test_the_law_is_found_again(script: ModuleType) -> None:
+    found = script.fit(points(script))
+    assert found["parameters"] == pytest.approx({"E": 4, "A": 0.5, "a": 0.3, "B": 0.8, "b": 0.4}, rel=1e-3)
+    assert found["explained"] > 0.999999 and found["largest_residual"] < 1e-5
+
+
+def test_noise_shows_in_the_errors(script: ModuleType) -> None:
+    still, noisy = script.fit(points(script)), script.fit(points(script, noise=0.02))
+    assert noisy["jackknife_errors"]["b"] > 100 * still["jackknife_errors"]["b"]
+    assert noisy["largest_residual"] < 0.06
+
+
+def test_the_grids_are_configurations_and_every_point_has_as_many_steps(script: ModuleType) -> None:
+    found = script.variants(epochs=4)
+    assert len({variant.name for variant in found}) == len(found) == 20
+    for variant in found:
+        config = load_config(["--config", str(script.CONFIGS / f"{variant.config}.yaml"), *variant.options])
+        assert config.data.train_users == variant.share
+        assert config.stages[-1].epochs * variant.share == pytest.approx(4)
+        assert config.evaluation.every * script.EVALUATIONS == pytest.approx(config.stages[-1].epochs)
+
+
+def test_the_plot_and_the_table_have_every_point(script: ModuleType, tmp_path: Path) -> None:
+    grid = [*points(script), script.Point("item", 2, 1.0, 0, 100, 100, 4.5, 0.1, 10, 1e12, 60.0)]
+    script.plot(grid, script.fit(points(script)), tmp_path / "scaling.svg")
+    assert (tmp_path / "scaling.svg").stat().st_size > 10_000
+    assert script.markdown(grid).count("\n") == len(grid) + 1
