@@ -83,6 +83,9 @@ class ItemLLMConfig:
     """Embedding store (see `hllm embed`) for stages with `item_embeddings: stored`; made by this same Item LLM."""
     adapter: int = 0
     """Above 0: width of a trained residual bottleneck on top of stored embeddings; it begins as the identity."""
+    standardise: bool = False
+    """Centre and scale E, dimension by dimension, before it is projected to the user encoder's width, by mean and
+    spread of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space stay raw."""
     freeze_words: bool = False
     """Keep the word embeddings as they are: they are most of a small LLM's weights and optimizer state."""
     prompt: str = ""

@@ -39,6 +39,8 @@ from hllm_torchrec.subsample import SubsampledEncoder
 
 LOOKED_UP_ITEMS = 65_536
 """Rows of a frozen item table that all ranks together look up at a time."""
+MEASURED_ITEMS, MEASURED_AT_ONCE = 1024, 64
+"""Items that `measure_items` encodes."""
 
 INIT_ROWS = 4096
 """Table rows drawn from one generator: the values of a row do not depend on how the table is sharded."""
@@ -126,6 +128,18 @@ class Experiment:
     def items_to_evaluate_with(self) -> Tensor | None:
         """What `HLLM.item_cache` should hold while the model is evaluated; None: nothing, it needs none. Collective."""
         return None if self.hllm.takes_stored_items else self.encode_catalogue()
+
+    @torch.no_grad()
+    def measure_items(self) -> None:
+        """Give the model's `Standardise` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective."""
+        assert self.hllm.standardise is not None
+        number = self.dataset.num_items - 1
+        ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
+        was_training = self.hllm.training
+        self.hllm.eval()
+        found = [self.hllm.look_up_items(some) for some in ids.split(MEASURED_AT_ONCE)]
+        self.hllm.train(was_training)
+        self.hllm.standardise.measure(torch.cat([items for items in found if items is not None]))
 
     @torch.no_grad()
     def _look_up_catalogue(self) -> Tensor:

@@ -34,6 +34,7 @@ from hllm_torchrec.modules.losses import Exclusion, InfoNceOutput, LogitScale, b
 from hllm_torchrec.modules.prediction_head import PredictionHead
 from hllm_torchrec.modules.sampled_bce import sampled_bce
 from hllm_torchrec.modules.sasrec import SASRec
+from hllm_torchrec.modules.standardise import Standardise
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.modules.user_llm import Queries, UserLLM
 
@@ -98,6 +99,8 @@ class HLLM(nn.Module):
         self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
         same = item_llm is None or item_width == user.width
         self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
+        standardises = config.item_llm.standardise and item_llm is not None
+        self.standardise = Standardise(item_width) if standardises else None
         if self.fusion == "late":
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion != "none":
@@ -188,6 +191,11 @@ class HLLM(nn.Module):
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
         return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
 
+    @property
+    def wants_measuring(self) -> bool:
+        """Whether item embeddings are standardised and nothing was measured yet."""
+        return self.standardise is not None and not bool(self.standardise.measured)
+
     def _encode_items(self, item_llm: ItemLLM, item_ids: Tensor) -> Tensor:
         assert self.encode_items is not None, "the model was not given a way to encode items"
         return self.encode_items(item_llm, item_ids)
@@ -236,6 +244,8 @@ class HLLM(nn.Module):
 
     def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
         """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
+        if items is not None and self.standardise is not None:
+            items = self.standardise(items)
         terms = [] if items is None else [self.project_item(items)]
         if self.project_vectors is not None:
             assert vectors is not None, "the batch has no item vectors"

@@ -17,6 +17,7 @@ MAY_BE_NEW = (
     "project_item",
     "project_next",
     "project_vectors",
+    "standardise",
     "user_token",
     "value_head",
 )

@@ -272,6 +272,8 @@ class Trainer:
             self.hllm.item_cache = None
             if cached:
                 self.hllm.item_cache = self.experiment.encode_catalogue()
+            if self.hllm.wants_measuring:
+                self.experiment.measure_items()
             self.log.write("stage", self.step, name=leg.stage.name, item_embeddings=leg.stage.item_embeddings)
 
     def _rate_ratio(self) -> float:

@@ -31,6 +31,7 @@ def own_process_group() -> Iterator[None]:
 
 RESUMABLE = {
     "stages": MIXED,
+    "item_llm__standardise": True,
     "data__stochastic_length": 1.3,
     "objective__head_dropout": 0.2,
     "objective__generative_weight": 0.5,

@@ -84,7 +84,12 @@ def test_another_seed_gives_other_losses(tmp_path: Path) -> None:
                 {"stages": CACHED, "objective__generative_weight": 0.5},
                 pytest.mark.slow,
             ),
-            ("early", "trained-lambda", {"stages": TRAINED, "objective__generative_weight": 0.5}, ()),
+            (
+                "early",
+                "trained-lambda",
+                {"stages": TRAINED, "objective__generative_weight": 0.5, "item_llm__standardise": True},
+                (),
+            ),
             ("early", "cached", {"stages": CACHED}, pytest.mark.slow),
             ("none", "trained", {"stages": TRAINED}, pytest.mark.slow),
             ("none", "cached", {"stages": CACHED}, ()),
@@ -198,6 +203,19 @@ def test_adam_does_not_move_the_item_llm_in_a_cached_stage_after_a_trained_one(t
     item_llm = {name: value for name, value in weights(end).items() if name.startswith("item_llm.")}
     assert end.step > start.step == live_steps
     assert_equal_weights(item_llm, {n: v for n, v in weights(start).items() if n.startswith("item_llm.")})
+
+
+def test_items_are_measured_once_before_the_first_step(tmp_path: Path) -> None:
+    options = {"item_llm__standardise": True, "optim__item_llm_lr": 0.1}
+    trainer = train(config(tmp_path / "one", max_steps=1, **options))
+    start = Trainer(config(tmp_path / "start", **options), start_process()).experiment.encode_catalogue()
+    assert start is not None
+    torch.testing.assert_close(trainer.hllm.standardise.mean, start[1:].mean(0))
+    torch.testing.assert_close(trainer.hllm.standardise.scale, start[1:].std(0) * 4)
+    later = train(config(tmp_path / "later", max_steps=1, start_from=tmp_path / "one", **options))
+    assert torch.equal(later.hllm.standardise.mean, trainer.hllm.standardise.mean)
+    moved = later.experiment.encode_catalogue()
+    assert moved is not None and not torch.allclose(moved[1:].mean(0), start[1:].mean(0), atol=1e-3)
 
 
 @pytest.mark.parametrize(
