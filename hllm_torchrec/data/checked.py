@@ -36,11 +36,14 @@ def naming(place: object, remedy: str = REMEDY) -> Iterator[None]:
     """Turn what Arrow and numpy raise of a broken file into a ValueError that names it and the remedy.
 
     Within the block only files are read: whatever fails there, fails because of the file. Arrow and its decoders
-    raise many kinds of error for damaged bytes, MemoryError for an absurd length among them.
+    raise many kinds of error for damaged bytes, MemoryError for an absurd length among them. A ValueError that names
+    the place itself passes as it is.
     """
     try:
         yield
     except (pa.ArrowException, ValueError, OSError, EOFError, KeyError, IndexError, TypeError) as error:
+        if type(error) is ValueError and str(place) in str(error):
+            raise
         raise ValueError(f"{place} cannot be read ({_reason(error)}); {remedy}") from error
     except (MemoryError, OverflowError, NotImplementedError, SyntaxError, RuntimeError) as error:
         raise ValueError(f"{place} is damaged ({_reason(error)}); {remedy}") from error
@@ -135,9 +138,7 @@ def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
         _refuse(place, "target_start", starts > lengths, starts, None, "it is beyond the row's events")
 
 
-def _check_values(
-    place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray[np.int64], rows: TableRows
-) -> None:
+def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray[np.int64], rows: TableRows) -> None:
     """The elements of one list column, all rows' one after the other."""
     ends = np.cumsum(lengths)
     if name == "labels":
