@@ -149,7 +149,7 @@ class Rows:
         columns = {name: self._numbers(name, table, self.layout.label, start) for name, table in tables.items()}
         first = self.models[0].name
         labels = columns[first]
-        self._check(first, self.layout.label, labels, (labels == 0) | (labels == 1), start, "a label is 0 or 1")
+        self._check(first, self.layout.label, labels, (labels == 0) | (labels == 1), start, "a label is 0 or 1; leave the row out")
         for name, other in columns.items():
             rule = f"it is another in the files of {first!r}; models are compared row by row: write both in one order"
             self._check(name, self.layout.label, other, other == labels, start, rule)
@@ -198,7 +198,14 @@ class Rows:
             flags = pc.cast(pc.cast(table[layout.item_is_cold], pa.string()), pa.bool_())
             cold = pc.fill_null(flags, False).to_numpy()
             known = pc.is_valid(flags).to_numpy()
-            self._check(self.models[0].name, layout.item_is_cold, np.where(known, 0, np.nan), known, start, "say which")
+            self._check(
+                self.models[0].name,
+                layout.item_is_cold,
+                np.where(known, 0, np.nan),
+                known,
+                start,
+                "write true or false",
+            )
         elif items is not None and self._known_items is not None:
             cold = ~np.isin(items, self._known_items)
         if cold is not None:

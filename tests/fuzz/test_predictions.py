@@ -53,7 +53,7 @@ def good() -> tuple[Path, dict[str, bytes], pa.Table]:
     )
     pa.csv.write_csv(table, folder / FILES[0])
     pq.write_table(table, folder / FILES[1], row_group_size=25)
-    own = table.drop_columns(["weight", "probability"]).add_column(0, "position", pa.array(np.arange(n)))
+    own = table.drop_columns(["weight"]).add_column(0, "position", pa.array(np.arange(n)))
     pq.write_table(own, folder / FILES[2])
     return folder, {name: (folder / name).read_bytes() for name in FILES}, table
 

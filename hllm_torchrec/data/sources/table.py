@@ -37,7 +37,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
 from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.manifest_fields import is_inside
@@ -51,6 +50,7 @@ from hllm_torchrec.data.sources.base import (
     require_time_unit,
 )
 from hllm_torchrec.data.sources.columnar import read_columns
+from hllm_torchrec.yaml_files import read_yaml, shown
 
 _CONVERT = "convert the column, or correct the mapping"
 
@@ -130,7 +130,7 @@ def table(mapping_file: str | Path) -> Source:
         has_timestamps=events.time is not None,
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
-        options={"mapping": yaml.safe_load(path.read_text(encoding="utf-8"))},
+        options={"mapping": read_yaml(path)},
     )
 
 
@@ -139,9 +139,9 @@ def read_mapping(path: Path) -> TableMapping:
     if not path.is_file():
         raise ValueError(f"{path}: no such mapping file; `table` needs a YAML file that names the columns")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no such date
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}; mend it") from error
+        raw = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
     parts = {"events": EventColumns, "items": ItemColumns, "users": UserColumns}
     top = _checked(raw, TableMapping, path, "")
     for name, kind in parts.items():
@@ -155,9 +155,7 @@ def read_mapping(path: Path) -> TableMapping:
 def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
     """`raw` as keyword arguments of `kind`."""
     if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {repr(raw)[:100]}"
-        )
+        raise ValueError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {shown(raw)}")
     known = {f.name: f for f in fields(kind)}
     for key in raw:
         if key not in known:
@@ -171,7 +169,7 @@ def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
     for name, value in given.items():
         kinds, what = _KINDS.get(known[name].type, (object, ""))
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool and kinds is not object):
-            raise ValueError(f"{path}: {prefix}{name} is {repr(value)[:100]}, it must be {what}")
+            raise ValueError(f"{path}: {prefix}{name} is {shown(value)}, it must be {what}")
     return given
 
 
@@ -192,13 +190,15 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
     require_time_unit(mapping.items.time_unit)
     if not mapping.items.text:
         raise ValueError(f"{path}: items.text=[] must be a list of at least one column")
+    if not all(isinstance(name, str | int | float) for name in mapping.events.actions):
+        raise ValueError(f"{path}: events.actions is {shown(mapping.events.actions)}, it must be a list of names")
     users = mapping.users.features if mapping.users else {}
     for name in (*mapping.items.text, *mapping.items.features, *users):
         if not isinstance(name, str) or not is_inside(f"{name}.parquet") or "/" in name:
-            raise ValueError(f"{path}: {repr(name)[:100]} must be the name of a column, in quotes and without slashes")
+            raise ValueError(f"{path}: {shown(name)} must be the name of a column, in quotes and without slashes")
     for name, separator in (*mapping.items.features.items(), *users.items()):
         if separator is not None and (not isinstance(separator, str) or not separator):
-            raise ValueError(f"{path}: the separator of {name} is {repr(separator)[:100]}, it must be text or null")
+            raise ValueError(f"{path}: the separator of {name} is {shown(separator)}, it must be text or null")
     if mapping.events.action is not None and not mapping.events.actions:
         raise ValueError(f"{path}: events.actions is missing; list the values of {mapping.events.action!r} there")
     if mapping.events.positive_from is not None and mapping.events.label is None:
