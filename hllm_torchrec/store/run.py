@@ -94,7 +94,10 @@ class RunReader:
                 starts, ends, size = offsets[rows], offsets[rows + 1], data.size if data is not None else 0
                 if starts.min() < 0 or (starts > ends).any() or ends.max() > size:
                     raise ValueError(f"{self.folder / 'keys.arrow'}: is damaged; {_VERIFY}")
-        return plain(self.keys.take(pa.array(rows)))
+        with naming(self.folder / "keys.arrow", _VERIFY):
+            found = plain(self.keys.take(pa.array(rows)))
+            found.validate(full=True)  # text is UTF-8
+        return found
 
     def _open(self, folder: Path, dtype: str) -> None:
         # Plain arrays over the maps: np.memmap's own indexing costs microseconds a call.

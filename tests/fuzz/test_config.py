@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hllm_torchrec.config import Config, load_config
 from hllm_torchrec.config_files import to_dict
 from tests import fixtures
-from tests.fuzz.mutations import FEW, Target, byte_changes, change_bytes, check_reader, edit, edits
+from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader, edit, edits
 
 OPTIONS = (
     "seed",
@@ -76,7 +76,7 @@ TARGET = Target(
 )  # fmt: skip
 
 
-@FEW
+@FEWER
 @example(("raw", "!!python/object/apply:os.getpid []"))
 @example(("raw", "[" * 3000))
 @example(("raw", "a: &a [*a]"))

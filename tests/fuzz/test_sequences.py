@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.loader import Loader
 from tests import fixtures
-from tests.fuzz.mutations import FEW, Target, byte_changes, change_bytes, check_reader
+from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader
 
 FILES = ("sequences/train/part-00000.parquet", "items.parquet", "users.parquet", "training_item_counts.npy")
 COLUMNS = ("user_id", "target_start", "item_ids", "timestamps", "labels", "actions")
@@ -105,7 +105,7 @@ TARGET = Target(
 )
 
 
-@FEW
+@FEWER
 @example(("value", "item_ids", 0, 1, 10**6))
 @example(("value", "item_ids", 0, 1, -1))
 @example(("value", "timestamps", 1, 0, 1_400_000_000_000))

@@ -17,7 +17,7 @@ from hllm_torchrec.data.policy import BadRows
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table import table
 from tests import fixtures
-from tests.fuzz.mutations import FEW, Target, byte_changes, change_bytes, check_reader, edit, edits
+from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader, edit, edits
 
 FILES = ("events.csv", "items.csv", "users.csv", "events.parquet", "items.parquet")
 CELLS = (
@@ -111,7 +111,7 @@ TARGET = Target(
 )  # fmt: skip
 
 
-@FEW
+@FEWER
 @example(("bytes", False, "events.parquet", [("cut", 0.5, 1)]))
 @example(("cell", False, "events", 2, 5, "1400000000000"))
 @example(("cell", False, "events", 2, 5, "-86400"))
