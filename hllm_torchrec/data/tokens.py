@@ -141,7 +141,10 @@ class TokenStore:
         return token_ids, cu_seqlens
 
     def _checked(self, item_ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(item_ids, np.int64)
+        try:
+            ids = np.asarray(item_ids, np.int64)
+        except OverflowError as error:
+            raise ValueError(f"an item id is beyond int64 ({error}); {self.path} has 0..{len(self) - 1}") from error
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             wrong = ids[(ids < 0) | (ids >= len(self))][0]
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -233,7 +234,8 @@ def test_the_help_and_the_document_have_every_exit_status(root: Path, capsys: py
 
 
 def test_a_gate_that_fails_has_its_own_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {"label": [0.0, 1.0] * 300, "good": [0.1, 0.9] * 300, "bad": [0.9, 0.1] * 300, "even": [0.5] * 600}
+    label, noise = np.tile([0.0, 1.0], 300), np.random.default_rng(0).normal(size=600)
+    rows = {"label": label, "good": label + noise, "bad": noise}
     pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
     named = ["--predictions", f"new={tmp_path / 'rows.parquet'}", f"old={tmp_path / 'rows.parquet'}"]
     quick = ["--draws", "0", "--no-tensorboard", "--output", str(tmp_path / "out")]
