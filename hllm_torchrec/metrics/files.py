@@ -160,8 +160,10 @@ class RowReader:
 
 
 def _open(file: Path) -> pq.ParquetFile:
-    with naming(f"{file} as Parquet", "write it again"):
+    try:
         return pq.ParquetFile(file, memory_map=False, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}; write it again") from error
 
 
 def column_names(file: Path) -> list[str]:
@@ -172,8 +174,12 @@ def column_names(file: Path) -> list[str]:
     """
     if file.suffix == ".parquet":
         return list(_open(file).schema_arrow.names)
-    with naming(f"{file} as CSV", "mend the row, or write the file again"), pacsv.open_csv(file) as header:
-        return list(header.schema.names)
+    try:
+        with pacsv.open_csv(file) as header:
+            return list(header.schema.names)
+    except (pa.ArrowException, OSError) as error:
+        reason = f"{str(error)[:300]}; mend the row, or write the file again"
+        raise ValueError(f"{file} cannot be read as CSV: {reason}") from error
 
 
 def _check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
