@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 READERS = ("manifest", "sequences", "sources", "tokens", "config", "predictions", "store", "checkpoint")
@@ -57,13 +58,16 @@ def run_apart(name: str, seconds: float, seed: int) -> dict[str, object]:
     return result
 
 
-def fuzz(name: str, seconds: float, seed: int) -> dict[str, object]:
-    """Draw inputs and check them until the time is over; each distinct failure is shown once on stderr."""
+def fuzz(name: str, seconds: float, seed: int, target: Any = None) -> dict[str, object]:
+    """Draw inputs and check them until the time is over; each distinct failure is shown once on stderr.
+
+    target: a `tests.fuzz.mutations.Target`; None: the reader's own.
+    """
     import hypothesis
 
     sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    target = importlib.import_module(f"tests.fuzz.test_{name}").TARGET
+    target = target or importlib.import_module(f"tests.fuzz.test_{name}").TARGET
     inputs, failures, start = 0, {}, time.monotonic()
     options = hypothesis.settings(
         max_examples=200,

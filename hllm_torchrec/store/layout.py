@@ -84,7 +84,7 @@ def read_manifest(root: Path) -> Manifest:
                 raise ValueError(f"{root / 'manifest.json'}: {repr(name)[:100]} is no plain name: the file is damaged")
         if min(run.rows, run.deleted) < 0 or max(run.rows, run.deleted) >= 2**62:
             raise ValueError(f"{root / 'manifest.json'}: run {run.name} has {run.rows} rows: the file is damaged")
-        for path in (root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
+        for path in (root / "runs", root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
             if path.is_symlink():
                 raise ValueError(f"{path}: is a link, which may lead out of the store: put the files themselves there")
     return found
