@@ -132,12 +132,11 @@ class TokenStore:
         cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         index = np.repeat(starts - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
         token_ids = self.values[index]
-        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < self.facts["vocab_size"]:
-            wrong = token_ids[(token_ids < 0) | (token_ids >= self.facts["vocab_size"])][0]
-            raise ValueError(
-                f"{self.path / 'values.arrow'}: token {wrong} is outside 0..{self.facts['vocab_size'] - 1}: it is "
-                f"damaged; {_REMEDY}"
-            )
+        limit = self.facts.get("vocab_size", 2**31)
+        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < limit:
+            wrong = token_ids[(token_ids < 0) | (token_ids >= limit)][0]
+            place = f"{self.path / 'values.arrow'}: token {wrong}"
+            raise ValueError(f"{place} is outside 0..{limit - 1}: it is damaged; {_REMEDY}")
         return token_ids, cu_seqlens
 
     def _checked(self, item_ids: np.ndarray) -> np.ndarray:

@@ -74,19 +74,21 @@ class RunReader:
         for name, array, kind, size in (*due, ("marks", self.marks, np.uint64, rows)):
             if array.dtype != kind or array.ndim != 1 or size not in (None, array.size):
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}")
-        if len(self.keys) != every or vectors != rows or self.hashes.size > every:
-            raise ValueError(f"there are {len(self.keys)} keys and {vectors} vectors, not {every} and {rows}")
+        if vectors != rows or self.hashes.size > every:
+            raise ValueError(f"there are {self.hashes.size} keys and {vectors} vectors, not {every} and {rows}")
         if any(len(file) != self.rows_per_file for file in self.files[:-1]):
             raise ValueError("the files of vectors are not of one size")
 
     def require_rows(self, rows: Ints) -> Ints:
         """`rows` [k] of the index; ValueError naming the file where one is not of this run."""
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self.keys):
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.facts.rows + self.facts.deleted:
             raise ValueError(f"{self.folder / 'rows.npy'}: is damaged; {_VERIFY}")
         return rows
 
     def take_keys(self, rows: Ints) -> pa.Array:
         """Keys of `rows` [k]; ValueError naming the file where it points beyond its own text."""
+        if rows.size and rows.max() >= len(self.keys):
+            raise ValueError(f"{self.folder / 'keys.arrow'}: lacks keys; {_VERIFY}")
         for chunk in self.keys.chunks:  # one, or none
             if not pa.types.is_integer(chunk.type) and rows.size:
                 offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset :]
