@@ -35,18 +35,15 @@ class TableRows:
 def naming(place: object, remedy: str = REMEDY) -> Iterator[None]:
     """Turn what Arrow and numpy raise of a broken file into a ValueError that names it and the remedy.
 
-    Within the block only files are read: whatever fails there, fails because of the file. Arrow and its decoders
-    raise many kinds of error for damaged bytes, MemoryError for an absurd length among them. A ValueError that names
-    the place itself passes as it is.
+    Within the block only files are read: whatever fails there, fails because of the file, be it a MemoryError for an
+    absurd length. A ValueError that names the place itself passes as it is.
     """
     try:
         yield
-    except (pa.ArrowException, ValueError, OSError, EOFError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # decoders of damaged bytes raise almost anything
         if type(error) is ValueError and str(place) in str(error):
             raise
         raise ValueError(f"{place} cannot be read ({_reason(error)}); {remedy}") from error
-    except (MemoryError, OverflowError, NotImplementedError, SyntaxError, RuntimeError) as error:
-        raise ValueError(f"{place} is damaged ({_reason(error)}); {remedy}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -224,7 +224,7 @@ class Rows:
                 np.where(known, 0, np.nan),
                 known,
                 start,
-                "write true or false",
+                "say which: write true or false",
             )
         elif items is not None and self._known_items is not None:
             cold = ~np.isin(items, self._known_items)

@@ -85,10 +85,15 @@ class RunReader:
             raise ValueError(f"{self.folder / 'rows.npy'}: is damaged; {_VERIFY}")
         return rows
 
+    def require_keys(self) -> None:
+        """ValueError naming the file where there are not as many keys as the manifest says."""
+        if len(self.keys) != self.facts.rows + self.facts.deleted:
+            raise ValueError(f"{self.folder / 'keys.arrow'}: has {len(self.keys)} keys; {_VERIFY}")
+
     def take_keys(self, rows: Ints) -> pa.Array:
         """Keys of `rows` [k]; ValueError naming the file where it points beyond its own text."""
         if rows.size and rows.max() >= len(self.keys):
-            raise ValueError(f"{self.folder / 'keys.arrow'}: lacks keys; {_VERIFY}")
+            self.require_keys()
         for chunk in self.keys.chunks:  # one, or none
             if not pa.types.is_integer(chunk.type) and rows.size:
                 offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset :]

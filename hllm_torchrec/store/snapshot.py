@@ -107,6 +107,7 @@ class Snapshot:
     def _standing(self, number: int, first: int, last: int, batch: int) -> Iterator[tuple[pa.Array, Ints]]:
         """Those rows of a run, `first` to `last`, that none in it or a newer one replaces, and their keys."""
         run = self.runs[number]
+        run.require_keys()
         counts = np.zeros(run.facts.rows + run.facts.deleted, bool)
         counts[run.require_rows(run.rows)] = True
         for at in range(first, last, batch):

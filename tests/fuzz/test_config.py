@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -76,6 +77,7 @@ TARGET = Target(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @FEWER
 @example(("raw", "!!python/object/apply:os.getpid []"))
 @example(("raw", "[" * 3000))

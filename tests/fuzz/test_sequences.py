@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -105,6 +106,7 @@ TARGET = Target(
 )
 
 
+@pytest.mark.slow
 @FEWER
 @example(("value", "item_ids", 0, 1, 10**6))
 @example(("value", "item_ids", 0, 1, -1))

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -111,6 +112,7 @@ TARGET = Target(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @FEWER
 @example(("bytes", False, "events.parquet", [("cut", 0.5, 1)]))
 @example(("cell", False, "events", 2, 5, "1400000000000"))

@@ -100,6 +100,8 @@ TARGET = Target(
 @example(("int64", "bytes", "rows.npy", 1, [("cut", 0.9, 255)], True))
 @example(("int64", "bytes", "vectors-0000.bin", 1, [("cut", 0.9, 255)], True))
 @example(("int64", "bytes", "hashes.npy", 1, [("flip", 0.1, 3)], False))
+@example(("string", "bytes", "marks.npy", 0, [("zero", 0.125, 15)], True))
+@example(("string", "json", "manifest.json", [([2, 0, 2], "set", 2**40)]))
 @given(TARGET.inputs)
 def test_a_store_is_read_or_refused_by_name(mutation: Any) -> None:
     check(mutation)
