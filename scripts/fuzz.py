@@ -79,7 +79,7 @@ def fuzz(name: str, seconds: float, seed: int, target: Any = None) -> dict[str, 
 
     def check(mutation: object) -> None:
         nonlocal inputs
-        if time.monotonic() - start >= seconds:
+        if inputs and time.monotonic() - start >= seconds:
             return
         inputs += 1
         try:
