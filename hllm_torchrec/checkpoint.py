@@ -15,7 +15,6 @@ Saving, loading and looking for the latest or best are collective when a process
 calls them, and what fails on one rank raises on all.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,8 +82,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
     for key in kept & tensors.keys():
         del tensors[key]
     _load_tensors(tensors, path)
-    extra: dict[str, Any] = json.loads((path / "extra.json").read_text())
-    return extra
+    return files.read_json(path / "extra.json")
 
 
 def load_rank_extra(path: Path) -> dict[str, Any] | None:
@@ -92,8 +90,7 @@ def load_rank_extra(path: Path) -> dict[str, Any] | None:
     path = Path(path)
     if files.read_marker(path)["world_size"] != ranks.world_size():
         return None
-    extra: dict[str, Any] = json.loads((path / f"extra-rank{ranks.rank()}.json").read_text())
-    return extra
+    return files.read_json(path / f"extra-rank{ranks.rank()}.json")
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -213,7 +210,8 @@ def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load({**tensors, **whole}, storage_reader=SafeReader(path))
     except CheckpointException as error:
-        raise RuntimeError(f"{path} could not be read: {first_failure(error)}") from error
+        reason = f"{path} could not be read: {first_failure(error)}; load the checkpoint before it"
+        raise ValueError(reason) from error
     for key, target in replanned.items():
         _spread_rowwise(whole[key], target)
 

@@ -113,21 +113,39 @@ def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int]
         part, parts = share
         for number, (name, (size, digest)) in enumerate(marker["files"].items()):
             file = path / name
+            if Path(name).name != name or file.is_symlink():
+                return f"is damaged: {repr(name)[:100]} leads out of it"
             if not file.is_file():
                 return f"is incomplete: {name} is missing"
             if file.stat().st_size != size:
                 return f"is truncated: {name} has {file.stat().st_size} bytes instead of {size}"
             if check_hashes and number % parts == part and _sha256(file) != digest:
                 return f"is damaged: the contents of {name} are not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not {"extra.json", ".metadata"} <= marker["files"].keys() or not isinstance(marker["world_size"], int):
+            return f"is damaged: {MARKER} does not say what it should"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"has no readable {MARKER} file ({type(error).__name__}: {error})"
     return None
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's marker: schema_version, step, metric, better, world_size, files."""
-    marker: dict[str, Any] = json.loads((path / MARKER).read_text())
-    return marker
+    """Return a checkpoint's marker: schema_version, step, metric, better, world_size, files; raises as `read_json`."""
+    return read_json(path / MARKER)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or holds something else; names it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}: it is damaged; load the checkpoint before it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, no object: load the checkpoint before it")
+    return found
 
 
 def by_step(directory: Path) -> list[Path]:

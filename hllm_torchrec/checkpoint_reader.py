@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 #: module -> names that may be referred to. All are constructors of plain records; none runs anything.
 _ALLOWED = {
@@ -49,11 +49,13 @@ class SafeReader(FileSystemReader):
                     f"{self.path}: entry {key!r} is not a tensor and would have to be unpickled; {_REMEDY}"
                 )
         for index, info in metadata.storage_data.items():
-            if Path(info.relative_path).name != info.relative_path:
+            name = info.relative_path
+            if not isinstance(name, str) or Path(name).name != name or (Path(self.path) / name).is_symlink():
                 raise ValueError(
-                    f"{self.path}: entry {index.fqn!r} is kept outside the checkpoint, "
-                    f"in {info.relative_path!r}; {_REMEDY}"
+                    f"{self.path}: entry {index.fqn!r} is kept outside the checkpoint, in {name!r}; {_REMEDY}"
                 )
+            if not (isinstance(info.offset, int) and isinstance(info.length, int) and info.offset >= 0 < info.length):
+                raise ValueError(f"{self.path}: entry {index.fqn!r} has no place in {name!r}; {_REMEDY}")
         return metadata
 
     def read_tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -80,6 +82,30 @@ def _unpickle(path: Path) -> Metadata:
             metadata = _RestrictedUnpickler(stream).load()
     except Exception as error:  # a damaged pickle raises almost anything
         raise ValueError(f"{path} cannot be read: {error}; {_REMEDY}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+    if not isinstance(metadata, Metadata) or not _is_whole(metadata):
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint; {_REMEDY}")
     return metadata
+
+
+def _is_whole(metadata: Metadata) -> bool:
+    """Whether the records are of the kinds that they should be; a damaged pickle may put anything anywhere."""
+    storage, entries = getattr(metadata, "storage_data", None), getattr(metadata, "state_dict_metadata", None)
+    if not isinstance(storage, dict) or not isinstance(entries, dict):
+        return False
+    places = all(isinstance(key, MetadataIndex) and hasattr(key, "fqn") for key in storage)
+    infos = all(hasattr(info, name) for info in storage.values() for name in ("relative_path", "offset", "length"))
+    return places and infos and all(isinstance(key, str) and _is_entry(entry) for key, entry in entries.items())
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether one entry says what a tensor of it needs to know; entries that are no tensors are refused by name."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return True
+    size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
+    dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+    return (
+        isinstance(size, torch.Size)
+        and isinstance(dtype, torch.dtype)
+        and isinstance(chunks, list)
+        and all(isinstance(getattr(c, n, None), torch.Size) for c in chunks for n in ("offsets", "sizes"))
+    )

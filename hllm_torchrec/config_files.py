@@ -41,8 +41,11 @@ def load_as(cls: type[T], arguments: list[str], *, prog: str, description: str) 
         # jsonargparse's own --print_config cannot print dataclasses in a list
         to_parse = [argument for argument in arguments if argument != "--print_config"]
         parsed = _parser(kind, prog, description).parse_args(to_parse)
-    except ArgumentError as error:
-        raise ConfigError([" ".join(str(error).split())]) from None
+    except (ArgumentError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        files = ", ".join(text for name, text in given if name == "config")
+        raise ConfigError([f"{files or prog}: {' '.join(str(error).split())}: it must be {cls.__name__}'s"]) from None
     if "--print_config" in arguments:
         print(as_yaml(parsed), end="")
         raise SystemExit(0)

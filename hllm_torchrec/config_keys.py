@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from hllm_torchrec.errors import nearest
+from hllm_torchrec.yaml_files import read_yaml, shown
 
 
 def file_problems(path: str, cls: type) -> list[str]:
@@ -20,9 +21,9 @@ def file_problems(path: str, cls: type) -> list[str]:
     if not Path(path).is_file():
         return [f"--config: {path or 'no file named'}: no such file"]
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        return [f"{path}: not valid YAML: {' '.join(str(error).split())}"]
+        content = read_yaml(Path(path))
+    except ValueError as error:
+        return [f"{path}: {error}"]
     return [f"{path}: {problem}" for problem in record_problems({} if content is None else content, cls)]
 
 
@@ -43,8 +44,8 @@ def _option_value_problems(name: str, text: str, kind: Any) -> list[str]:
         return [] if _fits(kind, text, is_text=True) else [_wrong(name, text, kind)]
     try:
         return _value_problems(yaml.safe_load(text), kind, name)
-    except yaml.YAMLError:
-        return [f"{name}: {text}: not valid YAML"]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return [f"{name}: {shown(text)}: not valid YAML"]
 
 
 def record_problems(content: Any, cls: type, name: str = "") -> list[str]:
@@ -53,7 +54,7 @@ def record_problems(content: Any, cls: type, name: str = "") -> list[str]:
     name: dotted name of the mapping; empty for the whole.
     """
     if not isinstance(content, dict):
-        return [f"{name or 'the file'}: {content!r}: must be a mapping of {cls.__name__} fields"]
+        return [f"{name or 'the file'}: {shown(content)}: must be a mapping of {cls.__name__} fields"]
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}
     prefix = f"{name}." if name else ""
     problems: list[str] = []
@@ -61,7 +62,7 @@ def record_problems(content: Any, cls: type, name: str = "") -> list[str]:
         if key in fields:
             problems += _value_problems(value, fields[key].type, prefix + key)
         else:
-            problems.append(f"{prefix}{key}: unknown key{nearest(str(key), fields)}")
+            problems.append(f"{prefix}{str(key)[:100]}: unknown key{nearest(str(key)[:100], fields)}")
     for key, entry in fields.items():
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and key not in content:
@@ -75,11 +76,13 @@ def _value_problems(value: Any, kind: Any, name: str) -> list[str]:
         return record_problems(value, kind, name)
     if is_record(element) and isinstance(value, list):
         return [p for i, entry in enumerate(value) for p in record_problems(entry, element, f"{name}[{i}]")]
+    if value is None and type(None) not in typing.get_args(kind):
+        return [_wrong(name, value, kind)]
     return [] if _fits(kind, value) else [_wrong(name, value, kind)]
 
 
 def _wrong(name: str, value: Any, kind: Any) -> str:
-    return f"{name}: {value!r}: must be {describe(kind)}"
+    return f"{name}: {shown(value)}: must be {describe(kind)}"
 
 
 def _fits(kind: Any, value: Any, is_text: bool = False) -> bool:
@@ -89,7 +92,7 @@ def _fits(kind: Any, value: Any, is_text: bool = False) -> bool:
             _parser_of(kind).parse_args([f"--value={value}"])
         else:
             _parser_of(kind).parse_object({"value": value})
-    except (ArgumentError, TypeError, ValueError, KeyError):
+    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError, OSError, OverflowError):
         return False
     return True
 

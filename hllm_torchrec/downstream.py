@@ -182,5 +182,8 @@ def _is_there(directory: Path, made_of: dict[str, Any]) -> bool:
     path = directory / RECORD
     if not path.is_file():
         return False
-    record = json.loads(path.read_text())
-    return {key: record.get(key) for key in made_of} == json.loads(json.dumps(made_of))
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:  # cut short: the row is trained again
+        return False
+    return isinstance(record, dict) and {key: record.get(key) for key in made_of} == json.loads(json.dumps(made_of))

@@ -1,6 +1,7 @@
 """What the program says about a wrong configuration: every problem at once, each with its remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -23,6 +24,11 @@ class ConfigError(ValueError):
 
 class Preempted(Exception):
     """The run was asked to leave (SIGTERM): no fault, and its state is saved where it says so."""
+
+
+def without_credentials(text: str) -> str:
+    """`text` with `***` for what stands between `//` and `@` in addresses: names and passwords, which may be tokens."""
+    return re.sub(r"(?<=://)[^\s/@]+@", "***@", text)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

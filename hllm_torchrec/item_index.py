@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from hllm_torchrec.data.checked import naming, read_table
 from hllm_torchrec.offline import load_run
 from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.retrieval import catalogue_vectors
@@ -74,7 +74,8 @@ class ItemIndex:
         faiss, file = import_faiss(), folder / "index.faiss"
         if not file.is_file():
             raise ValueError(f"{folder}: no index.faiss: write one with `hllm index` or `hllm store export --faiss`")
-        return cls(faiss.read_index(str(file)), pq.read_table(folder / "ids.parquet")["id"].combine_chunks())
+        with naming(folder, "write the index again"):
+            return cls(faiss.read_index(str(file)), read_table(folder / "ids.parquet", ["id"])["id"].combine_chunks())
 
     def save(self, folder: Path) -> None:
         """Write index.faiss and ids.parquet.

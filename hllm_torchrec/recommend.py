@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from hllm_torchrec.config import Config
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.split import PARTS
@@ -99,7 +100,8 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
     dense = raw.index(user) + 1
     for part in reversed(PARTS):  # each row holds the whole history up to its part's end
         for file in dataset.sequence_files(part):
-            rows = pq.read_table(file, filters=[("user_id", "=", dense)])
+            with naming(file):
+                rows = pq.read_table(file, filters=[("user_id", "=", dense)])
             if rows.num_rows:
                 (whole,) = pieces_of(rows)
                 events = int(np.searchsorted(whole.timestamps, time, side="left"))

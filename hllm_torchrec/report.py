@@ -139,13 +139,17 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     users = f" of {metrics['users']:,} users" if metrics.get("users") else ""
     size = f"{metrics['split']} split: {metrics['rows']:,} exposures{users}"
     within = (
-        "GAUC is the AUC within a user, weighted by exposures, GAUC by user with all users alike: "
-        f"{first['gauc_users']:,} users count, {first['gauc_users_left_out']:,} with one class only do not. "
+        ""
+        if first["gauc_users"] is None
+        else (
+            "GAUC is the AUC within a user, weighted by exposures, GAUC by user with all users alike: "
+            f"{first['gauc_users']:,} users count, {first['gauc_users_left_out']:,} with one class only do not. "
+        )
     )
     note = (
         "AUC is exact, ties count one half. DeLong's interval takes exposures as independent, the other takes users: "
         "exposures of one user resemble each other, so it is the one to trust. "
-        f"{within if first['gauc_users'] is not None else ''}PR-AUC is average precision. NE, normalized entropy, is "
+        f"{within}PR-AUC is average precision. NE, normalized entropy, is "
         "useful below 1; calibration is right at 1. "
         f"{'Exposures are weighted.' if metrics.get('weighted') else ''}"
     )

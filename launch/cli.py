@@ -5,6 +5,7 @@ import importlib
 import sys
 
 import hllm_torchrec
+from hllm_torchrec.launch.command import STATUSES, CommandParser
 
 #: subcommand -> what it does; each is hllm_torchrec.launch.<name> (with _ for -), with main(argv) -> exit status.
 COMMANDS = {
@@ -48,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     """The parser of the first argument."""
     listed = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    statuses = "\n".join(f"  {number:<4} {meaning}" for number, meaning in STATUSES.items())
+    parser = CommandParser(
         prog="hllm",
         usage="hllm {" + ",".join(COMMANDS) + "} ...",
         description="Hybrid recommenders from LLMs and TorchRec tables.",
-        epilog=f"subcommands:\n{listed}\n\n`hllm SUBCOMMAND --help` says what each takes.",
+        epilog=f"subcommands:\n{listed}\n\n`hllm SUBCOMMAND --help` says what each takes.\n\nexit status:\n{statuses}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hllm {hllm_torchrec.__version__}")

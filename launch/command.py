@@ -12,6 +12,16 @@ from hllm_torchrec.errors import Preempted
 PREEMPTED = 75
 """Exit status of a run that left because it was asked to (sysexits.h: EX_TEMPFAIL, try again)."""
 
+STATUSES = {
+    0: "done",
+    1: "another rank failed or was lost; store verify: a file is damaged; plan: it does not fit",
+    2: "something that you can mend, said in one line: options, configuration, data, a full disk",
+    3: "evaluate --baseline: the AUC dropped by more than --max-drop",
+    4: "evaluate --baseline: it did, but chance may explain it",
+    PREEMPTED: "asked to leave (SIGTERM); the state is saved, resume: true continues",
+}
+"""Every exit status of every subcommand."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage."""

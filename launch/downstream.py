@@ -49,7 +49,11 @@ def run(arguments: list[str]) -> None:
     from hllm_torchrec.metrics.compare import compare, table
     from hllm_torchrec.parallelize import start_process, stop_process
     from hllm_torchrec.ranks import on_rank_zero
+    from hllm_torchrec.store import EmbeddingStore
 
+    for store in (settings.item_store, *settings.user_stores):
+        if store is not None:
+            EmbeddingStore.open(store)  # a mistake shows before anything is trained
     rows = settings.rows or tuple(settings.possible_rows())
     dataset, device, output = Dataset.open(settings.dataset), start_process(), Path(settings.output)
     try:

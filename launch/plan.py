@@ -110,10 +110,13 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
 
 def mean_tokens(root: Path) -> float | None:
     """Mean length of the dataset's texts, where they have been tokenised: by the longest of its token stores."""
+    from hllm_torchrec.data.checked import naming
+
     found = []
     for path in root.glob("tokens/*/store.json"):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        found.append(facts["tokens"] / max(1, facts["items"]))
+        with naming(path, "delete its folder and build it again"):
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            found.append(float(facts["tokens"] / max(1, facts["items"])))
     return max(found, default=None)
 
 

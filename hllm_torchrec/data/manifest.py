@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hllm_torchrec.data.manifest_fields import find_problem
+
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ITEM_COUNTS = "training_item_counts.npy"
@@ -75,12 +77,17 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = manifest["schema_version"], manifest["files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested beyond measure
         raise ValueError(f"{path} is damaged ({error}); prepare the dataset again") from error
-    if version != SCHEMA_VERSION:
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version is not None and version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
-    for name, facts in files.items():
+    problem = find_problem(manifest)
+    if problem is not None:
+        raise ValueError(f"{path} is damaged ({problem}); prepare the dataset again")
+    for name, facts in manifest["files"].items():
+        if not (root / name).resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{path}: {name!r} leads out of the dataset; copy the file there, or prepare again")
         size = (root / name).stat().st_size if (root / name).is_file() else None
         if size != facts["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.checked import read_table
 from hllm_torchrec.data.ingest import read_events, read_items, read_users
 from hllm_torchrec.data.manifest import (
     ITEM_COUNTS,
@@ -165,7 +166,7 @@ def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Pa
     user_words = load_vocabularies(old, source.user_features)
     catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
     if old is not None:
-        catalogue.load(pq.read_table(old / "items.parquet"), {n: v.table() for n, v in item_words.items()})
+        catalogue.load(read_table(old / "items.parquet"), {n: v.table() for n, v in item_words.items()})
     read_items(source, catalogue)
     count = options.partitions
     events = PartitionWriter(scratch, "events", count, "raw_user_id")

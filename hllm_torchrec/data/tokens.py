@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hllm_torchrec.data.atomic import whole_folder
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import hash_file, hash_parts
 
@@ -38,6 +39,7 @@ TOKENIZER_FILES = (
 )
 """Files of a Hugging Face directory that make up its tokeniser."""
 _FORMAT = "1"
+_REMEDY = "delete the folder and build it again"
 _BATCH = 4_096
 
 
@@ -59,12 +61,11 @@ class TokenStore:
         root = Path(path)
         if not (root / "store.json").is_file():
             raise ValueError(f"{root} is no token store (no store.json); make one with build_token_store")
-        facts = json.loads((root / "store.json").read_text(encoding="utf-8"))
-        values, offsets = _read_array(root / "values.arrow"), _read_array(root / "offsets.arrow")
-        if len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]:
-            raise ValueError(
-                f"{root} is damaged: its files and store.json differ; delete the folder and build it again"
-            )
+        facts = _read_facts(root / "store.json")
+        values, offsets = _read_array(root / "values.arrow", np.int32), _read_array(root / "offsets.arrow", np.int64)
+        wrong = len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]
+        if wrong or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{root} is damaged: its files and store.json differ; {_REMEDY}")
         return cls(root, values, offsets, facts)
 
     def __len__(self) -> int:
@@ -130,10 +131,19 @@ class TokenStore:
         lengths = ends - starts
         cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         index = np.repeat(starts - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        return self.values[index], cu_seqlens
+        token_ids = self.values[index]
+        limit = self.facts.get("vocab_size", 2**31)
+        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < limit:
+            wrong = token_ids[(token_ids < 0) | (token_ids >= limit)][0]
+            place = f"{self.path / 'values.arrow'}: token {wrong}"
+            raise ValueError(f"{place} is outside 0..{limit - 1}: it is damaged; {_REMEDY}")
+        return token_ids, cu_seqlens
 
     def _checked(self, item_ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(item_ids, np.int64)
+        try:
+            ids = np.asarray(item_ids, np.int64)
+        except OverflowError as error:
+            raise ValueError(f"an item id is beyond int64 ({error}); {self.path} has 0..{len(self) - 1}") from error
         if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
             wrong = ids[(ids < 0) | (ids >= len(self))][0]
             raise ValueError(
@@ -251,9 +261,25 @@ def _write_array(path: Path, values: np.ndarray) -> None:
         writer.write_batch(batch)
 
 
-def _read_array(path: Path) -> np.ndarray:
+def _read_facts(path: Path) -> dict[str, Any]:
+    """`store.json`, its numbers checked."""
+    with naming(path, _REMEDY):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("items", "tokens", "vocab_size"):
+        value = facts.get(name) if isinstance(facts, dict) else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{path}: {name} is {str(value)[:100]!r}, it must be a number from 0 on; {_REMEDY}")
+    return dict(facts)
+
+
+def _read_array(path: Path, dtype: type[np.generic]) -> np.ndarray:
     """The array of `_write_array`, as a view of the mapped file."""
-    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+    with naming(path, _REMEDY), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+        kind = pa.from_numpy_dtype(dtype)
+        if reader.schema.types != [kind] or reader.num_record_batches > 1:
+            raise ValueError(f"it must hold one array of {kind}")
         if reader.num_record_batches == 0:
-            return np.zeros(0, reader.schema.field(0).type.to_pandas_dtype())
-        return reader.get_batch(0).column(0).to_numpy()
+            return np.zeros(0, dtype)
+        batch = reader.get_batch(0)
+        batch.validate(full=True)
+        return batch.column(0).to_numpy()

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.data.catalogue import FEATURE_TYPE, Vocabulary, decode_feature
+from hllm_torchrec.data.checked import read_table
 from hllm_torchrec.data.partition import read_stream
 
 
@@ -19,7 +20,7 @@ class UserTable:
 
     def __init__(self, old: Path | None) -> None:
         self.raw_ids: list[pa.Array] = []
-        self._old = pq.read_table(old / "users.parquet") if old is not None else None
+        self._old = read_table(old / "users.parquet") if old is not None else None
         self._old_root = old
         self.final_ids = np.zeros(0, np.int64)
         self.without_features = 0
@@ -100,7 +101,7 @@ class UserTable:
         for name, vocabulary in vocabularies.items():
             column, values = f"feature_{name}", pa.nulls(len(self._old), pa.list_(pa.string()))
             if column in self._old.column_names:
-                words = pq.read_table(self._old_root / "features" / f"{name}.parquet")
+                words = read_table(self._old_root / "features" / f"{name}.parquet")
                 values = decode_feature(self._old[column].combine_chunks(), words)
             columns[column] = vocabulary.encode(values)
         return [pa.table(columns)]

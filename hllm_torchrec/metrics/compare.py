@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.metrics.exchange import ALONE
+from hllm_torchrec.metrics.files import column_names
 from hllm_torchrec.metrics.job import Settings, evaluate
 from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
 from hllm_torchrec.metrics.rows import Batch, Model, row_keys, time_slices
@@ -100,7 +102,8 @@ def read_predictions(directory: str | Path) -> Predictions:
         raise ValueError(f"{directory} holds no part-*.parquet; pass the directory that a model's predictions went to")
     tables = [_read_file(file) for file in files]
     shared = [name for name in tables[0].column_names if all(name in part.column_names for part in tables)]
-    table = pa.concat_tables([part.select(shared) for part in tables])
+    with naming(directory, "predict again"):
+        table = pa.concat_tables([part.select(shared) for part in tables])
     columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "probability"}
     missing = table["probability"].null_count
     if missing not in (0, len(table)):
@@ -211,11 +214,19 @@ def by_users(block: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 def _read_file(file: Path) -> pa.Table:
     """The columns of one file, with nulls where they may be only."""
-    found = pq.read_schema(file).names
+    found = column_names(file)
     missing = [name for name in COLUMNS if name not in found]
     if missing:
         raise ValueError(f"{file} has no column {missing[0]}; it has {', '.join(found)}; write all of {list(COLUMNS)}")
-    table = pq.read_table(file, columns=[*COLUMNS, *(["timestamp"] if "timestamp" in found else [])])
+    with naming(file, "predict again"):
+        table = pq.read_table(file, columns=[*COLUMNS, *(["timestamp"] if "timestamp" in found else [])])
+        table.validate(full=True)
+    for name in table.column_names:
+        kind = table[name].type
+        whole = name != "timestamp" and np.dtype(COLUMNS[name]).kind == "i"
+        if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or (pa.types.is_floating(kind) and not whole)):
+            rule = "whole numbers" if whole else "numbers"
+            raise ValueError(f"{file}: column {name} is {kind}; it must hold {rule}; predict again")
     for name in COLUMNS:
         if name != "probability" and table[name].null_count:
             row = int(table[name].is_null().to_numpy().argmax())

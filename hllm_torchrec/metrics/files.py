@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.errors import nearest
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
@@ -113,25 +114,31 @@ class RowReader:
 
     def _pieces(self, low: int, high: int, size: int) -> Iterator[pa.Table]:
         """The rows in pieces as the row groups give them."""
-        for first, parquet in zip(self._first_rows, self._parquet):
+        for file, first, parquet in zip(self.files, self._first_rows, self._parquet):
             start = first
             for group in range(parquet.num_row_groups):
                 end = start + parquet.metadata.row_group(group).num_rows
                 if start < high and end > low:
                     position = start
-                    for batch in parquet.iter_batches(size, row_groups=[group], columns=self.columns):
+                    for batch in self._decoded(file, parquet, group, size):
                         begin, stop = max(low - position, 0), min(high - position, len(batch))
                         if begin < stop:
                             yield pa.Table.from_batches([batch.slice(begin, stop - begin)])
                         position += len(batch)
                 start = end
 
+    def _decoded(self, file: Path, parquet: pq.ParquetFile, group: int, size: int) -> Iterator[pa.RecordBatch]:
+        """The batches of a row group, checked to be whole."""
+        with naming(f"{file}: row group {group}", "write it again"):
+            for batch in parquet.iter_batches(size, row_groups=[group], columns=self.columns):
+                batch.validate(full=True)
+                yield batch
+
     def _as_parquet(self, file: Path, folder: Path, index: int, numbers: Sequence[str]) -> Path:
         if file.suffix == ".parquet":
             self._names.append(_open(file).schema_arrow.names)
             return file
-        with pacsv.open_csv(file) as header:
-            names = header.schema.names
+        names = column_names(file)
         self._names.append(names)
         _check_columns(file, names, self.columns)
         kinds = {name: pa.float64() if name in (*NUMBERS, *numbers) else pa.string() for name in self.columns}
@@ -144,16 +151,35 @@ class RowReader:
             ):
                 for batch in reader:
                     writer.write_batch(batch)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file} cannot be read as CSV: {error}; rows are counted from 1, the header's") from error
+        except (pa.ArrowException, OSError) as error:
+            reason = f"{str(error)[:300]}; rows are counted from 1, the header's"
+            raise ValueError(
+                f"{file} cannot be read as CSV: {reason}; mend the row, or write the file again"
+            ) from error
         return target
 
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file, memory_map=False, pre_buffer=False)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {error}; write it again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}; write it again") from error
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns of a Parquet or CSV file.
+
+    Raises:
+        ValueError: it cannot be read; names it.
+    """
+    if file.suffix == ".parquet":
+        return list(_open(file).schema_arrow.names)
+    try:
+        with pacsv.open_csv(file) as header:
+            return list(header.schema.names)
+    except (pa.ArrowException, OSError) as error:
+        reason = f"{str(error)[:300]}; mend the row, or write the file again"
+        raise ValueError(f"{file} cannot be read as CSV: {reason}") from error
 
 
 def _check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> None:

@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hllm_torchrec.data.checked import naming
+from hllm_torchrec.data.policy import MAX_SECOND, describe_time
 from hllm_torchrec.metrics.files import RowReader, find_files
 from hllm_torchrec.metrics.grouped import mix
 from hllm_torchrec.metrics.inputs import WEIGHT_RANGE
 from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
 
 DAY = 86_400
+_TRUE, _FALSE = ["true", "1"], ["false", "0"]
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
 
@@ -138,18 +141,25 @@ class Rows:
             for model in self.models
             if model.probability
         }
-        users = identities(table[layout.user]) if layout.user else None
-        items = identities(table[layout.item]) if layout.item else None
+        users = self._identities(table, layout.user)
+        items = self._identities(table, layout.item)
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, start, items)
         batch = Batch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
 
+    def _identities(self, table: pa.Table, column: str | None) -> np.ndarray | None:
+        if not column:
+            return None
+        with naming(f"column {column!r} of {self.files[self.models[0].name][0]}", "it must hold numbers or text"):
+            return identities(table[column])
+
     def _labels(self, tables: Mapping[str, pa.Table], start: int) -> np.ndarray:
         columns = {name: self._numbers(name, table, self.layout.label, start) for name, table in tables.items()}
         first = self.models[0].name
         labels = columns[first]
-        self._check(first, self.layout.label, labels, (labels == 0) | (labels == 1), start, "a label is 0 or 1")
+        good = (labels == 0) | (labels == 1)
+        self._check(first, self.layout.label, labels, good, start, "a label is 0 or 1; leave the row out")
         for name, other in columns.items():
             rule = f"it is another in the files of {first!r}; models are compared row by row: write both in one order"
             self._check(name, self.layout.label, other, other == labels, start, rule)
@@ -191,14 +201,31 @@ class Rows:
             place = self.readers[name].locate(start + row)
             raise ValueError(f"{place}: column {column!r} is {float(values[row]):g}; {rule}")
 
+    def _check_seconds(self, column: str, seconds: np.ndarray, start: int) -> None:
+        good = (seconds >= 0) & (seconds <= MAX_SECOND)
+        if not good.all():
+            wrong = float(seconds[(~good).argmax()])
+            problem = describe_time(f"{wrong:g}", int(wrong) if np.isfinite(wrong) else None)
+            rule = f"{problem}; give seconds, or leave it out (--timestamp NONE)"
+            self._check(self.models[0].name, column, seconds, good, start, rule)
+
     def _slices(self, table: pa.Table, start: int, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
         layout, found = self.layout, []
         cold: np.ndarray | None = None
         if layout.item_is_cold:
-            flags = pc.cast(pc.cast(table[layout.item_is_cold], pa.string()), pa.bool_())
-            cold = pc.fill_null(flags, False).to_numpy()
-            known = pc.is_valid(flags).to_numpy()
-            self._check(self.models[0].name, layout.item_is_cold, np.where(known, 0, np.nan), known, start, "say which")
+            with naming(
+                f"column {layout.item_is_cold!r} of {self.files[self.models[0].name][0]}", "write true or false"
+            ):
+                flags = pc.utf8_lower(pc.cast(table[layout.item_is_cold], pa.string()))
+            cold, known = (pc.is_in(flags, value_set=pa.array(words)).to_numpy() for words in (_TRUE, _TRUE + _FALSE))
+            self._check(
+                self.models[0].name,
+                layout.item_is_cold,
+                np.where(known, 0, np.nan),
+                known,
+                start,
+                "say which: write true or false",
+            )
         elif items is not None and self._known_items is not None:
             cold = ~np.isin(items, self._known_items)
         if cold is not None:
@@ -210,7 +237,8 @@ class Rows:
             found.append((names, np.searchsorted(lows, lengths, side="right") - 1))
         if layout.timestamp:
             if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
-                self._numbers(self.models[0].name, table, layout.timestamp, start)
+                seconds = self._numbers(self.models[0].name, table, layout.timestamp, start)
+                self._check_seconds(layout.timestamp, seconds, start)
             found += time_slices(seconds_of(table[layout.timestamp]))
         for column in layout.slices:
             values, codes = _encoded(table[column])

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from hllm_torchrec.store.layout import RunFacts
-from hllm_torchrec.store.run import RunWriter
-from hllm_torchrec.store.snapshot import Snapshot, plain
+from hllm_torchrec.store.run import RunWriter, plain
+from hllm_torchrec.store.snapshot import Snapshot
 
 MAX_RUNS = 64
 

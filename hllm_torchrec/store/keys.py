@@ -33,7 +33,7 @@ def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
         if len(array) and pa.types.is_integer(array.type) != (kind == "int64"):
             raise ValueError(f"keys are {array.type}")
         array = array.cast(wanted)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, ValueError, OverflowError) as error:
         raise ValueError(f"keys: {error}: this store's keys are of type {kind}") from None
     if array.null_count:
         raise ValueError(f"keys: {array.null_count} of {len(array)} are null: every vector needs a key")

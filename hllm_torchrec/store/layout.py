@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}): not an embedding store, or a damaged one") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object: not an embedding store, or a damaged one")
@@ -75,12 +75,18 @@ def read_manifest(root: Path) -> Manifest:
             for r in raw["runs"]
         )
         found = Manifest(int(raw["version"]), int(raw["live"]), runs)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{root / 'manifest.json'}: {type(error).__name__}: {error}: the file is damaged") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{root / 'manifest.json'}: {reason}: the file is damaged") from None
     for run in found.runs:
         for name in (run.name, *run.files):  # no path may lead out of the store
-            if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"{root / 'manifest.json'}: {name!r} is no plain name: the file is damaged")
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
+                raise ValueError(f"{root / 'manifest.json'}: {repr(name)[:100]} is no plain name: the file is damaged")
+        if min(run.rows, run.deleted) < 0 or max(run.rows, run.deleted) >= 2**62:
+            raise ValueError(f"{root / 'manifest.json'}: run {run.name} has {run.rows} rows: the file is damaged")
+        for path in (root / "runs", root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
+            if path.is_symlink():
+                raise ValueError(f"{path}: is a link, which may lead out of the store: put the files themselves there")
     return found
 
 

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.store.keys import Hashes, KeyKind, as_keys, hash_keys
 from hllm_torchrec.store.layout import RunFacts, sync_folder
 
@@ -41,6 +42,7 @@ _IN_CACHE = 2**17
 FILE_BYTES = 2**32
 """Vectors of a run are spread over files of about this size."""
 _BLOCK = 2**24
+_VERIFY = "the store is damaged; `hllm store verify` says where: restore it or build it again"
 _AHEAD = 4
 """Writes whose checksums may be outstanding: they hold their vectors in memory."""
 _SYNCED_BYTES = 2**27
@@ -59,10 +61,50 @@ class RunReader:
         if damage is not None:
             raise ValueError(f"{damage}: the store is damaged; restore it or build it anew")
         self.facts, self.width, self.dtype = facts, width, DTYPES[dtype]
-        try:
+        self.folder = folder
+        with naming(folder, _VERIFY):
             self._open(folder, dtype)
-        except (OSError, ValueError) as error:  # pyarrow's errors are such
-            raise ValueError(f"{folder}: {error}: the store is damaged; `hllm store verify` says where") from None
+            self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """What the files say of one another; their contents are looked at where they are used."""
+        vectors = sum(len(file) for file in self.files)
+        rows, every = self.facts.rows, self.facts.rows + self.facts.deleted
+        due = (("hashes", self.hashes, np.uint64, None), ("rows", self.rows, np.int64, self.hashes.size))
+        for name, array, kind, size in (*due, ("marks", self.marks, np.uint64, rows)):
+            if array.dtype != kind or array.ndim != 1 or size not in (None, array.size):
+                raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}")
+        if vectors != rows or self.hashes.size > every:
+            raise ValueError(f"there are {self.hashes.size} keys and {vectors} vectors, not {every} and {rows}")
+        if any(len(file) != self.rows_per_file for file in self.files[:-1]):
+            raise ValueError("the files of vectors are not of one size")
+
+    def require_rows(self, rows: Ints) -> Ints:
+        """`rows` [k] of the index; ValueError naming the file where one is not of this run."""
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.facts.rows + self.facts.deleted:
+            raise ValueError(f"{self.folder / 'rows.npy'}: is damaged; {_VERIFY}")
+        return rows
+
+    def require_keys(self) -> None:
+        """ValueError naming the file where there are not as many keys as the manifest says."""
+        if len(self.keys) != self.facts.rows + self.facts.deleted:
+            raise ValueError(f"{self.folder / 'keys.arrow'}: has {len(self.keys)} keys; {_VERIFY}")
+
+    def take_keys(self, rows: Ints) -> pa.Array:
+        """Keys of `rows` [k]; ValueError naming the file where it points beyond its own text."""
+        if rows.size and rows.max() >= len(self.keys):
+            self.require_keys()
+        for chunk in self.keys.chunks:  # one, or none
+            if not pa.types.is_integer(chunk.type) and rows.size:
+                offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset :]
+                data = chunk.buffers()[2]
+                starts, ends, size = offsets[rows], offsets[rows + 1], data.size if data is not None else 0
+                if starts.min() < 0 or (starts > ends).any() or ends.max() > size:
+                    raise ValueError(f"{self.folder / 'keys.arrow'}: is damaged; {_VERIFY}")
+        with naming(self.folder / "keys.arrow", _VERIFY):
+            found = plain(self.keys.take(pa.array(rows)))
+            found.validate(full=True)  # text is UTF-8
+        return found
 
     def _open(self, folder: Path, dtype: str) -> None:
         # Plain arrays over the maps: np.memmap's own indexing costs microseconds a call.
@@ -71,6 +113,9 @@ class RunReader:
         )
         with pa.memory_map(str(folder / "keys.arrow")) as source:
             self.keys = pa.ipc.open_file(source).read_all()["key"]
+        if self.keys.type not in (pa.int64(), pa.large_string()) or self.keys.num_chunks > 1 or self.keys.null_count:
+            raise ValueError(f"keys.arrow holds {self.keys.type} in {self.keys.num_chunks} pieces")
+        self.keys.validate()
         names = (name for name in self.facts.files if name.startswith("vectors-"))
         self.files = [self._mapped(folder / name, dtype) for name in sorted(names, key=lambda name: (len(name), name))]
         self.rows_per_file = self.files[0].shape[0] if self.files else 1
@@ -88,9 +133,9 @@ class RunReader:
             same = same[self.hashes[at[same]] == hashes[same]]
             if same.size == 0:
                 break
-            rows = self.rows[at[same]]
+            rows = self.require_rows(self.rows[at[same]])
             if not pa.types.is_integer(keys.type):
-                equal = pc.equal(self.keys.take(pa.array(rows)).combine_chunks(), keys.take(pa.array(same)))
+                equal = pc.equal(self.take_keys(rows), keys.take(pa.array(same)))
                 equal = equal.to_numpy(zero_copy_only=False)
                 same, rows = same[equal], rows[equal]
             found[same] = rows
@@ -145,6 +190,12 @@ class RunReader:
     def _raw(self, values: Tensor) -> NDArray[Any]:
         """Values of this run's type as the files have them."""
         return (values.view(torch.int16) if self.dtype == torch.bfloat16 else values).numpy()
+
+
+def plain(keys: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array of keys with offsets from 0."""
+    array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
 def all_finite(vectors: Tensor) -> bool:

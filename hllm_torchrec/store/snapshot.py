@@ -99,7 +99,7 @@ class Snapshot:
         change, batch = 0, 1_048_576
         for at in range(0, run.rows.size, batch):
             rows = run.rows[at : at + batch]
-            known = self._locate(plain(run.keys.take(pa.array(rows))), run.hashes[at : at + batch])[0] >= 0
+            known = self._locate(run.take_keys(rows), run.hashes[at : at + batch])[0] >= 0
             stored = rows < run.facts.rows
             change += int((stored & ~known).sum()) - int((~stored & known).sum())
         return change
@@ -107,11 +107,12 @@ class Snapshot:
     def _standing(self, number: int, first: int, last: int, batch: int) -> Iterator[tuple[pa.Array, Ints]]:
         """Those rows of a run, `first` to `last`, that none in it or a newer one replaces, and their keys."""
         run = self.runs[number]
+        run.require_keys()
         counts = np.zeros(run.facts.rows + run.facts.deleted, bool)
-        counts[run.rows] = True
+        counts[run.require_rows(run.rows)] = True
         for at in range(first, last, batch):
             rows = at + np.flatnonzero(counts[at : min(at + batch, last)])
-            rows, keys = self._not_in(number + 1, rows, plain(run.keys.take(pa.array(rows))))
+            rows, keys = self._not_in(number + 1, rows, run.take_keys(rows))
             if rows.size:
                 yield keys, rows
 
@@ -138,9 +139,3 @@ class Snapshot:
             if left.size == 0:
                 break
         return runs, rows
-
-
-def plain(keys: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array of keys with offsets from 0."""
-    array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array

@@ -44,6 +44,8 @@ from hllm_torchrec.store.run import DTYPES, FILE_BYTES, RunReader, RunWriter, al
 from hllm_torchrec.store.snapshot import Snapshot
 
 _ATTEMPTS = 10
+MAX_WIDTH = 1 << 20
+"""Of a vector; none is as wide."""
 
 
 class EmbeddingStore:
@@ -103,9 +105,18 @@ class EmbeddingStore:
             raise ValueError(f"{root}: no embedding store (no store.json); `hllm embed` makes one")
         identity = read_json(root / "store.json")
         if identity.get("format") != FORMAT:
-            raise ValueError(f"{root}: format {identity.get('format')!r}; this version reads {FORMAT}")
-        if identity.get("dtype") not in DTYPES or not isinstance(identity.get("width"), int) or "facts" not in identity:
-            raise ValueError(f"{root / 'store.json'}: width, dtype or facts are missing: the file is damaged")
+            raise ValueError(
+                f"{root}: format {repr(identity.get('format'))[:100]}; this version reads {FORMAT}: make it again"
+            )
+        width, rule = identity.get("width"), None
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width < MAX_WIDTH:
+            rule = f"width must be a number from 1 to {MAX_WIDTH - 1}"
+        elif str(identity.get("dtype")) not in DTYPES or identity.get("keys") not in ("string", "int64"):
+            rule = f"dtype must be one of {', '.join(DTYPES)}, keys string or int64"
+        elif not isinstance(identity.get("facts"), dict):
+            rule = "facts must be an object"
+        if rule:
+            raise ValueError(f"{root / 'store.json'}: {rule}: the file is damaged")
         return cls(root, identity)
 
     def require(self, facts: Any) -> None:

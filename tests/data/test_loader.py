@@ -280,11 +280,11 @@ def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reads: list[int] = []
     read = Dataset.read_row_group
 
-    def counted(path: Any, index: int, columns: Any = None) -> Any:
+    def counted(self: Dataset, path: Any, index: int, columns: Any = None) -> Any:
         reads.append(index)
-        return read(path, index, columns)
+        return read(self, path, index, columns)
 
-    monkeypatch.setattr(Dataset, "read_row_group", staticmethod(counted))
+    monkeypatch.setattr(Dataset, "read_row_group", counted)
     return reads
 
 

@@ -321,7 +321,7 @@ def test_a_table_of_parquet_files_takes_integers_nulls_and_timestamps(tmp_path):
     with pytest.raises(ValueError, match=r"events\.parquet, row 5: the time None is not a number or date"):
         prepare(source, tmp_path / "out", split=SPLIT)
     policy = BadRows(bad_time="drop")
-    with pytest.raises(ValueError, match=r"events\.parquet, row 4: the label \(y\) is no number"):
+    with pytest.raises(ValueError, match=r"events\.parquet, row 4: the label \(y, 0 or 1\) is no number"):
         prepare(source, tmp_path / "out", split=SPLIT, policy=policy)
     policy = BadRows(bad_time="drop", nan_label="keep")
     dataset = Dataset.open(prepare(source, tmp_path / "out", split=SPLIT, policy=policy))
@@ -356,7 +356,7 @@ def test_a_table_without_timestamps_is_in_row_order_across_files(tmp_path):
         (("  label: stars\n", ""), r"events\.positive_from needs events\.label"),
         (("iso8601", "years"), r"time_unit='years' is not one of"),
         (("text: [title, brand]", "text: []"), r"items\.text=\[\] must be a list of at least one column"),
-        (("name: shop", "name: ["), r"shop\.yaml is no YAML"),
+        (("name: shop", "name: ["), r"shop\.yaml is not valid YAML"),
         (("users:", "users: 3\nx:"), r"unknown key x|users must be a mapping"),
     ],
 )

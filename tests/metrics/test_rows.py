@@ -133,6 +133,29 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         Rows([Model("a", (tmp_path / "text.csv",))], Layout(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (
+            "timestamp",
+            np.full(40, 1_700_000_000_000),
+            r"row 0: column 'timestamp' is 1\.7e\+12; .*looks like milliseconds",
+        ),
+        ("timestamp", np.full(40, -5), r"row 0: column 'timestamp' is -5; .*outside 1970.*--timestamp NONE"),
+        ("timestamp", np.full(40, np.inf), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),
+        ("label", np.full(40, 0.5), r"row 0: column 'label' is 0\.5; a label is 0 or 1; leave the row out"),
+        ("label", np.full(40, np.nan), r"row 0: column 'label' is nan; it must be a number"),
+        ("item_is_cold", np.full(40, "maybe"), r"row 0: column 'item_is_cold' is nan; say which: write true or false"),
+        ("user_id", [[1]] * 40, r"column 'user_id' of .*0\.parquet cannot be read .*it must hold numbers or text"),
+    ],
+)
+def test_what_a_column_may_not_hold_is_named(column: str, values: Any, message: str, tmp_path: Path) -> None:
+    folder = write_parquet(columns(40) | {column: values}, tmp_path / "rows")
+    layout = Layout(user="user_id", timestamp="timestamp", item_is_cold="item_is_cold")
+    with pytest.raises(ValueError, match=message):
+        all_batches(Rows([Model("a", (folder,))], layout, tmp_path))
+
+
 def test_a_column_of_many_values_makes_no_slices(tmp_path: Path) -> None:
     from hllm_torchrec.metrics.job import Settings, evaluate
 

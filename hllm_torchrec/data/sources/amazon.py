@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.policy import BadRows
 from hllm_torchrec.data.sources.base import (
     Chunk,
@@ -70,12 +71,13 @@ def _items(path: Path) -> Iterator[Chunk]:
     with path.open("rb") as raw:
         for row, line in _lines(path, raw):
             rows.append(row)
-            items.append(_fields(parse_record(line, path, row)))
+            with naming(f"{path}, row {row}", "fetch it again"):
+                items.append(_fields(parse_record(line, path, row)))
             if len(rows) == _ROWS_PER_CHUNK:
-                yield Chunk(path, _item_table(rows, items), raw.tell() - done)
+                yield Chunk(path, _item_table(path, rows, items), raw.tell() - done)
                 rows, items, done = [], [], raw.tell()
     if rows:
-        yield Chunk(path, _item_table(rows, items), path.stat().st_size - done)
+        yield Chunk(path, _item_table(path, rows, items), path.stat().st_size - done)
 
 
 def _lines(path: Path, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -93,7 +95,7 @@ def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
     """One line, JSON or a Python literal, as a dict. Raises ValueError naming file and row otherwise."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             record = ast.literal_eval(line.decode("utf-8").strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
@@ -120,14 +122,15 @@ def _flat(value: Any) -> list[str]:
     return [str(value)] if value is not None and str(value).strip() else []
 
 
-def _item_table(rows: list[int], items: list[tuple[str | None, str, str, list[str]]]) -> pa.Table:
+def _item_table(path: Path, rows: list[int], items: list[tuple[str | None, str, str, list[str]]]) -> pa.Table:
     ids, titles, descriptions, categories = zip(*items, strict=True)
-    return pa.table(
-        {
-            "raw_item_id": pa.array(ids, pa.string()),
-            "title": pa.array(titles, pa.string()),
-            "description": pa.array(descriptions, pa.string()),
-            "feature_categories": pa.array(categories, pa.list_(pa.string())),
-            "row": np.array(rows, np.int64),
-        }
-    )
+    with naming(f"{path}, rows {rows[0]}..{rows[-1]}", "fetch it again"):  # half of a surrogate pair is no text
+        return pa.table(
+            {
+                "raw_item_id": pa.array(ids, pa.string()),
+                "title": pa.array(titles, pa.string()),
+                "description": pa.array(descriptions, pa.string()),
+                "feature_categories": pa.array(categories, pa.list_(pa.string())),
+                "row": np.array(rows, np.int64),
+            }
+        )

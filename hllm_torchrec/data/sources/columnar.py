@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.checked import naming
+
 _BLOCK_BYTES = 4 << 20
 _ROWS_PER_BATCH = 131_072
 
@@ -54,17 +56,17 @@ def read_csv(
                     next_row += len(batch)
                     size, done = file.tell() - done, file.tell()
                     yield Columns(rows, pa.Table.from_batches([batch]), size)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             if "Empty CSV file" in str(error):
                 return
             raise ValueError(
-                f"{path}, after row {next_row - 1}: {error}. The file is damaged: fetch it again"
+                f"{path}, after row {next_row - 1}: {str(error)[:300]}. The file is damaged: fetch it again"
             ) from error
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
-    """Streams `columns` of a Parquet file in their own types. Raises ValueError for a missing column."""
-    with pq.ParquetFile(path) as file:
+    """Streams `columns` of a Parquet file in their own types. Raises ValueError for a missing column, or damage."""
+    with naming(path, "the file is damaged: fetch or write it again"), pq.ParquetFile(path) as file:
         _require_columns(path, columns, file.schema_arrow.names)
         wanted = list(dict.fromkeys(columns))
         per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
@@ -72,12 +74,16 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
         for batch in file.iter_batches(_ROWS_PER_BATCH, columns=wanted):
             rows = np.arange(next_row, next_row + len(batch))
             next_row += len(batch)
+            batch.validate(full=True)
             yield Columns(rows, pa.Table.from_batches([batch]).select(wanted), int(per_row * len(batch)))
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter), [])]
+        try:
+            return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter), [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}, row 1: {error}. A line with the columns' names must be there") from error
 
 
 def _require_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:

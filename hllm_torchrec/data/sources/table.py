@@ -37,8 +37,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
+from hllm_torchrec.data.checked import naming
+from hllm_torchrec.data.manifest_fields import is_inside
 from hllm_torchrec.data.sources.base import (
     Chunk,
     Source,
@@ -49,6 +50,9 @@ from hllm_torchrec.data.sources.base import (
     require_time_unit,
 )
 from hllm_torchrec.data.sources.columnar import read_columns
+from hllm_torchrec.yaml_files import read_yaml, shown
+
+_CONVERT = "convert the column, or correct the mapping"
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def table(mapping_file: str | Path) -> Source:
     item_files = _find(path, items.path, "items.path")
     user_files = _find(path, users.path, "users.path") if users else ()
     names = dict(enumerate(map(str, events.actions), start=1)) if events.action else {1: "event"}
-    rule = "every event is positive" if events.label is None else events.label
+    rule = "every event is positive" if events.label is None else f"{events.label}, 0 or 1"
     if events.label is not None and events.positive_from is not None:
         rule = f"{events.label} >= {events.positive_from:g}"
     return Source(
@@ -126,7 +130,7 @@ def table(mapping_file: str | Path) -> Source:
         has_timestamps=events.time is not None,
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
-        options={"mapping": yaml.safe_load(path.read_text(encoding="utf-8"))},
+        options={"mapping": read_yaml(path)},
     )
 
 
@@ -135,9 +139,9 @@ def read_mapping(path: Path) -> TableMapping:
     if not path.is_file():
         raise ValueError(f"{path}: no such mapping file; `table` needs a YAML file that names the columns")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raw = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
     parts = {"events": EventColumns, "items": ItemColumns, "users": UserColumns}
     top = _checked(raw, TableMapping, path, "")
     for name, kind in parts.items():
@@ -151,24 +155,50 @@ def read_mapping(path: Path) -> TableMapping:
 def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
     """`raw` as keyword arguments of `kind`."""
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {raw!r}")
+        raise ValueError(f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {shown(raw)}")
     known = {f.name: f for f in fields(kind)}
     for key in raw:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{path}: unknown key {prefix}{key}; {hint}")
+            raise ValueError(f"{path}: unknown key {prefix}{str(key)[:100]}; {hint}")
     for name, f in known.items():
         if raw.get(name) is None and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{path}: {prefix}{name} is missing; it is required")
-    return {key: value for key, value in raw.items() if value is not None}
+    given = {key: value for key, value in raw.items() if value is not None}
+    for name, value in given.items():
+        kinds, what = _KINDS.get(known[name].type, (object, ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool and kinds is not object):
+            raise ValueError(f"{path}: {prefix}{name} is {shown(value)}, it must be {what}")
+    return given
+
+
+_KINDS: dict[Any, tuple[Any, str]] = {
+    str: (str, "text"),
+    str | None: (str, "text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float | None: ((int, float), "a number"),
+    list[str]: (list, "a list of names"),
+    dict[str, str | None]: (dict, "a mapping of columns to separators"),
+}
+"""Of the mapping's fields: what YAML gives for them, and in words."""
 
 
 def _check_values(mapping: TableMapping, path: Path) -> None:
     require_time_unit(mapping.events.time_unit)
     require_time_unit(mapping.items.time_unit)
-    if not isinstance(mapping.items.text, list) or not mapping.items.text:
-        raise ValueError(f"{path}: items.text={mapping.items.text!r} must be a list of at least one column")
+    if not mapping.items.text:
+        raise ValueError(f"{path}: items.text=[] must be a list of at least one column")
+    if not all(isinstance(name, str | int | float) for name in mapping.events.actions):
+        raise ValueError(f"{path}: events.actions is {shown(mapping.events.actions)}, it must be a list of names")
+    users = mapping.users.features if mapping.users else {}
+    for name in (*mapping.items.text, *mapping.items.features, *users):
+        if not isinstance(name, str) or not is_inside(f"{name}.parquet") or "/" in name:
+            raise ValueError(f"{path}: {shown(name)} must be the name of a column, in quotes and without slashes")
+    for name, separator in (*mapping.items.features.items(), *users.items()):
+        if separator is not None and (not isinstance(separator, str) or not separator):
+            raise ValueError(f"{path}: the separator of {name} is {shown(separator)}, it must be text or null")
     if mapping.events.action is not None and not mapping.events.actions:
         raise ValueError(f"{path}: events.actions is missing; list the values of {mapping.events.action!r} there")
     if mapping.events.positive_from is not None and mapping.events.label is None:
@@ -179,7 +209,10 @@ def _find(mapping_file: Path, pattern: str, field_name: str) -> tuple[Path, ...]
     given = Path(pattern)
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent
     relative = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
-    found = tuple(sorted(p for p in root.glob(relative) if p.is_file()))
+    try:
+        found = tuple(sorted(p for p in root.glob(relative) if p.is_file()))
+    except (ValueError, NotImplementedError, IndexError, RecursionError) as error:
+        raise ValueError(f"{mapping_file}: {field_name}={pattern!r} is no path ({error}); correct it") from error
     if not found:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} matches no file under {root}; correct the path")
     return found
@@ -189,18 +222,19 @@ def _events(files: tuple[Path, ...], columns: EventColumns) -> Iterator[Chunk]:
     wanted = [columns.user, columns.item, columns.time, columns.label, columns.action]
     for path in files:
         for rows, data, size in read_columns(path, [name for name in wanted if name is not None]):
-            seconds = text = None
-            if columns.time is not None:
-                time = data[columns.time].combine_chunks()
-                seconds, text = parse_seconds(time, columns.time_unit), time
-            label = _labels(data, columns)
-            action = _actions(data, columns, path, rows)
-            users, items = data[columns.user], data[columns.item]
-            yield Chunk(path, event_table(rows, users, items, seconds, text, label, action), size)
+            with naming(path, _CONVERT):
+                seconds = text = None
+                if columns.time is not None:
+                    time = data[columns.time].combine_chunks()
+                    seconds, text = parse_seconds(time, columns.time_unit), time
+                label = _labels(data, columns)
+                action = _actions(data, columns, path, rows)
+                events = event_table(rows, data[columns.user], data[columns.item], seconds, text, label, action)
+            yield Chunk(path, events, size)
 
 
 def _labels(data: pa.Table, columns: EventColumns) -> pa.Array:
-    """float32; null where there is none (no exposure), NaN where there is no number."""
+    """float32; null where there is none (no exposure), NaN where it is no number or, as a label, neither 0 nor 1."""
     if columns.label is None:
         return pa.array(np.ones(len(data), np.float32))
     raw = data[columns.label]
@@ -210,6 +244,7 @@ def _labels(data: pa.Table, columns: EventColumns) -> pa.Array:
     value = parse_float(pc.cast(raw, pa.float64()) if pa.types.is_boolean(raw.type) else raw)
     if columns.positive_from is not None:
         value = np.where(np.isnan(value), np.nan, value >= columns.positive_from)
+    value = np.where((value == 0) | (value == 1), value, np.nan)
     return pa.array(value.astype(np.float32), mask=absent.to_numpy(zero_copy_only=False))
 
 
@@ -234,11 +269,13 @@ def _items(files: tuple[Path, ...], columns: ItemColumns) -> Iterator[Chunk]:
     dates = [columns.created_at] if columns.created_at is not None else []
     for path in files:
         for rows, data, size in read_columns(path, [columns.item, *columns.text, *columns.features, *dates]):
-            out = {"raw_item_id": as_id_strings(data[columns.item], "item")}
-            out |= {name: data[name].cast(pa.string()) for name in columns.text}
-            if columns.created_at is not None:
-                out["created_at"] = parse_seconds(data[columns.created_at].combine_chunks(), columns.time_unit)
-            yield Chunk(path, pa.table({**out, **_features(data, columns.features), "row": rows}), size)
+            with naming(path, _CONVERT):
+                out = {"raw_item_id": as_id_strings(data[columns.item], "item")}
+                out |= {name: data[name].cast(pa.string()) for name in columns.text}
+                if columns.created_at is not None:
+                    out["created_at"] = parse_seconds(data[columns.created_at].combine_chunks(), columns.time_unit)
+                items = pa.table({**out, **_features(data, columns.features), "row": rows})
+            yield Chunk(path, items, size)
 
 
 def _users(files: tuple[Path, ...], columns: UserColumns | None) -> Iterator[Chunk]:
@@ -246,8 +283,10 @@ def _users(files: tuple[Path, ...], columns: UserColumns | None) -> Iterator[Chu
         return
     for path in files:
         for rows, data, size in read_columns(path, [columns.user, *columns.features]):
-            ids = as_id_strings(data[columns.user], "user")
-            yield Chunk(path, pa.table({"raw_user_id": ids, **_features(data, columns.features), "row": rows}), size)
+            with naming(path, _CONVERT):
+                ids = as_id_strings(data[columns.user], "user")
+                users = pa.table({"raw_user_id": ids, **_features(data, columns.features), "row": rows})
+            yield Chunk(path, users, size)
 
 
 def _features(data: pa.Table, features: Mapping[str, str | None]) -> dict[str, pa.Array]:

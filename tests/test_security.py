@@ -1,0 +1,280 @@
+"""Files from others run nothing and lead nowhere; what is temporary is private; secrets stay where they are."""
+
+import ast
+import json
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hllm_torchrec import checkpoint_files as files
+from hllm_torchrec.checkpoint import save_checkpoint
+from hllm_torchrec.config import load_config
+from hllm_torchrec.data import fetch
+from hllm_torchrec.data.atomic import whole_folder
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.factors import item_vectors
+from hllm_torchrec.errors import without_credentials
+from hllm_torchrec.logs import RunLog, machine_info
+from hllm_torchrec.modules.item_llm import build_backbone
+from hllm_torchrec.store import EmbeddingStore
+from tests import fixtures
+
+# --- the source ----------------------------------------------------------------------------------------
+
+FOLDERS = ("hllm_torchrec", "modules", "launch", "configs", "scripts", "examples")
+RUNS_CODE = {"eval", "exec", "compile", "__import__", "input"}
+FORBIDDEN = {
+    "pickle.load", "pickle.loads", "marshal.load", "marshal.loads", "shelve.open", "joblib.load", "dill.load",
+    "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "tempfile.mktemp",
+    "torch.hub.load", "torch.jit.load", "pd.read_pickle", "pandas.read_pickle", "shutil.unpack_archive",
+}  # fmt: skip
+METHODS = {"extractall", "extract"}
+OUR_UNPICKLER = ("hllm_torchrec/checkpoint_reader.py", "pickle.Unpickler")
+
+
+def problems(source: str, name: str) -> Iterator[str]:
+    """Calls in a Python file that could run what a file says."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base) for base in node.bases}
+            if any("Unpickler" in base and (name, base) != OUR_UNPICKLER for base in bases):
+                yield f"{name}:{node.lineno}: another unpickler"
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        last = called.rpartition(".")[2]
+        rules = {
+            "runs code": called in RUNS_CODE,
+            "is not safe": called in FORBIDDEN or (last in METHODS and "pc." not in called),
+            "needs weights_only=True": called == "torch.load" and given.get("weights_only") != "True",
+            "runs remote code": given.get("trust_remote_code", "False") != "False",
+            "must say trust_remote_code=False": last in ("from_pretrained", "from_config")
+            and called.startswith("Auto")
+            and "trust_remote_code" not in given,
+            "needs use_safetensors=True": called == "AutoModel.from_pretrained"
+            and given.get("use_safetensors") != "True"
+            and "gguf_file" not in given,
+            "unpickles": given.get("allow_pickle", "False") != "False",
+            "goes through a shell": given.get("shell", "False") != "False",
+        }
+        yield from (f"{name}:{node.lineno}: {called} {rule}" for rule, broken in rules.items() if broken)
+
+
+def test_nothing_in_the_source_runs_what_a_file_says(root: Path) -> None:
+    found = [file for folder in FOLDERS for file in (root / folder).rglob("*.py")] + [root / "train.py"]
+    assert len(found) > 150
+    assert not [p for file in found for p in problems(file.read_text(), file.relative_to(root).as_posix())]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval('1')",
+        "pickle.loads(b'')",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "yaml.load(text, yaml.FullLoader)",
+        "AutoModel.from_pretrained(path, use_safetensors=True)",
+        "AutoModel.from_pretrained(path, trust_remote_code=False)",
+        "AutoConfig.from_pretrained(path, trust_remote_code=options.trust)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(command, shell=True)",
+        "archive.extractall(folder)",
+        "class Mine(pickle.Unpickler): pass",
+    ],
+)
+def test_the_search_finds_what_it_is_for(line: str) -> None:
+    assert list(problems(line, "x.py"))
+
+
+# --- code that comes with a model ------------------------------------------------------------------------
+
+
+def test_a_models_own_code_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    mapped = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "auto_map": mapped}))
+    with pytest.raises(ValueError, match="custom code|unheard_of"):
+        build_backbone(str(tmp_path), None)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_imports_no_class(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: {class_path: os.system, init_args: {command: 'true'}}\n")
+    with pytest.raises(ValueError, match=r"data\.class_path: unknown key"):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("output: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ValueError, match="not valid YAML: could not determine a constructor"):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML: more than 100000 values.*mend its aliases"):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+# --- names that lead out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "", "C:\\x", "a\x00b"])
+def test_no_name_in_a_manifest_leads_out_of_the_dataset(name: str, tmp_path: Path) -> None:
+    root = shutil.copytree(fixtures.dataset().root, tmp_path / "d")
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["items.parquet"]
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(files is .*within the dataset\)"):
+        Dataset.open(root)
+
+
+def test_no_link_in_a_dataset_leads_out_of_it(tmp_path: Path) -> None:
+    root = shutil.copytree(fixtures.dataset().root, tmp_path / "d")
+    (root / "items.parquet").rename(tmp_path / "items.parquet")
+    (root / "items.parquet").symlink_to(tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match=r"'items\.parquet' leads out of the dataset; copy the file there"):
+        Dataset.open(root)
+    linked = tmp_path / "linked"
+    linked.symlink_to(fixtures.dataset().root)  # the folder itself may be a link
+    assert Dataset.open(linked).num_items == fixtures.dataset().num_items
+
+
+def test_the_name_of_item_vectors_is_a_plain_one() -> None:
+    with pytest.raises(ValueError, match=r"data\.item_vectors: '\.\./\.\./x': must be a plain name"):
+        item_vectors(fixtures.dataset(), "../../x")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a/b", ""])
+def test_no_name_in_a_store_leads_out_of_it(name: str, tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path / "s", 2)
+    run = {"name": name, "rows": 1, "deleted": 0, "files": {}}
+    (store.root / "manifest.json").write_text(json.dumps({"version": 1, "live": 1, "runs": [run]}))
+    with pytest.raises(ValueError, match="is no plain name: the file is damaged"):
+        store.snapshot()
+    run |= {"name": "run", "files": {name: [1, 1]}}
+    (store.root / "manifest.json").write_text(json.dumps({"version": 1, "live": 1, "runs": [run]}))
+    with pytest.raises(ValueError, match="is no plain name: the file is damaged"):
+        store.snapshot()
+
+
+def test_no_link_in_a_store_leads_out_of_it(tmp_path: Path) -> None:
+    store = EmbeddingStore.create(tmp_path / "s", 2, "fp32")
+    with store.writer() as writer:
+        writer.upsert(["a"], torch.ones(1, 2))
+        writer.commit()
+    (file,) = store.root.glob("runs/*/vectors-0000.bin")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"vectors-0000\.bin: is a link, which may lead out of the store"):
+        store.snapshot()
+
+
+def test_no_name_or_link_in_a_checkpoint_leads_out_of_it(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {})
+    marker = files.read_marker(path)
+    outside = {"../x": marker["files"]["extra.json"]}
+    changed = files.seal(marker | {"files": marker["files"] | outside})
+    (path / "COMPLETE").write_text(json.dumps(changed))
+    assert files.find_damage(path) == "is damaged: '../x' leads out of it"
+    (path / "COMPLETE").write_text(json.dumps(marker))
+    assert files.find_damage(path) is None
+    (path / "extra.json").rename(tmp_path / "elsewhere")
+    (path / "extra.json").symlink_to(tmp_path / "elsewhere")
+    assert files.find_damage(path) == "is damaged: 'extra.json' leads out of it"
+
+
+def test_an_archive_gives_its_named_members_only_and_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/wanted", b"0" * 100_000)
+        archive.writestr("../outside", b"x")
+        archive.writestr("/absolute", b"x")
+    named = fetch.Wheel("w", "1", wheel.name, fetch.hash_file(wheel), {"a/wanted": "wanted"}, "note")
+    target = fetch.fetch(named, "out", tmp_path / "cache", wheel)
+    assert [path.name for path in target.iterdir()] == ["wanted"]
+    assert not (tmp_path / "cache" / "outside").exists() and not (tmp_path / "outside").exists()
+    monkeypatch.setattr(fetch, "LARGEST_MEMBER", 99_999)
+    with pytest.raises(ValueError, match=r"w\.whl: a/wanted has 100000 bytes, more than 99999: it is not taken out"):
+        fetch.fetch(named, "again", tmp_path / "cache", wheel)
+    assert not (tmp_path / "cache" / "again").exists()
+
+
+# --- what is temporary, and what is secret -----------------------------------------------------------------
+
+
+def test_temporary_folders_are_private(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "made") as folder:
+        assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    assert (tmp_path / "made").is_dir() and list(tmp_path.iterdir()) == [tmp_path / "made"]
+
+
+def test_temporary_files_come_from_tempfile_alone(root: Path) -> None:
+    folders = ("hllm_torchrec", "launch", "modules")
+    text = "\n".join(file.read_text() for folder in folders for file in (root / folder).rglob("*.py"))
+    assert not re.findall(r"""["']/(?:tmp|var/tmp|dev/shm)\b""", text), "a fixed name in a public folder"
+    made = set(re.findall(r"tempfile\.(\w+)", text))
+    assert made <= {"TemporaryDirectory", "NamedTemporaryFile", "mkdtemp"}  # modes 0700 and 0600
+
+
+def test_secrets_of_the_environment_are_in_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "s3cr3t-value-of-a-token"
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PIP_INDEX_URL", "DATABASE_PASSWORD"):
+        monkeypatch.setenv(name, secret)
+    with RunLog(tmp_path, 0) as log:
+        log.write("start", 0, machine=machine_info())
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 2 and not any(secret.encode() in data for data in written)
+
+
+def test_no_source_logs_the_whole_environment(root: Path) -> None:
+    for folder in ("hllm_torchrec", "launch", "modules"):
+        for file in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                uses = [child for child in ast.iter_child_nodes(node) if ast.unparse(child) == "os.environ"]
+                plain = isinstance(node, ast.Attribute | ast.Subscript | ast.Compare)  # .get(NAME), [NAME], NAME in
+                assert plain or not uses, f"{file}:{getattr(node, 'lineno', '?')} takes all of os.environ"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no match for https://user:token@host/simple/ here", "no match for https://***@host/simple/ here"),
+        ("https://token@host/x and http://a:b@c", "https://***@host/x and http://***@c"),
+        ("mail user@host, https://host/a@b", "mail user@host, https://host/a@b"),
+    ],
+)
+def test_credentials_in_addresses_are_not_shown(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
+
+
+# --- the default install -----------------------------------------------------------------------------------
+
+
+def test_every_requirement_has_an_exact_version_and_hashes(root: Path) -> None:
+    text = (root / "scripts" / "requirements-hashes.txt").read_text()
+    blocks = re.split(r"\n(?=[a-zA-Z0-9])", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
+    pinned = {}
+    for block in blocks:
+        name, version = re.match(r"([\w.-]+)==(\S+)", block).groups()  # type: ignore[union-attr]
+        pinned[_normal(name)] = version
+        assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block)) >= 1, name
+    lines = (root / "scripts" / "constraints.txt").read_text().splitlines()
+    constraints = {_normal(n): v for n, _, v in (line.partition("==") for line in lines if "==" in line)}
+    assert {name for name, version in pinned.items() if constraints.get(name, version) != version} == set()
+    required = re.search(r"^REQUIREMENTS = \[(.*?)^\]", (root / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert required is not None
+    names = {_normal(name) for name in re.findall(r'"([\w.-]+)', required[1])}
+    assert names | {"torchrec", "fbgemm-gpu-cpu", "tensordict"} <= pinned.keys()
+    assert "://" not in text
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
