@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hllm_torchrec.config_files import as_yaml, load_as
+from hllm_torchrec.config_lora import LoRAConfig
 from hllm_torchrec.config_reliability import ReliabilityConfig
 from hllm_torchrec.config_rules import problems_of
 from hllm_torchrec.errors import ConfigError
@@ -103,6 +104,8 @@ class ItemLLMConfig:
     attention: Literal["auto", "buckets", "varlen", "flash"] = "auto"
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
     flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the fastest that can run."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that train instead of the Item LLM's own weights; the [ITEM] vector trains besides."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class UserEncoderConfig:
     """How the history tells what was done with an item (features.action). summed: the action is added to the event;
     interleaved: an event is two tokens, its item and then its action (HSTU's sequence), for twice the length. Windows,
     prefixes and tables of positions then count tokens."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that train instead of the User LLM's own weights (encoder llm only)."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from hllm_torchrec.modules.history_cache import (
     read_history,
 )
 from hllm_torchrec.modules.hstu import HSTU
+from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.offline import load_run, run_config
 from hllm_torchrec.parallelize import start_process
 
@@ -166,6 +167,7 @@ class Scorer:
         loaded = load_run(run, which, device, _in_one_process(run_config(run)))
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
+            stack.enter_context(merged(loaded.experiment.hllm))
             scorer = cls(loaded.experiment, micro_batch)
             scorer._weights = stack.pop_all()
         return scorer

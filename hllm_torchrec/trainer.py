@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hllm_torchrec.bases import check_bases
 from hllm_torchrec.checkpoint import load_checkpoint, load_rank_extra, set_rng_state
 from hllm_torchrec.config import Config, StageConfig, save_config
 from hllm_torchrec.config_files import to_dict
@@ -364,7 +365,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         materialise_state(self.dense)
         state: dict[str, Any] = {
-            "model": self.model.state_dict(),
+            "model": self.experiment.model_state(),
             "dense": named_state(self.dense, self.hllm.named_parameters()),
             "tables": self.tables.state(),
         }
@@ -377,6 +378,7 @@ class Trainer:
             "owed": self.owed,
             "leg_steps": [leg.steps for leg in self.legs],
             "config": to_dict(self.config),
+            "bases": self.experiment.bases,
         }
         self.keeper.save(self.step, self._state(), extra, score, self.log)
 
@@ -385,6 +387,7 @@ class Trainer:
         if self.checkpoint is None:
             return
         extra = load_checkpoint(self.checkpoint, self._state())
+        check_bases(extra, self.experiment.bases, self.config, self.checkpoint)
         check_schedule(self.checkpoint, extra, self.legs)
         self.step = self.keeper.saved = extra["step"]
         self.stale, self.owed = extra["stale"], extra.get("owed", False)
