@@ -65,10 +65,11 @@ def export_run(run: Path, which: str, output: Path, device: torch.device) -> Non
 
 def whole_state(loaded: LoadedRun) -> dict[str, Tensor]:
     """Every weight by its name, on the CPU, sharded ones put together. For one process."""
-    return {name: _whole(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
+    return {name: put_together(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
 
 
-def _whole(value: Any) -> Tensor:
+def put_together(value: Any) -> Tensor:
+    """A tensor of a model's state, sharded or not, as one. For one process."""
     if not isinstance(value, ShardedTensor):
         return whole(value)
     shards = value.local_shards()
