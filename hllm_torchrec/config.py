@@ -101,9 +101,10 @@ class ItemLLMConfig:
     share_prefix: bool = True
     """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
     the same values and gradients for less work. Encoders (`causal: false`) do without."""
-    attention: Literal["auto", "buckets", "varlen", "flash"] = "auto"
+    attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
-    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the fastest that can run."""
+    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the first of these that can run. flex:
+    torch's FlexAttention (CUDA), only where it is named."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters that train instead of the Item LLM's own weights; the [ITEM] vector trains besides."""
 
