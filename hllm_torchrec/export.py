@@ -116,7 +116,9 @@ def _with_backbones(config: Config, output: Path, backbones: dict[str, PreTraine
             item, pretrained=directory, tokenizer=None, shape=None, layers=None, lora=LoRAConfig()
         )
     if "user_llm" in backbones:
-        user = dataclasses.replace(user, pretrained=str(output / "user_llm"), shape=None, layers=None, lora=LoRAConfig())
+        user = dataclasses.replace(
+            user, pretrained=str(output / "user_llm"), shape=None, layers=None, lora=LoRAConfig()
+        )
     return dataclasses.replace(config, output=f"{config.output}-on", start_from=None, item_llm=item, user=user)
 
 

@@ -136,9 +136,7 @@ class Scorer:
             micro-batch below 1, or an unknown type.
     """
 
-    def __init__(
-        self, experiment: Experiment, micro_batch: int = MICRO_BATCH, table_dtype: str | None = None
-    ) -> None:
+    def __init__(self, experiment: Experiment, micro_batch: int = MICRO_BATCH, table_dtype: str | None = None) -> None:
         if micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
         if table_dtype is not None:

@@ -23,7 +23,7 @@ from hllm_torchrec.offline import load_run
 from hllm_torchrec.parallelize import start_process, whole
 from hllm_torchrec.plan import HARDWARE, Machine, Workload, estimate
 from hllm_torchrec.trainer import Trainer
-from tests import fixtures, training_fixtures
+from tests import training_fixtures
 from tests.distributed import run_ranks
 from tests.training_fixtures import ITEM_LLAMA, USER_LLAMA
 

@@ -28,7 +28,9 @@ def own_process_group() -> Iterator[None]:
 
 
 def bags(ids: torch.Tensor) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(keys=["a", "b"], values=ids.repeat(2), lengths=torch.ones(2 * ids.numel(), dtype=torch.int64))
+    return KeyedJaggedTensor(
+        keys=["a", "b"], values=ids.repeat(2), lengths=torch.ones(2 * ids.numel(), dtype=torch.int64)
+    )
 
 
 def test_rows_are_within_the_bound_of_row_wise_quantisation() -> None:
@@ -93,7 +95,9 @@ def test_a_split_can_be_scored_with_quantised_tables_and_items(tmp_path: Path) -
 
 def test_an_unknown_type_is_refused(tmp_path: Path) -> None:
     experiment = build_experiment(config(tmp_path), start_process())
-    with pytest.raises(ValueError, match=r"table_dtype: 'int9': unknown \(did you mean 'int8'\?\); choose one of int8, fp16"):
+    with pytest.raises(
+        ValueError, match=r"table_dtype: 'int9': unknown \(did you mean 'int8'\?\); choose one of int8, fp16"
+    ):
         Scorer(experiment, table_dtype="int9")
     with pytest.raises(ValueError, match="table_dtype: 'q': unknown; choose"):
         quantise_tables(experiment, "q")
