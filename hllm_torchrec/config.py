@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hllm_torchrec.config_files import as_yaml, load_as
+from hllm_torchrec.config_logs import LogsConfig
 from hllm_torchrec.config_lora import LoRAConfig
 from hllm_torchrec.config_reliability import ReliabilityConfig
 from hllm_torchrec.config_rules import problems_of
@@ -324,6 +325,8 @@ class Config:
     """Validation."""
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     """Faults."""
+    logs: LogsConfig = field(default_factory=LogsConfig)
+    """Who is told of the run, besides its directory."""
 
     def __post_init__(self) -> None:
         problems = problems_of(self)

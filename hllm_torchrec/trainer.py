@@ -23,7 +23,7 @@ from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.frozen import use_store
 from hllm_torchrec.keeper import CheckpointKeeper
-from hllm_torchrec.logs import RunLog, machine_info, peak_memory_bytes, progress
+from hllm_torchrec.logs import machine_info, peak_memory_bytes, progress
 from hllm_torchrec.meter import StepMeter, global_matmul_peak, weights_of
 from hllm_torchrec.modules.losses import MAX_SCALE
 from hllm_torchrec.optim import (
@@ -44,6 +44,7 @@ from hllm_torchrec.start import start_from
 from hllm_torchrec.step_guard import StepGuard
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
 from hllm_torchrec.tables_ahead import TablesAhead, with_next
+from hllm_torchrec.wandb_log import run_log
 
 
 class Trainer:
@@ -108,7 +109,7 @@ class Trainer:
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
         with (
-            RunLog(self.output, self.rank, resumed_step=self.step) as self.log,
+            run_log(self.config, self.rank, self.step) as self.log,
             progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
             self.leave,
             self.keeper.in_a_run(),
@@ -336,7 +337,7 @@ class Trainer:
         """
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
-        with RunLog(self.output, self.rank, resumed_step=0) as self.log:
+        with run_log(self.config, self.rank, 0) as self.log:
             self._log_start()
             self._evaluate_and_save()
             self.keeper.close(self.log)

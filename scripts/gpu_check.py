@@ -4,8 +4,8 @@
     python scripts/gpu_check.py --cpu                              what a CPU can run of it, with tiny shapes
 
 Each check runs in a process of its own, has so many seconds, and is ok, failed (with the error) or skipped (with the
-reason); the others go on. Results go to benchmarks/<date>-gpu_check.json unless --out names another file. Exit status: 0,
-1 where a check failed, 2 where there is no GPU (or the arguments are wrong).
+reason); the others go on. Results go to benchmarks/<date>-gpu_check.json unless --out names another file. Exit status:
+0, 1 where a check failed, 2 where there is no GPU (or the arguments are wrong).
 """
 
 import argparse
