@@ -130,8 +130,8 @@ def model_card(run: Path, loaded: LoadedRun) -> str:
     rows = {
         "dataset": f"{experiment.dataset.name}, fingerprint {experiment.dataset.fingerprint[:16]}",
         "checkpoint": f"{loaded.checkpoint.name} of {run.name}, seed {config.seed}",
-        "Item LLM": (item.pretrained or "random weights") if item.enabled else "none",
-        "user encoder": f"{user.encoder}, {user.pretrained or 'random weights'}",
+        "Item LLM": _origin(item.pretrained, item.lora) if item.enabled else "none",
+        "user encoder": f"{user.encoder}, {_origin(user.pretrained, user.lora)}",
         "objective": f"fusion {config.objective.fusion}, lambda {config.objective.generative_weight}",
         "item text": f"{item.prompt!r} + {', '.join(item.text_keys)}, at most {item.max_text_length} tokens",
         "made with": f"hllm_torchrec {info['hllm_torchrec']}, "
@@ -139,6 +139,11 @@ def model_card(run: Path, loaded: LoadedRun) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _CARD.format(name=run.name, table=table, metrics=_metrics(run))
+
+
+def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
+    adapters = f", trained through adapters of rank {lora.rank} and merged" if lora.rank else ""
+    return f"{pretrained or 'random weights'}{adapters}"
 
 
 def _metrics(run: Path) -> str:

@@ -22,13 +22,14 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether th
 if "--cpu" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
+import torch  # noqa: E402
 from checking import CHECKS, MODULES, ROOT, Processes, load_checks  # noqa: E402
 
 LIMIT = 540.0
 """Seconds for all checks together."""
 
 
-def parse(argv: list[str] | None, modules: Sequence[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="run on the CPU what can run there, with tiny shapes")
@@ -36,24 +37,22 @@ def parse(argv: list[str] | None, modules: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
     parser.add_argument("--seconds", type=float, default=LIMIT, help=f"for all checks together (default: {LIMIT:.0f})")
     parser.add_argument("--list", action="store_true", help="name the checks")
-    options = parser.parse_args(argv)
-    unknown = sorted(set(options.only or ()) - load_checks(modules).keys())
-    if unknown:
-        parser.error(f"--only: no check {', '.join(unknown)}; there are {', '.join(CHECKS)}")
-    return options
+    return parser
 
 
 def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int:
     """Run the checks of `modules`; returns the exit status."""
-    options = parse(argv, modules)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if not (options.cpu or options.list or torch.cuda.is_available()):
+        print("gpu_check: torch sees no CUDA device here; --cpu runs what a CPU can", file=sys.stderr)
+        return 2
+    unknown = sorted(set(options.only or ()) - load_checks(modules).keys())
+    if unknown:
+        parser.error(f"--only: no check {', '.join(unknown)}; there are {', '.join(CHECKS)}")
     if options.list:
         print("\n".join(f"{one.name:<22} {one.seconds:>4.0f} s  {one.about}" for one in CHECKS.values()))
         return 0
-    import torch
-
-    if not options.cpu and not torch.cuda.is_available():
-        print("gpu_check: torch sees no CUDA device here; --cpu runs what a CPU can", file=sys.stderr)
-        return 2
     started = time.monotonic()
     processes = Processes("cpu" if options.cpu else "cuda", options.cpu, modules)
     device = processes.probe()

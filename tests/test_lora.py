@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from hllm_torchrec.checkpoint import best_checkpoint
 from hllm_torchrec.checkpoint_reader import SafeReader
-from hllm_torchrec.config import Config, ConfigError
+from hllm_torchrec.config import Config, ConfigError, config_from_file
 from hllm_torchrec.export import export_run
 from hllm_torchrec.model import HLLM
 from hllm_torchrec.modules.item_llm import build_backbone
@@ -171,8 +171,9 @@ def test_exported_directories_are_plain_and_give_the_runs_embeddings(tmp_path: P
         user = AutoModel.from_pretrained(tmp_path / "out" / "user_llm").eval()
         theirs = user(inputs_embeds=x[None]).last_hidden_state[0]
         torch.testing.assert_close(hllm.user(x, torch.tensor([0, 5]))[0], theirs, rtol=1e-5, atol=1e-5)
-    onward = training_fixtures.config(tmp_path / "x")
-    assert onward.item_llm.lora.rank == 0
+    onward = config_from_file(tmp_path / "out" / "config.yaml")
+    assert onward.item_llm.lora.rank == onward.user.lora.rank == 0
+    assert "through adapters of rank 3 and merged" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,9 @@ def _sharded(config: Config) -> dict[str, Tensor]:
 def test_two_ranks_train_the_adapters_as_one_does_under_ddp_and_fsdp(tmp_path: Path) -> None:
     def of(name: str, users: int, dense: str) -> Config:
         exact = {"item_llm__lora": ITEM_LORA | {"dropout": 0.0}, "max_steps": 2}
-        return settings(tmp_path / name, **exact, data__batch_users=users, parallel__dense=dense)
+        again = dense == "fsdp"  # as configs/paper/books_hllm_7b_lora.yaml has it; the numbers are the same
+        parts = {"parallel__dense": dense, "parallel__activation_checkpointing": again}
+        return settings(tmp_path / name, **exact, data__batch_users=users, **parts)
 
     (one,) = run_ranks(_sharded, 1, of("one", 8, "ddp"))
     start = Trainer(of("start", 8, "ddp"), start_process()).hllm
