@@ -22,8 +22,9 @@ _ENDS = 64
 
 def left_out(config: Config) -> dict[str, str]:
     """Parts whose LLM's own weights are in no checkpoint, with how their names begin."""
-    parts = {"item_llm": config.item_llm, "user": config.user}
-    return {name: _PARTS[name] for name, part in parts.items() if part.lora.rank and part.pretrained is not None}
+    item, user = config.item_llm, config.user
+    parts = {"item_llm": (item.lora, item.pretrained), "user": (user.lora, user.pretrained)}
+    return {name: _PARTS[name] for name, (lora, pretrained) in parts.items() if lora.rank and pretrained is not None}
 
 
 def without_bases(state: Mapping[str, Any], config: Config) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def quantise_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
     vectors = _catalogue(experiment)
     if vectors is None:
         return TableBytes({}, {})
-    items = FrozenItems(*vectors.shape, "fp32", torch.device("meta"))
+    items = FrozenItems(vectors.shape[0], vectors.shape[1], "fp32", torch.device("meta"))
     items.table = quantised({FROZEN_ITEMS: vectors}, {FROZEN_ITEMS: TABLE_TYPES[dtype]})
     hllm = experiment.hllm
     hllm.item_cache, hllm.stored_items, hllm.takes_stored_items = None, StoredItems(items), True

@@ -46,7 +46,7 @@ def add_lora(
         raise ValueError(f"{field}.rank: {rank}: needs the package peft: pip install 'hllm_torchrec[lora]'")
     from peft import LoraConfig, inject_adapter_in_model  # seconds to import, and optional
 
-    chosen = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names))  # type: ignore[arg-type]
+    chosen = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names))
     with torch.random.fork_rng(devices=[]):  # what is drawn after this is as without adapters
         inject_adapter_in_model(chosen, backbone)
     train_adapters_alone(backbone)
@@ -54,8 +54,7 @@ def add_lora(
 
 def linear_names(backbone: nn.Module) -> list[str]:
     """Last names of the linear layers in a backbone's layers, sorted."""
-    layers = backbone.layers if hasattr(backbone, "layers") else backbone.encoder.layer
-    assert isinstance(layers, nn.Module)
+    layers = backbone.get_submodule("layers" if hasattr(backbone, "layers") else "encoder.layer")
     return sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if type(module) is nn.Linear})
 
 
