@@ -1,6 +1,5 @@
 """Checks of single kernels on the GPU against plain PyTorch; see gpu_check.py."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hllm_torchrec.modules import hstu_triton
 from hllm_torchrec.modules.attention_backends import BACKENDS, Choice, choose_backend, plan_text
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
 from hllm_torchrec.modules.losses import info_nce
-from hllm_torchrec.modules.pointwise_attention import choose_backend as choose_pointwise
 from hllm_torchrec.modules.pointwise_attention import plan_layout, pointwise_attention
 from hllm_torchrec.modules.pointwise_layout import RelativeBias, Rules
 from hllm_torchrec.modules.text_attention import TextLayout
@@ -209,9 +208,9 @@ def _pointwise(where: Where, rules: Rules, backend: str, dtype: torch.dtype) -> 
 @check(150)
 def hstu_kernels(where: Where) -> dict[str, Any]:
     """HSTU's Triton kernels, forward and backward, against the eager backend for every mask."""
-    if importlib.util.find_spec("triton") is None:
-        raise Skipped("triton is not installed")
-    choose_pointwise("triton", where.device)
+    problem = hstu_triton.problem(where.device)
+    if problem is not None:
+        raise Skipped(problem)
     found: dict[str, Any] = {}
     for name, rules in list(MASKS.items())[: 2 if where.tiny else None]:
         exact = _pointwise(where, rules, "eager", torch.float32)
