@@ -138,7 +138,7 @@ def describe_device(device: str) -> dict[str, Any]:
 
 
 def _serve(name: str, device: str, tiny: bool, modules: Sequence[str], said: str, answer: Connection) -> None:
-    """In the child: run one check, or describe the device, and send (state, what was found or why).
+    """In the child: run one check, describe the device or name the checks; send (state, what was found or why).
 
     said: file that takes what it prints.
     """
@@ -148,6 +148,9 @@ def _serve(name: str, device: str, tiny: bool, modules: Sequence[str], said: str
     try:
         if name == "device":
             answer.send(("ok", describe_device(device)))
+            return
+        if name == "checks":
+            answer.send(("ok", [(one.name, one.seconds, one.about) for one in load_checks(modules).values()]))
             return
         where = Where(torch.device(device, 0) if device == "cuda" else torch.device(device), tiny)
         answer.send(("ok", load_checks(modules)[name].run(where)))
@@ -172,6 +175,17 @@ class Processes:
         sys.path[:0] = [path for path in beside if path not in sys.path]
         self.context: Any = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["checking", *modules])
+
+    def checks(self) -> dict[str, tuple[float, str]]:
+        """Seconds and first line of every check, by name; the parent itself imports none of the heavy libraries.
+
+        Raises:
+            RuntimeError: a module of checks cannot be imported.
+        """
+        state, found = self.run("checks", 120)
+        if state != "ok":
+            raise RuntimeError(found)
+        return {name: (seconds, about) for name, seconds, about in found}
 
     def probe(self) -> dict[str, Any]:
         """The device's description; settles how processes are started.

@@ -23,7 +23,7 @@ if "--cpu" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
 import torch  # noqa: E402
-from checking import CHECKS, MODULES, ROOT, Processes, load_checks  # noqa: E402
+from checking import MODULES, ROOT, Processes  # noqa: E402
 
 LIMIT = 540.0
 """Seconds for all checks together."""
@@ -47,18 +47,19 @@ def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int
     if not (options.cpu or options.list or torch.cuda.is_available()):
         print("gpu_check: torch sees no CUDA device here; --cpu runs what a CPU can", file=sys.stderr)
         return 2
-    unknown = sorted(set(options.only or ()) - load_checks(modules).keys())
-    if unknown:
-        parser.error(f"--only: no check {', '.join(unknown)}; there are {', '.join(CHECKS)}")
-    if options.list:
-        print("\n".join(f"{one.name:<22} {one.seconds:>4.0f} s  {one.about}" for one in CHECKS.values()))
-        return 0
     started = time.monotonic()
     processes = Processes("cpu" if options.cpu else "cuda", options.cpu, modules)
+    checks = processes.checks()
+    unknown = sorted(set(options.only or ()) - checks.keys())
+    if unknown:
+        parser.error(f"--only: no check {', '.join(unknown)}; there are {', '.join(checks)}")
+    if options.list:
+        print("\n".join(f"{name:<22} {seconds:>4.0f} s  {about}" for name, (seconds, about) in checks.items()))
+        return 0
     device = processes.probe()
     print(f"{device['device']}, torch {torch.__version__}", file=sys.stderr, flush=True)
-    names = [name for name in CHECKS if not options.only or name in options.only]
-    results = run_all(processes, names, started + options.seconds)
+    chosen = {name: limits[0] for name, limits in checks.items() if not options.only or name in options.only}
+    results = run_all(processes, chosen, started + options.seconds)
     found = report(device, results, time.monotonic() - started)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     out = options.out or ROOT / "benchmarks" / f"{date}-gpu_check{'-cpu' if options.cpu else ''}.json"
@@ -67,16 +68,19 @@ def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int
     return 1 if found["counts"]["failed"] else 0
 
 
-def run_all(processes: Processes, names: list[str], deadline: float) -> dict[str, dict[str, Any]]:
-    """Each check's state, seconds, and what it found or why it did not; one line on stderr for each."""
+def run_all(processes: Processes, chosen: dict[str, float], deadline: float) -> dict[str, dict[str, Any]]:
+    """Each check's state, seconds, and what it found or why it did not; one line on stderr for each.
+
+    chosen: name -> seconds at most.
+    """
     results: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name, most in chosen.items():
         start = time.monotonic()
         left = deadline - start
         if left < 1:
             state, found = "skipped", "no time left"
         else:
-            state, found = processes.run(name, min(CHECKS[name].seconds, left))
+            state, found = processes.run(name, min(most, left))
         results[name] = {"state": state, "seconds": round(time.monotonic() - start, 2)}
         results[name] |= {"found": found} if state == "ok" else {"reason": found}
         words = "" if state == "ok" else f": {found.splitlines()[0]}"
