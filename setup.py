@@ -33,15 +33,19 @@ REQUIREMENTS = [
     "tqdm>=4.70,<5",
     "transformers>=5.23,<6",
 ]
+PEFT = "peft>=0.21,<1"
+WANDB = "wandb>=0.31,<1"
 DEV = [
     "faiss-cpu>=1.15,<2",
     "hypothesis>=6.170,<7",
     "mypy>=2.4,<3",
+    PEFT,
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.6,<0.18",
     "setuptools>=77",
     'triton>=3.6,<4; platform_system == "Linux"',
+    WANDB,
 ]
 
 
@@ -79,6 +83,12 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEV, "faiss": ["faiss-cpu>=1.15,<2"], "flash-attn": ["flash-attn>=2.7"]},
+    extras_require={
+        "dev": DEV,
+        "faiss": ["faiss-cpu>=1.15,<2"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "lora": [PEFT],
+        "wandb": [WANDB],
+    },
     entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hllm_torchrec.config_files import as_yaml, load_as
+from hllm_torchrec.config_logs import LogsConfig
+from hllm_torchrec.config_lora import LoRAConfig
 from hllm_torchrec.config_reliability import ReliabilityConfig
 from hllm_torchrec.config_rules import problems_of
 from hllm_torchrec.errors import ConfigError
@@ -106,9 +108,12 @@ class ItemLLMConfig:
     share_prefix: bool = True
     """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
     the same values and gradients for less work. Encoders (`causal: false`) do without."""
-    attention: Literal["auto", "buckets", "varlen", "flash"] = "auto"
+    attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
-    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the fastest that can run."""
+    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the first of these that can run. flex:
+    torch's FlexAttention (CUDA), only where it is named."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that train instead of the Item LLM's own weights; the [ITEM] vector trains besides."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ class UserEncoderConfig:
     """How the history tells what was done with an item (features.action). summed: the action is added to the event;
     interleaved: an event is two tokens, its item and then its action (HSTU's sequence), for twice the length. Windows,
     prefixes and tables of positions then count tokens."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that train instead of the User LLM's own weights (encoder llm only)."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +331,8 @@ class Config:
     """Validation."""
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     """Faults."""
+    logs: LogsConfig = field(default_factory=LogsConfig)
+    """Who is told of the run, besides its directory."""
 
     def __post_init__(self) -> None:
         problems = problems_of(self)

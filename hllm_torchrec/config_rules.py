@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.config_keys import record_problems
+from hllm_torchrec.config_lora import LORA_BOUNDS, lora_problems
 from hllm_torchrec.modules.encoder_shapes import SHAPES
 from hllm_torchrec.protocols import protocol_problems
 
@@ -59,6 +60,7 @@ BOUNDS = {
     "evaluation.batch_users": ">= 1",
     "evaluation.keep_last": ">= 1",
     "reliability.max_skipped": ">= 0",
+    **LORA_BOUNDS,
 }
 """Dotted field -> what its value must be, where it has one."""
 
@@ -90,6 +92,7 @@ def problems_of(config: "Config") -> list[str]:
         *_optimizer_problems(config),
         *_store_problems(config),
         *_backbone_problems(config),
+        *lora_problems(config),
         *_encoder_problems(config),
         *_objective_problems(config),
         *protocol_problems(config),

@@ -26,6 +26,7 @@ from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.experiment import Experiment
 from hllm_torchrec.items import CATALOGUE_TOKENS
 from hllm_torchrec.logs import progress
+from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.parallelize import autocast, whole
 from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes
 from hllm_torchrec.store.layout import RunFacts
@@ -105,7 +106,8 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
             vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
         return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids]
 
-    version = write_rounds(store, rounds, encode, "embed items", len(rounds))
+    with merged(model):
+        version = write_rounds(store, rounds, encode, "embed items", len(rounds))
     return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
 
 

@@ -6,7 +6,7 @@ Training and the offline evaluation job build their parts here, so that both sco
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedTensor
 
+from hllm_torchrec.bases import base_marks, without_bases
 from hllm_torchrec.config import Config
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
@@ -57,6 +58,8 @@ class Experiment:
     model: DistributedModelParallel
     encoder: ItemEncoder | None
     item_vectors: NDArray[np.float32] | None
+    bases: dict[str, str] = field(default_factory=dict)
+    """Marks of weights that checkpoints leave out: see `bases`."""
 
     @property
     def hllm(self) -> HLLM:
@@ -64,6 +67,10 @@ class Experiment:
         inner = raw_model(self.model)
         assert isinstance(inner, HLLM)
         return inner
+
+    def model_state(self) -> dict[str, Any]:
+        """The model's tensors that a checkpoint holds: loading into them in place restores it."""
+        return without_bases(self.model.state_dict(), self.config)
 
     def averaged_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What `optim.ema` averages: all dense parts but the Item LLM, whose cached embeddings stay valid so."""
@@ -180,10 +187,11 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     if encoder is not None and share < 1:
         model.encode_items = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed)
     _check_words(model, encoder)
+    bases = base_marks(model, config)
     wrapped = parallelize(model, config, device)
     initialise_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, recipe, device, wrapped, encoder, vectors)
+    return Experiment(config, dataset, recipe, device, wrapped, encoder, vectors, bases)
 
 
 def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:

@@ -22,10 +22,12 @@ from torchrec.distributed.types import ShardedTensor
 from transformers import PreTrainedModel
 
 from hllm_torchrec.config import Config, save_config
+from hllm_torchrec.config_lora import LoRAConfig
 from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.tokens import TOKENIZER_FILES
 from hllm_torchrec.hf_weights import save_backbone, without_words
 from hllm_torchrec.logs import machine_info
+from hllm_torchrec.modules.lora import merged_state
 from hllm_torchrec.modules.user_llm import UserLLM
 from hllm_torchrec.offline import LoadedRun, load_run
 from hllm_torchrec.parallelize import whole
@@ -49,6 +51,7 @@ def export_run(run: Path, which: str, output: Path, device: torch.device) -> Non
         state = whole_state(loaded)
         for name, backbone in _backbones(loaded).items():
             own = {key.removeprefix(BACKBONES[name]): state.pop(key) for key in sorted(state) if _is_of(key, name)}
+            own = merged_state(own, _lora_scale(loaded.experiment.config, name))
             if name == "item_llm":
                 save_backbone(backbone.config, own, folder / name, state.pop("item_llm.item_token"))
                 _copy_tokenizer(loaded.experiment.config, folder / name)
@@ -62,10 +65,11 @@ def export_run(run: Path, which: str, output: Path, device: torch.device) -> Non
 
 def whole_state(loaded: LoadedRun) -> dict[str, Tensor]:
     """Every weight by its name, on the CPU, sharded ones put together. For one process."""
-    return {name: _whole(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
+    return {name: put_together(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
 
 
-def _whole(value: Any) -> Tensor:
+def put_together(value: Any) -> Tensor:
+    """A tensor of a model's state, sharded or not, as one. For one process."""
     if not isinstance(value, ShardedTensor):
         return whole(value)
     shards = value.local_shards()
@@ -78,6 +82,12 @@ def _whole(value: Any) -> Tensor:
 
 def _is_of(key: str, name: str) -> bool:
     return key.startswith(BACKBONES[name])
+
+
+def _lora_scale(config: Config, name: str) -> float:
+    """What the adapters' product is multiplied by; 0 where there are none."""
+    lora = config.item_llm.lora if name == "item_llm" else config.user.lora
+    return lora.alpha / lora.rank if lora.rank else 0.0
 
 
 def _backbones(loaded: LoadedRun) -> dict[str, PreTrainedModel]:
@@ -101,9 +111,14 @@ def _with_backbones(config: Config, output: Path, backbones: dict[str, PreTraine
     """The configuration of a run that begins with the exported models."""
     item, user = config.item_llm, config.user
     if "item_llm" in backbones:
-        item = dataclasses.replace(item, pretrained=str(output / "item_llm"), tokenizer=None, shape=None, layers=None)
+        directory = str(output / "item_llm")
+        item = dataclasses.replace(
+            item, pretrained=directory, tokenizer=None, shape=None, layers=None, lora=LoRAConfig()
+        )
     if "user_llm" in backbones:
-        user = dataclasses.replace(user, pretrained=str(output / "user_llm"), shape=None, layers=None)
+        user = dataclasses.replace(
+            user, pretrained=str(output / "user_llm"), shape=None, layers=None, lora=LoRAConfig()
+        )
     return dataclasses.replace(config, output=f"{config.output}-on", start_from=None, item_llm=item, user=user)
 
 
@@ -115,8 +130,8 @@ def model_card(run: Path, loaded: LoadedRun) -> str:
     rows = {
         "dataset": f"{experiment.dataset.name}, fingerprint {experiment.dataset.fingerprint[:16]}",
         "checkpoint": f"{loaded.checkpoint.name} of {run.name}, seed {config.seed}",
-        "Item LLM": (item.pretrained or "random weights") if item.enabled else "none",
-        "user encoder": f"{user.encoder}, {user.pretrained or 'random weights'}",
+        "Item LLM": _origin(item.pretrained, item.lora) if item.enabled else "none",
+        "user encoder": f"{user.encoder}, {_origin(user.pretrained, user.lora)}",
         "objective": f"fusion {config.objective.fusion}, lambda {config.objective.generative_weight}",
         "item text": f"{item.prompt!r} + {', '.join(item.text_keys)}, at most {item.max_text_length} tokens",
         "made with": f"hllm_torchrec {info['hllm_torchrec']}, "
@@ -124,6 +139,11 @@ def model_card(run: Path, loaded: LoadedRun) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _CARD.format(name=run.name, table=table, metrics=_metrics(run))
+
+
+def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
+    adapters = f", trained through adapters of rank {lora.rank} and merged" if lora.rank else ""
+    return f"{pretrained or 'random weights'}{adapters}"
 
 
 def _metrics(run: Path) -> str:

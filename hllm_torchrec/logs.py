@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from tqdm import tqdm
@@ -23,13 +23,23 @@ _SECONDS_BETWEEN_LINES = 10.0
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "numpy", "pyarrow")
 
 
+class Sink(Protocol):
+    """Somebody else who is told a run's numbers."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Those of one event, by `<event>/<name>`."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
 class RunLog:
     """The log of a run: `log.jsonl`, one object a line, and `tensorboard/`. Ranks other than 0 write nothing.
 
     A line is `{"event": "step", "step": 100, "time": 1700000000.0, ...}`; time is in seconds since 1970, UTC.
     """
 
-    def __init__(self, run_dir: Path, rank: int, resumed_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, rank: int, resumed_step: int | None = None, also: Sink | None = None) -> None:
         """Open the log for appending, in a directory that is made if missing.
 
         Args:
@@ -37,8 +47,10 @@ class RunLog:
             rank: this process's rank.
             resumed_step: when resuming, the checkpoint's step: "step" and "eval" lines after it are dropped,
                 as the run repeats them, and so is a last line that a crash cut short.
+            also: gets the numbers too, and is closed with the log.
         """
         self._file: TextIO | None = None
+        self._also = also
         if rank != 0:
             return
         from torch.utils.tensorboard import SummaryWriter  # seconds to import, and on rank 0 only
@@ -71,14 +83,19 @@ class RunLog:
         plain = {name: _plain(name, value) for name, value in values.items()}
         self._file.write(json.dumps({**line, **plain}, allow_nan=False) + "\n")
         self._file.flush()
-        for name, number in _numbers(event, values):
+        numbers = dict(_numbers(event, values))
+        for name, number in numbers.items():
             self._tensorboard.add_scalar(name, number, step)
+        if self._also is not None:
+            self._also.write(step, numbers)
 
     def close(self) -> None:
         """Write what is still in memory and close the files; closing twice is allowed."""
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
+            if self._also is not None:
+                self._also.close()
             self._file = None
 
     def __enter__(self) -> "RunLog":

@@ -15,6 +15,7 @@ from hllm_torchrec.flops import flops_utilisation, measured_matmul_peak, transfo
 from hllm_torchrec.items import EncodedWork, ItemEncoder
 from hllm_torchrec.model import HLLM
 from hllm_torchrec.modules.item_llm import ItemLLM
+from hllm_torchrec.modules.lora import has_adapters
 from hllm_torchrec.modules.user_encoder import UserEncoder
 
 PEAK_SHAPES = {
@@ -123,12 +124,19 @@ def backbone_flops(backbone: PreTrainedModel, tokens: int, keys: int) -> float:
 
 def item_passes(model: HLLM) -> int:
     """What the Item LLM's tokens cost, in forward passes; frozen 1, since nothing before it learns."""
-    return 3 if model.item_llm is not None and _learns(model.item_llm) else 1
+    return _passes(model.item_llm, frozen=1) if model.item_llm is not None else 1
 
 
 def user_passes(model: HLLM) -> int:
     """The same of the user encoder: frozen, it still hands gradients on to its inputs, in one more pass."""
-    return 3 if _learns(model.user) else 2
+    return _passes(model.user, frozen=2)
+
+
+def _passes(module: nn.Module, frozen: int) -> int:
+    """Adapters (LoRA) need gradients handed on to them, but none of the products that give the weights' gradients."""
+    if not _learns(module):
+        return frozen
+    return 2 if has_adapters(module) else 3
 
 
 def _learns(module: nn.Module) -> bool:
@@ -177,7 +185,8 @@ def weights_of(model: HLLM, encoder: ItemEncoder | None = None) -> WeightSnapsho
         if module is None:
             continue
         layers = [p for n, p in module.named_parameters() if p.ndim == 2 and ("layers." in n or "layer." in n)]
-        matrices[part] = getattr(layers[0], "_local_tensor", layers[0]).detach().float().clone()
+        shown = next((p for p in layers if p.requires_grad), layers[0])
+        matrices[part] = getattr(shown, "_local_tensor", shown).detach().float().clone()
     if encoder is not None and model.item_llm is not None:
         sample = torch.arange(1, min(SAMPLED_ITEMS + 1, len(encoder.tokens)), device=encoder.device)
         was_training = model.item_llm.training

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from transformers import PreTrainedModel
 
 from hllm_torchrec.config import Config, UserEncoderConfig
+from hllm_torchrec.config_lora import LoRAConfig
 from hllm_torchrec.config_rules import takes_stored_items
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.modules.adapter import Adapter
@@ -30,6 +32,7 @@ from hllm_torchrec.modules.hybrid_features import ACTION_GATE, HybridFeatures
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone, trained_item_token
 from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.ligr import LiGR
+from hllm_torchrec.modules.lora import add_lora, train_adapters_alone
 from hllm_torchrec.modules.losses import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.prediction_head import PredictionHead
 from hllm_torchrec.modules.sampled_bce import sampled_bce
@@ -327,6 +330,8 @@ def build_model(
     item_llm, item_width = _build_item_llm(config)
     user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
+    if isinstance(user, UserLLM) and config.user.lora.rank and config.user.trainable:
+        train_adapters_alone(user.backbone)
     features = HybridFeatures(
         {name: rows for name, rows in tables.items() if name != ACTION_GATE},
         user.width,
@@ -350,8 +355,15 @@ def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
     """
     if user.encoder == "llm":
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
+        _adapt(backbone, user.lora, "user.lora")
         return UserLLM(backbone, user.dropout)
     return ENCODERS[user.encoder](SHAPES[user.encoder](**(user.shape or {})), user.dropout)
+
+
+def _adapt(backbone: PreTrainedModel, lora: LoRAConfig, field: str) -> None:
+    """Put adapters on a backbone, where the configuration has them."""
+    if lora.rank:
+        add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets, field)
 
 
 def item_space(config: Config) -> str:
@@ -366,11 +378,16 @@ def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
     item = config.item_llm
     if not item.enabled:
         return None, 0
-    model = ItemLLM(build_backbone(item.pretrained, item.shape, item.layers), item.pooling, item.causal)
+    backbone = build_backbone(item.pretrained, item.shape, item.layers)
+    _adapt(backbone, item.lora, "item_llm.lora")
+    model = ItemLLM(backbone, item.pooling, item.causal)
     trained = trained_item_token(item.pretrained)
     if trained is not None:
         model.item_token.data.copy_(trained)
-    model.requires_grad_(item.trainable and not takes_stored_items(config))
+    trains = item.trainable and not takes_stored_items(config)
+    model.requires_grad_(trains)
+    if item.lora.rank and trains:
+        train_adapters_alone(backbone)
     if item.freeze_words:
         model.backbone.get_input_embeddings().requires_grad_(False)
     return model, model.width

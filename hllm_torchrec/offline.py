@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from hllm_torchrec.bases import check_bases
 from hllm_torchrec.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint_files import read_marker
 from hllm_torchrec.config import Config, config_from_file
@@ -148,13 +149,15 @@ def training_overlap(predictions: Path, dataset: Path) -> Overlap:
 
 def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int]:
     """Load weights; the context in which the model has those to evaluate with, and the checkpoint's step."""
-    state: dict[str, Any] = {"model": experiment.model.state_dict()}
+    state: dict[str, Any] = {"model": experiment.model_state()}
     weights: AbstractContextManager[None] = nullcontext()
     if experiment.config.optim.ema:
         ema = EmaWeights(experiment.averaged_parameters(), experiment.config.optim.ema)
         state["ema"] = ema.state_dict()
         weights = ema.swapped()
-    return weights, int(load_checkpoint(checkpoint, state)["step"])
+    extra = load_checkpoint(checkpoint, state)
+    check_bases(extra, experiment.bases, experiment.config, checkpoint)
+    return weights, int(extra["step"])
 
 
 def _provenance(loaded: LoadedRun) -> dict[str, Any]:

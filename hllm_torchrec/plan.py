@@ -285,7 +285,8 @@ def _traffic(model: HLLM, config: Config, counts: dict[str, float], machine: Mac
     dense = 4.0 * sum(p.numel() for _, p in _dense(model) if p.requires_grad)
     found = {"gradients": 2 * dense * others}
     if config.parallel.dense == "fsdp":  # weights for both passes, then the gradients' sums
-        found = {"weights": 2 * dense * others, "gradients": dense * others}
+        every = 4.0 * sum(p.numel() for _, p in _dense(model))
+        found = {"weights": 2 * every * others, "gradients": dense * others}
     if model.item_llm is not None:
         found["item rows"] = 2 * 4.0 * model.item_llm.width * counts["needed_items"] * others
     tables = model.features.tables
@@ -299,15 +300,16 @@ def _traffic(model: HLLM, config: Config, counts: dict[str, float], machine: Mac
 def _flops(model: HLLM, config: Config, counts: dict[str, float]) -> float:
     """Matrix products of a step on a rank: three forward passes of what is trained, four where it is recomputed."""
     passes = 3 + config.parallel.activation_checkpointing
+    adapted = {name: part.lora.rank > 0 for name, part in (("item", config.item_llm), ("user", config.user))}
     flops = 0.0
     if model.item_llm is not None:
         share = config.item_llm.trained_share if config.item_llm.trainable else 0.0
         in_groups = 0 < config.item_llm.items_at_once < counts["encoded_items"] * share
-        effort = (passes + in_groups) * share + (1 - share)
+        effort = (passes + in_groups - adapted["item"]) * share + (1 - share)  # LoRA: no products for W's gradients
         flops += _decoder_flops(model.item_llm.backbone, counts["item_tokens"], counts["tokens_of_item"] / 2) * effort
     tokens, keys = counts["positions"] + counts["queries"], counts["history"] / 2
     if isinstance(model.user, UserLLM):
-        return flops + _decoder_flops(model.user.backbone, tokens, keys) * passes
+        return flops + _decoder_flops(model.user.backbone, tokens, keys) * (passes - adapted["user"])
     return flops + model.user.flops(round(tokens), round(tokens * keys)) * passes
 
 

@@ -1,7 +1,10 @@
 """Third-party messages at the start of training that say nothing about this program's use of the library."""
 
 import logging
+import sys
 import warnings
+
+from transformers.utils import logging as transformers_logging
 
 #: logger -> how its harmless messages begin
 _LOG_MESSAGES = {
@@ -33,10 +36,12 @@ class _Without(logging.Filter):
 
 
 def quiet_libraries() -> None:
-    """Leave out the messages listed above, and no others; calling it again changes nothing."""
+    """Leave out the messages listed above, and off a terminal Hugging Face's bars; again changes nothing."""
     for name, beginning in _LOG_MESSAGES.items():
         logger = logging.getLogger(None if name == "root" else name)
         if not any(isinstance(f, _Without) for f in logger.filters):
             logger.addFilter(_Without(beginning))
     for category, message in _WARNINGS:
         warnings.filterwarnings("ignore", message, category)
+    if not sys.stderr.isatty():  # a bar for reading weights overwrites itself, which a file shows as one long line
+        transformers_logging.disable_progress_bar()

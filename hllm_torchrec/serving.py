@@ -38,8 +38,10 @@ from hllm_torchrec.modules.history_cache import (
     read_history,
 )
 from hllm_torchrec.modules.hstu import HSTU
+from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.offline import load_run, run_config
 from hllm_torchrec.parallelize import start_process
+from hllm_torchrec.quantised_tables import check_table_type, quantise_items, quantise_tables
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,19 @@ class Scorer:
         experiment: see `build_experiment`; its model is put in evaluation mode, and the whole catalogue is encoded
             by the Item LLM once.
         micro_batch: candidates computed at a time; it bounds memory and changes no score beyond rounding.
+        table_dtype: "int8" or "fp16": what tables and item embeddings are kept in, see `quantised_tables`; None: as
+            they were trained. The model then serves only.
 
     Raises:
-        ValueError: a model without a ranking head, more than one process, FSDP, an encoder without a cache, or a
-            micro-batch below 1.
+        ValueError: a model without a ranking head, more than one process, FSDP, an encoder without a cache, a
+            micro-batch below 1, or an unknown type.
     """
 
-    def __init__(self, experiment: Experiment, micro_batch: int = MICRO_BATCH) -> None:
+    def __init__(self, experiment: Experiment, micro_batch: int = MICRO_BATCH, table_dtype: str | None = None) -> None:
         if micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
+        if table_dtype is not None:
+            check_table_type(table_dtype)
         if experiment.recipe.fusion == "none":
             raise ValueError("objective.fusion: 'none': the model has no head to score candidates; train early or late")
         if dist.get_world_size() > 1 or experiment.config.parallel.dense == "fsdp":
@@ -145,7 +151,11 @@ class Scorer:
         self.experiment, self.micro_batch = experiment, micro_batch
         self.hllm = experiment.hllm.eval()
         check_encoder(self.hllm.user)
-        self.hllm.item_cache = experiment.encode_catalogue()
+        if table_dtype is None:
+            self.hllm.item_cache = experiment.encode_catalogue()
+        else:
+            quantise_tables(experiment, table_dtype)
+            quantise_items(experiment, table_dtype)
         self._weights = ExitStack()
         # A request's candidates share one second, and so do not see each other, under this rule of visibility.
         recipe = replace(experiment.recipe, visibility="second")
@@ -153,7 +163,12 @@ class Scorer:
 
     @classmethod
     def of_run(
-        cls, run: Path, which: str = "best", device: torch.device | None = None, micro_batch: int = MICRO_BATCH
+        cls,
+        run: Path,
+        which: str = "best",
+        device: torch.device | None = None,
+        micro_batch: int = MICRO_BATCH,
+        table_dtype: str | None = None,
     ) -> Self:
         """The scorer of a run directory at its checkpoint "best" or "latest", or the one named.
 
@@ -166,7 +181,8 @@ class Scorer:
         loaded = load_run(run, which, device, _in_one_process(run_config(run)))
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
-            scorer = cls(loaded.experiment, micro_batch)
+            stack.enter_context(merged(loaded.experiment.hllm))
+            scorer = cls(loaded.experiment, micro_batch, table_dtype)
             scorer._weights = stack.pop_all()
         return scorer
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hllm_torchrec.bases import check_bases
 from hllm_torchrec.checkpoint import best_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint_files import MARKER
 from hllm_torchrec.checkpoint_reader import SafeReader
@@ -37,7 +38,8 @@ def start_from(experiment: Experiment, source: Path) -> None:
     """
     checkpoint = _find(source)
     keep = [f"{group}.{part}" for group in ("model", "ema") for part in MAY_BE_NEW]
-    load_checkpoint(checkpoint, {"model": experiment.model.state_dict()}, allow_missing=keep)
+    extra = load_checkpoint(checkpoint, {"model": experiment.model_state()}, allow_missing=keep)
+    check_bases(extra, experiment.bases, experiment.config, checkpoint)
     averaged = on_rank_zero(lambda: [key for key in SafeReader(checkpoint).read_tensors() if key.startswith("ema.")])
     if averaged:
         own = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in set(averaged)}

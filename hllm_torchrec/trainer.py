@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hllm_torchrec.bases import check_bases
 from hllm_torchrec.checkpoint import load_checkpoint, load_rank_extra, set_rng_state
 from hllm_torchrec.config import Config, StageConfig, save_config
 from hllm_torchrec.config_files import to_dict
@@ -22,7 +23,7 @@ from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.experiment import Experiment, build_experiment
 from hllm_torchrec.frozen import use_store
 from hllm_torchrec.keeper import CheckpointKeeper
-from hllm_torchrec.logs import RunLog, machine_info, peak_memory_bytes, progress
+from hllm_torchrec.logs import machine_info, peak_memory_bytes, progress
 from hllm_torchrec.meter import StepMeter, global_matmul_peak, weights_of
 from hllm_torchrec.modules.losses import MAX_SCALE
 from hllm_torchrec.optim import (
@@ -43,6 +44,7 @@ from hllm_torchrec.start import start_from
 from hllm_torchrec.step_guard import StepGuard
 from hllm_torchrec.step_loss import LossWeights, describe_step, micro_batch_loss, step_counts
 from hllm_torchrec.tables_ahead import TablesAhead, with_next
+from hllm_torchrec.wandb_log import run_log
 
 
 class Trainer:
@@ -107,7 +109,7 @@ class Trainer:
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
         with (
-            RunLog(self.output, self.rank, resumed_step=self.step) as self.log,
+            run_log(self.config, self.rank, self.step) as self.log,
             progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
             self.leave,
             self.keeper.in_a_run(),
@@ -337,7 +339,7 @@ class Trainer:
         """
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
-        with RunLog(self.output, self.rank, resumed_step=0) as self.log:
+        with run_log(self.config, self.rank, 0) as self.log:
             self._log_start()
             self._evaluate_and_save()
             self.keeper.close(self.log)
@@ -366,7 +368,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         materialise_state(self.dense)
         state: dict[str, Any] = {
-            "model": self.model.state_dict(),
+            "model": self.experiment.model_state(),
             "dense": named_state(self.dense, self.hllm.named_parameters()),
             "tables": self.tables.state(),
         }
@@ -379,6 +381,7 @@ class Trainer:
             "owed": self.owed,
             "leg_steps": [leg.steps for leg in self.legs],
             "config": to_dict(self.config),
+            "bases": self.experiment.bases,
         }
         self.keeper.save(self.step, self._state(), extra, score, self.log)
 
@@ -387,6 +390,7 @@ class Trainer:
         if self.checkpoint is None:
             return
         extra = load_checkpoint(self.checkpoint, self._state())
+        check_bases(extra, self.experiment.bases, self.config, self.checkpoint)
         check_schedule(self.checkpoint, extra, self.legs)
         self.step = self.keeper.saved = extra["step"]
         self.stale, self.owed = extra["stale"], extra.get("owed", False)

@@ -3,6 +3,7 @@
 import sys
 
 from hllm_torchrec.config import load_config
+from hllm_torchrec.config_logs import check_logs
 from hllm_torchrec.launch.command import run_job
 
 
@@ -20,6 +21,7 @@ def train(arguments: list[str]) -> None:
         ConnectionError: the ranks did not come together.
     """
     config = load_config(arguments)  # so that a mistake shows before anything large is imported
+    check_logs(config.logs)
     from hllm_torchrec.parallelize import start_process, stop_process
     from hllm_torchrec.trainer import Trainer
 

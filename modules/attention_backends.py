@@ -3,6 +3,7 @@
     buckets   length-sorted padded buckets, SDPA in each; every device and dtype
     varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
     flash     the flash-attn package (optional); the same, and dropout
+    flex      torch's FlexAttention, compiled for the masks at hand; CUDA, any dtype; only where it is asked for
 
 A User LLM's query tokens (`hllm_torchrec.modules.attention`) always run in buckets: none of these kernels lets a
 query see part of a sequence and itself.
@@ -13,6 +14,7 @@ of FlashAttention since 2.1) then lets a text see all of it. Two calls merged by
 those copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -253,6 +255,57 @@ def _flash(
     return out
 
 
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """torch.nn.attention.flex_attention over a mask of blocks; raises ValueError for dropout, which it lacks.
+
+    On a CPU, where tests call it, it is not compiled.
+    """
+    if dropout > 0:
+        raise ValueError(
+            f"item_llm.attention: flex: FlexAttention has no dropout, and the backbone's attention_dropout is "
+            f"{dropout}; choose buckets or flash"
+        )
+    attention, blocks = _flex_functions(query.is_cuda)
+    of_query, of_key = (torch.bucketize(torch.arange(n, device=x.device), x[1:], right=True, out_int32=True)
+                        for n, x in ((query.shape[0], cu_q), (key.shape[0], cu_k)))  # fmt: skip
+    behind = (cu_k[1:] - cu_q[1:])[of_query.long()]  # the last query of a sequence sees its last key
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        same = of_query[row] == of_key[column]
+        return same & (column <= row + behind[row]) if causal else same
+
+    mask = blocks(sees, None, None, query.shape[0], key.shape[0], device=str(query.device))
+    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out: Tensor = attention(*heads_first, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _flex_functions(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """FlexAttention and the maker of its masks; compiled for shapes that change from batch to batch."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not compiled:
+        return flex_attention, create_block_mask
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+
+
+def _needs_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" else f"runs on CUDA only (this is {device.type})"
+
+
 def _needs_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"runs on CUDA only (this is {device.type})"
@@ -273,3 +326,4 @@ def _flash_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 register_backend(AttentionBackend("varlen", _torch_varlen, _needs_tensor_cores))
 register_backend(AttentionBackend("flash", _flash, _flash_problem))
 register_backend(AttentionBackend("buckets", None, lambda device, dtype: None))
+register_backend(AttentionBackend("flex", _flex, _needs_cuda))  # behind buckets, which always run: never by auto

@@ -19,7 +19,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hllm_torchrec import logs
+from hllm_torchrec.config import Config, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.config_logs import LogsConfig
+from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.logs import RunLog, machine_info, peak_memory_bytes, progress, read_log
+from hllm_torchrec.modules.item_llm import build_backbone
+from hllm_torchrec.quiet import quiet_libraries
+from hllm_torchrec.wandb_log import run_log
+
+SASREC = {"width": 8, "layers": 1}
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -152,6 +160,48 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
             shown += os.read(ours, 10_000).decode()
     os.close(ours)
     assert "\rtrain: 100%" in shown
+
+
+def test_off_a_terminal_weights_are_read_without_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    build_backbone(None, {**shape, "num_attention_heads": 1, "vocab_size": 4}).save_pretrained(tmp_path)
+    quiet_libraries()
+    capsys.readouterr()
+    build_backbone(str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def wandb_settings(output: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    part = {"item_llm": ItemLLMConfig(enabled=False), "user": UserEncoderConfig(encoder="sasrec", shape=SASREC)}
+    return Config(output=str(output), logs=LogsConfig(wandb="shop"), **part)
+
+
+@pytest.mark.slow
+def test_weights_and_biases_get_the_same_numbers_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    settings = wandb_settings(tmp_path / "run", monkeypatch)
+    for resumed in (None, 1):
+        with run_log(settings, 0, resumed) as log:
+            log.write("step", 2, loss=0.5, note="a word")
+            log.write("eval", 2, slices={"cold": {"auc": 0.75}})
+    with run_log(settings, 1, None) as log:
+        log.write("step", 9, loss=float("nan"))
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [2, 2], "the resumed run repeats step 2"
+    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    names = {folder.name.rpartition("-")[2] for folder in folders}
+    assert folders and len(names) == 1, "a resumed run is the same run"
+    written = b"".join(file.read_bytes() for folder in folders for file in folder.glob("*.wandb"))
+    assert all(name in written for name in (b"step/loss", b"eval/slices/cold/auc", b"sasrec"))
+    assert b"a word" not in written
+
+
+def test_weights_and_biases_without_its_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = wandb_settings(tmp_path / "run", monkeypatch)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for rank in (0, 1):
+        with pytest.raises(ConfigError, match=r"logs.wandb: 'shop': needs the package wandb: pip install .*\[wandb\]"):
+            run_log(settings, rank, None)
 
 
 def test_other_ranks_show_no_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

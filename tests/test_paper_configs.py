@@ -17,7 +17,8 @@ from hllm_torchrec.optim import dense_optimizer
 from hllm_torchrec.parallelize import parallelize, plan_tables
 from tests.fixtures import dataset, pieces, token_store
 
-PAPER = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
+PAPER = [path for path in FILES if not path.stem.endswith("_lora")]
 SHAPES = {
     "models/tinyllama-1.1b": (
         "{model_type: llama, hidden_size: 2048, intermediate_size: 5632, num_hidden_layers: 22, "
@@ -58,6 +59,18 @@ def test_the_full_model_builds_on_the_meta_device(path):
     assert count == pytest.approx(PARAMETERS[path.stem[-2:]], rel=0.12)
     assert all(p.is_meta for p in model.parameters())
     assert not any("lm_head" in name for name, _ in model.named_parameters())
+
+
+def test_with_adapters_few_of_the_weights_train():
+    pytest.importorskip("peft")
+    (path,) = set(FILES) - set(PAPER)
+    with torch.device("meta"):
+        model = build_model(with_random_weights(path), {}, base_rate=0.5)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    own = {name for name in trained if ".backbone." in name}
+    assert all(".lora_" in name for name in own) and len(own) == 2 * 32 * 7 * 2
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS["7b"], rel=0.12)
+    assert sum(trained.values()) < 0.007 * PARAMETERS["7b"]
 
 
 @pytest.mark.slow

@@ -192,6 +192,26 @@ def test_torchs_kernel_refuses_dropout() -> None:
         plan.attend(q, q, q, 1.0, 0.1)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flex_attends_as_texts_that_are_read_alone(name: str) -> None:
+    """On a CPU it has a forward pass alone; scripts/gpu_check.py compares gradients."""
+    layout = LAYOUTS[name]
+    q, k, v = (torch.randn(layout.prefix + sum(layout.lengths), heads, 8) for heads in (4, 2, 2))
+    ours = plan_text(layout, BACKENDS["flex"], CPU).attend(q, k, v, 0.3, 0.0)
+    torch.testing.assert_close(ours, oracle(layout, q, k, v), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_runs_on_cuda_in_any_dtype_and_is_never_chosen_unasked() -> None:
+    assert str(choose_backend("flex", CUDA, torch.float32)) == "flex: asked for"
+    assert list(BACKENDS)[-1] == "flex", "auto stops at buckets, in front of it"
+    with pytest.raises(ValueError, match=r"item_llm.attention: flex runs on CUDA only \(this is cpu\)"):
+        choose_backend("flex", CPU, torch.float32)
+    plan = plan_text(TextLayout([2, 1], prefix=2), BACKENDS["flex"], CPU)
+    q = torch.zeros(5, 1, 8)
+    with pytest.raises(ValueError, match="flex: FlexAttention has no dropout, .* is 0.1; choose buckets or flash"):
+        plan.attend(q, q, q, 1.0, 0.1)
+
+
 def test_a_registered_backend_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_backends, "BACKENDS", dict(BACKENDS))
     register_backend(LOOP)
@@ -200,7 +220,7 @@ def test_a_registered_backend_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("backend", ["varlen", "flash"])
+@pytest.mark.parametrize("backend", ["varlen", "flash", "flex"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_kernels_on_a_gpu_equal_buckets(name: str, backend: str) -> None:
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:

@@ -1,0 +1,55 @@
+"""A run's numbers for Weights & Biases, by option: `logs.wandb: PROJECT`. Written to <run>/wandb when offline."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.config import Config
+from hllm_torchrec.config_files import to_dict
+from hllm_torchrec.config_logs import check_logs
+from hllm_torchrec.logs import RunLog
+
+
+class WandbLog:
+    """A run of Weights & Biases; a resumed run of ours goes on with it. For one process."""
+
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        """Begin, or go on with, the run that belongs to `run_dir`; `config` is shown beside it."""
+        import wandb  # seconds to import, and optional
+
+        name = str(run_dir.resolve())
+        self._run: Any = wandb.init(
+            project=project,
+            dir=str(run_dir),
+            name=run_dir.name,
+            id=hashlib.blake2b(name.encode(), digest_size=8).hexdigest(),
+            resume="allow",
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # Charts go by our own step: a resumed run repeats some, which its own counter would refuse.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Hand on the numbers of one event."""
+        if numbers:
+            self._run.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        """Write or send what is left."""
+        self._run.finish()
+
+
+def run_log(config: Config, rank: int, resumed_step: int | None) -> RunLog:
+    """The log of a training run, on every rank; only rank 0's writes.
+
+    Raises:
+        ConfigError: `logs.wandb` without the package.
+    """
+    check_logs(config.logs)
+    output, also = Path(config.output), None
+    if config.logs.wandb is not None and rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        also = WandbLog(config.logs.wandb, output, to_dict(config))
+    return RunLog(output, rank, resumed_step, also)
