@@ -19,6 +19,7 @@ PACKAGE_DIR = {
 }
 REQUIREMENTS = [
     "accelerate>=1.15,<2",
+    "fsspec>=2026.9,<2027",
     "gguf>=0.19,<1",
     "jsonargparse[signatures]>=4.53,<5",
     "matplotlib>=3.11,<4",
@@ -33,9 +34,14 @@ REQUIREMENTS = [
     "tqdm>=4.70,<5",
     "transformers>=5.23,<6",
 ]
+S3 = ["s3fs>=2026.9,<2027"]
 DEV = [
+    *S3,
     "faiss-cpu>=1.15,<2",
+    "flask-cors>=6,<7",
     "hypothesis>=6.170,<7",
+    "kubernetes>=36,<37",
+    "moto[s3]>=5.2,<6",
     "mypy>=2.4,<3",
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",
@@ -79,6 +85,6 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEV, "faiss": ["faiss-cpu>=1.15,<2"], "flash-attn": ["flash-attn>=2.7"]},
+    extras_require={"dev": DEV, "faiss": ["faiss-cpu>=1.15,<2"], "flash-attn": ["flash-attn>=2.7"], "s3": S3},
     entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},
 )
