@@ -66,7 +66,23 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         ValueError: no manifest, or one that does not say what it should.
     """
-    raw = read_json(root / "manifest.json")
+    return _manifest(read_json(root / "manifest.json"), root / "manifest.json")
+
+
+def parse_manifest(text: str, place: str) -> Manifest:
+    """The committed state by a manifest's text, which is that of the store at `place`.
+
+    Raises:
+        ValueError: it does not say what it should.
+    """
+    try:
+        return _manifest(json.loads(text), f"{place}/manifest.json")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}/manifest.json: {error}: the file is damaged") from None
+
+
+def _manifest(raw: Any, place: str | Path) -> Manifest:
+    """A manifest from its JSON object; place: what errors call it."""
     try:
         runs = tuple(
             RunFacts(
@@ -76,11 +92,11 @@ def read_manifest(root: Path) -> Manifest:
         )
         found = Manifest(int(raw["version"]), int(raw["live"]), runs)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{root / 'manifest.json'}: {type(error).__name__}: {error}: the file is damaged") from None
+        raise ValueError(f"{place}: {type(error).__name__}: {error}: the file is damaged") from None
     for run in found.runs:
         for name in (run.name, *run.files):  # no path may lead out of the store
             if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"{root / 'manifest.json'}: {name!r} is no plain name: the file is damaged")
+                raise ValueError(f"{place}: {name!r} is no plain name: the file is damaged")
     return found
 
 
