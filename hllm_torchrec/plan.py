@@ -12,7 +12,7 @@ Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an it
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class Estimate:
     seconds: dict[str, float]
     counts: dict[str, float]
     tables: dict[str, str]
-    shards: list[tuple[str, int, int, int]]
+    shards: list[tuple[str, int, int, int]] = field(default_factory=list)
     """(table, rank, rows, columns)."""
 
     @property

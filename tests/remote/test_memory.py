@@ -14,6 +14,7 @@ from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.embed import open_or_create, write_rounds
+from hllm_torchrec.launch.evaluate import main as evaluate
 from hllm_torchrec.launch.prepare import main as prepare
 from hllm_torchrec.remote.datasets import publish_dataset
 from hllm_torchrec.remote.files import CACHE, fetch, listing, reached, read_text, upload, url_of
@@ -261,3 +262,9 @@ def test_a_damaged_run_is_not_taken(bucket: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(CACHE, str(tmp_path / "another host"))
     with pytest.raises(ValueError, match=r"memory://bucket/items/runs/\S+: damaged: .*the contents are not what was"):
         EmbeddingStore.open(url)
+
+
+def test_commands_that_write_folders_refuse_urls(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate(["--run-dir", "runs/one", "--output", "s3://bucket/x"])
+    assert "--output s3://bucket/x: must be a folder of this machine" in capsys.readouterr().err
