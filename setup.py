@@ -19,6 +19,7 @@ PACKAGE_DIR = {
 }
 REQUIREMENTS = [
     "accelerate>=1.15,<2",
+    "fsspec>=2026.9,<2027",
     "gguf>=0.19,<1",
     "jsonargparse[signatures]>=4.53,<5",
     "matplotlib>=3.11,<4",
@@ -34,10 +35,15 @@ REQUIREMENTS = [
     "transformers>=5.23,<6",
 ]
 PEFT = "peft>=0.21,<1"
+S3 = ["s3fs>=2026.9,<2027"]
 WANDB = "wandb>=0.31,<1"
 DEV = [
+    *S3,
     "faiss-cpu>=1.15,<2",
+    "flask-cors>=6,<7",
     "hypothesis>=6.170,<7",
+    "kubernetes>=36,<37",
+    "moto[s3]>=5.2,<6",
     "mypy>=2.4,<3",
     PEFT,
     "pytest>=9.2,<10",
@@ -88,6 +94,7 @@ setup(
         "faiss": ["faiss-cpu>=1.15,<2"],
         "flash-attn": ["flash-attn>=2.7"],
         "lora": [PEFT],
+        "s3": S3,
         "wandb": [WANDB],
     },
     entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},

@@ -11,8 +11,9 @@ import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+K = TypeVar("K")
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 had no hash of the marker itself."""
@@ -76,15 +77,20 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
                     f"rank 0 does not see {temporary / name} as rank {rank} wrote it; "
                     "the checkpoints must be on a file system that all machines share"
                 )
-    everything = {name: entry for written in files for name, entry in written.items()}
-    contents = {"schema_version": SCHEMA_VERSION, **marker, "world_size": len(files), "files": everything}
-    write_synced(temporary / MARKER, json.dumps(seal(contents), indent=1))
+    write_synced(temporary / MARKER, marker_text(marker, files))
     _sync_directory(temporary)
     replaced = _set_aside(final) if final.exists() else None  # the same step again, after resuming from an earlier one
     temporary.rename(final)
     _sync_directory(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
+
+
+def marker_text(marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]) -> str:
+    """What a checkpoint's marker holds; the arguments are those of `commit`."""
+    everything = {name: entry for written in files for name, entry in written.items()}
+    contents = {"schema_version": SCHEMA_VERSION, **marker, "world_size": len(files), "files": everything}
+    return json.dumps(seal(contents), indent=1)
 
 
 def seal(contents: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,12 +166,17 @@ def by_metric(directory: Path) -> list[Path]:
     What is better is as the newest checkpoint says; if it says nothing, the list is empty.
     """
     paths = [path for path in by_step(directory) if not find_damage(path, check_hashes=False)]
-    markers = {path: read_marker(path) for path in paths}
-    better = markers[paths[-1]]["better"] if paths else None
+    return best_first({path: read_marker(path) for path in paths})
+
+
+def best_first(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
+    """The keys of markers, given in the order of their steps, as `by_metric` orders them."""
+    better = list(markers.values())[-1]["better"] if markers else None
     if better is None:
         return []
     sign = -1 if better == "max" else 1
-    return sorted((p for p in paths if markers[p]["metric"] is not None), key=lambda p: sign * markers[p]["metric"])
+    compared = [key for key, marker in markers.items() if marker["metric"] is not None]
+    return sorted(compared, key=lambda key: sign * markers[key]["metric"])
 
 
 def prune(newest: Path, keep_last: int) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec import ranks
 from hllm_torchrec.checkpoint_state import check_json, flatten
+from hllm_torchrec.remote.runs import publish_checkpoint
 
 BYTES_BESIDES = 2048
 """What a tensor takes in a checkpoint besides its values, generously."""
@@ -89,6 +90,7 @@ def save_checkpoint(
     keep_best: Literal["max", "min"] | None = None,
     metric: float | None = None,
     background: BackgroundWriter | None = None,
+    url: str | None = None,
 ) -> Path:
     """Write `<directory>/step-<step>` and delete what need not be kept any longer. Collective.
 
@@ -104,6 +106,8 @@ def save_checkpoint(
         metric: this checkpoint's validation metric; None or NaN: never the best.
         background: return as soon as this rank's share is copied to the host's memory; the writer writes it. It must
             not be writing already. The last two errors are then raised by its `finish`.
+        url: where the checkpoints belong, in place of `directory`, in which they are then only drafted: each rank
+            uploads what it has written, so the machines need not share `directory`.
 
     Returns:
         The directory written, or to be.
@@ -136,7 +140,8 @@ def save_checkpoint(
     comparable = metric if metric is not None and math.isfinite(metric) else None
     marker = {"step": step, "metric": comparable, "better": keep_best}
     final = directory / f"step-{step:08d}"
-    draft = _Draft(final, tensors, DefaultSavePlanner(), own, marker, keep_last, needed)
+    target = None if url is None else f"{url}/{final.name}"
+    draft = _Draft(final, tensors, DefaultSavePlanner(), own, marker, keep_last, needed, target)
     if background is None:
         draft.write()
     else:
@@ -156,10 +161,14 @@ class _Draft:
     marker: dict[str, Any]
     keep_last: int
     needed: int
+    url: str | None = None
 
     def write(self, group: dist.ProcessGroup | None = None) -> None:
         """Write, rename, prune. Collective in `group`; raises as `save_checkpoint`, and leaves nothing then."""
         temporary = ranks.on_rank_zero(lambda: files.start(self.final, self.needed), group)
+        if self.url is not None:
+            self._write_and_publish(self.final.with_name(temporary.name), self.url, group)
+            return
         try:
             self._save_tensors(temporary, group)
             written = ranks.together(lambda: self._roomy(lambda: _write_extras(temporary, self.own)), group)
@@ -170,6 +179,16 @@ class _Draft:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         ranks.on_rank_zero(lambda: files.prune(self.final, self.keep_last), group)
+
+    def _write_and_publish(self, draft: Path, url: str, group: dist.ProcessGroup | None) -> None:
+        """Write this rank's files, publish those of all ranks, and leave nothing here."""
+        try:
+            ranks.together(lambda: draft.mkdir(parents=True, exist_ok=True), group)
+            self._save_tensors(draft, group)
+            written = ranks.together(lambda: self._roomy(lambda: _write_extras(draft, self.own)), group)
+            publish_checkpoint(draft, url, self.marker, written, self.keep_last, group)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
     def _save_tensors(self, path: Path, group: dist.ProcessGroup | None) -> None:
         """Write this rank's part of the tensors; rank 0 writes `.metadata`. DCP syncs each file."""

@@ -28,8 +28,10 @@ from hllm_torchrec.items import CATALOGUE_TOKENS
 from hllm_torchrec.logs import progress
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.parallelize import autocast, whole
+from hllm_torchrec.remote.files import url_of
 from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes
 from hllm_torchrec.store.layout import RunFacts
+from hllm_torchrec.store.published import PublishedStore, store_to_write
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
 COMMIT_TOKENS = 2_000_000
@@ -124,6 +126,7 @@ def write_rounds(
     Raises:
         ValueError: another process is writing to the store.
     """
+    published = store.published
     with ExitStack() as stack:
         writer: list[StoreWriter] = []
         ranks.on_rank_zero(lambda: writer.append(stack.enter_context(store.writer())))
@@ -133,32 +136,45 @@ def write_rounds(
                 for chunk in chunks:
                     run.add(*encode(chunk))
                 written = ranks.together(run.finish)
-                ranks.on_rank_zero(partial(_commit, writer, written))
+                if published is not None:
+                    published.gather(written)
+                ranks.on_rank_zero(partial(_commit, writer, written, published))
                 bar.update(1)
         return ranks.on_rank_zero(lambda: store.snapshot().version)
 
 
-def _commit(writer: list[StoreWriter], written: list[RunFacts]) -> int:
-    """Rank 0's writer takes in what every rank has written."""
-    return writer[0].commit(written)
+def _commit(writer: list[StoreWriter], written: list[RunFacts], published: PublishedStore | None) -> None:
+    """Rank 0's writer takes in what every rank has written, and publishes it where the store is at a URL."""
+    writer[0].commit(written)
+    if published is not None:
+        published.publish()
 
 
 def open_or_create(
     path: Path, width: int, dtype: str, facts: dict[str, Any], keys: KeyKind = "string"
 ) -> EmbeddingStore:
-    """The store at `path`, of this model. Collective.
+    """The store at `path`, of this model, to write to; of one at a URL a copy on each host. Collective.
 
     Raises:
-        ValueError: it was made by another model.
+        ValueError: it was made by another model, or cannot be reached.
     """
+    url = url_of(path)
 
     def on_one() -> None:
-        if not (path / "store.json").is_file():
-            EmbeddingStore.create(path, width, dtype, keys, facts)
-        EmbeddingStore.open(path).require(facts)
+        root = path if url is None else store_to_write(url)
+        if not (root / "store.json").is_file():
+            published = None if url is None else PublishedStore(url, root)
+            EmbeddingStore.create(root, width, dtype, keys, facts)
+            if published is not None:
+                published.publish()
+        EmbeddingStore.open(root).require(facts)
 
     ranks.on_rank_zero(on_one)
-    return EmbeddingStore.open(path)
+    if url is None:
+        return EmbeddingStore.open(path)
+    store = EmbeddingStore.open(ranks.together(lambda: store_to_write(url))[ranks.rank()])
+    store.published = PublishedStore(url, store.root)
+    return store
 
 
 def changed(store: EmbeddingStore, raw_ids: Any, marks: Hashes) -> NDArray[np.int64]:

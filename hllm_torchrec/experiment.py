@@ -35,7 +35,8 @@ from hllm_torchrec.items import ItemEncoder
 from hllm_torchrec.model import HLLM, build_model, item_space
 from hllm_torchrec.parallelize import parallelize
 from hllm_torchrec.protocols import dataset_problems
-from hllm_torchrec.ranks import on_rank_zero
+from hllm_torchrec.ranks import on_each_host
+from hllm_torchrec.remote.files import url_of
 from hllm_torchrec.subsample import SubsampledEncoder
 
 LOOKED_UP_ITEMS = 65_536
@@ -218,9 +219,9 @@ def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
 
 
 def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | None:
-    """[N, V] all dense item features side by side, or None; fitted on rank 0 where they are not there yet."""
+    """[N, V] all dense item features side by side, or None; fitted where they are not there yet."""
     names = config.data.item_vectors
-    on_rank_zero(lambda: [item_vectors(dataset, name).shape for name in names])
+    on_each_host(lambda: [item_vectors(dataset, name).shape for name in names])
     if not names:
         return None
     vectors = np.concatenate([item_vectors(dataset, name) for name in names], axis=1)
@@ -232,7 +233,7 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
 def _missing_models(config: Config) -> Iterator[str]:
     """Pretrained models (Hugging Face would look for them on the network), and an item store, that are not there."""
     store = config.item_llm.store
-    if store is not None and not (Path(store) / "store.json").is_file():
+    if store is not None and url_of(store) is None and not (Path(store) / "store.json").is_file():
         yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
     parts = {
         "user": config.user.pretrained,
@@ -248,19 +249,19 @@ def _token_store(config: Config, dataset: Dataset) -> TokenStore:
     tokenizer = item.tokenizer or item.pretrained
     if tokenizer is None:
         raise ConfigError(["item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory"])
-    path: Any = on_rank_zero(
-        lambda: str(
-            build_token_store(
-                dataset,
-                tokenizer,
-                prompt=item.prompt,
-                keys=list(item.text_keys),
-                max_text_length=item.max_text_length,
-                separator=item.separator,
-            )
+
+    def build() -> Path:  # hosts that share no disk have the dataset's root elsewhere
+        path = build_token_store(
+            dataset,
+            tokenizer,
+            prompt=item.prompt,
+            keys=list(item.text_keys),
+            max_text_length=item.max_text_length,
+            separator=item.separator,
         )
-    )
-    return TokenStore.open(Path(path))
+        return path.relative_to(dataset.root)
+
+    return TokenStore.open(dataset.root / on_each_host(build))
 
 
 def _check_words(model: HLLM, encoder: ItemEncoder | None) -> None:

@@ -12,6 +12,7 @@ from hllm_torchrec.checkpoint import BackgroundWriter, rng_state, save_checkpoin
 from hllm_torchrec.checkpoint_files import DiskFull
 from hllm_torchrec.config import Config
 from hllm_torchrec.logs import RunLog
+from hllm_torchrec.remote.runs import RunPlace
 
 
 class CheckpointKeeper:
@@ -20,8 +21,9 @@ class CheckpointKeeper:
     All of it is collective.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.output, self._keep_last = Path(config.output), config.evaluation.keep_last
+    def __init__(self, config: Config, place: RunPlace | None = None) -> None:
+        self.place = place or RunPlace(Path(config.output), None)
+        self.output, self._keep_last = self.place.folder, config.evaluation.keep_last
         self._go_on = config.reliability.disk_full == "go_on"
         wanted = config.reliability.asynchronous_checkpoints
         self._writer = BackgroundWriter(config.parallel.timeout) if wanted else None
@@ -46,6 +48,7 @@ class CheckpointKeeper:
             RuntimeError: another rank failed, or the files could not be written.
         """
         self.settle(log)
+        self.place.publish()
         begun = time.perf_counter()
         try:
             path = save_checkpoint(
@@ -58,6 +61,7 @@ class CheckpointKeeper:
                 keep_best="max",
                 metric=metric,
                 background=self._writer,
+                url=self.place.checkpoints,
             )
         except (DiskFull, ranks.PeerFailed) as error:
             self._bear(step, error, log)

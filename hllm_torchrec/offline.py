@@ -25,6 +25,7 @@ from hllm_torchrec.logs import machine_info
 from hllm_torchrec.metrics.cautions import Overlap, count_overlap
 from hllm_torchrec.metrics.grouped import mix
 from hllm_torchrec.optim import EmaWeights
+from hllm_torchrec.remote.runs import checkpoint_copy, run_copy
 from hllm_torchrec.retrieval import measures_retrieval, retrieve
 
 OVERLAP_MEMORY = 1 << 30
@@ -51,6 +52,7 @@ def run_config(run: Path) -> Config:
     Raises:
         ValueError: it is not one.
     """
+    run = run_copy(run)
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run directory: it has no config.yaml; train into it first")
@@ -64,10 +66,11 @@ def find_checkpoint(run: Path, which: str) -> Path:
         ValueError: there is none, or the one named is damaged.
     """
     if which not in ("best", "latest"):
-        if not Path(which).is_dir():
+        named = checkpoint_copy(which)
+        if not named.is_dir():
             raise ValueError(f"--checkpoint {which}: neither best nor latest nor a directory")
-        return verify_checkpoint(Path(which))
-    folder = run / "checkpoints"
+        return verify_checkpoint(named)
+    folder = run_copy(run, which) / "checkpoints"
     found = latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
     if found is None:
         latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
@@ -113,7 +116,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
     Raises:
         ValueError: no such run, checkpoint or dataset, or an empty split; a checkpoint of another model.
     """
-    loaded = load_run(run, which, device)
+    loaded, run = load_run(run, which, device), run_copy(run)
     experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
     loader = experiment.loader(split, experiment.config.evaluation.batch_users)
     show = dist.get_rank() == 0

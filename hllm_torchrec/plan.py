@@ -12,7 +12,7 @@ Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an it
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from hllm_torchrec.parallelize import (
     place_tables,
     table_constraints,
 )
+from hllm_torchrec.plan_traffic import shards_of, table_traffic
 from hllm_torchrec.table_memory import bytes_per_row
 
 
@@ -109,6 +110,8 @@ class Estimate:
     seconds: dict[str, float]
     counts: dict[str, float]
     tables: dict[str, str]
+    shards: list[tuple[str, int, int, int]] = field(default_factory=list)
+    """(table, rank, rows, columns)."""
 
     @property
     def peak(self) -> float:
@@ -135,12 +138,19 @@ def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str,
     memory |= _activations(model, config, counts)
     memory |= _rows(model, config, counts)
     traffic = _traffic(model, config, counts, machine)
+    slots = counts["positions"] + counts["queries"]
+    rates = (machine.intra, machine.bandwidth)
+    exchanged = table_traffic(_shardings(plan), slots, machine.world, machine.ranks, rates)
+    memory["table outputs"] = exchanged.held
+    traffic |= {"table rows": exchanged.across, "table rows in a node": exchanged.within}
     flops = _flops(model, config, counts)
     seconds = {
         "compute": flops / (machine.flops * machine.efficiency),
-        "traffic": sum(traffic.values()) / machine.bandwidth,
+        "traffic": sum(
+            size / (rates[0] if name == "table rows in a node" else rates[1]) for name, size in traffic.items()
+        ),
     }
-    return Estimate(memory, traffic, seconds, counts | {"flops": flops}, placed)
+    return Estimate(memory, traffic, seconds, counts | {"flops": flops}, placed, shards_of(_shardings(plan)))
 
 
 def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float]:
@@ -289,11 +299,6 @@ def _traffic(model: HLLM, config: Config, counts: dict[str, float], machine: Mac
         found = {"weights": 2 * every * others, "gradients": dense * others}
     if model.item_llm is not None:
         found["item rows"] = 2 * 4.0 * model.item_llm.width * counts["needed_items"] * others
-    tables = model.features.tables
-    if tables is not None:
-        slots = counts["positions"] + counts["queries"]
-        sharded = [t for t in tables.embedding_bag_configs() if t.num_embeddings >= config.features.shard_from_rows]
-        found["table rows"] = 2 * 4.0 * slots * sum(t.embedding_dim for t in sharded) * others
     return found
 
 

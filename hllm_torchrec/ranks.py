@@ -1,5 +1,6 @@
 """Work on every rank, or on rank 0, where a failure on one rank raises on all instead of hanging them."""
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -59,3 +60,15 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
 def on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `work` on rank 0 only and return its result on every rank. Collective; raises as `together`."""
     return together(lambda: work() if rank() == 0 else None, group)[0]  # type: ignore[return-value]
+
+
+def on_each_host(work: Callable[[], T]) -> T:
+    """Run `work` on one rank of each host: on rank 0, then on the first of the other hosts. Collective.
+
+    For files that every host needs: where hosts share a disk, those that come later find them there. Which rank is
+    its host's first is what the launcher says (LOCAL_RANK). Returns rank 0's result; raises as `together`.
+    """
+    first = on_rank_zero(work)
+    leads = rank() > 0 and os.environ.get("LOCAL_RANK") == "0"
+    together(lambda: bool(leads and work()))
+    return first

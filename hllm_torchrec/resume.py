@@ -12,14 +12,16 @@ from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.schedule import Leg
 
 
-def checkpoint_to_resume(config: Config) -> Path | None:
+def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | None:
     """The newest whole checkpoint of `config.output`, or None where there is none. Collective.
+
+    output: the folder of this host that has the run's checkpoints, where `config.output` is a URL.
 
     Raises:
         ConfigError: there is one and the run is not to be resumed: it must not be mixed with a new one; or all that
             there are are damaged, and `reliability.no_checkpoint_left` does not say to begin anew.
     """
-    folder = Path(config.output) / "checkpoints"
+    folder = (output or Path(config.output)) / "checkpoints"
     if config.resume:
         on_rank_zero(lambda: rescue(folder))
     written = on_rank_zero(lambda: [path.name for path in by_step(folder)])

@@ -1,5 +1,6 @@
 """A run that begins with the weights of another: stage II of HLLM starts from stage I."""
 
+import re
 from pathlib import Path
 
 from hllm_torchrec.bases import check_bases
@@ -9,6 +10,7 @@ from hllm_torchrec.checkpoint_reader import SafeReader
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.experiment import Experiment
 from hllm_torchrec.ranks import on_rank_zero
+from hllm_torchrec.remote.runs import checkpoint_copy, run_copy
 
 MAY_BE_NEW = (
     "adapter",
@@ -47,9 +49,11 @@ def start_from(experiment: Experiment, source: Path) -> None:
 
 
 def _find(source: Path) -> Path:
+    if re.search(r"step-\d+$", source.name):
+        source = checkpoint_copy(source)
     if (source / MARKER).is_file():
         return verify_checkpoint(source)
-    found = best_checkpoint(source / "checkpoints")
+    found = best_checkpoint(run_copy(source, "best") / "checkpoints")
     if found is None:
         raise ConfigError(
             [

@@ -20,10 +20,10 @@ class StepGuard:
     finite keep the dense weights as they are; the tables' rows of that step have moved.
     """
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int, output: Path | None = None) -> None:
         self._skips = config.reliability.not_finite == "skip"
         self._most = config.reliability.max_skipped
-        self._folder, self._rank = Path(config.output) / "bad_batches", rank
+        self._folder, self._rank = (output or Path(config.output)) / "bad_batches", rank
         self._in_a_row, self.reason = 0, ""
 
     def refuses(self, loss: Tensor) -> bool:

@@ -37,6 +37,7 @@ from hllm_torchrec.optim import (
 )
 from hllm_torchrec.parallelize import autocast, compute_dtype, user_attention, whole
 from hllm_torchrec.preemption import LeaveRequest
+from hllm_torchrec.remote.runs import place_to_write
 from hllm_torchrec.resume import check_schedule, checkpoint_to_resume
 from hllm_torchrec.retrieval import measures_retrieval, retrieve
 from hllm_torchrec.schedule import Leg, evaluation_steps, plan_legs
@@ -57,8 +58,9 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.output = Path(config.output)
-        self.checkpoint = checkpoint_to_resume(config)
+        self.place = place_to_write(config.output)
+        self.output = self.place.folder
+        self.checkpoint = checkpoint_to_resume(config, self.output)
         self.peak = global_matmul_peak(device, compute_dtype(config))  # draws numbers: before anything is seeded
         self.experiment: Experiment = build_experiment(config, device)
         self.model, self.hllm = self.experiment.model, self.experiment.hllm
@@ -87,7 +89,8 @@ class Trainer:
         self.warmup_steps = max(1, round(config.optim.warmup * self.total_steps))
         self.evaluate_after = evaluation_steps(self.legs, config.evaluation.every, self.total_steps)
         self.step, self.best, self.stale = 0, -math.inf, 0
-        self.keeper, self.guard = CheckpointKeeper(config), StepGuard(config, self.rank)
+        self.keeper = CheckpointKeeper(config, self.place)
+        self.guard = StepGuard(config, self.rank, self.output)
         self.owed = False  # whether the present step's evaluation is still to come
         self.leave, self.leaving = LeaveRequest(), False
         self.unsaved = False  # whether a checkpoint in flight has failed
@@ -109,7 +112,8 @@ class Trainer:
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
         with (
-            run_log(self.config, self.rank, self.step) as self.log,
+            self.place.published(),
+            run_log(self.config, self.output, self.rank, self.step) as self.log,
             progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
             self.leave,
             self.keeper.in_a_run(),
@@ -339,7 +343,7 @@ class Trainer:
         """
         if self.rank == 0:
             save_config(self.config, self.output / "config.yaml")
-        with run_log(self.config, self.rank, 0) as self.log:
+        with self.place.published(), run_log(self.config, self.output, self.rank, 0) as self.log:
             self._log_start()
             self._evaluate_and_save()
             self.keeper.close(self.log)

@@ -41,14 +41,14 @@ class WandbLog:
         self._run.finish()
 
 
-def run_log(config: Config, rank: int, resumed_step: int | None) -> RunLog:
-    """The log of a training run, on every rank; only rank 0's writes.
+def run_log(config: Config, output: Path, rank: int, resumed_step: int | None) -> RunLog:
+    """The log of a training run in its folder `output`, on every rank; only rank 0's writes.
 
     Raises:
         ConfigError: `logs.wandb` without the package.
     """
     check_logs(config.logs)
-    output, also = Path(config.output), None
+    also = None
     if config.logs.wandb is not None and rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         also = WandbLog(config.logs.wandb, output, to_dict(config))

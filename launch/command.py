@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hllm_torchrec.errors import Preempted
 
@@ -29,6 +29,16 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As ever; an `--output` at a URL is refused, as these commands write folders."""
+        found, rest = super().parse_known_args(args, namespace)
+        if "://" in " ".join(sys.argv[1:] if args is None else args) and getattr(found, "output", None) is not None:
+            from hllm_torchrec.remote.files import url_of
+
+            if url := url_of(found.output):
+                self.error(f"--output {url}: must be a folder of this machine; copy it to the URL afterwards")
+        return found, rest
 
 
 #: What torch.distributed says where another rank has died or does not answer (gloo, nccl, the store).

@@ -97,9 +97,10 @@ def _embed_users(loaded: "LoadedRun", args: argparse.Namespace) -> None:
 
 def _say(done: str, store: Path, version: int) -> None:
     from hllm_torchrec.ranks import rank
+    from hllm_torchrec.remote.files import shown
 
     if rank() == 0:
-        print(f"{done}; {store} is at version {version}")
+        print(f"{done}; {shown(store)} is at version {version}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def build_parser() -> CommandParser:
         dest="run",
         type=Path,
         metavar="DIR",
-        help="run directory of hllm train; --run is the same, but torchrun takes that for one of its own options",
+        help="run directory of hllm train, or its URL; --run is the same, but torchrun has an option of that name",
     )
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument(
@@ -136,15 +136,21 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
     from hllm_torchrec.offline import run_config, score_run
     from hllm_torchrec.parallelize import start_process, stop_process
     from hllm_torchrec.ranks import on_rank_zero
+    from hllm_torchrec.remote.files import url_of
+    from hllm_torchrec.remote.runs import RunPlace, run_copy
 
     run_config(args.run)  # so that a mistake shows before ranks meet
+    place = RunPlace(run_copy(args.run), url_of(args.run))
     device = start_process()
     try:
         scores = score_run(args.run, args.split, args.checkpoint, device)
+        args.run = place.folder
         own = {args.run.resolve().name: scores.predictions} if scores.predictions else {}
-        return on_rank_zero(
+        verdict = on_rank_zero(
             lambda: finish(args, measure(args, own | others, scores.retrieval, scores.provenance), scores.overlap)
         )
+        place.publish()
+        return verdict
     finally:
         stop_process()
 

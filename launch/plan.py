@@ -38,6 +38,13 @@ def build_parser() -> CommandParser:
         "--item-tokens", type=float, help="mean length of a text (default: the dataset's, or the longest)"
     )
     parser.add_argument("--history", type=float, help="mean events of a pass (default: data.max_history)")
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="FEATURE=N",
+        help="rows of a feature's table, where no dataset says (may be given several times; default: 1,000)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -102,7 +109,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     else:
         if not (args.items and args.users):
             raise ValueError(f"{config.data.dataset}: not prepared here: say how many with --items and --users")
-        items, users, tables = args.items, args.users, guessed_tables(config)
+        items, users, tables = args.items, args.users, guessed_tables(config) | rows_of(args.rows, config)
     if config.features.item_id and "item_id" in tables:
         tables["item_id"] = items + 1
     return Workload(items, users, args.item_tokens or tokens, history, popularity), tables
@@ -131,6 +138,38 @@ def guessed_tables(config: "Config") -> dict[str, int]:
     return tables
 
 
+def rows_of(given: list[str], config: "Config") -> dict[str, int]:
+    """The tables' rows of `--rows`.
+
+    Raises:
+        ValueError: not a feature of the configuration, or no number.
+    """
+    found, known = {}, [*config.data.item_features, *config.data.user_features]
+    for entry in given:
+        name, _, rows = entry.partition("=")
+        if name not in known or not rows.isdigit() or int(rows) < 1:
+            raise ValueError(f"--rows {entry}: must be FEATURE=N; features are {', '.join(known) or 'none'}")
+        found[name] = int(rows)
+    return found
+
+
+def collective(name: str, config: "Config") -> str:
+    """By what a part of a step's traffic is exchanged."""
+    if name == "gradients":
+        return "all-reduce" if config.parallel.dense == "ddp" else "reduce-scatter"
+    if name == "weights":
+        return "all-gather"
+    return "all-to-all, reduce-scatter" if name.startswith("table rows") else "all-to-all"
+
+
+def largest_shards(found: "Estimate") -> dict[str, str]:
+    """Table -> its largest shard, in words."""
+    largest: dict[str, tuple[int, int]] = {}
+    for name, _, rows, columns in found.shards:
+        largest[name] = max(largest.get(name, (0, 0)), (rows, columns))
+    return {name: f", up to {rows:,} rows x {columns} each" for name, (rows, columns) in largest.items()}
+
+
 def as_text(config: "Config", work: "Workload", machine: "Machine", found: "Estimate") -> str:
     """The estimate as a table."""
     counts = found.counts
@@ -145,15 +184,22 @@ def as_text(config: "Config", work: "Workload", machine: "Machine", found: "Esti
         *(f"  {name:<18} {_bytes(size):>10}" for name, size in found.memory.items() if size),
         f"  {'together':<18} {_bytes(found.peak):>10}  of {_bytes(machine.memory)}",
         "sent by a rank in a step",
-        *(f"  {name:<18} {_bytes(size):>10}" for name, size in found.traffic.items() if size),
+        *(
+            f"  {name:<20} {_bytes(size):>8}  {collective(name, config)}"
+            for name, size in found.traffic.items()
+            if size
+        ),
         "seconds of a step",
-        f"  {'compute':<18} {found.seconds['compute']:>10.3f}  at {machine.efficiency:.0%} of "
+        f"  {'compute':<18} {found.seconds['compute']:>10.4f}  at {machine.efficiency:.0%} of "
         f"{machine.flops / 1e12:,.0f} TFLOP/s",
-        f"  {'traffic':<18} {found.seconds['traffic']:>10.3f}  at {machine.bandwidth / 1e9:,.0f} GB/s, "
-        "in part behind compute",
+        f"  {'traffic':<18} {found.seconds['traffic']:>10.4f}  at {machine.bandwidth / 1e9:,.0f} GB/s, "
+        f"and {machine.intra / 1e9:,.0f} GB/s within a node",
+        f"  {'a step':<18} {max(found.seconds.values()):>10.4f}  with all traffic behind compute, "
+        f"{sum(found.seconds.values()):.4f} with none",
     ]
+    shards = largest_shards(found)
     if found.tables:
-        lines += ["tables", *(f"  {name:<18} {place}" for name, place in found.tables.items())]
+        lines += ["tables", *(f"  {name:<18} {place}{shards.get(name, '')}" for name, place in found.tables.items())]
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ from hllm_torchrec.data.sources.movielens import movielens_1m, movielens_100k
 from hllm_torchrec.data.sources.pixelrec import pixelrec
 from hllm_torchrec.data.sources.table import table
 from hllm_torchrec.data.split import RULES, Split
+from hllm_torchrec.remote.datasets import dataset_to_write
+from hllm_torchrec.remote.files import shown
 
 SOURCES = ("ml-100k", "ml-1m", "pixelrec", "amazon", "table")
 EXAMPLES = """examples:
@@ -44,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--source", required=True, choices=SOURCES)
-    parser.add_argument("--output", required=True, type=Path, help="dataset directory to write")
+    parser.add_argument("--output", required=True, type=Path, help="dataset directory to write, or its URL")
     parser.add_argument(
         "--path",
         type=Path,
@@ -127,11 +129,11 @@ def build_policy(source: Source, settings: list[str]) -> BadRows:
     return BadRows(**choices)
 
 
-def summary(path: Path) -> str:
-    """A few lines on a prepared dataset."""
+def summary(path: Path, name: str = "") -> str:
+    """A few lines on a prepared dataset; name: what to call it, if not by its path."""
     manifest = read_manifest(path)
     counts = manifest["counts"]
-    lines = [f"{path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"]
+    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"]
     for part, facts in manifest["parts"].items():
         share = facts["positives"] / max(facts["exposures"], 1)
         lines.append(f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive")
@@ -149,18 +151,20 @@ def main(argv: list[str] | None = None) -> int:
         source = build_source(args)
         if source.license_note and args.path is not None:  # what is fetched has shown it already
             print(source.license_note, file=sys.stderr)
-        path = prepare(
-            source,
-            args.output,
-            split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
-            policy=build_policy(source, args.bad_rows),
-            min_events=args.min_events,
-            core=args.core,
-            users_per_row_group=args.users_per_row_group,
-            overwrite=args.overwrite,
-            extend=args.extend,
-        )
-        print(summary(path))
+        with dataset_to_write(args.output) as folder:
+            prepare(
+                source,
+                folder,
+                split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
+                policy=build_policy(source, args.bad_rows),
+                min_events=args.min_events,
+                core=args.core,
+                users_per_row_group=args.users_per_row_group,
+                overwrite=args.overwrite,
+                extend=args.extend,
+            )
+            said = summary(folder, shown(args.output))
+        print(said)
     except (ValueError, OSError) as error:
         print(f"hllm prepare: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

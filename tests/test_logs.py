@@ -182,10 +182,10 @@ def test_weights_and_biases_get_the_same_numbers_offline(tmp_path: Path, monkeyp
     pytest.importorskip("wandb")
     settings = wandb_settings(tmp_path / "run", monkeypatch)
     for resumed in (None, 1):
-        with run_log(settings, 0, resumed) as log:
+        with run_log(settings, tmp_path / "run", 0, resumed) as log:
             log.write("step", 2, loss=0.5, note="a word")
             log.write("eval", 2, slices={"cold": {"auc": 0.75}})
-    with run_log(settings, 1, None) as log:
+    with run_log(settings, tmp_path / "run", 1, None) as log:
         log.write("step", 9, loss=float("nan"))
     assert [line["step"] for line in read_log(tmp_path / "run")] == [2, 2], "the resumed run repeats step 2"
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
@@ -201,7 +201,7 @@ def test_weights_and_biases_without_its_package_is_one_line(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "wandb", None)
     for rank in (0, 1):
         with pytest.raises(ConfigError, match=r"logs.wandb: 'shop': needs the package wandb: pip install .*\[wandb\]"):
-            run_log(settings, rank, None)
+            run_log(settings, tmp_path / "run", rank, None)
 
 
 def test_other_ranks_show_no_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,7 +166,7 @@ def test_checkout_imports_without_installation(name: str, where: str, root: Path
 def test_bare_name_is_refused_with_the_right_one(name: str, root: Path) -> None:
     result = run_python("-c", f"import {name}", cwd=root)
     assert result.returncode != 0
-    assert f"ImportError: {name} is hllm_torchrec.{name}: write 'from hllm_torchrec.{name}" in result.stderr
+    assert f"Error: {name} is hllm_torchrec.{name}: write 'from hllm_torchrec.{name}" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["setup", "train", "tests", "scripts"])

@@ -26,6 +26,8 @@ import pyarrow.parquet as pq
 from hllm_torchrec.data.checked import REMEDY, TableRows, naming, read_sequences, read_table
 from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
 from hllm_torchrec.data.split import PARTS
+from hllm_torchrec.remote.datasets import dataset_copy
+from hllm_torchrec.remote.files import url_of
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
@@ -48,8 +50,9 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | Path) -> "Dataset":
-        """Opens `path`. Raises ValueError for no dataset, another schema version, or damaged files."""
-        root = Path(path)
+        """Opens `path`, which may be a URL. Raises ValueError for no dataset, another schema version, damaged files."""
+        url = url_of(path)
+        root = Path(path) if url is None else dataset_copy(url)
         return cls(root, read_manifest(root))
 
     @property

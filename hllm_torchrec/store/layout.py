@@ -66,7 +66,29 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         ValueError: no manifest, or one that does not say what it should.
     """
-    raw = read_json(root / "manifest.json")
+    found = _manifest(read_json(root / "manifest.json"), root / "manifest.json")
+    for run in found.runs:
+        for path in (root / "runs", root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
+            if path.is_symlink():
+                raise ValueError(f"{path}: is a link, which may lead out of the store: put the files themselves there")
+    return found
+
+
+def parse_manifest(text: str, place: str) -> Manifest:
+    """The committed state by a manifest's text, which is that of the store at `place`.
+
+    Raises:
+        ValueError: it does not say what it should.
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}/manifest.json: {error}: the file is damaged") from None
+    return _manifest(raw, f"{place}/manifest.json")
+
+
+def _manifest(raw: Any, place: str | Path) -> Manifest:
+    """A manifest from its JSON object; place: what errors call it."""
     try:
         runs = tuple(
             RunFacts(
@@ -77,16 +99,13 @@ def read_manifest(root: Path) -> Manifest:
         found = Manifest(int(raw["version"]), int(raw["live"]), runs)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{root / 'manifest.json'}: {reason}: the file is damaged") from None
+        raise ValueError(f"{place}: {reason}: the file is damaged") from None
     for run in found.runs:
         for name in (run.name, *run.files):  # no path may lead out of the store
             if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
-                raise ValueError(f"{root / 'manifest.json'}: {repr(name)[:100]} is no plain name: the file is damaged")
+                raise ValueError(f"{place}: {repr(name)[:100]} is no plain name: the file is damaged")
         if min(run.rows, run.deleted) < 0 or max(run.rows, run.deleted) >= 2**62:
-            raise ValueError(f"{root / 'manifest.json'}: run {run.name} has {run.rows} rows: the file is damaged")
-        for path in (root / "runs", root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
-            if path.is_symlink():
-                raise ValueError(f"{path}: is a link, which may lead out of the store: put the files themselves there")
+            raise ValueError(f"{place}: run {run.name} has {run.rows} rows: the file is damaged")
     return found
 
 

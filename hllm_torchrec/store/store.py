@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hllm_torchrec.remote.files import url_of
 from hllm_torchrec.store.compaction import first_to_merge, merge_runs
 from hllm_torchrec.store.keys import Hashes, KeyKind, Keys, as_keys
 from hllm_torchrec.store.layout import (
@@ -40,6 +41,7 @@ from hllm_torchrec.store.layout import (
     write_manifest,
     writer_lock,
 )
+from hllm_torchrec.store.published import PublishedStore, store_copy
 from hllm_torchrec.store.run import DTYPES, FILE_BYTES, RunReader, RunWriter, all_finite, find_damage
 from hllm_torchrec.store.snapshot import Snapshot
 
@@ -59,6 +61,10 @@ class EmbeddingStore:
         self.kind: KeyKind = identity["keys"]
         self.facts: dict[str, Any] = identity["facts"]
         """What made the vectors: weights, model configuration, tokeniser."""
+        self.copy_of: str | None = None
+        """The URL of which `root` is a copy to read."""
+        self.published: PublishedStore | None = None
+        """Where commits of this job go, if the store is at a URL."""
 
     @property
     def fingerprint(self) -> str:
@@ -95,11 +101,16 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str | Path) -> "EmbeddingStore":
-        """The store at `path`.
+        """The store at `path`; of one at a URL a copy to read, as it is now.
 
         Raises:
             ValueError: there is none, it is damaged, or of another format.
         """
+        url = url_of(path)
+        if url is not None:
+            store = cls.open(store_copy(url))
+            store.copy_of = url
+            return store
         root = Path(path)
         if not (root / "store.json").is_file():
             raise ValueError(f"{root}: no embedding store (no store.json); `hllm embed` makes one")
@@ -154,8 +165,9 @@ class EmbeddingStore:
         """The only writer; what it has not committed when the block ends is dropped.
 
         Raises:
-            ValueError: another process is writing.
+            ValueError: another process is writing, or this is a copy to read.
         """
+        self._may_be_written()
         with writer_lock(self.root):
             self._remove_leftovers()
             writer = StoreWriter(self)
@@ -170,11 +182,19 @@ class EmbeddingStore:
         Snapshots that are open keep what they see (the system frees the space when they close).
 
         Raises:
-            ValueError: another process is writing.
+            ValueError: another process is writing, or this is a copy to read.
         """
+        self._may_be_written()
         with writer_lock(self.root):
             self._remove_leftovers()
             self.merge(0)
+
+    def _may_be_written(self) -> None:
+        if self.copy_of is not None:
+            raise ValueError(
+                f"{self.copy_of}: only hllm embed and hllm exposures write to a store at a URL; for anything else "
+                "copy it to a folder, and upload it whole afterwards, manifest.json last"
+            )
 
     def merge(self, first: int) -> int:
         """Rewrite what the runs from `first` on hold as one; the version. For who holds the writer's lock."""

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from torchx.components import dist
 from torchx.workspace.api import walk_workspace
 
 ARGUMENTS = ["--config", "configs/quickstart.yaml"]
+COMPONENT = "dist.torchrun" if hasattr(dist, "torchrun") else "dist.ddp"
+"""The nightly's name of the component (scripts/test_torchx_nightly.sh runs these tests with it), and 0.7.0's."""
 
 STAND_IN = """
 import json, os, pathlib
@@ -64,7 +67,7 @@ def free_port() -> str:
 
 @pytest.mark.slow
 def test_two_ranks_start_with_the_arguments_after_the_script(checkout: Path) -> None:
-    result = run(["torchx", "run", "dist.ddp", "-j", "1x2", "train.py", *ARGUMENTS], checkout)
+    result = run(["torchx", "run", COMPONENT, "-j", "1x2", "train.py", *ARGUMENTS], checkout)
     assert result.returncode == 0, result.stdout + result.stderr
     ranks = started(checkout)
     assert [rank["argv"] for rank in ranks] == [ARGUMENTS] * 2
@@ -78,7 +81,7 @@ def test_two_ranks_start_with_the_arguments_after_the_script(checkout: Path) -> 
 @pytest.mark.slow
 def test_two_agents_of_two_ranks_find_one_another(checkout: Path) -> None:
     port = free_port()  # the default, 29500, may be taken by another test run on this machine
-    command = ["torchx", "run", "dist.ddp", "-j", "2x2", "--rdzv_port", port, "train.py", *ARGUMENTS]
+    command = ["torchx", "run", COMPONENT, "-j", "2x2", "--rdzv_port", port, "train.py", *ARGUMENTS]
     result = run(command, checkout)
     assert result.returncode == 0, result.stdout + result.stderr
     ranks = started(checkout)
@@ -89,7 +92,7 @@ def test_two_agents_of_two_ranks_find_one_another(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failing_rank_fails_the_command(checkout: Path) -> None:
-    result = run(["torchx", "run", "dist.ddp", "-j", "1x2", "train.py", "--fail"], checkout)
+    result = run(["torchx", "run", COMPONENT, "-j", "1x2", "train.py", "--fail"], checkout)
     assert result.returncode != 0
     assert "exitcode  : 3" in result.stdout + result.stderr
 
@@ -112,7 +115,7 @@ def test_script_drops_its_own_name_and_nothing_else(own_name: list[str], checkou
 
 @pytest.mark.slow
 def test_slurm_job_is_the_same_command(checkout: Path) -> None:
-    command = ["torchx", "run", "-s", "slurm", "-cfg", "partition=gpu", "--dryrun", "dist.ddp", "-j", "4x8"]
+    command = ["torchx", "run", "-s", "slurm", "-cfg", "partition=gpu", "--dryrun", COMPONENT, "-j", "4x8"]
     result = run([*command, "train.py", *ARGUMENTS], checkout)
     assert result.returncode == 0, result.stderr
     assert re.search(r"--nnodes\W+4\W.*--nproc_per_node\W+8\W", result.stdout, re.DOTALL)
