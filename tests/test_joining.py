@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from hllm_torchrec.joining import join, name_of_this_start
-from hllm_torchrec.parallelize import start_process
 
 SOON = timedelta(seconds=20)
 
@@ -54,6 +53,8 @@ def test_ranks_that_do_not_come_are_named(agents_store: dist.TCPStore) -> None:
 
 
 def test_a_rank_that_waits_in_vain_says_where(monkeypatch: pytest.MonkeyPatch, agents_store: dist.TCPStore) -> None:
+    from hllm_torchrec.parallelize import start_process  # not above: the ranks below begin by importing this file
+
     for name, value in environment(0, agents_store.port).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
@@ -68,30 +69,31 @@ def environment(rank: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in (address | {"TORCHELASTIC_USE_AGENT_STORE": True}).items()}
 
 
-def sum_of_ranks(rank: int, port: int, delay: float, results: Any) -> None:
+def sum_of_ranks(rank: int, port: int, delay: float, told: Any) -> None:
     """One of two ranks: joins, tells the sum of the ranks' numbers, and stays."""
     os.environ.update(environment(rank, port))
     time.sleep(delay)
     join("gloo", SOON)
     total = torch.tensor([rank + 1])
     dist.all_reduce(total)
-    results.put(int(total))
-    time.sleep(60)
+    told.send(int(total))
+    time.sleep(100)
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_back_before_its_peer_does_not_take_the_dead_one_for_it(agents_store: dist.TCPStore) -> None:
     context = multiprocessing.get_context("forkserver")
-    results = context.Queue()
     for delay in (0.0, 2.0):
+        ends = [context.Pipe(duplex=False) for _ in range(2)]
         ranks = [
-            context.Process(target=sum_of_ranks, args=(rank, agents_store.port, delay * rank, results))
-            for rank in range(2)
+            context.Process(target=sum_of_ranks, args=(rank, agents_store.port, delay * rank, told))
+            for rank, (_, told) in enumerate(ends)
         ]
         for process in ranks:
             process.start()
         try:
-            assert [results.get(timeout=30), results.get(timeout=30)] == [3, 3]
+            for heard, _ in ends:
+                assert heard.poll(60) and heard.recv() == 3
         finally:
             for process in ranks:
                 assert process.pid is not None
