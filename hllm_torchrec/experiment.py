@@ -103,6 +103,7 @@ class Experiment:
             item_costs=costs,
             whole=whole,
             fill=not training and self.recipe.visibility == "position",
+            timeout=self.config.parallel.timeout,
         )
 
     def cold_items(self) -> NDArray[np.bool_]:

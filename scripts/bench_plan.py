@@ -1,4 +1,4 @@
-"""`hllm plan` against what training really takes: memory of the fullest rank, estimated without allocating and measured.
+"""What `hllm plan` says a rank's memory will be, against what training really takes.
 
     python scripts/bench_plan.py [--quick] [--out FILE]
 
@@ -6,15 +6,14 @@ Each case trains a few steps in fresh processes, one per rank, in fp32 on the CP
 mark of resident memory (VmHWM) within the steps, reset before each, the largest of all steps and ranks, less what was
 resident before the model was built: by then the same configuration has taken one step at a small size and been
 dropped, so that libraries, threads and the process group are there. glibc gives blocks from 64 KiB on back to the
-system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so resident memory is memory in use; that is slow, and seconds
-say nothing here. A ratio is estimated / measured: 1 is right, below 1 too little was estimated.
+system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is memory in use; that is slow, and
+no time is reported. A ratio is estimated / measured: 1 is right, below 1 too little was estimated.
 """
 
 import argparse
 import ctypes
 import gc
 import json
-import math
 import os
 import subprocess
 import sys
@@ -30,6 +29,8 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parents[1]
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LLM = ".cache/models/smollm2-135m-instruct"
+WIDE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+WIDE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 8}
 QUIET = ["--evaluation.checkpoint_every", "0", "--optim.warmup", "0.5"]
 
 
@@ -40,7 +41,7 @@ def cases(tables: Path) -> dict[str, dict[str, Any]]:
         "quickstart, 2 ranks": {"config": "configs/quickstart.yaml", "options": [], "ranks": 2, "quick": False},
         "item tables, 2 ranks": {
             "config": "configs/retrieval/llama_id.yaml",
-            "options": ["--data.dataset", str(tables), "--user.shape.hidden_size", "128"],
+            "options": ["--data.dataset", str(tables), "--user.shape", json.dumps(WIDE)],
             "ranks": 2,
             "quick": True,
         },
@@ -126,7 +127,9 @@ def estimated(case: dict[str, Any]) -> dict[str, Any]:
     """What `hllm plan` says of it."""
     words = [sys.executable, "-m", "hllm_torchrec.launch.plan", "--config", case["config"], "--hardware", "cpu"]
     words += ["--gpus", str(case["ranks"]), "--memory", "64", "--json", *case["options"]]
-    result = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     if result.returncode != 0:
         raise RuntimeError(result.stderr + result.stdout)
     found: dict[str, Any] = json.loads(result.stdout)
@@ -157,12 +160,27 @@ def measured(name: str, case: dict[str, Any], steps: int) -> list[dict[str, Any]
     return [json.loads(text.splitlines()[-1]) for text in printed]
 
 
-def many_items(folder: Path, items: int) -> Path:
-    """A prepared dataset of so many items, each in a few histories."""
+def many_items(folder: Path, items: int, users: int = 4000, events: int = 12) -> Path:
+    """A prepared dataset of so many items, with so many events of each user."""
     from hllm_torchrec.data.prepare import prepare
     from hllm_torchrec.data.sources.table import table
 
-    raise NotImplementedError(prepare, table, items, pa, pq, np, math)
+    rng = np.random.default_rng(0)
+    names = pa.array([f"i{number}" for number in range(items)])
+    columns = {
+        "user": np.repeat(np.arange(users), events).astype(str),
+        "item": names.take(rng.integers(items, size=users * events)),
+    }
+    columns["time"] = np.tile(np.arange(events) * 86_400, users) + 1_700_000_000
+    pq.write_table(pa.table(columns), folder / "events.parquet")
+    pq.write_table(pa.table({"item": names, "title": names}), folder / "items.parquet")
+    mapping = {
+        "name": "many-items",
+        "events": {"path": "events.parquet", "user": "user", "item": "item", "time": "time"},
+        "items": {"path": "items.parquet", "item": "item", "text": ["title"]},
+    }
+    (folder / "mapping.yaml").write_text(json.dumps(mapping))
+    return prepare(table(folder / "mapping.yaml"), folder / "dataset", split="leave_one_out")
 
 
 def main() -> int:
@@ -177,7 +195,7 @@ def main() -> int:
         case = json.loads(options.measure)
         print(json.dumps(measure(case["config"], case["options"], options.into, options.steps)), flush=True)
         return 0
-    for name, case in cases(Path("/tmp/S/tables")).items():
+    for name, case in cases(Path("/tmp/S/items/dataset")).items():
         if options.only and not name.startswith(options.only):
             continue
         plan = estimated(case)

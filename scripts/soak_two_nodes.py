@@ -1,6 +1,6 @@
 """Cut one of two nodes off, let it rejoin, again and again, and see whether anything was lost.
 
-    bash scripts/soak_two_nodes.sh [--cuts 6] [--steps 150] [--timeout 10] [--out FILE]
+    bash scripts/soak_two_nodes.sh [--cuts 8] [--steps 150] [--timeout 10] [--out FILE]
 
 The shell script makes the nodes: network namespaces with an address each, and a switch between them. On each runs an
 agent (torchrun, rendezvous c10d on node 1) with one rank; an agent that ends with an error is started again, as a
@@ -8,7 +8,8 @@ scheduler does. A tiny model trains on a generated shop, saving after every step
 
 - shortly, for less than `parallel.timeout`: nothing may come of it but a pause;
 - for longer: each rank must end with a line that names it and the step, and both must start anew together;
-- for longer while the ranks of a restart are still coming together.
+- for longer while the ranks of a restart are still coming together;
+- for so long that the agents, too, give each other up.
 
 At the end the losses in the log must be those of a run that was left alone, bit for bit, each step once. Prints JSON:
 cuts, recovered (a step was done after the cable was back), lost (steps whose loss differs or is missing), lines that
@@ -28,6 +29,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +41,8 @@ from hllm_torchrec.logs import machine_info  # noqa: E402
 from tests.training_fixtures import arguments  # noqa: E402
 
 STOPPED = re.compile(r"train: rank (\d+) stops after step (\d+) because of another rank")
-KINDS = ("short", "long", "at the start")
+LASTS = {"short": (0.1, 0.5), "long": (1.3, 2.5), "at the start": (1.3, 2.5), "very long": (7, 9)}
+"""Kind of cut -> least and most of `--timeout`; agents give up after 60 seconds."""
 ADDRESS = "10.86.0.1"
 
 
@@ -124,18 +127,18 @@ def wait_for(output: Path, agents: list[Agent], kind: str, after: float) -> dict
 
 def torment(output: Path, agents: list[Agent], cable: Cable, wanted: argparse.Namespace) -> dict:
     """Cut and rejoin until there were enough cuts or the job has ended; wait for its end."""
-    rng, back, cuts, resumed = random.Random(wanted.seed), 0.0, dict.fromkeys(KINDS, 0), {kind: [] for kind in KINDS}
-    kinds = (KINDS[number % len(KINDS)] for number in range(wanted.cuts))
-    for kind in kinds:
+    rng, back = random.Random(wanted.seed), 0.0
+    cuts, resumed = dict.fromkeys(LASTS, 0), {kind: [] for kind in LASTS}
+    for kind in islice(cycle(LASTS), wanted.cuts):
         if wait_for(output, agents, "step", back) is None:
             break
         time.sleep(rng.uniform(0, 1))
         if kind == "at the start":  # the cut before it makes the ranks start
             cable.out_for(1.5 * wanted.timeout)
             time.sleep(rng.uniform(0, wanted.timeout))
-        seconds = rng.uniform(0.1, 0.5) if kind == "short" else rng.uniform(1.3, 2.5)
-        print(f"cut {sum(cuts.values()) + 1}: {kind}", file=sys.stderr, flush=True)
-        back = cable.out_for(seconds * wanted.timeout)
+        seconds = rng.uniform(*LASTS[kind]) * wanted.timeout
+        print(f"cut {sum(cuts.values()) + 1}: {kind}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        back = cable.out_for(seconds)
         cuts[kind] += 1
         step = wait_for(output, agents, "step", back)
         if step is not None:
@@ -197,7 +200,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The script's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spaces", nargs=3, required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--cuts", type=int, default=6, help="how many, the kinds in turn")
+    parser.add_argument("--cuts", type=int, default=8, help="how many, the kinds in turn")
     parser.add_argument("--steps", type=int, default=150, help="of the job; it may end before the last cut")
     parser.add_argument("--timeout", type=float, default=10, help="seconds: parallel.timeout")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
