@@ -27,11 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the tests' launcher of ranks
+
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LLM = ".cache/models/smollm2-135m-instruct"
 WIDE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
 WIDE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 8}
-QUIET = ["--evaluation.checkpoint_every", "0", "--optim.warmup", "0.5"]
+ITEMS, TINY_ITEMS = 600_000, 300
 
 
 def cases(tables: Path) -> dict[str, dict[str, Any]]:
@@ -79,8 +81,8 @@ def settle() -> int:
     return resident("VmRSS")
 
 
-def measure(config: str, options: list[str], output: Path, steps: int) -> dict[str, Any]:
-    """On one rank of those that the environment names: bytes of the busiest step, and of each."""
+def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
+    """On one rank of those that the environment names: bytes of each of three steps, the fullest among them."""
     from hllm_torchrec.config import load_config
     from hllm_torchrec.parallelize import start_process
     from hllm_torchrec.trainer import Trainer
@@ -92,32 +94,41 @@ def measure(config: str, options: list[str], output: Path, steps: int) -> dict[s
             reset_high_water_mark()
             found = super().train_step(batches, following)
             marks.append(resident("VmHWM"))
-            sizes.append([int(b.item_ids.numel()) for b in batches] + [int(b.unique_items.numel()) for b in batches])
+            (batch,) = batches
+            sizes.append({"events": batch.item_ids.numel(), "items": batch.unique_items.numel()})
             return found
 
-    def run(name: str, number: int, *more: str) -> Trainer:
-        words = ["--config", config, *options, *QUIET, "--output", str(output / name), "--max_steps", str(number)]
+    def run(name: str, *more: str) -> None:
+        words = ["--config", config, *options, "--evaluation.checkpoint_every", "0", "--output", str(output / name)]
         trainer = Measured(load_config([*words, *more]), device)
         trainer.evaluate_after = frozenset()
+        fullest, end = fullest_step(trainer)
+        trainer.step, trainer.total_steps = max(0, fullest - 1), min(fullest + 2, end)
         trainer.run()
-        return trainer
 
     marks: list[int] = []
-    sizes: list[list[int]] = []
-    device = start_process(120)
-    run("warm", 1, "--data.batch_users", "1", "--data.max_history", "4")
+    sizes: list[dict[str, int]] = []
+    device = start_process(300)
+    run("warm", "--data.batch_users", "1", "--data.max_history", "4")
     marks.clear(), sizes.clear()
     before = settle()
-    reset_high_water_mark()
-    trainer = run("run", steps)
-    return {
-        "peak": max(marks) - before,
-        "steps": [mark - before for mark in marks],
-        "sizes": sizes,
-        "before": before,
-        "after": settle() - before,
-        "rank": trainer.rank,
-    }
+    run("run")
+    return {"steps": [mark - before for mark in marks], "sizes": sizes, "before": before}
+
+
+def fullest_step(trainer: Any) -> tuple[int, int]:
+    """The step of the planned stage in which a rank has most events, and the stage's first epoch's end."""
+    from hllm_torchrec.plan import planned_stage
+
+    leg = next(leg for leg in trainer.legs if leg.stage == planned_stage(trainer.config))
+    loader = trainer._loader(leg.stage)
+    events = [
+        max(
+            int(loader.pieces.lengths[batches[step]].sum()) for batches in loader.plan(leg.epoch) if step < len(batches)
+        )
+        for step in range(leg.steps)
+    ]
+    return leg.first + int(np.argmax(events)), leg.first + leg.steps
 
 
 # ---------------------------------------------------------------------- all of a case
@@ -136,14 +147,14 @@ def estimated(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def measured(name: str, case: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+def measured(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
     """Of each rank."""
     from tests.launch.processes import environment, free_port
 
     with tempfile.TemporaryDirectory() as folder:
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": case["ranks"]}
         address |= GIVE_BACK | {"LOCAL_WORLD_SIZE": case["ranks"]}
-        words = [sys.executable, __file__, "--measure", json.dumps(case), "--steps", str(steps), "--into", folder]
+        words = [sys.executable, __file__, "--measure", json.dumps(case), "--into", folder]
         ranks = [
             subprocess.Popen(
                 words,
@@ -183,31 +194,44 @@ def many_items(folder: Path, items: int, users: int = 4000, events: int = 12) ->
     return prepare(table(folder / "mapping.yaml"), folder / "dataset", split="leave_one_out")
 
 
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Each case's estimate by part, measured bytes by step, and their ratio."""
+    ratios: dict[str, float] = {}
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        items = TINY_ITEMS if options.tiny else ITEMS
+        for name, case in cases(many_items(Path(folder), items)).items():
+            if (options.quick or options.tiny) and not case["quick"] or options.tiny and "tables" not in name:
+                continue
+            plan, ranks = estimated(case), measured(name, case)
+            peak = max(mark for rank in ranks for mark in rank["steps"])
+            ratios[name] = plan["peak"] / peak
+            rows[name] = {
+                "config": case["config"],
+                "options": [word for word in case["options"] if not word.startswith(folder)],
+                "estimated": plan["peak"],
+                "measured": peak,
+                "by_part": {part: size for part, size in plan["memory"].items() if size},
+                "ranks": ranks,
+            }
+            benchmarking.say(f"{name}: {plan['peak'] / 1e6:.0f} of {peak / 1e6:.0f} MB, {ratios[name]:.3f}")
+    return {"ratios": ratios, "rows": rows, "shapes": {"items of the tables": items}}
+
+
 def main() -> int:
     """Compare all cases."""
     parser = benchmarking.arguments(__doc__)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=8, help="of each case")
     options = parser.parse_args()
     if options.measure:
         case = json.loads(options.measure)
-        print(json.dumps(measure(case["config"], case["options"], options.into, options.steps)), flush=True)
+        print(json.dumps(measure(case["config"], case["options"], options.into)), flush=True)
         return 0
-    for name, case in cases(Path("/tmp/S/items/dataset")).items():
-        if options.only and not name.startswith(options.only):
-            continue
-        plan = estimated(case)
-        ranks = measured(name, case, options.steps)
-        peak = max(rank["peak"] for rank in ranks)
-        print(name, f"{plan['peak'] / peak:.3f}")
-        print({k: round(v / 1e6) for k, v in plan["memory"].items()}, plan["counts"])
-        for rank in ranks:
-            print(rank["rank"], [round(s / 1e6) for s in rank["steps"]], rank["sizes"], rank["before"], rank["after"])
+    found = compare(options)
+    benchmarking.report("plan", options, {**found, "matmul_peak": benchmarking.matmul_peak(), "matmul_share": {}})
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main())
