@@ -47,11 +47,11 @@ def cases(tables: Path) -> dict[str, dict[str, Any]]:
             "ranks": 2,
             "quick": True,
         },
-        "HLLM, two SmolLM2 of 6 layers": {
+        "HLLM, two SmolLM2 of 3 layers": {
             "config": "configs/retrieval/hllm.yaml",
-            "options": ["--item_llm.layers", "6", "--item_llm.trained_share", "1", "--item_llm.freeze_words", "false"]
-            + ["--user.shape", "null", "--user.pretrained", LLM, "--user.layers", "6", "--data.batch_users", "2"]
-            + ["--data.max_history", "64", "--objective.negatives", "128"],
+            "options": ["--item_llm.layers", "3", "--item_llm.trained_share", "1", "--item_llm.freeze_words", "false"]
+            + ["--user.shape", "null", "--user.pretrained", LLM, "--user.layers", "3", "--data.batch_users", "2"]
+            + ["--data.max_history", "64", "--objective.negatives", "64"],
             "ranks": 1,
             "quick": True,
         },
@@ -109,7 +109,7 @@ def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
     marks: list[int] = []
     sizes: list[dict[str, int]] = []
     device = start_process(300)
-    run("warm", "--data.batch_users", "1", "--data.max_history", "4")
+    run("warm", "--data.batch_users", "1", "--data.max_history", "4", "--objective.negatives", "4")
     marks.clear(), sizes.clear()
     before = settle()
     run("run")
