@@ -53,7 +53,7 @@ def cases(tables: Path) -> dict[str, dict[str, Any]]:
             + ["--user.shape", "null", "--user.pretrained", LLM, "--user.layers", "3", "--data.batch_users", "2"]
             + ["--data.max_history", "64", "--objective.negatives", "64"],
             "ranks": 1,
-            "quick": True,
+            "quick": False,
         },
     }
 
