@@ -208,7 +208,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             ratios[name] = plan["peak"] / peak
             rows[name] = {
                 "config": case["config"],
-                "options": [word for word in case["options"] if not word.startswith(folder)],
+                "options": [word.replace(folder, "GENERATED") for word in case["options"]],
                 "estimated": plan["peak"],
                 "measured": peak,
                 "by_part": {part: size for part, size in plan["memory"].items() if size},
