@@ -26,7 +26,7 @@ done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-[[ -x $python ]] || python=python3
+command -v "$python" >/dev/null || python=python3
 
 [[ $(id -u) == 0 ]] || refuse "network namespaces need root"
 command -v ip >/dev/null || refuse "there is no \`ip\` here: apt-get install iproute2"
