@@ -134,17 +134,17 @@ def fullest_step(trainer: Any) -> tuple[int, int]:
 # ---------------------------------------------------------------------- all of a case
 
 
-def estimated(case: dict[str, Any]) -> dict[str, Any]:
-    """What `hllm plan` says of it."""
-    words = [sys.executable, "-m", "hllm_torchrec.launch.plan", "--config", case["config"], "--hardware", "cpu"]
-    words += ["--gpus", str(case["ranks"]), "--memory", "64", "--json", *case["options"]]
-    result = subprocess.run(
-        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    if result.returncode != 0:
-        raise RuntimeError(result.stderr + result.stdout)
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+def estimated(case: dict[str, Any]) -> Any:
+    """What `hllm plan` says of it: an `Estimate`."""
+    from hllm_torchrec.config import load_config
+    from hllm_torchrec.launch.plan import build_parser, workload
+    from hllm_torchrec.plan import HARDWARE, Machine, estimate
+
+    args = build_parser().parse_args(["--config", case["config"], "--gpus", str(case["ranks"])])
+    config = load_config(["--config", case["config"], *case["options"]])
+    machine = Machine(1, case["ranks"], **HARDWARE["cpu"] | {"memory": 64e9})
+    work, tables = workload(args, config)
+    return estimate(config, work, machine, tables)
 
 
 def measured(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -205,16 +205,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             plan, ranks = estimated(case), measured(name, case)
             peak = max(mark for rank in ranks for mark in rank["steps"])
-            ratios[name] = plan["peak"] / peak
+            ratios[name] = plan.peak / peak
             rows[name] = {
                 "config": case["config"],
                 "options": [word.replace(folder, "GENERATED") for word in case["options"]],
-                "estimated": plan["peak"],
+                "estimated": plan.peak,
                 "measured": peak,
-                "by_part": {part: size for part, size in plan["memory"].items() if size},
+                "by_part": {part: size for part, size in plan.memory.items() if size},
                 "ranks": ranks,
             }
-            benchmarking.say(f"{name}: {plan['peak'] / 1e6:.0f} of {peak / 1e6:.0f} MB, {ratios[name]:.3f}")
+            benchmarking.say(f"{name}: {plan.peak / 1e6:.0f} of {peak / 1e6:.0f} MB, {ratios[name]:.3f}")
     return {"ratios": ratios, "rows": rows, "shapes": {"items of the tables": items}}
 
 
@@ -228,6 +228,8 @@ def main() -> int:
         case = json.loads(options.measure)
         print(json.dumps(measure(case["config"], case["options"], options.into)), flush=True)
         return 0
+    options.out = options.out and options.out.resolve()
+    os.chdir(ROOT)  # configurations name their data relative to it
     found = compare(options)
     benchmarking.report("plan", options, {**found, "matmul_peak": benchmarking.matmul_peak(), "matmul_share": {}})
     return 0
