@@ -114,6 +114,7 @@ class Experiment:
             whole=whole,
             fill=not training and self.recipe.visibility == "position",
             users=data.train_users if training else 1.0,
+            timeout=self.config.parallel.timeout,
         )
 
     def cold_items(self) -> NDArray[np.bool_]:

@@ -35,6 +35,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hllm_torchrec.config import Config, FeatureConfig, OptimConfig
 from hllm_torchrec.errors import ConfigError
+from hllm_torchrec.joining import join
 from hllm_torchrec.model import HLLM
 from hllm_torchrec.modules import pointwise_attention
 from hllm_torchrec.modules.attention_backends import Choice, choose_backend
@@ -90,8 +91,8 @@ def start_process(timeout: float = 600.0) -> torch.device:
 def _join(backend: str, timeout: timedelta) -> None:
     """Initialise the process group from the environment."""
     try:
-        dist.init_process_group(backend, timeout=timeout)
-    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        join(backend, timeout)
+    except (RuntimeError, ValueError, TimeoutError) as error:  # torch's DistError is a RuntimeError
         names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
         address, port, rank, world = (os.environ.get(name, "?") for name in names)
         cause = "it is in use: choose another" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]

@@ -12,7 +12,7 @@ Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an it
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
-from hllm_torchrec.config import Config
+from hllm_torchrec.config import Config, StageConfig
 from hllm_torchrec.kept import kept_by_decoder, kept_by_encoder
 from hllm_torchrec.known_shapes import with_shapes
 from hllm_torchrec.meter import backbone_flops
@@ -80,7 +80,8 @@ HARDWARE: dict[str, dict[str, Any]] = {
 class Workload:
     """What the data is like. items, users: how many; item_tokens: mean L; history: mean N, at most `max_history`.
 
-    popularity: events of each item, where they are known; without, all items are alike.
+    popularity: events of each item, where they are known; without, all items are alike. busiest: events of the fullest
+    step over those of the mean one; memory is of the former, traffic and time are of the latter.
     """
 
     items: int
@@ -88,6 +89,7 @@ class Workload:
     item_tokens: float
     history: float
     popularity: NDArray[np.int64] | None = None
+    busiest: float = 1.0
 
     def unique(self, events: float, negatives: float) -> float:
         """How many different items so many events, and negatives drawn from the whole catalogue, hit on average."""
@@ -135,8 +137,9 @@ def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str,
     counts = _counts(config, work, machine)
     plan, placed = _place_tables(model, config, machine)
     memory = _weights(model, config, machine.world) | {"tables": _table_bytes(model, plan, config)}
-    memory |= _activations(model, config, counts)
-    memory |= _rows(model, config, counts)
+    fullest = _counts(config, replace(work, history=work.history * work.busiest), machine)
+    memory |= _activations(model, config, fullest)
+    memory |= _rows(model, config, fullest)
     traffic = _traffic(model, config, counts, machine)
     slots = counts["positions"] + counts["queries"]
     rates = (machine.intra, machine.bandwidth)
@@ -153,11 +156,18 @@ def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str,
     return Estimate(memory, traffic, seconds, counts | {"flops": flops}, placed, shards_of(_shardings(plan)))
 
 
+def planned_stage(config: Config) -> StageConfig:
+    """The first stage that trains the Item LLM, or else the first."""
+    return next((stage for stage in config.stages if stage.item_embeddings == "trained"), config.stages[0])
+
+
 def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float]:
-    """Quantities of a step on one rank, in the first stage that trains the Item LLM, or else in the first."""
-    stage = next((stage for stage in config.stages if stage.item_embeddings == "trained"), config.stages[0])
-    pieces = stage.batch_users or config.data.batch_users
+    """Quantities of a step on one rank, in the planned stage."""
+    stage = planned_stage(config)
     history = min(work.history, stage.max_history or config.data.max_history)
+    pieces: float = stage.batch_users or config.data.batch_users
+    if config.data.batch_item_tokens and config.item_llm.enabled and not stage.batch_users:
+        pieces = max(1.0, config.data.batch_item_tokens / (history * (work.item_tokens + 1)))
     positions = pieces * history
     generates = config.objective.fusion == "none" or config.objective.generative_weight > 0
     negatives = config.objective.negatives if generates else 0

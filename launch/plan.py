@@ -10,6 +10,7 @@ Numbers of items and users come from the configuration's dataset where that is p
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from hllm_torchrec.launch.command import CommandParser, run_job
 
 if TYPE_CHECKING:
     from hllm_torchrec.config import Config
+    from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.plan import Estimate, Machine, Workload
 
 UNKNOWN_ROWS = 1000
@@ -96,15 +98,16 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     from hllm_torchrec.plan import Workload
 
     tokens = float(config.item_llm.max_text_length)
-    history = args.history or float(config.data.max_history)
+    history, busiest = args.history or float(config.data.max_history), 1.0
     popularity = None
     if (Path(config.data.dataset) / "manifest.json").is_file():
         dataset = Dataset.open(config.data.dataset)
         tables = recipe_of(config, dataset).tables(dataset)
         counts = dataset.manifest["counts"]
         items, users = args.items or counts["items"], args.users or counts["users"]
-        history = args.history or min(history, counts["events"] / max(1, counts["users"]))
-        tokens = min(tokens, mean_tokens(dataset.root) or tokens)
+        if not args.history:
+            history, busiest = passes(dataset, config, args.nodes * args.gpus)
+        tokens = min(tokens, mean_tokens(dataset.root, config) or tokens)
         popularity = None if args.items else dataset.training_item_counts()[1:]
     else:
         if not (args.items and args.users):
@@ -112,19 +115,50 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
         items, users, tables = args.items, args.users, guessed_tables(config) | rows_of(args.rows, config)
     if config.features.item_id and "item_id" in tables:
         tables["item_id"] = items + 1
-    return Workload(items, users, args.item_tokens or tokens, history, popularity), tables
+    return Workload(items, users, args.item_tokens or tokens, history, popularity, busiest), tables
 
 
-def mean_tokens(root: Path) -> float | None:
-    """Mean length of the dataset's texts, where they have been tokenised: by the longest of its token stores."""
-    from hllm_torchrec.data.checked import naming
+def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, float]:
+    """(mean events of a pass, events of an epoch's busiest step over those of its mean one), in the planned stage.
 
-    found = []
+    A step of all ranks has n passes, whose events together have a standard deviation of sqrt(n) that of one; the
+    largest of S such sums lies some sqrt(2 ln S) of them above the mean (Gaussian extremes), and no higher than n of
+    the longest.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    from hllm_torchrec.data.loader import cut_into_pieces
+    from hllm_torchrec.plan import planned_stage
+
+    stage, lengths = planned_stage(config), []
+    for group in dataset.row_groups("train"):
+        table = dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
+        events = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
+        starts, rows = table["target_start"].to_numpy().astype(np.int64), np.arange(events.size)
+        most = stage.max_history or config.data.max_history
+        lengths.append(cut_into_pieces(np.zeros_like(rows), rows, events, starts, most).lengths)
+    pieces = np.concatenate(lengths)
+    mean, together = float(pieces.mean()), (stage.batch_users or config.data.batch_users) * world
+    above = math.sqrt(2 * math.log(max(1.0, pieces.size / together)) / together) * float(pieces.std())
+    return mean, min(mean + above, float(pieces.max())) / mean
+
+
+def mean_tokens(root: Path, config: "Config") -> float | None:
+    """Mean length of the dataset's texts, where they have been tokenised: as configured, or else the longest there.
+
+    Without the tokens with which most begin, where those are encoded once for all.
+    """
+    from hllm_torchrec.data.tokens import TokenStore
+
+    item, found = config.item_llm, []
     for path in root.glob("tokens/*/store.json"):
-        with naming(path, "delete its folder and build it again"):
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            found.append(float(facts["tokens"] / max(1, facts["items"])))
-    return max(found, default=None)
+        store = TokenStore.open(path.parent)
+        asked = (item.prompt, list(item.text_keys), item.separator, item.max_text_length)
+        as_asked = asked == tuple(store.facts[name] for name in ("prompt", "keys", "separator", "max_text_length"))
+        shared = store.begins_with_prefix.mean() * len(store.prefix) if item.share_prefix and item.causal else 0.0
+        found.append((as_asked, float(store.lengths.mean() - shared)))
+    return max(found)[1] if found else None
 
 
 def guessed_tables(config: "Config") -> dict[str, int]:

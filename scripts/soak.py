@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import signal
 import socket
 import statistics
@@ -269,6 +270,23 @@ def losses(output: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in events(output, "step")]
 
 
+def lost_steps(alone: Path, harmed: Path) -> int:
+    """Steps that are missing in the log of a harmed run, are there twice, or have another loss; 0 is bit for bit."""
+    found: dict[int, list[float]] = {}
+    for step, loss in losses(harmed):
+        found.setdefault(step, []).append(loss)
+    expected = {step: [loss] for step, loss in losses(alone)}
+    return sum(found.get(step) != expected.get(step) for step in found.keys() | expected.keys())
+
+
+def add_row(found: dict, out: Path | None) -> None:
+    """Print a report, and add it to the list in a file."""
+    print(json.dumps(found, indent=1))
+    if out:
+        rows = json.loads(out.read_text()) if out.exists() else []
+        out.write_text(json.dumps([*rows, found], indent=1) + "\n")
+
+
 def start(launcher: str, world: int, restarts: int, output: Path, options: list[str]) -> LaunchedJob | ForkedJob:
     """A job that trains into `output`."""
     if launcher == "fork":
@@ -292,13 +310,12 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
         tally = torment(Victim(killed), wanted.kills, wanted.seconds, random.Random(wanted.seed))
     finally:
         killed.stop()
-    expected, found = losses(folder / "alone"), losses(folder / "killed")
-    lost = len(set(expected) ^ set(found)) + abs(len(found) - len(expected))
     resumed = tally.seconds_to_resume
     return {
+        "command": wanted.command,
         "kills": {"injected": tally.injected, "in_a_write": tally.in_a_write, "at_the_start": tally.at_the_start},
         "recovered": tally.recovered,
-        "lost": lost,
+        "lost": lost_steps(folder / "alone", folder / "killed"),
         "steps": wanted.steps,
         "exit_status": killed.wait(),
         "seconds_to_resume": {"median": statistics.median(resumed), "most": max(resumed)} if resumed else None,
@@ -320,8 +337,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--world", type=int, default=2, help="ranks")
     parser.add_argument("--asynchronous", action="store_true", help="checkpoints in the background")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, help="add the JSON to the list in this file")
+    wanted = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    shown = [word for before, word in zip(["", *words], words, strict=False) if "--out" not in (before, word)]
+    wanted.command = shlex.join(["python", "scripts/soak.py", *shown])
+    return wanted
 
 
 def main() -> int:
@@ -330,10 +351,7 @@ def main() -> int:
     memory = Path("/dev/shm")  # a disk would be most of the time
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         found = soak(Path(folder), wanted)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if wanted.out:
-        wanted.out.write_text(text + "\n")
+    add_row(found, wanted.out)
     return int(found["lost"] > 0 or found["exit_status"] != 0)
 
 

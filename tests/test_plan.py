@@ -1,6 +1,7 @@
 """Estimates against what is really kept, counted and placed; plans for ranks that do not exist."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from transformers import AutoModel
 
 from hllm_torchrec.config import Config
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.tokens import TokenStore
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.kept import kept_by_decoder, kept_tensors
 from hllm_torchrec.launch import plan as command
@@ -145,3 +149,26 @@ def test_a_prepared_datasets_sizes_are_read() -> None:
     counts = fixtures.dataset().manifest["counts"]
     assert (work.items, work.users) == (counts["items"], counts["users"])
     assert tables["item_id"] == counts["items"] + 1
+    path = fixtures.token_store().path  # of this configuration's texts
+    as_they_are = replace(made, item_llm=replace(made.item_llm, share_prefix=False))
+    lengths = TokenStore.open(path).lengths
+    assert command.mean_tokens(path.parents[1], as_they_are) == pytest.approx(lengths.mean())
+    assert command.mean_tokens(path.parents[1], made) < lengths.mean()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_busiest_step_is_near_that_of_the_loaders_epochs(world: int) -> None:
+    made = config(data={"batch_users": 2, "max_history": 24})
+    data = fixtures.dataset()
+    collator = Collator(data, fixtures.recipe(made), 0, True)
+    shared = {"batch_users": 2, "max_history": 24, "world": world, "shuffle": True}
+    loader = Loader(data, "train", collator, **shared)
+    together = [
+        sum(int(loader.pieces.lengths[batches[step]].sum()) for batches in loader.plan(epoch)) / world
+        for epoch in range(20)
+        for step in range(loader.steps(epoch) - 1)
+    ]
+    most = np.reshape(together, (20, -1)).max(1).mean()
+    mean, busiest = command.passes(data, made, world)
+    assert mean == pytest.approx(loader.pieces.lengths.mean())
+    assert 2 * mean * busiest == pytest.approx(most, rel=0.15)

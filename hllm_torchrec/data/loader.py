@@ -10,6 +10,7 @@ middle without reading what came before.
 """
 
 import heapq
+import itertools
 import queue
 import threading
 from collections import OrderedDict
@@ -99,6 +100,7 @@ class Loader:
         users: share of the users that come, the same ones whatever the split; a smaller share is part of a larger one.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
+        timeout: seconds to wait for a batch that is prepared ahead.
 
     Raises:
         ValueError: the split is empty, or no user is left of it.
@@ -122,8 +124,9 @@ class Loader:
         whole: bool = False,
         fill: bool = False,
         users: float = 1.0,
+        timeout: float = 600.0,
     ) -> None:
-        self.dataset, self.collator = dataset, collator
+        self.dataset, self.collator, self.timeout = dataset, collator, timeout
         self.batch_users, self.rank, self.world = batch_users, rank, world
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
         self.batch_cost = batch_cost
@@ -181,13 +184,17 @@ class Loader:
         """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them.
 
         Close the generator when leaving early: that stops its thread.
+
+        Raises:
+            TimeoutError: the thread that prepares them made none in `timeout` seconds; RuntimeError: it was ended.
         """
         mine = self.plan(epoch)[self.rank]
         work = (
             (step, mine[step] if step < len(mine) else np.empty(0, np.int64))
             for step in range(first_step, self.steps(epoch))
         )
-        return _ahead((self._build(index, epoch, step) for step, index in work), self.prefetch)
+        where = f"{self.dataset.root}: rank {self.rank} of {self.world}, epoch {epoch} from step {first_step} on"
+        return _ahead((self._build(index, epoch, step) for step, index in work), self.prefetch, self.timeout, where)
 
     def _build(self, index: Ints, epoch: int, step: int) -> HybridBatch:
         return self.collator([self._piece(i) for i in index], epoch, step, self.rank)
@@ -324,10 +331,12 @@ def _decode(table: pa.Table) -> _Rows:
     )
 
 
-def _ahead(batches: Iterator[HybridBatch], depth: int) -> Generator[HybridBatch, None, None]:
+def _ahead(
+    batches: Iterator[HybridBatch], depth: int, timeout: float, where: str
+) -> Generator[HybridBatch, None, None]:
     """Run an iterator on a background thread, `depth` items ahead; its errors are raised here.
 
-    Closing the generator stops the thread.
+    Closing the generator stops the thread. timeout: seconds to wait for an item; where: for the message after that.
     """
     if depth <= 0:
         yield from batches
@@ -350,14 +359,22 @@ def _ahead(batches: Iterator[HybridBatch], depth: int) -> Generator[HybridBatch,
                 if not put(("batch", batch)):
                     return
             put(("end", None))
-        except BaseException as error:  # handed to the consumer, who raises it
+        except Exception as error:  # handed to the consumer, who raises it
             put(("error", error))
+        except BaseException as error:  # raised as it is, a SystemExit would end the job as if all were well
+            put(("error", RuntimeError(f"{where}: the thread that prepares batches was ended by {error!r}")))
 
     thread = threading.Thread(target=work, name="hllm-loader", daemon=True)
     thread.start()
     try:
-        while True:
-            kind, value = ready.get()
+        for number in itertools.count():
+            try:
+                kind, value = ready.get(timeout=timeout)
+            except queue.Empty:
+                raise TimeoutError(
+                    f"{where}: no batch for {timeout:g} s, after {number}; the dataset's disk does not answer, or a "
+                    "batch takes longer than parallel.timeout"
+                ) from None
             if kind == "end":
                 return
             if kind == "error":

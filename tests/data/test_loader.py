@@ -345,6 +345,45 @@ def test_an_error_in_the_background_surfaces_in_its_place(prefetch: int, no_thre
         next(batches)
 
 
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_a_thread_that_is_ended_does_not_end_the_epoch_as_if_all_were_well(
+    prefetch: int, no_thread_stays: None
+) -> None:
+    class Leaving(Collator):
+        def __call__(self, pieces: Any, epoch: int, step: int, rank: int = 0) -> HybridBatch:
+            if step == 1:
+                raise SystemExit(0)
+            return super().__call__(pieces, epoch, step, rank)
+
+    data = fixtures.dataset()
+    batches = Loader(data, "train", Leaving(data, RECIPE), batch_users=3, max_history=20, prefetch=prefetch).batches(0)
+    next(batches)
+    with pytest.raises(RuntimeError, match=r"rank 0 of 1, epoch 0 from step 0 on: the thread .* SystemExit\(0\)"):
+        next(batches)
+
+
+def test_a_reader_that_does_not_answer_is_given_up(no_thread_stays: None) -> None:
+    answer = threading.Event()
+
+    class Stuck(Collator):
+        def __call__(self, pieces: Any, epoch: int, step: int, rank: int = 0) -> HybridBatch:
+            if step == 3:
+                answer.wait(20)
+            return super().__call__(pieces, epoch, step, rank)
+
+    data = fixtures.dataset()
+    one = Loader(data, "train", Stuck(data, RECIPE), batch_users=3, max_history=20, rank=1, world=2, timeout=0.5)
+    batches = one.batches(4, first_step=2)
+    next(batches)
+    with pytest.raises(
+        TimeoutError, match=r"rank 1 of 2, epoch 4 from step 2 on: no batch for 0\.5 s, after 1; the dataset's disk"
+    ):
+        try:
+            next(batches)
+        finally:
+            answer.set()
+
+
 def test_leaving_early_stops_the_thread(no_thread_stays: None) -> None:
     batches = make(prefetch=2).batches(0)
     next(batches)

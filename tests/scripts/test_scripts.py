@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("install", "test", "quickstart", "three_stages")
+SCRIPTS = ("install", "test", "quickstart", "soak_two_nodes", "three_stages")
 
 
 def run_script(name: str, *args: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:

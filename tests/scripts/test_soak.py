@@ -14,6 +14,6 @@ def test_ranks_killed_at_random_moments_lose_nothing(root: Path, tmp_path: Path)
     script, out = root / "scripts" / "soak.py", tmp_path / "soak.json"
     result = subprocess.run([sys.executable, str(script), *words, "--out", str(out)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = json.loads(out.read_text())
+    (found,) = json.loads(out.read_text())
     assert found["kills"]["injected"] == found["recovered"] > 0
     assert found["lost"] == 0 and found["exit_status"] == 0
