@@ -1,6 +1,6 @@
 """Write the CSV files of a small invented bookshop: customers, books, and the stars that the ones gave the others.
 
-    python examples/make_shop.py shop --customers 300 --books 80
+    python examples/make_shop.py shop --customers 600 --books 80
 
 Customers like two of six genres, and some books are better than others, so there is something to learn; a title's words
 say what its genre is. Only the standard library is needed; the same seed writes the same files.
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the files and say how many lines they have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files go")
-    parser.add_argument("--customers", type=int, default=300)
+    parser.add_argument("--customers", type=int, default=600)
     parser.add_argument("--books", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -72,7 +72,7 @@ def visits(
         for _ in range(rng.randint(2, 6)):
             number, _, genres = unread.pop()
             is_liked = any(genre in liked for genre in genres.split("|"))
-            stars = 2.5 + 1.5 * is_liked + 0.8 * quality[number] + rng.gauss(0, 0.7)
+            stars = 2.2 + 1.8 * is_liked + 0.4 * quality[number] + rng.gauss(0, 0.7)
             yield name, number, second, min(5, max(1, round(stars)))
             second += rng.randint(20, 600)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.tutorials import Reader, blocks
+from tests.docs.tutorials import Reader, blocks, find_nearly
 
 ORDER = (
     "first_run",
@@ -61,6 +61,20 @@ def test_every_tutorial_is_in_the_order(root: Path) -> None:
 def test_every_block_of_the_tutorials_runs_and_prints_what_the_page_says(reader: Reader) -> None:
     for name in ORDER:
         reader.work_through(reader.root / "docs" / "tutorials" / f"{name}.md")
+
+
+@pytest.mark.parametrize(
+    ("line", "is_there"),
+    [
+        ("AUC 0.84 [0.80, 0.87] of 233 users", True),
+        ("AUC ... of 233 users", True),
+        ("AUC 0.95 [0.80, 0.87]", False),  # further off than machines differ
+        ("AUC 0.84 [0.80, 0.87] of 234 users", False),  # whole numbers are exact
+        ("of 233 users AUC", False),  # in this order
+    ],
+)
+def test_measured_numbers_need_only_be_near(line: str, is_there: bool) -> None:
+    assert (find_nearly(line, "model AUC 0.8322 [0.8067, 0.8549] of 233 users", 0) is not None) == is_there
 
 
 def page(reader: Reader, text: str) -> Path:

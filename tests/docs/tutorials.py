@@ -13,7 +13,6 @@ import io
 import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -117,7 +116,7 @@ class Reader:
         for line in text.replace("\\\n", " ").splitlines():
             if line.startswith("hllm "):
                 try:
-                    status = cli.main(shlex.split(line, comments=True)[1:])
+                    status = cli.main(self.words(line)[1:])
                 except SystemExit as left:  # a parser's, after its message
                     status = int(left.code or 0)
             else:
@@ -125,6 +124,12 @@ class Reader:
             if status:
                 return status
         return 0
+
+    def words(self, line: str) -> list[str]:
+        """A command's words, as bash expands them."""
+        command = ["bash", "-c", f"printf '%s\\0' {line}"]
+        found = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
+        return found.stdout.split("\0")[:-1]
 
     def run_program(self, line: str) -> int:
         """One line of bash in a process of its own; what it exports lasts."""
@@ -142,19 +147,39 @@ class Reader:
         return process.returncode
 
     def compare(self, expected: str, where: str) -> None:
-        """Whether each line of `expected` is in what was printed, in this order; spaces count as one."""
+        """Whether each line of `expected` is in what was printed, in this order; spaces count as one.
+
+        `...` stands for anything, and a number with a decimal point for one that is nearly the same: a measured one
+        differs a little from machine to machine.
+        """
         printed, at = squeeze(self.printed), 0
         for line in filter(None, map(squeeze, expected.splitlines())):
-            if line == "...":
-                continue
-            found = printed.find(line, at)
-            assert found >= 0, f"{where}: {line!r} is not (or not there) in what was printed:\n{self.printed[-4000:]}"
-            at = found + len(line)
+            end = find_nearly(line, printed, at)
+            assert end is not None, f"{where}: {line!r} is not (or not there) in what was printed:\n{self.printed[-4000:]}"
+            at = end
 
 
 def squeeze(text: str) -> str:
     """The text with every run of white space as one space."""
     return " ".join(text.split())
+
+
+DECIMAL = r"[-+]?\d*\.\d+"
+CLOSE = 0.08
+"""How far a number may be from the one on the page."""
+
+
+def find_nearly(line: str, printed: str, at: int) -> int | None:
+    """Where the first passage from `at` on ends that is `line`, its numbers nearly; None if there is none."""
+    numbers = [float(text) for text in re.findall(DECIMAL, line.replace("...", " "))]
+    pattern = "|".join([r"\.\.\.", DECIMAL])
+    parts = [re.escape(text) for text in re.split(pattern, line)]
+    kinds = [".*?" if text == "..." else f"({DECIMAL})" for text in re.findall(pattern, line)]
+    searched = re.compile("".join(part + kind for part, kind in zip(parts, [*kinds, ""], strict=True)))
+    for found in searched.finditer(printed, at):
+        if all(abs(float(text) - number) <= CLOSE for text, number in zip(found.groups(), numbers, strict=True)):
+            return found.end()
+    return None
 
 
 @contextlib.contextmanager
