@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     books = [book(rng, number) for number in range(1, args.books + 1)]
     quality = {number: rng.gauss(0, 1) for number, _, _ in books}
     customers = [customer(rng, number) for number in range(1, args.customers + 1)]
-    events = sorted((event for one in customers for event in visits(rng, one, books, quality)), key=lambda event: event[2])
+    events = sorted(
+        (event for one in customers for event in visits(rng, one, books, quality)), key=lambda event: event[2]
+    )
     write(args.folder / "books.csv", ["book", "title", "genres"], books)
     write(args.folder / "customers.csv", ["customer", "country"], (one[:2] for one in customers))
     write(args.folder / "stars.csv", ["customer", "book", "second", "stars"], events)

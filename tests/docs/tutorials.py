@@ -155,7 +155,9 @@ class Reader:
         printed, at = squeeze(self.printed), 0
         for line in filter(None, map(squeeze, expected.splitlines())):
             end = find_nearly(line, printed, at)
-            assert end is not None, f"{where}: {line!r} is not (or not there) in what was printed:\n{self.printed[-4000:]}"
+            assert end is not None, (
+                f"{where}: {line!r} is not (or not there) in what was printed:\n{self.printed[-4000:]}"
+            )
             at = end
 
 
