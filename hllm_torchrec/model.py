@@ -155,7 +155,7 @@ class HLLM(nn.Module):
         return self.item_cache is None and not self.takes_stored_items
 
     def look_up_items(self, item_ids: Tensor) -> Tensor | None:
-        """`item_embeddings` outside of a step. Collective; under FSDP2 a forward pass of its own."""
+        """`item_embeddings` of items [n] outside of a step: [n, E]. Collective; under FSDP2 a forward pass."""
         return self.item_embeddings(item_ids)
 
     def embed_items(self, item_ids: Tensor) -> Tensor:

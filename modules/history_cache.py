@@ -57,7 +57,7 @@ class KeysValues:
         return KeysValues(self.keys[:number], self.values[:number])
 
     def followed_by(self, keys: Tensor, values: Tensor) -> "KeysValues":
-        """With more positions at the end."""
+        """With more positions at the end: keys [n, G, E], values [n, G, V]."""
         return KeysValues(torch.cat([self.keys, keys]), torch.cat([self.values, values]))
 
 

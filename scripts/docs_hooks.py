@@ -16,15 +16,14 @@ PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 """Page of the site -> file of the root."""
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the packages out where the reference looks for them."""
+def on_startup(**_: object) -> None:
+    """Lay the packages out where the reference looks for them, before it does."""
     package = ROOT / "build" / "api" / "hllm_torchrec"
     shutil.rmtree(package.parent, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "hllm_torchrec", package, ignore=ignore)
     for name in ("modules", "launch", "configs"):
         shutil.copytree(ROOT / name, package / name, ignore=ignore)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
