@@ -33,6 +33,11 @@ REQUIREMENTS = [
     "tqdm>=4.70,<5",
     "transformers>=5.23,<6",
 ]
+DOCS = [  # the site (scripts/docs.sh); neither the library nor its tests need them
+    "mkdocs>=1.6.1,<2",
+    "mkdocs-material>=9.8,<10",
+    "mkdocstrings[python]>=1.0,<2",
+]
 DEV = [
     "faiss-cpu>=1.15,<2",
     "hypothesis>=6.170,<7",
@@ -79,6 +84,11 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEV, "faiss": ["faiss-cpu>=1.15,<2"], "flash-attn": ["flash-attn>=2.7"]},
+    extras_require={
+        "dev": DEV,
+        "docs": DOCS,
+        "faiss": ["faiss-cpu>=1.15,<2"],
+        "flash-attn": ["flash-attn>=2.7"],
+    },
     entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},
 )

@@ -87,7 +87,7 @@ def test_wheel_requires_neither_torch_nor_torchrec_nor_fbgemm(wheel: Path) -> No
     required = re.findall(r"^Requires-Dist: ([\w.-]+)", metadata, re.MULTILINE)
     assert "transformers" in required and "torchx" in required
     assert not {"torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"} & set(required)
-    assert {"dev", "faiss", "flash-attn"} == set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
+    assert {"dev", "docs", "faiss", "flash-attn"} == set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
 
 
 @pytest.mark.slow
