@@ -1,7 +1,7 @@
 """Runs a tutorial as its reader would: its blocks in order, in one folder that looks like the checkout's root.
 
     ```yaml title="shop.yaml"    a block with a title is a file to save
-    ```bash                      run; `hllm ...` within this process, which spares an import of torch
+    ```bash                      run; `hllm ...` and torchrun's one rank within this process, to spare imports of torch
     ```python                    run; names last to the end of the tutorial
     ```text                      what the block before it printed has these lines (`...` stands for any others)
 
@@ -13,13 +13,16 @@ import io
 import logging
 import os
 import re
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -27,6 +30,7 @@ from hllm_torchrec.launch import cli
 
 FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?\s*$")
 COMMENT = re.compile(r"^<!-- (not executed: .+|fails) -->$")
+ONE_RANK = "torchrun --nproc_per_node 1 "
 CHECKOUT = ("examples", "configs", "launch", "train.py", ".torchxconfig")
 
 
@@ -114,13 +118,15 @@ class Reader:
     def run_lines(self, text: str) -> int:
         """Commands, each after the other until one fails; its exit status."""
         for line in text.replace("\\\n", " ").splitlines():
-            if line.startswith("hllm "):
-                try:
+            try:
+                if line.startswith("hllm "):
                     status = cli.main(self.words(line)[1:])
-                except SystemExit as left:  # a parser's, after its message
-                    status = int(left.code or 0)
-            else:
-                status = self.run_program(line)
+                elif line.startswith(ONE_RANK):
+                    status = run_as_only_rank(self.words(line.removeprefix(ONE_RANK)))
+                else:
+                    status = self.run_program(line)
+            except SystemExit as left:  # a parser's, after its message
+                status = int(left.code or 0)
             if status:
                 return status
         return 0
@@ -159,6 +165,20 @@ class Reader:
                 f"{where}: {line!r} is not (or not there) in what was printed:\n{self.printed[-4000:]}"
             )
             at = end
+
+
+def run_as_only_rank(words: list[str]) -> int:
+    """A script and its arguments in this process, as torchrun would start its one rank."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with (
+        mock.patch.dict(os.environ, rank | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}),
+        mock.patch.object(sys, "argv", words),
+    ):
+        runpy.run_path(words[0], run_name="__main__")
+    return 0
 
 
 def squeeze(text: str) -> str:
