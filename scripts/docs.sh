@@ -9,8 +9,8 @@ usage: bash scripts/docs.sh [--serve]
   --serve  rebuild as files change, and show the site at http://127.0.0.1:8000
   --help   this text
 
-The first call makes build/docs-env ($PYTHON names its Python, default python3) with the versions of
-scripts/constraints-docs.txt.
+The first call makes an environment with the versions of scripts/constraints-docs.txt: build/docs-env, or the folder
+that $DOCS_ENV names; $PYTHON names its Python (default: python3).
 TEXT
 }
 
