@@ -187,7 +187,7 @@ def squeeze(text: str) -> str:
 
 
 DECIMAL = r"[-+]?\d*\.\d+"
-CLOSE = 0.08
+CLOSE = 0.1
 """How far a number may be from the one on the page."""
 
 
