@@ -37,6 +37,11 @@ REQUIREMENTS = [
 PEFT = "peft>=0.21,<1"
 S3 = ["s3fs>=2026.9,<2027"]
 WANDB = "wandb>=0.31,<1"
+DOCS = [  # the site (scripts/docs.sh); neither the library nor its tests need them
+    "mkdocs>=1.6.1,<2",
+    "mkdocs-material>=9.8,<10",
+    "mkdocstrings[python]>=1.0,<2",
+]
 DEV = [
     *S3,
     "faiss-cpu>=1.15,<2",
@@ -91,6 +96,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": DEV,
+        "docs": DOCS,
         "faiss": ["faiss-cpu>=1.15,<2"],
         "flash-attn": ["flash-attn>=2.7"],
         "lora": [PEFT],

@@ -42,7 +42,8 @@ class DataConfig:
     user_features: tuple[str, ...] = ()
     """Categorical user features added to queries, e.g. [gender]."""
     numeric_features: tuple[str, ...] = ()
-    """Numbers computed from strictly earlier events, added to queries: see `hllm_torchrec.data.numeric`."""
+    """Numbers computed from strictly earlier events, added to queries: names of `hllm_torchrec.data.numeric`, or
+    module:name of a function of your own."""
     item_vectors: tuple[str, ...] = ()
     """Dense item features through a linear layer: `factors` (see `hllm_torchrec.data.factors`, fitted to the
     training part when first asked for) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
@@ -120,13 +121,14 @@ class ItemLLMConfig:
 class UserEncoderConfig:
     """The User LLM, or what stands in its place."""
 
-    encoder: Literal["llm", "hstu", "sasrec", "ligr"] = "llm"
-    """llm: a Hugging Face decoder; the others are described by `shape`, see `modules.encoder_shapes`."""
+    encoder: str = "llm"
+    """llm: a Hugging Face decoder; hstu, sasrec and ligr are described by `shape`, see `modules.encoder_shapes`;
+    module:Name: a `UserEncoder` of your own (docs/tutorials/add_a_user_encoder.md)."""
     pretrained: str | None = None
     """Hugging Face directory of a decoder; its word embeddings are dropped."""
     shape: dict[str, Any] | None = None
     """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
-    fields of HSTUShape, SASRecShape or LiGRShape."""
+    fields of HSTUShape, SASRecShape or LiGRShape, or of your own encoder's `Shape`."""
     layers: int | None = None
     """Keep the first n layers of the decoder (none given: all)."""
     trainable: bool = True

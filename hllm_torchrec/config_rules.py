@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.config_keys import record_problems
 from hllm_torchrec.config_lora import LORA_BOUNDS, lora_problems
-from hllm_torchrec.modules.encoder_shapes import SHAPES
+from hllm_torchrec.own_code import encoder_shape
 from hllm_torchrec.protocols import protocol_problems
 
 if TYPE_CHECKING:
@@ -183,7 +183,11 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     for name in ("pretrained", "layers"):
         if getattr(user, name) is not None:
             yield f"user.{name}: {getattr(user, name)!r}: only for user.encoder llm; leave it out"
-    kind = SHAPES[user.encoder]
+    try:
+        kind = encoder_shape(user.encoder)
+    except ValueError as error:
+        yield str(error)
+        return
     problems = list(record_problems(user.shape or {}, kind, "user.shape"))
     yield from problems
     if problems:
@@ -192,17 +196,17 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     bounds = {name: bound for name, bound in SHAPE_BOUNDS.items() if hasattr(shape, name)}
     yield from out_of_bounds(shape, bounds, "user.shape.")
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
-    if shape.max_positions < longest and user.encoder != "hstu":
+    if getattr(shape, "max_positions", longest) < longest and user.encoder != "hstu":
         yield (
             f"user.shape.max_positions: {shape.max_positions}: must be at least the longest history, {longest} "
             f"(data.max_history or a stage's{', in tokens' if tokens > 1 else ''})"
         )
-    if user.encoder != "hstu" and shape.count_from == "end" and config.objective.fusion != "none":
+    if getattr(shape, "count_from", "start") == "end" and config.objective.fusion != "none":
         yield (
             "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
             "write start"
         )
-    if user.encoder == "hstu" and shape.time_of == "next" and config.objective.fusion != "none":
+    if getattr(shape, "time_of", "event") == "next" and config.objective.fusion != "none":
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
             "was would tell what is to be classified; write event"

@@ -178,7 +178,10 @@ def open_or_create(
 
 
 def changed(store: EmbeddingStore, raw_ids: Any, marks: Hashes) -> NDArray[np.int64]:
-    """Ids (from 1) whose vector is missing in the store or was made from something else."""
+    """Ids [k] int64 (from 1, rising) whose vector is missing in the store or was made from something else.
+
+    raw_ids: [N - 1] of the items from 1 on; marks: [N] uint64 of what each vector is to be made from, 0 first.
+    """
     stored, known = store.snapshot().marks(pc.cast(raw_ids, "large_string").combine_chunks())
     return 1 + np.flatnonzero(~known | (stored != marks[1:]))
 
@@ -186,8 +189,8 @@ def changed(store: EmbeddingStore, raw_ids: Any, marks: Hashes) -> NDArray[np.in
 def shares(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
     """What this rank encodes: rounds, each of chunks of ids, as many on every rank (some may be empty).
 
-    Sorted by length, ids are dealt out in turn; a chunk has about CATALOGUE_TOKENS tokens, a round (what lies between
-    two commits) about COMMIT_TOKENS.
+    ids: [k] int64; costs: [N] int64 tokens by id. Sorted by length, ids are dealt out in turn; a chunk has about
+    CATALOGUE_TOKENS tokens, a round (what lies between two commits) about COMMIT_TOKENS.
     """
     order = ids[np.argsort(costs[ids], kind="stable")]
     world, rank = ranks.world_size(), ranks.rank()

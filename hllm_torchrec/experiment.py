@@ -135,7 +135,10 @@ class Experiment:
         return self.encoder.encode_catalogue(item_llm, self.hllm.embed_items, show=dist.get_rank() == 0)
 
     def items_to_evaluate_with(self) -> Tensor | None:
-        """What `HLLM.item_cache` should hold while the model is evaluated; None: nothing, it needs none. Collective."""
+        """What `HLLM.item_cache` should hold while the model is evaluated: [N, E], or None. Collective.
+
+        None: nothing, the model needs none.
+        """
         return None if self.hllm.takes_stored_items else self.encode_catalogue()
 
     @torch.no_grad()

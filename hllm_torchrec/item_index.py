@@ -134,7 +134,7 @@ class ItemIndex:
 
 
 def unit(vectors: Floats) -> Floats:
-    """A copy with rows of length 1, as `torch.nn.functional.normalize` makes them."""
+    """A copy [n, D] with rows of length 1, as `torch.nn.functional.normalize` makes them."""
     return torch.nn.functional.normalize(torch.from_numpy(np.asarray(vectors, np.float32)), dim=-1).numpy().copy()
 
 

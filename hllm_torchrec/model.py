@@ -26,7 +26,6 @@ from hllm_torchrec.config_lora import LoRAConfig
 from hllm_torchrec.config_rules import takes_stored_items
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.modules.adapter import Adapter
-from hllm_torchrec.modules.encoder_shapes import SHAPES
 from hllm_torchrec.modules.hstu import HSTU
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE, HybridFeatures
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone, trained_item_token
@@ -40,9 +39,10 @@ from hllm_torchrec.modules.sasrec import SASRec
 from hllm_torchrec.modules.standardise import Standardise
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.modules.user_llm import Queries, UserLLM
+from hllm_torchrec.own_code import encoder_shape, is_own, own_encoder
 
 ENCODERS: dict[str, type[HSTU] | type[SASRec] | type[LiGR]] = {"hstu": HSTU, "sasrec": SASRec, "ligr": LiGR}
-"""`user.encoder` -> what stands in the User LLM's place."""
+"""`user.encoder` -> what stands in the User LLM's place; `module:Name` is one of the user's own."""
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 
@@ -161,7 +161,7 @@ class HLLM(nn.Module):
         return self.item_cache is None and not self.takes_stored_items
 
     def look_up_items(self, item_ids: Tensor) -> Tensor | None:
-        """`item_embeddings` outside of a step. Collective; under FSDP2 a forward pass of its own."""
+        """`item_embeddings` of items [n] outside of a step: [n, E]. Collective; under FSDP2 a forward pass."""
         return self.item_embeddings(item_ids)
 
     def embed_items(self, item_ids: Tensor) -> Tensor:
@@ -357,7 +357,9 @@ def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
         _adapt(backbone, user.lora, "user.lora")
         return UserLLM(backbone, user.dropout)
-    return ENCODERS[user.encoder](SHAPES[user.encoder](**(user.shape or {})), user.dropout)
+    kind = own_encoder(user.encoder) if is_own(user.encoder) else ENCODERS[user.encoder]
+    encoder: UserEncoder = kind(encoder_shape(user.encoder)(**(user.shape or {})), user.dropout)
+    return encoder
 
 
 def _adapt(backbone: PreTrainedModel, lora: LoRAConfig, field: str) -> None:

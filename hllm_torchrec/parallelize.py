@@ -355,7 +355,7 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A dense parameter with all of its rows, also where FSDP2 has sharded it. Collective."""
+    """A dense parameter with all of its rows [n, ...], also where FSDP2 has sharded it. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

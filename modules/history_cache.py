@@ -25,12 +25,11 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from hllm_torchrec.modules.hstu import HSTU, HSTULayer
-from hllm_torchrec.modules.ligr import LiGR
 from hllm_torchrec.modules.pointwise_attention import plan_layout, pointwise_attention
 from hllm_torchrec.modules.pointwise_blocks import block_attention
 from hllm_torchrec.modules.pointwise_layout import keys_seen
 from hllm_torchrec.modules.pointwise_plan import pairs_without_own_keys
-from hllm_torchrec.modules.sasrec import SASRec
+from hllm_torchrec.modules.self_attention import SoftmaxEncoder
 from hllm_torchrec.modules.text_attention import grouped_attention
 from hllm_torchrec.modules.user_encoder import UserEncoder, pack_rows
 from hllm_torchrec.modules.user_llm import Queries, UserLLM
@@ -58,7 +57,7 @@ class KeysValues:
         return KeysValues(self.keys[:number], self.values[:number])
 
     def followed_by(self, keys: Tensor, values: Tensor) -> "KeysValues":
-        """With more positions at the end."""
+        """With more positions at the end: keys [n, G, E], values [n, G, V]."""
         return KeysValues(torch.cat([self.keys, keys]), torch.cat([self.values, values]))
 
 
@@ -167,6 +166,11 @@ def check_encoder(encoder: Encoder) -> None:
     """
     if encoder.training:
         raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")
+    if not isinstance(encoder, UserLLM | HSTU | SoftmaxEncoder):
+        raise ValueError(
+            f"user.encoder: {type(encoder).__name__} keeps no keys and values of a history; the User LLM, HSTU and "
+            "encoders of attention (SoftmaxEncoder) do: score by `hllm evaluate`, or by its own forward pass"
+        )
     if isinstance(encoder, UserEncoder) and (encoder.asks_at_next or encoder.from_end):
         option = "time_of is 'next'" if encoder.asks_at_next else "count_from is 'end'"
         raise ValueError(
@@ -266,7 +270,7 @@ def _run_softmax(encoder: Encoder, x_SD: Tensor, plan: _Reading | _Asking) -> Te
     """All layers: [S, D] -> [S, D]."""
     if isinstance(encoder, UserLLM):
         return encoder.encode(x_SD, plan)
-    assert isinstance(encoder, SASRec | LiGR), f"{type(encoder).__name__} has no cache"
+    assert isinstance(encoder, SoftmaxEncoder), f"{type(encoder).__name__} has no cache"
     x_SD = encoder.placed(x_SD, plan.position_ids[0])
     for layer in encoder.layers:
         x_SD = layer(x_SD, plan)

@@ -169,7 +169,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None 
 
 
 def discriminative_loss(cls: Tensor, gen: Tensor, lam: float) -> Tensor:
-    """Eq. (3): lambda * L_gen + L_cls, of two losses that are already normalised (each by its own count).
+    """Eq. (3): lambda * L_gen + L_cls [], of two losses [] that are already normalised (each by its own count).
 
     Raises:
         ValueError: a negative lambda.

@@ -29,7 +29,9 @@ def sampled_bce(
     exclude: Exclusion | None = None,
     chunk_size: int = 1024,
 ) -> InfoNceOutput:
-    """The loss summed over predictions; arguments, masks and output are those of `losses.info_nce`.
+    """The loss summed over predictions [T, D]; arguments, masks and output are those of `losses.info_nce`.
+
+    positives: [T, D]; negatives: [K, D], shared; scale: [1]; target_ids [T] and negative_ids [K]: int64, for the masks.
 
     Memory is O(T D + K D + B K + chunk_size K): logits exist for `chunk_size` predictions at a time, and the
     backward pass computes them again.

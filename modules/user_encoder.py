@@ -10,7 +10,7 @@ Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width,
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ def pack_rows(
 class UserEncoder(nn.Module, ABC):
     """Base of HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
 
+    One of your own is built as `Name(shape, dropout)`, where `shape` is its `Shape` of `user.shape`'s fields, and
+    `user.encoder: module:Name` puts it in the User LLM's place.
+
     Args:
         width: D.
         dropout: of the inputs, a probability.
@@ -86,6 +89,8 @@ class UserEncoder(nn.Module, ABC):
     """
 
     layers: nn.ModuleList
+    Shape: ClassVar[type]
+    """Of an encoder of your own: a dataclass with the fields width, layers and what else it needs."""
 
     def __init__(
         self,

@@ -129,7 +129,11 @@ class Dataset:
         return read_table(self.root / "items.parquet", columns)
 
     def sequence_files(self, part: str) -> list[Path]:
-        """The files of a part ("train", "valid" or "test"), in order."""
+        """The files of a part ("train", "valid" or "test"), in order.
+
+        Raises:
+            ValueError: another part.
+        """
         if part not in PARTS:
             raise ValueError(f"part {part!r} is not one of {', '.join(PARTS)}")
         return sorted((self.root / "sequences" / part).glob("part-*.parquet"))

@@ -60,6 +60,9 @@ def cut_into_pieces(
 ) -> Pieces:
     """Cut rows into stretches of at most `max_history` events that cover every exposure once.
 
+    group, row, lengths, target_start: [n] int64, one entry per row: where it is, its number of events, and its first
+    exposure. The pieces come in no order that matters.
+
     Every exposure sees all of its history or at least max_history / 2 events of it. fill: where a row's
     exposures fit into one stretch, it is as long as allowed, so that the exposures see more.
     """
@@ -216,7 +219,7 @@ class Loader:
         )
 
     def plan(self, epoch: int) -> list[list[Ints]]:
-        """For every rank, the pieces of each of its batches."""
+        """For every rank, the pieces [b] int64 (numbers into `pieces`) of each of its batches."""
         if self._plan_of is None or self._plan_of[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
             make = self._plan_of_own_groups if self.sharded else self._plan_of_shared_groups
@@ -271,7 +274,8 @@ def is_chosen(user_ids: Ints, share: float) -> NDArray[np.bool_]:
 def deal(pieces: Ints, costs: Ints, hands: int, most: int) -> list[Ints]:
     """Deal pieces out to `hands` ranks, the dearest first, each to the rank that has least: shares weigh alike.
 
-    most: pieces that a rank can hold; there are at most hands x most.
+    pieces: [n] int64 numbers; costs: of all pieces that there are, by number; most: pieces that a rank can hold:
+    there are at most hands x most.
     """
     held: list[list[int]] = [[] for _ in range(hands)]
     loads = [(0, 0, hand) for hand in range(hands)]  # (cost, pieces, rank): a heap already

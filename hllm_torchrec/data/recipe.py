@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.numeric import NUMERIC_FEATURES
+from hllm_torchrec.data.numeric import numeric_problems
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE
 
 
@@ -62,9 +62,4 @@ def check_recipe(recipe: BatchRecipe, dataset: Dataset) -> list[str]:
         problems += [
             f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known
         ]
-    problems += [
-        f"data.numeric_features: {n!r}: unknown; there are {sorted(NUMERIC_FEATURES)}"
-        for n in recipe.numeric_features
-        if n not in NUMERIC_FEATURES
-    ]
-    return problems
+    return problems + numeric_problems(recipe.numeric_features)

@@ -241,7 +241,11 @@ def _mean_and_error(is_positive: np.ndarray, placements: np.ndarray) -> tuple[fl
 
 
 def normal_quantile(confidence: float) -> float:
-    """The standard normal quantile of a two-sided interval, 1.96 for 0.95."""
+    """The standard normal quantile of a two-sided interval, 1.96 for 0.95.
+
+    Raises:
+        ValueError: a confidence that is not between 0 and 1.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it lies between 0 and 1, e.g. 0.95; pass a share, not per cent")
     return NormalDist().inv_cdf(0.5 + confidence / 2)

@@ -74,7 +74,7 @@ class Snapshot:
             yield from self.rows_of(number, batch)
 
     def rows_of(self, number: int, batch: int = 65_536) -> Iterator[tuple[pa.Array, Tensor, Hashes]]:
-        """The live rows of one run."""
+        """The live rows of one run, `batch` at a time: keys [k], vectors [k, D] of the store's type, marks [k]."""
         run = self.runs[number]
         for keys, rows in self._standing(number, 0, run.facts.rows, batch):
             vectors = torch.empty(rows.size, self.store.width, dtype=run.dtype)

@@ -451,7 +451,8 @@ def test_features_that_the_dataset_lacks_are_named_with_those_it_has() -> None:
     assert problems == [
         "data.item_features: 'genre': not in the dataset; it has ['genres']",
         "data.user_features: 'age': not in the dataset; it has ['country']",
-        "data.numeric_features: 'mean': unknown; there are ['history_length', 'log_gap', 'user_mean']",
+        "data.numeric_features: 'mean': unknown; there are ['history_length', 'log_gap', 'user_mean'], or "
+        "module:Name of your own",
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("install", "test", "quickstart", "soak_two_nodes", "three_stages")
+SCRIPTS = ("docs", "install", "quickstart", "soak_two_nodes", "test", "three_stages")
 
 
 def run_script(name: str, *args: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +41,7 @@ def test_help_says_what_the_script_takes(name: str, bare: Path) -> None:
         ("install", ["--torch", "2.7"], "error: torch 2.7 is not supported; supported: torch 2.11.0 with"),
         ("quickstart", ["--gpu"], "quickstart: unknown argument: --gpu"),
         ("quickstart", ["--config", "no.yaml"], "quickstart: --config no.yaml: there is no such file"),
+        ("docs", ["--gpu"], "docs: unknown argument: --gpu"),
         ("three_stages", ["--gpu"], "three_stages: unknown argument: --gpu"),
         ("three_stages", ["--nproc", "3"], "three_stages: --nproc 3: must be 1, 2, 4 or 8"),
     ],
