@@ -254,8 +254,8 @@ def _token_store(config: Config, dataset: Dataset) -> TokenStore:
     if tokenizer is None:
         raise ConfigError(["item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory"])
 
-    def build() -> Path:  # hosts that share no disk have the dataset's root elsewhere
-        path = build_token_store(
+    def build() -> Path:
+        return build_token_store(
             dataset,
             tokenizer,
             prompt=item.prompt,
@@ -263,9 +263,10 @@ def _token_store(config: Config, dataset: Dataset) -> TokenStore:
             max_text_length=item.max_text_length,
             separator=item.separator,
         )
-        return path.relative_to(dataset.root)
 
-    return TokenStore.open(dataset.root / on_each_host(build))
+    first = on_each_host(build)
+    own = dataset.root / "tokens" / first.name  # hosts that share no disk may have the dataset elsewhere
+    return TokenStore.open(own if own.is_dir() else first)
 
 
 def _check_words(model: HLLM, encoder: ItemEncoder | None) -> None:
