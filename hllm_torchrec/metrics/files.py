@@ -151,7 +151,7 @@ class RowReader:
             ):
                 for batch in reader:
                     writer.write_batch(batch)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             reason = f"{str(error)[:300]}; rows are counted from 1, the header's"
             raise ValueError(
                 f"{file} cannot be read as CSV: {reason}; mend the row, or write the file again"
@@ -161,8 +161,10 @@ class RowReader:
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, memory_map=False, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+        opened = pq.ParquetFile(file, memory_map=False, pre_buffer=False)
+        assert opened.schema_arrow.names is not None  # decodes them: a damaged name is no UTF-8
+        return opened
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}; write it again") from error
 
 
@@ -177,7 +179,7 @@ def column_names(file: Path) -> list[str]:
     try:
         with pacsv.open_csv(file) as header:
             return list(header.schema.names)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = f"{str(error)[:300]}; mend the row, or write the file again"
         raise ValueError(f"{file} cannot be read as CSV: {reason}") from error
 

@@ -170,7 +170,7 @@ class Rows:
         weights = self._numbers(self.models[0].name, table, self.layout.weight, start).astype(np.float64)
         low, high = WEIGHT_RANGE
         good = (weights == 0) | ((weights >= low) & (weights <= high))
-        rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}"
+        rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}; mend the row"
         self._check(self.models[0].name, self.layout.weight, weights, good, start, rule)
         return weights
 

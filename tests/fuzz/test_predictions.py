@@ -124,6 +124,8 @@ TARGET = Target(
 @example(("type", "own/part-00000.parquet", "label", pa.string()))
 @example(("cell", "rows.csv", "timestamp", 3, "1e400"))
 @example(("cell", "rows.csv", "item_is_cold", 3, "x"))
+@example(("bytes", "rows.csv", [("flip", 0.0, 229)]))
+@example(("cell", "rows.csv", "weight", 14, "1e400"))
 @given(TARGET.inputs)
 def test_predictions_are_measured_or_refused_by_file_and_row(mutation: Any) -> None:
     assert "RANK" not in os.environ
