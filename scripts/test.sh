@@ -4,9 +4,10 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/test.sh [--fast] [--no-venv] [PYTEST ARGUMENTS ...]
+usage: bash scripts/test.sh [--fast | --long] [--no-venv] [PYTEST ARGUMENTS ...]
 
   --fast      leave out the tests marked slow
+  --long      run the tests marked long, too
   --no-venv   use the Python that $PYTHON names (default: python3) instead of .venv
   --help      this text
 
@@ -26,10 +27,11 @@ check_types() { # mypy on a tree laid out like the wheel, where modules/ is hllm
     return "$status"
 }
 
-pytest_args=() install_args=()
+chosen="not long" pytest_args=() install_args=()
 for arg in "$@"; do
     case "$arg" in
-    --fast) pytest_args+=(-m "not slow") ;;
+    --fast) chosen="not slow and not long" ;;
+    --long) chosen="" ;;
     --no-venv) install_args+=(--no-venv) ;;
     -h | --help) usage && exit 0 ;;
     *) pytest_args+=("$arg") ;;
@@ -48,4 +50,4 @@ echo "== mypy"
 check_types
 echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
-exec "$python" -m pytest -n 2 "${pytest_args[@]}"
+exec "$python" -m pytest -n 2 -m "$chosen" "${pytest_args[@]}"

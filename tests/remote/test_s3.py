@@ -95,7 +95,7 @@ def test_what_goes_wrong_is_said_in_one_line(server: str, monkeypatch: pytest.Mo
 def test_prepare_train_resume_evaluate_and_embed_in_a_bucket(server: str, root: Path, tmp_path: Path) -> None:
     """A training job is killed and its host lost; another host goes on, evaluates and embeds."""
     publish_dataset(fixtures.dataset().root, "s3://shop/data")  # as `hllm prepare` does with what it has written
-    given = arguments(Path("x"), data__dataset="s3://shop/data", evaluation__checkpoint_every=2)
+    given = arguments(Path("x"), data__dataset="s3://shop/data", evaluation__checkpoint_every=6)
     given = [option for option in given if not option.startswith("--output=")]
     given += ["--output=s3://shop/runs/one", "--stages=[{name: only, epochs: 3}]", "--resume=true"]
     process = start("train", given, root, tmp_path)

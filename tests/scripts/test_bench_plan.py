@@ -23,7 +23,7 @@ def test_the_high_water_mark_is_of_what_was_held_since_it_was_reset() -> None:
     assert bench.resident("VmHWM") - before < (20 << 20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_comparison_on_two_ranks(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     words = [sys.executable, str(root / "scripts" / "bench_plan.py"), "--tiny", "--out", str(out)]

@@ -55,7 +55,7 @@ def test_only_root_may(root: Path, programs: Path) -> None:
     assert result.stderr == "soak_two_nodes: skipped: network namespaces need root\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_is_cut_off_and_rejoins_loses_nothing(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "soak.json"
     result = run_script(root, "--cuts=2", "--steps=40", "--timeout=8", "--out", str(out), seconds=600)
