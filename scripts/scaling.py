@@ -8,10 +8,11 @@ be stopped and started again:
     user   a Llama over item IDs, four widths x four shares of the users to train on (`data.train_users`)
     item   the first 1, 2, 4 and 8 layers of a pretrained Item LLM, text alone
 
-L is the cross-entropy (nats) of the next item over the whole catalogue on the validation part, at the checkpoint that
-validation NDCG@10 chose: every user's, whoever was trained on. N counts the encoder's parameters without tables, D the
-events trained on. To the first grid L = E + A / N^a + B / D^b is fitted (least squares; errors by leaving out one point
-at a time). Writes scaling.json and scaling.svg; each point has its matrix-product operations and its seconds.
+L is the cross-entropy (nats) of the next item over the whole catalogue on the validation part, of all users, at the
+checkpoint that validation NDCG@10 chose and the temperature that suits these targets best. N counts the encoder's
+parameters without tables, D the events trained on. To the first grid L = E + A / N^a + B / D^b is fitted (least
+squares; errors by leaving out one point at a time). Writes scaling.json and scaling.svg; each point has its
+matrix-product operations and its seconds.
 """
 
 import argparse
@@ -44,6 +45,8 @@ CONFIGS = ROOT / "configs" / "retrieval"
 WIDTHS = (16, 32, 64, 128)
 SHARES = (0.125, 0.25, 0.5, 1.0)
 LAYERS = (1, 2, 4, 8)
+SCALES = [2 ** (power / 4) for power in range(29)]
+"""Of the cosines: 1 to 128."""
 EVALUATIONS = 8
 """In each run; patience is the configuration's."""
 DEFAULTS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
@@ -123,7 +126,7 @@ def measure(variant: Variant, seed: int, run: Path, device: torch.device) -> Poi
     kept = run / "point.json"
     if kept.is_file():
         return Point(**json.loads(kept.read_text()))
-    loaded, log = load_run(run, "best", device), read_log(run / "log.jsonl")
+    loaded, log = load_run(run, "best", device), read_log(run)
     hllm = loaded.experiment.hllm
     sized = hllm.user if variant.grid == "user" else hllm.item_llm
     assert sized is not None, "the item grid has an Item LLM"
@@ -151,8 +154,11 @@ def events_of(loaded: LoadedRun) -> int:
 
 @torch.no_grad()
 def cross_entropy(loaded: LoadedRun) -> float:
-    """Mean of -log softmax(scale x cosine) [target] over the whole catalogue, of the validation part's targets."""
-    experiment, total, rows = loaded.experiment, 0.0, 0
+    """Mean of -log softmax(scale x cosine) [target] over the whole catalogue, of the validation part's targets.
+
+    The scale is the best of SCALES for these targets: how sure a model is of itself depends on how long it was trained.
+    """
+    experiment, total, rows = loaded.experiment, torch.zeros(len(SCALES), dtype=torch.float64), 0
     with loaded.weights:
         experiment.model.eval()
         experiment.hllm.item_cache = experiment.items_to_evaluate_with()
@@ -163,10 +169,12 @@ def cross_entropy(loaded: LoadedRun) -> float:
             seen = batch.query_visible[batch.target_query] > 0
             scores_RN = torch.nn.functional.normalize(predicted_RD[seen].float(), dim=-1) @ items_ND.T
             scores_RN[:, 0] = -math.inf  # the unknown item
-            logits_RN = experiment.hllm.logit_scale() * scores_RN
-            loss_R = torch.nn.functional.cross_entropy(logits_RN, batch.target_items[seen], reduction="none")
-            total, rows = total + loss_R.double().sum().item(), rows + len(loss_R)
-    return total / rows
+            target_R = batch.target_items[seen]
+            losses = [
+                torch.nn.functional.cross_entropy(scale * scores_RN, target_R, reduction="sum") for scale in SCALES
+            ]
+            total, rows = total + torch.stack(losses).double(), rows + len(target_R)
+    return float(total.min()) / rows
 
 
 def fit(points: Sequence[Point]) -> dict[str, Any]:
@@ -210,16 +218,17 @@ def plot(points: Sequence[Point], fitted: dict[str, Any] | None, file: Path) -> 
     users = [point for point in points if point.grid == "user"]
     items = [point for point in points if point.grid == "item"]
     with rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.4))
-        by_size, by_data, by_layers = figure.subplots(1, 3)
-        _lines(by_size, users, "parameters", "share", fitted)
-        _lines(by_data, users, "events", "size", fitted)
-        by_size.set(xlabel="parameters of the user encoder", ylabel="validation loss, nats", title="User encoder")
-        by_data.set(xlabel="events trained on", title="Data")
-        by_layers.plot([p.size for p in items], [p.loss for p in items], "o", color=PALETTE[0])
-        by_layers.set(xlabel="layers of the Item LLM", title="Item LLM (text alone)", xscale="log")
-        by_layers.set_xticks(LAYERS, [str(layers) for layers in LAYERS])
-        by_layers.minorticks_off()
+        figure = Figure(figsize=(3.5 * (2 + bool(items)), 3.4))
+        axes = figure.subplots(1, 2 + bool(items))
+        _lines(axes[0], users, "parameters", "share", fitted)
+        _lines(axes[1], users, "events", "size", fitted)
+        axes[0].set(xlabel="parameters of the user encoder", ylabel="validation loss, nats", title="User encoder")
+        axes[1].set(xlabel="events trained on", title="Data")
+        if items:
+            axes[2].plot([p.size for p in items], [p.loss for p in items], "o", color=PALETTE[0])
+            axes[2].set(xlabel="layers of the Item LLM", title="Item LLM (text alone)", xscale="log")
+            axes[2].set_xticks(LAYERS, [str(layers) for layers in LAYERS])
+            axes[2].minorticks_off()
         figure.savefig(file)
 
 
@@ -233,6 +242,8 @@ def _lines(axes: Axes, points: list[Point], x: str, kind: str, fitted: dict[str,
             axes.plot([getattr(p, x) for p in own], law(np.array([*fitted["parameters"].values()]), n, d), color=colour)
     axes.legend(title={"share": "share of users", "size": "width"}[kind], labelcolor=INK)
     axes.set_xscale("log")
+    axes.set_xticks(ticks := sorted({getattr(p, x) for p in points}), [f"{tick / 1e3:.0f}k" for tick in ticks])
+    axes.minorticks_off()
 
 
 def markdown(points: Sequence[Point]) -> str:
