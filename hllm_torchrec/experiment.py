@@ -142,8 +142,12 @@ class Experiment:
         return None if self.hllm.takes_stored_items else self.encode_catalogue()
 
     @torch.no_grad()
-    def measure_items(self) -> None:
-        """Give the model's `Standardise` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective."""
+    def measure_items(self) -> dict[str, float]:
+        """Give the model's `Standardise` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective.
+
+        Returns:
+            `length`, their mean length, and `common`, the length of their mean: what all have in common.
+        """
         assert self.hllm.standardise is not None
         number = self.dataset.num_items - 1
         ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
@@ -151,7 +155,9 @@ class Experiment:
         self.hllm.eval()
         found = [self.hllm.look_up_items(some) for some in ids.split(MEASURED_AT_ONCE)]
         self.hllm.train(was_training)
-        self.hllm.standardise.measure(torch.cat([items for items in found if items is not None]))
+        items = torch.cat([part.float() for part in found if part is not None])
+        self.hllm.standardise.measure(items)
+        return {"length": items.norm(dim=1).mean().item(), "common": items.mean(0).norm().item()}
 
     @torch.no_grad()
     def _look_up_catalogue(self) -> Tensor:

@@ -279,7 +279,7 @@ class Trainer:
             if cached:
                 self.hllm.item_cache = self.experiment.encode_catalogue()
             if self.hllm.wants_measuring:
-                self.experiment.measure_items()
+                self.log.write("measured", self.step, **self.experiment.measure_items())
             self.log.write("stage", self.step, name=leg.stage.name, item_embeddings=leg.stage.item_embeddings)
 
     def _rate_ratio(self) -> float:

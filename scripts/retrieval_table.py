@@ -5,7 +5,8 @@
 Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain come from
 `hllm retrieval`; --others names models that were trained elsewhere into OUTPUT/NAME-SEED (see
 `scripts/compare_rectools.py`). Each run is a directory of its own, so the script can be stopped and started again;
---done trains nothing and tabulates the runs that are complete. Options after `--` go to every training
+--done trains nothing and tabulates the runs that are complete. A second table has
+the paired differences of NDCG@10 from each of the --references. Options after `--` go to every training
 (`-- --data.dataset elsewhere`).
 """
 
@@ -15,11 +16,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hllm_torchrec.config import load_config
-from hllm_torchrec.metrics.retrieval_table import compare_models, markdown
+from hllm_torchrec.metrics.retrieval_table import Figure, compare_models, markdown, markdown_of_differences
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "retrieval"
@@ -70,6 +72,11 @@ def finished(output: Path, names: list[str], seeds: list[int]) -> dict[str, list
     return {name: runs for name, runs in found.items() if runs}
 
 
+def as_json(figures: Mapping[str, Figure]) -> dict[str, dict[str, float | None]]:
+    """Metric -> what its figure is made of."""
+    return {metric: dataclasses.asdict(figure) for metric, figure in figures.items()}
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -78,6 +85,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
     parser.add_argument("--others", nargs="+", default=[], help="models trained elsewhere into OUTPUT/NAME-SEED")
+    references = ["sasrec", "hstu", "llama_id", "markov"]
+    parser.add_argument("--references", nargs="+", default=references, help="models that all are compared with")
     parser.add_argument("--done", action="store_true", help="train nothing, tabulate what is complete")
     parser.add_argument("more", nargs="*", help="options of every training, after --")
     return parser.parse_args()
@@ -93,15 +102,18 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: run_model(*job, options.output, options.more), jobs))
     models |= finished(options.output, [*options.others, *options.only], options.seeds)
-    reference = options.only[0] if options.only[0] in models else None
-    found = compare_models(models, METRICS, reference=reference)
-    plain = {
-        name: {kind: {metric: dataclasses.asdict(f) for metric, f in figures.items()} for kind, figures in row.items()}
-        for name, row in found.items()
-    }
+    references = [name for name in options.references if name in models] or list(models)[:1]
+    found = {reference: compare_models(models, METRICS, reference) for reference in references}
     runs = {name: len(paths) for name, paths in models.items()}
-    (options.output / "retrieval.json").write_text(json.dumps({"runs": runs, "models": plain}, indent=1))
-    print(markdown(found))
+    first = found[references[0]]
+    values = {name: as_json(row["value"]) for name, row in first.items()}
+    minus = {ref: {name: as_json(row["difference"]) for name, row in rows.items()} for ref, rows in found.items()}
+    (options.output / "retrieval.json").write_text(
+        json.dumps({"runs": runs, "models": values, "minus": minus}, indent=1)
+    )
+    print(markdown(first))
+    print()
+    print(markdown_of_differences(found, "ndcg@10"))
     return 0
 
 

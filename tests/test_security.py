@@ -246,7 +246,7 @@ def test_no_source_logs_the_whole_environment(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("no match for https://user:token@host/simple/ here", "no match for https://***@host/simple/ here"),
+        ("no match for https://user:token@host/here", "no match for https://***@host/here"),
         ("https://token@host/x and http://a:b@c", "https://***@host/x and http://***@c"),
         ("mail user@host, https://host/a@b", "mail user@host, https://host/a@b"),
     ],

@@ -211,6 +211,9 @@ def test_items_are_measured_once_before_the_first_step(tmp_path: Path) -> None:
     start = Trainer(config(tmp_path / "start", **options), start_process()).experiment.encode_catalogue()
     assert start is not None
     torch.testing.assert_close(trainer.hllm.standardise.mean, start[1:].mean(0))
+    (measured,) = lines(tmp_path / "one", "measured")
+    assert measured["common"] == pytest.approx(start[1:].mean(0).norm().item(), rel=1e-4)
+    assert measured["length"] == pytest.approx(start[1:].norm(dim=1).mean().item(), rel=1e-4)
     torch.testing.assert_close(trainer.hllm.standardise.scale, start[1:].std(0) * 4)
     later = train(config(tmp_path / "later", max_steps=1, start_from=tmp_path / "one", **options))
     assert torch.equal(later.hllm.standardise.mean, trainer.hllm.standardise.mean)

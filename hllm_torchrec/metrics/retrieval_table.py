@@ -134,3 +134,18 @@ def markdown(found: Mapping[str, Mapping[str, Mapping[str, Figure]]]) -> str:
         cells = [f"{f.mean:.4f} [{f.low:.4f}, {f.high:.4f}]" for f in figures["value"].values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def markdown_of_differences(found: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Figure]]]], metric: str) -> str:
+    """Paired differences in one metric as a table: a model a row, a reference a column.
+
+    found: reference -> what `compare_models` found with it.
+    """
+    lines = [f"| {metric} | {' | '.join(f'minus {name}' for name in found)} |", "|---" * (len(found) + 1) + "|"]
+    for model in next(iter(found.values())):
+        cells = []
+        for comparison in found.values():
+            f = comparison[model]["difference"].get(metric)
+            cells.append("" if f is None else f"{f.mean:+.4f} [{f.low:+.4f}, {f.high:+.4f}]")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hllm_torchrec.metrics.retrieval_table import compare_models, gains, markdown, read_ranks
+from hllm_torchrec.metrics.retrieval_table import compare_models, gains, markdown, markdown_of_differences, read_ranks
 
 USERS = np.repeat(np.arange(60), 2)
 
@@ -40,6 +40,8 @@ def test_figures_are_means_over_seeds_and_intervals_resample_users(tmp_path: Pat
     expected = gains(ranks["b0"], "ndcg@10").mean() - np.mean([gains(r, "ndcg@10").mean() for r in both])
     assert difference.mean == pytest.approx(expected) and difference.low > 0 and difference.deviation is None
     assert found["a"]["difference"] == {}
+    row = markdown_of_differences({"a": found}, "ndcg@10").splitlines()
+    assert row[2] == "| a |  |" and row[3].startswith(f"| b | {difference.mean:+.4f} [{difference.low:+.4f}, ")
     assert markdown(found).splitlines()[2].startswith(f"| a | {value.mean:.4f} [{value.low:.4f}, ")
 
 
