@@ -13,6 +13,11 @@ class ReliabilityConfig:
     batch's ids are written to `bad_batches` in either case."""
     max_skipped: int = 10
     """So many steps may be skipped in a row; the next one stops the run."""
+    leakage: Literal["warn", "stop"] = "warn"
+    """At a validation AUC above `leakage_above`, where mostly a feature tells the label: warn, or stop after that
+    evaluation's checkpoint."""
+    leakage_above: float = 0.99
+    """AUC that is taken for leakage; `hllm evaluate` warns above the same."""
     asynchronous_checkpoints: bool = False
     """Training waits only until its state is copied to the host's memory (which must have room for a rank's share of
     it); a thread writes it meanwhile."""

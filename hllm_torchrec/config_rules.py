@@ -60,6 +60,7 @@ BOUNDS = {
     "evaluation.batch_users": ">= 1",
     "evaluation.keep_last": ">= 1",
     "reliability.max_skipped": ">= 0",
+    "reliability.leakage_above": "> 0.5, <= 1",
     **LORA_BOUNDS,
 }
 """Dotted field -> what its value must be, where it has one."""

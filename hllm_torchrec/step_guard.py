@@ -1,6 +1,7 @@
-"""Steps whose loss or gradients are not finite: the run stops, or skips them; their batches are kept for a look."""
+"""What is too bad to go on with, a loss or gradients that are not finite, or too good to be true: labels that leak."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 from hllm_torchrec.config import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.exchange import all_agree_to_continue
+
+_logger = logging.getLogger(__name__)
 
 
 class StepGuard:
@@ -24,7 +27,25 @@ class StepGuard:
         self._skips = config.reliability.not_finite == "skip"
         self._most = config.reliability.max_skipped
         self._folder, self._rank = (output or Path(config.output)) / "bad_batches", rank
+        self._leakage, self._leakage_above = config.reliability.leakage, config.reliability.leakage_above
         self._in_a_row, self.reason = 0, ""
+
+    def look_for_leakage(self, step: int, auc: float | None) -> None:
+        """Warn, on rank 0, of a validation AUC that is too good to be true; None: nothing is classified.
+
+        Raises:
+            ValueError: `reliability.leakage` says to stop.
+        """
+        if auc is None or auc <= self._leakage_above:
+            return
+        problem = (
+            f"step {step}: validation AUC {auc:.4f} is above reliability.leakage_above {self._leakage_above}: look for "
+            "a feature made from the label or from later events (numeric features, item vectors, the split)"
+        )
+        if self._leakage == "stop":
+            raise ValueError(problem)
+        if self._rank == 0:
+            _logger.warning(problem)
 
     def refuses(self, loss: Tensor) -> bool:
         """Whether there is to be no backward pass, as a rank's loss is not finite and steps may be skipped."""

@@ -109,8 +109,6 @@ class Trainer:
         self._resume()
         if self.hllm.takes_stored_items:
             use_store(self.experiment)
-        if self.rank == 0:
-            save_config(self.config, self.output / "config.yaml")
         with (
             self.place.published(),
             run_log(self.config, self.output, self.rank, self.step) as self.log,
@@ -291,14 +289,14 @@ class Trainer:
         self.tables.set_ratio(ratio)
 
     def _part_rates(self) -> dict[str, float]:
-        rates = {}
-        if self.hllm.item_llm is not None and any(p.requires_grad for p in self.hllm.item_llm.parameters()):
-            rates["item_llm"] = self.config.optim.item_llm_lr
-        if self.config.optim.user_lr is not None:
-            rates["user"] = self.config.optim.user_lr
-        return rates
+        item_llm, optim = self.hllm.item_llm, self.config.optim
+        trains_items = item_llm is not None and any(p.requires_grad for p in item_llm.parameters())
+        rates = {"item_llm": optim.item_llm_lr if trains_items else None, "user": optim.user_lr}
+        return {part: rate for part, rate in rates.items() if rate is not None}
 
     def _log_start(self) -> None:
+        if self.rank == 0:
+            save_config(self.config, self.output / "config.yaml")
         self.log.write(
             "start",
             self.step,
@@ -335,14 +333,13 @@ class Trainer:
         self.owed = False
         self.log.write("eval", self.step, split="valid", **self.metrics)
         self._save(score)
+        self.guard.look_for_leakage(self.step, self.metrics.get("auc"))
 
     def save_untrained(self) -> dict[str, Any]:
         """Evaluate and save the model as it stands: a run of no steps, of weights that were trained elsewhere.
 
         Returns the evaluation. Collective.
         """
-        if self.rank == 0:
-            save_config(self.config, self.output / "config.yaml")
         with self.place.published(), run_log(self.config, self.output, self.rank, 0) as self.log:
             self._log_start()
             self._evaluate_and_save()
@@ -352,9 +349,9 @@ class Trainer:
     def evaluate(self) -> dict[str, Any]:
         """Validation metrics with the averaged weights, if there are any. Collective."""
         with self.ema.swapped() if self.ema is not None else nullcontext():
-            kept, self.hllm.item_cache = self.hllm.item_cache, None
-            items = self.experiment.items_to_evaluate_with() if kept is None else kept
-            self.hllm.item_cache = items
+            kept = self.hllm.item_cache
+            if kept is None:
+                self.hllm.item_cache = self.experiment.items_to_evaluate_with()
             metrics: dict[str, Any] = {}
             if self.hllm.fusion != "none":
                 cold = self.experiment.cold_items()
@@ -400,6 +397,5 @@ class Trainer:
         self.stale, self.owed = extra["stale"], extra.get("owed", False)
         self.best = -math.inf if extra["best"] is None else extra["best"]
         self.tables.set_step(self.step * self.config.optim.accumulate)
-        own = load_rank_extra(self.checkpoint)
-        if own is not None:
+        if (own := load_rank_extra(self.checkpoint)) is not None:
             set_rng_state(own["rng"])

@@ -1,4 +1,4 @@
-"""A batch that makes the loss or the gradients NaN: the run stops or skips it, and says which batch it was."""
+"""A batch that makes the loss or the gradients NaN, a validation AUC too good to be true: the run stops, or says so."""
 
 import json
 from collections.abc import Generator, Iterator
@@ -12,6 +12,7 @@ from hllm_torchrec.config import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.parallelize import start_process, stop_process
+from hllm_torchrec.step_guard import StepGuard
 from hllm_torchrec.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.training_fixtures import config, lines, losses, weights
@@ -94,6 +95,25 @@ def test_gradients_that_overflow_do_not_reach_the_dense_weights(tmp_path: Path) 
     handle.remove()
     assert trainer.train_step(batches[1])["loss"] > 0
     assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_an_auc_above_the_limit_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    guard = StepGuard(config(tmp_path), rank=0)
+    guard.look_for_leakage(1, 0.99)
+    guard.look_for_leakage(2, None)
+    assert not caplog.records
+    guard.look_for_leakage(3, 0.9901)
+    assert "step 3: validation AUC 0.9901 is above reliability.leakage_above 0.99: look for a feature" in caplog.text
+    StepGuard(config(tmp_path), rank=1).look_for_leakage(4, 1.0)
+    assert len(caplog.records) == 1
+
+
+def test_a_run_may_stop_at_an_auc_above_the_limit_with_its_checkpoint_saved(tmp_path: Path) -> None:
+    options = {"reliability__leakage": "stop", "reliability__leakage_above": 0.5001, "max_steps": 1}
+    with pytest.raises(ValueError, match=r"step 1: validation AUC 0\.\d+ is above .*leakage_above 0\.5001: look for"):
+        Trainer(config(tmp_path / "run", **options), start_process()).run()
+    assert [path.name for path in by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+    assert lines(tmp_path / "run", "eval")[0]["auc"] > 0.5001
 
 
 def run_dirty_on_rank_one(settings: Config) -> list[int]:
