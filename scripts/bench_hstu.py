@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for longest in longests:
             name = f"{distribution}_{longest}"
             lengths = lengths_of(distribution, longest, USERS, histories)
-            few = options.tiny or longest > 4000 or (options.quick and longest > 1000)
+            few = options.tiny or (options.quick and longest > 1000)
             repeats = 1 if few else 3 if options.quick or longest > 1000 else 5
             point = points[name] = measure(lengths, width, repeats)
             ratios |= ratios_of(point, name)

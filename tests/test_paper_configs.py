@@ -28,8 +28,16 @@ SHAPES = {
         "{model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, "
         "num_attention_heads: 32, num_key_value_heads: 32, vocab_size: 125696}"
     ),
+    "models/bert-base-uncased": (
+        "{model_type: bert, hidden_size: 768, intermediate_size: 3072, num_hidden_layers: 12, "
+        "num_attention_heads: 12, vocab_size: 30522}"
+    ),
+    "models/bert-large-uncased": (
+        "{model_type: bert, hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 24, "
+        "num_attention_heads: 16, vocab_size: 30522}"
+    ),
 }
-PARAMETERS = {"1b": 2.0e9, "7b": 13.0e9}
+PARAMETERS = {"1b": 2.0e9, "7b": 13.0e9, "base": 1.14e8}
 
 
 @pytest.fixture
@@ -41,13 +49,12 @@ def ranks_32():
 
 def with_random_weights(path: Path, *overrides: str) -> Config:
     """The configuration with shapes in the place of weights that are not here."""
-    config = load_config(["--config", str(path)])
-    assert config.item_llm.pretrained == config.user.pretrained
-    shape = SHAPES[str(config.user.pretrained)]
-    arguments = ["--config", str(path)]
-    for part in ("item_llm", "user"):
-        arguments += [f"--{part}.pretrained", "null", f"--{part}.shape", shape]
-    return load_config([*arguments, *overrides])
+    arguments = ["--config", str(path), *overrides]
+    config = load_config(arguments)
+    for part, pretrained in (("item_llm", config.item_llm.pretrained), ("user", config.user.pretrained)):
+        if pretrained is not None:
+            arguments += [f"--{part}.pretrained", "null", f"--{part}.shape", SHAPES[pretrained]]
+    return load_config(arguments)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
@@ -56,9 +63,17 @@ def test_the_full_model_builds_on_the_meta_device(path):
     with torch.device("meta"):
         model = build_model(config, {}, base_rate=0.5)
     count = sum(p.numel() for p in model.parameters())
-    assert count == pytest.approx(PARAMETERS[path.stem[-2:]], rel=0.12)
+    assert count == pytest.approx(PARAMETERS[path.stem.rsplit("_", 1)[1]], rel=0.12)
     assert all(p.is_meta for p in model.parameters())
     assert not any("lm_head" in name for name, _ in model.named_parameters())
+
+
+def test_table_5_has_bert_of_both_sizes_and_a_sasrec_of_four_million():
+    (path,) = (path for path in PAPER if path.stem == "pixel200k_bert_base")
+    with torch.device("meta"):
+        model = build_model(with_random_weights(path, "--item_llm.pretrained", "models/bert-large-uncased"), {}, 0.5)
+    assert sum(p.numel() for p in model.item_llm.parameters()) == pytest.approx(3.4e8, rel=0.02)
+    assert sum(p.numel() for p in model.user.parameters()) == pytest.approx(4e6, rel=0.1)
 
 
 def test_with_adapters_few_of_the_weights_train():
@@ -92,22 +107,28 @@ def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
-def test_a_step_at_reduced_depth_runs_in_a_fake_group_of_32(path, ranks_32):
-    """Full width, one layer each, FSDP as configured. Fake collectives move no values, so no table is sharded."""
-    config = with_random_weights(path, "--item_llm.layers", "1", "--user.layers", "1", "--parallel.precision", "fp32")
+@pytest.mark.parametrize(
+    "name", ["books_hllm_1b", pytest.param("books_hllm_7b", marks=pytest.mark.long), "pixel200k_bert_base"]
+)
+def test_a_step_at_reduced_depth_runs_in_a_fake_group_of_32(name, ranks_32):
+    """Full width, LLMs of one layer, FSDP as configured. Fake collectives move no values, so no table is sharded."""
+    (path,) = (path for path in PAPER if path.stem == name)
+    llms = ["item_llm"] if "bert" in name else ["item_llm", "user"]
+    depth = [option for llm in llms for option in (f"--{llm}.layers", "1")]
+    config = with_random_weights(path, *depth, "--parallel.precision", "fp32")
     world, data = torch.device("cpu"), dataset("leave_one_out")
     recipe = recipe_of(config, data)
     model = build_model(config, recipe.tables(data), base_rate=0.5, table_device=torch.device("meta"))
     model.encode_items = ItemEncoder(token_store("leave_one_out"), world)
     wrapped = parallelize(model, config, world)
     optimizer = dense_optimizer(model.named_parameters(), learning_rate=1e-4)
-    batch = Collator(data, recipe, training=True)(pieces("train", "leave_one_out")[:4], epoch=0, step=0)
+    short = [piece for piece in pieces("train", "leave_one_out") if piece.item_ids.size <= config.data.max_history]
+    batch = Collator(data, recipe, training=True)(short[:4], epoch=0, step=0)
     output = wrapped(batch)
     assert output.generative is not None and int(output.generative.count) == batch.next_rows.numel() > 0
     (output.generative.loss_sum + output.classification).backward()
     optimizer.step()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert all(p.grad is not None and p.grad.shape == p.shape for p in trained)
-    layer = dict(model.named_parameters())["user.backbone.layers.0.mlp.gate_proj.weight"]
+    layer = max(model.user.parameters(), key=lambda p: p.numel())
     assert layer.to_local().numel() == layer.numel() // 32  # type: ignore[attr-defined]
