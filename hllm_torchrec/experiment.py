@@ -251,7 +251,10 @@ def _missing_models(config: Config) -> Iterator[str]:
     }
     for part, directory in parts.items():
         if directory is not None and not (Path(directory) / "config.json").is_file():
-            yield f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); download one"
+            yield (
+                f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); download one "
+                "(`hllm fetch --help` has two)"
+            )
 
 
 def _token_store(config: Config, dataset: Dataset) -> TokenStore:

@@ -27,6 +27,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "vocab_size": 125696,
     },
+    "bert-base-uncased": {
+        "model_type": "bert",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 30522,
+    },
+    "bert-large-uncased": {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 30522,
+    },
 }
 """Published shapes, for configurations that name a directory which is not on this machine, by the directory's name."""
 

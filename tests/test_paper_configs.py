@@ -12,6 +12,7 @@ from hllm_torchrec.config import Config, load_config
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.experiment import recipe_of
 from hllm_torchrec.items import ItemEncoder
+from hllm_torchrec.known_shapes import with_shapes
 from hllm_torchrec.model import build_model
 from hllm_torchrec.optim import dense_optimizer
 from hllm_torchrec.parallelize import parallelize, plan_tables
@@ -19,24 +20,6 @@ from tests.fixtures import dataset, pieces, token_store
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
 PAPER = [path for path in FILES if not path.stem.endswith("_lora")]
-SHAPES = {
-    "models/tinyllama-1.1b": (
-        "{model_type: llama, hidden_size: 2048, intermediate_size: 5632, num_hidden_layers: 22, "
-        "num_attention_heads: 32, num_key_value_heads: 4, vocab_size: 32000}"
-    ),
-    "models/baichuan2-7b-llama": (
-        "{model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, "
-        "num_attention_heads: 32, num_key_value_heads: 32, vocab_size: 125696}"
-    ),
-    "models/bert-base-uncased": (
-        "{model_type: bert, hidden_size: 768, intermediate_size: 3072, num_hidden_layers: 12, "
-        "num_attention_heads: 12, vocab_size: 30522}"
-    ),
-    "models/bert-large-uncased": (
-        "{model_type: bert, hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 24, "
-        "num_attention_heads: 16, vocab_size: 30522}"
-    ),
-}
 PARAMETERS = {"1b": 2.0e9, "7b": 13.0e9, "base": 1.14e8}
 
 
@@ -49,12 +32,7 @@ def ranks_32():
 
 def with_random_weights(path: Path, *overrides: str) -> Config:
     """The configuration with shapes in the place of weights that are not here."""
-    arguments = ["--config", str(path), *overrides]
-    config = load_config(arguments)
-    for part, pretrained in (("item_llm", config.item_llm.pretrained), ("user", config.user.pretrained)):
-        if pretrained is not None:
-            arguments += [f"--{part}.pretrained", "null", f"--{part}.shape", SHAPES[pretrained]]
-    return load_config(arguments)
+    return with_shapes(load_config(["--config", str(path), *overrides]))
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
