@@ -6,10 +6,10 @@ Two grids on a leave-one-out dataset (data/ml-100k-loo), every point a run of it
 be stopped and started again:
 
     user   a Llama over item IDs, four widths x four shares of the users to train on (`data.train_users`)
-    item   the first 1, 2, 4 and 8 layers of a pretrained Item LLM, text alone
+    item   the first 1, 2, 4 and 8 layers of a pretrained Item LLM x two widths of the user encoder, text alone
 
 L is the cross-entropy (nats) of the next item over the whole catalogue on the validation part, of all users, at the
-checkpoint that validation NDCG@10 chose and the temperature that suits these targets best. N counts the encoder's
+checkpoint that validation NDCG@10 chose and the temperature that suits these targets best. N counts the user encoder's
 parameters without tables, D the events trained on. To the first grid L = E + A / N^a + B / D^b is fitted (least
 squares; errors by leaving out one point at a time). Writes scaling.json and scaling.svg; each point has its
 matrix-product operations and its seconds.
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from hllm_torchrec.retrieval import catalogue_vectors
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "retrieval"
 WIDTHS = (16, 32, 64, 128)
+WIDTHS_OF_TEXT = (32, 128)
 SHARES = (0.125, 0.25, 0.5, 1.0)
 LAYERS = (1, 2, 4, 8)
 SCALES = [2 ** (power / 4) for power in range(29)]
@@ -54,28 +56,38 @@ DEFAULTS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESH
 
 @dataclass(frozen=True)
 class Variant:
-    """One training: a configuration of configs/retrieval and what is changed of it. size: width, or layers."""
+    """One training: a configuration of configs/retrieval and what is changed of it.
 
-    grid: str
+    layers: of the Item LLM, 0 without one; width: of the user encoder; share: of the users who are trained on.
+    """
+
     config: str
-    size: int
+    layers: int
+    width: int
     share: float
     options: tuple[str, ...]
 
     @property
+    def grid(self) -> str:
+        """user or item."""
+        return "item" if self.layers else "user"
+
+    @property
     def name(self) -> str:
         """Of its directory."""
-        return f"{self.grid}-{self.size}-{self.share:g}"
+        size = f"{self.layers}x{self.width}" if self.layers else f"{self.width}"
+        return f"{self.grid}-{size}-{self.share:g}"
 
 
 @dataclass(frozen=True)
 class Point:
     """What a variant came to. flops: of matrix products, forward and backward; seconds: of training steps."""
 
-    grid: str
-    size: int
+    layers: int
+    width: int
     share: float
     seed: int
+    item_parameters: int
     parameters: int
     events: int
     loss: float
@@ -88,21 +100,23 @@ class Point:
 def variants(epochs: float) -> list[Variant]:
     """Both grids. A smaller share of the users has as many more epochs: no point has fewer steps than another."""
     found = []
-    for width in WIDTHS:
-        shape = {"model_type": "llama", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
-        shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
-        for share in SHARES:
-            more = epochs / share
-            options = ["--user.shape", json.dumps(shape), "--data.train_users", f"{share:g}"]
-            options += [f"--evaluation.every={more / EVALUATIONS:g}"]
-            options += ["--stages", json.dumps([{"name": "ids", "epochs": more}])]
-            found.append(Variant("user", "llama_id", width, share, tuple(options)))
-    for layers in LAYERS:
+    for width, share in product(WIDTHS, SHARES):
+        more = epochs / share
+        options = [*of_width(width), "--data.train_users", f"{share:g}", f"--evaluation.every={more / EVALUATIONS:g}"]
+        options += ["--stages", json.dumps([{"name": "ids", "epochs": more}])]
+        found.append(Variant("llama_id", 0, width, share, tuple(options)))
+    for layers, width in product(LAYERS, WIDTHS_OF_TEXT):
         stages = [{"name": "end to end", "epochs": 0.3}]
         stages += [{"name": "cached", "epochs": epochs, "item_embeddings": "cached"}]
-        options = ["--item_llm.layers", str(layers), "--stages", json.dumps(stages)]
-        found.append(Variant("item", "hllm", layers, 1.0, (*options, f"--evaluation.every={epochs / EVALUATIONS:g}")))
+        options = [*of_width(width), "--item_llm.layers", str(layers), f"--evaluation.every={epochs / EVALUATIONS:g}"]
+        found.append(Variant("hllm", layers, width, 1.0, (*options, "--stages", json.dumps(stages))))
     return found
+
+
+def of_width(width: int) -> list[str]:
+    """Options for a user encoder of this width: a Llama of two layers."""
+    shape = {"model_type": "llama", "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
+    return ["--user.shape", json.dumps(shape | {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8})]
 
 
 def train(variant: Variant, seed: int, output: Path, more: list[str]) -> Path:
@@ -128,13 +142,12 @@ def measure(variant: Variant, seed: int, run: Path, device: torch.device) -> Poi
         return Point(**json.loads(kept.read_text()))
     loaded, log = load_run(run, "best", device), read_log(run)
     hllm = loaded.experiment.hllm
-    sized = hllm.user if variant.grid == "user" else hllm.item_llm
-    assert sized is not None, "the item grid has an Item LLM"
     steps = [line for line in log if line["event"] == "step"]
     (peak,) = {line["matmul_peak"] for line in log if line["event"] == "start"}
     point = Point(
-        *(variant.grid, variant.size, variant.share, seed),
-        parameters=sum(weight.numel() for weight in sized.parameters()),
+        *(variant.layers, variant.width, variant.share, seed),
+        item_parameters=sum(weight.numel() for weight in hllm.item_llm.parameters()) if hllm.item_llm else 0,
+        parameters=sum(weight.numel() for weight in hllm.user.parameters()),
         events=events_of(loaded),
         loss=cross_entropy(loaded),
         ndcg_10=max(line["ndcg@10"] for line in log if line["event"] == "eval"),
@@ -215,17 +228,20 @@ def _fit(n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 def plot(points: Sequence[Point], fitted: dict[str, Any] | None, file: Path) -> None:
     """Loss by encoder size (a line for each share of the data), by data (for each width), by Item LLM layers."""
-    users = [point for point in points if point.grid == "user"]
-    items = [point for point in points if point.grid == "item"]
+    users = [point for point in points if not point.layers]
+    items = [point for point in points if point.layers]
     with rc_context(STYLE):
         figure = Figure(figsize=(3.5 * (2 + bool(items)), 3.4))
         axes = figure.subplots(1, 2 + bool(items))
         _lines(axes[0], users, "parameters", "share", fitted)
-        _lines(axes[1], users, "events", "size", fitted)
+        _lines(axes[1], users, "events", "width", fitted)
         axes[0].set(xlabel="parameters of the user encoder", ylabel="validation loss, nats", title="User encoder")
         axes[1].set(xlabel="events trained on", title="Data")
         if items:
-            axes[2].plot([p.size for p in items], [p.loss for p in items], "o", color=PALETTE[0])
+            for colour, width in zip(PALETTE, sorted({p.width for p in items}), strict=False):
+                own = sorted((p for p in items if p.width == width), key=lambda p: p.layers)
+                axes[2].plot([p.layers for p in own], [p.loss for p in own], "o-", color=colour, label=f"{width}", ms=4)
+            axes[2].legend(title="width", labelcolor=INK)
             axes[2].set(xlabel="layers of the Item LLM", title="Item LLM (text alone)", xscale="log")
             axes[2].set_xticks(LAYERS, [str(layers) for layers in LAYERS])
             axes[2].minorticks_off()
@@ -240,7 +256,7 @@ def _lines(axes: Axes, points: list[Point], x: str, kind: str, fitted: dict[str,
         if fitted:
             n, d = (np.array([getattr(p, name) for p in own], float) for name in FITTED[:2])
             axes.plot([getattr(p, x) for p in own], law(np.array([*fitted["parameters"].values()]), n, d), color=colour)
-    axes.legend(title={"share": "share of users", "size": "width"}[kind], labelcolor=INK)
+    axes.legend(title={"share": "share of users", "width": "width"}[kind], labelcolor=INK)
     axes.set_xscale("log")
     axes.set_xticks(ticks := sorted({getattr(p, x) for p in points}), [f"{tick / 1e3:.0f}k" for tick in ticks])
     axes.minorticks_off()
@@ -248,10 +264,10 @@ def _lines(axes: Axes, points: list[Point], x: str, kind: str, fitted: dict[str,
 
 def markdown(points: Sequence[Point]) -> str:
     """A line for each point."""
-    lines = ["| grid | size | users | parameters | events | loss | NDCG@10 | 10^12 operations | seconds |"]
+    lines = ["| layers | width | users | parameters | events | loss | NDCG@10 | 10^12 operations | seconds |"]
     lines.append("|---" * 9 + "|")
     for p in points:
-        size = f"{p.grid} | {p.size} | {p.share:g} | {p.parameters:,} | {p.events:,}"
+        size = f"{p.layers} | {p.width} | {p.share:g} | {p.item_parameters + p.parameters:,} | {p.events:,}"
         lines.append(f"| {size} | {p.loss:.3f} | {p.ndcg_10:.4f} | {p.flops / 1e12:.1f} | {p.seconds:.0f} |")
     return "\n".join(lines)
 
@@ -283,7 +299,7 @@ def main() -> int:
         points = [measure(*job, run, device) for job, run in zip(jobs, runs, strict=True)]
     finally:
         stop_process()
-    users = [point for point in points if point.grid == "user"]
+    users = [point for point in points if not point.layers]
     fitted = fit(users) if len(users) >= 8 else None
     plot(points, fitted, output / "scaling.svg")
     found = {"machine": machine_info(), "fit": fitted, "points": [asdict(point) for point in points]}

@@ -30,7 +30,7 @@ def points(script: ModuleType, noise: float = 0.0) -> list[Any]:
     for n in (5e3, 2e4, 8e4, 3e5):
         for d in (1e4, 2e4, 4e4, 8e4):
             loss = 4 + 0.5 * (n / 1e4) ** -0.3 + 0.8 * (d / 1e4) ** -0.4 + noise * rng.normal()
-            found.append(script.Point("user", 16, 1.0, 0, int(n), int(d), loss, 0.1, 10, 1e12, 60.0))
+            found.append(script.Point(0, 16, 1.0, 0, 0, int(n), int(d), loss, 0.1, 10, 1e12, 60.0))
     return found
 
 
@@ -48,16 +48,18 @@ def test_noise_shows_in_the_errors(script: ModuleType) -> None:
 
 def test_the_grids_are_configurations_and_every_point_has_as_many_steps(script: ModuleType) -> None:
     found = script.variants(epochs=4)
-    assert len({variant.name for variant in found}) == len(found) == 20
+    assert len({variant.name for variant in found}) == len(found) == 16 + 8
     for variant in found:
         config = load_config(["--config", str(script.CONFIGS / f"{variant.config}.yaml"), *variant.options])
         assert config.data.train_users == variant.share
+        assert config.user.shape["hidden_size"] == variant.width
+        assert (config.item_llm.layers if config.item_llm.enabled else 0) == variant.layers
         assert config.stages[-1].epochs * variant.share == pytest.approx(4)
         assert config.evaluation.every * script.EVALUATIONS == pytest.approx(config.stages[-1].epochs)
 
 
 def test_the_plot_and_the_table_have_every_point(script: ModuleType, tmp_path: Path) -> None:
-    grid = [*points(script), script.Point("item", 2, 1.0, 0, 100, 100, 4.5, 0.1, 10, 1e12, 60.0)]
+    grid = [*points(script), script.Point(2, 16, 1.0, 0, 500, 100, 100, 4.5, 0.1, 10, 1e12, 60.0)]
     script.plot(grid, script.fit(points(script)), tmp_path / "scaling.svg")
     assert (tmp_path / "scaling.svg").stat().st_size > 10_000
     assert script.markdown(grid).count("\n") == len(grid) + 1
