@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec import ranks
 from hllm_torchrec.checkpoint_state import check_json, flatten
+from hllm_torchrec.data.atomic import write_synced
 from hllm_torchrec.remote.runs import publish_checkpoint
 
 BYTES_BESIDES = 2048
@@ -286,6 +287,6 @@ def first_failure(error: CheckpointException) -> str:
 def _write_extras(path: Path, extras: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
     """Write this rank's JSON files; return name -> (bytes, SHA-256) of all files this rank wrote."""
     for name, value in extras.items():
-        files.write_synced(path / name, json.dumps(value))
+        write_synced(path / name, json.dumps(value))
     names = [*extras, *(file.name for file in path.glob(f"__{ranks.rank()}_*"))]
     return files.describe_files(path, names + ([".metadata"] if ranks.rank() == 0 else []))

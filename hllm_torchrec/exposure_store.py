@@ -30,7 +30,7 @@ from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.exposure_vectors import Coverage, ExposureVectors, Mode, exposure_vectors
 from hllm_torchrec.offline import LoadedRun, weights_fingerprint
-from hllm_torchrec.store.keys import Hashes, hash_bytes
+from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
 from hllm_torchrec.user_vectors import open_embedder
 
@@ -50,8 +50,7 @@ def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
 
 def exposure_marks(item_ids: Ints, seconds: Ints) -> Hashes:
     """uint64 [n]: a hash of each exposure's item and second."""
-    facts = np.ascontiguousarray(np.stack([item_ids, seconds], axis=1).astype(np.int64))
-    return hash_bytes(facts.view(np.uint8).ravel(), 16 * np.arange(len(facts) + 1))
+    return hash_numbers(item_ids, seconds)
 
 
 @dataclass(frozen=True)

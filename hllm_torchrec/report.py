@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hllm_torchrec.data.atomic import replace_file
 from hllm_torchrec.metrics.compare import by_users, interval, number
 from hllm_torchrec.metrics.page import figure, folded, page, paragraph, section, table
 from hllm_torchrec.metrics.plots import (
@@ -80,9 +80,7 @@ def write_report(run_dir: str | Path) -> Path:
         _provenance(metrics.get("provenance")),
     ]
     path = run_dir / "report.html"
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(page(run_dir.resolve().name, parts), encoding="utf-8")
-    os.replace(unfinished, path)
+    replace_file(path, page(run_dir.resolve().name, parts))
     return path
 
 
