@@ -230,7 +230,8 @@ def measure(
 ) -> dict[str, Any]:
     """The content of metrics.json; the first model is the one the others are compared with."""
     from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.compare import SCHEMA_VERSION, compare
+    from hllm_torchrec.metrics.compare import compare
+    from hllm_torchrec.metrics.schema import retrieval_alone
 
     provenance = provenance or {"machine": machine_info()}
     if models:
@@ -242,13 +243,7 @@ def measure(
             retrieval=retrieval,
             provenance=provenance | {"predictions": {name: str(path) for name, path in models.items()}},
         )
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "split": args.split,
-        "models": {},
-        "retrieval": retrieval,
-        "provenance": provenance,
-    }
+    return retrieval_alone(args.split, retrieval, provenance)
 
 
 def finish(args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap | None" = None) -> "Verdict | None":

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 
 def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, config: Any) -> None:
     from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.compare import SCHEMA_VERSION
+    from hllm_torchrec.metrics.schema import retrieval_alone
 
     measured_as = {
         "protocol": None if config.positive_only or not config.filter_seen else "leave_one_out",
@@ -87,13 +87,7 @@ def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, conf
     }
     directory.mkdir(parents=True, exist_ok=True)
     for split, file in (("valid", "metrics-valid.json"), ("test", "metrics.json")):
-        metrics = {
-            "schema_version": SCHEMA_VERSION,
-            "split": split,
-            "models": {},
-            "retrieval": found[split] | measured_as,
-            "provenance": provenance,
-        }
+        metrics = retrieval_alone(split, found[split] | measured_as, provenance)
         (directory / file).write_text(json.dumps(metrics, indent=1, allow_nan=False))
     shown = ", ".join(
         f"{key} {value:.4f}" for key, value in found["test"].items() if key.startswith(("recall", "ndcg"))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hllm_torchrec import ranks
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.ragged import offsets_of
 from hllm_torchrec.evaluate import Columns, join_columns
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.logs import progress
@@ -126,7 +127,7 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
     return Histories(
         user_ids=table["user_id"].to_numpy(),
         target_start=table["target_start"].to_numpy().astype(np.int64),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets_of(lengths),
         item_ids=pc.list_flatten(table["item_ids"]).to_numpy(),
         timestamps=pc.list_flatten(table["timestamps"]).to_numpy(),
         labels=pc.list_flatten(table["labels"]).to_numpy().astype(np.float64),  # a null becomes NaN

@@ -22,6 +22,12 @@ _AGAIN = "evaluate again to write it anew"
 PROBABILITY_METRICS = ("log_loss", "normalized_entropy", "brier", "calibration", "ece")
 
 
+def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `metrics.json` without exposures that are ranked."""
+    head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "split": split, "models": {}}
+    return head | {"retrieval": retrieval, "provenance": provenance}
+
+
 def model_block(
     statistics: RankStatistics, probability: dict[str, float], users: UserStatistics | None, place: int
 ) -> dict[str, Any]:
