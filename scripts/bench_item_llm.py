@@ -18,12 +18,20 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, why_no_bf16
+from benchmarking import (
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    why_no_bf16,
+)
 from torch import Tensor
 
 from hllm_torchrec.data.dataset import Dataset
@@ -48,9 +56,8 @@ PROMPT = "Compress the following sentence into embedding: "
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's options, or those of `given`."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data/ml-100k", help="written by `hllm prepare`")
+    add_dataset(parser, tokenizer=True)
     parser.add_argument("--keys", nargs="+", default=["title", "year", "genres"], help="its text columns")
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / ".cache/models/smollm2-135m-instruct")
     parser.add_argument("--items", type=int, default=64, help="unique items of a step")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor seconds of one thread, where others use the machine"

@@ -41,6 +41,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_dataset(parser: argparse.ArgumentParser, tokenizer: bool = False) -> None:
+    """`--dataset`, and `--tokenizer` where that is wanted."""
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
+    if tokenizer:
+        smollm2 = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+        parser.add_argument("--tokenizer", type=Path, default=smollm2, help="of SmolLM2")
+
+
 def alternate(
     sides: Mapping[str, Callable[[], float | None]], repeats: int, warmup: int = 1, seconds: float = 0.0
 ) -> dict[str, list[float]]:
