@@ -207,7 +207,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
 
 def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
     """What a batch of this configuration holds."""
-    generates = config.objective.fusion == "none" or config.objective.generative_weight > 0
+    generates = config.objective.generates
     return BatchRecipe(
         fusion=config.objective.fusion,
         history=config.data.history,

@@ -154,8 +154,8 @@ class Stages:
 
     def step(self, stage: str, batch: HybridBatch) -> float:
         """One step; its seconds."""
-        most = ITEMS_AT_ONCE if stage == "stage1" else batch.unique_items.numel()
-        _, seconds, work = timed_step(self.trainers[stage], batch, most)
+        groups = -(-batch.unique_items.numel() // ITEMS_AT_ONCE) if stage == "stage1" else 1
+        _, seconds, work = timed_step(self.trainers[stage], batch, groups)
         if stage == "stage1":
             self.work = work
         return seconds

@@ -217,24 +217,23 @@ class EncodedBeforehand(torch.autograd.Function):
         return None, None, None, None
 
 
-def timed_step(trainer: Trainer, batch: HybridBatch, most: int) -> tuple[dict[str, float], float, EncodedWork]:
-    """One step, at most so many items encoded with one graph: its numbers, its seconds, what the encoder did in it."""
+def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[str, float], float, EncodedWork]:
+    """One step, its items encoded in so many groups: its numbers, its seconds, what the encoder did in it."""
     hllm, encoder = trainer.hllm, trainer.experiment.encoder
     assert encoder is not None, "a model without an Item LLM encodes nothing"
-    groups = list(batch.unique_items.chunk(-(-batch.unique_items.numel() // most)))
-    in_groups = len(groups) > 1
-    if in_groups:
+    if groups > 1:
+        parts = list(batch.unique_items.chunk(groups))
         encode: Encode = functools.partial(encoder, hllm.item_llm)
         with torch.no_grad():
-            embedded = torch.cat([encode(group) for group in groups])
+            embedded = torch.cat([encode(part) for part in parts])
         anchor = torch.zeros((), requires_grad=True)
-        hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, groups)
+        hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts)
     before, start = encoder.work, time.perf_counter()
     # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
-    with trainer._no_sync() if in_groups else nullcontext():
+    with trainer._no_sync() if groups > 1 else nullcontext():
         numbers = trainer.train_step([batch])
     seconds = time.perf_counter() - start
-    if in_groups:
+    if groups > 1:
         hllm.encode_items = encoder
     return numbers, seconds, encoder.work - before
 
@@ -260,6 +259,7 @@ class Comparison:
         parts = [samples[at : at + users] for at in range(0, row.users, users)]
         assert len({len(part) for part in parts}) == 1, "groups of equal size"
         self.groups = [plain_batch(part, encoder.tokens) for part in parts]
+        self.item_groups = -(-self.batch.unique_items.numel() // UNIQUE_AT_ONCE)
         self.models = {side: PlainHLLM(shape, shape, head=side == "plain") for side in ("plain", "plain_nohead")}
         self.optimizers = {}
         for side, model in self.models.items():
@@ -283,7 +283,7 @@ class Comparison:
         return seconds
 
     def _ours(self) -> float:
-        numbers, seconds, self.item_work = timed_step(self.trainer, self.batch, UNIQUE_AT_ONCE)
+        numbers, seconds, self.item_work = timed_step(self.trainer, self.batch, self.item_groups)
         self.losses.setdefault("ours", numbers["loss"])
         return seconds
 
@@ -310,7 +310,7 @@ class Comparison:
             "predictions": self.batch.next_rows.numel(),
             "negatives": self.batch.negative_items.numel(),
             "plain_groups": len(self.groups),
-            "our_groups": -(-self.batch.unique_items.numel() // UNIQUE_AT_ONCE),
+            "our_groups": self.item_groups,
         }
 
     def flops(self) -> dict[str, float]:
