@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarking import (
+    SMOLLM2,
     add_dataset,
     alternate,
     arguments,
@@ -41,15 +42,6 @@ from hllm_torchrec.meter import item_flops
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
 from hllm_torchrec.modules.text_attention import BucketPlan
 
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-}
 PROMPT = "Compress the following sentence into embedding: "
 
 
@@ -159,7 +151,8 @@ def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure; ratios, seconds and shapes."""
-    shape = {**SHAPE, "num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96} if options.tiny else SHAPE
+    tiny = {"num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96}
+    shape = SMOLLM2 | tiny if options.tiny else SMOLLM2
     path = build_token_store(
         Dataset.open(options.dataset),
         options.tokenizer,

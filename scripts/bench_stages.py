@@ -23,8 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_step import LLAMA, SMALL, labelled_piece, timed_step
-from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from bench_step import SMALL, labelled_piece, timed_step
+from benchmarking import (
+    SMOLLM2,
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    say,
+)
 from plain_hllm import draw_samples
 
 from hllm_torchrec.config import (
@@ -48,13 +58,7 @@ from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.trainer import Trainer
 
-WIDE = LLAMA | {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-}
-SHAPES = {"item": WIDE | {"num_hidden_layers": 6}, "user": WIDE | {"num_hidden_layers": 2, "vocab_size": 8}}
+SHAPES = {"item": SMOLLM2, "user": SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 8}}
 TINY_SHAPES = {"item": SMALL, "user": SMALL | {"num_hidden_layers": 1, "vocab_size": 8}}
 TEXT_KEYS = ("title", "year", "genres")
 ITEMS_AT_ONCE = 600
