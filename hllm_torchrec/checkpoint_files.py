@@ -5,13 +5,14 @@ Everything here is about names and bytes; `checkpoint` says what the files hold.
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from hllm_torchrec.data.atomic import sync_folder, write_synced
 
 K = TypeVar("K")
 SCHEMA_VERSION = 2
@@ -78,10 +79,10 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
                     "the checkpoints must be on a file system that all machines share"
                 )
     write_synced(temporary / MARKER, marker_text(marker, files))
-    _sync_directory(temporary)
+    sync_folder(temporary)
     replaced = _set_aside(final) if final.exists() else None  # the same step again, after resuming from an earlier one
     temporary.rename(final)
-    _sync_directory(final.parent)
+    sync_folder(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
 
@@ -198,23 +199,6 @@ def _set_aside(path: Path) -> Path:
     doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     path.rename(doomed)
     return doomed
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Wait until the directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec import ranks
 from hllm_torchrec.checkpoint_state import check_json, flatten
+from hllm_torchrec.data.atomic import write_synced
 from hllm_torchrec.remote.runs import publish_checkpoint
 
 BYTES_BESIDES = 2048
@@ -51,18 +52,17 @@ class BackgroundWriter:
         """Run `work` on the thread, with the group."""
         assert self._thread is None, "another checkpoint is in flight; finish it first"
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._error = None
+        self._thread = threading.Thread(target=self._run, args=(work, device), name="hllm-checkpoint", daemon=True)
+        self._thread.start()
 
-        def run() -> None:
+    def _run(self, work: Callable[[dist.ProcessGroup], None], device: int | None) -> None:
+        try:
             if device is not None:
                 torch.cuda.set_device(device)  # a thread begins with the first
-            try:
-                work(self._group)
-            except BaseException as error:  # raised by `finish`
-                self._error = error
-
-        self._error = None
-        self._thread = threading.Thread(target=run, name="hllm-checkpoint", daemon=True)
-        self._thread.start()
+            work(self._group)
+        except BaseException as error:  # raised by `finish`
+            self._error = error
 
     @property
     def failed(self) -> bool:
@@ -104,10 +104,9 @@ def save_checkpoint(
         keep_last: how many of the newest checkpoints to keep, at least 1.
         keep_best: whether to keep the checkpoint of the largest or smallest `metric` as well.
         metric: this checkpoint's validation metric; None or NaN: never the best.
-        background: return as soon as this rank's share is copied to the host's memory; the writer writes it. It must
-            not be writing already. The last two errors are then raised by its `finish`.
-        url: where the checkpoints belong, in place of `directory`, in which they are then only drafted: each rank
-            uploads what it has written, so the machines need not share `directory`.
+        background: return once this rank's share is copied to the host's memory; this writer, which must be idle,
+            writes it, and its `finish` raises the last two errors.
+        url: where the checkpoints belong instead: each rank uploads what it has drafted in its own `directory`.
 
     Returns:
         The directory written, or to be.
@@ -118,34 +117,26 @@ def save_checkpoint(
         DiskFull: the file system has not enough room. The partial directory is removed, older checkpoints stay.
         RuntimeError: another rank failed, or the files could not be written.
     """
-    directory = Path(directory)
-    tensors: dict[str, Tensor] = {}
+    final = Path(directory) / f"step-{step:08d}"
     own = {f"extra-rank{ranks.rank()}.json": dict(rank_extra or {})}
     if ranks.rank() == 0:
         own["extra.json"] = dict(extra)
-
-    def check() -> tuple[dict[str, int], int]:
-        if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
-        tensors.update(flatten(state))
-        for name, value in own.items():
-            check_json(name, value)
-        return _sizes(tensors, own)
-
-    found = ranks.together(check)
-    replicated = [sizes for sizes, _ in found]
-    mine = _share_out(replicated)[ranks.rank()]
-    tensors = {key: t for key, t in tensors.items() if key in mine or key not in replicated[ranks.rank()]}
-    needed = sum(size for _, size in found) + sum({k: n for sizes in replicated for k, n in sizes.items()}.values())
+    sizes = ranks.together(lambda: _checked_sizes(state, own, keep_last))
+    tensors = _own_share(flatten(state), [replicated for replicated, _ in sizes])
     comparable = metric if metric is not None and math.isfinite(metric) else None
-    marker = {"step": step, "metric": comparable, "better": keep_best}
-    final = directory / f"step-{step:08d}"
-    target = None if url is None else f"{url}/{final.name}"
-    draft = _Draft(final, tensors, DefaultSavePlanner(), own, marker, keep_last, needed, target)
+    draft = _Draft(
+        final,
+        tensors,
+        DefaultSavePlanner() if background is None else _Snapshot(tensors),
+        own,
+        {"step": step, "metric": comparable, "better": keep_best},
+        keep_last,
+        _needed(sizes),
+        None if url is None else f"{url}/{final.name}",
+    )
     if background is None:
         draft.write()
     else:
-        draft.planner = _Snapshot(tensors)
         background.start(draft.write)
     return final
 
@@ -230,11 +221,26 @@ class _Snapshot(DefaultSavePlanner):
         return self._values[write_item.index]
 
 
-def _sizes(tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """Bytes of each replicated tensor, by key; and of all that this rank alone can write: its shards and JSON files."""
+def _checked_sizes(state: Mapping[str, Any], own: Mapping[str, Any], keep_last: int) -> tuple[dict[str, int], int]:
+    """Bytes of each replicated tensor, by key; and of all that this rank alone can write: its shards and JSON files.
+
+    Raises:
+        ValueError: as `save_checkpoint`.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
+    tensors = flatten(state)
+    for name, value in own.items():
+        check_json(name, value)
     replicated = {key: t.numel() * t.element_size() + BYTES_BESIDES for key, t in tensors.items() if _is_replicated(t)}
     sharded = [_local_bytes(t) + BYTES_BESIDES for key, t in tensors.items() if key not in replicated]
     return replicated, sum(sharded) + sum(len(json.dumps(value)) for value in own.values())
+
+
+def _needed(sizes: Sequence[tuple[dict[str, int], int]]) -> int:
+    """Bytes of all ranks' `_checked_sizes` together, replicated tensors counted once."""
+    replicated = {key: size for of_rank, _ in sizes for key, size in of_rank.items()}
+    return sum(replicated.values()) + sum(alone for _, alone in sizes)
 
 
 def _is_full(error: BaseException) -> bool:
@@ -253,6 +259,12 @@ def _local_bytes(tensor: Tensor) -> int:
         return tensor.to_local().nbytes
     assert isinstance(tensor, ShardedTensor)
     return sum(shard.tensor.nbytes for shard in tensor.local_shards())
+
+
+def _own_share(tensors: Mapping[str, Tensor], replicated: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
+    """The tensors that this rank writes: its shards, and its part of what is replicated (key -> bytes, by rank)."""
+    mine, everywhere = _share_out(replicated)[ranks.rank()], replicated[ranks.rank()]
+    return {key: tensor for key, tensor in tensors.items() if key in mine or key not in everywhere}
 
 
 def _share_out(sizes: Sequence[Mapping[str, int]]) -> list[set[str]]:
@@ -275,6 +287,6 @@ def first_failure(error: CheckpointException) -> str:
 def _write_extras(path: Path, extras: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
     """Write this rank's JSON files; return name -> (bytes, SHA-256) of all files this rank wrote."""
     for name, value in extras.items():
-        files.write_synced(path / name, json.dumps(value))
+        write_synced(path / name, json.dumps(value))
     names = [*extras, *(file.name for file in path.glob(f"__{ranks.rank()}_*"))]
     return files.describe_files(path, names + ([".metadata"] if ranks.rank() == 0 else []))

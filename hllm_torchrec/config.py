@@ -200,6 +200,11 @@ class ObjectiveConfig:
     """Stop when, after the warm-up, the mean cosine similarity between item embeddings is above this: all items
     look the same."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether there is a generative loss."""
+        return self.fusion == "none" or self.generative_weight > 0
+
 
 @dataclass(frozen=True)
 class StageConfig:

@@ -9,7 +9,6 @@ Legend: B rows of a batch, X exposures of a window, N items, E and D widths of i
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,15 @@ from hllm_torchrec.baselines.config import DLRMConfig
 from hllm_torchrec.baselines.dlrm import DLRMTrainer
 from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.baselines.exposures import Ints
+from hllm_torchrec.baselines.run import SPLITS, make_once
 from hllm_torchrec.config_downstream import DownstreamConfig
 from hllm_torchrec.config_files import to_dict
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.evaluate import save_predictions
+from hllm_torchrec.evaluate import Columns
 from hllm_torchrec.exposure_store import ExposureLookup
 from hllm_torchrec.plugin import VectorLookup, append_vectors
-from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.store.store import EmbeddingStore
 
-SPLITS = ("valid", "test")
 RECORD = "downstream.json"
 
 
@@ -105,31 +103,17 @@ def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.
         "stores": [None if path is None else _state_of(path) for path in (items, users)],
         "hllm_torchrec": hllm_torchrec.__version__,
     }
-    if on_rank_zero(lambda: _is_there(directory, made_of)):
-        return False
-    on_rank_zero(lambda: (directory / RECORD).unlink(missing_ok=True))
-    data = VectorData(dataset, config.dlrm, items, users)
-    trainer = DLRMTrainer(dataset, config.dlrm, device, data, config.way, config.vector_dropout)
-    fitted = trainer.fit(directory / "checkpoints")
-    for split in SPLITS:
-        save_predictions(trainer.score(split), directory / "predictions" / split)
-    on_rank_zero(lambda: (directory / RECORD).write_text(json.dumps(made_of | {"fitted": fitted}, indent=1)))
-    return True
+
+    def make() -> tuple[dict[str, Columns], dict[str, float]]:
+        data = VectorData(dataset, config.dlrm, items, users)
+        trainer = DLRMTrainer(dataset, config.dlrm, device, data, config.way, config.vector_dropout)
+        fitted = trainer.fit(directory / "checkpoints")
+        return {split: trainer.score(split) for split in SPLITS}, fitted
+
+    return make_once(directory / RECORD, made_of, make)
 
 
 def _state_of(store: str) -> dict[str, Any]:
     """Which vectors a store has."""
     opened = EmbeddingStore.open(store)
     return {"fingerprint": opened.fingerprint, "version": opened.snapshot().version}
-
-
-def _is_there(directory: Path, made_of: dict[str, Any]) -> bool:
-    """Whether the record, which is written last, says the same."""
-    path = directory / RECORD
-    if not path.is_file():
-        return False
-    try:
-        record = json.loads(path.read_text())
-    except ValueError:  # cut short: the row is trained again
-        return False
-    return isinstance(record, dict) and {key: record.get(key) for key in made_of} == json.loads(json.dumps(made_of))

@@ -24,7 +24,7 @@ from hllm_torchrec import ranks
 from hllm_torchrec.data.tokens import TokenStore
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.experiment import Experiment
-from hllm_torchrec.items import CATALOGUE_TOKENS
+from hllm_torchrec.items import CATALOGUE_TOKENS, chunks_of
 from hllm_torchrec.logs import progress
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.parallelize import autocast, whole
@@ -192,10 +192,7 @@ def shares(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArra
     ids: [k] int64; costs: [N] int64 tokens by id. Sorted by length, ids are dealt out in turn; a chunk has about
     CATALOGUE_TOKENS tokens, a round (what lies between two commits) about COMMIT_TOKENS.
     """
-    order = ids[np.argsort(costs[ids], kind="stable")]
     world, rank = ranks.world_size(), ranks.rank()
-    per_chunk = CATALOGUE_TOKENS * world
-    parts = np.cumsum(costs[order]) // per_chunk
-    chunks = [part[rank::world] for part in np.split(order, np.flatnonzero(np.diff(parts)) + 1) if part.size]
+    chunks = [chunk[rank::world] for chunk in chunks_of(ids, costs, CATALOGUE_TOKENS * world)]
     per_round = max(1, COMMIT_TOKENS // CATALOGUE_TOKENS)
     return [chunks[i : i + per_round] for i in range(0, len(chunks), per_round)]

@@ -21,7 +21,7 @@ from hllm_torchrec.data.collate import Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.embed import NewRows, open_or_create, shares, write_rounds
 from hllm_torchrec.offline import LoadedRun, weights_fingerprint
-from hllm_torchrec.store.keys import Hashes, hash_bytes
+from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
 from hllm_torchrec.user_vectors import nightly_request, open_embedder, pieces_of
 
@@ -111,8 +111,7 @@ def raw_user_ids(dataset: Dataset, user_ids: Ints) -> pa.Array:
 
 def user_marks(last_seconds: Ints, lengths: Ints) -> Hashes:
     """uint64 [n]: a hash of each user's last second and number of events."""
-    facts = np.ascontiguousarray(np.stack([last_seconds, lengths], axis=1).astype(np.int64))
-    return hash_bytes(facts.view(np.uint8).ravel(), 16 * np.arange(len(facts) + 1))
+    return hash_numbers(last_seconds, lengths)
 
 
 def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:

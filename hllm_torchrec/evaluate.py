@@ -4,7 +4,7 @@ The rows go to `predictions/<split>/part-<rank>.parquet`; the offline job (`hllm
 so a model, a baseline and somebody else's predictions are measured by the same code.
 """
 
-import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
+from hllm_torchrec.data.atomic import remove_folder
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.exchange import global_sum, world_size
@@ -59,6 +60,11 @@ def score_split(
             parts.append(_columns(batch, output.logits.float().cpu().numpy(), cold))
             bar.update(1)
     model.train()
+    return join_columns(parts)
+
+
+def join_columns(parts: Sequence[Columns]) -> Columns:
+    """The rows of all parts, of which there is at least one."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -93,15 +99,11 @@ def save_predictions(columns: Columns, directory: Path) -> None:
     """Write every rank's part; what the directory held is replaced once all parts are written. Collective."""
     beside = directory.with_name(f"{directory.name}.tmp")
 
-    def remove(path: Path) -> None:
-        if path.exists():
-            shutil.rmtree(path)
-
     def replace() -> None:
-        remove(directory)
+        remove_folder(directory)
         beside.rename(directory)
 
-    on_rank_zero(lambda: remove(beside))
+    on_rank_zero(lambda: remove_folder(beside))
     together(lambda: str(write_predictions(columns, beside, this_rank())))
     on_rank_zero(replace)
 

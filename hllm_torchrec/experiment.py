@@ -188,7 +188,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     encoder = None
     if config.item_llm.enabled:
         shares = config.item_llm.share_prefix and config.item_llm.causal
-        encoder = ItemEncoder(_token_store(config, dataset), device, shares, config.item_llm.items_at_once)
+        encoder = ItemEncoder(open_token_store(config, dataset), device, shares, config.item_llm.items_at_once)
     torch.manual_seed(config.seed)
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]
@@ -207,7 +207,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
 
 def recipe_of(config: Config, dataset: Dataset) -> BatchRecipe:
     """What a batch of this configuration holds."""
-    generates = config.objective.fusion == "none" or config.objective.generative_weight > 0
+    generates = config.objective.generates
     return BatchRecipe(
         fusion=config.objective.fusion,
         history=config.data.history,
@@ -257,7 +257,12 @@ def _missing_models(config: Config) -> Iterator[str]:
             )
 
 
-def _token_store(config: Config, dataset: Dataset) -> TokenStore:
+def open_token_store(config: Config, dataset: Dataset) -> TokenStore:
+    """The tokens of the dataset's items as the Item LLM reads them, made where they are not there yet. Collective.
+
+    Raises:
+        ConfigError: there is no tokeniser.
+    """
     item = config.item_llm
     tokenizer = item.tokenizer or item.pretrained
     if tokenizer is None:

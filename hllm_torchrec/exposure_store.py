@@ -30,7 +30,8 @@ from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.exposure_vectors import Coverage, ExposureVectors, Mode, exposure_vectors
 from hllm_torchrec.offline import LoadedRun, weights_fingerprint
-from hllm_torchrec.store.keys import Hashes, hash_bytes
+from hllm_torchrec.retrieval import vectors_by_features
+from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
 from hllm_torchrec.user_vectors import open_embedder
 
@@ -50,8 +51,7 @@ def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
 
 def exposure_marks(item_ids: Ints, seconds: Ints) -> Hashes:
     """uint64 [n]: a hash of each exposure's item and second."""
-    facts = np.ascontiguousarray(np.stack([item_ids, seconds], axis=1).astype(np.int64))
-    return hash_bytes(facts.view(np.uint8).ravel(), 16 * np.arange(len(facts) + 1))
+    return hash_numbers(item_ids, seconds)
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,8 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     collator = Collator(experiment.dataset, experiment.recipe, item_vectors=experiment.item_vectors)
 
     def encode(ids: Ints) -> NewRows:
-        vectors = None if experiment.item_vectors is None else torch.from_numpy(experiment.item_vectors[ids])
-        embedded = experiment.hllm.embed_in_feature_space(
-            collator.item_features(ids).to(experiment.device),
-            torch.from_numpy(ids).to(experiment.device),
-            None if vectors is None else vectors.to(experiment.device),
-        )
-        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), embedded.float(), marks[ids]
+        embedded = vectors_by_features(experiment, collator, ids)
+        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), embedded, marks[ids]
 
     with open_embedder(experiment) if rounds else nullcontext():
         version = write_rounds(store, rounds, encode, "embed item features", len(rounds))

@@ -1,11 +1,12 @@
 """Where item embeddings come from: the Item LLM over tokens in the memory map, shared out over the ranks."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -124,19 +125,19 @@ class ItemEncoder:
         was_training = item_llm.training
         item_llm.eval()
         table = torch.zeros(len(self.tokens), item_llm.width, device=self.device)
-        shares = list(self._chunks(world_size()))
-        with progress(len(shares), "encode items", show) as bar:
-            for ids in shares:
+        chunks = chunks_of(np.arange(len(self.tokens)), self.tokens.lengths + 1, CATALOGUE_TOKENS * world_size())
+        with progress(len(chunks), "encode items", show) as bar:
+            for chunk in chunks:
                 leave_if_asked()
+                ids = torch.from_numpy(np.sort(chunk)).to(self.device)
                 table[ids] = embed(ids).float()
                 bar.update(1)
         item_llm.train(was_training)
         return table
 
-    def _chunks(self, world: int) -> Iterator[Tensor]:
-        """Ids sorted by length, cut so that a rank encodes about CATALOGUE_TOKENS at a time."""
-        lengths = self.tokens.lengths + 1
-        order = np.argsort(lengths, kind="stable")
-        parts = np.cumsum(lengths[order]) // (CATALOGUE_TOKENS * world)
-        for part in np.split(order, np.flatnonzero(np.diff(parts)) + 1):
-            yield torch.from_numpy(np.sort(part)).to(self.device)
+
+def chunks_of(ids: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
+    """`ids` [n] sorted by length and cut into chunks of about so many tokens; lengths: of all items, by id."""
+    order = ids[np.argsort(lengths[ids], kind="stable")]
+    parts = np.cumsum(lengths[order]) // tokens
+    return [chunk for chunk in np.split(order, np.flatnonzero(np.diff(parts)) + 1) if chunk.size]

@@ -17,6 +17,8 @@ from typing import Any, Protocol, TextIO
 import torch
 from tqdm import tqdm
 
+from hllm_torchrec.data.atomic import replace_file
+
 #: Events that are repeated when a run resumes from a checkpoint before them.
 _REPEATED_EVENTS = ("step", "eval", "skipped")
 _SECONDS_BETWEEN_LINES = 10.0
@@ -122,9 +124,7 @@ def _truncate(path: Path, resumed_step: int) -> None:
         for line in read_log(path.parent)
         if not (line["event"] in _REPEATED_EVENTS and line["step"] > resumed_step)
     ]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    beside.replace(path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -96,7 +96,7 @@ class HLLM(nn.Module):
         super().__init__()
         objective = config.objective
         self.fusion = objective.fusion
-        self.generates = self.fusion == "none" or objective.generative_weight > 0
+        self.generates = objective.generates
         self.item_llm, self.features, self.user = item_llm, features, user
         self.compares_features = self.generates and item_space(config) == "features"
         self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hllm_torchrec.errors import nearest
@@ -140,39 +139,6 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: flo
         return (step + 1) / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
-
-
-def warmup_cosine_schedule(
-    optimizer: torch.optim.Optimizer,
-    warmup_steps: int,
-    total_steps: int,
-    min_ratio: float,
-    start_step: int = 0,
-) -> LambdaLR:
-    """Return the scheduler of `warmup_cosine`; call `step()` after each update.
-
-    Args:
-        optimizer: newly made; its groups hold the full learning rates.
-        warmup_steps: see `warmup_cosine`, as for the next two.
-        total_steps: updates in the whole run.
-        min_ratio: share at the end.
-        start_step: updates done before this process began, when resuming.
-    """
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])  # LambdaLR wants it when it does not start at 0
-    return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps, min_ratio), start_step - 1)
-
-
-def set_learning_rate(optimizer: KeyedOptimizer, learning_rate: float) -> None:
-    """Set the learning rate of sharded tables, from the next backward pass on.
-
-    Args:
-        optimizer: the `fused_optimizer` of a DistributedModelParallel.
-        learning_rate: for all its tables.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()  # a fused optimizer's step hands the rate to the FBGEMM kernel; it moves no weight
 
 
 class TableOptimizer:

@@ -5,8 +5,8 @@ optimizer, the others are sharded and step inside the backward pass). DDP or FSD
 """
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Protocol
 
@@ -106,6 +106,16 @@ def stop_process() -> None:
     """Leave the job."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def process(timeout: float = 600.0) -> Iterator[torch.device]:
+    """A context in which this process is a rank of a job, on the device given; raises as `start_process`."""
+    device = start_process(timeout)
+    try:
+        yield device
+    finally:
+        stop_process()
 
 
 def check_tables(config: TableSettings, device: torch.device) -> list[str]:

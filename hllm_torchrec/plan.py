@@ -169,8 +169,7 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
     if config.data.batch_item_tokens and config.item_llm.enabled and not stage.batch_users:
         pieces = max(1.0, config.data.batch_item_tokens / (history * (work.item_tokens + 1)))
     positions = pieces * history
-    generates = config.objective.fusion == "none" or config.objective.generative_weight > 0
-    negatives = config.objective.negatives if generates else 0
+    negatives = config.objective.negatives if config.objective.generates else 0
     queries = 0.0 if config.objective.fusion == "none" else positions  # nearly every event is an exposure
     unique = work.unique(positions * machine.world, negatives)
     trains = config.item_llm.enabled and stage.item_embeddings == "trained"

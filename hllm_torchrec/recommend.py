@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from hllm_torchrec.config import Config
 from hllm_torchrec.data.checked import naming
-from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.split import PARTS
 from hllm_torchrec.errors import nearest
@@ -127,8 +127,7 @@ def _similarities(run: Path, which: str, device: torch.device, history: UserHist
     """[N] cosines of the predicted next item with every item of the catalogue."""
     loaded = load_run(run, which, device)
     experiment = loaded.experiment
-    columns = (history.item_ids, history.timestamps, history.labels, history.actions)
-    asked = request(Piece(history.user_id, 0, 0, *columns), len(history), time, experiment.config.data.max_history)
+    asked = request(history.as_piece(), len(history), time, experiment.config.data.max_history)
     with loaded.weights, torch.no_grad():
         experiment.model.eval()
         experiment.hllm.item_cache = experiment.items_to_evaluate_with()

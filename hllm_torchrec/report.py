@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hllm_torchrec.data.atomic import replace_file
 from hllm_torchrec.metrics.compare import by_users, interval, number
 from hllm_torchrec.metrics.page import figure, folded, page, paragraph, section, table
 from hllm_torchrec.metrics.plots import (
@@ -18,7 +18,7 @@ from hllm_torchrec.metrics.plots import (
     line_panels,
     step_lines,
 )
-from hllm_torchrec.metrics.schema import READABLE
+from hllm_torchrec.metrics.schema import read_metrics
 from hllm_torchrec.metrics.sections import curves, models_of, over_time, slices, warnings
 
 LOSSES = {"loss": "loss", "loss_cls": "classification loss", "loss_gen": "generative loss"}
@@ -56,10 +56,12 @@ def write_report(run_dir: str | Path) -> Path:
         The path of the report.
 
     Raises:
-        ValueError: neither metrics nor a log, a broken `metrics.json` or one of another schema version.
+        ValueError: neither metrics nor a log, or a `metrics.json` that is broken, of another schema version or
+            without a field that is shown.
     """
     run_dir = Path(run_dir)
-    metrics = _read_metrics(run_dir / "metrics.json")
+    file = run_dir / "metrics.json"
+    metrics = read_metrics(file) if file.is_file() else {}
     log = read_log(run_dir / "log.jsonl")
     if not metrics and not log.steps and not log.evaluations:
         raise ValueError(
@@ -78,9 +80,7 @@ def write_report(run_dir: str | Path) -> Path:
         _provenance(metrics.get("provenance")),
     ]
     path = run_dir / "report.html"
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(page(run_dir.resolve().name, parts), encoding="utf-8")
-    os.replace(unfinished, path)
+    replace_file(path, page(run_dir.resolve().name, parts))
     return path
 
 
@@ -103,22 +103,6 @@ def read_log(path: Path) -> TrainingLog:
         elif event == "eval" and _is_number(entry.get("auc")):
             log.evaluations[str(entry.get("split", "valid")), step] = float(entry["auc"])
     return log
-
-
-def _read_metrics(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); evaluate again to write it anew") from error
-    version = metrics.get("schema_version") if isinstance(metrics, dict) else None
-    if version not in READABLE:
-        reads = ", ".join(map(str, READABLE))
-        raise ValueError(
-            f"{path} has schema_version {version}, this report reads {reads}; evaluate again to write it anew"
-        )
-    return metrics
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:

@@ -90,8 +90,12 @@ def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
         assert found is not None, "stored items have embeddings"
         return found.float()
     collator = Collator(experiment.dataset, experiment.recipe, item_vectors=experiment.item_vectors)
-    vectors = None if experiment.item_vectors is None else torch.from_numpy(experiment.item_vectors[items])
-    features = collator.item_features(items).to(experiment.device)
-    return hllm.embed_in_feature_space(
-        features, ids, None if vectors is None else vectors.to(experiment.device)
-    ).float()
+    return vectors_by_features(experiment, collator, items)
+
+
+def vectors_by_features(experiment: Experiment, collator: Collator, items: NDArray[np.int64]) -> Tensor:
+    """P(E) + ID + item features of items [n], which may be none: [n, D] float32. Collective."""
+    hllm, device, ids = experiment.hllm, experiment.device, torch.from_numpy(items).to(experiment.device)
+    dense = experiment.item_vectors
+    vectors = None if dense is None else torch.from_numpy(dense[items]).to(device)
+    return hllm.embed_in_feature_space(collator.item_features(items).to(device), ids, vectors).float()

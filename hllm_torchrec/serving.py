@@ -61,14 +61,10 @@ class UserHistory:
     actions: Ints
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("item_ids", np.int64),
-            ("timestamps", np.int64),
-            ("labels", np.float32),
-            ("actions", np.int64),
-        ):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), kind))
-        sizes = {name: getattr(self, name).size for name in ("item_ids", "timestamps", "labels", "actions")}
+        for field in fields(self)[1:]:
+            kind = np.float32 if field.name == "labels" else np.int64
+            object.__setattr__(self, field.name, np.asarray(getattr(self, field.name), kind))
+        sizes = {field.name: getattr(self, field.name).size for field in fields(self)[1:]}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
@@ -81,6 +77,10 @@ class UserHistory:
 
     def __len__(self) -> int:
         return int(self.item_ids.size)
+
+    def as_piece(self, first: int = 0) -> Piece:
+        """The events as the collator takes them; exposures are those from `first` on."""
+        return Piece(self.user_id, 0, first, self.item_ids, self.timestamps, self.labels, self.actions)
 
     def since(self, start: int) -> "UserHistory":
         """The events from `start` on."""
@@ -272,8 +272,7 @@ class Scorer:
         zero = np.zeros(1, np.int64)
         exposure = UserHistory(events.user_id, zero, zero + after, zero.astype(np.float32), zero)
         whole = events.followed_by(exposure)
-        columns = (whole.item_ids, whole.timestamps, whole.labels, whole.actions)
-        batch = self._collator([Piece(whole.user_id, 0, len(events), *columns)], 0, 0).to(self.experiment.device)
+        batch = self._collator([whole.as_piece(len(events))], 0, 0).to(self.experiment.device)
         x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
         return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
 

@@ -7,6 +7,7 @@ Settings start from configs/baselines/*.yaml and are overridden by --config and 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,6 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="hllm baselines",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--dataset", required=True, type=Path, help="directory written by hllm prepare")
@@ -62,32 +62,33 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
         ValueError: settings or dataset are not usable.
     """
     settings = load_settings(args.config, options)
-    from hllm_torchrec.baselines.run import SPLITS, run_baseline
+    from hllm_torchrec.baselines.run import run_baseline
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.metrics.compare import compare, table
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.ranks import on_rank_zero
 
     dataset = Dataset.open(args.dataset)
-    device = start_process()
-    try:
+    with process() as device:
         for name in args.only:
             is_new = run_baseline(name, settings, dataset, device, args.output / name)
-            on_rank_zero(partial(_say, name, is_new, args.output / name))
-
-        def show() -> None:
-            for split in SPLITS:
-                directories = {name: args.output / name / "predictions" / split for name in args.only}
-                print(table(compare(directories, args.only[0], split=split, draws=200)), end="\n\n")
-
-        on_rank_zero(show)
-    finally:
-        stop_process()
+            on_rank_zero(partial(say_done, args.output / name, is_new))
+        on_rank_zero(partial(print_tables, args.output, args.only, args.only[0]))
 
 
-def _say(name: str, is_new: bool, directory: Path) -> None:
+def say_done(directory: Path, is_new: bool) -> None:
+    """Where a model's predictions are, whose name the directory has."""
     what = "predictions written" if is_new else "reused, same data and settings"
-    print(f"{name}: {what}: {directory}", flush=True)
+    print(f"{directory.name}: {what}: {directory}", flush=True)
+
+
+def print_tables(output: Path, names: Sequence[str], reference: str) -> None:
+    """Compare the models whose directories are in `output`, on the validation and the test part."""
+    from hllm_torchrec.baselines.run import SPLITS
+    from hllm_torchrec.metrics.compare import compare, table
+
+    for split in SPLITS:
+        directories = {name: output / name / "predictions" / split for name in names}
+        print(table(compare(directories, reference, split=split, draws=200)), end="\n\n")
 
 
 if __name__ == "__main__":

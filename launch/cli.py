@@ -55,7 +55,6 @@ def _build_parser() -> argparse.ArgumentParser:
         usage="hllm {" + ",".join(COMMANDS) + "} ...",
         description="Hybrid recommenders from LLMs and TorchRec tables.",
         epilog=f"subcommands:\n{listed}\n\n`hllm SUBCOMMAND --help` says what each takes.\n\nexit status:\n{statuses}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hllm {hllm_torchrec.__version__}")
     parser.add_argument("command", choices=list(COMMANDS), metavar="SUBCOMMAND", help="the job to run")

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hllm_torchrec.errors import Preempted
@@ -24,16 +25,31 @@ STATUSES = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser whose errors are one line, without the usage; its description keeps its lines.
+
+    output_may_be_url: for a command that writes at URLs itself.
+    """
+
+    def __init__(self, *, output_may_be_url: bool = False, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self._output_may_be_url = output_may_be_url
+
+    def add_run(self) -> None:
+        """`--run` and `--checkpoint`; under torchrun `--run-dir`, as torchrun takes --run for one of its own."""
+        run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
+        self.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+        self.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As ever; an `--output` at a URL is refused, as these commands write folders."""
+        """As ever; an `--output` at a URL is refused, as most commands write folders."""
         found, rest = super().parse_known_args(args, namespace)
-        if "://" in " ".join(sys.argv[1:] if args is None else args) and getattr(found, "output", None) is not None:
+        if self._output_may_be_url or getattr(found, "output", None) is None:
+            return found, rest
+        if "://" in " ".join(sys.argv[1:] if args is None else args):
             from hllm_torchrec.remote.files import url_of
 
             if url := url_of(found.output):
@@ -48,16 +64,16 @@ _LOST_RANK = re.compile(
 )
 
 
-def run_job(prog: str, job: Callable[[], None]) -> int:
+def run_job(prog: str, job: Callable[[], int | None]) -> int:
     """Run `job`; return the exit status.
 
     Returns:
-        0; 2 after the message of an error that the user can mend; 1 after one line if another rank failed or
-        was lost, whose own messages say why; PREEMPTED after one line of rank 0 if the job was asked to leave
-        (SIGTERM) and has saved what it had.
+        What the job returns, 0 for None; 2 after the message of an error that the user can mend; 1 after one line if
+        another rank failed or was lost, whose own messages say why; PREEMPTED after one line of rank 0 if the job was
+        asked to leave (SIGTERM) and has saved what it had.
     """
     try:
-        job()
+        return job() or 0
     except Preempted as request:
         if os.environ.get("RANK", "0") == "0":
             print(f"{prog}: {request}", file=sys.stderr)
@@ -72,7 +88,6 @@ def run_job(prog: str, job: Callable[[], None]) -> int:
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)
         return 1
-    return 0
 
 
 def is_of_another_rank(error: RuntimeError) -> bool:

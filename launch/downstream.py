@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hllm_torchrec import configs
+from hllm_torchrec.launch.baselines import print_tables, say_done
 from hllm_torchrec.launch.command import run_job
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ def run(arguments: list[str]) -> None:
     settings = load_settings(arguments)
     from hllm_torchrec.config_downstream import ALONE
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.downstream import SPLITS, run_row
-    from hllm_torchrec.metrics.compare import compare, table
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.downstream import run_row
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.ranks import on_rank_zero
     from hllm_torchrec.store import EmbeddingStore
 
@@ -56,25 +56,12 @@ def run(arguments: list[str]) -> None:
         if store is not None:
             EmbeddingStore.open(store)  # a mistake shows before anything is trained
     rows = settings.rows or tuple(settings.possible_rows())
-    dataset, device, output = Dataset.open(settings.dataset), start_process(), Path(settings.output)
-    try:
+    dataset, output = Dataset.open(settings.dataset), Path(settings.output)
+    with process() as device:
         for row in rows:
             is_new = run_row(settings, row, dataset, device)
-            on_rank_zero(partial(_say, row, is_new, output / row))
-
-        def show() -> None:
-            for split in SPLITS:
-                directories = {row: output / row / "predictions" / split for row in rows}
-                reference = ALONE if ALONE in rows else rows[0]
-                print(table(compare(directories, reference, split=split, draws=200)), end="\n\n")
-
-        on_rank_zero(show)
-    finally:
-        stop_process()
-
-
-def _say(row: str, is_new: bool, directory: Path) -> None:
-    print(f"{row}: {'predictions written' if is_new else 'reused, same data and settings'}: {directory}", flush=True)
+            on_rank_zero(partial(say_done, output / row, is_new))
+        on_rank_zero(partial(print_tables, output, rows, ALONE if ALONE in rows else rows[0]))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(prog="hllm embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
-    parser.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+    parser = CommandParser(prog="hllm embed", description=__doc__)
+    parser.add_run()
     parser.add_argument("--items", type=Path, metavar="DIR", help="store of items, made if it is not there")
     parser.add_argument("--users", type=Path, metavar="DIR", help="store of users, made if it is not there")
     since_help = "leave users alone who have no event since then (UTC); without it all users are looked at"
     parser.add_argument("--since", type=second_of, default=0, metavar="YYYY-MM-DD", help=since_help)
-    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of a new store")
     return parser
 
@@ -62,10 +60,9 @@ def run(args: argparse.Namespace) -> None:
         ValueError: no such run or checkpoint, or a store of another model.
     """
     from hllm_torchrec.offline import load_run
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
 
-    device = start_process()
-    try:
+    with process() as device:
         # Items that the run's own store lacks must not stand in the way of embedding them.
         loaded = load_run(args.run, args.checkpoint, device, use_items=args.items is None)
         with loaded.weights:
@@ -73,8 +70,6 @@ def run(args: argparse.Namespace) -> None:
                 _embed_items(loaded, args)
             if args.users is not None:
                 _embed_users(loaded, args)
-    finally:
-        stop_process()
 
 
 def _embed_items(loaded: "LoadedRun", args: argparse.Namespace) -> None:

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(
-        prog="hllm evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="hllm evaluate", description=__doc__)
     parser.add_argument(
         "--run-dir",
         "--run",
@@ -82,11 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 after a message on a mistake of the user's, or the gate's."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    verdicts: list[Verdict | None] = []
-    status = run_job(parser.prog, lambda: verdicts.append(run(args)))
-    verdict = verdicts[0] if verdicts else None
-    if status or verdict is None or (verdict.status == "unsure" and args.on_unsure == "pass"):
-        return status
+    return run_job(parser.prog, lambda: _status_of(run(args), args.on_unsure))
+
+
+def _status_of(verdict: "Verdict | None", on_unsure: str) -> int:
+    if verdict is None or (verdict.status == "unsure" and on_unsure == "pass"):
+        return 0
     return verdict.exit_status
 
 
@@ -122,27 +121,23 @@ def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
     """The job as a rank of torchrun; alone if there are none, which saves seconds of imports."""
     if "RANK" not in os.environ:
         return job()
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
 
-    start_process()
-    try:
+    with process():
         return job()
-    finally:
-        stop_process()
 
 
 def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict | None":
     """Score the run's checkpoint on all ranks and compare it on the first."""
     from hllm_torchrec.offline import run_config, score_run
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.ranks import on_rank_zero
     from hllm_torchrec.remote.files import url_of
     from hllm_torchrec.remote.runs import RunPlace, run_copy
 
     run_config(args.run)  # so that a mistake shows before ranks meet
     place = RunPlace(run_copy(args.run), url_of(args.run))
-    device = start_process()
-    try:
+    with process() as device:
         scores = score_run(args.run, args.split, args.checkpoint, device)
         args.run = place.folder
         own = {args.run.resolve().name: scores.predictions} if scores.predictions else {}
@@ -151,8 +146,6 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
         )
         place.publish()
         return verdict
-    finally:
-        stop_process()
 
 
 def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Verdict | None":
@@ -237,7 +230,8 @@ def measure(
 ) -> dict[str, Any]:
     """The content of metrics.json; the first model is the one the others are compared with."""
     from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.compare import SCHEMA_VERSION, compare
+    from hllm_torchrec.metrics.compare import compare
+    from hllm_torchrec.metrics.schema import retrieval_alone
 
     provenance = provenance or {"machine": machine_info()}
     if models:
@@ -249,13 +243,7 @@ def measure(
             retrieval=retrieval,
             provenance=provenance | {"predictions": {name: str(path) for name, path in models.items()}},
         )
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "split": args.split,
-        "models": {},
-        "retrieval": retrieval,
-        "provenance": provenance,
-    }
+    return retrieval_alone(args.split, retrieval, provenance)
 
 
 def finish(args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap | None" = None) -> "Verdict | None":

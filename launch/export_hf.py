@@ -12,12 +12,9 @@ from hllm_torchrec.launch.command import CommandParser, run_job
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(
-        prog="hllm export-hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory of hllm train")
+    parser = CommandParser(prog="hllm export-hf", description=__doc__)
+    parser.add_run()
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
-    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
     return parser
 
 
@@ -35,13 +32,10 @@ def run(args: argparse.Namespace) -> None:
         ValueError: no such run or checkpoint, or the output is there already.
     """
     from hllm_torchrec.export import export_run
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
 
-    device = start_process()
-    try:
+    with process() as device:
         export_run(args.run, args.checkpoint, args.output, device)
-    finally:
-        stop_process()
     print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
 

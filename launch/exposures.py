@@ -20,18 +20,14 @@ PARTS = ("train", "valid", "test")
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(
-        prog="hllm exposures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
-    parser.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+    parser = CommandParser(prog="hllm exposures", description=__doc__)
+    parser.add_run()
     parser.add_argument(
         "--users", type=Path, metavar="DIR", help="folder of stores of user vectors by exposure: DIR/MODE"
     )
     parser.add_argument("--items", type=Path, metavar="DIR", help="store of items as the user encoder reads them")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the run's dataset; default: all")
-    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
     return parser
 
 
@@ -52,12 +48,12 @@ def run(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.exposure_store import coverage_lines, embed_exposures, embed_item_features
     from hllm_torchrec.offline import load_run
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.ranks import rank
     from hllm_torchrec.user_vectors import open_embedder
 
-    device, lines = start_process(), []
-    try:
+    lines: list[str] = []
+    with process() as device:
         loaded = load_run(args.run, args.checkpoint, device)
         with loaded.weights, open_embedder(loaded.experiment):  # item embeddings are made ready once for all
             if args.items is not None:
@@ -68,8 +64,6 @@ def run(args: argparse.Namespace) -> None:
                 lines += [f"{args.users / mode}: in {report.seconds:.1f} s", *coverage_lines(report)]
         if rank() == 0:
             print("\n".join(lines))
-    finally:
-        stop_process()
 
 
 if __name__ == "__main__":

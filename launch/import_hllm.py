@@ -16,9 +16,7 @@ from hllm_torchrec.launch.command import CommandParser, run_job
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(
-        prog="hllm import-hllm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="hllm import-hllm", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="pytorch_model.bin")
     base_help = "Hugging Face directory of the {} LLM that training began with: its config{}"
     parser.add_argument(
@@ -63,14 +61,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _make_run(output: Path) -> None:
     from hllm_torchrec.config import config_from_file
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.trainer import Trainer
 
-    device = start_process()
-    try:
+    with process() as device:
         found = Trainer(config_from_file(output / "config.yaml"), device).save_untrained()
-    finally:
-        stop_process()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if "@" in name)
     print(f"{output}: is a run now; on its validation part {shown}")
 

@@ -13,11 +13,9 @@ from hllm_torchrec.launch.command import CommandParser, run_job
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(prog="hllm index", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
-    parser.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+    parser = CommandParser(prog="hllm index", description=__doc__)
+    parser.add_run()
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, not there yet")
-    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
     parser.add_argument("--kind", choices=("flat", "ivf"), default="flat", help="exact, or by cells of near items")
     parser.add_argument("--cells", type=int, default=0, help="of an ivf index; 0: 4 times the root of the items")
     return parser
@@ -37,18 +35,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError: no such run or checkpoint, no faiss, or something at the output.
     """
     from hllm_torchrec.item_index import export_run
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.ranks import rank
 
     if args.output.exists():
         raise ValueError(f"--output {args.output}: is there already: choose another folder, or remove it")
-    device = start_process()
-    try:
+    with process() as device:
         number = export_run(args.run, args.output, args.checkpoint, device, args.kind, args.cells)
         if rank() == 0:
             print(f"{number:,} items: {args.output}")
-    finally:
-        stop_process()
 
 
 if __name__ == "__main__":

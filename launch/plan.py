@@ -28,7 +28,7 @@ UNKNOWN_ROWS = 1000
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(prog="hllm plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="hllm plan", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="configuration; its own options may follow")
     parser.add_argument("--nodes", type=int, default=1, help="hosts (default: 1)")
     parser.add_argument("--gpus", type=int, default=8, help="ranks of a host (default: 8)")
@@ -55,9 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0, 1 where it does not fit, or 2 after a message on a mistake of the user's."""
     parser = build_parser()
     args, options = parser.parse_known_args(argv)
-    fits: list[bool] = []
-    status = run_job(parser.prog, lambda: fits.append(run(args, options)))
-    return status or int(not fits[0])
+    return run_job(parser.prog, lambda: int(not run(args, options)))
 
 
 def run(args: argparse.Namespace, options: list[str]) -> bool:

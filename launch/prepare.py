@@ -5,7 +5,6 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from hllm_torchrec.data.fetch import fetch_movielens_100k
 from hllm_torchrec.data.manifest import read_manifest
@@ -17,6 +16,7 @@ from hllm_torchrec.data.sources.movielens import movielens_1m, movielens_100k
 from hllm_torchrec.data.sources.pixelrec import pixelrec
 from hllm_torchrec.data.sources.table import table
 from hllm_torchrec.data.split import RULES, Split
+from hllm_torchrec.launch.command import CommandParser
 from hllm_torchrec.remote.datasets import dataset_to_write
 from hllm_torchrec.remote.files import shown
 
@@ -31,20 +31,9 @@ EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Prints one line, without the usage, and exits with 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = _Parser(
-        prog="hllm prepare",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="hllm prepare", description=__doc__, epilog=EXAMPLES, output_may_be_url=True)
     parser.add_argument("--source", required=True, choices=SOURCES)
     parser.add_argument("--output", required=True, type=Path, help="dataset directory to write, or its URL")
     parser.add_argument(

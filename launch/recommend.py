@@ -5,7 +5,6 @@ hllm recommend --run runs/quickstart --user 196 --top 20
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hllm_torchrec.launch.command import CommandParser, run_job
@@ -19,16 +18,13 @@ WIDTH = 80
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(
-        prog="hllm recommend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory of hllm train")
+    parser = CommandParser(prog="hllm recommend", description=__doc__)
+    parser.add_run()
     parser.add_argument("--user", required=True, metavar="ID", help="raw user id, as in the source")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="items to print (default: 10)")
     parser.add_argument("--history", type=int, default=10, metavar="N", help="latest events to print (default: 10)")
     parser.add_argument("--time", type=int, metavar="SECOND", help="second (UTC) of the request (default: now)")
     parser.add_argument("--seen-too", action="store_true", help="items of the history may come again")
-    parser.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
     return parser
 
 
@@ -45,16 +41,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such run, checkpoint or user.
     """
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.recommend import recommend
 
-    device = start_process()
-    try:
+    with process() as device:
         found = recommend(
             args.run, args.user, args.top, device, which=args.checkpoint, time=args.time, seen_too=args.seen_too
         )
-    finally:
-        stop_process()
     print(as_text(args.user, found, args.history))
 
 

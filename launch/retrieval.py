@@ -25,7 +25,6 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="hllm retrieval",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--dataset", required=True, type=Path, help="prepared with --split leave_one_out")
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     from hllm_torchrec.baselines.retrieval import run_retrieval_baseline
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.evaluate import save_predictions
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.protocols import SPLIT_RULE
     from hllm_torchrec.ranks import on_rank_zero
 
@@ -64,19 +63,16 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     rule = dataset.manifest["split"]["rule"]
     if rule != SPLIT_RULE:
         raise ValueError(f"--dataset {args.dataset}: split by {rule!r}; prepare one with --split {SPLIT_RULE}")
-    start_process()
-    try:
+    with process():
         for name in args.only:
             found = run_retrieval_baseline(name, dataset, config, partial(print, file=sys.stderr))
             save_predictions(found.pop("ranks"), args.output / name / "retrieval" / "test")
             on_rank_zero(partial(_write, args.output / name, name, found, dataset, config))
-    finally:
-        stop_process()
 
 
 def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, config: Any) -> None:
     from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.compare import SCHEMA_VERSION
+    from hllm_torchrec.metrics.schema import retrieval_alone
 
     measured_as = {
         "protocol": None if config.positive_only or not config.filter_seen else "leave_one_out",
@@ -92,13 +88,7 @@ def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, conf
     }
     directory.mkdir(parents=True, exist_ok=True)
     for split, file in (("valid", "metrics-valid.json"), ("test", "metrics.json")):
-        metrics = {
-            "schema_version": SCHEMA_VERSION,
-            "split": split,
-            "models": {},
-            "retrieval": found[split] | measured_as,
-            "provenance": provenance,
-        }
+        metrics = retrieval_alone(split, found[split] | measured_as, provenance)
         (directory / file).write_text(json.dumps(metrics, indent=1, allow_nan=False))
     shown = ", ".join(
         f"{key} {value:.4f}" for key, value in found["test"].items() if key.startswith(("recall", "ndcg"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # `--help` needs no torch
 
 def build_parser() -> CommandParser:
     """The command line."""
-    parser = CommandParser(prog="hllm store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(prog="hllm store", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in (
         ("info", "what it holds and what made it"),
@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; exit status 0, 1 if `verify` finds damage, 2 after one line on a mistake of the user's."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    damaged: list[str] = []
-    status = run_job(parser.prog, lambda: damaged.extend(run(args)))
-    return status or int(bool(damaged))
+    return run_job(parser.prog, lambda: int(bool(run(args))))
 
 
 def run(args: argparse.Namespace) -> list[str]:

@@ -22,14 +22,11 @@ def train(arguments: list[str]) -> None:
     """
     config = load_config(arguments)  # so that a mistake shows before anything large is imported
     check_logs(config.logs)
-    from hllm_torchrec.parallelize import start_process, stop_process
+    from hllm_torchrec.parallelize import process
     from hllm_torchrec.trainer import Trainer
 
-    device = start_process(config.parallel.timeout)
-    try:
+    with process(config.parallel.timeout) as device:
         Trainer(config, device).run()
-    finally:
-        stop_process()
 
 
 if __name__ == "__main__":

@@ -20,37 +20,36 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hllm_torchrec.modules.jagged import offsets_from_lengths
-from hllm_torchrec.modules.text_attention import TextLayout, WholeTextPlan, longest_of, plan_buckets
+from hllm_torchrec.modules.text_attention import TextLayout, WholeTextPlan, plan_buckets
+
+
+class Sequences(NamedTuple):
+    """Sequences that lie one after the other, without padding; the first four are arguments of every kernel.
+
+    cu_q and cu_k: int32 [n + 1], where each sequence's queries and keys start; longest_q and longest_k: the most that
+    one has. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    causal: bool
 
 
 class VarlenKernel(Protocol):
-    """Attention of sequences that lie one after the other, without padding."""
+    """Attention within each of the sequences."""
 
     def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        longest_q: int,
-        longest_k: int,
-        *,
-        causal: bool,
-        scaling: float,
-        dropout: float,
+        self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
     ) -> Tensor:
-        """query [S, H, D], key and value [K, G, D] -> [S, H, D].
-
-        cu_q and cu_k: int32 [n + 1], where each sequence's queries and keys start. causal: query i of a
-        sequence with q queries and k keys sees its keys up to k - q + i.
-        """
+        """query [S, H, D], key and value [K, G, D] -> [S, H, D]."""
 
 
 @dataclass(frozen=True)
@@ -113,62 +112,52 @@ def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.devic
 class VarlenPlan:
     """A `TextPlan` without padding: the prefix and every text that is not empty are its sequences.
 
-    cu_q, cu_k: int32 [n + 1]; key_rows: [K] int64 packed rows of the keys, None where they are the queries'.
+    key_rows: [K] int64 packed rows of the keys, None where they are the queries': without a prefix.
     """
 
     kernel: VarlenKernel
-    cu_q: Tensor
-    cu_k: Tensor
+    sequences: Sequences
     key_rows: Tensor | None
-    longest_q: int
-    longest: int
-    causal: bool
-    has_prefix: bool
     position_ids: Tensor
 
+    @property
+    def longest(self) -> int:
+        """Keys that the last position of the longest text sees."""
+        return self.sequences.longest_k
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """See `TextPlan`. Runs in value's dtype: rotary embeddings leave queries and keys in float32."""
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        if self.key_rows is not None:
-            key, value = key.index_select(0, self.key_rows), value.index_select(0, self.key_rows)
-        return self.kernel(
-            query.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            self.cu_q,
-            self.cu_k,
-            self.longest_q,
-            self.longest,
-            causal=self.causal,
-            scaling=scaling,
-            dropout=dropout,
-        )
+        """See `TextPlan`."""
+        return self._run(query, key, value, self.key_rows, self.sequences, scaling, dropout)
 
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
-        query, key, cu_k = query.to(value.dtype), key.to(value.dtype), self.cu_k
-        if self.has_prefix:
-            assert self.key_rows is not None
-            of_texts = self.key_rows[cu_k[1] :]  # the prefix is the first sequence
-            key, value, cu_k = key.index_select(0, of_texts), value.index_select(0, of_texts), cu_k[1:] - cu_k[1]
-        return self.kernel(
-            query.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32),
-            cu_k,
-            1,
-            self.longest,
-            causal=False,
-            scaling=scaling,
-            dropout=dropout,
-        )
+        rows, cu_k = self.key_rows, self.sequences.cu_k
+        if rows is not None:  # the first sequence is the prefix
+            rows, cu_k = rows[cu_k[1] :], cu_k[1:] - cu_k[1]
+        cu_q = torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32)
+        last = Sequences(cu_q, cu_k, 1, self.longest, causal=False)
+        return self._run(query, key, value, rows, last, scaling, dropout)
+
+    def _run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor | None,
+        sequences: Sequences,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        """The kernel in value's dtype: rotary embeddings leave queries and keys in float32."""
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if rows is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
+        return self.kernel(query.contiguous(), key.contiguous(), value.contiguous(), sequences, scaling, dropout)
 
 
 def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) -> VarlenPlan:
     """Sequences and their keys for a kernel of variable lengths."""
-    own = torch.tensor([layout.prefix, *layout.lengths])
-    seen = torch.tensor([0] * (layout.bare + 1) + [layout.prefix] * (len(layout.lengths) - layout.bare))
+    own, seen = layout.sequences()
     starts = own.cumsum(0) - own
     used = own > 0
     own, seen, starts = own[used], seen[used], starts[used]
@@ -179,107 +168,55 @@ def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) 
         first_own = torch.repeat_interleave(starts - seen, own + seen)
         in_prefix = within < torch.repeat_interleave(seen, own + seen)
         key_rows = torch.where(in_prefix, within, within + first_own).to(device)
-    return VarlenPlan(
-        kernel=kernel,
-        cu_q=cu_q.to(device, torch.int32),
-        cu_k=cu_k.to(device, torch.int32),
-        key_rows=key_rows,
-        longest_q=int(own.max()),
-        longest=longest_of(layout),
-        causal=layout.causal,
-        has_prefix=layout.prefix > 0,
-        position_ids=layout.position_ids(device),
-    )
+    cu_q, cu_k = (offsets.to(device, torch.int32) for offsets in (cu_q, cu_k))
+    sequences = Sequences(cu_q, cu_k, int(own.max()), layout.longest, layout.causal)
+    return VarlenPlan(kernel, sequences, key_rows, layout.position_ids(device))
+
+
+def _refuse_dropout(dropout: float, name: str, kernel: str) -> None:
+    if dropout > 0:
+        raise ValueError(
+            f"item_llm.attention: {name}: {kernel} has no dropout, and the backbone's attention_dropout is {dropout}; "
+            "choose buckets or flash"
+        )
 
 
 def _torch_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scaling: float,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
 ) -> Tensor:
     """torch.nn.attention.varlen; raises ValueError for dropout, which it lacks."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout > 0:
-        raise ValueError(
-            f"item_llm.attention: varlen: torch's kernel has no dropout, and the backbone's attention_dropout is "
-            f"{dropout}; choose buckets or flash"
-        )
-    window = (-1, 0) if causal else (-1, -1)
+    _refuse_dropout(dropout, "varlen", "torch's kernel")
+    window = (-1, 0) if sequences.causal else (-1, -1)
     groups, shares = query.shape[1] // key.shape[1], dict[str, Any]()
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         shares["enable_gqa"] = True
     elif groups > 1:  # the first releases of varlen_attn lack it
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out: Any = varlen_attn(
-        query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scaling, window_size=window, **shares
-    )
+    out: Any = varlen_attn(query, key, value, *sequences[:4], scale=scaling, window_size=window, **shares)
     assert isinstance(out, Tensor)
     return out
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
     """The flash-attn package."""
-    out: Tensor = importlib.import_module("flash_attn").flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_q,
-        cu_k,
-        longest_q,
-        longest_k,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=causal,
+    kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
+    out: Tensor = kernel(
+        query, key, value, *sequences[:4], dropout_p=dropout, softmax_scale=scaling, causal=sequences.causal
     )
     return out
 
 
-def _flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
     """torch.nn.attention.flex_attention over a mask of blocks; raises ValueError for dropout, which it lacks.
 
     On a CPU, where tests call it, it is not compiled.
     """
-    if dropout > 0:
-        raise ValueError(
-            f"item_llm.attention: flex: FlexAttention has no dropout, and the backbone's attention_dropout is "
-            f"{dropout}; choose buckets or flash"
-        )
+    _refuse_dropout(dropout, "flex", "FlexAttention")
     attention, blocks = _flex_functions(query.is_cuda)
-    of_query, of_key = (torch.bucketize(torch.arange(n, device=x.device), x[1:], right=True, out_int32=True)
-                        for n, x in ((query.shape[0], cu_q), (key.shape[0], cu_k)))  # fmt: skip
+    cu_q, cu_k, causal = sequences.cu_q, sequences.cu_k, sequences.causal
+    of_query, of_key = _sequence_of_row(query.shape[0], cu_q), _sequence_of_row(key.shape[0], cu_k)
     behind = (cu_k[1:] - cu_q[1:])[of_query.long()]  # the last query of a sequence sees its last key
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -290,6 +227,10 @@ def _flex(
     heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
     out: Tensor = attention(*heads_first, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     return out[0].transpose(0, 1)
+
+
+def _sequence_of_row(rows: int, starts: Tensor) -> Tensor:
+    return torch.bucketize(torch.arange(rows, device=starts.device), starts[1:], right=True, out_int32=True)
 
 
 @functools.cache
@@ -307,8 +248,8 @@ def _needs_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _needs_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"runs on CUDA only (this is {device.type})"
+    if problem := _needs_cuda(device, dtype):
+        return problem
     if dtype not in (torch.bfloat16, torch.float16):
         return f"runs in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')}: see parallel.precision)"
     capability = torch.cuda.get_device_capability(device)

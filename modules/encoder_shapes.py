@@ -88,20 +88,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SASRecShape:
-    """A SASRec encoder (`modules.sasrec`)."""
+class SoftmaxShape:
+    """What SASRec and LiGR have in common."""
 
     width: int
     """D."""
     layers: int
-    """Number of blocks."""
+    """Number of layers."""
     heads: int = 1
     """H."""
     hidden: int | None = None
-    """Width of the feed-forward part; None: width, as in the paper."""
-    norm: Literal["public", "pre", "post"] = "public"
-    """public: queries are normed, keys and values are not, and the residual is the normed query (the authors'
-    code); pre: x + f(LN(x)) (the paper's text); post: LN(x + f(x))."""
+    """Width of the feed-forward part; None: width in SASRec, as in its paper, and 4 x width in LiGR."""
     max_positions: int = MAX_POSITIONS
     """Rows of the table of learned positions."""
     count_from: Literal["start", "end"] = "start"
@@ -114,29 +111,20 @@ class SASRecShape:
 
 
 @dataclass(frozen=True)
-class LiGRShape:
+class SASRecShape(SoftmaxShape):
+    """A SASRec encoder (`modules.sasrec`)."""
+
+    norm: Literal["public", "pre", "post"] = "public"
+    """public: queries are normed, keys and values are not, and the residual is the normed query (the authors'
+    code); pre: x + f(LN(x)) (the paper's text); post: LN(x + f(x))."""
+
+
+@dataclass(frozen=True)
+class LiGRShape(SoftmaxShape):
     """An encoder of LiGR layers (`modules.ligr`), as in eSASRec."""
 
-    width: int
-    """D."""
-    layers: int
-    """Number of layers."""
-    heads: int = 1
-    """H."""
-    hidden: int | None = None
-    """Width of the feed-forward part; None: 4 x width."""
-    max_positions: int = MAX_POSITIONS
-    """Rows of the table of learned positions."""
-    count_from: Literal["start", "end"] = "start"
-    """Where positions count from. end: the last event of a pass is 0, as in the public implementations, which
-    tells recency but lets a position know how many events follow; only without query tokens (fusion none)."""
-    dropout: float = 0.0
-    """Of attention weights and of both sublayers' outputs, a probability."""
-    attention_dropout: float | None = None
-    """Of attention weights; None: dropout. Without it (0) the attention can be one fused kernel on a CPU, too."""
 
-
-def attention_dropout(shape: SASRecShape | LiGRShape) -> float:
+def attention_dropout(shape: SoftmaxShape) -> float:
     """Dropout of attention weights, a probability."""
     return shape.dropout if shape.attention_dropout is None else shape.attention_dropout
 

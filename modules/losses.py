@@ -130,7 +130,7 @@ def info_nce(
         chunk_size = max(1, MOST_LOGITS // n_negatives)
     if chunk_size < 1:
         raise ValueError(f"InfoNCE chunk size is {chunk_size}: must be at least 1")
-    masker = _NegativeMask(target_ids, negative_ids, exclude)
+    masker = NegativeMask(target_ids, negative_ids, exclude)
     with torch.autocast(device_type=predictions.device.type, enabled=False):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (predictions, positives, negatives, scale)))
         dtype = torch.promote_types(dtype, torch.float32)
@@ -168,17 +168,6 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None 
     return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), weight=weight, reduction="sum")
 
 
-def discriminative_loss(cls: Tensor, gen: Tensor, lam: float) -> Tensor:
-    """Eq. (3): lambda * L_gen + L_cls [], of two losses [] that are already normalised (each by its own count).
-
-    Raises:
-        ValueError: a negative lambda.
-    """
-    if not lam >= 0:
-        raise ValueError(f"lambda, the weight of the generative loss, is {lam}: must be at least 0")
-    return lam * gen + cls
-
-
 @torch.no_grad()
 def embedding_spread(x: Tensor) -> Tensor:
     """Return the mean cosine similarity over the pairs of different rows of x [N, D]: 0-d, no gradient.
@@ -193,7 +182,7 @@ def embedding_spread(x: Tensor) -> Tensor:
     return pairs / max(n * (n - 1), 1) if n > 1 else pairs * 0
 
 
-class _NegativeMask:
+class NegativeMask:
     """Which (prediction, negative) pairs are not negatives, for one chunk of predictions at a time."""
 
     def __init__(self, target_ids: Tensor, negative_ids: Tensor, exclude: Exclusion | None) -> None:
@@ -259,7 +248,7 @@ class _InfoNce(torch.autograd.Function):
         positives: Tensor,
         negatives: Tensor,
         scale: Tensor,
-        masker: _NegativeMask,
+        masker: NegativeMask,
         chunk_size: int,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +277,7 @@ def _chunked(
     positives: Tensor,
     negatives: Tensor,
     scale: Tensor,
-    masker: _NegativeMask,
+    masker: NegativeMask,
     chunk_size: int,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor, _Gradients]:

@@ -6,7 +6,7 @@ With one negative a position this is the paper's Eq. (6); the mean over K shared
 expectation and less noise. Similarities are scaled cosines, as in `modules.losses`, so that a model can be
 trained with either loss and is served alike.
 
-Shapes: T predictions, K negatives, B users, S excluded ids, D width. Offsets are int64 [B + 1] and start at 0.
+Shapes: T predictions, K negatives, D width.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hllm_torchrec.modules.losses import EPS, Exclusion, InfoNceOutput
+from hllm_torchrec.modules.losses import EPS, Exclusion, InfoNceOutput, NegativeMask
 from hllm_torchrec.modules.precision import widen
 
 
@@ -33,7 +33,7 @@ def sampled_bce(
 
     positives: [T, D]; negatives: [K, D], shared; scale: [1]; target_ids [T] and negative_ids [K]: int64, for the masks.
 
-    Memory is O(T D + K D + B K + chunk_size K): logits exist for `chunk_size` predictions at a time, and the
+    Memory is O(T D + K D + chunk_size K): logits and masks exist for `chunk_size` predictions at a time, and the
     backward pass computes them again.
 
     Raises:
@@ -48,13 +48,11 @@ def sampled_bce(
         query = F.normalize(widen(predictions), dim=-1, eps=EPS) * scale
         positive_logits = (query * F.normalize(widen(positives), dim=-1, eps=EPS)).sum(dim=-1)
         unit = F.normalize(widen(negatives), dim=-1, eps=EPS)
-        own = None if exclude is None else _in_sequence(exclude, negative_ids)
+        masker = NegativeMask(target_ids, negative_ids, exclude)
         loss, effective, beaten = -F.logsigmoid(positive_logits).sum(), query.new_zeros(()), query.new_zeros(())
         for start in range(0, rows, chunk_size):
             chunk = slice(start, start + chunk_size)
-            masked = target_ids[chunk, None] == negative_ids
-            if own is not None and exclude is not None:
-                masked |= own[exclude.row_to_sequence[chunk]]
+            masked = masker.chunk(start, min(start + chunk_size, rows))
             part, left, largest = checkpoint(_against, query[chunk], unit, masked, use_reentrant=False)
             loss, effective = loss + part, effective + left.sum()
             beaten = beaten + (positive_logits[chunk].detach() > largest).sum()
@@ -72,12 +70,3 @@ def _against(query: Tensor, unit: Tensor, masked: Tensor) -> tuple[Tensor, Tenso
     left = (~masked).sum(1)
     losses = F.softplus(logits).masked_fill(masked, 0.0).sum(1) / left.clamp(min=1)
     return losses.sum(), left, logits.detach().masked_fill(masked, -torch.inf).amax(1)
-
-
-def _in_sequence(exclude: Exclusion, negative_ids: Tensor) -> Tensor:
-    """Bool [B, K]: whether each negative stands in each user's sequence."""
-    users = exclude.offsets.numel() - 1
-    numbers = torch.arange(users, device=negative_ids.device)
-    width = torch.cat([exclude.ids, negative_ids]).max() + 1
-    owner = torch.repeat_interleave(numbers, exclude.offsets.diff(), output_size=exclude.ids.numel())
-    return torch.isin(numbers[:, None] * width + negative_ids, owner * width + exclude.ids)

@@ -52,10 +52,20 @@ class TextLayout:
         """Prefix rows that a text of each group sees."""
         return 0, self.prefix
 
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Rows of the prefix and of each text, and the prefix rows that each of them sees: [1 + U] int64."""
+        seen = [0] * (self.bare + 1) + [self.prefix] * (len(self.lengths) - self.bare)
+        return torch.tensor([self.prefix, *self.lengths]), torch.tensor(seen)
+
+    @property
+    def longest(self) -> int:
+        """Keys that the last position of the longest text sees."""
+        lengths, seen = self.sequences()
+        return int((lengths + seen).max())
+
     def position_ids(self, device: torch.device) -> Tensor:
         """[1, S] int64: the prefix counts from 0, and so does a text without it; the others go on from P."""
-        lengths = torch.tensor([self.prefix, *self.lengths])
-        first = torch.tensor([0] * (self.bare + 1) + [self.prefix] * (len(self.lengths) - self.bare))
+        lengths, first = self.sequences()
         starts = lengths.cumsum(0) - lengths
         shift = torch.repeat_interleave(first - starts, lengths)
         return (torch.arange(shift.numel()) + shift)[None].to(device)
@@ -83,12 +93,6 @@ class WholeTextPlan(TextPlan, Protocol):
         """The last position of each text alone, no text being empty: query [U, H, D] in the layout's order,
         key and value [S, G, D] of all rows -> [U, H, D].
         """
-
-
-def longest_of(layout: TextLayout) -> int:
-    """Keys that the last position of the longest text sees."""
-    groups = zip(layout.groups(), layout.seen(), strict=True)
-    return max([layout.prefix, *(seen + max(lengths, default=0) for lengths, seen in groups)])
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def plan_buckets(layout: TextLayout, device: torch.device) -> BucketPlan:
         lengths = [length for length in group if length]
         for start, end in bucket_runs(lengths, waste, floor, seen=seen):
             buckets.append(_bucket(lengths[start:end], seen, layout.causal, device))
-    return BucketPlan(buckets, layout.prefix > 0, layout.position_ids(device), longest_of(layout), layout.causal)
+    return BucketPlan(buckets, layout.prefix > 0, layout.position_ids(device), layout.longest, layout.causal)
 
 
 def _bucket(lengths: list[int], seen: int, causal: bool, device: torch.device) -> TextBucket:

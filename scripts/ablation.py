@@ -10,13 +10,12 @@ the same exposures; their 95% intervals resample users (exposures of one user ar
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from jobs import run_job
 
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.compare import read_predictions
@@ -45,17 +44,10 @@ QUESTIONS = {
 def train_and_evaluate(variant: str, seed: int, output: Path) -> Path:
     """Run directory of one variant and seed, with predictions and metrics of the test part."""
     run = output / f"{variant}-{seed}"
-    if (run / "metrics.json").is_file():
-        return run
-    train = ["train", *configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
-    evaluate = ["evaluate", "--run", str(run), "--split", "test"]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "output.log").open("a") as log:
-        for job, *arguments in (train, evaluate):
-            print(f"ablation: {job} {variant}, seed {seed}", flush=True)
-            command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    log, done = run / "output.log", run / "metrics.json"
+    train = [*configuration(variant), "--seed", str(seed), "--output", str(run), "--resume", "true"]
+    run_job("train", train, log, done)
+    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
     return run
 
 
@@ -109,11 +101,9 @@ def pick(metrics: dict, name: str) -> float | None:
 def mean_and_deviation(values: list[float | None]) -> dict[str, float] | None:
     """Mean and standard deviation over seeds; None where the variant has no such figure."""
     known = [v for v in values if v is not None]
-    return (
-        {"mean": float(np.mean(known)), "deviation": float(np.std(known, ddof=1 if len(known) > 1 else 0))}
-        if known
-        else None
-    )
+    if not known:
+        return None
+    return {"mean": float(np.mean(known)), "deviation": float(np.std(known, ddof=1 if len(known) > 1 else 0))}
 
 
 def markdown(summary: dict) -> str:

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_step import LLAMA, SMALL
+from bench_step import LLAMA, SMALL, GivenNegatives, labelled_piece
 from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
 from matplotlib.figure import Figure
 
 from hllm_torchrec.config import Config, DataConfig, FeatureConfig, ItemLLMConfig, ObjectiveConfig, UserEncoderConfig
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.recipe import BatchRecipe
 from hllm_torchrec.data.tokens import TokenStore
 from hllm_torchrec.evaluate import raw_model
@@ -81,17 +80,10 @@ class Catalogue:
         recipe = BatchRecipe(
             fusion="none", negatives=negatives, positive_targets_only=False, action=False, time_depth=0
         )
-        collator = _GivenNegatives(_Sizes(self.items), recipe, training=True)
+        collator = GivenNegatives(_Sizes(self.items), recipe, training=True)
         collator.given = ids[count:]
-        ones = np.ones(history + 1)
-        return collator(
-            [
-                Piece(user, 0, 0, items, np.arange(history + 1), ones.astype(np.float32), ones.astype(np.int64))
-                for user, items in enumerate(np.split(ids[:count], users), start=1)
-            ],
-            0,
-            0,
-        )
+        of_users = enumerate(np.split(ids[:count], users), start=1)
+        return collator([labelled_piece(user, items, np.arange(history + 1)) for user, items in of_users], 0, 0)
 
     def step(self, batch: HybridBatch) -> None:
         """Forward, backward (in which the table steps), dense optimizer."""
@@ -109,13 +101,6 @@ class _Sizes:
         self.num_items = items + 1
         self.action_values = np.full(2, np.nan)  # one action, without a number
         self.manifest: dict[str, Any] = {"split": {}}  # nothing is held out
-
-
-class _GivenNegatives(Collator):
-    given: np.ndarray
-
-    def negatives(self, epoch: int, step: int) -> np.ndarray:
-        return self.given
 
 
 def measure(

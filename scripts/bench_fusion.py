@@ -13,13 +13,12 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_step import LLAMA
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
 
 from hllm_torchrec.config import (
     Config,
@@ -118,7 +117,7 @@ class Comparison:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
+    add_dataset(parser)
     options: argparse.Namespace = parser.parse_args(argv)
     start_process()
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)

@@ -19,14 +19,13 @@ there is CUDA, the backends eager, compiled and triton are timed on it too (`cud
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from bench_candidates import peak_bytes
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -231,7 +230,7 @@ def on_cuda(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
+    add_dataset(parser)
     parser.add_argument("--longest", type=int, nargs="+", help="lengths of the longest history, instead of the usual")
     options: argparse.Namespace = parser.parse_args(argv)
     peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)

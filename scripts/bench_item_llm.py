@@ -18,12 +18,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, why_no_bf16
+from benchmarking import (
+    SMOLLM2,
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    why_no_bf16,
+)
 from torch import Tensor
 
 from hllm_torchrec.data.dataset import Dataset
@@ -33,24 +42,14 @@ from hllm_torchrec.meter import item_flops
 from hllm_torchrec.modules.item_llm import ItemLLM, build_backbone
 from hllm_torchrec.modules.text_attention import BucketPlan
 
-SHAPE = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49_152,
-}
 PROMPT = "Compress the following sentence into embedding: "
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     """The command line's options, or those of `given`."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data/ml-100k", help="written by `hllm prepare`")
+    add_dataset(parser, tokenizer=True)
     parser.add_argument("--keys", nargs="+", default=["title", "year", "genres"], help="its text columns")
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / ".cache/models/smollm2-135m-instruct")
     parser.add_argument("--items", type=int, default=64, help="unique items of a step")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor seconds of one thread, where others use the machine"
@@ -152,7 +151,8 @@ def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure; ratios, seconds and shapes."""
-    shape = {**SHAPE, "num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96} if options.tiny else SHAPE
+    tiny = {"num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96}
+    shape = SMOLLM2 | tiny if options.tiny else SMOLLM2
     path = build_token_store(
         Dataset.open(options.dataset),
         options.tokenizer,

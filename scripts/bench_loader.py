@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import LLAMA, MAX_TEXT, PROMPT, SEPARATOR, TEXT_KEYS, Row, config_of
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
 from plain_hllm import Ints, pieces_of
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -35,8 +35,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.data.tokens import TokenStore, build_token_store
-from hllm_torchrec.experiment import recipe_of
+from hllm_torchrec.experiment import open_token_store, recipe_of
 
 USERS = 8
 
@@ -100,24 +99,10 @@ def our_config(dataset: Dataset, tokenizer: Path, history: int) -> Config:
     return config_of(Row(history, USERS), str(dataset.root), str(tokenizer), LLAMA, "fp32", "runs/bench")
 
 
-def token_store(dataset: Dataset, tokenizer: Path, history: int) -> TokenStore:
-    """The texts, tokenised once (before anything is timed)."""
-    item = our_config(dataset, tokenizer, history).item_llm
-    path = build_token_store(
-        dataset,
-        tokenizer,
-        prompt=item.prompt,
-        keys=list(item.text_keys),
-        max_text_length=item.max_text_length,
-        separator=item.separator,
-    )
-    return TokenStore.open(path)
-
-
 def our_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[tuple[HybridBatch, Ints]]:
     """(batch, tokens of its unique items), epoch after epoch."""
     config = our_config(dataset, tokenizer, history)
-    tokens = token_store(dataset, tokenizer, history)
+    tokens = open_token_store(config, dataset)
     collator = Collator(dataset, recipe_of(config, dataset), config.seed, training=True)
     loader = Loader(
         dataset, "train", collator, batch_users=USERS, max_history=config.data.max_history, shuffle=True, prefetch=2
@@ -169,7 +154,7 @@ def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str
     dataset, ranks = Dataset.open(options.dataset), 2
     config = our_config(dataset, options.tokenizer, history)
     collator = Collator(dataset, recipe_of(config, dataset), config.seed, training=True)
-    item_costs = token_store(dataset, options.tokenizer, history).lengths + 1
+    item_costs = open_token_store(config, dataset).lengths + 1
     found, budget = {}, 0
     for kind in ("users", "tokens"):
         loader = Loader(
@@ -196,10 +181,7 @@ def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct", help="of SmolLM2"
-    )
+    add_dataset(parser, tokenizer=True)
     options = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: there is nothing to share out
     peak = matmul_peak(seconds=0.1)  # for the record: the loader multiplies nothing

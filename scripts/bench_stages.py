@@ -16,18 +16,25 @@ random; what a step costs does not depend on them.
 """
 
 import argparse
-import functools
 import tempfile
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_step import LLAMA, SMALL, EncodedBeforehand
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from bench_step import SMALL, labelled_piece, timed_step
+from benchmarking import (
+    SMOLLM2,
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    say,
+)
 from plain_hllm import draw_samples
 
 from hllm_torchrec.config import (
@@ -51,13 +58,7 @@ from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.trainer import Trainer
 
-WIDE = LLAMA | {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-}
-SHAPES = {"item": WIDE | {"num_hidden_layers": 6}, "user": WIDE | {"num_hidden_layers": 2, "vocab_size": 8}}
+SHAPES = {"item": SMOLLM2, "user": SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 8}}
 TINY_SHAPES = {"item": SMALL, "user": SMALL | {"num_hidden_layers": 1, "vocab_size": 8}}
 TEXT_KEYS = ("title", "year", "genres")
 ITEMS_AT_ONCE = 600
@@ -121,7 +122,7 @@ def fill_store(experiment: Experiment, path: Path) -> None:
 def pieces_of(dataset: Dataset, row: Row) -> list[Piece]:
     """Users of `history` + 1 real events, all labelled, or generated ones, their second half labelled."""
     if not row.generated:
-        return [_piece(s.user_id, s.items, s.timestamps, 0) for s in draw_samples(dataset, row.history, row.users)]
+        return [labelled_piece(s.user_id, s.items, s.timestamps) for s in draw_samples(dataset, row.history, row.users)]
     rng = np.random.default_rng(0)
     counts = dataset.training_item_counts()[1:].astype(np.float64)
     seen = np.flatnonzero(counts)
@@ -133,13 +134,8 @@ def pieces_of(dataset: Dataset, row: Row) -> list[Piece]:
                 1 + rng.choice(seen, min(seen.size, row.history + 1), replace=False, p=counts[seen] / counts.sum())
             )
         items = np.concatenate(drawn)[: row.history + 1]
-        found.append(_piece(user, items, 1_000_000_000 + np.arange(items.size), (row.history + 1) // 2))
+        found.append(labelled_piece(user, items, 1_000_000_000 + np.arange(items.size), (row.history + 1) // 2))
     return found
-
-
-def _piece(user: int, items: np.ndarray, times: np.ndarray, first: int) -> Piece:
-    ones = np.ones(items.size, np.int64)
-    return Piece(user, 0, first, items, times, ones.astype(np.float32), ones)
 
 
 class Stages:
@@ -162,25 +158,10 @@ class Stages:
 
     def step(self, stage: str, batch: HybridBatch) -> float:
         """One step; its seconds."""
-        trainer, groups = self.trainers[stage], -(-batch.unique_items.numel() // ITEMS_AT_ONCE)
-        grouped = stage == "stage1" and groups > 1
-        encoder = trainer.experiment.encoder
-        assert encoder is not None
-        if grouped:
-            parts = list(batch.unique_items.chunk(groups))
-            encode = functools.partial(encoder, trainer.hllm.item_llm)
-            with torch.no_grad():
-                embedded = torch.cat([encode(part) for part in parts])
-            anchor = torch.zeros((), requires_grad=True)
-            trainer.hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts)
-        before, started = encoder.work, time.perf_counter()
-        # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
-        with trainer._no_sync() if grouped else nullcontext():
-            trainer.train_step([batch])
-        seconds = time.perf_counter() - started
+        groups = -(-batch.unique_items.numel() // ITEMS_AT_ONCE) if stage == "stage1" else 1
+        _, seconds, work = timed_step(self.trainers[stage], batch, groups)
         if stage == "stage1":
-            self.work = encoder.work - before
-            trainer.hllm.encode_items = encoder
+            self.work = work
         return seconds
 
     def flops(self, stage: str, batch: HybridBatch) -> float:
@@ -214,10 +195,7 @@ def measure(stages: Stages, row: Row, repeats: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct", help="of SmolLM2"
-    )
+    add_dataset(parser, tokenizer=True)
     options = parser.parse_args(argv)
     start_process()
     Dataset.open(options.dataset)  # fails early and says what to do

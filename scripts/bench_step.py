@@ -21,12 +21,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say, why_no_bf16
+from benchmarking import (
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    say,
+    why_no_bf16,
+)
 from plain_hllm import Ints, PlainBatch, PlainHLLM, Sample, draw_samples, plain_batch
 from torch import Tensor
 
@@ -44,6 +53,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.tokens import TokenStore
+from hllm_torchrec.items import EncodedWork
 from hllm_torchrec.meter import backbone_flops, item_flops, user_work
 from hllm_torchrec.optim import dense_optimizer
 from hllm_torchrec.parallelize import start_process, stop_process
@@ -133,19 +143,13 @@ def hybrid_batch(trainer: Trainer, samples: list[Sample]) -> HybridBatch:
     experiment = trainer.experiment
     collator = GivenNegatives(experiment.dataset, experiment.recipe, 0, training=True)
     collator.given = np.concatenate([sample.negatives for sample in samples])
-    pieces = [
-        Piece(
-            sample.user_id,
-            0,
-            0,
-            sample.items,
-            sample.timestamps,
-            np.ones(sample.items.size, np.float32),
-            np.ones(sample.items.size, np.int64),
-        )
-        for sample in samples
-    ]
-    return collator(pieces, 0, 0)
+    return collator([labelled_piece(s.user_id, s.items, s.timestamps) for s in samples], 0, 0)
+
+
+def labelled_piece(user: int, items: Ints, timestamps: Ints, first: int = 0) -> Piece:
+    """Events of label 1 and action 1, exposures from `first` on."""
+    ones = np.ones(items.size, np.int64)
+    return Piece(user, 0, first, items, timestamps, ones.astype(np.float32), ones)
 
 
 def without_repeats(samples: list[Sample], tokens: TokenStore) -> tuple[list[Sample], TokenStore]:
@@ -213,6 +217,27 @@ class EncodedBeforehand(torch.autograd.Function):
         return None, None, None, None
 
 
+def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[str, float], float, EncodedWork]:
+    """One step, its items encoded in so many groups: its numbers, its seconds, what the encoder did in it."""
+    hllm, encoder = trainer.hllm, trainer.experiment.encoder
+    assert encoder is not None, "a model without an Item LLM encodes nothing"
+    if groups > 1:
+        parts = list(batch.unique_items.chunk(groups))
+        encode: Encode = functools.partial(encoder, hllm.item_llm)
+        with torch.no_grad():
+            embedded = torch.cat([encode(part) for part in parts])
+        anchor = torch.zeros((), requires_grad=True)
+        hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts)
+    before, start = encoder.work, time.perf_counter()
+    # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
+    with trainer._no_sync() if groups > 1 else nullcontext():
+        numbers = trainer.train_step([batch])
+    seconds = time.perf_counter() - start
+    if groups > 1:
+        hllm.encode_items = encoder
+    return numbers, seconds, encoder.work - before
+
+
 class Comparison:
     """A row's two plain sides and ours, on one batch."""
 
@@ -258,22 +283,8 @@ class Comparison:
         return seconds
 
     def _ours(self) -> float:
-        hllm, ids = self.trainer.hllm, self.batch.unique_items
-        if self.item_groups > 1:
-            groups = list(ids.chunk(self.item_groups))
-            encode: Encode = functools.partial(self.encoder, hllm.item_llm)
-            with torch.no_grad():
-                embedded = torch.cat([encode(group) for group in groups])
-            anchor = torch.zeros((), requires_grad=True)
-            hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, groups)
-        before = self.encoder.work
-        start = time.perf_counter()
-        # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
-        with self.trainer._no_sync() if self.item_groups > 1 else nullcontext():
-            numbers = self.trainer.train_step([self.batch])
-        seconds = time.perf_counter() - start
+        numbers, seconds, self.item_work = timed_step(self.trainer, self.batch, self.item_groups)
         self.losses.setdefault("ours", numbers["loss"])
-        self.item_work = self.encoder.work - before
         return seconds
 
     def check_losses(self, tolerance: float) -> None:
@@ -359,10 +370,7 @@ def precisions() -> Iterator[tuple[str, str | None]]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m-instruct", help="of SmolLM2"
-    )
+    add_dataset(parser, tokenizer=True)
     parser.add_argument("--compile", action="store_true", help="torch.compile our LLM layers (parallel.compile)")
     parser.add_argument("--profile", action="store_true", help="also say what a step of ours spends its time on")
     options = parser.parse_args(argv)

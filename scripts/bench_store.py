@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from bench_step import LLAMA, SMALL
-from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,14 +48,7 @@ from hllm_torchrec.store import EmbeddingStore, Snapshot
 Ints = NDArray[np.int64]
 ASKED = 4096
 BLOCK = 16_384
-ITEM_LLM = LLAMA | {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 8192,
-}
+ITEM_LLM = SMOLLM2 | {"vocab_size": 8192}
 REFRESHED = LLAMA | {"num_hidden_layers": 2, "vocab_size": 8192}
 """256 wide: the smaller the Item LLM, the more weighs what a refresh does besides encoding."""
 

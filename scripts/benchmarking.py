@@ -26,6 +26,18 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 """glibc keeps large buffers: given back to the system at each step, they cost a third of it in page faults."""
 
 
+SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+}
+"""The shape of SmolLM2-135M, with 6 of its 30 layers."""
+
+
 def keep_large_buffers() -> None:
     """Start this script again under `ALLOCATOR`, which glibc reads when a process begins."""
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
@@ -39,6 +51,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # shapes for the tests
     return parser
+
+
+def add_dataset(parser: argparse.ArgumentParser, tokenizer: bool = False) -> None:
+    """`--dataset`, and `--tokenizer` where that is wanted."""
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
+    if tokenizer:
+        smollm2 = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+        parser.add_argument("--tokenizer", type=Path, default=smollm2, help="of SmolLM2")
 
 
 def alternate(

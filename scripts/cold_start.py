@@ -9,8 +9,6 @@ the positive ones among them. Each job is a directory of its own, so the script 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from jobs import run_job
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.metrics.auc import delong_interval, delong_test
@@ -71,51 +70,31 @@ NAMES = ("dlrm", *TRAININGS, "stage3")
 REFERENCE = "dlrm"
 
 
-def run(name: str, arguments: list[str], log: Path, done: Path) -> None:
-    """A job of hllm, unless it is done; its output goes to `log`."""
-    if done.exists():
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
-    print(f"cold_start: {name} {' '.join(arguments[:4])}", flush=True)
-    with log.open("a") as file:
-        command = [sys.executable, "-m", f"hllm_torchrec.launch.{name}", *arguments]
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
-
-
 def run_seed(output: Path, seed: int, names: list[str], source: list[str]) -> Path:
     """All jobs of a seed; returns its folder."""
     folder = output / f"seed-{seed}"
     data, log = folder / "data", folder / "output.log"
     prepare = [*source, "--output", str(data), "--hold-out-items", str(SHARE), "--seed", str(seed)]
-    run("prepare", prepare, log, data / "manifest.json")
+    run_job("prepare", prepare, log, data / "manifest.json")
     if "dlrm" in names:
         baselines = ["--dataset", str(data), "--output", str(folder), "--only", "dlrm", "--dlrm.seed", str(seed)]
-        run("baselines", baselines, log, folder / "dlrm" / "baseline.json")
+        run_job("baselines", baselines, log, folder / "dlrm" / "baseline.json")
     for name, job in TRAININGS.items():
         if name in names:
             train = ["--config", str(CONFIGS / f"{job.config}.yaml"), "--seed", str(seed), "--resume", "true"]
             target = ["--output", str(folder / name), "--data.dataset", str(data)]
-            run("train", [*train, *target, *job.options], log, folder / name / "metrics.json")
-            run("evaluate", ["--run", str(folder / name)], log, folder / name / "metrics.json")
+            run_job("train", [*train, *target, *job.options], log, folder / name / "metrics.json")
+            run_job("evaluate", ["--run", str(folder / name)], log, folder / name / "metrics.json")
     if "stage3" in names:
         stores = {kind: str(folder / f"{kind}-vectors") for kind in ("users", "items")}
-        exposures = [
-            "--run",
-            str(folder / "hllm"),
-            "--users",
-            stores["users"],
-            "--modes",
-            "nearline",
-            "--items",
-            stores["items"],
-        ]
+        exposures = ["--run", str(folder / "hllm"), "--modes", "nearline"]
+        exposures += ["--users", stores["users"], "--items", stores["items"]]
         done = folder / "stage3" / "both_nearline" / "downstream.json"
-        run("exposures", exposures, log, done)
+        run_job("exposures", exposures, log, done)
         downstream = ["--dataset", str(data), "--output", str(folder / "stage3"), "--dlrm.seed", str(seed)]
         stored = ["--item_store", stores["items"], "--user_stores", f"[{stores['users']}/nearline]"]
         rows = ["--rows", "[items,both_nearline]"]
-        run("downstream", [*downstream, *stored, *rows], log, done)
+        run_job("downstream", [*downstream, *stored, *rows], log, done)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Checks of single kernels on the GPU against plain PyTorch; see gpu_check.py."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -138,6 +139,16 @@ def _text_layout(where: Where, texts: int) -> TextLayout:
     return TextLayout(sorted(lengths.tolist(), reverse=True), prefix=3 if where.tiny else 10)
 
 
+def _runnable(where: Where, found: dict[str, Any]) -> Iterator[str]:
+    """Backends of the Item LLM's attention that run here in bfloat16; why the others do not goes into `found`."""
+    for name, backend in BACKENDS.items():
+        problem = backend.problem(where.device, torch.bfloat16)
+        if problem is None:
+            yield name
+        else:
+            found[name] = f"not run: {problem}"
+
+
 @check(120)
 def text_attention(where: Where) -> dict[str, Any]:
     """Every backend of the Item LLM's attention in bfloat16 against padded buckets in float32; rows per second."""
@@ -154,11 +165,7 @@ def text_attention(where: Where) -> dict[str, Any]:
         return [out, *torch.autograd.grad((out.float() * weights).sum(), (q, k, v))]
 
     exact = run("buckets", torch.float32)
-    for name, backend in BACKENDS.items():
-        problem = backend.problem(where.device, torch.bfloat16)
-        if problem is not None:
-            found[name] = f"not run: {problem}"
-            continue
+    for name in _runnable(where, found):
         difference = near(run(name, torch.bfloat16), exact, 0.03)
         seconds = seconds_of(where, lambda name=name: run(name, torch.bfloat16))
         found[name] = {"difference": difference, "rows_per_second": rows / seconds}
@@ -271,12 +278,8 @@ def item_llm_packed(where: Where) -> dict[str, Any]:
         return rows.float()
 
     exact = encode(tokens, offsets, torch.float32)
-    for name, backend in BACKENDS.items():
-        problem = backend.problem(where.device, torch.bfloat16)
-        if problem is not None:
-            found[name] = f"not run: {problem}"
-            continue
-        model.attention = Choice(backend, "checked")
+    for name in _runnable(where, found):
+        model.attention = Choice(BACKENDS[name], "checked")
         packed = encode(tokens, offsets, torch.bfloat16)
         alone = [
             encode(tokens[int(a) : int(b)], torch.tensor([0, int(b - a)], device=where.device), torch.bfloat16)

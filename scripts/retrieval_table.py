@@ -13,12 +13,12 @@ the paired differences of NDCG@10 from each of the --references. Options after `
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from jobs import run_job
 
 from hllm_torchrec.config import load_config
 from hllm_torchrec.metrics.retrieval_table import Figure, compare_models, markdown, markdown_of_differences
@@ -30,28 +30,16 @@ MODELS = (
     *("sasrec", "esasrec", "hstu", "hstu_large", "llama_id"),
     *("hllm", "hllm_id", "hllm_id_time", "hllm_hstu", "learn"),
 )
-DEFAULTS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-"""Of the environment; glibc else gives large buffers back to the system at each step."""
 METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@200", "ndcg@200")
-
-
-def run_job(job: str, arguments: list[str], log: Path) -> None:
-    """Run one of the project's jobs with one thread, its output in `log`."""
-    environment = DEFAULTS | os.environ | {"PYTHONPATH": str(ROOT)}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"retrieval_table: {job} {' '.join(arguments)}", flush=True)
-    with log.open("a") as file:
-        command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, check=True)
 
 
 def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
     """Ranks of the test targets of one model and seed."""
     run = output / f"{name}-{seed}"
-    if not (run / "metrics.json").is_file():
-        train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
-        run_job("train", [*train, "--resume", "true", *more], run / "output.log")
-        run_job("evaluate", ["--run", str(run), "--split", "test"], run / "output.log")
+    log, done = run / "output.log", run / "metrics.json"
+    train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
+    run_job("train", [*train, "--resume", "true", *more], log, done)
+    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
     return run / "retrieval" / "test"
 
 

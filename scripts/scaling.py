@@ -18,8 +18,6 @@ matrix-product operations and its seconds.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jobs import run_job
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,7 +37,7 @@ from scipy.optimize import least_squares
 from hllm_torchrec.logs import machine_info, read_log
 from hllm_torchrec.metrics.plots import INK, PALETTE, STYLE
 from hllm_torchrec.offline import LoadedRun, load_run
-from hllm_torchrec.parallelize import start_process, stop_process
+from hllm_torchrec.parallelize import process
 from hllm_torchrec.retrieval import catalogue_vectors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +50,6 @@ SCALES = [2 ** (power / 4) for power in range(29)]
 """Of the cosines: 1 to 128."""
 EVALUATIONS = 8
 """In each run; patience is the configuration's."""
-DEFAULTS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
 @dataclass(frozen=True)
@@ -122,15 +120,8 @@ def of_width(width: int) -> list[str]:
 def train(variant: Variant, seed: int, output: Path, more: list[str]) -> Path:
     """The run directory of a variant, trained to its end."""
     run = output / f"{variant.name}-{seed}"
-    if (run / "trained").is_file():
-        return run
-    run.mkdir(parents=True, exist_ok=True)
-    print(f"scaling: {variant.name} seed {seed}", flush=True)
-    command = [sys.executable, "-m", "hllm_torchrec.launch.train", "--config", str(CONFIGS / f"{variant.config}.yaml")]
-    command += ["--seed", str(seed), "--output", str(run), "--resume", "true", *variant.options, *more]
-    with (run / "output.log").open("a") as log:
-        environment = DEFAULTS | os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    arguments = ["--config", str(CONFIGS / f"{variant.config}.yaml"), "--seed", str(seed), "--output", str(run)]
+    run_job("train", [*arguments, "--resume", "true", *variant.options, *more], run / "output.log", run / "trained")
     (run / "trained").touch()
     return run
 
@@ -294,11 +285,8 @@ def main() -> int:
         jobs = [(v, seed) for v, seed in jobs if (output / f"{v.name}-{seed}" / "trained").is_file()]
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = list(pool.map(lambda job: train(*job, output, options.more), jobs))
-    device = start_process()
-    try:
+    with process() as device:
         points = [measure(*job, run, device) for job, run in zip(jobs, runs, strict=True)]
-    finally:
-        stop_process()
     users = [point for point in points if not point.layers]
     fitted = fit(users) if len(users) >= 8 else None
     plot(points, fitted, output / "scaling.svg")

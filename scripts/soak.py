@@ -25,9 +25,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from hllm_torchrec.logs import machine_info, read_log  # noqa: E402
 from tests.training_fixtures import arguments  # noqa: E402
 
+T = TypeVar("T")
 GIVE_UP_AFTER = 300.0
 """Seconds without a step."""
 
@@ -66,18 +69,40 @@ def command(launcher: str, world: int, restarts: int, options: list[str]) -> tup
     return [str(programs / job[0]), *job[1:], "train.py", *options], env
 
 
+def processes_of(folder: Path) -> Iterator[Path]:
+    """/proc/<id> of the processes whose command lines name the folder."""
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended
+            if process.name.isdigit() and str(folder).encode() in (process / "cmdline").read_bytes():
+                yield process
+
+
 def ranks_of(output: Path) -> dict[int, int]:
     """Rank -> process id of the job that trains into `output`."""
     found = {}
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and str(output).encode() in (process / "cmdline").read_bytes():
-                variables = dict(pair.partition(b"=")[::2] for pair in (process / "environ").read_bytes().split(b"\0"))
-                if b"LOCAL_RANK" in variables and b"TORCHELASTIC_RUN_ID" in variables:
-                    found[int(variables[b"RANK"])] = int(process.name)
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has ended
+    for process in processes_of(output):
+        with suppress(OSError):
+            variables = dict(pair.partition(b"=")[::2] for pair in (process / "environ").read_bytes().split(b"\0"))
+            if b"LOCAL_RANK" in variables and b"TORCHELASTIC_RUN_ID" in variables:
+                found[int(variables[b"RANK"])] = int(process.name)
     return found
+
+
+def wait_until(found: Callable[[], T | None], running: Callable[[], bool], what: str) -> T | None:
+    """What `found` gives, as soon as it gives something; None once the job does not run any longer.
+
+    Raises:
+        TimeoutError: neither in GIVE_UP_AFTER seconds: it hangs.
+    """
+    deadline = time.monotonic() + GIVE_UP_AFTER
+    while running():
+        value = found()
+        if value is not None:
+            return value
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} for {GIVE_UP_AFTER:.0f} s")
+        time.sleep(0.02)
+    return None
 
 
 def events(output: Path, name: str) -> list[dict]:
@@ -147,9 +172,7 @@ class ForkedJob:
                 process.join()
             self._pids = {}
             codes = [process.exitcode for process in processes]
-            if codes == [0] * self.world:
-                break
-            if self._stopped:
+            if self._stopped or codes == [0] * self.world:
                 break
         self._status = max(map(abs, codes))
 
@@ -206,16 +229,13 @@ class Victim:
 
     def next_step(self, after: float) -> dict | None:
         """Wait for the first step of a start later than `after`; None if the job has ended."""
-        begun = time.monotonic()
-        while self.job.running():
+
+        def first_step() -> dict | None:
             starts = [line["time"] for line in events(self.job.output, "start") if line["time"] > after]
-            steps = [line for line in events(self.job.output, "step") if starts and line["time"] >= starts[-1]]
-            if steps:
-                return steps[0]
-            if time.monotonic() - begun > GIVE_UP_AFTER:
-                raise TimeoutError(f"no step for {GIVE_UP_AFTER:.0f} s in {self.job.output}")
-            time.sleep(0.02)
-        return None
+            steps = (line for line in events(self.job.output, "step") if starts and line["time"] >= starts[-1])
+            return next(steps, None)
+
+        return wait_until(first_step, self.job.running, f"step in {self.job.output}")
 
     def writing(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -265,17 +285,12 @@ def torment(victim: Victim, kills: int, seconds: float, rng: random.Random) -> T
     return tally
 
 
-def losses(output: Path) -> list[tuple[int, float]]:
-    """(step, loss) as the log has them."""
-    return [(line["step"], line["loss"]) for line in events(output, "step")]
-
-
 def lost_steps(alone: Path, harmed: Path) -> int:
     """Steps that are missing in the log of a harmed run, are there twice, or have another loss; 0 is bit for bit."""
     found: dict[int, list[float]] = {}
-    for step, loss in losses(harmed):
-        found.setdefault(step, []).append(loss)
-    expected = {step: [loss] for step, loss in losses(alone)}
+    for line in events(harmed, "step"):
+        found.setdefault(line["step"], []).append(line["loss"])
+    expected = {line["step"]: [line["loss"]] for line in events(alone, "step")}
     return sum(found.get(step) != expected.get(step) for step in found.keys() | expected.keys())
 
 
@@ -294,13 +309,24 @@ def start(launcher: str, world: int, restarts: int, output: Path, options: list[
     return LaunchedJob(launcher, world, restarts, output, options)
 
 
+def job_options(steps: int, batch_users: int, timeout: float) -> dict:
+    """What both runs of a soak train: a checkpoint after every step, dropout, and everything that must be resumed."""
+    options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": steps, "resume": True}
+    options |= {"data__batch_users": batch_users, "evaluation__every": 1000, "evaluation__checkpoint_every": 1}
+    options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9}
+    return options | {"parallel__timeout": timeout}
+
+
+def seconds_of(resumed: list[float]) -> dict[str, float] | None:
+    """Median and most of the seconds to resume; None without any."""
+    return {"median": statistics.median(resumed), "most": max(resumed)} if resumed else None
+
+
 def soak(folder: Path, wanted: argparse.Namespace) -> dict:
     """A run that is left alone and one that is not, in `folder`; the report. wanted: the script's options."""
     launcher, world = wanted.launcher, wanted.world
-    options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": wanted.steps, "resume": True}
-    options |= {"data__batch_users": 4 // world or 1, "evaluation__every": 1000, "evaluation__checkpoint_every": 1}
-    options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9}
-    options |= {"reliability__asynchronous_checkpoints": wanted.asynchronous, "parallel__timeout": 60}
+    options = job_options(wanted.steps, 4 // world or 1, timeout=60)
+    options |= {"reliability__asynchronous_checkpoints": wanted.asynchronous}
     begun = time.monotonic()
     alone = start(launcher, world, 0, folder / "alone", arguments(folder / "alone", **options))
     if alone.wait() != 0:
@@ -310,7 +336,6 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
         tally = torment(Victim(killed), wanted.kills, wanted.seconds, random.Random(wanted.seed))
     finally:
         killed.stop()
-    resumed = tally.seconds_to_resume
     return {
         "command": wanted.command,
         "kills": {"injected": tally.injected, "in_a_write": tally.in_a_write, "at_the_start": tally.at_the_start},
@@ -318,7 +343,7 @@ def soak(folder: Path, wanted: argparse.Namespace) -> dict:
         "lost": lost_steps(folder / "alone", folder / "killed"),
         "steps": wanted.steps,
         "exit_status": killed.wait(),
-        "seconds_to_resume": {"median": statistics.median(resumed), "most": max(resumed)} if resumed else None,
+        "seconds_to_resume": seconds_of(tally.seconds_to_resume),
         "world": world,
         "launcher": launcher,
         "asynchronous": wanted.asynchronous,
@@ -345,9 +370,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return wanted
 
 
-def main() -> int:
-    """Soak and report."""
-    wanted = parse()
+def soak_and_report(soak: Callable[[Path, argparse.Namespace], dict], wanted: argparse.Namespace) -> int:
+    """Soak in a folder in memory, and report; the exit status."""
     memory = Path("/dev/shm")  # a disk would be most of the time
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         found = soak(Path(folder), wanted)
@@ -356,4 +380,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(soak_and_report(soak, parse()))

@@ -22,10 +22,8 @@ import random
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -35,7 +33,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from soak import GIVE_UP_AFTER, ForkedJob, add_row, events, lost_steps  # noqa: E402
+from soak import (  # noqa: E402
+    ForkedJob,
+    events,
+    job_options,
+    lost_steps,
+    processes_of,
+    seconds_of,
+    soak_and_report,
+    wait_until,
+)
 
 from hllm_torchrec.logs import machine_info  # noqa: E402
 from tests.training_fixtures import arguments  # noqa: E402
@@ -78,20 +85,11 @@ class Agent:
     def stop(self) -> None:
         """End it and its ranks, if they have not."""
         self._stopped = True
-        for group in _sessions_of(self.printed.parent):
-            with suppress(ProcessLookupError):
-                os.kill(group, signal.SIGKILL)
+        for process in processes_of(self.printed.parent):
+            if process.name != str(os.getpid()):
+                with suppress(ProcessLookupError):
+                    os.kill(int(process.name), signal.SIGKILL)
         self._supervisor.join()
-
-
-def _sessions_of(folder: Path) -> list[int]:
-    """Process ids of agents and ranks that train into `folder`."""
-    found = []
-    for process in Path("/proc").iterdir():
-        with suppress(OSError):
-            if process.name.isdigit() and str(folder).encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return [pid for pid in found if pid != os.getpid()]
 
 
 class Cable:
@@ -108,21 +106,13 @@ class Cable:
         return time.time()
 
 
-def wait_for(output: Path, agents: list[Agent], kind: str, after: float) -> dict | None:
-    """The first line of this kind later than `after`; None if the job has ended.
-
-    Raises:
-        TimeoutError: there is none in GIVE_UP_AFTER seconds: it hangs.
-    """
-    deadline = time.monotonic() + GIVE_UP_AFTER
-    while all(agent.running() for agent in agents):
-        later = [line for line in events(output, kind) if line["time"] > after]
-        if later:
-            return later[0]
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no {kind} for {GIVE_UP_AFTER:.0f} s in {output}")
-        time.sleep(0.05)
-    return None
+def next_step(output: Path, agents: list[Agent], after: float) -> dict | None:
+    """Wait for the first step later than `after`; None if the job has ended."""
+    return wait_until(
+        lambda: next((line for line in events(output, "step") if line["time"] > after), None),
+        lambda: all(agent.running() for agent in agents),
+        f"step in {output}",
+    )
 
 
 def torment(output: Path, agents: list[Agent], cable: Cable, wanted: argparse.Namespace) -> dict:
@@ -130,7 +120,7 @@ def torment(output: Path, agents: list[Agent], cable: Cable, wanted: argparse.Na
     rng, back = random.Random(wanted.seed), 0.0
     cuts, resumed = dict.fromkeys(LASTS, 0), {kind: [] for kind in LASTS}
     for kind in islice(cycle(LASTS), wanted.cuts):
-        if wait_for(output, agents, "step", back) is None:
+        if next_step(output, agents, back) is None:
             break
         time.sleep(rng.uniform(0, 1))
         if kind == "at the start":  # the cut before it makes the ranks start
@@ -140,29 +130,20 @@ def torment(output: Path, agents: list[Agent], cable: Cable, wanted: argparse.Na
         print(f"cut {sum(cuts.values()) + 1}: {kind}, {seconds:.0f} s", file=sys.stderr, flush=True)
         back = cable.out_for(seconds)
         cuts[kind] += 1
-        step = wait_for(output, agents, "step", back)
+        step = next_step(output, agents, back)
         if step is not None:
             resumed[kind].append(step["time"] - back)
-    deadline = time.monotonic() + GIVE_UP_AFTER
-    while any(agent.running() for agent in agents):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the job has not ended {GIVE_UP_AFTER:.0f} s after the last cut")
-        time.sleep(0.1)
+    wait_until(lambda: None, lambda: any(agent.running() for agent in agents), f"end of {output} after the last cut")
     return {
         "cuts": cuts,
         "recovered": sum(map(len, resumed.values())),
-        "seconds_to_resume": {
-            kind: {"median": statistics.median(found), "most": max(found)} for kind, found in resumed.items() if found
-        },
+        "seconds_to_resume": {kind: seconds_of(found) for kind, found in resumed.items() if found},
     }
 
 
 def soak(folder: Path, wanted: argparse.Namespace) -> dict:
     """A run that is left alone and one whose nodes lose each other, in `folder`; the report."""
-    options = {"stages": [{"name": "soak", "epochs": 1000}], "max_steps": wanted.steps, "resume": True}
-    options |= {"data__batch_users": 2, "evaluation__every": 1000, "evaluation__checkpoint_every": 1}
-    options |= {"objective__head_dropout": 0.2, "objective__generative_weight": 0.5, "optim__ema": 0.9}
-    options |= {"parallel__timeout": wanted.timeout}
+    options = job_options(wanted.steps, batch_users=2, timeout=wanted.timeout)
     begun = time.monotonic()
     if ForkedJob(2, 0, folder / "alone", arguments(folder / "alone", **options)).wait() != 0:
         raise RuntimeError("the run that was left alone failed")
@@ -212,15 +193,5 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return wanted
 
 
-def main() -> int:
-    """Soak and report."""
-    wanted = parse()
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        found = soak(Path(folder), wanted)
-    add_row(found, wanted.out)
-    return int(found["lost"] > 0 or found["exit_status"] != 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(soak_and_report(soak, parse()))

@@ -10,11 +10,11 @@ a directory of its own, so the script can be stopped and started again.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from jobs import run_job
 
 from hllm_torchrec.metrics.compare import compare, with_interval
 
@@ -42,18 +42,11 @@ def options_of(name: str, epochs: float) -> list[str]:
 def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
     """The run directory of a variant, with predictions of the test part."""
     run = output / name
-    if (run / "metrics.json").is_file():
-        return run
-    run.mkdir(parents=True, exist_ok=True)
+    log, done = run / "output.log", run / "metrics.json"
     train = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), "--seed", str(seed), "--output", str(run)]
     train += ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
-    jobs = {"train": [*train, "--resume", "true", *options_of(name, epochs)], "evaluate": ["--run", str(run)]}
-    with (run / "output.log").open("a") as log:
-        for job, arguments in jobs.items():
-            print(f"stage_two: {job} {name}", flush=True)
-            command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *arguments]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    run_job("train", [*train, "--resume", "true", *options_of(name, epochs)], log, done)
+    run_job("evaluate", ["--run", str(run)], log, done)
     return run
 
 

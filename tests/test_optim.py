@@ -19,9 +19,7 @@ from hllm_torchrec.optim import (
     dense_optimizer,
     materialise_state,
     named_state,
-    set_learning_rate,
     warmup_cosine,
-    warmup_cosine_schedule,
 )
 from tests.distributed import run_ranks
 from tests.small_models import TABLE_LEARNING_RATE, TwoTables, batch, shard
@@ -188,23 +186,6 @@ def test_a_schedule_without_warmup_or_all_warmup() -> None:
     assert warmup_cosine(3, 2, 2, 0.5) == 0.5
 
 
-def test_a_resumed_schedule_goes_on_where_it_was() -> None:
-    def rates(start: int, steps: int) -> list[float]:
-        model = nn.Linear(3, 2)
-        optimizer = dense_optimizer(model.named_parameters(), learning_rate=0.2)
-        schedule = warmup_cosine_schedule(optimizer, 3, 10, 0.1, start_step=start)
-        seen = []
-        for _ in range(steps):
-            seen.append(optimizer.param_groups[0]["lr"])
-            train(model, optimizer, 1)
-            schedule.step()
-        return seen
-
-    whole = rates(0, 10)
-    assert whole == [0.2 * warmup_cosine(step, 3, 10, 0.1) for step in range(10)]
-    assert rates(4, 6) == whole[4:]
-
-
 # --- sharded tables --------------------------------------------------------------------------------------
 
 
@@ -213,8 +194,6 @@ def table_movement(change: str) -> tuple[float, list[str], list[float]]:
     model = shard(TwoTables())
     before = whole_tables(model)
     tables = TableOptimizer(model.fused_optimizer)
-    if change == "rate":
-        set_learning_rate(model.fused_optimizer, TABLE_LEARNING_RATE / 4)
     if change == "ratio":
         tables.set_ratio(0.5)
         tables.set_ratio(0.25)  # of the full rate, not of the last
@@ -235,7 +214,7 @@ def whole_tables(model: Any) -> list[Tensor]:
 
 
 def all_table_movements() -> dict[str, tuple[float, list[str], list[float]]]:
-    return {change: table_movement(change) for change in ("none", "rate", "ratio", "zero")}
+    return {change: table_movement(change) for change in ("none", "ratio", "zero")}
 
 
 def test_tables_follow_the_rate_they_are_given() -> None:
@@ -244,9 +223,8 @@ def test_tables_follow_the_rate_they_are_given() -> None:
     assert full > 0.1
     assert rates == [TABLE_LEARNING_RATE]
     assert names == ["over.bias", "over.weight"]  # the tables are not the dense optimizer's
-    for change in ("rate", "ratio"):
-        assert movements[change][0] == pytest.approx(full / 4, rel=1e-5)
-        assert movements[change][2] == [TABLE_LEARNING_RATE / 4]
+    assert movements["ratio"][0] == pytest.approx(full / 4, rel=1e-5)
+    assert movements["ratio"][2] == [TABLE_LEARNING_RATE / 4]
     assert movements["zero"][0] == 0.0
 
 

@@ -294,7 +294,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema_version": 9}', "metrics.json has schema_version 9, this report reads 1, 2; evaluate again"),
+        ('{"schema_version": 9}', "metrics.json has schema_version 9, this program reads 1, 2; evaluate again"),
         ("[]", "metrics.json has schema_version None"),
         ('{"schema_', "metrics.json is no JSON .*; evaluate again"),
     ],
@@ -303,3 +303,18 @@ def test_a_metrics_json_of_another_kind_is_named(tmp_path: Path, text: str, mess
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place", ["rows", "models.a.auc_low", "models.a.gauc_users", "models.a.slices.item_cold.auc", "paired.b.delong_p"]
+)
+def test_a_field_that_is_missing_is_named_with_its_file(tmp_path: Path, place: str) -> None:
+    block = metrics = write_metrics(tmp_path, ["a", "b"])
+    *path, name = place.split(".")
+    for key in path:
+        block = block[key]
+    del block[name]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match=rf"metrics.json: {re.escape(place)} is missing; evaluate again to write it"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()

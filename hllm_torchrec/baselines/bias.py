@@ -16,18 +16,15 @@ second counts. On MovieLens-100k (time split, shrinkage 5) the test AUCs are .70
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec import ranks
 from hllm_torchrec.baselines.config import ItemMeanConfig, RunningBiasConfig
 from hllm_torchrec.baselines.exposures import (
     Histories,
     ItemLabels,
-    own_groups,
-    read_histories,
+    score_by_group,
     training_labels,
 )
-from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.evaluate import Columns
-from hllm_torchrec.logs import progress
 
 
 def score_item_mean(histories: Histories, labels: ItemLabels, config: ItemMeanConfig) -> NDArray[np.float64]:
@@ -58,25 +55,12 @@ def run_bias(
     """
     labels = training_labels(dataset)
     cold = dataset.training_item_counts() == 0
-    return {split: _score_split(dataset, split, labels, cold, config) for split in splits}
 
+    def score(histories: Histories, groups: list[RowGroup]) -> tuple[NDArray, NDArray]:
+        if isinstance(config, ItemMeanConfig):
+            scores = score_item_mean(histories, labels, config)
+        else:
+            scores = score_running_bias(histories, labels, config)
+        return scores, scores.clip(0, 1)
 
-def _score_split(
-    dataset: Dataset,
-    split: str,
-    labels: ItemLabels,
-    cold: NDArray[np.bool_],
-    config: ItemMeanConfig | RunningBiasConfig,
-) -> Columns:
-    groups = own_groups(dataset, split)
-    parts = []
-    with progress(len(groups), f"score {split}", ranks.rank() == 0) as bar:
-        for share in [[group] for group in groups] or [[]]:
-            histories = read_histories(dataset, share)
-            if isinstance(config, ItemMeanConfig):
-                scores = score_item_mean(histories, labels, config)
-            else:
-                scores = score_running_bias(histories, labels, config)
-            parts.append(histories.columns(scores, scores.clip(0, 1), cold))
-            bar.update(len(share))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {split: score_by_group(dataset, split, cold, score) for split in splits}

@@ -7,7 +7,6 @@ Legend: B rows of a batch.
 """
 
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.baselines.exposures import Ints
 from hllm_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from hllm_torchrec.config import FeatureConfig, OptimConfig
+from hllm_torchrec.data.atomic import remove_folder
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.evaluate import Columns, quick_metrics, raw_model
+from hllm_torchrec.evaluate import Columns, join_columns, quick_metrics, raw_model
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.experiment import base_rate, initialise_tables
 from hllm_torchrec.logs import progress
@@ -152,7 +152,7 @@ class DLRMTrainer:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        ranks.on_rank_zero(lambda: shutil.rmtree(checkpoints) if checkpoints.exists() else None)
+        ranks.on_rank_zero(lambda: remove_folder(checkpoints))
         best: dict[str, float] = {}
         best_score, stale, kept = -math.inf, 0, checkpoints
         with progress(self.config.epochs, "dlrm", ranks.rank() == 0, unit="epoch") as bar:
@@ -205,7 +205,7 @@ class DLRMTrainer:
             probabilities = 1 / (1 + np.exp(-logits))
             parts.append(window.histories.columns(logits, probabilities, ~self.data.item_is_known, rows))
         self.model.train()
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return join_columns(parts)
 
     def _logits(self, batch: DLRMBatch) -> Tensor:
         """[B]"""

@@ -18,6 +18,7 @@ from hllm_torchrec.baselines.exposures import Histories, Ints, own_groups, read_
 from hllm_torchrec.data.collate import Bags, gather_bags
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.numeric import NUMERIC_FEATURES, numeric_columns
+from hllm_torchrec.data.ragged import stretches
 from hllm_torchrec.errors import ConfigError, nearest
 
 WINDOW_USERS = 65_536
@@ -54,8 +55,7 @@ class Stretches:
     def bags(self, rows: Ints) -> Bags:
         """(values, lengths) of the exposures `rows`."""
         lengths = self.end[rows] - self.start[rows]
-        first = np.repeat(self.start[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-        return self.items[first + np.arange(lengths.sum())], lengths
+        return self.items[stretches(self.start[rows], lengths)], lengths
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Legend: R rows (users), T events of all rows, X exposures (events of the split's part with a label), N items.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from hllm_torchrec import ranks
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.evaluate import Columns
+from hllm_torchrec.data.ragged import offsets_of
+from hllm_torchrec.evaluate import Columns, join_columns
 from hllm_torchrec.exchange import global_sum
 from hllm_torchrec.logs import progress
 
@@ -126,12 +127,37 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
     return Histories(
         user_ids=table["user_id"].to_numpy(),
         target_start=table["target_start"].to_numpy().astype(np.int64),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets_of(lengths),
         item_ids=pc.list_flatten(table["item_ids"]).to_numpy(),
         timestamps=pc.list_flatten(table["timestamps"]).to_numpy(),
         labels=pc.list_flatten(table["labels"]).to_numpy().astype(np.float64),  # a null becomes NaN
         visibility=dataset.visibility,
     )
+
+
+def score_by_group(
+    dataset: Dataset,
+    split: str,
+    cold: NDArray[np.bool_],
+    score: Callable[[Histories, list[RowGroup]], tuple[NDArray, NDArray]],
+) -> Columns:
+    """This rank's predictions of a split, one row group in memory at a time.
+
+    Args:
+        cold: [N], whether an item has no training event.
+        score: histories, and the row groups that they are from (maybe none) -> scores [X] and probabilities [X].
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    groups = own_groups(dataset, split)
+    parts = []
+    with progress(len(groups), f"score {split}", ranks.rank() == 0) as bar:
+        for share in [[group] for group in groups] or [[]]:
+            histories = read_histories(dataset, share)
+            parts.append(histories.columns(*score(histories, share), cold))
+            bar.update(len(share))
+    return join_columns(parts)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,10 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from hllm_torchrec import ranks
-from hllm_torchrec.baselines.exposures import Histories, own_groups, read_histories
+from hllm_torchrec.baselines.exposures import Histories, read_histories, score_by_group
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.factors import FactorOptions, ItemFactors, event_values, fit_item_factors
 from hllm_torchrec.evaluate import Columns
-from hllm_torchrec.logs import progress
 
 Doubles = NDArray[np.floating[Any]]
 
@@ -36,7 +34,13 @@ def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ..
     """
     model, threshold = fit_item_factors(dataset, options), positive_threshold(dataset)
     cold = dataset.training_item_counts() == 0
-    return {split: _score_split(dataset, split, model, threshold, cold) for split in splits}
+
+    def score_groups(histories: Histories, groups: list[RowGroup]) -> tuple[Doubles, Doubles]:
+        expected = score(histories, _values(dataset, groups), model)
+        deviations = torch.from_numpy((expected - threshold) / np.sqrt(model.noise))
+        return expected, torch.special.ndtr(deviations).numpy()
+
+    return {split: score_by_group(dataset, split, cold, score_groups) for split in splits}
 
 
 def positive_threshold(dataset: Dataset) -> float:
@@ -63,21 +67,6 @@ def score(histories: Histories, values: Doubles, model: ItemFactors) -> Doubles:
         z = model.posterior_mean(histories.item_ids[history], values[history])
         expected[members] = model.predict(z, histories.item_ids[exposures[members]])
     return expected
-
-
-def _score_split(
-    dataset: Dataset, split: str, model: ItemFactors, threshold: float, cold: NDArray[np.bool_]
-) -> Columns:
-    groups = own_groups(dataset, split)
-    parts = []
-    with progress(len(groups), f"score {split}", ranks.rank() == 0) as bar:
-        for share in [[group] for group in groups] or [[]]:
-            histories = read_histories(dataset, share)
-            expected = score(histories, _values(dataset, share), model)
-            deviations = torch.from_numpy((expected - threshold) / np.sqrt(model.noise))
-            parts.append(histories.columns(expected, torch.special.ndtr(deviations).numpy(), cold))
-            bar.update(len(share))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _values(dataset: Dataset, groups: list[RowGroup]) -> Doubles:

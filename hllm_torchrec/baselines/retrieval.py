@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from hllm_torchrec.baselines.config import RetrievalBaselinesConfig
 from hllm_torchrec.baselines.exposures import Histories, own_groups, read_histories
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.ragged import offsets_of, stretches
 from hllm_torchrec.evaluate import metrics_of_ranks
 from hllm_torchrec.metrics.retrieval import target_ranks
 
@@ -77,10 +78,8 @@ def seen_items(histories: Histories, rows: Ints) -> tuple[Ints, Ints]:
     """(items [S], offsets [x + 1]) of what each of the exposures `rows` [x] may see, oldest first."""
     events = histories.exposures[rows]
     counts = histories.seen[events]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     start = histories.offsets[histories.row_of_event[events]]
-    index = np.repeat(start - offsets[:-1], counts) + np.arange(offsets[-1])
-    return histories.item_ids[index], offsets
+    return histories.item_ids[stretches(start, counts)], offsets_of(counts)
 
 
 def fit_popularity(train: Histories, items: int) -> ItemToItem:

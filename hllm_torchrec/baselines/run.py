@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hllm_torchrec.baselines.config import BaselinesConfig
 from hllm_torchrec.baselines.dlrm import run_dlrm
 from hllm_torchrec.baselines.gaussian import run_gaussian
 from hllm_torchrec.config_files import to_dict
+from hllm_torchrec.data.atomic import replace_file
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.evaluate import save_predictions
+from hllm_torchrec.evaluate import Columns, save_predictions
 
 SPLITS = ("valid", "test")
 BASELINES = tuple(field.name for field in dataclasses.fields(BaselinesConfig))
@@ -38,34 +40,42 @@ def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: t
         "dataset": dataset.fingerprint,
         "hllm_torchrec": hllm_torchrec.__version__,
     }
-    if ranks.on_rank_zero(lambda: _is_there(directory, made_of)):
+
+    def make() -> tuple[dict[str, Columns], dict[str, float]]:
+        if name == "dlrm":
+            return run_dlrm(dataset, settings, device, directory, SPLITS)
+        if name == "gaussian":
+            return run_gaussian(dataset, settings, SPLITS), {}
+        return run_bias(dataset, settings, SPLITS), {}
+
+    return make_once(directory / RECORD, made_of, make)
+
+
+def make_once(
+    record: Path, made_of: dict[str, Any], make: Callable[[], tuple[dict[str, Columns], dict[str, float]]]
+) -> bool:
+    """Write predictions of SPLITS beside `record`, and into it, last, what they were made of. Collective.
+
+    make: gives this rank's predictions of each split, and what the record says of the fit.
+
+    Returns:
+        False if they are there already, made of the same.
+    """
+    if ranks.on_rank_zero(lambda: _is_there(record, made_of)):
         return False
-    ranks.on_rank_zero(lambda: (directory / RECORD).unlink(missing_ok=True))
-    fitted: dict[str, float] = {}
-    if name == "dlrm":
-        columns, fitted = run_dlrm(dataset, settings, device, directory, SPLITS)
-    elif name == "gaussian":
-        columns = run_gaussian(dataset, settings, SPLITS)
-    else:
-        columns = run_bias(dataset, settings, SPLITS)
+    ranks.on_rank_zero(lambda: record.unlink(missing_ok=True))
+    columns, fitted = make()
     for split in SPLITS:
-        save_predictions(columns[split], directory / "predictions" / split)
-    ranks.on_rank_zero(lambda: _write(directory / RECORD, made_of | {"fitted": fitted}))
+        save_predictions(columns[split], record.parent / "predictions" / split)
+    ranks.on_rank_zero(lambda: replace_file(record, json.dumps(made_of | {"fitted": fitted}, indent=1)))
     return True
 
 
-def _is_there(directory: Path, made_of: dict[str, Any]) -> bool:
-    """Whether the record says the same; it is written last, after the predictions."""
-    path = directory / RECORD
-    if not path.is_file() or not all((directory / "predictions" / split).is_dir() for split in SPLITS):
+def _is_there(record: Path, made_of: dict[str, Any]) -> bool:
+    if not record.is_file() or not all((record.parent / "predictions" / split).is_dir() for split in SPLITS):
         return False
     try:
-        record = json.loads(path.read_text())
-    except ValueError:
+        found = json.loads(record.read_text())
+    except ValueError:  # cut short: it is made again
         return False
-    return isinstance(record, dict) and {key: record.get(key) for key in made_of} == made_of
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1))
+    return isinstance(found, dict) and {key: found.get(key) for key in made_of} == json.loads(json.dumps(made_of))

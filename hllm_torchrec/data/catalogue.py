@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.data.checked import read_table
 from hllm_torchrec.data.policy import BadRowLog
+from hllm_torchrec.data.ragged import offsets_of
 from hllm_torchrec.data.sources.base import Chunk, Source
 from hllm_torchrec.data.split import Split
 
@@ -40,8 +41,7 @@ class Vocabulary:
         flat = lists.flatten().dictionary_encode()
         of_value = [self._ids.setdefault(v, len(self._ids) + 1) for v in flat.dictionary.to_pylist()]
         ids = np.array(of_value, np.int32)[flat.indices.to_numpy()] if len(flat) else np.zeros(0, np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids, pa.int32()))
+        return pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), pa.array(ids, pa.int32()))
 
     def table(self) -> pa.Table:
         """Columns `id` int32 and `value` string."""
@@ -269,8 +269,8 @@ class ItemCatalogue:
 def decode_feature(ids: pa.ListArray, vocabulary: pa.Table) -> pa.ListArray:
     """list<int32> ids → list<string> values, by the columns of `Vocabulary.table`."""
     values = vocabulary["value"].combine_chunks().take(pc.subtract(ids.flatten(), 1))
-    offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(ids).to_numpy())]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
+    offsets = offsets_of(pc.list_value_length(ids).to_numpy())
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
 def blank_mask(raw_ids: pa.ChunkedArray) -> np.ndarray:

@@ -12,6 +12,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.factors import scaled_values, value_scale
 from hllm_torchrec.data.numeric import numeric_columns
+from hllm_torchrec.data.ragged import offsets_of, stretches
 from hllm_torchrec.data.recipe import BatchRecipe
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.modules.hybrid_features import ACTION_GATE
@@ -107,8 +108,8 @@ class Collator:
     def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
         """The batch of this rank's `pieces` (may be empty) at (epoch, step)."""
         views = [self._view(piece, epoch) for piece in pieces]
-        seq_offsets = _offsets([view.item_ids.size for view in views])
-        query_offsets = _offsets([view.query_times.size for view in views])
+        seq_offsets = offsets_of([view.item_ids.size for view in views])
+        query_offsets = offsets_of([view.query_times.size for view in views])
         # Without pieces: the view of a piece without events has every field, empty.
         view = _join(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
         negatives = self.negatives(epoch, step) if self.recipe.negatives else np.empty(0, np.int64)
@@ -125,7 +126,7 @@ class Collator:
             **_unique_items(view, negatives),
         }
         if self.shortening is not None:
-            arrays |= {"own_items": view.own_items, "own_offsets": _offsets([view.own_items.size for view in views])}
+            arrays |= {"own_items": view.own_items, "own_offsets": offsets_of([view.own_items.size for view in views])}
         rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
         unique = arrays["unique_items"]
         unknown = self._read_as_unknown(unique, rng)
@@ -334,8 +335,7 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
     """Bags of `ids` [S] from jagged `values`; a negative id gives an empty bag."""
     known = np.maximum(ids, 0)
     lengths = np.where(ids >= 0, offsets[known + 1] - offsets[known], 0)
-    starts = np.repeat(offsets[known] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
-    return values[starts + np.arange(lengths.sum())], lengths
+    return values[stretches(offsets[known], lengths)], lengths
 
 
 def _items_of_train(dataset: Dataset) -> Ints:
@@ -351,8 +351,3 @@ def _present(where: NDArray[np.bool_], total: int) -> Ints:
 def _cat(parts: Sequence[Ints]) -> Ints:
     """Concatenated, int64 also when there is no part."""
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)
-
-
-def _offsets(lengths: Sequence[int]) -> Ints:
-    """[B+1] int64, starting at 0."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.ragged import offsets_of
 from hllm_torchrec.metrics.grouped import mix
 
 Ints = NDArray[np.int64]
@@ -171,9 +172,9 @@ class Loader:
         for number, group in enumerate(self._groups):
             table = self.dataset.read_row_group(group.path, group.index, columns=["item_ids"])
             lists = table["item_ids"].combine_chunks()
-            sums = _offsets(item_costs[lists.flatten().to_numpy()])
+            sums = offsets_of(item_costs[lists.flatten().to_numpy()])
             inside = np.flatnonzero(self.pieces.group == number)
-            first = _offsets(pc.list_value_length(lists).to_numpy())[self.pieces.row[inside]]
+            first = offsets_of(pc.list_value_length(lists).to_numpy())[self.pieces.row[inside]]
             costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
         return costs
 
@@ -241,7 +242,7 @@ class Loader:
         if not self.batch_cost:
             size = self.batch_users * ranks
             return [order[i : i + size] for i in range(0, order.size, size)]
-        spent, budget, batches, at = _offsets(self.costs[order]), self.batch_cost * ranks, [], 0
+        spent, budget, batches, at = offsets_of(self.costs[order]), self.batch_cost * ranks, [], 0
         while at < order.size:
             end = max(at + 1, int(np.searchsorted(spent, spent[at] + budget, side="right")) - 1)
             batches.append(order[at:end])
@@ -287,11 +288,6 @@ def deal(pieces: Ints, costs: Ints, hands: int, most: int) -> list[Ints]:
     return [np.array(share, dtype=np.int64) for share in held]
 
 
-def _offsets(lengths: Ints) -> Ints:
-    """[n + 1] int64, starting at 0."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
 @dataclass(frozen=True)
 class _Rows:
     """A decoded row group."""
@@ -327,7 +323,7 @@ def _decode(table: pa.Table) -> _Rows:
     flat = {name: pc.list_flatten(table[name]) for name in ("item_ids", "timestamps", "labels", "actions")}
     return _Rows(
         user_ids=table["user_id"].to_numpy(),
-        offsets=_offsets(lengths),
+        offsets=offsets_of(lengths),
         item_ids=flat["item_ids"].to_numpy(),
         timestamps=flat["timestamps"].to_numpy(),
         labels=flat["labels"].to_numpy().astype(np.float32),  # a null becomes NaN
@@ -345,35 +341,11 @@ def _ahead(
     if depth <= 0:
         yield from batches
         return
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(entry: tuple[str, Any]) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(("batch", batch)):
-                    return
-            put(("end", None))
-        except Exception as error:  # handed to the consumer, who raises it
-            put(("error", error))
-        except BaseException as error:  # raised as it is, a SystemExit would end the job as if all were well
-            put(("error", RuntimeError(f"{where}: the thread that prepares batches was ended by {error!r}")))
-
-    thread = threading.Thread(target=work, name="hllm-loader", daemon=True)
-    thread.start()
+    producer = _Producer(batches, depth, where)
     try:
         for number in itertools.count():
             try:
-                kind, value = ready.get(timeout=timeout)
+                kind, value = producer.ready.get(timeout=timeout)
             except queue.Empty:
                 raise TimeoutError(
                     f"{where}: no batch for {timeout:g} s, after {number}; the dataset's disk does not answer, or a "
@@ -385,5 +357,39 @@ def _ahead(
                 raise value
             yield value
     finally:
-        stop.set()
-        thread.join(timeout=5)
+        producer.stop()
+
+
+class _Producer:
+    """A thread that runs an iterator; in `ready` are ("batch", batch), and then ("end", None) or ("error", error)."""
+
+    def __init__(self, batches: Iterator[HybridBatch], depth: int, where: str) -> None:
+        self.ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(batches, where), name="hllm-loader", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the batch that it is making, and wait for that, but not for long."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+
+    def _run(self, batches: Iterator[HybridBatch], where: str) -> None:
+        try:
+            for batch in batches:
+                if not self._put("batch", batch):
+                    return
+            self._put("end", None)
+        except Exception as error:  # handed to the consumer, who raises it
+            self._put("error", error)
+        except BaseException as error:  # raised as it is, a SystemExit would end the job as if all were well
+            self._put("error", RuntimeError(f"{where}: the thread that prepares batches was ended by {error!r}"))
+
+    def _put(self, kind: str, value: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self.ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.ragged import offsets_of, stretches
 from hllm_torchrec.data.split import PARTS, Cut, Split, assign_parts
 
 _GROUPS_AT_LEAST = 32
@@ -98,9 +99,7 @@ class SequenceWriter:
         lengths: np.ndarray,
     ) -> None:
         """One Parquet file of len(starts) rows; row i holds `lengths[i]` events from starts[i] on."""
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        index = pa.array(np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]))
-        limits = pa.array(offsets, pa.int32())
+        index, limits = pa.array(stretches(starts, lengths)), pa.array(offsets_of(lengths), pa.int32())
         lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
         table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
         path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"

@@ -24,6 +24,7 @@ from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import hash_file, hash_parts
+from hllm_torchrec.data.ragged import offsets_of, stretches
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -129,15 +130,13 @@ class TokenStore:
 
     def _gather(self, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         lengths = ends - starts
-        cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        index = np.repeat(starts - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        token_ids = self.values[index]
+        token_ids = self.values[stretches(starts, lengths)]
         limit = self.facts.get("vocab_size", 2**31)
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < limit:
             wrong = token_ids[(token_ids < 0) | (token_ids >= limit)][0]
             place = f"{self.path / 'values.arrow'}: token {wrong}"
             raise ValueError(f"{place} is outside 0..{limit - 1}: it is damaged; {_REMEDY}")
-        return token_ids, cu_seqlens
+        return token_ids, offsets_of(lengths)
 
     def _checked(self, item_ids: np.ndarray) -> np.ndarray:
         try:
@@ -238,7 +237,7 @@ def _write_store(folder: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerB
             largest = max(largest, int(values.max(initial=-1)))
             values.tofile(raw)
             bar.update(len(texts))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
+    offsets = offsets_of(np.concatenate(lengths))
     total = int(offsets[-1])
     values = np.memmap(folder / "values.raw", np.int32, "r") if total else np.zeros(0, np.int32)
     _write_array(folder / "values.arrow", values)

@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 import torch.distributed as dist
 
-from hllm_torchrec.metrics.exchange import all_gather, exchange
+from hllm_torchrec.metrics.exchange import all_gather, common_splitters, exchange
 from hllm_torchrec.metrics.inputs import Values, as_labels, as_scores, as_weights
 
 
@@ -37,14 +37,6 @@ class PairedDifference:
     """Two-sided, of the hypothesis that both models have the same AUC."""
 
 
-@dataclass(frozen=True)
-class RocCurve:
-    """Corners of a ROC curve, from (0, 0) to (1, 1)."""
-
-    false_positive_rate: np.ndarray
-    true_positive_rate: np.ndarray
-
-
 def roc_auc(labels: Values, scores: Values, weights: Values | None = None) -> float:
     """Exact AUC; tied pairs count one half, so the order of the rows never matters.
 
@@ -62,22 +54,6 @@ def roc_auc(labels: Values, scores: Values, weights: Values | None = None) -> fl
     """
     _, positives, negatives = _merge_ties(*_columns(labels, scores, weights))
     return _ratio(_concordant(positives, negatives), positives.sum() * negatives.sum())
-
-
-def roc_curve(labels: Values, scores: Values, points: int = 400) -> RocCurve:
-    """The ROC curve, thinned to at most `points` corners evenly spaced along it; empty if a class is.
-
-    Raises:
-        ValueError: as `roc_auc`.
-    """
-    _, positives, negatives = _merge_ties(*_columns(labels, scores, None))
-    if not (positives.sum() and negatives.sum()):
-        return RocCurve(np.empty(0), np.empty(0))
-    true_positive = np.concatenate([[0.0], positives[::-1].cumsum() / positives.sum()])
-    false_positive = np.concatenate([[0.0], negatives[::-1].cumsum() / negatives.sum()])
-    along = true_positive + false_positive
-    kept = np.unique(np.searchsorted(along, np.linspace(0.0, along[-1], points)))
-    return RocCurve(false_positive[kept], true_positive[kept])
 
 
 def distributed_roc_auc(
@@ -287,19 +263,11 @@ def _exchange_score_ranges(merged_U3: np.ndarray, group: dist.ProcessGroup | Non
 
 
 def _splitters(scores_U: np.ndarray, group: dist.ProcessGroup | None) -> np.ndarray:
-    """The scores [ranks - 1] that part the merged rows of all ranks into ranges of about equal size.
-
-    Each rank sends 4 x ranks regular samples, each standing for an equal share of its rows, so that no range
-    is longer than about 1.25 times the average, plus one row a rank for ties across ranks.
-    """
+    """The scores [ranks - 1] that part the merged rows of all ranks, see `common_splitters`."""
     ranks = dist.get_world_size(group)
     count = 4 * ranks
     samples_2S = np.zeros((2, count))
     if len(scores_U):
         samples_2S[0] = scores_U[((np.arange(count) + 0.5) / count * len(scores_U)).astype(np.int64)]
         samples_2S[1] = len(scores_U) / count
-    gathered = np.concatenate(all_gather(samples_2S, group), axis=1)
-    ordered = gathered[:, gathered[0].argsort(kind="stable")]
-    shares = np.cumsum(ordered[1])
-    wanted = shares[-1] * np.arange(1, ranks) / ranks
-    return ordered[0, np.searchsorted(shares, wanted)]
+    return common_splitters(samples_2S, ranks, group)

@@ -13,8 +13,7 @@ from hllm_torchrec.data.checked import naming
 from hllm_torchrec.metrics.exchange import ALONE
 from hllm_torchrec.metrics.files import column_names
 from hllm_torchrec.metrics.job import Settings, evaluate
-from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
-from hllm_torchrec.metrics.rows import Batch, Model, row_keys, time_slices
+from hllm_torchrec.metrics.rows import Batch, Model, cold_slices, history_slices, row_keys, time_slices
 from hllm_torchrec.metrics.schema import SCHEMA_VERSION as SCHEMA_VERSION
 
 COLUMNS = {
@@ -68,14 +67,7 @@ class _Loaded:
         """All rows at once: they are in memory already, on one rank."""
         assert ranks == 1
         first = self._first
-        lows = [low for low, _ in HISTORY_BUCKETS.values()]
-        slices = [
-            (["item_cold", "item_warm"], np.where(first.item_is_cold, 0, 1)),
-            (
-                [f"history_{name}" for name in HISTORY_BUCKETS],
-                np.searchsorted(lows, first.history_length, side="right") - 1,
-            ),
-        ]
+        slices = [cold_slices(first.item_is_cold), history_slices(first.history_length)]
         if first.timestamp is not None:
             slices += time_slices(first.timestamp)
         yield Batch(

@@ -1,7 +1,6 @@
 """The regression gate of a model repository: is the AUC (or another metric) worse than a baseline's, beyond what
 chance explains?"""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from hllm_torchrec.errors import nearest
 from hllm_torchrec.metrics.auc import normal_quantile
 from hllm_torchrec.metrics.ranking import finite_or_none
-from hllm_torchrec.metrics.schema import READABLE
+from hllm_torchrec.metrics.schema import read_metrics
 
 EXIT = {"pass": 0, "fail": 3, "unsure": 4}
 """Exit statuses; 2 is for mistakes, such as a baseline of other rows, 1 for a crash."""
@@ -102,18 +101,12 @@ def _verdict(
     return Verdict(status, drop, low, high, text)
 
 
-def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Any:
+def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
     """The reference model of a `metrics.json` of the same rows."""
     if not path.is_file():
         hint = nearest(str(path), metrics["models"])
         raise ValueError(f"--baseline {path} is neither a file nor a compared model{hint}; name a metrics.json")
-    try:
-        baseline = json.loads(path.read_text(encoding="utf-8"))
-        version = baseline["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--baseline {path} is no metrics.json of this program ({error!r})") from error
-    if version not in READABLE:
-        raise ValueError(f"--baseline {path} has schema_version {version}, this reads {READABLE}; evaluate it again")
+    baseline = read_metrics(path)
     for key in ("split", "rows", "users", "exposures"):
         ours, theirs = metrics.get(key), baseline.get(key)
         if ours != theirs and not (key == "exposures" and None in (ours, theirs)):
@@ -124,10 +117,10 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Any:
     return (baseline.get("models") or {}).get(baseline.get("reference"))
 
 
-def _auc(block: Any, what: str) -> Mapping[str, Any]:
+def _auc(block: Mapping[str, Any] | None, what: str) -> Mapping[str, Any]:
     if not block or block.get("auc") is None:
         raise ValueError(f"{what} has no AUC to compare: it needs rows of both classes")
-    return dict(block)
+    return block
 
 
 def _number(value: float | None) -> float:

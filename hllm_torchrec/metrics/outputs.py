@@ -7,19 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hllm_torchrec.data.atomic import replace_file
+
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file that readers find whole or not at all: beside it first, to the disk, then renamed."""
+    """Write a file that readers find whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -229,12 +229,10 @@ class Rows:
         elif items is not None and self._known_items is not None:
             cold = ~np.isin(items, self._known_items)
         if cold is not None:
-            found.append((["item_cold", "item_warm"], np.where(cold, 0, 1)))
+            found.append(cold_slices(cold))
         if layout.history_length:
             lengths = self._numbers(self.models[0].name, table, layout.history_length, start)
-            lows = [low for low, _ in HISTORY_BUCKETS.values()]
-            names = [f"history_{name}" for name in HISTORY_BUCKETS]
-            found.append((names, np.searchsorted(lows, lengths, side="right") - 1))
+            found.append(history_slices(lengths))
         if layout.timestamp:
             if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
                 seconds = self._numbers(self.models[0].name, table, layout.timestamp, start)
@@ -274,6 +272,17 @@ def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.nd
     for table in reader.batches(0, reader.rows, 1 << 20):
         found = np.union1d(found, identities(table[column]))
     return found
+
+
+def cold_slices(is_cold: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Slices of cold and warm items, bool [n]: names, and each row's place among them."""
+    return ["item_cold", "item_warm"], np.where(is_cold, 0, 1)
+
+
+def history_slices(lengths: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Slices by `HISTORY_BUCKETS` of history lengths [n]: names, and each row's place among them."""
+    lows = [low for low, _ in HISTORY_BUCKETS.values()]
+    return [f"history_{name}" for name in HISTORY_BUCKETS], np.searchsorted(lows, lengths, side="right") - 1
 
 
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:

@@ -1,6 +1,9 @@
 """The parts of `metrics.json`: plain numbers, None where a metric is undefined (JSON has no NaN)."""
 
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.metrics.auc import PairedDifference, logit_interval, wald_difference
@@ -14,7 +17,15 @@ SCHEMA_VERSION = 2
 READABLE = (1, 2)
 """Versions that the report and the gate read."""
 
+_AGAIN = "evaluate again to write it anew"
+
 PROBABILITY_METRICS = ("log_loss", "normalized_entropy", "brier", "calibration", "ece")
+
+
+def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `metrics.json` without exposures that are ranked."""
+    head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "split": split, "models": {}}
+    return head | {"retrieval": retrieval, "provenance": provenance}
 
 
 def model_block(
@@ -88,3 +99,32 @@ def curves(statistics: RankStatistics, reliability: ReliabilityCurve | None) -> 
             "rows": reliability.rows.tolist(),
         }
     return found
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The content of a `metrics.json`; to ask it, or an object in it, for a field that is missing is a ValueError.
+
+    Raises:
+        ValueError: it is no JSON, or of another schema version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {_AGAIN}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in READABLE:
+        reads = ", ".join(map(str, READABLE))
+        raise ValueError(f"{path} has schema_version {version}, this program reads {reads}; {_AGAIN}")
+    return _Fields(content, path)
+
+
+class _Fields(dict[str, Any]):
+    """An object in a file, whose place there is named where one of its fields is missing."""
+
+    def __init__(self, content: Mapping[str, Any], path: Path, place: str = "") -> None:
+        self._path, self._place = path, place
+        for name, value in content.items():
+            self[name] = _Fields(value, path, f"{place}{name}.") if isinstance(value, dict) else value
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self._path}: {self._place}{name} is missing; {_AGAIN}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hllm_torchrec.metrics.exchange import Group, all_gather, exchange, rank_in, world
+from hllm_torchrec.metrics.exchange import Group, all_gather, common_splitters, exchange, rank_in, world
 
 KINDS = {False: 2, True: 6}
 """C: rows of (positives, negatives); with weights then also their sums of w and of w^2, in the same order."""
@@ -268,11 +268,7 @@ def _starts(sorted_scores: np.ndarray) -> np.ndarray:
 
 
 def _splitters(runs: list[_Run], score_type: np.dtype, ranges: int, group: Group) -> np.ndarray:
-    """The scores [ranges - 1] that cut the rows of all runs of all ranks into ranges of about equal length.
-
-    Each run gives 4 x ranges regular samples, each standing for an equal share of the run, so that no range is
-    longer than about 1.25 times the average, plus one row a run; equal scores are never parted.
-    """
+    """The scores [ranges - 1] that cut the rows of all runs of all ranks, see `common_splitters`."""
     if ranges == 1:
         return np.empty(0, score_type)
     count = 4 * ranges
@@ -281,10 +277,4 @@ def _splitters(runs: list[_Run], score_type: np.dtype, ranges: int, group: Group
         places = ((np.arange(count) + 0.5) / count * run.length).astype(np.int64)
         samples[0, index * count : (index + 1) * count] = run.scores[places]
         samples[1, index * count : (index + 1) * count] = run.length / count
-    gathered = np.concatenate(all_gather(samples, group), axis=1)
-    if not gathered.size:
-        return np.zeros(ranges - 1, score_type)
-    ordered = gathered[:, gathered[0].argsort(kind="stable")]
-    shares = np.cumsum(ordered[1])
-    wanted = shares[-1] * np.arange(1, ranges) / ranges
-    return ordered[0, np.minimum(np.searchsorted(shares, wanted), len(shares) - 1)].astype(score_type)
+    return common_splitters(samples, ranges, group).astype(score_type)

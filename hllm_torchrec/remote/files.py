@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -161,12 +160,6 @@ def tell(what: str, url: str, sizes: Mapping[str, int]) -> None:
     total = sum(sizes.values())
     if total >= _SHOWN_BYTES:
         print(f"{what} {url}: {len(sizes):,} files, {total / 1e9:,.1f} GB", file=sys.stderr, flush=True)
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder and what is in it, if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:

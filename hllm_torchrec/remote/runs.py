@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec import ranks
+from hllm_torchrec.data.atomic import remove_folder, write_synced
 from hllm_torchrec.errors import Preempted
 from hllm_torchrec.remote.files import (
     Facts,
-    drop,
     fetch,
     host_lock,
     listing,
@@ -96,7 +96,7 @@ def place_to_write(output: str) -> RunPlace:
             local = folder / "written" / name_of(url)
             there = listing(url)
             if not there:
-                drop(local)  # the run was removed there, so it is none here
+                remove_folder(local)  # the run was removed there, so it is none here
             _bring_files(url, there, local)
             _bring_checkpoint(url, there, local, "latest")
             return local
@@ -175,7 +175,7 @@ def publish_checkpoint(
             arrived = there[name].size if name in there else 0
             if arrived != size:
                 raise ValueError(f"{url}/{name}: {arrived} bytes arrived of {size}; the checkpoint is not used")
-        files.write_synced(draft / files.MARKER, files.marker_text(marker, written))
+        write_synced(draft / files.MARKER, files.marker_text(marker, written))
         upload(draft, [files.MARKER], url)
         _prune(url.rpartition("/")[0], keep_last)
 
@@ -262,4 +262,4 @@ def _fetch_checkpoint(url: str, marker: Mapping[str, Any], copy: Path) -> None:
             (beside / files.MARKER).unlink()
         beside.rename(copy)
     finally:
-        drop(beside)
+        remove_folder(beside)

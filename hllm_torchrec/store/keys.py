@@ -63,6 +63,12 @@ def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
     return _mix(hashes)
 
 
+def hash_numbers(*columns: NDArray[np.int64]) -> Hashes:
+    """uint64 [n] of rows of numbers, given as columns [n]."""
+    rows = np.ascontiguousarray(np.stack(columns, axis=1).astype(np.int64))
+    return hash_bytes(rows.view(np.uint8).ravel(), 8 * len(columns) * np.arange(len(rows) + 1))
+
+
 def _words(data: NDArray[np.uint8], starts: NDArray[np.int64], kept: NDArray[np.int64]) -> Hashes:
     """uint64 [k]: the first `kept` (1 to 8) of the bytes from each place on."""
     if data.size < 8:

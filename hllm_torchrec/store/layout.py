@@ -13,12 +13,13 @@ import fcntl
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from hllm_torchrec.data.atomic import replace_file
 
 FORMAT = 1
 
@@ -112,29 +113,6 @@ def _manifest(raw: Any, place: str | Path) -> Manifest:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Make `manifest` the committed state; whoever reads sees the old one or this one."""
     replace_file(root / "manifest.json", json.dumps(asdict(manifest), indent=1))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write and sync beside, then take the name."""
-    beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

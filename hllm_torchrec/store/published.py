@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hllm_torchrec import ranks
-from hllm_torchrec.remote.files import drop, fetch, host_lock, listing, name_of, read_text, remove, tell, upload
-from hllm_torchrec.store.layout import Manifest, RunFacts, parse_manifest, replace_file, writer_lock
+from hllm_torchrec.data.atomic import remove_folder, replace_file
+from hllm_torchrec.remote.files import fetch, host_lock, listing, name_of, read_text, remove, tell, upload
+from hllm_torchrec.store.layout import Manifest, RunFacts, parse_manifest, writer_lock
 from hllm_torchrec.store.run import find_damage
 
 IDENTITY, MANIFEST = "store.json", "manifest.json"
@@ -97,7 +98,7 @@ def store_to_write(url: str) -> Path:
         with writer_lock(root):
             there = _bring(url, root)
         if not there:
-            drop(root)
+            remove_folder(root)
     return root
 
 
@@ -128,14 +129,14 @@ def _bring_run(url: str, run: RunFacts, root: Path) -> None:
     if not any(find_damage(target, run, contents=False)):
         return
     beside = root / "runs" / f"{run.name}.tmp"
-    drop(beside)
+    remove_folder(beside)
     tell("fetching", f"{url}/runs/{run.name}", {name: size for name, (size, _) in run.files.items()})
     fetch(f"{url}/runs/{run.name}", run.files, beside)
     damage = next(find_damage(beside, run), None)
     if damage is not None:
-        drop(beside)
+        remove_folder(beside)
         raise ValueError(f"{url}/runs/{run.name}: damaged: {damage}")
-    drop(target)
+    remove_folder(target)
     beside.rename(target)
 
 

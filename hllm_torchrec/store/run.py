@@ -24,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.data.atomic import sync_folder
 from hllm_torchrec.data.checked import naming
 from hllm_torchrec.store.keys import Hashes, KeyKind, as_keys, hash_keys
-from hllm_torchrec.store.layout import RunFacts, sync_folder
+from hllm_torchrec.store.layout import RunFacts
 
 Ints = NDArray[np.int64]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

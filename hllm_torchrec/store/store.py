@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hllm_torchrec.data.atomic import replace_file, sync_folder
 from hllm_torchrec.remote.files import url_of
 from hllm_torchrec.store.compaction import first_to_merge, merge_runs
 from hllm_torchrec.store.keys import Hashes, KeyKind, Keys, as_keys
@@ -36,8 +37,6 @@ from hllm_torchrec.store.layout import (
     RunFacts,
     read_json,
     read_manifest,
-    replace_file,
-    sync_folder,
     write_manifest,
     writer_lock,
 )

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-from hllm_torchrec.metrics.auc import delong_interval, delong_test, roc_auc, roc_curve
+from hllm_torchrec.metrics.auc import delong_interval, delong_test, roc_auc
 
 Rows = list[tuple[bool, int]]
 
@@ -149,32 +148,6 @@ def test_wrong_shapes_are_named() -> None:
         roc_auc([0, 1], [0.0, 1.0, 2.0])
     with pytest.raises(ValueError, match=r"scores has shape \(2, 1\): one value a row is expected; flatten it first"):
         roc_auc([0, 1], np.zeros((2, 1)))
-
-
-def test_roc_curve_equals_scikit_learn_and_encloses_the_auc() -> None:
-    labels, scores = tied_rows(0)
-    curve = roc_curve(labels, scores, points=10_000)
-    false_positive, true_positive, _ = sklearn_roc_curve(labels, scores, drop_intermediate=False)
-    np.testing.assert_allclose(curve.false_positive_rate, false_positive, atol=1e-15)
-    np.testing.assert_allclose(curve.true_positive_rate, true_positive, atol=1e-15)
-    area = np.trapezoid(curve.true_positive_rate, curve.false_positive_rate)
-    assert area == pytest.approx(roc_auc(labels, scores), abs=1e-12)
-
-
-def test_thinned_roc_curve_keeps_its_ends_and_its_area() -> None:
-    random = np.random.default_rng(1)
-    labels = random.random(20_000) < 0.1
-    scores = random.normal(size=20_000) + labels
-    curve = roc_curve(labels, scores, points=100)
-    assert len(curve.true_positive_rate) <= 100
-    assert (curve.false_positive_rate[0], curve.true_positive_rate[0]) == (0, 0)
-    assert (curve.false_positive_rate[-1], curve.true_positive_rate[-1]) == (1, 1)
-    area = np.trapezoid(curve.true_positive_rate, curve.false_positive_rate)
-    assert area == pytest.approx(roc_auc(labels, scores), abs=1e-3)
-
-
-def test_roc_curve_of_one_class_is_empty() -> None:
-    assert len(roc_curve([1, 1], [0.1, 0.2]).true_positive_rate) == 0
 
 
 @given(rows_of_both_classes.filter(lambda rows: 2 <= sum(label for label, _ in rows) <= len(rows) - 2))

@@ -71,10 +71,14 @@ def test_baselines_that_do_not_compare_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was measured on other rows: rows 3000 there, 4000 here"):
         judge(metrics, alone(measured(tmp_path, 1.0, 3000), "old", file), 0.001)
     file.write_text("{")
-    with pytest.raises(ValueError, match="base.json is no metrics.json of this program"):
+    with pytest.raises(ValueError, match="base.json is no JSON .*; evaluate again to write it"):
         judge(metrics, file, 0.001)
     file.write_text('{"schema_version": 77}')
-    with pytest.raises(ValueError, match="schema_version 77, this reads"):
+    with pytest.raises(ValueError, match="base.json has schema_version 77, this program reads 1, 2"):
+        judge(metrics, file, 0.001)
+    block = {"auc": 0.7, "clustered_se": None}
+    file.write_text(json.dumps(metrics | {"reference": "old", "models": {"old": block}}))
+    with pytest.raises(ValueError, match="base.json: models.old.auc_se is missing; evaluate again"):
         judge(metrics, file, 0.001)
     with pytest.raises(ValueError, match=r"--baseline olt is neither a file nor a compared model \(did you mean 'old'"):
         judge(metrics, "olt", 0.001)

@@ -11,6 +11,7 @@ from hllm_torchrec.modules import attention_backends
 from hllm_torchrec.modules.attention_backends import (
     BACKENDS,
     AttentionBackend,
+    Sequences,
     choose_backend,
     plan_text,
     plan_varlen,
@@ -31,28 +32,19 @@ LAYOUTS = {
 
 
 def loop_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scaling: float,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
 ) -> Tensor:
     """What a variable-length kernel has to compute, one sequence and head at a time."""
+    cu_q, cu_k = sequences.cu_q, sequences.cu_k
     assert cu_q.dtype == cu_k.dtype == torch.int32 and dropout == 0
     groups = query.shape[1] // key.shape[1]
     out = torch.empty_like(query)
     for (q0, q1), (k0, k1) in zip(zip(cu_q, cu_q[1:]), zip(cu_k, cu_k[1:]), strict=True):
         n, m = int(q1 - q0), int(k1 - k0)
-        assert 0 < n <= longest_q and m <= longest_k
+        assert 0 < n <= sequences.longest_q and m <= sequences.longest_k
         for head in range(query.shape[1]):
             scores = query[q0:q1, head] @ key[k0:k1, head // groups].T * scaling
-            if causal:
+            if sequences.causal:
                 scores = scores.masked_fill(torch.ones(n, m).triu(m - n + 1).bool(), float("-inf"))
             out[q0:q1, head] = scores.softmax(-1) @ value[k0:k1, head // groups]
     return out

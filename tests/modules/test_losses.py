@@ -14,7 +14,6 @@ from hllm_torchrec.modules.losses import (
     InfoNceOutput,
     LogitScale,
     binary_cross_entropy,
-    discriminative_loss,
     embedding_spread,
     info_nce,
 )
@@ -323,14 +322,6 @@ def test_binary_cross_entropy_of_other_shapes_is_an_error() -> None:
         binary_cross_entropy(torch.zeros(3), torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"\(3,\), \(3,\), \(1,\)\]: must be equal"):
         binary_cross_entropy(torch.zeros(3), torch.zeros(3), torch.ones(1))
-
-
-def test_the_discriminative_loss_is_equation_3() -> None:
-    cls, gen = torch.tensor(2.0), torch.tensor(3.0)
-    assert discriminative_loss(cls, gen, 0.5) == 3.5
-    assert discriminative_loss(cls, gen, 0.0) == 2.0
-    with pytest.raises(ValueError, match="is -0.1: must be at least 0"):
-        discriminative_loss(cls, gen, -0.1)
 
 
 def test_the_spread_is_the_mean_cosine_of_different_rows() -> None:

@@ -1,4 +1,4 @@
-"""How tests run the benches under scripts/, which are no package."""
+"""How tests run what is under scripts/, which is no package."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def bench_module(name: str) -> ModuleType:
-    """The bench's module; it finds `benchmarking` beside itself, as when it is run as a script."""
+    """A script's module; it finds others beside itself, as when it is run."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     return importlib.import_module(name)

@@ -1,21 +1,16 @@
 """The ablation's variants are configurations that can be trained, and its questions pair variants that there are."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from hllm_torchrec.config import load_config
+from tests.scripts.benches import bench_module
 
 
 @pytest.fixture
-def ablation(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", root / "scripts" / "ablation.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def ablation() -> ModuleType:
+    return bench_module("ablation")
 
 
 def test_every_variant_is_a_configuration_of_its_own(ablation: ModuleType) -> None:

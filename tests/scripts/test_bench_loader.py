@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hllm_torchrec.experiment import open_token_store
 from tests import fixtures
 from tests.scripts.benches import bench_module, tiny_result
 
@@ -27,7 +28,7 @@ def test_the_plain_dataset_makes_the_token_stores_tokens(shop: list[str]) -> Non
     assert len(sample["items"]) == len(sample["negatives"]) == 6
     assert sum(sample["items_lengths"]) == len(sample["items_tokens"])
     assert not set(sample["items"]) & set(sample["negatives"])
-    store = bench_loader.token_store(dataset, fixtures.tokenizer_dir(), history=5)
+    store = open_token_store(bench_loader.our_config(dataset, fixtures.tokenizer_dir(), 5), dataset)
     for item in range(1, dataset.num_items):
         assert plain._tokens(item) == [*store.gather([item])[0].tolist(), 0]
 

@@ -1,8 +1,6 @@
 """Cold start: its trainings are configurations that can be trained, and figures are split by the items' state."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -11,18 +9,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from hllm_torchrec.config import load_config
-
-
-def load_script(root: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, root / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts.benches import bench_module
 
 
 def test_every_training_and_every_variant_of_stage_two_is_a_configuration_of_its_own(root: Path) -> None:
-    cold, two = load_script(root, "cold_start"), load_script(root, "stage_two")
+    cold, two = bench_module("cold_start"), bench_module("stage_two")
     files = [
         ["--config", str(root / "configs" / f"{job.config}.yaml"), *job.options] for job in cold.TRAININGS.values()
     ]
@@ -51,7 +42,7 @@ def write_predictions(folder: Path, skill: float) -> dict[str, np.ndarray]:
 
 
 def test_cold_and_warm_exposures_are_measured_apart_and_paired_with_the_dlrm(root: Path, tmp_path: Path) -> None:
-    script = load_script(root, "cold_start")
+    script = bench_module("cold_start")
     write_predictions(tmp_path / "dlrm" / "predictions" / "test", 0.2)
     own = write_predictions(tmp_path / "stage3" / "both_nearline" / "predictions" / "test", 2.0)
     found = script.measure_auc(tmp_path)

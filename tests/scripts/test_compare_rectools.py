@@ -1,6 +1,5 @@
 """What RecTools is given of a dataset, and how its recommendations become ranks that our table reads."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -10,15 +9,12 @@ import pytest
 
 from hllm_torchrec.metrics.retrieval_table import gains, read_ranks
 from tests import fixtures
+from tests.scripts.benches import bench_module
 
 
 @pytest.fixture
-def script(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_rectools", root / "scripts" / "compare_rectools.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return bench_module("compare_rectools")
 
 
 def test_targets_are_the_last_events_and_histories_grow_by_one_from_part_to_part(script: ModuleType) -> None:

@@ -1,19 +1,16 @@
 """The retrieval table's script knows its models, and which runs are complete."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.scripts.benches import bench_module
+
 
 @pytest.fixture
-def script(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("retrieval_table", root / "scripts" / "retrieval_table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return bench_module("retrieval_table")
 
 
 def test_every_model_of_the_table_has_a_configuration(script: ModuleType) -> None:

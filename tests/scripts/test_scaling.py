@@ -1,7 +1,5 @@
 """The scaling study: its law is found again in points made by it, and its grids are configurations that load."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,17 +8,12 @@ import numpy as np
 import pytest
 
 from hllm_torchrec.config import load_config
+from tests.scripts.benches import bench_module
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "scaling.py"
-    spec = importlib.util.spec_from_file_location("scaling", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return bench_module("scaling")
 
 
 def points(script: ModuleType, noise: float = 0.0) -> list[Any]:

@@ -1,7 +1,5 @@
 """The table's figures against plain loops: normalised entropy, its resampled interval, paired differences."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -9,15 +7,12 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from hllm_torchrec.metrics.compare import Predictions
+from tests.scripts.benches import bench_module
 
 
 @pytest.fixture
-def script(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("three_stages", root / "scripts" / "three_stages.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return bench_module("three_stages")
 
 
 def predictions(seed: int, skill: float) -> Predictions:

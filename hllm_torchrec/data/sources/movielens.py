@@ -47,7 +47,7 @@ def movielens_100k(path: str | Path) -> Source:
         require_files(files, "MovieLens-100k (RecBole layout)")
         read = partial(read_rows, delimiter="\t", encoding="utf-8")
         items = partial(_chunks, files[1], partial(read, columns=4, header="item_id:token"), _recbole_items)
-        users = partial(_chunks, files[2], partial(read, columns=5, header="user_id:token"), _users_100k(1, 2, 3))
+        users = partial(_chunks, files[2], partial(read, columns=5, header="user_id:token"), _users_100k)
         events = partial(_chunks, files[0], partial(read, columns=4, header="user_id:token"), _events)
         return _source("ml-100k", files, events, items, users)
     files = tuple(folder / name for name in ("u.data", "u.item", "u.user"))
@@ -55,7 +55,7 @@ def movielens_100k(path: str | Path) -> Source:
     read = partial(read_rows, delimiter="|", encoding="latin-1")
     events = partial(_chunks, files[0], partial(read_rows, delimiter="\t", encoding="latin-1", columns=4), _events)
     items = partial(_chunks, files[1], partial(read, columns=5 + len(_GENRES_100K)), _grouplens_items)
-    users = partial(_chunks, files[2], partial(read, columns=5), _users_100k(1, 2, 3))
+    users = partial(_chunks, files[2], partial(read, columns=5), _users_100k)
     return _source("ml-100k", files, events, items, users)
 
 
@@ -202,12 +202,9 @@ def _items_1m(numbers: np.ndarray, rows: Rows) -> pa.Table:
     return _item_table(numbers, [(cells[0], *split_title(cells[1]), cells[2].split("|")) for cells in rows])
 
 
-def _users_100k(age: int, gender: int, occupation: int) -> Callable[[np.ndarray, Rows], pa.Table]:
-    def build(numbers: np.ndarray, rows: Rows) -> pa.Table:
-        ages = [[age_bucket(cells[age])] if cells[age].strip().isdigit() else [] for cells in rows]
-        return _user_table(numbers, rows, ages, gender, occupation)
-
-    return build
+def _users_100k(numbers: np.ndarray, rows: Rows) -> pa.Table:
+    ages = [[age_bucket(cells[1])] if cells[1].strip().isdigit() else [] for cells in rows]
+    return _user_table(numbers, rows, ages, gender=2, occupation=3)
 
 
 def age_bucket(age: str) -> str:
