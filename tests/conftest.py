@@ -1,5 +1,6 @@
 """Settings of every test run: one thread a process, no network, the same examples each time."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails instead
 
+gc.disable()  # while the tests are imported, see pytest_collection_finish
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("long", derandomize=False, deadline=None, max_examples=2000, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_finish() -> None:
+    """What all the tests import is there: the garbage collector need not walk its million objects again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

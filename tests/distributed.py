@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks from a test."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -9,16 +10,35 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("pytest", "torch.distributed", "torchrec", "transformers", "sklearn.metrics", "torch.utils.tensorboard")
+HEAVY += ("transformers.models.llama.modeling_llama", "hllm_torchrec.trainer", "tests.training_fixtures")
+"""What takes long to import."""
+
 
 class RankFailed(RuntimeError):
     """A rank raised or died; the message holds its rank and traceback."""
+
+
+def forks() -> ForkServerContext:
+    """Processes forked from one that has imported the libraries: spawned ones would each do so for themselves.
+
+    It has imported those of `HEAVY` that this process had at the first call.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*(name for name in HEAVY if name in sys.modules), "tests.freeze"])
+    with contextlib.chdir(ROOT):  # or it would not find our own modules, and say nothing
+        forkserver.ensure_running()
+    return context
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -40,10 +60,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         RankFailed: with the traceback of the rank that failed first; the others are killed.
         TimeoutError: naming the ranks that were still running; they are killed.
     """
-    # One server imports the heavy libraries once and forks the ranks: spawning would import them in each.
-    context = multiprocessing.get_context("forkserver")
-    heavy = ("torch.distributed", "torchrec", "transformers", "hllm_torchrec.trainer")
-    context.set_forkserver_preload([name for name in heavy if name in sys.modules])
+    context = forks()
     # Pickled here: multiprocessing's own pickler would put tensors into memory that the ranks share.
     work = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory() as folder:
