@@ -20,7 +20,7 @@ from hllm_torchrec.launch.train import main
 from hllm_torchrec.parallelize import start_process, stop_process
 from hllm_torchrec.preemption import LeaveRequest, leave_if_asked
 from hllm_torchrec.trainer import Trainer
-from tests.distributed import run_ranks
+from tests.distributed import forks, run_ranks
 from tests.launch.processes import environment, free_port, until_step
 from tests.training_fixtures import arguments, assert_equal_weights, config, lines, losses, train, weights
 
@@ -47,23 +47,22 @@ def test_a_request_is_noted_and_the_handler_given_back() -> None:
     leave_if_asked()  # nobody listens: nothing
 
 
-SECOND = """
-import signal, time
-from hllm_torchrec.preemption import LeaveRequest
-with LeaveRequest():
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-    print("noted", flush=True)
-    time.sleep(1.1)
-    signal.raise_signal(signal.SIGTERM)
-    print("still here")
-"""
+def ask_twice_then_again(said: Path) -> None:
+    with LeaveRequest():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        said.write_text("noted")
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGTERM)
+        said.write_text("still here")
 
 
 @pytest.mark.slow
-def test_a_second_request_ends_the_process_but_the_first_may_come_twice(root: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env=environment(root))
-    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "noted\n")
+def test_a_second_request_ends_the_process_but_the_first_may_come_twice(tmp_path: Path) -> None:
+    process = forks().Process(target=ask_twice_then_again, args=(tmp_path / "said",))
+    process.start()
+    process.join()
+    assert (process.exitcode, (tmp_path / "said").read_text()) == (-signal.SIGTERM, "noted")
 
 
 class AskedWhileRead(Loader):

@@ -1,9 +1,6 @@
 """`hllm baselines`: predictions that `compare` reads, reuse of what is there, and mistakes in one line."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import yaml
 from hllm_torchrec.launch.baselines import NAMES, load_settings, main
 from hllm_torchrec.metrics.compare import Predictions, read_predictions
 from tests import fixtures
+from tests.launch.processes import run_job
 
 TINY = ["--dlrm.width=4", "--dlrm.bottom=[4]", "--dlrm.top=[4]", "--dlrm.epochs=1", "--dlrm.user_features=[country]"]
 
@@ -103,15 +101,11 @@ def test_mistakes_are_one_line(
 @pytest.mark.slow
 def test_two_ranks_write_the_predictions_of_one(tmp_path: Path, root: Path) -> None:
     names = ["--only", "running_bias", "dlrm"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "hllm_torchrec.launch.baselines", *arguments(tmp_path / "two", *names)]
-    env = os.environ | {"PYTHONPATH": str(root)}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    job = run_job("hllm_torchrec.launch.baselines", arguments(tmp_path / "two", *names), 2, root, tmp_path)
     assert main(arguments(tmp_path / "one", *names)) == 0
     for name in ("running_bias", "dlrm"):
         two, one = read(tmp_path / "two", name), read(tmp_path / "one", name)
         assert np.array_equal(two.user_id, one.user_id) and np.array_equal(two.position, one.position)
     one, two = (read(tmp_path / folder, "running_bias") for folder in ("one", "two"))
     assert two.score == pytest.approx(one.score, abs=1e-6)
-    assert result.stdout.count("AUC [95%]") == 2  # rank 0 alone prints
+    assert [printed.count("AUC [95%]") for printed, _ in job] == [2, 0]  # rank 0 alone prints

@@ -1,10 +1,7 @@
-"""The TorchX components: what each scheduler would be given, and a real run of `embed` on two ranks."""
+"""The TorchX components: what each scheduler would be given, and that `embed`'s command runs on two ranks."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torchx.runner import Runner, get_runner
 from hllm_torchrec.parallelize import stop_process
 from hllm_torchrec.store import EmbeddingStore
 from tests import fixtures
+from tests.launch.processes import run_job
 from tests.training_fixtures import config, train
 
 ON_NODES = ["--j", "2x4", "--gpu", "4", "--cpu", "16", "--memMB", "65536", "--max_retries", "3", "--restarts", "2"]
@@ -204,16 +202,15 @@ def test_the_nightlys_name_of_the_component_is_taken_where_there_is_one(
 
 
 @pytest.mark.slow
-def test_embed_runs_on_two_ranks(root: Path, tmp_path: Path) -> None:
+def test_embed_runs_on_two_ranks(dryrun: Any, root: Path, tmp_path: Path) -> None:
+    """What the component's command runs; that TorchX runs such a command is in test_evaluate_files.py."""
     train(config(tmp_path / "run", stages=[{"name": "first", "epochs": 0.5}], evaluation__batch_users=24))
     stop_process()
-    binaries = Path(sys.executable).parent
-    command = [str(binaries / "torchx"), "run", "-s", "local_cwd", f"{root / 'launch' / 'components.py'}:embed"]
-    command += ["--j", "1x2", "--run_dir", str(tmp_path / "run"), "--items", "items", "--users", "users"]
-    env = os.environ | {"PYTHONPATH": str(root), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    said = result.stdout + result.stderr
-    assert result.returncode == 0, said
+    given = ["--j", "1x2", "--run_dir", str(tmp_path / "run"), "--items", "items", "--users", "users"]
+    (replica,) = dryrun("embed", given, "slurm").replicas.values()
+    options, (module, *arguments) = torchrun(replica.args[1])
+    assert options["--nproc_per_node"] == "2"
+    said = run_job(module, arguments, 2, root, tmp_path)[0][0]
     items, users = (len(fixtures.dataset().items), len(fixtures.dataset().users))
     assert re.search(rf"embedded {items} of {items} items in .*; items is at version 1", said), said
     assert re.search(rf"embedded {users} of {users} active users .*; users is at version 1", said), said

@@ -1,10 +1,7 @@
 """`hllm evaluate` and `hllm report`: a run scored offline is the run as training saw it, beside other models."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from hllm_torchrec.launch.report import main as write_report
 from hllm_torchrec.metrics.compare import read_predictions
 from hllm_torchrec.offline import training_overlap
 from tests import fixtures
+from tests.launch.processes import run_job
 from tests.training_fixtures import config, lines, train
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -216,12 +214,8 @@ def test_the_report_is_written_anew(run: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["averaged"], indirect=True)
 def test_two_ranks_score_as_one(run: Path, root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "hllm_torchrec.launch.evaluate", "--run-dir", str(run), "--draws", "10"]
-    env = os.environ | {"PYTHONPATH": str(root)}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("AUC [95%]") == 1 and len(parts(run)) == 2
+    job = run_job("hllm_torchrec.launch.evaluate", ["--run-dir", str(run), "--draws", "10"], 2, root, tmp_path)
+    assert [printed.count("AUC [95%]") for printed, _ in job] == [1, 0] and len(parts(run)) == 2
     two, metrics = read_predictions(run / "predictions" / "test"), metrics_of(run)
     assert main(["--run", str(run), "--draws", "10"]) == 0
     one = read_predictions(run / "predictions" / "test")

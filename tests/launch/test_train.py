@@ -15,8 +15,10 @@ import pytest
 from hllm_torchrec.config import config_from_file
 from hllm_torchrec.launch.train import main
 from hllm_torchrec.parallelize import stop_process
-from tests.launch.processes import MODULE, end, environment, free_port, start_ranks, until_step
+from tests.launch.processes import end, environment, free_port, start_ranks, until_step
 from tests.training_fixtures import arguments, config, lines, losses
+
+MODULE = "hllm_torchrec.launch.train"
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    result = run([*MODULE, *arguments(output)], root, tmp_path)
+    result = run([sys.executable, "-m", MODULE, *arguments(output)], root, tmp_path)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in output.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "tensorboard"}
     assert config_from_file(output / "config.yaml") == config(output)
@@ -103,8 +105,7 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
 def test_ranks_of_torchrun_and_of_torchx_train_as_one(root: Path, tmp_path: Path) -> None:
     programs = Path(sys.executable).parent
     common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
-    one = run([*MODULE, *arguments(tmp_path / "one", **common)], root, tmp_path)
-    assert one.returncode == 0, one.stderr
+    assert main(arguments(tmp_path / "one", **common)) == 0
     launchers = {
         "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "train.py"],
         "torchx": ["torchx", "run", "dist.ddp", "-j", "1x2", "train.py"],
@@ -121,18 +122,21 @@ def test_ranks_of_torchrun_and_of_torchx_train_as_one(root: Path, tmp_path: Path
 # --- what goes wrong between ranks -----------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_port_in_use_is_one_line(root: Path, tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         listener.listen()
         port = listener.getsockname()[1]
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 2}
-        result = run([*MODULE, *arguments(tmp_path / "run", parallel__timeout=10)], root, tmp_path, **address)
-    assert result.returncode == 2
-    assert f"train: error: rank 0 of 2 could not join the others at localhost:{port}: it is in use" in result.stderr
-    assert "--rdzv_port of torchx, --master_port of torchrun" in result.stderr
-    assert "Traceback" not in result.stderr
+        for name, value in address.items():
+            monkeypatch.setenv(name, str(value))
+        assert main(arguments(tmp_path / "run", parallel__timeout=10)) == 2
+    errors = capfd.readouterr().err
+    assert f"train: error: rank 0 of 2 could not join the others at localhost:{port}: it is in use" in errors
+    assert "--rdzv_port of torchx, --master_port of torchrun" in errors
+    assert "Traceback" not in errors
 
 
 LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "evaluation__every": 1000}
@@ -146,8 +150,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
     blow: signal.Signals, reason: str, root: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    command = [*MODULE, *arguments(output, parallel__timeout=10, **LONG)]
-    processes = start_ranks([command, command], root, tmp_path)
+    given = arguments(output, parallel__timeout=10, **LONG)
+    processes = start_ranks(MODULE, [given, given], root, tmp_path)
     try:
         until_step(2, output, processes[0])
         processes[1].send_signal(blow)
@@ -162,9 +166,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_one_line(
 
 @pytest.mark.slow
 def test_a_mistake_on_one_rank_ends_the_others(root: Path, tmp_path: Path) -> None:
-    right = [*MODULE, *arguments(tmp_path / "run", parallel__timeout=20)]
-    wrong = [*MODULE, *arguments(tmp_path / "run", parallel__timeout=20, data__dataset="nowhere")]
-    processes = start_ranks([right, wrong], root, tmp_path)
+    right = arguments(tmp_path / "run", parallel__timeout=20)
+    wrong = arguments(tmp_path / "run", parallel__timeout=20, data__dataset="nowhere")
+    processes = start_ranks(MODULE, [right, wrong], root, tmp_path)
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
@@ -179,7 +183,7 @@ def test_torchrun_ends_when_a_rank_is_killed(root: Path, tmp_path: Path) -> None
     torchrun = str(Path(sys.executable).parent / "torchrun")
     output = tmp_path / "run"
     launcher = [torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command = [*launcher, "-m", "hllm_torchrec.launch.train", *arguments(output, parallel__timeout=30, **LONG)]
+    command = [*launcher, "-m", MODULE, *arguments(output, parallel__timeout=30, **LONG)]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment(root))
     try:
         until_step(2, output, job)

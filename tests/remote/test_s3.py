@@ -1,6 +1,5 @@
 """A dataset, a run and two stores that live in a bucket: jobs as processes, against moto's server."""
 
-import os
 import re
 import shutil
 import signal
@@ -17,6 +16,7 @@ from hllm_torchrec.remote.datasets import publish_dataset
 from hllm_torchrec.remote.files import CACHE, listing, read_text, upload
 from hllm_torchrec.store import EmbeddingStore
 from tests import fixtures
+from tests.launch.processes import Job, environment
 from tests.training_fixtures import arguments
 
 pytest.importorskip("s3fs")
@@ -29,54 +29,56 @@ main(["-H", "127.0.0.1", "-p", sys.argv[1]])
 """
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3-like server with the bucket `shop`; this process and its children have its address and credentials."""
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of an S3-like server."""
+    folder = tmp_path_factory.mktemp("server")
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = str(listener.getsockname()[1])
-    with (tmp_path / "server.log").open("w") as log:
+    with (folder / "server.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", SERVER, port], stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
-    given = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    for name, value in {**given, "AWS_DEFAULT_REGION": "us-east-1", CACHE: str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(name, value)
     try:
         deadline = time.monotonic() + 60
         while True:
             with socket.socket() as caller:
                 if caller.connect_ex(("127.0.0.1", int(port))) == 0:
                     break
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()
             time.sleep(0.1)
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()  # it keeps the address and the credentials of the test before
-        s3fs.S3FileSystem().mkdir("shop")
-        yield address
+        yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
         process.wait()
 
 
-def start(job: str, given: list[str], root: Path, cwd: Path) -> "subprocess.Popen[str]":
+@pytest.fixture
+def shop(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket of that name; this process and its children have the server's address and credentials."""
+    import s3fs
+
+    given = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    for name, value in {**given, "AWS_DEFAULT_REGION": "us-east-1", CACHE: str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()  # it keeps the address and the credentials of the test before
+    s3fs.S3FileSystem().makedirs("shop", exist_ok=True)
+
+
+def start(job: str, given: list[str], root: Path, cwd: Path) -> Job:
     """A job as a process of its own."""
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env["PYTHONPATH"] = os.pathsep.join([str(root), *sys.path])
-    command = [sys.executable, "-m", f"hllm_torchrec.launch.{job}", *given]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Job(f"hllm_torchrec.launch.{job}", given, cwd, environment(root))
 
 
 def run(job: str, given: list[str], root: Path, cwd: Path) -> str:
     """Run a job to its end; what it said."""
     process = start(job, given, root, cwd)
-    said, _ = process.communicate(timeout=280)
+    said = "".join(process.communicate(timeout=280))
     assert process.returncode == 0, said
     return said
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_is_said_in_one_line(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_is_said_in_one_line(shop: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"s3://none/x: not found \(.*bucket does not exist.*\): is the bucket"):
         upload(fixtures.dataset().root, ["manifest.json"], "s3://none/x")
     assert read_text("s3://none/x/manifest.json") is None and listing("s3://none/x") == {}
@@ -92,7 +94,7 @@ def test_what_goes_wrong_is_said_in_one_line(server: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_prepare_train_resume_evaluate_and_embed_in_a_bucket(server: str, root: Path, tmp_path: Path) -> None:
+def test_prepare_train_resume_evaluate_and_embed_in_a_bucket(shop: None, root: Path, tmp_path: Path) -> None:
     """A training job is killed and its host lost; another host goes on, evaluates and embeds."""
     publish_dataset(fixtures.dataset().root, "s3://shop/data")  # as `hllm prepare` does with what it has written
     given = arguments(Path("x"), data__dataset="s3://shop/data", evaluation__checkpoint_every=6)
@@ -101,7 +103,7 @@ def test_prepare_train_resume_evaluate_and_embed_in_a_bucket(server: str, root: 
     process = start("train", given, root, tmp_path)
     deadline = time.monotonic() + 240
     while not any(name.endswith("/COMPLETE") for name in listing("s3://shop/runs/one/checkpoints")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=9)
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
