@@ -10,7 +10,6 @@ Legend: B rows of a batch, X exposures of a window, N items, E and D widths of i
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +18,21 @@ import torch
 from torch import Tensor
 
 import hllm_torchrec
-from hllm_torchrec.baselines.config import BOUNDS, DLRMConfig
+from hllm_torchrec.baselines.config import DLRMConfig
 from hllm_torchrec.baselines.dlrm import DLRMTrainer
 from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.baselines.exposures import Ints
+from hllm_torchrec.config_downstream import DownstreamConfig
 from hllm_torchrec.config_files import to_dict
-from hllm_torchrec.config_rules import out_of_bounds
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.evaluate import save_predictions
 from hllm_torchrec.exposure_store import ExposureLookup
-from hllm_torchrec.plugin import VectorLookup, Way, append_vectors
+from hllm_torchrec.plugin import VectorLookup, append_vectors
 from hllm_torchrec.ranks import on_rank_zero
 from hllm_torchrec.store.store import EmbeddingStore
 
 SPLITS = ("valid", "test")
 RECORD = "downstream.json"
-ALONE, ITEMS, USERS, BOTH = "alone", "items", "users_", "both_"
-
-
-@dataclass(frozen=True)
-class DownstreamConfig:
-    """A DLRM and the stores that it may read.
-
-    Raises:
-        ConfigError: values out of range or rows without their store, all of them.
-    """
-
-    output: str = "runs/stages/3"
-    """A folder for each row, with checkpoints and predictions."""
-    dataset: str = "data/ml-100k"
-    """Directory written by `hllm prepare`."""
-    item_store: str | None = None
-    """Store of item vectors by raw id, of `hllm embed --items` or `hllm exposures --items`."""
-    user_stores: tuple[str, ...] = ()
-    """Stores of `hllm exposures --users`; the name of a store's folder names its rows."""
-    rows: tuple[str, ...] = ()
-    """Which rows; none given: all that the stores allow."""
-    way: Way = "slots"
-    """How vectors enter the DLRM: as slots of the interaction, or among the dense features."""
-    vector_dropout: float = 0.0
-    """Of the vectors' entries, in training: a user's vector is nearly the user's name."""
-    dlrm: DLRMConfig = field(default_factory=DLRMConfig)
-    """The DLRM of every row."""
-
-    def __post_init__(self) -> None:
-        bounds = {name: bound for name, bound in BOUNDS.items() if name.startswith("dlrm.")}
-        problems = list(out_of_bounds(self, bounds | {"vector_dropout": ">= 0, < 1"}))
-        there = self.possible_rows()
-        for row in self.rows:
-            if row not in there:
-                problems.append(f"rows: {row!r}: not possible with these stores; there are {', '.join(there)}")
-        if len({Path(store).name for store in self.user_stores}) < len(self.user_stores):
-            problems.append(
-                f"user_stores: {list(self.user_stores)}: two folders of one name; rows are named by them: rename one"
-            )
-        if problems:
-            raise ConfigError(problems)
-
-    def possible_rows(self) -> dict[str, tuple[str | None, str | None]]:
-        """Row -> its stores (items, users)."""
-        found: dict[str, tuple[str | None, str | None]] = {ALONE: (None, None)}
-        if self.item_store is not None:
-            found[ITEMS] = (self.item_store, None)
-        for store in self.user_stores:
-            found[f"{USERS}{Path(store).name}"] = (None, store)
-            if self.item_store is not None:
-                found[f"{BOTH}{Path(store).name}"] = (self.item_store, store)
-        return found
 
 
 class VectorData(DLRMData):

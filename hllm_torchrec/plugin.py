@@ -12,7 +12,7 @@ Legend: B rows, n dense features, E width of a stored vector, D width of the tab
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hllm_torchrec.baselines.config import Way
 from hllm_torchrec.store.keys import Keys
 from hllm_torchrec.store.store import EmbeddingStore
-
-Way = Literal["dense", "slots"]
 
 
 class VectorLookup:

@@ -14,7 +14,7 @@ from hllm_torchrec import configs
 from hllm_torchrec.launch.command import run_job
 
 if TYPE_CHECKING:
-    from hllm_torchrec.downstream import DownstreamConfig
+    from hllm_torchrec.config_downstream import DownstreamConfig
 
 PROG = "hllm downstream"
 
@@ -25,8 +25,8 @@ def load_settings(arguments: list[str]) -> "DownstreamConfig":
     Raises:
         ConfigError: unknown keys or options, wrong types, values out of range.
     """
-    from hllm_torchrec.config import load_as
-    from hllm_torchrec.downstream import DownstreamConfig
+    from hllm_torchrec.config_downstream import DownstreamConfig
+    from hllm_torchrec.config_files import load_as
 
     tuned = Path(configs.__file__).parent / "baselines" / "dlrm.yaml"
     return load_as(DownstreamConfig, [f"--config={tuned}", *arguments], prog=PROG, description=str(__doc__))
@@ -44,8 +44,9 @@ def run(arguments: list[str]) -> None:
         ValueError: settings, stores or dataset are not usable.
     """
     settings = load_settings(arguments)
+    from hllm_torchrec.config_downstream import ALONE
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.downstream import ALONE, SPLITS, run_row
+    from hllm_torchrec.downstream import SPLITS, run_row
     from hllm_torchrec.metrics.compare import compare, table
     from hllm_torchrec.parallelize import start_process, stop_process
     from hllm_torchrec.ranks import on_rank_zero

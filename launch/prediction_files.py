@@ -4,12 +4,12 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.errors import nearest
-from hllm_torchrec.metrics.compare import COLUMNS
-from hllm_torchrec.metrics.files import column_names, find_files, fingerprint
-from hllm_torchrec.metrics.rows import Layout, Model
+
+if TYPE_CHECKING:
+    from hllm_torchrec.metrics.rows import Layout, Model
 
 STANDARD = {
     "label": "label",
@@ -65,6 +65,9 @@ def size(text: str) -> int:
 
 def is_own_format(paths: Mapping[str, Path], args: argparse.Namespace) -> bool:
     """Whether all are directories that `hllm evaluate` or `hllm baselines` wrote, and no column is renamed."""
+    from hllm_torchrec.metrics.compare import COLUMNS
+    from hllm_torchrec.metrics.files import column_names
+
     renamed = [args.score, args.probability, args.slices, args.train, *(getattr(args, name) for name in STANDARD)]
     if any(renamed):
         return False
@@ -75,12 +78,15 @@ def is_own_format(paths: Mapping[str, Path], args: argparse.Namespace) -> bool:
     return True
 
 
-def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> tuple[list[Model], Layout]:
+def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> "tuple[list[Model], Layout]":
     """The models and the columns that the options and the files' own names give.
 
     Raises:
         ValueError: a name or column that is not there.
     """
+    from hllm_torchrec.metrics.files import column_names, find_files
+    from hllm_torchrec.metrics.rows import Layout, Model
+
     names = {name: column_names(find_files([path])[0]) for name, path in paths.items()}
     scores, probabilities = _by_model(args.score, paths, "--score"), _by_model(args.probability, paths, "--probability")
     models = []
@@ -96,8 +102,10 @@ def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> tuple[list[
     return models, Layout(**layout, slices=tuple(args.slices))  # type: ignore[arg-type]
 
 
-def files_provenance(models: Sequence[Model]) -> dict[str, Any]:
+def files_provenance(models: "Sequence[Model]") -> dict[str, Any]:
     """Model → its files, its columns and the fingerprint of their content."""
+    from hllm_torchrec.metrics.files import find_files, fingerprint
+
     found: dict[str, Any] = {}
     for model in models:
         files = find_files(model.files)

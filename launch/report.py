@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from hllm_torchrec.launch.command import CommandParser, run_job
-from hllm_torchrec.report import write_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -12,7 +11,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(prog="hllm report", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, help="run directory with metrics.json or log.jsonl")
     run = parser.parse_args(argv).run
-    return run_job(parser.prog, lambda: print(f"report: {write_report(run)}"))
+    return run_job(parser.prog, lambda: write(run))
+
+
+def write(run: Path) -> None:
+    """Write the report, and say where it is.
+
+    Raises:
+        ValueError: `run` is no run directory.
+    """
+    from hllm_torchrec.report import write_report  # matplotlib and torch: not for --help
+
+    print(f"report: {write_report(run)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hllm_torchrec.launch.command import CommandParser, run_job
 
 def build_parser() -> CommandParser:
     """The command line, without the grids."""
-    from hllm_torchrec.baselines.retrieval import NAMES
+    from hllm_torchrec.baselines.config import RETRIEVAL_NAMES as NAMES
 
     parser = CommandParser(
         prog="hllm retrieval",
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     Raises:
         ValueError: the grids or the dataset are not usable.
     """
-    from hllm_torchrec.baselines.retrieval import RetrievalBaselinesConfig, run_retrieval_baseline
+    from hllm_torchrec.baselines.config import RetrievalBaselinesConfig
+    from hllm_torchrec.baselines.retrieval import run_retrieval_baseline
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.evaluate import save_predictions
     from hllm_torchrec.parallelize import start_process, stop_process

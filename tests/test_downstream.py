@@ -12,11 +12,12 @@ import torch
 
 from hllm_torchrec.baselines.config import DLRMConfig
 from hllm_torchrec.baselines.exposures import own_groups, read_histories
+from hllm_torchrec.config_downstream import DownstreamConfig
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table import table
 from hllm_torchrec.data.split import Split
-from hllm_torchrec.downstream import DownstreamConfig, VectorData
+from hllm_torchrec.downstream import VectorData
 from hllm_torchrec.errors import ConfigError
 from hllm_torchrec.exposure_store import ExposureLookup, exposure_keys, exposure_marks
 from hllm_torchrec.exposure_vectors import exposure_vectors

@@ -1,10 +1,14 @@
 """Settings of the baselines; `configs/baselines/*.yaml` holds those that `hllm baselines` starts from."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hllm_torchrec.config_rules import out_of_bounds
 from hllm_torchrec.data.factors import FactorOptions
 from hllm_torchrec.errors import ConfigError
+
+Way = Literal["dense", "slots"]
+"""How vectors from elsewhere enter a DLRM: among its dense features, or as slots of the interaction."""
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,31 @@ class BaselinesConfig:
                 problems.append(f"dlrm.{name}: empty: torchrec's DLRM needs at least one")
         if problems:
             raise ConfigError(problems)
+
+
+RETRIEVAL_NAMES = ("popularity", "ease", "markov")
+"""The baselines of `hllm retrieval`."""
+
+
+@dataclass(frozen=True)
+class RetrievalBaselinesConfig:
+    """Grids that settings are chosen from, and what is measured."""
+
+    ease_l2: tuple[float, ...] = (50.0, 100.0, 200.0, 400.0, 800.0)
+    """Ridge of EASE."""
+    markov_decay: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
+    """Weight of an event of the history against the one after it; 0: the last event alone."""
+    markov_gap_decay: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
+    """Weight of a follower against one that is a step nearer; 0: the next event alone."""
+    markov_damping: tuple[float, ...] = (0.0, 0.25)
+    """Exponent of the follower's popularity that its counts are divided by."""
+    markov_shrinkage: float = 10.0
+    """Added to an item's number of events, so that rare items say less."""
+    window: int = 20
+    """Events of the history, and steps to a follower, that the chain looks at."""
+    ks: tuple[int, ...] = (10, 50, 200)
+    """K of Recall@K and NDCG@K."""
+    filter_seen: bool = True
+    """Items of a user's history are no candidates."""
+    positive_only: bool = False
+    """Exposures with label 0 are no targets."""

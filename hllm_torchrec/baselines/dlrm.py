@@ -23,7 +23,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hllm_torchrec import ranks
-from hllm_torchrec.baselines.config import DLRMConfig
+from hllm_torchrec.baselines.config import DLRMConfig, Way
 from hllm_torchrec.baselines.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.baselines.exposures import Ints
 from hllm_torchrec.checkpoint import load_checkpoint, save_checkpoint
@@ -35,7 +35,7 @@ from hllm_torchrec.experiment import base_rate, initialise_tables
 from hllm_torchrec.logs import progress
 from hllm_torchrec.optim import clip_grad_norm, dense_optimizer
 from hllm_torchrec.parallelize import distribute, give_sharded_tables_an_optimizer, plan_tables
-from hllm_torchrec.plugin import PluggedDLRM, Way, plug_into
+from hllm_torchrec.plugin import PluggedDLRM, plug_into
 
 SCORED_ROWS = 8192
 """Rows per batch when scoring."""

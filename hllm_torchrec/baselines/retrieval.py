@@ -26,6 +26,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from hllm_torchrec.baselines.config import RetrievalBaselinesConfig
 from hllm_torchrec.baselines.exposures import Histories, own_groups, read_histories
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.evaluate import metrics_of_ranks
@@ -34,37 +35,12 @@ from hllm_torchrec.metrics.retrieval import target_ranks
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-NAMES = ("popularity", "ease", "markov")
 CHOSEN_BY = 10
 """NDCG at this on the validation part chooses the settings."""
 MOST_DENSE_ITEMS = 30_000
 """EASE inverts an N x N matrix: 7 GB in float64 here."""
 SCORES_AT_ONCE = 2**25
 """Scores held at a time: 128 MiB."""
-
-
-@dataclass(frozen=True)
-class RetrievalBaselinesConfig:
-    """Grids that settings are chosen from, and what is measured."""
-
-    ease_l2: tuple[float, ...] = (50.0, 100.0, 200.0, 400.0, 800.0)
-    """Ridge of EASE."""
-    markov_decay: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
-    """Weight of an event of the history against the one after it; 0: the last event alone."""
-    markov_gap_decay: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
-    """Weight of a follower against one that is a step nearer; 0: the next event alone."""
-    markov_damping: tuple[float, ...] = (0.0, 0.25)
-    """Exponent of the follower's popularity that its counts are divided by."""
-    markov_shrinkage: float = 10.0
-    """Added to an item's number of events, so that rare items say less."""
-    window: int = 20
-    """Events of the history, and steps to a follower, that the chain looks at."""
-    ks: tuple[int, ...] = (10, 50, 200)
-    """K of Recall@K and NDCG@K."""
-    filter_seen: bool = True
-    """Items of a user's history are no candidates."""
-    positive_only: bool = False
-    """Exposures with label 0 are no targets."""
 
 
 @dataclass(frozen=True)

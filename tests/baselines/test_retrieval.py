@@ -11,14 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from hllm_torchrec.baselines import retrieval
+from hllm_torchrec.baselines.config import RetrievalBaselinesConfig
 from hllm_torchrec.baselines.exposures import Histories, read_histories
-from hllm_torchrec.baselines.retrieval import (
-    ItemToItem,
-    RetrievalBaselinesConfig,
-    fit,
-    measure,
-    run_retrieval_baseline,
-)
+from hllm_torchrec.baselines.retrieval import ItemToItem, fit, measure, run_retrieval_baseline
 from hllm_torchrec.launch import cli
 from hllm_torchrec.metrics.retrieval_table import read_ranks
 from hllm_torchrec.parallelize import start_process, stop_process

@@ -116,7 +116,7 @@ def configurations(name: str) -> list[type]:
     """The dataclasses whose fields are options of a subcommand."""
     from hllm_torchrec.baselines.config import BaselinesConfig
     from hllm_torchrec.config import Config
-    from hllm_torchrec.downstream import DownstreamConfig
+    from hllm_torchrec.config_downstream import DownstreamConfig
 
     kinds = {"train": Config, "plan": Config, "baselines": BaselinesConfig, "downstream": DownstreamConfig}
     return [kinds[name]] if name in kinds else []
