@@ -1,4 +1,4 @@
-"""Takes what has been imported out of the garbage collector's sight: it would walk a million objects again and again."""
+"""Takes what was imported out of the garbage collector's sight: it would walk a million objects again and again."""
 
 import gc
 

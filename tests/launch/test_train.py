@@ -101,22 +101,20 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
     assert len(losses(output)) == 8
 
 
+GENTLE = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
+
+
 @pytest.mark.slow
-def test_ranks_of_torchrun_and_of_torchx_train_as_one(root: Path, tmp_path: Path) -> None:
+def test_ranks_of_torchx_train_as_one(root: Path, tmp_path: Path) -> None:
+    """Those of torchrun do, too: test_torchrun_ends_when_a_rank_is_killed."""
+    assert main(arguments(tmp_path / "one", **GENTLE)) == 0
     programs = Path(sys.executable).parent
-    common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
-    assert main(arguments(tmp_path / "one", **common)) == 0
-    launchers = {
-        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "train.py"],
-        "torchx": ["torchx", "run", "dist.ddp", "-j", "1x2", "train.py"],
-    }
-    for name, (program, *options) in launchers.items():
-        halves = arguments(tmp_path / name, data__batch_users=2, **common)
-        path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # TorchX starts `torchrun` from there
-        two = run([str(programs / program), *options, *halves], root, root, PATH=path)
-        assert two.returncode == 0, two.stdout + two.stderr
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-        assert lines(tmp_path / name, "start")[0]["world"] == 2
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # TorchX starts `torchrun` from there
+    command = [str(programs / "torchx"), "run", "dist.ddp", "-j", "1x2", "train.py"]
+    two = run([*command, *arguments(tmp_path / "two", data__batch_users=2, **GENTLE)], root, root, PATH=path)
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert lines(tmp_path / "two", "start")[0]["world"] == 2
 
 
 # --- what goes wrong between ranks -----------------------------------------------------------------------
@@ -181,9 +179,9 @@ def test_a_mistake_on_one_rank_ends_the_others(root: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_torchrun_ends_when_a_rank_is_killed(root: Path, tmp_path: Path) -> None:
     torchrun = str(Path(sys.executable).parent / "torchrun")
-    output = tmp_path / "run"
+    output, options = tmp_path / "run", LONG | GENTLE
     launcher = [torchrun, "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command = [*launcher, "-m", MODULE, *arguments(output, parallel__timeout=30, **LONG)]
+    command = [*launcher, "-m", MODULE, *arguments(output, parallel__timeout=30, **options)]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment(root))
     try:
         until_step(2, output, job)
@@ -196,3 +194,9 @@ def test_torchrun_ends_when_a_rank_is_killed(root: Path, tmp_path: Path) -> None
         job.wait(timeout=60)
     assert job.returncode == 1
     assert "Signal 9 (SIGKILL)" in errors
+    one = start_ranks(MODULE, [arguments(tmp_path / "one", **options | {"data__batch_users": 4})], root, tmp_path)
+    try:
+        until_step(2, tmp_path / "one", one[0])
+    finally:
+        end(one)
+    assert losses(output)[:2] == pytest.approx(losses(tmp_path / "one")[:2], abs=1e-4)
