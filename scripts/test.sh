@@ -50,4 +50,4 @@ echo "== mypy"
 check_types
 echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
-exec "$python" -m pytest -n 2 -m "$chosen" "${pytest_args[@]}"
+exec "$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}"

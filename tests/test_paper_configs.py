@@ -1,5 +1,6 @@
 """The paper's full settings: they build on the meta device, plan for 4 x 8 and step in a fake group of 32 ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def ranks_32():
 def with_random_weights(path: Path, *overrides: str) -> Config:
     """The configuration with shapes in the place of weights that are not here."""
     return with_shapes(load_config(["--config", str(path), *overrides]))
+
+
+def with_few_words(config: Config) -> Config:
+    """LLMs whose vocabulary has 64 words: more than the shop's."""
+    parts = {"item_llm": config.item_llm, "user": config.user}
+    changed = {
+        name: replace(part, shape={**part.shape, "vocab_size": 64})
+        for name, part in parts.items()
+        if part.shape and "vocab_size" in part.shape
+    }
+    return replace(config, **changed)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
@@ -89,19 +101,23 @@ def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, mo
     "name", ["books_hllm_1b", pytest.param("books_hllm_7b", marks=pytest.mark.long), "pixel200k_bert_base"]
 )
 def test_a_step_at_reduced_depth_runs_in_a_fake_group_of_32(name, ranks_32):
-    """Full width, LLMs of one layer, FSDP as configured. Fake collectives move no values, so no table is sharded."""
+    """Full width, LLMs of one layer, FSDP as configured. Fake collectives move no values, so no table is sharded.
+
+    Few items, and no words that none of them has: at this width each text and each row of the vocabulary tells.
+    """
     (path,) = (path for path in PAPER if path.stem == name)
     llms = ["item_llm"] if "bert" in name else ["item_llm", "user"]
     depth = [option for llm in llms for option in (f"--{llm}.layers", "1")]
-    config = with_random_weights(path, *depth, "--parallel.precision", "fp32")
+    few = ["--objective.negatives", "4", "--parallel.precision", "fp32"]
+    config = with_few_words(with_random_weights(path, *depth, *few))
     world, data = torch.device("cpu"), dataset("leave_one_out")
     recipe = recipe_of(config, data)
     model = build_model(config, recipe.tables(data), base_rate=0.5, table_device=torch.device("meta"))
     model.encode_items = ItemEncoder(token_store("leave_one_out"), world)
     wrapped = parallelize(model, config, world)
     optimizer = dense_optimizer(model.named_parameters(), learning_rate=1e-4)
-    short = [piece for piece in pieces("train", "leave_one_out") if piece.item_ids.size <= config.data.max_history]
-    batch = Collator(data, recipe, training=True)(short[:4], epoch=0, step=0)
+    users = sorted(pieces("train", "leave_one_out"), key=lambda piece: piece.item_ids.size)
+    batch = Collator(data, recipe, training=True)([u for u in users if u.item_ids.size > 2][:2], epoch=0, step=0)
     output = wrapped(batch)
     assert output.generative is not None and int(output.generative.count) == batch.next_rows.numel() > 0
     (output.generative.loss_sum + output.classification).backward()

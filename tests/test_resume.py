@@ -70,28 +70,19 @@ def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resume_at_another_world_size_goes_on_with_the_same_losses(tmp_path: Path) -> None:
-    options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__lr": 0.002}
-    options |= {"data__stochastic_length": 1.3, "user__actions": "interleaved"}
-    train(config(tmp_path / "whole", data__batch_users=4, **options))
-    run = interrupted(tmp_path / "whole", tmp_path / "two", 4)
-    run_ranks(on_rank, 2, config(run, data__batch_users=2, resume=True, **options))
-    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
-    kept = [line["history_kept"] for line in lines(run, "step")]
-    assert kept == [line["history_kept"] for line in lines(tmp_path / "whole", "step")] and min(kept) < 1
-
-
-@pytest.mark.slow
 def test_the_number_of_ranks_may_change_at_every_restart(tmp_path: Path) -> None:
     """2 -> 1 -> 2 -> 4 ranks, each going on from a checkpoint of the one before."""
     options = {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100, "optim__lr": 0.002}
+    options |= {"data__stochastic_length": 1.3, "user__actions": "interleaved"}
     run_ranks(on_rank, 2, config(tmp_path / "whole", data__batch_users=2, **options))
     expected, before = losses(tmp_path / "whole"), tmp_path / "whole"
-    assert len(expected) == 8
+    kept = [line["history_kept"] for line in lines(before, "step")]
+    assert len(expected) == 8 and min(kept) < 1
     for step, world in ((2, 1), (4, 2), (6, 4)):
         run = interrupted(before, tmp_path / f"on-{world}-from-{step}", step)
         run_ranks(on_rank, world, config(run, data__batch_users=4 // world, resume=True, **options))
         assert losses(run) == pytest.approx(expected, abs=1e-4), f"{world} ranks from step {step}"
+        assert [line["history_kept"] for line in lines(run, "step")] == kept
         assert lines(run, "start")[-1]["world"] == world and lines(run, "start")[-1]["step"] == step
         before = run
 

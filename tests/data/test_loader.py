@@ -378,13 +378,11 @@ def test_a_reader_that_does_not_answer_is_given_up(no_thread_stays: None) -> Non
     one = Loader(data, "train", Stuck(data, RECIPE), batch_users=3, max_history=20, rank=1, world=2, timeout=0.5)
     batches = one.batches(4, first_step=2)
     next(batches)
+    threading.Timer(2, answer.set).start()  # the loader waits for its thread, up to 5 s, before it raises
     with pytest.raises(
         TimeoutError, match=r"rank 1 of 2, epoch 4 from step 2 on: no batch for 0\.5 s, after 1; the dataset's disk"
     ):
-        try:
-            next(batches)
-        finally:
-            answer.set()
+        next(batches)
 
 
 def test_leaving_early_stops_the_thread(no_thread_stays: None) -> None:

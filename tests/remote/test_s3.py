@@ -16,7 +16,8 @@ from hllm_torchrec.remote.datasets import publish_dataset
 from hllm_torchrec.remote.files import CACHE, listing, read_text, upload
 from hllm_torchrec.store import EmbeddingStore
 from tests import fixtures
-from tests.launch.processes import Job, environment
+from tests.jobs import Job
+from tests.launch.processes import environment
 from tests.training_fixtures import arguments
 
 pytest.importorskip("s3fs")

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 def test_ranks_killed_at_random_moments_lose_nothing(root: Path, tmp_path: Path) -> None:
-    words = "--launcher fork --kills 5 --steps 40 --asynchronous --seed 1".split()
+    words = "--launcher fork --kills 3 --steps 24 --asynchronous --seed 1".split()
     script, out = root / "scripts" / "soak.py", tmp_path / "soak.json"
     result = subprocess.run([sys.executable, str(script), *words, "--out", str(out)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -2,15 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from hllm_torchrec.store import EmbeddingStore
-from tests.store import kill_commits, kill_writers
+from tests.jobs import Job
 
 
 def test_everything_is_on_the_disk_before_the_manifest_names_it(
@@ -51,15 +49,15 @@ def test_everything_is_on_the_disk_before_the_manifest_names_it(
 
 @pytest.mark.slow
 def test_a_writer_killed_at_any_moment_loses_nothing_and_shows_nothing_half_done(tmp_path: Path, root: Path) -> None:
-    command = [sys.executable, kill_writers.__file__, str(tmp_path / "s"), "--kills", "25"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "killed 25 writers" in result.stdout
+    job = Job("tests.store.kill_writers", [str(tmp_path / "s"), "--kills", "25"], root, os.environ)
+    out, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, out + errors
+    assert "killed 25 writers" in out
 
 
 @pytest.mark.slow
 def test_a_writer_killed_at_lines_all_over_a_commit_loses_nothing_either(tmp_path: Path, root: Path) -> None:
-    command = [sys.executable, kill_commits.__file__, str(tmp_path / "s"), "--kills", "40"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "killed 40 writers" in result.stdout
+    job = Job("tests.store.kill_commits", [str(tmp_path / "s"), "--kills", "40"], root, os.environ)
+    out, errors = job.communicate(timeout=300)
+    assert job.returncode == 0, out + errors
+    assert "killed 40 writers" in out
