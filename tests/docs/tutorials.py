@@ -1,7 +1,8 @@
 """Runs a tutorial as its reader would: its blocks in order, in one folder that looks like the checkout's root.
 
     ```yaml title="shop.yaml"    a block with a title is a file to save
-    ```bash                      run; `hllm ...` and torchrun's one rank within this process, to spare imports of torch
+    ```bash                      run; `hllm ...`, torchrun's one rank and what TorchX would run within this process, and
+                                 torchrun's two ranks as forks, to spare imports of torch
     ```python                    run; names last to the end of the tutorial
     ```text                      what the block before it printed has these lines (`...` stands for any others)
 
@@ -25,12 +26,15 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from torchx.cli.main import main as torchx
 
 from hllm_torchrec.launch import cli
+from tests.launch.processes import end, start_ranks
 
 FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?\s*$")
 COMMENT = re.compile(r"^<!-- (not executed: .+|fails) -->$")
 ONE_RANK = "torchrun --nproc_per_node 1 "
+TWO_RANKS = "torchrun --nproc_per_node 2 train.py "
 CHECKOUT = ("examples", "configs", "launch", "train.py", ".torchxconfig")
 
 
@@ -123,6 +127,10 @@ class Reader:
                     status = cli.main(self.words(line)[1:])
                 elif line.startswith(ONE_RANK):
                     status = run_as_only_rank(self.words(line.removeprefix(ONE_RANK)))
+                elif line.startswith(TWO_RANKS):
+                    status = self.run_two_ranks(self.words(line.removeprefix(TWO_RANKS)))
+                elif line.startswith("torchx ") and "--dryrun" in line:
+                    status = torchx(self.words(line)[1:]) or 0
                 else:
                     status = self.run_program(line)
             except SystemExit as left:  # a parser's, after its message
@@ -136,6 +144,16 @@ class Reader:
         command = ["bash", "-c", f"printf '%s\\0' {line}"]
         found = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
         return found.stdout.split("\0")[:-1]
+
+    def run_two_ranks(self, arguments: list[str]) -> int:
+        """train.py's job, as torchrun would start its two ranks."""
+        ranks = start_ranks("hllm_torchrec.launch.train", [arguments] * 2, self.root, self.folder)
+        try:
+            for rank in ranks:
+                print(*rank.communicate(timeout=240))
+        finally:
+            end(ranks)
+        return max(abs(rank.returncode or 0) for rank in ranks)
 
     def run_program(self, line: str) -> int:
         """One line of bash in a process of its own; what it exports lasts."""

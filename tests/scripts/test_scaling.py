@@ -27,14 +27,21 @@ def points(script: ModuleType, noise: float = 0.0) -> list[Any]:
     return found
 
 
-def test_the_law_is_found_again(script: ModuleType) -> None:
-    found = script.fit(points(script))
+@pytest.fixture(scope="module")
+def law(script: ModuleType) -> dict[str, Any]:
+    """Fitted to points without noise."""
+    fitted: dict[str, Any] = script.fit(points(script))
+    return fitted
+
+
+def test_the_law_is_found_again(law: dict[str, Any]) -> None:
+    found = law
     assert found["parameters"] == pytest.approx({"E": 4, "A": 0.5, "a": 0.3, "B": 0.8, "b": 0.4}, rel=1e-3)
     assert found["explained"] > 0.999999 and found["largest_residual"] < 1e-5
 
 
-def test_noise_shows_in_the_errors(script: ModuleType) -> None:
-    still, noisy = script.fit(points(script)), script.fit(points(script, noise=0.02))
+def test_noise_shows_in_the_errors(script: ModuleType, law: dict[str, Any]) -> None:
+    still, noisy = law, script.fit(points(script, noise=0.02))
     assert noisy["jackknife_errors"]["b"] > 100 * still["jackknife_errors"]["b"]
     assert noisy["largest_residual"] < 0.06
 
@@ -51,8 +58,8 @@ def test_the_grids_are_configurations_and_every_point_has_as_many_steps(script: 
         assert config.evaluation.every * script.EVALUATIONS == pytest.approx(config.stages[-1].epochs)
 
 
-def test_the_plot_and_the_table_have_every_point(script: ModuleType, tmp_path: Path) -> None:
+def test_the_plot_and_the_table_have_every_point(script: ModuleType, law: dict[str, Any], tmp_path: Path) -> None:
     grid = [*points(script), script.Point(2, 16, 1.0, 0, 500, 100, 100, 4.5, 0.1, 10, 1e12, 60.0)]
-    script.plot(grid, script.fit(points(script)), tmp_path / "scaling.svg")
+    script.plot(grid, law, tmp_path / "scaling.svg")
     assert (tmp_path / "scaling.svg").stat().st_size > 10_000
     assert script.markdown(grid).count("\n") == len(grid) + 1
