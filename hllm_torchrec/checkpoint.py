@@ -25,7 +25,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hllm_torchrec import checkpoint_files as files
 from hllm_torchrec import ranks
@@ -69,19 +68,8 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
         RuntimeError: another rank failed.
     """
     path = Path(path)
-    tensors: dict[str, torch.Tensor] = {}
-
-    def prepare() -> dict[str, Any]:
-        damage = files.find_damage(path, check_hashes=False)
-        if damage:
-            raise ValueError(f"{path} {damage}; load the checkpoint before it")
-        tensors.update(flatten(state))
-        return _compare(tensors, SafeReader(path).read_tensors())
-
-    kept = _raise_mismatches(path, ranks.together(prepare), list(state), allow_missing)
-    for key in kept & tensors.keys():
-        del tensors[key]
-    _load_tensors(tensors, path)
+    kept = _raise_mismatches(path, ranks.together(lambda: _compare(path, state)), list(state), allow_missing)
+    _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
     return files.read_json(path / "extra.json")
 
 
@@ -152,8 +140,16 @@ def _is_replanned(tensor: torch.Tensor, saved: torch.Size) -> bool:
     return large != small and small > 0 and large % small == 0
 
 
-def _compare(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, TensorStorageMetadata]) -> dict[str, Any]:
-    """Compare this rank's tensors, which do not include other ranks' tables, with the checkpoint's."""
+def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare this rank's tensors, which do not include other ranks' tables, with the checkpoint's.
+
+    Raises:
+        ValueError: as `load_checkpoint`, of a damaged checkpoint and of a pickle.
+    """
+    damage = files.find_damage(path, check_hashes=False)
+    if damage:
+        raise ValueError(f"{path} {damage}; load the checkpoint before it")
+    tensors, saved = flatten(state), SafeReader(path).read_tensors()
     reshaped = {
         key: f"{key} (checkpoint {list(saved[key].size)}, model {list(_size(tensor))})"
         for key, tensor in tensors.items()
@@ -167,18 +163,14 @@ def _raise_mismatches(
     path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str]
 ) -> set[str]:
     """Raise one error for all ranks' mismatches; return the keys that may keep their values."""
-
-    def under(key: str, prefixes: Sequence[str]) -> bool:
-        return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
     wanted = {key for report in reports for key in report["keys"]}
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
-    unexpected = {key for key in reports[0]["saved"] if under(key, groups) and key not in wanted}
-    kept = {key for key in missing | reshaped.keys() if under(key, allow_missing)}
+    unexpected = {key for key in reports[0]["saved"] if _is_under(key, groups) and key not in wanted}
+    kept = {key for key in missing | reshaped.keys() if _is_under(key, allow_missing)}
     parts = [
         _name_some("missing from the checkpoint", missing - kept),
-        _name_some("in the checkpoint only", {key for key in unexpected if not under(key, allow_missing)}),
+        _name_some("in the checkpoint only", {key for key in unexpected if not _is_under(key, allow_missing)}),
         _name_some("of another shape", {text for key, text in reshaped.items() if key not in kept}),
     ]
     if any(parts):
@@ -190,6 +182,10 @@ def _raise_mismatches(
     if kept and ranks.rank() == 0:
         _logger.warning("%s: %s; they keep their present values", path, _name_some("not loaded", kept))
     return kept
+
+
+def _is_under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _name_some(what: str, names: set[str]) -> str:
