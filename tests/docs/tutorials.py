@@ -1,8 +1,8 @@
 """Runs a tutorial as its reader would: its blocks in order, in one folder that looks like the checkout's root.
 
     ```yaml title="shop.yaml"    a block with a title is a file to save
-    ```bash                      run; `hllm ...`, torchrun's one rank and what TorchX would run within this process, and
-                                 torchrun's two ranks as forks, to spare imports of torch
+    ```bash                      run; `hllm ...` and torchrun's one rank within this process, torchrun's two ranks as
+                                 forks, to spare imports of torch
     ```python                    run; names last to the end of the tutorial
     ```text                      what the block before it printed has these lines (`...` stands for any others)
 
@@ -26,7 +26,6 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from torchx.cli.main import main as torchx
 
 from hllm_torchrec.launch import cli
 from tests.launch.processes import end, start_ranks
@@ -129,8 +128,6 @@ class Reader:
                     status = run_as_only_rank(self.words(line.removeprefix(ONE_RANK)))
                 elif line.startswith(TWO_RANKS):
                     status = self.run_two_ranks(self.words(line.removeprefix(TWO_RANKS)))
-                elif line.startswith("torchx ") and "--dryrun" in line:
-                    status = torchx(self.words(line)[1:]) or 0
                 else:
                     status = self.run_program(line)
             except SystemExit as left:  # a parser's, after its message
