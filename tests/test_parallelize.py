@@ -281,11 +281,8 @@ def test_activation_checkpointing_gives_the_same_losses(dense: str, tmp_path: Pa
     assert trainer.hllm.user.backbone.is_gradient_checkpointing
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dense", "layers"),
-    [pytest.param("fsdp", 1, marks=pytest.mark.slow), pytest.param("ddp", 2, marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("dense", "layers"), [("fsdp", 1), ("ddp", 2)])
 def test_compiled_layers_give_the_same_losses(dense: str, layers: int, tmp_path: Path) -> None:
     """Each graph is a call of the C++ compiler: about 30 where the Item LLM has a layer before its last."""
     options = {"parallel__dense": dense, "objective__fusion": "early", "max_steps": 2}
@@ -293,6 +290,15 @@ def test_compiled_layers_give_the_same_losses(dense: str, layers: int, tmp_path:
     train(config(tmp_path / "plain", **options))
     train(config(tmp_path / "compiled", parallel__compile=True, **options))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
+def test_the_layers_of_both_llms_are_compiled_and_nothing_else(tmp_path: Path) -> None:
+    with torch.compiler.set_stance("force_eager"):  # what is compiled runs as it is: no C++ compiler
+        trainer = train(config(tmp_path / "run", parallel__compile=True, max_steps=1))
+    compiled = {name for name, module in trainer.hllm.named_modules() if module._compiled_call_impl is not None}
+    layers = {*trainer.hllm.item_llm.backbone.layers, *trainer.hllm.user.backbone.layers}
+    assert compiled == {name for name, module in trainer.hllm.named_modules() if module in layers}
+    assert len(compiled) == 3
 
 
 def test_a_shared_prefix_gives_the_same_losses(tmp_path: Path) -> None:
