@@ -271,7 +271,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_follows_the_partition_and_not_the_number_of_events(tmp_path, root):
-    users, per_user = 100_000, 10
+    users, per_user = 200_000, 15
     rng = np.random.default_rng(0)
     header = "item_id,user_id,timestamp\n"
     with (tmp_path / "Pixel.csv").open("w") as file:
