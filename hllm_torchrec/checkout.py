@@ -49,4 +49,4 @@ def install_finder() -> None:
     if not ((root / "setup.py").is_file() and (root / "modules" / "__init__.py").is_file()):
         return
     if not any(isinstance(finder, CheckoutFinder) and finder.root == root for finder in sys.meta_path):
-        sys.meta_path.append(CheckoutFinder(package.name, root))
+        sys.meta_path.insert(0, CheckoutFinder(package.name, root))
