@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hllm_torchrec.baselines.config import BOUNDS, DLRMConfig, Way
+from hllm_torchrec.baselines.config import DLRM_BOUNDS, DLRMConfig, Way
 from hllm_torchrec.config_rules import out_of_bounds
 from hllm_torchrec.errors import ConfigError
 
@@ -37,8 +37,7 @@ class DownstreamConfig:
     """The DLRM of every row."""
 
     def __post_init__(self) -> None:
-        bounds = {name: bound for name, bound in BOUNDS.items() if name.startswith("dlrm.")}
-        problems = list(out_of_bounds(self, bounds | {"vector_dropout": ">= 0, < 1"}))
+        problems = list(out_of_bounds(self, DLRM_BOUNDS | {"vector_dropout": ">= 0, < 1"}))
         there = self.possible_rows()
         for row in self.rows:
             if row not in there:

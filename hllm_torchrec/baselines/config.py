@@ -77,15 +77,7 @@ class DLRMConfig:
     """Tables with fewer rows are replicated and belong to AdamW."""
 
 
-BOUNDS = {
-    "item_mean.shrinkage": ">= 0",
-    "running_bias.item_shrinkage": ">= 0",
-    "running_bias.user_shrinkage": ">= 0",
-    "gaussian.factors": ">= 1",
-    "gaussian.prior": "> 0",
-    "gaussian.noise": "> 0",
-    "gaussian.iterations": ">= 1",
-    "gaussian.max_users": ">= 1",
+DLRM_BOUNDS = {
     "dlrm.seed": ">= 0",
     "dlrm.width": ">= 1",
     "dlrm.init_scale": ">= 0",
@@ -100,6 +92,19 @@ BOUNDS = {
     "dlrm.weight_decay": ">= 0",
     "dlrm.clip_norm": ">= 0",
     "dlrm.shard_from_rows": ">= 1",
+}
+"""Bounds of a `dlrm` section: dotted field -> what its value must be."""
+
+BOUNDS = {
+    "item_mean.shrinkage": ">= 0",
+    "running_bias.item_shrinkage": ">= 0",
+    "running_bias.user_shrinkage": ">= 0",
+    "gaussian.factors": ">= 1",
+    "gaussian.prior": "> 0",
+    "gaussian.noise": "> 0",
+    "gaussian.iterations": ">= 1",
+    "gaussian.max_users": ">= 1",
+    **DLRM_BOUNDS,
 }
 """Dotted field -> what its value must be."""
 
