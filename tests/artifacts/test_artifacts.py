@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.artifacts import jobs
 from tests.artifacts.numerics import SETTINGS
@@ -36,14 +37,21 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def scratch(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `replay.py` has done every job on a copy of the artifacts."""
-    folder = tmp_path_factory.mktemp("replay")
+    """A folder in which `replay.py` has done every job on a copy of the artifacts; one for all of xdist's workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "artifacts"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "found.json").is_file():
+            replay(root, folder)
+    return folder
+
+
+def replay(root: Path, folder: Path) -> None:
     command = [sys.executable, str(root / "tests/artifacts/replay.py"), str(SAVED), str(folder)]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= SETTINGS | {"PYTHONPATH": str(root)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
