@@ -47,7 +47,9 @@ def save_backbone(
         save_file({"item_token": item_token.detach().contiguous()}, str(target / ITEM_TOKEN_FILE))
 
 
-def without_words(config: "PreTrainedConfig", state: Mapping[str, Tensor]) -> tuple["PreTrainedConfig", dict[str, Tensor]]:
+def without_words(
+    config: "PreTrainedConfig", state: Mapping[str, Tensor]
+) -> tuple["PreTrainedConfig", dict[str, Tensor]]:
     """A decoder that reads vectors alone: its vocabulary is one word, whose embedding is zero.
 
     transformers cannot leave word embeddings out, and would draw missing ones at random.

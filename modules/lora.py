@@ -25,7 +25,12 @@ _NAME = "default"
 
 
 def add_lora(
-    backbone: "PreTrainedModel", rank: int, alpha: float, dropout: float, targets: Sequence[str] = (), field: str = "lora"
+    backbone: "PreTrainedModel",
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] = (),
+    field: str = "lora",
 ) -> None:
     """Put adapters on linear layers of `backbone`, in place; of its weights only theirs train from then on.
 
