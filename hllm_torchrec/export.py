@@ -13,13 +13,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torchrec.distributed.types import ShardedTensor
-from transformers import PreTrainedModel
 
 from hllm_torchrec.config import Config, save_config
 from hllm_torchrec.config_lora import LoRAConfig
@@ -31,6 +30,9 @@ from hllm_torchrec.modules.lora import merged_state
 from hllm_torchrec.modules.user_llm import UserLLM
 from hllm_torchrec.offline import LoadedRun, load_run
 from hllm_torchrec.parallelize import whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BACKBONES = {"item_llm": "item_llm.backbone.", "user_llm": "user.backbone."}
 """Directory -> how its weights' names begin in the model."""
@@ -90,7 +92,7 @@ def _lora_scale(config: Config, name: str) -> float:
     return lora.alpha / lora.rank if lora.rank else 0.0
 
 
-def _backbones(loaded: LoadedRun) -> dict[str, PreTrainedModel]:
+def _backbones(loaded: LoadedRun) -> dict[str, "PreTrainedModel"]:
     """The Hugging Face models in the model, by directory."""
     hllm, found = loaded.experiment.hllm, {}
     if hllm.item_llm is not None:
@@ -107,7 +109,7 @@ def _copy_tokenizer(config: Config, target: Path) -> None:
             shutil.copy(source / name, target / name)
 
 
-def _with_backbones(config: Config, output: Path, backbones: dict[str, PreTrainedModel]) -> Config:
+def _with_backbones(config: Config, output: Path, backbones: dict[str, "PreTrainedModel"]) -> Config:
     """The configuration of a run that begins with the exported models."""
     item, user = config.item_llm, config.user
     if "item_llm" in backbones:

@@ -3,20 +3,23 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, PreTrainedConfig
 
 from hllm_torchrec.modules.item_llm import ITEM_TOKEN_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 WORDS = "embed_tokens.weight"
 """Where decoders of the Llama family keep their word embeddings."""
 
 
 def save_backbone(
-    config: PreTrainedConfig, state: Mapping[str, Tensor], target: Path, item_token: Tensor | None = None
+    config: "PreTrainedConfig", state: Mapping[str, Tensor], target: Path, item_token: Tensor | None = None
 ) -> None:
     """Write a bare model (`AutoModel`, no head) into the folder `target`.
 
@@ -28,6 +31,8 @@ def save_backbone(
     Raises:
         ValueError: weights that the model has are missing, are not its own, or have another shape.
     """
+    from transformers import AutoModel
+
     config = copy.deepcopy(config)
     config.dtype = next(iter(state.values())).dtype
     config._attn_implementation = "sdpa"
@@ -42,7 +47,9 @@ def save_backbone(
         save_file({"item_token": item_token.detach().contiguous()}, str(target / ITEM_TOKEN_FILE))
 
 
-def without_words(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+def without_words(
+    config: "PreTrainedConfig", state: Mapping[str, Tensor]
+) -> tuple["PreTrainedConfig", dict[str, Tensor]]:
     """A decoder that reads vectors alone: its vocabulary is one word, whose embedding is zero.
 
     transformers cannot leave word embeddings out, and would draw missing ones at random.

@@ -9,17 +9,20 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModel, PreTrainedConfig
 
 from hllm_torchrec.config import Config
 from hllm_torchrec.model import build_user_encoder
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.parallelize import compute_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ READ_ROWS_SAVE = 0.75
 """Share of the last layer that need not be kept where only the [ITEM] rows are read."""
 
 
-def kept_by_decoder(shape: PreTrainedConfig, length: int, config: Config) -> Kept:
+def kept_by_decoder(shape: "PreTrainedConfig", length: int, config: Config) -> Kept:
     """Of a Hugging Face model and sequences of `length`, read off fake passes of one and two layers and sequences."""
     found = {
         (layers, sequences): _kept_by(shape, layers, sequences, length, compute_dtype(config))
@@ -75,7 +78,9 @@ def kept_by_decoder(shape: PreTrainedConfig, length: int, config: Config) -> Kep
     )
 
 
-def _kept_by(shape: PreTrainedConfig, layers: int, sequences: int, length: int, dtype: torch.dtype) -> float:
+def _kept_by(shape: "PreTrainedConfig", layers: int, sequences: int, length: int, dtype: torch.dtype) -> float:
+    from transformers import AutoModel
+
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers, shape._attn_implementation = layers, "sdpa"
     if "layer_types" in shape.to_dict():

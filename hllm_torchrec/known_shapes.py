@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hllm_torchrec.config import Config
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -63,6 +61,8 @@ def with_shapes(config: Config) -> Config:
 
 def _shape_of(part: str, directory: str) -> dict[str, Any]:
     if (Path(directory) / "config.json").is_file():
+        from transformers import AutoConfig
+
         shape: dict[str, Any] = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
         return shape
     name = Path(directory).name.lower()

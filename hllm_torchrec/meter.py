@@ -4,10 +4,10 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.exchange import global_sum
@@ -17,6 +17,9 @@ from hllm_torchrec.model import HLLM
 from hllm_torchrec.modules.item_llm import ItemLLM
 from hllm_torchrec.modules.lora import has_adapters
 from hllm_torchrec.modules.user_encoder import UserEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PEAK_SHAPES = {
     "cpu": ((512, 512, 512), (1024, 512, 512)),
@@ -104,7 +107,7 @@ def item_flops(item_llm: ItemLLM, work: EncodedWork) -> float:
     return whole * (layers - 1) / layers + last_layer
 
 
-def backbone_flops(backbone: PreTrainedModel, tokens: int, keys: int) -> float:
+def backbone_flops(backbone: "PreTrainedModel", tokens: int, keys: int) -> float:
     """Operations of a forward pass over `tokens` that attend to `keys` keys all together."""
     if tokens == 0:
         return 0.0

@@ -15,11 +15,11 @@ S feature slots (T, Q, then X for late fusion, then U for the item space of feat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from transformers import PreTrainedModel
 
 from hllm_torchrec.config import Config, UserEncoderConfig
 from hllm_torchrec.config_lora import LoRAConfig
@@ -40,6 +40,9 @@ from hllm_torchrec.modules.standardise import Standardise
 from hllm_torchrec.modules.user_encoder import UserEncoder
 from hllm_torchrec.modules.user_llm import Queries, UserLLM
 from hllm_torchrec.own_code import encoder_shape, is_own, own_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ENCODERS: dict[str, type[HSTU] | type[SASRec] | type[LiGR]] = {"hstu": HSTU, "sasrec": SASRec, "ligr": LiGR}
 """`user.encoder` -> what stands in the User LLM's place; `module:Name` is one of the user's own."""
@@ -362,7 +365,7 @@ def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
     return encoder
 
 
-def _adapt(backbone: PreTrainedModel, lora: LoRAConfig, field: str) -> None:
+def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, field: str) -> None:
     """Put adapters on a backbone, where the configuration has them."""
     if lora.rank:
         add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets, field)

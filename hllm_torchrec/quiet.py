@@ -1,10 +1,9 @@
 """Third-party messages at the start of training that say nothing about this program's use of the library."""
 
 import logging
+import os
 import sys
 import warnings
-
-from transformers.utils import logging as transformers_logging
 
 #: logger -> how its harmless messages begin
 _LOG_MESSAGES = {
@@ -44,4 +43,8 @@ def quiet_libraries() -> None:
     for category, message in _WARNINGS:
         warnings.filterwarnings("ignore", message, category)
     if not sys.stderr.isatty():  # a bar for reading weights overwrites itself, which a file shows as one long line
-        transformers_logging.disable_progress_bar()
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # is read at the first import, which may never come
+        if "huggingface_hub" in sys.modules:
+            from transformers.utils import logging as transformers_logging
+
+            transformers_logging.disable_progress_bar()

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as apply_dropout
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from hllm_torchrec.modules.jagged import (
     MOST_SCORES,
@@ -227,5 +226,9 @@ def _no_mask(*_: object, **__: object) -> None:
     """The plan replaces transformers' mask."""
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)
+def register_packed_attention() -> None:
+    """Make `PACKED_ATTENTION` a name in transformers' attention registry; again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

@@ -12,19 +12,20 @@ one [ITEM] per item that has one, D width.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from hllm_torchrec.modules.attention import PACKED_ATTENTION
+from hllm_torchrec.modules.attention import PACKED_ATTENTION, register_packed_attention
 from hllm_torchrec.modules.attention_backends import BACKENDS, Choice, plan_text
 from hllm_torchrec.modules.jagged import lengths_from_offsets
 from hllm_torchrec.modules.last_rows import ReadRows, can_read_rows, let_read_rows
 from hllm_torchrec.modules.text_attention import TextLayout, TextPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Pooling = Literal["item", "mean"]
 
@@ -42,7 +43,7 @@ class ItemLLM(nn.Module):
         causal: decoders True, encoders such as BERT False.
     """
 
-    def __init__(self, backbone: PreTrainedModel, pooling: Pooling = "item", causal: bool = True) -> None:
+    def __init__(self, backbone: "PreTrainedModel", pooling: Pooling = "item", causal: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
@@ -170,7 +171,7 @@ def build_backbone(
     *,
     word_embeddings: bool = True,
     attention: str = PACKED_ATTENTION,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """A bare Hugging Face model with packed attention.
 
     Args:
@@ -188,6 +189,9 @@ def build_backbone(
             f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
             "weights, or a shape for random ones"
         )
+    from transformers import AutoConfig, AutoModel  # takes seconds, and an ID-only model has no backbone
+
+    register_packed_attention()
     if pretrained is not None:
         config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
         model = _load(pretrained, _adapted(config, layers, attention))
@@ -201,7 +205,7 @@ def build_backbone(
     return model
 
 
-def _adapted(config: PreTrainedConfig, layers: int | None, attention: str) -> PreTrainedConfig:
+def _adapted(config: "PreTrainedConfig", layers: int | None, attention: str) -> "PreTrainedConfig":
     """The config with the first `layers` only, and `attention`."""
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
@@ -211,8 +215,11 @@ def _adapted(config: PreTrainedConfig, layers: int | None, attention: str) -> Pr
     return config
 
 
-def _load(directory: str, config: PreTrainedConfig) -> PreTrainedModel:
+def _load(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel":
     """Weights as fp32 masters, without remote code; a weight that the file lacks is an error."""
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # layers left out on purpose would fill a page with warnings
     try:

@@ -9,13 +9,15 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hllm_torchrec.errors import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
 _NAME = "default"
@@ -23,7 +25,12 @@ _NAME = "default"
 
 
 def add_lora(
-    backbone: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: Sequence[str] = (), field: str = "lora"
+    backbone: "PreTrainedModel",
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] = (),
+    field: str = "lora",
 ) -> None:
     """Put adapters on linear layers of `backbone`, in place; of its weights only theirs train from then on.
 

@@ -11,13 +11,16 @@ Legend: B users, T packed history positions, Q query tokens, D width.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hllm_torchrec.modules.attention import AttentionPlan, plan_attention
 from hllm_torchrec.modules.text_attention import TextPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class UserLLM(nn.Module):
         dropout: applied to the inputs; the probability to zero an entry.
     """
 
-    def __init__(self, backbone: PreTrainedModel, dropout: float = 0.0) -> None:
+    def __init__(self, backbone: "PreTrainedModel", dropout: float = 0.0) -> None:
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)

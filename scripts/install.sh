@@ -115,6 +115,14 @@ install_hashed() { # torchrec and fbgemm too; nothing is resolved, so nothing el
     pip_install --no-build-isolation --no-deps -e .
 }
 
+first_import() { # pip leaves bytecode out: that of all packages takes minutes, that of what is imported seconds
+    # Written here, once: else all ranks of the first job would compile it side by side, and every process of every
+    # job where PYTHONDONTWRITEBYTECODE is set, as it often is in containers.
+    env -u PYTHONDONTWRITEBYTECODE "$python" -c '
+import hllm_torchrec, torch, fbgemm_gpu, torchrec, transformers.models.llama.modeling_llama
+import hllm_torchrec.report, hllm_torchrec.recommend, hllm_torchrec.trainer, transformers.models.bert.modeling_bert'
+}
+
 step() { # NAME COMMAND...: runs it and says which step failed
     echo "install: $1"
     "${@:2}" || fail "step \"$1\" failed; the messages above say why. Run the same command again to go on."
@@ -178,7 +186,7 @@ else
     step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
 fi
 if [ "$device" = cpu ] || has_gpu; then
-    step "a first import" "$python" -c 'import hllm_torchrec, torch, fbgemm_gpu, torchrec'
+    step "a first import" first_import
 else
     echo "install: no GPU driver here, without which the CUDA build cannot be imported; not tried"
 fi

@@ -143,7 +143,7 @@ class ForkedJob:
     def __init__(self, world: int, restarts: int, output: Path, options: list[str]) -> None:
         self.world, self.output, self._restarts, self._options = world, output, restarts, options
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch.distributed", "transformers", "hllm_torchrec.trainer"])
+        self._context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "hllm_torchrec.trainer"])
         self._pids: dict[int, int] = {}
         self._status: int | None = None
         self._stopped = False

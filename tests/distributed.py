@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("pytest", "torch.distributed", "torchrec", "transformers", "sklearn.metrics", "torch.utils.tensorboard")
 HEAVY += ("transformers.models.llama.modeling_llama", "hllm_torchrec.trainer", "tests.training_fixtures")
 """What takes long to import."""
+OF_TRAINING = ("transformers.models.llama.modeling_llama",)
+"""What ranks import once they build an LLM, whether or not this process has built one by then."""
 
 
 class RankFailed(RuntimeError):
@@ -32,10 +34,12 @@ class RankFailed(RuntimeError):
 def forks() -> ForkServerContext:
     """Processes forked from one that has imported the libraries: spawned ones would each do so for themselves.
 
-    It has imported those of `HEAVY` that this process had at the first call.
+    It has imported those of `HEAVY` that this process had at the first call, and those that a trainer will need.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*(name for name in HEAVY if name in sys.modules), "tests.freeze"])
+    had = [name for name in HEAVY if name in sys.modules]
+    trains = OF_TRAINING if "hllm_torchrec.trainer" in had else ()
+    context.set_forkserver_preload([*had, *trains, "tests.freeze"])
     with contextlib.chdir(ROOT):  # or it would not find our own modules, and say nothing
         forkserver.ensure_running()
     return context

@@ -13,18 +13,20 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hllm_torchrec.data.atomic import whole_folder
 from hllm_torchrec.data.checked import naming
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import hash_file, hash_parts
 from hllm_torchrec.data.ragged import offsets_of, stretches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -187,6 +189,8 @@ def build_token_store(
     path = dataset.root / "tokens" / hash_parts([json.dumps(request, sort_keys=True)])[:16]
     if (path / "store.json").is_file():
         return path
+    from transformers import AutoTokenizer  # takes seconds, and most jobs find the store made
+
     with whole_folder(path) as folder:
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
         _write_store(folder, dataset, tokenizer, request)
@@ -203,7 +207,7 @@ def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: st
         ]
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """(ids before a text, ids after a text) that belong to an item's tokens; see the module's rule."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -213,7 +217,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return before, after if is_encoder else []
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_text_length: int) -> list[list[int]]:
+def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_length: int) -> list[list[int]]:
     """Token ids of each text, with special tokens by the module's rule, cut to `max_text_length`."""
     before, after = special_tokens(tokenizer)
     room = max(max_text_length - len(before) - len(after), 0)
@@ -221,7 +225,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_text_leng
     return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
 
 
-def _write_store(folder: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, request: dict[str, Any]) -> None:
+def _write_store(folder: Path, dataset: Dataset, tokenizer: "PreTrainedTokenizerBase", request: dict[str, Any]) -> None:
     prompt, keys, separator = request["prompt"], request["keys"], request["separator"]
     length = request["max_text_length"]
     lengths: list[np.ndarray] = []
