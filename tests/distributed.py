@@ -22,7 +22,7 @@ from torch import distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("pytest", "torch.distributed", "torchrec", "transformers", "sklearn.metrics", "torch.utils.tensorboard")
 HEAVY += ("transformers.models.llama.modeling_llama", "hllm_torchrec.trainer", "tests.training_fixtures")
-"""What takes long to import."""
+"""What takes long to import, of which training imports some late."""
 
 
 class RankFailed(RuntimeError):
@@ -32,10 +32,11 @@ class RankFailed(RuntimeError):
 def forks() -> ForkServerContext:
     """Processes forked from one that has imported the libraries: spawned ones would each do so for themselves.
 
-    It has imported those of `HEAVY` that this process had at the first call.
+    It has imported those of `HEAVY` that this process had at the first call, all if this process can train.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*(name for name in HEAVY if name in sys.modules), "tests.freeze"])
+    trains = "hllm_torchrec.trainer" in sys.modules
+    context.set_forkserver_preload([*(name for name in HEAVY if trains or name in sys.modules), "tests.freeze"])
     with contextlib.chdir(ROOT):  # or it would not find our own modules, and say nothing
         forkserver.ensure_running()
     return context
