@@ -152,25 +152,43 @@ def train_and_stop(settings: Config) -> dict[str, Any]:
 # --- FSDP2 -----------------------------------------------------------------------------------------------
 
 
+SHARDED = {
+    "late, both losses, averaged": {
+        "objective__fusion": "late",
+        "objective__generative_weight": 0.5,
+        "optim__ema": 0.9,
+    },
+    "early, accumulated": {"objective__fusion": "early", "optim__accumulate": 2},
+    "none, mean": {"objective__fusion": "none", "item_llm__pooling": "mean"},
+    "words and user frozen": {"item_llm__freeze_words": True, "user__trainable": False},
+    "items frozen": {"item_llm__trainable": False, "objective__fusion": "early"},
+}
+
+
+@pytest.fixture(scope="module")
+def ddp_and_fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A folder with each run of `SHARDED` on two ranks, "NAME ddp" and "NAME fsdp", and each rank's metrics by name."""
+    folder = tmp_path_factory.mktemp("kinds")
+    common = {**GENTLE, "stages": STAGES, "data__batch_users": 2, "evaluation__every": 0.4}
+    settings = {
+        f"{name} {dense}": config(folder / f"{name} {dense}", parallel__dense=dense, **common, **own)
+        for name, own in SHARDED.items()
+        for dense in ("ddp", "fsdp")
+    }
+    return folder, run_ranks(train_each, 2, settings, timeout=300)
+
+
+def train_each(settings: dict[str, Config]) -> dict[str, Any]:
+    return {name: train(of_one).metrics for name, of_one in settings.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"objective__fusion": "late", "objective__generative_weight": 0.5, "optim__ema": 0.9},
-        pytest.param({"objective__fusion": "early", "optim__accumulate": 2}, marks=pytest.mark.slow),
-        pytest.param({"objective__fusion": "none", "item_llm__pooling": "mean"}, marks=pytest.mark.slow),
-        pytest.param({"item_llm__freeze_words": True, "user__trainable": False}, marks=pytest.mark.slow),
-        pytest.param({"item_llm__trainable": False, "objective__fusion": "early"}, marks=pytest.mark.slow),
-    ],
-    ids=lambda options: "-".join(str(value) for value in options.values()),
-)
-def test_fsdp_equals_ddp(options: dict[str, Any], tmp_path: Path) -> None:
-    common = {**GENTLE, **options, "stages": STAGES, "data__batch_users": 2, "evaluation__every": 0.4}
-    ddp = run_ranks(train_and_stop, 2, config(tmp_path / "ddp", **common))
-    fsdp = run_ranks(train_and_stop, 2, config(tmp_path / "fsdp", parallel__dense="fsdp", **common))
-    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-4)
-    for found, expected in zip(fsdp, ddp, strict=True):
-        assert found == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp_equals_ddp(name: str, ddp_and_fsdp: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, ranks = ddp_and_fsdp
+    assert losses(folder / f"{name} fsdp") == pytest.approx(losses(folder / f"{name} ddp"), abs=1e-4)
+    for found in ranks:
+        assert found[f"{name} fsdp"] == pytest.approx(found[f"{name} ddp"], abs=1e-4)
 
 
 @pytest.mark.slow
