@@ -254,31 +254,37 @@ def whole_weights(settings: Config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("saved", "loaded"), [("ddp", "fsdp"), ("fsdp", "ddp")])
-def test_a_checkpoint_of_one_kind_resumes_as_the_other(saved: str, loaded: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_kind_resumes_as_the_other(tmp_path: Path) -> None:
     options = {**GENTLE, "stages": STAGES, "optim__ema": 0.9, "objective__generative_weight": 0.5}
     options |= {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100}
-    run = tmp_path / "run"
     train(config(tmp_path / "whole", data__batch_users=4, **options))
-    run_ranks(train_and_remove_later, 2, config(run, data__batch_users=2, parallel__dense=saved, **options))
-    again = config(run, data__batch_users=2, parallel__dense=loaded, resume=True, **options)
-    metrics = run_ranks(train_and_stop, 2, again)
-    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    kinds, options = {"ddp": "fsdp", "fsdp": "ddp"}, options | {"data__batch_users": 2}
+    begun = [config(tmp_path / saved, parallel__dense=saved, **options) for saved in kinds]
+    run_ranks(train_and_remove_later, 2, begun)
+    resumed = {
+        saved: config(tmp_path / saved, parallel__dense=loaded, resume=True, **options)
+        for saved, loaded in kinds.items()
+    }
+    metrics = run_ranks(train_each, 2, resumed)
+    for saved in kinds:
+        assert losses(tmp_path / saved) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4), saved
+        assert [line["step"] for line in lines(tmp_path / saved, "start")] == [0, 4]
     assert metrics[0] == metrics[1]
 
 
-def train_and_remove_later(settings: Config) -> None:
-    """Train, then remove all checkpoints after step 4, as if the run had been cut off there."""
+def train_and_remove_later(settings: list[Config]) -> None:
+    """Train each, then remove all checkpoints after step 4, as if the run had been cut off there."""
     import shutil
 
-    train(settings)
-    if dist.get_rank() == 0:
-        for path in (Path(settings.output) / "checkpoints").glob("step-*"):
-            if int(path.name[5:]) > 4:
-                shutil.rmtree(path)
-    dist.barrier()
-    found = latest_checkpoint(Path(settings.output) / "checkpoints")
-    assert found is not None and found.name == "step-00000004"
+    for of_one in settings:
+        train(of_one)
+        if dist.get_rank() == 0:
+            for path in (Path(of_one.output) / "checkpoints").glob("step-*"):
+                if int(path.name[5:]) > 4:
+                    shutil.rmtree(path)
+        dist.barrier()
+        found = latest_checkpoint(Path(of_one.output) / "checkpoints")
+        assert found is not None and found.name == "step-00000004"
 
 
 # --- activation checkpointing and precision --------------------------------------------------------------
