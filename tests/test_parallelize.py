@@ -316,6 +316,7 @@ def test_compiled_layers_give_the_same_losses(dense: str, layers: int, tmp_path:
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layers_of_both_llms_are_compiled_and_nothing_else(tmp_path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):  # what is compiled runs as it is: no C++ compiler
         trainer = train(config(tmp_path / "run", parallel__compile=True, max_steps=1))
@@ -325,6 +326,7 @@ def test_the_layers_of_both_llms_are_compiled_and_nothing_else(tmp_path: Path) -
     assert len(compiled) == 3
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_gives_the_same_losses(tmp_path: Path) -> None:
     options = {"max_steps": 3, "objective__generative_weight": 1, **GENTLE}
     found = {}

@@ -368,6 +368,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_evaluations(tmp_path: Path)
     assert [int(path.name[5:]) for path in by_step(tmp_path / "run" / "checkpoints")] == saved
 
 
+@pytest.mark.slow
 def test_fractions_of_epochs_are_evaluated(tmp_path: Path) -> None:
     trainer = train(config(tmp_path / "run", stages=[{"name": "x", "epochs": 1.5}], evaluation__every=0.5))
     evaluated = [line["step"] for line in lines(tmp_path / "run", "eval")]
