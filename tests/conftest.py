@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process that compiles starts several more
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails instead
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or each process of the tests compiles all that it imports
+    sys.dont_write_bytecode = False
 
 gc.disable()  # while the tests are imported, see pytest_collection_finish
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -22,9 +22,7 @@ from torch import distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("pytest", "torch.distributed", "torchrec", "transformers", "sklearn.metrics", "torch.utils.tensorboard")
 HEAVY += ("transformers.models.llama.modeling_llama", "hllm_torchrec.trainer", "tests.training_fixtures")
-"""What takes long to import."""
-OF_TRAINING = ("transformers.models.llama.modeling_llama",)
-"""What ranks import once they build an LLM, whether or not this process has built one by then."""
+"""What takes long to import, of which training imports some late."""
 
 
 class RankFailed(RuntimeError):
@@ -34,12 +32,11 @@ class RankFailed(RuntimeError):
 def forks() -> ForkServerContext:
     """Processes forked from one that has imported the libraries: spawned ones would each do so for themselves.
 
-    It has imported those of `HEAVY` that this process had at the first call, and those that a trainer will need.
+    It has imported those of `HEAVY` that this process had at the first call, all if this process can train.
     """
     context = multiprocessing.get_context("forkserver")
-    had = [name for name in HEAVY if name in sys.modules]
-    trains = OF_TRAINING if "hllm_torchrec.trainer" in had else ()
-    context.set_forkserver_preload([*had, *trains, "tests.freeze"])
+    trains = "hllm_torchrec.trainer" in sys.modules
+    context.set_forkserver_preload([*(name for name in HEAVY if trains or name in sys.modules), "tests.freeze"])
     with contextlib.chdir(ROOT):  # or it would not find our own modules, and say nothing
         forkserver.ensure_running()
     return context

@@ -102,6 +102,7 @@ def test_two_ranks_in_many_commits_write_what_one_does_in_one(run_dir: Path, tmp
     torch.testing.assert_close(two[0], one[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_users_without_a_history_by_the_configuration_have_no_vector(tmp_path: Path) -> None:
     train(config(tmp_path / "run", data__history="positive", **STAGE))
     embed_users(load(tmp_path / "run"), tmp_path / "s")
@@ -110,6 +111,7 @@ def test_users_without_a_history_by_the_configuration_have_no_vector(tmp_path: P
     assert known.tolist() == [positives[raw] for raw in RAW_IDS]
 
 
+@pytest.mark.slow
 def test_the_command_embeds_items_and_users_and_refuses_another_checkpoint(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ def exported() -> tuple[Path, Path]:
     return run, output
 
 
+@pytest.mark.slow
 def test_plain_transformers_computes_the_runs_item_embeddings() -> None:
     run, output = exported()
     loaded = load_run(run, "best", start_process())

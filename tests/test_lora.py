@@ -116,6 +116,7 @@ def test_adapters_on_random_weights_are_saved_with_them(tmp_path: Path) -> None:
     assert "model.item_llm.backbone.layers.0.self_attn.q_proj.base_layer.weight" in keys
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> None:
     whole = training_fixtures.train(settings(tmp_path / "whole", evaluation__checkpoint_every=2))
     training_fixtures.interrupted(tmp_path / "whole", tmp_path / "again", 2)
@@ -210,6 +211,7 @@ def test_settings_that_contradict_adapters_are_refused(tmp_path: Path, more: dic
         settings(tmp_path / "run", **more)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_gradients_and_optimizer_states_of_adapters_alone() -> None:
     machine = Machine(1, 1, **HARDWARE["h100"])
     work, tables = Workload(1000, 1000, 20.0, 20.0), {"item_id": 1001}

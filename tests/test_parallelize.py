@@ -152,25 +152,43 @@ def train_and_stop(settings: Config) -> dict[str, Any]:
 # --- FSDP2 -----------------------------------------------------------------------------------------------
 
 
+SHARDED = {
+    "late, both losses, averaged": {
+        "objective__fusion": "late",
+        "objective__generative_weight": 0.5,
+        "optim__ema": 0.9,
+    },
+    "early, accumulated": {"objective__fusion": "early", "optim__accumulate": 2},
+    "none, mean": {"objective__fusion": "none", "item_llm__pooling": "mean"},
+    "words and user frozen": {"item_llm__freeze_words": True, "user__trainable": False},
+    "items frozen": {"item_llm__trainable": False, "objective__fusion": "early"},
+}
+
+
+@pytest.fixture(scope="module")
+def ddp_and_fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A folder with each run of `SHARDED` on two ranks, "NAME ddp" and "NAME fsdp", and each rank's metrics by name."""
+    folder = tmp_path_factory.mktemp("kinds")
+    common = {**GENTLE, "stages": STAGES, "data__batch_users": 2, "evaluation__every": 0.4}
+    settings = {
+        f"{name} {dense}": config(folder / f"{name} {dense}", parallel__dense=dense, **common, **own)
+        for name, own in SHARDED.items()
+        for dense in ("ddp", "fsdp")
+    }
+    return folder, run_ranks(train_each, 2, settings, timeout=300)
+
+
+def train_each(settings: dict[str, Config]) -> dict[str, Any]:
+    return {name: train(of_one).metrics for name, of_one in settings.items()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"objective__fusion": "late", "objective__generative_weight": 0.5, "optim__ema": 0.9},
-        pytest.param({"objective__fusion": "early", "optim__accumulate": 2}, marks=pytest.mark.slow),
-        pytest.param({"objective__fusion": "none", "item_llm__pooling": "mean"}, marks=pytest.mark.slow),
-        pytest.param({"item_llm__freeze_words": True, "user__trainable": False}, marks=pytest.mark.slow),
-        pytest.param({"item_llm__trainable": False, "objective__fusion": "early"}, marks=pytest.mark.slow),
-    ],
-    ids=lambda options: "-".join(str(value) for value in options.values()),
-)
-def test_fsdp_equals_ddp(options: dict[str, Any], tmp_path: Path) -> None:
-    common = {**GENTLE, **options, "stages": STAGES, "data__batch_users": 2, "evaluation__every": 0.4}
-    ddp = run_ranks(train_and_stop, 2, config(tmp_path / "ddp", **common))
-    fsdp = run_ranks(train_and_stop, 2, config(tmp_path / "fsdp", parallel__dense="fsdp", **common))
-    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-4)
-    for found, expected in zip(fsdp, ddp, strict=True):
-        assert found == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp_equals_ddp(name: str, ddp_and_fsdp: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, ranks = ddp_and_fsdp
+    assert losses(folder / f"{name} fsdp") == pytest.approx(losses(folder / f"{name} ddp"), abs=1e-4)
+    for found in ranks:
+        assert found[f"{name} fsdp"] == pytest.approx(found[f"{name} ddp"], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -236,31 +254,37 @@ def whole_weights(settings: Config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("saved", "loaded"), [("ddp", "fsdp"), ("fsdp", "ddp")])
-def test_a_checkpoint_of_one_kind_resumes_as_the_other(saved: str, loaded: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_kind_resumes_as_the_other(tmp_path: Path) -> None:
     options = {**GENTLE, "stages": STAGES, "optim__ema": 0.9, "objective__generative_weight": 0.5}
     options |= {"evaluation__checkpoint_every": 2, "evaluation__keep_last": 100}
-    run = tmp_path / "run"
     train(config(tmp_path / "whole", data__batch_users=4, **options))
-    run_ranks(train_and_remove_later, 2, config(run, data__batch_users=2, parallel__dense=saved, **options))
-    again = config(run, data__batch_users=2, parallel__dense=loaded, resume=True, **options)
-    metrics = run_ranks(train_and_stop, 2, again)
-    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    kinds, options = {"ddp": "fsdp", "fsdp": "ddp"}, options | {"data__batch_users": 2}
+    begun = [config(tmp_path / saved, parallel__dense=saved, **options) for saved in kinds]
+    run_ranks(train_and_remove_later, 2, begun)
+    resumed = {
+        saved: config(tmp_path / saved, parallel__dense=loaded, resume=True, **options)
+        for saved, loaded in kinds.items()
+    }
+    metrics = run_ranks(train_each, 2, resumed)
+    for saved in kinds:
+        assert losses(tmp_path / saved) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4), saved
+        assert [line["step"] for line in lines(tmp_path / saved, "start")] == [0, 4]
     assert metrics[0] == metrics[1]
 
 
-def train_and_remove_later(settings: Config) -> None:
-    """Train, then remove all checkpoints after step 4, as if the run had been cut off there."""
+def train_and_remove_later(settings: list[Config]) -> None:
+    """Train each, then remove all checkpoints after step 4, as if the run had been cut off there."""
     import shutil
 
-    train(settings)
-    if dist.get_rank() == 0:
-        for path in (Path(settings.output) / "checkpoints").glob("step-*"):
-            if int(path.name[5:]) > 4:
-                shutil.rmtree(path)
-    dist.barrier()
-    found = latest_checkpoint(Path(settings.output) / "checkpoints")
-    assert found is not None and found.name == "step-00000004"
+    for of_one in settings:
+        train(of_one)
+        if dist.get_rank() == 0:
+            for path in (Path(of_one.output) / "checkpoints").glob("step-*"):
+                if int(path.name[5:]) > 4:
+                    shutil.rmtree(path)
+        dist.barrier()
+        found = latest_checkpoint(Path(of_one.output) / "checkpoints")
+        assert found is not None and found.name == "step-00000004"
 
 
 # --- activation checkpointing and precision --------------------------------------------------------------
@@ -292,6 +316,7 @@ def test_compiled_layers_give_the_same_losses(dense: str, layers: int, tmp_path:
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layers_of_both_llms_are_compiled_and_nothing_else(tmp_path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):  # what is compiled runs as it is: no C++ compiler
         trainer = train(config(tmp_path / "run", parallel__compile=True, max_steps=1))
@@ -301,6 +326,7 @@ def test_the_layers_of_both_llms_are_compiled_and_nothing_else(tmp_path: Path) -
     assert len(compiled) == 3
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_gives_the_same_losses(tmp_path: Path) -> None:
     options = {"max_steps": 3, "objective__generative_weight": 1, **GENTLE}
     found = {}

@@ -59,6 +59,7 @@ def test_a_ranking_model_recommends_by_its_scores() -> None:
     assert [item.raw_id for item in found.items] == best[:5] and found.scored_by == "probability"
 
 
+@pytest.mark.slow
 def test_a_generative_model_puts_targets_where_evaluation_ranks_them(tmp_path: Path) -> None:
     run, dataset = trained("none"), fixtures.dataset("leave_one_out")
     loaded = load_run(run, "best", start_process())

@@ -14,6 +14,7 @@ from tests.training_fixtures import (
     MIXED,
     assert_equal_weights,
     config,
+    each_on_rank,
     interrupted,
     lines,
     losses,
@@ -58,15 +59,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dense", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_two_ranks_resume_bit_for_bit(dense: str, tmp_path: Path) -> None:
-    options = {**RESUMABLE, "data__batch_users": 2, "parallel__dense": dense}
-    whole = run_ranks(on_rank, 2, config(tmp_path / "whole", **options))
-    run = interrupted(tmp_path / "whole", tmp_path / "resumed", 12)
-    resumed = run_ranks(on_rank, 2, config(run, resume=True, **options))
-    assert losses(run) == losses(tmp_path / "whole")
-    for found, expected in zip(resumed, whole, strict=True):
-        assert_equal_weights(found["weights"], expected["weights"])
+def test_two_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
+    options = {name: {**RESUMABLE, "data__batch_users": 2, "parallel__dense": name} for name in ("ddp", "fsdp")}
+    whole = run_ranks(each_on_rank, 2, {name: config(tmp_path / name, **own) for name, own in options.items()})
+    runs = {name: interrupted(tmp_path / name, tmp_path / f"resumed-{name}", 12) for name in options}
+    resumed = run_ranks(each_on_rank, 2, {n: config(runs[n], resume=True, **own) for n, own in options.items()})
+    for name, run in runs.items():
+        assert losses(run) == losses(tmp_path / name)
+        for found, expected in zip(resumed, whole, strict=True):
+            assert_equal_weights(found[name]["weights"], expected[name]["weights"])
 
 
 @pytest.mark.slow

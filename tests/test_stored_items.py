@@ -139,6 +139,7 @@ def test_the_model_sees_the_vectors_of_the_store(first: Path, tmp_path: Path) ->
     assert experiment.items_to_evaluate_with() is None
 
 
+@pytest.mark.slow
 def test_the_evaluation_job_scores_such_a_run_as_training_did(first: Path, tmp_path: Path) -> None:
     options = {"objective__generative_weight": 0.5, "evaluation__retrieval": True, "item_llm__adapter": 2}
     trainer = train(second(first, tmp_path / "two", **options))

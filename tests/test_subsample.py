@@ -128,6 +128,7 @@ def job() -> object:
     stop_process()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("job")
 def test_a_run_with_a_share_trains_and_a_share_of_one_is_the_plain_run(tmp_path: Path) -> None:
     train(config(tmp_path / "plain"))

@@ -135,6 +135,7 @@ def test_the_table_of_the_guide_has_the_numbers_of_the_function() -> None:
 # ------------------------------------------------------------------------------------------ in a run
 
 
+@pytest.mark.slow
 def test_float16_tables_train_nearly_alike_and_are_saved_and_loaded(tmp_path: Path) -> None:
     trainer = train(config(tmp_path / "half", max_steps=4, features__table_dtype="fp16"))
     dtypes = {

@@ -21,6 +21,7 @@ from tests.training_fixtures import (
     MIXED,
     assert_equal_weights,
     config,
+    each_on_rank,
     interrupted,
     lines,
     losses,
@@ -71,41 +72,39 @@ def test_another_seed_gives_other_losses(tmp_path: Path) -> None:
     assert losses(tmp_path / "0") != losses(tmp_path / "1")
 
 
+LAMBDA = {"objective__generative_weight": 0.5}
+WORLDS = {
+    "late-trained": {"objective__fusion": "late", "stages": TRAINED},
+    "late-cached-lambda": {"objective__fusion": "late", "stages": CACHED, **LAMBDA},
+    "early-trained-lambda": {"objective__fusion": "early", "stages": TRAINED, **LAMBDA, "item_llm__standardise": True},
+    "early-cached": {"objective__fusion": "early", "stages": CACHED},
+    "none-trained": {"objective__fusion": "none", "stages": TRAINED},
+    "none-cached": {"objective__fusion": "none", "stages": CACHED},
+    "late-ids-only": {"objective__fusion": "late", "item_llm__enabled": False},
+}
+GENTLE = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+    """A folder with the runs of `WORLDS` on two ranks, and what each rank ended with, by name."""
+    folder = tmp_path_factory.mktemp("two")
+    settings = {name: config(folder / name, data__batch_users=2, **GENTLE, **own) for name, own in WORLDS.items()}
+    return folder, run_ranks(each_on_rank, 2, settings, timeout=300)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({"objective__fusion": fusion, **options}, id=f"{fusion}-{name}", marks=marks)
-        for fusion, name, options, marks in (
-            ("late", "trained", {"stages": TRAINED}, pytest.mark.slow),
-            (
-                "late",
-                "cached-lambda",
-                {"stages": CACHED, "objective__generative_weight": 0.5},
-                pytest.mark.slow,
-            ),
-            (
-                "early",
-                "trained-lambda",
-                {"stages": TRAINED, "objective__generative_weight": 0.5, "item_llm__standardise": True},
-                (),
-            ),
-            ("early", "cached", {"stages": CACHED}, pytest.mark.slow),
-            ("none", "trained", {"stages": TRAINED}, pytest.mark.slow),
-            ("none", "cached", {"stages": CACHED}, ()),
-            ("late", "ids-only", {"item_llm__enabled": False}, pytest.mark.slow),
-        )
-    ],
-)
-def test_one_rank_equals_two_ranks(options: dict[str, Any], tmp_path: Path) -> None:
-    common = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002, **options}
-    train(config(tmp_path / "one", data__batch_users=4, **common))
-    ranks = run_ranks(on_rank, 2, config(tmp_path / "two", data__batch_users=2, **common))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    (one,), (two,) = (lines(tmp_path / name, "eval") for name in ("one", "two"))
-    name = "ndcg@10" if options["objective__fusion"] == "none" else "auc"
-    assert two[name] == pytest.approx(one[name], abs=1e-4)
-    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+@pytest.mark.parametrize("name", WORLDS)
+def test_one_rank_equals_two_ranks(
+    name: str, two_ranks: tuple[Path, list[dict[str, dict[str, Any]]]], tmp_path: Path
+) -> None:
+    train(config(tmp_path / "one", data__batch_users=4, **GENTLE, **WORLDS[name]))
+    folder, ranks = two_ranks
+    assert losses(folder / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    (one,), (two,) = (lines(output, "eval") for output in (tmp_path / "one", folder / name))
+    metric = "ndcg@10" if WORLDS[name]["objective__fusion"] == "none" else "auc"
+    assert two[metric] == pytest.approx(one[metric], abs=1e-4)
+    assert ranks[0][name]["metrics"] == ranks[1][name]["metrics"]
 
 
 def test_two_micro_batches_equal_one_batch_twice_as_large(tmp_path: Path) -> None:
@@ -127,18 +126,8 @@ def test_accumulation_over_ranks_equals_one_rank(tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fusion", "dense"),
-    [
-        ("early", "ddp"),
-        ("late", "fsdp"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("late", "ddp"), ("early", "fsdp"))),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("none", "ddp"), ("none", "fsdp"))),
-    ],
-)
-def test_a_rank_without_users_takes_part(fusion: str, dense: str, tmp_path: Path) -> None:
-    options = {
+def with_a_rank_without_users(fusion: str, dense: str) -> dict[str, Any]:
+    return {
         "objective__fusion": fusion,
         "parallel__dense": dense,
         "stages": [
@@ -148,11 +137,32 @@ def test_a_rank_without_users_takes_part(fusion: str, dense: str, tmp_path: Path
         "data__max_history": 24,  # 35 pieces: the second step has 2 for 3 ranks
         "evaluation__batch_users": 2,
     }
-    one = train(config(tmp_path / "one", data__batch_users=33, **options))
+
+
+FUSIONS_AND_DENSE = [(fusion, dense) for fusion in ("early", "late", "none") for dense in ("ddp", "fsdp")]
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of `with_a_rank_without_users` on three ranks."""
+    folder = tmp_path_factory.mktemp("three")
+    settings = {
+        f"{fusion}-{dense}": config(
+            folder / f"{fusion}-{dense}", data__batch_users=11, **with_a_rank_without_users(fusion, dense)
+        )
+        for fusion, dense in FUSIONS_AND_DENSE
+    }
+    run_ranks(each_on_rank, 3, settings, timeout=300)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fusion", "dense"), FUSIONS_AND_DENSE)
+def test_a_rank_without_users_takes_part(fusion: str, dense: str, three_ranks: Path, tmp_path: Path) -> None:
+    one = train(config(tmp_path / "one", data__batch_users=33, **with_a_rank_without_users(fusion, dense)))
     assert [loader.steps(0) for loader in one.loaders.values()][0] == 2
     assert len(next(iter(one.loaders.values())).pieces) == 35
-    run_ranks(on_rank, 3, config(tmp_path / "three", data__batch_users=11, **options))
-    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert losses(three_ranks / f"{fusion}-{dense}") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -358,6 +368,7 @@ def test_checkpoints_come_every_so_many_steps_and_at_evaluations(tmp_path: Path)
     assert [int(path.name[5:]) for path in by_step(tmp_path / "run" / "checkpoints")] == saved
 
 
+@pytest.mark.slow
 def test_fractions_of_epochs_are_evaluated(tmp_path: Path) -> None:
     trainer = train(config(tmp_path / "run", stages=[{"name": "x", "epochs": 1.5}], evaluation__every=0.5))
     evaluated = [line["step"] for line in lines(tmp_path / "run", "eval")]

@@ -103,6 +103,14 @@ def on_rank(settings: Config) -> dict[str, Any]:
     return {"metrics": trainer.metrics, "weights": weights(trainer), "step": trainer.step}
 
 
+def each_on_rank(settings: dict[str, Config]) -> dict[str, dict[str, Any]]:
+    """Train one configuration after the other on one of several ranks; `on_rank` of each.
+
+    One group of ranks for many runs: each process that is new spends more than a tiny run on what it does first.
+    """
+    return {name: on_rank(of_one) for name, of_one in settings.items()}
+
+
 def assert_equal_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Bit for bit."""
     assert found.keys() == expected.keys()

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 
 from hllm_torchrec.data.dataset import Dataset
@@ -274,13 +275,15 @@ def test_memory_follows_the_partition_and_not_the_number_of_events(tmp_path, roo
     users, per_user = 200_000, 15
     rng = np.random.default_rng(0)
     header = "item_id,user_id,timestamp\n"
-    with (tmp_path / "Pixel.csv").open("w") as file:
-        file.write(header)
+    items, names = (pa.array([f"{kind}{n:07d}" for n in range(size)]) for kind, size in (("i", 500), ("user-", users)))
+    with (tmp_path / "Pixel.csv").open("wb") as file:
+        file.write(header.encode())
         for _ in range(per_user):
-            items, times = rng.integers(500, size=users), rng.integers(10**9, size=users)
-            file.writelines(f"i{i},user-{u:07d},{t}\n" for u, (i, t) in enumerate(zip(items, times, strict=True)))
-    (tmp_path / "warm.csv").write_text(header + "".join(f"i{n % 9},u{n % 7},{n}\n" for n in range(99)))
-    lines = ["item_id,title,tag,description", *(f"i{n},t{n},x,d" for n in range(500))]
+            drawn, times = rng.integers(500, size=users), rng.integers(10**9, size=users)
+            table = pa.table({"item_id": items.take(pa.array(drawn)), "user_id": names, "timestamp": times})
+            pa.csv.write_csv(table, file, pa.csv.WriteOptions(include_header=False, quoting_style="none"))
+    (tmp_path / "warm.csv").write_text(header + "".join(f"i{n % 9:07d},u{n % 7},{n}\n" for n in range(99)))
+    lines = ["item_id,title,tag,description", *(f"i{n:07d},t{n},x,d" for n in range(500))]
     (tmp_path / "item_info.csv").write_text("\n".join(lines) + "\n")
 
     def growth(partitions):

@@ -92,6 +92,7 @@ def test_the_checkpoint_gives_what_training_saw(run: Path) -> None:
         assert metrics["retrieval"]["recall@10"] == pytest.approx(seen["recall@10"])
 
 
+@pytest.mark.slow
 def test_best_latest_and_a_directory_are_the_checkpoints_they_say(run: Path) -> None:
     seen = {line["step"]: line["auc"] for line in lines(run, "eval")}
     assert len(seen) == 2
@@ -104,6 +105,7 @@ def test_best_latest_and_a_directory_are_the_checkpoints_they_say(run: Path) -> 
         assert metrics["models"]["plain"]["auc"] == pytest.approx(seen[step], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["generative"], indirect=True)
 def test_a_generative_run_has_retrieval_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run", str(run)]) == 0

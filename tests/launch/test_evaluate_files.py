@@ -63,6 +63,7 @@ def test_two_models_in_parquet_and_csv(files: Path, tmp_path: Path, capsys: pyte
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_scores_in_one_file_with_columns_of_other_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"label": "clicked", "score": "mine", "other": "theirs", "user_id": "uid", "probability": "p"}
     values = {names.get(name, name): column for name, column in columns().items()}

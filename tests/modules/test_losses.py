@@ -108,8 +108,9 @@ def test_effective_negatives_count_what_the_ids_leave() -> None:
 
 def test_identical_embeddings_do_not_empty_the_negatives() -> None:
     """Masking by id, not by cosine: collapse costs log(1 + K) each instead of looking like a loss of 0."""
-    inputs = example() | {"predictions": torch.ones(4, 5), "positives": torch.ones(4, 5)}
-    inputs |= {"negatives": torch.ones(7, 5), "exclude": None, "target_ids": torch.full((4,), 99)}
+    same = torch.eye(5)[:1]  # one number that is not 0: a tie is one to the last bit however products are summed
+    inputs = example() | {"predictions": same.repeat(4, 1), "positives": same.repeat(4, 1)}
+    inputs |= {"negatives": same.repeat(7, 1), "exclude": None, "target_ids": torch.full((4,), 99)}
     output = info_nce(**inputs)
     assert output.effective_negatives == 7 and output.accuracy == 0
     torch.testing.assert_close(output.loss_sum, torch.tensor(4 * math.log(8)), check_dtype=False)

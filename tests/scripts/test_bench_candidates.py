@@ -10,6 +10,7 @@ from tests.scripts.benches import bench_module, tiny_result
 bench_candidates = bench_module("bench_candidates")
 
 
+@pytest.mark.slow
 def test_bench_candidates_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "candidates.json"
     bench_candidates.main(["--tiny", "--out", str(out)])

@@ -9,6 +9,7 @@ from tests.scripts.benches import bench_module, tiny_result
 bench_curves = bench_module("bench_curves")
 
 
+@pytest.mark.slow
 def test_bench_curves_ends_with_its_json_and_draws_the_curves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

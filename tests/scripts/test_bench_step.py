@@ -123,6 +123,7 @@ def test_padding_and_negatives_are_items_that_the_piece_does_not_hold() -> None:
         assert not np.isin(sample.items, [*sample.padding, *sample.negatives]).any()
 
 
+@pytest.mark.slow
 def test_bench_step_ends_with_its_json(
     shop: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

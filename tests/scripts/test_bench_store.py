@@ -47,6 +47,7 @@ def test_the_model_alone_encodes_the_texts_of_the_job(tmp_path: Path) -> None:
     stop_process()
 
 
+@pytest.mark.slow
 def test_bench_store_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "store.json"
     bench_store.main(["--tiny", "--out", str(out)])

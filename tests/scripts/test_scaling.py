@@ -40,12 +40,14 @@ def test_the_law_is_found_again(law: dict[str, Any]) -> None:
     assert found["explained"] > 0.999999 and found["largest_residual"] < 1e-5
 
 
+@pytest.mark.slow
 def test_noise_shows_in_the_errors(script: ModuleType, law: dict[str, Any]) -> None:
     still, noisy = law, script.fit(points(script, noise=0.02))
     assert noisy["jackknife_errors"]["b"] > 100 * still["jackknife_errors"]["b"]
     assert noisy["largest_residual"] < 0.06
 
 
+@pytest.mark.slow
 def test_the_grids_are_configurations_and_every_point_has_as_many_steps(script: ModuleType) -> None:
     found = script.variants(epochs=4)
     assert len({variant.name for variant in found}) == len(found) == 16 + 8

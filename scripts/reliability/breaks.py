@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""Break the code in thirty places, one at a time, and see that the tests notice.
+
+    python scripts/reliability/breaks.py                     # all of them, about a quarter of an hour
+    python scripts/reliability/breaks.py attention gate      # those whose names hold one of the words
+    python scripts/reliability/breaks.py --fast              # by what scripts/test.sh --fast runs alone
+
+Each break is made in a copy of the tree, and the tests that cover the file are run there until one fails. The tests
+that failed are then run in the copy without a break: a test that always fails notices nothing. Exit status: 0, all
+were caught; 1, one was not, or its text does not stand in the code exactly once.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("hllm_torchrec", "modules", "launch")
+NOT_COPIED = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__", "runs", "data-*")
+SECONDS = 900
+"""A run of tests that takes longer hangs: a break of collectives may do that, and is then caught by the hang."""
+
+
+@dataclass(frozen=True)
+class Break:
+    """`old`, which stands in the code exactly once, becomes `new`; `tests`: pytest's arguments, -k included."""
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+BREAKS = (
+    # modules
+    Break(
+        "losses: the user's own items are negatives",
+        "in_sequence[row_of_sequence[self.sequence_of_excluded], self.column_of_excluded] = True",
+        "in_sequence[row_of_sequence[self.sequence_of_excluded], self.column_of_excluded] = False",
+        ("tests/modules/test_losses.py",),
+    ),
+    Break(
+        "losses: the gradient through a norm",
+        "slopes = torch.where(inverse < 1 / EPS, -inverse.square(), 0.0)",
+        "slopes = torch.where(inverse < 1 / EPS, -inverse, 0.0)",
+        ("tests/modules/test_losses.py",),
+    ),
+    Break(
+        "attention: a query sees one event more",
+        "hidden=keys[None, None, :] >= visible[:, :, None]",
+        "hidden=keys[None, None, :] > visible[:, :, None]",
+        ("tests/modules/test_attention.py",),
+    ),
+    Break(
+        "attention: history sees its future",
+        "dropout_p=dropout, is_causal=causal, scale=scaling)",
+        "dropout_p=dropout, is_causal=False, scale=scaling)",
+        ("tests/modules/test_attention.py",),
+    ),
+    Break(
+        "hstu: the divisor leaves out the row itself",
+        "(position - prefix).clamp(min=0).add(1).clamp(max=window)",
+        "(position - prefix).clamp(min=0).clamp(max=window)",
+        ("tests/modules/test_hstu.py",),
+    ),
+    Break(
+        "hstu: a query's own key without SiLU",
+        "own = F.silu(scores)[:, :, None] * v[history:]",
+        "own = scores[:, :, None] * v[history:]",
+        ("tests/modules/test_hstu.py",),
+    ),
+    Break(
+        "hybrid features: slots without a time get the MLP's bias",
+        "terms.append(merged * has_time[:, None])",
+        "terms.append(merged)",
+        ("tests/modules/test_hybrid_features.py",),
+    ),
+    Break(
+        "timestamps: the length of four years",
+        "day_of_era // 1_460",
+        "day_of_era // 1_461",
+        ("tests/modules/test_timestamps.py",),
+    ),
+    # data
+    Break(
+        "collate: an exposure sees its own second",
+        'visible = np.searchsorted(times[kept], times[targets], side="left")',
+        'visible = np.searchsorted(times[kept], times[targets], side="right")',
+        ("tests/data/test_collate.py",),
+    ),
+    Break(
+        "collate: the first target of a piece is lost",
+        "wanted = following >= piece.first",
+        "wanted = following > piece.first",
+        ("tests/data/test_collate.py",),
+    ),
+    Break(
+        "numeric features: the same second counts as earlier",
+        'seen = np.searchsorted(timestamps, timestamps[targets], side="left")',
+        'seen = np.searchsorted(timestamps, timestamps[targets], side="right")',
+        ("tests/data/test_numeric.py",),
+    ),
+    Break(
+        "loader: a resumed epoch begins anew",
+        "for step in range(first_step, self.steps(epoch))",
+        "for step in range(self.steps(epoch))",
+        ("tests/data/test_loader.py",),
+    ),
+    Break(
+        "split: the event at the cut goes into the part before",
+        "(timestamps == cut.timestamp) & (orders >= cut.order)",
+        "(timestamps == cut.timestamp) & (orders > cut.order)",
+        ("tests/data/test_prepare.py",),
+    ),
+    Break(
+        "prepare: a dataset of other options is reused",
+        'if existing is not None and existing["request"] == request:',
+        "if existing is not None:",
+        ("tests/data/test_prepare.py",),
+    ),
+    # metrics
+    Break(
+        "AUC: a tie counts as ranked right",
+        "return float(positives @ (negatives_below + negatives / 2))",
+        "return float(positives @ (negatives_below + negatives))",
+        ("tests/metrics/test_auc.py",),
+    ),
+    Break(
+        "exact AUC: a tie counts as ranked wrong",
+        "(mass[0] * (under[1] + upto[1])).sum().item()",
+        "(mass[0] * (under[1] + under[1])).sum().item()",
+        ("tests/metrics/test_exact.py",),
+    ),
+    Break(
+        "GAUC: negatives of users before count",
+        "below = negatives.cumsum() - negatives - before[tie_groups]",
+        "below = negatives.cumsum() - negatives",
+        ("tests/metrics/test_ranking.py",),
+    ),
+    Break(
+        "gate: a drop within chance fails",
+        "elif low > 0:\n        status, reason =",
+        "elif high > 0:\n        status, reason =",
+        ("tests/metrics/test_gate.py",),
+    ),
+    # stores and checkpoints
+    Break(
+        "store: the manifest names files that may not be on the disk",
+        "            _sync(self.folder / name)\n",
+        "",
+        ("tests/store/test_commit.py",),
+    ),
+    Break(
+        "store: altered bytes go unnoticed",
+        "elif contents and file_checksum(folder / name) != checksum:",
+        "elif contents and file_checksum(folder / name) < 0:",
+        ("tests/store/test_store.py",),
+    ),
+    Break(
+        "checkpoint: one that a crash caught between two names is lost",
+        "            caught.rename(final)\n",
+        "            pass\n",
+        ("tests/test_checkpoint.py", "-k", "crash or caught"),
+    ),
+    Break(
+        "checkpoint: the unpickler finds any class",
+        "if name not in _ALLOWED.get(module, ()):",
+        'if name == "":',
+        ("tests/test_checkpoint.py", "-k", "pickle"),
+    ),
+    # ranks
+    Break(
+        "trainer: the loss is not scaled by the ranks",
+        "(loss * self.world).backward()",
+        "loss.backward()",
+        ("tests/test_trainer.py", "-k", "rank or ranks"),
+    ),
+    Break(
+        "exchange: a gradient of gathered rows is a mean",
+        "copies.view(n_ranks, ctx.n_rows, *grad.shape[1:]).sum(dim=0), None",
+        "copies.view(n_ranks, ctx.n_rows, *grad.shape[1:]).mean(dim=0), None",
+        ("tests/test_exchange.py",),
+    ),
+    Break(
+        "exchange: owners by number instead of cost",
+        "heapq.heapreplace(loads, (load + cost, rank))",
+        "heapq.heapreplace(loads, (load + 1, rank))",
+        ("tests/test_exchange.py",),
+    ),
+    # configuration, training, serving
+    Break(
+        "config: weights and a shape are both taken",
+        "(part.pretrained is None) == (part.shape is None)",
+        "part.pretrained is None and part.shape is None",
+        ("tests/test_config.py",),
+    ),
+    Break(
+        "stages: a cached stage trains the Item LLM",
+        "            if cached:\n                self.hllm.item_cache = self.experiment.encode_catalogue()\n",
+        "",
+        ("tests/test_trainer.py", "-k", "cached"),
+    ),
+    Break(
+        "EMA: the weights of average and weight are exchanged",
+        "self._averages[name].lerp_(parameter.detach(), 1.0 - decay)",
+        "self._averages[name].lerp_(parameter.detach(), decay)",
+        ("tests/test_optim.py",),
+    ),
+    Break(
+        "optimizer: gradients are not clipped",
+        "torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)",
+        "torch.nn.utils.clip_grads_with_norm_(members, math.inf, total)",
+        ("tests/test_optim.py",),
+    ),
+    Break(
+        "serving: the window does not move with new events",
+        "if start != user.start or is_context:",
+        "if is_context:",
+        ("tests/test_serving.py",),
+    ),
+)
+
+
+def place_of(text: str, root: Path) -> Path:
+    """The file of the code in which `text` stands.
+
+    Raises:
+        ValueError: it stands there twice, or not at all.
+    """
+    files = [path for folder in CODE for path in sorted((root / folder).rglob("*.py"))]
+    found = [(path, path.read_text(encoding="utf-8").count(text)) for path in files]
+    places = [path for path, count in found for _ in range(count)]
+    if len(places) != 1:
+        where = ", ".join(str(path.relative_to(root)) for path in places) or "nowhere"
+        raise ValueError(f"{text!r} must stand in the code once, and stands {where}: adapt the break")
+    return places[0]
+
+
+def run_tests(arguments: list[str], root: Path, marks: str, stop: bool = True) -> tuple[int | None, str]:
+    """pytest's exit status (None: it hung) and what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *["-x"] * stop, "-m", marks, *arguments]
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def try_break(broken: Break, root: Path, marks: str) -> tuple[bool, str]:
+    """Whether the tests notice a break in the copy at `root`, and the test that does, or what went wrong."""
+    path = place_of(broken.old, root)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(broken.old, broken.new), encoding="utf-8")
+    try:
+        status, said = run_tests(list(broken.tests), root, marks)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    if status is None:
+        return True, f"a hang of {SECONDS} s"
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?\.py::.+?)(?: - .*)?$", said, flags=re.MULTILINE)
+    if status == 1 and failed:
+        return True, failed[0]
+    if status == 0:
+        return False, "every test passed"
+    return False, f"the tests did not run (status {status}): {said.strip().splitlines()[-1]}"
+
+
+def main() -> int:
+    """Try the breaks; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("words", nargs="*", help="of the breaks' names; none: all breaks")
+    parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
+    options = parser.parse_args()
+    marks = "not slow and not long" if options.fast else "not long"
+    chosen = [b for b in BREAKS if not options.words or any(word in b.name for word in options.words)]
+    caught_by, missed = [], 0
+    with tempfile.TemporaryDirectory(prefix="breaks-") as folder:
+        root = Path(folder) / "tree"
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        for broken in chosen:
+            started = time.monotonic()
+            try:
+                caught, by = try_break(broken, root, marks)
+            except ValueError as error:
+                caught, by = False, str(error)
+            missed += not caught
+            if caught and "::" in by:
+                caught_by.append(by)
+            print(f"{'caught' if caught else 'MISSED'}  {broken.name}: {by} ({time.monotonic() - started:.0f} s)")
+            sys.stdout.flush()
+        status, said = run_tests(sorted(set(caught_by)), root, marks, stop=False) if caught_by else (0, "")
+    if status != 0:
+        print(f"the tests that noticed must pass without a break, and do not:\n{said[-2000:]}")
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return int(missed > 0 or status != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
