@@ -23,7 +23,7 @@ COPY --chown=hllm launch launch
 COPY --chown=hllm configs configs
 COPY --chown=hllm scripts scripts
 RUN bash scripts/install.sh "--$DEVICE" --no-venv \
-    && python -m pip install --constraint scripts/constraints.txt s3fs
+    && python -m pip install --constraint scripts/requirements/constraints.txt s3fs
 
 USER 1000
 CMD ["hllm", "--help"]

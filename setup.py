@@ -47,6 +47,7 @@ DEV = [
     "faiss-cpu>=1.15,<2",
     "flask-cors>=6,<7",
     "hypothesis>=6.170,<7",
+    "import-linter>=2.16,<3",
     "kubernetes>=36,<37",
     "moto[s3]>=5.2,<6",
     "mypy>=2.4,<3",

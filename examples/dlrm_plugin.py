@@ -29,7 +29,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.streamable import Pipelineable
 
 # hllm >
-from hllm_torchrec.plugin import VectorLookup, append_vectors, plug_into
+from hllm_torchrec.downstream.plugin import VectorLookup, append_vectors, plug_into
 
 # hllm <
 ROWS, WIDTH = 1000, 16
@@ -167,7 +167,10 @@ def main(argv: list[str]) -> float:
         print(f"rank {dist.get_rank()}, epoch {epoch}: mean loss {mean:.4f}")
     # hllm >
     for name, lookup in clicks.lookups.items():
-        print(f"rank {dist.get_rank()}: {lookup.unknown_share:.1%} of {lookup.asked} {name} ids are not in the store")
+        print(
+            f"rank {dist.get_rank()}: {lookup.unknown_share:.1%} of {lookup.num_requested} {name} ids are not in "
+            f"the store"
+        )
     # hllm <
     return mean
 

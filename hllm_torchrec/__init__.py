@@ -4,9 +4,10 @@ Importing the package is cheap: it checks that torch, torchrec and fbgemm belong
 and imports none of them.
 """
 
-from hllm_torchrec import checkout, versions
+from hllm_torchrec import _moved, _source_layout, _versions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-versions.check()
-checkout.install_finder()
+_versions.check()
+_source_layout.install_finder()
+_moved.install_finder()

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from hllm_torchrec import configs
-from hllm_torchrec.baselines.config import BaselinesConfig
-from hllm_torchrec.config_files import load_as
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.baselines.settings import BaselinesConfig
+from hllm_torchrec.config.loading import load_dataclass
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")
 
@@ -45,7 +45,9 @@ def load_settings(files: list[str], options: list[str]) -> BaselinesConfig:
     """
     folder = Path(configs.__file__).parent / "baselines"
     named = [f"--config={file}" for file in [*(folder / f"{name}.yaml" for name in NAMES), *files]]
-    return load_as(BaselinesConfig, [*named, *options], prog="hllm baselines", description="Settings of the baselines.")
+    return load_dataclass(
+        BaselinesConfig, [*named, *options], prog="hllm baselines", description="Settings of the baselines."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,17 +64,17 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
         ValueError: settings or dataset are not usable.
     """
     settings = load_settings(args.config, options)
-    from hllm_torchrec.baselines.run import run_baseline
+    from hllm_torchrec.baselines.runner import run_baseline
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.ranks import on_rank_zero
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
+    from hllm_torchrec.distributed.process_group import distributed_device
 
     dataset = Dataset.open(args.dataset)
-    with process() as device:
+    with distributed_device() as device:
         for name in args.only:
             is_new = run_baseline(name, settings, dataset, device, args.output / name)
-            on_rank_zero(partial(say_done, args.output / name, is_new))
-        on_rank_zero(partial(print_tables, args.output, args.only, args.only[0]))
+            run_on_rank_zero(partial(say_done, args.output / name, is_new))
+        run_on_rank_zero(partial(print_tables, args.output, args.only, args.only[0]))
 
 
 def say_done(directory: Path, is_new: bool) -> None:
@@ -83,12 +85,12 @@ def say_done(directory: Path, is_new: bool) -> None:
 
 def print_tables(output: Path, names: Sequence[str], reference: str) -> None:
     """Compare the models whose directories are in `output`, on the validation and the test part."""
-    from hllm_torchrec.baselines.run import SPLITS
-    from hllm_torchrec.metrics.compare import compare, table
+    from hllm_torchrec.evaluation.cached_predictions import SPLITS
+    from hllm_torchrec.evaluation.model_comparison import compare, metrics_table
 
     for split in SPLITS:
         directories = {name: output / name / "predictions" / split for name in names}
-        print(table(compare(directories, reference, split=split, draws=200)), end="\n\n")
+        print(metrics_table(compare(directories, reference, split=split, draws=200)), end="\n\n")
 
 
 if __name__ == "__main__":

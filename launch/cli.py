@@ -5,7 +5,7 @@ import importlib
 import sys
 
 import hllm_torchrec
-from hllm_torchrec.launch.command import STATUSES, CommandParser
+from hllm_torchrec.launch.entry import STATUSES, CommandParser
 
 #: subcommand -> what it does; each is hllm_torchrec.launch.<name> (with _ for -), with main(argv) -> exit status.
 COMMANDS = {

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from hllm_torchrec import configs
 from hllm_torchrec.launch.baselines import print_tables, say_done
-from hllm_torchrec.launch.command import run_job
+from hllm_torchrec.launch.entry import run_job
 
 if TYPE_CHECKING:
-    from hllm_torchrec.config_downstream import DownstreamConfig
+    from hllm_torchrec.downstream.dlrm_config import DownstreamConfig
 
 PROG = "hllm downstream"
 
@@ -26,11 +26,11 @@ def load_settings(arguments: list[str]) -> "DownstreamConfig":
     Raises:
         ConfigError: unknown keys or options, wrong types, values out of range.
     """
-    from hllm_torchrec.config_downstream import DownstreamConfig
-    from hllm_torchrec.config_files import load_as
+    from hllm_torchrec.config.loading import load_dataclass
+    from hllm_torchrec.downstream.dlrm_config import DownstreamConfig
 
     tuned = Path(configs.__file__).parent / "baselines" / "dlrm.yaml"
-    return load_as(DownstreamConfig, [f"--config={tuned}", *arguments], prog=PROG, description=str(__doc__))
+    return load_dataclass(DownstreamConfig, [f"--config={tuned}", *arguments], prog=PROG, description=str(__doc__))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,11 +45,11 @@ def run(arguments: list[str]) -> None:
         ValueError: settings, stores or dataset are not usable.
     """
     settings = load_settings(arguments)
-    from hllm_torchrec.config_downstream import ALONE
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.downstream import run_row
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.ranks import on_rank_zero
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.downstream.comparison import run_row
+    from hllm_torchrec.downstream.dlrm_config import IDS_ONLY
     from hllm_torchrec.store import EmbeddingStore
 
     for store in (settings.item_store, *settings.user_stores):
@@ -57,11 +57,11 @@ def run(arguments: list[str]) -> None:
             EmbeddingStore.open(store)  # a mistake shows before anything is trained
     rows = settings.rows or tuple(settings.possible_rows())
     dataset, output = Dataset.open(settings.dataset), Path(settings.output)
-    with process() as device:
+    with distributed_device() as device:
         for row in rows:
             is_new = run_row(settings, row, dataset, device)
-            on_rank_zero(partial(say_done, output / row, is_new))
-        on_rank_zero(partial(print_tables, output, rows, ALONE if ALONE in rows else rows[0]))
+            run_on_rank_zero(partial(say_done, output / row, is_new))
+        run_on_rank_zero(partial(print_tables, output, rows, IDS_ONLY if IDS_ONLY in rows else rows[0]))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 if TYPE_CHECKING:
-    from hllm_torchrec.offline import LoadedRun
+    from hllm_torchrec.evaluation.run_loader import LoadedRun
 
 
 def build_parser() -> CommandParser:
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such run or checkpoint, or a store of another model.
     """
-    from hllm_torchrec.offline import load_run
-    from hllm_torchrec.parallelize import process
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.evaluation.run_loader import load_run
 
-    with process() as device:
+    with distributed_device() as device:
         # Items that the run's own store lacks must not stand in the way of embedding them.
         loaded = load_run(args.run, args.checkpoint, device, use_items=args.items is None)
         with loaded.weights:
@@ -73,29 +73,29 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _embed_items(loaded: "LoadedRun", args: argparse.Namespace) -> None:
-    from hllm_torchrec.embed import embed_items
+    from hllm_torchrec.inference.item_embedding import embed_items
 
     report = embed_items(loaded.experiment, args.items, args.dtype)
     _say(f"embedded {report.encoded:,} of {report.items:,} items in {report.seconds:.1f} s", args.items, report.version)
 
 
 def _embed_users(loaded: "LoadedRun", args: argparse.Namespace) -> None:
-    from hllm_torchrec.embed_users import embed_users
-    from hllm_torchrec.frozen import use_store
+    from hllm_torchrec.inference.user_embedding import embed_users
+    from hllm_torchrec.models.stored_items import use_stored_items
 
     if args.items is not None:
-        use_store(loaded.experiment, args.items)
+        use_stored_items(loaded.experiment, args.items)
     report = embed_users(loaded, args.users, since=args.since, dtype=args.dtype)
     done = f"embedded {report.encoded:,} of {report.active:,} active users ({report.users:,} in all)"
     _say(f"{done} in {report.seconds:.1f} s", args.users, report.version)
 
 
 def _say(done: str, store: Path, version: int) -> None:
-    from hllm_torchrec.ranks import rank
-    from hllm_torchrec.remote.files import shown
+    from hllm_torchrec.common.urls import display_url
+    from hllm_torchrec.distributed.coordination import rank
 
     if rank() == 0:
-        print(f"{done}; {shown(store)} is at version {version}")
+        print(f"{done}; {display_url(store)} is at version {version}")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hllm_torchrec.launch.command import CommandParser, run_job
-from hllm_torchrec.launch.prediction_files import add_arguments, describe, files_provenance, is_own_format
+from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.evaluate_options import add_arguments, describe, files_provenance, is_own_format
 
 if TYPE_CHECKING:
-    from hllm_torchrec.metrics.cautions import Overlap
-    from hllm_torchrec.metrics.gate import Verdict
+    from hllm_torchrec.evaluation.regression_gate import Verdict
+    from hllm_torchrec.evaluation.sanity_checks import Overlap
 
 
 def build_parser() -> CommandParser:
@@ -106,14 +106,16 @@ def run(args: argparse.Namespace) -> "Verdict | None":
         )
     if args.baseline and not Path(args.baseline).is_file() and args.baseline not in [own_name, *named]:
         raise ValueError(f"--baseline {args.baseline} is neither a file nor a compared model; name a metrics.json")
-    from hllm_torchrec.ranks import on_rank_zero
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
 
     if args.run is not None:
         return _evaluate_run(args, others)
     found = {name: _predictions_in(path, args.split) or path for name, path in named.items()}
     if args.compare or is_own_format(found, args):
         found = _predictions_of(named, args.split)
-        return _run_of_ranks(lambda: on_rank_zero(lambda: finish(args, measure(args, found, None, None))))
+        return _run_of_ranks(
+            lambda: run_on_rank_zero(lambda: write_results(args, measure_models(args, found, None, None)))
+        )
     return _run_of_ranks(lambda: _evaluate_files(args, found))
 
 
@@ -121,28 +123,30 @@ def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
     """The job as a rank of torchrun; alone if there are none, which saves seconds of imports."""
     if "RANK" not in os.environ:
         return job()
-    from hllm_torchrec.parallelize import process
+    from hllm_torchrec.distributed.process_group import distributed_device
 
-    with process():
+    with distributed_device():
         return job()
 
 
 def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict | None":
     """Score the run's checkpoint on all ranks and compare it on the first."""
-    from hllm_torchrec.offline import run_config, score_run
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.ranks import on_rank_zero
-    from hllm_torchrec.remote.files import url_of
-    from hllm_torchrec.remote.runs import RunPlace, run_copy
+    from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
+    from hllm_torchrec.common.urls import url_of
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.evaluation.run_loader import run_config, score_run
 
     run_config(args.run)  # so that a mistake shows before ranks meet
-    place = RunPlace(run_copy(args.run), url_of(args.run))
-    with process() as device:
+    place = RunStorage(local_run(args.run), url_of(args.run))
+    with distributed_device() as device:
         scores = score_run(args.run, args.split, args.checkpoint, device)
         args.run = place.folder
         own = {args.run.resolve().name: scores.predictions} if scores.predictions else {}
-        verdict = on_rank_zero(
-            lambda: finish(args, measure(args, own | others, scores.retrieval, scores.provenance), scores.overlap)
+        verdict = run_on_rank_zero(
+            lambda: write_results(
+                args, measure_models(args, own | others, scores.retrieval, scores.provenance), scores.overlap
+            )
         )
         place.publish()
         return verdict
@@ -150,18 +154,18 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
 
 def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Verdict | None":
     """Measure files of predictions on all ranks."""
-    from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.cautions import file_overlap
-    from hllm_torchrec.metrics.exchange import gather_objects
-    from hllm_torchrec.metrics.job import Settings, evaluate
-    from hllm_torchrec.metrics.rows import Rows, known_items
-    from hllm_torchrec.ranks import on_rank_zero, world_size
+    from hllm_torchrec.common.machine import machine_info
+    from hllm_torchrec.distributed.array_collectives import gather_objects
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
+    from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+    from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
+    from hllm_torchrec.evaluation.sanity_checks import file_overlap
 
     models, layout = describe(paths, args)
-    settings = Settings(args.split, args.memory, args.draws, spill=args.spill)
+    settings = EvaluationSettings(args.split, args.memory, args.draws, spill=args.spill)
     with tempfile.TemporaryDirectory(prefix="hllm-files-", dir=args.spill) as folder:
         warm = known_items(args.train, layout.item, Path(folder)) if args.train and layout.item else None
-        metrics = evaluate(Rows(models, layout, Path(folder), warm), settings)
+        metrics = evaluate_predictions(PredictionRows(models, layout, Path(folder), warm), settings)
         metrics["memory"]["peak"] = max(gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * 1024
 
         def write() -> "Verdict | None":
@@ -174,9 +178,9 @@ def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Ver
             overlap = None
             if args.train:
                 overlap = file_overlap(models[0].files, args.train, layout, args.memory, Path(folder))
-            return finish(args, metrics | {"retrieval": None}, overlap)
+            return write_results(args, metrics | {"retrieval": None}, overlap)
 
-        return on_rank_zero(write)
+        return run_on_rank_zero(write)
 
 
 def named_paths(compared: list[Path], named: list[str]) -> dict[str, Path]:
@@ -222,16 +226,16 @@ def _predictions_in(directory: Path, split: str) -> Path | None:
     return next((candidate for candidate in candidates if any(candidate.glob("part-*.parquet"))), None)
 
 
-def measure(
+def measure_models(
     args: argparse.Namespace,
     models: dict[str, Path],
     retrieval: dict[str, Any] | None,
     provenance: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of metrics.json; the first model is the one the others are compared with."""
-    from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.compare import compare
-    from hllm_torchrec.metrics.schema import retrieval_alone
+    from hllm_torchrec.common.machine import machine_info
+    from hllm_torchrec.evaluation.metrics_schema import retrieval_alone
+    from hllm_torchrec.evaluation.model_comparison import compare
 
     provenance = provenance or {"machine": machine_info()}
     if models:
@@ -246,15 +250,17 @@ def measure(
     return retrieval_alone(args.split, retrieval, provenance)
 
 
-def finish(args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap | None" = None) -> "Verdict | None":
+def write_results(
+    args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap | None" = None
+) -> "Verdict | None":
     """Judge, print, and write metrics and report into the output directory, if there is one."""
-    from hllm_torchrec.metrics.cautions import cautions
-    from hllm_torchrec.metrics.gate import judge
-    from hllm_torchrec.metrics.outputs import track, write_json, write_tensorboard
-    from hllm_torchrec.report import write_report
+    from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
+    from hllm_torchrec.evaluation.report import write_report
+    from hllm_torchrec.evaluation.sanity_checks import metric_warnings
+    from hllm_torchrec.evaluation.sinks import track_metrics, write_json, write_tensorboard
 
-    verdict = judge(metrics, args.baseline, args.max_drop) if args.baseline else None
-    metrics["cautions"] = cautions(metrics, overlap)
+    verdict = compare_with_baseline(metrics, args.baseline, args.max_drop) if args.baseline else None
+    metrics["cautions"] = metric_warnings(metrics, overlap)
     metrics["overlap"] = None if overlap is None else vars(overlap)
     metrics["gate"] = None if verdict is None else verdict.as_json(args.baseline, args.max_drop)
     print(summary(metrics), flush=True)
@@ -269,7 +275,7 @@ def finish(args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap 
             write_tensorboard(metrics, output / "tensorboard", int(metrics["provenance"].get("step", 0)))
     for kind, path in artifacts.items():
         print(f"{kind}: {path}")
-    track(metrics, artifacts)
+    track_metrics(metrics, artifacts)
     if verdict is not None:
         print(f"gate: {verdict.text}", flush=True)
     return verdict
@@ -277,13 +283,13 @@ def finish(args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap 
 
 def summary(metrics: dict[str, Any]) -> str:
     """What is printed: the table of models, and the retrieval metrics."""
-    from hllm_torchrec.metrics.compare import number, table
+    from hllm_torchrec.evaluation.model_comparison import format_number, metrics_table
 
-    lines = [table(metrics)] if metrics["models"] else []
+    lines = [metrics_table(metrics)] if metrics["models"] else []
     retrieval = metrics["retrieval"]
     if retrieval:
         shown = {name: value for name, value in retrieval.items() if name.startswith(("recall", "ndcg", "mrr"))}
-        values = ", ".join(f"{name} {number(value)}" for name, value in shown.items())
+        values = ", ".join(f"{name} {format_number(value)}" for name, value in shown.items())
         targets = "events" if retrieval.get("targets") == "all" else "positive exposures"
         lines.append(f"{metrics['split']}, whole catalogue, {retrieval['rows']:,} {targets}: {values}")
     lines += [f"caution: {text}" for text in metrics.get("cautions", [])]

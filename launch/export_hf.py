@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
 def build_parser() -> CommandParser:
@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such run or checkpoint, or the output is there already.
     """
-    from hllm_torchrec.export import export_run
-    from hllm_torchrec.parallelize import process
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.weights.export import export_huggingface
 
-    with process() as device:
-        export_run(args.run, args.checkpoint, args.output, device)
+    with distributed_device() as device:
+        export_huggingface(args.run, args.checkpoint, args.output, device)
     print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
 

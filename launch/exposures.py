@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 MODES = ("nearline", "daily")
 PARTS = ("train", "valid", "test")
@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such run or checkpoint, or a store of another model or mode.
     """
-    from hllm_torchrec.exposure_store import coverage_lines, embed_exposures, embed_item_features
-    from hllm_torchrec.offline import load_run
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.ranks import rank
-    from hllm_torchrec.user_vectors import open_embedder
+    from hllm_torchrec.distributed.coordination import rank
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.evaluation.run_loader import load_run
+    from hllm_torchrec.inference.exposure_store import coverage_lines, embed_exposures, embed_item_features
+    from hllm_torchrec.inference.user_embedder import open_embedder
 
     lines: list[str] = []
-    with process() as device:
+    with distributed_device() as device:
         loaded = load_run(args.run, args.checkpoint, device)
         with loaded.weights, open_embedder(loaded.experiment):  # item embeddings are made ready once for all
             if args.items is not None:

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hllm_torchrec.data.fetch import fetch_minilm, fetch_movielens_100k, fetch_smollm2
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.data.quickstart_files import fetch_minilm, fetch_movielens_100k, fetch_smollm2
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 WHAT: dict[str, tuple[Callable[..., Path], str]] = {
     "ml-100k": (fetch_movielens_100k, "MovieLens-100k: 100,000 ratings (2 MB)"),

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
 def build_parser() -> CommandParser:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: see `public_weights.import_public` and `Trainer`.
     """
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.public_weights import TextOptions, import_public
+    from hllm_torchrec.weights.import_hllm import TextOptions, import_public
 
     given = {name: getattr(args, name) for name in ("prompt", "max_text_length", "max_history")}
     given["text_keys"] = tuple(args.text_keys) if args.text_keys else None
@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _make_run(output: Path) -> None:
-    from hllm_torchrec.config import config_from_file
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.trainer import Trainer
+    from hllm_torchrec.config.loading import config_from_file
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.training.trainer import Trainer
 
-    with process() as device:
+    with distributed_device() as device:
         found = Trainer(config_from_file(output / "config.yaml"), device).save_untrained()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if "@" in name)
     print(f"{output}: is a run now; on its validation part {shown}")

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
 def build_parser() -> CommandParser:
@@ -34,14 +34,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such run or checkpoint, no faiss, or something at the output.
     """
-    from hllm_torchrec.item_index import export_run
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.ranks import rank
+    from hllm_torchrec.distributed.coordination import rank
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.inference.item_index import export_item_index
 
     if args.output.exists():
         raise ValueError(f"--output {args.output}: is there already: choose another folder, or remove it")
-    with process() as device:
-        number = export_run(args.run, args.output, args.checkpoint, device, args.kind, args.cells)
+    with distributed_device() as device:
+        number = export_item_index(args.run, args.output, args.checkpoint, device, args.kind, args.cells)
         if rank() == 0:
             print(f"{number:,} items: {args.output}")
 

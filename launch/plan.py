@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 if TYPE_CHECKING:
-    from hllm_torchrec.config import Config
+    from hllm_torchrec.config.schema import Config
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.plan import Estimate, Machine, Workload
+    from hllm_torchrec.planning.estimate import Estimate, Machine, Workload
 
 UNKNOWN_ROWS = 1000
 """Rows of a categorical feature's table, where no dataset says how many."""
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace, options: list[str]) -> bool:
     Raises:
         ValueError: a wrong configuration, a model of unknown shape, or sizes that nothing says.
     """
-    from hllm_torchrec.config import load_config
-    from hllm_torchrec.plan import FILLED, HARDWARE, Machine, advice, estimate
-    from hllm_torchrec.quiet import quiet_libraries
+    from hllm_torchrec.common.warning_filters import quiet_libraries
+    from hllm_torchrec.config.loading import load_config
+    from hllm_torchrec.planning.estimate import FILLED, HARDWARE, Machine, advice, estimate
 
     quiet_libraries()
     if args.nodes < 1 or args.gpus < 1:
@@ -92,15 +92,15 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
         ValueError: neither says how many items and users there are.
     """
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.experiment import recipe_of
-    from hllm_torchrec.plan import Workload
+    from hllm_torchrec.models.assembly import batch_spec_of
+    from hllm_torchrec.planning.estimate import Workload
 
     tokens = float(config.item_llm.max_text_length)
     history, busiest = args.history or float(config.data.max_history), 1.0
     popularity = None
     if (Path(config.data.dataset) / "manifest.json").is_file():
         dataset = Dataset.open(config.data.dataset)
-        tables = recipe_of(config, dataset).tables(dataset)
+        tables = batch_spec_of(config, dataset).tables(dataset)
         counts = dataset.manifest["counts"]
         items, users = args.items or counts["items"], args.users or counts["users"]
         if not args.history:
@@ -127,7 +127,7 @@ def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, flo
     import pyarrow.compute as pc
 
     from hllm_torchrec.data.loader import cut_into_pieces
-    from hllm_torchrec.plan import planned_stage
+    from hllm_torchrec.planning.estimate import planned_stage
 
     stage, lengths = planned_stage(config), []
     for group in dataset.row_groups("train"):
@@ -147,7 +147,7 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
 
     Without the tokens with which most begin, where those are encoded once for all.
     """
-    from hllm_torchrec.data.tokens import TokenStore
+    from hllm_torchrec.data.token_store import TokenStore
 
     item, found = config.item_llm, []
     for path in root.glob("tokens/*/store.json"):
@@ -194,17 +194,17 @@ def collective(name: str, config: "Config") -> str:
     return "all-to-all, reduce-scatter" if name.startswith("table rows") else "all-to-all"
 
 
-def largest_shards(found: "Estimate") -> dict[str, str]:
+def largest_shards(estimate: "Estimate") -> dict[str, str]:
     """Table -> its largest shard, in words."""
     largest: dict[str, tuple[int, int]] = {}
-    for name, _, rows, columns in found.shards:
+    for name, _, rows, columns in estimate.shards:
         largest[name] = max(largest.get(name, (0, 0)), (rows, columns))
     return {name: f", up to {rows:,} rows x {columns} each" for name, (rows, columns) in largest.items()}
 
 
-def as_text(config: "Config", work: "Workload", machine: "Machine", found: "Estimate") -> str:
+def as_text(config: "Config", work: "Workload", machine: "Machine", estimate: "Estimate") -> str:
     """The estimate as a table."""
-    counts = found.counts
+    counts = estimate.counts
     lines = [
         f"{config.output}: {machine.nodes} x {machine.ranks} ranks of {machine.memory / 1e9:.0f} GB; "
         f"{work.items:,} items of {work.item_tokens:.0f} tokens, {work.users:,} users",
@@ -213,25 +213,25 @@ def as_text(config: "Config", work: "Workload", machine: "Machine", found: "Esti
         f"{counts['negatives']:,.0f} negatives",
         "",
         "memory of the fullest rank",
-        *(f"  {name:<18} {_bytes(size):>10}" for name, size in found.memory.items() if size),
-        f"  {'together':<18} {_bytes(found.peak):>10}  of {_bytes(machine.memory)}",
+        *(f"  {name:<18} {_bytes(size):>10}" for name, size in estimate.memory.items() if size),
+        f"  {'together':<18} {_bytes(estimate.peak):>10}  of {_bytes(machine.memory)}",
         "sent by a rank in a step",
         *(
             f"  {name:<20} {_bytes(size):>8}  {collective(name, config)}"
-            for name, size in found.traffic.items()
+            for name, size in estimate.traffic.items()
             if size
         ),
         "seconds of a step",
-        f"  {'compute':<18} {found.seconds['compute']:>10.4f}  at {machine.efficiency:.0%} of "
+        f"  {'compute':<18} {estimate.seconds['compute']:>10.4f}  at {machine.efficiency:.0%} of "
         f"{machine.flops / 1e12:,.0f} TFLOP/s",
-        f"  {'traffic':<18} {found.seconds['traffic']:>10.4f}  at {machine.bandwidth / 1e9:,.0f} GB/s, "
+        f"  {'traffic':<18} {estimate.seconds['traffic']:>10.4f}  at {machine.bandwidth / 1e9:,.0f} GB/s, "
         f"and {machine.intra / 1e9:,.0f} GB/s within a node",
-        f"  {'a step':<18} {max(found.seconds.values()):>10.4f}  with all traffic behind compute, "
-        f"{sum(found.seconds.values()):.4f} with none",
+        f"  {'a step':<18} {max(estimate.seconds.values()):>10.4f}  with all traffic behind compute, "
+        f"{sum(estimate.seconds.values()):.4f} with none",
     ]
-    shards = largest_shards(found)
-    if found.tables:
-        lines += ["tables", *(f"  {name:<18} {place}{shards.get(name, '')}" for name, place in found.tables.items())]
+    shards = largest_shards(estimate)
+    if estimate.tables:
+        lines += ["tables", *(f"  {name:<18} {place}{shards.get(name, '')}" for name, place in estimate.tables.items())]
     return "\n".join(lines)
 
 

@@ -6,19 +6,19 @@ import logging
 import sys
 from pathlib import Path
 
-from hllm_torchrec.data.fetch import fetch_movielens_100k
+from hllm_torchrec.common.urls import display_url
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
-from hllm_torchrec.data.policy import BadRows
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.quickstart_files import fetch_movielens_100k
+from hllm_torchrec.data.remote_datasets import writable_dataset
 from hllm_torchrec.data.sources.amazon import amazon
 from hllm_torchrec.data.sources.base import TIME_UNITS, Source
 from hllm_torchrec.data.sources.movielens import movielens_1m, movielens_100k
 from hllm_torchrec.data.sources.pixelrec import pixelrec
-from hllm_torchrec.data.sources.table import table
+from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import RULES, Split
-from hllm_torchrec.launch.command import CommandParser
-from hllm_torchrec.remote.datasets import dataset_to_write
-from hllm_torchrec.remote.files import shown
+from hllm_torchrec.launch.entry import CommandParser
 
 SOURCES = ("ml-100k", "ml-1m", "pixelrec", "amazon", "table")
 EXAMPLES = """examples:
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         source = build_source(args)
         if source.license_note and args.path is not None:  # what is fetched has shown it already
             print(source.license_note, file=sys.stderr)
-        with dataset_to_write(args.output) as folder:
+        with writable_dataset(args.output) as folder:
             prepare(
                 source,
                 folder,
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 overwrite=args.overwrite,
                 extend=args.extend,
             )
-            said = summary(folder, shown(args.output))
+            said = summary(folder, display_url(args.output))
         print(said)
     except (ValueError, OSError) as error:
         print(f"hllm prepare: error: {' '.join(str(error).split())}", file=sys.stderr)

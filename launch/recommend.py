@@ -7,10 +7,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 if TYPE_CHECKING:
-    from hllm_torchrec.recommend import Item, Recommendations
+    from hllm_torchrec.serving.recommend import Recommendations, RecommendedItem
 
 WIDTH = 80
 """Characters of a text that are shown."""
@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no such run, checkpoint or user.
     """
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.recommend import recommend
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.serving.recommend import recommend
 
-    with process() as device:
+    with distributed_device() as device:
         found = recommend(
-            args.run, args.user, args.top, device, which=args.checkpoint, time=args.time, seen_too=args.seen_too
+            args.run, args.user, args.top, device, which=args.checkpoint, time=args.time, include_seen=args.seen_too
         )
     print(as_text(args.user, found, args.history))
 
@@ -61,7 +61,7 @@ def as_text(user: str, found: "Recommendations", history: int) -> str:
     return "\n".join(lines)
 
 
-def _line(item: "Item") -> str:
+def _line(item: "RecommendedItem") -> str:
     text = " ".join(item.text.split())
     return f"{item.raw_id:<8} {text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}"
 

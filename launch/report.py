@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def write(run: Path) -> None:
     Raises:
         ValueError: `run` is no run directory.
     """
-    from hllm_torchrec.report import write_report  # matplotlib and torch: not for --help
+    from hllm_torchrec.evaluation.report import write_report  # matplotlib and torch: not for --help
 
     print(f"report: {write_report(run)}")
 

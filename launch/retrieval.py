@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.config_files import load_as
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.config.loading import load_dataclass
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
 def build_parser() -> CommandParser:
     """The command line, without the grids."""
-    from hllm_torchrec.baselines.config import RETRIEVAL_NAMES as NAMES
+    from hllm_torchrec.baselines.settings import RETRIEVAL_NAMES as NAMES
 
     parser = CommandParser(
         prog="hllm retrieval",
@@ -48,31 +48,31 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
     Raises:
         ValueError: the grids or the dataset are not usable.
     """
-    from hllm_torchrec.baselines.config import RetrievalBaselinesConfig
-    from hllm_torchrec.baselines.retrieval import run_retrieval_baseline
+    from hllm_torchrec.baselines.retrieval_baselines import run_retrieval_baseline
+    from hllm_torchrec.baselines.settings import RetrievalBaselinesConfig
+    from hllm_torchrec.config.eval_protocols import SPLIT_RULE
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.evaluate import save_predictions
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.protocols import SPLIT_RULE
-    from hllm_torchrec.ranks import on_rank_zero
+    from hllm_torchrec.data.predictions import save_predictions
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
+    from hllm_torchrec.distributed.process_group import distributed_device
 
-    config = load_as(
+    config = load_dataclass(
         RetrievalBaselinesConfig, options, prog="hllm retrieval", description="Grids of retrieval baselines."
     )
     dataset = Dataset.open(args.dataset)
     rule = dataset.manifest["split"]["rule"]
     if rule != SPLIT_RULE:
         raise ValueError(f"--dataset {args.dataset}: split by {rule!r}; prepare one with --split {SPLIT_RULE}")
-    with process():
+    with distributed_device():
         for name in args.only:
             found = run_retrieval_baseline(name, dataset, config, partial(print, file=sys.stderr))
             save_predictions(found.pop("ranks"), args.output / name / "retrieval" / "test")
-            on_rank_zero(partial(_write, args.output / name, name, found, dataset, config))
+            run_on_rank_zero(partial(_write, args.output / name, name, found, dataset, config))
 
 
 def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, config: Any) -> None:
-    from hllm_torchrec.logs import machine_info
-    from hllm_torchrec.metrics.schema import retrieval_alone
+    from hllm_torchrec.common.machine import machine_info
+    from hllm_torchrec.evaluation.metrics_schema import retrieval_alone
 
     measured_as = {
         "protocol": None if config.positive_only or not config.filter_seen else "leave_one_out",

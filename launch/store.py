@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.command import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
 if TYPE_CHECKING:  # `--help` needs no torch
     from hllm_torchrec.store.store import EmbeddingStore
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: no store, a damaged one, or arguments that do not fit.
     """
-    from hllm_torchrec.store.export import export_faiss, export_parquet
+    from hllm_torchrec.store.export_formats import export_faiss, export_parquet
     from hllm_torchrec.store.store import EmbeddingStore
 
     store = EmbeddingStore.open(args.store)
@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> list[str]:
 def describe(store: "EmbeddingStore") -> str:
     """What a store holds, a line each."""
     snapshot = store.snapshot()
-    size = sum(n for run in snapshot.runs for n, _ in run.facts.files.values())
+    size = sum(n for run in snapshot.segments for n, _ in run.facts.files.values())
     lines = {
         "vectors": f"{len(snapshot):,} of {store.width} x {store.dtype}, keys {store.kind}",
-        "on disk": f"{size / 1e6:,.1f} MB in {len(snapshot.runs)} runs, version {snapshot.version}",
+        "on disk": f"{size / 1e6:,.1f} MB in {len(snapshot.segments)} runs, version {snapshot.version}",
         "made by": f"{store.fingerprint[:16]}",
     } | {f"  {name}": str(value) for name, value in store.facts.items()}
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

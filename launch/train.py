@@ -2,9 +2,9 @@
 
 import sys
 
-from hllm_torchrec.config import load_config
-from hllm_torchrec.config_logs import check_logs
-from hllm_torchrec.launch.command import run_job
+from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.launch.entry import run_job
+from hllm_torchrec.training.wandb_sink import check_logs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,10 +22,10 @@ def train(arguments: list[str]) -> None:
     """
     config = load_config(arguments)  # so that a mistake shows before anything large is imported
     check_logs(config.logs)
-    from hllm_torchrec.parallelize import process
-    from hllm_torchrec.trainer import Trainer
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.training.trainer import Trainer
 
-    with process(config.parallel.timeout) as device:
+    with distributed_device(config.parallel.timeout) as device:
         Trainer(config, device).run()
 
 

@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
-from hllm_torchrec.modules.hstu import HSTU, HSTULayer
-from hllm_torchrec.modules.pointwise_attention import plan_layout, pointwise_attention
-from hllm_torchrec.modules.pointwise_blocks import block_attention
-from hllm_torchrec.modules.pointwise_layout import keys_seen
-from hllm_torchrec.modules.pointwise_plan import pairs_without_own_keys
-from hllm_torchrec.modules.self_attention import SoftmaxEncoder
-from hllm_torchrec.modules.text_attention import grouped_attention
-from hllm_torchrec.modules.user_encoder import UserEncoder, pack_rows
-from hllm_torchrec.modules.user_llm import Queries, UserLLM
+from hllm_torchrec.modules.attention.text import grouped_attention
+from hllm_torchrec.modules.encoders.base import UserEncoder, pack_rows
+from hllm_torchrec.modules.encoders.softmax import SoftmaxEncoder
+from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
+from hllm_torchrec.modules.hstu.attention import plan_layout, pointwise_attention
+from hllm_torchrec.modules.hstu.blocks import pairs_without_own_keys
+from hllm_torchrec.modules.hstu.eager import block_attention
+from hllm_torchrec.modules.hstu.layer import HSTU, HSTULayer
+from hllm_torchrec.modules.hstu.layout import keys_seen
 
 MICRO_BATCH = 256
 """Candidates computed at a time where nothing else is said."""
@@ -41,7 +41,7 @@ OWN_COLUMNS = 8
 """Columns added to keys and values for a candidate's own key; one is needed, kernels on CUDA want a multiple of 8."""
 
 Encoder = UserLLM | UserEncoder
-Ask = Callable[[Tensor], Tensor]
+ScoreCandidates = Callable[[Tensor], Tensor]
 """x [m, D] of a micro-batch of candidates -> q [m, D]."""
 
 
@@ -119,7 +119,7 @@ def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCa
 
 
 @torch.no_grad()
-def open_request(encoder: Encoder, cache: HistoryCache, time: int, visible: int | None = None) -> Ask:
+def begin_request(encoder: Encoder, cache: HistoryCache, time: int, visible: int | None = None) -> ScoreCandidates:
     """What all candidates of a request share, made once; the result answers one micro-batch after the other.
 
     time: seconds of the request; visible: how many events, from the oldest, it sees (None: all).
@@ -147,11 +147,11 @@ def answer(
     """q [Q, D] of candidates x [Q, D]; the micro-batch bounds memory and changes no value beyond rounding.
 
     Raises:
-        ValueError: as `open_request`, or a micro-batch below 1.
+        ValueError: as `begin_request`, or a micro-batch below 1.
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
-    ask = open_request(encoder, cache, time, visible)
+    ask = begin_request(encoder, cache, time, visible)
     output = torch.empty_like(x_QD)
     for part, target in zip(x_QD.split(micro_batch), output.split(micro_batch)):
         target.copy_(ask(part))
@@ -171,18 +171,18 @@ def check_encoder(encoder: Encoder) -> None:
             f"user.encoder: {type(encoder).__name__} keeps no keys and values of a history; the User LLM, HSTU and "
             "encoders of attention (SoftmaxEncoder) do: score by `hllm evaluate`, or by its own forward pass"
         )
-    if isinstance(encoder, UserEncoder) and (encoder.asks_at_next or encoder.from_end):
-        option = "time_of is 'next'" if encoder.asks_at_next else "count_from is 'end'"
+    if isinstance(encoder, UserEncoder) and (encoder.query_next_time or encoder.count_from_end):
+        option = "time_of is 'next'" if encoder.query_next_time else "count_from is 'end'"
         raise ValueError(
             f"user.shape.{option}: a cached history would change with every new event; train with "
-            f"{'event' if encoder.asks_at_next else 'start'!r}"
+            f"{'event' if encoder.query_next_time else 'start'!r}"
         )
 
 
 # --- softmax encoders ------------------------------------------------------------------------------------
 
 
-class _Reading:
+class _ReadPlan:
     """A `TextPlan` for n rows behind a cached history, causally; notes each layer's keys and values."""
 
     def __init__(self, cache: HistoryCache | None, new: int, device: torch.device) -> None:
@@ -204,7 +204,7 @@ class _Reading:
         return grouped_attention(q, k, v, self.mask, self.mask is None, scaling, dropout)
 
 
-class _Asking:
+class _RequestPlan:
     """A `TextPlan` for m candidates that see a history and themselves.
 
     layers: (keys [1, G, 1 + N, E + 8], values likewise) from `_with_own_key`.
@@ -251,27 +251,27 @@ def _with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def _read_softmax(encoder: Encoder, x_ND: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
-    plan = _Reading(cache, x_ND.shape[0], x_ND.device)
+    plan = _ReadPlan(cache, x_ND.shape[0], x_ND.device)
     _run_softmax(encoder, x_ND, plan)
     return plan.layers
 
 
-def _open_softmax(encoder: Encoder, cache: HistoryCache, visible: int) -> Ask:
+def _open_softmax(encoder: Encoder, cache: HistoryCache, visible: int) -> ScoreCandidates:
     layers = [_with_own_key(layer.first(visible), layer.keys.dtype) for layer in cache.layers]
 
     @torch.no_grad()
     def ask(x_mD: Tensor) -> Tensor:
-        return _run_softmax(encoder, x_mD, _Asking(layers, x_mD.shape[0], visible))
+        return _run_softmax(encoder, x_mD, _RequestPlan(layers, x_mD.shape[0], visible))
 
     return ask
 
 
-def _run_softmax(encoder: Encoder, x_SD: Tensor, plan: _Reading | _Asking) -> Tensor:
+def _run_softmax(encoder: Encoder, x_SD: Tensor, plan: _ReadPlan | _RequestPlan) -> Tensor:
     """All layers: [S, D] -> [S, D]."""
     if isinstance(encoder, UserLLM):
         return encoder.encode(x_SD, plan)
     assert isinstance(encoder, SoftmaxEncoder), f"{type(encoder).__name__} has no cache"
-    x_SD = encoder.placed(x_SD, plan.position_ids[0])
+    x_SD = encoder.add_positions(x_SD, plan.position_ids[0])
     for layer in encoder.layers:
         x_SD = layer(x_SD, plan)
     output: Tensor = encoder.final_norm(x_SD)
@@ -290,7 +290,7 @@ def _read_pointwise(encoder: HSTU, x_ND: Tensor, times: Tensor, cache: HistoryCa
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
     if cache is None:
         layout = plan_layout(rows, encoder.rules, encoder.shape.backend)
-        x_ND, layers = encoder.placed(x_ND, rows.positions), []
+        x_ND, layers = encoder.add_positions(x_ND, rows.positions), []
         for layer in _layers(encoder):
             u, v, q, k = layer.project(x_ND)
             attended = pointwise_attention(q, k, v, layout, layer.bias, layer.backend)
@@ -307,7 +307,7 @@ def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: History
     asking = torch.arange(cache.length, times.numel(), device=times.device)
     block = pairs_without_own_keys(rows, rules, asking, torch.arange(times.numel(), device=times.device))
     divisor = _divisor(encoder, keys_seen(rows, rules)[asking])
-    x_nD, layers = encoder.placed(x_nD, asking), []
+    x_nD, layers = encoder.add_positions(x_nD, asking), []
     for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
         u, v, q, k = layer.project(x_nD)
         whole = cached.followed_by(k, v)
@@ -319,7 +319,7 @@ def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: History
     return layers
 
 
-def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int) -> Ask:
+def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
     """All candidates stand at one place and time, so they share one row of biases, and see the same keys."""
     rules, device = encoder.rules, cache.times.device
     one = torch.tensor([visible], device=device)
@@ -338,7 +338,7 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
 
     @torch.no_grad()
     def ask(x_mD: Tensor) -> Tensor:
-        x_mD = encoder.placed(x_mD, one)
+        x_mD = encoder.add_positions(x_mD, one)
         for layer, keys, values, added in layers:
             u, v, q, k = layer.project(x_mD)
             scores = torch.baddbmm(added, q.transpose(0, 1), keys, alpha=rules.alpha)

@@ -71,11 +71,11 @@ def length_buckets(
     sizes = lengths[kept].tolist()
     return [
         _bucket(kept[start:end].tolist(), sizes[start], offsets, sizes[end - 1] == sizes[start])
-        for start, end in bucket_runs(sizes, waste, floor, most_scores)
+        for start, end in bucket_bounds(sizes, waste, floor, most_scores)
     ]
 
 
-def bucket_runs(
+def bucket_bounds(
     lengths: list[int], waste: float, floor: int, most_scores: int = MOST_SCORES, seen: int = 0
 ) -> Iterator[tuple[int, int]]:
     """(start, end) of the runs of `lengths` (falling, each at least 1) that share a bucket; see `length_buckets`.

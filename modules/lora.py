@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hllm_torchrec.errors import nearest
+from hllm_torchrec.common.errors import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def add_lora(
         if target not in names:
             raise ValueError(
                 f"{field}.targets: {target!r}: {backbone.config.model_type} has no linear layer of that "
-                f"name{nearest(target, names)}; it has {', '.join(names)}"
+                f"name{did_you_mean(target, names)}; it has {', '.join(names)}"
             )
     if importlib.util.find_spec("peft") is None:
         raise ValueError(f"{field}.rank: {rank}: needs the package peft: pip install 'hllm_torchrec[lora]'")
@@ -56,7 +56,7 @@ def add_lora(
     chosen = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names))
     with torch.random.fork_rng(devices=[]):  # what is drawn after this is as without adapters
         inject_adapter_in_model(chosen, backbone)
-    train_adapters_alone(backbone)
+    freeze_base_weights(backbone)
 
 
 def linear_names(backbone: nn.Module) -> list[str]:
@@ -75,7 +75,7 @@ def has_adapters(module: nn.Module) -> bool:
     return any(is_adapter(name) for name, _ in module.named_parameters())
 
 
-def train_adapters_alone(backbone: nn.Module) -> None:
+def freeze_base_weights(backbone: nn.Module) -> None:
     """Freeze all of a backbone's weights but its adapters'."""
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_adapter(name))

@@ -9,7 +9,7 @@ usage: bash scripts/docs.sh [--serve]
   --serve  rebuild as files change, and show the site at http://127.0.0.1:8000
   --help   this text
 
-The first call makes an environment with the versions of scripts/constraints-docs.txt: build/docs-env, or the folder
+The first call makes an environment with the versions of scripts/requirements/constraints-docs.txt: build/docs-env, or the folder
 that $DOCS_ENV names; $PYTHON names its Python (default: python3).
 TEXT
 }
@@ -28,7 +28,7 @@ python=$environment/bin/python
 if ! "$python" -c 'import mkdocs, material, mkdocstrings_handlers.python' 2>/dev/null; then
     echo "docs: making $environment"
     "${PYTHON:-python3}" -m venv --clear "$environment"
-    "$python" -m pip install -q --disable-pip-version-check -c scripts/constraints-docs.txt \
+    "$python" -m pip install -q --disable-pip-version-check -c scripts/requirements/constraints-docs.txt \
         mkdocs mkdocs-material "mkdocstrings[python]"
 fi
 # Said by mkdocs-material of releases that these pins exclude.

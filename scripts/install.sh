@@ -12,7 +12,7 @@ Makes .venv beside setup.py and installs into it. A second run with nothing chan
   auto            what is installed already, else CUDA where nvidia-smi lists a GPU, else CPU (the default)
   --dev           what the tests need, too (ruff, mypy, pytest ...)
   --torch X.Y     that torch, with the torchrec and fbgemm built for it (default: the newest supported)
-  --hashes        take nothing but files of a known SHA-256 (scripts/requirements-hashes.txt), torch and setuptools apart: for a CPU,
+  --hashes        take nothing but files of a known SHA-256 (scripts/requirements/requirements-hashes.txt), torch and setuptools apart: for a CPU,
                   the newest torch, without --dev
   --no-venv       install into the Python that $PYTHON names (default: python3), without making .venv
   --help          this text
@@ -66,7 +66,7 @@ detect_device() { # prints cpu or cuda
 }
 
 fingerprint() { # prints one word that changes with anything that decides what is installed
-    { echo "$device $torch $torchrec $fbgemm $triton"; cat scripts/install.sh scripts/constraints.txt scripts/requirements-hashes.txt setup.py; } |
+    { echo "$device $torch $torchrec $fbgemm $triton"; cat scripts/install.sh scripts/requirements/constraints.txt scripts/requirements/requirements-hashes.txt setup.py; } |
         "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
@@ -111,7 +111,7 @@ install_fbgemm() { # without requirements: torchrec's own name the CUDA build of
 }
 
 install_hashed() { # torchrec and fbgemm too; nothing is resolved, so nothing else comes along
-    pip_install --no-build-isolation --require-hashes --no-deps -r scripts/requirements-hashes.txt
+    pip_install --no-build-isolation --require-hashes --no-deps -r scripts/requirements/requirements-hashes.txt
     pip_install --no-build-isolation --no-deps -e .
 }
 
@@ -120,7 +120,7 @@ first_import() { # pip leaves bytecode out: that of all packages takes minutes, 
     # job where PYTHONDONTWRITEBYTECODE is set, as it often is in containers.
     env -u PYTHONDONTWRITEBYTECODE "$python" -c '
 import hllm_torchrec, torch, fbgemm_gpu, torchrec, transformers.models.llama.modeling_llama
-import hllm_torchrec.report, hllm_torchrec.recommend, hllm_torchrec.trainer, transformers.models.bert.modeling_bert'
+import hllm_torchrec.evaluation.report, hllm_torchrec.serving.recommend, hllm_torchrec.training.trainer, transformers.models.bert.modeling_bert'
 }
 
 step() { # NAME COMMAND...: runs it and says which step failed
@@ -154,7 +154,7 @@ elif has_venv; then
 else
     python=$(find_python)
 fi
-release=$("$python" hllm_torchrec/versions.py ${torch_minor:+"$torch_minor"}) || exit 1
+release=$("$python" hllm_torchrec/_versions.py ${torch_minor:+"$torch_minor"}) || exit 1
 read -r torch torchrec fbgemm triton <<<"$release"
 if [ -n "$use_venv" ] && ! has_venv; then
     step "making .venv with $("$python" --version)" "$python" -m venv --clear .venv
@@ -181,7 +181,7 @@ if [ -n "$hashes" ]; then
 else
     pins=("torch==$torch")
     [ -z "$dev" ] || [ "$(uname)" != Linux ] || pins+=("triton==$triton") # torch's CUDA build brings the same
-    step "hllm_torchrec and what it needs" pip_install -c scripts/constraints.txt --no-build-isolation \
+    step "hllm_torchrec and what it needs" pip_install -c scripts/requirements/constraints.txt --no-build-isolation \
         "${pins[@]}" tensordict tqdm pyre-extensions torchmetrics==1.0.3 iopath -e ".${dev:+[$dev]}"
     step "torchrec $torchrec, fbgemm $fbgemm" install_fbgemm
 fi

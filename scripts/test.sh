@@ -15,15 +15,18 @@ The rest goes to pytest: bash scripts/test.sh -k checkpoint -x
 TEXT
 }
 
-check_types() { # mypy on a tree laid out like the wheel, where modules/ is hllm_torchrec/modules
-    local tree problems
+check_tree() { # mypy and import-linter on a tree laid out like the wheel, where modules/ is hllm_torchrec/modules
+    local tree problems status=0
     tree=$(mktemp -d)
-    cp -r hllm_torchrec "$tree/hllm_torchrec"
+    cp -r hllm_torchrec pyproject.toml "$tree"
     cp -r modules launch configs "$tree/hllm_torchrec/"
-    problems=$(cd "$tree" && "$python" -m mypy --config-file "$root/pyproject.toml" \
-        --cache-dir "$root/.mypy_cache" -p hllm_torchrec 2>&1) && status=0 || status=$?
-    rm -rf "$tree"
+    problems=$(cd "$tree" && "$python" -m mypy --config-file pyproject.toml \
+        --cache-dir "$root/.mypy_cache" -p hllm_torchrec 2>&1) || status=$?
     sed -E 's#^hllm_torchrec/(modules|launch|configs)/#\1/#' <<<"$problems"
+    echo "== import-linter"
+    (cd "$tree" && "$python" -c 'from importlinter.cli import lint_imports_command; lint_imports_command()' \
+        --no-cache --no-logo) || status=$?
+    rm -rf "$tree"
     return "$status"
 }
 
@@ -47,7 +50,7 @@ python=$root/.venv/bin/python
 echo "== ruff"
 "$python" -m ruff check .
 echo "== mypy"
-check_types
+check_tree
 echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
 exec "$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}"

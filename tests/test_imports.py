@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from hllm_torchrec.store import EmbeddingStore
-from tests import fixtures
-from tests.metrics.prediction_rows import columns, write_parquet
-from tests.training_fixtures import config, train
+from tests.helpers import fixtures
+from tests.helpers.prediction_rows import columns, write_parquet
+from tests.helpers.training_fixtures import config, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["torch", "torchrec", "torch._dynamo", "transformers", "peft", "sklearn", "scipy", "pandas", "torchx"]
@@ -76,7 +76,7 @@ def test_a_run_without_an_llm_is_served_and_trained_without_transformers(tmp_pat
     user = str(np.asarray(fixtures.dataset().users["raw_user_id"])[0])
     recommended, trainer = imported(
         ("hllm_torchrec.launch.recommend", ["--run", str(run), "--user", user, "--time", "1500000000"]),
-        ("hllm_torchrec.trainer", []),
+        ("hllm_torchrec.training.trainer", []),
     )
     # torchrec imports tensordict, and that torch._dynamo
     assert recommended == trainer == {"torch", "torchrec", "torch._dynamo"}

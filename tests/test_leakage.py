@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hllm_torchrec.config import Config
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Piece
-from hllm_torchrec.model import HLLM
-from tests import fixtures
-from tests.naive_model import alone, config, exposures, run
+from hllm_torchrec.models.hllm import HLLM
+from tests.helpers import fixtures
+from tests.helpers.naive_model import alone, config, exposures, run
 
 
 def logits_by_exposure(batch: HybridBatch, logits: Tensor) -> dict[tuple[int, int], float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hllm_torchrec
-from hllm_torchrec import versions
+from hllm_torchrec import _versions
 from hllm_torchrec.launch import cli
 
 SUBPACKAGES = ("modules", "launch", "configs")
@@ -162,6 +162,52 @@ def test_checkout_imports_without_installation(name: str, where: str, root: Path
     assert Path(result.stdout.strip()) == root / name / "__init__.py"
 
 
+@pytest.fixture(scope="module")
+def two_checkouts(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Two checkouts, the first installed as editable: both, and the environment's Python."""
+    folder = tmp_path_factory.mktemp("two")
+    first, second = (copy_checkout(root, folder / name) for name in ("first", "second"))
+    (first / "hllm_torchrec" / "only_first.py").write_text("")
+    python, _ = make_venv(folder / "venv")
+    command = ["-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-build-isolation", "-e"]
+    result = run_python(*command, str(first), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return first, second, python
+
+
+@pytest.mark.slow
+def test_a_checkout_is_not_mixed_with_one_that_is_installed(
+    two_checkouts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    first, second, python = two_checkouts
+    shown = run_python("-c", "import hllm_torchrec as m; print(m.__file__)", cwd=tmp_path, python=python)
+    assert shown.stdout.startswith(str(first)), shown.stderr
+    files = ", ".join(f"hllm_torchrec.{name}" for name in ("", *SUBPACKAGES, "common.errors")).replace(".,", ",")
+    code = f"import {files}; import sys; print([m.__file__ for n, m in sys.modules.items() if 'hllm_torchrec' in n])"
+    shown = run_python("-c", code, cwd=second, python=python)
+    assert shown.returncode == 0, shown.stderr
+    assert str(second) in shown.stdout and str(first) not in shown.stdout
+    refused = run_python("-c", "import hllm_torchrec.only_first", cwd=second, python=python)
+    assert "hllm_torchrec.only_first is not in the checkout" in refused.stderr and str(first) in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_installed_checkout_is_refused_to_programs_of_another(
+    two_checkouts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    first, second, python = two_checkouts
+    (second / "scripts").mkdir(exist_ok=True)
+    (second / "scripts" / "program.py").write_text("import hllm_torchrec\n")
+    refused = run_python(str(second / "scripts" / "program.py"), cwd=tmp_path, python=python)
+    message = f"belongs to the checkout {second}, but hllm_torchrec is imported from {first}"
+    assert f"program.py {message}" in refused.stderr and f"PYTHONPATH={second}" in refused.stderr
+    works = run_python(str(second / "scripts" / "program.py"), cwd=tmp_path, path=second, python=python)
+    assert works.returncode == 0, works.stderr
+    command = run_python("--version", cwd=second, python=python.parent / "hllm")
+    assert command.returncode != 0 and f"the current directory {message}" in command.stderr
+    assert run_python("--version", cwd=first, python=python.parent / "hllm").returncode == 0
+
+
 @pytest.mark.parametrize("name", SUBPACKAGES)
 def test_bare_name_is_refused_with_the_right_one(name: str, root: Path) -> None:
     result = run_python("-c", f"import {name}", cwd=root)
@@ -232,7 +278,7 @@ GOOD = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"}
     ],
 )
 def test_matching_versions_are_accepted(installed: dict[str, str]) -> None:
-    assert versions.find_problem(installed) is None
+    assert _versions.find_version_problem(installed) is None
 
 
 @pytest.mark.parametrize(
@@ -248,7 +294,7 @@ def test_matching_versions_are_accepted(installed: dict[str, str]) -> None:
     ],
 )
 def test_versions_that_do_not_belong_together_are_named(installed: dict[str, str], problem: str) -> None:
-    assert re.search(problem, versions.find_problem(installed) or "")
+    assert re.search(problem, _versions.find_version_problem(installed) or "")
 
 
 def write_distribution(folder: Path, name: str, version: str) -> None:
@@ -282,8 +328,8 @@ def test_untested_newer_release_warns(root: Path, tmp_path: Path) -> None:
 
 
 def test_install_script_asks_this_file_for_versions(root: Path) -> None:
-    result = run_python("hllm_torchrec/versions.py", cwd=root)
+    result = run_python("hllm_torchrec/_versions.py", cwd=root)
     assert result.stdout == "2.13.0 1.8.0 1.8.0 3.7.1\n"
-    assert run_python("hllm_torchrec/versions.py", "2.11", cwd=root).stdout == "2.11.0 1.6.1 1.6.0 3.6.0\n"
-    wrong = run_python("hllm_torchrec/versions.py", "2.7", cwd=root)
+    assert run_python("hllm_torchrec/_versions.py", "2.11", cwd=root).stdout == "2.11.0 1.6.1 1.6.0 3.6.0\n"
+    wrong = run_python("hllm_torchrec/_versions.py", "2.7", cwd=root)
     assert wrong.returncode == 1 and "torch 2.7 is not supported; supported: torch 2.11.0" in wrong.stderr

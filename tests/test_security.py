@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from hllm_torchrec import checkpoint_files as files
-from hllm_torchrec.checkpoint import save_checkpoint
-from hllm_torchrec.config import load_config
-from hllm_torchrec.data import fetch
-from hllm_torchrec.data.atomic import whole_folder
+from hllm_torchrec.checkpoint import layout as files
+from hllm_torchrec.checkpoint.load import save_checkpoint
+from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.errors import without_credentials
+from hllm_torchrec.common.machine import machine_info
+from hllm_torchrec.common.run_log import RunLog
+from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.data import quickstart_files
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.factors import item_vectors
-from hllm_torchrec.errors import without_credentials
-from hllm_torchrec.logs import RunLog, machine_info
-from hllm_torchrec.modules.item_llm import build_backbone
+from hllm_torchrec.data.item_factors import item_vectors
+from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.store import EmbeddingStore
-from tests import fixtures
+from tests.helpers import fixtures
 
 # --- the source ----------------------------------------------------------------------------------------
 
@@ -35,7 +36,7 @@ FORBIDDEN = {
     "torch.hub.load", "torch.jit.load", "pd.read_pickle", "pandas.read_pickle", "shutil.unpack_archive",
 }  # fmt: skip
 METHODS = {"extractall", "extract"}
-OUR_UNPICKLER = ("hllm_torchrec/checkpoint_reader.py", "pickle.Unpickler")
+OUR_UNPICKLER = ("hllm_torchrec/checkpoint/safe_reader.py", "pickle.Unpickler")
 
 
 def problems(source: str, name: str) -> Iterator[str]:
@@ -181,7 +182,7 @@ def test_no_name_or_link_in_a_checkpoint_leads_out_of_it(tmp_path: Path) -> None
     path = save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {})
     marker = files.read_marker(path)
     outside = {"../x": marker["files"]["extra.json"]}
-    changed = files.seal(marker | {"files": marker["files"] | outside})
+    changed = files.with_checksum(marker | {"files": marker["files"] | outside})
     (path / "COMPLETE").write_text(json.dumps(changed))
     assert files.find_damage(path) == "is damaged: '../x' leads out of it"
     (path / "COMPLETE").write_text(json.dumps(marker))
@@ -197,13 +198,15 @@ def test_an_archive_gives_its_named_members_only_and_no_bomb(tmp_path: Path, mon
         archive.writestr("a/wanted", b"0" * 100_000)
         archive.writestr("../outside", b"x")
         archive.writestr("/absolute", b"x")
-    named = fetch.Wheel("w", "1", wheel.name, fetch.hash_file(wheel), {"a/wanted": "wanted"}, "note")
-    target = fetch.fetch(named, "out", tmp_path / "cache", wheel)
+    named = quickstart_files.Wheel(
+        "w", "1", wheel.name, quickstart_files.hash_file(wheel), {"a/wanted": "wanted"}, "note"
+    )
+    target = quickstart_files.fetch_wheel(named, "out", tmp_path / "cache", wheel)
     assert [path.name for path in target.iterdir()] == ["wanted"]
     assert not (tmp_path / "cache" / "outside").exists() and not (tmp_path / "outside").exists()
-    monkeypatch.setattr(fetch, "LARGEST_MEMBER", 99_999)
+    monkeypatch.setattr(quickstart_files, "LARGEST_MEMBER", 99_999)
     with pytest.raises(ValueError, match=r"w\.whl: a/wanted has 100000 bytes, more than 99999: it is not taken out"):
-        fetch.fetch(named, "again", tmp_path / "cache", wheel)
+        quickstart_files.fetch_wheel(named, "again", tmp_path / "cache", wheel)
     assert not (tmp_path / "cache" / "again").exists()
 
 
@@ -211,7 +214,7 @@ def test_an_archive_gives_its_named_members_only_and_no_bomb(tmp_path: Path, mon
 
 
 def test_temporary_folders_are_private(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "made") as folder:
+    with atomic_folder(tmp_path / "made") as folder:
         assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert (tmp_path / "made").is_dir() and list(tmp_path.iterdir()) == [tmp_path / "made"]
 
@@ -261,14 +264,14 @@ def test_credentials_in_addresses_are_not_shown(text: str, shown: str) -> None:
 
 
 def test_every_requirement_has_an_exact_version_and_hashes(root: Path) -> None:
-    text = (root / "scripts" / "requirements-hashes.txt").read_text()
+    text = (root / "scripts" / "requirements" / "requirements-hashes.txt").read_text()
     blocks = re.split(r"\n(?=[a-zA-Z0-9])", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
     pinned = {}
     for block in blocks:
         name, version = re.match(r"([\w.-]+)==(\S+)", block).groups()  # type: ignore[union-attr]
         pinned[_normal(name)] = version
         assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block)) >= 1, name
-    lines = (root / "scripts" / "constraints.txt").read_text().splitlines()
+    lines = (root / "scripts" / "requirements" / "constraints.txt").read_text().splitlines()
     constraints = {_normal(n): v for n, _, v in (line.partition("==") for line in lines if "==" in line)}
     assert {name for name, version in pinned.items() if constraints.get(name, version) != version} == set()
     required = re.search(r"^REQUIREMENTS = \[(.*?)^\]", (root / "setup.py").read_text(), re.MULTILINE | re.DOTALL)

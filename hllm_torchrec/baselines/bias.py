@@ -16,15 +16,10 @@ second counts. On MovieLens-100k (time split, shrinkage 5) the test AUCs are .70
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.baselines.config import ItemMeanConfig, RunningBiasConfig
-from hllm_torchrec.baselines.exposures import (
-    Histories,
-    ItemLabels,
-    score_by_group,
-    training_labels,
-)
+from hllm_torchrec.baselines.settings import ItemMeanConfig, RunningBiasConfig
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.evaluate import Columns
+from hllm_torchrec.data.histories import Histories, ItemLabels, score_by_group, training_labels
+from hllm_torchrec.data.predictions import Columns
 
 
 def score_item_mean(histories: Histories, labels: ItemLabels, config: ItemMeanConfig) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """A strong baseline without gradients: linear-Gaussian item factors, and each user's posterior at every second.
 
-The item side is fitted to the training part (`hllm_torchrec.data.factors`); the user's factors z are the closed-form
-posterior given all events of strictly earlier seconds (of any part: prequential, as in `bias`). The score is the
-expected value (rating) of the item; the probability that it counts as positive is
+The item side is fitted to the training part (`hllm_torchrec.data.item_factors`); the user's factors z are the
+closed-form posterior given all events of strictly earlier seconds (of any part: prequential, as in `bias`). The score
+is the expected value (rating) of the item; the probability that it counts as positive is
 
     P(value > t) = Phi((E[value] - t) / s),   t half way between the largest value with label 0 and the
                                               smallest with label 1, s^2 the model's noise
@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from hllm_torchrec.baselines.exposures import Histories, read_histories, score_by_group
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.factors import FactorOptions, ItemFactors, event_values, fit_item_factors
-from hllm_torchrec.evaluate import Columns
+from hllm_torchrec.data.histories import Histories, read_histories, score_by_group
+from hllm_torchrec.data.item_factors import FactorOptions, ItemFactors, event_values, fit_item_factors
+from hllm_torchrec.data.predictions import Columns
 
 Doubles = NDArray[np.floating[Any]]
 

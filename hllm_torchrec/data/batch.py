@@ -81,9 +81,9 @@ class HybridBatch(Pipelineable):
     """[U, V] float32 dense features of unique_items, or None."""
     target_values: Tensor
     """[X] float32 in [-1, 1]: the exposure's ordinal action (rating), or its label; NaN where unknown."""
-    own_items: Tensor | None = None
+    full_history_items: Tensor | None = None
     """[F] history items before Stochastic Length left any out; None where there is none (they are item_ids)."""
-    own_offsets: Tensor | None = None
+    full_history_offsets: Tensor | None = None
     """[B+1] pieces in F, or None."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "HybridBatch":
@@ -107,11 +107,11 @@ class HybridBatch(Pipelineable):
         return HybridBatch(**mapped)
 
     @property
-    def whole_history(self) -> tuple[Tensor, Tensor]:
+    def full_history(self) -> tuple[Tensor, Tensor]:
         """(items [F], offsets [B+1]) of all history, also of what Stochastic Length leaves out."""
-        if self.own_items is None or self.own_offsets is None:
+        if self.full_history_items is None or self.full_history_offsets is None:
             return self.item_ids, self.seq_offsets
-        return self.own_items, self.own_offsets
+        return self.full_history_items, self.full_history_offsets
 
     @property
     def num_exposures(self) -> int:

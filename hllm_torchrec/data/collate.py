@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.factors import scaled_values, value_scale
-from hllm_torchrec.data.numeric import numeric_columns
-from hllm_torchrec.data.ragged import offsets_of, stretches
-from hllm_torchrec.data.recipe import BatchRecipe
+from hllm_torchrec.data.item_factors import scaled_values, value_scale
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.numeric_features import numeric_columns
 from hllm_torchrec.data.stochastic_length import StochasticLength
-from hllm_torchrec.modules.hybrid_features import ACTION_GATE
-from hllm_torchrec.modules.timestamps import TIME_FEATURES, split_timestamps
+from hllm_torchrec.modules.features.hybrid import ACTION_GATE
+from hllm_torchrec.modules.features.timestamps import TIME_FEATURES, split_timestamps
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -26,7 +26,7 @@ Bags = tuple[Ints, Ints]
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one user's events; exposures are those from `first` on (an index into the stretch).
+    """A stretch of one user's events; exposures are those from `first_target` on (an index into the stretch).
 
     offset: index of the stretch's first event in the user's whole sequence; timestamps: seconds UTC, sorted;
     labels: NaN where not an exposure; actions: 0 is unknown. All [n], one entry per event.
@@ -34,7 +34,7 @@ class Piece:
 
     user_id: int
     offset: int
-    first: int
+    first_target: int
     item_ids: Ints
     timestamps: Ints
     labels: Floats
@@ -64,38 +64,39 @@ class _View:
     next_items: Ints
     target_values: Floats
     numeric: Floats
-    own_items: Ints
+    full_history_items: Ints
 
 
 class Collator:
-    """Builds batches by `recipe` from pieces of `dataset`; `training` adds id dropout and L_gen's targets.
+    """Builds batches by `spec` from pieces of `dataset`; `training` adds id dropout and L_gen's targets.
 
-    shortening: in training, what of a long history is read; every exposure and generative target stays (see `_view`).
+    stochastic_length: in training, what of a long history is read; every exposure and generative target stays (see
+    `_view`).
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        recipe: BatchRecipe,
+        spec: BatchSpec,
         seed: int = 0,
         training: bool = False,
         item_vectors: Floats | None = None,
-        shortening: StochasticLength | None = None,
+        stochastic_length: StochasticLength | None = None,
     ) -> None:
-        self.dataset, self.recipe, self.seed, self.training = dataset, recipe, seed, training
-        self.item_vectors, self.shortening = item_vectors, shortening if training else None
+        self.dataset, self.spec, self.seed, self.training = dataset, spec, seed, training
+        self.item_vectors, self.stochastic_length = item_vectors, stochastic_length if training else None
         self._value_scale = value_scale(dataset.action_values)
-        self._cold = dataset.training_item_counts() == 0 if recipe.cold_dropout else None
+        self._cold = dataset.training_item_counts() == 0 if spec.cold_dropout else None
         self._negatives = _items_of_train(dataset) if "hold_out_items" in dataset.manifest["split"] else None
-        self._bags = {name: dataset.feature_ids("item", name) for name in recipe.item_features}
-        self._bags |= {name: dataset.feature_ids("user", name) for name in recipe.user_features}
+        self._bags = {name: dataset.feature_ids("item", name) for name in spec.item_features}
+        self._bags |= {name: dataset.feature_ids("user", name) for name in spec.user_features}
 
     def negatives(self, epoch: int, step: int) -> Ints:
         """[K] distinct items, drawn uniformly by (seed, epoch, step): the same on every rank.
 
         Items that the split holds out of train do not exist yet in training: they are no negatives.
         """
-        wanted = self.recipe.negatives
+        wanted = self.spec.negatives
         rng = np.random.default_rng((self.seed, epoch, step))
         if self._negatives is not None:
             drawn = rng.choice(self._negatives, size=min(wanted, self._negatives.size), replace=False)
@@ -108,13 +109,13 @@ class Collator:
     def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
         """The batch of this rank's `pieces` (may be empty) at (epoch, step)."""
         views = [self._view(piece, epoch) for piece in pieces]
-        seq_offsets = offsets_of([view.item_ids.size for view in views])
-        query_offsets = offsets_of([view.query_times.size for view in views])
+        seq_offsets = offsets_from_lengths([view.item_ids.size for view in views])
+        query_offsets = offsets_from_lengths([view.query_times.size for view in views])
         # Without pieces: the view of a piece without events has every field, empty.
         view = _join(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
-        negatives = self.negatives(epoch, step) if self.recipe.negatives else np.empty(0, np.int64)
+        negatives = self.negatives(epoch, step) if self.spec.negatives else np.empty(0, np.int64)
         users = np.array([piece.user_id for piece in pieces], dtype=np.int64)
-        early = self.recipe.fusion == "early"
+        early = self.spec.fusion == "early"
         arrays: dict[str, NDArray] = {
             "user_ids": users,
             "seq_offsets": seq_offsets,
@@ -122,16 +123,23 @@ class Collator:
             "query_target": np.arange(view.target_items.size if early else 0),
             "weights": np.ones(view.labels.size, np.float32),
             "negative_items": negatives,
-            **{name: getattr(view, name) for name in _FIELDS if name not in ("actions", "numeric", "own_items")},
+            **{
+                name: getattr(view, name)
+                for name in _FIELDS
+                if name not in ("actions", "numeric", "full_history_items")
+            },
             **_unique_items(view, negatives),
         }
-        if self.shortening is not None:
-            arrays |= {"own_items": view.own_items, "own_offsets": offsets_of([view.own_items.size for view in views])}
+        if self.stochastic_length is not None:
+            arrays |= {
+                "full_history_items": view.full_history_items,
+                "full_history_offsets": offsets_from_lengths([view.full_history_items.size for view in views]),
+            }
         rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
         unique = arrays["unique_items"]
         unknown = self._read_as_unknown(unique, rng)
         vectors = None if self.item_vectors is None else np.where(unknown[:, None], 0, self.item_vectors[unique])
-        slots = unique if self.recipe.item_slots and self.training else unique[:0]
+        slots = unique if self.spec.item_slots and self.training else unique[:0]
         return HybridBatch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
             features=self._features(view, np.repeat(users, np.diff(query_offsets)), slots, rng, unique[unknown]),
@@ -149,7 +157,7 @@ class Collator:
         """Of the batch's items [U], those whose IDs and vectors the model is not to see."""
         if self._cold is None:
             return np.zeros(unique.size, bool)
-        drawn = rng.random(unique.size) < self.recipe.cold_dropout if self.training else False
+        drawn = rng.random(unique.size) < self.spec.cold_dropout if self.training else False
         return self._cold[unique] | drawn
 
     def _view(self, piece: Piece, epoch: int = 0) -> _View:
@@ -158,11 +166,11 @@ class Collator:
         Where the history is shortened, an exposure sees what is left of its history, and the next item that an event
         would generate is generated by the last event left up to that one: an event may then have several targets.
         """
-        recipe, times = self.recipe, piece.timestamps
+        spec, times = self.spec, piece.timestamps
         every = np.arange(piece.item_ids.size)
-        kept = np.flatnonzero(piece.labels == 1) if recipe.history == "positive" else every
-        targets = piece.first + np.flatnonzero(~np.isnan(piece.labels[piece.first :]))
-        if recipe.visibility == "second":
+        kept = np.flatnonzero(piece.labels == 1) if spec.history == "positive" else every
+        targets = piece.first_target + np.flatnonzero(~np.isnan(piece.labels[piece.first_target :]))
+        if spec.visibility == "second":
             visible = np.searchsorted(times[kept], times[targets], side="left")
         else:
             visible = np.searchsorted(kept, targets, side="left")
@@ -185,23 +193,23 @@ class Collator:
             next_rows=np.searchsorted(read, next_rows, side="right") - 1,
             next_items=next_items,
             target_values=scaled_values(piece.labels[targets], piece.actions[targets], self._value_scale),
-            numeric=numeric_columns(recipe.numeric_features, times, piece.labels, targets)[queries],
-            own_items=piece.item_ids[seen],
+            numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets)[queries],
+            full_history_items=piece.item_ids[seen],
         )
-        return _interleaved(view) if recipe.interleaved else view
+        return _interleaved(view) if spec.interleaved else view
 
     def _read(self, piece: Piece, times: Ints, epoch: int) -> Ints:
         """Which of the history's events, at `times` [n], are read: indices, sorted."""
-        if self.shortening is None:
+        if self.stochastic_length is None:
             return np.arange(times.size)
-        return self.shortening.choose(times, epoch=epoch, user=piece.user_id, offset=piece.offset)
+        return self.stochastic_length.choose(times, epoch=epoch, user=piece.user_id, offset=piece.offset)
 
     def _queries(self, request_times: Ints, visible: Ints) -> tuple[Ints, Ints]:
         """(exposure that stands for each query, query of each exposure).
 
         Early: one query per exposure. Late: exposures that see the same at the same second share one.
         """
-        if self.recipe.fusion != "late":
+        if self.spec.fusion != "late":
             every = np.arange(visible.size)
             return every, every
         moments = np.stack([visible, request_times])
@@ -210,11 +218,11 @@ class Collator:
 
     def _generative(self, piece: Piece, kept: Ints) -> tuple[Ints, Ints]:
         """Rows of the kept history whose next kept item is a generative target of this piece."""
-        if not self.recipe.negatives or kept.size < 2 or not self.training:
+        if not self.spec.negatives or kept.size < 2 or not self.training:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         following = kept[1:]
-        wanted = following >= piece.first
-        if self.recipe.positive_targets_only:
+        wanted = following >= piece.first_target
+        if self.spec.positive_targets_only:
             wanted &= (piece.labels[following] > 0) | np.isnan(piece.labels[following])
         return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
 
@@ -223,8 +231,8 @@ class Collator:
     ) -> KeyedJaggedTensor:
         """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is; items:
         those with a slot of their own, after all others; unknown: items whose IDs are read as 0."""
-        recipe, history = self.recipe, view.item_ids.size
-        queries = view.query_times.size if recipe.fusion != "none" else 0
+        spec, history = self.spec, view.item_ids.size
+        queries = view.query_times.size if spec.fusion != "none" else 0
         is_item, is_action = self._tokens(history)
         asks = np.ones(queries, bool)
         of_events = self._item_of_slot(view, queries)
@@ -233,26 +241,26 @@ class Collator:
         user_of_slot = np.full(slots, -1)
         user_of_slot[history : history + queries] = query_users[:queries]
         bags: dict[str, Bags] = {}
-        if recipe.item_id:
+        if spec.item_id:
             ids = np.concatenate([self._drop_ids(of_events, rng), items])
             ids = np.where(np.isin(ids, unknown), 0, ids) if unknown.size else ids
             bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)
-        if recipe.action:
+        if spec.action:
             # The candidate's own action is what we predict: unknown, or after the query, which is an item's token.
-            not_yet = np.zeros(0 if recipe.interleaved else queries, dtype=np.int64)
-            given = np.concatenate([is_action, asks & (not recipe.interleaved)])
+            not_yet = np.zeros(0 if spec.interleaved else queries, dtype=np.int64)
+            given = np.concatenate([is_action, asks & (not spec.interleaved)])
             bags["action"] = np.concatenate([view.actions[is_action], not_yet]), _present(given, slots)
-        if recipe.action_gate:
+        if spec.action_gate:
             bags[ACTION_GATE] = view.actions, _present(is_action, slots)
-        for name in recipe.item_features:
+        for name in spec.item_features:
             bags[name] = gather_bags(*self._bags[name], item_of_slot)
-        for name in recipe.user_features:
+        for name in spec.user_features:
             bags[name] = gather_bags(*self._bags[name], user_of_slot)
-        if recipe.time_depth:
+        if spec.time_depth:
             stamps = np.concatenate([view.timestamps[is_item], view.query_times[:queries]])
             timed = np.concatenate([is_item, asks])
-            parts = split_timestamps(torch.from_numpy(stamps), recipe.time_depth).numpy()
-            for column, name in enumerate(TIME_FEATURES[: recipe.time_depth]):
+            parts = split_timestamps(torch.from_numpy(stamps), spec.time_depth).numpy()
+            for column, name in enumerate(TIME_FEATURES[: spec.time_depth]):
                 bags[name] = parts[:, column], _present(timed, slots)
         return KeyedJaggedTensor(
             keys=list(bags),
@@ -264,7 +272,7 @@ class Collator:
     def _tokens(self, history: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """[T] which history tokens bear an item, and which an action: all both, or in turn."""
         every = np.ones(history, bool)
-        if not self.recipe.interleaved:
+        if not self.spec.interleaved:
             return every, every
         is_item = np.arange(history) % 2 == 0
         return is_item, ~is_item
@@ -272,23 +280,23 @@ class Collator:
     def _item_of_slot(self, view: _View, queries: int) -> Ints:
         """[S] whose item each slot bears; -1: none (action tokens; late queries, whose targets follow as slots)."""
         of_history = np.where(self._tokens(view.item_ids.size)[0], view.item_ids, -1)
-        if self.recipe.fusion == "none":
+        if self.spec.fusion == "none":
             return of_history
-        none = np.full(queries if self.recipe.fusion == "late" else 0, -1)
+        none = np.full(queries if self.spec.fusion == "late" else 0, -1)
         return np.concatenate([of_history, none, view.target_items])
 
     def _drop_ids(self, item_of_slot: Ints, rng: np.random.Generator) -> Ints:
         """In training, some ids become 0: the unknown row learns what to say about cold items."""
-        if not (self.training and self.recipe.id_dropout):
+        if not (self.training and self.spec.id_dropout):
             return item_of_slot
-        dropped = rng.random(item_of_slot.size) < self.recipe.id_dropout
+        dropped = rng.random(item_of_slot.size) < self.spec.id_dropout
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
     def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
         """[S, F], zero but at queries; None without numeric features."""
-        if not self.recipe.numeric_features:
+        if not self.spec.numeric_features:
             return None
-        fusion = self.recipe.fusion
+        fusion = self.spec.fusion
         at_queries = view.numeric if fusion != "none" else view.numeric[:0]
         after = item_slots + (view.target_items.size if fusion == "late" else 0)
         return torch.from_numpy(np.pad(at_queries, ((view.item_ids.size, after), (0, 0))))
@@ -303,7 +311,9 @@ def _interleaved(view: _View) -> _View:
 
     A query sees both tokens of each event that it sees; the next item is generated at the action's token.
     """
-    doubled = {name: np.repeat(getattr(view, name), 2) for name in ("item_ids", "timestamps", "actions", "own_items")}
+    doubled = {
+        name: np.repeat(getattr(view, name), 2) for name in ("item_ids", "timestamps", "actions", "full_history_items")
+    }
     next_times = np.stack([view.timestamps, view.next_times], axis=1).reshape(-1)
     visible, rows = 2 * view.query_visible, 2 * view.next_rows + 1
     return replace(view, **doubled, next_times=next_times, query_visible=visible, next_rows=rows)
@@ -335,7 +345,7 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
     """Bags of `ids` [S] from jagged `values`; a negative id gives an empty bag."""
     known = np.maximum(ids, 0)
     lengths = np.where(ids >= 0, offsets[known + 1] - offsets[known], 0)
-    return values[stretches(offsets[known], lengths)], lengths
+    return values[concat_ranges(offsets[known], lengths)], lengths
 
 
 def _items_of_train(dataset: Dataset) -> Ints:

@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.checked import REMEDY, TableRows, naming, read_sequences, read_table
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
-from hllm_torchrec.data.split import PARTS
-from hllm_torchrec.remote.datasets import dataset_copy
-from hllm_torchrec.remote.files import url_of
+from hllm_torchrec.data.remote_datasets import local_dataset
+from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.data.validation import REMEDY, TableRows, error_location, read_sequences, read_table
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
@@ -52,7 +53,7 @@ class Dataset:
     def open(cls, path: str | Path) -> "Dataset":
         """Opens `path`, which may be a URL. Raises ValueError for no dataset, another schema version, damaged files."""
         url = url_of(path)
-        root = Path(path) if url is None else dataset_copy(url)
+        root = Path(path) if url is None else local_dataset(url)
         return cls(root, read_manifest(root))
 
     @property
@@ -108,7 +109,7 @@ class Dataset:
         """A table of which row i is id i + 1; ValueError naming the file and the row where it is not."""
         path = self.root / name
         table = read_table(path)
-        with naming(path):
+        with error_location(path):
             ids = table[key].to_numpy()
         wrong = np.flatnonzero(ids != np.arange(1, ids.size + 1))
         if wrong.size:
@@ -128,21 +129,21 @@ class Dataset:
             raise ValueError(f"{self.root}: no text column {', '.join(unknown)}; it has {', '.join(known)}")
         return read_table(self.root / "items.parquet", columns)
 
-    def sequence_files(self, part: str) -> list[Path]:
+    def sequence_files(self, split: str) -> list[Path]:
         """The files of a part ("train", "valid" or "test"), in order.
 
         Raises:
             ValueError: another part.
         """
-        if part not in PARTS:
-            raise ValueError(f"part {part!r} is not one of {', '.join(PARTS)}")
-        return sorted((self.root / "sequences" / part).glob("part-*.parquet"))
+        if split not in SPLITS:
+            raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
+        return sorted((self.root / "sequences" / split).glob("part-*.parquet"))
 
-    def row_groups(self, part: str) -> list[RowGroup]:
+    def row_groups(self, split: str) -> list[RowGroup]:
         """All row groups of a part, in order of file and place."""
         groups = []
-        for path in self.sequence_files(part):
-            with naming(path):
+        for path in self.sequence_files(split):
+            with error_location(path):
                 facts = pq.ParquetFile(path).metadata
                 groups += [RowGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         return groups
@@ -150,14 +151,14 @@ class Dataset:
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The sequences (`sequences.SEQUENCE_SCHEMA`, or the named columns of it) of one row group, checked.
 
-        Raises ValueError naming file, row group, row and field: see `checked.read_sequences`.
+        Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
         return read_sequences(path, index, columns, TableRows(self.num_items, self.num_users, self.num_actions))
 
     def training_item_counts(self) -> np.ndarray:
         """Events of each item in train, int64 [num_items]; 0 marks a cold item."""
         path = self.root / ITEM_COUNTS
-        with naming(path):
+        with error_location(path):
             counts = np.load(path, allow_pickle=False)
         if counts.shape != (self.num_items,) or counts.dtype != np.int64 or counts.min() < 0:
             raise ValueError(f"{path} must be int64 [{self.num_items}], no number below 0; {REMEDY}")
@@ -178,7 +179,7 @@ class Dataset:
         self._check_feature(kind, name)
         table = self.items if kind == "item" else self.users
         path, column, size = self.root / f"{kind}s.parquet", f"feature_{name}", self.feature_size(kind, name)
-        with naming(path):
+        with error_location(path):
             lists = table[column].combine_chunks()
             values = lists.flatten().to_numpy().astype(np.int64)
         if lists.null_count or (values.size and not 0 <= values.min() <= values.max() < size):
@@ -192,3 +193,14 @@ class Dataset:
         known = self.manifest[f"{kind}_features"]
         if name not in known:
             raise ValueError(f"{self.root}: no {kind} feature {name!r}; it has {', '.join(known) or 'none'}")
+
+
+def base_rate(dataset: Dataset) -> float:
+    """Share of positive labels among the training exposures; 0.5 where there is one class only."""
+    total = positive = 0.0
+    for group in dataset.row_groups("train"):
+        labels = pc.list_flatten(dataset.read_row_group(group.path, group.index, columns=["labels"])["labels"])
+        total += len(labels) - labels.null_count
+        positive += pc.sum(labels).as_py() or 0.0
+    rate = positive / total if total else 0.5
+    return rate if 0 < rate < 1 else 0.5

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from hllm_torchrec.data.catalogue import ItemCatalogue, blank_mask
-from hllm_torchrec.data.partition import PartitionWriter, RowLocator
-from hllm_torchrec.data.policy import MAX_SECOND, BadRowLog, describe_time
+from hllm_torchrec.data.bad_rows import MAX_SECOND, BadRowLog, describe_time
+from hllm_torchrec.data.event_partitions import PartitionWriter, RowLocator
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, blank_mask
 from hllm_torchrec.data.sources.base import Chunk, Source
 
 _EVENT_COLUMNS = ["raw_user_id", "item", "timestamp", "label", "action", "order"]

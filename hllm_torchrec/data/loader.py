@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.ragged import offsets_of
-from hllm_torchrec.metrics.grouped import mix
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 
 Ints = NDArray[np.int64]
 
@@ -39,12 +39,12 @@ WINDOW_ROW_GROUPS = 8
 
 @dataclass(frozen=True)
 class Pieces:
-    """Columns, one entry per piece: row group, row in it, stretch [start, end), exposures from `first` on."""
+    """Columns, one entry per piece: row group, row in it, stretch [start, end), exposures from `first_target` on."""
 
     group: Ints
     row: Ints
     start: Ints
-    first: Ints
+    first_target: Ints
     end: Ints
 
     def __len__(self) -> int:
@@ -57,20 +57,20 @@ class Pieces:
 
 
 def cut_into_pieces(
-    group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int, fill: bool = False
+    group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int, extend_history: bool = False
 ) -> Pieces:
     """Cut rows into stretches of at most `max_history` events that cover every exposure once.
 
     group, row, lengths, target_start: [n] int64, one entry per row: where it is, its number of events, and its first
     exposure. The pieces come in no order that matters.
 
-    Every exposure sees all of its history or at least max_history / 2 events of it. fill: where a row's
+    Every exposure sees all of its history or at least max_history / 2 events of it. extend_history: where a row's
     exposures fit into one stretch, it is as long as allowed, so that the exposures see more.
     """
     half = max_history // 2
     every = np.arange(lengths.size)
     start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
-    if fill:
+    if extend_history:
         start = np.minimum(start, np.maximum(0, lengths - max_history))
     end = np.minimum(lengths, start + max_history)
     parts = [(every, start, target_start, end)]
@@ -97,11 +97,12 @@ class Loader:
             it) instead of `batch_users`, so that steps cost alike.
         item_costs: [N], cost of each item (its tokens); a piece costs what its events do. None: 1 each.
         max_history: see `cut_into_pieces`.
-        rank, world: this process and how many there are.
-        whole: every event counts as one of the split's part, those of earlier parts too, and the training users
+        rank, world_size: this process and how many there are.
+        all_events: every event counts as one of the split's part, those of earlier parts too, and the training users
             without an event in it come as well.
-        fill: see `cut_into_pieces`.
-        users: share of the users that come, the same ones whatever the split; a smaller share is part of a larger one.
+        extend_history: see `cut_into_pieces`.
+        user_share: share of the users that come, the same ones whatever the split; a smaller share is part of a larger
+        one.
         shuffle: reorder by (seed, epoch); evaluation keeps the file's order.
         prefetch: batches prepared ahead.
         timeout: seconds to wait for a batch that is prepared ahead.
@@ -119,38 +120,43 @@ class Loader:
         batch_users: int,
         max_history: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         seed: int = 0,
         shuffle: bool = False,
         prefetch: int = 2,
         batch_cost: int = 0,
         item_costs: Ints | None = None,
-        whole: bool = False,
-        fill: bool = False,
-        users: float = 1.0,
+        all_events: bool = False,
+        extend_history: bool = False,
+        user_share: float = 1.0,
         timeout: float = 600.0,
     ) -> None:
         self.dataset, self.collator, self.timeout = dataset, collator, timeout
-        self.batch_users, self.rank, self.world = batch_users, rank, world
+        self.batch_users, self.rank, self.world_size = batch_users, rank, world_size
         self.seed, self.shuffle, self.prefetch = seed, shuffle, prefetch
         self.batch_cost = batch_cost
         self._groups = dataset.row_groups(split)
         own = len(self._groups)
-        if whole and split != "train":
+        if all_events and split != "train":
             self._groups += dataset.row_groups("train")
         if not self._groups:
             raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
-        self.pieces = self._index(max_history, own, whole, fill, users)
+        self.pieces = self._index(max_history, own, all_events, extend_history, user_share)
         if not len(self.pieces):
-            raise ValueError(f"{dataset.root}: no user of split {split!r} is among a share of {users}: raise the share")
+            raise ValueError(
+                f"{dataset.root}: no user of split {split!r} is among a share of {user_share}: raise the share"
+            )
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self.costs = self.pieces.lengths if item_costs is None else self._costs(item_costs)
-        self._plan_of: tuple[int, list[list[Ints]]] | None = None
+        self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
 
-    def _index(self, max_history: int, own: int, whole: bool, fill: bool, share: float) -> Pieces:
-        """The pieces of a share of users in all row groups; of those from number `own` on, whom the others lack."""
+    def _index(
+        self, max_history: int, num_own_groups: int, all_events: bool, extend_history: bool, share: float
+    ) -> Pieces:
+        """The pieces of a share of users in all row groups; of those from number `num_own_groups` on, whom the others
+        lack."""
         columns: list[tuple[Ints, Ints, Ints, Ints]] = []
         users: list[Ints] = []
         for number, group in enumerate(self._groups):
@@ -159,12 +165,16 @@ class Loader:
             users.append(table["user_id"].to_numpy())
             lengths = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
             starts = table["target_start"].to_numpy().astype(np.int64)
-            starts = np.zeros_like(starts) if whole else starts
-            is_new = np.ones(lengths.size, bool) if number < own else ~np.isin(users[-1], np.concatenate(users[:own]))
-            rows = np.flatnonzero(is_new & is_chosen(users[-1], share))
+            starts = np.zeros_like(starts) if all_events else starts
+            is_new = (
+                np.ones(lengths.size, bool)
+                if number < num_own_groups
+                else ~np.isin(users[-1], np.concatenate(users[:num_own_groups]))
+            )
+            rows = np.flatnonzero(is_new & in_user_sample(users[-1], share))
             columns.append((np.full(rows.size, number), rows, lengths[rows], starts[rows]))
         numbers, all_rows, all_lengths, all_starts = (np.concatenate(c) for c in zip(*columns, strict=True))
-        return cut_into_pieces(numbers, all_rows, all_lengths, all_starts, max_history, fill)
+        return cut_into_pieces(numbers, all_rows, all_lengths, all_starts, max_history, extend_history)
 
     def _costs(self, item_costs: Ints) -> Ints:
         """[pieces] what the events of each piece cost."""
@@ -172,17 +182,17 @@ class Loader:
         for number, group in enumerate(self._groups):
             table = self.dataset.read_row_group(group.path, group.index, columns=["item_ids"])
             lists = table["item_ids"].combine_chunks()
-            sums = offsets_of(item_costs[lists.flatten().to_numpy()])
+            sums = offsets_from_lengths(item_costs[lists.flatten().to_numpy()])
             inside = np.flatnonzero(self.pieces.group == number)
-            first = offsets_of(pc.list_value_length(lists).to_numpy())[self.pieces.row[inside]]
+            first = offsets_from_lengths(pc.list_value_length(lists).to_numpy())[self.pieces.row[inside]]
             costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
         return costs
 
     def steps(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
         if not self.sharded and not self.batch_cost:
-            return -(-len(self.pieces) // (self.batch_users * self.world))
-        return max(len(batches) for batches in self.plan(epoch))
+            return -(-len(self.pieces) // (self.batch_users * self.world_size))
+        return max(len(batches) for batches in self.rank_batches(epoch))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
         """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them.
@@ -192,20 +202,20 @@ class Loader:
         Raises:
             TimeoutError: the thread that prepares them made none in `timeout` seconds; RuntimeError: it was ended.
         """
-        mine = self.plan(epoch)[self.rank]
+        mine = self.rank_batches(epoch)[self.rank]
         work = (
             (step, mine[step] if step < len(mine) else np.empty(0, np.int64))
             for step in range(first_step, self.steps(epoch))
         )
-        where = f"{self.dataset.root}: rank {self.rank} of {self.world}, epoch {epoch} from step {first_step} on"
-        return _ahead((self._build(index, epoch, step) for step, index in work), self.prefetch, self.timeout, where)
+        where = f"{self.dataset.root}: rank {self.rank} of {self.world_size}, epoch {epoch} from step {first_step} on"
+        return _prefetch((self._build(index, epoch, step) for step, index in work), self.prefetch, self.timeout, where)
 
     def _build(self, index: Ints, epoch: int, step: int) -> HybridBatch:
         return self.collator([self._piece(i) for i in index], epoch, step, self.rank)
 
     def _piece(self, i: int) -> Piece:
         pieces = self.pieces
-        start, first, end = int(pieces.start[i]), int(pieces.first[i]), int(pieces.end[i])
+        start, first, end = int(pieces.start[i]), int(pieces.first_target[i]), int(pieces.end[i])
         rows = self._rows[int(pieces.group[i])]
         row = int(pieces.row[i])
         cut = slice(rows.offsets[row] + start, rows.offsets[row] + end)
@@ -219,73 +229,74 @@ class Loader:
             rows.actions[cut],
         )
 
-    def plan(self, epoch: int) -> list[list[Ints]]:
+    def rank_batches(self, epoch: int) -> list[list[Ints]]:
         """For every rank, the pieces [b] int64 (numbers into `pieces`) of each of its batches."""
-        if self._plan_of is None or self._plan_of[0] != epoch:
+        if self._epoch_batches is None or self._epoch_batches[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
-            make = self._plan_of_own_groups if self.sharded else self._plan_of_shared_groups
-            self._plan_of = (epoch, make(rng))
-        return self._plan_of[1]
+            make = self._batches_of_own_groups if self.sharded else self._batches_of_shared_groups
+            self._epoch_batches = (epoch, make(rng))
+        return self._epoch_batches[1]
 
-    def _plan_of_shared_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
+    def _batches_of_shared_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
         count = len(self.pieces)
         order = rng.permutation(count) if rng is not None else np.arange(count)
-        plan: list[list[Ints]] = [[] for _ in range(self.world)]
-        for batch in self._cut(order, self.world):
+        plan: list[list[Ints]] = [[] for _ in range(self.world_size)]
+        for batch in self._cut_batches(order, self.world_size):
             most = batch.size if self.batch_cost else self.batch_users
-            for rank, share in enumerate(deal(batch, self.costs, self.world, most)):
+            for rank, share in enumerate(assign_balanced(batch, self.costs, self.world_size, most)):
                 plan[rank].append(share)
         return plan
 
-    def _cut(self, order: Ints, ranks: int) -> list[Ints]:
-        """Batches for `ranks` together, of so many users or of so much cost."""
+    def _cut_batches(self, order: Ints, world_size: int) -> list[Ints]:
+        """Batches for `world_size` together, of so many users or of so much cost."""
         if not self.batch_cost:
-            size = self.batch_users * ranks
+            size = self.batch_users * world_size
             return [order[i : i + size] for i in range(0, order.size, size)]
-        spent, budget, batches, at = offsets_of(self.costs[order]), self.batch_cost * ranks, [], 0
+        spent, budget, batches, at = offsets_from_lengths(self.costs[order]), self.batch_cost * world_size, [], 0
         while at < order.size:
             end = max(at + 1, int(np.searchsorted(spent, spent[at] + budget, side="right")) - 1)
             batches.append(order[at:end])
             at = end
         return batches
 
-    def _plan_of_own_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
+    def _batches_of_own_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
         groups = np.arange(len(self._groups))
         if rng is not None:
             rng.shuffle(groups)
         first_of = np.searchsorted(self.pieces.group, np.arange(len(self._groups) + 1))
         plan = []
-        for rank in range(self.world):
-            own, batches = groups[rank :: self.world], []
+        for rank in range(self.world_size):
+            own, batches = groups[rank :: self.world_size], []
             for at in range(0, own.size, WINDOW_ROW_GROUPS):
                 inside = own[at : at + WINDOW_ROW_GROUPS]
                 window = np.concatenate([np.arange(first_of[g], first_of[g + 1]) for g in inside])
                 if rng is not None:
                     rng.shuffle(window)
-                batches += self._cut(window, ranks=1)
+                batches += self._cut_batches(window, world_size=1)
             plan.append(batches)
         return plan
 
 
-def is_chosen(user_ids: Ints, share: float) -> NDArray[np.bool_]:
+def in_user_sample(user_ids: Ints, share: float) -> NDArray[np.bool_]:
     """Which users (bool [n]) are of a share of all, by a hash of the id; a smaller share is part of a larger one."""
-    return (mix(user_ids) >> np.uint64(11)) < share * 2**53  # 53 bits: what a double holds exactly
+    return (hash_columns(user_ids) >> np.uint64(11)) < share * 2**53  # 53 bits: what a double holds exactly
 
 
-def deal(pieces: Ints, costs: Ints, hands: int, most: int) -> list[Ints]:
-    """Deal pieces out to `hands` ranks, the dearest first, each to the rank that has least: shares weigh alike.
+def assign_balanced(pieces: Ints, costs: Ints, world_size: int, max_per_rank: int) -> list[Ints]:
+    """Greedy (LPT) load balancing over `world_size` ranks: costliest first, each to the least loaded rank.
 
-    pieces: [n] int64 numbers; costs: of all pieces that there are, by number; most: pieces that a rank can hold:
-    there are at most hands x most.
+    pieces: [n] int64 numbers; costs: of all pieces that there are, by number; max_per_rank: pieces that a rank can
+    hold:
+    there are at most world_size x max_per_rank.
     """
-    held: list[list[int]] = [[] for _ in range(hands)]
-    loads = [(0, 0, hand) for hand in range(hands)]  # (cost, pieces, rank): a heap already
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, 0, rank) for rank in range(world_size)]  # (cost, pieces, rank): a heap already
     for piece in pieces[np.argsort(-costs[pieces], kind="stable")].tolist():
-        load, number, hand = heapq.heappop(loads)
-        held[hand].append(piece)
-        if number + 1 < most:
-            heapq.heappush(loads, (load + int(costs[piece]), number + 1, hand))
-    return [np.array(share, dtype=np.int64) for share in held]
+        load, number, rank = heapq.heappop(loads)
+        assigned[rank].append(piece)
+        if number + 1 < max_per_rank:
+            heapq.heappush(loads, (load + int(costs[piece]), number + 1, rank))
+    return [np.array(share, dtype=np.int64) for share in assigned]
 
 
 @dataclass(frozen=True)
@@ -303,18 +314,18 @@ class _Rows:
 class _RowCache:
     """Decoded row groups, the least recently used dropped first."""
 
-    def __init__(self, dataset: Dataset, groups: list[RowGroup], keep: int) -> None:
-        self._dataset, self._groups, self._keep = dataset, groups, keep
-        self._held: OrderedDict[int, _Rows] = OrderedDict()
+    def __init__(self, dataset: Dataset, groups: list[RowGroup], capacity: int) -> None:
+        self._dataset, self._groups, self._capacity = dataset, groups, capacity
+        self._cached: OrderedDict[int, _Rows] = OrderedDict()
 
     def __getitem__(self, number: int) -> _Rows:
-        if number not in self._held:
+        if number not in self._cached:
             group = self._groups[number]
-            self._held[number] = _decode(self._dataset.read_row_group(group.path, group.index))
-            while len(self._held) > self._keep:
-                self._held.popitem(last=False)
-        self._held.move_to_end(number)
-        return self._held[number]
+            self._cached[number] = _decode(self._dataset.read_row_group(group.path, group.index))
+            while len(self._cached) > self._capacity:
+                self._cached.popitem(last=False)
+        self._cached.move_to_end(number)
+        return self._cached[number]
 
 
 def _decode(table: pa.Table) -> _Rows:
@@ -323,7 +334,7 @@ def _decode(table: pa.Table) -> _Rows:
     flat = {name: pc.list_flatten(table[name]) for name in ("item_ids", "timestamps", "labels", "actions")}
     return _Rows(
         user_ids=table["user_id"].to_numpy(),
-        offsets=offsets_of(lengths),
+        offsets=offsets_from_lengths(lengths),
         item_ids=flat["item_ids"].to_numpy(),
         timestamps=flat["timestamps"].to_numpy(),
         labels=flat["labels"].to_numpy().astype(np.float32),  # a null becomes NaN
@@ -331,7 +342,7 @@ def _decode(table: pa.Table) -> _Rows:
     )
 
 
-def _ahead(
+def _prefetch(
     batches: Iterator[HybridBatch], depth: int, timeout: float, where: str
 ) -> Generator[HybridBatch, None, None]:
     """Run an iterator on a background thread, `depth` items ahead; its errors are raised here.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hllm_torchrec.data.manifest_fields import find_problem
+from hllm_torchrec.data.manifest_schema import find_manifest_problem
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version is not None and version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
-    problem = find_problem(manifest)
+    problem = find_manifest_problem(manifest)
     if problem is not None:
         raise ValueError(f"{path} is damaged ({problem}); prepare the dataset again")
     for name, facts in manifest["files"].items():

@@ -15,20 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from hllm_torchrec.data.atomic import whole_folder
-from hllm_torchrec.data.catalogue import ItemCatalogue, Vocabulary, load_vocabularies
-from hllm_torchrec.data.checked import read_table
-from hllm_torchrec.data.ingest import read_events, read_items, read_users
-from hllm_torchrec.data.manifest import (
-    ITEM_COUNTS,
-    MANIFEST,
-    SCHEMA_VERSION,
-    hash_files,
-    hash_parts,
-    read_manifest,
-    write_manifest,
-)
-from hllm_torchrec.data.partition import (
+from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
+from hllm_torchrec.data.event_partitions import (
     PartitionWriter,
     RowLocator,
     SortedPartitions,
@@ -38,11 +27,22 @@ from hllm_torchrec.data.partition import (
     sort_partition,
     write_sorted,
 )
-from hllm_torchrec.data.policy import BadRowLog, BadRows
+from hllm_torchrec.data.ingest import read_events, read_items, read_users
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.manifest import (
+    ITEM_COUNTS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    hash_files,
+    hash_parts,
+    read_manifest,
+    write_manifest,
+)
 from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
-from hllm_torchrec.data.users import UserTable
+from hllm_torchrec.data.user_table import UserTable
+from hllm_torchrec.data.validation import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def prepare(
     `overwrite` replaces another dataset. A source without timestamps gets its row number as second, so that
     row order is time order, and the manifest says `has_timestamps: false`.
 
-    Raises ValueError for a bad row (see `policy.BadRows`), an empty part of the split, or an `output_dir`
+    Raises ValueError for a bad row (see `bad_rows.BadRows`), an empty part of the split, or an `output_dir`
     that holds something else; nothing is written then.
     """
     options = _Options(
@@ -109,7 +109,7 @@ def prepare(
     if existing is not None and existing["request"] == request:
         logger.info("%s is prepared already from the same source and options: reused", output)
         return output
-    with whole_folder(output, replace=True) as target:
+    with atomic_folder(output, replace=True) as target:
         scratch = target.parent / "scratch"
         scratch.mkdir()
         manifest = _run(source, options, target, scratch, output if extend and existing else None)

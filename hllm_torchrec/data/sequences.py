@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.ragged import offsets_of, stretches
-from hllm_torchrec.data.split import PARTS, Cut, Split, assign_parts
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.split import SPLITS, Cut, Split, assign_splits
 
 _GROUPS_AT_LEAST = 32
 
@@ -42,9 +42,9 @@ class SequenceWriter:
         self._root, self._split, self._cuts, self._held_out = root, split, cuts, held_out
         self.held_out_events = 0
         self._users_per_row_group = users_per_row_group
-        self.facts = {p: {"users": 0, "events": 0, "exposures": 0, "positives": 0, "files": 0} for p in PARTS}
+        self.facts = {p: {"users": 0, "events": 0, "exposures": 0, "positives": 0, "files": 0} for p in SPLITS}
         self.item_counts = np.zeros(len(held_out), np.int64)
-        for part in PARTS:
+        for part in SPLITS:
             (root / part).mkdir(parents=True)
 
     def write(self, table: pa.Table, user_ids: np.ndarray, item_ids: np.ndarray) -> None:
@@ -53,7 +53,7 @@ class SequenceWriter:
         if len(user) == 0:
             return
         counts = np.diff(np.append(_starts(user), len(user)))
-        part = assign_parts(self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts)
+        part = assign_splits(self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts)
         items = item_ids[table["item"].to_numpy()]
         kept = ~(self._held_out[items] & (part == 0))
         if not kept.all():
@@ -69,9 +69,9 @@ class SequenceWriter:
             "labels": table["label"].combine_chunks(),
             "actions": table["action"].combine_chunks(),
         }
-        in_part = np.stack([np.add.reduceat((part == p).astype(np.int64), starts) for p in range(len(PARTS))])
+        in_part = np.stack([np.add.reduceat((part == p).astype(np.int64), starts) for p in range(len(SPLITS))])
         ends = np.cumsum(in_part, axis=0)
-        for p, name in enumerate(PARTS):
+        for p, name in enumerate(SPLITS):
             chosen = np.flatnonzero(in_part[p])
             self._count(name, len(chosen), columns["labels"].filter(pa.array(part == p)))
             if len(chosen) == 0:
@@ -99,7 +99,7 @@ class SequenceWriter:
         lengths: np.ndarray,
     ) -> None:
         """One Parquet file of len(starts) rows; row i holds `lengths[i]` events from starts[i] on."""
-        index, limits = pa.array(stretches(starts, lengths)), pa.array(offsets_of(lengths), pa.int32())
+        index, limits = pa.array(concat_ranges(starts, lengths)), pa.array(offsets_from_lengths(lengths), pa.int32())
         lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
         table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
         path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-PARTS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test")
 RULES = ("time", "leave_one_out", "leave_last")
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
@@ -108,7 +108,7 @@ def time_cuts(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut
     """The two cuts of the time split of `total` events. Raises ValueError if a part would be empty."""
     first = round(total * split.fractions[0])
     second = round(total * (split.fractions[0] + split.fractions[1]))
-    check_not_empty(dict(zip(PARTS, (first, second - first, total - second), strict=True)), split)
+    check_not_empty(dict(zip(SPLITS, (first, second - first, total - second), strict=True)), split)
     return [find_cut(stream, first), find_cut(stream, second)]
 
 
@@ -122,7 +122,7 @@ def check_not_empty(events: dict[str, int], split: Split) -> None:
         )
 
 
-def assign_parts(
+def assign_splits(
     split: Split, cuts: Sequence[Cut], timestamps: np.ndarray, orders: np.ndarray, user_counts: np.ndarray
 ) -> np.ndarray:
     """The part (0 train, 1 valid, 2 test; int8 [N]) of each event of a partition sorted by user and time.

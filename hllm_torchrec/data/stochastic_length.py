@@ -24,27 +24,27 @@ STREAM = 0x534C
 class StochasticLength:
     """What of a history is read, drawn by (seed, epoch, user, stretch): the same at any world size and on resuming.
 
-    alpha: above 1, at most 2 (never shortens); longest: N, the events that a pass may hold; choice: "uniform", or
+    alpha: above 1, at most 2 (never shortens); max_events: N, the events that a pass may hold; choice: "uniform", or
     "recent", where an event's weight falls linearly with its age, from 1 at the latest to nearly 0 at the oldest.
     (The paper's appendix weighs by age as well, but divides it by the sum of all ages, which leaves long histories
     with all but equal weights.)
     """
 
     alpha: float
-    longest: int
+    max_events: int
     choice: Literal["recent", "uniform"] = "recent"
     seed: int = 0
 
     @property
-    def kept(self) -> int:
+    def subsample_size(self) -> int:
         """Events of a subsample: N^(alpha / 2), rounded down."""
-        return max(1, int(self.longest ** (self.alpha / 2) + 1e-9))
+        return max(1, int(self.max_events ** (self.alpha / 2) + 1e-9))
 
     def shortened_share(self, events: int) -> float:
         """Probability that a history of so many events is subsampled."""
-        if events <= self.kept:
+        if events <= self.subsample_size:
             return 0.0
-        return max(0.0, 1 - self.longest**self.alpha / events**2)
+        return max(0.0, 1 - self.max_events**self.alpha / events**2)
 
     def choose(self, times: Ints, *, epoch: int, user: int, offset: int) -> Ints:
         """Indices [m] of the events of `times` [n] that are read, in order.
@@ -67,5 +67,5 @@ class StochasticLength:
             age = (times[-1] - times[1:]).astype(np.float64)
             weights = 1 - age / (times[-1] - times[0] + 1)
             weights /= weights.sum()
-        others = rng.choice(events - 1, size=self.kept - 1, replace=False, p=weights) + 1
+        others = rng.choice(events - 1, size=self.subsample_size - 1, replace=False, p=weights) + 1
         return np.concatenate([[0], np.sort(others)])

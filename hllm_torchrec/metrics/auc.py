@@ -12,8 +12,9 @@ from statistics import NormalDist
 import numpy as np
 import torch.distributed as dist
 
-from hllm_torchrec.metrics.exchange import all_gather, common_splitters, exchange
-from hllm_torchrec.metrics.inputs import Values, as_labels, as_scores, as_weights
+from hllm_torchrec.distributed.array_collectives import all_gather, all_to_all
+from hllm_torchrec.metrics.input_checks import Values, as_labels, as_scores, as_weights
+from hllm_torchrec.metrics.score_chunks import common_splitters
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def _exchange_score_ranges(merged_U3: np.ndarray, group: dist.ProcessGroup | Non
         The rows of this rank's range, from all ranks, float64 [R, 3]; equal scores are never parted.
     """
     cuts = np.searchsorted(merged_U3[:, 0], _splitters(merged_U3[:, 0], group), side="right")
-    return exchange(merged_U3, np.diff(cuts, prepend=0, append=len(merged_U3)).tolist(), group)
+    return all_to_all(merged_U3, np.diff(cuts, prepend=0, append=len(merged_U3)).tolist(), group)
 
 
 def _splitters(scores_U: np.ndarray, group: dist.ProcessGroup | None) -> np.ndarray:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hllm_torchrec.metrics.exchange import Group, gather_objects
+from hllm_torchrec.distributed.array_collectives import Group, gather_objects
 from hllm_torchrec.metrics.ranking import PROBABILITY_FLOOR, ReliabilityCurve
-from hllm_torchrec.metrics.sorted_runs import SortedRuns
+from hllm_torchrec.metrics.score_chunks import SortedChunks
 
 BINS = 10
 
@@ -45,15 +45,15 @@ class ProbabilitySums:
         }
 
 
-def reliability(runs: SortedRuns, group: Group = None, bins: int = BINS) -> tuple[ReliabilityCurve, float]:
+def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> tuple[ReliabilityCurve, float]:
     """The curve of `ranking.reliability_curve` and its expected calibration error, of rows of all ranks. Collective.
 
     A bin has about equally many rows; means and rates within it are weighted by the rows' weights.
 
     Args:
-        runs: of the rows with their probability as score.
+        chunks: of the rows with their probability as score.
     """
-    ranges = runs.plan(group)
+    ranges = chunks.split_ranges(group)
     rows = int(ranges.totals[:2].sum())
     sums = np.zeros((4, bins))  # rows, weight, weight x probability, weight of positives
     for _, tied, below in ranges:
@@ -64,8 +64,8 @@ def reliability(runs: SortedRuns, group: Group = None, bins: int = BINS) -> tupl
             if rows > 1
             else (np.full(len(counts), bins - 1))
         )
-        positives = tied.masses[2] if runs.weighted else tied.masses[0]
-        weights = tied.masses[2] + tied.masses[3] if runs.weighted else counts
+        positives = tied.masses[2] if chunks.weighted else tied.masses[0]
+        weights = tied.masses[2] + tied.masses[3] if chunks.weighted else counts
         for row, values in enumerate((counts, weights, weights * tied.scores.astype(np.float64), positives)):
             sums[row] += np.bincount(places, values, bins)
     total = np.sum(gather_objects(sums, group), axis=0)

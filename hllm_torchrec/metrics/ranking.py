@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from hllm_torchrec.metrics.auc import delong_interval
-from hllm_torchrec.metrics.grouped import grouped_auc
-from hllm_torchrec.metrics.inputs import (
+from hllm_torchrec.metrics.group_auc import grouped_auc
+from hllm_torchrec.metrics.input_checks import (
     Values,
     as_floats,
     as_groups,

@@ -2,14 +2,15 @@
 
     store = EmbeddingStore.create("stores/items", width=576, dtype="fp16", facts=facts)
     with store.writer() as writer:                       # one writer at a time
-        writer.upsert(["i1", "i2"], vectors, marks)
+        writer.upsert(["i1", "i2"], vectors, content_hashes)
         writer.delete(["i9"])
         writer.commit()                                  # nothing before this line is visible, all after it
     vectors, known = store.snapshot().gather(["i2", "i7"])
 
 A commit is a run of new rows (see `run`); a key's newest run counts. Many runs are merged (see `compaction`); `compact`
 joins all into one and so removes deleted vectors for good. By arithmetic, 10^8 ids x 2,048 in fp16 are 410 GB of
-vectors in 96 files and 2.4 GB of index (hash, row and mark of each key) beside the keys, all memory-mapped: a lookup
+vectors in 96 files and 2.4 GB of index (hash, row and content hash of each key) beside the keys, all memory-mapped: a
+lookup
 touches a few pages of it (docs/store.md).
 
 Legend: n ids asked for, D width.
@@ -27,21 +28,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hllm_torchrec.data.atomic import replace_file, sync_folder
-from hllm_torchrec.remote.files import url_of
-from hllm_torchrec.store.compaction import first_to_merge, merge_runs
-from hllm_torchrec.store.keys import Hashes, KeyKind, Keys, as_keys
-from hllm_torchrec.store.layout import (
+from hllm_torchrec.common.atomic_files import replace_file, sync_folder
+from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.store.compaction import first_to_merge, merge_segments
+from hllm_torchrec.store.files import (
     FORMAT,
     Manifest,
-    RunFacts,
-    read_json,
+    SegmentFacts,
     read_manifest,
+    read_store_json,
     write_manifest,
     writer_lock,
 )
-from hllm_torchrec.store.published import PublishedStore, store_copy
-from hllm_torchrec.store.run import DTYPES, FILE_BYTES, RunReader, RunWriter, all_finite, find_damage
+from hllm_torchrec.store.keys import Hashes, KeyKind, Keys, as_keys
+from hllm_torchrec.store.remote_store import RemoteStore, local_store
+from hllm_torchrec.store.segment import (
+    DTYPES,
+    FILE_BYTES,
+    SegmentReader,
+    SegmentWriter,
+    all_finite,
+    find_segment_damage,
+)
 from hllm_torchrec.store.snapshot import Snapshot
 
 _ATTEMPTS = 10
@@ -62,13 +70,13 @@ class EmbeddingStore:
         """What made the vectors: weights, model configuration, tokeniser."""
         self.copy_of: str | None = None
         """The URL of which `root` is a copy to read."""
-        self.published: PublishedStore | None = None
+        self.published: RemoteStore | None = None
         """Where commits of this job go, if the store is at a URL."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the facts."""
-        return fingerprint(self.facts)
+        return fingerprint_facts(self.facts)
 
     @classmethod
     def create(
@@ -107,13 +115,13 @@ class EmbeddingStore:
         """
         url = url_of(path)
         if url is not None:
-            store = cls.open(store_copy(url))
+            store = cls.open(local_store(url))
             store.copy_of = url
             return store
         root = Path(path)
         if not (root / "store.json").is_file():
             raise ValueError(f"{root}: no embedding store (no store.json); `hllm embed` makes one")
-        identity = read_json(root / "store.json")
+        identity = read_store_json(root / "store.json")
         if identity.get("format") != FORMAT:
             raise ValueError(
                 f"{root}: format {repr(identity.get('format'))[:100]}; this version reads {FORMAT}: make it again"
@@ -135,7 +143,7 @@ class EmbeddingStore:
         Raises:
             ValueError: the store's facts are others; says which and the remedy.
         """
-        if fingerprint(facts) == self.fingerprint:
+        if fingerprint_facts(facts) == self.fingerprint:
             return
         names = sorted(k for k in {*self.facts, *facts} if self.facts.get(k) != facts.get(k))
         raise ValueError(
@@ -173,7 +181,7 @@ class EmbeddingStore:
             try:
                 yield writer
             finally:
-                writer.drop()
+                writer.rollback()
 
     def compact(self) -> None:
         """Rewrite all live rows as one run and remove the old ones: deleted vectors are gone from the disk.
@@ -198,22 +206,22 @@ class EmbeddingStore:
     def merge(self, first: int) -> int:
         """Rewrite what the runs from `first` on hold as one; the version. For who holds the writer's lock."""
         snapshot = self.snapshot()
-        facts = merge_runs(snapshot, first, self.run_writer())
+        facts = merge_segments(snapshot, first, self.segment_writer())
         merged = (facts,) if facts.rows or facts.deleted else ()
         write_manifest(self.root, Manifest(snapshot.version + 1, len(snapshot), (*snapshot.facts[:first], *merged)))
         for run in (*snapshot.facts[first:], *(() if merged else (facts,))):
             shutil.rmtree(self.root / "runs" / run.name)
         return snapshot.version + 1
 
-    def run_writer(self) -> RunWriter:
+    def segment_writer(self) -> SegmentWriter:
         """A run of this store that another process than the writer's may write; `StoreWriter.commit` takes it in."""
-        return RunWriter(self.root / "runs", self.width, self.dtype, self.kind, FILE_BYTES)
+        return SegmentWriter(self.root / "runs", self.width, self.dtype, self.kind, FILE_BYTES)
 
     def verify(self) -> list[str]:
         """Files that are not as they were written, one line each; none: all is well."""
         while True:
             manifest = read_manifest(self.root)
-            found = [line for run in manifest.runs for line in find_damage(self.root / "runs" / run.name, run)]
+            found = [line for run in manifest.runs for line in find_segment_damage(self.root / "runs" / run.name, run)]
             if not found or read_manifest(self.root).version == manifest.version:  # else: a compaction went by
                 return found
 
@@ -232,10 +240,10 @@ class StoreWriter:
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
-        self._run: RunWriter | None = None
+        self._segment: SegmentWriter | None = None
 
-    def upsert(self, keys: Keys, vectors: Tensor, marks: Hashes | None = None) -> None:
-        """Set vectors [n, D] of `keys` [n]. marks [n]: what each was made from, to find what has changed.
+    def upsert(self, keys: Keys, vectors: Tensor, content_hashes: Hashes | None = None) -> None:
+        """Set vectors [n, D] of `keys` [n]. content hashes [n]: what each was made from, to find what has changed.
 
         Raises:
             ValueError: shapes do not fit, a value is not finite (in the store's type), or keys are of another type.
@@ -250,49 +258,51 @@ class StoreWriter:
                 f"vectors: row {row} (key {array[row].as_py()!r}) is not finite in {self.store.dtype}: look at the "
                 "model, or use a store of fp32"
             )
-        self._writing().add(array, stored, np.zeros(len(array), np.uint64) if marks is None else marks)
+        self._writing().add(
+            array, stored, np.zeros(len(array), np.uint64) if content_hashes is None else content_hashes
+        )
 
     def delete(self, keys: Keys) -> None:
         """Take vectors away; keys without one are ignored. `compact` then removes the bytes."""
         self._writing().delete(as_keys(keys, self.store.kind))
 
-    def commit(self, others: Sequence[RunFacts] = ()) -> int:
+    def commit(self, segments: Sequence[SegmentFacts] = ()) -> int:
         """Make everything since the last commit visible at once; returns the new version.
 
         Where many runs have come together the newest are then merged into one (see `compaction`).
 
-        others: finished runs that other processes have written into the store's folder (see `RunWriter`).
+        segments: finished runs that other processes have written into the store's folder (see `SegmentWriter`).
         """
-        runs = list(others)
-        if self._run is not None:
-            runs.append(self._run.finish())
-            self._run = None
+        runs = list(segments)
+        if self._segment is not None:
+            runs.append(self._segment.finish())
+            self._segment = None
         state = self.store.snapshot()
         if not runs:
             return state.version
         for run in runs:
-            reader = RunReader(self.store.root / "runs" / run.name, run, self.store.width, self.store.dtype)
+            reader = SegmentReader(self.store.root / "runs" / run.name, run, self.store.width, self.store.dtype)
             state.live += state.change_by(reader)
-            state.runs.append(reader)
+            state.segments.append(reader)
         write_manifest(self.store.root, Manifest(state.version + 1, len(state), state.facts))
         first = first_to_merge([run.rows + run.deleted for run in state.facts])
-        return state.version + 1 if first == len(state.runs) else self.store.merge(first)
+        return state.version + 1 if first == len(state.segments) else self.store.merge(first)
 
-    def drop(self) -> None:
+    def rollback(self) -> None:
         """Forget what has not been committed."""
-        if self._run is not None:
-            shutil.rmtree(self._run.folder)
-            self._run = None
+        if self._segment is not None:
+            shutil.rmtree(self._segment.folder)
+            self._segment = None
 
-    def _writing(self) -> RunWriter:
-        if self._run is None:
-            self._run = self.store.run_writer()
-        return self._run
+    def _writing(self) -> SegmentWriter:
+        if self._segment is None:
+            self._segment = self.store.segment_writer()
+        return self._segment
 
 
-def fingerprint(facts: Any) -> str:
+def fingerprint_facts(facts: Any) -> str:
     """SHA-256 of facts as canonical JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-__all__ = ["EmbeddingStore", "RunFacts", "Snapshot", "StoreWriter", "fingerprint"]
+__all__ = ["EmbeddingStore", "SegmentFacts", "Snapshot", "StoreWriter", "fingerprint_facts"]

@@ -138,8 +138,8 @@ def write_sources() -> None:
     """The shop's CSV files, its tokeniser, and LLMs as if downloaded."""
     import torch
 
-    from hllm_torchrec.modules.item_llm import build_backbone
-    from tests import fixtures
+    from hllm_torchrec.models.backbones import build_backbone
+    from tests.helpers import fixtures
 
     fixtures.write_shop(Path("source"))
     shutil.copytree(fixtures.tokenizer_dir(), "tokenizer")
@@ -179,7 +179,7 @@ def forget_machine(path: Path) -> None:
 def version_and_commit() -> dict[str, Any]:
     """The library's version and the commit of the checkout that was run."""
     import hllm_torchrec
-    from hllm_torchrec.logs import machine_info
+    from hllm_torchrec.common.machine import machine_info
 
     return {"version": hllm_torchrec.__version__, "commit": machine_info()["commit"]}
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from hllm_torchrec.baselines.bias import run_bias, score_running_bias
-from hllm_torchrec.baselines.config import ItemMeanConfig, RunningBiasConfig
-from hllm_torchrec.baselines.exposures import Histories, ItemLabels, own_groups, read_histories, training_labels
+from hllm_torchrec.baselines.settings import ItemMeanConfig, RunningBiasConfig
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.histories import Histories, ItemLabels, rank_row_groups, read_histories, training_labels
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.metrics.auc import roc_auc
-from tests import fixtures
-from tests.distributed import run_ranks
+from tests.helpers import fixtures
+from tests.helpers.distributed import run_ranks
 
 SPLITS = ("valid", "test")
 RULES = ("time", "leave_one_out")
@@ -95,7 +95,7 @@ def test_without_training_labels_the_mean_is_one_half() -> None:
 
 
 def histories_of(dataset: Dataset, split: str = "test") -> Histories:
-    return read_histories(dataset, own_groups(dataset, split))
+    return read_histories(dataset, rank_row_groups(dataset, split))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -154,7 +154,7 @@ def test_two_ranks_share_the_exposures_and_score_them_as_one() -> None:
 def test_a_split_without_files_is_named(tmp_path: Path) -> None:
     dataset = Dataset(tmp_path, fixtures.dataset().manifest)
     with pytest.raises(ValueError, match="split 'valid' is empty: prepare the dataset"):
-        own_groups(dataset, "valid")
+        rank_row_groups(dataset, "valid")
 
 
 def test_published_figures_on_movielens(root: Path) -> None:

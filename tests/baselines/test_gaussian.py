@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from hllm_torchrec.baselines.exposures import read_histories
 from hllm_torchrec.baselines.gaussian import _values, positive_threshold, run_gaussian, score
-from hllm_torchrec.data.factors import FactorOptions, ItemFactors, event_values, fit_item_factors
-from tests.fixtures import dataset, pieces
+from hllm_torchrec.data.histories import read_histories
+from hllm_torchrec.data.item_factors import FactorOptions, ItemFactors, event_values, fit_item_factors
+from tests.helpers.fixtures import dataset, pieces
 
 QUICK = FactorOptions(factors=2, iterations=2)
 
@@ -32,7 +32,7 @@ def test_every_score_is_the_expected_value_given_strictly_earlier_seconds() -> N
     checked = 0
     for piece in pieces("test"):
         values = event_values(piece.labels, piece.actions, dataset().action_values)
-        for target in range(piece.first, piece.item_ids.size):
+        for target in range(piece.first_target, piece.item_ids.size):
             if np.isnan(piece.labels[target]):
                 continue
             earlier = (piece.timestamps < piece.timestamps[target]) & ~np.isnan(values)
@@ -48,7 +48,7 @@ def test_a_users_first_second_does_not_see_its_own_ratings() -> None:
     first_seconds = [
         (piece.user_id, i)
         for piece in pieces("test")
-        for i in range(piece.first, piece.item_ids.size)
+        for i in range(piece.first_target, piece.item_ids.size)
         if piece.timestamps[i] == piece.timestamps[0] and (piece.user_id, i) in plain
     ]
     assert all(plain[key] == changed[key] for key in first_seconds)

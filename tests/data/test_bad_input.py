@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
+from hllm_torchrec.data.bad_rows import MAX_SECOND
+from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.factors import item_vectors
+from hllm_torchrec.data.item_factors import item_vectors
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.data.policy import MAX_SECOND
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.recipe import BatchRecipe
-from hllm_torchrec.data.sources.table import table
-from hllm_torchrec.data.tokens import TokenStore, build_token_store
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.token_store import TokenStore, build_token_store
 from hllm_torchrec.store import EmbeddingStore
-from tests import fixtures
+from tests.helpers import fixtures
 
 PART = "sequences/train/part-00000.parquet"
 UNICODE = (
@@ -143,7 +143,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
 def test_a_history_of_100_000_events_and_a_text_of_a_million_characters(tmp_path: Path) -> None:
     events = [("u", f"i{n % 10}", 1_400_000_000 + n // 3, float(n % 2)) for n in range(100_000)]
     data = prepared(tmp_path, events, [*ITEMS[:9], ("i9", "word1 " * 170_000)])
-    collator = Collator(data, BatchRecipe(fusion="late", item_id=True, action=False), 0, True)
+    collator = Collator(data, BatchSpec(fusion="late", item_id=True, action=False), 0, True)
     loader = Loader(data, "train", collator, batch_users=1, max_history=1000, prefetch=0)
     assert len(loader.pieces) >= 159  # every exposure, each seeing 500 events at least
     batch = next(loader.batches(0, first_step=100))

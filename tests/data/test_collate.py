@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator, Piece, gather_bags
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.numeric import NUMERIC_FEATURES, numeric_columns
+from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.recipe import BatchRecipe, check_recipe
-from hllm_torchrec.data.sources.table import table
+from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import Split
-from hllm_torchrec.modules.hybrid_features import ACTION_GATE
-from hllm_torchrec.modules.timestamps import TIME_FEATURES
-from tests import fixtures
+from hllm_torchrec.modules.features.hybrid import ACTION_GATE
+from hllm_torchrec.modules.features.timestamps import TIME_FEATURES
+from tests.helpers import fixtures
 
 FUSIONS = ("late", "early", "none")
 EVERYTHING: dict[str, Any] = {
@@ -31,12 +31,12 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def recipe(fusion: str = "late", **options: Any) -> BatchRecipe:
-    return BatchRecipe(fusion=fusion, **options)  # type: ignore[arg-type]
+def recipe(fusion: str = "late", **options: Any) -> BatchSpec:
+    return BatchSpec(fusion=fusion, **options)  # type: ignore[arg-type]
 
 
 def collate(
-    what: BatchRecipe,
+    what: BatchSpec,
     pieces: list[Piece],
     training: bool = False,
     step: int = 0,
@@ -73,33 +73,33 @@ def some_pieces() -> list[Piece]:
 # ------------------------------------------------------------------------------- naive counterparts
 
 
-def kept_events(p: Piece, what: BatchRecipe) -> list[int]:
+def kept_events(p: Piece, what: BatchSpec) -> list[int]:
     return [i for i in range(len(p.item_ids)) if what.history == "all" or p.labels[i] == 1]
 
 
 def exposures(p: Piece) -> list[int]:
-    return [i for i in range(p.first, len(p.item_ids)) if not np.isnan(p.labels[i])]
+    return [i for i in range(p.first_target, len(p.item_ids)) if not np.isnan(p.labels[i])]
 
 
-def seen_by(p: Piece, target: int, what: BatchRecipe) -> list[int]:
+def seen_by(p: Piece, target: int, what: BatchSpec) -> list[int]:
     if what.visibility == "second":
         return [i for i in kept_events(p, what) if p.timestamps[i] < p.timestamps[target]]
     return [i for i in kept_events(p, what) if i < target]
 
 
-def generated(p: Piece, what: BatchRecipe, training: bool) -> list[tuple[int, int]]:
+def generated(p: Piece, what: BatchSpec, training: bool) -> list[tuple[int, int]]:
     """(row in the kept history, event that follows it) of every generative target."""
     kept = kept_events(p, what)
     pairs = []
     for row in range(len(kept) - 1 if training and what.negatives else 0):
         following = kept[row + 1]
         is_negative = p.labels[following] == 0
-        if following >= p.first and not (what.positive_targets_only and is_negative):
+        if following >= p.first_target and not (what.positive_targets_only and is_negative):
             pairs.append((row, following))
     return pairs
 
 
-def history(p: Piece, what: BatchRecipe, training: bool) -> list[int]:
+def history(p: Piece, what: BatchSpec, training: bool) -> list[int]:
     """The kept events that somebody needs."""
     rows = [len(seen_by(p, t, what)) for t in exposures(p)]
     rows += [row + 1 for row, _ in generated(p, what, training)]
@@ -182,7 +182,7 @@ def test_history_that_nobody_sees_is_left_out() -> None:
 Slot = dict[str, list[int]]
 
 
-def naive_slots(pieces: list[Piece], what: BatchRecipe, training: bool = False) -> list[Slot]:
+def naive_slots(pieces: list[Piece], what: BatchSpec, training: bool = False) -> list[Slot]:
     """Every slot's bags: histories, then queries, then the targets of late fusion."""
     histories: list[Slot] = []
     queries: list[Slot] = []
@@ -444,8 +444,8 @@ def test_bags_are_gathered_in_order_and_a_negative_id_has_none() -> None:
 
 def test_features_that_the_dataset_lacks_are_named_with_those_it_has() -> None:
     dataset = fixtures.dataset()
-    assert check_recipe(recipe(**EVERYTHING), dataset) == []
-    problems = check_recipe(
+    assert check_batch_spec(recipe(**EVERYTHING), dataset) == []
+    problems = check_batch_spec(
         recipe(item_features=("genre",), user_features=("age",), numeric_features=("mean",)), dataset
     )
     assert problems == [

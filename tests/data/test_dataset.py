@@ -7,8 +7,8 @@ import pytest
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.movielens import movielens_100k
-from tests import fixtures
-from tests.data.source_files import RATINGS, memory_source, recbole_100k
+from tests.helpers import fixtures
+from tests.helpers.source_files import RATINGS, memory_source, recbole_100k
 
 
 @pytest.fixture

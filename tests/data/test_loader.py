@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from hllm_torchrec.data import loader as loader_module
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, cut_into_pieces, deal, is_chosen
-from hllm_torchrec.data.recipe import BatchRecipe
-from tests import fixtures
+from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, assign_balanced, cut_into_pieces, in_user_sample
+from tests.helpers import fixtures
 
-RECIPE = BatchRecipe(fusion="late", negatives=4)
+RECIPE = BatchSpec(fusion="late", negatives=4)
 
 
 def make(split: str = "train", dataset: Dataset | None = None, **options: Any) -> Loader:
@@ -28,7 +28,7 @@ def make(split: str = "train", dataset: Dataset | None = None, **options: Any) -
 
 
 def loaders(world: int, **options: Any) -> list[Loader]:
-    return [make(rank=rank, world=world, **options) for rank in range(world)]
+    return [make(rank=rank, world_size=world, **options) for rank in range(world)]
 
 
 @pytest.fixture(params=["shared", "sharded"])
@@ -48,7 +48,7 @@ def exposures(batch: HybridBatch) -> list[tuple[int, int]]:
 def expected_exposures(split: str) -> list[tuple[int, int]]:
     found = []
     for piece in fixtures.pieces(split):
-        targets = np.flatnonzero(~np.isnan(piece.labels[piece.first :])) + piece.first
+        targets = np.flatnonzero(~np.isnan(piece.labels[piece.first_target :])) + piece.first_target
         found += [(piece.user_id, int(target)) for target in targets]
     return sorted(found)
 
@@ -106,10 +106,10 @@ def test_a_rank_without_users_gets_empty_batches_that_hold_the_negatives() -> No
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_shuffle_is_a_function_of_seed_and_epoch(world: int, mode: str) -> None:
     def order(epoch: int, **options: Any) -> list[list[list[float]]]:
-        return [signature(batch) for batch in make(world=world, **options).batches(epoch)]
+        return [signature(batch) for batch in make(world_size=world, **options).batches(epoch)]
 
     assert order(0) == order(0)
-    one = make(world=world)
+    one = make(world_size=world)
     list(one.batches(3))  # what was read before does not matter
     assert [signature(batch) for batch in one.batches(0)] == order(0)
     assert order(0) != order(1)
@@ -135,9 +135,9 @@ def test_one_and_two_ranks_have_the_same_global_batches() -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_resuming_at_a_step_gives_the_remaining_batches(world: int, prefetch: int, mode: str) -> None:
-    whole = [signature(batch) for batch in make(world=world, prefetch=prefetch).batches(2)]
+    whole = [signature(batch) for batch in make(world_size=world, prefetch=prefetch).batches(2)]
     for step in (1, len(whole) - 1, len(whole)):
-        rest = make(world=world, prefetch=prefetch).batches(2, first_step=step)
+        rest = make(world_size=world, prefetch=prefetch).batches(2, first_step=step)
         assert [signature(batch) for batch in rest] == whole[step:]
 
 
@@ -157,7 +157,7 @@ def test_pieces_cover_every_exposure_once_and_see_enough(rows: list[tuple[int, i
     pieces = cut_into_pieces(number // 3, number % 3, lengths, starts, max_history)
     covered: dict[int, list[int]] = {row: [] for row in range(len(rows))}
     for group, row, start, first, end in zip(
-        pieces.group, pieces.row, pieces.start, pieces.first, pieces.end, strict=True
+        pieces.group, pieces.row, pieces.start, pieces.first_target, pieces.end, strict=True
     ):
         assert 0 <= start <= first < end <= start + max_history
         for exposure in range(first, end):
@@ -170,7 +170,7 @@ def test_pieces_cover_every_exposure_once_and_see_enough(rows: list[tuple[int, i
 
 def test_a_user_who_fits_is_one_piece_with_the_whole_history() -> None:
     pieces = cut_into_pieces(np.zeros(1, int), np.zeros(1, int), np.array([20]), np.array([15]), 20)
-    assert (pieces.start.tolist(), pieces.first.tolist(), pieces.end.tolist()) == ([0], [15], [20])
+    assert (pieces.start.tolist(), pieces.first_target.tolist(), pieces.end.tolist()) == ([0], [15], [20])
 
 
 def test_positions_and_history_lengths_count_from_the_start_of_the_whole_sequence() -> None:
@@ -196,10 +196,10 @@ def _history(batch: HybridBatch) -> list[tuple[tuple[int, int], int]]:
 def test_deal_shares_pieces_and_work_out_evenly(lengths: list[int], hands: int) -> None:
     sizes = np.array(lengths)
     most = -(-sizes.size // hands)
-    capped = deal(np.arange(sizes.size), sizes, hands, most)
+    capped = assign_balanced(np.arange(sizes.size), sizes, hands, most)
     assert sorted(np.concatenate(capped).tolist()) == list(range(sizes.size))
     assert max(share.size for share in capped) <= most
-    shares = deal(np.arange(sizes.size), sizes, hands, sizes.size)
+    shares = assign_balanced(np.arange(sizes.size), sizes, hands, sizes.size)
     assert sorted(np.concatenate(shares).tolist()) == list(range(sizes.size))
     assert all(share.size for share in shares) or sizes.size < hands
     loads = [int(sizes[share].sum()) for share in shares]
@@ -216,7 +216,7 @@ def item_costs() -> np.ndarray:
 
 def cost_of(loader: Loader, step: int, item_costs: np.ndarray) -> int:
     """What the pieces of a step of this rank cost, summed event by event."""
-    return sum(int(item_costs[loader._piece(int(i)).item_ids].sum()) for i in loader.plan(0)[loader.rank][step])
+    return sum(int(item_costs[loader._piece(int(i)).item_ids].sum()) for i in loader.rank_batches(0)[loader.rank][step])
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -271,7 +271,7 @@ def test_sharded_mode_holds_a_window_and_reads_each_row_group_once_an_epoch(
     del reads[:]
     for one in ranks:
         for _ in one.batches(0):
-            assert len(one._rows._held) <= WINDOW_ROW_GROUPS
+            assert len(one._rows._cached) <= WINDOW_ROW_GROUPS
     assert len(reads) == len(set(reads)) == 24
 
 
@@ -297,21 +297,21 @@ class _Unprepared(Dataset):
 
 def test_a_share_of_users_holds_the_smaller_shares_and_no_other_exposure() -> None:
     everyone = users_of(make())
-    half, quarter = users_of(make(users=0.5)), users_of(make(users=0.25))
+    half, quarter = users_of(make(user_share=0.5)), users_of(make(user_share=0.25))
     assert quarter < half < everyone
-    found = [pair for batch in make(users=0.5).batches(0) for pair in exposures(batch)]
+    found = [pair for batch in make(user_share=0.5).batches(0) for pair in exposures(batch)]
     assert sorted(found) == [pair for pair in expected_exposures("train") if pair[0] in half]
 
 
 def test_a_share_of_many_users_is_as_large_as_it_says() -> None:
-    chosen = is_chosen(np.arange(100_000), 0.3)
+    chosen = in_user_sample(np.arange(100_000), 0.3)
     assert abs(chosen.mean() - 0.3) < 0.01
-    assert is_chosen(np.arange(100_000), 1.0).all()
+    assert in_user_sample(np.arange(100_000), 1.0).all()
 
 
 def test_a_share_without_a_user_is_an_error() -> None:
     with pytest.raises(ValueError, match="no user of split 'train' is among a share of 1e-09: raise the share"):
-        make(users=1e-9)
+        make(user_share=1e-9)
 
 
 def test_an_empty_split_is_an_error() -> None:
@@ -375,7 +375,7 @@ def test_a_reader_that_does_not_answer_is_given_up(no_thread_stays: None) -> Non
             return super().__call__(pieces, epoch, step, rank)
 
     data = fixtures.dataset()
-    one = Loader(data, "train", Stuck(data, RECIPE), batch_users=3, max_history=20, rank=1, world=2, timeout=0.5)
+    one = Loader(data, "train", Stuck(data, RECIPE), batch_users=3, max_history=20, rank=1, world_size=2, timeout=0.5)
     batches = one.batches(4, first_step=2)
     next(batches)
     threading.Timer(2, answer.set).start()  # the loader waits for its thread, up to 5 s, before it raises

@@ -8,20 +8,12 @@ import pyarrow.csv
 import pytest
 
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.partition import hash_strings
+from hllm_torchrec.data.event_partitions import hash_strings
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.movielens import movielens_100k
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.launch.prepare import main
-from tests.data.source_files import (
-    ITEMS,
-    PARTS,
-    memory_source,
-    oracle,
-    random_events,
-    recbole_100k,
-    sequences,
-)
+from tests.helpers.source_files import ITEMS, PARTS, memory_source, oracle, random_events, recbole_100k, sequences
 
 
 @pytest.mark.parametrize("rule", ["time", "leave_one_out", "leave_last"])

@@ -7,15 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.policy import BadRows
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.amazon import amazon, parse_record
 from hllm_torchrec.data.sources.base import as_id_strings, parse_float, parse_seconds
 from hllm_torchrec.data.sources.movielens import age_bucket, movielens_1m, movielens_100k, split_title
 from hllm_torchrec.data.sources.pixelrec import pixelrec
-from hllm_torchrec.data.sources.table import table
-from tests.data.source_files import (
+from hllm_torchrec.data.sources.table_mapping import table
+from tests.helpers.source_files import (
     MOVIES,
     RATINGS,
     amazon_files,

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.data.recipe import BatchRecipe
 from hllm_torchrec.data.stochastic_length import StochasticLength
-from hllm_torchrec.errors import ConfigError
-from hllm_torchrec.experiment import build_experiment
-from hllm_torchrec.parallelize import start_process, stop_process
-from tests import fixtures, naive_model
-from tests.training_fixtures import config, lines, train
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.models.assembly import build_experiment
+from tests.helpers import fixtures, naive_model
+from tests.helpers.training_fixtures import config, lines, train
 
 DRAWS = 2000
 SHORT = StochasticLength(1.6, 32, "uniform")
@@ -29,7 +29,7 @@ SHORT = StochasticLength(1.6, 32, "uniform")
 @pytest.fixture(autouse=True)
 def own_process_group() -> Iterator[None]:
     yield
-    stop_process()
+    destroy_distributed()
 
 
 def draw(rule: StochasticLength, events: int, users: int = DRAWS) -> list[np.ndarray]:
@@ -91,10 +91,10 @@ def test_an_alpha_outside_its_range_is_refused(alpha: float) -> None:
 # --------------------------------------------------------------------------------- in a batch
 
 
-RECIPES = [BatchRecipe("early"), BatchRecipe("late", history="positive"), BatchRecipe("none", visibility="position")]
+RECIPES = [BatchSpec("early"), BatchSpec("late", history="positive"), BatchSpec("none", visibility="position")]
 
 
-def both(recipe: BatchRecipe, pieces: list[Piece], rule: StochasticLength = SHORT) -> tuple[HybridBatch, HybridBatch]:
+def both(recipe: BatchSpec, pieces: list[Piece], rule: StochasticLength = SHORT) -> tuple[HybridBatch, HybridBatch]:
     """The batch as it is and as it is shortened."""
     recipe = dataclasses.replace(recipe, negatives=4)
     data = fixtures.dataset()
@@ -107,14 +107,14 @@ def of_piece(batch: HybridBatch, number: int) -> slice:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.fusion)
-def test_exposures_and_targets_stay_and_see_what_is_left_of_their_history(recipe: BatchRecipe) -> None:
+def test_exposures_and_targets_stay_and_see_what_is_left_of_their_history(recipe: BatchSpec) -> None:
     pieces = [p for p in fixtures.pieces("train") if p.item_ids.size > 25]
-    rule = dataclasses.replace(SHORT, longest=20)
+    rule = dataclasses.replace(SHORT, max_events=20)
     plain, short = both(recipe, pieces, rule)
     for name in ("target_items", "labels", "positions", "query_times", "target_query", "next_items", "history_lengths"):
         assert torch.equal(getattr(short, name), getattr(plain, name)), name
-    assert plain.own_items is None and short.item_ids.numel() < plain.item_ids.numel()
-    items, offsets = short.whole_history
+    assert plain.full_history_items is None and short.item_ids.numel() < plain.item_ids.numel()
+    items, offsets = short.full_history
     assert torch.equal(items, plain.item_ids) and torch.equal(offsets, plain.seq_offsets)
     rows, owner = dict.fromkeys(range(len(pieces)), None), np.repeat(range(len(pieces)), plain.query_offsets.diff())
     for number, piece in enumerate(pieces):
@@ -145,7 +145,7 @@ def test_what_is_left_out_of_a_history_does_not_become_a_negative() -> None:
     cfg = fixtures.config(objective={"fusion": "none", "negatives": 40}, features={"item_id": True})
     model, data = fixtures.model(cfg), fixtures.dataset()
     pieces = [p for p in fixtures.pieces("train") if p.item_ids.size > 25][:3]
-    rule = dataclasses.replace(SHORT, longest=20)
+    rule = dataclasses.replace(SHORT, max_events=20)
     plain, short = (
         Collator(data, fixtures.recipe(cfg), 0, True, None, shortening)(pieces, 0, 0) for shortening in (None, rule)
     )
@@ -159,21 +159,21 @@ def test_what_is_left_out_of_a_history_does_not_become_a_negative() -> None:
 def test_a_model_reads_what_is_left_as_if_there_were_nothing_else() -> None:
     """Early fusion: the logits of a shortened piece are those of a piece that never had the other events."""
     cfg = naive_model.config("early", weight=0.0)
-    model, data, recipe = fixtures.model(cfg), fixtures.dataset(), fixtures.recipe(cfg)
-    recipe = dataclasses.replace(recipe, numeric_features=())
+    model, data, spec = fixtures.model(cfg), fixtures.dataset(), fixtures.recipe(cfg)
+    spec = dataclasses.replace(spec, numeric_features=())
     model.features.numeric = None
     piece = next(p for p in fixtures.pieces("train") if p.item_ids.size > 25)
-    piece = dataclasses.replace(piece, first=piece.item_ids.size - 1)
-    rule = dataclasses.replace(SHORT, longest=16)
-    batch = Collator(data, recipe, 0, True, None, rule)([piece], 0, 0)
+    piece = dataclasses.replace(piece, first_target=piece.item_ids.size - 1)
+    rule = dataclasses.replace(SHORT, max_events=16)
+    batch = Collator(data, spec, 0, True, None, rule)([piece], 0, 0)
     seen = int((piece.timestamps < piece.timestamps[-1]).sum())
     chosen = rule.choose(piece.timestamps[:seen], epoch=0, user=piece.user_id, offset=0)
     assert 0 < chosen.size < seen
     kept = np.append(chosen, piece.item_ids.size - 1)
     columns = {x: getattr(piece, x)[kept] for x in ("item_ids", "timestamps", "labels", "actions")}
-    alone = dataclasses.replace(piece, first=chosen.size, **columns)
+    alone = dataclasses.replace(piece, first_target=chosen.size, **columns)
     with torch.no_grad():
-        found, expected = model(batch).logits, model(Collator(data, recipe)([alone], 0, 0)).logits
+        found, expected = model(batch).logits, model(Collator(data, spec)([alone], 0, 0)).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -193,9 +193,9 @@ def histories(loader: Loader, epoch: int, first_step: int = 0) -> dict[tuple[int
 
 def test_ranks_and_resumed_runs_read_the_same() -> None:
     def make(rank: int = 0, world: int = 1) -> Loader:
-        collator = Collator(fixtures.dataset(), RECIPES[0], 0, True, None, dataclasses.replace(SHORT, longest=20))
+        collator = Collator(fixtures.dataset(), RECIPES[0], 0, True, None, dataclasses.replace(SHORT, max_events=20))
         sizes: dict[str, Any] = {"batch_users": 4 // world, "max_history": 20, "prefetch": 0, "shuffle": True}
-        return Loader(fixtures.dataset(), "train", collator, rank=rank, world=world, **sizes)
+        return Loader(fixtures.dataset(), "train", collator, rank=rank, world_size=world, **sizes)
 
     one = histories(make(), 1)
     assert histories(make(0, 2), 1) | histories(make(1, 2), 1) == one
@@ -215,9 +215,9 @@ def test_a_run_logs_the_share_that_it_reads_and_evaluates_whole_histories(tmp_pa
     train(settings)
     kept = [line["history_kept"] for line in lines(tmp_path / "run", "step")]
     assert len(kept) == 3 and all(0.3 < share < 1 for share in kept)
-    experiment = build_experiment(settings, start_process())
+    experiment = build_experiment(settings, init_distributed())
     for batch in experiment.loader("valid", 8).batches(0):
-        assert batch.own_items is None
+        assert batch.full_history_items is None
     plain = config(tmp_path / "plain", max_steps=1)
     train(plain)
     assert "history_kept" not in lines(tmp_path / "plain", "step")[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hllm_torchrec.config_keys import dotted_fields
+from hllm_torchrec.config.checking import dotted_fields
 from hllm_torchrec.launch.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,9 +114,9 @@ def parser_options(parser: argparse.ArgumentParser) -> set[str]:
 
 def configurations(name: str) -> list[type]:
     """The dataclasses whose fields are options of a subcommand."""
-    from hllm_torchrec.baselines.config import BaselinesConfig
-    from hllm_torchrec.config import Config
-    from hllm_torchrec.config_downstream import DownstreamConfig
+    from hllm_torchrec.baselines.settings import BaselinesConfig
+    from hllm_torchrec.config.schema import Config
+    from hllm_torchrec.downstream.dlrm_config import DownstreamConfig
 
     kinds = {"train": Config, "plan": Config, "baselines": BaselinesConfig, "downstream": DownstreamConfig}
     return [kinds[name]] if name in kinds else []

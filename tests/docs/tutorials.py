@@ -28,7 +28,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from hllm_torchrec.launch import cli
-from tests.launch.processes import end, start_ranks
+from tests.helpers.processes import end, start_ranks
 
 FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?\s*$")
 COMMENT = re.compile(r"^<!-- (not executed: .+|fails) -->$")

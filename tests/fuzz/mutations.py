@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 SECONDS = 20
 MEMORY = 4 << 30
 FEW = settings() if os.environ.get("HYPOTHESIS_PROFILE") == "long" else settings(max_examples=25)
-"""In the ordinary tests; `HYPOTHESIS_PROFILE=long` and scripts/fuzz.py draw more."""
+"""In the ordinary tests; `HYPOTHESIS_PROFILE=long` and scripts/reliability/fuzz.py draw more."""
 FEWER = settings(FEW, max_examples=8) if FEW.max_examples == 25 else FEW
 """Where an input takes a tenth of a second."""
 
@@ -39,7 +39,8 @@ REMEDIES = (
 class Target:
     """A reader to fuzz.
 
-    name: for scripts/fuzz.py; inputs: what mutations are drawn from; check: applies one to good files and reads them.
+    name: for scripts/reliability/fuzz.py; inputs: what mutations are drawn from; check: applies one to good files and
+    reads them.
     """
 
     name: str

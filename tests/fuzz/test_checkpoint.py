@@ -10,10 +10,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hllm_torchrec import checkpoint_files as files
-from hllm_torchrec.checkpoint import load_checkpoint, load_rank_extra, save_checkpoint, verify_checkpoint
-from tests import fixtures
+from hllm_torchrec.checkpoint import layout as files
+from hllm_torchrec.checkpoint.load import load_checkpoint, load_rank_extra, save_checkpoint, verify_checkpoint
 from tests.fuzz.mutations import FEW, Target, as_json, byte_changes, change_bytes, check_reader, edit, edits
+from tests.helpers import fixtures
 
 FILES = ("COMPLETE", ".metadata", "extra.json", "extra-rank0.json", "__0_0.distcp")
 JSON = ("COMPLETE", "extra.json", "extra-rank0.json")
@@ -51,7 +51,7 @@ def _agree(path: Path, name: str) -> None:
         marker = json.loads((path / "COMPLETE").read_text())
         if name != "COMPLETE":
             marker["files"] |= files.describe_files(path, [name])
-        (path / "COMPLETE").write_bytes(as_json(files.seal(marker)))
+        (path / "COMPLETE").write_bytes(as_json(files.with_checksum(marker)))
     except (ValueError, AttributeError, TypeError, OSError):
         return  # the marker itself is what was damaged
 

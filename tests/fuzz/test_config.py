@@ -9,10 +9,10 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hllm_torchrec.config import Config, load_config
-from hllm_torchrec.config_files import to_dict
-from tests import fixtures
+from hllm_torchrec.config.loading import load_config, to_dict
+from hllm_torchrec.config.schema import Config
 from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader, edit, edits
+from tests.helpers import fixtures
 
 OPTIONS = (
     "seed",

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hllm_torchrec.data.dataset import Dataset
-from tests import fixtures
 from tests.fuzz.mutations import FEW, Target, as_json, byte_changes, change_bytes, check_reader, edit, edits
+from tests.helpers import fixtures
 
 
 @cache

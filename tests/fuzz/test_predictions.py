@@ -15,8 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hllm_torchrec.launch.evaluate import build_parser, run
-from tests import fixtures
 from tests.fuzz.mutations import FEW, Target, byte_changes, change_bytes, check_reader
+from tests.helpers import fixtures
 
 FILES = ("rows.csv", "rows.parquet", "own/part-00000.parquet")
 COLUMNS = (

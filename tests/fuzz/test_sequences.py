@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.loader import Loader
-from tests import fixtures
 from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader
+from tests.helpers import fixtures
 
 FILES = ("sequences/train/part-00000.parquet", "items.parquet", "users.parquet", "training_item_counts.npy")
 COLUMNS = ("user_id", "target_start", "item_ids", "timestamps", "labels", "actions")

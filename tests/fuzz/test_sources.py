@@ -13,12 +13,12 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.policy import BadRows
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.sources.table import table
-from tests import fixtures
+from hllm_torchrec.data.sources.table_mapping import table
 from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader, edit, edits
+from tests.helpers import fixtures
 
 FILES = ("events.csv", "items.csv", "users.csv", "events.parquet", "items.parquet")
 CELLS = (

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hllm_torchrec.store import EmbeddingStore
-from tests import fixtures
 from tests.fuzz.mutations import FEW, Target, as_json, byte_changes, change_bytes, check_reader, edit, edits
+from tests.helpers import fixtures
 
 RUN_FILES = ("keys.arrow", "marks.npy", "hashes.npy", "rows.npy", "vectors-0000.bin")
 KINDS = ("string", "int64")
@@ -65,7 +65,7 @@ def use(root: Path, keys: list[Any]) -> None:
     wanted = [*keys, absent] if isinstance(keys[0], type(absent)) else [absent]
     vectors, known = snapshot.gather(wanted)
     assert vectors.shape == (len(wanted), store.width) and known.shape == (len(wanted),)
-    snapshot.marks(wanted)
+    snapshot.content_hashes(wanted)
     for found, rows, marks in snapshot.rows(batch=7):
         assert isinstance(found, pa.Array) and len(found) == len(rows) == len(marks)
         found.to_pylist()

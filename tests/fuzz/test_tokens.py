@@ -11,9 +11,9 @@ import pyarrow as pa
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hllm_torchrec.data.tokens import TokenStore
-from tests import fixtures
+from hllm_torchrec.data.token_store import TokenStore
 from tests.fuzz.mutations import FEW, Target, as_json, byte_changes, change_bytes, check_reader, edit, edits
+from tests.helpers import fixtures
 
 FILES = ("store.json", "values.arrow", "offsets.arrow")
 TYPES = (pa.int64(), pa.int32(), pa.float64(), pa.string(), pa.bool_(), pa.uint8())

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
+from hllm_torchrec.evaluation.model_comparison import Predictions, read_predictions
 from hllm_torchrec.launch.baselines import NAMES, load_settings, main
-from hllm_torchrec.metrics.compare import Predictions, read_predictions
-from tests import fixtures
-from tests.launch.processes import run_job
+from tests.helpers import fixtures
+from tests.helpers.processes import run_job
 
 TINY = ["--dlrm.width=4", "--dlrm.bottom=[4]", "--dlrm.top=[4]", "--dlrm.epochs=1", "--dlrm.user_features=[country]"]
 

@@ -10,11 +10,11 @@ import yaml
 from torchx import specs
 from torchx.runner import Runner, get_runner
 
-from hllm_torchrec.parallelize import stop_process
+from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.store import EmbeddingStore
-from tests import fixtures
-from tests.launch.processes import run_job
-from tests.training_fixtures import config, train
+from tests.helpers import fixtures
+from tests.helpers.processes import run_job
+from tests.helpers.training_fixtures import config, train
 
 ON_NODES = ["--j", "2x4", "--gpu", "4", "--cpu", "16", "--memMB", "65536", "--max_retries", "3", "--restarts", "2"]
 ON_NODES += ["--env", "NCCL_DEBUG=INFO,X=1", "--image", "hllm:1", "--rdzv_port", "29600"]
@@ -205,7 +205,7 @@ def test_the_nightlys_name_of_the_component_is_taken_where_there_is_one(
 def test_embed_runs_on_two_ranks(dryrun: Any, root: Path, tmp_path: Path) -> None:
     """What the component's command runs; that TorchX runs such a command is in test_evaluate_files.py."""
     train(config(tmp_path / "run", stages=[{"name": "first", "epochs": 0.5}], evaluation__batch_users=24))
-    stop_process()
+    destroy_distributed()
     given = ["--j", "1x2", "--run_dir", str(tmp_path / "run"), "--items", "items", "--users", "users"]
     (replica,) = dryrun("embed", given, "slurm").replicas.values()
     options, (module, *arguments) = torchrun(replica.args[1])
@@ -216,4 +216,4 @@ def test_embed_runs_on_two_ranks(dryrun: Any, root: Path, tmp_path: Path) -> Non
     assert re.search(rf"embedded {users} of {users} active users .*; users is at version 1", said), said
     for name, number in (("items", items), ("users", users)):
         store = EmbeddingStore.open(tmp_path / name)
-        assert len(store.snapshot()) == number and len(store.snapshot().runs) == 2, "each rank has written a run"
+        assert len(store.snapshot()) == number and len(store.snapshot().segments) == 2, "each rank has written a run"

@@ -12,14 +12,14 @@ import pytest
 import yaml
 from sklearn.metrics import roc_auc_score
 
+from hllm_torchrec.evaluation.model_comparison import read_predictions
+from hllm_torchrec.evaluation.run_loader import training_overlap
 from hllm_torchrec.launch.baselines import main as run_baselines
 from hllm_torchrec.launch.evaluate import main
 from hllm_torchrec.launch.report import main as write_report
-from hllm_torchrec.metrics.compare import read_predictions
-from hllm_torchrec.offline import training_overlap
-from tests import fixtures
-from tests.launch.processes import run_job
-from tests.training_fixtures import config, lines, train
+from tests.helpers import fixtures
+from tests.helpers.processes import run_job
+from tests.helpers.training_fixtures import config, lines, train
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"stages": [{"name": "only", "epochs": 2}]},

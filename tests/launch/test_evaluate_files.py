@@ -15,10 +15,10 @@ from torchx.tracker.api import AppRun
 from torchx.tracker.backend.fsspec import FsspecTracker
 from torchx.tracker.backend.fsspec import create as create_tracker
 
-from hllm_torchrec.launch import prediction_files
+from hllm_torchrec.evaluation.sinks import write_json
+from hllm_torchrec.launch import evaluate_options
 from hllm_torchrec.launch.evaluate import main
-from hllm_torchrec.metrics.outputs import write_json
-from tests.metrics.prediction_rows import columns, write_csv, write_parquet
+from tests.helpers.prediction_rows import columns, write_csv, write_parquet
 
 QUICK = ["--draws", "0", "--no-tensorboard"]
 
@@ -146,7 +146,7 @@ def test_mistakes_are_one_line_and_write_nothing(
 
 
 def test_sizes_are_read() -> None:
-    assert [prediction_files.size(text) for text in ("70000", "64K", "512M", "4g", "2GiB")] == [
+    assert [evaluate_options.size(text) for text in ("70000", "64K", "512M", "4g", "2GiB")] == [
         70000,
         65536,
         512 << 20,

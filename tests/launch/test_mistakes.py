@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hllm_torchrec.config import save_config
+from hllm_torchrec.config.loading import save_config
+from hllm_torchrec.evaluation.regression_gate import EXIT_STATUS
 from hllm_torchrec.launch.cli import COMMANDS, main
-from hllm_torchrec.launch.command import STATUSES
-from hllm_torchrec.metrics.gate import EXIT
-from tests import fixtures
+from hllm_torchrec.launch.entry import STATUSES
+from tests.helpers import fixtures
 
 HALF = "half-"
 """Files of this beginning are whole ones, cut in the middle."""
@@ -230,7 +230,7 @@ def test_the_help_and_the_document_have_every_exit_status(root: Path, capsys: py
     for number, meaning in STATUSES.items():
         assert f"{number}" in printed and meaning in printed
         assert f"| {number} |" in document
-    assert set(EXIT.values()) <= STATUSES.keys()
+    assert set(EXIT_STATUS.values()) <= STATUSES.keys()
 
 
 def test_a_gate_that_fails_has_its_own_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.launch.prepare import main
-from tests.data.source_files import (
+from tests.helpers.source_files import (
     RATINGS,
     amazon_files,
     movielens_1m_files,

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hllm_torchrec.item_index import ItemIndex
+from hllm_torchrec.inference.item_index import ItemIndex
 from hllm_torchrec.launch.store import main
 from hllm_torchrec.store import EmbeddingStore
 
@@ -62,7 +62,7 @@ def test_faiss_finds_by_cosine(store: EmbeddingStore, tmp_path: Path) -> None:
     assert [ids[int(i)].as_py() for i in found[0]] == ["b", "a"]
     np.testing.assert_allclose(scores[0], [1, 0.8], atol=1e-3)
     opened = ItemIndex.open(tmp_path / "f")
-    assert opened.top(np.array([[0, 7, 0]], np.float32), 2, [["b"]])[0] == [["a"]]
+    assert opened.search(np.array([[0, 7, 0]], np.float32), 2, [["b"]])[0] == [["a"]]
 
 
 def test_delete_takes_ids_away_for_good(

@@ -19,7 +19,7 @@ from torchx.workspace.api import walk_workspace
 
 ARGUMENTS = ["--config", "configs/quickstart.yaml"]
 COMPONENT = "dist.torchrun" if hasattr(dist, "torchrun") else "dist.ddp"
-"""The nightly's name of the component (scripts/test_torchx_nightly.sh runs these tests with it), and 0.7.0's."""
+"""The name in the nightly (scripts/reliability/test_torchx_nightly.sh runs these tests with it), and in 0.7.0."""
 
 STAND_IN = """
 import json, os, pathlib

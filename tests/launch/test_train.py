@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from hllm_torchrec.config import config_from_file
+from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch.train import main
-from hllm_torchrec.parallelize import stop_process
-from tests.launch.processes import end, environment, free_port, start_ranks, until_step
-from tests.training_fixtures import arguments, config, lines, losses
+from tests.helpers.processes import end, environment, free_port, start_ranks, until_step
+from tests.helpers.training_fixtures import arguments, config, lines, losses
 
 MODULE = "hllm_torchrec.launch.train"
 
@@ -24,7 +24,7 @@ MODULE = "hllm_torchrec.launch.train"
 @pytest.fixture(autouse=True)
 def own_process_group() -> Iterator[None]:
     yield
-    stop_process()
+    destroy_distributed()
 
 
 def run(command: list[str], root: Path, tmp_path: Path, **variables: object) -> subprocess.CompletedProcess[str]:

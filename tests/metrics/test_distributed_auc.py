@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from hllm_torchrec.metrics.auc import _exchange_score_ranges, distributed_roc_auc, roc_auc
-from tests.distributed import run_ranks
+from tests.helpers.distributed import run_ranks
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 

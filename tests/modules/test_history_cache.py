@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hllm_torchrec.modules.encoder_shapes import HSTUShape, LiGRShape, SASRecShape
-from hllm_torchrec.modules.history_cache import Encoder, answer, open_request, read_history
-from hllm_torchrec.modules.hstu import HSTU
-from hllm_torchrec.modules.item_llm import build_backbone
-from hllm_torchrec.modules.ligr import LiGR
-from hllm_torchrec.modules.sasrec import SASRec
-from hllm_torchrec.modules.user_llm import Queries, UserLLM
-from tests.fixtures import USER, enlarge
+from hllm_torchrec.models.backbones import build_backbone
+from hllm_torchrec.modules.encoders.ligr import LiGR
+from hllm_torchrec.modules.encoders.sasrec import SASRec
+from hllm_torchrec.modules.encoders.shapes import HSTUShape, LiGRShape, SASRecShape
+from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
+from hllm_torchrec.modules.history_cache import Encoder, answer, begin_request, read_history
+from hllm_torchrec.modules.hstu.layer import HSTU
+from tests.helpers.fixtures import USER, enlarge
 
 WIDTH, EVENTS, CANDIDATES, REQUEST = 16, 9, 7, 9000
 RESEARCH = HSTUShape(
@@ -117,7 +117,7 @@ def test_a_user_without_history_is_scored_by_the_candidate_alone(name: str) -> N
 
 def test_candidates_do_not_see_each_other() -> None:
     model, (x, times, candidates) = build("user LLM"), inputs()
-    ask = open_request(model, read_history(model, x, times), REQUEST)
+    ask = begin_request(model, read_history(model, x, times), REQUEST)
     changed = candidates.clone()
     changed[1] += 1
     before, after = ask(candidates), ask(changed)
@@ -147,7 +147,7 @@ def test_what_cannot_be_cached_is_an_error() -> None:
     with pytest.raises(ValueError, match="before the last cached event .*append events in order of time"):
         read_history(model, x[:1], times[:1], cache)
     with pytest.raises(ValueError, match="visible is 10: the cache has 9 events; give 0 to 9"):
-        open_request(model, cache, REQUEST, 10)
+        begin_request(model, cache, REQUEST, 10)
     with pytest.raises(ValueError, match="micro_batch is 0: must be at least 1"):
         answer(model, cache, candidates, REQUEST, micro_batch=0)
     with pytest.raises(ValueError, match="training mode"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("docs", "install", "quickstart", "soak_two_nodes", "test", "three_stages")
+SCRIPTS = ("docs", "install", "quickstart", "reliability/soak_two_nodes", "test", "experiments/three_stages")
 
 
 def run_script(name: str, *args: str, root: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +22,7 @@ def bare(root: Path, tmp_path: Path) -> Path:
     """A checkout without .venv, of which only the scripts and the version table are there."""
     shutil.copytree(root / "scripts", tmp_path / "scripts")
     (tmp_path / "hllm_torchrec").mkdir()
-    shutil.copy(root / "hllm_torchrec" / "versions.py", tmp_path / "hllm_torchrec")
+    shutil.copy(root / "hllm_torchrec" / "_versions.py", tmp_path / "hllm_torchrec")
     return tmp_path
 
 
@@ -42,8 +42,8 @@ def test_help_says_what_the_script_takes(name: str, bare: Path) -> None:
         ("quickstart", ["--gpu"], "quickstart: unknown argument: --gpu"),
         ("quickstart", ["--config", "no.yaml"], "quickstart: --config no.yaml: there is no such file"),
         ("docs", ["--gpu"], "docs: unknown argument: --gpu"),
-        ("three_stages", ["--gpu"], "three_stages: unknown argument: --gpu"),
-        ("three_stages", ["--nproc", "3"], "three_stages: --nproc 3: must be 1, 2, 4 or 8"),
+        ("experiments/three_stages", ["--gpu"], "three_stages: unknown argument: --gpu"),
+        ("experiments/three_stages", ["--nproc", "3"], "three_stages: --nproc 3: must be 1, 2, 4 or 8"),
     ],
 )
 def test_wrong_argument_is_refused_before_anything_is_made(

@@ -81,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.fsync = lambda _: None  # what a process has written outlives it; waiting for the disk is most of a commit
-    compaction.MAX_RUNS = 2
+    compaction.MAX_SEGMENTS = 2
     EmbeddingStore.create(options.store, WIDTH, "fp32")
     count_lines(options.store)
     lines, shown, steps = count_lines(options.store), 4, set()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hllm_torchrec.store import EmbeddingStore
-from tests.jobs import Job
+from tests.helpers.jobs import Job
 
 
 def test_everything_is_on_the_disk_before_the_manifest_names_it(

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from hllm_torchrec.store import EmbeddingStore, compaction
-from hllm_torchrec.store.compaction import MAX_RUNS, first_to_merge
+from hllm_torchrec.store.compaction import MAX_SEGMENTS, first_to_merge
 from tests.store.test_store import WIDTH, commit, contents, create, vectors
 
 
 def test_runs_are_merged_only_where_there_are_many() -> None:
-    assert first_to_merge([5] * MAX_RUNS) == MAX_RUNS
-    half = MAX_RUNS // 2
-    assert first_to_merge([10**9, *[5] * MAX_RUNS]) == 1  # the newest, as equals; not the large one
-    falling = [2**n for n in range(MAX_RUNS, -1, -1)]
+    assert first_to_merge([5] * MAX_SEGMENTS) == MAX_SEGMENTS
+    half = MAX_SEGMENTS // 2
+    assert first_to_merge([10**9, *[5] * MAX_SEGMENTS]) == 1  # the newest, as equals; not the large one
+    falling = [2**n for n in range(MAX_SEGMENTS, -1, -1)]
     assert first_to_merge(falling) == half  # each older run is larger than all newer together, but half must go
 
 
@@ -30,12 +30,12 @@ def test_ten_thousand_commits_rewrite_each_row_a_few_times() -> None:
             rewritten += sum(sizes[first:])
             sizes[first:] = [sum(sizes[first:])]
         longest = max(longest, len(sizes))
-    assert sum(sizes) == 19_999 and longest == MAX_RUNS
+    assert sum(sizes) == 19_999 and longest == MAX_SEGMENTS
     assert rewritten / sum(sizes) < 8
 
 
 def test_merged_runs_hold_what_they_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "MAX_RUNS", 4)
+    monkeypatch.setattr(compaction, "MAX_SEGMENTS", 4)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # 20 commits would wait for the disk most of the time
     store, expected = create(tmp_path / "s"), {f"base{k}": float(k) for k in range(50)}
     commit(store, dict(expected))
@@ -51,16 +51,16 @@ def test_merged_runs_hold_what_they_held(tmp_path: Path, monkeypatch: pytest.Mon
         snapshot = store.snapshot()
         assert contents(store) == expected and len(snapshot) == len(expected) and snapshot.version == version
         assert {k: float(v[0]) for keys, rows, _ in before.rows() for k, v in zip(keys.to_pylist(), rows)} == held
-        most = max(most, len(snapshot.runs))
+        most = max(most, len(snapshot.segments))
         assert {path.name for path in (tmp_path / "s" / "runs").iterdir()} == {run.name for run in snapshot.facts}
     assert most == 4 and store.verify() == []
-    assert len(store.snapshot().runs[0].keys) == 50, "the large old run was left alone"
+    assert len(store.snapshot().segments[0].keys) == 50, "the large old run was left alone"
 
 
 def test_deletions_that_no_older_run_needs_are_dropped_with_a_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compaction, "MAX_RUNS", 2)
+    monkeypatch.setattr(compaction, "MAX_SEGMENTS", 2)
     store = create(tmp_path / "s")
     commit(store, {f"base{k}": 1.0 for k in range(20)})
     commit(store, {"a": 1.0, "b": 1.0})
@@ -76,7 +76,7 @@ def test_a_store_of_nothing_but_deletions_compacts_to_nothing(tmp_path: Path) ->
     commit(store, {"a": None, "b": None})
     store.compact()
     assert contents(store) == {} and len(store.snapshot()) == 0
-    assert store.snapshot().runs == [] and list((tmp_path / "s" / "runs").iterdir()) == []
+    assert store.snapshot().segments == [] and list((tmp_path / "s" / "runs").iterdir()) == []
 
 
 def test_in_a_commit_a_key_that_was_deleted_may_come_back(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_in_a_commit_a_key_that_was_deleted_may_come_back(tmp_path: Path) -> Non
 
 
 def test_a_merge_does_not_touch_a_run_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compaction, "MAX_RUNS", 2)
+    monkeypatch.setattr(compaction, "MAX_SEGMENTS", 2)
     store: EmbeddingStore = create(tmp_path / "s")
     with store.writer() as writer:
-        others = store.run_writer()  # as another rank's
+        others = store.segment_writer()  # as another rank's
         for number in range(4):
             writer.upsert([f"k{number}"], torch.ones(1, WIDTH))
             writer.commit()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hllm_torchrec.store import EmbeddingStore
-from hllm_torchrec.store.layout import Manifest, RunFacts, write_manifest
-from hllm_torchrec.store.run import FILE_BYTES, rows_per_file
+from hllm_torchrec.store.files import Manifest, SegmentFacts, write_manifest
+from hllm_torchrec.store.segment import FILE_BYTES, rows_per_file
 
 ROWS, WIDTH = 100_000_000, 2048
 PER_FILE = 1_048_576
@@ -55,7 +55,7 @@ def store(tmp_path: Path) -> EmbeddingStore:
         with (folder / f"vectors-{row // PER_FILE:04d}.bin").open("r+b") as file:
             file.seek(row % PER_FILE * WIDTH * 2)
             file.write(np.array([row % 1000, 1], np.float16).tobytes())
-    write_manifest(tmp_path / "s", Manifest(1, ROWS, (RunFacts("big", ROWS, 0, files),)))
+    write_manifest(tmp_path / "s", Manifest(1, ROWS, (SegmentFacts("big", ROWS, 0, files),)))
     return made
 
 
@@ -71,7 +71,7 @@ def test_the_reader_finds_rows_of_a_hundred_million_in_96_files(store: Embedding
     assert known.tolist() == [True] * 7 + [False] * 2
     assert found[:7, 0].tolist() == [ASKED[i] % 1000 for i in order] and found[:7, 1].tolist() == [1] * 7
     assert not found[7:].any() and not found[:, 2:].any()
-    assert snapshot.marks(keys)[0].tolist() == [ASKED[i] + 1 for i in order] + [0, 0]
+    assert snapshot.content_hashes(keys)[0].tolist() == [ASKED[i] + 1 for i in order] + [0, 0]
 
 
 def test_a_file_takes_four_gibibytes_or_one_row() -> None:

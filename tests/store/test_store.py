@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hllm_torchrec.store import EmbeddingStore
-from hllm_torchrec.store import run as run_module
+from hllm_torchrec.store import segment as run_module
 from hllm_torchrec.store import snapshot as snapshot_module
 from hllm_torchrec.store import store as store_module
 from hllm_torchrec.store.keys import as_keys, hash_keys
-from hllm_torchrec.store.run import DTYPES, all_finite
+from hllm_torchrec.store.segment import DTYPES, all_finite
 
 WIDTH = 4
 FACTS = {"weights": "ab12", "tokenizer": "cd34"}
@@ -97,7 +97,7 @@ def test_vectors_and_marks_come_back_in_the_order_asked(kind: str, dtype: str, t
     found, known = EmbeddingStore.open(tmp_path / "s").snapshot().gather(asked)
     assert known.all() and found.dtype == torch.float32
     torch.testing.assert_close(found, stored[[3, 0, 2, 2, 1]].to(DTYPES[dtype]).float(), atol=0, rtol=0)
-    assert store.snapshot().marks([*asked, *([7] if kind == "int64" else ["none"])])[0].tolist() == [
+    assert store.snapshot().content_hashes([*asked, *([7] if kind == "int64" else ["none"])])[0].tolist() == [
         *(2**64 - 1, 1, 3, 3, 2),
         0,
     ]

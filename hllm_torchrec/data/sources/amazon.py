@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from hllm_torchrec.data.checked import naming
-from hllm_torchrec.data.policy import BadRows
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.sources.base import (
     Chunk,
     Source,
@@ -29,6 +28,7 @@ from hllm_torchrec.data.sources.base import (
     require_files,
 )
 from hllm_torchrec.data.sources.columnar import read_csv
+from hllm_torchrec.data.validation import error_location
 
 _RATING_COLUMNS = ["user", "item", "rating", "timestamp"]
 _ROWS_PER_CHUNK = 16_384
@@ -71,7 +71,7 @@ def _items(path: Path) -> Iterator[Chunk]:
     with path.open("rb") as raw:
         for row, line in _lines(path, raw):
             rows.append(row)
-            with naming(f"{path}, row {row}", "fetch it again"):
+            with error_location(f"{path}, row {row}", "fetch it again"):
                 items.append(_fields(parse_record(line, path, row)))
             if len(rows) == _ROWS_PER_CHUNK:
                 yield Chunk(path, _item_table(path, rows, items), raw.tell() - done)
@@ -124,7 +124,7 @@ def _flat(value: Any) -> list[str]:
 
 def _item_table(path: Path, rows: list[int], items: list[tuple[str | None, str, str, list[str]]]) -> pa.Table:
     ids, titles, descriptions, categories = zip(*items, strict=True)
-    with naming(f"{path}, rows {rows[0]}..{rows[-1]}", "fetch it again"):  # half of a surrogate pair is no text
+    with error_location(f"{path}, rows {rows[0]}..{rows[-1]}", "fetch it again"):  # half of a surrogate pair is no text
         return pa.table(
             {
                 "raw_item_id": pa.array(ids, pa.string()),

@@ -2,7 +2,7 @@
 
 A source is a value, not a class to inherit from: the static facts of a published dataset and three functions
 that stream it. Reading never raises for a bad *value* (a null or NaN is handed on, and `prepare` applies the
-policy of `hllm_torchrec.data.policy`); it raises ValueError for a file that is not in its format.
+policy of `hllm_torchrec.data.bad_rows`); it raises ValueError for a file that is not in its format.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hllm_torchrec.data.policy import BadRows
+from hllm_torchrec.data.bad_rows import BadRows
 
 TIME_UNITS = {"seconds": 1, "milliseconds": 1_000, "microseconds": 1_000_000, "iso8601": 0}
 _NUMBER = r"^\s*[-+]?\d+(\.\d*)?([eE][-+]?\d+)?\s*$"

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.checked import naming
+from hllm_torchrec.data.validation import error_location
 
 _BLOCK_BYTES = 4 << 20
 _ROWS_PER_BATCH = 131_072
 
 
-class Columns(NamedTuple):
+class ColumnChunk(NamedTuple):
     """Consecutive rows: their numbers (int64 from 1, a header included), the columns, the bytes used up."""
 
     rows: np.ndarray
@@ -24,7 +24,7 @@ class Columns(NamedTuple):
     size: int
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
     """Streams `columns` of a `.parquet` file, or of a CSV file with a header (`.tsv`: separated by tabs)."""
     if path.suffix == ".parquet":
         return read_parquet(path, columns)
@@ -33,7 +33,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
 
 def read_csv(
     path: Path, columns: Sequence[str], *, delimiter: str = ",", names: Sequence[str] | None = None
-) -> Iterator[Columns]:
+) -> Iterator[ColumnChunk]:
     """Streams `columns` of a UTF-8 CSV file as strings (an empty cell is ""); line breaks in quotes are
     allowed.
 
@@ -55,7 +55,7 @@ def read_csv(
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)
                     size, done = file.tell() - done, file.tell()
-                    yield Columns(rows, pa.Table.from_batches([batch]), size)
+                    yield ColumnChunk(rows, pa.Table.from_batches([batch]), size)
         except (pa.ArrowException, OSError) as error:
             if "Empty CSV file" in str(error):
                 return
@@ -64,9 +64,9 @@ def read_csv(
             ) from error
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
     """Streams `columns` of a Parquet file in their own types. Raises ValueError for a missing column, or damage."""
-    with naming(path, "the file is damaged: fetch or write it again"), pq.ParquetFile(path) as file:
+    with error_location(path, "the file is damaged: fetch or write it again"), pq.ParquetFile(path) as file:
         _require_columns(path, columns, file.schema_arrow.names)
         wanted = list(dict.fromkeys(columns))
         per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
@@ -75,7 +75,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Columns]:
             rows = np.arange(next_row, next_row + len(batch))
             next_row += len(batch)
             batch.validate(full=True)
-            yield Columns(rows, pa.Table.from_batches([batch]).select(wanted), int(per_row * len(batch)))
+            yield ColumnChunk(rows, pa.Table.from_batches([batch]).select(wanted), int(per_row * len(batch)))
 
 
 def _header(path: Path, delimiter: str) -> list[str]:

@@ -1,0 +1,136 @@
+"""Which torch, torchrec and fbgemm belong together, and the check that they are what is installed.
+
+A wrong pair fails deep inside a shared library ("undefined symbol"), so it is refused at import, from the
+packages' metadata alone: nothing heavy is imported here. Run as a program, this file tells
+`scripts/install.sh` what to install: `python hllm_torchrec/_versions.py 2.13` prints `2.13.0 1.8.0 1.8.0 3.7.1`.
+"""
+
+import re
+import sys
+import warnings
+from importlib import metadata
+from typing import NamedTuple
+
+
+class Release(NamedTuple):
+    """Exact versions that were built for one another."""
+
+    torch: str
+    torchrec: str
+    fbgemm: str
+    triton: str
+    """What torch's CUDA build requires; on a CPU the tests run its interpreter and its compiler."""
+
+
+#: Supported releases by torch's minor version, oldest first; the last is what is installed by default.
+RELEASES = {
+    "2.11": Release(torch="2.11.0", torchrec="1.6.1", fbgemm="1.6.0", triton="3.6.0"),
+    "2.12": Release(torch="2.12.0", torchrec="1.7.0", fbgemm="1.7.0", triton="3.7.0"),
+    "2.13": Release(torch="2.13.0", torchrec="1.8.0", fbgemm="1.8.0", triton="3.7.1"),
+}
+
+REMEDY = "from the checkout, run: bash scripts/install.sh --cpu (or --cuda, or auto)"
+
+
+def check() -> None:
+    """Refuse to go on unless torch, torchrec and fbgemm are installed and belong together.
+
+    A torch newer than every tested one, with a torchrec and fbgemm newer too, only warns.
+
+    Raises:
+        ImportError: one is missing, too old, or of another pair; names what is installed and the remedy.
+    """
+    versions = installed()
+    problem = find_version_problem(versions)
+    if problem:
+        raise ImportError(f"hllm_torchrec: {problem} (installed: {_describe(versions)}); {REMEDY}")
+    if _minor(versions["torch"]) not in RELEASES:
+        warnings.warn(f"hllm_torchrec is not tested with {_describe(versions)}", stacklevel=2)
+
+
+def installed() -> dict[str, str]:
+    """Versions of the installed ones among torch, torchrec, fbgemm-gpu and fbgemm-gpu-cpu, by name."""
+    found = {}
+    for name in ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def find_version_problem(versions: dict[str, str]) -> str | None:
+    """What is wrong with these versions, in words, or None.
+
+    Args:
+        versions: package name -> version, as `installed` gives it.
+    """
+    fbgemm = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if name in versions]
+    missing = [name for name in ("torch", "torchrec") if name not in versions]
+    missing += [] if fbgemm else ["fbgemm-gpu or fbgemm-gpu-cpu"]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    if len(fbgemm) == 2:
+        return "fbgemm-gpu and fbgemm-gpu-cpu overwrite each other's files; only one may be installed"
+    torch = _minor(versions["torch"])
+    if _order(torch) < min(map(_order, RELEASES)):
+        return f"torch {versions['torch']} is too old; {_supported()}"
+    return _find_mismatch(torch, versions["torchrec"], fbgemm[0], versions[fbgemm[0]])
+
+
+def _find_mismatch(torch: str, torchrec: str, fbgemm_name: str, fbgemm: str) -> str | None:
+    """Why these do not go with this torch minor version, in words, or None.
+
+    With a torch newer than any tested one, only packages that belong to a tested one, or older, are wrong.
+    """
+    release = RELEASES.get(torch)
+    newest = list(RELEASES.values())[-1]
+    for name, version, wanted, last in (
+        ("torchrec", torchrec, release and release.torchrec, newest.torchrec),
+        (fbgemm_name, fbgemm, release and release.fbgemm, newest.fbgemm),
+    ):
+        if wanted and _minor(version) != _minor(wanted):
+            return f"torch {torch} needs {name} {_minor(wanted)}, not {version}"
+        if not wanted and _order(_minor(version)) <= _order(_minor(last)):
+            return f"{name} {version} was built for another torch than {torch}; {_supported()}"
+    return None
+
+
+def _minor(version: str) -> str:
+    """The first two numbers of a version: "2.13" of "2.13.0+cpu"."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return f"{match[1]}.{match[2]}" if match else "0.0"
+
+
+def _order(minor: str) -> tuple[int, int]:
+    """A key that sorts as versions do: (2, 13) of "2.13"."""
+    major, _, rest = minor.partition(".")
+    return int(major), int(rest)
+
+
+def _supported() -> str:
+    """The tested releases, in words."""
+    return "supported: " + ", ".join(
+        f"torch {release.torch} with torchrec {release.torchrec} and fbgemm {release.fbgemm}"
+        for release in RELEASES.values()
+    )
+
+
+def _describe(versions: dict[str, str]) -> str:
+    """The installed versions, in words."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "none of them"
+
+
+def _print_release(torch: str) -> None:
+    """Print the exact versions for a torch minor version, for scripts/install.sh.
+
+    Raises:
+        SystemExit: it is not supported.
+    """
+    if torch not in RELEASES:
+        sys.exit(f"error: torch {torch} is not supported; {_supported()}")
+    print(*RELEASES[torch])
+
+
+if __name__ == "__main__":
+    _print_release(sys.argv[1] if len(sys.argv) > 1 else list(RELEASES)[-1])

@@ -1,0 +1,46 @@
+"""Runs baselines into a directory each, and reuses what is there from the same data and settings."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import hllm_torchrec
+from hllm_torchrec.baselines.bias import run_bias
+from hllm_torchrec.baselines.gaussian import run_gaussian
+from hllm_torchrec.baselines.settings import BaselinesConfig
+from hllm_torchrec.config.loading import to_dict
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.predictions import Columns
+from hllm_torchrec.downstream.dlrm import run_dlrm
+from hllm_torchrec.evaluation.cached_predictions import SPLITS, run_if_changed
+
+BASELINES = tuple(field.name for field in dataclasses.fields(BaselinesConfig))
+RECORD = "baseline.json"
+
+
+def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: torch.device, directory: Path) -> bool:
+    """Fit and score a baseline; `predictions/{valid,test}` and `baseline.json` go to `directory`. Collective.
+
+    Returns:
+        False if the directory has them already, from the same dataset, settings and version.
+
+    Raises:
+        ValueError: a split is empty, or the settings do not fit the dataset.
+    """
+    settings = getattr(config, name)
+    made_of = {
+        "baseline": name,
+        "config": to_dict(settings),
+        "dataset": dataset.fingerprint,
+        "hllm_torchrec": hllm_torchrec.__version__,
+    }
+
+    def make() -> tuple[dict[str, Columns], dict[str, float]]:
+        if name == "dlrm":
+            return run_dlrm(dataset, settings, device, directory, SPLITS)
+        if name == "gaussian":
+            return run_gaussian(dataset, settings, SPLITS), {}
+        return run_bias(dataset, settings, SPLITS), {}
+
+    return run_if_changed(directory / RECORD, made_of, make)

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: saving, loading, directory layout, the safe reader, remote copies."""

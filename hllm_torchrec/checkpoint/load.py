@@ -1,0 +1,227 @@
+"""Checkpoints that survive a crash at any moment and load at another world size or sharding plan.
+
+A checkpoint is a directory `step-00000100` in the run's `checkpoints/`:
+
+- `__<rank>_<n>.distcp`, `.metadata`: the tensors, by `torch.distributed.checkpoint` (DCP);
+- `extra.json`: what is the same on every rank (loader position, metrics, configuration);
+- `extra-rank<rank>.json`: what is each rank's own (its random number generators);
+- `COMPLETE`: JSON with the step, the metric, every file's size and SHA-256, and its own.
+
+It is written as `step-00000100.tmp-...`, synced, and renamed by rank 0 when every rank is done, so a
+directory of the final name is whole unless its files were damaged later. Nothing in it is loaded as a pickle
+without restriction (see `checkpoint_reader`). All machines must see one file system.
+
+Saving, loading and looking for the latest or best are collective when a process group exists: every rank
+calls them, and what fails on one rank raises on all.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hllm_torchrec.checkpoint import layout as files
+from hllm_torchrec.checkpoint.safe_reader import SafeReader
+from hllm_torchrec.checkpoint.save import BackgroundWriter, first_error, save_checkpoint
+from hllm_torchrec.checkpoint.state import flatten, rng_state, set_rng_state
+from hllm_torchrec.distributed import coordination
+
+__all__ = [
+    "BackgroundWriter",
+    "best_checkpoint",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_rank_extra",
+    "rng_state",
+    "save_checkpoint",
+    "set_rng_state",
+    "verify_checkpoint",
+]
+
+_NAMES_SHOWN = 5
+_logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = ()) -> dict[str, Any]:
+    """Copy a checkpoint into the tensors of `state`, in place, and return its `extra`. Collective.
+
+    The world size and the sharding plan may differ from those of the save, and dtypes are converted. Row-wise
+    optimizer state (one value for each row and column shard) is averaged over the saved shards where the new
+    plan has fewer, which is exact for equal shards, and copied to each where it has more. Groups of the
+    checkpoint that `state` does not name (say, the optimizers when evaluating) are not read.
+
+    Args:
+        path: a checkpoint's directory, as from `latest_checkpoint`.
+        state: as in `save_checkpoint`. Optimizer state must exist already: see `optim.materialize_state`.
+        allow_missing: prefixes of keys, such as `"dense"`, which keep their present values where the
+            checkpoint has none of that key and shape; what was kept is logged.
+
+    Raises:
+        ValueError: the checkpoint is damaged, was made by another model (names the keys), or holds a pickle
+            that is not allowed. `state` is then as it was.
+        RuntimeError: another rank failed.
+    """
+    path = Path(path)
+    kept = _raise_mismatches(
+        path, coordination.run_on_all_ranks(lambda: _compare(path, state)), list(state), allow_missing
+    )
+    _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
+    return files.read_checkpoint_json(path / "extra.json")
+
+
+def load_rank_extra(path: Path) -> dict[str, Any] | None:
+    """Return what this rank gave as `rank_extra`, or None if the save was made at another world size."""
+    path = Path(path)
+    if files.read_marker(path)["world_size"] != coordination.world_size():
+        return None
+    return files.read_checkpoint_json(path / f"extra-rank{coordination.rank()}.json")
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest whole checkpoint, or None. Collective: every rank gets the same answer.
+
+    All files are hashed, shared out over the ranks. A torn, truncated or altered one is passed over with a warning.
+    """
+    return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_step(Path(directory))[::-1]))
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """Return the whole checkpoint of the best metric (the earliest of equals), or None. Collective.
+
+    What is better is what `keep_best` said when the newest of them was saved. All files are hashed; a damaged
+    checkpoint is passed over with a warning.
+    """
+    return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_metric(Path(directory))))
+
+
+def verify_checkpoint(path: Path) -> Path:
+    """Return a checkpoint that somebody has named, once all its files have been hashed. Collective.
+
+    Raises:
+        ValueError: it is damaged, or none; names the file.
+    """
+    damage = _damage(path)
+    if damage:
+        raise ValueError(f"{path} {damage}; load the checkpoint before it")
+    return path
+
+
+def _first_complete(paths: Iterable[Path]) -> Path | None:
+    """Return the first of these checkpoints whose files are as they were written; warn about those before it."""
+    for path in paths:
+        damage = _damage(path)
+        if damage is None:
+            return path
+        if coordination.rank() == 0:
+            _logger.warning("%s %s; it is passed over", path, damage)
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files, each of which one rank has hashed, or return None."""
+    share = coordination.rank(), coordination.world_size()
+    return next(filter(None, coordination.run_on_all_ranks(lambda: files.find_damage(path, share=share))), None)
+
+
+def _size(tensor: torch.Tensor) -> torch.Size:
+    """Return the global size (ShardedTensor's own `size()` warns at each call)."""
+    return torch.Size(tensor.metadata().size) if isinstance(tensor, ShardedTensor) else tensor.size()
+
+
+def _is_replanned(tensor: torch.Tensor, saved: torch.Size) -> bool:
+    """Whether these are the row-wise states [rows x column shards] of one table under two plans."""
+    if not isinstance(tensor, ShardedTensor) or len(_size(tensor)) != 1 or len(saved) != 1:
+        return False
+    large, small = max(saved[0], _size(tensor)[0]), min(saved[0], _size(tensor)[0])
+    return large != small and small > 0 and large % small == 0
+
+
+def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare this rank's tensors, which do not include other ranks' tables, with the checkpoint's.
+
+    Raises:
+        ValueError: as `load_checkpoint`, of a damaged checkpoint and of a pickle.
+    """
+    damage = files.find_damage(path, check_hashes=False)
+    if damage:
+        raise ValueError(f"{path} {damage}; load the checkpoint before it")
+    tensors, saved = flatten(state), SafeReader(path).read_tensors()
+    reshaped = {
+        key: f"{key} (checkpoint {list(saved[key].size)}, model {list(_size(tensor))})"
+        for key, tensor in tensors.items()
+        if key in saved and saved[key].size != _size(tensor) and not _is_replanned(tensor, saved[key].size)
+    }
+    missing = [key for key in tensors if key not in saved]
+    return {"keys": list(tensors), "saved": list(saved), "missing": missing, "reshaped": reshaped}
+
+
+def _raise_mismatches(
+    path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str]
+) -> set[str]:
+    """Raise one error for all ranks' mismatches; return the keys that may keep their values."""
+    wanted = {key for report in reports for key in report["keys"]}
+    missing = {key for report in reports for key in report["missing"]}
+    reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
+    unexpected = {key for key in reports[0]["saved"] if _is_under(key, groups) and key not in wanted}
+    kept = {key for key in missing | reshaped.keys() if _is_under(key, allow_missing)}
+    parts = [
+        _name_some("missing from the checkpoint", missing - kept),
+        _name_some("in the checkpoint only", {key for key in unexpected if not _is_under(key, allow_missing)}),
+        _name_some("of another shape", {text for key, text in reshaped.items() if key not in kept}),
+    ]
+    if any(parts):
+        raise ValueError(
+            f"{path} is not of this model: {'; '.join(part for part in parts if part)}. Build the model from "
+            "the configuration saved with the checkpoint, or choose another checkpoint (allow_missing keeps "
+            "the present values under given prefixes)"
+        )
+    if kept and coordination.rank() == 0:
+        _logger.warning("%s: %s; they keep their present values", path, _name_some("not loaded", kept))
+    return kept
+
+
+def _is_under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _name_some(what: str, names: set[str]) -> str:
+    """Return "2 keys <what>: a, b", naming the first few, or an empty string."""
+    if not names:
+        return ""
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+    return f"{len(names)} key{'s' if len(names) > 1 else ''} {what}: {shown}"
+
+
+def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Read into the tensors in place; row-wise optimizer state of another plan by way of a whole copy."""
+    saved = SafeReader(path).read_tensors()
+    replanned = {key: t for key, t in tensors.items() if _is_replanned(t, saved[key].size)}
+    whole = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in replanned}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load({**tensors, **whole}, storage_reader=SafeReader(path))
+    except CheckpointException as error:
+        reason = f"{path} could not be read: {first_error(error)}; load the checkpoint before it"
+        raise ValueError(reason) from error
+    for key, target in replanned.items():
+        _spread_rowwise(whole[key], target)
+
+
+def _spread_rowwise(values: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy row-wise state [rows x a] into shards of [rows x b]: the mean over a's shards, or b copies."""
+    assert isinstance(target, ShardedTensor)
+    size = _size(target)[0]
+    if len(values) > size:
+        values = values.view(-1, size).mean(0)
+    values = values.repeat(size // len(values))
+    with torch.no_grad():
+        for shard in target.local_shards():
+            start = shard.metadata.shard_offsets[0]
+            shard.tensor.copy_(values[start : start + shard.metadata.shard_sizes[0]])

@@ -1,0 +1,1 @@
+"""Errors, files, URLs, logs: what every package uses and what knows nothing of recommenders."""

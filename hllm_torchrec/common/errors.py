@@ -1,0 +1,41 @@
+"""What the program says about a wrong configuration: every problem at once, each with its remedy."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run, with all of its problems (one line each) in one message."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        """Keep `problems`: one line each, naming the dotted field, the value, the rule and the remedy."""
+        assert problems, "a ConfigError without a problem"
+        assert not isinstance(problems, str), "problems is a list of lines, not one line"
+        self.problems = list(problems)
+        super().__init__(self.problems)  # the argument itself, so that the error survives pickling
+
+    def __str__(self) -> str:
+        """Return the one problem, or their number and then each on its own line."""
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return "\n  - ".join([f"{len(self.problems)} problems in the configuration:", *self.problems])
+
+
+class Preempted(Exception):
+    """The run was asked to leave (SIGTERM): no fault, and its state is saved where it says so."""
+
+
+def without_credentials(text: str) -> str:
+    """`text` with `***` for what stands between `//` and `@` in addresses: names and passwords, which may be tokens."""
+    return re.sub(r"(?<=://)[^\s/@]+@", "***@", text)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string if none is.
+
+    Case is ignored. The hint starts with a space, so that it can be appended to any message as it is.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

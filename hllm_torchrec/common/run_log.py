@@ -1,0 +1,147 @@
+"""What a run tells: a JSON-lines log, TensorBoard scalars, progress bars, and where it ran."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from hllm_torchrec.common.atomic_files import replace_file
+
+#: Events that are repeated when a run resumes from a checkpoint before them.
+_REPEATED_EVENTS = ("step", "eval", "skipped")
+
+
+class MetricsSink(Protocol):
+    """Somebody else who is told a run's numbers."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Those of one event, by `<event>/<name>`."""
+
+    def close(self) -> None:
+        """There are no more."""
+
+
+class RunLog:
+    """The log of a run: `log.jsonl`, one object a line, and `tensorboard/`. Ranks other than 0 write nothing.
+
+    A line is `{"event": "step", "step": 100, "time": 1700000000.0, ...}`; time is in seconds since 1970, UTC.
+    """
+
+    def __init__(
+        self, run_dir: Path, rank: int, resumed_step: int | None = None, sink: MetricsSink | None = None
+    ) -> None:
+        """Open the log for appending, in a directory that is made if missing.
+
+        Args:
+            run_dir: the run's directory.
+            rank: this process's rank.
+            resumed_step: when resuming, the checkpoint's step: "step" and "eval" lines after it are dropped,
+                as the run repeats them, and so is a last line that a crash cut short.
+            sink: gets the numbers too, and is closed with the log.
+        """
+        self._file: TextIO | None = None
+        self._sink = sink
+        if rank != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and on rank 0 only
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "log.jsonl"
+        if resumed_step is not None and path.exists():
+            _truncate(path, resumed_step)
+        self._file = path.open("a")
+        purge = None if resumed_step is None else resumed_step + 1
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append one line, and its numbers to TensorBoard as `<event>/<name>`.
+
+        Args:
+            event: what happened: "step", "eval", "stage", ...
+            step: optimizer steps done.
+            **values: text, numbers, 0-d tensors, None, and lists and dictionaries of them. A number that JSON
+                has not got (NaN, infinity) is written as null.
+
+        Raises:
+            ValueError: a value of another type, or one that is named "event", "step" or "time".
+        """
+        if self._file is None:
+            return
+        line = {"event": event, "step": step, "time": round(time.time(), 3)}
+        if clash := line.keys() & values.keys():
+            raise ValueError(f"{event}: the name {clash.pop()!r} is the log's own; choose another")
+        plain = {name: _plain(name, value) for name, value in values.items()}
+        self._file.write(json.dumps({**line, **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = dict(_numbers(event, values))
+        for name, number in numbers.items():
+            self._tensorboard.add_scalar(name, number, step)
+        if self._sink is not None:
+            self._sink.write(step, numbers)
+
+    def close(self) -> None:
+        """Write what is still in memory and close the files; closing twice is allowed."""
+        if self._file is not None:
+            self._file.close()
+            self._tensorboard.close()
+            if self._sink is not None:
+                self._sink.close()
+            self._file = None
+
+    def __enter__(self) -> "RunLog":
+        """Return the log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the log."""
+        self.close()
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log; a last line that was cut short is left out."""
+    text = (run_dir / "log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _truncate(path: Path, resumed_step: int) -> None:
+    """Drop the lines that a resumed run repeats; the file is replaced whole."""
+    kept = [
+        line
+        for line in read_log(path.parent)
+        if not (line["event"] in _REPEATED_EVENTS and line["step"] > resumed_step)
+    ]
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}[{index}]", child) for index, child in enumerate(value)]
+    value = _number(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ValueError(f"{name} is a {type(value).__name__}; the log takes text, numbers, lists and dictionaries")
+
+
+def _number(value: Any) -> Any:
+    """Return the Python number of a tensor or numpy scalar of one element, anything else as it is."""
+    is_scalar = getattr(value, "shape", None) is not None and math.prod(value.shape) == 1
+    return value.item() if is_scalar else value
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield (slash-separated name, number) for the numbers in a nested dictionary."""
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _numbers(f"{name}/{key}", child)
+    elif isinstance(number := _number(value), int | float) and not isinstance(number, bool):
+        yield name, float(number)

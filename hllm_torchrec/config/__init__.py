@@ -1,0 +1,1 @@
+"""The configuration: schema, loading, checking, cross-field rules, extensions by name."""

@@ -1,0 +1,153 @@
+"""What is wrong with the keys and values of a configuration, before it becomes one: all of it at once."""
+
+import dataclasses
+import functools
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
+
+
+def file_problems(path: str, cls: type) -> list[str]:
+    """What of a YAML file does not fit the dataclass `cls`, each as 'file: a.b: ...'."""
+    if not Path(path).is_file():
+        return [f"--config: {path or 'no file named'}: no such file"]
+    try:
+        content = read_yaml(Path(path))
+    except ValueError as error:
+        return [f"{path}: {error}"]
+    return [f"{path}: {problem}" for problem in dataclass_problems({} if content is None else content, cls)]
+
+
+def option_problems(options: dict[str, str], cls: type, others: tuple[str, ...] = ()) -> list[str]:
+    """What of `--a.b text` options does not fit the dataclass `cls`; `others` may be given too."""
+    fields = dotted_fields(cls)
+    problems: list[str] = []
+    for name, text in options.items():
+        if name in fields:
+            problems += [f"--{problem}" for problem in _option_value_problems(name, text, fields[name])]
+        elif name not in others and not _is_mapping(fields.get(name.rpartition(".")[0])):
+            problems.append(f"--{name}: unknown option{did_you_mean(name, (*fields, *others))}")
+    return problems
+
+
+def _option_value_problems(name: str, text: str, kind: Any) -> list[str]:
+    if not is_dataclass_type(kind) and not is_dataclass_type(element_type(kind)):
+        return [] if _fits(kind, text, is_text=True) else [_wrong(name, text, kind)]
+    try:
+        return _value_problems(yaml.safe_load(text), kind, name)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return [f"{name}: {abbreviate(text)}: not valid YAML"]
+
+
+def dataclass_problems(content: Any, cls: type, name: str = "") -> list[str]:
+    """Unknown and missing keys and values of a wrong type in a mapping that is to become a `cls`.
+
+    name: dotted name of the mapping; empty for the whole.
+    """
+    if not isinstance(content, dict):
+        return [f"{name or 'the file'}: {abbreviate(content)}: must be a mapping of {cls.__name__} fields"]
+    fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+    prefix = f"{name}." if name else ""
+    problems: list[str] = []
+    for key, value in content.items():
+        if key in fields:
+            problems += _value_problems(value, fields[key].type, prefix + key)
+        else:
+            problems.append(f"{prefix}{str(key)[:100]}: unknown key{did_you_mean(str(key)[:100], fields)}")
+    for key, entry in fields.items():
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and key not in content:
+            problems.append(f"{prefix}{key}: missing: must be {describe(entry.type)}")
+    return problems
+
+
+def _value_problems(value: Any, kind: Any, name: str) -> list[str]:
+    element = element_type(kind)
+    if is_dataclass_type(kind):
+        return dataclass_problems(value, kind, name)
+    if is_dataclass_type(element) and isinstance(value, list):
+        return [p for i, entry in enumerate(value) for p in dataclass_problems(entry, element, f"{name}[{i}]")]
+    if value is None and type(None) not in typing.get_args(kind):
+        return [_wrong(name, value, kind)]
+    return [] if _fits(kind, value) else [_wrong(name, value, kind)]
+
+
+def _wrong(name: str, value: Any, kind: Any) -> str:
+    return f"{name}: {abbreviate(value)}: must be {describe(kind)}"
+
+
+def _fits(kind: Any, value: Any, is_text: bool = False) -> bool:
+    """Whether jsonargparse takes this value, or the text of an option, for a field of this type."""
+    try:
+        if is_text:
+            _parser_of(kind).parse_args([f"--value={value}"])
+        else:
+            _parser_of(kind).parse_object({"value": value})
+    except (ArgumentError, TypeError, ValueError, KeyError, RecursionError, OSError, OverflowError):
+        return False
+    return True
+
+
+@functools.cache
+def _parser_of(kind: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    return parser
+
+
+def dotted_fields(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type for every field of a dataclass and of those in it."""
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(cls):
+        found[prefix + entry.name] = entry.type
+        if is_dataclass_type(entry.type):
+            found |= dotted_fields(cast(type, entry.type), f"{prefix}{entry.name}.")
+    return found
+
+
+def split_arguments(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """(option without dashes, its text) of `--a.b text`, `--a.b=text` and `--a.b` (empty text)."""
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        if argument.startswith("--"):
+            name, equals, text = argument.removeprefix("--").partition("=")
+            yield name.removesuffix("+"), text if equals or following.startswith("--") else following
+
+
+def is_dataclass_type(kind: Any) -> bool:
+    """Whether a type is a dataclass."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def element_type(kind: Any) -> Any:
+    """T of tuple[T, ...], else None."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
+def _is_mapping(kind: Any) -> bool:
+    """Whether a type is dict[...], or that or None."""
+    return any(typing.get_origin(part) is dict for part in (kind, *typing.get_args(kind)))
+
+
+def describe(kind: Any) -> str:
+    """A type in words."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if part is type(None) else describe(part) for part in parts)
+    if origin is tuple:
+        return f"a list, each {describe(parts[0])}"
+    if origin is dict:
+        return "a mapping"
+    if is_dataclass_type(kind):
+        return f"a mapping of {kind.__name__} fields"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]

@@ -1,0 +1,82 @@
+"""Code of your own, named in a configuration as `module:name`: a user encoder, a numeric feature.
+
+The module is imported like any other: it is installed, or its folder is on PYTHONPATH, on every rank. Nothing is
+fetched, and a run directory that names one needs it again to be evaluated or embedded.
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.modules.encoders.shapes import ENCODER_SHAPES
+
+EXTENSION_FORM = "module:Name of your own"
+"""How messages call it."""
+
+
+def is_extension(name: str) -> bool:
+    """Whether a name of the configuration is one of the user's own code."""
+    return ":" in name
+
+
+def load_extension(text: str, field: str) -> Any:
+    """What `text`, `module:name`, stands for.
+
+    Args:
+        field: dotted field of the configuration, for the message.
+
+    Raises:
+        ValueError: there is no such module, or no such name in it.
+    """
+    module, _, name = text.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        known = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
+        why = f"there is no module {module!r}: install it, or put its folder on PYTHONPATH" if known else str(error)
+        raise ValueError(f"{field}: {text!r}: {why}") from error
+    if not hasattr(found, name):
+        raise ValueError(f"{field}: {text!r}: {found.__file__} has no {name!r}{did_you_mean(name, vars(found))}")
+    return getattr(found, name)
+
+
+def encoder_shape(encoder: str) -> type:
+    """The dataclass that `user.shape` becomes, for every `user.encoder` but llm. Ours need no torch.
+
+    Raises:
+        ValueError: an unknown name, or a class that is no user encoder.
+    """
+    if encoder in ENCODER_SHAPES:
+        return ENCODER_SHAPES[encoder]
+    if not is_extension(encoder):
+        names = ("llm", *ENCODER_SHAPES)
+        raise ValueError(
+            f"user.encoder: {encoder!r}: must be one of {', '.join(names)}, or "
+            f"{EXTENSION_FORM}{did_you_mean(encoder, names)}"
+        )
+    shape: type = load_user_encoder(encoder).Shape
+    return shape
+
+
+def load_user_encoder(encoder: str) -> Any:
+    """The class that `user.encoder`, `module:Name`, stands for: called with (shape, dropout).
+
+    Raises:
+        ValueError: there is none, it is no `UserEncoder`, or it does not say its `Shape`.
+    """
+    from hllm_torchrec.modules.encoders.base import UserEncoder
+
+    found = load_extension(encoder, "user.encoder")
+    if not (isinstance(found, type) and issubclass(found, UserEncoder)):
+        raise ValueError(
+            f"user.encoder: {encoder!r}: must be a subclass of hllm_torchrec.modules.encoders.base.UserEncoder"
+        )
+    shape = getattr(found, "Shape", None)
+    fields = {field.name for field in dataclasses.fields(shape)} if dataclasses.is_dataclass(shape) else set()
+    if not {"width", "layers"} <= fields:
+        raise ValueError(
+            f"user.encoder: {encoder!r}: {found.__name__}.Shape must be a dataclass with the fields width and layers; "
+            "user.shape becomes one"
+        )
+    return found

@@ -1,0 +1,129 @@
+"""From YAML files and dotted options to a dataclass of fields, and back.
+
+jsonargparse turns the dataclasses into `--model.user.layers 2` style options, reads the YAML and prints the
+resolved file (`--print_config`); it was chosen because the dataclasses stay plain, without a second schema.
+Checks beyond the parser's are in `checking`: unknown keys, with the nearest right name, and wrong types are all
+reported together.
+"""
+
+import dataclasses
+import functools
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.checking import (
+    element_type,
+    file_problems,
+    is_dataclass_type,
+    option_problems,
+    split_arguments,
+)
+from hllm_torchrec.config.schema import Config
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+T = TypeVar("T")
+
+
+def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:
+    """The dataclass of `--config FILE` and dotted overrides; `prog` and `description` show in `--help`.
+
+    `--print_config` prints the resolved configuration and exits.
+
+    Raises:
+        ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
+            broken rules.
+    """
+    given = list(split_arguments(arguments))
+    problems = [problem for name, text in given if name == "config" for problem in file_problems(text, cls)]
+    problems += option_problems(dict(given), cls, others=("config", "print_config", "help"))
+    if problems:
+        raise ConfigError(problems)
+    kind: type = cls
+    try:
+        # jsonargparse's own --print_config cannot print dataclasses in a list
+        to_parse = [argument for argument in arguments if argument != "--print_config"]
+        parsed = _parser(kind, prog, description).parse_args(to_parse)
+    except (ArgumentError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        files = ", ".join(text for name, text in given if name == "config")
+        raise ConfigError([f"{files or prog}: {' '.join(str(error).split())}: it must be {cls.__name__}'s"]) from None
+    if "--print_config" in arguments:
+        print(to_yaml(parsed), end="")
+        raise SystemExit(0)
+    built: T = _build(kind, parsed)
+    return built
+
+
+@functools.cache
+def _parser(cls: type, prog: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_class_arguments(cls, nested_key=None, fail_untyped=True)
+    return parser
+
+
+def _build(cls: type, value: Any) -> Any:
+    """Namespace or dict -> dataclass, recursively."""
+    if dataclasses.is_dataclass(value):
+        return value
+    data = vars(value) if isinstance(value, Namespace) else dict(value)
+    kinds = {f.name: f for f in dataclasses.fields(cls)}
+    built = {}
+    for name, entry in data.items():
+        if name not in kinds:
+            continue
+        kind = kinds[name].type
+        if isinstance(kind, type) and is_dataclass_type(kind):
+            entry = _build(kind, entry)
+        elif is_dataclass_type(element_type(kind)):
+            entry = tuple(_build(element_type(kind), part) for part in entry)
+        elif isinstance(entry, list):
+            entry = tuple(entry)
+        elif isinstance(entry, Namespace):
+            entry = vars(entry)
+        built[name] = entry
+    return cls(**built)
+
+
+def to_dict(config: Any) -> Any:
+    """The configuration as plain dicts and lists (JSON and YAML); also one that is parsed but not yet built."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Namespace):
+        return {name: to_dict(value) for name, value in vars(config).items() if name != "config"}
+    return [to_dict(entry) for entry in config] if isinstance(config, tuple | list) else config
+
+
+def to_yaml(config: Any) -> str:
+    """The same as YAML."""
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Parse `--config FILE` and dotted overrides: ["--config", "configs/quickstart.yaml", "--seed", "1"].
+
+    `--print_config` prints the resolved configuration and exits.
+
+    Raises:
+        ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
+            broken rules.
+    """
+    return load_dataclass(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config))
+
+
+def config_from_file(path: Path) -> Config:
+    """Read a resolved configuration (written by `save_config`)."""
+    return load_config(["--config", str(path)])

@@ -1,0 +1,270 @@
+"""The rules a configuration keeps: the range of each number, and what fields ask of one another."""
+
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from hllm_torchrec.config.checking import dataclass_problems
+from hllm_torchrec.config.eval_protocols import protocol_problems
+from hllm_torchrec.config.extensions import encoder_shape
+
+if TYPE_CHECKING:
+    from hllm_torchrec.config.schema import Config, StageConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hllm_torchrec.config.schema import Config
+
+
+LORA_BOUNDS = {
+    f"{part}.lora.{name}": bound
+    for part in ("item_llm", "user")
+    for name, bound in {"rank": ">= 0", "alpha": "> 0", "dropout": ">= 0, < 1"}.items()
+}
+"""Ranges of an adapter's numbers."""
+
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+BOUNDS = {
+    "seed": ">= 0",
+    "max_steps": ">= 0",
+    "data.max_history": ">= 2",
+    "data.batch_users": ">= 1",
+    "data.batch_item_tokens": ">= 0",
+    "data.id_dropout": ">= 0, < 1",
+    "data.cold_dropout": ">= 0, < 1",
+    "data.train_users": "> 0, <= 1",
+    "data.prefetch": ">= 0",
+    "item_llm.layers": ">= 1",
+    "item_llm.max_text_length": ">= 1",
+    "item_llm.adapter": ">= 0",
+    "item_llm.trained_share": "> 0, <= 1",
+    "item_llm.refresh_after": ">= 0",
+    "item_llm.items_at_once": ">= 0",
+    "user.layers": ">= 1",
+    "user.dropout": ">= 0, < 1",
+    "features.time_depth": ">= 0, <= 6",
+    "features.time_width": ">= 1",
+    "features.init_scale": ">= 0",
+    "features.shard_from_rows": ">= 1",
+    "objective.generative_weight": ">= 0",
+    "objective.value_weight": ">= 0",
+    "objective.negatives": ">= 1",
+    "objective.temperature": ">= 0.01",
+    "objective.head_hidden": ">= 1",
+    "objective.head_dropout": ">= 0, < 1",
+    "objective.collapse_above": "> 0, <= 1",
+    "optim.lr": ">= 0",
+    "optim.item_llm_lr": ">= 0",
+    "optim.user_lr": ">= 0",
+    "optim.table_lr": ">= 0",
+    "optim.weight_decay": ">= 0",
+    "optim.warmup": ">= 0, <= 1",
+    "optim.min_lr_ratio": ">= 0, <= 1",
+    "optim.clip_norm": ">= 0",
+    "optim.accumulate": ">= 1",
+    "optim.ema": ">= 0, < 1",
+    "parallel.timeout": "> 0",
+    "evaluation.every": "> 0",
+    "evaluation.checkpoint_every": ">= 0",
+    "evaluation.patience": ">= 0",
+    "evaluation.batch_users": ">= 1",
+    "evaluation.keep_last": ">= 1",
+    "reliability.max_skipped": ">= 0",
+    "reliability.leakage_above": "> 0.5, <= 1",
+    **LORA_BOUNDS,
+}
+"""Dotted field -> what its value must be, where it has one."""
+
+STAGE_BOUNDS = {"epochs": "> 0", "max_history": ">= 2", "batch_users": ">= 1"}
+
+SHAPE_BOUNDS = {
+    "width": ">= 1",
+    "layers": ">= 1",
+    "heads": ">= 1",
+    "hidden": ">= 1",
+    "qk_width": ">= 1",
+    "value_width": ">= 1",
+    "max_positions": ">= 1",
+    "time_buckets": ">= 1",
+    "window": ">= 1",
+    "prefix": ">= 0",
+    "dropout": ">= 0, < 1",
+    "stochastic_depth": ">= 0, < 1",
+}
+"""The same for the fields that an encoder's shape has of these."""
+
+
+def config_problems(config: "Config") -> list[str]:
+    """Every broken rule, as 'field: value: rule; remedy'."""
+    return [
+        *out_of_bounds(config, BOUNDS),
+        *_stage_problems(config.stages),
+        *_length_problems(config),
+        *_optimizer_problems(config),
+        *_store_problems(config),
+        *_backbone_problems(config),
+        *lora_problems(config),
+        *_encoder_problems(config),
+        *_objective_problems(config),
+        *protocol_problems(config),
+    ]
+
+
+def out_of_bounds(config: Any, bounds: dict[str, str], prefix: str = "") -> Iterator[str]:
+    """Numbers that are not as `bounds` says; a value of None is none."""
+    for name, bound in bounds.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None and not all(_holds(value, part) for part in bound.split(", ")):
+            yield f"{prefix}{name}: {value}: must be {bound.replace(', ', ' and ')}"
+
+
+def _holds(value: float, comparison: str) -> bool:
+    sign, limit = comparison.split()
+    return bool(COMPARISONS[sign](value, float(limit)))
+
+
+def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
+    if not stages:
+        yield "stages: empty: give at least one, e.g. [{name: end to end, epochs: 1}]"
+    for number, stage in enumerate(stages):
+        yield from out_of_bounds(stage, STAGE_BOUNDS, f"stages[{number}].")
+
+
+def _length_problems(config: "Config") -> Iterator[str]:
+    alpha = config.data.stochastic_length
+    if alpha != 0 and not 1 < alpha <= 2:
+        yield f"data.stochastic_length: {alpha}: must be 0 (off), or above 1 and at most 2; the paper has 1.6 to 1.9"
+
+
+def _optimizer_problems(config: "Config") -> Iterator[str]:
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas: {list(config.optim.betas)}: each must be at least 0 and less than 1, such as [0.9, 0.98]"
+
+
+def takes_stored_items(config: "Config") -> bool:
+    """Whether item embeddings come from `item_llm.store`: a run takes them from there in all stages, or in none."""
+    return any(stage.item_embeddings == "stored" for stage in config.stages)
+
+
+def _store_problems(config: "Config") -> Iterator[str]:
+    """What stages with stored item embeddings need, and what only they have a use for."""
+    item = config.item_llm
+    if not takes_stored_items(config):
+        for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
+            if value != nothing:
+                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; write so, or leave it out"
+        return
+    for number, stage in enumerate(config.stages):
+        if stage.item_embeddings != "stored":
+            yield (
+                f"stages[{number}].item_embeddings: {stage.item_embeddings!r}: other stages have 'stored': a run takes "
+                "all from the store or nothing; make two runs, the second with start_from"
+            )
+    if not item.enabled:
+        yield "item_llm.enabled: false while stages have item_embeddings: stored: an ID-only model has no use for them"
+    elif item.store is None:
+        yield "item_llm.store: none: item_embeddings: stored needs the store that `hllm embed` has made"
+
+
+def _backbone_problems(config: "Config") -> Iterator[str]:
+    for name, part in (("user", config.user), ("item_llm", config.item_llm)):
+        unused = name == "item_llm" and not config.item_llm.enabled
+        unused = unused or (name == "user" and config.user.encoder != "llm")
+        if not unused and (part.pretrained is None) == (part.shape is None):
+            yield (
+                f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
+                "(weights, or a shape for random ones)"
+            )
+
+
+def _encoder_problems(config: "Config") -> Iterator[str]:
+    """What of `user` does not fit an encoder that is no Hugging Face decoder."""
+    user, tokens = config.user, 1
+    if user.actions == "interleaved":
+        tokens = 2
+        if not config.features.action:
+            yield "user.actions: 'interleaved' while features.action is false: there are no actions; set it true"
+        if config.features.action_gate:
+            yield (
+                "user.actions: 'interleaved' with features.action_gate: an item's token comes before its action and "
+                "cannot be scaled by it; set the gate to false, or write summed"
+            )
+    if user.encoder == "llm":
+        return
+    for name in ("pretrained", "layers"):
+        if getattr(user, name) is not None:
+            yield f"user.{name}: {getattr(user, name)!r}: only for user.encoder llm; leave it out"
+    try:
+        kind = encoder_shape(user.encoder)
+    except ValueError as error:
+        yield str(error)
+        return
+    problems = list(dataclass_problems(user.shape or {}, kind, "user.shape"))
+    yield from problems
+    if problems:
+        return
+    shape = kind(**(user.shape or {}))
+    bounds = {name: bound for name, bound in SHAPE_BOUNDS.items() if hasattr(shape, name)}
+    yield from out_of_bounds(shape, bounds, "user.shape.")
+    longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
+    if getattr(shape, "max_positions", longest) < longest and user.encoder != "hstu":
+        yield (
+            f"user.shape.max_positions: {shape.max_positions}: must be at least the longest history, {longest} "
+            f"(data.max_history or a stage's{', in tokens' if tokens > 1 else ''})"
+        )
+    if getattr(shape, "count_from", "start") == "end" and config.objective.fusion != "none":
+        yield (
+            "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
+            "write start"
+        )
+    if getattr(shape, "time_of", "event") == "next" and config.objective.fusion != "none":
+        yield (
+            "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
+            "was would tell what is to be classified; write event"
+        )
+
+
+def _objective_problems(config: "Config") -> Iterator[str]:
+    text, objective = config.item_llm.enabled, config.objective
+    generates = objective.fusion == "none" or objective.generative_weight > 0
+    if not text and not config.features.item_id:
+        yield "features.item_id: false while item_llm.enabled is false: items would have no features"
+    if not text and generates and objective.item_space == "text":
+        yield (
+            "objective.item_space: 'text' while item_llm.enabled is false: there are no text embeddings to predict; "
+            "write features (or auto)"
+        )
+    if config.evaluation.retrieval and not generates:
+        yield (
+            "evaluation.retrieval: true without a generative loss: set objective.generative_weight above 0, "
+            "or retrieval to false"
+        )
+    ks = config.evaluation.ks
+    if (config.evaluation.retrieval or objective.fusion == "none") and min(ks, default=0) < 1:
+        yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
+
+
+def lora_problems(config: "Config") -> Iterator[str]:
+    """Adapters where there is no Hugging Face model, or that nothing would ever train."""
+    item, user = config.item_llm, config.user
+    if item.lora.rank and not item.enabled:
+        yield (
+            f"item_llm.lora.rank: {item.lora.rank} while item_llm.enabled is false: there is no LLM to adapt; write 0"
+        )
+    if user.lora.rank and user.encoder != "llm":
+        yield (
+            f"user.lora.rank: {user.lora.rank}: user.encoder {user.encoder!r} is no Hugging Face decoder; write 0, or "
+            "user.encoder llm"
+        )
+    for name, part in (("item_llm", item), ("user", user)):
+        # A later stage may freeze adapters that another run has trained.
+        if part.lora.rank and not part.trainable and config.start_from is None:
+            yield (
+                f"{name}.lora.rank: {part.lora.rank} while {name}.trainable is false: its adapters would stay nothing; "
+                "set trainable to true, rank to 0, or start_from to a run that trained them"
+            )
+        given = part.lora.targets or part.lora.dropout
+        if given and not part.lora.rank:
+            yield f"{name}.lora.rank: 0, but other fields of {name}.lora are given: give a rank, such as 16"

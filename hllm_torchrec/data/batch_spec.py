@@ -1,0 +1,65 @@
+"""What a batch holds, decided by the configuration and checked against the dataset."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.numeric_features import numeric_problems
+from hllm_torchrec.modules.features.hybrid import ACTION_GATE
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What a batch holds.
+
+    history: "all" earlier events, or the "positive" ones (label 1) alone;
+    visibility: an exposure sees earlier "second"s (ranking) or "position"s (leave-one-out retrieval);
+    negatives: how many items are drawn per step (0: none, and no generative targets);
+    item_slots: every unique item has a slot of its own in training, for a generative loss over item features;
+    positive_targets_only: an item with label 0 is no generative target;
+    item_id, action, action_gate, time_depth, item_features, user_features: which bags there are;
+    numeric_features: see `hllm_torchrec.data.numeric_features`;
+    id_dropout: probability that an ID is read as unknown, in training;
+    cold_dropout: above 0, items without a training event are read as unknown, and in training each item of a step
+    with this probability;
+    interleaved: an event is two tokens of the history, its item and then its action.
+    """
+
+    fusion: Literal["late", "early", "none"]
+    history: Literal["all", "positive"] = "all"
+    visibility: Literal["second", "position"] = "second"
+    negatives: int = 0
+    item_slots: bool = False
+    positive_targets_only: bool = True
+    item_id: bool = True
+    action: bool = True
+    action_gate: bool = False
+    time_depth: int = 6
+    item_features: tuple[str, ...] = ()
+    user_features: tuple[str, ...] = ()
+    numeric_features: tuple[str, ...] = ()
+    id_dropout: float = 0.0
+    interleaved: bool = False
+    cold_dropout: float = 0.0
+
+    def tables(self, dataset: Dataset) -> dict[str, int]:
+        """Rows of every summed table (time components excluded), in the order of the batch's keys."""
+        sizes = dataset.manifest
+        tables = {"item_id": dataset.num_items} if self.item_id else {}
+        if self.action:
+            tables["action"] = sizes["actions"]["number"]
+        if self.action_gate:
+            tables[ACTION_GATE] = sizes["actions"]["number"]
+        tables |= {name: sizes["item_features"][name]["size"] for name in self.item_features}
+        return tables | {name: sizes["user_features"][name]["size"] for name in self.user_features}
+
+
+def check_batch_spec(spec: BatchSpec, dataset: Dataset) -> list[str]:
+    """Problems of a batch spec with this dataset, one line each: unknown features."""
+    problems = []
+    for kind, names in (("item", spec.item_features), ("user", spec.user_features)):
+        known = dataset.manifest[f"{kind}_features"]
+        problems += [
+            f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known
+        ]
+    return problems + numeric_problems(spec.numeric_features)

@@ -1,0 +1,217 @@
+"""Events on disk, divided by user, so that memory follows the partition and not the dataset.
+
+A partition holds all events of its users. It is written in source order while the source streams by, then
+rewritten once, sorted by (user, timestamp, source row) with user numbers in place of raw ids.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hllm_torchrec.data.bad_rows import BadRowLog
+
+BYTES_PER_PARTITION = 64 << 20
+MAX_PARTITIONS = 256
+_HASH_BASE = np.uint64(0x100000001B3)
+_HASH_MIX = np.uint64(0xFF51AFD7ED558CCD)
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+def partition_count(event_bytes: int, compressed: bool) -> int:
+    """Number of partitions for event files of that size; a function of the source only, so repeatable."""
+    return int(np.clip(-(-event_bytes * (4 if compressed else 1) // BYTES_PER_PARTITION), 1, MAX_PARTITIONS))
+
+
+class PartitionWriter:
+    """Writes tables row by row into `count` Arrow streams in `folder`, by a hash of one string column."""
+
+    def __init__(self, folder: Path, prefix: str, count: int, key: str) -> None:
+        self._paths = [folder / f"{prefix}-{p:05d}.arrows" for p in range(count)]
+        self._writers: list[pa.ipc.RecordBatchStreamWriter | None] = [None] * count
+        self._key = key
+
+    def write(self, table: pa.Table) -> None:
+        """Appends each row of `table` to the partition of its key."""
+        count = len(self._paths)
+        if table.num_rows == 0:
+            return
+        if count == 1:
+            self._append(0, table)
+            return
+        part = (hash_strings(table[self._key].combine_chunks()) % np.uint64(count)).astype(np.int64)
+        table = table.take(np.argsort(part, kind="stable"))
+        ends = np.cumsum(np.bincount(part, minlength=count))
+        for p, (start, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)):
+            if end > start:
+                self._append(p, table.slice(start, end - start))
+
+    def _append(self, p: int, table: pa.Table) -> None:
+        writer = self._writers[p]
+        if writer is None:
+            writer = self._writers[p] = pa.ipc.new_stream(str(self._paths[p]), table.schema, options=_OPTIONS)
+        writer.write_table(table)
+
+    def close(self) -> list[Path]:
+        """Ends the streams; returns the paths, one per partition (a partition without rows has no file)."""
+        for writer in self._writers:
+            if writer is not None:
+                writer.close()
+        return self._paths
+
+
+def read_stream(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """The table of an Arrow stream, whole or the columns named, or None if the file is not there."""
+    if not path.exists():
+        return None
+    with pa.OSFile(str(path)) as file:
+        if columns is None:
+            return pa.ipc.open_stream(file).read_all()
+        names = pa.ipc.read_schema(file).names
+        file.seek(0)
+        options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+        return pa.ipc.open_stream(file, options=options).read_all()
+
+
+def hash_strings(values: pa.Array) -> np.ndarray:
+    """A hash (uint64 [n]) of each string's bytes: polynomial, then mixed; the same in every process.
+
+    `values` has no null and no empty string. Vectorised, since it runs over every event.
+    """
+    offsets = np.frombuffer(values.buffers()[1], np.int32)[values.offset : values.offset + len(values) + 1]
+    data = np.frombuffer(values.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    assert len(values) == 0 or lengths.min() > 0, "an empty string"
+    with np.errstate(over="ignore"):
+        powers = np.cumprod(np.full(int(lengths.max(initial=0)), _HASH_BASE, np.uint64))
+        place = np.arange(len(data)) - np.repeat(starts, lengths)
+        sums = np.add.reduceat((data.astype(np.uint64) + np.uint64(1)) * powers[place], starts)
+        return (sums ^ (sums >> np.uint64(33))) * _HASH_MIX >> np.uint64(20)
+
+
+def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "RowLocator") -> tuple[pa.Table, pa.Array]:
+    """One partition, sorted by (user, timestamp, order), duplicates dealt with.
+
+    Takes `raw_user_id`, `item` int64, `timestamp`, `label`, `action`, `order`, rows by ascending order;
+    returns the table with `user` int64 (a number from `first_user` on in order of first appearance) in place
+    of `raw_user_id`, and the raw ids of those users. Raises ValueError for a duplicate event where the policy
+    says so.
+    """
+    users = table["raw_user_id"].combine_chunks().dictionary_encode()
+    user = users.indices.to_numpy().astype(np.int64)
+    item, time, order = (table[name].to_numpy() for name in ("item", "timestamp", "order"))
+    sort = np.lexsort((time, user))  # stable, so ties keep the order of the source
+    repeated = _repeated(user[sort], time[sort], item[sort])
+    if repeated.any():
+        first = sort[repeated][np.argmin(order[sort][repeated])]
+        path, row = locate(int(order[first]))
+        problem = f"user {users.dictionary[int(user[first])]} has this item in this second already"
+        if log.handle("duplicate_event", repeated, path, np.full(len(repeated), row), lambda _: problem):
+            sort = sort[~repeated]
+    columns = {"user": pa.array(user[sort] + first_user)}
+    for name in ("item", "timestamp", "label", "action", "order"):
+        columns[name] = table[name].combine_chunks().take(pa.array(sort))
+    return pa.table(columns), users.dictionary
+
+
+def _repeated(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """True (bool [n]) where an event sorted by (user, time) had the same user, second and item before it."""
+    repeated = np.zeros(len(user), bool)
+    same_second = np.zeros(len(user) + 1, bool)
+    same_second[1:-1] = (np.diff(user) == 0) & (np.diff(time) == 0)
+    shared = np.flatnonzero(same_second[1:] | same_second[:-1])  # events that share user and second
+    if len(shared):
+        run = np.cumsum(~same_second[:-1])[shared]
+        by_item = np.lexsort((item[shared], run))
+        again = (np.diff(run[by_item]) == 0) & (np.diff(item[shared][by_item]) == 0)
+        repeated[shared[by_item[1:][again]]] = True
+    return repeated
+
+
+class RowLocator:
+    """Turns the running number of a source row back into its file and row.
+
+    An event's `order` is the row number plus the rows of all files before, so that it sorts as the source
+    does.
+    """
+
+    def __init__(self) -> None:
+        self._starts: list[tuple[int, Path]] = []
+        self._next = 0
+
+    def orders(self, path: Path, rows: np.ndarray) -> np.ndarray:
+        """The orders (int64 [n]) of rows of `path`; files must come one after the other."""
+        if not self._starts or self._starts[-1][1] != path:
+            self._starts.append((self._next, path))
+        orders = self._starts[-1][0] + rows
+        self._next = int(orders[-1]) + 1 if len(orders) else self._next
+        return orders
+
+    def __call__(self, order: int) -> tuple[Path, int]:
+        """File and row of an order."""
+        start, path = next((s, p) for s, p in reversed(self._starts) if s <= order)
+        return path, order - start
+
+
+class SortedPartitions:
+    """The sorted partitions on disk, read one at a time; `alive` masks filter users and items out."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.alive_users: np.ndarray | None = None
+        self.alive_items: np.ndarray | None = None
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """The partitions one by one, without the events of users and items filtered out."""
+        return self._read(None)
+
+    def _read(self, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+        for path in self.paths:
+            if self.alive_users is None or self.alive_items is None:
+                yield read_stream(path, columns)
+                continue
+            table = read_stream(path, columns and list(dict.fromkeys(["user", "item", *columns])))
+            assert table is not None, path
+            user, item = table["user"].to_numpy(), table["item"].to_numpy()
+            yield table.filter(pa.array(self.alive_users[user] & self.alive_items[item]))
+
+    def counts(self, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+        """Events per user [num_users] and per item [num_items] among those not filtered out, int64."""
+        users, items = np.zeros(num_users, np.int64), np.zeros(num_items, np.int64)
+        for table in self._read(["user", "item"]):
+            users += np.bincount(table["user"].to_numpy(), minlength=num_users)
+            items += np.bincount(table["item"].to_numpy(), minlength=num_items)
+        return users, items
+
+    def times(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(timestamps, orders) of each partition, for `split.find_cut`."""
+        for table in self._read(["timestamp", "order"]):
+            yield table["timestamp"].to_numpy(), table["order"].to_numpy()
+
+
+def write_sorted(path: Path, table: pa.Table) -> None:
+    """Writes one partition as an Arrow stream."""
+    with pa.ipc.new_stream(str(path), table.schema, options=_OPTIONS) as writer:
+        writer.write_table(table)
+
+
+def core_filter(
+    partitions: SortedPartitions, counts: tuple[np.ndarray, np.ndarray], k: int, *, iterative: bool
+) -> None:
+    """Keeps users and items with at least `k` events, by setting the masks of `partitions`.
+
+    `counts` are the events per user and per item now. Iterative: the k-core, repeated until nothing changes.
+    Otherwise the single pass of the published Books protocol (HLLM, HSTU): items and users by their counts in
+    the whole data, then users once more, so that an item may end with fewer than k.
+    """
+    users, items = counts
+    while True:
+        before = int(users.sum())
+        partitions.alive_users, partitions.alive_items = users >= k, items >= k
+        users, items = partitions.counts(len(users), len(items))
+        if not iterative:
+            partitions.alive_users = users >= k
+            return
+        if int(users.sum()) == before:
+            return

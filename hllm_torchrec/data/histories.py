@@ -1,0 +1,198 @@
+"""Users' sequences as flat arrays, and the exposures in them that a baseline has to score.
+
+Legend: R rows (users), T events of all rows, X exposures (events of the split's part with a label), N items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.progress import progress
+from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.distributed import coordination
+from hllm_torchrec.distributed.collectives import global_sum
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Rows of a part's sequences: each user's whole history up to the part's end.
+
+    user_ids, target_start [R]; offsets [R + 1], from 0, of the rows in the events; item_ids, timestamps
+    (seconds UTC), labels (float64, NaN where the event is no exposure) [T].
+    visibility: what an exposure sees: events of earlier "second"s, or of earlier "position"s.
+    """
+
+    user_ids: Ints
+    target_start: Ints
+    offsets: Ints
+    item_ids: Ints
+    timestamps: Ints
+    labels: Floats
+    visibility: str
+
+    @cached_property
+    def row_of_event(self) -> Ints:
+        """[T] the row that each event is of."""
+        return np.repeat(np.arange(self.user_ids.size), np.diff(self.offsets))
+
+    @cached_property
+    def position(self) -> Ints:
+        """[T] the event's index in its user's sequence."""
+        return np.arange(self.item_ids.size) - self.offsets[self.row_of_event]
+
+    @cached_property
+    def events_of_earlier_seconds(self) -> Ints:
+        """[T] how many events of the same user are of strictly earlier seconds."""
+        index = np.arange(self.item_ids.size)
+        same = (np.diff(self.timestamps) == 0) & (np.diff(self.row_of_event) == 0)
+        first_of_second = np.maximum.accumulate(np.where(np.concatenate([[False], same]), 0, index))
+        return first_of_second - self.offsets[self.row_of_event]
+
+    @cached_property
+    def seen(self) -> Ints:
+        """[T] how many events of the same user, from the first on, an exposure there may see."""
+        return self.events_of_earlier_seconds if self.visibility == "second" else self.position
+
+    @cached_property
+    def exposures(self) -> Ints:
+        """[X] indices of the events to score: those of the split's part that have a label."""
+        in_part = self.position >= self.target_start[self.row_of_event]
+        return np.flatnonzero(in_part & ~np.isnan(self.labels))
+
+    def sum_of_seen(self, values: NDArray) -> NDArray:
+        """[X] for every exposure, the sum of `values` [T] over the events that it may see."""
+        total = np.concatenate([[0], np.cumsum(values)])
+        start = self.offsets[self.row_of_event[self.exposures]]
+        return total[start + self.seen[self.exposures]] - total[start]
+
+    def columns(
+        self, scores: NDArray, probabilities: NDArray, cold: NDArray[np.bool_], rows: Ints | slice = ALL
+    ) -> Columns:
+        """The predictions format.
+
+        Args:
+            scores, probabilities: of the exposures `rows`; [X] for all of them.
+            cold: [N], whether an item has no training event.
+            rows: indices of exposures.
+        """
+        events = self.exposures[rows]
+        items = self.item_ids[events]
+        return {
+            "user_id": self.user_ids[self.row_of_event[events]],
+            "position": self.position[events].astype(np.int32),
+            "item_id": items,
+            "timestamp": self.timestamps[events],
+            "label": self.labels[events].astype(np.float32),
+            "score": scores.astype(np.float32),
+            "probability": probabilities.astype(np.float32),
+            "history_length": self.events_of_earlier_seconds[events].astype(np.int32),
+            "item_is_cold": cold[items],
+        }
+
+
+def rank_row_groups(dataset: Dataset, split: str) -> list[RowGroup]:
+    """This rank's share of a split's row groups.
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    groups = dataset.row_groups(split)
+    if not groups:
+        raise ValueError(f"{dataset.root}: split {split!r} is empty: prepare the dataset with another split rule")
+    return groups[coordination.rank() :: coordination.world_size()]
+
+
+def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
+    """The rows of some row groups (none: no rows)."""
+    names = ["user_id", "target_start", "item_ids", "timestamps", "labels"]
+    tables = [dataset.read_row_group(group.path, group.index, columns=names) for group in groups]
+    if not tables:
+        nothing = np.empty(0, np.int64)
+        offsets, labels = np.zeros(1, np.int64), np.empty(0)
+        return Histories(nothing, nothing, offsets, nothing, nothing, labels, dataset.visibility)
+    table = pa.concat_tables(tables).combine_chunks()
+    lengths = pc.list_value_length(table["item_ids"]).to_numpy()
+    return Histories(
+        user_ids=table["user_id"].to_numpy(),
+        target_start=table["target_start"].to_numpy().astype(np.int64),
+        offsets=offsets_from_lengths(lengths),
+        item_ids=pc.list_flatten(table["item_ids"]).to_numpy(),
+        timestamps=pc.list_flatten(table["timestamps"]).to_numpy(),
+        labels=pc.list_flatten(table["labels"]).to_numpy().astype(np.float64),  # a null becomes NaN
+        visibility=dataset.visibility,
+    )
+
+
+def score_by_group(
+    dataset: Dataset,
+    split: str,
+    cold: NDArray[np.bool_],
+    score: Callable[[Histories, list[RowGroup]], tuple[NDArray, NDArray]],
+) -> Columns:
+    """This rank's predictions of a split, one row group in memory at a time.
+
+    Args:
+        cold: [N], whether an item has no training event.
+        score: histories, and the row groups that they are from (maybe none) -> scores [X] and probabilities [X].
+
+    Raises:
+        ValueError: the split is empty.
+    """
+    groups = rank_row_groups(dataset, split)
+    parts = []
+    with progress(len(groups), f"score {split}", coordination.rank() == 0) as bar:
+        for share in [[group] for group in groups] or [[]]:
+            histories = read_histories(dataset, share)
+            parts.append(histories.columns(*score(histories, share), cold))
+            bar.update(len(share))
+    return join_columns(parts)
+
+
+@dataclass(frozen=True)
+class ItemLabels:
+    """Labels of the training part by item: how many, and their sum; float64 [N]."""
+
+    count: Floats
+    total: Floats
+
+    @property
+    def mean(self) -> float:
+        """Mean label of the training part; 0.5 without any label."""
+        return float(self.total.sum() / self.count.sum()) if self.count.sum() else 0.5
+
+    def bias(self, shrinkage: float) -> Floats:
+        """[N] an item's mean label minus the overall mean, as if it had `shrinkage` more labels of that mean.
+
+        0 for items without a training label.
+        """
+        surplus = self.total - self.count * self.mean
+        return np.divide(surplus, self.count + shrinkage, out=np.zeros_like(surplus), where=self.count > 0)
+
+
+def training_labels(dataset: Dataset) -> ItemLabels:
+    """Counts and sums of the training labels of every item, over all ranks. Collective."""
+    groups = rank_row_groups(dataset, "train")
+    sums = np.zeros((2, dataset.num_items))
+    with progress(len(groups), "item means", coordination.rank() == 0) as bar:
+        for group in groups:
+            table = dataset.read_row_group(group.path, group.index, columns=["item_ids", "labels"])
+            labels = pc.list_flatten(table["labels"]).to_numpy().astype(np.float64)
+            items = pc.list_flatten(table["item_ids"]).to_numpy()
+            known = ~np.isnan(labels)
+            sums[0] += np.bincount(items[known], minlength=dataset.num_items)
+            sums[1] += np.bincount(items[known], labels[known], minlength=dataset.num_items)
+            bar.update(1)
+    count, total = global_sum(torch.from_numpy(sums)).numpy()
+    return ItemLabels(count, total)

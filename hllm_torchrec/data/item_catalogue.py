@@ -1,0 +1,278 @@
+"""The item catalogue, feature vocabularies and user table while a dataset is being prepared.
+
+Ids are dense from 1 in order of first appearance, 0 is unknown; a dataset prepared again keeps the ids it
+has.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hllm_torchrec.data.bad_rows import BadRowLog
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+from hllm_torchrec.data.sources.base import Chunk, Source
+from hllm_torchrec.data.split import Split
+from hllm_torchrec.data.validation import read_table
+
+FEATURE_TYPE = pa.list_(pa.int32())
+_ROWS_PER_BATCH = 16_384
+
+
+class Vocabulary:
+    """Value → id of one categorical feature: int32, dense from 1, in order of first appearance."""
+
+    def __init__(self, values: Sequence[str] = ()) -> None:
+        self._ids = {value: i for i, value in enumerate(values, start=1)}
+
+    @property
+    def size(self) -> int:
+        """Number of ids, 0 (unknown) included."""
+        return len(self._ids) + 1
+
+    def encode(self, values: pa.Array | pa.ChunkedArray) -> pa.Array:
+        """list<string> [n] → list<int32> [n]; new values get the next ids. A null list is an empty one."""
+        lists = pa.chunked_array([values]).combine_chunks() if isinstance(values, pa.Array) else values.combine_chunks()
+        lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+        flat = lists.flatten().dictionary_encode()
+        of_value = [self._ids.setdefault(v, len(self._ids) + 1) for v in flat.dictionary.to_pylist()]
+        ids = np.array(of_value, np.int32)[flat.indices.to_numpy()] if len(flat) else np.zeros(0, np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets_from_lengths(lengths), pa.int32()), pa.array(ids, pa.int32()))
+
+    def table(self) -> pa.Table:
+        """Columns `id` int32 and `value` string."""
+        return pa.table({"id": pa.array(self._ids.values(), pa.int32()), "value": pa.array(self._ids, pa.string())})
+
+
+def load_vocabularies(root: Path | None, names: Iterable[str]) -> dict[str, Vocabulary]:
+    """The vocabularies of `names`; those that the dataset in `root` (if any) has already are continued."""
+    found = {}
+    for name in names:
+        path = root / "features" / f"{name}.parquet" if root is not None else None
+        known = read_table(path, ["value"])["value"].to_pylist() if path is not None and path.is_file() else ()
+        found[name] = Vocabulary(known)
+    return found
+
+
+class ItemCatalogue:
+    """Collects the items of a source, on disk except for their raw ids.
+
+    Each item has a *number* (from 0, in order of first appearance; existing items first, so that theirs is
+    their id - 1). `write` turns numbers into final ids and leaves out what has to go.
+    """
+
+    def __init__(self, source: Source, spool: Path, log: BadRowLog) -> None:
+        self._log = log
+        self._text = source.text_columns
+        self._columns = [*source.text_columns, *(f"feature_{name}" for name in source.item_features)]
+        fields = [pa.field("number", pa.int64()), pa.field("raw_item_id", pa.string())]
+        fields += [pa.field(name, pa.string()) for name in source.text_columns]
+        fields += [pa.field("created_at", pa.int64())]
+        fields += [pa.field(f"feature_{name}", pa.list_(pa.string())) for name in source.item_features]
+        self._schema = pa.schema(fields)
+        self._spool = spool
+        self._writer = pa.ipc.new_stream(str(spool), self._schema)
+        self._numbers: dict[str, int] = {}
+        self._digests = array("q")
+        self._seen = bytearray()
+        self._current_row = array("q")
+        self._rows = 0
+        self._refused: set[str] = set()
+        self._id_set: pa.Array | None = None
+        self.existing = 0
+        self.updated = 0
+        self.has_created_at = False
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def load(self, items: pa.Table, vocabularies: dict[str, pa.Table]) -> None:
+        """Takes over the items of an existing dataset, features turned back from ids to values."""
+        assert not self._numbers, "existing items come first"
+        columns = {"raw_item_id": items["raw_item_id"]}
+        for name in self._columns:
+            column = items[name] if name in items.column_names else None
+            if column is not None and name.startswith("feature_"):
+                column = decode_feature(column.combine_chunks(), vocabularies[name.removeprefix("feature_")])
+            columns[name] = pa.nulls(len(items), self._schema.field(name).type) if column is None else column
+        if "created_at" in items.column_names:
+            self.has_created_at = True
+            columns["created_at"] = items["created_at"]
+        table = self._completed(pa.table(columns))
+        self._append(table, range(len(items)))
+        self._numbers = {raw: i for i, raw in enumerate(table["raw_item_id"].to_pylist())}
+        self._digests = array("q", (hash(text) for text in self._texts(table)))
+        self._seen = bytearray(len(items))
+        self._current_row = array("q", range(len(items)))
+        self.existing = len(items)
+
+    def add(self, chunk: Chunk) -> None:
+        """Adds the items of one chunk. Raises ValueError for bad rows where the policy says so."""
+        table = self._without_bad_ids(chunk)
+        self.has_created_at |= "created_at" in table.column_names
+        rows = table["row"].to_numpy()
+        table = self._completed(table)
+        texts = self._texts(table)
+        empty = np.array([not any(text) for text in texts], bool)
+        raw_ids = table["raw_item_id"].to_pylist()
+        drop_empty = self._log.handle(
+            "item_without_text",
+            empty,
+            chunk.path,
+            rows,
+            lambda i: f"item {raw_ids[i]!r} has no text in {self._text}",
+        )
+        take, numbers = [], []
+        for i, raw in enumerate(raw_ids):
+            if drop_empty and empty[i]:
+                if raw not in self._numbers:
+                    self._refused.add(raw)
+                continue
+            self._refused.discard(raw)
+            number = self._place(raw, hash(texts[i]), chunk.path, int(rows[i]))
+            if number is not None:
+                take.append(i)
+                numbers.append(number)
+        self._append(table.take(pa.array(take, pa.int64())), numbers)
+
+    def _without_bad_ids(self, chunk: Chunk) -> pa.Table:
+        blank = blank_mask(chunk.table["raw_item_id"])
+        rows = chunk.table["row"].to_numpy()
+        if self._log.handle("missing_id", blank, chunk.path, rows, lambda _: "the item id is missing"):
+            return chunk.table.filter(pa.array(~blank))
+        return chunk.table
+
+    def _place(self, raw: str, digest: int, path: Path, row: int) -> int | None:
+        """The number of an item whose row is to be stored; None for a repetition."""
+        number = self._numbers.get(raw)
+        if number is None:
+            number = self._numbers[raw] = len(self._numbers)
+            self._digests.append(digest)
+            self._seen.append(1)
+            self._current_row.append(0)
+            return number
+        if not self._seen[number]:
+            self._seen[number] = 1
+            self.updated += self._digests[number] != digest
+            self._digests[number] = digest
+            return number
+        if self._digests[number] != digest:
+            problem = f"item {raw!r} came before with another text"
+            self._log.handle("duplicate_item", np.ones(1, bool), path, [row], lambda _: problem)
+        else:
+            self._log.dropped["repeated_item_row"] += 1
+        return None
+
+    def _completed(self, table: pa.Table) -> pa.Table:
+        """`table` with all columns of the spool but `number`, in order; missing texts are "" and not null."""
+        columns = {}
+        for field in list(self._schema)[1:]:
+            if field.name not in table.column_names:
+                columns[field.name] = pa.nulls(len(table), field.type)
+            elif field.name in self._text:
+                columns[field.name] = pc.utf8_trim_whitespace(pc.fill_null(table[field.name].cast(pa.string()), ""))
+            else:
+                columns[field.name] = table[field.name].cast(field.type)
+        return pa.table(columns)
+
+    def _texts(self, table: pa.Table) -> list[tuple[str, ...]]:
+        return list(zip(*(table[name].to_pylist() for name in self._text), strict=True))
+
+    def _append(self, table: pa.Table, numbers: Iterable[int]) -> None:
+        """Stores the rows on disk and remembers for each number which row is its latest."""
+        column = np.fromiter(numbers, np.int64)
+        if len(column) == 0:
+            return
+        for offset, number in enumerate(column):
+            if number < len(self._current_row):
+                self._current_row[number] = self._rows + offset
+        self._rows += len(column)
+        self._writer.write_table(table.add_column(0, "number", pa.array(column)))
+        self._id_set = None
+
+    def look_up(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
+        """The numbers (int64 [n]) of raw ids; -1 where there is no such item."""
+        if self._id_set is None:
+            self._id_set = pa.array(self._numbers, pa.string())
+        found = pc.index_in(raw_ids, value_set=self._id_set)
+        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+
+    def was_refused(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
+        """True (bool [n]) where an id belongs to an item that the policy dropped."""
+        if not self._refused:
+            return np.zeros(len(raw_ids), bool)
+        refused = pa.array(self._refused, pa.string())
+        return pc.is_in(raw_ids, value_set=refused).to_numpy(zero_copy_only=False)
+
+    def add_without_text(self, raw_ids: Iterable[str]) -> None:
+        """Adds items that only events know."""
+        new = [raw for raw in dict.fromkeys(raw_ids) if raw not in self._numbers]
+        numbers = [self._place(raw, hash(("",) * len(self._text)), self._spool, 0) for raw in new]
+        table = self._completed(pa.table({"raw_item_id": pa.array(new, pa.string())}))
+        for name in self._text:
+            blank = pa.array([""] * len(new), pa.string())
+            table = table.set_column(table.column_names.index(name), name, blank)
+        self._append(table, [n for n in numbers if n is not None])
+
+    def final_ids(self, has_event: np.ndarray, keep_all: bool) -> np.ndarray:
+        """The final id (int64, 0: left out) of each number; `has_event` bool [len(self)]."""
+        keep = np.ones(len(self), bool) if keep_all else has_event.copy()
+        keep[: self.existing] = True
+        return np.where(keep, np.cumsum(keep), 0)
+
+    def held_out(self, split: Split, final_ids: np.ndarray) -> np.ndarray:
+        """Whether the item of each final id is held out of train, bool [largest final id + 1]; False for id 0."""
+        found = np.zeros(int(final_ids.max()) + 1, bool)
+        if split.hold_out_items:
+            found[final_ids] = split.held_out(self._numbers)
+            found[0] = False
+        return found
+
+    def write(self, path: Path, final_ids: np.ndarray, vocabularies: dict[str, Vocabulary]) -> None:
+        """Writes `items.parquet`: the rows with a final id, in its order, features encoded."""
+        self._writer.close()
+        batches = self._final_batches(final_ids)
+        if self.existing:  # updated texts stand at the end of the spool: bring them to their place
+            whole = pa.concat_tables(batches)
+            batches = iter(whole.sort_by("item_id").to_reader(max_chunksize=_ROWS_PER_BATCH))
+            batches = (pa.Table.from_batches([batch]) for batch in batches)
+        writer: pq.ParquetWriter | None = None
+        for table in batches:
+            for name, vocabulary in vocabularies.items():
+                column = f"feature_{name}"
+                encoded = vocabulary.encode(table[column])
+                table = table.set_column(table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded)
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer is None:
+            raise ValueError("no item is left: the item file is empty, or every item was filtered out or dropped")
+        writer.close()
+
+    def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:
+        current = np.frombuffer(self._current_row, np.int64)
+        row = 0
+        with pa.OSFile(str(self._spool)) as file, pa.ipc.open_stream(file) as reader:
+            for batch in reader:
+                number = batch.column("number").to_numpy()
+                latest = current[number] == np.arange(row, row + len(number))
+                row += len(number)
+                ids = final_ids[number]
+                keep = pa.array(latest & (ids > 0))
+                table = pa.Table.from_batches([batch]).set_column(0, "item_id", pa.array(ids)).filter(keep)
+                yield table if self.has_created_at else table.drop_columns("created_at")
+
+
+def decode_feature(ids: pa.ListArray, vocabulary: pa.Table) -> pa.ListArray:
+    """list<int32> ids → list<string> values, by the columns of `Vocabulary.table`."""
+    values = vocabulary["value"].combine_chunks().take(pc.subtract(ids.flatten(), 1))
+    offsets = offsets_from_lengths(pc.list_value_length(ids).to_numpy())
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+def blank_mask(raw_ids: pa.ChunkedArray) -> np.ndarray:
+    """True (bool [n]) where a raw id is null, empty or white space."""
+    return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(raw_ids, "")), "").to_numpy(zero_copy_only=False)

@@ -1,0 +1,91 @@
+"""What `manifest.json` must say for a dataset to be opened: fields, types, and names that stay in the dataset."""
+
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from hllm_torchrec.data.split import RULES
+
+LARGEST = 2**31 - 2
+"""Users, items or values of a feature: tables have int32 row numbers in FBGEMM's kernels."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, relative to a directory, stays within it and means the same on every system."""
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or not path.parts or PureWindowsPath(name).drive
+    return not outside and "\\" not in name and "\0" not in name
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_count(value.get(name)) for name in ("items", "users"))
+
+
+def _is_split(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("rule") in RULES
+
+
+def _is_actions(value: Any) -> bool:
+    if not (isinstance(value, dict) and _is_count(value.get("number"), 1) and isinstance(value.get("names"), dict)):
+        return False
+    names = value["names"].items()
+    return all(k.isascii() and k.isdigit() and int(k) < value["number"] and isinstance(v, str) for k, v in names)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_features(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(f, dict) and _is_count(f.get("size"), 1) for f in value.values())
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(facts, dict) for facts in value.values())
+
+
+def _is_files(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        is_inside(name)
+        and isinstance(facts, dict)
+        and isinstance(facts.get("bytes"), int)
+        and _SHA256.fullmatch(str(facts.get("sha256"))) is not None
+        for name, facts in value.items()
+    )
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "schema_version": (_is_count, "a number"),
+    "name": (_is_text, "text"),
+    "fingerprint": (_is_text, "text"),
+    "counts": (_is_counts, f"numbers of items and users, each 0..{LARGEST}"),
+    "parts": (_is_parts, "facts of each part"),
+    "split": (_is_split, f"a rule of {', '.join(RULES)}"),
+    "actions": (_is_actions, "their number and names"),
+    "text_columns": (_is_texts, "names of columns"),
+    "item_features": (_is_features, "the size of each feature"),
+    "user_features": (_is_features, "the size of each feature"),
+    "files": (_is_files, "bytes and sha256 of files within the dataset"),
+}
+
+
+def find_manifest_problem(manifest: Any) -> str | None:
+    """What is wrong with the fields of a manifest, "counts: ...", or None."""
+    if not isinstance(manifest, dict):
+        return f"it holds a {type(manifest).__name__}, not an object"
+    for name, (holds, rule) in _FIELDS.items():
+        if name not in manifest:
+            return f"{name} is missing; it must be {rule}"
+        if not holds(manifest[name]):
+            return f"{name} is {str(manifest[name])[:100]!r}; it must be {rule}"
+    return None

@@ -1,0 +1,288 @@
+"""Token ids of every item, made once and memory-mapped.
+
+The text of an item is prompt + `key: value` for each key with a value, joined by a separator. Item 0, the
+unknown item, and an item without text have the prompt alone; with an empty prompt that may be no token at
+all, and then the [ITEM] vector stands for them alone.
+
+Special tokens: those that the tokeniser itself puts before a text (BOS, [CLS]) are kept; those that it puts
+after a text ([SEP]) only together with a [CLS], i.e. for encoders: after a decoder's text the [ITEM] vector
+follows. The maximum length counts them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.manifest import hash_file, hash_parts
+from hllm_torchrec.data.validation import error_location
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of a Hugging Face directory that make up its tokeniser."""
+_FORMAT = "1"
+_REMEDY = "delete the folder and build it again"
+_BATCH = 4_096
+
+
+class TokenStore:
+    """Token ids of the items 0 .. n-1, memory-mapped: nothing is read until `gather` touches the pages."""
+
+    def __init__(self, path: Path, values: np.ndarray, offsets: np.ndarray, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+        """int32 [total], the token ids of all items one after the other."""
+        self.offsets = offsets
+        """int64 [n + 1]; item i has values[offsets[i] : offsets[i + 1]]."""
+        self.facts = facts
+        """What the store was made from, and `vocab_size`, the smallest word-embedding table that fits it."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenStore":
+        """Maps the store in the folder `path`. Raises ValueError if it is none or damaged."""
+        root = Path(path)
+        if not (root / "store.json").is_file():
+            raise ValueError(f"{root} is no token store (no store.json); make one with build_token_store")
+        facts = _read_facts(root / "store.json")
+        values, offsets = _read_array(root / "values.arrow", np.int32), _read_array(root / "offsets.arrow", np.int64)
+        wrong = len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]
+        if wrong or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{root} is damaged: its files and store.json differ; {_REMEDY}")
+        return cls(root, values, offsets, facts)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each item, int64 [n]."""
+        return np.diff(self.offsets)
+
+    def gather(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of `item_ids` (int [k], in that order, repetitions allowed), packed.
+
+        Returns (token_ids int32 [sum of lengths], cu_seqlens int64 [k + 1], starting at 0).
+        Raises ValueError for an id outside 0 .. n-1.
+        """
+        ids = self._checked(item_ids)
+        return self._gather(self.offsets[ids], self.offsets[ids + 1])
+
+    def gather_behind_prefix(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`gather` without the `prefix` of the items that begin with it.
+
+        Returns (token_ids, cu_seqlens, has_prefix bool [k]: which items begin with it). Raises as `gather`.
+        """
+        ids = self._checked(item_ids)
+        has_prefix = self.begins_with_prefix[ids]
+        return *self._gather(self.offsets[ids] + has_prefix * len(self.prefix), self.offsets[ids + 1]), has_prefix
+
+    @property
+    def prefix(self) -> np.ndarray:
+        """int32 [P], the tokens with which most items begin (the prompt and the first key's name), maybe none.
+
+        Of the prefixes that grow by the most frequent next token (of equals the smallest) of the items that have
+        begun with it so far, the shortest that saves most: P x (items that begin with it). Computed once, from
+        the first tokens of the items.
+        """
+        return self._prefix_and_items[0]
+
+    @property
+    def begins_with_prefix(self) -> np.ndarray:
+        """bool [n], which items begin with `prefix` (all, if it is empty)."""
+        return self._prefix_and_items[1]
+
+    @cached_property
+    def _prefix_and_items(self) -> tuple[np.ndarray, np.ndarray]:
+        lengths, items = self.lengths, np.arange(len(self))
+        grown: list[int] = []
+        best: tuple[int, np.ndarray] = (0, items)
+        while True:
+            items = items[lengths[items] > len(grown)]
+            if len(items) < 2:
+                break
+            tokens = self.values[self.offsets[items] + len(grown)]
+            grown.append(int(np.bincount(tokens).argmax()))
+            items = items[tokens == grown[-1]]
+            if len(items) > 1 and len(grown) * len(items) > best[0] * len(best[1]):
+                best = len(grown), items
+        begins = np.zeros(len(self), bool)
+        begins[best[1]] = True
+        return np.array(grown[: best[0]], np.int32), begins
+
+    def _gather(self, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lengths = ends - starts
+        token_ids = self.values[concat_ranges(starts, lengths)]
+        limit = self.facts.get("vocab_size", 2**31)
+        if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < limit:
+            wrong = token_ids[(token_ids < 0) | (token_ids >= limit)][0]
+            place = f"{self.path / 'values.arrow'}: token {wrong}"
+            raise ValueError(f"{place} is outside 0..{limit - 1}: it is damaged; {_REMEDY}")
+        return token_ids, offsets_from_lengths(lengths)
+
+    def _checked(self, item_ids: np.ndarray) -> np.ndarray:
+        try:
+            ids = np.asarray(item_ids, np.int64)
+        except OverflowError as error:
+            raise ValueError(f"an item id is beyond int64 ({error}); {self.path} has 0..{len(self) - 1}") from error
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(self)):
+            wrong = ids[(ids < 0) | (ids >= len(self))][0]
+            raise ValueError(
+                f"item id {wrong} is outside 0..{len(self) - 1} of the token store {self.path}; build it for "
+                "this dataset"
+            )
+        return ids
+
+
+def build_token_store(
+    dataset: Dataset,
+    tokenizer_dir: str | Path,
+    *,
+    prompt: str = "",
+    keys: Sequence[str],
+    max_text_length: int,
+    separator: str = ", ",
+) -> Path:
+    """The folder of the token store of `dataset` for a tokeniser and a text layout; builds it if it is not
+    there.
+
+    `keys` are text columns of the dataset; the text is cut to `max_text_length` tokens. Two processes that
+    build it at once do no harm. Raises ValueError for an unknown key, a length below 1 or a folder without
+    tokeniser.
+    """
+    if max_text_length < 1:
+        raise ValueError(f"max_text_length={max_text_length} must be at least 1")
+    root = Path(tokenizer_dir)
+    files = [root / name for name in TOKENIZER_FILES if (root / name).is_file()]
+    if not files:
+        raise ValueError(f"{root} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory")
+    dataset.text(keys)  # an unknown key fails before anything is read or written
+    request = {
+        "format": _FORMAT,
+        "tokenizer": hash_parts(f"{path.name} {hash_file(path)}" for path in files),
+        "prompt": prompt,
+        "keys": list(keys),
+        "separator": separator,
+        "max_text_length": max_text_length,
+        "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
+    }
+    path = dataset.root / "tokens" / hash_parts([json.dumps(request, sort_keys=True)])[:16]
+    if (path / "store.json").is_file():
+        return path
+    from transformers import AutoTokenizer  # takes seconds, and most jobs find the store made
+
+    with atomic_folder(path) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
+        _write_store(folder, dataset, tokenizer, request)
+    return path
+
+
+def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
+    """The texts of the items 1, 2, ... in batches: prompt + "key: value" of each non-empty value."""
+    for batch in dataset.text(keys).to_batches(max_chunksize=_BATCH):
+        columns = [batch.column(key).to_pylist() for key in keys]
+        yield [
+            prompt + separator.join(f"{key}: {value}" for key, value in zip(keys, values, strict=True) if value)
+            for values in zip(*columns, strict=True)
+        ]
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """(ids before a text, ids after a text) that belong to an item's tokens; see the module's rule."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    before, after = whole[:start], whole[start + len(plain) :]
+    is_encoder = tokenizer.cls_token_id is not None and tokenizer.cls_token_id in before
+    return before, after if is_encoder else []
+
+
+def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_length: int) -> list[list[int]]:
+    """Token ids of each text, with special tokens by the module's rule, cut to `max_text_length`."""
+    before, after = special_tokens(tokenizer)
+    room = max(max_text_length - len(before) - len(after), 0)
+    plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
+
+
+def _write_store(folder: Path, dataset: Dataset, tokenizer: "PreTrainedTokenizerBase", request: dict[str, Any]) -> None:
+    prompt, keys, separator = request["prompt"], request["keys"], request["separator"]
+    length = request["max_text_length"]
+    lengths: list[np.ndarray] = []
+    largest = -1
+    with (
+        (folder / "values.raw").open("wb") as raw,
+        tqdm(total=dataset.num_items, desc="tokenizing", delay=5) as bar,
+    ):
+        for texts in _with_unknown_item(prompt, item_texts(dataset, prompt, keys, separator)):
+            ids = tokenize(tokenizer, texts, length)
+            lengths.append(np.array([len(row) for row in ids], np.int64))
+            values = np.fromiter((token for row in ids for token in row), np.int32)
+            largest = max(largest, int(values.max(initial=-1)))
+            values.tofile(raw)
+            bar.update(len(texts))
+    offsets = offsets_from_lengths(np.concatenate(lengths))
+    total = int(offsets[-1])
+    values = np.memmap(folder / "values.raw", np.int32, "r") if total else np.zeros(0, np.int32)
+    _write_array(folder / "values.arrow", values)
+    _write_array(folder / "offsets.arrow", offsets)
+    del values
+    (folder / "values.raw").unlink()
+    facts = {**request, "items": len(offsets) - 1, "tokens": total, "vocab_size": largest + 1}
+    (folder / "store.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _with_unknown_item(prompt: str, batches: Iterator[list[str]]) -> Iterator[list[str]]:
+    yield [prompt]
+    yield from batches
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    """One array as an Arrow IPC file of a single record batch, so that it maps as one piece of memory."""
+    batch = pa.record_batch({"values": pa.array(values)})
+    with pa.ipc.new_file(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """`store.json`, its numbers checked."""
+    with error_location(path, _REMEDY):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("items", "tokens", "vocab_size"):
+        value = facts.get(name) if isinstance(facts, dict) else None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{path}: {name} is {str(value)[:100]!r}, it must be a number from 0 on; {_REMEDY}")
+    return dict(facts)
+
+
+def _read_array(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """The array of `_write_array`, as a view of the mapped file."""
+    with error_location(path, _REMEDY), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+        kind = pa.from_numpy_dtype(dtype)
+        if reader.schema.types != [kind] or reader.num_record_batches > 1:
+            raise ValueError(f"it must hold one array of {kind}")
+        if reader.num_record_batches == 0:
+            return np.zeros(0, dtype)
+        batch = reader.get_batch(0)
+        batch.validate(full=True)
+        return batch.column(0).to_numpy()

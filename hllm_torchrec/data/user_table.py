@@ -1,0 +1,126 @@
+"""User ids and `users.parquet` while a dataset is being prepared."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hllm_torchrec.data.event_partitions import read_stream
+from hllm_torchrec.data.item_catalogue import FEATURE_TYPE, Vocabulary, decode_feature
+from hllm_torchrec.data.validation import read_table
+
+
+class UserTable:
+    """Numbers users by partition and gives them final ids; those of an existing dataset keep theirs.
+
+    `raw_ids[p]` are the raw ids of partition p; a user's *number* counts through all partitions from 0.
+    """
+
+    def __init__(self, old: Path | None) -> None:
+        self.raw_ids: list[pa.Array] = []
+        self._old = read_table(old / "users.parquet") if old is not None else None
+        self._old_root = old
+        self.final_ids = np.zeros(0, np.int64)
+        self.without_features = 0
+        self.without_events = 0
+
+    def __len__(self) -> int:
+        """Number of users with an event, before any filter."""
+        return sum(len(raw) for raw in self.raw_ids)
+
+    @property
+    def existing(self) -> int:
+        """Number of users of the existing dataset."""
+        return 0 if self._old is None else len(self._old)
+
+    @property
+    def total(self) -> int:
+        """Number of final ids."""
+        return max(int(self.final_ids.max(initial=0)), self.existing)
+
+    def assign_ids(self, event_counts: np.ndarray) -> np.ndarray:
+        """Final ids (int64 by user number; 0: left out); `event_counts` by user number after all filters."""
+        known = np.zeros(len(self), np.int64)
+        if self._old is not None:
+            old_ids = self._old["raw_user_id"].combine_chunks()
+            found = [pc.fill_null(pc.index_in(raw, value_set=old_ids), -1).to_numpy() for raw in self.raw_ids]
+            known = np.concatenate(found).astype(np.int64) + 1
+        new = (known == 0) & (event_counts > 0)
+        self.final_ids = np.where(new, self.existing + np.cumsum(new), known)
+        return self.final_ids
+
+    def write(self, path: Path, feature_files: list[Path], vocabularies: dict[str, Vocabulary]) -> None:
+        """Writes `users.parquet` in the order of the ids; features of known users are renewed where given."""
+        start, tables = 0, self._old_tables(vocabularies)
+        writer: pq.ParquetWriter | None = None
+        for raw, file in zip(self.raw_ids, feature_files, strict=True):
+            ids = self.final_ids[start : start + len(raw)]
+            start += len(raw)
+            table = self._partition_table(raw, ids, file, vocabularies)
+            if self._old is not None:
+                tables.append(table)
+            elif len(table):
+                writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+                writer.write_table(table)
+        if self._old is not None:
+            pq.write_table(
+                _latest_by_id(tables, [f"feature_{name}" for name in vocabularies]), path, compression="zstd"
+            )
+        elif writer is not None:
+            writer.close()
+
+    def _partition_table(
+        self, raw: pa.Array, ids: np.ndarray, file: Path, vocabularies: dict[str, Vocabulary]
+    ) -> pa.Table:
+        keep = pa.array(ids > 0)
+        raw = raw.filter(keep)
+        columns = {"user_id": pa.array(ids).filter(keep), "raw_user_id": raw}
+        for name, values in self._features(raw, file, list(vocabularies)).items():
+            columns[f"feature_{name}"] = vocabularies[name].encode(values)
+        return pa.table(columns)
+
+    def _features(self, raw_ids: pa.Array, file: Path, names: list[str]) -> dict[str, pa.Array]:
+        """The features (list<string> [n]) of users of one partition; the first row of a user counts."""
+        table = read_stream(file)
+        if table is None:
+            self.without_features += len(raw_ids) if names else 0
+            return dict.fromkeys(names, pa.nulls(len(raw_ids), pa.list_(pa.string())))
+        position = pc.index_in(raw_ids, value_set=table["raw_user_id"].combine_chunks())
+        self.without_features += position.null_count
+        used = pc.is_in(table["raw_user_id"], value_set=raw_ids)
+        self.without_events += len(table) - (pc.sum(used).as_py() or 0)
+        return {name: table[f"feature_{name}"].combine_chunks().take(position) for name in names}
+
+    def _old_tables(self, vocabularies: dict[str, Vocabulary]) -> list[pa.Table]:
+        """The existing users in today's columns, features encoded by today's vocabularies."""
+        if self._old is None or self._old_root is None:
+            return []
+        columns = {"user_id": self._old["user_id"], "raw_user_id": self._old["raw_user_id"]}
+        for name, vocabulary in vocabularies.items():
+            column, values = f"feature_{name}", pa.nulls(len(self._old), pa.list_(pa.string()))
+            if column in self._old.column_names:
+                words = read_table(self._old_root / "features" / f"{name}.parquet")
+                values = decode_feature(self._old[column].combine_chunks(), words)
+            columns[column] = vocabulary.encode(values)
+        return [pa.table(columns)]
+
+
+def _latest_by_id(tables: list[pa.Table], features: list[str]) -> pa.Table:
+    """One row per user id, in order; later tables win, but an empty feature does not replace a known one."""
+    whole = pa.concat_tables(tables).combine_chunks()
+    ids = whole["user_id"].to_numpy()
+    row_of = np.zeros(int(ids.max(initial=0)) + 1, np.int64)
+    row_of[ids] = np.arange(len(ids))
+    first_of = row_of.copy()
+    first_of[ids[::-1]] = np.arange(len(ids))[::-1]
+    columns = {
+        "user_id": pa.array(np.arange(1, len(row_of))),
+        "raw_user_id": whole["raw_user_id"].take(row_of[1:]),
+    }
+    for name in features:
+        length = pc.list_value_length(whole[name]).to_numpy()
+        row = np.where(length[row_of[1:]] > 0, row_of[1:], first_of[1:])
+        columns[name] = whole[name].combine_chunks().take(pa.array(row)).cast(FEATURE_TYPE)
+    return pa.table(columns)

@@ -1,0 +1,180 @@
+"""Parquet files of a dataset, checked as they are read: what is wrong is named by file, row group, row and field.
+
+`prepare` writes none of it. Files are damaged, though, or written by other programs, and an id beyond a table or a
+time in milliseconds would otherwise show as an index error in a kernel, or not at all.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
+from hllm_torchrec.data.sequences import SEQUENCE_SCHEMA
+
+REMEDY = "prepare the dataset again"
+_LISTS = ("item_ids", "timestamps", "labels", "actions")
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Rows of the tables that ids point into, the unknown id 0 included."""
+
+    items: int
+    users: int
+    actions: int
+
+
+@contextmanager
+def error_location(location: object, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn what Arrow and numpy raise of a broken file into a ValueError that names it and the remedy.
+
+    Within the block only files are read: whatever fails there, fails because of the file, be it a MemoryError for an
+    absurd length. A ValueError that names the place itself passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # decoders of damaged bytes raise almost anything
+        if type(error) is ValueError and str(location) in str(error):
+            raise
+        raise ValueError(f"{location} cannot be read ({_reason(error)}); {remedy}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, not longer than a screen is wide."""
+    lines = str(error).strip().splitlines()
+    kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0][:200]}" if lines else type(error).__name__
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole Parquet file, or the named columns of it.
+
+    Raises:
+        ValueError: it is not there, damaged, or lacks a column.
+    """
+    with error_location(path):
+        with pq.ParquetFile(path, memory_map=True) as file:
+            _require_columns(columns or (), file.schema_arrow.names)
+            table = file.read(columns=None if columns is None else list(columns))
+        table.validate(full=True)  # text is read by offsets: damaged ones would point anywhere
+        return table if columns is None else table.select(list(columns))
+
+
+def _require_columns(wanted: Sequence[str], present: Sequence[str]) -> None:
+    """Raise ValueError for columns that are not there."""
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}; it has {', '.join(present) or 'none'}")
+
+
+def read_sequences(path: Path, index: int, columns: Sequence[str] | None, rows: TableRows) -> pa.Table:
+    """The columns named (None: all) of one row group of sequences, in `SEQUENCE_SCHEMA`'s types.
+
+    Raises:
+        ValueError: the file is damaged or of another layout, or a value is not allowed: an id outside its table, a
+            time outside 1970..2099 or before the one before it, a label that is neither 0 nor 1.
+    """
+    place = f"{path}, row group {index}"
+    wanted = list(columns or SEQUENCE_SCHEMA.names)
+    with error_location(place):
+        with pq.ParquetFile(path) as file:
+            _require_columns(wanted, file.schema_arrow.names)
+            table = file.read_row_group(index, columns=wanted, use_threads=False)
+        table.validate(full=True)
+    for name in wanted:
+        found, due = table.schema.field(name).type, SEQUENCE_SCHEMA.field(name).type
+        if not _require_length(found, due):
+            raise ValueError(f"{place}: column {name} is {found}, it must be {due}; {REMEDY}")
+    _check_heads(place, table, rows)
+    _check_lists(place, table, rows)
+    return table
+
+
+def _require_length(found: pa.DataType, due: pa.DataType) -> bool:
+    """Whether two types are the same, the names of a list's elements apart."""
+    if pa.types.is_list(due):
+        return bool(pa.types.is_list(found) and found.value_type == due.value_type)
+    return bool(found == due)
+
+
+def _check_heads(place: str, table: pa.Table, rows: TableRows) -> None:
+    for name, limit in (("user_id", rows.users), ("target_start", 2**31)):
+        if name in table.column_names:
+            column = table[name]
+            if column.null_count:
+                row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+                raise ValueError(f"{place}, row {row}: {name} is null; {REMEDY}")
+            values = column.to_numpy()
+            _refuse(place, name, (values < 0) | (values >= limit), values, None, f"it must lie in 0..{limit - 1}")
+
+
+def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
+    names = [name for name in _LISTS if name in table.column_names]
+    lengths: NDArray[np.int64] | None = None
+    for name in names:
+        if table[name].null_count:
+            row = int(np.flatnonzero(table[name].is_null().to_numpy())[0])
+            raise ValueError(f"{place}, row {row}: {name} is null; {REMEDY}")
+        own = pc.list_value_length(table[name]).to_numpy().astype(np.int64)
+        if lengths is None:
+            lengths = own
+        elif (own != lengths).any():
+            row = int(np.flatnonzero(own != lengths)[0])
+            problem = f"{name} has {own[row]} events, {names[0]} has {lengths[row]}"
+            raise ValueError(f"{place}, row {row}: {problem}; {REMEDY}")
+        _check_values(place, name, pc.list_flatten(table[name]), own, rows)
+    if lengths is not None and "target_start" in table.column_names:
+        starts = table["target_start"].to_numpy()
+        _refuse(place, "target_start", starts > lengths, starts, None, "it is beyond the row's events")
+
+
+def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray[np.int64], rows: TableRows) -> None:
+    """The elements of one list column, all rows' one after the other."""
+    ends = np.cumsum(lengths)
+    if name == "labels":
+        values = flat.fill_null(0).to_numpy()
+        rule = "a label is 0 or 1, or null where the event is no exposure"
+        _refuse(place, name, (values != 0) & (values != 1), values, ends, rule)
+        return
+    if flat.null_count:
+        values = np.zeros(len(flat))
+        _refuse(place, name, flat.is_null().to_numpy(), np.full(len(flat), np.nan), ends, "it must not be null")
+    values = flat.to_numpy()
+    if name == "timestamps":
+        bad = (values < 0) | (values > MAX_SECOND)
+        if bad.any():
+            value = int(values[bad.argmax()])
+            _refuse(place, name, bad, values, ends, describe_time(str(value), value))
+        earlier = np.zeros(values.size, bool)
+        earlier[1:] = np.diff(values) < 0
+        earlier[ends[:-1][ends[:-1] < values.size]] = False  # a row's first event
+        _refuse(place, name, earlier, values, ends, "it is earlier than the one before it; events must be sorted")
+        return
+    limit = rows.items if name == "item_ids" else rows.actions
+    what = "items" if name == "item_ids" else "actions"
+    rule = f"the dataset's {what} have the ids 0..{limit - 1}"
+    _refuse(place, name, (values < 0) | (values >= limit), values, ends, rule)
+
+
+def _refuse(
+    place: str,
+    name: str,
+    bad: NDArray[np.bool_],
+    values: NDArray[np.generic],
+    ends: NDArray[np.int64] | None,
+    rule: str,
+) -> None:
+    """Raise ValueError for the first value that is marked; ends: where each row's elements end, None for one a row."""
+    if not bad.any():
+        return
+    at = int(bad.argmax())
+    row = at if ends is None else int(np.searchsorted(ends, at, side="right"))
+    inside = "" if ends is None else f"[{at - (int(ends[row - 1]) if row else 0)}]"
+    raise ValueError(f"{place}, row {row}: {name}{inside} is {values[at]}; {rule}; {REMEDY}")

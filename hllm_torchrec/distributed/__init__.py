@@ -1,0 +1,1 @@
+"""Process group, rendezvous, collectives, coordination of ranks, preemption."""

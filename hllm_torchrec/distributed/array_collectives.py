@@ -1,0 +1,80 @@
+"""numpy arrays between ranks, over gloo or nccl; without a process group there is one rank."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class SingleRank:
+    """In place of a process group: this rank works without the others, whatever they do."""
+
+
+SINGLE_RANK = SingleRank()
+Group = dist.ProcessGroup | SingleRank | None
+"""Ranks that work together; None: all there are."""
+
+
+def world_size(group: Group = None) -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() and not isinstance(group, SingleRank) else 1
+
+
+def group_rank(group: Group = None) -> int:
+    """This rank's number in the group."""
+    return 0 if isinstance(group, SingleRank) or world_size(group) == 1 else dist.get_rank(group)
+
+
+def gather_objects(value: T, group: Group = None) -> list[T]:
+    """What each rank gave, by rank. Collective; small things only, they are pickled."""
+    if world_size(group) == 1:
+        return [value]
+    values: list[T] = [value] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def collective_device(group: Group = None) -> torch.device:
+    """Where the group's collectives work: nccl knows CUDA only."""
+    assert not isinstance(group, SingleRank)
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather(array: np.ndarray, group: Group = None) -> list[np.ndarray]:
+    """The array of each rank, by rank; the last dimension may differ between ranks. Collective."""
+    if world_size(group) == 1:
+        return [array]
+    place = collective_device(group)
+    own = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))).to(place)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(own)], device=place), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros((longest, *own.shape[1:]), dtype=own.dtype, device=place)
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return [np.moveaxis(part[: int(length)].cpu().numpy(), 0, -1) for part, length in zip(parts, lengths)]
+
+
+def all_to_all(array: np.ndarray, sent: Sequence[int], group: Group = None) -> np.ndarray:
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1 ...; what all ranks sent here, by rank.
+
+    Collective. `array` is [n] or [n, k], of any number type that torch knows.
+    """
+    if world_size(group) == 1:
+        return array
+    place = collective_device(group)
+    counts = torch.tensor(sent, dtype=torch.int64, device=place)
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)
+    sizes = received.tolist()
+    values = torch.from_numpy(np.ascontiguousarray(array)).to(place)
+    result = torch.empty((sum(sizes), *values.shape[1:]), dtype=values.dtype, device=place)
+    dist.all_to_all_single(result, values, sizes, list(sent), group=group)
+    return result.cpu().numpy()

@@ -1,0 +1,74 @@
+"""Work on every rank, or on rank 0, where a failure on one rank raises on all instead of hanging them."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed; its own error says more. kind: the name of that error's type."""
+
+    kind = ""
+
+
+def rank() -> int:
+    """Return this process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run `work` on every rank and return all results, by rank. Collective.
+
+    Args:
+        work: its result is small and can be pickled. It must not itself be collective: a rank that fails
+            before a collective leaves the others waiting in it.
+        group: of all ranks, but other than the usual one: for a thread of its own.
+
+    Raises:
+        Exception: on a rank where `work` raised, what it raised.
+        PeerFailed: on the other ranks (a RuntimeError), naming the first rank that failed and its error.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    outcomes: list[Any] = [(result, failure and f"{type(failure).__name__}: {failure}")]
+    if dist.is_initialized():
+        outcome, outcomes = outcomes[0], [None] * world_size()
+        dist.all_gather_object(outcomes, outcome, group=group)
+    if failure is not None:
+        raise failure
+    for number, (_, message) in enumerate(outcomes):
+        if message:
+            failed = PeerFailed(f"rank {number} failed: {message}")
+            failed.kind = message.partition(":")[0]
+            raise failed
+    return [value for value, _ in outcomes]
+
+
+def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `work` on rank 0 only and return its result on every rank. Collective; raises as `together`."""
+    return run_on_all_ranks(lambda: work() if rank() == 0 else None, group)[0]  # type: ignore[return-value]
+
+
+def run_on_each_host(work: Callable[[], T]) -> T:
+    """Run `work` on one rank of each host: on rank 0, then on the first of the other hosts. Collective.
+
+    For files that every host needs: where hosts share a disk, those that come later find them there. Which rank is
+    its host's first is what the launcher says (LOCAL_RANK). Returns rank 0's result; raises as `together`.
+    """
+    first = run_on_rank_zero(work)
+    leads = rank() > 0 and os.environ.get("LOCAL_RANK") == "0"
+    run_on_all_ranks(lambda: bool(leads and work()))
+    return first

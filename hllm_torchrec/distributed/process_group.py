@@ -1,0 +1,64 @@
+"""The process group of a job: joined from the launcher's environment, or made for one process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hllm_torchrec.common.warning_filters import quiet_libraries
+from hllm_torchrec.distributed.rendezvous import init_process_group
+
+
+def init_distributed(timeout: float = 600.0) -> torch.device:
+    """Join the job that torchrun (or TorchX) started, or make a job of one; returns this rank's device.
+
+    timeout: seconds that a rank waits for the others, here and in every later collective.
+
+    Raises:
+        ConnectionError: the ranks did not come together; says which address and what to do.
+    """
+    quiet_libraries()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            _join(backend, timedelta(seconds=timeout))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Initialise the process group from the environment."""
+    try:
+        init_process_group(backend, timeout)
+    except (RuntimeError, ValueError, TimeoutError) as error:  # torch's DistError is a RuntimeError
+        names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+        address, port, rank, world = (os.environ.get(name, "?") for name in names)
+        cause = "it is in use: choose another" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise ConnectionError(
+            f"rank {rank} of {world} could not join the others at {address}:{port}: {cause}. The port is "
+            "--rdzv_port of torchx, --master_port of torchrun; all ranks must reach it"
+        ) from error
+
+
+def destroy_distributed() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def distributed_device(timeout: float = 600.0) -> Iterator[torch.device]:
+    """A context in which this process is a rank of a job, on the device given; raises as `init_distributed`."""
+    device = init_distributed(timeout)
+    try:
+        yield device
+    finally:
+        destroy_distributed()

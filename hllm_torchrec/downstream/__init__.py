@@ -1,0 +1,1 @@
+"""Stored vectors in a downstream DLRM: the plug-in, and the DLRM that measures it."""

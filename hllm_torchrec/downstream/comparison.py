@@ -1,0 +1,118 @@
+"""Stage III measured: the ID-only DLRM baseline by itself and with stored vectors, each row the same DLRM.
+
+    alone            the baseline as `hllm baselines` has it
+    items            + each target item's vector, from a store by raw id
+    users_<store>    + the user's vector as of the exposure, from a store of exposures
+    both_<store>     + both
+
+Legend: B rows of a batch, X exposures of a window, N items, E and D widths of item and user vectors.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hllm_torchrec
+from hllm_torchrec.config.loading import to_dict
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.histories import Ints
+from hllm_torchrec.data.predictions import Columns
+from hllm_torchrec.downstream.dlrm import DLRMTrainer
+from hllm_torchrec.downstream.dlrm_config import DLRMConfig, DownstreamConfig
+from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
+from hllm_torchrec.downstream.plugin import VectorLookup, append_vectors
+from hllm_torchrec.evaluation.cached_predictions import SPLITS, run_if_changed
+from hllm_torchrec.inference.exposure_store import ExposureLookup
+from hllm_torchrec.store.store import EmbeddingStore
+
+RECORD = "downstream.json"
+
+
+class VectorData(DLRMData):
+    """The DLRM's batches with stored vectors behind the numeric features.
+
+    Args:
+        items: store of item vectors by raw id, or None.
+        users: store of exposures, or None.
+
+    Raises:
+        ConfigError: a feature that there is not.
+        ValueError: no such store.
+    """
+
+    def __init__(self, dataset: Dataset, config: DLRMConfig, items: str | None, users: str | None) -> None:
+        super().__init__(dataset, config)
+        self._items = None if items is None else _item_vectors(dataset, items)
+        self._users = None if users is None else ExposureLookup(users)
+
+    @property
+    def widths(self) -> list[int]:
+        """E and D, of those that there are."""
+        items = [] if self._items is None else [self._items.shape[1] - 1]
+        return items + ([] if self._users is None else [self._users.width])
+
+    def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
+        """As `DLRMData.batch`; dense_features are [B, F + E + 1 + D + 1].
+
+        Raises:
+            ValueError: the store of exposures is of another dataset.
+        """
+        batch, histories, found = super().batch(window, rows, rng), window.histories, []
+        events = histories.exposures[rows]
+        items = histories.item_ids[events]
+        if self._items is not None:
+            found.append(self._items[torch.from_numpy(items)])
+        if self._users is not None:
+            users = histories.user_ids[histories.row_of_event[events]]
+            found.append(self._users(users, histories.position[events], items, histories.timestamps[events]))
+        return dataclasses.replace(batch, dense_features=append_vectors(batch.dense_features, *found))
+
+
+def _item_vectors(dataset: Dataset, store: str) -> Tensor:
+    """[N, E + 1] as `plugin.VectorLookup` gives them; the unknown item 0 is not in the store."""
+    lookup = VectorLookup(store)
+    found = lookup(dataset.items["raw_item_id"].cast("large_string").combine_chunks())
+    unknown = torch.zeros(1, found.shape[1])
+    unknown[:, -1] = 1
+    return torch.cat([unknown, found])
+
+
+def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.device) -> bool:
+    """Train and score a row; `predictions/{valid,test}` and `downstream.json` go to `<output>/<row>`. Collective.
+
+    Returns:
+        False if they are there already, from the same dataset, stores, settings and version.
+
+    Raises:
+        ConfigError: a feature that the dataset lacks.
+        ValueError: a store is not there or does not fit the dataset.
+    """
+    items, users = config.possible_rows()[row]
+    directory = Path(config.output) / row
+    made_of = {
+        "row": row,
+        "way": config.way,
+        "vector_dropout": config.vector_dropout,
+        "config": to_dict(config.dlrm),
+        "dataset": dataset.fingerprint,
+        "stores": [None if path is None else _state_of(path) for path in (items, users)],
+        "hllm_torchrec": hllm_torchrec.__version__,
+    }
+
+    def make() -> tuple[dict[str, Columns], dict[str, float]]:
+        data = VectorData(dataset, config.dlrm, items, users)
+        trainer = DLRMTrainer(dataset, config.dlrm, device, data, config.way, config.vector_dropout)
+        fitted = trainer.fit(directory / "checkpoints")
+        return {split: trainer.score(split) for split in SPLITS}, fitted
+
+    return run_if_changed(directory / RECORD, made_of, make)
+
+
+def _state_of(store: str) -> dict[str, Any]:
+    """Which vectors a store has."""
+    opened = EmbeddingStore.open(store)
+    return {"fingerprint": opened.fingerprint, "version": opened.snapshot().version}

@@ -1,0 +1,252 @@
+"""The ID-only baseline: `torchrec.models.dlrm.DLRM` over IDs, user features, time, and the history as bags.
+
+What personalises it is the history before the exposure: the items liked and those disliked so far, each as one
+pooled bag, and running numbers about the user. Tables are sharded and stepped as the main model's are.
+
+Legend: B rows of a batch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
+from hllm_torchrec.common.atomic_files import remove_folder
+from hllm_torchrec.common.progress import progress
+from hllm_torchrec.config.schema import FeatureConfig, OptimConfig
+from hllm_torchrec.data.dataset import Dataset, base_rate
+from hllm_torchrec.data.histories import Ints
+from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.distributed import coordination
+from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.distributed.wrappers import unwrap_model
+from hllm_torchrec.downstream.dlrm_config import DLRMConfig, VectorPlacement
+from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
+from hllm_torchrec.downstream.plugin import PluggedDLRM, plug_into
+from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
+from hllm_torchrec.embedding.tables import initialize_tables
+from hllm_torchrec.evaluation.scoring import quick_metrics
+from hllm_torchrec.training.optim import clip_grad_norm, dense_optimizer
+
+SCORED_ROWS = 8192
+"""Rows per batch when scoring."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _TableSettings:
+    """What `parallelize` asks of a configuration."""
+
+    features: FeatureConfig
+    optim: OptimConfig
+
+
+def build_dlrm(
+    config: DLRMConfig,
+    tables: dict[str, int],
+    rate: float,
+    widths: Sequence[int] = (),
+    way: VectorPlacement = "slots",
+    vector_dropout: float = 0.0,
+) -> DLRM | PluggedDLRM:
+    """The model, its tables on the meta device (sharding makes them).
+
+    Args:
+        config: sizes.
+        tables: sparse feature -> rows of its table.
+        rate: share of positive training labels in (0, 1), where the last bias starts.
+        widths, way, vector_dropout: of stored vectors behind the dense features, if there are any; see
+            `plugin.plug_into`.
+    """
+    sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
+    collection = EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=f"{name}_table",
+                embedding_dim=config.width,
+                num_embeddings=rows,
+                feature_names=sharers if name == "item" else [name],
+                pooling=PoolingType.MEAN,
+            )
+            for name, rows in tables.items()
+            if name not in sharers[1:]
+        ],
+        device=torch.device("meta"),
+    )
+    dense = len(config.numeric_features)
+    sizes = {"dense_arch_layer_sizes": [*config.bottom, config.width], "over_arch_layer_sizes": [*config.top, 1]}
+    if widths:
+        model = plug_into(DLRM, collection, dense, list(widths), way, vector_dropout, **sizes)
+    else:
+        model = DLRM(collection, dense_in_features=dense, **sizes)
+    nn.init.constant_(_dlrm_of(model).over_arch.model[-1].bias, math.log(rate / (1 - rate)))
+    return model
+
+
+def _dlrm_of(model: DLRM | PluggedDLRM) -> DLRM:
+    """The DLRM itself, which may have stored vectors plugged in."""
+    return model.dlrm if isinstance(model, PluggedDLRM) else model
+
+
+def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
+    """Shard the tables over the ranks, replicate the rest, and give every table its first values. Collective."""
+    settings = _TableSettings(
+        FeatureConfig(shard_from_rows=config.shard_from_rows), OptimConfig(table_lr=config.table_lr)
+    )
+    apply_table_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
+    sharder = EmbeddingBagCollectionSharder()
+    wrapped = distribute(model, plan_table_sharding(model, settings, device, sharder), sharder, device)
+    initialize_tables(wrapped, config.seed, config.init_scale)
+    return wrapped
+
+
+class DLRMTrainer:
+    """Trains and scores the DLRM on this rank. All methods are collective.
+
+    Args:
+        data: makes the batches, of `dataset` and `config`; unless given, without stored vectors.
+        way, vector_dropout: how stored vectors enter the model, if the batches have any.
+
+    Raises:
+        ConfigError: the configuration names a feature that there is not.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DLRMConfig,
+        device: torch.device,
+        data: DLRMData | None = None,
+        way: VectorPlacement = "slots",
+        vector_dropout: float = 0.0,
+    ) -> None:
+        self.config, self.device = config, device
+        self.data = DLRMData(dataset, config) if data is None else data
+        torch.manual_seed(config.seed)
+        model = build_dlrm(config, self.data.tables(), base_rate(dataset), self.data.widths, way, vector_dropout)
+        self.model = shard_dlrm(model, config, device)
+        self.dense = dense_optimizer(
+            unwrap_model(self.model).named_parameters(),
+            learning_rate=config.lr,
+            weight_decay=config.weight_decay,
+        )
+        self.trained = [p for group in self.dense.param_groups for p in group["params"]]
+
+    def fit(self, checkpoints: Path) -> dict[str, float]:
+        """Train until the validation AUC gets no better; the best epoch's weights remain. Returns its metrics.
+
+        Where AUC is undefined (one class only), the log loss decides.
+
+        checkpoints: emptied first; then the best epoch's weights are there.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        coordination.run_on_rank_zero(lambda: remove_folder(checkpoints))
+        best: dict[str, float] = {}
+        best_score, stale, kept = -math.inf, 0, checkpoints
+        with progress(self.config.epochs, "dlrm", coordination.rank() == 0, unit="epoch") as bar:
+            for epoch in range(1, self.config.epochs + 1):
+                loss = self.train_epoch(epoch)
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"dlrm: the loss of epoch {epoch} is {loss}: lower dlrm.lr or dlrm.table_lr"
+                    )
+                metrics = quick_metrics(self.score("valid")) | {"epoch": epoch, "train_loss": loss}
+                score = -metrics["log_loss"] if math.isnan(metrics["auc"]) else metrics["auc"]
+                bar.set_postfix(valid_auc=f"{metrics['auc']:.4f}", refresh=False)
+                bar.update(1)
+                stale = 0 if score > best_score else stale + 1
+                if not stale:
+                    best, best_score = metrics, score
+                    kept = save_checkpoint(checkpoints, epoch, self._state(), metrics, keep_last=1)
+                if stale >= self.config.patience:
+                    break
+        load_checkpoint(kept, self._state())
+        return best
+
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the training part; the mean loss of its exposures."""
+        total = torch.zeros(2, dtype=torch.float64)
+        no_rows = self.data.batch(self.data.empty_batch(), np.empty(0, np.int64))
+        for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
+            total += self.train_step(batch.to(self.device))
+        loss, rows = global_sum(total).tolist()
+        return loss / max(rows, 1.0)
+
+    def train_step(self, batch: DLRMBatch) -> Tensor:
+        """One step on the global batch's mean loss; this rank's sum of losses and rows, [2]."""
+        logits = self._logits(batch)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        rows = global_sum(torch.tensor(float(logits.numel())))
+        (loss * coordination.world_size() / rows.item()).backward()
+        clip_grad_norm(self.trained, self.config.clip_norm)
+        self.dense.step()
+        self.dense.zero_grad(set_to_none=True)
+        return torch.tensor([loss.item(), logits.numel()], dtype=torch.float64)
+
+    @torch.no_grad()
+    def score(self, split: str) -> Columns:
+        """This rank's predictions of a split."""
+        self.model.eval()
+        none, parts = (self.data.empty_batch(), np.empty(0, np.int64)), []
+        for window, rows in _pad_to_equal_steps(_rows_in_order(self.data.windows(split)), none):
+            logits = self._logits(self.data.batch(window, rows).to(self.device)).double().cpu().numpy()
+            probabilities = 1 / (1 + np.exp(-logits))
+            parts.append(window.histories.columns(logits, probabilities, ~self.data.item_is_known, rows))
+        self.model.train()
+        return join_columns(parts)
+
+    def _logits(self, batch: DLRMBatch) -> Tensor:
+        """[B]"""
+        logits: Tensor = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        return logits
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.model.state_dict()}
+
+
+def _rows_in_order(windows: Iterable[Window]) -> Iterator[tuple[Window, Ints]]:
+    """All exposures in batches; at least one batch, which may have no rows."""
+    for window in windows:
+        for at in range(0, max(window.exposures, 1), SCORED_ROWS):
+            yield window, np.arange(at, min(at + SCORED_ROWS, window.exposures))
+
+
+def _pad_to_equal_steps(batches: Iterable[T], filler: T) -> Iterator[T]:
+    """This rank's batches, then `filler` until every rank has run out: forward passes are collective."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not bool(global_sum(torch.tensor(int(batch is not None)))):
+            return
+        yield filler if batch is None else batch
+
+
+def run_dlrm(
+    dataset: Dataset, config: DLRMConfig, device: torch.device, directory: Path, splits: tuple[str, ...]
+) -> tuple[dict[str, Columns], dict[str, float]]:
+    """Train, and return this rank's predictions of each split and the best epoch's metrics. Collective.
+
+    directory: gets `checkpoints/` with the best epoch's weights.
+
+    Raises:
+        ConfigError: the configuration names a feature that there is not.
+        ValueError: a split is empty.
+    """
+    trainer = DLRMTrainer(dataset, config, device)
+    metrics = trainer.fit(directory / "checkpoints")
+    return {split: trainer.score(split) for split in splits}, metrics

@@ -1,0 +1,226 @@
+"""Batches for the DLRM baseline: one row per exposure, its history as two bags of item ids.
+
+Legend: B rows of a batch, X exposures of a window, F numeric features.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hllm_torchrec.common.errors import ConfigError, did_you_mean
+from hllm_torchrec.data.collate import Bags, gather_bags
+from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.histories import Histories, Ints, rank_row_groups, read_histories
+from hllm_torchrec.data.jagged_arrays import concat_ranges
+from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
+from hllm_torchrec.distributed import coordination
+from hllm_torchrec.downstream.dlrm_config import DLRMConfig
+
+WINDOW_USERS = 65_536
+"""Users held in memory, and shuffled together, at a time."""
+SECONDS_PER_HOUR, HOURS, DAYS = 3600, 24, 7
+EPOCH_WEEKDAY = 3
+"""1970-01-01 was a Thursday; Monday is 0."""
+
+
+@dataclass
+class DLRMBatch:
+    """As DLRM stacks have it.
+
+    dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1].
+    """
+
+    dense_features: Tensor
+    sparse_features: KeyedJaggedTensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "DLRMBatch":
+        """A copy on `device`."""
+        return DLRMBatch(self.dense_features.to(device), self.sparse_features.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class ItemRanges:
+    """Per exposure a stretch of a common list of items: from start [X] to end [X]."""
+
+    items: Ints
+    start: Ints
+    end: Ints
+
+    def bags(self, rows: Ints) -> Bags:
+        """(values, lengths) of the exposures `rows`."""
+        lengths = self.end[rows] - self.start[rows]
+        return self.items[concat_ranges(self.start[rows], lengths)], lengths
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some users' histories and what batches are cut from: bags of items liked and disliked, numbers [X, F]."""
+
+    histories: Histories
+    liked: ItemRanges
+    disliked: ItemRanges
+    numeric: NDArray[np.float32]
+
+    @property
+    def exposures(self) -> int:
+        """X."""
+        return self.histories.exposures.size
+
+
+class DLRMData:
+    """Reads a dataset as windows of exposures and builds batches of them, for this rank.
+
+    Users and items without a training event are read as unknown (0): their rows would never be trained.
+
+    Raises:
+        ConfigError: a feature that there is not.
+    """
+
+    def __init__(self, dataset: Dataset, config: DLRMConfig) -> None:
+        problems = check_features(config, dataset)
+        if problems:
+            raise ConfigError(problems)
+        self.dataset, self.config = dataset, config
+        self.time = config.time and bool(dataset.manifest["has_timestamps"])
+        self.item_is_known = dataset.training_item_counts() > 0
+        self._user_is_known = np.zeros(dataset.num_users, dtype=bool)
+        for group in dataset.row_groups("train"):
+            users = dataset.read_row_group(group.path, group.index, columns=["user_id"])["user_id"]
+            self._user_is_known[users.to_numpy()] = True
+        self._user_bags = {name: dataset.feature_ids("user", name) for name in config.user_features}
+        self._window_cache: dict[str, Window] = {}
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the stored vectors that batches have behind their numeric features; here none."""
+        return []
+
+    def tables(self) -> dict[str, int]:
+        """Rows of the table of each sparse feature; `item`, `liked` and `disliked` hold items."""
+        rows = dict.fromkeys(("item", "liked", "disliked"), self.dataset.num_items)
+        if self.config.user_id:
+            rows["user"] = self.dataset.num_users
+        rows |= {name: self.dataset.feature_size("user", name) for name in self.config.user_features}
+        return rows | ({"hour": HOURS, "weekday": DAYS} if self.time else {})
+
+    def windows(self, split: str, rng: np.random.Generator | None = None) -> Iterator[Window]:
+        """This rank's exposures of a split, at least one window; an `rng` shuffles the order of row groups.
+
+        Raises:
+            ValueError: the split is empty.
+        """
+        groups = rank_row_groups(self.dataset, split)
+        cuts: list[list[RowGroup]] = [[]]
+        for number in range(len(groups)) if rng is None else rng.permutation(len(groups)):
+            if cuts[-1] and sum(group.rows for group in (*cuts[-1], groups[number])) > WINDOW_USERS:
+                cuts.append([])
+            cuts[-1].append(groups[number])
+        for cut in cuts:
+            if len(cuts) > 1:
+                yield self._read(cut)
+            else:  # small enough to keep
+                self._window_cache[split] = self._window_cache.get(split) or self._read(groups)
+                yield self._window_cache[split]
+
+    def training_batches(self, epoch: int) -> Iterator[DLRMBatch]:
+        """This rank's batches of an epoch, shuffled by (seed, epoch, rank).
+
+        Ranks may yield different numbers of them.
+        """
+        size = max(1, self.config.batch // coordination.world_size())
+        rng = np.random.default_rng((self.config.seed, epoch, coordination.rank()))
+        for window in self.windows("train", rng):
+            order = rng.permutation(window.exposures)
+            for at in range(0, order.size, size):
+                yield self.batch(window, order[at : at + size], rng)
+
+    def empty_batch(self) -> Window:
+        """A window without users, for a rank that has run out before others."""
+        return self._read([])
+
+    def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
+        """The exposures `rows` [B] of a window; with an `rng` for training, where IDs drop out."""
+        histories, config = window.histories, self.config
+        events = histories.exposures[rows]
+        users, seconds = histories.user_ids[histories.row_of_event[events]], histories.timestamps[events]
+        items = _with_unknown(histories.item_ids[events], self.item_is_known, config.item_dropout, rng)
+        bags = {"item": _one_each(items), "liked": window.liked.bags(rows)}
+        bags["disliked"] = window.disliked.bags(rows)
+        if config.user_id:
+            bags["user"] = _one_each(_with_unknown(users, self._user_is_known, config.user_dropout, rng))
+        for name, (values, offsets) in self._user_bags.items():
+            bags[name] = gather_bags(values, offsets, users)
+        if self.time:
+            hours = seconds // SECONDS_PER_HOUR
+            bags["hour"] = _one_each(hours % HOURS)
+            bags["weekday"] = _one_each((hours // HOURS + EPOCH_WEEKDAY) % DAYS)
+        return DLRMBatch(
+            dense_features=torch.from_numpy(window.numeric[rows]),
+            sparse_features=KeyedJaggedTensor(
+                keys=list(bags),
+                values=torch.from_numpy(np.concatenate([values for values, _ in bags.values()])),
+                lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in bags.values()])),
+                stride=rows.size,
+            ),
+            labels=torch.from_numpy(histories.labels[events].astype(np.float32)),
+        )
+
+    def _read(self, groups: Sequence[RowGroup]) -> Window:
+        histories = read_histories(self.dataset, groups)
+        return Window(
+            histories,
+            liked=self._stretches(histories, histories.labels >= 0.5),
+            disliked=self._stretches(histories, histories.labels < 0.5),
+            numeric=_numeric(histories, self.config.numeric_features),
+        )
+
+    def _stretches(self, histories: Histories, chosen: NDArray[np.bool_]) -> ItemRanges:
+        """For every exposure the last `max_bag` of the chosen events [T] that it may see."""
+        before = np.concatenate([[0], np.cumsum(chosen)])
+        first = before[histories.offsets[histories.row_of_event[histories.exposures]]]
+        end = first + histories.sum_of_seen(chosen)
+        items = histories.item_ids[chosen]
+        known = np.where(self.item_is_known[items], items, 0)
+        return ItemRanges(known, np.maximum(first, end - self.config.max_bag), end)
+
+
+def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
+    """Features that there are not, one line each."""
+    known = {"user_features": dataset.manifest["user_features"], "numeric_features": NUMERIC_FEATURES}
+    return [
+        f"dlrm.{kind}: {name!r}: unknown{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}"
+        for kind, there in known.items()
+        for name in getattr(config, kind)
+        if name not in there
+    ]
+
+
+def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
+    """[X, F] numbers known before each exposure."""
+    bounds = np.searchsorted(histories.exposures, histories.offsets)
+    parts = [np.empty((0, len(names)), np.float32)]
+    for row in range(histories.user_ids.size):
+        first, end = histories.offsets[row : row + 2]
+        targets = histories.exposures[bounds[row] : bounds[row + 1]] - first
+        labels = histories.labels[first:end].astype(np.float32)
+        parts.append(numeric_columns(names, histories.timestamps[first:end], labels, targets))
+    return np.concatenate(parts)
+
+
+def _with_unknown(ids: Ints, known: NDArray[np.bool_], dropout: float, rng: np.random.Generator | None) -> Ints:
+    """Ids with 0 in place of those that are not known and, in training, of a share `dropout` of the others."""
+    kept = known[ids]
+    if rng is not None:
+        kept = kept & (rng.random(ids.size) >= dropout)
+    return np.where(kept, ids, 0)
+
+
+def _one_each(ids: Ints) -> Bags:
+    """One bag per row, with one id."""
+    return ids, np.ones(ids.size, dtype=np.int64)

@@ -1,0 +1,153 @@
+"""Stored item and user vectors in somebody's TorchRec DLRM, whose batches, loss and pipeline stay as they are.
+
+    items = VectorLookup("stores/items")                                  # where batches are made
+    dense = append_vectors(dense, items(raw_item_ids))                    # [B, n] -> [B, n + E + 1]
+    model = plug_into(DLRM, tables, n, [items.width], "slots", ...)       # in place of DLRM(tables, n, ...)
+
+The vectors travel as columns of `dense_features`, so `DLRMTrain` and `TrainPipelineSparseDist` see nothing new. In the
+model they are taken out again, normed, and either join the dense features ("dense") or are projected to the tables'
+width and become further slots of the interaction ("slots"). An id that a store lacks has a learned default.
+
+Legend: B rows, n dense features, E width of a stored vector, D width of the tables, F sparse features.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DLRM, SparseArch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hllm_torchrec.downstream.dlrm_config import VectorPlacement
+from hllm_torchrec.store.keys import Keys
+from hllm_torchrec.store.store import EmbeddingStore
+
+
+class VectorLookup:
+    """Looks ids up in a store as it was committed when this was made; counts those that it lacks.
+
+    Args:
+        path: the store.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.store = EmbeddingStore.open(path)
+        self._snapshot = self.store.snapshot()
+        self.width = self.store.width
+        self.num_requested = self.num_unknown = 0
+
+    def __call__(self, ids: Keys | np.ndarray) -> Tensor:
+        """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros where unknown), and a last column of 1 where unknown."""
+        vectors, known = self._snapshot.gather(ids)
+        self.num_requested += known.numel()
+        self.num_unknown += int((~known).sum())
+        return torch.cat([vectors, (~known)[:, None].float()], dim=1)
+
+    @property
+    def unknown_share(self) -> float:
+        """Of the ids asked for so far, those that the store lacks."""
+        return self.num_unknown / max(self.num_requested, 1)
+
+
+def append_vectors(dense_features: Tensor, *found: Tensor) -> Tensor:
+    """Dense features [B, n] with what lookups have found [B, E + 1] behind them."""
+    return torch.cat([dense_features, *found], dim=1)
+
+
+class StoredVectors(nn.Module):
+    """Vectors of one store in a model: normed, projected if asked to, and a learned default where there is none.
+
+    Args:
+        width: E.
+        out: width of what comes out; None: E, without a projection.
+        dropout: of the normed vector's entries, in training. A user's vector is nearly the user's name: without it a
+            DLRM can learn its training users by heart.
+    """
+
+    def __init__(self, width: int, out: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Identity() if out is None else nn.Linear(width, out)
+        self.default = nn.Parameter(torch.zeros(out or width))
+
+    def forward(self, found: Tensor) -> Tensor:
+        """found [B, E + 1] of `VectorLookup` -> [B, out]."""
+        return torch.where(found[:, -1:] > 0, self.default, self.project(self.dropout(self.norm(found[:, :-1]))))
+
+
+class PluggedDLRM(nn.Module):
+    """A DLRM, DLRM_DCN or DLRM_Projection with stored vectors; called as they are. Made by `plug_into`.
+
+    Args:
+        dlrm: sized for what the vectors add.
+        dense: n, columns of the dense features before the vectors.
+        widths: E of each store, in the order in which their columns follow.
+        dropout: of the vectors.
+    """
+
+    def __init__(self, dlrm: DLRM, dense: int, widths: list[int], way: VectorPlacement, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dlrm, self.dense, self.way = dlrm, dense, way
+        out = dlrm.sparse_arch.D if way == "slots" else None
+        self.stored = nn.ModuleList(StoredVectors(width, out, dropout) for width in widths)
+        ends = np.cumsum([dense, *(width + 1 for width in widths)]).tolist()
+        self.columns = [slice(first, end) for first, end in zip(ends, ends[1:])]
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """dense_features [B, n + sum of (E + 1)] -> logits [B, 1]."""
+        own = dense_features[:, : self.dense]
+        vectors = [module(dense_features[:, cut]) for module, cut in zip(self.stored, self.columns)]
+        embedded = self.dlrm.sparse_arch(sparse_features)
+        if self.way == "dense":
+            dense = self.dlrm.dense_arch(torch.cat([own, *vectors], dim=1))
+        else:
+            dense = self.dlrm.dense_arch(own)
+            embedded = torch.cat([embedded, torch.stack(vectors, dim=1)], dim=1)
+        logits: Tensor = self.dlrm.over_arch(self.dlrm.inter_arch(dense_features=dense, sparse_features=embedded))
+        return logits
+
+
+def plug_into(
+    kind: type[DLRM],
+    tables: EmbeddingBagCollection,
+    dense_in_features: int,
+    widths: list[int],
+    way: VectorPlacement,
+    dropout: float = 0.0,
+    **options: Any,
+) -> PluggedDLRM:
+    """A model of `kind` that also reads stored vectors.
+
+    Args:
+        kind: DLRM, DLRM_DCN or DLRM_Projection.
+        tables, dense_in_features, options: what `kind` is made from without us.
+        widths: E of each store, in the order of `append_vectors`.
+        way: "dense": among the dense features; "slots": as slots of the interaction, one per store.
+        dropout: of the vectors' entries, in training; see `StoredVectors`.
+
+    Raises:
+        ValueError: no store, or another way.
+    """
+    if not widths or way not in ("dense", "slots"):
+        raise ValueError(f"plug_into: widths={widths}, way={way!r}: give the width of each store, and dense or slots")
+    if way == "dense":
+        return PluggedDLRM(
+            kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way, dropout
+        )
+    # Each kind sizes its interaction by the tables' features: tables on the meta device stand for the vectors.
+    own = tables.embedding_bag_configs()
+    more = [
+        EmbeddingBagConfig(name=name, embedding_dim=own[0].embedding_dim, num_embeddings=1, feature_names=[name])
+        for name in (f"stored_{number}" for number in range(len(widths)))
+    ]
+    dlrm = kind(EmbeddingBagCollection([*own, *more], device=torch.device("meta")), dense_in_features, **options)
+    dlrm.sparse_arch = SparseArch(tables)
+    return PluggedDLRM(dlrm, dense_in_features, widths, way, dropout)

@@ -1,0 +1,1 @@
+"""TorchRec embedding tables: sharding, optimizers, memory, initialization."""

@@ -1,0 +1,184 @@
+"""TorchRec's planner and DMP for the embedding tables: which table goes where, and how it steps."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.embedding.memory import TableEnumerator
+from hllm_torchrec.embedding.optimizers import TABLE_OPTIMIZERS, TableSettings
+from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
+
+RESERVED_MEMORY_SHARE = 0.4
+"""Share of each device's memory that the planner leaves to the dense parts and activations."""
+
+FROZEN_COLUMNS = 64
+"""A frozen item table is cut by columns into parts of at least this width."""
+
+
+def check_tables(config: TableSettings, device: torch.device) -> list[str]:
+    """Problems of the table settings on this device, one line each."""
+    problems = []
+    optimizer, sharding = config.optim.table_optimizer, config.features.sharding
+    if device.type == "cpu" and TABLE_OPTIMIZERS[optimizer].cuda_only:
+        problems.append(
+            f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose "
+            "rowwise_adagrad, adagrad or sgd"
+        )
+    if device.type == "cpu" and sharding == "row_wise":
+        problems.append(
+            "features.sharding: 'row_wise': TorchRec's CPU tables have no row-wise bags; choose table_wise or "
+            "column_wise"
+        )
+    return problems
+
+
+def distribute(
+    model: nn.Module,
+    plan: ShardingPlan,
+    sharder: ModuleSharder,
+    device: torch.device,
+    *,
+    ddp: bool = True,
+    find_unused_parameters: bool = False,
+) -> DistributedModelParallel:
+    """Place tables by `plan`; replicate the rest with DDP, or leave it as it is (FSDP2 has been applied).
+
+    find_unused_parameters: whether there are steps in which no rank uses some of the trainable weights.
+    """
+    assert dist.group.WORLD is not None
+    wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=find_unused_parameters)
+    return DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        device=device,
+        plan=plan,
+        sharders=[sharder],
+        init_data_parallel=ddp,
+        data_parallel_wrapper=wrapper,
+    )
+
+
+def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedModelParallel:
+    """Spread the table over the ranks as TorchRec's planner sees fit; it has no optimizer and no replica."""
+    kinds = [kind.value for kind in _sharded_kinds(device.type)]
+    constraint = ParameterConstraints(
+        sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=FROZEN_COLUMNS
+    )
+    sharder: ModuleSharder = EmbeddingBagCollectionSharder()
+    plan = _plan(items, {FROZEN_ITEMS: constraint}, device, sharder)
+    return distribute(items, plan, sharder, device, ddp=False)
+
+
+def plan_table_sharding(
+    model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder
+) -> ShardingPlan:
+    """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on. Collective.
+
+    Raises:
+        ConfigError: the tables do not fit into the ranks' memory.
+    """
+    return _plan(model, table_constraints(model, config, device.type), device, sharder)
+
+
+def table_constraints(model: nn.Module, config: TableSettings, device: str) -> dict[str, ParameterConstraints]:
+    """How each table may be placed on a kind of device ("cpu" or "cuda")."""
+    return {name: _constraint(rows, config, device) for name, rows in _tables(model)}
+
+
+def _plan(
+    model: nn.Module, constraints: dict[str, ParameterConstraints], device: torch.device, sharder: ModuleSharder
+) -> ShardingPlan:
+    world = dist.get_world_size()
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    hardware = planner_hardware(device, local_world)
+    return run_on_rank_zero(
+        lambda: plan_sharding(model, constraints, device.type, sharder, TrainerConfig(world, local_world), hardware)
+    )
+
+
+def planner_hardware(device: torch.device, local_world: int) -> HardwareConfig:
+    """Memory of a rank: of its GPU (what TorchRec assumes, where there is none here), and its share of the host's."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return HardwareConfig(ddr_cap_bytes=host)
+    return HardwareConfig(torch.cuda.get_device_properties(device).total_memory, host)
+
+
+def plan_sharding(
+    model: nn.Module,
+    constraints: dict[str, ParameterConstraints],
+    device: str,
+    sharder: ModuleSharder,
+    trainer: TrainerConfig,
+    hardware: HardwareConfig,
+) -> ShardingPlan:
+    """The plan of TorchRec's planner for `trainer` of `hardware`, which need not be there.
+
+    Raises:
+        ConfigError: the tables do not fit.
+    """
+    topology = TopologyFactory.create_topology(trainer, hardware, KernelConfig(compute_device=device))
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        enumerator=TableEnumerator(topology, BATCH_SIZE, constraints),
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_MEMORY_SHARE),
+        debug=False,
+    )
+    try:
+        return planner.plan(model, [sharder])
+    except PlannerError as error:
+        memory = (hardware.hbm_cap_bytes if device == "cuda" else hardware.ddr_cap_bytes) or 0
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ConfigError(
+            [
+                f"features: TorchRec cannot place the tables on {trainer.world_size} ranks of {memory / 1e9:.1f} "
+                f"GB, of "
+                f"which {1 - RESERVED_MEMORY_SHARE:.0%} are for tables: {reason}; take features.sharding: "
+                "auto, more ranks, narrower tables, or features.table_dtype: fp16"
+            ]
+        ) from error
+
+
+def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            for table in module.embedding_bag_configs():
+                yield table.name, table.num_embeddings
+
+
+def _constraint(rows: int, config: TableSettings, device: str) -> ParameterConstraints:
+    if rows < config.features.shard_from_rows:
+        return ParameterConstraints(
+            sharding_types=[ShardingType.DATA_PARALLEL.value],
+            compute_kernels=[EmbeddingComputeKernel.DENSE.value],
+        )
+    sharding = config.features.sharding
+    names = [kind.value for kind in _sharded_kinds(device)] if sharding == "auto" else [sharding]
+    return ParameterConstraints(sharding_types=names, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
+
+
+def _sharded_kinds(device: str) -> list[ShardingType]:
+    """How bags can be sharded on a kind of device."""
+    on_cuda = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device == "cuda" else []
+    return [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, *on_cuda]

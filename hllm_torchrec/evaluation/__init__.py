@@ -1,0 +1,1 @@
+"""Scoring, the offline evaluation job, comparison of models, regression gate, report."""

@@ -1,0 +1,102 @@
+"""Full-catalogue retrieval of an experiment: what a run's training, its evaluation job and its results share."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.predictions import save_predictions
+from hllm_torchrec.distributed.collectives import all_gather_variable
+from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks, rank_catalogue_targets
+from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, shard_bounds
+from hllm_torchrec.models.assembly import Experiment
+
+ITEMS_AT_ONCE = 8192
+"""Catalogue items whose features one rank looks up at a time."""
+
+
+def measures_retrieval(experiment: Experiment) -> bool:
+    """Whether the configuration asks for it, or the model can do nothing else."""
+    return experiment.config.evaluation.retrieval or experiment.hllm.fusion == "none"
+
+
+def evaluate_retrieval(
+    experiment: Experiment, loader: Loader, show: bool = False, ranks_folder: Path | None = None
+) -> dict[str, Any]:
+    """Metrics of `score_retrieval` over a split with what they were measured under. Collective.
+
+    ranks_folder: directory that gets every target with its rank (`metrics.retrieval_table` reads it), or None.
+
+    Besides the numbers: `protocol` (or None), `filter_seen`, `targets` ("all" or "positive") and `candidates`,
+    the size of the catalogue. In a model with an Item LLM its `item_cache` is used where it is filled.
+    """
+    config = experiment.config
+    positive = config.objective.positive_targets_only
+    columns, skipped = rank_catalogue_targets(
+        experiment.model,
+        loader,
+        catalogue_shard(experiment),
+        experiment.device,
+        show,
+        filter_seen=config.evaluation.filter_seen,
+        positive_only=positive,
+    )
+    if ranks_folder is not None:
+        save_predictions(columns, ranks_folder)
+    return metrics_of_target_ranks(columns, skipped, config.evaluation.ks) | {
+        "protocol": config.evaluation.protocol,
+        "filter_seen": config.evaluation.filter_seen,
+        "targets": "positive" if positive else "all",
+        "candidates": experiment.dataset.num_items - 1,
+    }
+
+
+def catalogue_vectors(experiment: Experiment) -> Tensor:
+    """[N, V] of all items on every rank: what `catalogue_shard` gives each a part of. Collective."""
+    return all_gather_variable(catalogue_shard(experiment).vectors)
+
+
+@torch.no_grad()
+def catalogue_shard(experiment: Experiment) -> CatalogueShard:
+    """What the user's output is compared with, of this rank's share of items: E, or P(E) + ID + ... Collective.
+
+    Row 0 of the first rank is the unknown item. Only embeddings that every rank has anyway (`HLLM.item_cache`, or of an
+    Item LLM that encodes the catalogue now) are held whole.
+    """
+    hllm = experiment.hllm
+    if not hllm.compares_features and not hllm.uses_stored_items:
+        items = experiment.encode_catalogue() if hllm.item_cache is None else hllm.item_cache
+        assert items is not None, "without an Item LLM items are compared by their features"
+        return CatalogueShard.of_rank(items)
+    was_training = hllm.training
+    hllm.eval()
+    total = experiment.dataset.num_items
+    first, end = shard_bounds(total)
+    blocks = -(-total // ITEMS_AT_ONCE)  # the same number of collective look-ups on every rank
+    rows = [_vectors_of(experiment, block) for block in np.array_split(np.arange(first, end), blocks)]
+    hllm.train(was_training)
+    return CatalogueShard(torch.cat(rows), first, total)
+
+
+def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
+    """[n, V] of items [n], which may be none. Collective."""
+    hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
+    if not hllm.compares_features:
+        found = hllm.look_up_items(ids)
+        assert found is not None, "stored items have embeddings"
+        return found.float()
+    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+    return vectors_by_features(experiment, collator, items)
+
+
+def vectors_by_features(experiment: Experiment, collator: Collator, items: NDArray[np.int64]) -> Tensor:
+    """P(E) + ID + item features of items [n], which may be none: [n, D] float32. Collective."""
+    hllm, device, ids = experiment.hllm, experiment.device, torch.from_numpy(items).to(experiment.device)
+    dense = experiment.item_vectors
+    vectors = None if dense is None else torch.from_numpy(dense[items]).to(device)
+    return hllm.embed_in_feature_space(collator.item_features(items).to(device), ids, vectors).float()

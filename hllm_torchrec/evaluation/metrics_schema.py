@@ -1,0 +1,130 @@
+"""The parts of `metrics.json`: plain numbers, None where a metric is undefined (JSON has no NaN)."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.metrics.auc import PairedDifference, logit_interval, wald_difference
+from hllm_torchrec.metrics.exact_auc import RankStatistics
+from hllm_torchrec.metrics.ranking import ReliabilityCurve, finite_or_none
+from hllm_torchrec.metrics.user_statistics import UserStatistics
+
+SCHEMA_VERSION = 2
+"""1 had no PR-AUC, no recall at precision, no interval over users by formula, no weights."""
+
+READABLE = (1, 2)
+"""Versions that the report and the gate read."""
+
+_AGAIN = "evaluate again to write it anew"
+
+PROBABILITY_METRICS = ("log_loss", "normalized_entropy", "brier", "calibration", "ece")
+
+
+def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a `metrics.json` without exposures that are ranked."""
+    head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "split": split, "models": {}}
+    return head | {"retrieval": retrieval, "provenance": provenance}
+
+
+def model_block(
+    statistics: RankStatistics, probability: dict[str, float], users: UserStatistics | None, place: int
+) -> dict[str, Any]:
+    """One model's metrics; `probability` may be empty, `place` is the model's in `users`."""
+    block = slice_block(statistics) | {
+        "auc_se": finite_or_none(statistics.interval.standard_error),
+        "pr_auc": finite_or_none(statistics.pr_auc),
+        "recall_at_precision": {
+            f"{precision:g}": finite_or_none(recall) for precision, recall in statistics.recall_at_precision.items()
+        },
+        **{name: finite_or_none(probability.get(name, math.nan)) for name in PROBABILITY_METRICS},
+    }
+    if users is None:
+        names = ("users", "gauc", "gauc_user_weighted", "gauc_users", "gauc_users_left_out", "clustered_se")
+        return block | dict.fromkeys(names) | bounds("clustered", math.nan, math.nan)
+    clustered = logit_interval(statistics.interval.auc, users.standard_error[place])
+    return block | {
+        "users": users.users,
+        "gauc": finite_or_none(users.gauc[place]),
+        "gauc_user_weighted": finite_or_none(users.gauc_user_weighted[place]),
+        "gauc_users": users.users_counted,
+        "gauc_users_left_out": users.users - users.users_counted,
+        "clustered_se": finite_or_none(users.standard_error[place]),
+        **bounds("clustered", clustered.low, clustered.high),
+    }
+
+
+def slice_block(statistics: RankStatistics) -> dict[str, Any]:
+    """Size, AUC and interval of some rows."""
+    return {
+        "rows": statistics.rows,
+        "positives": statistics.positives,
+        "auc": finite_or_none(statistics.interval.auc),
+        "auc_low": finite_or_none(statistics.interval.low),
+        "auc_high": finite_or_none(statistics.interval.high),
+    }
+
+
+def paired_block(delong: PairedDifference, users: UserStatistics | None, place: int) -> dict[str, Any]:
+    """A model against the reference: DeLong's test, and the one with users as independent units."""
+    error = users.difference_error[place] if users else math.nan
+    clustered = wald_difference(delong.difference, error)
+    return {
+        "difference": finite_or_none(delong.difference),
+        **bounds("delong", delong.low, delong.high),
+        "delong_p": finite_or_none(delong.p_value),
+        **bounds("clustered", clustered.low, clustered.high),
+        "clustered_p": finite_or_none(clustered.p_value),
+    }
+
+
+def bounds(name: str, low: float, high: float) -> dict[str, float | None]:
+    """`name_low` and `name_high`."""
+    return {f"{name}_low": finite_or_none(low), f"{name}_high": finite_or_none(high)}
+
+
+def curves_block(statistics: RankStatistics, reliability: ReliabilityCurve | None) -> dict[str, Any]:
+    """Rounded points, a few kB a model, so that the report needs no predictions."""
+    false_positive, recall, precision = statistics.curve.round(5).tolist()
+    found: dict[str, Any] = {
+        "roc": {"false_positive_rate": false_positive, "true_positive_rate": recall},
+        "pr": {"recall": recall, "precision": precision},
+        "reliability": None,
+    }
+    if reliability is not None:
+        found["reliability"] = {
+            "mean_probability": reliability.mean_probability.round(5).tolist(),
+            "observed_rate": reliability.observed_rate.round(5).tolist(),
+            "rows": reliability.rows.tolist(),
+        }
+    return found
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The content of a `metrics.json`; to ask it, or an object in it, for a field that is missing is a ValueError.
+
+    Raises:
+        ValueError: it is no JSON, or of another schema version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {_AGAIN}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in READABLE:
+        reads = ", ".join(map(str, READABLE))
+        raise ValueError(f"{path} has schema_version {version}, this program reads {reads}; {_AGAIN}")
+    return _Fields(content, path)
+
+
+class _Fields(dict[str, Any]):
+    """An object in a file, whose place there is named where one of its fields is missing."""
+
+    def __init__(self, content: Mapping[str, Any], path: Path, place: str = "") -> None:
+        self._path, self._place = path, place
+        for name, value in content.items():
+            self[name] = _Fields(value, path, f"{place}{name}.") if isinstance(value, dict) else value
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self._path}: {self._place}{name} is missing; {_AGAIN}")

@@ -1,0 +1,295 @@
+"""The offline evaluation of one model or more on the same rows, of any number, over any number of ranks: what
+stands in `metrics.json`.
+
+Pass one sorts the scores (of each slice too) and adds up the metrics of probabilities; pass two reads the rows
+again, looks up each row's influence on the AUC and brings each user's rows together.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, world_size
+from hllm_torchrec.evaluation.metrics_schema import (
+    SCHEMA_VERSION,
+    bounds,
+    curves_block,
+    model_block,
+    paired_block,
+    slice_block,
+)
+from hllm_torchrec.evaluation.prediction_rows import PredictionModel, RowBatch
+from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
+from hllm_torchrec.metrics.delong import PairedSums, influence
+from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
+from hllm_torchrec.metrics.probabilities import ProbabilitySums, reliability
+from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS, ReliabilityCurve
+from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
+from hllm_torchrec.metrics.user_statistics import UserBuckets, record_type
+
+MIN_MEMORY = 1 << 16
+MEMORY = 1 << 30
+"""Bytes for rows on a rank, unless said otherwise."""
+
+MAX_SLICES = 400
+"""Slices that one column may give."""
+
+BOOTSTRAP_ROWS = 5_000_000
+"""The bootstrap over users needs all rows in memory, on one rank."""
+
+
+class PredictionSource(Protocol):
+    """Where the rows come from: `rows.Rows`, or arrays."""
+
+    models: list[PredictionModel]
+    rows: int
+    weighted: bool
+    has_users: bool
+
+    def score_type(self, model: PredictionModel) -> np.dtype:
+        """float32 or float64."""
+
+    def batches(self, rank: int, world_size: int, size: int) -> Iterator[RowBatch]:
+        """The rank's share."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate."""
+
+    split: str = "test"
+    memory: int = MEMORY
+    """Bytes for rows on a rank; interpreter and libraries (about 0.4 GB) come on top."""
+    draws: int = 0
+    """Resamples of the bootstrap over users; 0: none."""
+    seed: int = 0
+    spill: str | None = None
+    """Folder for what does not fit into memory; None: the system's for temporary files."""
+
+
+@dataclass
+class _SortedScores:
+    """What pass one leaves."""
+
+    overall: dict[str, SortedChunks]
+    probability: dict[str, tuple[ProbabilitySums, SortedChunks]]
+    slices: dict[tuple[int, str], dict[str, SortedChunks]] = field(default_factory=dict)
+    """(column, slice) → model → its rows."""
+    keys: int = 0
+    """Sum of the rows' keys, modulo 2^64: the same in any order."""
+
+
+def evaluate_predictions(source: PredictionSource, settings: EvaluationSettings, group: Group = None) -> dict[str, Any]:
+    """Measure all models; see `docs/evaluation.md` for the keys. Collective; the same result on every rank.
+
+    Raises:
+        ValueError: naming file and row of a bad value, on every rank.
+    """
+    if settings.memory < MIN_MEMORY:
+        raise ValueError(f"memory is {settings.memory} bytes; at least {MIN_MEMORY} are needed, 1 GiB is usual")
+    if settings.draws < 0:
+        raise ValueError(f"draws is {settings.draws}; 0 for no bootstrap, 1000 is usual")
+    with tempfile.TemporaryDirectory(prefix="hllm-evaluate-", dir=settings.spill) as folder:
+        return _Evaluation(source, settings, MemoryPool(settings.memory, Path(folder)), group).run()
+
+
+class _Evaluation:
+    def __init__(self, source: PredictionSource, settings: EvaluationSettings, pool: MemoryPool, group: Group):
+        self.source, self.settings, self.pool, self.group = source, settings, pool, group
+        self.names = [model.name for model in source.models]
+
+    def run(self) -> dict[str, Any]:
+        ordered = self._sort()
+        second = self.source.has_users or len(self.names) > 1
+        measured = {name: rank_statistics(runs, self.group, keep=second) for name, runs in ordered.overall.items()}
+        statistics = {name: found for name, (found, _) in measured.items()}
+        slices = self._slices(ordered)
+        probability = {name: self._probability(ordered, name) for name in self.names}
+        pairs = PairedSums(list(statistics.values()), self.group)
+        users, drawn = None, {}
+        if second:
+            buckets = self._influences(statistics, {name: table for name, (_, table) in measured.items()}, pairs)
+            users = buckets.statistics(len(self.names)) if self.source.has_users else None
+            drawn = self._bootstrap(buckets) if self.source.has_users else {}
+        reference = self.names[0]
+        models, paired = {}, {}
+        for place, name in enumerate(self.names):
+            models[name] = model_block(statistics[name], probability[name][0], users, place)
+            models[name] |= _percentiles(drawn.get(name)) | {"slices": slices[name]}
+            if place:
+                paired[name] = paired_block(pairs.delong(place), users, place)
+                paired[name] |= _percentiles(drawn[name] - drawn[reference] if drawn else None)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "split": self.settings.split,
+            "reference": reference,
+            "rows": statistics[reference].rows,
+            "rows_without_weight": self.source.rows - statistics[reference].rows,
+            "users": users.users if users else None,
+            "exposures": f"{sum(gather_objects(ordered.keys, self.group)) % 2**64:016x}",
+            "weighted": self.source.weighted,
+            "models": models,
+            "paired": paired,
+            "curves": {name: curves_block(statistics[name], probability[name][1]) for name in self.names},
+            "bootstrap": {
+                "draws": self.settings.draws if drawn else 0,
+                "seed": self.settings.seed,
+                "left_out": self._no_bootstrap(),
+            },
+            "memory": {"limit": self.settings.memory, "spilled": sum(gather_objects(self.pool.spilled, self.group))},
+        }
+
+    def _batches(self, rows: int) -> Iterator[RowBatch]:
+        return self.source.batches(group_rank(self.group), world_size(self.group), rows)
+
+    def _sort(self) -> _SortedScores:
+        """Pass one. A bad row raises on every rank, so that none waits for another."""
+        ordered, problem = None, None
+        try:
+            ordered = self._sort_own()
+        except ValueError as error:
+            problem = str(error)
+        problems = [text for text in gather_objects(problem, self.group) if text]
+        if problems:
+            raise ValueError(problems[0])
+        assert ordered is not None
+        return ordered
+
+    def _sort_own(self) -> _SortedScores:
+        models, weighted = self.source.models, self.source.weighted
+        ordered = _SortedScores({model.name: self._new_runs(model) for model in models}, {})
+        for model in models:
+            if model.probability:
+                same = model.probability == model.score and self.source.score_type(model) == np.float64
+                runs = ordered.overall[model.name] if same else SortedChunks(self.pool, np.dtype(np.float64), weighted)
+                ordered.probability[model.name] = ProbabilitySums(), runs
+        for batch in self._batches(max(64, min(1 << 20, self.settings.memory // 1024))):
+            ordered.keys = (ordered.keys + int(batch.keys.sum(dtype=np.uint64))) % 2**64
+            for name, scores in batch.scores.items():
+                ordered.overall[name].add(scores, batch.is_positive, batch.weights)
+            for name, values in batch.probabilities.items():
+                sums, runs = ordered.probability[name]
+                sums.add(batch.is_positive, values, batch.weights)
+                if runs is not ordered.overall[name]:
+                    runs.add(values, batch.is_positive, batch.weights)
+            self._add_slices(ordered, batch)
+        return ordered
+
+    def _new_runs(self, model: PredictionModel) -> SortedChunks:
+        return SortedChunks(self.pool, self.source.score_type(model), self.source.weighted)
+
+    def _add_slices(self, ordered: _SortedScores, batch: RowBatch) -> None:
+        for column, (names, codes) in enumerate(batch.slices):
+            order = np.argsort(codes, kind="stable")
+            cuts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+            for name, low, high in zip(names, cuts, cuts[1:]):
+                runs = ordered.slices.setdefault((column, name), {})
+                for model in self.source.models:
+                    if model.name not in runs:
+                        runs[model.name] = self._new_runs(model)
+                    rows = order[low:high]
+                    weights = None if batch.weights is None else batch.weights[rows]
+                    runs[model.name].add(batch.scores[model.name][rows], batch.is_positive[rows], weights)
+            if sum(key[0] == column for key in ordered.slices) > MAX_SLICES:
+                example = names[0].partition("=")[0]
+                raise ValueError(
+                    f"the column of {example!r} has more than {MAX_SLICES} values; slices are for columns with few: "
+                    "write one with coarser values"
+                )
+
+    def _slices(self, ordered: _SortedScores) -> dict[str, dict[str, Any]]:
+        """model → slice → its size and AUC, of the slices that any rank has."""
+        found = sorted({key for keys in gather_objects(list(ordered.slices), self.group) for key in keys}, key=_place)
+        blocks: dict[str, dict[str, Any]] = {name: {} for name in self.names}
+        for column, name in found:
+            for model in self.source.models:
+                runs = ordered.slices.get((column, name), {}).get(model.name) or self._new_runs(model)
+                blocks[model.name][name] = slice_block(rank_statistics(runs, self.group)[0])
+        return blocks
+
+    def _probability(self, ordered: _SortedScores, name: str) -> tuple[dict[str, float], ReliabilityCurve | None]:
+        if name not in ordered.probability:
+            return {}, None
+        sums, runs = ordered.probability[name]
+        curve, error = reliability(runs, self.group)
+        return sums.metrics(self.group) | {"ece": error}, curve
+
+    def _influences(
+        self, statistics: Mapping[str, RankStatistics], placements: Mapping[str, Placements], pairs: PairedSums
+    ) -> UserBuckets:
+        """Pass two: every row's influence on each AUC, by user and for the pairs."""
+        buckets = UserBuckets(self.pool, len(self.names), self.source.rows, self.group)
+        # each batch goes through all placements on disk: few large ones, of up to a quarter of the memory
+        batches, empty = self._batches(max(64, self.settings.memory // 512)), self._empty()
+        while any(gather_objects((batch := next(batches, None)) is not None, self.group)):
+            batch = batch or empty
+            influences = np.stack(
+                [
+                    influence(
+                        placements[name].look_up(batch.scores[name], batch.is_positive),
+                        batch.is_positive,
+                        batch.weights,
+                        found,
+                    )
+                    for name, found in statistics.items()
+                ]
+            )
+            pairs.add(batch.is_positive, influences)
+            if self.source.has_users:
+                buckets.add(_records(batch, influences))
+        return buckets
+
+    def _empty(self) -> RowBatch:
+        """No rows, for a rank that has come to its end before others."""
+        scores = {model.name: np.empty(0, self.source.score_type(model)) for model in self.source.models}
+        weights = np.empty(0) if self.source.weighted else None
+        users = np.empty(0, np.int64) if self.source.has_users else None
+        return RowBatch(np.empty(0, bool), weights, scores, {}, users, np.empty(0, np.uint64), [])
+
+    def _no_bootstrap(self) -> str | None:
+        """Why there is no bootstrap although it is wanted."""
+        if not (self.settings.draws and self.source.rows):
+            return None
+        if not self.source.has_users:
+            return "the rows have no users"
+        if self.source.weighted:
+            return "rows are weighted"
+        if self.source.rows > BOOTSTRAP_ROWS:
+            return f"more than {BOOTSTRAP_ROWS:,} rows"
+        return None
+
+    def _bootstrap(self, buckets: UserBuckets) -> dict[str, np.ndarray]:
+        """model → AUCs of resampled users; empty if not wanted or not possible."""
+        if not (self.settings.draws and self.source.rows) or self._no_bootstrap():
+            return {}
+        records = np.concatenate([part for parts in gather_objects(list(buckets), self.group) for part in parts])
+        scores = {name: records["score"][:, place] for place, name in enumerate(self.names)}
+        labels = records["positive"]
+        return user_bootstrap(labels, scores, records["user"], self.settings.draws, self.settings.seed)
+
+
+def _records(batch: RowBatch, influences: np.ndarray) -> np.ndarray:
+    records = np.empty(len(batch.is_positive), record_type(len(influences)))
+    records["user"], records["positive"] = batch.users, batch.is_positive
+    records["weight"] = 1.0 if batch.weights is None else batch.weights
+    for place, scores in enumerate(batch.scores.values()):
+        records["score"][:, place] = scores
+        records["influence"][:, place] = influences[place]
+    return records
+
+
+def _percentiles(drawn: np.ndarray | None) -> dict[str, float | None]:
+    return bounds("bootstrap", *((math.nan, math.nan) if drawn is None else percentile_interval(drawn)))
+
+
+def _place(key: tuple[int, str]) -> tuple[int, int, str]:
+    """Slices by column, then as `HISTORY_BUCKETS` has them, then by name."""
+    column, name = key
+    lengths = list(HISTORY_BUCKETS)
+    bucket = name.removeprefix("history_")
+    return column, lengths.index(bucket) if bucket in lengths else -1, name

@@ -1,0 +1,190 @@
+"""Prediction files, Parquet or CSV, read by ranges of rows in memory that does not grow with the files."""
+
+import glob
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.data.validation import error_location
+
+SUFFIXES = (".parquet", ".csv", ".csv.gz")
+NUMBERS = ("label", "weight", "history_length", "timestamp")
+"""Columns that a CSV file holds as numbers, with scores and probabilities; all others are read as text."""
+
+FINGERPRINT_CHUNK = 1 << 24
+
+
+def find_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that `paths` name: files, patterns with `*`, or directories (their Parquet or CSV files), in order.
+
+    Raises:
+        ValueError: a path that names none.
+    """
+    found: list[Path] = []
+    for path in map(str, paths):
+        matches = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        for match in map(Path, matches):
+            inside = sorted(file for file in match.iterdir() if file.name.endswith(SUFFIXES)) if match.is_dir() else []
+            found += inside or ([match] if match.is_file() else [])
+            if not (inside or match.is_file()):
+                raise ValueError(f"{match} is no file, and no directory with {', '.join(SUFFIXES)} files; name either")
+        if not matches:
+            raise ValueError(f"{path} matches no file; look at the pattern, and quote it in a shell")
+    for file in found:
+        if not file.name.endswith(SUFFIXES):
+            raise ValueError(f"{file} is not of a kind that can be read: {', '.join(SUFFIXES)}; convert it")
+    return found
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
+    """Sixteen hexadecimal digits of the content of the files, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(FINGERPRINT_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class RowReader:
+    """Some columns of some files, which read as one long table."""
+
+    def __init__(self, files: Sequence[Path], columns: Sequence[str], folder: Path, numbers: Sequence[str] = ()):
+        """Open the files; CSV files are first rewritten as Parquet into `folder`.
+
+        Args:
+            columns: read; all files must have them.
+            numbers: further columns that are numbers in CSV files, besides `NUMBERS`.
+
+        Raises:
+            ValueError: a file that cannot be read or lacks a column, naming it.
+        """
+        self.files, self.columns = list(files), list(dict.fromkeys(columns))
+        self._names: list[list[str]] = []
+        self._readable = [self._as_parquet(file, folder, index, numbers) for index, file in enumerate(files)]
+        self._parquet = [_open(file) for file in self._readable]
+        for shown, names in zip(files, self._names):
+            _check_columns(shown, names, self.columns)
+        self._first_rows = [0]
+        for parquet in self._parquet:
+            self._first_rows.append(self._first_rows[-1] + parquet.metadata.num_rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return self._first_rows[-1]
+
+    def has(self, column: str) -> bool:
+        """Whether every file has the column, be it read or not."""
+        return all(column in names for names in self._names)
+
+    @property
+    def schemas(self) -> list[pa.Schema]:
+        """The schema of each file."""
+        return [parquet.schema_arrow for parquet in self._parquet]
+
+    def locate(self, row: int) -> str:
+        """`FILE: row 3`, counted from 0 within the file, and the line of a CSV file."""
+        place = bisect_right(self._first_rows, row) - 1
+        while self._first_rows[place + 1] == self._first_rows[place]:
+            place -= 1
+        within = row - self._first_rows[place]
+        line = "" if self.files[place].suffix == ".parquet" else f" (line {within + 2})"
+        return f"{self.files[place]}: row {within}{line}"
+
+    def batches(self, low: int, high: int, size: int) -> Iterator[pa.Table]:
+        """The rows low..high in tables of `size` rows, the last one shorter."""
+        waiting: list[pa.Table] = []
+        count = 0
+        for piece in self._pieces(low, high, size):
+            waiting.append(piece)
+            count += len(piece)
+            while count >= size:
+                joined = pa.concat_tables(waiting, promote_options="permissive")
+                yield joined.slice(0, size)
+                waiting, count = [joined.slice(size)], count - size
+        if count:
+            yield pa.concat_tables(waiting, promote_options="permissive")
+
+    def _pieces(self, low: int, high: int, size: int) -> Iterator[pa.Table]:
+        """The rows in pieces as the row groups give them."""
+        for file, first, parquet in zip(self.files, self._first_rows, self._parquet):
+            start = first
+            for group in range(parquet.num_row_groups):
+                end = start + parquet.metadata.row_group(group).num_rows
+                if start < high and end > low:
+                    position = start
+                    for batch in self._decoded(file, parquet, group, size):
+                        begin, stop = max(low - position, 0), min(high - position, len(batch))
+                        if begin < stop:
+                            yield pa.Table.from_batches([batch.slice(begin, stop - begin)])
+                        position += len(batch)
+                start = end
+
+    def _decoded(self, file: Path, parquet: pq.ParquetFile, group: int, size: int) -> Iterator[pa.RecordBatch]:
+        """The batches of a row group, checked to be whole."""
+        with error_location(f"{file}: row group {group}", "write it again"):
+            for batch in parquet.iter_batches(size, row_groups=[group], columns=self.columns):
+                batch.validate(full=True)
+                yield batch
+
+    def _as_parquet(self, file: Path, folder: Path, index: int, numbers: Sequence[str]) -> Path:
+        if file.suffix == ".parquet":
+            self._names.append(_open(file).schema_arrow.names)
+            return file
+        names = column_names(file)
+        self._names.append(names)
+        _check_columns(file, names, self.columns)
+        kinds = {name: pa.float64() if name in (*NUMBERS, *numbers) else pa.string() for name in self.columns}
+        convert = pacsv.ConvertOptions(column_types=kinds, include_columns=self.columns, strings_can_be_null=True)
+        target = folder / f"{id(self)}-{index}.parquet"
+        try:
+            with (
+                pacsv.open_csv(file, pacsv.ReadOptions(use_threads=False), convert_options=convert) as reader,
+                pq.ParquetWriter(target, reader.schema) as writer,
+            ):
+                for batch in reader:
+                    writer.write_batch(batch)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = f"{str(error)[:300]}; rows are counted from 1, the header's"
+            raise ValueError(
+                f"{file} cannot be read as CSV: {reason}; mend the row, or write the file again"
+            ) from error
+        return target
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        opened = pq.ParquetFile(file, memory_map=False, pre_buffer=False)
+        assert opened.schema_arrow.names is not None  # decodes them: a damaged name is no UTF-8
+        return opened
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}; write it again") from error
+
+
+def column_names(file: Path) -> list[str]:
+    """The columns of a Parquet or CSV file.
+
+    Raises:
+        ValueError: it cannot be read; names it.
+    """
+    if file.suffix == ".parquet":
+        return list(_open(file).schema_arrow.names)
+    try:
+        with pacsv.open_csv(file) as header:
+            return list(header.schema.names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = f"{str(error)[:300]}; mend the row, or write the file again"
+        raise ValueError(f"{file} cannot be read as CSV: {reason}") from error
+
+
+def _check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in found:
+            raise ValueError(f"{file} has no column {name!r}{did_you_mean(name, found)}; it has {', '.join(found)}")

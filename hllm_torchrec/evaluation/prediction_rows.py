@@ -1,0 +1,342 @@
+"""The rows of prediction files, checked: labels, weights, scores of one model or more, users and slices."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
+from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
+from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
+from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
+
+DAY = 86_400
+_TRUE, _FALSE = ["true", "1"], ["false", "0"]
+INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
+
+
+@dataclass(frozen=True)
+class PredictionModel:
+    """Where a model's scores are."""
+
+    name: str
+    files: tuple[str | Path, ...]
+    """Of the same rows in the same order as the first model's."""
+    score: str = "score"
+    probability: str | None = None
+    """Column of probabilities, which may be the score's; None: the metrics of probabilities are left out."""
+
+
+@dataclass(frozen=True)
+class ColumnLayout:
+    """Names of the other columns, in the first model's files; None or empty: there is none."""
+
+    label: str = "label"
+    weight: str | None = None
+    user: str | None = None
+    item: str | None = None
+    timestamp: str | None = None
+    """Seconds UTC, or an Arrow timestamp: gives the slices by day and by hour of the day."""
+    history_length: str | None = None
+    item_is_cold: str | None = None
+    slices: tuple[str, ...] = ()
+    """Further columns, a slice for each of their values."""
+
+    @property
+    def all(self) -> list[str]:
+        """All columns that are there."""
+        single = (self.label, self.weight, self.user, self.item, self.timestamp, self.history_length, self.item_is_cold)
+        return [name for name in (*single, *self.slices) if name]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Some rows, n of them; rows of weight 0 are left out."""
+
+    is_positive: np.ndarray
+    weights: np.ndarray | None
+    scores: dict[str, np.ndarray]
+    """model → scores [n], float32 or float64."""
+    probabilities: dict[str, np.ndarray]
+    """model → float64 [n], of the models that have them."""
+    users: np.ndarray | None
+    """int64 [n]: the number itself, or a 64-bit hash of the text."""
+    keys: np.ndarray
+    """uint64 [n]: hash of the label and, where there are, of weight, user and item; says what was measured."""
+    slices: list[tuple[list[str], np.ndarray]] = field(default_factory=list)
+    """For each column its slices' names and each row's place among them [n], -1 for none."""
+
+
+class PredictionRows:
+    """The rows of all models, read together; every rank reads its own share."""
+
+    def __init__(
+        self,
+        models: Sequence[PredictionModel],
+        layout: ColumnLayout,
+        folder: Path,
+        known_items: np.ndarray | None = None,
+    ):
+        """Open the files; CSV files are rewritten into `folder`.
+
+        Args:
+            known_items: of the training part (`known_items`): all others are cold, where no column says so.
+
+        Raises:
+            ValueError: files that are missing, lack a column or have other row counts than the first model's.
+        """
+        self.models, self.layout, self._known_items = list(models), layout, known_items
+        self.files = {model.name: find_files(model.files) for model in models}
+        self.readers = {}
+        for place, model in enumerate(models):
+            columns = [name for name in (model.score, model.probability) if name]
+            numbers = [
+                *columns,
+                *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name),
+            ]
+            columns = [*columns, *(layout.all if place == 0 else [layout.label])]
+            self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
+        first = self.readers[models[0].name]
+        for name, reader in self.readers.items():
+            if reader.rows != first.rows:
+                raise ValueError(
+                    f"{name!r} has {reader.rows:,} rows, {models[0].name!r} {first.rows:,}; models are compared row "
+                    "by row: write both in one order, or put both scores into one file (--score)"
+                )
+        self.rows = first.rows
+        self.weighted, self.has_users = layout.weight is not None, layout.user is not None
+
+    def score_type(self, model: PredictionModel) -> np.dtype:
+        """float32 if every file has at most that, else float64."""
+        kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
+        small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)
+        return np.dtype(np.float32 if small else np.float64)
+
+    def batches(self, rank: int, world_size: int, size: int) -> Iterator[RowBatch]:
+        """The rank's share of the rows, an even stretch of them, in batches of at most `size` rows.
+
+        Raises:
+            ValueError: naming file and row of a bad value.
+        """
+        low, high = self.rows * rank // world_size, self.rows * (rank + 1) // world_size
+        streams = [self.readers[model.name].batches(low, high, size) for model in self.models]
+        for tables in zip(*streams, strict=True):
+            yield self._batch(dict(zip(self.readers, tables)), low)
+            low += len(tables[0])
+
+    def _batch(self, tables: Mapping[str, pa.Table], start: int) -> RowBatch:
+        first, layout = self.models[0], self.layout
+        table = tables[first.name]
+        is_positive = self._labels(tables, start)
+        weights = self._weights(table, start) if layout.weight else None
+        scores = {
+            model.name: self._numbers(model.name, tables[model.name], model.score, start).astype(
+                self.score_type(model), copy=False
+            )
+            for model in self.models
+        }
+        probabilities = {
+            model.name: self._probabilities(model, tables[model.name], start)
+            for model in self.models
+            if model.probability
+        }
+        users = self._identities(table, layout.user)
+        items = self._identities(table, layout.item)
+        keys = row_keys(is_positive, weights, users, items)
+        slices = self._slices(table, start, items)
+        batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
+        return batch if weights is None or weights.all() else _without(batch, weights > 0)
+
+    def _identities(self, table: pa.Table, column: str | None) -> np.ndarray | None:
+        if not column:
+            return None
+        with error_location(
+            f"column {column!r} of {self.files[self.models[0].name][0]}", "it must hold numbers or text"
+        ):
+            return identities(table[column])
+
+    def _labels(self, tables: Mapping[str, pa.Table], start: int) -> np.ndarray:
+        columns = {name: self._numbers(name, table, self.layout.label, start) for name, table in tables.items()}
+        first = self.models[0].name
+        labels = columns[first]
+        good = (labels == 0) | (labels == 1)
+        self._check(first, self.layout.label, labels, good, start, "a label is 0 or 1; leave the row out")
+        for name, other in columns.items():
+            rule = f"it is another in the files of {first!r}; models are compared row by row: write both in one order"
+            self._check(name, self.layout.label, other, other == labels, start, rule)
+        return labels == 1
+
+    def _weights(self, table: pa.Table, start: int) -> np.ndarray:
+        assert self.layout.weight
+        weights = self._numbers(self.models[0].name, table, self.layout.weight, start).astype(np.float64)
+        low, high = WEIGHT_RANGE
+        good = (weights == 0) | ((weights >= low) & (weights <= high))
+        rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}; mend the row"
+        self._check(self.models[0].name, self.layout.weight, weights, good, start, rule)
+        return weights
+
+    def _probabilities(self, model: PredictionModel, table: pa.Table, start: int) -> np.ndarray:
+        assert model.probability
+        values = self._numbers(model.name, table, model.probability, start).astype(np.float64)
+        rule = "a probability lies in 0..1; pass a logit through the sigmoid, or leave --probability out"
+        self._check(model.name, model.probability, values, (values >= 0) & (values <= 1), start, rule)
+        return values
+
+    def _numbers(self, name: str, table: pa.Table, column: str, start: int) -> np.ndarray:
+        """A column without nulls and NaN, in its own type."""
+        values = table[column]
+        kind = values.type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+            raise ValueError(f"{self.readers[name].files[0]}: column {column!r} is {kind}; it must hold numbers")
+        array = np.asarray(values.to_numpy())  # nulls become NaN
+        if array.dtype.kind not in "fiu":
+            array = array.astype(np.float64)
+        if array.dtype.kind == "f" or values.null_count:
+            rule = "it must be a number (infinities are allowed in scores); leave the row out, or mend the model"
+            self._check(name, column, array, ~np.isnan(array), start, rule)
+        return array
+
+    def _check(self, name: str, column: str, values: np.ndarray, good: np.ndarray, start: int, rule: str) -> None:
+        if not good.all():
+            row = int((~good).argmax())
+            place = self.readers[name].locate(start + row)
+            raise ValueError(f"{place}: column {column!r} is {float(values[row]):g}; {rule}")
+
+    def _check_seconds(self, column: str, seconds: np.ndarray, start: int) -> None:
+        good = (seconds >= 0) & (seconds <= MAX_SECOND)
+        if not good.all():
+            wrong = float(seconds[(~good).argmax()])
+            problem = describe_time(f"{wrong:g}", int(wrong) if np.isfinite(wrong) else None)
+            rule = f"{problem}; give seconds, or leave it out (--timestamp NONE)"
+            self._check(self.models[0].name, column, seconds, good, start, rule)
+
+    def _slices(self, table: pa.Table, start: int, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
+        layout, found = self.layout, []
+        cold: np.ndarray | None = None
+        if layout.item_is_cold:
+            with error_location(
+                f"column {layout.item_is_cold!r} of {self.files[self.models[0].name][0]}", "write true or false"
+            ):
+                flags = pc.utf8_lower(pc.cast(table[layout.item_is_cold], pa.string()))
+            cold, known = (pc.is_in(flags, value_set=pa.array(words)).to_numpy() for words in (_TRUE, _TRUE + _FALSE))
+            self._check(
+                self.models[0].name,
+                layout.item_is_cold,
+                np.where(known, 0, np.nan),
+                known,
+                start,
+                "say which: write true or false",
+            )
+        elif items is not None and self._known_items is not None:
+            cold = ~np.isin(items, self._known_items)
+        if cold is not None:
+            found.append(cold_slices(cold))
+        if layout.history_length:
+            lengths = self._numbers(self.models[0].name, table, layout.history_length, start)
+            found.append(history_slices(lengths))
+        if layout.timestamp:
+            if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
+                seconds = self._numbers(self.models[0].name, table, layout.timestamp, start)
+                self._check_seconds(layout.timestamp, seconds, start)
+            found += time_slices(seconds_of(table[layout.timestamp]))
+        for column in layout.slices:
+            values, codes = _encoded(table[column])
+            found.append(([f"{column}={value}" for value in values], codes))
+        return found
+
+
+def seconds_of(values: pa.ChunkedArray) -> np.ndarray:
+    """Times as int64 seconds [n]: Arrow timestamps, or numbers of seconds."""
+    if pa.types.is_timestamp(values.type):
+        values = pc.cast(pc.cast(values, pa.timestamp("s"), safe=False), pa.int64())
+    return values.to_numpy().astype(np.int64)
+
+
+def row_keys(
+    is_positive: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None, items: np.ndarray | None
+) -> np.ndarray:
+    """A hash of what is there of each row, uint64 [n]."""
+    columns = (None if weights is None else weights.view(np.int64), users, items)
+    there = [column for column in columns if column is not None]
+    if not there:
+        return hash_columns(np.arange(2))[is_positive.astype(np.int8)]
+    return hash_columns(is_positive.astype(np.int64), *there)
+
+
+def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.ndarray:
+    """The distinct items of training files as `identities`, int64, ascending.
+
+    Raises:
+        ValueError: files that are missing or lack the column.
+    """
+    reader, found = RowReader(find_files(files), [column], folder), np.empty(0, np.int64)
+    for table in reader.batches(0, reader.rows, 1 << 20):
+        found = np.union1d(found, identities(table[column]))
+    return found
+
+
+def cold_slices(is_cold: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Slices of cold and warm items, bool [n]: names, and each row's place among them."""
+    return ["item_cold", "item_warm"], np.where(is_cold, 0, 1)
+
+
+def history_slices(lengths: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Slices by `HISTORY_BUCKETS` of history lengths [n]: names, and each row's place among them."""
+    lows = [low for low, _ in HISTORY_BUCKETS.values()]
+    return [f"history_{name}" for name in HISTORY_BUCKETS], np.searchsorted(lows, lengths, side="right") - 1
+
+
+def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
+    """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and each row's place among them."""
+    days, hours = seconds // DAY, seconds % DAY // 3600
+    unique, of_row = np.unique(days, return_inverse=True)
+    by_day = [f"day_{np.datetime64(int(day), 'D')}" for day in unique], of_row
+    unique, of_row = np.unique(hours, return_inverse=True)
+    return [by_day, ([f"hour_{hour:02d}" for hour in unique], of_row)]
+
+
+def identities(values: pa.ChunkedArray) -> np.ndarray:
+    """Ids as int64 [n]: integers themselves, also where a file holds them as text; of all else a 64-bit hash (two of
+    10^7 users share one with a chance of 3e-6)."""
+    if pa.types.is_integer(values.type) and not values.null_count:
+        return values.to_numpy().astype(np.int64)
+    texts, codes = _encoded(pc.cast(values, pa.string()))
+    return np.array([_identity(str(text)) for text in texts], dtype=np.int64)[codes]
+
+
+def _encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
+    """The values that there are, null as None, and each row's place among them [n]."""
+    if pa.types.is_dictionary(values.type):
+        values = pc.cast(values, values.type.value_type)
+    encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+
+def _identity(text: str) -> int:
+    if INTEGER.fullmatch(text):
+        return int(text)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _without(batch: RowBatch, kept: np.ndarray) -> RowBatch:
+    """The rows `kept` [n] only."""
+
+    def pick(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else values[kept]
+
+    return RowBatch(
+        batch.is_positive[kept],
+        pick(batch.weights),
+        {name: values[kept] for name, values in batch.scores.items()},
+        {name: values[kept] for name, values in batch.probabilities.items()},
+        pick(batch.users),
+        batch.keys[kept],
+        [(names, codes[kept]) for names, codes in batch.slices],
+    )

@@ -1,0 +1,153 @@
+"""The table of retrieval models: Recall@K and NDCG@K with intervals over users, several seeds a model.
+
+Reads the targets' ranks that `hllm evaluate` and `hllm retrieval` write. A figure is the mean over seeds of the
+mean over targets; its interval resamples users, each with all their targets and seeds (users, not seeds, are most
+of the uncertainty here; the deviation over seeds is given beside it).
+
+Legend: X targets, U users, R seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from hllm_torchrec.metrics.bootstrap import percentile_interval
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TargetRanks:
+    """Targets in the order of (user_id, position), [X] each; rank: 1 = best."""
+
+    user_id: Ints
+    position: Ints
+    rank: Ints
+
+
+@dataclass(frozen=True)
+class MetricEstimate:
+    """A metric: mean over seeds, its 95% interval over users, standard deviation over seeds (None for one)."""
+
+    mean: float
+    low: float
+    high: float
+    deviation: float | None
+
+
+def read_target_ranks(directory: Path) -> TargetRanks:
+    """The ranks in a directory of parts.
+
+    Raises:
+        ValueError: there are none, or a target is there twice.
+    """
+    if not any(directory.glob("part-*.parquet")):
+        raise ValueError(f"{directory}: no part-*.parquet: `hllm evaluate` and `hllm retrieval` write them")
+    table = pq.read_table(directory, columns=["user_id", "position", "rank"])
+    user, position, rank = (table[name].to_numpy() for name in ("user_id", "position", "rank"))
+    order = np.lexsort((position, user))
+    user, position, rank = user[order], position[order], rank[order]
+    if ((np.diff(user) == 0) & (np.diff(position) == 0)).any():
+        raise ValueError(f"{directory}: a target is there twice: parts of two runs; remove it and evaluate again")
+    return TargetRanks(user, position, rank)
+
+
+def gains(rank: Ints, metric: str) -> Floats:
+    """What each target adds to `recall@K` or `ndcg@K`, [X].
+
+    Raises:
+        ValueError: another metric.
+    """
+    name, _, cut = metric.partition("@")
+    if name not in ("recall", "ndcg") or not cut.isdigit() or int(cut) < 1:
+        raise ValueError(f"metric {metric!r}: must be recall@K or ndcg@K with K of at least 1")
+    hit = rank <= int(cut)
+    return hit.astype(np.float64) if name == "recall" else hit / np.log2(rank + 1.0)
+
+
+def compare_models(
+    models: Mapping[str, Sequence[Path]],
+    metrics: Sequence[str],
+    reference: str | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, MetricEstimate]]]:
+    """Figures of every model, and its paired differences from the reference, on the same targets and users.
+
+    Args:
+        models: name -> directories of ranks, one a seed.
+        metrics: `recall@K`, `ndcg@K`.
+        reference: model that the others are compared with; None: the first.
+        draws: resamples of the users.
+        seed: of the resamples, the same for every model.
+
+    Returns:
+        model -> {"value": {metric: Figure}, "difference": {metric: Figure} (not of the reference itself)}.
+
+    Raises:
+        ValueError: models with other targets than the reference has, or bad directories.
+    """
+    base = next(iter(models)) if reference is None else reference
+    read = {name: [read_target_ranks(path) for path in paths] for name, paths in models.items()}
+    first = read[base][0]
+    for name, runs in read.items():
+        for run, path in zip(runs, models[name], strict=True):
+            if not (np.array_equal(run.user_id, first.user_id) and np.array_equal(run.position, first.position)):
+                raise ValueError(f"{path}: other targets than {models[base][0]} has: evaluate both on the same part")
+    users = np.unique(first.user_id, return_inverse=True)[1]
+    weights = _draws(users, draws, seed)
+    found: dict[str, dict[str, dict[str, MetricEstimate]]] = {name: {"value": {}, "difference": {}} for name in models}
+    for metric in metrics:
+        per_target = {name: np.stack([gains(run.rank, metric) for run in runs]) for name, runs in read.items()}
+        for name, rows in per_target.items():
+            found[name]["value"][metric] = _figure(rows, users, weights)
+            if name != base:
+                difference = rows.mean(0, keepdims=True) - per_target[base].mean(0, keepdims=True)
+                found[name]["difference"][metric] = _figure(difference, users, weights)
+    return found
+
+
+def _draws(users: Ints, draws: int, seed: int) -> Floats:
+    """[draws, U] how often each user is drawn."""
+    count = int(users.max()) + 1
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+
+
+def _figure(rows: Floats, users: Ints, weights: Floats) -> MetricEstimate:
+    """rows: [R, X]; users [X] from 0."""
+    of_users = np.bincount(users, rows.mean(0))
+    low, high = percentile_interval((weights @ of_users) / (weights @ np.bincount(users).astype(np.float64)))
+    deviation = float(rows.mean(1).std(ddof=1)) if len(rows) > 1 else None
+    return MetricEstimate(float(rows.mean()), low, high, deviation)
+
+
+def markdown(results: Mapping[str, Mapping[str, Mapping[str, MetricEstimate]]]) -> str:
+    """The figures as a table: a model a row, a metric a column."""
+    metrics = list(next(iter(results.values()))["value"])
+    lines = [f"| model | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for name, figures in results.items():
+        cells = [f"{f.mean:.4f} [{f.low:.4f}, {f.high:.4f}]" for f in figures["value"].values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def markdown_of_differences(
+    results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, MetricEstimate]]]], metric: str
+) -> str:
+    """Paired differences in one metric as a table: a model a row, a reference a column.
+
+    results: reference -> what `compare_models` found with it.
+    """
+    lines = [f"| {metric} | {' | '.join(f'minus {name}' for name in results)} |", "|---" * (len(results) + 1) + "|"]
+    for model in next(iter(results.values())):
+        cells = []
+        for comparison in results.values():
+            f = comparison[model]["difference"].get(metric)
+            cells.append("" if f is None else f"{f.mean:+.4f} [{f.low:+.4f}, {f.high:+.4f}]")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""The offline evaluation of a run: its model as configured, the weights of a checkpoint, a split scored."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from hllm_torchrec.checkpoint.layout import read_marker
+from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.common.machine import machine_info
+from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.predictions import save_predictions
+from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
+from hllm_torchrec.evaluation.sanity_checks import Overlap, count_overlap
+from hllm_torchrec.evaluation.scoring import score_split
+from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.lora_base import check_base_weights
+from hllm_torchrec.models.stored_items import use_stored_items
+
+OVERLAP_MEMORY = 1 << 30
+"""Bytes for the search for exposures that the training part has too."""
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """What scoring a run gave, besides the predictions on disk."""
+
+    predictions: Path | None
+    """Their directory; None for a generative-only model, which ranks no exposures."""
+    retrieval: dict[str, Any] | None
+    """Of `metrics.retrieval`, where the configuration asks for it or there is nothing else."""
+    provenance: dict[str, Any]
+    """Where the numbers come from."""
+    overlap: Overlap | None = None
+    """Exposures of the split that the training part has too; None for the training part itself. Rank 0 only."""
+
+
+def run_config(run: Path) -> Config:
+    """The resolved configuration of a run directory.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    run = local_run(run)
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run directory: it has no config.yaml; train into it first")
+    return config_from_file(path)
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint "best" (on validation) or "latest" of a run, or the directory that is named. Collective.
+
+    Raises:
+        ValueError: there is none, or the one named is damaged.
+    """
+    if which not in ("best", "latest"):
+        named = local_checkpoint(which)
+        if not named.is_dir():
+            raise ValueError(f"--checkpoint {which}: neither best nor latest nor a directory")
+        return verify_checkpoint(named)
+    folder = local_run(run, which) / "checkpoints"
+    found = latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
+    if found is None:
+        latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
+        raise ValueError(f"{folder} has no whole checkpoint{latest}; train (on) first")
+    return found
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model with the weights of a checkpoint. weights: the context in which it has those to evaluate with."""
+
+    experiment: Experiment
+    checkpoint: Path
+    weights: AbstractContextManager[None]
+    step: int
+
+
+def load_run(
+    run: Path, which: str, device: torch.device, config: Config | None = None, *, use_items: bool = True
+) -> LoadedRun:
+    """The model of a run at a checkpoint: see `find_checkpoint`. Collective.
+
+    config: the run's own unless given; one that changes only how the model is parallelized loads as well.
+    use_items: fill the table of a run whose item embeddings are stored; without it the model can embed items only.
+
+    Raises:
+        ValueError: no such run, checkpoint or dataset; a checkpoint of another model; an item store that lacks items.
+    """
+    config = config or run_config(run)
+    checkpoint = find_checkpoint(run, which)
+    experiment = build_experiment(config, device)
+    loaded = LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
+    if use_items and experiment.hllm.uses_stored_items:
+        use_stored_items(experiment)
+    return loaded
+
+
+def score_run(run: Path, split: str, which: str, device: torch.device) -> RunScores:
+    """Score every exposure of a split with a checkpoint's weights; predictions go to the run. Collective.
+
+    Averaged weights (`optim.ema`) are used where the run has them, as in training's own evaluation.
+
+    Raises:
+        ValueError: no such run, checkpoint or dataset, or an empty split; a checkpoint of another model.
+    """
+    loaded, run = load_run(run, which, device), local_run(run)
+    experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
+    loader = experiment.loader(split, experiment.config.evaluation.batch_users)
+    show = dist.get_rank() == 0
+    with loaded.weights:
+        hllm.item_cache = experiment.evaluation_item_cache()
+        if hllm.fusion != "none":
+            predictions = run / "predictions" / split
+            cold = experiment.cold_items()
+            save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
+        if measures_retrieval(experiment):
+            retrieval = evaluate_retrieval(experiment, loader, show, run / "retrieval" / split)
+    overlap = None
+    if predictions is not None and split != "train" and dist.get_rank() == 0:
+        overlap = training_overlap(predictions, experiment.dataset.root)
+    return RunScores(predictions, retrieval, _provenance(loaded), overlap)
+
+
+def training_overlap(predictions: Path, dataset: Path) -> Overlap:
+    """Exposures (user, item, second) of predictions that are events of the dataset's training part too."""
+    test = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp"])
+
+    def events() -> Iterator[np.ndarray]:
+        for file in sorted((dataset / "sequences" / "train").glob("part-*.parquet")):
+            for batch in pq.ParquetFile(file).iter_batches(4096, columns=["user_id", "item_ids", "timestamps"]):
+                lengths = pc.list_value_length(batch["item_ids"]).to_numpy(zero_copy_only=False)
+                users = np.repeat(batch["user_id"].to_numpy(), lengths)
+                items, times = (batch[name].flatten().to_numpy() for name in ("item_ids", "timestamps"))
+                yield hash_columns(*(column.astype(np.int64) for column in (users, items, times)))
+
+    own = hash_columns(*(test[name].to_numpy().astype(np.int64) for name in test.column_names))
+    return count_overlap([own], events(), len(own), OVERLAP_MEMORY, "user, item, time")
+
+
+def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int]:
+    """Load weights; the context in which the model has those to evaluate with, and the checkpoint's step."""
+    state: dict[str, Any] = {"model": experiment.model_state()}
+    weights: AbstractContextManager[None] = nullcontext()
+    if experiment.config.optim.ema:
+        ema = EmaWeights(experiment.averaged_parameters(), experiment.config.optim.ema)
+        state["ema"] = ema.state_dict()
+        weights = ema.swapped()
+    extra = load_checkpoint(checkpoint, state)
+    check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
+    return weights, int(extra["step"])
+
+
+def _provenance(loaded: LoadedRun) -> dict[str, Any]:
+    dataset, checkpoint = loaded.experiment.dataset, loaded.checkpoint
+    return {
+        "checkpoint": str(checkpoint),
+        "weights": {"fingerprint": weights_fingerprint(checkpoint)},
+        "step": loaded.step,
+        "seed": loaded.experiment.config.seed,
+        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "world": dist.get_world_size(),
+        "machine": machine_info(),
+    }
+
+
+def weights_fingerprint(checkpoint: Path) -> str:
+    """Sixteen hexadecimal digits of the contents of the checkpoint's files, from the hashes in its marker."""
+    files = json.dumps(read_marker(checkpoint)["files"], sort_keys=True)
+    return hashlib.blake2b(files.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,147 @@
+"""What a reader of the numbers should be warned of."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
+from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, identities, seconds_of
+
+SMALL_CLASS = 30
+"""Fewer rows of a class than this make a slice tiny: its interval is wide and rests on an approximation."""
+
+FEW_USERS = 50
+SUSPICIOUS_AUC = 0.99
+WIDER_RATIO = 1.25
+MAX_NAMED = 6
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Exposures of the test part that the training part has too."""
+
+    exposures: int
+    """Distinct exposures looked at."""
+    seen: int
+    """Those of them that the training part has."""
+    keys: str
+    """What makes two exposures the same."""
+    share: float
+    """Share of all exposures that were looked at: 1 if the memory held them."""
+
+
+def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) -> list[str]:
+    """Warnings, the gravest first; empty if there are none."""
+    found = []
+    if overlap and overlap.seen:
+        found.append(
+            f"Train/test overlap: {overlap.seen:,} of {overlap.exposures:,} exposures ({overlap.keys}) are in the "
+            "training part too; a model may know their labels."
+        )
+    for name, model in metrics["models"].items():
+        if model["auc"] is None:
+            found.append(f"{name}: no AUC, the rows are of one class only.")
+        elif model["auc"] > SUSPICIOUS_AUC:
+            found.append(
+                f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
+                "that is known only after the label, or training on these rows."
+            )
+    found += _alike_rows(metrics)
+    left_out = (metrics.get("bootstrap") or {}).get("left_out")
+    if left_out:
+        instead = "The interval over users is by formula." if metrics.get("users") else "Rows count as independent."
+        found.append(f"No bootstrap over users: {left_out}. {instead}")
+    if metrics.get("users") and metrics["users"] < FEW_USERS:
+        found.append(f"Only {metrics['users']} users: intervals over users are rough.")
+    found += _tiny_slices(metrics)
+    if metrics.get("rows_without_weight"):
+        found.append(f"{metrics['rows_without_weight']:,} rows of weight 0 were left out.")
+    return found
+
+
+def _alike_rows(metrics: Mapping[str, Any]) -> list[str]:
+    wider = {
+        name: model["clustered_se"] / model["auc_se"]
+        for name, model in metrics["models"].items()
+        if model.get("auc_se") and model.get("clustered_se") and model["clustered_se"] > WIDER_RATIO * model["auc_se"]
+    }
+    if not wider:
+        return []
+    times = ", ".join(f"{name} {factor:.1f}" for name, factor in wider.items())
+    return [
+        "Rows of one user resemble each other: with users as independent units the standard errors are larger than "
+        f"DeLong's (rows as independent), as many times: {times}. Trust the wider intervals."
+    ]
+
+
+def _tiny_slices(metrics: Mapping[str, Any]) -> list[str]:
+    model = metrics["models"].get(metrics.get("reference")) or {}
+    tiny = [
+        f"{name} ({block['rows']:,})"
+        for name, block in (model.get("slices") or {}).items()
+        if 0 < block["rows"] and min(block["positives"], block["rows"] - block["positives"]) < SMALL_CLASS
+    ]
+    if not tiny:
+        return []
+    more = f" and {len(tiny) - MAX_NAMED} more" if len(tiny) > MAX_NAMED else ""
+    return [
+        f"Tiny slices, with fewer than {SMALL_CLASS} rows of a class: {', '.join(tiny[:MAX_NAMED])}{more}; do not "
+        "conclude from them."
+    ]
+
+
+def file_overlap(
+    test: Sequence[str | Path], train: Sequence[str | Path], layout: ColumnLayout, memory: int, folder: Path
+) -> Overlap:
+    """Compare the exposures of prediction files with training files that have the same columns of user and item.
+
+    Where both have the column of times, it belongs to the key: without it a repeated purchase is an overlap.
+
+    Raises:
+        ValueError: no columns of user and item, or files without them.
+    """
+    if not (layout.user and layout.item):
+        raise ValueError("--train needs columns of users and items in both; name them with --user and --item")
+    columns = [layout.user, layout.item]
+    readers = [RowReader(find_files(files), columns, folder) for files in (test, train)]
+    names = "user, item"
+    if layout.timestamp and all(reader.has(layout.timestamp) for reader in readers):
+        columns, names = [*columns, layout.timestamp], "user, item, time"
+        readers = [RowReader(find_files(files), columns, folder, columns[2:]) for files in (test, train)]
+    test_keys, train_keys = (_keys(reader, layout) for reader in readers)
+    return count_overlap(test_keys, train_keys, readers[0].rows, memory, names)
+
+
+def count_overlap(
+    test: Iterable[np.ndarray], train: Iterable[np.ndarray], rows: int, memory: int, names: str
+) -> Overlap:
+    """Count the distinct test keys (uint64) that the training keys hold, on one key in so many as memory asks for.
+
+    Args:
+        rows: number of test keys.
+        memory: bytes; a key needs 32 while they are sorted.
+    """
+    one_in = np.uint64(max(1, -(-rows * 32 // max(memory, 1))))
+
+    def kept(keys: np.ndarray) -> np.ndarray:
+        return keys[keys % one_in == 0]
+
+    wanted = np.unique(np.concatenate([kept(keys) for keys in test] or [np.empty(0, np.uint64)]))
+    hit = np.zeros(len(wanted), dtype=bool)
+    for keys in map(kept, train):
+        places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+        if len(wanted):
+            hit[places[wanted[places] == keys]] = True
+    return Overlap(len(wanted), int(hit.sum()), names, 1 / int(one_in))
+
+
+def _keys(reader: RowReader, layout: ColumnLayout) -> Iterable[np.ndarray]:
+    for table in reader.batches(0, reader.rows, 1 << 20):
+        columns = [identities(table[layout.user]), identities(table[layout.item])]
+        if layout.timestamp in reader.columns:
+            columns.append(seconds_of(table[layout.timestamp]))
+        yield hash_columns(*columns)

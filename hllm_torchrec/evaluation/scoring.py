@@ -1,0 +1,180 @@
+"""Scores every exposure of a split once, on any number of ranks, and says how good the scores are.
+
+The rows go to `predictions/<split>/part-<rank>.parquet`; the offline job (`hllm evaluate`) reads them back,
+so a model, a baseline and somebody else's predictions are measured by the same code.
+"""
+
+from contextlib import closing
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hllm_torchrec.common.progress import progress
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.distributed.collectives import global_sum, world_size
+from hllm_torchrec.distributed.preemption import raise_if_preempted
+from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
+from hllm_torchrec.metrics.auc import distributed_roc_auc
+from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
+from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
+from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
+
+RETRIEVAL_ROWS = 512
+"""Exposures, of all ranks together, that are ranked against the catalogue at a time."""
+
+
+@torch.no_grad()
+def score_split(
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    *,
+    cold: NDArray[np.bool_],
+    show: bool = False,
+    epoch: int = 0,
+) -> Columns:
+    """This rank's exposures with their scores, in the columns of the predictions format.
+
+    cold: [N] whether an item has no training event.
+    """
+    model.eval()
+    parts: list[Columns] = []
+    with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
+        for batch in batches:
+            raise_if_preempted()
+            output = model(batch.to(device))
+            parts.append(_columns(batch, output.logits.float().cpu().numpy(), cold))
+            bar.update(1)
+    model.train()
+    return join_columns(parts)
+
+
+def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Columns:
+    piece_of_query = np.repeat(np.arange(batch.user_ids.numel()), np.diff(batch.query_offsets.numpy()))
+    query = batch.target_query.numpy()
+    items = batch.target_items.numpy()
+    return {
+        "user_id": batch.user_ids.numpy()[piece_of_query[query]],
+        "position": batch.positions.numpy().astype(np.int32),
+        "item_id": items,
+        "timestamp": batch.query_times.numpy()[query],
+        "label": batch.labels.numpy(),
+        "score": logits.astype(np.float32),
+        "probability": (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32),
+        "history_length": batch.history_lengths.numpy().astype(np.int32),
+        "item_is_cold": cold[items],
+    }
+
+
+def quick_metrics(columns: Columns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
+    """AUC over all ranks and log loss of a split during training. Collective.
+
+    auc: "approximate" takes it from a histogram of scores, at the cost of one pass whatever the number of rows, and
+    adds `auc_error`, the most that it can be wrong.
+    """
+    labels, scores = columns["label"], columns["score"]
+    signed = np.where(labels > 0.5, -scores, scores).astype(np.float64)
+    loss = np.logaddexp(0, signed).sum()
+    total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
+    found = {"log_loss": total_loss / max(rows, 1.0), "rows": rows}
+    if auc == "exact":
+        return {"auc": distributed_roc_auc(labels, scores)} | found
+    histogram = ScoreHistogram()
+    histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
+    histogram.all_reduce()
+    bounded = histogram.auc()
+    return {"auc": bounded.auc, "auc_error": bounded.error} | found
+
+
+@torch.no_grad()
+def rank_catalogue_targets(
+    model: nn.Module,
+    loader: Loader,
+    items: CatalogueShard,
+    device: torch.device,
+    show: bool = False,
+    *,
+    filter_seen: bool = True,
+    positive_only: bool = True,
+) -> tuple[Columns, int]:
+    """This rank's targets with their place in the whole catalogue, and how many had no history. Collective.
+
+    items: this rank's share of all items, in the space of the generative loss. Scores are cosine similarities; item
+    0 is no candidate, and with `filter_seen` neither are the items of the user's history. positive_only: exposures
+    with label 0 are no targets. Exposures without history are left out.
+
+    Returns:
+        `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number left out.
+    """
+    model.eval()
+    unit = items.normalized()
+    at_once = max(1, RETRIEVAL_ROWS // world_size())
+    parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
+    with progress(loader.steps(0), "retrieve", show) as bar, closing(loader.batches(0)) as batches:
+        for batch in batches:
+            raise_if_preempted()
+            batch = batch.to(device)
+            predicted = model(batch, want_next=True).next_items
+            assert predicted is not None, "retrieval needs the generative loss"
+            visible = batch.query_visible[batch.target_query]
+            wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
+            skipped += int((wanted & (visible == 0)).sum())
+            for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
+                seen, offsets = _seen_items(batch, rows) if filter_seen else (None, None)
+                found = distributed_target_ranks(
+                    torch.nn.functional.normalize(predicted[rows].float(), dim=-1),
+                    unit,
+                    batch.target_items[rows],
+                    seen_items_S=seen,
+                    seen_offsets=offsets,
+                )
+                users = batch.user_ids[_piece_of_query(batch)[batch.target_query[rows]]]
+                parts.append(torch.stack([users, batch.positions[rows], batch.target_items[rows], found]).cpu())
+            bar.update(1)
+    model.train()
+    columns = torch.cat(parts, dim=1).numpy()
+    return dict(zip(("user_id", "position", "item_id", "rank"), columns, strict=True)), skipped
+
+
+def score_retrieval(
+    model: nn.Module,
+    loader: Loader,
+    items: CatalogueShard,
+    device: torch.device,
+    ks: tuple[int, ...],
+    show: bool = False,
+    **options: bool,
+) -> dict[str, float | int | None]:
+    """Recall@K, NDCG@K and MRR of `rank_targets` (and its `options`) over all ranks. Collective.
+
+    Exposures without history are counted as `without_history`.
+    """
+    columns, skipped = rank_catalogue_targets(model, loader, items, device, show, **options)
+    return metrics_of_target_ranks(columns, skipped, ks)
+
+
+def metrics_of_target_ranks(columns: Columns, skipped: int, ks: tuple[int, ...]) -> dict[str, float | int | None]:
+    """Metrics of all ranks' targets, and `without_history`, those left out. Collective."""
+    left_out = global_sum(torch.tensor([float(skipped)], dtype=torch.float64)).item()
+    return retrieval_metrics(torch.from_numpy(columns["rank"]), ks) | {"without_history": int(left_out)}
+
+
+def _piece_of_query(batch: HybridBatch) -> Tensor:
+    """[Q] which piece each query is of."""
+    counts = batch.query_offsets.diff()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+
+
+def _seen_items(batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Items (jagged) that each of the exposures `rows` has in its visible history."""
+    query = batch.target_query[rows]
+    visible = batch.query_visible[query]
+    offsets = offsets_from_lengths(visible)
+    start = batch.seq_offsets[_piece_of_query(batch)[query]]
+    within = position_in_sequence(offsets, int(offsets[-1]))
+    return batch.item_ids[torch.repeat_interleave(start, visible) + within], offsets

@@ -1,0 +1,75 @@
+"""Where metrics go: `metrics.json`, TensorBoard, and the TorchX tracker of the job, if there is one."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.common.atomic_files import replace_file
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write a file that readers find whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `metrics.json` by name: `model/auc`, `model/slices/item_cold/auc`, `paired/other/difference`."""
+    parts = {name: metrics.get(name) or {} for name in ("models", "paired", "retrieval")}
+    flat = dict(_flatten(parts["models"], "")) | dict(_flatten(parts["paired"], "paired/"))
+    return flat | dict(_flatten(parts["retrieval"], "retrieval/"))
+
+
+def write_tensorboard(metrics: Mapping[str, Any], folder: Path, step: int) -> None:
+    """Add the numbers as `evaluate-<split>/<name>` at the step of the checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in scalars(metrics).items():
+            writer.add_scalar(f"evaluate-{metrics['split']}/{name}", value, step)
+
+
+def track_metrics(metrics: Mapping[str, Any], artifacts: Mapping[str, Path]) -> bool:
+    """Record the evaluation with the trackers that TorchX configured for this job (environment TORCHX_TRACKERS).
+
+    Metadata: split, rows, and the numbers without those of slices. Artifacts: the files given. Sources, the
+    lineage: `weights:`, `data:` and `predictions:` with their fingerprints.
+
+    Returns:
+        whether there is a tracker.
+    """
+    if not os.environ.get("TORCHX_TRACKERS"):
+        return False
+    from torchx.tracker.api import AppRun
+
+    run = AppRun.run_from_env()
+    numbers = {name: value for name, value in scalars(metrics).items() if "/slices/" not in name}
+    run.add_metadata(split=metrics["split"], rows=metrics.get("rows"), **numbers)
+    for name, path in artifacts.items():
+        run.add_artifact(name, str(path))
+    for kind, value in lineage(metrics.get("provenance") or {}):
+        run.add_source(f"{kind}:{value}", artifact_name=kind)
+    return bool(run.backends)
+
+
+def lineage(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was evaluated, as (kind, fingerprint): ids that are short and do not depend on where files lie."""
+    found = []
+    if "weights" in provenance:
+        found.append(("weights", str(provenance["weights"]["fingerprint"])))
+    if "dataset" in provenance:
+        found.append(("data", str(provenance["dataset"]["fingerprint"])[:32]))
+    for files in (provenance.get("files") or {}).values():
+        found.append(("predictions", str(files["fingerprint"])))
+    return found
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{prefix}{name}", value

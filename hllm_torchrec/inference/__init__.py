@@ -1,0 +1,1 @@
+"""Embedding jobs, vectors of exposures, item index, quantized tables."""

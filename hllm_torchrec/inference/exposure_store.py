@@ -1,0 +1,185 @@
+"""Stage III on disk: every exposure's user vector in a store, by its key, and items as the user encoder reads them.
+
+    embed_exposures(loaded, Path("stores/nearline"), "nearline")      # user vectors, each as of its exposure
+    embed_item_features(loaded, Path("stores/item-features"))         # P(E) + ID + item features, by raw id
+
+A key is the exposure's user and position in the user's whole sequence, so it stays the same however the sequence is
+split into parts. The content hash of a key is one of the exposure's item and second: a reader sees by it whether the
+store
+was made from the sequences that it reads itself.
+
+Legend: n exposures, D width of a user vector.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.evaluation.catalogue_retrieval import vectors_by_features
+from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
+from hllm_torchrec.inference.exposure_vectors import Coverage, ExposureVectors, Mode, exposure_vectors
+from hllm_torchrec.inference.item_embedding import (
+    EmbedReport,
+    NewRows,
+    changed,
+    item_content_hashes,
+    open_or_create_store,
+    shares,
+    write_rounds,
+)
+from hllm_torchrec.inference.user_embedder import open_embedder
+from hllm_torchrec.store.keys import Hashes, hash_numbers
+from hllm_torchrec.store.store import EmbeddingStore
+
+Ints = NDArray[np.int64]
+
+BATCHES = 4
+"""Batches of exposures between two commits."""
+
+MAX_POSITION = 2**31
+
+
+def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
+    """int64 [n] of the exposures at `positions` [n] in the sequences of `user_ids` [n]."""
+    assert positions.size == 0 or 0 <= positions.min() <= positions.max() < MAX_POSITION
+    return (user_ids << 32) | positions
+
+
+def exposure_content_hashes(item_ids: Ints, seconds: Ints) -> Hashes:
+    """uint64 [n]: a hash of each exposure's item and second."""
+    return hash_numbers(item_ids, seconds)
+
+
+@dataclass(frozen=True)
+class ExposureReport:
+    """What a job did. coverage: by part; seconds: embedding and writing."""
+
+    coverage: dict[str, Coverage]
+    version: int
+    seconds: float
+
+
+def embed_exposures(
+    loaded: LoadedRun, path: Path, mode: Mode, splits: Sequence[str] = SPLITS, dtype: str = "fp16"
+) -> ExposureReport:
+    """Write the user vectors of all exposures of `splits` into a store (made if it is not there). Collective.
+
+    The run's weights are taken as they are: call it within `loaded.weights`. An exposure whose user has no earlier
+    event (nearline) or none of an earlier day (daily) has no vector.
+
+    Raises:
+        ConfigError: the model has no Item LLM.
+        ValueError: a part is empty, or the store was made by another checkpoint or in another mode.
+    """
+    experiment = loaded.experiment
+    facts = {
+        "part": "exposures",
+        "mode": mode,
+        "weights": weights_fingerprint(loaded.checkpoint),
+        "fusion": experiment.config.objective.fusion,
+        "max_history": experiment.config.data.max_history,
+    }
+    store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, facts, keys="int64")
+    started, found, version = time.perf_counter(), {}, store.snapshot().version
+    for part in splits:
+        counts = torch.zeros(2, dtype=torch.int64)
+        batches = exposure_vectors(experiment, part, mode)
+        # as many batches, and so rounds, on every rank
+        rounds = iter(lambda batches=batches: list(islice(batches, BATCHES)), [])  # type: ignore[misc]
+
+        def encode(batch: ExposureVectors, counts: Tensor = counts) -> NewRows:
+            counts += torch.tensor([batch.label.size, int(batch.has_user.sum())])
+            return _rows_of(batch)
+
+        version = write_rounds(store, rounds, encode, f"embed exposures of {part}", None)
+        found[part] = Coverage(*map(int, global_sum(counts).tolist()))
+    return ExposureReport(found, version, time.perf_counter() - started)
+
+
+def _rows_of(batch: ExposureVectors) -> NewRows:
+    """Keys, vectors and content hashes of the exposures that have a user vector."""
+    rows = np.flatnonzero(batch.has_user.cpu().numpy())
+    keys = exposure_keys(batch.user_id[rows], batch.position[rows])
+    return pa.array(keys), batch.users.cpu()[rows], exposure_content_hashes(batch.item_id[rows], batch.timestamp[rows])
+
+
+@torch.no_grad()
+def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> EmbedReport:
+    """Bring a store of items as the user encoder reads them, P(E) + ID + item features, up to date. Collective.
+
+    Late fusion compares these with the user's vector; without an interaction an item still has its text's part. Keys
+    are raw item ids. Call it within `loaded.weights`.
+
+    Raises:
+        ConfigError: the model has no Item LLM.
+        ValueError: the store was made by another checkpoint.
+    """
+    experiment = loaded.experiment
+    if experiment.item_encoder is None:
+        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item vectors to give"])
+    facts = {"part": "item_features", "weights": weights_fingerprint(loaded.checkpoint)}
+    store = open_or_create_store(path, experiment.hllm.user.width, dtype, facts)
+    raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(experiment.item_encoder.tokens)
+    todo, started = changed(store, raw_ids, marks), time.perf_counter()
+    rounds = shares(todo, np.full(experiment.dataset.num_items, 1, np.int64))
+    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+
+    def encode(ids: Ints) -> NewRows:
+        embedded = vectors_by_features(experiment, collator, ids)
+        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), embedded, marks[ids]
+
+    with open_embedder(experiment) if rounds else nullcontext():
+        version = write_rounds(store, rounds, encode, "embed item features", len(rounds))
+    return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+
+
+class ExposureLookup:
+    """Reads user vectors of exposures from a store, as it was committed when this was made.
+
+    Raises:
+        ValueError: there is no such store, or it is not one of exposures.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.store = EmbeddingStore.open(path)
+        if self.store.facts.get("part") != "exposures":
+            raise ValueError(f"{path}: a store of {self.store.facts.get('part')}, not of exposures: see hllm exposures")
+        self._snapshot = self.store.snapshot()
+        self.width = self.store.width
+
+    def __call__(self, user_ids: Ints, positions: Ints, item_ids: Ints, seconds: Ints) -> Tensor:
+        """Exposures [n] -> float32 [n, D + 1]: vectors (zeros where there is none), and a last column of 1 there.
+
+        Raises:
+            ValueError: an exposure in the store is of another item or second: it was made from other sequences.
+        """
+        keys = exposure_keys(user_ids, positions)
+        marks, known = self._snapshot.content_hashes(keys)
+        other = known & (marks != exposure_content_hashes(item_ids, seconds))
+        if other.any():
+            row = int(np.flatnonzero(other)[0])
+            raise ValueError(
+                f"{self.store.root}: event {positions[row]} of user {user_ids[row]} is another one there: it was "
+                "made from another dataset; make the store from a run on this one"
+            )
+        vectors, _ = self._snapshot.gather(keys)
+        return torch.cat([vectors, torch.from_numpy(~known)[:, None].float()], dim=1)
+
+
+def coverage_lines(report: ExposureReport) -> Iterator[str]:
+    """A line for each part."""
+    for part, found in report.coverage.items():
+        yield f"{part}: {found.with_user:,} of {found.exposures:,} exposures ({found.share:.1%}) have a user vector"

@@ -1,0 +1,192 @@
+"""Stage III: for every exposure of a split its item's and its user's vector, as a ranking model would have had them.
+
+Two modes. `daily`: the user's vector of the last nightly job, made from events before the exposure's day (UTC), as in
+the paper's Figure 4. `nearline`: made from events of strictly earlier seconds. Nothing later has a part in either, and
+an exposure whose user has no such event has no user vector.
+
+Legend: X exposures, E and D widths of item and user vectors.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.histories import rank_row_groups
+from hllm_torchrec.data.loader import cut_into_pieces
+from hllm_torchrec.distributed.collectives import any_rank, global_sum
+from hllm_torchrec.inference import item_embedding
+from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, nightly_request, open_embedder, pieces_from_table
+from hllm_torchrec.models.assembly import Experiment
+
+Ints = NDArray[np.int64]
+Mode = Literal["daily", "nearline"]
+
+
+@dataclass(frozen=True)
+class ExposureVectors:
+    """Some exposures. (user_id, position) identifies one: position is its index in the user's whole sequence.
+
+    user_id, position, item_id, timestamp (seconds UTC): int64 [X]; label: float32 [X]; items: float32 [X, E]; users:
+    float32 [X, D], zeros where has_user (bool [X]) is false.
+    """
+
+    user_id: Ints
+    position: Ints
+    item_id: Ints
+    timestamp: Ints
+    label: NDArray[np.float32]
+    items: Tensor
+    users: Tensor
+    has_user: Tensor
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many exposures there are, and how many of them have a user vector."""
+
+    exposures: int
+    with_user: int
+
+    @property
+    def share(self) -> float:
+        """Exposures with a user vector, of all; 0 without any."""
+        return self.with_user / max(self.exposures, 1)
+
+
+@dataclass(frozen=True)
+class VectorRequest:
+    """Exposures (event indices of `source`) whose user vectors come from one `history` piece, or that have none.
+
+    per_exposure: `history` has these exposures itself, in order; otherwise one exposure that stands for them all.
+    """
+
+    source: Piece
+    exposures: Ints
+    history: Piece | None
+    per_exposure: bool
+
+    @property
+    def cost(self) -> int:
+        """Events to be read."""
+        return 1 if self.history is None else self.history.item_ids.size
+
+
+def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator[ExposureVectors]:
+    """This rank's exposures of a split, some at a time; ranks have different ones. Collective: exhaust it.
+
+    Vectors are those of the experiment's present weights.
+
+    Raises:
+        ConfigError: the model has no Item LLM.
+        ValueError: the split is empty.
+    """
+    if experiment.item_encoder is None:
+        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item vectors to give"])
+    limit = experiment.config.data.max_history
+    requests_of = REQUESTS_BY_MODE[mode]
+    tables = (experiment.dataset.read_row_group(g.path, g.index) for g in rank_row_groups(experiment.dataset, split))
+    requests = (unit for table in tables for piece in pieces_from_table(table) for unit in requests_of(piece, limit))
+    with open_embedder(experiment) as embedder:
+        batches = _request_batches(requests, item_embedding.CATALOGUE_TOKENS)
+        while any_rank((batch := next(batches, None)) is not None, experiment.device):
+            yield embed_requests(embedder, batch or [])  # a rank that has run out takes part with nothing
+
+
+def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
+    """Exposures of a user (a whole sequence), by how many events are of earlier days: those share a vector."""
+    exposures = _exposures(piece)
+    midnights = piece.timestamps[exposures] // DAY * DAY
+    seen = np.searchsorted(piece.timestamps, midnights, side="left")
+    for count in np.unique(seen):
+        history = nightly_request(piece, int(count), max_history) if count else None
+        yield VectorRequest(piece, exposures[seen == count], history, per_exposure=False)
+
+
+def nearline_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
+    """Exposures of a user (a whole sequence) by stretch of at most max_history events, as in training."""
+    one, length = np.zeros(1, np.int64), np.array([piece.item_ids.size])
+    cut = cut_into_pieces(one, one, length, np.array([piece.first_target]), max_history)
+    exposures = _exposures(piece)
+    for start, first, end in zip(cut.start.tolist(), cut.first_target.tolist(), cut.end.tolist(), strict=True):
+        inside = exposures[(exposures >= first) & (exposures < end)]
+        if inside.size:
+            own = slice(start, end)
+            history = replace(
+                piece,
+                offset=piece.offset + start,
+                first_target=first - start,
+                item_ids=piece.item_ids[own],
+                timestamps=piece.timestamps[own],
+                labels=piece.labels[own],
+                actions=piece.actions[own],
+            )
+            yield VectorRequest(piece, inside, history, per_exposure=True)
+
+
+REQUESTS_BY_MODE: dict[Mode, Callable[[Piece, int], Iterator[VectorRequest]]] = {
+    "daily": daily_requests,
+    "nearline": nearline_requests,
+}
+
+
+def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> ExposureVectors:
+    """The vectors of all exposures of some units, which may be none. Collective."""
+    vectors, known = embedder([request.history for request in requests if request.history is not None])
+    rows, at = [np.empty(0, np.int64)], 0
+    for request in requests:
+        count = request.exposures.size
+        if request.history is None:
+            rows.append(np.full(count, -1))
+        else:
+            rows.append(at + (np.arange(count) if request.per_exposure else np.zeros(count, np.int64)))
+            at += count if request.per_exposure else 1
+    assert at == known.numel(), "every asked piece has the exposures that its unit says"
+    row = torch.from_numpy(np.concatenate(rows)).to(vectors.device)
+    has_user = torch.cat([known, known.new_zeros(1)])[row]  # row -1: no vector
+    items = _column(requests, lambda u: u.source.item_ids[u.exposures], np.int64)
+    return ExposureVectors(
+        user_id=_column(requests, lambda u: np.full(u.exposures.size, u.source.user_id), np.int64),
+        position=_column(requests, lambda u: u.exposures + u.source.offset, np.int64),
+        item_id=items,
+        timestamp=_column(requests, lambda u: u.source.timestamps[u.exposures], np.int64),
+        label=_column(requests, lambda u: u.source.labels[u.exposures], np.float32),
+        items=embedder.item_vectors(items),
+        users=torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])[row],
+        has_user=has_user,
+    )
+
+
+def coverage(parts: list[ExposureVectors]) -> Coverage:
+    """Over all ranks. Collective."""
+    local = [sum(part.label.size for part in parts), sum(int(part.has_user.sum()) for part in parts)]
+    return Coverage(*map(int, global_sum(torch.tensor(local, dtype=torch.int64)).tolist()))
+
+
+def _exposures(piece: Piece) -> Ints:
+    """Indices of the events that are exposures of the split."""
+    return piece.first_target + np.flatnonzero(~np.isnan(piece.labels[piece.first_target :]))
+
+
+def _request_batches(requests: Iterator[VectorRequest], budget: int) -> Iterator[list[VectorRequest]]:
+    """Units whose cost together is about `budget` events."""
+    batch: list[VectorRequest] = []
+    spent = 0
+    for request in requests:
+        if batch and spent + request.cost > budget:
+            yield batch
+            batch, spent = [], 0
+        batch.append(request)
+        spent += request.cost
+    if batch:
+        yield batch
+
+
+def _column(requests: list[VectorRequest], of_request: Callable[[VectorRequest], NDArray], dtype: type) -> NDArray:
+    return np.concatenate([np.empty(0, dtype), *(of_request(unit).astype(dtype) for unit in requests)])

@@ -1,0 +1,170 @@
+"""Embedding job: what is new or changed since the store's last commit is encoded, on all ranks, and committed.
+
+An item's content hash in the store is a hash of its tokens, so a job that is run again, or again after a crash, encodes
+only
+what is missing: its cost follows what changed, not the catalogue.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.progress import progress
+from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.data.token_store import TokenStore
+from hllm_torchrec.distributed import coordination
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.fingerprint import item_facts
+from hllm_torchrec.models.item_encoder import CATALOGUE_TOKENS, length_sorted_chunks
+from hllm_torchrec.models.parallelize import autocast
+from hllm_torchrec.modules.lora import merged
+from hllm_torchrec.store.files import SegmentFacts
+from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes
+from hllm_torchrec.store.remote_store import RemoteStore, writable_store
+from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
+
+COMMIT_TOKENS = 2_000_000
+"""A rank encodes about so many tokens between two commits: what a crash can cost."""
+
+T = TypeVar("T")
+NewRows = tuple[pa.Array, Tensor, Hashes]
+"""What goes into a store: keys [n], vectors [n, D] float32, content hashes [n]."""
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What a job did. items: of the dataset; encoded: of them, now; seconds: encoding and writing."""
+
+    items: int
+    encoded: int
+    version: int
+    seconds: float
+
+
+def item_content_hashes(tokens: TokenStore) -> Hashes:
+    """uint64 [N]: a hash of each item's tokens."""
+    return hash_bytes(np.ascontiguousarray(tokens.values).view(np.uint8), tokens.offsets * tokens.values.itemsize)
+
+
+@torch.no_grad()
+def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> EmbedReport:
+    """Bring the item store at `path` (made if it is not there) up to date with the dataset. Collective.
+
+    Keys are raw item ids. Ranks share the work by tokens; each writes its own rows, and rank 0 commits those of all.
+
+    Raises:
+        ValueError: the store was made by another model, or another process is writing to it.
+    """
+    facts = item_facts(experiment)
+    store = open_or_create_store(path, experiment.hllm.item_llm.width, dtype, facts)  # type: ignore[union-attr]
+    encoder = experiment.item_encoder
+    assert encoder is not None
+    raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(encoder.tokens)
+    todo = changed(store, raw_ids, marks)
+    rounds = shares(todo, encoder.tokens.lengths + 1)
+    started, model = time.perf_counter(), experiment.hllm.eval()
+
+    def encode(ids: NDArray[np.int64]) -> NewRows:
+        with autocast(experiment.config, experiment.device):
+            vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
+        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids]
+
+    with merged(model):
+        version = write_rounds(store, rounds, encode, "embed items", len(rounds))
+    return EmbedReport(len(raw_ids), todo.size, version, time.perf_counter() - started)
+
+
+def write_rounds(
+    store: EmbeddingStore, rounds: Iterable[Sequence[T]], encode: Callable[[T], NewRows], what: str, total: int | None
+) -> int:
+    """Encode every chunk of every round and commit after each round; returns the store's version. Collective.
+
+    Args:
+        rounds: this rank's chunks; every rank has as many rounds, each of as many chunks.
+        encode: chunk -> its rows, which may be none; it may be collective.
+        what, total: name and length (None: not known) of the progress bar.
+
+    Raises:
+        ValueError: another process is writing to the store.
+    """
+    published = store.published
+    with ExitStack() as stack:
+        writer: list[StoreWriter] = []
+        coordination.run_on_rank_zero(lambda: writer.append(stack.enter_context(store.writer())))
+        with progress(total, what, coordination.rank() == 0) as bar:
+            for chunks in rounds:
+                run = store.segment_writer()
+                for chunk in chunks:
+                    run.add(*encode(chunk))
+                written = coordination.run_on_all_ranks(run.finish)
+                if published is not None:
+                    published.upload_segments(written)
+                coordination.run_on_rank_zero(partial(_commit, writer, written, published))
+                bar.update(1)
+        return coordination.run_on_rank_zero(lambda: store.snapshot().version)
+
+
+def _commit(writer: list[StoreWriter], written: list[SegmentFacts], published: RemoteStore | None) -> None:
+    """Rank 0's writer takes in what every rank has written, and publishes it where the store is at a URL."""
+    writer[0].commit(written)
+    if published is not None:
+        published.publish()
+
+
+def open_or_create_store(
+    path: Path, width: int, dtype: str, facts: dict[str, Any], keys: KeyKind = "string"
+) -> EmbeddingStore:
+    """The store at `path`, of this model, to write to; of one at a URL a copy on each host. Collective.
+
+    Raises:
+        ValueError: it was made by another model, or cannot be reached.
+    """
+    url = url_of(path)
+
+    def on_one() -> None:
+        root = path if url is None else writable_store(url)
+        if not (root / "store.json").is_file():
+            published = None if url is None else RemoteStore(url, root)
+            EmbeddingStore.create(root, width, dtype, keys, facts)
+            if published is not None:
+                published.publish()
+        EmbeddingStore.open(root).require(facts)
+
+    coordination.run_on_rank_zero(on_one)
+    if url is None:
+        return EmbeddingStore.open(path)
+    store = EmbeddingStore.open(coordination.run_on_all_ranks(lambda: writable_store(url))[coordination.rank()])
+    store.published = RemoteStore(url, store.root)
+    return store
+
+
+def changed(store: EmbeddingStore, raw_ids: Any, content_hashes: Hashes) -> NDArray[np.int64]:
+    """Ids [k] int64 (from 1, rising) whose vector is missing in the store or was made from something else.
+
+    raw_ids: [N - 1] of the items from 1 on; content_hashes: [N] uint64 of what each vector is to be made from, 0 first.
+    """
+    stored, known = store.snapshot().content_hashes(pc.cast(raw_ids, "large_string").combine_chunks())
+    return 1 + np.flatnonzero(~known | (stored != content_hashes[1:]))
+
+
+def shares(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
+    """What this rank encodes: rounds, each of chunks of ids, as many on every rank (some may be empty).
+
+    ids: [k] int64; costs: [N] int64 tokens by id. Sorted by length, ids are dealt out in turn; a chunk has about
+    CATALOGUE_TOKENS tokens, a round (what lies between two commits) about COMMIT_TOKENS.
+    """
+    world, rank = coordination.world_size(), coordination.rank()
+    chunks = [chunk[rank::world] for chunk in length_sorted_chunks(ids, costs, CATALOGUE_TOKENS * world)]
+    per_round = max(1, COMMIT_TOKENS // CATALOGUE_TOKENS)
+    return [chunks[i : i + per_round] for i in range(0, len(chunks), per_round)]

@@ -1,0 +1,163 @@
+"""A FAISS index over a run's item vectors, for serving retrieval: users' vectors in, item ids out.
+
+    export_run(Path("runs/retrieval/hstu"), Path("exports/items"))         # or: hllm index --run ... --output ...
+    index = ItemIndex.open(Path("exports/items"))
+    ids, scores = index.top(vectors, 100, exclude=seen)
+
+Items are in the space of the generative loss, where the user vectors of a model without late fusion are too
+(`HLLM.embed_users`, `hllm embed --users`). The folder has the layout of `hllm store export --faiss`, which
+`ItemIndex.open` reads as well; the vectors have length 1, so scores are cosines. faiss is an extra: pip install
+"hllm_torchrec[faiss]".
+
+Legend: N items, B users, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from hllm_torchrec.data.validation import error_location, read_table
+from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.store.export_formats import import_faiss, write_index
+
+Kind = Literal["flat", "ivf"]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ItemIndex:
+    """A FAISS index of inner products. ids: [N] the id (text or number) of each of its positions."""
+
+    index: Any
+    ids: pa.Array
+
+    @classmethod
+    def build(cls, vectors: Floats, ids: Sequence[Any] | pa.Array, kind: Kind = "flat", cells: int = 0) -> "ItemIndex":
+        """An index of vectors [N, D], which are normalised.
+
+        flat: exact, every item is scored. ivf: the items of the `cells` (0: 4 sqrt(N)) nearest to the user among all
+        `cells` are; how many cells are searched is `nprobe` of `search`.
+
+        Raises:
+            ValueError: faiss is not installed, ids and vectors of different numbers, or more cells than items.
+        """
+        faiss = import_faiss()
+        vectors = normalize_rows(vectors)
+        if len(ids) != len(vectors):
+            raise ValueError(f"{len(ids)} ids for {len(vectors)} vectors: give one to each")
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        if kind == "ivf":
+            cells = cells or max(1, min(len(vectors), round(4 * len(vectors) ** 0.5)))
+            if not 1 <= cells <= len(vectors):
+                raise ValueError(f"cells is {cells}: must be 1 to {len(vectors)}, the number of items")
+            index = faiss.IndexIVFFlat(index, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
+            index.cp.min_points_per_centroid = 1  # small catalogues are fine
+            index.train(vectors)
+        index.add(vectors)
+        return cls(index, ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids))
+
+    @classmethod
+    def open(cls, folder: Path) -> "ItemIndex":
+        """The index that `save` or `hllm store export --faiss` wrote.
+
+        Raises:
+            ValueError: faiss is not installed, or there is no index.
+        """
+        faiss, file = import_faiss(), folder / "index.faiss"
+        if not file.is_file():
+            raise ValueError(f"{folder}: no index.faiss: write one with `hllm index` or `hllm store export --faiss`")
+        with error_location(folder, "write the index again"):
+            return cls(faiss.read_index(str(file)), read_table(folder / "ids.parquet", ["id"])["id"].combine_chunks())
+
+    def save(self, folder: Path) -> None:
+        """Write index.faiss and ids.parquet.
+
+        Raises:
+            ValueError: there is something at `folder`.
+        """
+        write_index(self.index, self.ids, folder)
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    def search(
+        self, users: Floats, k: int, exclude: Sequence[Sequence[Any]] | None = None, nprobe: int = 16
+    ) -> tuple[list[list[Any]], Floats]:
+        """The best items of each user, best first, without those in `exclude`.
+
+        Args:
+            users: [B, D]; they are normalised.
+            k: items wanted for each, at least 1.
+            exclude: ids for each user, what was seen; unknown ids are harmless.
+            nprobe: cells that are searched, of an ivf index.
+
+        Returns:
+            B lists of at most k ids (fewer where no more items are left, or found in the cells searched), and
+            scores [B, k] float32, -inf after the last.
+
+        Raises:
+            ValueError: k below 1, vectors of another width, or an `exclude` for another number of users.
+        """
+        users = self._checked(users, k, exclude)
+        out = [frozenset(ids) for ids in exclude] if exclude is not None else [frozenset()] * len(users)
+        wanted = min(k + max(map(len, out), default=0), len(self))
+        found, places = self.index.search(users, max(wanted, 1), params=self._parameters(nprobe))
+        scores, ids = np.full((len(users), k), -np.inf, np.float32), []
+        known = self.ids.take(pa.array(np.maximum(places, 0).reshape(-1))).to_pylist()
+        for row, banned in enumerate(out):
+            own = known[row * places.shape[1] : (row + 1) * places.shape[1]]
+            left = [at for at, place in enumerate(places[row]) if place >= 0 and own[at] not in banned][:k]
+            scores[row, : len(left)] = found[row, left]
+            ids.append([own[at] for at in left])
+        return ids, scores
+
+    def _checked(self, users: Floats, k: int, exclude: Sequence[Sequence[Any]] | None) -> Floats:
+        if k < 1:
+            raise ValueError(f"k is {k}: must be at least 1")
+        if users.ndim != 2 or users.shape[1] != self.index.d:
+            raise ValueError(f"users: shape {users.shape}: must be [B, {self.index.d}], the width of the items")
+        if exclude is not None and len(exclude) != len(users):
+            raise ValueError(f"exclude: {len(exclude)} lists for {len(users)} users: give one to each")
+        return normalize_rows(users)
+
+    def _parameters(self, nprobe: int) -> Any:
+        faiss = import_faiss()
+        return faiss.SearchParametersIVF(nprobe=nprobe) if isinstance(self.index, faiss.IndexIVF) else None
+
+
+def normalize_rows(vectors: Floats) -> Floats:
+    """A copy [n, D] with rows of length 1, as `torch.nn.functional.normalize` makes them."""
+    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(vectors, np.float32)), dim=-1).numpy().copy()
+
+
+def export_item_index(
+    run: Path, target: Path, which: str, device: torch.device, kind: Kind = "flat", cells: int = 0
+) -> int:
+    """Write the index of a run's items at a checkpoint ("best", "latest" or a directory); ids are raw. Collective.
+
+    Returns:
+        the number of items.
+
+    Raises:
+        ValueError: as `load_run` and `ItemIndex`; a model whose users are in no space with items.
+    """
+    loaded = load_run(run, which, device)
+    experiment = loaded.experiment
+    if not experiment.hllm.generates:
+        raise ValueError(
+            f"{run}: objective.generative_weight: 0: users and items share no space; train with a generative loss"
+        )
+    with loaded.weights:
+        experiment.hllm.item_cache = experiment.evaluation_item_cache()
+        vectors = catalogue_vectors(experiment).cpu().float().numpy()
+    ids = experiment.dataset.items["raw_item_id"].combine_chunks()
+    run_on_rank_zero(lambda: ItemIndex.build(vectors[1:], ids, kind, cells).save(target))
+    return len(ids)

@@ -1,0 +1,139 @@
+"""A trained model's tables in fewer bytes, to serve from: TorchRec's quantised EmbeddingBagCollection in their place.
+
+    row = scale * code + bias        code in 0..255; scale = (max - min) / 255 and bias = min of the row, in float16
+
+So an entry is off by at most half a step of its row, (max - min) / 510, and what float16 rounds of scale and bias.
+Tables below `features.shard_from_rows` stay as they are: they are small, and the codes would save nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.inference.modules import quantize_embeddings
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantizedCollection
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.embedding.tables import assemble_tensor
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.stored_items import StoredItemTable
+from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
+from hllm_torchrec.modules.features.hybrid import table_config
+
+TABLE_TYPES = {"int8": torch.qint8, "fp16": torch.float16}
+"""What tables can be served in. int8 takes four bytes a row besides."""
+
+ROWS_AT_ONCE = 65_536
+"""Item vectors looked up at a time."""
+
+
+@dataclass(frozen=True)
+class TableBytes:
+    """Bytes of tables before and after, by name."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+def check_table_type(dtype: str) -> None:
+    """Refuse what `TABLE_TYPES` does not name.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    if dtype not in TABLE_TYPES:
+        known = ", ".join(TABLE_TYPES)
+        raise ValueError(f"table_dtype: {dtype!r}: unknown{did_you_mean(dtype, TABLE_TYPES)}; choose one of {known}")
+
+
+def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> QuantizedCollection:
+    """Sum-pooled tables, each with one feature of its name, as TorchRec serves them.
+
+    Args:
+        weights: table -> [rows, width] float32 or float16.
+        types: table -> qint8, float16 or float32.
+    """
+    configs = [table_config(name, *weight.shape) for name, weight in weights.items()]
+    device = next(iter(weights.values())).device
+    plain = EmbeddingBagCollection(tables=configs, device=device)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            plain.embedding_bags[name].weight.copy_(weight)
+    holder = nn.ModuleDict({"tables": plain})
+    found = quantize_embeddings(holder, torch.qint8, inplace=True, per_table_weight_dtype=dict(types))["tables"]
+    assert isinstance(found, QuantizedCollection)
+    return found
+
+
+def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
+    """Put quantised tables into a trained model; it cannot be trained or saved after that. One process.
+
+    Raises:
+        ValueError: an unknown type, or more than one process.
+    """
+    check_table_type(dtype)
+    if dist.get_world_size() > 1:
+        raise ValueError(f"{dist.get_world_size()} processes: quantised tables are for one; the run may be of many")
+    features = experiment.hllm.features
+    if features.tables is None:
+        return TableBytes({}, {})
+    start = "features.tables.embedding_bags."
+    weights = {
+        name.removeprefix(start).removesuffix(".weight"): assemble_tensor(value).detach().to(experiment.device)
+        for name, value in experiment.model.state_dict().items()
+        if name.startswith(start)
+    }
+    least = experiment.config.features.shard_from_rows
+    types = {name: TABLE_TYPES[dtype] if len(w) >= least else torch.float32 for name, w in weights.items()}
+    features.tables = quantize_collection(weights, types)
+    return TableBytes(_bytes(weights), table_bytes(features.tables))
+
+
+@torch.no_grad()
+def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
+    """Let the model take item embeddings from a quantised table of the whole catalogue instead of float vectors.
+
+    They are those of the Item LLM by the present weights or, where the run takes stored ones, those of the store.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    check_table_type(dtype)
+    vectors = _catalogue(experiment)
+    if vectors is None:
+        return TableBytes({}, {})
+    items = FrozenItems(vectors.shape[0], vectors.shape[1], "fp32", torch.device("meta"))
+    items.table = quantize_collection({FROZEN_ITEMS: vectors}, {FROZEN_ITEMS: TABLE_TYPES[dtype]})
+    hllm = experiment.hllm
+    hllm.item_cache, hllm.stored_items, hllm.uses_stored_items = None, StoredItemTable(items), True
+    return TableBytes(_bytes({FROZEN_ITEMS: vectors}), table_bytes(items.table))
+
+
+def _catalogue(experiment: Experiment) -> Tensor | None:
+    """[N, E] item embeddings before an adapter, which goes on top of what is looked up."""
+    hllm = experiment.hllm
+    if hllm.stored_items is None:
+        return experiment.encode_catalogue()
+    blocks = torch.arange(experiment.dataset.num_items, device=experiment.device).split(ROWS_AT_ONCE)
+    return torch.cat([hllm.stored_items(block) for block in blocks])
+
+
+def table_bytes(tables: QuantizedCollection) -> dict[str, int]:
+    """Bytes of each quantised table, scales and biases included."""
+    return {
+        name.removesuffix(".weight").rpartition(".")[2]: weight.numel() * weight.element_size()
+        for name, weight in _weights_with_scales(tables)
+    }
+
+
+def _weights_with_scales(tables: QuantizedCollection) -> list[tuple[str, Tensor]]:
+    names = [table.name for _, group in tables._key_to_tables.items() for table in group]
+    rows = [w for module in tables._emb_modules for w, _ in module.split_embedding_weights(split_scale_shifts=False)]
+    return list(zip(names, rows, strict=True))
+
+
+def _bytes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: weight.numel() * weight.element_size() for name, weight in weights.items()}

@@ -1,0 +1,167 @@
+"""Embedding job for users: who has new events is embedded anew, on all ranks, and committed to the store.
+
+A user's content hash in the store is a hash of the last event's second and the number of events, so a job that is run
+again,
+or again after a crash, embeds only those who did something since.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.distributed import coordination
+from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
+from hllm_torchrec.inference import item_embedding
+from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store, shares, write_rounds
+from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder, pieces_from_table
+from hllm_torchrec.store.keys import Hashes, hash_numbers
+from hllm_torchrec.store.store import EmbeddingStore
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UserReport:
+    """What a job did. users: of the dataset, with an event; active: of them, since the date; encoded: of these, now."""
+
+    users: int
+    active: int
+    encoded: int
+    version: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Users of a row group that are in no later part: row, events, whether active, content hash; and which are to be
+    done."""
+
+    group: RowGroup
+    rows: Ints
+    lengths: Ints
+    active: NDArray[np.bool_]
+    marks: Hashes
+    todo: NDArray[np.bool_]
+
+    def cost(self, max_history: int) -> int:
+        """Events that embedding its users reads."""
+        return int(np.minimum(self.lengths[self.todo], max_history).sum())
+
+
+def user_facts(loaded: LoadedRun) -> dict[str, Any]:
+    """What user embeddings depend on besides the histories: the checkpoint and the length of histories."""
+    config = loaded.experiment.config
+    return {
+        "part": "users",
+        "weights": weights_fingerprint(loaded.checkpoint),
+        "fusion": config.objective.fusion,
+        "max_history": config.data.max_history,
+    }
+
+
+def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "fp16") -> UserReport:
+    """Bring the user store at `path` (made if it is not there) up to date with the dataset. Collective.
+
+    Keys are raw user ids; a vector is made from all events of the dataset, as of the midnight (UTC) after the last of
+    them. The run's weights are taken as they are: call it within `loaded.weights`. Users who have events but no
+    history by the configuration (`data.history: positive`) get no vector.
+
+    Args:
+        since: second UTC; users without an event from then on are left as they are.
+
+    Raises:
+        ValueError: the store was made by another checkpoint, or another process is writing to it.
+    """
+    experiment = loaded.experiment
+    dataset, limit = experiment.dataset, experiment.config.data.max_history
+    store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, user_facts(loaded))
+    started = time.perf_counter()
+    groups = _index(dataset, store, since)
+    windows = _windows(groups, item_embedding.COMMIT_TOKENS * coordination.world_size(), limit)
+    version = store.snapshot().version
+    with open_embedder(experiment) if windows else nullcontext() as embedder:
+
+        def encode(chunk: tuple[list[Piece], Hashes]) -> NewRows:
+            pieces, marks = chunk
+            assert embedder is not None
+            vectors, known = embedder(pieces)
+            rows = np.flatnonzero(known.cpu().numpy())
+            users = np.array([pieces[row].user_id for row in rows], np.int64)
+            return raw_user_ids(dataset, users), vectors.cpu()[rows], marks[rows]
+
+        rounds = (one for window in windows for one in _rounds(window, dataset, limit))
+        if windows:
+            version = write_rounds(store, rounds, encode, "embed users", len(windows))
+    counts = [(len(g.rows), int(g.active.sum()), int(g.todo.sum())) for g in groups]
+    users, active, encoded = np.array([(0, 0, 0), *counts]).sum(0).tolist()
+    return UserReport(users, active, encoded, version, time.perf_counter() - started)
+
+
+def raw_user_ids(dataset: Dataset, user_ids: Ints) -> pa.Array:
+    """Raw ids of users [n], large_string."""
+    return dataset.users["raw_user_id"].take(pa.array(user_ids - 1)).cast("large_string").combine_chunks()
+
+
+def user_content_hashes(last_seconds: Ints, lengths: Ints) -> Hashes:
+    """uint64 [n]: a hash of each user's last second and number of events."""
+    return hash_numbers(last_seconds, lengths)
+
+
+def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
+    """Every user once, in the latest part that has them: its sequences hold the whole history to that part's end."""
+    seen, snapshot = np.zeros(dataset.num_users, bool), store.snapshot()
+    found = []
+    for part in ("test", "valid", "train"):
+        groups = dataset.row_groups(part)
+        for group in groups:
+            table = dataset.read_row_group(group.path, group.index, columns=["user_id", "timestamps"])
+            users = table["user_id"].to_numpy()
+            rows = np.flatnonzero(~seen[users])
+            lists = table["timestamps"].combine_chunks()
+            lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
+            last = pc.list_flatten(lists).to_numpy()[np.cumsum(lengths) - 1][rows]
+            marks = user_content_hashes(last, lengths[rows])
+            stored, known = snapshot.content_hashes(raw_user_ids(dataset, users[rows]))
+            active = last >= since
+            todo = active & (~known | (stored != marks))
+            found.append(_Group(group, rows, lengths[rows], active, marks, todo))
+            seen[users] = True
+    return found
+
+
+def _windows(groups: list[_Group], budget: int, max_history: int) -> list[list[_Group]]:
+    """Row groups with something to do, as many at a time as cost about `budget` events."""
+    windows: list[list[_Group]] = []
+    spent = budget
+    for group in groups:
+        if not group.todo.any():
+            continue
+        if spent >= budget:
+            windows.append([])
+            spent = 0
+        windows[-1].append(group)
+        spent += group.cost(max_history)
+    return windows
+
+
+def _rounds(window: list[_Group], dataset: Dataset, max_history: int) -> Iterator[list[tuple[list[Piece], Hashes]]]:
+    """This rank's share of a window: rounds of chunks of (requests, content hashes)."""
+    asked: list[Piece] = []
+    for one in window:
+        table = dataset.read_row_group(one.group.path, one.group.index)
+        pieces = pieces_from_table(table.take(pa.array(one.rows[one.todo])))
+        asked += [nightly_request(piece, piece.item_ids.size, max_history) for piece in pieces]
+    marks = np.concatenate([one.marks[one.todo] for one in window])
+    costs = np.array([piece.item_ids.size for piece in asked], np.int64)
+    for chunks in shares(np.arange(len(asked)), costs):
+        yield [([asked[i] for i in chunk], marks[chunk]) for chunk in chunks]

@@ -1,0 +1,269 @@
+"""Full-catalogue retrieval metrics from the rank of each row's target.
+
+Letters: B rows (users), I catalogue rows (item 0, the unknown item, included), D width, S seen items of all
+rows.
+
+Ties are pessimistic: an item that scores the same as the target stands before it. A collapsed model, which
+scores all items alike, is thereby last everywhere instead of first, and its Recall@K is 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+BLOCK_SIZE = 16_384
+"""Catalogue rows scored at once: [B, block] scores are held, never [B, I]."""
+
+TIE_TOLERANCE = 1e-6
+"""Scores of `catalogue_ranks` closer than this share of |query| |target| are tied: two equal items get scores
+that differ by float32 rounding, depending on where in a block they stand."""
+
+ScoreBlock = Callable[[int, int], torch.Tensor]
+
+
+def target_ranks(
+    scores_BI: torch.Tensor,
+    target_B: torch.Tensor,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> torch.Tensor:
+    """The rank of each row's target among all items, from a matrix of scores.
+
+    Args:
+        scores_BI: column i scores item i; column 0 (unknown item) is never ranked. Any float type.
+        target_B: item ids, 1..I-1, int64.
+        seen_items_S: item ids to leave out of the ranking, row after row (the user's history), int64. The
+            target itself always stays in; duplicates and 0 are harmless.
+        seen_offsets: row b's seen items are `seen_items_S[seen_offsets[b]:seen_offsets[b + 1]]`, int [B + 1],
+            starting at 0.
+        block_size: columns compared at once.
+
+    Returns:
+        int64 [B], 1 = best. Items with a NaN score stand before the target.
+
+    Raises:
+        ValueError: a target outside 1..I-1 or with a score that is not finite, offsets that do not fit.
+    """
+    catalogue = scores_BI.shape[1]
+    check_targets(target_B, len(scores_BI), catalogue)
+    target_scores_B = scores_BI.gather(1, target_B[:, None])[:, 0]
+    return 1 + count_ahead(
+        lambda start, stop: scores_BI[:, start:stop].clone(),
+        target_scores_B,
+        target_B,
+        (1, catalogue),
+        seen_pairs(seen_items_S, seen_offsets, target_B),
+        block_size,
+    )
+
+
+def catalogue_ranks(
+    queries_BD: torch.Tensor,
+    items_ID: torch.Tensor,
+    target_B: torch.Tensor,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+    tie_tolerance: float = TIE_TOLERANCE,
+) -> torch.Tensor:
+    """`target_ranks` of the dot products of queries and items, with [B, block] scores in memory at a time.
+
+    Normalise both sides first for cosine similarity. Products are computed in float32, items converted block
+    by block. Items within `tie_tolerance` x |query| |target| of the target's score count as tied.
+
+    Args:
+        queries_BD, items_ID: embeddings of any float type, on the same device; row i of `items_ID` is item i.
+        The others as in `target_ranks`.
+
+    Returns:
+        int64 [B], 1 = best.
+
+    Raises:
+        ValueError: as `target_ranks`.
+    """
+    check_targets(target_B, len(queries_BD), len(items_ID))
+    queries_BD = queries_BD.float()
+    return 1 + count_ahead(
+        lambda start, stop: queries_BD @ items_ID[start:stop].float().T,
+        scores_to_beat(queries_BD, items_ID[target_B], tie_tolerance),
+        target_B,
+        (1, len(items_ID)),
+        seen_pairs(seen_items_S, seen_offsets, target_B),
+        block_size,
+    )
+
+
+def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
+    """float32 [B], the least score of an item that stands before the target: the target's, less the tolerance."""
+    targets_BD = targets_BD.float()
+    tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
+    return (queries_BD * targets_BD).sum(1) - tolerance_B
+
+
+def top_items(
+    queries_BD: torch.Tensor,
+    items_ID: torch.Tensor,
+    k: int,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best items of each query by dot product, best first, with [B, block + k] scores in memory at a time.
+
+    What serves a user; metrics come from `catalogue_ranks`, which orders ties as it should. Here equal scores
+    stand in any order.
+
+    Args:
+        queries_BD, items_ID: as in `catalogue_ranks`; item 0 is never among the best.
+        k: at least 1.
+        seen_items_S, seen_offsets: as in `target_ranks`.
+
+    Returns:
+        ids int64 [B, k] and scores float32 [B, k]; where fewer than k items are left, id 0 and score -inf.
+
+    Raises:
+        ValueError: k below 1, or offsets that do not fit.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}: must be at least 1")
+    queries_BD = queries_BD.float()
+    seen = seen_pairs(seen_items_S, seen_offsets, queries_BD[:, 0])
+    best = queries_BD.new_full((len(queries_BD), k), -math.inf)
+    ids = torch.zeros(len(queries_BD), k, dtype=torch.int64, device=queries_BD.device)
+    for start in range(1, len(items_ID), block_size):
+        stop = min(start + block_size, len(items_ID))
+        scores = queries_BD @ items_ID[start:stop].float().T
+        if seen is not None:
+            rows, items = seen
+            inside = (items >= start) & (items < stop)
+            scores[rows[inside], items[inside] - start] = -math.inf
+        of_block = torch.arange(start, stop, device=ids.device).expand(len(ids), -1)
+        best, place = torch.cat([best, scores], dim=1).topk(k, dim=1)
+        ids = torch.cat([ids, of_block], dim=1).gather(1, place)
+    return ids.masked_fill(best == -math.inf, 0), best
+
+
+def retrieval_metrics(
+    item_ranks: torch.Tensor, ks: Sequence[int] = (1, 5, 10, 50, 200), group: dist.ProcessGroup | None = None
+) -> dict[str, float | int | None]:
+    """Recall@K, HR@K, NDCG@K and MRR over the rows of all ranks of the process group.
+
+    With one target a row, HR@K and Recall@K are the same number; both names are given because papers use
+    either. NDCG@K = 1 / log2(rank + 1) where rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank,
+    uncut.
+
+    Args:
+        item_ranks: this process's target ranks, 1 = best, int64 [b]; may be empty on some processes.
+        ks: cut-offs.
+        group: process group, by default the world; without torch.distributed initialised, this process only.
+
+    Returns:
+        `rows`, `recall@K`, `hr@K`, `ndcg@K` for each K, and `mrr`; the same on every process. None without
+        rows.
+
+    Raises:
+        ValueError: a rank or a cut-off below 1.
+    """
+    if len(ks) == 0 or min(ks) < 1:
+        raise ValueError(f"ks is {tuple(ks)}; every cut-off is at least 1; pass e.g. (5, 10)")
+    if item_ranks.numel() and int(item_ranks.min()) < 1:
+        row = int(item_ranks.argmin())
+        raise ValueError(f"ranks: row {row} is {int(item_ranks[row])}; ranks start at 1; add 1 to ranks counted from 0")
+    item_ranks = item_ranks.double()
+    gains = 1 / torch.log2(item_ranks + 1)
+    sums = [torch.ones_like(item_ranks).sum(), (1 / item_ranks).sum()]
+    for k in ks:
+        hit = item_ranks <= k
+        sums += [hit.double().sum(), gains[hit].sum()]
+    rows, reciprocal, *per_k = all_reduce_sum(torch.stack(sums), group).tolist()
+
+    def mean(total: float) -> float | None:
+        return total / rows if rows else None
+
+    metrics: dict[str, float | int | None] = {"rows": int(rows), "mrr": mean(reciprocal)}
+    for k, hits, gain in zip(ks, per_k[::2], per_k[1::2]):
+        metrics |= {f"recall@{k}": mean(hits), f"hr@{k}": mean(hits), f"ndcg@{k}": mean(gain)}
+    return metrics
+
+
+def all_reduce_sum(sums: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum of a tensor over the process group, on every process; itself where nothing is initialised."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return sums
+    total = sums.clone() if dist.get_backend(group) != "nccl" else sums.clone().cuda()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def count_ahead(
+    score_block: ScoreBlock,
+    target_scores_B: torch.Tensor,
+    target_B: torch.Tensor,
+    items: tuple[int, int],
+    seen: tuple[torch.Tensor, torch.Tensor] | None,
+    block_size: int,
+) -> torch.Tensor:
+    """How many of the items [first, end), the target and `seen` (row [S], item [S]) excepted, reach the target's score.
+
+    score_block: (start, stop) of items -> their scores [B, stop - start], a tensor to own.
+
+    Raises:
+        ValueError: a target's score that is not finite.
+    """
+    finite_B = target_scores_B.isfinite()
+    if not finite_B.all():
+        row = int((~finite_B).int().argmax())
+        raise ValueError(
+            f"the target of row {row}, item {int(target_B[row])}, scores {target_scores_B[row].item()}; the "
+            "score of a target must be finite; look in log.jsonl for the step at which the loss became nan"
+        )
+    rows_B = torch.arange(len(target_B), device=target_B.device)
+    count_B = torch.zeros_like(target_B)
+    for start in range(items[0], items[1], block_size):
+        stop = min(start + block_size, items[1])
+        scores = score_block(start, stop)
+        excluded = [(rows_B, target_B)] if seen is None else [(rows_B, target_B), seen]
+        for rows, ids in excluded:
+            inside = (ids >= start) & (ids < stop)
+            scores[rows[inside], ids[inside] - start] = -math.inf
+        count_B += (~(scores < target_scores_B[:, None])).sum(1)  # not >=: nan must not make a rank better
+    return count_B
+
+
+def check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
+    """Raises ValueError for a row without a target, or a target outside 1..catalogue - 1."""
+    if target_B.shape != (rows,):
+        raise ValueError(f"target has shape {tuple(target_B.shape)}; one target a row is expected: {(rows,)}")
+    bad = (target_B < 1) | (target_B >= catalogue)
+    if bad.any():
+        row = int(bad.int().argmax())
+        raise ValueError(
+            f"target: row {row} is {int(target_B[row])}; targets are item ids in 1..{catalogue - 1} "
+            "(0 is the unknown item); leave rows with an unknown target out"
+        )
+
+
+def seen_pairs(
+    items_S: torch.Tensor | None, offsets: torch.Tensor | None, target_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(row [S], item [S]) of the seen items; raises ValueError for offsets that do not fit."""
+    if items_S is None and offsets is None:
+        return None
+    if items_S is None or offsets is None:
+        raise ValueError("seen_items_S and seen_offsets belong together; pass both or neither")
+    lengths = offsets.diff()
+    fits = len(offsets) == len(target_B) + 1 and offsets[0] == 0 and offsets[-1] == len(items_S)
+    if not fits or (lengths < 0).any():
+        raise ValueError(
+            f"seen_offsets of length {len(offsets)} does not part {len(items_S)} seen items among "
+            f"{len(target_B)} rows; it has a value more than rows, starts at 0, never falls and ends at the "
+            "number of seen items"
+        )
+    rows = torch.repeat_interleave(torch.arange(len(target_B), device=items_S.device), lengths.to(items_S.device))
+    return rows, items_S

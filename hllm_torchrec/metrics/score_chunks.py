@@ -1,0 +1,296 @@
+"""Rows sorted by score, in memory that an option bounds: sorted runs, on disk where they are many, cut into
+ranges of scores of which every rank gets its own.
+
+Letters: n rows, U unique scores, C kinds of mass (see `KINDS`), R ranks, K ranges of a rank.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from hllm_torchrec.distributed.array_collectives import Group, all_gather, all_to_all, group_rank, world_size
+
+KINDS = {False: 2, True: 6}
+"""C: rows of (positives, negatives); with weights then also their sums of w and of w^2, in the same order."""
+
+FRACTION_BUFFERED, FRACTION_SORTED = 16, 4
+"""Buffered rows take at most a sixteenth of the memory, since sorting needs some tenfold; sorted runs a quarter."""
+
+RANGE_BYTES = {False: 240, True: 600}
+"""Memory that a row of a range needs while ranges are merged and measured, times two."""
+
+
+@dataclass(frozen=True)
+class ScoreMasses:
+    """Unique scores, ascending, and the mass of rows that each holds."""
+
+    scores: np.ndarray
+    """[U], float32 or float64."""
+    masses: np.ndarray
+    """[C, U]: counts are integers without weights, float64 with them."""
+
+
+@dataclass
+class MemoryPool:
+    """The memory that all `SortedChunks` of a job share, and the folder for what does not fit."""
+
+    memory: int
+    """Bytes for rows on this rank; interpreter and libraries come on top."""
+    folder: Path
+    buffered: int = 0
+    sorted_bytes: int = 0
+    spilled: int = 0
+    """Bytes written to disk."""
+    members: list["SortedChunks"] = field(default_factory=list)
+
+    def reserve(self, size: int) -> None:
+        """Count `size` more buffered bytes; sort the largest buffers into runs while there are too many."""
+        self.buffered += size
+        while self.buffered > self.memory // FRACTION_BUFFERED:
+            max(self.members, key=lambda member: member.buffered).flush()
+
+
+class _SortedChunk:
+    """One sorted run, in memory or in a file."""
+
+    def __init__(self, rows: ScoreMasses, pool: MemoryPool):
+        self.length, self.kinds, self.path = len(rows.scores), len(rows.masses), None
+        self.score_type, self.mass_type = rows.scores.dtype, rows.masses.dtype
+        self.rows: ScoreMasses | None = rows
+        size = rows.scores.nbytes + rows.masses.nbytes
+        if pool.sorted_bytes + size <= pool.memory // FRACTION_SORTED:
+            pool.sorted_bytes += size
+            return
+        with tempfile.NamedTemporaryFile(dir=pool.folder, suffix=".run", delete=False) as file:
+            rows.scores.tofile(file)
+            rows.masses.tofile(file)
+        pool.spilled += size
+        self.path, self.rows = Path(file.name), None
+
+    @property
+    def scores(self) -> np.ndarray:
+        """[U], mapped if on disk: only for a few look-ups, since pages of a map count as memory."""
+        if self.rows is not None or self.path is None:
+            assert self.rows is not None
+            return self.rows.scores
+        return np.memmap(self.path, self.score_type, "r", shape=(self.length,))
+
+    def slice(self, low: int, high: int) -> ScoreMasses:
+        """Rows low..high."""
+        if self.path is None:
+            assert self.rows is not None
+            return ScoreMasses(self.rows.scores[low:high], self.rows.masses[:, low:high])
+        return ScoreMasses(self._read_scores(low, high), self._read_masses(low, high))
+
+    def mass(self, low: int, high: int) -> np.ndarray:
+        """Sum over the rows low..high, [C]."""
+        masses = self._read_masses(low, high) if self.rows is None else self.rows.masses[:, low:high]
+        return masses.sum(axis=1)
+
+    def _read_scores(self, low: int, high: int) -> np.ndarray:
+        assert self.path is not None
+        return np.fromfile(self.path, self.score_type, high - low, offset=low * self.score_type.itemsize)
+
+    def _read_masses(self, low: int, high: int) -> np.ndarray:
+        assert self.path is not None
+        start, size = self.length * self.score_type.itemsize, self.mass_type.itemsize
+        rows = [
+            np.fromfile(self.path, self.mass_type, high - low, offset=start + (kind * self.length + low) * size)
+            for kind in range(self.kinds)
+        ]
+        return np.stack(rows)
+
+
+class SortedChunks:
+    """Collects the rows of this rank in any order; `ranges` then yields them sorted, of all ranks."""
+
+    def __init__(self, pool: MemoryPool, score_type: np.dtype, weighted: bool):
+        """`score_type` and `weighted` are the same on every rank."""
+        self.pool, self.score_type, self.weighted = pool, np.dtype(score_type), weighted
+        self.buffered = 0
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        self._chunks: list[_SortedChunk] = []
+        pool.members.append(self)
+
+    def add(self, scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Add checked rows: scores of `score_type` without NaN, bool labels, float64 weights if weighted, [n]."""
+        assert (weights is not None) == self.weighted
+        if not len(scores):
+            return
+        self._parts.append((scores.astype(self.score_type), is_positive, weights))
+        size = sum(array.nbytes for array in self._parts[-1] if array is not None)
+        self.buffered += size
+        self.pool.reserve(size)
+
+    def flush(self) -> None:
+        """Sort what is buffered into a run."""
+        if not self._parts:
+            return
+        columns = [None if column[0] is None else np.concatenate(column) for column in zip(*self._parts)]
+        self._parts = []
+        self.pool.buffered -= self.buffered
+        self.buffered = 0
+        scores, is_positive, weights = columns
+        assert scores is not None and is_positive is not None
+        self._chunks.append(_SortedChunk(merge_rows(scores, is_positive, weights), self.pool))
+
+    def split_ranges(self, group: Group = None) -> "ScoreRanges":
+        """Cut the runs of all ranks into ranges. Collective; nothing may be added afterwards."""
+        self.flush()
+        ranks = world_size(group)
+        own = np.array([sum(chunk.length for chunk in self._chunks)], dtype=np.int64)
+        total = int(np.sum(all_gather(own, group)))
+        per_rank = -(-total * RANGE_BYTES[self.weighted] // (ranks * max(self.pool.memory, 1)))
+        splitters = _splitters(self._chunks, self.score_type, ranks * max(per_rank, 1), group)
+        return ScoreRanges(self._chunks, splitters, max(per_rank, 1), KINDS[self.weighted], self.score_type, group)
+
+
+class ScoreRanges:
+    """Ranges of scores of the rows of all ranks: rank r has the ranges r * K .. (r + 1) * K - 1, ascending."""
+
+    def __init__(
+        self,
+        chunks: list[_SortedChunk],
+        splitters: np.ndarray,
+        per_rank: int,
+        kinds: int,
+        score_type: np.dtype,
+        group: Group,
+    ):
+        self.splitters, self.per_rank, self.group = splitters, per_rank, group
+        self._chunks, self._type, self._kinds = chunks, score_type, kinds
+        self._cuts = [
+            np.concatenate([[0], np.searchsorted(chunk.scores, splitters, side="right"), [chunk.length]])
+            for chunk in chunks
+        ]
+        own = np.zeros((world_size(group) * per_rank, kinds))
+        for chunk, cuts in zip(chunks, self._cuts):
+            own += np.stack([chunk.mass(low, high) for low, high in zip(cuts, cuts[1:])])
+        self._masses = np.sum(all_gather(own, group), axis=0)
+
+    @property
+    def totals(self) -> np.ndarray:
+        """Mass of all rows, float64 [C]; counts are exact below 2^53."""
+        return self._masses.sum(axis=0)
+
+    def __iter__(self) -> Iterator[tuple[int, ScoreMasses, np.ndarray]]:
+        """Yield this rank's (index of the range, its merged rows, mass of all rows below it [C]). Collective."""
+        rank = group_rank(self.group)
+        below = np.cumsum(self._masses, axis=0) - self._masses
+        for step in range(self.per_rank):
+            index = rank * self.per_rank + step
+            yield index, self._merged(step), below[index]
+
+    def _merged(self, step: int) -> ScoreMasses:
+        """The range `step` of this rank from the runs of all ranks."""
+        wanted = range(step, world_size(self.group) * self.per_rank, self.per_rank)
+        parts = [[chunk.slice(cuts[k], cuts[k + 1]) for chunk, cuts in zip(self._chunks, self._cuts)] for k in wanted]
+        sent = [sum(len(part.scores) for part in of_rank) for of_rank in parts]
+        flat = [part for of_rank in parts for part in of_rank]
+        if len(flat) == 1 and world_size(self.group) == 1:
+            return with_wide_masses(flat[0])
+        mass_type = np.dtype(np.int32 if self._kinds == 2 else np.float64)
+        scores = np.concatenate([part.scores for part in flat] or [np.empty(0, self._type)])
+        masses = np.concatenate([part.masses for part in flat] or [np.empty((self._kinds, 0), mass_type)], axis=1)
+        if world_size(self.group) > 1:
+            scores = all_to_all(scores, sent, self.group)
+            masses = np.stack([all_to_all(row, sent, self.group) for row in masses])
+        return merge_score_masses(ScoreMasses(scores, masses))
+
+
+def merge_rows(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None) -> ScoreMasses:
+    """Rows [n] in any order as unique scores. O(n log n).
+
+    Without weights the masses are int32 [2, U]; with them float64 [6, U].
+    """
+    if weights is None:
+        scores, positives = _sort_labelled(scores, is_positive)
+        starts = _starts(scores)
+        masses = np.empty((2, len(starts)), dtype=np.int32)
+        ends = np.append(starts[1:], len(scores))
+        upto = np.cumsum(positives, dtype=np.int32)[ends - 1]
+        masses[0, 0], masses[0, 1:] = upto[0], upto[1:] - upto[:-1]
+        np.subtract(ends - starts, masses[0], out=masses[1], casting="unsafe")
+        return ScoreMasses(scores[starts], masses)
+    order = np.argsort(scores, kind="stable")
+    scores, positive, weights = scores[order], is_positive[order], weights[order]
+    starts = _starts(scores)
+    rows = np.stack([np.ones_like(weights), weights, weights**2])
+    sums = [np.add.reduceat(rows * mask, starts, axis=1) for mask in (positive, ~positive)]
+    return ScoreMasses(scores[starts], np.stack(sums, axis=1).reshape(6, -1))
+
+
+def merge_score_masses(rows: ScoreMasses) -> ScoreMasses:
+    """Sorted runs one after the other as one run of unique scores; counts become int64."""
+    if not len(rows.scores):
+        return with_wide_masses(rows)
+    order = np.argsort(rows.scores, kind="stable")  # merges ascending stretches in linear time
+    scores = rows.scores[order]
+    starts = _starts(scores)
+    masses = np.empty((len(rows.masses), len(starts)), _wide(rows.masses.dtype))
+    for row, into in zip(rows.masses, masses):
+        np.add.reduceat(row[order], starts, dtype=masses.dtype, out=into)
+    return ScoreMasses(scores[starts], masses)
+
+
+def with_wide_masses(rows: ScoreMasses) -> ScoreMasses:
+    """The same with counts as int64, whose products do not overflow."""
+    return ScoreMasses(rows.scores, rows.masses.astype(_wide(rows.masses.dtype), copy=False))
+
+
+def _wide(kind: np.dtype) -> np.dtype:
+    return np.dtype(np.int64 if kind.kind == "i" else np.float64)
+
+
+def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores ascending, and their labels. float32 is sorted as integers that carry the label in the last bit."""
+    if scores.dtype != np.float32:
+        order = np.argsort(scores)
+        return scores[order], is_positive[order]
+    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0, of which it is a tie
+    keys = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).astype(np.int64)  # in the order of the floats
+    del bits
+    keys <<= 1
+    keys |= is_positive
+    keys.sort()
+    positives = keys.astype(np.int8) & np.int8(1)
+    keys >>= 1
+    ordered = keys.astype(np.int32)
+    del keys
+    return (ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))).view(np.float32), positives
+
+
+def _starts(sorted_scores: np.ndarray) -> np.ndarray:
+    """Where each unique score begins, [U]."""
+    return np.concatenate([[0], np.flatnonzero(sorted_scores[1:] != sorted_scores[:-1]) + 1])
+
+
+def _splitters(chunks: list[_SortedChunk], score_type: np.dtype, ranges: int, group: Group) -> np.ndarray:
+    """The scores [ranges - 1] that cut the rows of all runs of all ranks, see `common_splitters`."""
+    if ranges == 1:
+        return np.empty(0, score_type)
+    count = 4 * ranges
+    samples = np.zeros((2, count * len(chunks)))
+    for index, chunk in enumerate(chunks):
+        places = ((np.arange(count) + 0.5) / count * chunk.length).astype(np.int64)
+        samples[0, index * count : (index + 1) * count] = chunk.scores[places]
+        samples[1, index * count : (index + 1) * count] = chunk.length / count
+    return common_splitters(samples, ranges, group).astype(score_type)
+
+
+def common_splitters(samples_2S: np.ndarray, ranges: int, group: Group = None) -> np.ndarray:
+    """The scores [ranges - 1] that part the rows of all ranks into ranges of about equal size. Collective.
+
+    samples_2S: float64 (score, rows that it stands for) of this rank. With 4 x ranges regular samples of every sorted
+    run no range is longer than about 1.25 times the average, plus one row a run; equal scores are never parted.
+    """
+    gathered = np.concatenate(all_gather(samples_2S, group), axis=1)
+    if not gathered.size:
+        return np.zeros(ranges - 1)
+    ordered = gathered[:, gathered[0].argsort(kind="stable")]
+    shares = np.cumsum(ordered[1])
+    wanted = shares[-1] * np.arange(1, ranges) / ranges
+    return ordered[0, np.minimum(np.searchsorted(shares, wanted), len(shares) - 1)]

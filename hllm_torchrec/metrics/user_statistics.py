@@ -1,0 +1,141 @@
+"""What needs all rows of a user together: AUC within users, and intervals that know that a user's rows resemble
+each other. Rows are parted by user over ranks and over files, so memory is bounded.
+
+Letters: n rows, M models, I users.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.distributed.array_collectives import Group, all_to_all, gather_objects, world_size
+from hllm_torchrec.metrics.group_auc import grouped_auc
+from hllm_torchrec.metrics.score_chunks import MemoryPool
+
+GROUPING_BYTES = 12
+"""Memory that grouping a bucket's rows needs, in times their size."""
+
+
+@dataclass(frozen=True)
+class UserStatistics:
+    """Per model (by place), from all rows of all users."""
+
+    users: int
+    gauc: list[float]
+    """Within users, weighted by a user's rows (their weights)."""
+    gauc_user_weighted: list[float]
+    """Within users, every user alike."""
+    users_counted: int
+    """Users with both classes."""
+    standard_error: list[float]
+    """Of the AUC, with users as the independent units; `nan` with fewer than two."""
+    difference_error: list[float]
+    """Of the AUC minus the first model's."""
+
+
+@dataclass
+class _Sums:
+    users: int = 0
+    counted: int = 0
+    weight: float = 0.0
+    gauc: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    gauc_user_weighted: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    difference_squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+def record_type(models: int) -> np.dtype:
+    """A row: its user, class and weight, and each model's score and influence on the AUC."""
+    values = (np.float64, (models,))
+    return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), ("score", *values), ("influence", *values)])
+
+
+class UserBuckets:
+    """Collects rows; each user's rows of all ranks come into one bucket of one rank."""
+
+    def __init__(self, pool: MemoryPool, models: int, rows: int, group: Group = None):
+        """`rows`: of all ranks, from which the number of buckets follows."""
+        self._pool, self._group, self._type = pool, group, record_type(models)
+        size = rows * self._type.itemsize * GROUPING_BYTES // world_size(group)
+        self._count = 1 + size // max(pool.memory, 1)
+        self._held: list[list[np.ndarray]] = [[] for _ in range(self._count)]
+        self._paths = [pool.folder / f"users-{id(self)}-{bucket}" for bucket in range(self._count)]
+
+    def add(self, records: np.ndarray) -> None:
+        """Add this rank's records, maybe none. Collective."""
+        ranks = world_size(self._group)
+        spread = hash_columns(records["user"])
+        if ranks > 1:
+            owner = (spread % np.uint64(ranks)).astype(np.int64)
+            order = np.argsort(owner, kind="stable")
+            sent = np.bincount(owner, minlength=ranks).tolist()
+            raw = records[order].view(np.uint8).reshape(-1, self._type.itemsize)
+            records = all_to_all(raw, sent, self._group).reshape(-1).view(self._type)
+            spread = hash_columns(records["user"])
+        bucket = (spread // np.uint64(ranks) % np.uint64(self._count)).astype(np.int64)
+        order = np.argsort(bucket, kind="stable")
+        cuts = np.searchsorted(bucket[order], np.arange(self._count + 1))
+        for index in np.unique(bucket):
+            self._keep(int(index), records[order[cuts[index] : cuts[index + 1]]])
+
+    def _keep(self, bucket: int, records: np.ndarray) -> None:
+        if self._pool.sorted_bytes + records.nbytes <= self._pool.memory // 4:
+            self._pool.sorted_bytes += records.nbytes
+            self._held[bucket].append(records)
+            return
+        with self._paths[bucket].open("ab") as file:
+            records.tofile(file)
+        self._pool.spilled += records.nbytes
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """This rank's buckets."""
+        for held, path in zip(self._held, self._paths):
+            stored = [np.fromfile(path, self._type)] if path.exists() else []
+            yield np.concatenate([*held, *stored, np.empty(0, self._type)])
+
+    def statistics(self, models: int) -> UserStatistics:
+        """Of the users of all ranks, the same on every rank. Collective."""
+        sums = _Sums(0, 0, 0.0, *(np.zeros(models) for _ in range(4)))
+        for records in self:
+            _add_bucket(sums, records, models)
+        return _finish(gather_objects(sums, self._group))
+
+
+def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
+    """Add a bucket's users."""
+    if not len(records):
+        return
+    unique, users = np.unique(records["user"], return_inverse=True)
+    is_positive = records["positive"] == 1
+    sums.users += len(unique)
+    influences = np.stack([np.bincount(users, records["influence"][:, m], len(unique)) for m in range(models)])
+    sums.squares += (influences**2).sum(axis=1)
+    sums.difference_squares += ((influences - influences[0]) ** 2).sum(axis=1)
+    weights = None if (records["weight"] == 1).all() else records["weight"]
+    for model in range(models):
+        within = grouped_auc(users, is_positive, records["score"][:, model], weights)
+        sums.gauc[model] += within.aucs @ within.weights
+        sums.gauc_user_weighted[model] += within.aucs.sum()
+    sums.counted += len(within.aucs)
+    sums.weight += within.weights.sum()
+
+
+def _finish(parts: Sequence[_Sums]) -> UserStatistics:
+    users, counted = sum(part.users for part in parts), sum(part.counted for part in parts)
+    weight = sum(part.weight for part in parts)
+    correction = users / (users - 1) if users > 1 else math.nan
+
+    def total(name: str) -> np.ndarray:
+        return np.sum([getattr(part, name) for part in parts], axis=0)
+
+    return UserStatistics(
+        users,
+        (total("gauc") / weight if counted else total("gauc") * math.nan).tolist(),
+        (total("gauc_user_weighted") / counted if counted else total("gauc") * math.nan).tolist(),
+        counted,
+        np.sqrt(total("squares") * correction).tolist(),
+        np.sqrt(total("difference_squares") * correction).tolist(),
+    )

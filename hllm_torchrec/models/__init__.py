@@ -1,0 +1,1 @@
+"""The HLLM model: assembly from modules, item encoding over ranks, parallelization."""

@@ -1,0 +1,303 @@
+"""What a configuration stands for once it meets a dataset: batch spec, token store, model, loaders.
+
+Training and the offline evaluation job build their parts here, so that both score with the same inputs.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.config.eval_protocols import dataset_problems
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.dataset import Dataset, base_rate
+from hllm_torchrec.data.item_factors import item_vectors
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.stochastic_length import StochasticLength
+from hllm_torchrec.data.token_store import TokenStore, build_token_store
+from hllm_torchrec.distributed.collectives import all_gather_variable
+from hllm_torchrec.distributed.coordination import run_on_each_host
+from hllm_torchrec.distributed.wrappers import unwrap_model
+from hllm_torchrec.embedding.tables import initialize_tables
+from hllm_torchrec.models.build import build_model
+from hllm_torchrec.models.hllm import HLLM, item_space
+from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.models.item_subsampling import SubsampledEncoder
+from hllm_torchrec.models.lora_base import base_fingerprints, without_base_weights
+from hllm_torchrec.models.parallelize import parallelize
+
+LOOKUP_CHUNK = 65_536
+"""Rows of a frozen item table that all ranks together look up at a time."""
+MEASURED_ITEMS, MEASURED_CHUNK = 1024, 64
+"""Items that `measure_item_statistics` encodes."""
+
+
+@dataclass
+class Experiment:
+    """A configuration on a dataset, on this rank."""
+
+    config: Config
+    dataset: Dataset
+    batch_spec: BatchSpec
+    device: torch.device
+    model: DistributedModelParallel
+    item_encoder: ItemEncoder | None
+    item_vectors: NDArray[np.float32] | None
+    base_fingerprints: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of weights that checkpoints leave out: see `bases`."""
+
+    @property
+    def hllm(self) -> HLLM:
+        """The model inside its distributed wrappers."""
+        inner = unwrap_model(self.model)
+        assert isinstance(inner, HLLM)
+        return inner
+
+    def model_state(self) -> dict[str, Any]:
+        """The model's tensors that a checkpoint holds: loading into them in place restores it."""
+        return without_base_weights(self.model.state_dict(), self.config)
+
+    def averaged_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What `optim.ema` averages: all dense parts but the Item LLM, whose cached embeddings stay valid so."""
+        return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith("item_llm.")]
+
+    def loader(
+        self,
+        split: str,
+        batch_users: int,
+        *,
+        training: bool = False,
+        max_history: int | None = None,
+        batch_item_tokens: int = 0,
+    ) -> Loader:
+        """Batches of a split on this rank; training ones of the events that `data.train_part` names.
+
+        Outside of training, where exposures see earlier positions (leave one out), they see as much as
+        `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
+        """
+        whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
+        costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
+        data, longest = self.config.data, max_history or self.config.data.max_history
+        shortening = None
+        if training and data.stochastic_length:
+            shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
+        collator = Collator(self.dataset, self.batch_spec, self.config.seed, training, self.item_vectors, shortening)
+        return Loader(
+            self.dataset,
+            "valid" if whole else split,
+            collator,
+            batch_users=batch_users,
+            max_history=longest,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            seed=self.config.seed,
+            shuffle=training,
+            prefetch=self.config.data.prefetch,
+            batch_cost=batch_item_tokens,
+            item_costs=costs,
+            all_events=whole,
+            extend_history=not training and self.batch_spec.visibility == "position",
+            user_share=data.train_users if training else 1.0,
+            timeout=self.config.parallel.timeout,
+        )
+
+    def cold_items(self) -> NDArray[np.bool_]:
+        """[N] items without a training event."""
+        return self.dataset.training_item_counts() == 0
+
+    def encode_catalogue(self) -> Tensor | None:
+        """Embeddings [N, E] of every item by the present weights; None in an ID-only model. Collective.
+
+        Where item embeddings are stored they are looked up in the frozen table.
+        """
+        if self.item_encoder is None:
+            return None
+        item_llm = self.hllm.item_llm
+        assert item_llm is not None
+        if self.hllm.uses_stored_items:
+            return self._look_up_catalogue()
+        return self.item_encoder.encode_catalogue(item_llm, self.hllm.embed_items, show=dist.get_rank() == 0)
+
+    def evaluation_item_cache(self) -> Tensor | None:
+        """What `HLLM.item_cache` should hold while the model is evaluated: [N, E], or None. Collective.
+
+        None: nothing, the model needs none.
+        """
+        return None if self.hllm.uses_stored_items else self.encode_catalogue()
+
+    @torch.no_grad()
+    def measure_item_statistics(self) -> dict[str, float]:
+        """Give the model's `Standardize` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective.
+
+        Returns:
+            `length`, their mean length, and `common`, the length of their mean: what all have in common.
+        """
+        assert self.hllm.standardise is not None
+        number = self.dataset.num_items - 1
+        ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
+        was_training = self.hllm.training
+        self.hllm.eval()
+        found = [self.hllm.look_up_items(some) for some in ids.split(MEASURED_CHUNK)]
+        self.hllm.train(was_training)
+        items = torch.cat([part.float() for part in found if part is not None])
+        self.hllm.standardise.measure(items)
+        return {"length": items.norm(dim=1).mean().item(), "common": items.mean(0).norm().item()}
+
+    @torch.no_grad()
+    def _look_up_catalogue(self) -> Tensor:
+        """[N, E] of the frozen table, looked up in blocks that the ranks share."""
+        world, rank, rows = dist.get_world_size(), dist.get_rank(), []
+        for block in torch.arange(self.dataset.num_items, device=self.device).split(LOOKUP_CHUNK):
+            mine = self.hllm.look_up_items(block.tensor_split(world)[rank])
+            assert mine is not None
+            rows.append(all_gather_variable(mine))
+        return torch.cat(rows)
+
+
+def build_experiment(config: Config, device: torch.device) -> Experiment:
+    """Open the dataset, tokenise what is not yet tokenised, build and parallelize the model. Collective.
+
+    Raises:
+        ConfigError: the configuration does not fit the dataset or the device.
+    """
+    dataset = Dataset.open(Path(config.data.dataset))
+    spec = batch_spec_of(config, dataset)
+    problems = [
+        *check_batch_spec(spec, dataset),
+        *_missing_models(config),
+        *dataset_problems(config, dataset.manifest),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    encoder = None
+    if config.item_llm.enabled:
+        shares = config.item_llm.share_prefix and config.item_llm.causal
+        encoder = ItemEncoder(open_token_store(config, dataset), device, shares, config.item_llm.items_at_once)
+    torch.manual_seed(config.seed)
+    vectors = _item_vectors(config, dataset)
+    width = 0 if vectors is None else vectors.shape[1]
+    model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
+    share = config.item_llm.trained_share
+    model.encode_items = encoder
+    if encoder is not None and share < 1:
+        model.encode_items = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed)
+    _check_vocabulary(model, encoder)
+    bases = base_fingerprints(model, config)
+    wrapped = parallelize(model, config, device)
+    initialize_tables(wrapped, config.seed, config.features.init_scale)
+    torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
+    return Experiment(config, dataset, spec, device, wrapped, encoder, vectors, bases)
+
+
+def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
+    """What a batch of this configuration holds."""
+    generates = config.objective.generates
+    return BatchSpec(
+        fusion=config.objective.fusion,
+        history=config.data.history,
+        visibility=dataset.visibility,
+        negatives=config.objective.negatives if generates else 0,
+        item_slots=generates and item_space(config) == "features",
+        positive_targets_only=config.objective.positive_targets_only,
+        item_id=config.features.item_id,
+        action=config.features.action,
+        action_gate=config.features.action_gate,
+        time_depth=config.features.time_depth,
+        item_features=config.data.item_features,
+        user_features=config.data.user_features,
+        numeric_features=config.data.numeric_features,
+        id_dropout=config.data.id_dropout,
+        interleaved=config.user.actions == "interleaved",
+        cold_dropout=config.data.cold_dropout,
+    )
+
+
+def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | None:
+    """[N, V] all dense item features side by side, or None; fitted where they are not there yet."""
+    names = config.data.item_vectors
+    run_on_each_host(lambda: [item_vectors(dataset, name).shape for name in names])
+    if not names:
+        return None
+    vectors = np.concatenate([item_vectors(dataset, name) for name in names], axis=1)
+    if config.data.cold_dropout:
+        vectors[dataset.training_item_counts() == 0] = 0
+    return vectors
+
+
+def _missing_models(config: Config) -> Iterator[str]:
+    """Pretrained models (Hugging Face would look for them on the network), and an item store, that are not there."""
+    store = config.item_llm.store
+    if store is not None and url_of(store) is None and not (Path(store) / "store.json").is_file():
+        yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
+    parts = {
+        "user": config.user.pretrained,
+        "item_llm": config.item_llm.pretrained if config.item_llm.enabled else None,
+    }
+    for part, directory in parts.items():
+        if directory is not None and not (Path(directory) / "config.json").is_file():
+            yield (
+                f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); download one "
+                "(`hllm fetch --help` has two)"
+            )
+
+
+def open_token_store(config: Config, dataset: Dataset) -> TokenStore:
+    """The tokens of the dataset's items as the Item LLM reads them, made where they are not there yet. Collective.
+
+    Raises:
+        ConfigError: there is no tokeniser.
+    """
+    item = config.item_llm
+    tokenizer = item.tokenizer or item.pretrained
+    if tokenizer is None:
+        raise ConfigError(["item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory"])
+
+    def build() -> Path:
+        return build_token_store(
+            dataset,
+            tokenizer,
+            prompt=item.prompt,
+            keys=list(item.text_keys),
+            max_text_length=item.max_text_length,
+            separator=item.separator,
+        )
+
+    first = run_on_each_host(build)
+    own = dataset.root / "tokens" / first.name  # hosts that share no disk may have the dataset elsewhere
+    return TokenStore.open(own if own.is_dir() else first)
+
+
+def _check_vocabulary(model: HLLM, item_encoder: ItemEncoder | None) -> None:
+    """Whether the Item LLM has a vector for every token and place; looking up one that is not there would crash."""
+    if item_encoder is None or model.item_llm is None:
+        return
+    words = model.item_llm.backbone.get_input_embeddings().num_embeddings
+    tokens, problems = item_encoder.tokens.facts["vocab_size"], []
+    if tokens > words:
+        problems.append(
+            f"item_llm.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
+            "the tokeniser of that model, or a shape with a larger vocab_size"
+        )
+    learned = getattr(getattr(model.item_llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
+    places = math.inf if learned is None else learned.num_embeddings
+    own = int(model.item_llm.pooling == "item")
+    longest = int(item_encoder.tokens.lengths.max())
+    if longest + own > places:
+        problems.append(
+            f"item_llm.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * own}, but the "
+            f"Item LLM has {places} position vectors: at most {places - own}"
+        )
+    if problems:
+        raise ConfigError(problems)

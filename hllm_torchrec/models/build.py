@@ -1,0 +1,100 @@
+"""Builds `HLLM` and its parts from a configuration."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hllm_torchrec.config.extensions import encoder_shape, is_extension, load_user_encoder
+from hllm_torchrec.config.rules import takes_stored_items
+from hllm_torchrec.config.schema import Config, LoRAConfig, UserEncoderConfig
+from hllm_torchrec.models.backbones import build_backbone, trained_item_token
+from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.modules.encoders.ligr import LiGR
+from hllm_torchrec.modules.encoders.sasrec import SASRec
+from hllm_torchrec.modules.encoders.user_llm import UserLLM
+from hllm_torchrec.modules.features.hybrid import ACTION_GATE, HybridFeatures
+from hllm_torchrec.modules.hstu.layer import HSTU
+from hllm_torchrec.modules.lora import add_lora, freeze_base_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from hllm_torchrec.models.hllm import HLLM
+
+ENCODERS: dict[str, type[HSTU] | type[SASRec] | type[LiGR]] = {"hstu": HSTU, "sasrec": SASRec, "ligr": LiGR}
+"""`user.encoder` -> what stands in the User LLM's place; `module:Name` is one of the user's own."""
+
+
+def build_model(
+    config: Config,
+    tables: dict[str, int],
+    base_rate: float,
+    table_device: torch.device | None = None,
+    vector_width: int = 0,
+) -> HLLM:
+    """Assemble the model of a configuration, on the CPU (or the default device).
+
+    Args:
+        tables: {categorical feature: rows}, see `BatchSpec.tables`.
+        base_rate: share of positive training labels.
+        table_device: "meta" when TorchRec will shard the tables.
+        vector_width: V of the dense item features, 0 without.
+    """
+    item_llm, item_width = _build_item_llm(config)
+    user = build_user_encoder(config.user)
+    user.requires_grad_(config.user.trainable)
+    if isinstance(user, UserLLM) and config.user.lora.rank and config.user.trainable:
+        freeze_base_weights(user.backbone)
+    features = HybridFeatures(
+        {name: rows for name, rows in tables.items() if name != ACTION_GATE},
+        user.width,
+        time_depth=config.features.time_depth,
+        time_width=config.features.time_width,
+        numeric=len(config.data.numeric_features),
+        item_features=("item_id", *config.data.item_features),
+        gate_rows=tables.get(ACTION_GATE, 0),
+        scale=config.features.init_scale,
+        half_from_rows=config.features.shard_from_rows if config.features.table_dtype == "fp16" else None,
+        device=table_device,
+    )
+    return HLLM(item_llm, item_width, features, user, config, base_rate, vector_width)
+
+
+def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
+    """The User LLM, or the encoder that stands in its place.
+
+    Raises:
+        ValueError: the shape is not one of that encoder.
+    """
+    if user.encoder == "llm":
+        backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
+        _adapt(backbone, user.lora, "user.lora")
+        return UserLLM(backbone, user.dropout)
+    kind = load_user_encoder(user.encoder) if is_extension(user.encoder) else ENCODERS[user.encoder]
+    encoder: UserEncoder = kind(encoder_shape(user.encoder)(**(user.shape or {})), user.dropout)
+    return encoder
+
+
+def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, field: str) -> None:
+    """Put adapters on a backbone, where the configuration has them."""
+    if lora.rank:
+        add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets, field)
+
+
+def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
+    item = config.item_llm
+    if not item.enabled:
+        return None, 0
+    backbone = build_backbone(item.pretrained, item.shape, item.layers)
+    _adapt(backbone, item.lora, "item_llm.lora")
+    model = ItemLLM(backbone, item.pooling, item.causal)
+    trained = trained_item_token(item.pretrained)
+    if trained is not None:
+        model.item_token.data.copy_(trained)
+    trains = item.trainable and not takes_stored_items(config)
+    model.requires_grad_(trains)
+    if item.lora.rank and trains:
+        freeze_base_weights(backbone)
+    if item.freeze_words:
+        model.backbone.get_input_embeddings().requires_grad_(False)
+    return model, model.width

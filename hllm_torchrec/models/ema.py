@@ -1,0 +1,57 @@
+"""Exponential moving average of the dense weights."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class EmaWeights:
+    """An exponential moving average of dense weights, to evaluate with.
+
+    Each update is average = d x average + (1 - d) x weight. Early on the decay d is held to
+    (1 + step) / (10 + step), so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], decay: float) -> None:
+        """Begin with the present weights of all trainable parameters that are not in sharded tables.
+
+        Raises:
+            ValueError: `decay` is not in [0, 1).
+        """
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ema decay is {decay}; it must be at least 0 and less than 1, such as 0.999")
+        self._decay = decay
+        self._parameters = {
+            name: p for name, p in named_parameters if p.requires_grad and not hasattr(p, "_in_backward_optimizers")
+        }
+        self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the present weights, after `step` updates."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, parameter in self._parameters.items():
+            self._averages[name].lerp_(parameter.detach(), 1.0 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the context the model has the averages; after it, its own weights again."""
+        own = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._copy(self._averages)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into the parameters of the same names."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages themselves: loading into them in place restores this object."""
+        return dict(self._averages)

@@ -1,0 +1,39 @@
+"""Fingerprint of the Item LLM: everything that item embeddings depend on besides the texts."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.distributed.wrappers import full_tensor
+from hllm_torchrec.models.assembly import Experiment
+
+
+def item_facts(experiment: Experiment) -> dict[str, Any]:
+    """What item embeddings depend on besides the texts: weights, pooling, tokeniser, text layout. Collective.
+
+    Raises:
+        ConfigError: the model has no Item LLM.
+    """
+    item_llm, encoder = experiment.hllm.item_llm, experiment.item_encoder
+    if item_llm is None or encoder is None:
+        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item embeddings to store"])
+    layout = ("tokenizer", "prompt", "keys", "separator", "max_text_length")
+    return {
+        "part": "items",
+        "weights": hash_weights(item_llm),
+        "pooling": item_llm.pooling,
+        **{name: encoder.tokens.facts[name] for name in layout},
+    }
+
+
+def hash_weights(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, names and shapes included, wherever they are. Collective."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        values = full_tensor(weight.detach()).cpu().contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

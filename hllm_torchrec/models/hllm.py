@@ -1,0 +1,315 @@
+"""The hybrid HLLM: Item LLM -> (+ ID and time features) -> user encoder -> prediction and generation.
+
+    E_u = ItemLLM(text_u)                                  each unique item of the global batch once
+    x_i = P(E_i) + ID_i + action_i + MLP(time_i)           sum-pooled, appendix A
+    h, q = UserEncoder(x, queries)                         one pass per user for all exposures
+    logit = Head(q) or Head(q, x_target)                   early or late fusion, Figure 2
+    L = lambda * L_gen(h, E_next, E_negatives) + L_cls     Eq. (1)-(3)
+
+E_next and E_negatives are the Item LLM's embeddings, or in the item space of features P(E) + ID + ... of each
+item, looked up in the same call as everything else: an ID-only model has no other.
+
+Legend: B pieces of users, T history positions, Q queries, X exposures, G generative targets, U unique items,
+S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hllm_torchrec.config.rules import takes_stored_items
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
+from hllm_torchrec.modules.features.adapter import Adapter
+from hllm_torchrec.modules.features.hybrid import HybridFeatures
+from hllm_torchrec.modules.features.standardize import Standardize
+from hllm_torchrec.modules.heads import PredictionHead
+from hllm_torchrec.modules.jagged import sequence_of_position
+from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
+from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
+
+if TYPE_CHECKING:
+    pass
+
+
+GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
+
+EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
+"""(item_llm, unique item ids [U]) -> E [U, E]; where items of a global batch are shared out over ranks."""
+
+ItemLookup = Callable[[Tensor], Tensor]
+"""item ids [n] -> E [n, E] float32 from a frozen table; collective where it is sharded."""
+
+
+@dataclass
+class HLLMOutput:
+    """What a step yields. Sums, not means: ranks hold different numbers of exposures.
+
+    logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
+    of squared errors of the auxiliary head, or None; generative: the InfoNCE's sums, or None; next_items:
+    [X, E] predicted item of every exposure, or None; items: [U, E] detached, what the generative loss compares, or
+    the Item LLM's embeddings.
+    """
+
+    logits: Tensor
+    classification: Tensor
+    value_error: Tensor | None
+    generative: InfoNceOutput | None
+    next_items: Tensor | None
+    items: Tensor | None
+
+
+class HLLM(nn.Module):
+    """Assembled from modules by `build_model`; knows nothing of ranks, devices or optimizers.
+
+    Args:
+        item_llm: None for an ID-only model.
+        item_width: E.
+        features, user: hybrid features and user encoder, both D wide.
+        config: the experiment.
+        base_rate: share of positive labels in training, where the head's bias starts.
+        vector_width: V of the dense item features, 0 without.
+    """
+
+    def __init__(
+        self,
+        item_llm: ItemLLM | None,
+        item_width: int,
+        features: HybridFeatures,
+        user: UserLLM | UserEncoder,
+        config: Config,
+        base_rate: float,
+        vector_width: int = 0,
+    ) -> None:
+        super().__init__()
+        objective = config.objective
+        self.fusion = objective.fusion
+        self.generates = objective.generates
+        self.item_llm, self.features, self.user = item_llm, features, user
+        self.compares_features = self.generates and item_space(config) == "features"
+        self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
+        same = item_llm is None or item_width == user.width
+        self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
+        standardises = config.item_llm.standardise and item_llm is not None
+        self.standardise = Standardize(item_width) if standardises else None
+        if self.fusion == "late":
+            self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
+        if self.fusion != "none":
+            self.head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
+            self.head.initialize_bias(base_rate)
+        self.value_head: PredictionHead | None = None
+        if self.fusion != "none" and objective.value_weight > 0:
+            self.value_head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
+        if self.generates:
+            straight = same or self.compares_features
+            self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
+            self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
+            self.logit_scale = LogitScale(objective.temperature)
+            self.mask_own_items = objective.mask_own_items
+        self.interleaved = config.user.actions == "interleaved"
+        self.uses_stored_items = takes_stored_items(config)
+        rank = config.item_llm.adapter
+        self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
+        self.encode_items: EncodeItems | None = None
+        self.stored_items: ItemLookup | None = None
+        self.item_cache: Tensor | None = None
+
+    def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
+        """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
+        items = self.item_embeddings(batch.unique_items)
+        h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
+        compared = of_features if self.compares_features else items
+        logits, classification, value_error = self._classify(batch, q_QD, target_XD)
+        # A rank without samples still takes part in every backward collective.
+        classification = classification + 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
+        return HLLMOutput(
+            logits=logits,
+            classification=classification,
+            value_error=value_error,
+            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
+            next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
+            items=None if compared is None else compared.detach(),
+        )
+
+    def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
+        """E of the batch's items [U, E]: from cache, frozen table or Item LLM, or None in an ID-only model."""
+        if self.item_llm is None:
+            return None
+        if self.item_cache is not None:
+            return self.item_cache[unique_items]
+        if not self.uses_stored_items:
+            return self._encode_items(self.item_llm, unique_items)
+        assert self.stored_items is not None, "the model was not given its stored items (`frozen.use_store`)"
+        stored = self.stored_items(unique_items)
+        return stored if self.adapter is None else self.adapter(stored)
+
+    @property
+    def encodes_items(self) -> bool:
+        """Whether a step makes item embeddings by the present weights."""
+        return self.item_cache is None and not self.uses_stored_items
+
+    def look_up_items(self, item_ids: Tensor) -> Tensor | None:
+        """`item_embeddings` of items [n] outside of a step: [n, E]. Collective; under FSDP2 a forward pass."""
+        return self.item_embeddings(item_ids)
+
+    def embed_items(self, item_ids: Tensor) -> Tensor:
+        """E of items [n, E] by the present weights, outside of a step. Under FSDP2 a forward pass of its own."""
+        assert self.item_llm is not None, "an ID-only model has no item embeddings"
+        return self._encode_items(self.item_llm, item_ids)
+
+    def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
+        """P(E) + ID + item features of items [n, D] by the present weights, outside of a step. Collective.
+
+        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
+        """
+        return self.features(features, None, self._projected(self.item_embeddings(item_ids), vectors))
+
+    @property
+    def user_vector_width(self) -> int:
+        """Width of `embed_users`' vectors: D, or E."""
+        project = self.project_next if self.fusion != "late" and self.generates else None
+        return project.out_features if isinstance(project, nn.Linear) else self.user.width
+
+    def embed_users(self, batch: HybridBatch) -> Tensor:
+        """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
+
+        Late fusion: the [USER] query's output. Otherwise the hidden state of the last position that the query sees,
+        in item space ([Q, E]) where the generative loss compares there; zeros where it sees none.
+        """
+        h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
+        if self.fusion == "late":
+            return q_QD
+        every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
+        return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
+
+    @property
+    def needs_item_statistics(self) -> bool:
+        """Whether item embeddings are standardised and nothing was measured yet."""
+        return self.standardise is not None and not bool(self.standardise.measured)
+
+    def _encode_items(self, item_llm: ItemLLM, item_ids: Tensor) -> Tensor:
+        assert self.encode_items is not None, "the model was not given a way to encode items"
+        return self.encode_items(item_llm, item_ids)
+
+    def _encode_users(
+        self, batch: HybridBatch, items: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """h [T, D], q [Q, D], the targets' features [X, D] (late fusion) and the items' [U, D] (if they have slots)."""
+        x_TD, x_QD, target_XD, item_UD = self.slot_features(batch, items)
+        of_items = item_UD if self._has_item_slots(batch) else None
+        if self.fusion == "none":
+            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, next_times=batch.next_times)
+            return h_TD, q_QD, None, of_items
+        asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
+        h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
+        return h_TD, q_QD, target_XD if self.fusion == "late" else None, of_items
+
+    def slot_features(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the user encoder and the heads read, by kind of slot; items: E [U, E] of the unique items.
+
+        History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
+        items [U, D] (if they have slots; else [0, D]). A slot's features depend on nothing but the slot.
+        """
+        slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
+        x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
+        if self.fusion == "late":
+            x_QD = x_QD + self.user_token
+        return x_TD, x_QD, target_XD, item_UD
+
+    def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
+        """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
+        projected = self._projected(items, batch.item_vectors)
+        if projected is None:
+            return None
+        parts = [projected[batch.history_index]]
+        if self.interleaved:  # every other token is an action's, which bears no item
+            parts[0] = parts[0] * (torch.arange(len(parts[0]), device=projected.device) % 2 == 0)[:, None]
+        targets = projected[batch.target_index]
+        if self.fusion == "early":
+            parts.append(targets[batch.query_target])
+        if self.fusion == "late":
+            parts += [targets.new_zeros(batch.query_times.numel(), targets.shape[1]), targets]
+        if self._has_item_slots(batch):
+            parts.append(projected)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+        """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
+        if items is not None and self.standardise is not None:
+            items = self.standardise(items)
+        terms = [] if items is None else [self.project_item(items)]
+        if self.project_vectors is not None:
+            assert vectors is not None, "the batch has no item vectors"
+            terms.append(self.project_vectors(vectors))
+        if not terms:
+            return None
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
+        history = batch.item_ids.numel()
+        queries = 0 if self.fusion == "none" else batch.query_times.numel()
+        targets = batch.target_items.numel() if self.fusion == "late" else 0
+        return history, history + queries, history + queries + targets
+
+    def _has_item_slots(self, batch: HybridBatch) -> bool:
+        """Batches of training have them where the loss compares features; those of evaluation need none."""
+        return self.compares_features and batch.features.stride() > self._slot_bounds(batch)[2]
+
+    def _classify(
+        self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits [X], the sum of Eq. (2), and the sum of squared errors of the auxiliary value head."""
+        if self.fusion == "none":
+            return batch.labels.new_empty(0), q_QD.new_zeros(()), None
+        inputs = (q_QD[batch.target_query],) if target_XD is None else (q_QD[batch.target_query], target_XD)
+        logits = self.head(*inputs)
+        classification = binary_cross_entropy(logits, batch.labels, batch.weights)
+        if self.value_head is None:
+            return logits, classification, None
+        known = ~torch.isnan(batch.target_values)
+        error = self.value_head(*inputs)[known] - batch.target_values[known]
+        return logits, classification, (error.square() * batch.weights[known]).sum()
+
+    def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
+        """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
+        exclude = None
+        if self.mask_own_items:
+            sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
+            exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
+        return self.generative_loss(
+            self.project_next(h_TD[batch.next_rows]),
+            items[batch.next_index],
+            items[batch.negative_index],
+            self.logit_scale(),
+            target_ids=batch.next_items,
+            negative_ids=batch.negative_items,
+            exclude=exclude,
+        )
+
+    def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
+        """Predicted next item [X, E] by the last position that an exposure sees; zeros where it sees none."""
+        return self._last_visible(batch, h_TD, batch.target_query, self.project_next)
+
+    def _last_visible(self, batch: HybridBatch, h_TD: Tensor, queries: Tensor, project: nn.Module) -> Tensor:
+        """Projected hidden state of the last position that each of `queries` [n] sees; zeros where it sees none."""
+        piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
+        visible = batch.query_visible[queries]
+        row = batch.seq_offsets[piece[queries]] + visible - 1
+        if h_TD.shape[0] == 0:
+            return project(h_TD.new_zeros(row.numel(), h_TD.shape[1])) * 0
+        return project(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
+
+
+def item_space(config: Config) -> str:
+    """Where the generative loss compares items: "text" (E) or "features" (P(E) + ID + ...)."""
+    chosen = config.objective.item_space
+    if chosen != "auto":
+        return chosen
+    return "text" if config.item_llm.enabled else "features"

@@ -1,0 +1,145 @@
+"""Where item embeddings come from: the Item LLM over tokens in the memory map, shared out over the ranks."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hllm_torchrec.common.progress import progress
+from hllm_torchrec.data.token_store import TokenStore
+from hllm_torchrec.distributed.collectives import encode_unique_items, global_max, world_size
+from hllm_torchrec.distributed.preemption import raise_if_preempted
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+
+CATALOGUE_TOKENS = 16_384
+"""Tokens encoded at a time when the whole catalogue is."""
+
+
+@dataclass(frozen=True)
+class EncodingCounts:
+    """What the Item LLM had to do.
+
+    items; tokens: [ITEM] and a shared prefix included, the latter once; keys: that those tokens attend to, all
+    together; last_keys: that the last token of each item attends to.
+    """
+
+    items: int = 0
+    tokens: int = 0
+    keys: int = 0
+    last_keys: int = 0
+
+    def __add__(self, other: "EncodingCounts") -> "EncodingCounts":
+        return EncodingCounts(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: "EncodingCounts") -> "EncodingCounts":
+        return EncodingCounts(*map(operator.sub, astuple(self), astuple(other)))
+
+
+class ItemEncoder:
+    """Callable that `HLLM` uses to embed the unique items of the global batch, each on one rank only.
+
+    The tokens are looked up by the rank that encodes them (it may be another than the one whose batch has the
+    item), so batches carry ids, not text.
+
+    Args:
+        tokens: of all items.
+        device: where they are encoded.
+        share_prefix: encode the tokens with which most items begin once per call, not once per item; for causal
+            Item LLMs.
+        items_at_once: above 0: keep the activations of at most this many items for the backward pass; it makes them
+            again, a group of items at a time.
+    """
+
+    def __init__(
+        self, tokens: TokenStore, device: torch.device, share_prefix: bool = False, items_at_once: int = 0
+    ) -> None:
+        self.tokens, self.device, self.items_at_once = tokens, device, items_at_once
+        self.share_prefix = share_prefix and len(tokens.prefix) > 0
+        self.work = EncodingCounts()
+        """What was encoded on this rank so far."""
+
+    def __call__(self, item_llm: ItemLLM, unique_items: Tensor) -> Tensor:
+        """Embeddings [U, E] of this rank's `unique_items` [U], with gradients."""
+        return encode_unique_items(unique_items, self.costs, lambda ids: self._encode_in_groups(item_llm, ids))
+
+    def _encode_in_groups(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
+        """`encode`, a group after the other where there are many and gradients; on every rank as many groups."""
+        groups = 1
+        if self.items_at_once and torch.is_grad_enabled():
+            groups = global_max(-(-ids.numel() // self.items_at_once), self.device)
+        if groups <= 1:
+            return self.encode(item_llm, ids)
+        order = self.costs(ids).argsort(descending=True, stable=True)  # alike lengths together
+        parts = ids[order].tensor_split(groups)
+        self._count(ids, item_llm)
+        rows = [checkpoint(self._encode, item_llm, part, use_reentrant=False) for part in parts]
+        return torch.cat(rows).index_select(0, order.argsort())
+
+    def costs(self, ids: Tensor) -> Tensor:
+        """Tokens of each item, the [ITEM] vector included, a shared prefix not."""
+        rows, offsets = ids.cpu().numpy(), self.tokens.offsets
+        counts = offsets[rows + 1] - offsets[rows] + 1
+        if self.share_prefix:
+            counts = counts - self.tokens.begins_with_prefix[rows] * len(self.tokens.prefix)
+        return torch.from_numpy(counts).to(ids.device)
+
+    def encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
+        """Embeddings [n, E] of `ids` [n], on this rank."""
+        self._count(ids, item_llm)
+        return self._encode(item_llm, ids)
+
+    def _encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
+        rows = ids.cpu().numpy()
+        if not self.share_prefix:
+            return item_llm(*map(self._tensor, self.tokens.gather(rows)))
+        token_ids, cu_seqlens, has_prefix = self.tokens.gather_behind_prefix(rows)
+        return item_llm(*map(self._tensor, (token_ids, cu_seqlens, self.tokens.prefix, has_prefix)))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _count(self, ids: Tensor, item_llm: ItemLLM) -> None:
+        """Count the work of encoding `ids` [n], which recomputing them does not add to."""
+        rows = ids.cpu().numpy()
+        prefix = len(self.tokens.prefix) if self.share_prefix else 0
+        in_front = self.tokens.begins_with_prefix[rows] * prefix if prefix else np.zeros(len(rows), np.int64)
+        lengths = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows] - in_front
+        lengths = lengths + (1 if item_llm.pooling == "item" else lengths + in_front == 0)
+        own = lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2
+        keys, last_keys = (own + lengths * in_front).sum(), (lengths + in_front).sum()
+        self.work += EncodingCounts(len(lengths), int(lengths.sum()), int(keys), int(last_keys))
+        if len(rows) and prefix:  # without items there is no prefix to encode either
+            self.work += EncodingCounts(tokens=prefix, keys=prefix * (prefix + 1) // 2)
+
+    @torch.no_grad()
+    def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
+        """Embeddings [N, E] of all items, row 0 the unknown one; ranks share the work. Dropout is off.
+
+        embed: the model's `embed_items`, through which wrappers of the model see the call.
+        """
+        was_training = item_llm.training
+        item_llm.eval()
+        table = torch.zeros(len(self.tokens), item_llm.width, device=self.device)
+        chunks = length_sorted_chunks(
+            np.arange(len(self.tokens)), self.tokens.lengths + 1, CATALOGUE_TOKENS * world_size()
+        )
+        with progress(len(chunks), "encode items", show) as bar:
+            for chunk in chunks:
+                raise_if_preempted()
+                ids = torch.from_numpy(np.sort(chunk)).to(self.device)
+                table[ids] = embed(ids).float()
+                bar.update(1)
+        item_llm.train(was_training)
+        return table
+
+
+def length_sorted_chunks(ids: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
+    """`ids` [n] sorted by length and cut into chunks of about so many tokens; lengths: of all items, by id."""
+    order = ids[np.argsort(lengths[ids], kind="stable")]
+    parts = np.cumsum(lengths[order]) // tokens
+    return [chunk for chunk in np.split(order, np.flatnonzero(np.diff(parts)) + 1) if chunk.size]

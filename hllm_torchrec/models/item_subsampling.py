@@ -1,0 +1,67 @@
+"""Item sub-sampling: gradients flow through a share of a step's items, the others come from a cache that ages.
+
+The Item LLM is most of a step's cost, and its backward pass most of that. An item's embedding changes little from
+one step to the next, so it need not be made anew each time it occurs.
+"""
+
+import torch
+from torch import Tensor
+
+from hllm_torchrec.distributed.collectives import any_rank
+from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+
+NEVER = -(2**62)
+
+
+class SubsampledEncoder:
+    """Stands where `ItemEncoder` does in `HLLM`; outside of training it encodes every item, as that does.
+
+    In a training step an item is encoded with gradients with probability `share`, drawn by (seed, step, item) and so
+    the same on every rank. Any other comes from this rank's cache, if it was made at most `refresh_after` steps ago,
+    or is encoded without gradients. Every encoded item renews its cache entry. With refresh_after 0 the forward pass
+    is that of the whole model. The cache (N x E floats) is not saved: a resumed run begins with an empty one.
+
+    Args:
+        encoder: encodes items over all ranks.
+        share: probability, in (0, 1].
+        refresh_after: steps that an embedding may be old.
+    """
+
+    def __init__(self, encoder: ItemEncoder, share: float, refresh_after: int, seed: int) -> None:
+        self.encoder, self.share, self.refresh_after, self.seed = encoder, share, refresh_after, seed
+        self.step = 0
+        self.cache: Tensor | None = None
+        self.made_at = torch.full((len(encoder.tokens),), NEVER, device=encoder.device)
+
+    def __call__(self, item_llm: ItemLLM, unique_items: Tensor) -> Tensor:
+        """Embeddings [U, E] of this rank's `unique_items` [U]. Collective."""
+        if not torch.is_grad_enabled():
+            return self.encoder(item_llm, unique_items)
+        self.step += 1
+        live = self.draw()[unique_items]
+        trained = self.encoder(item_llm, unique_items[live])
+        self._store(unique_items[live], trained.detach().float())
+        self._refresh(item_llm, unique_items[~live])
+        assert self.cache is not None
+        rows = self.cache[unique_items].to(trained.dtype)
+        return rows.index_put((torch.nonzero(live).flatten(),), trained)
+
+    def draw(self) -> Tensor:
+        """Which items [N] get gradients in the present step: bool."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        return (torch.rand(self.made_at.numel(), generator=generator) < self.share).to(self.made_at.device)
+
+    def _refresh(self, item_llm: ItemLLM, items: Tensor) -> None:
+        """Encode those of `items` whose entry is too old or missing, on all ranks if on any."""
+        stale = items[self.step - self.made_at[items] > self.refresh_after]
+        if not any_rank(stale.numel() > 0, self.made_at.device):
+            return
+        with torch.no_grad():
+            self._store(stale, self.encoder(item_llm, stale).float())
+
+    def _store(self, items: Tensor, embeddings: Tensor) -> None:
+        if self.cache is None:
+            self.cache = embeddings.new_zeros(self.made_at.numel(), embeddings.shape[1])
+        self.cache[items] = embeddings
+        self.made_at[items] = self.step

@@ -1,0 +1,128 @@
+"""The one place where a model meets ranks and devices: tables are sharded, dense parts replicated or sharded.
+
+TorchRec's planner places the tables (row counts decide: small ones are replicated and belong to the dense
+optimizer, the others are sharded and step inside the backward pass). DDP or FSDP2 covers the rest.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ModuleSharder
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.sharding import check_tables, distribute, plan_table_sharding
+from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
+from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.modules.hstu import attention
+from hllm_torchrec.modules.hstu.layer import HSTU
+
+
+def parallelize(model: HLLM, config: Config, device: torch.device) -> DistributedModelParallel:
+    """Shard, replicate and place `model` over the ranks of the process group.
+
+    Raises:
+        ConfigError: a plan that the device or the optimizer cannot do.
+    """
+    problems = check_tables(config, device)
+    if config.parallel.dense == "fsdp" and device.type == "cpu" and torch.__version__.startswith("2.11."):
+        problems.append(
+            f"parallel.dense: fsdp: torch {torch.__version__} fails at it on a CPU; take 2.12 or later, or ddp"
+        )
+    if problems:
+        raise ConfigError(problems)
+    if model.item_llm is not None:
+        model.item_llm.attention = choose_attention(config, device)
+    user_attention(model.user, device)
+    if config.parallel.activation_checkpointing:
+        for part in (model.item_llm, model.user):
+            if isinstance(part, UserEncoder):
+                part.recompute = True
+            elif part is not None:
+                part.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.parallel.compile:
+        for layer in llm_layers(model):
+            layer.compile(dynamic=True)
+    tables = model.features.tables
+    if tables is not None:
+        apply_table_optimizer(tables, config)
+    sharder: ModuleSharder = EmbeddingBagCollectionSharder()
+    plan = plan_table_sharding(model, config, device, sharder)
+    if config.parallel.dense == "fsdp":
+        _shard_dense(model, device)
+    learns = model.item_llm is not None and any(p.requires_grad for p in model.item_llm.parameters())
+    some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
+    ddp = config.parallel.dense == "ddp"
+    return distribute(model, plan, sharder, device, ddp=ddp, find_unused_parameters=some_unused)
+
+
+def choose_attention(config: Config, device: torch.device) -> BackendChoice:
+    """The kernel of the Item LLM's attention, and why.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    try:
+        return choose_text_backend(config.item_llm.attention, device, compute_dtype(config))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def user_attention(user: nn.Module, device: torch.device) -> str | None:
+    """Which backend runs HSTU's attention, and why; None for the other encoders.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    if not isinstance(user, HSTU):
+        return None
+    try:
+        return attention.choose_hstu_backend(user.shape.backend, device)[1]
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+
+
+def llm_layers(model: HLLM) -> list[nn.Module]:
+    """The layers of both LLMs (or of what stands in the User LLM's place), first to last."""
+    found: list[nn.Module] = []
+    for part in (model.item_llm, model.user):
+        if isinstance(part, UserEncoder):
+            found += part.layers
+        elif part is not None:
+            found += part.backbone.layers if hasattr(part.backbone, "layers") else part.backbone.encoder.layer
+    return found
+
+
+def _shard_dense(model: HLLM, device: torch.device) -> None:
+    """FSDP2: every layer of both LLMs is a group; the root's has the rest (words, heads, projections).
+
+    The tables are TorchRec's. The root gives its weights up after the forward pass like any other: kept, they
+    would go stale where weights are changed between two forward passes (averaged weights in evaluation).
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in llm_layers(model):
+        fully_shard(layer, mesh=mesh)
+    tables = set() if model.features.tables is None else set(model.features.tables.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "embed_items")
+    for name in ("embed_in_feature_space", "look_up_items", "embed_users"):
+        register_fsdp_forward_method(model, name)
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """What the LLMs' matrix products run in."""
+    return torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """The forward pass's precision."""
+    dtype = compute_dtype(config)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)

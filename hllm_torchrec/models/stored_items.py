@@ -1,0 +1,113 @@
+"""A frozen item table filled from an embedding store, each rank reading the rows of its own shards."""
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torchrec.distributed.types import ShardedTensor
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.distributed.coordination import run_on_all_ranks, run_on_rank_zero
+from hllm_torchrec.embedding.sharding import shard_frozen_items
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.fingerprint import item_facts
+from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
+from hllm_torchrec.store.store import EmbeddingStore, Snapshot
+
+_ROWS = 65_536
+"""Rows read at a time."""
+
+
+class StoredItemTable:
+    """What `HLLM.stored_items` is: a frozen table over all ranks, which the model does not own.
+
+    So it is in no checkpoint, optimizer or average, and FSDP and DDP do not see it.
+    """
+
+    def __init__(self, table: Module) -> None:
+        self.table = table
+
+    def __call__(self, item_ids: Tensor) -> Tensor:
+        """item_ids [n] -> [n, E] float32. Collective."""
+        vectors: Tensor = self.table(item_ids)
+        return vectors
+
+
+def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
+    """Let the model take item embeddings from a store, as a frozen fp16 table over all ranks. Collective.
+
+    The Item LLM must have its weights already: the store's must be of the same ones.
+
+    Args:
+        path: the store; by default `item_llm.store`.
+
+    Raises:
+        ConfigError: there is no store, it was made by another Item LLM, or it lacks items of the dataset.
+    """
+    root, hllm = path or experiment.config.item_llm.store, experiment.hllm
+    facts = item_facts(experiment)
+    assert root is not None and hllm.item_llm is not None
+
+    def opened() -> None:
+        try:
+            EmbeddingStore.open(root).require(facts)
+        except ValueError as error:
+            raise ConfigError(
+                [f"item_llm.store: {error}; a run that begins with start_from has the Item LLM of that run"]
+            ) from None
+
+    run_on_rank_zero(opened)
+    items = FrozenItems(experiment.dataset.num_items, hllm.item_llm.width, device=torch.device("meta"))
+    table = shard_frozen_items(items, experiment.device)
+    fill_from_store(table, experiment.dataset, EmbeddingStore.open(root))
+    hllm.stored_items, hllm.uses_stored_items = StoredItemTable(table), True
+
+
+@torch.no_grad()
+def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> None:
+    """Copy the vectors of the dataset's items into the table `FROZEN_ITEMS` of `model`; row 0 is zeros. Collective.
+
+    model: sharded or not; its `state_dict` has the table.
+
+    Raises:
+        ConfigError: items of the dataset are not in the store.
+    """
+    snapshot, raw_ids = store.snapshot(), dataset.items["raw_item_id"]
+    parts = list(_local_shards(model))
+    missing = sum(
+        run_on_all_ranks(lambda: sum(_fill(part, row, column, snapshot, raw_ids) for part, row, column in parts))
+    )
+    if missing:
+        raise ConfigError(
+            [
+                f"item_llm.store: {store.root}: lacks {missing} of the dataset's {len(raw_ids)} items: bring it up to "
+                "date with `hllm embed`"
+            ]
+        )
+
+
+def _local_shards(model: Module) -> list[tuple[Tensor, int, int]]:
+    """This rank's parts of the table: (values, first row, first column)."""
+    found: list[tuple[Tensor, int, int]] = []
+    for name, value in model.state_dict().items():
+        if not name.endswith(f"embedding_bags.{FROZEN_ITEMS}.weight"):
+            continue
+        if isinstance(value, ShardedTensor):
+            found += [(shard.tensor, *shard.metadata.shard_offsets) for shard in value.local_shards()]
+        else:
+            found.append((value, 0, 0))
+    return found
+
+
+def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: object) -> int:
+    """Fill a part in place; the number of its items that the store lacks (0 for the unknown item)."""
+    missing = 0
+    for at in range(0, target.shape[0], _ROWS):
+        end = min(at + _ROWS, target.shape[0])
+        first = max(row + at, 1)  # item i is row i of the table and row i - 1 of the dataset's items
+        ids = raw_ids.slice(first - 1, max(0, row + end - first)).cast("large_string").combine_chunks()  # type: ignore[attr-defined]
+        vectors, known = snapshot.gather(ids)
+        missing += int((~known).sum())
+        target[at : first - row].zero_()
+        target[first - row : end].copy_(vectors[:, column : column + target.shape[1]])
+    return missing

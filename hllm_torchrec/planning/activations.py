@@ -1,0 +1,140 @@
+"""What autograd keeps of an encoder for the backward pass, found without running it at its size.
+
+A Hugging Face model runs with fake tensors, which have shapes and no contents; the other user encoders, which look at
+lengths as they run, over a short sequence. One and two layers tell what each further one adds.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.models.build import build_user_encoder
+from hllm_torchrec.models.parallelize import compute_dtype
+from hllm_torchrec.modules.encoders.base import UserEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes that autograd keeps of a sequence: of each layer, of what is around the layers, of a layer's input alone.
+
+    constant_per_layer, constant_outside: the same whatever the number of sequences (weights in another precision);
+    transient: bytes of
+    a sequence that a layer makes and drops at its busiest.
+    """
+
+    layers: int
+    per_layer: float
+    outside_layers: float
+    layer_input: float
+    transient: float
+    constant_per_layer: float = 0.0
+    constant_outside: float = 0.0
+
+    def total(self, sequences: float, checkpointing: bool, reads_rows: bool = False) -> float:
+        """Of so many sequences. checkpointing: activation checkpointing keeps the layers' inputs, and one layer at a
+        time.
+
+        reads_rows: of the last layer keys and values alone are made of every row.
+        """
+        fixed = self.constant_outside + self.constant_per_layer * (1 if checkpointing else self.layers)
+        if checkpointing:
+            return fixed + sequences * (
+                self.outside_layers + self.layers * self.layer_input + self.per_layer + self.transient
+            )
+        whole = self.layers - LAST_LAYER_SAVING * reads_rows
+        return fixed + sequences * (self.outside_layers + whole * self.per_layer + self.transient)
+
+
+LAST_LAYER_SAVING = 0.75
+"""Share of the last layer that need not be kept where only the [ITEM] rows are read."""
+
+
+def decoder_activation_bytes(shape: "PreTrainedConfig", length: int, config: Config) -> ActivationBytes:
+    """Of a Hugging Face model and sequences of `length`, read off fake passes of one and two layers and sequences."""
+    found = {
+        (layers, sequences): _measured_activation_bytes(shape, layers, sequences, length, compute_dtype(config))
+        for layers in (1, 2)
+        for sequences in (1, 2)
+    }
+    growth = {layers: found[layers, 2] - found[layers, 1] for layers in (1, 2)}  # with each sequence
+    fixed = {layers: found[layers, 1] - growth[layers] for layers in (1, 2)}
+    number = 2 if config.parallel.precision == "bf16" else 4
+    return ActivationBytes(
+        layers=shape.num_hidden_layers,
+        per_layer=growth[2] - growth[1],
+        outside_layers=max(0.0, 2 * growth[1] - growth[2]),
+        layer_input=4.0 * length * shape.hidden_size,
+        transient=3.0 * number * length * getattr(shape, "intermediate_size", 4 * shape.hidden_size),
+        constant_per_layer=fixed[2] - fixed[1],
+        constant_outside=max(0.0, 2 * fixed[1] - fixed[2]),
+    )
+
+
+def _measured_activation_bytes(
+    shape: "PreTrainedConfig", layers: int, sequences: int, length: int, dtype: torch.dtype
+) -> float:
+    from transformers import AutoModel
+
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers, shape._attn_implementation = layers, "sdpa"
+    if "layer_types" in shape.to_dict():
+        shape.layer_types = None
+    with FakeTensorMode():
+        model = AutoModel.from_config(shape, trust_remote_code=False)
+        model.set_input_embeddings(None)
+        x = torch.empty(sequences, length, shape.hidden_size, requires_grad=True)
+        with saved_tensor_bytes(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            model(inputs_embeds=x, use_cache=False)
+    return sum(kept.values())
+
+
+@contextmanager
+def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
+    """Within the context: storage -> bytes of what autograd keeps, the model's own weights left out."""
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, float] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = float(storage.nbytes())
+            alive.append(tensor)  # so that no other storage takes its place
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
+    """Of HSTU, SASRec or LiGR, read off real forward passes of one and two layers over a short sequence."""
+    shape, measured = dict(config.user.shape or {}), []
+    short = min(length, 64)
+    for layers in (1, 2):
+        encoder = build_user_encoder(dataclasses.replace(config.user, shape={**shape, "layers": layers}))
+        assert isinstance(encoder, UserEncoder)
+        x = torch.zeros(short, encoder.width, requires_grad=True)
+        with saved_tensor_bytes(encoder) as kept:
+            encoder(x, torch.tensor([0, short]), torch.arange(short))
+        measured.append(sum(kept.values()))
+    one, two = measured
+    scale = length / short
+    return ActivationBytes(
+        int(shape["layers"]),
+        scale * (two - one),
+        scale * max(0.0, 2 * one - two),
+        4.0 * length * encoder.width,
+        12.0 * length * encoder.width,
+    )

@@ -1,0 +1,75 @@
+"""Models by their shapes alone, for who asks what they would need."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.config.schema import Config
+
+MODEL_CONFIGS: dict[str, dict[str, Any]] = {
+    "tinyllama-1.1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "baichuan2-7b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 125696,
+    },
+    "bert-base-uncased": {
+        "model_type": "bert",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 30522,
+    },
+    "bert-large-uncased": {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 30522,
+    },
+}
+"""Published shapes, for configurations that name a directory which is not on this machine, by the directory's name."""
+
+
+def with_model_configs(config: Config) -> Config:
+    """The configuration with shapes in place of pretrained weights, whose values do not matter here.
+
+    Raises:
+        ValueError: a directory that is not there and whose name is not of SHAPES.
+    """
+    item, user = config.item_llm, config.user
+    if item.enabled and item.pretrained is not None:
+        item = dataclasses.replace(item, pretrained=None, shape=_shape_of("item_llm", item.pretrained))
+    if user.pretrained is not None:
+        user = dataclasses.replace(user, pretrained=None, shape=_shape_of("user", user.pretrained))
+    return dataclasses.replace(config, item_llm=item, user=user)
+
+
+def _shape_of(part: str, directory: str) -> dict[str, Any]:
+    if (Path(directory) / "config.json").is_file():
+        from transformers import AutoConfig
+
+        shape: dict[str, Any] = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        return shape
+    name = Path(directory).name.lower()
+    for known, shape in MODEL_CONFIGS.items():
+        if name.startswith(known):
+            return shape
+    raise ValueError(
+        f"{part}.pretrained: {directory}: is not there, and {name!r} is none of the known shapes "
+        f"({', '.join(MODEL_CONFIGS)}); download it, or give {part}.shape"
+    )

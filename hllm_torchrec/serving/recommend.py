@@ -1,0 +1,154 @@
+"""What a trained run recommends to a user of its dataset, with the titles that a person reads.
+
+A model with a ranking head scores the whole catalogue as candidates against the user's history (`serving.Scorer`); a
+generative one compares its predicted next item with all items. Both read the whole history of the dataset.
+"""
+
+import time as clock
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import normalize
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
+from hllm_torchrec.evaluation.run_loader import load_run, run_config
+from hllm_torchrec.inference.user_embedder import history_request, pieces_from_table
+from hllm_torchrec.serving.scorer import Scorer, UserHistory
+
+
+@dataclass(frozen=True)
+class RecommendedItem:
+    """An item as a person sees it. text: its text columns, joined; score: a probability or a cosine, None: history."""
+
+    raw_id: str
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """history: the user's events, oldest first; items: best first; scored_by: "probability" or "similarity"."""
+
+    history: list[RecommendedItem]
+    items: list[RecommendedItem]
+    scored_by: str
+
+
+def recommend(
+    run: Path,
+    user: str,
+    top: int,
+    device: torch.device,
+    *,
+    which: str = "best",
+    time: int | None = None,
+    include_seen: bool = False,
+) -> Recommendations:
+    """The `top` items for a user, by a run's checkpoint. One process.
+
+    Args:
+        user: raw id.
+        time: second (UTC) of the request; None: now. Later events are left out.
+        include_seen: items of the history may be recommended again.
+
+    Raises:
+        ValueError: no such run, checkpoint or user; a user without events before `time`; `top` below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top is {top}: must be at least 1")
+    config = run_config(run)
+    dataset = Dataset.open(config.data.dataset)
+    moment = int(clock.time()) if time is None else time
+    history = history_before(dataset, user, moment)
+    if config.objective.fusion == "none":
+        scores, scored_by = _similarities(run, which, device, history, moment), "similarity"
+    else:
+        scores, scored_by = _probabilities(run, which, device, history, moment), "probability"
+    scores[0] = -np.inf  # the unknown item
+    if not include_seen:
+        scores[history.item_ids] = -np.inf
+    best = np.argsort(-scores, kind="stable")[:top]
+    best = best[np.isfinite(scores[best])]
+    read = _reader(dataset, config)
+    return Recommendations(
+        [RecommendedItem(*read(item)) for item in history.item_ids.tolist()],
+        [RecommendedItem(*read(item), score) for item, score in zip(best.tolist(), scores[best].tolist(), strict=True)],
+        scored_by,
+    )
+
+
+def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
+    """All events of a user (raw id) before the second `time`.
+
+    Raises:
+        ValueError: the dataset has no such user, or nothing of the user before then.
+    """
+    raw = dataset.users["raw_user_id"].to_pylist()
+    if user not in raw:
+        raise ValueError(f"user {user!r}: not in {dataset.root}{did_you_mean(user, raw)}; it has {len(raw):,} users")
+    dense = raw.index(user) + 1
+    for part in reversed(SPLITS):  # each row holds the whole history up to its part's end
+        for file in dataset.sequence_files(part):
+            with error_location(file):
+                rows = pq.read_table(file, filters=[("user_id", "=", dense)])
+            if rows.num_rows:
+                (whole,) = pieces_from_table(rows)
+                events = int(np.searchsorted(whole.timestamps, time, side="left"))
+                if events:
+                    return UserHistory(
+                        dense,
+                        whole.item_ids[:events],
+                        whole.timestamps[:events],
+                        whole.labels[:events],
+                        whole.actions[:events],
+                    )
+    raise ValueError(f"user {user!r}: no event before {time}; name a later time")
+
+
+def _probabilities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
+    """[N] of every item of the catalogue, by the ranking head."""
+    with Scorer.of_run(run, which, device) as scorer:
+        logits = scorer.score(history, np.arange(scorer.experiment.dataset.num_items), time)
+    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
+def _similarities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
+    """[N] cosines of the predicted next item with every item of the catalogue."""
+    loaded = load_run(run, which, device)
+    experiment = loaded.experiment
+    asked = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
+    with loaded.weights, torch.no_grad():
+        experiment.model.eval()
+        experiment.hllm.item_cache = experiment.evaluation_item_cache()
+        catalogue = catalogue_vectors(experiment)
+        batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([asked], 0, 0)
+        predicted = experiment.model(batch.to(device), want_next=True).next_items
+    assert predicted is not None, "a model without a head is generative"
+    cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)
+    return cosines.double().cpu().numpy()
+
+
+def _reader(dataset: Dataset, config: Config) -> Callable[[int], tuple[str, str]]:
+    """Dense item id -> raw id and text; the texts are those that the Item LLM reads, or else all."""
+    known = dataset.manifest["text_columns"]
+    keys = [key for key in config.item_llm.text_keys if key in known] or known
+    texts, raw = dataset.text(keys), dataset.items["raw_item_id"]
+
+    def read(item: int) -> tuple[str, str]:
+        if item == 0:
+            return "?", "an unknown item"
+        values = (str(texts[key][item - 1].as_py() or "") for key in keys)
+        return str(raw[item - 1].as_py()), " · ".join(value for value in values if value)
+
+    return read

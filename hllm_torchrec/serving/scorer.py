@@ -1,0 +1,328 @@
+"""Scores candidates for a user as a server would: the history is read once and kept, candidates go in micro-batches.
+
+    with Scorer.of_run(Path("runs/early")) as scorer:
+        user = scorer.read(UserHistory(7, item_ids, timestamps, labels, actions))
+        logits = scorer.score(user, candidates, time)          # again and again, for one reading of the history
+        user = scorer.extend(user, UserHistory(7, ...))        # what the user did since; only that is computed
+
+Features are made by the collator and the model of training, and the numbers are those of `hllm evaluate` for the
+same exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
+
+Legend: n events, T of them history that the model reads, m candidates, D width.
+"""
+
+import time as clock
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.collate import Collator, Floats, Ints, Piece
+from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.distributed.process_group import init_distributed
+from hllm_torchrec.evaluation.run_loader import load_run, run_config
+from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.modules.history_cache import (
+    MICRO_BATCH,
+    HistoryCache,
+    ScoreCandidates,
+    begin_request,
+    check_encoder,
+    read_history,
+)
+from hllm_torchrec.modules.hstu.layer import HSTU
+from hllm_torchrec.modules.lora import merged
+
+
+@dataclass(frozen=True)
+class UserHistory:
+    """Events of one user, oldest first; the ids are the dataset's dense ones.
+
+    item_ids, timestamps (seconds UTC), actions (0: unknown): [n] int64; labels: [n] float32, NaN where there is none.
+
+    Raises:
+        ValueError: columns of different lengths, or times that go back.
+    """
+
+    user_id: int
+    item_ids: Ints
+    timestamps: Ints
+    labels: Floats
+    actions: Ints
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            kind = np.float32 if field.name == "labels" else np.int64
+            object.__setattr__(self, field.name, np.asarray(getattr(self, field.name), kind))
+        sizes = {field.name: getattr(self, field.name).size for field in fields(self)[1:]}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
+        back = np.flatnonzero(np.diff(self.timestamps) < 0)
+        if back.size:
+            row = int(back[0]) + 1
+            raise ValueError(
+                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before the event in front of it "
+                f"({self.timestamps[row - 1]}): sort events by time"
+            )
+
+    def __len__(self) -> int:
+        return int(self.item_ids.size)
+
+    def as_piece(self, first: int = 0) -> Piece:
+        """The events as the collator takes them; exposures are those from `first` on."""
+        return Piece(self.user_id, 0, first, self.item_ids, self.timestamps, self.labels, self.actions)
+
+    def since(self, start: int) -> "UserHistory":
+        """The events from `start` on."""
+        return UserHistory(self.user_id, *(getattr(self, f.name)[start:] for f in fields(self)[1:]))
+
+    def followed_by(self, later: "UserHistory") -> "UserHistory":
+        """All events of both.
+
+        Raises:
+            ValueError: another user's, or events before the last of these.
+        """
+        if later.user_id != self.user_id:
+            raise ValueError(f"events of user {later.user_id} after those of user {self.user_id}: give one user's")
+        columns = (np.concatenate([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)[1:])
+        return UserHistory(self.user_id, *columns)
+
+
+@dataclass(frozen=True)
+class UserState:
+    """A history that was read: all of its events, where the model's reading of it starts, and what is kept of that."""
+
+    history: UserHistory
+    start: int
+    cache: HistoryCache
+
+
+def window_start(events: int, max_history: int) -> int:
+    """The event from which on a history of so many is read; at most max_history - 1 events follow.
+
+    It moves by max_history / 2 at a time: a new event nearly always extends what is cached, and a longer history
+    is read again once in max_history / 2 events. A request sees at least half of max_history, as in evaluation,
+    whose pieces of long histories are cut elsewhere (they begin where the split does).
+    """
+    over = events - (max_history - 1)
+    step = max(1, max_history // 2)
+    return max(0, -(-over // step) * step)
+
+
+class Scorer:
+    """Scores of a trained model for any user and candidates, on one process.
+
+    Use `Scorer.of_run`, or give an experiment whose model has its weights.
+
+    Args:
+        experiment: see `build_experiment`; its model is put in evaluation mode, and the whole catalogue is encoded
+            by the Item LLM once.
+        micro_batch: candidates computed at a time; it bounds memory and changes no score beyond rounding.
+        table_dtype: "int8" or "fp16": what tables and item embeddings are kept in, see `quantised_tables`; None: as
+            they were trained. The model then serves only.
+
+    Raises:
+        ValueError: a model without a ranking head, more than one process, FSDP, an encoder without a cache, a
+            micro-batch below 1, or an unknown type.
+    """
+
+    def __init__(self, experiment: Experiment, micro_batch: int = MICRO_BATCH, table_dtype: str | None = None) -> None:
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
+        if table_dtype is not None:
+            check_table_type(table_dtype)
+        if experiment.batch_spec.fusion == "none":
+            raise ValueError("objective.fusion: 'none': the model has no head to score candidates; train early or late")
+        if dist.get_world_size() > 1 or experiment.config.parallel.dense == "fsdp":
+            raise ValueError(
+                f"{dist.get_world_size()} processes, parallel.dense {experiment.config.parallel.dense!r}: a scorer "
+                "has all weights in one process: build it in one, with parallel.dense ddp"
+            )
+        self.experiment, self.micro_batch = experiment, micro_batch
+        self.hllm = experiment.hllm.eval()
+        check_encoder(self.hllm.user)
+        if table_dtype is None:
+            self.hllm.item_cache = experiment.encode_catalogue()
+        else:
+            quantize_tables(experiment, table_dtype)
+            quantize_items(experiment, table_dtype)
+        self._weights = ExitStack()
+        # A request's candidates share one second, and so do not see each other, under this rule of visibility.
+        spec = replace(experiment.batch_spec, visibility="second")
+        self._collator = Collator(experiment.dataset, spec, item_vectors=experiment.item_vectors)
+
+    @classmethod
+    def of_run(
+        cls,
+        run: Path,
+        which: str = "best",
+        device: torch.device | None = None,
+        micro_batch: int = MICRO_BATCH,
+        table_dtype: str | None = None,
+    ) -> Self:
+        """The scorer of a run directory at its checkpoint "best" or "latest", or the one named.
+
+        Averaged weights (`optim.ema`) are used where the run has them, until `close`.
+
+        Raises:
+            ValueError: as `load_run` and the class.
+        """
+        device = device or init_distributed()
+        loaded = load_run(run, which, device, _in_one_process(run_config(run)))
+        with ExitStack() as stack:
+            stack.enter_context(loaded.weights)
+            stack.enter_context(merged(loaded.experiment.hllm))
+            scorer = cls(loaded.experiment, micro_batch, table_dtype)
+            scorer._weights = stack.pop_all()
+        return scorer
+
+    def close(self) -> None:
+        """Give the model the weights back that it had before `of_run` put the averaged ones in."""
+        self._weights.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def read(self, history: UserHistory) -> UserState:
+        """Read a history (of any length, also none).
+
+        Raises:
+            ValueError: users, items or actions that the dataset does not have.
+        """
+        self._check(history)
+        start = window_start(len(history), self.experiment.config.data.max_history)
+        return UserState(history, start, self._read(history.since(start), None))
+
+    @torch.no_grad()
+    def extend(self, user: UserState, events: UserHistory) -> UserState:
+        """The state after later events: as if all were read at once. `user` itself stays as it is.
+
+        Raises:
+            ValueError: as `read`, events of another user, or earlier than the last one.
+        """
+        history = user.history.followed_by(events)
+        start = window_start(len(history), self.experiment.config.data.max_history)
+        encoder = self.hllm.user
+        is_context = isinstance(encoder, HSTU) and user.cache.length < encoder.rules.prefix
+        if start != user.start or is_context:
+            return self.read(history)
+        self._check(events)
+        return UserState(history, start, self._read(events, user.cache))
+
+    @torch.no_grad()
+    def score(
+        self, user: UserHistory | UserState, candidates: NDArray[np.integer], time: int | None = None
+    ) -> NDArray[np.float32]:
+        """Logits [m] of candidates, the `score` of `hllm evaluate`; their order is that of the probabilities.
+
+        Args:
+            user: a history, or what `read` or `extend` made of it.
+            candidates: [m] item ids of the dataset; 0 is an unknown item.
+            time: seconds UTC of the request; None: now. By a ranking dataset's rule only events of earlier seconds
+                are seen; a leave-one-out dataset's requests see all.
+
+        Raises:
+            ValueError: as `read`, candidates that the dataset does not have, or a leave-one-out request before the
+                last event.
+        """
+        state = self.read(user) if isinstance(user, UserHistory) else user
+        items = np.asarray(candidates, np.int64)
+        _check_ids("candidates", items, self.experiment.dataset.num_items)
+        moment = int(clock.time()) if time is None else time
+        ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
+        user_vector: Tensor | None = None
+        found = np.empty(items.size, np.float32)
+        for start in range(0, items.size, self.micro_batch):
+            part = items[start : start + self.micro_batch]
+            batch = self._request(state, part, moment).to(self.experiment.device)
+            _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
+            if self.hllm.fusion == "late":
+                user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
+            logits = self._logits(ask, x_QD, target_XD, user_vector)
+            found[start : start + part.size] = logits.float().cpu().numpy()
+        return found
+
+    def _logits(self, ask: ScoreCandidates, x_QD: Tensor, target_XD: Tensor, user_vector: Tensor | None) -> Tensor:
+        if user_vector is None:
+            logits: Tensor = self.hllm.head(ask(x_QD))
+        else:
+            logits = self.hllm.head(user_vector.expand(target_XD.shape[0], -1), target_XD)
+        return logits
+
+    def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
+        """The cache with the events behind it."""
+        # The one exposure comes after all events, so all of the history belongs to the batch.
+        after = int(events.timestamps[-1]) + 1 if len(events) else 0
+        zero = np.zeros(1, np.int64)
+        exposure = UserHistory(events.user_id, zero, zero + after, zero.astype(np.float32), zero)
+        whole = events.followed_by(exposure)
+        batch = self._collator([whole.as_piece(len(events))], 0, 0).to(self.experiment.device)
+        x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
+        return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
+
+    def _request(self, user: UserState, candidates: Ints, time: int) -> HybridBatch:
+        """Candidates alone, without history; numeric features are those of the user at the time."""
+        same = np.full(candidates.size, time)
+        zeros = np.zeros(candidates.size, np.int64)
+        piece = Piece(user.history.user_id, 0, 0, candidates, same, zeros.astype(np.float32), zeros)
+        batch = self._collator([piece], 0, 0)
+        names = self.experiment.batch_spec.numeric_features
+        if not names:
+            return batch
+        window = user.history.since(user.start)
+        earlier = int(np.searchsorted(window.timestamps, time, side="left"))
+        times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
+        numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+        assert batch.numeric is not None
+        numeric = batch.numeric.clone()
+        numeric[: batch.query_times.numel()] = torch.from_numpy(numbers)
+        return replace(batch, numeric=numeric)
+
+    def _visible(self, user: UserState, time: int) -> int:
+        """How many of the cached events a request at this time sees."""
+        if self.experiment.batch_spec.visibility == "second":
+            return int(torch.searchsorted(user.cache.times, time, right=False))
+        last = int(user.history.timestamps[-1]) if len(user.history) else time
+        if time < last:
+            raise ValueError(
+                f"user {user.history.user_id}: a request at {time}, before the last event at {last}: leave-one-out "
+                "requests see all events; give the history up to the request"
+            )
+        return user.cache.length
+
+    def _check(self, history: UserHistory) -> None:
+        dataset = self.experiment.dataset
+        _check_ids("user_id", np.array([history.user_id]), dataset.num_users)
+        _check_ids(f"item_ids of user {history.user_id}", history.item_ids, dataset.num_items)
+        _check_ids(f"actions of user {history.user_id}", history.actions, dataset.num_actions)
+
+
+def _check_ids(name: str, ids: Ints, number: int) -> None:
+    wrong = np.flatnonzero((ids < 0) | (ids >= number))
+    if wrong.size:
+        raise ValueError(
+            f"{name}, entry {int(wrong[0])}: {int(ids[wrong[0]])}: the dataset's ids go from 1 to {number - 1}, and "
+            "0 is unknown; give 0 for what came after `hllm prepare`, or prepare again"
+        )
+
+
+def _in_one_process(config: Config) -> Config:
+    """The configuration without what only many ranks or training need; the same weights."""
+    parallel = replace(config.parallel, dense="ddp", compile=False, activation_checkpointing=False)
+    return replace(config, parallel=parallel)

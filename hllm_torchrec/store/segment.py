@@ -1,0 +1,374 @@
+"""A run: the rows of one commit. Written once, in order, never changed.
+
+    keys.arrow          [n + d] keys in the order of writing, those to delete last (Arrow file, one column)
+    marks.npy           uint64 [n]: what each vector was made from (a hash of the item's text, the user's last event)
+    hashes.npy          uint64 [m] hashes of the keys, sorted; of equal keys the last written stands
+    rows.npy            int64 [m] row of each; n and above: deleted
+    vectors-NNNN.bin    rows of the run, `rows_per_file` in each but the last
+
+Legend: n vectors, d deleted keys, m = distinct keys of both, D width.
+"""
+
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.atomic_files import sync_folder
+from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.store.files import SegmentFacts
+from hllm_torchrec.store.keys import Hashes, KeyKind, as_keys, hash_keys
+
+Ints = NDArray[np.int64]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STORAGE: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<i2")}
+_BITS = {
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
+"""Integers of the same size, and the exponent that infinities and NaN alone have."""
+_IN_CACHE = 2**17
+"""Numbers looked at a time."""
+FILE_BYTES = 2**32
+"""Vectors of a run are spread over files of about this size."""
+_BLOCK = 2**24
+_VERIFY = "the store is damaged; `hllm store verify` says where: restore it or build it again"
+_AHEAD = 4
+"""Writes whose checksums may be outstanding: they hold their vectors in memory."""
+_SYNCED_BYTES = 2**27
+"""The disk is given this much to do while more is written."""
+
+
+class SegmentReader:
+    """A run, memory-mapped: opened files stay readable when a compaction has removed their names.
+
+    Raises:
+        ValueError: a file is missing or has not the size that the manifest says.
+    """
+
+    def __init__(self, folder: Path, facts: SegmentFacts, width: int, dtype: str) -> None:
+        damage = next(find_segment_damage(folder, facts, contents=False), None)
+        if damage is not None:
+            raise ValueError(f"{damage}: the store is damaged; restore it or build it anew")
+        self.facts, self.width, self.dtype = facts, width, DTYPES[dtype]
+        self.folder = folder
+        with error_location(folder, _VERIFY):
+            self._open(folder, dtype)
+            self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """What the files say of one another; their contents are looked at where they are used."""
+        vectors = sum(len(file) for file in self.files)
+        rows, every = self.facts.rows, self.facts.rows + self.facts.deleted
+        due = (("hashes", self.hashes, np.uint64, None), ("rows", self.rows, np.int64, self.hashes.size))
+        for name, array, kind, size in (*due, ("marks", self.content_hashes, np.uint64, rows)):
+            if array.dtype != kind or array.ndim != 1 or size not in (None, array.size):
+                raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}")
+        if vectors != rows or self.hashes.size > every:
+            raise ValueError(f"there are {self.hashes.size} keys and {vectors} vectors, not {every} and {rows}")
+        if any(len(file) != self.rows_per_file for file in self.files[:-1]):
+            raise ValueError("the files of vectors are not of one size")
+
+    def require_rows(self, rows: Ints) -> Ints:
+        """`rows` [k] of the index; ValueError naming the file where one is not of this run."""
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.facts.rows + self.facts.deleted:
+            raise ValueError(f"{self.folder / 'rows.npy'}: is damaged; {_VERIFY}")
+        return rows
+
+    def require_keys(self) -> None:
+        """ValueError naming the file where there are not as many keys as the manifest says."""
+        if len(self.keys) != self.facts.rows + self.facts.deleted:
+            raise ValueError(f"{self.folder / 'keys.arrow'}: has {len(self.keys)} keys; {_VERIFY}")
+
+    def take_keys(self, rows: Ints) -> pa.Array:
+        """Keys of `rows` [k]; ValueError naming the file where it points beyond its own text."""
+        if rows.size and rows.max() >= len(self.keys):
+            self.require_keys()
+        for chunk in self.keys.chunks:  # one, or none
+            if not pa.types.is_integer(chunk.type) and rows.size:
+                offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset :]
+                data = chunk.buffers()[2]
+                starts, ends, size = offsets[rows], offsets[rows + 1], data.size if data is not None else 0
+                if starts.min() < 0 or (starts > ends).any() or ends.max() > size:
+                    raise ValueError(f"{self.folder / 'keys.arrow'}: is damaged; {_VERIFY}")
+        with error_location(self.folder / "keys.arrow", _VERIFY):
+            found = contiguous_keys(self.keys.take(pa.array(rows)))
+            found.validate(full=True)  # text is UTF-8
+        return found
+
+    def _open(self, folder: Path, dtype: str) -> None:
+        # Plain arrays over the maps: np.memmap's own indexing costs microseconds a call.
+        self.hashes, self.rows, self.content_hashes = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("hashes", "rows", "marks")
+        )
+        with pa.memory_map(str(folder / "keys.arrow")) as source:
+            self.keys = pa.ipc.open_file(source).read_all()["key"]
+        if self.keys.type not in (pa.int64(), pa.large_string()) or self.keys.num_chunks > 1 or self.keys.null_count:
+            raise ValueError(f"keys.arrow holds {self.keys.type} in {self.keys.num_chunks} pieces")
+        self.keys.validate()
+        names = (name for name in self.facts.files if name.startswith("vectors-"))
+        self.files = [self._mapped(folder / name, dtype) for name in sorted(names, key=lambda name: (len(name), name))]
+        self.rows_per_file = self.files[0].shape[0] if self.files else 1
+
+    def _mapped(self, path: Path, dtype: str) -> NDArray[Any]:
+        return np.asarray(np.memmap(path, _STORAGE[dtype], mode="r")).reshape(-1, self.width)
+
+    def find(self, hashes: Hashes, keys: pa.Array) -> Ints:
+        """Row of each key [k]; -1: not in this run; facts.rows and above: deleted by it."""
+        low = self._place(hashes)
+        found = np.full(hashes.size, -1, np.int64)
+        for step in range(self.hashes.size):  # one round, but for keys whose hashes collide
+            at = low + step
+            same = np.flatnonzero((at < self.hashes.size) & (found < 0))
+            same = same[self.hashes[at[same]] == hashes[same]]
+            if same.size == 0:
+                break
+            rows = self.require_rows(self.rows[at[same]])
+            if not pa.types.is_integer(keys.type):
+                equal = pc.equal(self.take_keys(rows), keys.take(pa.array(same)))
+                equal = equal.to_numpy(zero_copy_only=False)
+                same, rows = same[equal], rows[equal]
+            found[same] = rows
+            if pa.types.is_integer(keys.type):
+                break  # the hash is the key
+        return found
+
+    def _place(self, hashes: Hashes) -> Ints:
+        """Where each hash [k] would stand among the sorted ones."""
+        size = self.hashes.size
+        if size and int(self.hashes[-1]) - int(self.hashes[0]) == size - 1:  # ids without gaps: no search
+            with np.errstate(over="ignore"):
+                return np.minimum(hashes - self.hashes[0], np.uint64(size)).astype(np.int64)
+        order = np.argsort(hashes)  # neighbours touch the same pages
+        places = np.empty(hashes.size, np.int64)
+        places[order] = np.searchsorted(self.hashes, hashes[order], side="left")
+        return places
+
+    def gather(self, rows: Ints, out: Tensor, places: Ints | None = None) -> None:
+        """Vectors of `rows` [k] into out[places] (None: into out, in order), fp32 or this run's type."""
+        same = out.dtype == self.dtype and out.device.type == "cpu"
+        target = self._raw(out) if same else None
+        if len(self.files) == 1 and places is None and target is not None:
+            self._take(0, rows, target)
+            return
+        order, picked = self._picked(rows)
+        at = (np.arange(rows.size) if places is None else places)[order]
+        if target is not None:
+            target[at] = picked  # numpy's, by rows: torch's for fp16 goes number by number
+        else:
+            out[torch.from_numpy(at)] = torch.from_numpy(picked).view(self.dtype).to(out.dtype)
+
+    def _picked(self, rows: Ints) -> tuple[Ints | slice, NDArray[Any]]:
+        """Rows of the files, file by file, and in which order they so are."""
+        picked = np.empty((rows.size, self.width), self.files[0].dtype if self.files else np.float32)
+        if len(self.files) <= 1:
+            if rows.size:
+                self._take(0, rows, picked)
+            return slice(None), picked
+        numbers = rows // self.rows_per_file
+        order = np.argsort(numbers, kind="stable")
+        ends = np.searchsorted(numbers[order], np.arange(len(self.files) + 1))
+        for number in np.unique(numbers).tolist():
+            part = slice(ends[number], ends[number + 1])
+            self._take(number, rows[order[part]] - number * self.rows_per_file, picked[part])
+        return order, picked
+
+    def _take(self, number: int, rows: Ints, out: NDArray[Any]) -> None:
+        # "clip": with "raise", numpy would take into a buffer first. Rows are those of the index.
+        np.take(self.files[number], rows, axis=0, mode="clip", out=out)
+
+    def _raw(self, values: Tensor) -> NDArray[Any]:
+        """Values of this run's type as the files have them."""
+        return (values.view(torch.int16) if self.dtype == torch.bfloat16 else values).numpy()
+
+
+def contiguous_keys(keys: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array of keys with offsets from 0."""
+    array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+
+
+def all_finite(vectors: Tensor) -> bool:
+    """Whether no number of a store's type is infinite or NaN; by the bits, as CPUs have no arithmetic in fp16."""
+    bits, exponent = _BITS[vectors.dtype]
+    flat = vectors.detach().cpu().contiguous().view(bits).view(-1).numpy()
+    kept = np.empty(min(flat.size, _IN_CACHE), flat.dtype)
+    for at in range(0, flat.size, _IN_CACHE):
+        block = flat[at : at + _IN_CACHE]
+        if np.bitwise_and(block, exponent, out=kept[: block.size]).max() == exponent:
+            return False
+    return True
+
+
+def rows_per_file(width: int, dtype: str, file_bytes: int) -> int:
+    """Rows of a file of vectors, at least one."""
+    return max(1, file_bytes // (width * DTYPES[dtype].itemsize))
+
+
+class SegmentWriter:
+    """Writes a run, vectors as they come. `finish` syncs everything; the run is nothing until a manifest names it."""
+
+    def __init__(self, segments: Path, width: int, dtype: str, kind: KeyKind, file_bytes: int = FILE_BYTES) -> None:
+        self.name = f"{secrets.token_hex(8)}"
+        self.folder = segments / self.name
+        self.folder.mkdir(parents=True)
+        self.width, self.dtype, self.kind = width, dtype, kind
+        self.rows_per_file = rows_per_file(width, dtype, file_bytes)
+        self.rows = 0
+        self._keys: list[pa.Array] = []
+        self._deleted: list[pa.Array] = []
+        self._content_hashes: list[Hashes] = []
+        self._file: _VectorFile | None = None
+        self._files: dict[str, Future[tuple[int, int]]] = {}
+        self._checksums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # beside the writing
+
+    def add(self, keys: pa.Array, vectors: Tensor, content_hashes: Hashes) -> None:
+        """Append rows: keys [k], vectors [k, D], content hashes [k]. They undo a `delete` of before."""
+        values = vectors.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        raw = (values.view(torch.int16) if self.dtype == "bf16" else values).numpy().reshape(-1, self.width)
+        at = 0
+        while at < len(raw):
+            if self._file is None:
+                path = self.folder / f"vectors-{len(self._files):04d}.bin"
+                self._file = _VectorFile(path, self._checksums, self._syncs)
+            space = self.rows_per_file - self.rows % self.rows_per_file
+            part = raw[at : at + space]
+            self._file.write(part)
+            at, self.rows = at + len(part), self.rows + len(part)
+            if self.rows % self.rows_per_file == 0:
+                self._close_file()
+        self._deleted = [part.filter(pc.invert(pc.is_in(part, value_set=keys))) for part in self._deleted]
+        self._keys.append(keys)
+        self._content_hashes.append(np.asarray(content_hashes, np.uint64))
+
+    def delete(self, keys: pa.Array) -> None:
+        """Take keys away that earlier runs have."""
+        self._deleted.append(keys)
+
+    def finish(self) -> SegmentFacts:
+        """Write the index, sync all files and say what they are."""
+        if self._file is not None:
+            self._close_file()
+        keys = pa.chunked_array([*self._keys, *self._deleted], as_keys([], self.kind).type)
+        deleted = sum(len(part) for part in self._deleted)
+        with pa.OSFile(str(self.folder / "keys.arrow"), "wb") as sink:
+            table = pa.table({"key": keys}).combine_chunks()  # look-ups go chunk by chunk
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        np.save(self.folder / "marks.npy", np.concatenate([np.empty(0, np.uint64), *self._content_hashes]))
+        hashes, rows = sorted_index(keys)
+        np.save(self.folder / "hashes.npy", hashes)
+        np.save(self.folder / "rows.npy", rows)
+        files = {}
+        for name in ("keys.arrow", "marks.npy", "hashes.npy", "rows.npy"):
+            _sync(self.folder / name)
+            files[name] = ((self.folder / name).stat().st_size, file_checksum(self.folder / name))
+        files |= {name: written.result() for name, written in self._files.items()}
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
+        self._checksums.shutdown()
+        self._syncs.shutdown()
+        return SegmentFacts(self.name, self.rows, deleted, files)
+
+    def _close_file(self) -> None:
+        assert self._file is not None
+        self._files[self._file.path.name] = self._file.close()
+        self._file = None
+
+
+class _VectorFile:
+    """A file being written, with the checksum of what has been; what is written is synced meanwhile."""
+
+    def __init__(self, path: Path, checksums: ThreadPoolExecutor, syncs: ThreadPoolExecutor) -> None:
+        self.path, self._checksums, self._syncs = path, checksums, syncs
+        self._file = path.open("wb", buffering=0)
+        self._checksum = self._unsynced = 0
+        self._pending: list[Future[None]] = []
+        self._synced: list[Future[None]] = []
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Append rows."""
+        data = memoryview(rows.data).cast("B")
+        self._pending.append(self._checksums.submit(self._add, data))
+        at = 0
+        while at < len(data):  # one call writes 2 GiB at most
+            at += self._file.write(data[at:])
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNCED_BYTES:
+            self._synced.append(self._syncs.submit(os.fsync, self._file.fileno()))
+            self._unsynced = 0
+        while len(self._pending) > _AHEAD:
+            self._pending.pop(0).result()
+
+    def close(self) -> Future[tuple[int, int]]:
+        """Sync beside what follows; (bytes, CRC-32)."""
+        return self._syncs.submit(self._close)
+
+    def _close(self) -> tuple[int, int]:
+        for written in (*self._synced, *self._pending):
+            written.result()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        return size, self._checksum
+
+    def _add(self, data: memoryview) -> None:
+        self._checksum = zlib.crc32(data, self._checksum)
+
+
+def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
+    """Sorted hashes [m] and the row of each; of equal keys the last row stands."""
+    parts = [hash_keys(chunk) for chunk in keys.chunks]
+    hashes = np.concatenate([np.empty(0, np.uint64), *parts])
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    repeated = np.flatnonzero(hashes[1:] == hashes[:-1])
+    if repeated.size == 0:
+        return hashes, order.astype(np.int64)
+    kept = np.ones(hashes.size, bool)
+    seen: dict[tuple[int, Any], int] = {}
+    for at in np.union1d(repeated, repeated + 1).tolist():  # equal hashes: equal keys, or a collision
+        key = (int(hashes[at]), keys[int(order[at])].as_py())
+        standing = seen.setdefault(key, at)
+        if order[standing] < order[at]:
+            seen[key] = at
+        kept[at] = seen[key] == at
+        kept[standing] &= seen[key] == standing
+    return hashes[kept], order[kept].astype(np.int64)
+
+
+def find_segment_damage(folder: Path, facts: SegmentFacts, *, contents: bool = True) -> Iterator[str]:
+    """Files of a run that are not as they were written, a line each; sizes, and checksums if `contents`."""
+    for name, (size, checksum) in sorted(facts.files.items()):
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            yield f"{folder / name} is missing"
+        elif found != size:
+            yield f"{folder / name} has {found} bytes instead of {size}"
+        elif contents and file_checksum(folder / name) != checksum:
+            yield f"{folder / name}: the contents are not what was written"
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

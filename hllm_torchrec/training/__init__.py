@@ -1,0 +1,1 @@
+"""The trainer, stages, losses over ranks, optimizers, resuming and warm starts."""

@@ -1,0 +1,101 @@
+"""The loss of a step over all ranks and micro-batches, and the numbers that the log shows of it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.models.hllm import HLLMOutput
+from hllm_torchrec.modules.losses.objectives import embedding_spread
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the generative and the value loss count for; the classification loss counts 1."""
+
+    generative: float
+    value: float
+
+    @classmethod
+    def of(cls, config: Config) -> "LossWeights":
+        """lambda of Eq. (3), or 1 where the generative loss is the only one (Eq. 1)."""
+        objective = config.objective
+        generates_only = objective.fusion == "none"
+        return cls(1.0 if generates_only else objective.generative_weight, objective.value_weight)
+
+
+def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
+    """(weight of the exposures, generative targets) of a whole step on all ranks; at least 1 each."""
+    local = [[float(batch.weights.sum()), float(batch.next_rows.numel())] for batch in batches]
+    exposures, targets = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    return max(exposures, 1.0), max(targets, 1.0)
+
+
+def micro_batch_loss(
+    output: HLLMOutput, counts: tuple[float, float], weights: LossWeights, encodes_items: bool
+) -> tuple[Tensor, Tensor]:
+    """This rank's and micro-batch's share of Eq. (3): local sums over global counts, so that shares add up.
+
+    encodes_items: whether the item embeddings were made by the present weights.
+
+    Returns:
+        The share [], with gradient, and float64 [7] for `describe_step`, to be added up over micro-batches.
+    """
+    classification = output.classification / counts[0]
+    value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts[0]
+    generative, effective, accuracy = (classification.new_zeros(()) for _ in range(3))
+    if output.generative is not None:
+        share = output.generative.count / counts[1]
+        generative = output.generative.loss_sum / counts[1]
+        effective, accuracy = (
+            output.generative.effective_negatives * share,
+            output.generative.accuracy * share,
+        )
+    spread, measured = classification.new_zeros(()), 0.0
+    if encodes_items and output.items is not None and output.items.shape[0] > 1:
+        spread, measured = embedding_spread(output.items), 1.0
+    numbers = [classification, generative, value, effective, accuracy, spread, spread.new_tensor(measured)]
+    loss = classification + weights.generative * generative + weights.value * value
+    return loss, torch.stack([number.detach().double() for number in numbers]).cpu()
+
+
+def describe_step(numbers: Tensor, norm: float, config: Config, alarm: bool) -> dict[str, float]:
+    """The losses and statistics of a step from the sum of its `micro_batch_loss` numbers over all ranks.
+
+    norm: of the gradients, NaN or infinite if one of them is.
+    alarm: whether collapsed items are an error yet. A model from scratch begins with much the same embedding
+    for every item, and the first steps pull them apart.
+
+    Raises:
+        FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
+    """
+    cls, gen, value, effective, accuracy, spread, measured = numbers.tolist()
+    weights, objective = LossWeights.of(config), config.objective
+    found = {"loss": cls + weights.generative * gen + weights.value * value}
+    if objective.fusion != "none":
+        found["loss_cls"] = cls
+    if weights.generative > 0:
+        found |= {"loss_gen": gen, "effective_negatives": effective, "gen_accuracy": accuracy}
+    if weights.value > 0:
+        found["loss_value"] = value
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(
+            f"the loss is {found['loss']}: lower optim.lr or optim.table_lr, or set optim.clip_norm above 0"
+        )
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the norm of the gradients is {norm} at a loss of {found['loss']:.6g}: lower optim.lr or optim.table_lr"
+        )
+    if measured:
+        found["item_similarity"] = spread / measured
+        if alarm and weights.generative > 0 and found["item_similarity"] > objective.collapse_above:
+            raise FloatingPointError(
+                f"item embeddings have collapsed: their mean cosine similarity is {spread / measured:.4f} > "
+                f"objective.collapse_above {objective.collapse_above}; lower optim.item_llm_lr or raise "
+                "objective.generative_weight"
+            )
+    return found

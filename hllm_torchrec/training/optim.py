@@ -1,0 +1,171 @@
+"""Optimizers: AdamW for dense parts, TorchRec's in-backward ones for sharded tables, one schedule for both.
+
+Learning rates are a function of the number of optimizer steps done, so a resumed run needs only that number.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.optim import AdamW
+
+from hllm_torchrec.common.errors import did_you_mean
+
+#: A part of a parameter's name that says it is a table of embeddings (Hugging Face's and TorchRec's names).
+_EMBEDDING = re.compile(r"(^|\.)(\w*_)?(embeddings?|embedding_bags|embed_tokens)(\.|$)")
+
+
+def dense_optimizer(
+    named_parameters: Iterable[tuple[str, Parameter]],
+    *,
+    learning_rate: float,
+    part_learning_rates: Mapping[str, float] | None = None,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> AdamW:
+    """Make the AdamW of the dense parameters, with a learning rate for each part of the model.
+
+    Frozen parameters, and those of sharded tables (which have their optimizer in the backward pass), are left
+    out. Matrices decay; norms, biases, embeddings and whatever has but one dimension larger than 1 do not.
+
+    Args:
+        named_parameters: as from `model.named_parameters()`; plain and DTensor parameters may be mixed.
+        learning_rate: of the parameters that `part_learning_rates` does not name.
+        part_learning_rates: prefix of names, such as `"item_llm"`, to learning rate; the longest counts.
+        weight_decay: decoupled; a step shrinks a matrix by `learning rate x weight_decay`.
+        betas: decay of the means of gradients and of squared gradients.
+        eps: added to the root of the mean square.
+
+    Returns:
+        AdamW with one group for each (learning rate, decay, DTensor or not), each with a `name`.
+
+    Raises:
+        ValueError: a prefix that no parameter has, or nothing to train.
+    """
+    parameters = list(named_parameters)
+    rates = dict(part_learning_rates or {})
+    for prefix in rates:
+        if not any(_is_under(name, prefix) for name, _ in parameters):
+            parts = sorted({name.split(".")[0] for name, _ in parameters})
+            hint = did_you_mean(prefix, parts)
+            raise ValueError(f"part_learning_rates: no parameter is under {prefix!r}{hint}; parts: {', '.join(parts)}")
+    groups: dict[tuple[str, bool, bool], list[Parameter]] = defaultdict(list)
+    for name, parameter in parameters:
+        if parameter.requires_grad and not hasattr(parameter, "_in_backward_optimizers"):
+            part = max((prefix for prefix in rates if _is_under(name, prefix)), key=len, default="")
+            groups[part, _decays(name, parameter), isinstance(parameter, DTensor)].append(parameter)
+    if not groups:
+        raise ValueError("there is no dense parameter to train: all are frozen or in sharded tables; unfreeze a part")
+    return AdamW(
+        [
+            {
+                "name": f"{part or 'rest'}{'' if decays else ' (no decay)'}",
+                "params": members,
+                "lr": rates.get(part, learning_rate),
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+            for (part, decays, _), members in groups.items()
+        ],
+        betas=betas,
+        eps=eps,
+        fused=True,  # one pass over memory instead of ten, on CPU too; it cannot mix DTensors and Tensors
+    )
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    """Whether a dotted name is `prefix` or below it."""
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _decays(name: str, parameter: Parameter) -> bool:
+    """Whether a parameter is a matrix that is not a table of embeddings."""
+    return sum(size > 1 for size in parameter.shape) > 1 and not _EMBEDDING.search(name)
+
+
+def named_optimizer_state(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Parameter]]
+) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's own state tensors by parameter name: loading into them in place restores it.
+
+    Args:
+        optimizer: its state exists (after a step, or `materialize_state`).
+        named_parameters: the names to use; parameters that the optimizer has not got are passed over.
+    """
+    return {name: dict(optimizer.state[p]) for name, p in named_parameters if optimizer.state.get(p)}
+
+
+def materialize_state(optimizer: AdamW) -> None:
+    """Make the state of parameters that have none yet, so that a checkpoint can be loaded into it.
+
+    Weights, gradients, learning rates and existing state stay as they are; new step counts are 0.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    new = [p for p in parameters if not optimizer.state.get(p)]
+    if not new:
+        return
+    gradients = [p.grad for p in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter in new:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # neither the update nor the decay moves a weight
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    for parameter in new:
+        optimizer.state[parameter]["step"].zero_()
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
+    """Return the share of the full learning rate for the update after `step` updates.
+
+    It rises linearly from `1 / warmup_steps` (update 0) to 1 (update `warmup_steps - 1`), falls as half a
+    cosine to `min_ratio` at `total_steps`, and stays there.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common L2 norm is at most `max_norm`.
+
+    DTensor gradients (FSDP2) are normed over their mesh. Plain gradients are taken to be the same on every
+    rank, as DDP leaves them, and count once. `torch.nn.utils.clip_grad_norm_` raises on a mix of the two.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: the largest norm allowed; 0: measure only.
+
+    Returns:
+        The norm before clipping, 0-d, the same on every rank; NaN or infinite if a gradient is.
+    """
+    by_mesh: dict[Any, list[Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh[mesh].append(parameter)
+    norms = [_total_norm(members) for members in by_mesh.values()]
+    total = torch.nn.utils.get_total_norm(norms)
+    if max_norm > 0:
+        for members in by_mesh.values():
+            torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)
+    return total
+
+
+def _total_norm(parameters: list[Parameter]) -> Tensor:
+    """Return the L2 norm of the gradients of parameters that are all plain or all DTensors of one mesh."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,57 @@
+"""Where a run goes on: the checkpoint to continue from, and whether it is of the same schedule."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.checkpoint.layout import checkpoints_by_step, finish_interrupted_renames
+from hllm_torchrec.checkpoint.load import latest_checkpoint
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.training.stage_schedule import EpochSegment
+
+
+def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | None:
+    """The newest whole checkpoint of `config.output`, or None where there is none. Collective.
+
+    output: the folder of this host that has the run's checkpoints, where `config.output` is a URL.
+
+    Raises:
+        ConfigError: there is one and the run is not to be resumed: it must not be mixed with a new one; or all that
+            there are are damaged, and `reliability.no_checkpoint_left` does not say to begin anew.
+    """
+    folder = (output or Path(config.output)) / "checkpoints"
+    if config.resume:
+        run_on_rank_zero(lambda: finish_interrupted_renames(folder))
+    written = run_on_rank_zero(lambda: [path.name for path in checkpoints_by_step(folder)])
+    if written and not config.resume:
+        problem = f"holds a run, up to {written[-1]}: continue it (resume: true) or choose another folder"
+        raise ConfigError([f"output: {config.output}: {problem}"])
+    path = latest_checkpoint(folder)
+    if written and path is None and config.reliability.no_checkpoint_left == "stop":
+        raise ConfigError(
+            [
+                f"resume: none of the checkpoints in {folder} ({', '.join(written)}) is whole, see the warnings: bring "
+                "one back from a copy, or begin anew (reliability.no_checkpoint_left: begin)"
+            ]
+        )
+    return path
+
+
+def check_schedule(checkpoint: Path, extra: dict[str, Any], segments: Sequence[EpochSegment]) -> None:
+    """The epochs begun must have the steps they had, or "step n" would be another place in the data.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    begun = sum(segment.first_step < extra["step"] for segment in segments)
+    mine, saved = [segment.steps for segment in segments[:begun]], extra["leg_steps"][:begun]
+    if mine != saved:
+        raise ConfigError(
+            [
+                f"resume: the epochs of {checkpoint} have {saved} steps, those of this run {mine}: keep the dataset, "
+                "the stages and batch_users x ranks x optim.accumulate (it ran with data.batch_users "
+                f"{extra['config']['data']['batch_users']})"
+            ]
+        )

@@ -1,0 +1,416 @@
+"""The training loop: stages of epochs of steps, evaluated and saved on a schedule, resumable exactly."""
+
+import math
+from collections.abc import Generator
+from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hllm_torchrec.checkpoint.load import load_checkpoint, load_rank_extra, set_rng_state
+from hllm_torchrec.checkpoint.manager import CheckpointManager
+from hllm_torchrec.checkpoint.remote_runs import open_run_storage
+from hllm_torchrec.common.errors import Preempted
+from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
+from hllm_torchrec.common.progress import progress
+from hllm_torchrec.config.loading import save_config, to_dict
+from hllm_torchrec.config.schema import Config, StageConfig
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.distributed.preemption import PreemptionHandler
+from hllm_torchrec.distributed.wrappers import full_tensor
+from hllm_torchrec.embedding.optimizers import TableOptimizer
+from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
+from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
+from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
+from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.lora_base import check_base_weights
+from hllm_torchrec.models.parallelize import autocast, compute_dtype, user_attention
+from hllm_torchrec.models.stored_items import use_stored_items
+from hllm_torchrec.modules.losses.objectives import MAX_SCALE
+from hllm_torchrec.training.loss import LossWeights, describe_step, micro_batch_loss, step_counts
+from hllm_torchrec.training.optim import (
+    clip_grad_norm,
+    dense_optimizer,
+    materialize_state,
+    named_optimizer_state,
+    warmup_cosine,
+)
+from hllm_torchrec.training.resume import check_schedule, checkpoint_to_resume
+from hllm_torchrec.training.stage_schedule import EpochSegment, epoch_segments, evaluation_steps
+from hllm_torchrec.training.step_guard import StepGuard
+from hllm_torchrec.training.throughput import StepMeter, global_matmul_peak, snapshot_weights
+from hllm_torchrec.training.wandb_sink import open_run_log
+from hllm_torchrec.training.warm_start import warm_start
+
+
+class Trainer:
+    """Trains one configuration on this rank; `run` does it all.
+
+    Raises:
+        ConfigError: the configuration does not fit the dataset, the device, or what `output` holds already.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.storage = open_run_storage(config.output)
+        self.output = self.storage.folder
+        self.checkpoint = checkpoint_to_resume(config, self.output)
+        self.peak_flops = global_matmul_peak(device, compute_dtype(config))  # draws numbers: before anything is seeded
+        self.experiment: Experiment = build_experiment(config, device)
+        self.model, self.hllm = self.experiment.model, self.experiment.hllm
+        if config.start_from is not None:
+            warm_start(self.experiment, Path(config.start_from))
+        self.dense_optim = dense_optimizer(
+            self.hllm.named_parameters(),
+            learning_rate=config.optim.lr,
+            part_learning_rates=self._part_rates(),
+            weight_decay=config.optim.weight_decay,
+            betas=config.optim.betas,
+        )
+        self.base_learning_rates = [group["lr"] for group in self.dense_optim.param_groups]
+        self.table_optim = TableOptimizer(self.model.fused_optimizer)
+        sharded = self.hllm.features.tables if config.parallel.overlap_tables else None
+        self.table_prefetcher = TablePrefetcher(sharded) if sharded is not None else None
+        averaged = self.experiment.averaged_parameters()
+        self.ema = EmaWeights(averaged, config.optim.ema) if config.optim.ema else None
+        self.loss_weights = LossWeights.of(config)
+        self.validation = self.experiment.loader("valid", config.evaluation.batch_users)
+        self.loaders: dict[StageConfig, Loader] = {}
+        self.segments = epoch_segments(config.stages, self._epoch_steps)
+        self.total_steps = self.segments[-1].first_step + self.segments[-1].steps
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.warmup_steps = max(1, round(config.optim.warmup * self.total_steps))
+        self.evaluation_steps = evaluation_steps(self.segments, config.evaluation.every, self.total_steps)
+        self.step, self.best_score, self.evals_without_improvement = 0, -math.inf, 0
+        self.checkpoints = CheckpointManager(config, self.storage)
+        self.guard = StepGuard(config, self.rank, self.output)
+        self.evaluation_pending = False  # whether the present step's evaluation is still to come
+        self.preemption, self.should_stop = PreemptionHandler(), False
+        self.pending_save_failed = False  # whether a checkpoint in flight has failed
+        self.metrics: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end (or until it stops getting better) and return the last evaluation.
+
+        Raises:
+            Preempted: a rank was sent SIGTERM; the state after the last step is saved.
+            FloatingPointError: the loss is not finite, or the item embeddings have collapsed.
+        """
+        started = snapshot_weights(self.hllm, self.experiment.item_encoder)
+        self._resume()
+        if self.hllm.uses_stored_items:
+            use_stored_items(self.experiment)
+        with (
+            self.storage.published_on_exit(),
+            open_run_log(self.config, self.output, self.rank, self.step) as self.log,
+            progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
+            self.preemption,
+            self.checkpoints.wait_for_pending_save_on_error(),
+        ):
+            self._log_start()
+            try:
+                self._train_segments()
+            except Preempted:
+                self._save_and_raise_preempted()
+            except RuntimeError as error:
+                error.add_note(f"after step {self.step}")
+                raise
+            self.checkpoints.close(self.log)
+            moved = snapshot_weights(self.hllm, self.experiment.item_encoder).relative_change_since(started)
+            self.log.write(
+                "end", self.step, **peak_memory_bytes(), weights_moved=moved, live_steps=self._item_llm_steps()
+            )
+        if self.rank == 0:
+            print(self._summary_line(moved), flush=True)
+        return self.metrics | {"weights_moved": moved}
+
+    def _train_segments(self) -> None:
+        if self.evaluation_pending:
+            self._evaluate_and_save()
+        for segment in self.segments:
+            if (
+                segment.first_step + segment.steps <= self.step
+                or segment.first_step >= self.total_steps
+                or self._out_of_patience()
+            ):
+                continue
+            self._begin_segment(segment)
+            self._train_segment(segment)
+
+    def _save_and_raise_preempted(self) -> NoReturn:
+        if self.checkpoints.last_saved_step != self.step:
+            self._save(None)
+        self.checkpoints.close(self.log)
+        self.log.write("preempted", self.step)
+        raise Preempted(f"asked to leave (SIGTERM) after step {self.step}, which is saved: continue with resume: true")
+
+    def _item_llm_steps(self) -> int:
+        """Steps so far through which gradients reached the Item LLM."""
+        segments = [segment for segment in self.segments if segment.stage.item_embeddings == "trained"]
+        steps = sum(
+            max(0, min(self.step, segment.first_step + segment.steps) - segment.first_step) for segment in segments
+        )
+        return steps if self.config.item_llm.enabled and self.config.item_llm.trainable else 0
+
+    def _summary_line(self, moved: dict[str, float]) -> str:
+        """What was trained, for the reader of the log: relative changes of weights and of item embeddings."""
+        live = self._item_llm_steps()
+        shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
+        return (
+            f"trained {self.step} steps, {live} of them ({live / max(self.step, 1):.0%}) end to end through the "
+            f"Item LLM; moved: {shown}"
+        )
+
+    def _train_segment(self, segment: EpochSegment) -> None:
+        meter = StepMeter(self.hllm, self.experiment.item_encoder, self.peak_flops)
+        with closing(self._micro_batches(segment)) as steps:
+            for batches, following in with_lookahead(steps, self.table_prefetcher is not None):
+                numbers, rates = self.train_step(batches, following), meter.tick(batches)
+                if numbers:
+                    self.log.write("step", self.step, stage=segment.stage.name, epoch=segment.epoch, **numbers, **rates)
+                    self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                else:
+                    self.log.write("skipped", self.step, reason=self.guard.reason)
+                self.bar.update(1)
+                self._after_step()
+                if self._out_of_patience():
+                    break
+                meter.restart()
+        if self.table_prefetcher is not None:
+            self.table_prefetcher.finish()
+
+    def train_step(self, batches: list[HybridBatch], next_batches: list[HybridBatch] | None = None) -> dict[str, float]:
+        """Forward and backward of every micro-batch, then the dense optimizer's step; what the log shows.
+
+        Nothing where the step is skipped: see `StepGuard`.
+        next_batches: micro-batches of the next step, on the device: their table ids may be exchanged ahead.
+        """
+        self._set_learning_rates(self._rate_ratio())
+        batches = [batch.to(self.device, non_blocking=True) for batch in batches]
+        counts = step_counts(batches)
+        numbers = torch.zeros(7, dtype=torch.float64)
+        for batch, coming in pairwise([*batches, next_batches[0] if next_batches else None]):
+            assert batch is not None
+            with self._no_sync() if batch is not batches[-1] else nullcontext():
+                if self.table_prefetcher is not None and coming is not None:
+                    self.table_prefetcher.begin(coming.features)
+                with autocast(self.config, self.device):
+                    output = self.model(batch)
+                loss, of_batch = micro_batch_loss(output, counts, self.loss_weights, self.hllm.encodes_items)
+                if self.table_prefetcher is not None:
+                    self.table_prefetcher.send()
+                numbers += of_batch
+                if refused := self.guard.rejects_loss(loss):
+                    break
+                # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
+                (loss * self.world_size).backward()
+        norm = math.nan if refused else self._dense_step()
+        self.step += 1
+        if self.ema is not None and math.isfinite(norm):
+            self.ema.update(self.step)
+        found = self._describe(numbers, norm, batches)
+        return found and found | {"grad_norm": norm, "lr": self.dense_optim.param_groups[0]["lr"]}
+
+    def _describe(self, numbers: Tensor, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
+        totals = global_sum(
+            torch.cat([numbers, numbers.new_tensor([self.preemption.requested, self.checkpoints.pending_save_failed])])
+        )
+        self.should_stop, self.pending_save_failed = totals[-2:].bool().tolist()
+        try:
+            found = describe_step(totals[:-2], norm, self.config, alarm=self.step > self.warmup_steps)
+        except FloatingPointError as error:
+            self.dense_optim.zero_grad(
+                set_to_none=True
+            )  # a step that was refused has its earlier micro-batches' gradients
+            self.guard.record_failure(self.step, batches, str(error), may_skip=not math.isfinite(norm))
+            return {}
+        self.guard.record_success()
+        if self.hllm.generates:
+            log_scale = full_tensor(self.hllm.logit_scale.log_scale.detach())
+            found["temperature"] = max(1 / MAX_SCALE, float((-log_scale).exp()))
+        return found
+
+    def _dense_step(self) -> float:
+        """Step by the gradients, if they are finite; their norm before clipping, the same on every rank."""
+        trained = [p for group in self.dense_optim.param_groups for p in group["params"]]
+        norm = float(clip_grad_norm(trained, self.config.optim.clip_norm))
+        if math.isfinite(norm):
+            self.dense_optim.step()
+        self.dense_optim.zero_grad(set_to_none=True)
+        return norm
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        """DDP sums micro-batches before it communicates; FSDP2 communicates each, which costs only time."""
+        inner = self.model._dmp_wrapped_module
+        context: AbstractContextManager[None] = inner.no_sync() if hasattr(inner, "no_sync") else nullcontext()
+        return context
+
+    # ------------------------------------------------------------------ schedule
+
+    def _epoch_steps(self, stage: StageConfig, epoch: int) -> int:
+        return -(-self._loader(stage).steps(epoch) // self.config.optim.accumulate)
+
+    def _loader(self, stage: StageConfig) -> Loader:
+        if stage not in self.loaders:
+            self.loaders[stage] = self.experiment.loader(
+                "train",
+                stage.batch_users or self.config.data.batch_users,
+                training=True,
+                max_history=stage.max_history,
+                batch_item_tokens=0 if stage.batch_users else self.config.data.batch_item_tokens,
+            )
+        return self.loaders[stage]
+
+    def _micro_batches(self, segment: EpochSegment) -> Generator[list[HybridBatch], None, None]:
+        """The micro-batches of each step of the segment that is still to be done."""
+        accumulate = self.config.optim.accumulate
+        done = max(0, self.step - segment.first_step)
+        with closing(self._loader(segment.stage).batches(segment.epoch, done * accumulate)) as batches:
+            for _ in range(done, min(segment.steps, self.total_steps - segment.first_step)):
+                yield [batch.to(self.device, non_blocking=True) for batch in islice(batches, accumulate)]
+
+    def _begin_segment(self, segment: EpochSegment) -> None:
+        """Item embeddings as the stage wants them: live, or from a cache filled by the present weights.
+
+        A run resumed within a cached stage fills it anew: the Item LLM is as it was when the stage began,
+        since nothing trains it in such a stage.
+        """
+        cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
+        if segment.is_first_of_stage or (cached and self.hllm.item_cache is None):
+            self.hllm.item_cache = None
+            if cached:
+                self.hllm.item_cache = self.experiment.encode_catalogue()
+            if self.hllm.needs_item_statistics:
+                self.log.write("measured", self.step, **self.experiment.measure_item_statistics())
+            self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
+
+    def _rate_ratio(self) -> float:
+        return warmup_cosine(self.step, self.warmup_steps, self.total_steps, self.config.optim.min_lr_ratio)
+
+    def _set_learning_rates(self, ratio: float) -> None:
+        for group, rate in zip(self.dense_optim.param_groups, self.base_learning_rates, strict=True):
+            group["lr"] = rate * ratio
+        self.table_optim.set_ratio(ratio)
+
+    def _part_rates(self) -> dict[str, float]:
+        item_llm, optim = self.hllm.item_llm, self.config.optim
+        trains_items = item_llm is not None and any(p.requires_grad for p in item_llm.parameters())
+        rates = {"item_llm": optim.item_llm_lr if trains_items else None, "user": optim.user_lr}
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+    def _log_start(self) -> None:
+        if self.rank == 0:
+            save_config(self.config, self.output / "config.yaml")
+        self.log.write(
+            "start",
+            self.step,
+            world=self.world_size,
+            total_steps=self.total_steps,
+            parameters=sum(p.numel() for p in self.hllm.parameters()),
+            matmul_peak=self.peak_flops,
+            item_attention=None if self.hllm.item_llm is None else str(self.hllm.item_llm.attention),
+            user_attention=user_attention(self.hllm.user, self.device),
+            machine=machine_info(),
+        )
+
+    # ------------------------------------------------------------------ evaluation and checkpoints
+
+    def _after_step(self) -> None:
+        """What is due after the present step."""
+        every = self.config.evaluation.checkpoint_every
+        self.evaluation_pending = self.step in self.evaluation_steps
+        if self.pending_save_failed:
+            self.checkpoints.finish_pending_save(self.log)
+        if self.should_stop:
+            raise Preempted
+        if self.evaluation_pending:
+            self._evaluate_and_save()
+        elif every and self.step % every == 0:
+            self._save(None)
+
+    def _evaluate_and_save(self) -> None:
+        self.metrics = self.evaluate()
+        own = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
+        score = float(self.metrics[own])
+        self.evals_without_improvement = 0 if score > self.best_score else self.evals_without_improvement + 1
+        self.best_score = max(self.best_score, score)
+        self.evaluation_pending = False
+        self.log.write("eval", self.step, split="valid", **self.metrics)
+        self._save(score)
+        self.guard.check_leakage(self.step, self.metrics.get("auc"))
+
+    def save_untrained(self) -> dict[str, Any]:
+        """Evaluate and save the model as it stands: a run of no steps, of weights that were trained elsewhere.
+
+        Returns the evaluation. Collective.
+        """
+        with self.storage.published_on_exit(), open_run_log(self.config, self.output, self.rank, 0) as self.log:
+            self._log_start()
+            self._evaluate_and_save()
+            self.checkpoints.close(self.log)
+        return self.metrics
+
+    def evaluate(self) -> dict[str, Any]:
+        """Validation metrics with the averaged weights, if there are any. Collective."""
+        with self.ema.swapped() if self.ema is not None else nullcontext():
+            kept = self.hllm.item_cache
+            if kept is None:
+                self.hllm.item_cache = self.experiment.evaluation_item_cache()
+            metrics: dict[str, Any] = {}
+            if self.hllm.fusion != "none":
+                cold = self.experiment.cold_items()
+                scored = score_split(self.model, self.validation, self.device, cold=cold)
+                metrics |= quick_metrics(scored, self.config.evaluation.auc)
+            if measures_retrieval(self.experiment):
+                found = evaluate_retrieval(self.experiment, self.validation)
+                metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in found.items()}
+            self.hllm.item_cache = kept
+        return metrics
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.evaluation.patience <= self.evals_without_improvement
+
+    def _state(self) -> dict[str, Any]:
+        materialize_state(self.dense_optim)
+        state: dict[str, Any] = {
+            "model": self.experiment.model_state(),
+            "dense": named_optimizer_state(self.dense_optim, self.hllm.named_parameters()),
+            "tables": self.table_optim.state(),
+        }
+        return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
+
+    def _save(self, score: float | None) -> None:
+        extra = {
+            "best": self.best_score if math.isfinite(self.best_score) else None,
+            "stale": self.evals_without_improvement,
+            "owed": self.evaluation_pending,
+            "leg_steps": [segment.steps for segment in self.segments],
+            "config": to_dict(self.config),
+            "bases": self.experiment.base_fingerprints,
+        }
+        self.checkpoints.save(self.step, self._state(), extra, score, self.log)
+
+    def _resume(self) -> None:
+        """Continue from the last complete checkpoint, if asked to and there is one."""
+        if self.checkpoint is None:
+            return
+        extra = load_checkpoint(self.checkpoint, self._state())
+        check_base_weights(extra, self.experiment.base_fingerprints, self.config, self.checkpoint)
+        check_schedule(self.checkpoint, extra, self.segments)
+        self.step = self.checkpoints.last_saved_step = extra["step"]
+        self.evals_without_improvement, self.evaluation_pending = extra["stale"], extra.get("owed", False)
+        self.best_score = -math.inf if extra["best"] is None else extra["best"]
+        self.table_optim.set_step(self.step * self.config.optim.accumulate)
+        if (own := load_rank_extra(self.checkpoint)) is not None:
+            set_rng_state(own["rng"])

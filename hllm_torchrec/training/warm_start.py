@@ -1,0 +1,66 @@
+"""A run that begins with the weights of another: stage II of HLLM starts from stage I."""
+
+import re
+from pathlib import Path
+
+from hllm_torchrec.checkpoint.layout import MARKER
+from hllm_torchrec.checkpoint.load import best_checkpoint, load_checkpoint, verify_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.checkpoint.safe_reader import SafeReader
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.lora_base import check_base_weights
+
+OPTIONAL_PARTS = (
+    "adapter",
+    "features",
+    "head",
+    "logit_scale",
+    "project_item",
+    "project_next",
+    "project_vectors",
+    "standardise",
+    "user_token",
+    "value_head",
+)
+"""Parts of the model that the other run need not have; the Item LLM and the user encoder it must."""
+
+
+def warm_start(experiment: Experiment, source: Path) -> None:
+    """Load the weights of a run's best checkpoint, or of a checkpoint, into a newly built model. Collective.
+
+    Averaged weights (`optim.ema`) where the other run has them, as it was they that made the checkpoint the best.
+    What the checkpoint lacks of the parts OPTIONAL_PARTS, or has in another shape, keeps its initial values; a warning
+    says so. Optimizers begin anew.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+        ValueError: its Item LLM or user encoder are others, or its files are damaged.
+    """
+    checkpoint = _find(source)
+    keep = [f"{group}.{part}" for group in ("model", "ema") for part in OPTIONAL_PARTS]
+    extra = load_checkpoint(checkpoint, {"model": experiment.model_state()}, allow_missing=keep)
+    check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
+    averaged = run_on_rank_zero(
+        lambda: [key for key in SafeReader(checkpoint).read_tensors() if key.startswith("ema.")]
+    )
+    if averaged:
+        own = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in set(averaged)}
+        load_checkpoint(checkpoint, {"ema": own}, allow_missing=keep)
+
+
+def _find(source: Path) -> Path:
+    if re.search(r"step-\d+$", source.name):
+        source = local_checkpoint(source)
+    if (source / MARKER).is_file():
+        return verify_checkpoint(source)
+    found = best_checkpoint(local_run(source, "best") / "checkpoints")
+    if found is None:
+        raise ConfigError(
+            [
+                f"start_from: {source}: neither a checkpoint nor a run with an evaluated one; train that run first, or "
+                "name a checkpoint"
+            ]
+        )
+    return found

@@ -1,0 +1,189 @@
+"""A trained run as files for programs that know nothing of this library.
+
+    item_llm/            the Item LLM: a Hugging Face directory with tokeniser, and item_token.safetensors
+    user_llm/            the User LLM, without words (other user encoders are in parts.safetensors)
+    parts.safetensors    everything else by its name in the model: projections, heads, tables, logit scale
+    config.yaml          the run's configuration, with the two directories as its pretrained models
+    README.md            model card: what it is, how it was trained and measured, how to read it
+
+Both directories can be `item_llm.pretrained` and `user.pretrained` of another run.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.machine import machine_info
+from hllm_torchrec.config.loading import save_config
+from hllm_torchrec.config.schema import Config, LoRAConfig
+from hllm_torchrec.data.token_store import TOKENIZER_FILES
+from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
+from hllm_torchrec.modules.encoders.user_llm import UserLLM
+from hllm_torchrec.modules.lora import merged_state
+from hllm_torchrec.weights.huggingface import save_backbone, without_word_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from hllm_torchrec.embedding.tables import assemble_tensor
+
+BACKBONE_PREFIXES = {"item_llm": "item_llm.backbone.", "user_llm": "user.backbone."}
+"""Directory -> how its weights' names begin in the model."""
+
+
+def export_huggingface(run: Path, which: str, output: Path, device: torch.device) -> None:
+    """Write the model of a run at its checkpoint "best" or "latest", or the one named, into `output`.
+
+    Averaged weights (`optim.ema`) where the run has them. One process: the checkpoint may be of any number.
+
+    Raises:
+        ValueError: no such run or checkpoint, or the output is there already.
+    """
+    if output.exists():
+        raise ValueError(f"{output}: is there already; name a folder that is not, or remove it")
+    loaded = load_run(run, which, device, use_items=False)
+    with loaded.weights, atomic_folder(output) as folder:
+        state = full_state_dict(loaded)
+        for name, backbone in _backbones(loaded).items():
+            own = {
+                key.removeprefix(BACKBONE_PREFIXES[name]): state.pop(key) for key in sorted(state) if _is_of(key, name)
+            }
+            own = merged_state(own, _lora_scale(loaded.experiment.config, name))
+            if name == "item_llm":
+                save_backbone(backbone.config, own, folder / name, state.pop("item_llm.item_token"))
+                _copy_tokenizer(loaded.experiment.config, folder / name)
+            else:
+                save_backbone(*without_word_embeddings(backbone.config, own), folder / name)
+        save_file({key: value.contiguous() for key, value in state.items()}, str(folder / "parts.safetensors"))
+        exported = _with_backbones(loaded.experiment.config, output, _backbones(loaded))
+        save_config(exported, folder / "config.yaml")
+        (folder / "README.md").write_text(model_card(run, loaded), encoding="utf-8")
+
+
+def full_state_dict(loaded: LoadedRun) -> dict[str, Tensor]:
+    """Every weight by its name, on the CPU, sharded ones put together. For one process."""
+    return {name: assemble_tensor(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
+
+
+def _is_of(key: str, name: str) -> bool:
+    return key.startswith(BACKBONE_PREFIXES[name])
+
+
+def _lora_scale(config: Config, name: str) -> float:
+    """What the adapters' product is multiplied by; 0 where there are none."""
+    lora = config.item_llm.lora if name == "item_llm" else config.user.lora
+    return lora.alpha / lora.rank if lora.rank else 0.0
+
+
+def _backbones(loaded: LoadedRun) -> dict[str, "PreTrainedModel"]:
+    """The Hugging Face models in the model, by directory."""
+    hllm, found = loaded.experiment.hllm, {}
+    if hllm.item_llm is not None:
+        found["item_llm"] = hllm.item_llm.backbone
+    if isinstance(hllm.user, UserLLM):
+        found["user_llm"] = hllm.user.backbone
+    return found
+
+
+def _copy_tokenizer(config: Config, target: Path) -> None:
+    source = Path(config.item_llm.tokenizer or config.item_llm.pretrained or "")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+
+
+def _with_backbones(config: Config, output: Path, backbones: dict[str, "PreTrainedModel"]) -> Config:
+    """The configuration of a run that begins with the exported models."""
+    item, user = config.item_llm, config.user
+    if "item_llm" in backbones:
+        directory = str(output / "item_llm")
+        item = dataclasses.replace(
+            item, pretrained=directory, tokenizer=None, shape=None, layers=None, lora=LoRAConfig()
+        )
+    if "user_llm" in backbones:
+        user = dataclasses.replace(
+            user, pretrained=str(output / "user_llm"), shape=None, layers=None, lora=LoRAConfig()
+        )
+    return dataclasses.replace(config, output=f"{config.output}-on", start_from=None, item_llm=item, user=user)
+
+
+def model_card(run: Path, loaded: LoadedRun) -> str:
+    """The README of an exported model, in Markdown with Hugging Face's header."""
+    config, experiment = loaded.experiment.config, loaded.experiment
+    item, user = config.item_llm, config.user
+    info = machine_info()
+    rows = {
+        "dataset": f"{experiment.dataset.name}, fingerprint {experiment.dataset.fingerprint[:16]}",
+        "checkpoint": f"{loaded.checkpoint.name} of {run.name}, seed {config.seed}",
+        "Item LLM": _origin(item.pretrained, item.lora) if item.enabled else "none",
+        "user encoder": f"{user.encoder}, {_origin(user.pretrained, user.lora)}",
+        "objective": f"fusion {config.objective.fusion}, lambda {config.objective.generative_weight}",
+        "item text": f"{item.prompt!r} + {', '.join(item.text_keys)}, at most {item.max_text_length} tokens",
+        "made with": f"hllm_torchrec {info['hllm_torchrec']}, "
+        + ", ".join(f"{name} {info['packages'][name]}" for name in ("torch", "transformers")),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return _CARD.format(name=run.name, table=table, metrics=_metrics(run))
+
+
+def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
+    adapters = f", trained through adapters of rank {lora.rank} and merged" if lora.rank else ""
+    return f"{pretrained or 'random weights'}{adapters}"
+
+
+def _metrics(run: Path) -> str:
+    """What the evaluation job measured, or that it has not."""
+    path = run / "metrics.json"
+    if not path.is_file():
+        return "Not evaluated yet (`hllm evaluate`)."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"- {name}: AUC {figures['auc']:.4f}"
+        for name, figures in (found.get("models") or {}).items()
+        if isinstance(figures, dict) and "auc" in figures
+    ]
+    retrieval = found.get("retrieval") or {}
+    lines += [f"- {name}: {value:.4f}" for name, value in retrieval.items() if "@" in name]
+    return f"On the {found.get('split', 'evaluated')} part:\n\n" + "\n".join(lines)
+
+
+_CARD = """---
+library_name: transformers
+tags: [recommendation, hllm, hllm_torchrec]
+---
+
+# {name}
+
+A hybrid recommender after HLLM (arXiv 2409.12740): the Item LLM turns an item's text into an embedding, the user
+encoder a history of them into an interest.
+
+| | |
+|---|---|
+{table}
+
+## Measured
+
+{metrics}
+
+## Reading it with plain transformers
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("item_llm"), AutoModel.from_pretrained("item_llm")
+item = load_file("item_llm/item_token.safetensors")["item_token"]     # goes behind the text's word embeddings
+words = model.get_input_embeddings()(tokenizer(text, return_tensors="pt")["input_ids"])
+embedding = model(inputs_embeds=torch.cat([words, item[None, None]], dim=1)).last_hidden_state[0, -1]
+```
+
+`user_llm`, where there is one, reads vectors through `inputs_embeds`; its vocabulary is one unused word. Projections,
+heads and tables are in `parts.safetensors`. The licences of the models and data that it was made from go on holding.
+"""

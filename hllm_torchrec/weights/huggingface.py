@@ -1,0 +1,79 @@
+"""Backbones as Hugging Face directories that plain transformers loads: config, safetensors, nothing of ours needed."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hllm_torchrec.models.backbones import ITEM_TOKEN_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+WORDS = "embed_tokens.weight"
+"""Where decoders of the Llama family keep their word embeddings."""
+
+
+def save_backbone(
+    config: "PreTrainedConfig", state: Mapping[str, Tensor], target: Path, item_token: Tensor | None = None
+) -> None:
+    """Write a bare model (`AutoModel`, no head) into the folder `target`.
+
+    Args:
+        config: of the model; not changed.
+        state: its weights by their bare names (`layers.0...`); all of one dtype.
+        item_token: [D] the [ITEM] vector, kept beside the model in a file of its own; None: there is none.
+
+    Raises:
+        ValueError: weights that the model has are missing, are not its own, or have another shape.
+    """
+    from transformers import AutoModel
+
+    config = copy.deepcopy(config)
+    config.dtype = next(iter(state.values())).dtype
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=False)
+    if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in state):
+        model.pooler = None
+    _check_state(model.state_dict(), state, target)
+    model.load_state_dict(dict(state), assign=True)
+    model.save_pretrained(str(target))
+    if item_token is not None:
+        save_file({"item_token": item_token.detach().contiguous()}, str(target / ITEM_TOKEN_FILE))
+
+
+def without_word_embeddings(
+    config: "PreTrainedConfig", state: Mapping[str, Tensor]
+) -> tuple["PreTrainedConfig", dict[str, Tensor]]:
+    """A decoder that reads vectors alone: its vocabulary is one word, whose embedding is zero.
+
+    transformers cannot leave word embeddings out, and would draw missing ones at random.
+    """
+    config, state = copy.deepcopy(config), dict(state)
+    config.vocab_size = 1
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    any_weight = next(iter(state.values()))
+    state[WORDS] = torch.zeros(1, config.hidden_size, dtype=any_weight.dtype)
+    return config, state
+
+
+def _check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], target: Path) -> None:
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing:
+        raise ValueError(f"{target.name}: {len(missing)} weights are missing, e.g. {missing[0]}: give the config of "
+                         "the model that was trained")  # fmt: skip
+    if unknown:
+        raise ValueError(f"{target.name}: {len(unknown)} weights are not of this model, e.g. {unknown[0]}: give the "
+                         "config of the model that was trained")  # fmt: skip
+    if shapes:
+        name = min(shapes)
+        raise ValueError(
+            f"{target.name}: {name} is {tuple(state[name].shape)}, the config wants {tuple(own[name].shape)}: give "
+            "the config of the model that was trained"
+        )

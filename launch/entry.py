@@ -1,0 +1,99 @@
+"""What the jobs' command lines have in common: mistakes of the user's are one line and exit status 2."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hllm_torchrec.common.errors import Preempted
+
+PREEMPTED = 75
+"""Exit status of a run that left because it was asked to (sysexits.h: EX_TEMPFAIL, try again)."""
+
+STATUSES = {
+    0: "done",
+    1: "another rank failed or was lost; store verify: a file is damaged; plan: it does not fit",
+    2: "something that you can mend, said in one line: options, configuration, data, a full disk",
+    3: "evaluate --baseline: the AUC dropped by more than --max-drop",
+    4: "evaluate --baseline: it did, but chance may explain it",
+    PREEMPTED: "asked to leave (SIGTERM); the state is saved, resume: true continues",
+}
+"""Every exit status of every subcommand."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage; its description keeps its lines.
+
+    output_may_be_url: for a command that writes at URLs itself.
+    """
+
+    def __init__(self, *, output_may_be_url: bool = False, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self._output_may_be_url = output_may_be_url
+
+    def add_run(self) -> None:
+        """`--run` and `--checkpoint`; under torchrun `--run-dir`, as torchrun takes --run for one of its own."""
+        run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
+        self.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
+        self.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As ever; an `--output` at a URL is refused, as most commands write folders."""
+        found, rest = super().parse_known_args(args, namespace)
+        if self._output_may_be_url or getattr(found, "output", None) is None:
+            return found, rest
+        if "://" in " ".join(sys.argv[1:] if args is None else args):
+            from hllm_torchrec.common.urls import url_of
+
+            if url := url_of(found.output):
+                self.error(f"--output {url}: must be a folder of this machine; copy it to the URL afterwards")
+        return found, rest
+
+
+#: What torch.distributed says where another rank has died or does not answer (gloo, nccl, the store).
+_LOST_RANK = re.compile(
+    r"gloo/transport|caused pair closure|connection (closed|reset) by peer|broken pipe|remote process|nccl.*timeout",
+    re.IGNORECASE,
+)
+
+
+def run_job(prog: str, job: Callable[[], int | None]) -> int:
+    """Run `job`; return the exit status.
+
+    Returns:
+        What the job returns, 0 for None; 2 after the message of an error that the user can mend; 1 after one line if
+        another rank failed or was lost, whose own messages say why; PREEMPTED after one line of rank 0 if the job was
+        asked to leave (SIGTERM) and has saved what it had.
+    """
+    try:
+        return job() or 0
+    except Preempted as request:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{prog}: {request}", file=sys.stderr)
+        return PREEMPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not is_of_another_rank(error):
+            raise
+        rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
+        where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)
+        return 1
+
+
+def is_of_another_rank(error: RuntimeError) -> bool:
+    """Whether this rank failed because another one did, or does not answer."""
+    from torch import distributed as dist
+
+    from hllm_torchrec.distributed.coordination import PeerFailed
+
+    return isinstance(error, PeerFailed | dist.DistError) or _LOST_RANK.search(str(error)) is not None

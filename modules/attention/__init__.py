@@ -1,0 +1,1 @@
+"""Softmax attention over packed sequences: histories with query tokens, and item texts."""

@@ -1,0 +1,234 @@
+"""Attention over packed sequences with query tokens, plugged into stock Hugging Face models.
+
+A packed batch is one row of T history positions followed by Q query tokens (T + Q = S):
+
+- a history position sees the positions of its own sequence up to itself (causal) or all of them (BERT);
+- a query sees the first `query_visible` positions of its sequence and itself; no one sees a query.
+
+So one pass over a user's sequence serves all of the user's exposures (O(N^2) instead of O(N^3)).
+The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a keyword of its forward;
+transformers hands it to the function registered here, so no modelling code is copied. Sequences of similar
+length share a padded bucket inside the kernel only: no T x T mask of the whole batch exists.
+
+Legend: B sequences, S packed tokens, b sequences in a bucket, N padded positions, M padded queries,
+H heads, D width of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as apply_dropout
+from torch.nn.functional import scaled_dot_product_attention
+
+from hllm_torchrec.modules.attention.text import TextPlan
+from hllm_torchrec.modules.jagged import (
+    MOST_SCORES,
+    Bucket,
+    length_buckets,
+    lengths_from_offsets,
+    position_in_sequence,
+)
+
+PACKED_ATTENTION = "hllm_packed"
+
+
+@dataclass(frozen=True)
+class QueryBucket:
+    """Queries of the sequences of one history bucket.
+
+    rows: [b, M] int64 packed rows (already shifted by T); valid: [b, M] bool;
+    hidden: [b, M, N] bool, True where the query may not look.
+    """
+
+    rows: Tensor
+    valid: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who sees whom in one packed batch; built once per batch, used by every layer.
+
+    history: buckets of the sequences; queries: the queries of each bucket (None: that bucket has none);
+    without_history: [l] int64 packed rows of queries whose sequence is empty (they see only themselves);
+    restore: [S] int64, from the order in which buckets emit rows to the packed order;
+    position_ids: [1, S] int64 (a query stands right after the history it sees).
+    """
+
+    history: list[Bucket]
+    queries: list[QueryBucket | None]
+    without_history: Tensor
+    restore: Tensor
+    position_ids: Tensor
+    causal: bool
+
+    @property
+    def longest(self) -> int:
+        """Keys that the last position, or query, of the longest sequence sees."""
+        longest = max((bucket.rows.shape[1] for bucket in self.history), default=0)
+        return longest + any(queries is not None for queries in self.queries)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """query [S, H, D], key and value [S, G, D] -> [S, H, D]; G divides H."""
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        outputs, query_outputs = [], []
+        for bucket, queries in zip(self.history, self.queries, strict=True):
+            k_BHND, v_BHND = _padded(key, bucket.rows), _padded(value, bucket.rows)
+            out = _history_attention(_padded(query, bucket.rows), k_BHND, v_BHND, bucket, self.causal, scaling, dropout)
+            outputs.append(_packed(out, bucket.valid))
+            if queries is not None:
+                q, own_k, own_v = (_padded(x, queries.rows) for x in (query, key, value))
+                out = _query_attention(q, own_k, own_v, k_BHND, v_BHND, queries.hidden, scaling, dropout)
+                query_outputs.append(_packed(out, queries.valid))
+        lonely = value[self.without_history]  # a softmax over one key is that key's value
+        return torch.cat([*outputs, *query_outputs, lonely])[self.restore]
+
+
+def plan_attention(
+    seq_offsets: Tensor,
+    total: int,
+    query_offsets: Tensor | None = None,
+    query_visible: Tensor | None = None,
+    *,
+    causal: bool = True,
+    most_scores: int = MOST_SCORES,
+) -> AttentionPlan:
+    """Plan for sequences `seq_offsets` [B+1] over `total` = T positions, and optionally Q queries.
+
+    query_offsets: [B+1] int64, which queries belong to which sequence; query_visible: [Q] int64, how many
+    positions of its sequence (from its start) each query sees, 0 <= visible <= length. causal: decoders True,
+    encoders False. most_scores: see `length_buckets`; it bounds memory and changes no value.
+    """
+    history = length_buckets(seq_offsets, most_scores=most_scores)
+    positions = position_in_sequence(seq_offsets, total)
+    emitted = [_valid_rows(bucket.rows, bucket.valid) for bucket in history]
+    queries: list[QueryBucket | None] = [None] * len(history)
+    lonely = positions.new_empty(0)
+    if query_offsets is not None and query_visible is not None:
+        queries = [_query_bucket(bucket, query_offsets, query_visible, total) for bucket in history]
+        emitted += [_valid_rows(q.rows, q.valid) for q in queries if q is not None]
+        lonely = _queries_of_empty_sequences(seq_offsets, query_offsets) + total
+        emitted.append(lonely)
+        positions = torch.cat([positions, query_visible])
+    order = torch.cat(emitted) if emitted else positions.new_empty(0)
+    restore = torch.empty_like(order)
+    restore[order] = torch.arange(order.numel(), device=order.device)
+    return AttentionPlan(history, queries, lonely, restore, positions[None], causal)
+
+
+def _valid_rows(rows: Tensor, valid: Tensor | None) -> Tensor:
+    return rows.flatten() if valid is None else rows[valid]
+
+
+def _query_bucket(history: Bucket, query_offsets: Tensor, query_visible: Tensor, total: int) -> QueryBucket | None:
+    counts = lengths_from_offsets(query_offsets)[history.sequences]
+    most = int(counts.max()) if counts.numel() else 0
+    if most == 0:
+        return None
+    cells = torch.arange(most, device=counts.device).expand(counts.numel(), -1)
+    index = (query_offsets[history.sequences][:, None] + cells).clamp(max=query_visible.numel() - 1)
+    visible = query_visible[index]
+    keys = torch.arange(history.rows.shape[1], device=counts.device)
+    return QueryBucket(
+        rows=index + total, valid=cells < counts[:, None], hidden=keys[None, None, :] >= visible[:, :, None]
+    )
+
+
+def _queries_of_empty_sequences(seq_offsets: Tensor, query_offsets: Tensor) -> Tensor:
+    empty = lengths_from_offsets(seq_offsets) == 0
+    counts = lengths_from_offsets(query_offsets)
+    return torch.nonzero(torch.repeat_interleave(empty, counts)).flatten()
+
+
+@torch.compiler.disable  # its shapes differ in every batch: traced, it would be compiled anew for each
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    hllm_plan: AttentionPlan | TextPlan,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [1, H, S, D], key and value [1, G, S, D] -> [1, S, H, D].
+
+    G divides H (grouped-query attention). `attention_mask` is not used: the plan says it all.
+
+    Raises:
+        ValueError: the model wants what is not computed here (capped logits, attention sinks), or has a
+            sliding window that would cut a sequence.
+    """
+    del module, attention_mask
+    _check_supported(hllm_plan, options)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
+    return hllm_plan.attend(query, key, value, scaling, dropout)[None], None
+
+
+def _check_supported(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> None:
+    """Raise rather than compute something else than what the model was trained with."""
+    for name, wanted in (("softcap", "caps its attention logits"), ("s_aux", "has attention sinks")):
+        if options.get(name) is not None:
+            raise ValueError(f"the backbone {wanted}, which packed attention lacks: choose another model")
+    sliding_window = options.get("sliding_window")
+    if sliding_window is not None and plan.longest > sliding_window:
+        raise ValueError(
+            f"a sequence has {plan.longest} positions, beyond the backbone's sliding window of {sliding_window}, "
+            "which packed attention lacks: shorten data.max_history or item_llm.max_text_length"
+        )
+
+
+def _padded(x_SHD: Tensor, rows_BN: Tensor) -> Tensor:
+    """Gather packed rows into [b, H, N, D]."""
+    b, n = rows_BN.shape
+    return x_SHD.index_select(0, rows_BN.flatten()).view(b, n, *x_SHD.shape[1:]).transpose(1, 2)
+
+
+def _packed(x_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """Back to packed rows [sum of lengths, H, D], padding dropped."""
+    rows = x_BHND.transpose(1, 2)
+    return rows.flatten(0, 1) if valid_BN is None else rows[valid_BN]
+
+
+def _history_attention(
+    q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, causal: bool, scaling: float, dropout: float
+) -> Tensor:
+    # Right padding lies in the future of every real position, so a causal model needs no padding mask.
+    mask = None if causal or bucket.valid is None else bucket.valid[:, None, None, :]
+    return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+
+
+def _query_attention(
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Softmax over the visible history and the query itself; the own key is one extra column."""
+    history = (q @ k.transpose(-1, -2) * scaling).masked_fill(hidden[:, None], float("-inf"))
+    own = (q * own_k).sum(-1, keepdim=True) * scaling
+    weights = torch.cat([history, own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    weights = apply_dropout(weights, dropout, training=dropout > 0)
+    return weights[..., :-1] @ v + weights[..., -1:] * own_v
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    """The plan replaces transformers' mask."""
+
+
+def register_packed_attention() -> None:
+    """Make `PACKED_ATTENTION` a name in transformers' attention registry; again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _no_mask)

@@ -1,0 +1,270 @@
+"""Which kernel runs the Item LLM's attention over packed texts: a registry, and the choice among its entries.
+
+    buckets   length-sorted padded buckets, SDPA in each; every device and dtype
+    varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
+    flash     the flash-attn package (optional); the same, and dropout
+    flex      torch's FlexAttention, compiled for the masks at hand; CUDA, any dtype; only where it is asked for
+
+A User LLM's query tokens (`hllm_torchrec.modules.attention.packed`) always run in buckets: none of these kernels lets a
+query see part of a sequence and itself.
+
+A variable-length kernel gets the shared prefix by keys, not by a second call: the few key and value rows of the
+prefix are repeated in front of each text's own, and a causal mask aligned at the bottom right (the convention
+of FlashAttention since 2.1) then lets a text see all of it. Two calls merged by their log-sum-exp would save
+those copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hllm_torchrec.modules.attention.text import TextLayout, WholeTextPlan, plan_buckets
+from hllm_torchrec.modules.jagged import offsets_from_lengths
+
+
+class Sequences(NamedTuple):
+    """Sequences that lie one after the other, without padding; the first four are arguments of every kernel.
+
+    cu_q and cu_k: int32 [n + 1], where each sequence's queries and keys start; longest_q and longest_k: the most that
+    one has. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    causal: bool
+
+
+class VarlenKernel(Protocol):
+    """Attention within each of the sequences."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
+    ) -> Tensor:
+        """query [S, H, D], key and value [K, G, D] -> [S, H, D]."""
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """An entry of the registry.
+
+    kernel: None for padded buckets. unavailable_reason: (device, dtype of the matrix products) -> why it cannot run
+    there, or None.
+    """
+
+    name: str
+    kernel: VarlenKernel | None
+    unavailable_reason: Callable[[torch.device, torch.dtype], str | None]
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """A backend and, for the log, why it was taken."""
+
+    backend: AttentionBackend
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}: {self.reason}"
+
+
+TEXT_BACKENDS: dict[str, AttentionBackend] = {}
+"""By name, in the order in which `choose_backend` tries them."""
+
+
+def register_backend(backend: AttentionBackend) -> None:
+    """Add a backend, or replace the one of that name."""
+    TEXT_BACKENDS[backend.name] = backend
+
+
+def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """The backend called `name`, or for "auto" the first that can run; `dtype` is that of the matrix products.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot run on this device in this dtype.
+    """
+    if name != "auto" and name not in TEXT_BACKENDS:
+        raise ValueError(f"item_llm.attention: {name!r}: unknown; choose auto or one of {', '.join(TEXT_BACKENDS)}")
+    passed: list[str] = []
+    for tried in TEXT_BACKENDS if name == "auto" else [name]:
+        problem = TEXT_BACKENDS[tried].unavailable_reason(device, dtype)
+        if problem is None:
+            default = "asked for" if name != "auto" else "the first choice here"
+            return BackendChoice(TEXT_BACKENDS[tried], ", ".join(passed) or default)
+        passed.append(f"{tried} {problem}")
+    raise ValueError(f"item_llm.attention: {', '.join(passed)}; choose auto, which takes what can run")
+
+
+def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> WholeTextPlan:
+    """The plan by which every layer of a batch with this layout attends."""
+    return plan_buckets(layout, device) if backend.kernel is None else plan_varlen(layout, backend.kernel, device)
+
+
+@dataclass(frozen=True)
+class VarlenPlan:
+    """A `TextPlan` without padding: the prefix and every text that is not empty are its sequences.
+
+    key_rows: [K] int64 packed rows of the keys, None where they are the queries': without a prefix.
+    """
+
+    kernel: VarlenKernel
+    sequences: Sequences
+    key_rows: Tensor | None
+    position_ids: Tensor
+
+    @property
+    def longest(self) -> int:
+        """Keys that the last position of the longest text sees."""
+        return self.sequences.longest_k
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`."""
+        return self._run(query, key, value, self.key_rows, self.sequences, scaling, dropout)
+
+    def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`."""
+        rows, cu_k = self.key_rows, self.sequences.cu_k
+        if rows is not None:  # the first sequence is the prefix
+            rows, cu_k = rows[cu_k[1] :], cu_k[1:] - cu_k[1]
+        cu_q = torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32)
+        last = Sequences(cu_q, cu_k, 1, self.longest, causal=False)
+        return self._run(query, key, value, rows, last, scaling, dropout)
+
+    def _run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor | None,
+        sequences: Sequences,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        """The kernel in value's dtype: rotary embeddings leave queries and keys in float32."""
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if rows is not None:
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
+        return self.kernel(query.contiguous(), key.contiguous(), value.contiguous(), sequences, scaling, dropout)
+
+
+def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) -> VarlenPlan:
+    """Sequences and their keys for a kernel of variable lengths."""
+    own, seen = layout.sequences()
+    starts = own.cumsum(0) - own
+    used = own > 0
+    own, seen, starts = own[used], seen[used], starts[used]
+    cu_q, cu_k = offsets_from_lengths(own), offsets_from_lengths(own + seen)
+    key_rows = None
+    if layout.prefix:
+        within = torch.arange(int(cu_k[-1])) - torch.repeat_interleave(cu_k[:-1], own + seen)
+        first_own = torch.repeat_interleave(starts - seen, own + seen)
+        in_prefix = within < torch.repeat_interleave(seen, own + seen)
+        key_rows = torch.where(in_prefix, within, within + first_own).to(device)
+    cu_q, cu_k = (offsets.to(device, torch.int32) for offsets in (cu_q, cu_k))
+    sequences = Sequences(cu_q, cu_k, int(own.max()), layout.longest, layout.causal)
+    return VarlenPlan(kernel, sequences, key_rows, layout.position_ids(device))
+
+
+def _refuse_dropout(dropout: float, name: str, kernel: str) -> None:
+    if dropout > 0:
+        raise ValueError(
+            f"item_llm.attention: {name}: {kernel} has no dropout, and the backbone's attention_dropout is {dropout}; "
+            "choose buckets or flash"
+        )
+
+
+def _torch_varlen(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
+) -> Tensor:
+    """torch.nn.attention.varlen; raises ValueError for dropout, which it lacks."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse_dropout(dropout, "varlen", "torch's kernel")
+    window = (-1, 0) if sequences.causal else (-1, -1)
+    groups, shares = query.shape[1] // key.shape[1], dict[str, Any]()
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        shares["enable_gqa"] = True
+    elif groups > 1:  # the first releases of varlen_attn lack it
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out: Any = varlen_attn(query, key, value, *sequences[:4], scale=scaling, window_size=window, **shares)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
+    """The flash-attn package."""
+    kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
+    out: Tensor = kernel(
+        query, key, value, *sequences[:4], dropout_p=dropout, softmax_scale=scaling, causal=sequences.causal
+    )
+    return out
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
+    """torch.nn.attention.flex_attention over a mask of blocks; raises ValueError for dropout, which it lacks.
+
+    On a CPU, where tests call it, it is not compiled.
+    """
+    _refuse_dropout(dropout, "flex", "FlexAttention")
+    attention, blocks = _flex_functions(query.is_cuda)
+    cu_q, cu_k, causal = sequences.cu_q, sequences.cu_k, sequences.causal
+    of_query, of_key = _sequence_of_row(query.shape[0], cu_q), _sequence_of_row(key.shape[0], cu_k)
+    behind = (cu_k[1:] - cu_q[1:])[of_query.long()]  # the last query of a sequence sees its last key
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        same = of_query[row] == of_key[column]
+        return same & (column <= row + behind[row]) if causal else same
+
+    mask = blocks(sees, None, None, query.shape[0], key.shape[0], device=str(query.device))
+    heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out: Tensor = attention(*heads_first, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def _sequence_of_row(rows: int, starts: Tensor) -> Tensor:
+    return torch.bucketize(torch.arange(rows, device=starts.device), starts[1:], right=True, out_int32=True)
+
+
+@functools.cache
+def _flex_functions(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """FlexAttention and the maker of its masks; compiled for shapes that change from batch to batch."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not compiled:
+        return flex_attention, create_block_mask
+    return torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True)
+
+
+def _needs_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" else f"runs on CUDA only (this is {device.type})"
+
+
+def _needs_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None:
+    if problem := _needs_cuda(device, dtype):
+        return problem
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"runs in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')}: see parallel.precision)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 (this GPU has {capability[0]}.{capability[1]})"
+    return None
+
+
+def _flash_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "is not installed (pip install flash-attn)"
+    return _needs_tensor_cores(device, dtype)
+
+
+register_backend(AttentionBackend("varlen", _torch_varlen, _needs_tensor_cores))
+register_backend(AttentionBackend("flash", _flash, _flash_problem))
+register_backend(AttentionBackend("buckets", None, lambda device, dtype: None))
+register_backend(AttentionBackend("flex", _flex, _needs_cuda))  # behind buckets, which always run: never by auto

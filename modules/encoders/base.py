@@ -1,0 +1,196 @@
+"""What the user encoders written here share: packed history and queries in, one hidden state each out.
+
+The interface is that of `modules.user_llm`: forward(x_TD, seq_offsets, timestamps, queries) -> (h_TD, q_QD).
+A history position sees its sequence up to itself; a query sees the first `visible` positions and itself, and
+no one sees a query.
+
+Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width, H heads.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hllm_torchrec.modules.encoders.user_llm import Queries
+from hllm_torchrec.modules.jagged import lengths_from_offsets, position_in_sequence, sequence_of_position
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """S packed rows: T history positions, then Q queries.
+
+    seq_offsets, query_offsets: [B+1] int64, which history positions and which queries are whose.
+    visible: [Q] int64; positions, sequences: [S] int64, each row's place in its sequence (a query stands right
+    after what it sees) and the sequence's number; times: [S] int64 seconds of the events and requests;
+    asked_at: [S] int64, the moment that a row speaks of: a request's, an event's own or the next event's.
+    """
+
+    seq_offsets: Tensor
+    query_offsets: Tensor
+    visible: Tensor
+    positions: Tensor
+    sequences: Tensor
+    times: Tensor
+    asked_at: Tensor
+
+    @property
+    def history(self) -> int:
+        """T."""
+        return self.positions.numel() - self.visible.numel()
+
+
+def pack_rows(
+    seq_offsets: Tensor,
+    total: int,
+    timestamps: Tensor | None = None,
+    queries: Queries | None = None,
+    next_times: Tensor | None = None,
+) -> PackedRows:
+    """The rows of `total` = T history positions and the queries.
+
+    timestamps: [T] int64 seconds, zeros where none are given; next_times: [T], when the event after each
+    position happened (of the last one: the request), or None for the position's own time.
+    """
+    nothing = seq_offsets.new_zeros(0)
+    times = seq_offsets.new_zeros(total) if timestamps is None else timestamps
+    asked_at = times if next_times is None else next_times
+    positions, sequences = position_in_sequence(seq_offsets, total), sequence_of_position(seq_offsets, total)
+    if queries is None:
+        return PackedRows(seq_offsets, torch.zeros_like(seq_offsets), nothing, positions, sequences, times, asked_at)
+    number = queries.visible.numel()
+    return PackedRows(
+        seq_offsets,
+        queries.offsets,
+        queries.visible,
+        torch.cat([positions, queries.visible]),
+        torch.cat([sequences, sequence_of_position(queries.offsets, number)]),
+        torch.cat([times, queries.times.to(times.dtype)]),
+        torch.cat([asked_at, queries.times.to(times.dtype)]),
+    )
+
+
+class UserEncoder(nn.Module, ABC):
+    """Base of HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
+
+    One of your own is built as `Name(shape, dropout)`, where `shape` is its `Shape` of `user.shape`'s fields, and
+    `user.encoder: module:Name` puts it in the User LLM's place.
+
+    Args:
+        width: D.
+        dropout: of the inputs, a probability.
+        positions: rows of a table of learned positions that are added to the inputs; 0: none.
+        query_next_time: history positions ask at the time of the next event.
+        count_from_end: positions count from a sequence's last event; then there can be no queries.
+    """
+
+    layers: nn.ModuleList
+    Shape: ClassVar[type]
+    """Of an encoder of your own: a dataclass with the fields width, layers and what else it needs."""
+
+    def __init__(
+        self,
+        width: int,
+        dropout: float = 0.0,
+        positions: int = 0,
+        query_next_time: bool = False,
+        count_from_end: bool = False,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.dropout = nn.Dropout(dropout)
+        self.positions = nn.Embedding(positions, width) if positions else None
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
+        self.query_next_time, self.count_from_end = query_next_time, count_from_end
+        self.recompute = False
+        """Whether each layer runs again in the backward pass instead of keeping its activations."""
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor | None = None,
+        queries: Queries | None = None,
+        next_times: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x_TD [T, D] packed history -> h_TD [T, D] (h_i sees positions up to i) and q_QD [Q, D].
+
+        seq_offsets: [B+1] int64; timestamps, next_times: see `pack_rows`.
+
+        Raises:
+            ValueError: the encoder asks at the next event's time and is not told it, it counts positions from
+                the end and is given queries, or a sequence is longer than the table of positions.
+        """
+        if self.query_next_time and next_times is None:
+            raise ValueError(
+                "the encoder asks at the time of the next event, but next_times is None: pass the times, or "
+                "build it with time_of 'event'"
+            )
+        total = x_TD.shape[0]
+        rows = pack_rows(seq_offsets, total, timestamps, queries, next_times if self.query_next_time else None)
+        inputs = x_TD if queries is None else torch.cat([x_TD, queries.x_QD])
+        if inputs.shape[0] == 0:
+            return self._dummy_forward(inputs), inputs
+        hidden = self.encode(self._prepare(inputs, rows), rows)
+        return hidden[:total], hidden[total:]
+
+    @abstractmethod
+    def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
+        """All layers: [S, D] -> [S, D]."""
+
+    @abstractmethod
+    def flops(self, tokens: int, keys: int) -> float:
+        """Operations of a forward pass over `tokens` rows that see `keys` keys all together, 2 per product."""
+
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """The layer's output; kept activations are traded for time where `recompute` is set."""
+        if self.recompute and torch.is_grad_enabled():
+            output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+            return output
+        return layer(*inputs)
+
+    def _prepare(self, inputs: Tensor, rows: PackedRows) -> Tensor:
+        places = rows.positions
+        if self.count_from_end:
+            if rows.visible.numel():
+                raise ValueError(
+                    "positions count from the end (user.shape.count_from), which queries, that see histories "
+                    "of many lengths, cannot have: write start"
+                )
+            places = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - places
+        return self.add_positions(inputs, places)
+
+    def add_positions(self, x_SD: Tensor, positions: Tensor) -> Tensor:
+        """The layers' inputs: x [S, D] with the vectors of positions `positions` [S] added, where there are any.
+
+        Raises:
+            ValueError: a position beyond the table.
+        """
+        if self.positions is None:
+            return self.dropout(x_SD)
+        table, longest = self.positions.num_embeddings, int(positions.max())
+        if longest >= table:
+            raise ValueError(
+                f"a row stands at position {longest}, but user.shape.max_positions is {table}: raise it, or "
+                "lower data.max_history"
+            )
+        return self.dropout(x_SD + self.positions(positions))
+
+    def _dummy_forward(self, inputs: Tensor) -> Tensor:
+        """Run the layers on one zero and keep nothing of it: [0, D], with a graph through every weight.
+
+        A rank without users must do so, because FSDP's collectives and the tables' backward need every rank.
+        """
+        rows = pack_rows(torch.tensor([0, 1], device=inputs.device), 1)
+        return self.encode(self._prepare(inputs.sum(0, keepdim=True), rows), rows)[:0]
+
+
+def dense_flops(modules: Sequence[nn.Module]) -> float:
+    """Operations that the linear layers among `modules` take for one row."""
+    linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
+    return 2.0 * sum(m.in_features * m.out_features for m in linear)

@@ -1,0 +1,76 @@
+"""Multi-head softmax attention of packed rows, for the encoders that are no Hugging Face model.
+
+Legend: S packed rows, D width, H heads.
+"""
+
+from torch import Tensor, nn
+
+from hllm_torchrec.modules.attention.packed import AttentionPlan, packed_attention, plan_attention
+from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
+
+
+def plan_packed_rows(rows: PackedRows) -> AttentionPlan:
+    """Who sees whom among the rows: history causally, queries what is visible to them and themselves."""
+    if rows.visible.numel() == 0:
+        return plan_attention(rows.seq_offsets, rows.history)
+    return plan_attention(rows.seq_offsets, rows.history, rows.query_offsets, rows.visible)
+
+
+class PackedSelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D / H)) V with projections in and out, all with biases, as in torch.nn.
+
+    Args:
+        width: D.
+        heads: H.
+        dropout: of the attention weights, a probability.
+
+    Raises:
+        ValueError: heads that do not divide the width.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"user.shape.heads: {heads}: does not divide the width {width}; give another number")
+        self.heads, self.dropout = heads, dropout
+        self.scaling = (width // heads) ** -0.5
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, query_SD: Tensor, key_value_SD: Tensor, plan: AttentionPlan) -> Tensor:
+        """Queries from `query_SD`, keys and values from `key_value_SD`: [S, D] -> [S, D]."""
+        q, k, v = (self._heads(x) for x in (self.query(query_SD), self.key(key_value_SD), self.value(key_value_SD)))
+        dropout = self.dropout if self.training else 0.0
+        mixed, _ = packed_attention(self, q, k, v, None, scaling=self.scaling, dropout=dropout, hllm_plan=plan)
+        output: Tensor = self.out(mixed[0].flatten(1))
+        return output
+
+    def _heads(self, x_SD: Tensor) -> Tensor:
+        return x_SD.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
+
+
+class SoftmaxEncoder(UserEncoder):
+    """A stack of `layers`, each called with (rows, plan), and a `final_norm`; subclasses make both."""
+
+    final_norm: nn.Module
+
+    def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
+        """All layers and the last norm: [S, D] -> [S, D]."""
+        plan = plan_packed_rows(rows)
+        for layer in self.layers:
+            x_SD = self.run_layer(layer, x_SD, plan)
+        output: Tensor = self.final_norm(x_SD)
+        return output
+
+    def flops(self, tokens: int, keys: int) -> float:
+        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
+        attention = 4.0 * self.width * len(self.layers) * keys  # scores and weighted sums
+        return tokens * dense_flops([self.layers]) + attention
+
+
+def initialize_linear(module: nn.Module) -> None:
+    """Matrices of linear layers Xavier normal, their biases 0 (the public SASRec's choice)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_normal_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

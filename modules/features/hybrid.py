@@ -1,0 +1,140 @@
+"""ID and timestamp features, sum-pooled with the item embedding before the User LLM (HLLM, appendix A).
+
+    x_i = P(E_i) + ID_i + action_i + ... + MLP([year_i, ..., second_i]) + W n_i        (Table 12, Algorithm 1)
+
+With an action gate g (beyond the paper), what was done with an item also scales what the item is: a film
+rated 1 is evidence against its kind, which a sum cannot say.
+
+    x_i = (P(E_i) + ID_i) * (1 + g(action_i)) + action_i + MLP(...) + W n_i
+
+All tables live in one TorchRec `EmbeddingBagCollection`, so TorchRec shards them; this module only meets its
+interface. The jagged features hold one bag per *slot*: history positions, then query tokens, then (late
+fusion) the target items; a bag may be empty (adds nothing) or hold several values (genres: they sum).
+
+Legend: S slots, D width of the user encoder, C time components, F numeric features.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hllm_torchrec.modules.features.timestamps import TABLE_SIZES, TIME_FEATURES, TimestampMLP
+
+ACTION_GATE = "action_gate"
+"""Feature and table of the gate; its bags are those of `action` at history positions."""
+
+
+def table_config(name: str, rows: int, width: int, scale: float = 0.02, *, half: bool = False) -> EmbeddingBagConfig:
+    """One sum-pooled table whose feature bears its name; entries start uniform in +-scale. half: in float16."""
+    return EmbeddingBagConfig(
+        name=name,
+        embedding_dim=width,
+        num_embeddings=rows,
+        feature_names=[name],
+        pooling=PoolingType.SUM,
+        weight_init_min=-scale,
+        weight_init_max=scale,
+        data_type=DataType.FP16 if half else DataType.FP32,
+    )
+
+
+class HybridFeatures(nn.Module):
+    """Sum over tables, merged time and numeric features, for every slot.
+
+    Args:
+        tables: {feature: number of rows}; all D wide, summed.
+        width: D.
+        time_depth: how many components of year..second are used (0: none); time_width: width of each table.
+        numeric: number F of numeric inputs (0: none), through one linear layer without bias.
+        item_features: the features in `tables` that describe the slot's item, and are gated with it.
+        gate_rows: number of actions of the gate (0: no gate).
+        scale: table entries start uniform in +-scale.
+        half_from_rows: tables of at least so many rows are in float16 (what is looked up is float32); None: none is.
+        device: of the tables ("meta" before sharding).
+    """
+
+    def __init__(
+        self,
+        tables: dict[str, int],
+        width: int,
+        *,
+        time_depth: int = 6,
+        time_width: int = 32,
+        numeric: int = 0,
+        item_features: Collection[str] = (),
+        gate_rows: int = 0,
+        scale: float = 0.02,
+        half_from_rows: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.item_features: Sequence[str] = tuple(name for name in tables if name in item_features)
+        self.event_features: Sequence[str] = tuple(name for name in tables if name not in item_features)
+        self.gated = gate_rows > 0
+        self.time_features: Sequence[str] = TIME_FEATURES[:time_depth]
+        sizes = [(name, rows, width) for name, rows in tables.items()]
+        if self.gated:
+            sizes.append((ACTION_GATE, gate_rows, width))
+        times = zip(self.time_features, TABLE_SIZES[:time_depth], strict=True)
+        sizes += [(name, rows, time_width) for name, rows in times]
+        configs = [
+            table_config(name, rows, columns, scale, half=half_from_rows is not None and rows >= half_from_rows)
+            for name, rows, columns in sizes
+        ]
+        self.tables = EmbeddingBagCollection(tables=configs, device=device) if configs else None
+        self.merge_time = TimestampMLP(time_width, width, time_depth) if time_depth else None
+        self.numeric = nn.Linear(numeric, width, bias=False) if numeric else None
+
+    def forward(self, features: KeyedJaggedTensor, numeric: Tensor | None, items: Tensor | None = None) -> Tensor:
+        """The features of every slot.
+
+        Args:
+            features: S bags per key.
+            numeric: [S, F] float32, or None.
+            items: [S, D] projected item embeddings of the slots' items, zeros where a slot has none; or None.
+
+        Returns:
+            [S, D].
+        """
+        slots = features.stride()
+        zeros = torch.zeros(slots, self.width, device=features.device())
+        features = pad_empty_batch(features)
+        pooled = {} if self.tables is None else self.tables(features).to_dict()
+        pooled = {name: rows[:slots].float() for name, rows in pooled.items()}
+        described = _sum([pooled[name] for name in self.item_features] + ([] if items is None else [items]), zeros)
+        if self.gated:
+            described = described * (1 + pooled[ACTION_GATE])
+        terms = [described, *(pooled[name] for name in self.event_features)]
+        if self.merge_time is not None:
+            # Late fusion's targets have no time: their bags are empty, and the MLP's bias is no feature.
+            merged = self.merge_time(torch.cat([pooled[name] for name in self.time_features], dim=-1))
+            has_time = features[self.time_features[0]].lengths()[:slots] > 0
+            terms.append(merged * has_time[:, None])
+        if self.numeric is not None and numeric is not None:
+            terms.append(self.numeric(numeric))
+        return _sum(terms, zeros)
+
+
+def pad_empty_batch(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """`features` themselves, or where they have no slots, the same keys with one empty bag each.
+
+    TorchRec cannot read bags without a slot, but every rank must take part in its exchange.
+    """
+    if features.stride():
+        return features
+    keys = features.keys()
+    lengths = torch.zeros(len(keys), dtype=torch.int64, device=features.device())
+    return KeyedJaggedTensor(keys=keys, values=features.values(), lengths=lengths, stride=1)
+
+
+def _sum(terms: Sequence[Tensor], zeros: Tensor) -> Tensor:
+    """The sum of the terms, zeros without any."""
+    total = terms[0] if terms else zeros
+    for term in terms[1:]:
+        total = total + term
+    return total

@@ -1,0 +1,119 @@
+"""The prediction head: from what the User LLM says to one logit per exposure (figure 2 of the HLLM paper).
+
+Shapes: Q exposures (queries), D width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hllm_torchrec.modules.precision import widen
+
+Fusion = Literal["early", "late"]
+
+
+class PredictionHead(nn.Module):
+    """Logits for the exposures of a batch, x of Eq. (2).
+
+    - Early fusion: the query was the target item itself, so its output already crosses user and target:
+      logit = MLP(LN(query)).
+    - Late fusion: the user embedding u (output of the [USER] query) meets the target's item embedding e only
+      here: logit = MLP([u, e, u * e]) + scale * mean(u * e), with u and e layer-normalised first. The mean is
+      the dot product divided by D: at the start a cosine, so at most 1 whatever the width. The scale is
+      learned (shape [1], initially 1).
+
+    The layer norms keep the head independent of how large an LLM's hidden states are (a few dimensions of a
+    pretrained LLM are tens of times larger than the rest, and their products hundreds). The last layer and
+    the dot product run in float32 also under autocast: bfloat16 logits have 8 significant bits, and the ties
+    they make change the AUC.
+    """
+
+    def __init__(self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: Fusion = "late") -> None:
+        """Build the head.
+
+        Args:
+            width: D of the query outputs, and of the item embeddings in late fusion.
+            hidden: width of the MLP's hidden layer, or of each of several; empty makes a linear head.
+            dropout: probability after each hidden layer's SiLU.
+            fusion: "early" or "late".
+
+        Raises:
+            ValueError: another fusion.
+        """
+        super().__init__()
+        if fusion not in ("early", "late"):
+            raise ValueError(f"fusion is {fusion!r}: must be 'early' or 'late'")
+        self.fusion = fusion
+        widths = [width if fusion == "early" else 3 * width]
+        widths += [hidden] if isinstance(hidden, int) else list(hidden)
+        self.user_norm = nn.LayerNorm(width)
+        if fusion == "late":
+            self.item_norm = nn.LayerNorm(width)
+            self.dot_scale = nn.Parameter(torch.empty(1))
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(widths, widths[1:]):
+            layers += [nn.Linear(n_in, n_out), nn.SiLU(), nn.Dropout(dropout)]
+        self.mlp = nn.Sequential(*layers)
+        self.out = nn.Linear(widths[-1], 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale of the dot product to 1; the layers inside reset themselves."""
+        if self.fusion == "late":
+            nn.init.ones_(self.dot_scale)
+
+    def forward(self, query: Tensor, item: Tensor | None = None) -> Tensor:
+        """Return logits [Q], at least float32.
+
+        Args:
+            query: [Q, D], the User LLM's output at the exposures' queries (late fusion: the user embedding,
+                repeated for each exposure it is asked for).
+            item: [Q, D], the target's item embedding; late fusion only.
+
+        Raises:
+            ValueError: an item in early fusion, or none in late fusion.
+        """
+        if (item is not None) != (self.fusion == "late"):
+            given = "an item embedding" if item is not None else "no item embedding"
+            raise ValueError(
+                f"the {self.fusion} fusion head was given {given}: early fusion takes the query's output "
+                "alone, late fusion the user's output and the target's item embedding"
+            )
+        user = self.user_norm(query)
+        if item is None:
+            return self._score(user)
+        target = self.item_norm(item)
+        product = user * target
+        with torch.autocast(device_type=query.device.type, enabled=False):
+            dot = self.dot_scale * widen(product).mean(dim=-1)
+        return self._score(torch.cat((user, target, product), dim=-1)) + dot
+
+    @torch.no_grad()
+    def initialize_bias(self, base_rate: float) -> None:
+        """Set the last bias to the logit of the base rate, log(p / (1 - p)).
+
+        Training then starts at about the log loss of the constant predictor instead of spending its first
+        steps on the bias.
+
+        Args:
+            base_rate: share of positive labels among the training exposures, in (0, 1).
+
+        Raises:
+            ValueError: a base rate of 0 or 1: labels of one class train no classifier.
+        """
+        if not 0.0 < base_rate < 1.0:
+            raise ValueError(
+                f"base rate is {base_rate}: must be between 0 and 1. Labels of one class only cannot train "
+                "the classification loss: check the label rule, or train the generative loss alone"
+            )
+        self.out.bias.fill_(math.log(base_rate / (1.0 - base_rate)))
+
+    def _score(self, features: Tensor) -> Tensor:
+        """Run the MLP on [Q, n] and its last layer in at least float32: [Q]."""
+        hidden = self.mlp(features)
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return F.linear(widen(hidden), widen(self.out.weight), widen(self.out.bias)).squeeze(-1)

@@ -1,0 +1,1 @@
+"""HSTU: pointwise attention over jagged sequences, its eager and Triton backends."""

@@ -1,0 +1,160 @@
+"""HSTU: hierarchical sequential transduction units over jagged sequences (HSTU, section 3, Eq. 1-3).
+
+    [u, v, q, k] = phi(f1(LN(x)))                          phi: SiLU, on all four or on u alone
+    a_i          = sum_j silu(alpha q_i . k_j + rab_ij) v_j / n_i
+    y            = x + f2(dropout(u * LN(a)))              or of [u, a, u * LN(a)]
+
+Two published parameterisations are presets (`encoder_shapes.PRESETS`): "research" (retrieval) and "ranking".
+Differences from the public code, on purpose: n_i is a constant or the row's own number of keys, never the
+batch's longest sequence; masks hide before anything is summed; nothing is padded outside of a block; positions
+count from the sequence's start; dropout and stochastic depth are applied as configured.
+
+Legend: S packed rows (history, then queries), D width, H heads, E width of a head's keys, V of its values.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
+from hllm_torchrec.modules.encoders.shapes import PRESETS, HSTUShape
+from hllm_torchrec.modules.hstu.attention import known_backend, plan_layout, pointwise_attention
+from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, RelativeBias, score_scale
+
+NORM_EPS = 1e-6
+MOST_BUCKETS = 1024
+
+
+def resolve_preset(shape: HSTUShape) -> HSTUShape:
+    """The shape with the fields that were left to the preset filled in.
+
+    Raises:
+        ValueError: an unknown preset, a width that heads do not divide, or numbers out of range.
+    """
+    if shape.preset not in PRESETS:
+        raise ValueError(f"user.shape.preset: {shape.preset!r}: must be one of {', '.join(PRESETS)}")
+    chosen: dict[str, Any] = {n: v for n, v in PRESETS[shape.preset].items() if getattr(shape, n) is None}
+    for name in ("qk_width", "value_width"):
+        if getattr(shape, name) is None:
+            if shape.width % shape.heads:
+                raise ValueError(
+                    f"user.shape.heads: {shape.heads}: does not divide the width {shape.width}; give another "
+                    f"number, or {name}"
+                )
+            chosen[name] = shape.width // shape.heads
+    if shape.divide_by != "length" and not (isinstance(shape.divide_by, int) and shape.divide_by >= 1):
+        raise ValueError(f"user.shape.divide_by: {shape.divide_by!r}: must be 'length' or an integer of at least 1")
+    if shape.window is not None and shape.window < 1:
+        raise ValueError(f"user.shape.window: {shape.window}: must be at least 1, or null for all positions")
+    if not 0 <= shape.time_buckets <= MOST_BUCKETS:
+        raise ValueError(
+            f"user.shape.time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 146 hold every int64 second"
+        )
+    return dataclasses.replace(shape, **chosen)
+
+
+class HSTULayer(nn.Module):
+    """One layer: `project`, attention, `combine`.
+
+    Args:
+        shape: from `resolve_preset`.
+        skip: probability, in training, that a user skips this layer (stochastic depth).
+    """
+
+    def __init__(self, shape: HSTUShape, skip: float = 0.0) -> None:
+        super().__init__()
+        assert shape.qk_width and shape.value_width and shape.affine_norm is not None, "an unresolved shape"
+        self.heads, self.qk_width, self.value_width = shape.heads, shape.qk_width, shape.value_width
+        self.silu_on_all, self.concat = shape.silu == "all", shape.output == "concat"
+        self.backend, self.dropout, self.skip = shape.backend, shape.dropout, skip
+        inner = shape.heads * shape.value_width
+        self.norm = nn.LayerNorm(shape.width, NORM_EPS, elementwise_affine=shape.affine_norm)
+        self.uvqk = nn.Linear(
+            shape.width, 2 * inner + 2 * shape.heads * shape.qk_width, bias=bool(shape.projection_bias)
+        )
+        self.bias = RelativeBias(shape.max_positions, shape.time_buckets) if shape.relative_bias else None
+        self.attention_norm = nn.LayerNorm(inner, NORM_EPS, elementwise_affine=shape.affine_norm)
+        self.out = nn.Linear(3 * inner if self.concat else inner, shape.width, bias=not shape.projection_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise both projections: f1 normal with 0.02, f2 Xavier uniform, biases 0."""
+        nn.init.normal_(self.uvqk.weight, std=0.02)
+        nn.init.xavier_uniform_(self.out.weight)
+        for linear in (self.uvqk, self.out):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x_SD: Tensor, layout: Layout) -> Tensor:
+        """[S, D] -> [S, D]."""
+        u, v, q, k = self.project(x_SD)
+        attended = pointwise_attention(q, k, v, layout, self.bias, self.backend)
+        return self.combine(x_SD, u, attended.flatten(1), layout.rows.sequences)
+
+    def project(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u [S, H x V], v [S, H, V], q and k [S, H, E]."""
+        inner, keys = self.heads * self.value_width, self.heads * self.qk_width
+        uvqk = self.uvqk(self.norm(x_SD))
+        if self.silu_on_all:
+            uvqk = F.silu(uvqk)
+        u, v, q, k = uvqk.split([inner, inner, keys, keys], dim=-1)
+        if not self.silu_on_all:
+            u = F.silu(u)
+        v = v.unflatten(1, (self.heads, self.value_width))
+        return u, v, q.unflatten(1, (self.heads, self.qk_width)), k.unflatten(1, (self.heads, self.qk_width))
+
+    def combine(self, x_SD: Tensor, u: Tensor, attended: Tensor, sequences: Tensor) -> Tensor:
+        """The residual step of attended [S, H x V]; sequences [S]: whose each row is, for stochastic depth."""
+        gated = u * self.attention_norm(attended)
+        joined = torch.cat([u, attended, gated], dim=-1) if self.concat else gated
+        change = self.out(F.dropout(joined, self.dropout, self.training))
+        if self.training and self.skip > 0:
+            users = int(sequences.max()) + 1
+            kept = torch.rand(users, device=x_SD.device) >= self.skip
+            change = change * (kept[sequences].to(change.dtype) / (1 - self.skip))[:, None]
+        return x_SD + change
+
+
+class HSTU(UserEncoder):
+    """A stack of HSTU layers as user encoder: see `UserEncoder.forward`.
+
+    Args:
+        shape: see `HSTUShape`.
+        dropout: of the inputs, a probability.
+
+    Raises:
+        ValueError: as `resolve_preset`, or an unknown backend.
+    """
+
+    def __init__(self, shape: HSTUShape, dropout: float = 0.0) -> None:
+        shape = resolve_preset(shape)
+        known_backend(shape.backend)
+        positions = shape.max_positions if shape.absolute_positions else 0
+        super().__init__(shape.width, dropout, positions, query_next_time=shape.time_of == "next")
+        assert shape.qk_width is not None
+        self.shape = shape
+        self.rules = AttentionRules(
+            window=shape.window,
+            prefix=shape.prefix,
+            divide_by=None if shape.divide_by == "length" else int(shape.divide_by),
+            alpha=score_scale(shape.qk_width, bool(shape.scaled_scores)),
+            last_bucket=shape.time_buckets if shape.relative_bias else None,
+        )
+        skips = [shape.stochastic_depth * (number + 1) / shape.layers for number in range(shape.layers)]
+        self.layers = nn.ModuleList(HSTULayer(shape, skip) for skip in skips)
+
+    def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
+        """All layers: [S, D] -> [S, D]."""
+        layout = plan_layout(rows, self.rules, self.shape.backend)
+        for layer in self.layers:
+            x_SD = self.run_layer(layer, x_SD, layout)
+        return x_SD
+
+    def flops(self, tokens: int, keys: int) -> float:
+        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
+        assert self.shape.qk_width and self.shape.value_width
+        per_key = 2.0 * self.shape.heads * (self.shape.qk_width + self.shape.value_width)
+        return tokens * dense_flops([self.layers]) + keys * per_key * len(self.layers)

@@ -1,0 +1,278 @@
+"""The Triton backend of HSTU's pointwise attention: what runs the kernels of `modules.hstu_kernels`.
+
+The kernels are imported when they are first needed: the package `triton` is optional (torch's CUDA build brings it).
+They run on CUDA, and on CPU tensors in Triton's interpreter, which is slow and meant for tests: set
+TRITON_INTERPRET=1 before Python starts.
+
+A query's own key is no history: what it adds comes from a few elementwise operations outside of the kernels.
+
+Legend: S packed rows of which T are history and Q queries, B sequences, H heads, D and V widths of a head.
+"""
+
+import importlib.util
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hllm_torchrec.modules.hstu.layout import BUCKET_WIDTH, Layout, RelativeBias, own_keys
+
+WIDEST_HEAD = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COPIES = 64
+"""Sums of the position gradient that are kept side by side."""
+
+
+@cache
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton, of the version that torch names)"
+    if device.type == "cpu" and not _interprets():
+        return "it needs CUDA (tests may run it on a CPU: set TRITON_INTERPRET=1 before Python starts)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None if device.type in ("cpu", "cuda") else "it needs CUDA"
+
+
+@cache
+def _interprets() -> bool:
+    knobs: Any = importlib.import_module("triton").knobs
+    return bool(knobs.runtime.interpret)
+
+
+@cache
+def bucket_edges(last: int, device: torch.device) -> Tensor:
+    """The first second of each time bucket 0 to `last`, as `time_bucket` has them: [last + 1] int64."""
+
+    def bucket(seconds: int) -> int:
+        return math.floor(math.log(seconds) / BUCKET_WIDTH)
+
+    edges, most = [], 2**63 - 1
+    for number in range(last + 1):
+        low, high = 1, most
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if bucket(middle) >= number else (middle + 1, high)
+        edges.append(low)
+    return torch.tensor(edges, device=device)
+
+
+class Launch(NamedTuple):
+    """One call of a kernel over a grid of tiles of `rows` rows, of each head if `by_head`; `block` is their size."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    rows: int
+    block: str
+    by_head: bool = True
+
+    def run(self, sequences: int, heads: int) -> None:
+        """Queue it on the current stream."""
+
+        def grid(chosen: dict[str, Any]) -> tuple[int, ...]:
+            tiles = self.rows // int(chosen[self.block]) + sequences
+            return (tiles, heads) if self.by_head else (tiles,)
+
+        self.kernel[grid](**self.arguments)
+
+
+class Call(NamedTuple):
+    """The inputs of one attention; tables are None without a relative bias. The methods plan its kernels."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    of_position: Tensor | None
+    of_time: Tensor | None
+    layout: Layout
+
+    @property
+    def asking(self) -> list[tuple[bool, Tensor, int, int]]:
+        """(history?, offsets, first row, number of rows) of history and, where there are any, queries."""
+        rows = self.layout.rows
+        history = (True, rows.seq_offsets, 0, rows.history)
+        number = rows.visible.numel()
+        return [history, (False, rows.query_offsets, rows.history, number)] if number else [history]
+
+    def common(self) -> dict[str, Any]:
+        """What every kernel is told."""
+        rows, rules = self.layout.rows, self.layout.rules
+        has_bias = self.of_position is not None and self.of_time is not None
+        last = rules.last_bucket if has_bias and rules.last_bucket is not None else 0
+        nothing = self.layout.divisor  # a pointer that is not followed
+        tables = (self.of_position, self.of_time, bucket_edges(last, self.q.device)) if has_bias else (nothing,) * 3
+        strides = _strides(q=self.q, k=self.k, v=self.v)
+        return strides | {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "key_offsets": rows.seq_offsets,
+            "positions": rows.positions,
+            "asked_at": rows.asked_at,
+            "times": rows.times,
+            "divisor": self.layout.divisor,
+            **dict(zip(("of_position", "of_time", "edges"), tables, strict=True)),
+            "sequences": rows.seq_offsets.numel() - 1,
+            "alpha": rules.alpha,
+            "WIDTH": self.q.shape[2],
+            "VALUE_WIDTH": self.v.shape[2],
+            "D": _padded(self.q.shape[2]),
+            "V": _padded(self.v.shape[2]),
+            "HAS_BIAS": has_bias,
+            "LAST_POSITION": self.of_position.numel() - 1 if self.of_position is not None else 0,
+            "LAST_BUCKET": last,
+            "WINDOW": rules.window or 0,
+            "PREFIX": rules.prefix,
+            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        }
+
+    def by_rows(self, kernel: Any, arguments: dict[str, Any], by_head: bool = True) -> list[Launch]:
+        """A kernel over the bands of history, and over those of queries."""
+        return [
+            Launch(
+                kernel,
+                arguments | {"ask_offsets": offsets, "ask_base": base, "HISTORY": history},
+                number,
+                "BLOCK_M",
+                by_head,
+            )
+            for history, offsets, base, number in self.asking
+        ]
+
+    def forward(self, out: Tensor) -> list[Launch]:
+        """Kernels that fill out [S, H, V]."""
+        arguments = self.common() | {"out": out} | _strides(out=out)
+        return self.by_rows(_kernels().forward, arguments)
+
+    def backward(self, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Launch]:
+        """Kernels that fill dq [S, H, D], and of dk [S, H, D] and dv [S, H, V] the history's rows."""
+        common = self.common() | {"grad": grad} | _strides(grad=grad)
+        rows = self.layout.rows
+        by_keys = common | {"dk": dk, "dv": dv} | _strides(dk=dk, dv=dv)
+        by_keys |= {"ask_offsets": rows.seq_offsets, "query_offsets": rows.query_offsets, "ask_base": rows.history}
+        by_keys |= {"HISTORY": True, "HAS_QUERIES": rows.visible.numel() > 0}
+        return [
+            *self.by_rows(_kernels().backward_rows, common | {"dq": dq} | _strides(dq=dq)),
+            Launch(_kernels().backward_keys, by_keys, rows.history, "BLOCK_N"),
+        ]
+
+    def backward_biases(self, grad: Tensor) -> tuple[list[Launch], list[Tensor], list[Tensor]]:
+        """Kernels, and the sums that they add to: parts of the position's gradient and of the time's."""
+        assert self.of_position is not None and self.of_time is not None
+        buckets = _padded(self.of_time.numel())
+        common = self.common() | {"grad": grad} | _strides(grad=grad)
+        common |= {"HEADS": self.q.shape[1], "COPIES": COPIES, "BUCKETS": buckets}
+        launches, of_position, of_time = [], [], []
+        for launch in self.by_rows(_kernels().backward_biases, common, by_head=False):
+            bands = launch.rows // _kernels().SMALLEST_BAND + common["sequences"]
+            of_position.append(grad.new_zeros(COPIES, self.of_position.numel(), dtype=torch.float32))
+            of_time.append(grad.new_zeros(bands, buckets, dtype=torch.float32))
+            launch.arguments.update(position_parts=of_position[-1], time_parts=of_time[-1])
+            launches.append(launch)
+        return launches, of_position, of_time
+
+    def run(self, launches: list[Launch]) -> None:
+        """Queue them on the device of the inputs."""
+        with torch.cuda.device_of(self.q):
+            for launch in launches:
+                launch.run(self.layout.rows.seq_offsets.numel() - 1, self.q.shape[1])
+
+
+def _padded(width: int) -> int:
+    """A power of two, of at least the 16 that matrix products of tiles take."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Steps between rows and between heads; those along a head's width are 1."""
+    steps: dict[str, int] = {}
+    for name, x in tensors.items():
+        assert x.stride(2) == 1 or x.shape[2] == 1 or x.numel() == 0, "rows of a head lie together"
+        steps |= {f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
+    return steps
+
+
+@cache
+def _kernels() -> Any:
+    return importlib.import_module("hllm_torchrec.modules.hstu.triton_kernels")
+
+
+class _HistoryAttention(torch.autograd.Function):
+    """What all rows get from history: [S, H, V]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        of_position: Tensor | None,
+        of_time: Tensor | None,
+        layout: Layout,
+    ) -> Tensor:
+        """Keep the inputs; nothing of the size of the scores exists."""
+        ctx.save_for_backward(q, k, v, of_position, of_time)
+        ctx.layout = layout
+        call = Call(q, k, v, of_position, of_time, layout)
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        call.run(call.forward(out))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Recompute the scores tile by tile."""
+        q, k, v, of_position, of_time = ctx.saved_tensors
+        call, grad = Call(q, k, v, of_position, of_time, ctx.layout), grads[0].contiguous()
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        for of_queries in (dk[ctx.layout.rows.history :], dv[ctx.layout.rows.history :]):
+            of_queries.zero_()
+        call.run(call.backward(grad, dq, dk, dv))
+        if of_position is None or of_time is None or not any(ctx.needs_input_grad[3:5]):
+            return dq, dk, dv, None, None, None
+        launches, position_parts, time_parts = call.backward_biases(grad)
+        call.run(launches)
+        of_positions = torch.cat(position_parts).sum(0).to(of_position.dtype)
+        of_times = torch.cat(time_parts).sum(0)[: of_time.numel()].to(of_time.dtype)
+        return dq, dk, dv, of_positions, of_times, None
+
+
+@torch.compiler.disable  # kernels of their own; traced, they would be compiled anew for each batch's shapes
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
+    """a [S, H, V] of q [S, H, D], k [S, H, D], v [S, H, V], all of one type; see `pointwise_attention`.
+
+    The position table's gradient is summed with atomics: it may differ in its last bits from run to run.
+
+    Raises:
+        ValueError: a type or a width of heads that the kernels lack, or torch was told to be deterministic.
+    """
+    _check(q, v, bias)
+    tables = (None, None) if bias is None else (bias.of_position, bias.of_time)
+    out: Tensor = _HistoryAttention.apply(q, k, v, *tables, layout)
+    if layout.rows.visible.numel():
+        out = out + own_keys(q, k, v, layout, bias) / layout.divisor.to(out.dtype)
+    return out
+
+
+def _check(q: Tensor, v: Tensor, bias: RelativeBias | None) -> None:
+    if q.dtype not in DTYPES:
+        name = str(q.dtype).removeprefix("torch.")
+        raise ValueError(f"user.shape.backend: 'triton': has no kernels for {name}: use float32, bfloat16 or 'eager'")
+    for field, width in (("qk_width", q.shape[2]), ("value_width", v.shape[2])):
+        if width > WIDEST_HEAD:
+            raise ValueError(
+                f"user.shape.{field}: {width}: 'triton' takes heads up to {WIDEST_HEAD} wide: use more heads, or "
+                "the backend 'eager'"
+            )
+    trains = bias is not None and torch.is_grad_enabled() and bias.of_position.requires_grad
+    if (
+        trains
+        and torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    ):
+        raise ValueError(
+            "user.shape.backend: 'triton': the position bias's gradient is summed with atomics, in no fixed order, "
+            "but torch.use_deterministic_algorithms is on: use 'eager', or relative_bias: false"
+        )

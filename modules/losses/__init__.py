@@ -1,0 +1,1 @@
+"""Losses: InfoNCE, sampled binary cross-entropy, classification."""

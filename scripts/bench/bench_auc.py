@@ -1,0 +1,184 @@
+"""Time and memory of the exact AUC of prediction files: `hllm evaluate`'s job on two ranks against scikit-learn.
+
+    python scripts/bench/bench_auc.py --quick --output runs/bench_auc      (under 3 minutes, 3 x 10^7 rows)
+    python scripts/bench/bench_auc.py --output runs/bench_auc              (also 10^8 rows, and all repeats)
+
+Both read the same Parquet files (label and score, float32). Ours gives AUC, DeLong's interval and PR-AUC, and sorts
+on disk what is above --memory; scikit-learn's roc_auc_score gives the AUC. Each run is a fresh process; seconds count
+from opening the files to the number, without interpreter and imports; memory is the peak resident set of a process,
+with them. cpu_seconds are of the busiest rank, which a shared machine disturbs less. The two alternate.
+`scaling.png` plots both. The last line is one JSON object; `ratios` are scikit-learn's
+seconds over ours, and the largest rank's memory over scikit-learn's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1_000_000
+
+
+def write_rows(folder: Path, rows: int) -> Path:
+    """Rows of a click model: 4% positives, logits, in files of at most 10^7 rows."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([("label", pa.float32()), ("score", pa.float32())])
+    random = np.random.default_rng(0)
+    for start in range(0, rows, 10 * CHUNK):
+        with pq.ParquetWriter(folder / f"part-{start // CHUNK:05d}.parquet", schema, compression="none") as writer:
+            for first in range(start, min(rows, start + 10 * CHUNK), CHUNK):
+                size = min(CHUNK, rows - first)
+                label = (random.random(size, dtype=np.float32) < 0.04).astype(np.float32)
+                score = random.standard_normal(size, dtype=np.float32) + label - 3
+                writer.write_table(pa.table([label, score], schema=schema))
+    return folder
+
+
+def worker_ours(folder: Path, memory: int) -> dict[str, Any]:
+    """One rank; RANK, WORLD_SIZE and the store are in the environment."""
+    import torch.distributed as dist
+
+    from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+    from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel, PredictionRows
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['BENCH_STORE']}", rank=rank, world_size=ranks)
+    dist.barrier()
+    start, start_cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        metrics = evaluate_predictions(
+            PredictionRows([PredictionModel("model", (folder,))], ColumnLayout(), Path(scratch)),
+            EvaluationSettings(memory=memory),
+        )
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    dist.destroy_process_group()
+    block = metrics["models"]["model"]
+    found = {"auc": block["auc"], "se": block["auc_se"], "spilled": metrics["memory"]["spilled"]}
+    return {"seconds": seconds, "cpu_seconds": cpu} | found
+
+
+def worker_sklearn(folder: Path) -> dict[str, Any]:
+    """scikit-learn in one process."""
+    import pyarrow.parquet as pq
+    from sklearn.metrics import roc_auc_score
+
+    start, start_cpu = time.perf_counter(), time.process_time()
+    table = pq.read_table(folder)
+    auc = roc_auc_score(table["label"].to_numpy(), table["score"].to_numpy())
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return {"seconds": seconds, "cpu_seconds": cpu, "auc": float(auc)}
+
+
+def run_processes(kind: str, folder: Path, memory: int, ranks: int) -> dict[str, Any]:
+    """Fresh processes; the slowest one's seconds and the largest one's memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, __file__, "--worker", kind, "--memory", str(memory), "--output", str(folder)]
+        base = os.environ | {"OMP_NUM_THREADS": "1", "BENCH_STORE": f"{scratch}/store", "WORLD_SIZE": str(ranks)}
+        started = time.perf_counter()
+        processes = [
+            subprocess.Popen(command, env=base | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+            for rank in range(ranks)
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+        wall = time.perf_counter() - started
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"a {kind} process failed")
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    worst = {name: max(result[name] for result in found) for name in ("seconds", "cpu_seconds", "peak_mb")}
+    return found[0] | worst | {"seconds_with_start": wall}
+
+
+def measure(rows: int, work: Path, memory: int, repeats: int, with_sklearn: bool = True) -> dict[str, Any]:
+    """Both on files of so many rows, alternating; medians."""
+    folder = write_rows(work / f"rows-{rows}", rows)
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "sklearn": []}
+    for _ in range(repeats):
+        runs["ours"].append(run_processes("ours", folder, memory, 2))
+        if with_sklearn:
+            runs["sklearn"].append(run_processes("sklearn", folder, memory, 1))
+    shutil.rmtree(folder)
+    result: dict[str, Any] = {"rows": rows}
+    for name, found in runs.items():
+        if found:
+            result[name] = found[0] | {
+                key: round(statistics.median(run[key] for run in found), 3)
+                for key in ("seconds", "cpu_seconds", "seconds_with_start", "peak_mb")
+            }
+            print(f"{rows:>11,} rows  {name:<8} {json.dumps(result[name])}", flush=True)
+    if with_sklearn:
+        assert abs(result["ours"]["auc"] - result["sklearn"]["auc"]) < 1e-9
+    return result
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Seconds and memory over rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    labels = {"ours": "ours, 2 ranks", "sklearn": "scikit-learn, 1 process"}
+    for axis, key, title in zip(figure.subplots(1, 2), ("seconds", "peak_mb"), ("seconds", "peak MB of a process")):
+        for name, label in labels.items():
+            points = [(result["rows"], result[name][key]) for result in results if name in result]
+            axis.plot(*zip(*points), marker="o", label=label)
+        axis.set(xscale="log", yscale="log", xlabel="rows", title=title)
+        axis.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Run the benchmark, or one of its processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rows", type=int, nargs="+", help="instead of 10^5, 10^6, 10^7, 3 x 10^7 (and 10^8)")
+    parser.add_argument("--memory", type=int, default=512 << 20, help="bytes for rows on a rank")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench_auc"))
+    parser.add_argument("--worker", choices=("ours", "sklearn"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        found = worker_ours(args.output, args.memory) if args.worker == "ours" else worker_sklearn(args.output)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(found | {"peak_mb": round(peak)}))
+        return
+    sizes = args.rows or [10**5, 10**6, 10**7, 3 * 10**7, *([] if args.quick else [10**8])]
+    repeats = 1 if args.quick else 3
+    with tempfile.TemporaryDirectory(prefix="bench-auc-") as work:
+        # scikit-learn takes some 7 GB for 10^8 rows
+        results = [measure(rows, Path(work), args.memory, repeats, rows < 10**8) for rows in sizes]
+    args.output.mkdir(parents=True, exist_ok=True)
+    plot(results, args.output / "scaling.png")
+    compared = [result for result in results if "sklearn" in result][-1]
+    packages = {name: version(name) for name in ("numpy", "pyarrow", "scikit-learn", "torch")}
+    summary = {
+        "benchmark": "auc",
+        "device": platform.machine(),
+        "processors": os.cpu_count(),
+        "packages": packages,
+        "memory_option": args.memory,
+        "results": results,
+        "ratios": {
+            "rows": compared["rows"],
+            "auc_time_vs_sklearn": round(compared["sklearn"]["seconds"] / compared["ours"]["seconds"], 2),
+            "auc_cpu_vs_sklearn": round(compared["sklearn"]["cpu_seconds"] / compared["ours"]["cpu_seconds"], 2),
+            "auc_memory_vs_sklearn": round(compared["ours"]["peak_mb"] / compared["sklearn"]["peak_mb"], 3),
+        },
+    }
+    (args.output / "bench_auc.json").write_text(json.dumps(summary, indent=1))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Many exposures of one user in one pass, against one pass for each exposure: forward, backward and optimizer.
+
+    python scripts/bench/bench_fusion.py [--quick] [--out FILE] [--dataset DIR]
+
+The trainer's own step (early fusion, classification) on one user with `history` events and then 50 exposures, each of
+which sees every earlier event. One by one, each exposure is a sequence of its own (history, then the target), and all
+50 sequences are one packed batch, so both sides fill the machine and neither encodes padding. Items are their IDs
+here, so that only the user's pass is measured. The bench stops if the two losses differ.
+`fusion_one_pass_h<history>` is one by one / one pass. Events are invented: MovieLens has no user with 2,000.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from bench_step import LLAMA
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+
+from hllm_torchrec.config.schema import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    FeatureConfig,
+    ItemLLMConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    UserEncoderConfig,
+)
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.models.flops import backbone_flops
+from hllm_torchrec.training.throughput import user_token_counts
+from hllm_torchrec.training.trainer import Trainer
+
+EXPOSURES = 50
+USER = LLAMA | {"vocab_size": 8}
+SMALL = USER | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def config_of(dataset: str, shape: dict[str, Any], output: str) -> Config:
+    """Early fusion over item IDs and actions; tiny learning rates keep both sides at the same weights."""
+    return Config(
+        output=output,
+        data=DataConfig(dataset=dataset, max_history=4096, batch_users=1),
+        item_llm=ItemLLMConfig(enabled=False),
+        user=UserEncoderConfig(shape=shape),
+        features=FeatureConfig(time_depth=0),
+        objective=ObjectiveConfig(fusion="early"),
+        optim=OptimConfig(lr=1e-9, table_lr=1e-9),
+        evaluation=EvaluationConfig(),
+    )
+
+
+def user_piece(history: int, exposures: int, items: int, actions: int, seed: int = 0) -> Piece:
+    """`history` events without label, then `exposures` labelled ones, a second apart from one another."""
+    rng = np.random.default_rng(seed)
+    events = history + exposures
+    labels = rng.integers(0, 2, events).astype(np.float32)
+    labels[:history] = np.nan
+    return Piece(
+        1,
+        0,
+        history,
+        rng.integers(1, items, events),
+        1_600_000_000 + np.arange(events),
+        labels,
+        rng.integers(1, actions, events),
+    )
+
+
+def one_by_one(piece: Piece) -> list[Piece]:
+    """The piece once for each exposure, cut off behind it and with that one alone."""
+    cut = []
+    for target in range(piece.first_target, piece.item_ids.size):
+        kept = {name: getattr(piece, name)[: target + 1] for name in ("item_ids", "timestamps", "labels", "actions")}
+        cut.append(replace(piece, first_target=target, **kept))
+    return cut
+
+
+class Comparison:
+    """One history length: the same exposures both ways, on one trainer."""
+
+    def __init__(self, trainer: Trainer, history: int, exposures: int) -> None:
+        experiment = trainer.experiment
+        collator = Collator(experiment.dataset, experiment.batch_spec, 0, training=True)
+        piece = user_piece(history, exposures, experiment.dataset.num_items, experiment.dataset.num_actions)
+        self.trainer = trainer
+        self.batches = {"one by one": collator(one_by_one(piece), 0, 0), "one pass": collator([piece], 0, 0)}
+        self.losses: dict[str, float] = {}
+
+    def sides(self) -> dict[str, Callable[[], None]]:
+        """What to time, by side."""
+        return {side: lambda side=side: self._step(side) for side in self.batches}
+
+    def _step(self, side: str) -> None:
+        self.losses.setdefault(side, self.trainer.train_step([self.batches[side]])["loss"])
+
+    def check_losses(self) -> None:
+        """Stop if the two ways do not compute the same."""
+        one, other = self.losses.values()
+        if abs(one - other) > 1e-4 * abs(one):
+            raise AssertionError(f"the losses differ: {self.losses}")
+
+    def shape(self) -> dict[str, Any]:
+        """Tokens by side."""
+        return {side: user_token_counts(batch, queries=True)[0] for side, batch in self.batches.items()}
+
+    def flops(self, batch: HybridBatch) -> float:
+        """Matrix-product operations of a step."""
+        return 3 * backbone_flops(self.trainer.hllm.user.backbone, *user_token_counts(batch, queries=True))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    add_dataset(parser)
+    options: argparse.Namespace = parser.parse_args(argv)
+    init_distributed()
+    peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
+    histories = (12,) if options.tiny else (500,) if options.quick else (50, 100, 200, 500, 1000, 2000)
+    exposures = 4 if options.tiny else EXPOSURES
+    ratios, shapes, share = {}, {}, {}
+    with tempfile.TemporaryDirectory() as output:
+        shape = SMALL if options.tiny else USER
+        trainer = Trainer(config_of(str(options.dataset), shape, f"{output}/run"), torch.device("cpu"))
+        for history in histories:
+            comparison = Comparison(trainer, history, exposures)
+            times = alternate(comparison.sides(), 1 if options.tiny or history > 1000 else 3)
+            comparison.check_losses()
+            seconds = medians(times)
+            name = f"fusion_one_pass_h{history}"
+            ratios[name] = seconds["one by one"] / seconds["one pass"]
+            tokens = comparison.shape()
+            shapes[name] = {"history": history, "exposures": exposures, "tokens": tokens, "seconds": times}
+            share[name] = {s: comparison.flops(b) / seconds[s] / peak for s, b in comparison.batches.items()}
+            say(f"history {history}: {seconds}, {ratios[name]:.1f} times")
+    destroy_distributed()
+    found = {"ratios": ratios, "shapes": shapes, "model": shape, "matmul_peak": peak, "matmul_share": share}
+    return report("fusion", options, found)
+
+
+if __name__ == "__main__":
+    keep_large_buffers()
+    main()

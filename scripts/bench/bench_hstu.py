@@ -1,0 +1,273 @@
+"""Jagged HSTU against the same layers padded, and against a softmax transformer of the same width, depth and size.
+
+    python scripts/bench/bench_hstu.py [--quick] [--out FILE] [--dataset DIR]
+
+A pass is forward and backward over a batch of users (`_forward`: forward alone, without a graph). Histories are as long
+as those of MovieLens-100k, scaled so that the longest of the batch has the length named (`ml`), or fall with a power
+law (`power`: the n-th longest of a batch has length / n). Sides, in one process, in turn:
+
+- hstu: research preset (relative position and time bias), jagged, the eager backend; `plain` is without the bias;
+- padded: the same weights over [users, longest] with a dense causal mask, as the public research code has it; in
+  groups of users where their scores would not fit, which computes nothing twice;
+- softmax: SASRec's blocks with norms in front, jagged (SDPA in buckets), a feed-forward part of half the width:
+  as many parameters as HSTU's layers. It has no relative bias, so `plain` is what compares attention alone.
+
+Ratios are other / hstu: above 1 where jagged HSTU is faster. The bench stops where padded and jagged differ. Where
+there is CUDA, the backends eager, compiled and triton are timed on it too (`cuda_*`, bfloat16).
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from bench_candidates import peak_bytes
+from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from torch import Tensor
+from torch.nn import functional as F
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.modules.encoders.sasrec import SASRec
+from hllm_torchrec.modules.encoders.shapes import HSTUShape, SASRecShape
+from hllm_torchrec.modules.hstu.layer import HSTU
+from hllm_torchrec.modules.hstu.layout import time_bucket
+from hllm_torchrec.modules.jagged import offsets_from_lengths
+
+WIDTH, LAYERS, HEADS, USERS = 128, 2, 2, 8
+QUICK, FULL, TINY = (200, 1000, 2000), (200, 500, 1000, 2000, 4096, 8192), (12, 24)
+DISTRIBUTIONS = ("ml", "power")
+PADDED_SCORES = 2**27
+"""Scores of a group of padded users, all heads: 512 MiB, of which autograd keeps several copies."""
+CUDA_USERS = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed users: x [T, D], offsets [B + 1], times [T] seconds."""
+
+    lengths: list[int]
+    x: Tensor
+    offsets: Tensor
+    times: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a row and a key that it sees."""
+        return sum(length * (length + 1) // 2 for length in self.lengths)
+
+
+def history_lengths(dataset: Dataset) -> np.ndarray:
+    """How many events each user of the training part has."""
+    groups = [dataset.read_row_group(group.path, group.index, ["item_ids"]) for group in dataset.row_groups("train")]
+    return np.concatenate([pc.list_value_length(group["item_ids"]).to_numpy() for group in groups])
+
+
+def lengths_of(distribution: str, longest: int, users: int, histories: np.ndarray) -> list[int]:
+    """Lengths of a batch, the longest first; `histories`: those of the data set."""
+    if distribution == "power":
+        return [max(1, longest // (number + 1)) for number in range(users)]
+    levels = 1 - np.arange(users) / users
+    return [max(1, round(q)) for q in np.quantile(histories, levels) / histories.max() * longest]
+
+
+def make_batch(lengths: list[int], width: int, device: str = "cpu") -> Batch:
+    """Random inputs; events minutes to days apart."""
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    times = torch.exp(torch.rand(total, generator=generator) * 8 + 4).long().cumsum(0)
+    x = torch.randn(total, width, generator=generator)
+    return Batch(lengths, x.to(device), offsets_from_lengths(torch.tensor(lengths)).to(device), times.to(device))
+
+
+def encoders(width: int, longest: int) -> dict[str, UserEncoder]:
+    """The three jagged encoders, without dropout."""
+    shape = HSTUShape(width=width, layers=LAYERS, heads=HEADS, max_positions=longest, divide_by=longest)
+    softmax = SASRecShape(width=width, layers=LAYERS, heads=HEADS, hidden=width // 2, norm="pre", max_positions=longest)
+    torch.manual_seed(0)
+    return {"hstu": HSTU(shape), "plain": HSTU(replace(shape, relative_bias=False)), "softmax": SASRec(softmax)}
+
+
+class Padded:
+    """HSTU's layers over [b, N, D] with a dense causal mask: all cells are computed, padding too.
+
+    Scores are [b, H, N, N]; masks, distances and time buckets are made once for all layers.
+    """
+
+    def __init__(self, encoder: HSTU, batch: Batch) -> None:
+        self.encoder, self.batch = encoder, batch
+        longest = max(batch.lengths)
+        self.group = max(1, PADDED_SCORES // (HEADS * longest**2))
+        self.valid = torch.arange(longest)[None] < torch.tensor(batch.lengths)[:, None]
+
+    def __call__(self, x: Tensor) -> Iterator[Tensor]:
+        """Rows of every group of users, without padding again; x [T, D]."""
+        users = range(len(self.batch.lengths))
+        for at in range(0, len(users), self.group):
+            yield self._rows(x, list(users[at : at + self.group]))
+
+    def _rows(self, x: Tensor, users: list[int]) -> Tensor:
+        valid, encoder = self.valid[users], self.encoder
+        start, end = int(self.batch.offsets[users[0]]), int(self.batch.offsets[users[-1] + 1])
+        filled = x.new_zeros(*valid.shape, x.shape[1])
+        filled[valid] = x[start:end]
+        times = self.batch.times.new_zeros(valid.shape)
+        times[valid] = self.batch.times[start:end]
+        number, longest = valid.shape
+        places = torch.arange(longest)
+        hidden = ~torch.ones(longest, longest, dtype=torch.bool).tril()
+        distance = (places[:, None] - places)[None].clamp(min=0)
+        assert encoder.rules.last_bucket is not None and encoder.rules.divide_by is not None
+        bucket = time_bucket(times[:, :, None] - times[:, None], encoder.rules.last_bucket)
+        rows = encoder.add_positions(filled.flatten(0, 1), places.repeat(number))
+        for layer in encoder.layers:
+            u, v, q, k = layer.project(rows)
+            q, k, v = (y.unflatten(0, (number, longest)).transpose(1, 2) for y in (q, k, v))
+            scores = q @ k.transpose(-1, -2) * encoder.rules.alpha + layer.bias(distance, bucket)[:, None]
+            seen = F.silu(scores).masked_fill(hidden, 0.0) @ v / encoder.rules.divide_by
+            rows = layer.combine(rows, u, seen.transpose(1, 2).flatten(0, 1).flatten(1), places)
+        return rows.unflatten(0, (number, longest))[valid]
+
+
+Rows = Callable[[Tensor], Iterator[Tensor]]
+"""x [T, D] -> the last layer's rows, in parts that follow one another: a part's graph is gone before the next."""
+
+
+def step(rows: Rows, x: Tensor) -> None:
+    """Forward and backward; the gradients are dropped."""
+    x = x.detach().requires_grad_()
+    for part in rows(x):
+        part.backward(torch.ones_like(part))
+
+
+@torch.no_grad()
+def forward(rows: Rows, x: Tensor) -> None:
+    """Forward alone."""
+    for _ in rows(x):
+        pass
+
+
+def jagged(encoder: UserEncoder, batch: Batch) -> Rows:
+    """The encoder over a packed batch."""
+
+    def rows(x: Tensor) -> Iterator[Tensor]:
+        yield encoder(x, batch.offsets, batch.times)[0]
+
+    return rows
+
+
+def measure(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
+    """Seconds of every side for one batch, forward and backward and forward alone; operations of one pass."""
+    batch = make_batch(lengths, width)
+    models = encoders(width, max(lengths))
+    sides: dict[str, Rows] = {name: jagged(model, batch) for name, model in models.items()}
+    assert isinstance(models["hstu"], HSTU)
+    padded = Padded(models["hstu"], batch)
+    sides["padded"] = padded
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(list(padded(batch.x))), next(sides["hstu"](batch.x)), rtol=2e-3, atol=2e-3)
+    for name in models:
+        step(sides[name], batch.x)  # the only warm-up of a batch that is timed once, whose padded pass takes a minute
+    warmup = int(repeats > 1)
+    both = alternate({name: lambda rows=rows: step(rows, batch.x) for name, rows in sides.items()}, repeats, warmup)
+    alone = alternate({name: lambda rows=rows: forward(rows, batch.x) for name, rows in sides.items()}, repeats, warmup)
+    return {
+        "lengths": lengths,
+        "tokens": sum(lengths),
+        "pairs": batch.pairs,
+        "padded_groups": -(-len(lengths) // padded.group),
+        "parameters": {n: sum(p.numel() for p in model.layers.parameters()) for n, model in models.items()},
+        "seconds": medians(both),
+        "seconds_forward": medians(alone),
+        "times": both,
+        "flops": {name: model.flops(sum(lengths), batch.pairs) for name, model in models.items()},
+    }
+
+
+def ratios_of(point: dict[str, Any], name: str) -> dict[str, float]:
+    """The ratios of one batch."""
+    found = {}
+    for suffix, seconds in (("", point["seconds"]), ("_forward", point["seconds_forward"])):
+        found[f"padded_vs_hstu_{name}{suffix}"] = seconds["padded"] / seconds["hstu"]
+        found[f"softmax_vs_hstu_{name}{suffix}"] = seconds["softmax"] / seconds["hstu"]
+        found[f"softmax_vs_plain_{name}{suffix}"] = seconds["softmax"] / seconds["plain"]
+    return found
+
+
+def memory(lengths: list[int], width: int) -> dict[str, int]:
+    """Peak bytes of the tensors of a forward and backward pass, by side."""
+    batch, models = make_batch(lengths, width), encoders(width, max(lengths))
+    sides: dict[str, Rows] = {name: jagged(model, batch) for name, model in models.items()}
+    assert isinstance(models["hstu"], HSTU)
+    sides["padded"] = Padded(models["hstu"], batch)
+
+    def run(rows: Rows) -> Tensor:
+        step(rows, batch.x)
+        return batch.x
+
+    return {name: peak_bytes(lambda rows=rows: run(rows)) for name, rows in sides.items()}
+
+
+def on_cuda(lengths: list[int], width: int, repeats: int) -> dict[str, Any]:
+    """Seconds of the backends on the GPU, bfloat16 autocast; each is warmed up, compiled and tuned, before."""
+    batch = make_batch(lengths, width, "cuda")
+    shape = HSTUShape(width=width, layers=LAYERS, heads=HEADS, max_positions=max(lengths), divide_by=max(lengths))
+    sides: dict[str, Callable[[], None]] = {}
+    for backend in ("triton", "eager", "compiled"):
+        torch.manual_seed(0)
+        encoder = HSTU(replace(shape, backend=backend)).cuda()
+
+        def run(encoder: HSTU = encoder) -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                step(jagged(encoder, batch), batch.x)
+            torch.cuda.synchronize()
+
+        sides[backend] = run
+    return {"lengths": lengths, "seconds": medians(alternate(sides, repeats, warmup=2))}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    add_dataset(parser)
+    parser.add_argument("--longest", type=int, nargs="+", help="lengths of the longest history, instead of the usual")
+    options: argparse.Namespace = parser.parse_args(argv)
+    peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
+    histories = history_lengths(Dataset.open(options.dataset))
+    longests = options.longest or (TINY if options.tiny else QUICK if options.quick else FULL)
+    width = 16 if options.tiny else WIDTH
+    ratios: dict[str, float] = {}
+    points: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
+    for distribution in DISTRIBUTIONS:
+        for longest in longests:
+            name = f"{distribution}_{longest}"
+            lengths = lengths_of(distribution, longest, USERS, histories)
+            few = options.tiny or longest > 4096 or (options.quick and longest > 1000)
+            repeats = 1 if few else 3 if options.quick or longest > 1000 else 5
+            point = points[name] = measure(lengths, width, repeats)
+            ratios |= ratios_of(point, name)
+            flops = point.pop("flops")
+            shares[name] = {side: 3 * flops[side] / point["seconds"][side] / peak for side in flops}
+            say(f"{name}: {point['seconds']}; forward {point['seconds_forward']}")
+    longest = min(longests[-1], 2000)
+    used = memory(lengths_of("ml", longest, USERS, histories), width)
+    ratios[f"padded_vs_hstu_memory_ml_{longest}"] = used["padded"] / used["hstu"]
+    cuda = {}
+    if torch.cuda.is_available() and not options.tiny:
+        for longest in longests:
+            name = f"cuda_ml_{longest}"
+            cuda[name] = on_cuda(lengths_of("ml", longest, CUDA_USERS, histories), 512, 10)
+            seconds = cuda[name]["seconds"]
+            ratios |= {f"{other}_vs_triton_{name}": seconds[other] / seconds["triton"] for other in seconds}
+    shapes = {"width": width, "layers": LAYERS, "heads": HEADS, "users": USERS, "longest": list(longests)}
+    found = {"ratios": ratios, "shapes": shapes, "points": points, "memory": used, "cuda": cuda or "there is none"}
+    return report("hstu", options, found | {"matmul_peak": peak, "matmul_share": shares})
+
+
+if __name__ == "__main__":
+    keep_large_buffers()
+    main()

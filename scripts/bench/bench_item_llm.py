@@ -1,0 +1,222 @@
+"""Time of the packed Item LLM, forward and backward, against its matrix products alone.
+
+    python scripts/bench/bench_item_llm.py [--quick] [--out FILE]
+
+Real texts of MovieLens-100k with a prompt, each item once, through a Llama of SmolLM2-135M's shape (576 wide, 6 of
+its layers, random weights, frozen words). The compared sides run in turn in one process:
+
+    plain     every item with its whole text
+    shared    the common prefix once, attended to by all items
+    compiled  the same, its layers under torch.compile
+    read      as shared, the last layer for the [ITEM] rows alone (what training does)
+    products  the matrix products of "shared", forward and backward, on buffers of their shapes, nothing else
+
+Ratios are medians over the rounds of one round's two times, so a slower or faster spell of the machine hits both.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarking import (
+    SMOLLM2,
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    why_no_bf16,
+)
+from torch import Tensor
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.token_store import TokenStore, build_token_store
+from hllm_torchrec.models.backbones import build_backbone
+from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.modules.attention.text import BucketPlan
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.training.throughput import item_flops
+
+PROMPT = "Compress the following sentence into embedding: "
+
+
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options, or those of `given`."""
+    parser = arguments(__doc__)
+    add_dataset(parser, tokenizer=True)
+    parser.add_argument("--keys", nargs="+", default=["title", "year", "genres"], help="its text columns")
+    parser.add_argument("--items", type=int, default=64, help="unique items of a step")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor seconds of one thread, where others use the machine"
+    )
+    return parser.parse_args(given)
+
+
+class Side:
+    """The Item LLM on one set of items: forward and backward."""
+
+    def __init__(self, tokens: TokenStore, ids: Tensor, shape: dict[str, Any], share: bool, read: bool = False) -> None:
+        torch.manual_seed(0)
+        self.item_llm, self.ids = ItemLLM(build_backbone(None, shape)), ids
+        self.item_llm.reads_rows = read
+        self.item_llm.backbone.get_input_embeddings().requires_grad_(False)
+        self.encoder = ItemEncoder(tokens, torch.device("cpu"), share_prefix=share)
+
+    def __call__(self) -> Tensor:
+        """One forward and backward pass; the embeddings."""
+        self.item_llm.zero_grad(set_to_none=True)
+        embeddings = self.encoder.encode(self.item_llm, self.ids)
+        embeddings.square().sum().backward()
+        return embeddings.detach()
+
+    def work(self) -> EncodingCounts:
+        """What one pass has to do."""
+        before = self.encoder.work
+        self()
+        return self.encoder.work - before
+
+    def plan(self) -> BucketPlan:
+        """The buckets of its batch, as its forward pass plans them."""
+        seen: list[BucketPlan] = []
+
+        def catch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(kwargs["hllm_plan"])
+
+        handle = self.item_llm.backbone.register_forward_pre_hook(catch, with_kwargs=True)
+        self()
+        handle.remove()
+        return seen[0]
+
+
+def products(side: Side, shape: dict[str, Any]) -> Callable[[], None]:
+    """The matrix products of a forward and backward pass of `side`, on buffers of their own.
+
+    Per layer: seven linear maps, each y = x W', dx = dy W, dW = dy' x; and in every bucket, for each head, the
+    scores and weighted sums with their two gradients each, over the bucket's padded cells (the masked half too).
+    """
+    plan = side.plan()
+    rows = plan.position_ids.numel()
+    d, ff, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    kv = d // heads * shape["num_key_value_heads"]
+    maps = [(d, d), (d, kv), (d, kv), (d, d), (d, ff), (d, ff), (ff, d)]
+    layers = [[torch.randn(m, n) for n, m in maps] for _ in range(shape["num_hidden_layers"])]
+    inputs = {n: torch.randn(rows, n) for n in {size for pair in maps for size in pair}}
+    grids = []
+    for bucket in plan.buckets:
+        size, keys = bucket.texts * heads, bucket.seen + bucket.longest
+        q, k = torch.randn(size, bucket.longest, d // heads), torch.randn(size, keys, d // heads)
+        grids.append((q, k, torch.randn(size, bucket.longest, keys)))
+
+    def forward_and_backward() -> None:
+        for layer in layers:
+            for weight in layer:
+                torch.mm(inputs[weight.shape[1]], weight.t())
+            for q, k, scores in grids:
+                torch.bmm(q, k.transpose(1, 2))
+                torch.bmm(scores, k)
+        for layer in reversed(layers):
+            for q, k, scores in grids:  # of scores and of weighted sums, with respect to both factors
+                torch.bmm(q, k.transpose(1, 2))
+                torch.bmm(scores.transpose(1, 2), q)
+                torch.bmm(scores, k)
+                torch.bmm(scores.transpose(1, 2), q)
+            for weight in layer:
+                out = inputs[weight.shape[0]]
+                torch.mm(out, weight)
+                torch.mm(out.t(), inputs[weight.shape[1]])
+
+    return forward_and_backward
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median over the rounds of above / below."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
+
+
+def timed_by(clock: Callable[[], float], run: Callable[[], object]) -> Callable[[], float]:
+    """`run`, which times itself."""
+
+    def timed() -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return timed
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure; ratios, seconds and shapes."""
+    tiny = {"num_hidden_layers": 1, "hidden_size": 72, "intermediate_size": 96}
+    shape = SMOLLM2 | tiny if options.tiny else SMOLLM2
+    path = build_token_store(
+        Dataset.open(options.dataset),
+        options.tokenizer,
+        prompt=PROMPT,
+        keys=options.keys,
+        max_text_length=64,
+    )
+    tokens = TokenStore.open(path)
+    ids = torch.from_numpy(np.random.default_rng(0).choice(np.arange(1, len(tokens)), options.items, replace=False))
+    names = ("plain", "shared", "compiled", "read")
+    sides = {name: Side(tokens, ids, shape, share=name != "plain", read=name == "read") for name in names}
+    for layer in sides["compiled"].item_llm.backbone.layers:
+        layer.compile(dynamic=True, backend="eager" if options.tiny else "inductor")
+    outputs = {name: side() for name, side in sides.items()}
+    for found in outputs.values():
+        torch.testing.assert_close(found, outputs["plain"], rtol=1e-3, atol=1e-3)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    calls: dict[str, Callable[[], object]] = {**sides, "products": products(sides["shared"], shape)}
+    timed = {name: timed_by(clock, call) for name, call in calls.items()}
+    times = alternate(timed, 2 if options.tiny else 5 if options.quick else 15)
+    return describe(options, sides, times)
+
+
+def describe(options: argparse.Namespace, sides: dict[str, Side], times: dict[str, list[float]]) -> dict[str, Any]:
+    """What `report` prints."""
+    seconds, peak = medians(times), matmul_peak()
+    work = {name: side.work() for name, side in sides.items()}
+    flops = {name: 3 * item_flops(side.item_llm, work[name]) for name, side in sides.items()}
+    shape = sides["shared"].item_llm.backbone.config
+    return {
+        "ratios": {
+            "item_llm_matmul_share_fp32": ratio(times["products"], times["shared"]),
+            "item_llm_matmul_share_fp32_compiled": ratio(times["products"], times["compiled"]),
+            "item_llm_matmul_share_bf16": None,
+            "prefix_sharing": ratio(times["plain"], times["shared"]),
+            "compile": ratio(times["shared"], times["compiled"]),
+            "read_rows_alone": ratio(times["shared"], times["read"]),
+        },
+        "bf16": why_no_bf16() or "not measured",
+        "seconds": seconds,
+        "spread": {name: [min(values), max(values)] for name, values in times.items()},
+        "clock": "processor seconds of one thread" if options.cpu_time else "wall seconds",
+        "matmul_peak": peak,
+        "matmul_share": {"item_llm": {name: flops[name] / seconds[name] / peak for name in sides}},
+        "shapes": {
+            "layers": shape.num_hidden_layers,
+            "width": shape.hidden_size,
+            "items": options.items,
+            "tokens": {name: done.tokens for name, done in work.items()},
+            "prefix_tokens": sides["shared"].encoder.tokens.prefix.size,
+            "buckets": [bucket.longest for bucket in sides["shared"].plan().buckets],
+        },
+    }
+
+
+def main() -> None:
+    """Run, print and save."""
+    keep_large_buffers()
+    options = parse()
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    report("item_llm", options, run(options))
+
+
+if __name__ == "__main__":
+    main()

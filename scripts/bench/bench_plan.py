@@ -1,0 +1,241 @@
+"""What `hllm plan` says a rank's memory will be, against what training really takes.
+
+    python scripts/bench/bench_plan.py [--quick] [--out FILE]
+
+Each case trains a few steps in fresh processes, one per rank, in fp32 on the CPU. Measured is the kernel's high-water
+mark of resident memory (VmHWM) within the steps, reset before each, the largest of all steps and ranks, less what was
+resident before the model was built: by then the same configuration has taken one step at a small size and been
+dropped, so that libraries, threads and the process group are there. glibc gives blocks from 64 KiB on back to the
+system as soon as they are freed (MALLOC_MMAP_THRESHOLD_), so that resident memory is memory in use; that is slow, and
+no time is reported. A ratio is estimated / measured: 1 is right, below 1 too little was estimated.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import benchmarking
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for the tests' launcher of ranks
+
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "65536"}
+LLM = ".cache/models/smollm2-135m-instruct"
+WIDE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+WIDE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 8}
+ITEMS, TINY_ITEMS = 600_000, 300
+
+
+def cases(tables: Path) -> dict[str, dict[str, Any]]:
+    """Name -> configuration, options, ranks, and whether `--quick` runs it. tables: a dataset of many items."""
+    return {
+        "quickstart": {"config": "configs/quickstart.yaml", "options": [], "ranks": 1, "quick": True},
+        "quickstart, 2 ranks": {"config": "configs/quickstart.yaml", "options": [], "ranks": 2, "quick": False},
+        "item tables, 2 ranks": {
+            "config": "configs/retrieval/llama_id.yaml",
+            "options": ["--data.dataset", str(tables), "--user.shape", json.dumps(WIDE)],
+            "ranks": 2,
+            "quick": True,
+        },
+        "HLLM, two SmolLM2 of 3 layers": {
+            "config": "configs/retrieval/hllm.yaml",
+            "options": ["--item_llm.layers", "3", "--item_llm.trained_share", "1", "--item_llm.freeze_words", "false"]
+            + ["--user.shape", "null", "--user.pretrained", LLM, "--user.layers", "3", "--data.batch_users", "2"]
+            + ["--data.max_history", "64", "--objective.negatives", "64"],
+            "ranks": 1,
+            "quick": False,
+        },
+    }
+
+
+# ---------------------------------------------------------------------- one rank
+
+
+def resident(what: str) -> int:
+    """Bytes: VmRSS now, or VmHWM since it was reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {what}: Linux is needed")
+
+
+def reset_high_water_mark() -> None:
+    """VmHWM becomes VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def settle() -> int:
+    """Drop what is unused; the bytes that stay."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident("VmRSS")
+
+
+def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
+    """On one rank of those that the environment names: bytes of each of three steps, the fullest among them."""
+    from hllm_torchrec.config.loading import load_config
+    from hllm_torchrec.distributed.process_group import init_distributed
+    from hllm_torchrec.training.trainer import Trainer
+
+    class Measured(Trainer):
+        """Notes the high-water mark of every step."""
+
+        def train_step(self, batches: Any, following: Any = None) -> dict[str, float]:
+            reset_high_water_mark()
+            found = super().train_step(batches, following)
+            marks.append(resident("VmHWM"))
+            (batch,) = batches
+            sizes.append({"events": batch.item_ids.numel(), "items": batch.unique_items.numel()})
+            return found
+
+    def run(name: str, *more: str) -> None:
+        words = ["--config", config, *options, "--evaluation.checkpoint_every", "0", "--output", str(output / name)]
+        trainer = Measured(load_config([*words, *more]), device)
+        trainer.evaluation_steps = frozenset()
+        fullest, end = fullest_step(trainer)
+        trainer.step, trainer.total_steps = max(0, fullest - 1), min(fullest + 2, end)
+        trainer.run()
+
+    marks: list[int] = []
+    sizes: list[dict[str, int]] = []
+    device = init_distributed(300)
+    run("warm", "--data.batch_users", "1", "--data.max_history", "4", "--objective.negatives", "4")
+    marks.clear(), sizes.clear()
+    before = settle()
+    run("run")
+    return {"steps": [mark - before for mark in marks], "sizes": sizes, "before": before}
+
+
+def fullest_step(trainer: Any) -> tuple[int, int]:
+    """The step of the planned stage in which a rank has most events, and the stage's first epoch's end."""
+    from hllm_torchrec.planning.estimate import planned_stage
+
+    segment = next(segment for segment in trainer.segments if segment.stage == planned_stage(trainer.config))
+    loader = trainer._loader(segment.stage)
+    events = [
+        max(
+            int(loader.pieces.lengths[batches[step]].sum())
+            for batches in loader.rank_batches(segment.epoch)
+            if step < len(batches)
+        )
+        for step in range(segment.steps)
+    ]
+    return segment.first_step + int(np.argmax(events)), segment.first_step + segment.steps
+
+
+# ---------------------------------------------------------------------- all of a case
+
+
+def estimated(case: dict[str, Any]) -> Any:
+    """What `hllm plan` says of it: an `Estimate`."""
+    from hllm_torchrec.config.loading import load_config
+    from hllm_torchrec.launch.plan import build_parser, workload
+    from hllm_torchrec.planning.estimate import HARDWARE, Machine, estimate
+
+    args = build_parser().parse_args(["--config", case["config"], "--gpus", str(case["ranks"])])
+    config = load_config(["--config", case["config"], *case["options"]])
+    machine = Machine(1, case["ranks"], **HARDWARE["cpu"] | {"memory": 64e9})
+    work, tables = workload(args, config)
+    return estimate(config, work, machine, tables)
+
+
+def measured(name: str, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each rank."""
+    from tests.helpers.processes import environment, free_port
+
+    with tempfile.TemporaryDirectory() as folder:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": case["ranks"]}
+        address |= GIVE_BACK | {"LOCAL_WORLD_SIZE": case["ranks"]}
+        words = [sys.executable, __file__, "--measure", json.dumps(case), "--into", folder]
+        ranks = [
+            subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment(ROOT, RANK=rank, LOCAL_RANK=rank, **address),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(case["ranks"])
+        ]
+        printed = [rank.communicate()[0] for rank in ranks]
+        if any(rank.returncode for rank in ranks):
+            raise RuntimeError(f"{name}: a rank failed")
+    return [json.loads(text.splitlines()[-1]) for text in printed]
+
+
+def many_items(folder: Path, items: int, users: int = 4000, events: int = 12) -> Path:
+    """A prepared dataset of so many items, with so many events of each user."""
+    from hllm_torchrec.data.prepare import prepare
+    from hllm_torchrec.data.sources.table_mapping import table
+
+    rng = np.random.default_rng(0)
+    names = pa.array([f"i{number}" for number in range(items)])
+    columns = {
+        "user": np.repeat(np.arange(users), events).astype(str),
+        "item": names.take(rng.integers(items, size=users * events)),
+    }
+    columns["time"] = np.tile(np.arange(events) * 86_400, users) + 1_700_000_000
+    pq.write_table(pa.table(columns), folder / "events.parquet")
+    pq.write_table(pa.table({"item": names, "title": names}), folder / "items.parquet")
+    mapping = {
+        "name": "many-items",
+        "events": {"path": "events.parquet", "user": "user", "item": "item", "time": "time"},
+        "items": {"path": "items.parquet", "item": "item", "text": ["title"]},
+    }
+    (folder / "mapping.yaml").write_text(json.dumps(mapping))
+    return prepare(table(folder / "mapping.yaml"), folder / "dataset", split="leave_one_out")
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Each case's estimate by part, measured bytes by step, and their ratio."""
+    ratios: dict[str, float] = {}
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        items = TINY_ITEMS if options.tiny else ITEMS
+        for name, case in cases(many_items(Path(folder), items)).items():
+            if (options.quick or options.tiny) and not case["quick"] or options.tiny and "tables" not in name:
+                continue
+            plan, ranks = estimated(case), measured(name, case)
+            peak = max(mark for rank in ranks for mark in rank["steps"])
+            ratios[name] = plan.peak / peak
+            rows[name] = {
+                "config": case["config"],
+                "options": [word.replace(folder, "GENERATED") for word in case["options"]],
+                "estimated": plan.peak,
+                "measured": peak,
+                "by_part": {part: size for part, size in plan.memory.items() if size},
+                "ranks": ranks,
+            }
+            benchmarking.say(f"{name}: {plan.peak / 1e6:.0f} of {peak / 1e6:.0f} MB, {ratios[name]:.3f}")
+    return {"ratios": ratios, "rows": rows, "shapes": {"items of the tables": items}}
+
+
+def main() -> int:
+    """Compare all cases."""
+    parser = benchmarking.arguments(__doc__)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        case = json.loads(options.measure)
+        print(json.dumps(measure(case["config"], case["options"], options.into)), flush=True)
+        return 0
+    options.out = options.out and options.out.resolve()
+    os.chdir(ROOT)  # configurations name their data relative to it
+    found = compare(options)
+    benchmarking.report("plan", options, {**found, "matmul_peak": benchmarking.matmul_peak(), "matmul_share": {}})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""A training step against HLLM's published way, on MovieLens-100k: Llama 256 wide x 4 layers, vocabulary 49,152.
+
+    python scripts/bench/bench_step.py [--quick] [--out FILE] [--dataset DIR] [--tokenizer DIR]
+
+A step is forward, backward and optimizer, without the loader. Ours is `Trainer.train_step`, generative loss, no ID
+or time features. The plain counterpart is `scripts/bench/plain_hllm.py`, fp32 in every row; both start from the same
+weights, see the same users, items and negatives, and the bench stops if their losses differ. Ratios are plain /
+ours: with the vocabulary head as published, and `_nohead` without. Items have 33.4 tokens on average (prompt, title,
+year, genres, [ITEM]), of which the first 10 are the same for all; the separator was chosen for that length.
+
+Plain batches of more than 900 items would not fit in memory (64 users: 43 GB of logits), nor would ours of more than
+2,500 different ones (6,528 without repeats). They are timed in groups: the users' part from item embeddings made
+beforehand (not timed), then forward and backward of each group of items with the gradients found, then the
+optimizer: the work of one step, and nothing computed twice on the clock.
+"""
+
+import argparse
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarking import (
+    add_dataset,
+    alternate,
+    arguments,
+    keep_large_buffers,
+    matmul_peak,
+    medians,
+    report,
+    say,
+    why_no_bf16,
+)
+from plain_hllm import Ints, PlainBatch, PlainHLLM, Sample, draw_samples, plain_batch
+from torch import Tensor
+
+from hllm_torchrec.config.schema import (
+    Config,
+    DataConfig,
+    FeatureConfig,
+    ItemLLMConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    UserEncoderConfig,
+)
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.token_store import TokenStore
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.models.flops import backbone_flops
+from hllm_torchrec.models.item_encoder import EncodingCounts
+from hllm_torchrec.training.optim import dense_optimizer
+from hllm_torchrec.training.throughput import item_flops, user_token_counts
+from hllm_torchrec.training.trainer import Trainer
+
+Encode = Callable[[Tensor], Tensor]
+"""item ids [U] -> embeddings [U, E]"""
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 49152,
+}
+SMALL = LLAMA | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+PROMPT = "Compress the following sentence into embedding: "
+TEXT_KEYS = ("title", "year", "genres")
+SEPARATOR = ", and its "
+MAX_TEXT = 64
+ITEMS_AT_ONCE = 900
+"""Occurrences that the plain counterpart encodes with one graph."""
+UNIQUE_AT_ONCE = 2500
+"""Different items that ours encodes with one graph."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; its ratios are called step_<precision>_h<history>_b<users>[_norepeats][_nohead]."""
+
+    history: int
+    users: int
+    repeats: bool = True
+    """False: every occurrence is an item of its own, as in a catalogue much larger than the batch."""
+
+    @property
+    def name(self) -> str:
+        """History and batch, for the ratios' names."""
+        return f"h{self.history}_b{self.users}{'' if self.repeats else '_norepeats'}"
+
+
+QUICK = (Row(50, 8),)
+FULL = (Row(50, 8), Row(10, 8), Row(150, 8), Row(50, 64), Row(50, 64, repeats=False))
+TINY = (Row(5, 3), Row(5, 4, repeats=False))
+
+
+def config_of(row: Row, dataset: str, tokenizer: str, shape: dict[str, Any], precision: str, output: str) -> Config:
+    """The experiment as a user would configure it."""
+    return Config(
+        output=output,
+        data=DataConfig(dataset=dataset, max_history=max(2, row.history + 1), batch_users=row.users),
+        item_llm=ItemLLMConfig(
+            shape=shape,
+            tokenizer=tokenizer,
+            prompt=PROMPT,
+            text_keys=TEXT_KEYS,
+            separator=SEPARATOR,
+            max_text_length=MAX_TEXT,
+        ),
+        user=UserEncoderConfig(shape=shape),
+        features=FeatureConfig(item_id=False, action=False, time_depth=0),
+        objective=ObjectiveConfig(
+            fusion="none",
+            negatives=row.users * (row.history + 1),
+            positive_targets_only=False,
+            collapse_above=1.0,  # random weights do collapse now and then; here that is no news
+        ),
+        optim=OptimConfig(lr=1e-4, item_llm_lr=1e-4),
+        parallel=ParallelConfig(precision=precision),  # type: ignore[arg-type]
+    )
+
+
+class GivenNegatives(Collator):
+    """The trainer's collator with the negatives of the samples (a repeated one counts twice on both sides)."""
+
+    given: Ints
+
+    def negatives(self, epoch: int, step: int) -> Ints:
+        """[K], whatever the step."""
+        return self.given
+
+
+def hybrid_batch(trainer: Trainer, samples: list[Sample]) -> HybridBatch:
+    """The trainer's batch for `samples`."""
+    experiment = trainer.experiment
+    collator = GivenNegatives(experiment.dataset, experiment.batch_spec, 0, training=True)
+    collator.given = np.concatenate([sample.negatives for sample in samples])
+    return collator([labelled_piece(s.user_id, s.items, s.timestamps) for s in samples], 0, 0)
+
+
+def labelled_piece(user: int, items: Ints, timestamps: Ints, first: int = 0) -> Piece:
+    """Events of label 1 and action 1, exposures from `first` on."""
+    ones = np.ones(items.size, np.int64)
+    return Piece(user, 0, first, items, timestamps, ones.astype(np.float32), ones)
+
+
+def without_repeats(samples: list[Sample], tokens: TokenStore) -> tuple[list[Sample], TokenStore]:
+    """The same texts, but every occurrence an item of its own: ids count through, and so does a token store."""
+    ids, renamed, count = [], [], 0
+    for sample in samples:
+        new = {}
+        for part in ("padding", "items", "negatives"):
+            old = getattr(sample, part)
+            ids.append(old)
+            new[part] = count + 1 + np.arange(old.size)
+            count += old.size
+        renamed.append(replace(sample, **new))
+    packed, offsets = tokens.gather(np.concatenate([[0], *ids]))
+    return renamed, TokenStore(tokens.path, packed, offsets, tokens.facts)
+
+
+def plain_step(model: PlainHLLM, batch: PlainBatch, optimizer: torch.optim.Optimizer) -> float:
+    """One step; returns the loss."""
+    loss = model(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def plain_step_in_groups(
+    model: PlainHLLM, batch: PlainBatch, groups: list[PlainBatch], optimizer: torch.optim.Optimizer
+) -> tuple[float, float]:
+    """One step, the items of `groups` at a time; returns the loss and the seconds (see the module's text)."""
+    kinds = ("positives", "negatives")
+    heads, model.heads = model.heads, torch.nn.ModuleList()
+    with torch.no_grad():
+        found = {kind: [model.encode(getattr(group, kind)) for group in groups] for kind in kinds}
+    model.heads = heads
+    embedded = {kind: torch.cat(parts).requires_grad_() for kind, parts in found.items()}
+    start = time.perf_counter()
+    loss = model.loss(batch, **embedded)
+    loss.backward()
+    for kind in kinds:
+        grads = embedded[kind].grad
+        assert grads is not None, "every embedding is used"
+        for group, grad in zip(groups, grads.chunk(len(groups)), strict=True):
+            model.encode(getattr(group, kind)).backward(grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), time.perf_counter() - start
+
+
+class EncodedBeforehand(torch.autograd.Function):
+    """Item embeddings [U, E] made earlier, without a graph; the backward pass encodes them again, in groups."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, embedded: Tensor, encode: Encode, groups: list[Tensor]) -> Tensor:
+        """Return `embedded`; `anchor`, any tensor with a gradient, is what puts it into the graph."""
+        ctx.encode, ctx.groups = encode, groups
+        return embedded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        """Forward and backward of each group of ids: the encoder's gradients."""
+        for ids, part in zip(ctx.groups, grad.split([len(ids) for ids in ctx.groups]), strict=True):
+            with torch.enable_grad():
+                ctx.encode(ids).backward(part)
+        return None, None, None, None
+
+
+def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[str, float], float, EncodingCounts]:
+    """One step, its items encoded in so many groups: its numbers, its seconds, what the encoder did in it."""
+    hllm, encoder = trainer.hllm, trainer.experiment.item_encoder
+    assert encoder is not None, "a model without an Item LLM encodes nothing"
+    if groups > 1:
+        parts = list(batch.unique_items.chunk(groups))
+        encode: Encode = functools.partial(encoder, hllm.item_llm)
+        with torch.no_grad():
+            embedded = torch.cat([encode(part) for part in parts])
+        anchor = torch.zeros((), requires_grad=True)
+        hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts)
+    before, start = encoder.work, time.perf_counter()
+    # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
+    with trainer._no_sync() if groups > 1 else nullcontext():
+        numbers = trainer.train_step([batch])
+    seconds = time.perf_counter() - start
+    if groups > 1:
+        hllm.encode_items = encoder
+    return numbers, seconds, encoder.work - before
+
+
+class Comparison:
+    """A row's two plain sides and ours, on one batch."""
+
+    def __init__(self, row: Row, options: argparse.Namespace, precision: str, output: str) -> None:
+        self.row = row
+        shape = SMALL if options.tiny else LLAMA
+        config = config_of(row, str(options.dataset), str(options.tokenizer), shape, precision, output)
+        config = replace(config, parallel=replace(config.parallel, compile=options.compile))
+        self.trainer = Trainer(config, torch.device("cpu"))
+        encoder = self.trainer.experiment.item_encoder
+        assert encoder is not None
+        samples = draw_samples(self.trainer.experiment.dataset, row.history, row.users)
+        if not row.repeats:
+            samples, encoder.tokens = without_repeats(samples, encoder.tokens)
+        self.encoder = encoder
+        self.batch = hybrid_batch(self.trainer, samples)
+        self.plain = plain_batch(samples, encoder.tokens)
+        users = max(1, ITEMS_AT_ONCE // (2 * (row.history + 1)))
+        parts = [samples[at : at + users] for at in range(0, row.users, users)]
+        assert len({len(part) for part in parts}) == 1, "groups of equal size"
+        self.groups = [plain_batch(part, encoder.tokens) for part in parts]
+        self.item_groups = -(-self.batch.unique_items.numel() // UNIQUE_AT_ONCE)
+        self.models = {side: PlainHLLM(shape, shape, head=side == "plain") for side in ("plain", "plain_nohead")}
+        self.optimizers = {}
+        for side, model in self.models.items():
+            model.copy_weights(self.trainer.hllm)
+            self.optimizers[side] = dense_optimizer(model.named_parameters(), learning_rate=1e-4)
+        self.losses: dict[str, float] = {}
+        self.padding = sum(sample.padding.size for sample in samples)
+
+    def sides(self) -> dict[str, Callable[[], float | None]]:
+        """What to time, by side."""
+        return {side: lambda side=side: self._plain(side) for side in self.models} | {"ours": self._ours}
+
+    def _plain(self, side: str) -> float | None:
+        args = (self.models[side], self.plain)
+        seconds = None
+        if len(self.groups) == 1:
+            loss = plain_step(*args, self.optimizers[side])
+        else:
+            loss, seconds = plain_step_in_groups(*args, self.groups, self.optimizers[side])
+        self.losses.setdefault(side, loss)
+        return seconds
+
+    def _ours(self) -> float:
+        numbers, seconds, self.item_work = timed_step(self.trainer, self.batch, self.item_groups)
+        self.losses.setdefault("ours", numbers["loss"])
+        return seconds
+
+    def check_losses(self, tolerance: float) -> None:
+        """Stop if the first losses, from equal weights, are not the same."""
+        ours = self.losses["ours"]
+        for side, loss in self.losses.items():
+            if abs(loss - ours) > tolerance * abs(ours):
+                raise AssertionError(f"{self.row.name}: loss {ours} of ours, {loss} of {side}: not the same step")
+
+    def shapes(self) -> dict[str, Any]:
+        """Tokens and items of the step on both sides."""
+        occurrences = len(self.plain.positives.lengths) + len(self.plain.negatives.lengths)
+        return {
+            "history": self.row.history,
+            "users": self.row.users,
+            "item_occurrences": occurrences,
+            "padding_items": self.padding,
+            "unique_items": self.batch.unique_items.numel(),
+            "tokens_plain": self.plain.tokens,
+            "tokens_plain_per_item": self.plain.tokens / occurrences,
+            "tokens_ours": self.item_work.tokens,
+            "prefix_tokens": len(getattr(self.encoder.tokens, "prefix", ())),
+            "predictions": self.batch.next_rows.numel(),
+            "negatives": self.batch.negative_items.numel(),
+            "plain_groups": len(self.groups),
+            "our_groups": self.item_groups,
+        }
+
+    def flops(self) -> dict[str, float]:
+        """Matrix-product operations of a step by side: forward and backward; padding of users not counted."""
+        hllm = self.trainer.hllm
+        assert hllm.item_llm is not None
+        lengths = np.array(self.plain.positives.lengths + self.plain.negatives.lengths)
+        keys = int((lengths * (lengths + 1) // 2).sum())
+        rest = 3 * backbone_flops(hllm.user.backbone, *user_token_counts(self.batch, queries=False))
+        rest += 6.0 * self.batch.next_rows.numel() * self.batch.negative_items.numel() * hllm.user.width
+        plain = 3 * backbone_flops(hllm.item_llm.backbone, self.plain.tokens, keys) + rest
+        shape = hllm.item_llm.backbone.config
+        head = 2.0 * (self.plain.tokens + self.plain.valid.numel()) * shape.hidden_size * shape.vocab_size
+        ours = 3 * item_flops(hllm.item_llm, self.item_work) + rest
+        return {"plain": plain + head, "plain_nohead": plain, "ours": ours}
+
+
+def compare(row: Row, precision: str, options: argparse.Namespace, peak: float) -> dict[str, Any]:
+    """Seconds, ratios, shapes and shares of the peak of one row."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as output:
+        comparison = Comparison(row, options, precision, f"{output}/run")
+        big = row.users * row.history > 400
+        repeats = 1 if options.tiny else 3 if options.quick or big else 5
+        times = alternate(comparison.sides(), repeats)
+        if options.profile:
+            with torch.profiler.profile() as profiled:
+                comparison.sides()["ours"]()
+            say(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
+    comparison.check_losses(1e-4 if precision == "fp32" else 2e-2)
+    seconds = medians(times)
+    flops = comparison.flops()
+    name = f"step_{precision}_{row.name}"
+    say(f"{name}: " + ", ".join(f"{side} {value:.2f} s" for side, value in seconds.items()))
+    return {
+        "ratios": {
+            name: seconds["plain"] / seconds["ours"],
+            f"{name}_nohead": seconds["plain_nohead"] / seconds["ours"],
+        },
+        "share": {side: flops[side] / seconds[side] / peak for side in seconds},
+        "row": {
+            **comparison.shapes(),
+            "seconds": times,
+            "loss": comparison.losses,
+            "plain_with_by_without_head": seconds["plain"] / seconds["plain_nohead"],
+            "item_attention": str(getattr(comparison.trainer.hllm.item_llm, "attention", "buckets")),
+        },
+    }
+
+
+def precisions() -> Iterator[tuple[str, str | None]]:
+    """(precision of our side, why it is left out or None)."""
+    yield "fp32", None
+    yield "bf16", why_no_bf16()
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    add_dataset(parser, tokenizer=True)
+    parser.add_argument("--compile", action="store_true", help="torch.compile our LLM layers (parallel.compile)")
+    parser.add_argument("--profile", action="store_true", help="also say what a step of ours spends its time on")
+    options = parser.parse_args(argv)
+    init_distributed()
+    Dataset.open(options.dataset)  # fails early and says what to do
+    peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
+    say(f"matrix products: {peak / 1e9:.0f} GFLOP/s")
+    rows = TINY if options.tiny else QUICK if options.quick else FULL
+    ratios: dict[str, float | None] = {}
+    shapes, share, left_out = {}, {}, {}
+    for row in rows:
+        for precision, reason in precisions():
+            name = f"step_{precision}_{row.name}"
+            if reason is not None:
+                ratios |= {name: None, f"{name}_nohead": None}
+                left_out[name] = reason
+                continue
+            found = compare(row, precision, options, peak)
+            ratios |= found["ratios"]
+            shapes[name], share[name] = found["row"], found["share"]
+    destroy_distributed()
+    model = {"llama": SMALL if options.tiny else LLAMA, "prompt": PROMPT, "text_keys": TEXT_KEYS, "max_text": MAX_TEXT}
+    found = {"ratios": ratios, "shapes": shapes, "left_out": left_out, "model": model}
+    return report("step", options, found | {"matmul_peak": peak, "matmul_share": share})
+
+
+if __name__ == "__main__":
+    keep_large_buffers()
+    main()

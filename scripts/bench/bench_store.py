@@ -1,0 +1,320 @@
+"""The embedding store against plain files, and the embedding jobs against the Item LLM alone.
+
+    python scripts/bench/bench_store.py [--quick] [--out FILE]
+
+- `store_write_vs_plain`: 10^6 x 576 in fp16 with string ids, in blocks; seconds of the plain way (the same bytes into
+  one file, then fsync) / seconds of a commit (the same, and checksums, ids, marks, index and manifest, each synced).
+- `store_gather_vs_memmap`: 4,096 random ids out of them; seconds of numpy's `memmap[ids]` / of `Snapshot.gather`, in a
+  store of int64 ids. `_strings`: string ids, the memory map is given rows; `_strings_dict`: it asks a dict. Both
+  sides hand out fp16 and both files are in the page cache; the bench stops if the vectors differ.
+- `refresh_vs_full`: seconds of `embed_items` for 1,000 items that the store lacks of 100,000 / for all 100,000: hash
+  of weights, marks of the whole catalogue, their look-up, encoding, commit; all that a job does once it has a model.
+- `embed_job_vs_forward`: items per second of a whole `embed_items` / of the Item LLM (576 wide, 6 layers) alone on the
+  same packed texts, nothing looked up or written.
+
+Texts, ids and weights are invented. Files lie in the folder for temporary files ($TMPDIR); about 3.5 GB.
+"""
+
+import argparse
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from bench_step import LLAMA, SMALL
+from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.config.schema import Config, FeatureConfig, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.data.token_store import TokenStore
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.inference import item_embedding
+from hllm_torchrec.inference.item_embedding import embed_items
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.build import build_model
+from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.store import EmbeddingStore, Snapshot
+from hllm_torchrec.training.throughput import item_flops
+
+Ints = NDArray[np.int64]
+ASKED = 4096
+BLOCK = 16_384
+ITEM_LLM = SMOLLM2 | {"vocab_size": 8192}
+REFRESHED = LLAMA | {"num_hidden_layers": 2, "vocab_size": 8192}
+"""256 wide: the smaller the Item LLM, the more weighs what a refresh does besides encoding."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """rows x width of the store; items of the catalogue, new ones among them, items of the job, mean tokens."""
+
+    rows: int
+    width: int
+    items: int
+    new: int
+    job_items: int
+    tokens: int
+    repeats: int
+    asked: int = ASKED
+
+
+FULL = Sizes(1_000_000, 576, 100_000, 1000, 2500, 24, 5)
+QUICK = Sizes(1_000_000, 576, 100_000, 1000, 600, 16, 3)
+TINY = Sizes(500, 8, 300, 5, 60, 6, 1, 16)
+
+
+# --- the store ---------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Vectors [n, D] fp16, their ids and marks."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        blocks = (torch.rand(min(BLOCK, rows - at), width, generator=generator) for at in range(0, rows, BLOCK))
+        self.vectors = torch.cat([block.half() for block in blocks])
+        names = pa.array(np.arange(rows)).cast(pa.string())
+        self.keys = {
+            "string": pa.compute.binary_join_element_wise("item-", names, "").cast(pa.large_string()),
+            "int64": pa.array(np.arange(rows)),
+        }
+        self.marks = np.arange(rows, dtype=np.uint64)
+
+    def blocks(self) -> Iterator[slice]:
+        """What is written at a time."""
+        return (slice(at, at + BLOCK) for at in range(0, len(self.vectors), BLOCK))
+
+    def write_plain(self, path: Path) -> None:
+        """The bytes alone."""
+        with path.open("wb") as file:
+            for block in self.blocks():
+                file.write(memoryview(self.vectors[block].numpy()).cast("B"))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_store(self, path: Path, kind: Literal["string", "int64"]) -> None:
+        """One commit of a new store."""
+        store = EmbeddingStore.create(path, self.vectors.shape[1], "fp16", kind)
+        with store.writer() as writer:
+            for block in self.blocks():
+                keys = self.keys[kind].slice(block.start, BLOCK)
+                writer.upsert(keys, self.vectors[block], self.marks[block])
+            writer.commit()
+
+
+def afresh(write: Callable[[Path], None], path: Path) -> float:
+    """Seconds of writing to `path`, where nothing is when it begins."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    os.sync()  # else one side pays for what the other left to be written
+    started = time.perf_counter()
+    write(path)
+    return time.perf_counter() - started
+
+
+def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[float]]:
+    """Seconds of both ways; the last files stay."""
+    return alternate(
+        {
+            "plain": lambda: afresh(rows.write_plain, folder / "plain.bin"),
+            "store": lambda: afresh(lambda path: rows.write_store(path, "string"), folder / "string"),
+        },
+        repeats,
+    )
+
+
+class Gathers:
+    """Random ids, gathered from a plain memory map by row and from a store by id."""
+
+    def __init__(self, rows: Rows, folder: Path, kind: Literal["string", "int64"], asked: int) -> None:
+        self.plain = np.memmap(folder / "plain.bin", np.float16, mode="r").reshape(rows.vectors.shape)
+        self.snapshot: Snapshot = EmbeddingStore.open(folder / kind).snapshot()
+        rng = np.random.default_rng(1)
+        drawn = [rng.integers(0, len(rows.vectors), asked) for _ in range(16)]
+        self.asked = [(row, rows.keys[kind].take(pa.array(row))) for row in drawn]
+        self.turn = {side: itertools.cycle(self.asked) for side in ("memmap", "store")}
+        self.names = [keys.to_pylist() for _, keys in self.asked] if kind == "string" else []
+        self.name = itertools.cycle(self.names)
+        self.row_of = {key: row for row, key in enumerate(rows.keys["string"].to_pylist())} if self.names else {}
+        for row, keys in self.asked:
+            found, known = self.snapshot.gather(keys, torch.float16)
+            if not (bool(known.all()) and torch.equal(found, torch.from_numpy(self.plain[row]))):
+                raise AssertionError("the store's vectors are not those of the plain file")
+
+    def memmap(self) -> None:
+        """numpy's way, rows known."""
+        self.plain[next(self.turn["memmap"])[0]]
+
+    def by_dict(self) -> None:
+        """numpy's way, rows asked of a dict."""
+        self.plain[np.array([self.row_of[name] for name in next(self.name)])]
+
+    def store(self) -> None:
+        """Ours, ids looked up."""
+        self.snapshot.gather(next(self.turn["store"])[1], torch.float16)
+
+
+def bench_store(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Ratios and seconds of writing and gathering."""
+    rows = Rows(sizes.rows, sizes.width)
+    seconds = {"write": compare_writes(rows, folder, sizes.repeats)}
+    rows.write_store(folder / "int64", "int64")
+    for kind in ("string", "int64"):
+        gathers = Gathers(rows, folder, kind, sizes.asked)  # type: ignore[arg-type]
+        sides: dict[str, Callable[[], None]] = {"memmap": gathers.memmap, "store": gathers.store}
+        if kind == "string":
+            sides["dict"] = gathers.by_dict
+        seconds[f"gather_{kind}"] = alternate(sides, 20, warmup=5, seconds=0 if sizes is TINY else 2)
+    found = {name: medians(times) for name, times in seconds.items()}
+    for name, of_sides in found.items():
+        say(f"{name}: " + ", ".join(f"{side} {value:.4f} s" for side, value in of_sides.items()))
+    return {
+        "ratios": {
+            "store_write_vs_plain": found["write"]["plain"] / found["write"]["store"],
+            "store_gather_vs_memmap": found["gather_int64"]["memmap"] / found["gather_int64"]["store"],
+            "store_gather_vs_memmap_strings": found["gather_string"]["memmap"] / found["gather_string"]["store"],
+            "store_gather_vs_memmap_strings_dict": found["gather_string"]["dict"] / found["gather_string"]["store"],
+        },
+        "seconds": {"write": seconds["write"], **{k: v for k, v in found.items() if k != "write"}},
+    }
+
+
+# --- the embedding job -------------------------------------------------------------------------------------
+
+
+class InventedItems:
+    """What the embedding job asks of a dataset."""
+
+    def __init__(self, items: int) -> None:
+        self.items = pa.table({"raw_item_id": [f"item-{item}" for item in range(items)]})
+
+
+def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
+    """An Item LLM of `shape` and a catalogue of texts of `tokens` / 2 to 3 `tokens` / 2 tokens."""
+    config = Config(
+        item_llm=ItemLLMConfig(shape=shape, tokenizer="none", max_text_length=2 * tokens),
+        user=UserEncoderConfig(shape=SMALL | {"vocab_size": 8}),
+        features=FeatureConfig(item_id=False, action=False, time_depth=0),
+    )
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0, 0], np.cumsum(rng.integers(tokens // 2, 3 * tokens // 2 + 1, items))])
+    values = rng.integers(0, shape["vocab_size"], offsets[-1], dtype=np.int32)
+    facts = {"tokenizer": "none", "prompt": "", "keys": [], "separator": "", "max_text_length": 2 * tokens}
+    store = TokenStore(Path("invented"), values, offsets.astype(np.int64), facts)
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model = build_model(config, {}, 0.5, torch.device("meta"))
+    encoder = model.encode_items = ItemEncoder(store, device)
+    wrapped = parallelize(model, config, device)
+    return Experiment(config, InventedItems(items), None, device, wrapped, encoder, None)  # type: ignore[arg-type]
+
+
+def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int) -> dict[str, Any]:
+    """Seconds of embedding everything, and of embedding what has been taken away."""
+    experiment, rng = invented(sizes.items, shape, sizes.tokens), np.random.default_rng(2)
+    seconds: dict[str, list[float]] = {"full": [], "refresh": []}
+
+    def job(side: str, expected: int) -> None:
+        started = time.perf_counter()
+        done = embed_items(experiment, folder / "items")
+        seconds[side].append(time.perf_counter() - started)
+        assert done.encoded == expected, f"{done.encoded} items instead of {expected}"
+        say(f"{side}: {done.encoded} of {done.items} items, {seconds[side][-1]:.2f} s")
+
+    for _ in range(fulls):
+        shutil.rmtree(folder / "items", ignore_errors=True)
+        job("full", sizes.items)
+        for _ in range(3):
+            store = EmbeddingStore.open(folder / "items")
+            with store.writer() as writer:
+                writer.delete([f"item-{item}" for item in rng.choice(sizes.items, sizes.new, replace=False)])
+                writer.commit()
+            job("refresh", sizes.new)
+    found = medians(seconds)
+    return {"ratios": {"refresh_vs_full": found["refresh"] / found["full"]}, "seconds": {"refresh": seconds}}
+
+
+class Forward:
+    """The Item LLM alone on the catalogue's texts, in the job's chunks, packed beforehand."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        item_llm, encoder = experiment.hllm.item_llm, experiment.item_encoder
+        assert item_llm is not None and encoder is not None
+        self.item_llm, tokens = item_llm.eval(), encoder.tokens
+        chunks = item_embedding.shares(np.arange(1, len(tokens)), tokens.lengths + 1)
+        self.packed: list[tuple[Tensor, ...]] = [
+            tuple(map(torch.from_numpy, tokens.gather(ids))) for round_ in chunks for ids in round_
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Every text once."""
+        for token_ids, cu_seqlens in self.packed:
+            self.item_llm(token_ids, cu_seqlens)
+
+
+def bench_job(sizes: Sizes, shape: dict[str, Any], folder: Path, peak: float) -> dict[str, Any]:
+    """Items per second of the job and of the model alone."""
+    experiment = invented(sizes.job_items, shape, sizes.tokens)
+    encoder, hllm = experiment.item_encoder, experiment.hllm
+    assert encoder is not None and hllm.item_llm is not None
+    forward = Forward(experiment)
+
+    def job() -> float:
+        shutil.rmtree(folder / "job", ignore_errors=True)
+        started = time.perf_counter()
+        done = embed_items(experiment, folder / "job")
+        assert done.encoded == sizes.job_items
+        return time.perf_counter() - started
+
+    before = encoder.work
+    job()
+    work: EncodingCounts = encoder.work - before
+    times = alternate({"forward": forward, "job": job}, max(2, sizes.repeats - 1), warmup=0)
+    seconds = medians(times)
+    say("embed job: " + ", ".join(f"{side} {sizes.job_items / value:.1f} items/s" for side, value in seconds.items()))
+    flops = item_flops(hllm.item_llm, work)
+    return {
+        "ratios": {"embed_job_vs_forward": seconds["forward"] / seconds["job"]},
+        "seconds": {"job": times},
+        "share": {side: flops / value / peak for side, value in seconds.items()},
+        "tokens": work.tokens,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    options: argparse.Namespace = arguments(__doc__).parse_args(argv)
+    init_distributed()
+    peak = matmul_peak(seconds=0.1 if options.tiny else 1.0)
+    sizes = TINY if options.tiny else QUICK if options.quick else FULL
+    small = SMALL | {"vocab_size": 64}
+    with tempfile.TemporaryDirectory() as folder:
+        job = bench_job(sizes, small if options.tiny else ITEM_LLM, Path(folder), peak)
+        refresh = bench_refresh(sizes, small if options.tiny else REFRESHED, Path(folder), 1 if options.quick else 3)
+        store = bench_store(sizes, Path(folder))
+    destroy_distributed()
+    parts = (store, refresh, job)
+    found = {
+        "ratios": {name: value for part in parts for name, value in part["ratios"].items()},
+        "shapes": {**sizes.__dict__, "block": BLOCK, "job_tokens": job["tokens"]},
+        "models": {"refresh": REFRESHED, "job": ITEM_LLM},
+        "seconds": {name: value for part in parts for name, value in part["seconds"].items()},
+        "matmul_peak": peak,
+        "matmul_share": {"embed_job": job["share"]},
+    }
+    return report("store", options, found)
+
+
+if __name__ == "__main__":
+    keep_large_buffers()
+    main()

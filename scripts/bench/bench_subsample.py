@@ -1,0 +1,82 @@
+"""Steps that train all of their items against steps that train a share of them, the others from an ageing cache.
+
+    python scripts/bench/bench_subsample.py [--quick] [--out FILE] [--config configs/ml100k/trained.yaml] [--share 0.25]
+
+Two trainers of one configuration (its first stage, end to end) take turns on the same batches, after some steps that
+fill the cache. `subsample` is the median of the rounds' seconds of all / seconds of the share; `tokens` the tokens that
+the Item LLM encoded, all / share.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, report, say
+
+from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.training.trainer import Trainer
+
+
+def compare(config: Config, options: argparse.Namespace, steps: int, skipped: int) -> dict[str, Any]:
+    """Seconds of every counted step, and tokens, of both."""
+    whole = replace(config, stages=config.stages[:1], resume=False)
+    part = replace(whole, item_llm=replace(whole.item_llm, trained_share=options.share))
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {"all": whole, "share": part}
+        trainers = {
+            name: Trainer(replace(one, output=f"{folder}/{name}"), init_distributed()) for name, one in sides.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        tokens = dict.fromkeys(trainers, 0)
+        batches = trainers["all"]._micro_batches(trainers["all"].segments[0])
+        for number, batch in zip(range(skipped + steps), batches, strict=False):
+            for name, trainer in trainers.items():
+                encoder = trainer.experiment.item_encoder
+                assert encoder is not None, "a model without an Item LLM has no items to sample"
+                before, begun = encoder.work.tokens, time.perf_counter()
+                trainer.train_step(batch)
+                if number >= skipped:
+                    seconds[name].append(time.perf_counter() - begun)
+                    tokens[name] += encoder.work.tokens - before
+        batches.close()
+    return {"seconds": seconds, "tokens": tokens}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "ml100k" / "trained.yaml")
+    parser.add_argument("--share", type=float, default=0.25, help="item_llm.trained_share")
+    options = parser.parse_args(argv)
+    steps, skipped = (2, 1) if options.tiny else (12, 8) if options.quick else (40, 15)
+    found = compare(config_from_file(options.config), options, steps, skipped)
+    destroy_distributed()
+    ratios = [a / b for a, b in zip(found["seconds"]["all"], found["seconds"]["share"], strict=True)]
+    say(f"subsample: {statistics.median(ratios):.2f}")
+    return report(
+        "subsample",
+        options,
+        {
+            "ratios": {
+                "subsample": statistics.median(ratios),
+                "tokens": found["tokens"]["all"] / found["tokens"]["share"],
+            },
+            "shapes": {"share": options.share, "steps": steps, "skipped": skipped, "config": options.config.name},
+            **found,
+            "matmul_peak": matmul_peak(seconds=0.2),
+            "matmul_share": None,
+        },
+    )
+
+
+if __name__ == "__main__":
+    keep_large_buffers()
+    torch.manual_seed(0)
+    main()

@@ -1,0 +1,129 @@
+"""What a step of several ranks waits for: the next batch, and the exchange of table rows.
+
+    torchrun --nproc_per_node 2 scripts/bench/bench_waiting.py [--quick] [--out FILE] [--config configs/quickstart.yaml]
+
+Trains the last stage of a configuration (quickstart: cached items, so that the rest of a step is as short as it gets)
+for some steps and adds up, on every rank, the seconds until the loader's thread hands over a batch, and those of the
+forward pass of the TorchRec tables, in which ranks exchange ids and rows and wait for one another. Shares are of the
+steps' seconds, means over ranks: what overlapping them with compute could save at most (the tables' share holds their
+lookups too; `--nproc_per_node 1` measures those alone). Then blocks of steps with and without
+`parallel.overlap_tables` take turns: `overlap` is the median step without / with it.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, report
+
+from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.distributed.collectives import global_sum
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.training.trainer import Trainer
+
+BLOCK = 10
+"""Steps in a row with, or without, overlap."""
+
+
+class Stopwatch:
+    """Adds up the seconds of a module's forward pass."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.seconds = 0.0
+        self._begun = 0.0
+        module.register_forward_pre_hook(lambda *_: self._begin())
+        module.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self._begun = time.perf_counter()
+
+    def _end(self) -> None:
+        self.seconds += time.perf_counter() - self._begun
+
+
+def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
+    """Mean seconds over ranks, of all counted steps together: step, batch, table_forward; and the ratio overlap."""
+    trainer = Trainer(config, init_distributed())
+    segment = trainer.segments[0]
+    if segment.stage.item_embeddings == "cached":
+        trainer.hllm.item_cache = trainer.experiment.encode_catalogue()
+    tables = trainer.hllm.features.tables
+    assert tables is not None, "a model without tables exchanges no rows"
+    watch, batches = Stopwatch(tables), all_batches(trainer)
+    spent = torch.zeros(3, dtype=torch.float64)
+    for number in range(skipped + steps):
+        watch.seconds, begun = 0.0, time.perf_counter()
+        batch = next(batches)
+        ready = time.perf_counter()
+        trainer.train_step(batch)
+        if number >= skipped:
+            spent += torch.tensor([time.perf_counter() - begun, ready - begun, watch.seconds], dtype=torch.float64)
+    mean = (global_sum(spent) / dist.get_world_size()).tolist()
+    found = dict(zip(("step", "batch", "table_forward"), mean, strict=True))
+    return found | {"overlap": overlap_ratio(trainer, batches, steps)}
+
+
+def all_batches(trainer: Trainer) -> Iterator[list[HybridBatch]]:
+    """The batches of all epochs, one after the other."""
+    for segment in trainer.segments:
+        yield from trainer._micro_batches(segment)
+
+
+def overlap_ratio(trainer: Trainer, batches: Iterator[list[HybridBatch]], steps: int) -> float:
+    """Median seconds of a step without the ids exchanged ahead / with; blocks of ten steps take turns."""
+    assert trainer.table_prefetcher is not None
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    coming = next(batches)
+    for number in range(2 * steps):
+        ahead = number // min(BLOCK, steps) % 2 == 1
+        now, coming = coming, next(batches)
+        begun = time.perf_counter()
+        trainer.train_step(now, coming if ahead else None)
+        seconds[ahead].append(time.perf_counter() - begun)
+    trainer.table_prefetcher.finish()
+    mean = global_sum(torch.tensor([median(seconds[False]), median(seconds[True])], dtype=torch.float64))
+    return float(mean[0] / mean[1])
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    """Run the bench; the result on rank 0."""
+    parser = arguments(__doc__)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml")
+    options = parser.parse_args(argv)
+    config = config_from_file(options.config)
+    steps = 2 if options.tiny else 40 if options.quick else 200
+    with tempfile.TemporaryDirectory() as folder:
+        last = replace(config.stages[-1], epochs=1000)  # batches enough for any number of steps
+        config = replace(config, output=folder, stages=(last,), max_steps=0, resume=False)
+        config = replace(config, parallel=replace(config.parallel, overlap_tables=True))
+        found = run(config, steps, skipped=0 if options.tiny else 10)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    destroy_distributed()
+    if rank != 0:
+        return None
+    shares = {name: found[name] / found["step"] for name in ("batch", "table_forward")}
+    return report(
+        "waiting",
+        options,
+        {
+            "ratios": {f"{name}_share_of_step": share for name, share in shares.items()}
+            | {"overlap": found["overlap"]},
+            "shapes": {"ranks": world, "steps": steps, "config": options.config.name},
+            "seconds": found,
+            "matmul_peak": matmul_peak(seconds=0.2),
+            "matmul_share": None,
+        },
+    )
+
+
+if __name__ == "__main__":
+    keep_large_buffers()
+    main()

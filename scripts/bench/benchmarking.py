@@ -1,0 +1,146 @@
+"""What the bench_*.py scripts share: arguments, alternating timing, the machine's peak, the JSON that they end with.
+
+Rules of every bench: the compared sides run in one process under one allocator setting, in turn, after a warm-up;
+a ratio is that of their medians. Speeds are also given as a share of the machine's measured matrix-product peak.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hllm_torchrec.common.machine import LARGE_BUFFERS_KEPT, machine_info
+from hllm_torchrec.models.flops import measured_matmul_peak
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+}
+"""The shape of SmolLM2-135M, with 6 of its 30 layers."""
+
+
+def keep_large_buffers() -> None:
+    """Start this script again under `LARGE_BUFFERS_KEPT`, which glibc reads when a process begins."""
+    if any(os.environ.get(name) != value for name, value in LARGE_BUFFERS_KEPT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **LARGE_BUFFERS_KEPT})
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every bench takes."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores: few repeats, fewer shapes")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # shapes for the tests
+    return parser
+
+
+def add_dataset(parser: argparse.ArgumentParser, tokenizer: bool = False) -> None:
+    """`--dataset`, and `--tokenizer` where that is wanted."""
+    parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "ml-100k", help="prepared MovieLens-100k")
+    if tokenizer:
+        smollm2 = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+        parser.add_argument("--tokenizer", type=Path, default=smollm2, help="of SmolLM2")
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], float | None]], repeats: int, warmup: int = 1, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Call the sides in turn and time each call.
+
+    Args:
+        sides: name -> what to time; one that returns a number has timed itself (what it left out is not counted).
+        repeats: timed rounds, at least.
+        warmup: rounds before them.
+        seconds: go on with rounds until this much time has been measured (so that fast sides get many).
+
+    Returns:
+        Seconds of every timed call, by side.
+    """
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    spent = 0.0
+    while min(map(len, times.values())) < repeats or spent < seconds:
+        for name, run in sides.items():
+            start = time.perf_counter()
+            own = run()
+            times[name].append(time.perf_counter() - start if own is None else own)
+            spent += times[name][-1]
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Median seconds by side."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_peak(dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
+    """Operations per second of this machine's matrix products, on all threads that torch uses here."""
+    return measured_matmul_peak("cpu", dtype, seconds=seconds)
+
+
+def why_no_bf16() -> str | None:
+    """Why bfloat16 rows are left out here; None where the processor multiplies bfloat16 matrices itself."""
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return "the processor has no bfloat16 matrix instructions (AVX512-BF16 or AMX): it would emulate them"
+
+
+def say(text: str) -> None:
+    """A line of progress, on stderr: stdout ends with the JSON."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(bench: str, options: argparse.Namespace, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Print the shares of the peak, then the result as one JSON object on stdout's last line; write it to `--out`.
+
+    Args:
+        bench: name of the bench.
+        options: as parsed.
+        found: `ratios`, `shapes`, `matmul_peak` (operations/s), `matmul_share` by row and side (None: nothing was
+            multiplied), and whatever else there is to say.
+    """
+    machine = machine_info()
+    result = {
+        "bench": bench,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "mode": "tiny" if options.tiny else "quick" if options.quick else "full",
+        "ratios": {},
+        "shapes": {},
+        **found,
+        "threads": torch.get_num_threads(),
+        "allocator": {name: os.environ.get(name) for name in LARGE_BUFFERS_KEPT},
+        "load": os.getloadavg()[0],
+        "machine": {name: machine[name] for name in ("cpu", "cores", "memory_bytes", "gpus")},
+        "versions": {"python": machine["python"], **machine["packages"], "hllm_torchrec": machine["hllm_torchrec"]},
+        "commit": machine["commit"],
+    }
+    assert result["ratios"] or options.tiny or "curves" in result, "a bench reports ratios"
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"share of the matrix-product peak, {found['matmul_peak'] / 1e9:.0f} GFLOP/s: {_shares(found)}")
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def _shares(found: Mapping[str, Any]) -> str:
+    shares = found["matmul_share"] or {}
+    rows = (f"{row} " + ", ".join(f"{side} {share:.1%}" for side, share in by.items()) for row, by in shares.items())
+    return "; ".join(rows) or "nothing was multiplied"

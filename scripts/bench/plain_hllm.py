@@ -1,0 +1,215 @@
+"""The plain counterpart of the training step: what HLLM's public code does, written for the benches.
+
+Per user: the S + 1 items of a piece, filled up on the left with random items, and S + 1 negatives of its own. Every
+occurrence is encoded: its whole text, prompt included, packed one after the other with causal attention within each
+item (one call an item stands in for flash-attn's variable-length kernel), and the vocabulary head runs on every
+token though nothing uses it. The users' item embeddings go through a second Llama, padded on the left. Positives
+are compared with the negatives of all users. Masking is by id as in `hllm_torchrec.modules.losses.objectives`, so
+that both compute one loss.
+
+Legend: B users, S history positions, n item occurrences, P tokens of all of them, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from bench_loss import plain as plain_info_nce
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.token_store import TokenStore
+from hllm_torchrec.models.backbones import build_backbone
+from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.modules.losses.objectives import Exclusion, LogitScale
+
+Ints = NDArray[np.int64]
+
+ONE_BY_ONE = "plain_one_by_one"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One user's piece: `items` [n <= S + 1] in order, `padding` [S + 1 - n] random items, `negatives` [S + 1]."""
+
+    user_id: int
+    items: Ints
+    timestamps: Ints
+    padding: Ints
+    negatives: Ints
+
+    @property
+    def positives(self) -> Ints:
+        """[S + 1]: padding, then the items."""
+        return np.concatenate([self.padding, self.items])
+
+
+def pieces_of(dataset: Dataset, history: int) -> Iterator[tuple[int, Ints, Ints]]:
+    """(user, items, timestamps) of the training part, cut from each user's end into pieces of history + 1 events.
+
+    What is left at a user's beginning is a piece if it fills at least half of one.
+    """
+    size = history + 1
+    for group in dataset.row_groups("train"):
+        for row in dataset.read_row_group(group.path, group.index).to_pylist():
+            items, times = (np.array(row[name], np.int64) for name in ("item_ids", "timestamps"))
+            for end in range(len(items), 0, -size):
+                start = max(0, end - size)
+                if end - start >= max(2, size / 2):
+                    yield row["user_id"], items[start:end], times[start:end]
+
+
+def draw_samples(dataset: Dataset, history: int, users: int, seed: int = 0) -> list[Sample]:
+    """Random pieces, each with padding and negatives drawn evenly from the items that it does not hold."""
+    rng = np.random.default_rng(seed)
+    pieces = list(pieces_of(dataset, history))
+    samples = []
+    for index in rng.choice(len(pieces), users, replace=len(pieces) < users):
+        user, items, times = pieces[index]
+        others = np.setdiff1d(np.arange(1, dataset.num_items), items)
+        drawn = rng.choice(others, 2 * (history + 1) - len(items))
+        samples.append(Sample(user, items, times, *np.split(drawn, [history + 1 - len(items)])))
+    return samples
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Packed texts of n items: token_ids [P], 0 in the place of [ITEM]; lengths [n] with [ITEM]."""
+
+    token_ids: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, items: Ints, tokens: TokenStore) -> "Texts":
+        """The texts of `items`, repetitions and all."""
+        packed, cu_seqlens = tokens.gather(items)
+        texts = [np.append(text, 0) for text in np.split(packed, cu_seqlens[1:-1])]
+        return cls(torch.from_numpy(np.concatenate(texts)), [len(text) for text in texts])
+
+
+@dataclass(frozen=True)
+class PlainBatch:
+    """What the published loader yields: texts of all positives [B x (S+1)] and negatives [B x (S+1)]; valid [B, S]."""
+
+    positives: Texts
+    negatives: Texts
+    valid: Tensor
+    next_ids: Tensor
+    negative_ids: Tensor
+    exclude: Exclusion
+
+    @property
+    def tokens(self) -> int:
+        """P of positives and negatives."""
+        return sum(self.positives.lengths) + sum(self.negatives.lengths)
+
+
+def plain_batch(samples: Sequence[Sample], tokens: TokenStore) -> PlainBatch:
+    """The batch of `samples`, with the same ids left out of the negatives as in a `HybridBatch`."""
+    inputs = [torch.from_numpy(sample.items[:-1]) for sample in samples]
+    offsets = torch.tensor([0, *np.cumsum([len(ids) for ids in inputs])])
+    places = torch.arange(samples[0].negatives.size - 1)
+    negatives = np.concatenate([sample.negatives for sample in samples])
+    return PlainBatch(
+        Texts.of(np.concatenate([sample.positives for sample in samples]), tokens),
+        Texts.of(negatives, tokens),
+        torch.stack([places >= sample.padding.size for sample in samples]),
+        torch.from_numpy(np.concatenate([sample.items[1:] for sample in samples])),
+        torch.from_numpy(negatives),
+        Exclusion(torch.cat(inputs), offsets, torch.repeat_interleave(torch.arange(len(samples)), offsets.diff())),
+    )
+
+
+class PlainHLLM(nn.Module):
+    """Two Llamas as published.
+
+    Args:
+        item_shape, user_shape: Hugging Face configs.
+        head: whether the vocabulary heads run.
+    """
+
+    def __init__(self, item_shape: dict[str, Any], user_shape: dict[str, Any], head: bool) -> None:
+        super().__init__()
+        self.item_llm = build_backbone(None, item_shape, attention=ONE_BY_ONE)
+        self.user_llm = build_backbone(None, user_shape, word_embeddings=False, attention="sdpa")
+        self.item_token = nn.Parameter(torch.zeros(item_shape["hidden_size"]))
+        self.logit_scale = LogitScale()
+        self.heads = nn.ModuleList(
+            nn.Linear(shape["hidden_size"], shape["vocab_size"], bias=False)
+            for shape in (item_shape, user_shape)
+            if head
+        )
+
+    def copy_weights(self, model: HLLM) -> None:
+        """Start from the weights of `model`, item and user width alike."""
+        assert model.item_llm is not None
+        self.item_llm.load_state_dict(model.item_llm.backbone.state_dict())
+        self.user_llm.load_state_dict(model.user.backbone.state_dict())
+        self.logit_scale.load_state_dict(model.logit_scale.state_dict())
+        self.item_token.data.copy_(model.item_llm.item_token)
+
+    def forward(self, batch: PlainBatch) -> Tensor:
+        """Mean of Eq. (1) over the batch's predictions: 0-d."""
+        return self.loss(batch, self.encode(batch.positives), self.encode(batch.negatives))
+
+    def encode(self, texts: Texts) -> Tensor:
+        """E of every occurrence [n, D]."""
+        item_rows = torch.tensor(texts.lengths).cumsum(0) - 1
+        words = self.item_llm.get_input_embeddings()(texts.token_ids.long())
+        words[item_rows] = self.item_token
+        positions = torch.cat([torch.arange(length) for length in texts.lengths])
+        hidden = self.item_llm(
+            inputs_embeds=words[None], position_ids=positions[None], use_cache=False, plain_lengths=texts.lengths
+        ).last_hidden_state
+        self._vocabulary(0, hidden)
+        return hidden[0, item_rows]
+
+    def loss(self, batch: PlainBatch, positives: Tensor, negatives: Tensor) -> Tensor:
+        """The rest of the step, from E of all occurrences."""
+        users, steps = batch.valid.shape
+        by_user = positives.view(users, steps + 1, -1)
+        hidden = self.user_llm(
+            inputs_embeds=by_user[:, :-1], attention_mask=batch.valid.long(), use_cache=False
+        ).last_hidden_state
+        self._vocabulary(1, hidden)
+        total = plain_info_nce(
+            hidden[batch.valid],
+            by_user[:, 1:][batch.valid],
+            negatives,
+            self.logit_scale(),
+            batch.next_ids,
+            batch.negative_ids,
+            batch.exclude,
+        )
+        return total / batch.next_ids.numel()
+
+    def _vocabulary(self, which: int, hidden: Tensor) -> None:
+        """Compute the logits of every token, as published, and drop them."""
+        if self.heads:
+            self.heads[which](hidden)
+
+
+def one_by_one(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    plain_lengths: list[int],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [1, H, P, d] -> [1, P, H, d], causal within each item."""
+    parts = zip(*(x.split(plain_lengths, dim=2) for x in (query, key, value)), strict=True)
+    done = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in parts]
+    return torch.cat(done, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(ONE_BY_ONE, one_by_one)
+AttentionMaskInterface.register(ONE_BY_ONE, lambda *_, **__: None)

@@ -1,0 +1,115 @@
+"""The retrieval table of docs/results.md: every configuration x seed is trained and evaluated once; done work is kept.
+
+    python scripts/experiments/retrieval_table.py --output runs/retrieval [--only sasrec hstu] [--seeds 0 1 2]
+
+Models are the configurations of configs/retrieval named by --only; popularity, EASE and the Markov chain come from
+`hllm retrieval`; --others names models that were trained elsewhere into OUTPUT/NAME-SEED (see
+`scripts/experiments/compare_rectools.py`). Each run is a directory of its own, so the script can be stopped and
+started again;
+--done trains nothing and tabulates the runs that are complete. A second table has
+the paired differences of NDCG@10 from each of the --references. Options after `--` go to every training
+(`-- --data.dataset elsewhere`).
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jobs import run_job
+
+from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.evaluation.retrieval_comparison import (
+    MetricEstimate,
+    compare_models,
+    markdown,
+    markdown_of_differences,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "retrieval"
+BASELINES = ("popularity", "ease", "markov")
+MODELS = (
+    *("sasrec", "esasrec", "hstu", "hstu_large", "llama_id"),
+    *("hllm", "hllm_id", "hllm_id_time", "hllm_hstu", "learn"),
+)
+METRICS = ("recall@10", "ndcg@10", "recall@50", "ndcg@50", "recall@200", "ndcg@200")
+
+
+def run_model(name: str, seed: int, output: Path, more: list[str]) -> Path:
+    """Ranks of the test targets of one model and seed."""
+    run = output / f"{name}-{seed}"
+    log, done = run / "output.log", run / "metrics.json"
+    train = ["--config", str(CONFIGS / f"{name}.yaml"), "--seed", str(seed), "--output", str(run)]
+    run_job("train", [*train, "--resume", "true", *more], log, done)
+    run_job("evaluate", ["--run", str(run), "--split", "test"], log, done)
+    return run / "retrieval" / "test"
+
+
+def run_baselines(output: Path, dataset: str) -> dict[str, list[Path]]:
+    """Ranks of the test targets of the baselines."""
+    if not all((output / name / "metrics.json").is_file() for name in BASELINES):
+        run_job("retrieval", ["--dataset", dataset, "--output", str(output)], output / "baselines.log")
+    return {name: [output / name / "retrieval" / "test"] for name in BASELINES}
+
+
+def finished(output: Path, names: list[str], seeds: list[int]) -> dict[str, list[Path]]:
+    """Ranks of the runs that were evaluated, by model; models without any are left out."""
+    paths = {name: [output / f"{name}-{seed}" for seed in seeds] for name in names}
+    found = {
+        name: [run / "retrieval" / "test" for run in runs if (run / "metrics.json").is_file()]
+        for name, runs in paths.items()
+    }
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def as_json(figures: Mapping[str, MetricEstimate]) -> dict[str, dict[str, float | None]]:
+    """Metric -> what its figure is made of."""
+    return {metric: dataclasses.asdict(figure) for metric, figure in figures.items()}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "retrieval")
+    parser.add_argument("--only", nargs="+", default=list(MODELS), help="configurations of configs/retrieval")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one process each")
+    parser.add_argument("--others", nargs="+", default=[], help="models trained elsewhere into OUTPUT/NAME-SEED")
+    references = ["sasrec", "hstu", "llama_id", "markov"]
+    parser.add_argument("--references", nargs="+", default=references, help="models that all are compared with")
+    parser.add_argument("--done", action="store_true", help="train nothing, tabulate what is complete")
+    parser.add_argument("more", nargs="*", help="options of every training, after --")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is missing, then write `retrieval.json` and print the table."""
+    options = parse()
+    options.output = options.output.resolve()
+    dataset = load_config(["--config", str(CONFIGS / f"{options.only[0]}.yaml"), *options.more]).data.dataset
+    models = run_baselines(options.output, dataset)
+    jobs = [] if options.done else [(name, seed) for seed in options.seeds for name in options.only]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda job: run_model(*job, options.output, options.more), jobs))
+    models |= finished(options.output, [*options.others, *options.only], options.seeds)
+    references = [name for name in options.references if name in models] or list(models)[:1]
+    found = {reference: compare_models(models, METRICS, reference) for reference in references}
+    runs = {name: len(paths) for name, paths in models.items()}
+    first = found[references[0]]
+    values = {name: as_json(row["value"]) for name, row in first.items()}
+    minus = {ref: {name: as_json(row["difference"]) for name, row in rows.items()} for ref, rows in found.items()}
+    (options.output / "retrieval.json").write_text(
+        json.dumps({"runs": runs, "models": values, "minus": minus}, indent=1)
+    )
+    print(markdown(first))
+    print()
+    print(markdown_of_differences(found, "ndcg@10"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

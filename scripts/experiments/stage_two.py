@@ -1,0 +1,90 @@
+"""Two reports on stage II: AUC against the length of histories, and what frozen item embeddings keep of full training.
+
+    python scripts/experiments/stage_two.py --stage-one runs/stages/seed-0 --output runs/stage-two [--epochs 3]
+
+Every variant starts from the same stage I (`--stage-one` has 1/ and item-embeddings/ as
+scripts/experiments/three_stages.sh leaves them) and sees as many exposures a step and as many epochs. `full` trains
+the Item LLM on (a tenth of a step's items have gradients), `stored` has its embeddings from the store, `adapter` a
+trained bottleneck on top of them. Each run is a directory of its own, so the script can be stopped and started again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs import run_job
+
+from hllm_torchrec.evaluation.model_comparison import compare, format_with_interval
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = {
+    "length_20": ["--data.max_history=20", "--data.batch_users=51"],
+    "length_50": ["--data.max_history=50", "--data.batch_users=20"],
+    "stored": [],
+    "length_150": ["--data.max_history=150", "--data.batch_users=7"],
+    "all": ["--data.max_history=1024", "--data.batch_users=5"],
+    "adapter": ["--item_llm.adapter=64"],
+    "full": ["--item_llm.store=null", "--item_llm.trained_share=0.1"],
+}
+"""Name -> what is changed of configs/stages/2.yaml. batch_users keeps the exposures of a step alike."""
+REFERENCE = "stored"
+
+
+def options_of(name: str, epochs: float) -> list[str]:
+    """Options of a variant, trained for so many epochs."""
+    source = "trained" if name == "full" else "stored"
+    stages = json.dumps([{"name": name, "epochs": epochs, "item_embeddings": source}])
+    return [*VARIANTS[name], f"--stages={stages}"]
+
+
+def train_and_evaluate(name: str, stage_one: Path, output: Path, seed: int, epochs: float) -> Path:
+    """The run directory of a variant, with predictions of the test part."""
+    run = output / name
+    log, done = run / "output.log", run / "metrics.json"
+    train = ["--config", str(ROOT / "configs" / "stages" / "2.yaml"), "--seed", str(seed), "--output", str(run)]
+    train += ["--start_from", str(stage_one / "1"), f"--item_llm.store={stage_one / 'item-embeddings'}"]
+    run_job("train", [*train, "--resume", "true", *options_of(name, epochs)], log, done)
+    run_job("evaluate", ["--run", str(run)], log, done)
+    return run
+
+
+def best_validation(run: Path) -> float:
+    """The best validation AUC in the run's log."""
+    lines = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
+    return max(line["auc"] for line in lines if line["event"] == "eval")
+
+
+def markdown(metrics: dict[str, Any], runs: dict[str, Path]) -> str:
+    """A line for each variant."""
+    lines = ["| variant | validation AUC | test AUC | test AUC - stored [95% by users] |", "|---|---|---|---|"]
+    for name, run in runs.items():
+        one, paired = metrics["models"][name], metrics["paired"].get(name)
+        difference = "–"
+        if paired is not None:
+            low, high = paired["bootstrap_low"], paired["bootstrap_high"]
+            difference = format_with_interval(paired["difference"], low, high, signed=True)
+        lines.append(f"| {name} | {best_validation(run):.4f} | {one['auc']:.4f} | {difference} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage-one", type=Path, required=True, help="folder with 1/ and item-embeddings/")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "stage-two")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    options = parser.parse_args()
+    names = [name for name in VARIANTS if name in {REFERENCE, *options.only}]
+    stage_one, output = options.stage_one.absolute(), options.output.absolute()
+    runs = {name: train_and_evaluate(name, stage_one, output, options.seed, options.epochs) for name in names}
+    metrics = compare({name: run / "predictions" / "test" for name, run in runs.items()}, REFERENCE)
+    print(markdown(metrics, runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

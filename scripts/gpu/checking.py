@@ -1,0 +1,229 @@
+"""What the checks of gpu_check.py share: their registry, comparing, timing, and the process that each runs in."""
+
+import importlib
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # a machine that was only lent may have the libraries, and this checkout uninstalled
+    sys.path.insert(0, str(ROOT))
+MODULES = ("gpu_check_kernels", "gpu_check_training", "gpu_check_speed")
+"""Modules beside this one whose checks `load_checks` registers, in this order."""
+
+
+class Skipped(Exception):
+    """A check that has no business on this machine; says why."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """device: what is checked. tiny: shapes for a CPU and for tests."""
+
+    device: torch.device
+    tiny: bool
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.on_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check. seconds: at most; run: returns what was found, raises `Skipped`, or any other error where it fails."""
+
+    name: str
+    run: Callable[[Where], dict[str, Any]]
+    seconds: float
+
+    @property
+    def about(self) -> str:
+        """Its docstring's first line."""
+        return (self.run.__doc__ or "").split("\n")[0]
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(seconds: float) -> Callable[[Callable[[Where], dict[str, Any]]], Callable[[Where], dict[str, Any]]]:
+    """Register a function as a check of its name."""
+
+    def register(run: Callable[[Where], dict[str, Any]]) -> Callable[[Where], dict[str, Any]]:
+        CHECKS[run.__name__] = Check(run.__name__, run, seconds)
+        return run
+
+    return register
+
+
+def load_checks(modules: Sequence[str] = MODULES) -> dict[str, Check]:
+    """All checks of these modules, in the order in which they run."""
+    for module in modules:
+        importlib.import_module(module)
+    return CHECKS
+
+
+def close(ours: Sequence[Tensor], theirs: Sequence[Tensor], rtol: float, atol: float) -> float:
+    """Compare on the CPU in float32; the largest difference.
+
+    Raises:
+        AssertionError: they differ by more, or have other shapes.
+    """
+    pairs = [(a.detach().float().cpu(), b.detach().float().cpu()) for a, b in zip(ours, theirs, strict=True)]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+    return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+
+
+def near(ours: Sequence[Tensor], theirs: Sequence[Tensor], share: float) -> float:
+    """Compare tensors of low precision by the largest number in each; the largest difference as a share of it.
+
+    Raises:
+        AssertionError: a difference above `share`, or a number that is not finite.
+    """
+    worst = 0.0
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        difference = float((a.detach().float() - b.detach().float()).abs().max() / b.detach().float().abs().max())
+        assert difference <= share, f"tensor {number} differs by {difference:.4f} of its largest number, above {share}"
+        worst = max(worst, difference)
+    return worst
+
+
+def seconds_of(where: Where, run: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds of a call, after two to warm up; one call where shapes are tiny."""
+    if where.tiny:
+        repeats = 1
+    times = []
+    for number in range(repeats + 2):
+        where.wait()
+        start = time.perf_counter()
+        run()
+        where.wait()
+        if number >= 2:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def describe_device(device: str) -> dict[str, Any]:
+    """What the device is; run in a process of its own, as it begins to use it."""
+    if device != "cuda":
+        return {"device": "cpu"}
+    found = torch.cuda.get_device_properties(0)
+    torch.ones(8, device="cuda").sum().item()
+    return {
+        "device": found.name,
+        "memory_bytes": found.total_memory,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _serve(name: str, device: str, tiny: bool, modules: Sequence[str], said: str, answer: Connection) -> None:
+    """In the child: run one check, describe the device or name the checks; send (state, what was found or why).
+
+    said: file that takes what it prints.
+    """
+    with open(said, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    try:
+        if name == "device":
+            answer.send(("ok", describe_device(device)))
+            return
+        if name == "checks":
+            answer.send(("ok", [(one.name, one.seconds, one.about) for one in load_checks(modules).values()]))
+            return
+        where = Where(torch.device(device, 0) if device == "cuda" else torch.device(device), tiny)
+        answer.send(("ok", load_checks(modules)[name].run(where)))
+    except Skipped as reason:
+        answer.send(("skipped", str(reason)))
+    except BaseException as error:
+        where_from = "".join(traceback.format_exception(error)[-4:])
+        answer.send(("failed", f"{type(error).__name__}: {error}\n{where_from}"[-4000:]))
+
+
+class Processes:
+    """Starts a process for every check: a kernel that crashes or hangs takes nothing along but its own check.
+
+    They are forked from a server that has imported the heavy libraries but has not touched the GPU; where that cannot
+    use the GPU after all, each imports for itself.
+    """
+
+    def __init__(self, device: str, tiny: bool, modules: Sequence[str] = MODULES) -> None:
+        self.device, self.tiny, self.modules = device, tiny, tuple(modules)
+        beside = [str(ROOT / "scripts" / "gpu"), str(ROOT)]
+        os.environ["PYTHONPATH"] = os.pathsep.join([*beside, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        sys.path[:0] = [path for path in beside if path not in sys.path]
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["checking", *modules])
+
+    def checks(self) -> dict[str, tuple[float, str]]:
+        """Seconds and first line of every check, by name; the parent itself imports none of the heavy libraries.
+
+        Raises:
+            RuntimeError: a module of checks cannot be imported.
+        """
+        state, found = self.run("checks", 120)
+        if state != "ok":
+            raise RuntimeError(found)
+        return {name: (seconds, about) for name, seconds, about in found}
+
+    def probe(self) -> dict[str, Any]:
+        """The device's description; settles how processes are started.
+
+        Raises:
+            RuntimeError: the device cannot be used.
+        """
+        state, found = self.run("device", 120)
+        if state != "ok":
+            self.context = multiprocessing.get_context("spawn")
+            state, found = self.run("device", 120)
+        if state != "ok":
+            raise RuntimeError(found)
+        return {**found, "processes": self.context.get_start_method()}
+
+    def run(self, name: str, seconds: float) -> tuple[str, Any]:
+        """(state, what was found, or why it failed or was skipped) of one check."""
+        with tempfile.NamedTemporaryFile() as said:
+            state, found = self._answer(name, seconds, said.name)
+            tail = said.read()[-2000:].decode(errors="replace")
+        return (state, f"{found}\n{tail}".rstrip()) if state == "failed" else (state, found)
+
+    def _answer(self, name: str, seconds: float, said: str) -> tuple[str, Any]:
+        ours, theirs = self.context.Pipe(duplex=False)
+        asked = (name, self.device, self.tiny, self.modules, said, theirs)
+        process = self.context.Process(target=_serve, args=asked)
+        process.start()
+        theirs.close()
+        try:
+            if not ours.poll(seconds):
+                return "failed", f"took more than {seconds:.0f} s"
+            answer: tuple[str, Any] = ours.recv()
+            process.join(10)  # let it close what it opened
+            return answer
+        except EOFError:
+            process.join()
+            return "failed", f"the process ended with exit code {process.exitcode}, without a word"
+        finally:
+            process.kill()
+            process.join()
+            ours.close()

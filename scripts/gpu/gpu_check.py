@@ -1,0 +1,111 @@
+"""Everything that runs on CUDA, checked and timed in one call of at most nine minutes; JSON with what was found.
+
+    python scripts/gpu/gpu_check.py [--out FILE] [--only NAME ...]     on a machine with a GPU
+    python scripts/gpu/gpu_check.py --cpu                              what a CPU can run of it, with tiny shapes
+
+Each check runs in a process of its own, has so many seconds, and is ok, failed (with the error) or skipped (with the
+reason); the others go on. Results go to benchmarks/<date>-gpu_check.json unless --out names another file. Exit status:
+0, 1 where a check failed, 2 where there is no GPU (or the arguments are wrong).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start using it
+if "--cpu" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+import torch  # noqa: E402
+from checking import MODULES, ROOT, Processes  # noqa: E402
+
+LIMIT = 540.0
+"""Seconds for all checks together."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU what can run there, with tiny shapes")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help=f"for all checks together (default: {LIMIT:.0f})")
+    parser.add_argument("--list", action="store_true", help="name the checks")
+    return parser
+
+
+def main(argv: list[str] | None = None, modules: Sequence[str] = MODULES) -> int:
+    """Run the checks of `modules`; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if not (options.cpu or options.list or torch.cuda.is_available()):
+        print("gpu_check: torch sees no CUDA device here; --cpu runs what a CPU can", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    processes = Processes("cpu" if options.cpu else "cuda", options.cpu, modules)
+    checks = processes.checks()
+    unknown = sorted(set(options.only or ()) - checks.keys())
+    if unknown:
+        parser.error(f"--only: no check {', '.join(unknown)}; there are {', '.join(checks)}")
+    if options.list:
+        print("\n".join(f"{name:<22} {seconds:>4.0f} s  {about}" for name, (seconds, about) in checks.items()))
+        return 0
+    device = processes.probe()
+    print(f"{device['device']}, torch {torch.__version__}", file=sys.stderr, flush=True)
+    chosen = {name: limits[0] for name, limits in checks.items() if not options.only or name in options.only}
+    results = run_all(processes, chosen, started + options.seconds)
+    found = report(device, results, time.monotonic() - started)
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    out = options.out or ROOT / "benchmarks" / f"{date}-gpu_check{'-cpu' if options.cpu else ''}.json"
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{out}: " + ", ".join(f"{number} {state}" for state, number in found["counts"].items()), file=sys.stderr)
+    return 1 if found["counts"]["failed"] else 0
+
+
+def run_all(processes: Processes, chosen: dict[str, float], deadline: float) -> dict[str, dict[str, Any]]:
+    """Each check's state, seconds, and what it found or why it did not; one line on stderr for each.
+
+    chosen: name -> seconds at most.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name, most in chosen.items():
+        start = time.monotonic()
+        left = deadline - start
+        if left < 1:
+            state, found = "skipped", "no time left"
+        else:
+            state, found = processes.run(name, min(most, left))
+        results[name] = {"state": state, "seconds": round(time.monotonic() - start, 2)}
+        results[name] |= {"found": found} if state == "ok" else {"reason": found}
+        words = "" if state == "ok" else f": {found.splitlines()[0]}"
+        print(f"{state:<8} {results[name]['seconds']:>6.1f} s  {name}{words}", file=sys.stderr, flush=True)
+    return results
+
+
+def report(device: dict[str, Any], results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The JSON."""
+    from hllm_torchrec.common.machine import machine_info
+
+    machine = machine_info()
+    states = [result["state"] for result in results.values()]
+    return {
+        "bench": "gpu_check",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "device": device,
+        "counts": {state: states.count(state) for state in ("ok", "failed", "skipped")},
+        "seconds": round(seconds, 1),
+        "checks": results,
+        "machine": {name: machine[name] for name in ("cpu", "cores", "memory_bytes")},
+        "versions": {"python": machine["python"], **machine["packages"], "hllm_torchrec": machine["hllm_torchrec"]},
+        "commit": machine["commit"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

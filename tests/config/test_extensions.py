@@ -1,0 +1,112 @@
+"""Encoders and numeric features of the user's own, named in a configuration as module:name."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.extensions import load_extension
+from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.models.build import build_user_encoder
+from hllm_torchrec.modules.history_cache import check_encoder
+
+CODE = """
+from dataclasses import dataclass
+import numpy as np
+from torch import nn
+from hllm_torchrec.modules.encoders.base import UserEncoder
+
+@dataclass(frozen=True)
+class Shape:
+    width: int
+    layers: int = 1
+
+class Linear(UserEncoder):
+    Shape = Shape
+
+    def __init__(self, shape, dropout=0.0):
+        super().__init__(shape.width, dropout)
+        self.layers = nn.ModuleList(nn.Linear(shape.width, shape.width) for _ in range(shape.layers))
+
+    def encode(self, x_SD, rows):
+        for layer in self.layers:
+            x_SD = self.run_layer(layer, x_SD)
+        return x_SD
+
+    def flops(self, tokens, keys):
+        return 2.0 * tokens * len(self.layers) * self.width**2
+
+class Shapeless(Linear):
+    Shape = None
+
+def earlier(timestamps, labels, targets, seen):
+    return seen.astype(np.float32)
+"""
+ID_ONLY = ["--item_llm.enabled=false", "--objective.fusion=early"]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of the user's."""
+    (tmp_path / "my_code.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_code", raising=False)
+    return "my_code"
+
+
+def test_an_encoder_of_ones_own_stands_in_the_user_llms_place(module: str) -> None:
+    config = load_config([*ID_ONLY, f"--user.encoder={module}:Linear", "--user.shape", "{width: 8, layers: 2}"])
+    encoder = build_user_encoder(config.user)
+    x_TD = torch.randn(3, 8)
+    h_TD, q_QD = encoder(x_TD, torch.tensor([0, 2, 3]))
+    expected = encoder.layers[1](encoder.layers[0](x_TD))
+    torch.testing.assert_close(h_TD, expected)
+    assert q_QD.shape == (0, 8)
+    with pytest.raises(ValueError, match=r"user.encoder: Linear keeps no keys and values of a history"):
+        check_encoder(encoder.eval())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hstuu", r"user.encoder: 'hstuu': must be one of llm, hstu, sasrec, ligr, or .*\(did you mean 'hstu'\?\)"),
+        ("no_such_module:X", r"'no_such_module:X': there is no module 'no_such_module': install it, or put its folder"),
+        ("my_code:Linea", r"my_code.py has no 'Linea' \(did you mean 'Linear'\?\)"),
+        (
+            "my_code:earlier",
+            r"'my_code:earlier': must be a subclass of hllm_torchrec.modules.encoders.base.UserEncoder",
+        ),
+        ("my_code:Shapeless", r"Shapeless.Shape must be a dataclass with the fields width and layers"),
+    ],
+)
+def test_a_wrong_name_says_what_is_wrong(name: str, message: str, module: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config([*ID_ONLY, f"--user.encoder={name}", "--user.shape", "{width: 8}"])
+
+
+def test_the_shape_of_an_own_encoder_is_checked_like_ours(module: str) -> None:
+    config = load_config([*ID_ONLY, f"--user.encoder={module}:Linear", "--user.shape", "{width: 8}"])
+    with pytest.raises(ConfigError, match=r"user.shape.layer: unknown key \(did you mean 'layers'\?\)"):
+        replace(config, user=replace(config.user, shape={"width": 8, "layer": 1}))
+    with pytest.raises(ConfigError, match=r"user.shape.layers: 0: must be >= 1"):
+        replace(config, user=replace(config.user, shape={"width": 8, "layers": 0}))
+
+
+def test_a_module_that_fails_to_import_something_else_says_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_code.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"'broken_code:X': No module named 'not_installed_anywhere'"):
+        load_extension("broken_code:X", "user.encoder")
+
+
+def test_a_numeric_feature_of_ones_own_is_a_column(module: str) -> None:
+    times, labels = np.array([5, 5, 9]), np.full(3, np.nan, np.float32)
+    found = numeric_columns(["history_length", f"{module}:earlier"], times, labels, np.array([1, 2]))
+    np.testing.assert_array_equal(found[:, 1], [0.0, 2.0])

@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hllm_torchrec.evaluation.model_comparison import compare, metrics_table, read_predictions
+from hllm_torchrec.metrics.auc import delong_test, roc_auc
+from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
+from hllm_torchrec.metrics.ranking import ranking_metrics, standard_slices
+
+ROWS = 600
+
+
+def columns(noise: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """Predictions of a model on 600 exposures of 40 users; only the scores depend on the arguments."""
+    random = np.random.default_rng(0)
+    labels = (random.random(ROWS) < 0.4).astype(np.float32)
+    lengths = random.integers(0, 300, ROWS).astype(np.int32)
+    cold = random.random(ROWS) < 0.1
+    logits = labels - 0.5 + noise * np.random.default_rng(seed).normal(size=ROWS)
+    return {
+        "user_id": np.arange(ROWS) % 40 + 1,
+        "position": (np.arange(ROWS) // 40).astype(np.int32),
+        "item_id": random.integers(1, 100, ROWS),
+        "timestamp": np.arange(ROWS),
+        "label": labels,
+        "score": logits.astype(np.float32),
+        "probability": (1 / (1 + np.exp(-logits))).astype(np.float32),
+        "history_length": lengths,
+        "item_is_cold": cold,
+    }
+
+
+def write(directory: Path, values: dict[str, Any], parts: int = 1) -> Path:
+    directory.mkdir()
+    rows = pa.table(values)
+    size = -(-len(rows) // parts)
+    for part in range(parts):
+        pq.write_table(rows.slice(part * size, size), directory / f"part-{part:05d}.parquet")
+    return directory
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    shuffled = np.random.default_rng(5).permutation(ROWS)
+    worse = {name: values[shuffled] for name, values in columns(2.0, seed=1).items()}
+    return {
+        "hllm": write(tmp_path / "hllm", columns(), parts=3),
+        "worse": write(tmp_path / "worse", worse),
+        "scores only": write(tmp_path / "scores", columns(3.0, seed=2) | {"probability": pa.nulls(ROWS, pa.float32())}),
+    }
+
+
+def test_metrics_json_holds_what_the_single_functions_say(models: dict[str, Path]) -> None:
+    metrics = compare(models, "hllm", split="valid", draws=100, seed=3, provenance={"commit": "abc"})
+    reference, worse = columns(), columns(2.0, seed=1)
+    slices = standard_slices(reference["history_length"], reference["item_is_cold"])
+    draws = user_bootstrap(
+        reference["label"], {"a": reference["score"], "b": worse["score"]}, reference["user_id"], 100, seed=3
+    )
+    own = ranking_metrics(
+        reference["label"], reference["score"], reference["probability"], reference["user_id"], slices
+    )
+    low, high = percentile_interval(draws["a"])
+    found, expected = metrics["models"]["hllm"], own | {"bootstrap_low": low, "bootstrap_high": high}
+    for name, block in expected.pop("slices").items():
+        assert found["slices"][name] == pytest.approx(block), name
+    assert {name: found[name] for name in expected} == pytest.approx(expected)  # summed in another order
+    test = delong_test(reference["label"], worse["score"], reference["score"])
+    bounds = percentile_interval(draws["b"] - draws["a"])
+    paired = metrics["paired"]["worse"]
+    assert paired["clustered_low"] < paired["difference"] < paired["clustered_high"] < 0
+    assert {name: value for name, value in paired.items() if not name.startswith("clustered")} == pytest.approx(
+        {
+            "difference": test.difference,
+            "delong_low": test.low,
+            "delong_high": test.high,
+            "delong_p": test.p_value,
+            "bootstrap_low": bounds[0],
+            "bootstrap_high": bounds[1],
+        }
+    )
+    assert metrics["paired"]["worse"]["delong_high"] < 0
+    assert set(metrics["paired"]) == {"worse", "scores only"}
+    assert (metrics["schema_version"], metrics["split"], metrics["reference"]) == (2, "valid", "hllm")
+    assert (metrics["rows"], metrics["users"]) == (ROWS, 40)
+    assert metrics["provenance"] == {"commit": "abc"}
+    assert metrics["retrieval"] is None
+
+
+def test_the_result_is_valid_json_and_repeats_with_its_seed(models: dict[str, Path]) -> None:
+    first, second = (compare(models, "hllm", draws=50, seed=seed) for seed in (1, 1))
+    assert json.dumps(first, allow_nan=False) == json.dumps(second, allow_nan=False)
+    assert compare(models, "hllm", draws=50, seed=2)["paired"] != first["paired"]
+
+
+def test_curves_for_the_report_agree_with_the_metrics(models: dict[str, Path]) -> None:
+    metrics = compare(models, "hllm", draws=10)
+    roc = metrics["curves"]["hllm"]["roc"]
+    area = np.trapezoid(roc["true_positive_rate"], roc["false_positive_rate"])
+    assert area == pytest.approx(roc_auc(columns()["label"], columns()["score"]), abs=2e-3)
+    bins = metrics["curves"]["hllm"]["reliability"]
+    gaps = abs(np.subtract(bins["observed_rate"], bins["mean_probability"]))
+    assert np.average(gaps, weights=bins["rows"]) == pytest.approx(metrics["models"]["hllm"]["ece"], abs=1e-4)
+    assert metrics["curves"]["scores only"]["reliability"] is None
+    assert metrics["models"]["scores only"]["log_loss"] is None
+
+
+def test_one_model_alone_has_no_paired_differences(models: dict[str, Path]) -> None:
+    metrics = compare({"hllm": models["hllm"]}, "hllm", draws=10)
+    assert metrics["paired"] == {}
+    assert "reference" in metrics_table(metrics)
+
+
+def test_the_table_is_short_and_sorted_by_auc(models: dict[str, Path]) -> None:
+    metrics = compare(models, "worse", draws=50)
+    lines = metrics_table(metrics).splitlines()
+    assert lines[0] == "test: 600 exposures of 40 users"
+    assert lines[1].split("  ")[0] == "model"
+    assert "difference to worse [95% by users]" in lines[1]
+    assert [line.split("  ")[0] for line in lines[3:]] == ["hllm", "worse", "scores only"]
+    hllm = metrics["models"]["hllm"]
+    assert f"{hllm['auc']:.4f} [{hllm['auc_low']:.4f}, {hllm['auc_high']:.4f}]" in lines[3]
+    assert f"{metrics['paired']['hllm']['difference']:+.4f} [+" in lines[3]
+    assert lines[5].endswith("n/a")
+
+
+def test_predictions_of_several_files_are_sorted_by_exposure(models: dict[str, Path]) -> None:
+    predictions = read_predictions(models["worse"])
+    keys = list(zip(predictions.user_id.tolist(), predictions.position.tolist()))
+    assert keys == sorted(keys)
+    expected = read_predictions(models["hllm"])
+    np.testing.assert_array_equal(predictions.item_id, expected.item_id)
+    assert predictions.label.dtype == np.float64 and predictions.item_is_cold.dtype == np.bool_
+
+
+def test_an_unknown_reference_is_named(models: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"reference 'best' is not among the models \['hllm', 'scores only', 'worse'\]"
+    ):
+        compare(models, "best")
+
+
+def test_missing_exposures_are_counted_with_an_example(models: dict[str, Path], tmp_path: Path) -> None:
+    fewer = write(tmp_path / "fewer", {name: values[3:] for name, values in columns().items()})
+    with pytest.raises(
+        ValueError,
+        match="predictions of 'fewer' miss 3 of the 600 exposures of 'hllm' and have 0 that it misses, "
+        "for example user_id 1, position 0",
+    ):
+        compare(models | {"fewer": fewer}, "hllm")
+    moved = columns()
+    moved["position"] = moved["position"] + (moved["user_id"] == 7)
+    with pytest.raises(ValueError, match="'moved' miss 1 of the 600 .* have 1 that it misses, .*user_id 7, position 0"):
+        compare(models | {"moved": write(tmp_path / "moved", moved)}, "hllm")
+
+
+@pytest.mark.parametrize("column", ["label", "item_id"])
+def test_another_label_or_item_of_an_exposure_is_named(models: dict[str, Path], tmp_path: Path, column: str) -> None:
+    other = columns()
+    other[column][42] = 1 - other[column][42]
+    with pytest.raises(ValueError, match=f"{column} of user_id 3, position 1 is .* in the predictions of 'other'"):
+        compare(models | {"other": write(tmp_path / "other", other)}, "hllm")
+
+
+def test_an_exposure_that_appears_twice_is_named(tmp_path: Path) -> None:
+    doubled = {name: np.concatenate([values, values[81:83]]) for name, values in columns().items()}
+    directory = write(tmp_path / "doubled", doubled, parts=2)
+    with pytest.raises(ValueError, match="doubled: 2 exposures appear more than once, .*user_id 2, position 2"):
+        read_predictions(directory)
+
+
+def test_a_directory_without_predictions_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere holds no part-\*\.parquet"):
+        read_predictions(tmp_path / "nowhere")
+
+
+def test_a_missing_column_is_named_with_its_file(tmp_path: Path) -> None:
+    values = columns()
+    del values["history_length"]
+    with pytest.raises(ValueError, match="part-00000.parquet has no column history_length; it has user_id, position"):
+        read_predictions(write(tmp_path / "model", values))
+
+
+def test_a_null_is_named_with_file_column_and_row(tmp_path: Path) -> None:
+    label = pa.array([None if row == 450 else value for row, value in enumerate(columns()["label"])])
+    directory = write(tmp_path / "model", columns() | {"label": label}, parts=2)
+    with pytest.raises(ValueError, match="part-00001.parquet: column label is null in row 150"):
+        read_predictions(directory)
+
+
+def test_probabilities_for_some_rows_only_are_refused(tmp_path: Path) -> None:
+    some = pa.array([None if row < 5 else 0.5 for row in range(ROWS)], pa.float32())
+    with pytest.raises(ValueError, match="column probability is null in 5 of 600 rows"):
+        read_predictions(write(tmp_path / "model", columns() | {"probability": some}))
+
+
+def test_a_nan_score_stops_the_comparison(tmp_path: Path) -> None:
+    values = columns()
+    values["score"][0] = np.nan
+    with pytest.raises(ValueError, match="part-00000.parquet: column score is nan in row 0"):
+        compare({"model": write(tmp_path / "model", values)}, "model")

@@ -1,0 +1,230 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.evaluation.prediction_files import RowReader, find_files, fingerprint_files
+from hllm_torchrec.evaluation.prediction_rows import (
+    ColumnLayout,
+    PredictionModel,
+    PredictionRows,
+    RowBatch,
+    identities,
+    known_items,
+    seconds_of,
+)
+from tests.helpers.prediction_rows import ROWS, columns, write_csv, write_parquet
+
+EVERY = ColumnLayout(weight="weight", user="user_id", item="item_id", slices=("country",))
+MODEL = ("score", "probability")
+
+
+def opened(path: Path, scratch: Path, layout: ColumnLayout = EVERY) -> PredictionRows:
+    return PredictionRows([PredictionModel("a", (path,), *MODEL)], layout, scratch)
+
+
+def all_batches(rows: PredictionRows, ranks: int = 1, size: int = 100) -> list[RowBatch]:
+    return [batch for rank in range(ranks) for batch in rows.batches(rank, ranks, size)]
+
+
+@pytest.mark.parametrize(("ranks", "size", "files"), [(1, 5000, 1), (3, 64, 2), (7, 333, 5)])
+def test_every_row_comes_once_and_in_order(tmp_path: Path, ranks: int, size: int, files: int) -> None:
+    rows = opened(write_parquet(columns(), tmp_path / "rows", files=files), tmp_path)
+    batches = all_batches(rows, ranks, size)
+    assert max(len(batch.is_positive) for batch in batches) <= size
+    scores = np.concatenate([batch.scores["a"] for batch in batches])
+    np.testing.assert_array_equal(scores, columns()["score"])
+    assert scores.dtype == np.float32 and rows.rows == ROWS
+
+
+def test_csv_rows_are_those_of_parquet(tmp_path: Path) -> None:
+    (one,) = all_batches(opened(write_csv(columns(), tmp_path / "a.csv"), tmp_path), size=ROWS)
+    (other,) = all_batches(opened(write_parquet(columns(), tmp_path / "a"), tmp_path), size=ROWS)
+    np.testing.assert_array_equal(one.is_positive, other.is_positive)
+    np.testing.assert_array_equal(one.weights, other.weights)
+    assert one.scores["a"] == pytest.approx(other.scores["a"], abs=1e-6)
+    np.testing.assert_array_equal(one.users, other.users)
+    np.testing.assert_array_equal(one.keys, other.keys)
+    assert sorted(one.slices[0][0]) == sorted(other.slices[0][0]) == ["country=de", "country=fr", "country=it"]
+
+
+BAD = {
+    "score": (math.nan, r"row 7.*: column 'score' is nan; it must be a number \(infinities are allowed"),
+    "label": (0.5, "row 7.*: column 'label' is 0.5; a label is 0 or 1"),
+    "weight": (-1.0, r"row 7.*: column 'weight' is -1; a weight is 0 \(the row is skipped\) or lies in"),
+    "probability": (1.5, "row 7.*: column 'probability' is 1.5; a probability lies in 0..1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_named_with_file_and_row(tmp_path: Path, name: str) -> None:
+    value, message = BAD[name]
+    values = columns()
+    values[name] = values[name].astype(np.float64)
+    values[name][607] = value  # row 7 of the second of two files
+    folder = write_parquet(values, tmp_path / "rows", files=2)
+    with pytest.raises(ValueError, match=f"^{folder}/1.parquet: {message}"):
+        all_batches(opened(folder, tmp_path), ranks=3)
+    file = write_csv({column: entries[600:] for column, entries in values.items()}, tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match=rf"^{file}: {message}".replace("row 7", r"row 7 \(line 9\)")):
+        all_batches(opened(file, tmp_path))
+
+
+def test_a_null_is_named_with_file_and_row(tmp_path: Path) -> None:
+    values: dict[str, Any] = columns(30)
+    values["score"] = pa.array([None if row == 12 else 0.5 for row in range(30)], pa.float32())
+    with pytest.raises(ValueError, match="0.parquet: row 12: column 'score' is nan"):
+        all_batches(opened(write_parquet(values, tmp_path / "rows"), tmp_path))
+
+
+def test_infinite_and_denormal_scores_are_rows_like_any_other(tmp_path: Path) -> None:
+    values = columns(6) | {"score": np.array([np.inf, -np.inf, 1e-45, -1e-45, 0.0, -0.0], np.float32)}
+    (batch,) = all_batches(opened(write_parquet(values, tmp_path / "rows"), tmp_path))
+    assert batch.scores["a"].tolist() == values["score"].tolist() and batch.scores["a"][2] > 0
+
+
+def test_items_that_training_does_not_know_are_cold(tmp_path: Path) -> None:
+    rows = columns(200)
+    train = write_csv({"item_id": rows["item_id"][:30]}, tmp_path / "train.csv")
+    warm = known_items([train], "item_id", tmp_path)
+    assert warm.tolist() == sorted(set(rows["item_id"][:30].tolist()))
+    layout = ColumnLayout(item="item_id")
+    found = PredictionRows([PredictionModel("a", (write_parquet(rows, tmp_path / "rows"),))], layout, tmp_path, warm)
+    (batch,) = all_batches(found, size=200)
+    (names, codes) = batch.slices[0]
+    assert names == ["item_cold", "item_warm"]
+    np.testing.assert_array_equal(codes == 0, ~np.isin(rows["item_id"], rows["item_id"][:30]))
+
+
+def test_a_null_flag_is_named(tmp_path: Path) -> None:
+    values = columns(20) | {"item_is_cold": pa.array([True] * 19 + [None])}
+    rows = opened(write_parquet(values, tmp_path / "rows"), tmp_path, ColumnLayout(item_is_cold="item_is_cold"))
+    with pytest.raises(ValueError, match="0.parquet: row 19: column 'item_is_cold' is nan; say which"):
+        all_batches(rows)
+
+
+def test_models_must_have_the_same_rows(tmp_path: Path) -> None:
+    rows = columns(50)
+    a = write_parquet(rows, tmp_path / "a")
+    shorter = write_parquet({name: values[:49] for name, values in rows.items()}, tmp_path / "shorter")
+    models = [PredictionModel("a", (a,)), PredictionModel("b", (shorter,))]
+    with pytest.raises(ValueError, match="'b' has 49 rows, 'a' 50; models are compared row by row"):
+        PredictionRows(models, ColumnLayout(), tmp_path)
+    rows["label"][20] = 1 - rows["label"][20]
+    other = write_parquet(rows, tmp_path / "other")
+    with pytest.raises(ValueError, match="other/0.parquet: row 20: column 'label' is .; it is another in the files"):
+        all_batches(
+            PredictionRows([PredictionModel("a", (a,)), PredictionModel("b", (other,))], ColumnLayout(), tmp_path)
+        )
+
+
+def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    folder = write_parquet(columns(10), tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"0.parquet has no column 'scor' \(did you mean 'score'\?\); it has label"):
+        PredictionRows([PredictionModel("a", (folder,), "scor")], ColumnLayout(), tmp_path)
+    with pytest.raises(ValueError, match=r"column 'country' is string; it must hold numbers"):
+        all_batches(PredictionRows([PredictionModel("a", (folder,), "country")], ColumnLayout(), tmp_path))
+    with pytest.raises(ValueError, match="nowhere is no file, and no directory with .parquet, .csv"):
+        find_files([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="matches no file"):
+        find_files([tmp_path / "*.csv"])
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="notes.txt is not of a kind that can be read"):
+        find_files([tmp_path / "notes.txt"])
+    (tmp_path / "broken.parquet").write_text("x")
+    with pytest.raises(ValueError, match="broken.parquet cannot be read as Parquet"):
+        RowReader([tmp_path / "broken.parquet"], ["score"], tmp_path)
+    (tmp_path / "text.csv").write_text("label,score\n1,0.5\n0,high\n")
+    with pytest.raises(ValueError, match="(?s)text.csv cannot be read as CSV: .*'high'"):
+        PredictionRows([PredictionModel("a", (tmp_path / "text.csv",))], ColumnLayout(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (
+            "timestamp",
+            np.full(40, 1_700_000_000_000),
+            r"row 0: column 'timestamp' is 1\.7e\+12; .*looks like milliseconds",
+        ),
+        ("timestamp", np.full(40, -5), r"row 0: column 'timestamp' is -5; .*outside 1970.*--timestamp NONE"),
+        ("timestamp", np.full(40, np.inf), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),
+        ("label", np.full(40, 0.5), r"row 0: column 'label' is 0\.5; a label is 0 or 1; leave the row out"),
+        ("label", np.full(40, np.nan), r"row 0: column 'label' is nan; it must be a number"),
+        ("item_is_cold", np.full(40, "maybe"), r"row 0: column 'item_is_cold' is nan; say which: write true or false"),
+        ("user_id", [[1]] * 40, r"column 'user_id' of .*0\.parquet cannot be read .*it must hold numbers or text"),
+    ],
+)
+def test_what_a_column_may_not_hold_is_named(column: str, values: Any, message: str, tmp_path: Path) -> None:
+    folder = write_parquet(columns(40) | {column: values}, tmp_path / "rows")
+    layout = ColumnLayout(user="user_id", timestamp="timestamp", item_is_cold="item_is_cold")
+    with pytest.raises(ValueError, match=message):
+        all_batches(PredictionRows([PredictionModel("a", (folder,))], layout, tmp_path))
+
+
+def test_a_column_of_many_values_makes_no_slices(tmp_path: Path) -> None:
+    from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+
+    rows = columns(500) | {"country": np.arange(500).astype(str)}
+    folder = write_parquet(rows, tmp_path / "rows")
+    with pytest.raises(ValueError, match="the column of 'country' has more than 400 values"):
+        evaluate_predictions(opened(folder, tmp_path), EvaluationSettings())
+
+
+def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
+    from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+
+    rows = opened(write_parquet(columns(10), tmp_path / "rows"), tmp_path)
+    with pytest.raises(ValueError, match="memory is 1000 bytes; at least 65536 are needed"):
+        evaluate_predictions(rows, EvaluationSettings(memory=1000))
+    with pytest.raises(ValueError, match="draws is -2; 0 for no bootstrap"):
+        evaluate_predictions(rows, EvaluationSettings(draws=-2))
+
+
+def test_categories_nulls_half_floats_and_time_zones_are_read(tmp_path: Path) -> None:
+    for part in range(2):
+        values: dict[str, Any] = columns(40, seed=part)
+        category = [None, "x", "y"][part:] * 20
+        values["country"] = pa.array(category[:40], pa.string()).dictionary_encode()
+        values["user_id"] = pa.array([f"u{user}" for user in values["user_id"]]).dictionary_encode()
+        values["score"] = values["score"].astype(np.float16)
+        values["label"] = values["label"] == 1
+        values["timestamp"] = pa.array(values["timestamp"] * 1000, pa.timestamp("ms", "Europe/Berlin"))
+        write_parquet(values, tmp_path / "parts" / str(part), row_group=7)
+    layout = ColumnLayout(user="user_id", timestamp="timestamp", slices=("country",))
+    rows = PredictionRows(
+        [PredictionModel("a", (tmp_path / "parts" / "0", tmp_path / "parts" / "1"))], layout, tmp_path
+    )
+    sizes: dict[str, int] = {}
+    for batch in all_batches(rows, ranks=2, size=9):
+        assert batch.scores["a"].dtype == np.float32 and batch.is_positive.dtype == bool
+        names, codes = batch.slices[-1]
+        for name, count in zip(names, np.bincount(codes, minlength=len(names))):
+            sizes[name] = sizes.get(name, 0) + int(count)
+        assert batch.slices[0][0][0].startswith("day_2023-11-1")
+    assert sizes == {"country=None": 14, "country=x": 33, "country=y": 33}
+
+
+def test_ids_of_any_kind_become_integers() -> None:
+    assert identities(pa.chunked_array([[3, 3, 7]])).tolist() == [3, 3, 7]
+    words = identities(pa.chunked_array([["a", "b"], ["a"]]))
+    assert words[0] == words[2] != words[1]
+    assert identities(pa.chunked_array([["-12", "0", "7"]])).tolist() == [-12, 0, 7]
+    assert len(set(identities(pa.chunked_array([["7", "07", "7.0", "99999999999999999999"]])).tolist())) == 4
+    mixed = hash_columns(np.array([1, 1, 2]), np.array([5, 6, 5]))
+    assert len(set(mixed.tolist())) == 3 and hash_columns(np.array([2]), np.array([5]))[0] == mixed[2]
+
+
+def test_arrow_timestamps_are_seconds() -> None:
+    times = pa.chunked_array([pa.array([1_700_000_000_123], pa.timestamp("ms"))])
+    assert seconds_of(times).tolist() == [1_700_000_000]
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    one, two = (write_csv(columns(20), tmp_path / name) for name in ("1.csv", "2.csv"))
+    assert fingerprint_files([one]) == fingerprint_files([two]) and len(fingerprint_files([one])) == 16
+    assert fingerprint_files([write_csv(columns(21), tmp_path / "3.csv")]) != fingerprint_files([one])

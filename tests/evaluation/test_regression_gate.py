@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel, PredictionRows
+from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
+from tests.helpers.prediction_rows import columns, write_parquet
+
+LAYOUT = ColumnLayout(user="user_id", item="item_id")
+
+
+def measured(folder: Path, noise: float, rows: int = 4000, seed: int = 0) -> dict[str, Any]:
+    """Two models of the same rows: `new`, and `old` with that much less noise."""
+    values = columns(rows, seed)
+    random = np.random.default_rng(9)
+    values["old"] = (values["score"] + 0.3 * random.normal(size=rows)).astype(np.float32)
+    values["new"] = (values["old"] + noise * random.normal(size=rows)).astype(np.float32)
+    path = write_parquet(values, folder / f"{noise}-{rows}-{seed}")
+    return evaluate_predictions(
+        PredictionRows(
+            [PredictionModel("new", (path,), "new"), PredictionModel("old", (path,), "old")], LAYOUT, folder
+        ),
+        EvaluationSettings(),
+    )
+
+
+def alone(metrics: dict[str, Any], name: str, file: Path) -> Path:
+    """A metrics.json of one of the models."""
+    file.write_text(json.dumps(metrics | {"reference": name, "models": {name: metrics["models"][name]}}))
+    return file
+
+
+def test_a_model_against_itself_passes(tmp_path: Path) -> None:
+    metrics = measured(tmp_path, 1.0)
+    verdict = compare_with_baseline(metrics, alone(metrics, "new", tmp_path / "base.json"), 0.001)
+    assert (verdict.status, verdict.exit_status, verdict.drop) == ("pass", 0, 0)
+    assert verdict.text.startswith("PASS: AUC of new 0.") and "cannot rule out a drop of up to" in verdict.text
+
+
+def test_a_clear_drop_fails_against_a_file_and_paired(tmp_path: Path) -> None:
+    metrics = measured(tmp_path, 4.0)
+    for baseline in (alone(metrics, "old", tmp_path / "base.json"), "old"):
+        verdict = compare_with_baseline(metrics, baseline, 0.001)
+        assert (verdict.status, verdict.exit_status) == ("fail", 3)
+        assert verdict.drop == metrics["models"]["old"]["auc"] - metrics["models"]["new"]["auc"]
+        assert 0 < verdict.low < verdict.drop < verdict.high
+        assert "FAIL" in verdict.text and "more than the 0.001 allowed, and the interval lies above 0" in verdict.text
+
+
+def test_a_drop_that_chance_explains_is_unsure_and_pairing_decides(tmp_path: Path) -> None:
+    metrics = measured(tmp_path, 0.45)
+    unpaired = compare_with_baseline(metrics, alone(metrics, "old", tmp_path / "base.json"), 0.001)
+    assert (unpaired.status, unpaired.exit_status) == ("unsure", 4)
+    assert unpaired.low < 0 < 0.001 < unpaired.drop and "the interval holds 0" in unpaired.text
+    paired = compare_with_baseline(metrics, "old", 0.001)
+    assert paired.status == "fail" and paired.high - paired.low < unpaired.high - unpaired.low
+    assert paired.low == metrics["paired"]["old"]["clustered_low"] and "paired on the same rows" in paired.text
+
+
+def test_an_allowed_drop_passes_and_a_gain_too(tmp_path: Path) -> None:
+    metrics = measured(tmp_path, 4.0)
+    assert compare_with_baseline(metrics, "old", 0.5).status == "pass"
+    turned = metrics | {"reference": "old", "paired": {"new": metrics["paired"]["old"]}}
+    assert compare_with_baseline(turned, alone(metrics, "new", tmp_path / "base.json"), 0.0).status == "pass"
+
+
+def test_baselines_that_do_not_compare_are_refused(tmp_path: Path) -> None:
+    metrics, file = measured(tmp_path, 1.0), tmp_path / "base.json"
+    other = measured(tmp_path, 1.0, seed=1)
+    with pytest.raises(ValueError, match="was measured on other rows: (users|exposures) .*evaluate the baseline on"):
+        compare_with_baseline(metrics, alone(other, "old", file), 0.001)
+    with pytest.raises(ValueError, match="was measured on other rows: rows 3000 there, 4000 here"):
+        compare_with_baseline(metrics, alone(measured(tmp_path, 1.0, 3000), "old", file), 0.001)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="base.json is no JSON .*; evaluate again to write it"):
+        compare_with_baseline(metrics, file, 0.001)
+    file.write_text('{"schema_version": 77}')
+    with pytest.raises(ValueError, match="base.json has schema_version 77, this program reads 1, 2"):
+        compare_with_baseline(metrics, file, 0.001)
+    block = {"auc": 0.7, "clustered_se": None}
+    file.write_text(json.dumps(metrics | {"reference": "old", "models": {"old": block}}))
+    with pytest.raises(ValueError, match="base.json: models.old.auc_se is missing; evaluate again"):
+        compare_with_baseline(metrics, file, 0.001)
+    with pytest.raises(ValueError, match=r"--baseline olt is neither a file nor a compared model \(did you mean 'old'"):
+        compare_with_baseline(metrics, "olt", 0.001)
+    with pytest.raises(ValueError, match="--baseline new is the model to be judged itself"):
+        compare_with_baseline(metrics, "new", 0.001)
+    with pytest.raises(ValueError, match="--max-drop -0.1: must be 0 or more"):
+        compare_with_baseline(metrics, "old", -0.1)
+    undefined = json.loads(json.dumps(metrics))
+    undefined["models"]["new"]["auc"] = None
+    with pytest.raises(ValueError, match="the model 'new' has no AUC to compare"):
+        compare_with_baseline(undefined, "old", 0.1)

@@ -1,0 +1,211 @@
+"""User vectors of exposures: made from what came before alone, by day or by second, the same on any number of ranks."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.inference import item_embedding
+from hllm_torchrec.inference.exposure_vectors import (
+    REQUESTS_BY_MODE,
+    Coverage,
+    ExposureVectors,
+    Mode,
+    coverage,
+    embed_requests,
+    exposure_vectors,
+)
+from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, open_embedder
+from hllm_torchrec.models.assembly import Experiment, build_experiment
+from tests.helpers import fixtures
+from tests.helpers.distributed import run_ranks
+from tests.helpers.training_fixtures import config
+
+LIMIT = 64
+MODES: tuple[Mode, ...] = ("daily", "nearline")
+Key = tuple[int, int]
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    destroy_distributed()
+
+
+def build(tmp_path: Path, fusion: str = "late", **options: Any) -> Experiment:
+    settings = {"objective__fusion": fusion, "data__max_history": LIMIT, "features__init_scale": 0.5, **options}
+    experiment = build_experiment(config(tmp_path / "run", **settings), init_distributed())
+    fixtures.enlarge(experiment.hllm.user)
+    return experiment
+
+
+def of_piece(embedder: UserEmbedder, piece: Piece, mode: Mode) -> dict[int, tuple[torch.Tensor, bool]]:
+    """(vector, whether there is one) by the exposure's position."""
+    found = embed_requests(embedder, list(REQUESTS_BY_MODE[mode](piece, LIMIT)))
+    return dict(zip(found.position.tolist(), zip(found.users, found.has_user.tolist(), strict=True), strict=True))
+
+
+def perturbed(piece: Piece, where: np.ndarray) -> Piece:
+    """Items, actions and labels of the events `where` are others, and those of the last come an hour later."""
+    items, actions, labels, times = (x.copy() for x in (piece.item_ids, piece.actions, piece.labels, piece.timestamps))
+    items[where] = items[where] % fixtures.ITEMS + 1
+    actions[where] = (actions[where] + 2) % 6 + 1
+    labels[where] = 1 - labels[where]
+    last = where & (times == times[-1]) & (times != times[where].min())
+    times[last] += 3600
+    return dataclasses.replace(piece, item_ids=items, actions=actions, labels=labels, timestamps=times)
+
+
+@pytest.mark.parametrize("fusion", ["late", "early", "none"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_earlier_never_changes_a_vector_and_what_is_does(mode: Mode, fusion: str, tmp_path: Path) -> None:
+    unit = DAY if mode == "daily" else 1
+    checked = moved = 0
+    with open_embedder(build(tmp_path, fusion)) as embedder:
+        for piece in fixtures.pieces()[:6]:
+            before = of_piece(embedder, piece, mode)
+            for position in list(before)[::5]:
+                later = piece.timestamps // unit >= piece.timestamps[position] // unit
+                vector, known = of_piece(embedder, perturbed(piece, later), mode)[position]
+                assert known == before[position][1] == bool((~later).any())
+                torch.testing.assert_close(vector, before[position][0], atol=1e-5, rtol=0)
+                checked += 1
+                if known:
+                    earlier, _ = of_piece(embedder, perturbed(piece, ~later), mode)[position]
+                    moved += not torch.allclose(earlier, vector, atol=1e-3)
+                else:
+                    assert not vector.any()
+    assert checked > 10 and moved > 5
+
+
+def test_a_daily_vector_is_that_of_a_user_whose_history_ends_the_day_before(tmp_path: Path) -> None:
+    """The oracle cuts the history off by hand and asks at the midnight after its last event, one user at a time."""
+    compared = 0
+    with open_embedder(build(tmp_path)) as embedder:
+        for piece in fixtures.pieces()[:8]:
+            for position, (vector, known) in of_piece(embedder, piece, "daily").items():
+                day = piece.timestamps[position] // DAY
+                kept = [i for i, second in enumerate(piece.timestamps) if second // DAY < day]
+                assert known == bool(kept)
+                if not known or position % 3:
+                    continue
+                midnight = (piece.timestamps[kept[-1]] // DAY + 1) * DAY
+                alone = Piece(
+                    piece.user_id,
+                    0,
+                    len(kept),
+                    np.append(piece.item_ids[kept], 7),
+                    np.append(piece.timestamps[kept], midnight),
+                    np.append(piece.labels[kept], np.float32(1)),
+                    np.append(piece.actions[kept], 3),
+                )
+                torch.testing.assert_close(vector, embedder([alone])[0][0], atol=1e-5, rtol=0)
+                compared += 1
+    assert compared > 5
+
+
+def test_a_nearline_vector_is_what_the_head_scores_with(tmp_path: Path) -> None:
+    experiment = build(tmp_path)
+    head, labels = experiment.hllm.head, 0
+    with open_embedder(experiment) as embedder, torch.no_grad():
+        for batch in experiment.loader("valid", 24).batches(0):
+            logits = experiment.hllm(batch).logits
+            users = experiment.hllm.embed_users(batch)[batch.target_query]
+            slots = experiment.hllm._encode_users(batch, experiment.hllm.item_embeddings(batch.unique_items))
+            torch.testing.assert_close(head(users, slots[2]), logits, atol=1e-5, rtol=0)
+            labels += batch.labels.numel()
+            keys = list(zip(batch.positions.tolist(), batch.target_query.tolist(), strict=True))
+            assert keys and users.shape == (len(keys), embedder.width)
+    assert labels
+
+
+@pytest.mark.parametrize(("fusion", "width"), [("late", 24), ("early", 24), ("none", 16)])
+def test_width_is_the_item_space_where_the_generative_loss_compares_there(
+    fusion: str, width: int, tmp_path: Path
+) -> None:
+    experiment = build(tmp_path, fusion)
+    with open_embedder(experiment) as embedder:
+        assert embedder.width == width and embedder([])[0].shape == (0, width)
+        piece = fixtures.pieces()[2]
+        assert embedder([piece])[0].shape == (int((~np.isnan(piece.labels[piece.first_target :])).sum()), width)
+    if fusion == "none":
+        batch = next(experiment.loader("valid", 24).batches(0))
+        expected = experiment.hllm(batch, want_next=True).next_items
+        torch.testing.assert_close(experiment.hllm.embed_users(batch)[batch.target_query], expected)
+
+
+def test_a_long_user_in_many_stretches_still_has_each_exposure_once(tmp_path: Path) -> None:
+    longest = max(fixtures.pieces(), key=lambda piece: piece.item_ids.size)
+    assert longest.item_ids.size > 30
+    with open_embedder(build(tmp_path, data__max_history=8)) as embedder:
+        for mode in MODES:
+            units = list(REQUESTS_BY_MODE[mode](longest, 8))
+            assert all(unit.history is None or unit.history.item_ids.size <= 8 for unit in units)
+            found = sorted(embed_requests(embedder, units).position.tolist())
+            assert (
+                found
+                == (longest.first_target + np.flatnonzero(~np.isnan(longest.labels[longest.first_target :]))).tolist()
+            )
+
+
+def by_key(parts: list[ExposureVectors]) -> dict[Key, tuple[torch.Tensor, torch.Tensor, bool, float]]:
+    return {
+        (user, position): (item_vector, vector, known, label)
+        for part in parts
+        for user, position, item_vector, vector, known, label in zip(
+            part.user_id.tolist(),
+            part.position.tolist(),
+            part.items,
+            part.users,
+            part.has_user.tolist(),
+            part.label.tolist(),
+            strict=True,
+        )
+    }
+
+
+def of_split(tmp_path: Path, mode: Mode, dense: str = "ddp") -> tuple[dict[Key, Any], Coverage]:
+    item_embedding.CATALOGUE_TOKENS = 40  # many small batches, not as many on every rank
+    parts = list(exposure_vectors(build(tmp_path, parallel__dense=dense), "test", mode))
+    return by_key(parts), coverage(parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_every_exposure_of_a_split_comes_once_on_one_rank_and_on_two(
+    mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_embedding, "CATALOGUE_TOKENS", item_embedding.CATALOGUE_TOKENS)
+    one, counted = of_split(tmp_path, mode)
+    unit = DAY if mode == "daily" else 1
+    wanted = {}
+    for piece in fixtures.pieces("test"):
+        for position in piece.first_target + np.flatnonzero(~np.isnan(piece.labels[piece.first_target :])):
+            known = piece.timestamps[0] // unit < piece.timestamps[position] // unit
+            wanted[piece.user_id, int(position)] = (known, piece.labels[position], piece.item_ids[position])
+    assert one.keys() == wanted.keys() and len(one) > 20
+    assert all((one[k][2], one[k][3]) == wanted[k][:2] for k in one)
+    known = sum(bool(w[0]) for w in wanted.values())
+    assert counted == Coverage(len(wanted), known) and 0 < counted.share <= 1
+    catalogue = build(tmp_path).encode_catalogue()
+    for key, (item_vector, *_) in one.items():
+        torch.testing.assert_close(item_vector, catalogue[wanted[key][2]], atol=1e-5, rtol=0)
+    destroy_distributed()
+    shares = run_ranks(of_split, 2, tmp_path, mode, "fsdp" if mode == "daily" else "ddp")
+    assert [share[1] for share in shares] == [counted] * 2
+    assert all(share[0] for share in shares) and not shares[0][0].keys() & shares[1][0].keys()
+    for key, (item_vector, vector, *rest) in {**shares[0][0], **shares[1][0]}.items():
+        torch.testing.assert_close((item_vector, vector), one[key][:2], atol=1e-4, rtol=0)
+        assert tuple(rest) == one[key][2:]
+
+
+def test_a_model_of_ids_has_no_item_vectors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="item_llm.enabled: false: .* no item vectors"):
+        next(exposure_vectors(build(tmp_path, item_llm__enabled=False), "test", "daily"))

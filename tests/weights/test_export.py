@@ -1,0 +1,101 @@
+"""An exported run is what plain transformers reads, and what the run itself computes."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.launch import export_hf
+from hllm_torchrec.models.backbones import trained_item_token
+from hllm_torchrec.models.build import build_user_encoder
+from tests.helpers import fixtures
+from tests.helpers.training_fixtures import config, train
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    destroy_distributed()
+
+
+@cache
+def exported() -> tuple[Path, Path]:
+    """A run with averaged weights and tables, and its export."""
+    run, output = fixtures.folder() / "to-export" / "run", fixtures.folder() / "to-export" / "model"
+    train(config(run, objective__fusion="late", optim__ema=0.5, features__init_scale=0.3))
+    destroy_distributed()
+    assert export_hf.main(["--run", str(run), "--output", str(output)]) == 0
+    return run, output
+
+
+@pytest.mark.slow
+def test_plain_transformers_computes_the_runs_item_embeddings() -> None:
+    run, output = exported()
+    loaded = load_run(run, "best", init_distributed())
+    with loaded.weights:
+        ours = loaded.experiment.encode_catalogue()
+    assert ours is not None
+    model, tokenizer = (kind.from_pretrained(output / "item_llm") for kind in (AutoModel, AutoTokenizer))
+    token = load_file(output / "item_llm" / "item_token.safetensors")["item_token"]
+    rows = fixtures.dataset().text(["title", "brand"]).to_pylist()
+    for number in (0, 3, 11):  # item 4 has no text
+        text = ", ".join(f"{key}: {value}" for key, value in rows[number].items() if value)
+        ids = torch.tensor(tokenizer(text)["input_ids"][:12], dtype=torch.long)
+        with torch.no_grad():
+            inputs = torch.cat([model.get_input_embeddings()(ids), token[None]])
+            theirs = model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
+        torch.testing.assert_close(ours[number + 1], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_user_llm_reads_vectors_as_the_runs_own_does() -> None:
+    run, output = exported()
+    loaded = load_run(run, "best", init_distributed())
+    vectors = torch.randn(5, loaded.experiment.hllm.user.width)
+    with loaded.weights, torch.no_grad():
+        ours, _ = loaded.experiment.hllm.user.eval()(vectors, torch.tensor([0, 5]))
+        theirs = AutoModel.from_pretrained(output / "user_llm")(inputs_embeds=vectors[None]).last_hidden_state[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_everything_else_is_in_the_parts_with_the_averaged_weights() -> None:
+    run, output = exported()
+    parts = load_file(output / "parts.safetensors")
+    loaded = load_run(run, "best", init_distributed())
+    with loaded.weights:
+        head = {f"head.{name}": value for name, value in loaded.experiment.hllm.head.state_dict().items()}
+        for name, value in head.items():
+            assert torch.equal(parts[name], value), name
+    tables = [name for name in parts if ".embedding_bags." in name]
+    assert {"item_id", "time_year"} <= {name.split(".")[-2] for name in tables}
+    assert not any(name.startswith(("item_llm.", "user.")) for name in parts)
+
+
+def test_another_run_can_begin_with_the_export() -> None:
+    _, output = exported()
+    onward = config_from_file(output / "config.yaml")
+    assert onward.item_llm.pretrained == str(output / "item_llm")
+    assert trained_item_token(onward.item_llm.pretrained) is not None
+    user = build_user_encoder(onward.user)
+    assert torch.equal(user.backbone.norm.weight, load_file(output / "user_llm" / "model.safetensors")["norm.weight"])
+
+
+def test_the_model_card_says_what_it_is_and_how_to_read_it() -> None:
+    _, output = exported()
+    card = (output / "README.md").read_text()
+    assert "library_name: transformers" in card and "tiny-shop" in card
+    assert "Not evaluated yet" in card and "item_token.safetensors" in card
+
+
+def test_a_folder_that_is_there_is_not_touched(capsys: pytest.CaptureFixture[str]) -> None:
+    run, output = exported()
+    before = sorted(path.name for path in output.iterdir())
+    assert export_hf.main(["--run", str(run), "--output", str(output)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == before
