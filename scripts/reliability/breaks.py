@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Break the code in thirty places, one at a time, and see that the tests notice.
+"""Break the code in thirty-two places, one at a time, and see that the tests notice.
 
     python scripts/reliability/breaks.py                     # all of them, about a quarter of an hour
     python scripts/reliability/breaks.py attention gate      # those whose names hold one of the words
@@ -218,6 +218,18 @@ BREAKS = (
         "torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)",
         "torch.nn.utils.clip_grads_with_norm_(members, math.inf, total)",
         ("tests/training/test_optim.py",),
+    ),
+    Break(
+        "checkpoint: half a checkpoint gets its final name",
+        "if not final.exists() and find_damage(caught, check_hashes=False) is None:",
+        "if not final.exists():",
+        ("tests/checkpoint/test_checkpoint.py", "-k", "half_a_checkpoint"),
+    ),
+    Break(
+        "checkpoint: the final name before the marker",
+        "    write_synced(temporary / MARKER, marker_text(marker, files))\n    sync_folder(temporary)\n",
+        "    temporary = temporary.rename(final)\n    write_synced(final / MARKER, marker_text(marker, files))\n",
+        ("tests/checkpoint/test_checkpoint.py", "-k", "marker_is_there"),
     ),
     Break(
         "serving: the window does not move with new events",

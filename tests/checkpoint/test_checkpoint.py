@@ -115,6 +115,27 @@ def test_what_a_crash_left_is_not_a_checkpoint_and_goes_at_the_next_save(tmp_pat
     assert not torn.exists()
 
 
+def test_half_a_checkpoint_keeps_its_temporary_name(tmp_path: Path) -> None:
+    """Under its final name it would count among those that `keep_last` leaves."""
+    torn = tmp_path / "step-00000002.tmp-0123"
+    torn.mkdir()
+    (torn / "__0_0.distcp").write_bytes(b"half")
+    files.finish_interrupted_renames(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [torn.name]
+
+
+def test_the_marker_is_there_before_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, named = files.write_synced, []
+
+    def look_and_write(path: Path, text: str) -> None:
+        named.extend(path.name for path in tmp_path.iterdir())
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_synced", look_and_write)
+    final = save_numbers(tmp_path, 1)
+    assert named and all(name.startswith(f"{final.name}.tmp-") for name in named)
+
+
 def truncate(path: Path) -> None:
     file = path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-10])

@@ -108,12 +108,22 @@ def test_effective_negatives_count_what_the_ids_leave() -> None:
 
 def test_identical_embeddings_do_not_empty_the_negatives() -> None:
     """Masking by id, not by cosine: collapse costs log(1 + K) each instead of looking like a loss of 0."""
-    same = torch.eye(5)[:1]  # one number that is not 0: a tie is one to the last bit however products are summed
-    inputs = example() | {"predictions": same.repeat(4, 1), "positives": same.repeat(4, 1)}
-    inputs |= {"negatives": same.repeat(7, 1), "exclude": None, "target_ids": torch.full((4,), 99)}
+    ones = torch.ones(4, 5)  # their products are no numbers of few digits: ties differ by rounding
+    inputs = example() | {"predictions": ones, "positives": ones}
+    inputs |= {"negatives": torch.ones(7, 5), "exclude": None, "target_ids": torch.full((4,), 99)}
     output = info_nce(**inputs)
     assert output.effective_negatives == 7 and output.accuracy == 0
     torch.testing.assert_close(output.loss_sum, torch.tensor(4 * math.log(8)), check_dtype=False)
+
+
+def test_accuracy_counts_positives_that_are_above_by_more_than_rounding() -> None:
+    inputs = example() | {"predictions": torch.ones(4, 5), "exclude": None, "target_ids": torch.full((4,), 99)}
+    inputs |= {"positives": torch.ones(4, 5) * torch.tensor([[1.0], [2.0], [3.0], [0.1]])}  # all of one direction
+    near, far = torch.ones(7, 5, dtype=torch.float64), torch.ones(7, 5)
+    near[:, 0] += 1e-8
+    far[:, 0] = -1.0
+    assert info_nce(**inputs | {"negatives": near}).accuracy == 0  # 1 - cosine is below 1e-16
+    assert info_nce(**inputs | {"negatives": far}).accuracy == 1
 
 
 def test_a_row_whose_negatives_are_all_masked_costs_nothing_and_has_no_gradient() -> None:
