@@ -2,17 +2,17 @@
 
     a_i = sum_j silu(alpha q_i . k_j + rab_ij) v_j / n_i        over the keys j that i sees
 
-There is no softmax, so what a row gets is a plain sum over keys: a query's own key is added on its own, and
-blocks of keys need no common normaliser. n_i is a constant or the number of keys that i sees, never anything
-of the batch: a row's value does not depend on who shares it. rab_ij is one learned number for the distance in
+There is no softmax, so the output of a row is a plain sum over keys: a query's own key is added separately, and
+blocks of keys need no common normalizer. n_i is a constant or the number of keys that i sees, and never depends on
+the batch: the same row has the same value in every batch. rab_ij is the sum of a learned number for the distance in
 positions and one for the distance in time (HSTU, section 3; shared by the heads, as published).
 
-Who sees whom: a position sees its sequence up to itself, of that only the last `window` positions where there
-is a window; the first `prefix` positions are context that see one another and that every one sees (the public
-code lets context see the whole history, and so the future); a query sees what a position in its place would
-see, and itself.
+Mask: a position sees the positions of its sequence up to itself, with a window only the last `window` of them. The
+first `prefix` positions are context: they see one another, and every position sees them. (In the public code context
+sees the complete history, and so the future.) A query sees the positions before it, with the same window and context,
+and itself.
 
-Backends: `eager` and `compiled` (`modules.pointwise_blocks`), `triton` (`modules.hstu_triton`).
+Backends: `eager` and `compiled` (`modules/hstu/eager.py`), `triton` (`modules/hstu/triton_backend.py`).
 
 Legend: T history positions, Q queries, S = T + Q packed rows, H heads, D and V widths of a head's keys and values.
 """
@@ -38,9 +38,11 @@ Attention = Callable[[Tensor, Tensor, Tensor, Layout, RelativeBias | None], Tens
 
 @dataclass(frozen=True)
 class HSTUBackend:
-    """A way to compute the attention; `unavailable_reason` says why it cannot run on a device, or None; `plan` makes
-    what it
-    needs to know of a batch, once for all layers."""
+    """An implementation of the attention.
+
+    unavailable_reason: device -> why it cannot run there, or None. plan: builds the layout of a batch that `attend`
+    needs, once for all layers.
+    """
 
     attend: Attention
     unavailable_reason: Callable[[torch.device], str | None]
@@ -49,6 +51,7 @@ class HSTUBackend:
 
 @cache
 def _compiled_inner() -> InnerFunctions:
+    # dynamic: chunk shapes differ from batch to batch, and static ones would compile a kernel for each.
     return InnerFunctions(torch.compile(EAGER.weights, dynamic=True), torch.compile(EAGER.gradients, dynamic=True))
 
 
@@ -57,6 +60,7 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBia
 
 
 def _no_compiler(device: torch.device) -> str | None:
+    # torch.compile emits Triton kernels for CUDA, and C++ for the CPU.
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs triton on CUDA, not installed"
     found = any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
@@ -68,14 +72,14 @@ HSTU_BACKENDS: dict[str, HSTUBackend] = {
     "compiled": HSTUBackend(_compiled, _no_compiler),
     "triton": HSTUBackend(triton_backend.attend, triton_backend.unavailable_reason, jagged_layout),
 }
-"""The registry: add an entry to make a name usable in `user.shape.backend`."""
+"""The registry of backends. An entry added here can be named in `user.shape.backend`."""
 
 
 def known_backend(name: str) -> str:
-    """The name, if there is such a backend, or it is "auto".
+    """Return `name` if it is "auto" or a registered backend.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     if name != "auto" and name not in HSTU_BACKENDS:
         raise ValueError(
@@ -85,10 +89,12 @@ def known_backend(name: str) -> str:
 
 
 def choose_hstu_backend(name: str, device: torch.device) -> tuple[HSTUBackend, str]:
-    """The backend of that name, and in words which it is and why; "auto" is triton where there is CUDA, else eager.
+    """Return the backend of that name and, for the log, the reason for the choice.
+
+    "auto" is triton on CUDA where it can run, else eager.
 
     Raises:
-        ValueError: it is unknown, or cannot run on this device; no other runs in its place.
+        ValueError: the name is unknown, or the backend cannot run on this device (there is no fallback).
     """
     if name == "auto":
         problem = triton_backend.unavailable_reason(device) if device.type == "cuda" else "it needs CUDA"
@@ -104,10 +110,10 @@ def choose_hstu_backend(name: str, device: torch.device) -> tuple[HSTUBackend, s
 
 
 def plan_layout(rows: PackedRows, rules: AttentionRules, backend: str) -> Layout:
-    """What the backend needs to know of a batch.
+    """Build the layout of a batch in the form that the backend needs.
 
     Raises:
-        ValueError: as `choose_backend`.
+        ValueError: as `choose_hstu_backend`.
     """
     return choose_hstu_backend(backend, rows.positions.device)[0].plan(rows, rules)
 
@@ -115,9 +121,9 @@ def plan_layout(rows: PackedRows, rules: AttentionRules, backend: str) -> Layout
 def pointwise_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None, backend: str
 ) -> Tensor:
-    """a [S, H, V] of q [S, H, D], k [S, H, D], v [S, H, V] by the backend named, for which the layout was planned.
+    """Compute a [S, H, V] of q [S, H, D], k [S, H, D], v [S, H, V]; the layout was planned for the same backend.
 
     Raises:
-        ValueError: as `choose_backend`.
+        ValueError: as `choose_hstu_backend`.
     """
     return choose_hstu_backend(backend, q.device)[0].attend(q, k, v, layout, bias)
