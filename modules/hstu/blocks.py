@@ -1,4 +1,4 @@
-"""How a batch is cut into padded blocks for `modules.pointwise_blocks`: buckets of sequences, chunks of their rows.
+"""Cuts a batch into padded blocks for `modules/hstu/eager.py`: buckets of sequences, and chunks of their rows.
 
 Legend: B sequences, S packed rows (T history positions, then Q queries), b sequences of a bucket, L its longest
 history, M asking rows of a chunk, N keys.
@@ -16,23 +16,24 @@ from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, divisor, t
 from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
 
 FEWEST_ROWS = 128
-"""Rows of a chunk, and of a sequence that has a bucket of its own kind: fewer cost more in calls than they save."""
+"""Smallest chunk; sequences up to this length share a bucket. Smaller pieces cost more in calls than they save."""
 CHUNKS = 8
-"""Chunks of a bucket at most, unless memory asks for more: 8 leave 56% of the square, 7 parts in 16 are future."""
+"""Most chunks of a bucket unless memory needs more: with 8, 9/16 of the square is computed; 7/16 is all future."""
 MOST_SCORES = 2**20
-"""Scores of a chunk, per head."""
+"""Most scores of a chunk, per head."""
 CACHED_CELLS = 2**25
-"""Cells whose marks (hidden or not, time bucket) are kept for all layers of a batch: 64 MiB and a little."""
+"""Most cells whose mask and time buckets are cached for all layers of a batch: about 64 MiB of int16 and some bool."""
 COPIES = 8
-"""Of the time table, taken by the columns in turn: adding to one address many times in a row is slow."""
+"""Copies of the time table, used by the columns in turn: many successive additions to one address are slow."""
 
 
 class PairMask(NamedTuple):
-    """What is known of the pairs of M rows and N keys before any layer.
+    """Mask and bias indices of M rows against N keys, which are the same for all layers.
 
-    hidden: [b or 1, M, N - open] bool, True where a row may not look, of the keys from `num_open_keys` on (all rows see
-    those before); distance: [b, M, N] int64 positions >= 0, None where rows and keys are both consecutive positions;
-    bucket: [b, M, N] int16, time bucket in `COPIES` tables that follow one another. No bias: both None.
+    hidden: [b or 1, M, N - num_open_keys] bool, True where the row does not see the key; it starts at key
+    `num_open_keys`, as all rows see the keys before. distance: [b, M, N] int64 positions >= 0; None where rows and
+    keys are both consecutive positions, so that it follows from the chunk. bucket: [b, M, N] int16, index of the time
+    bucket in `COPIES` concatenated tables. Without a relative bias both are None.
     """
 
     hidden: Tensor
@@ -43,7 +44,7 @@ class PairMask(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `rows` (first, end) of a bucket's history, or of its queries, against keys `keys` (first, end)."""
+    """Rows [first, end) of a bucket's history, or of its queries, against the keys [first, end) of its history."""
 
     is_history: bool
     rows: tuple[int, int]
@@ -53,10 +54,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PaddedBucket:
-    """Sequences of similar length.
+    """Sequences of similar length, padded to the longest.
 
     rows: [b, L] int64 packed rows of their history (a padding cell repeats a valid one); valid: [b, L] bool, None
-    where nothing is padded; queries, queries_valid: the same of their queries, None where there are none.
+    if nothing is padded; queries, queries_valid: the same for their queries, None if there are none.
     """
 
     rows: Tensor
@@ -68,11 +69,11 @@ class PaddedBucket:
 
 @dataclass(frozen=True)
 class BlockLayout(Layout):
-    """A layout with buckets.
+    """A layout in padded buckets.
 
-    restore: [S] int64, from the order in which the buckets emit rows (of each its history, then its queries),
-    followed by `num_without_history` rows (queries without any history), to the packed order; num_without_history:
-    their number.
+    num_without_history: number of queries whose sequence is empty; they are in no bucket. restore: [S] int64, the
+    emitted row of each packed row; the buckets emit their rows one after the other (history, then queries), and the
+    queries without history come last.
     """
 
     buckets: tuple[PaddedBucket, ...]
@@ -81,7 +82,7 @@ class BlockLayout(Layout):
 
 
 def plan_blocks(rows: PackedRows, rules: AttentionRules) -> BlockLayout:
-    """Group the sequences of a batch by length; queries stand beside their history."""
+    """Group the sequences of a batch by length; queries are in the bucket of their history."""
     buckets, emitted, kept = [], [], 0
     for found in length_buckets(rows.seq_offsets, floor=FEWEST_ROWS):
         asked, asked_valid = _queries_of(rows, found.sequences)
@@ -89,13 +90,16 @@ def plan_blocks(rows: PackedRows, rules: AttentionRules) -> BlockLayout:
         chunks = []
         for chunk in _chunks(bucket, rules):
             kept += found.rows.shape[0] * (chunk.rows[1] - chunk.rows[0]) * (chunk.keys[1] - chunk.keys[0])
+            # Masks are cached while the budget lasts; beyond it every layer computes them again, which bounds memory.
             chunks.append(replace(chunk, mask=pair_mask(rows, rules, bucket, chunk)) if kept <= CACHED_CELLS else chunk)
         buckets.append(replace(bucket, chunks=tuple(chunks)))
         emitted.append(without_padding(found.rows, found.valid))
         if asked is not None:
             emitted.append(without_padding(asked, asked_valid))
+    # `length_buckets` leaves out empty sequences, but their queries still need a row of output.
     empty = lengths_from_offsets(rows.seq_offsets) == 0
     alone = torch.nonzero(empty[rows.sequences[rows.history :]]).flatten() + rows.history
+    # `order` is the packed row of each emitted row; its inverse brings the outputs back to the packed order.
     order = torch.cat([*emitted, alone])
     restore = torch.empty_like(order)
     restore[order] = torch.arange(order.numel(), device=order.device)
@@ -103,32 +107,37 @@ def plan_blocks(rows: PackedRows, rules: AttentionRules) -> BlockLayout:
 
 
 def _queries_of(rows: PackedRows, sequences: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(packed rows [b, Q], valid [b, Q]) of the queries of some sequences; Nones where there is none."""
+    """Return packed rows [b, Q] and valid [b, Q] of the queries of `sequences` [b]; (None, None) without queries."""
     counts = lengths_from_offsets(rows.query_offsets)[sequences]
     most = int(counts.max())
     if most == 0:
         return None, None
     cells = torch.arange(most, device=counts.device).expand(counts.numel(), -1)
+    # Padding cells may run beyond the last query of the batch: the clamp keeps them valid indices.
     index = (rows.query_offsets[sequences][:, None] + cells).clamp(max=rows.visible.numel() - 1)
     return index + rows.history, cells < counts[:, None]
 
 
 def _chunks(bucket: PaddedBucket, rules: AttentionRules) -> Iterator[Chunk]:
+    """Cut the rows of a bucket into chunks, each with the range of keys that its rows can see."""
     b, longest = bucket.rows.shape
     most = max(1, MOST_SCORES // (b * longest))
     step = min(most, max(FEWEST_ROWS, -(-longest // CHUNKS)))
     for first in range(0, longest, step):
         end = min(first + step, longest)
+        # With a context prefix the keys begin at 0 even under a window, as every row sees the context.
         seen_from = 0 if rules.window is None or rules.prefix else max(0, first - rules.window + 1)
+        # Rows end at their own position. A chunk that starts inside the prefix sees all of the prefix.
         seen_to = end if first >= rules.prefix else min(longest, max(end, rules.prefix))
         yield Chunk(True, (first, end), (seen_from, seen_to))
+    # Queries are in no order of position, so their chunks see all keys and the mask does the rest.
     number = 0 if bucket.queries is None else bucket.queries.shape[1]
     for first in range(0, number, most):
         yield Chunk(False, (first, min(first + most, number)), (0, longest))
 
 
 def pair_mask(rows: PackedRows, rules: AttentionRules, bucket: PaddedBucket, chunk: Chunk) -> PairMask:
-    """The marks of a chunk."""
+    """Compute the mask and the bias indices of a chunk."""
     keys, valid = bucket.rows[:, slice(*chunk.keys)], bucket.valid
     if not chunk.is_history:
         assert bucket.queries is not None
@@ -140,34 +149,40 @@ def pair_mask(rows: PackedRows, rules: AttentionRules, bucket: PaddedBucket, chu
 def _pair_mask(
     rows: PackedRows, rules: AttentionRules, asking: Tensor, keys: Tensor, chunk: Chunk, keys_valid: Tensor | None
 ) -> PairMask:
-    """asking [b, M], keys and keys_valid [b, N]."""
+    """Compute the mask of packed rows `asking` [b, M] against `keys` [b, N]; keys_valid: [b, N] or None."""
     columns = torch.arange(*chunk.keys, device=keys.device)
     if chunk.is_history and not rules.prefix:
-        place = torch.arange(*chunk.rows, device=keys.device)[None, :, None]  # the same for every sequence
-        hidden = columns > place  # padding is always in the future
+        # Row i of each sequence is its position i, so one mask serves all; right padding is always in the future.
+        place = torch.arange(*chunk.rows, device=keys.device)[None, :, None]
+        hidden = columns > place
     else:
         place = rows.positions[asking][:, :, None]
+        # A query sees the columns before its position, a history row its own column too.
         hidden = columns >= place + int(chunk.is_history)
     distance = place - columns
     if rules.window is not None:
         hidden = hidden | ((distance >= rules.window) & (columns >= rules.prefix))
     if rules.prefix and chunk.is_history:
+        # Context positions see one another, later ones included. In a sequence shorter than the prefix this would show
+        # padding, which is no longer in the future of every row, so it is hidden explicitly.
         hidden = hidden & ~((place < rules.prefix) & (columns < rules.prefix))
         if keys_valid is not None:
             hidden = hidden | ~keys_valid[:, None, :]
     plain = chunk.is_history and not rules.prefix and rules.window is None
+    # In a plain causal chunk all rows see the keys before the chunk's first row: no mask is stored for those.
     first_hidden = chunk.rows[0] - chunk.keys[0] if plain else 0
     hidden = hidden[..., first_hidden:]
     if rules.last_bucket is None:
         return PairMask(hidden, first_hidden, None, None)
     gap = rows.asked_at[asking][:, :, None] - rows.times[keys][:, None, :]
+    # Neighboring columns use different copies of the table (see `COPIES`); at most 8 x 1,025 fits in int16.
     copy = torch.arange(keys.shape[1], device=keys.device) % COPIES * (rules.last_bucket + 1)
     bucket = time_bucket(gap, rules.last_bucket).add_(copy.to(torch.int16))
     return PairMask(hidden, first_hidden, None if chunk.is_history else distance.clamp(min=0), bucket)
 
 
 class Pairs(NamedTuple):
-    """For a cached history: hidden [1, M, N] bool; distance [1, M, N] int64; bucket [1, M, N] int16; or None."""
+    """Pairs against a cached history: hidden [1, M, N] bool; distance int64 and bucket int16 likewise, or None."""
 
     hidden: Tensor
     distance: Tensor | None
@@ -175,16 +190,17 @@ class Pairs(NamedTuple):
 
 
 def pairs_without_own_keys(rows: PackedRows, rules: AttentionRules, asking: Tensor, keys: Tensor) -> Pairs:
-    """Of the packed rows `asking` [M] of one sequence against its history positions `keys` [N], from its first on.
+    """Compute the pairs of the packed rows `asking` [M] of one sequence and its first N history positions `keys` [N].
 
-    Like a query's, an asking row's own key is hidden: what it adds comes on its own (there is no normaliser).
+    A row's own key is hidden, as for queries: its contribution is added separately (there is no normalizer).
     """
     chunk = Chunk(False, (0, asking.numel()), (0, keys.numel()))
     marks = _pair_mask(rows, rules, asking[None], keys[None], chunk, None)
+    # The cache looks up a single table: undo the offsets of the copies.
     bucket = None if rules.last_bucket is None or marks.bucket is None else marks.bucket % (rules.last_bucket + 1)
     return Pairs(marks.hidden, marks.distance, bucket)
 
 
 def without_padding(x: Tensor, valid: Tensor | None) -> Tensor:
-    """x [b, L, ...] without padding: [n, ...]."""
+    """Drop the padding of x [b, L, ...]: [n, ...]."""
     return x.flatten(0, 1) if valid is None else x[valid]
