@@ -4,10 +4,10 @@
     a_i          = sum_j silu(alpha q_i . k_j + rab_ij) v_j / n_i
     y            = x + f2(dropout(u * LN(a)))              or of [u, a, u * LN(a)]
 
-Two published parameterisations are presets (`encoder_shapes.PRESETS`): "research" (retrieval) and "ranking".
-Differences from the public code, on purpose: n_i is a constant or the row's own number of keys, never the
-batch's longest sequence; masks hide before anything is summed; nothing is padded outside of a block; positions
-count from the sequence's start; dropout and stochastic depth are applied as configured.
+Two published parameterizations are presets (`modules.encoders.shapes.PRESETS`): "research" (retrieval) and "ranking".
+Deliberate differences from the public code: n_i is a constant or the row's own number of keys, never the batch's
+longest sequence; masks are applied before any sum; nothing is padded outside of a block; positions count from the
+sequence's start; dropout and stochastic depth are applied as configured.
 
 Legend: S packed rows (history, then queries), D width, H heads, E width of a head's keys, V of its values.
 """
@@ -29,10 +29,10 @@ MOST_BUCKETS = 1024
 
 
 def resolve_preset(shape: HSTUShape) -> HSTUShape:
-    """The shape with the fields that were left to the preset filled in.
+    """Return the shape with its None fields filled in from the preset.
 
     Raises:
-        ValueError: an unknown preset, a width that heads do not divide, or numbers out of range.
+        ValueError: an unknown preset, a width that is not a multiple of heads, or a number out of range.
     """
     if shape.preset not in PRESETS:
         raise ValueError(f"user.shape.preset: {shape.preset!r}: must be one of {', '.join(PRESETS)}")
@@ -81,7 +81,7 @@ class HSTULayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise both projections: f1 normal with 0.02, f2 Xavier uniform, biases 0."""
+        """Initialize f1 normal with standard deviation 0.02, f2 Xavier uniform, and their biases to 0."""
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.xavier_uniform_(self.out.weight)
         for linear in (self.uvqk, self.out):
@@ -89,13 +89,13 @@ class HSTULayer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def forward(self, x_SD: Tensor, layout: Layout) -> Tensor:
-        """[S, D] -> [S, D]."""
+        """Run the layer: [S, D] -> [S, D]."""
         u, v, q, k = self.project(x_SD)
         attended = pointwise_attention(q, k, v, layout, self.bias, self.backend)
         return self.combine(x_SD, u, attended.flatten(1), layout.rows.sequences)
 
     def project(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u [S, H x V], v [S, H, V], q and k [S, H, E]."""
+        """Project x to u [S, H x V], v [S, H, V], q and k [S, H, E]."""
         inner, keys = self.heads * self.value_width, self.heads * self.qk_width
         uvqk = self.uvqk(self.norm(x_SD))
         if self.silu_on_all:
@@ -107,11 +107,13 @@ class HSTULayer(nn.Module):
         return u, v, q.unflatten(1, (self.heads, self.qk_width)), k.unflatten(1, (self.heads, self.qk_width))
 
     def combine(self, x_SD: Tensor, u: Tensor, attended: Tensor, sequences: Tensor) -> Tensor:
-        """The residual step of attended [S, H x V]; sequences [S]: whose each row is, for stochastic depth."""
+        """Gate and project `attended` [S, H x V], and add it to x; sequences [S]: the user of each row."""
         gated = u * self.attention_norm(attended)
         joined = torch.cat([u, attended, gated], dim=-1) if self.concat else gated
         change = self.out(F.dropout(joined, self.dropout, self.training))
         if self.training and self.skip > 0:
+            # One draw per user, not per row: a sequence skips the layer as one. Dividing by the probability of keeping
+            # it leaves the expected change the same as in evaluation, where no layer is skipped.
             users = int(sequences.max()) + 1
             kept = torch.rand(users, device=x_SD.device) >= self.skip
             change = change * (kept[sequences].to(change.dtype) / (1 - self.skip))[:, None]
@@ -119,11 +121,11 @@ class HSTULayer(nn.Module):
 
 
 class HSTU(UserEncoder):
-    """A stack of HSTU layers as user encoder: see `UserEncoder.forward`.
+    """A stack of HSTU layers as a user encoder; see `UserEncoder.forward`.
 
     Args:
         shape: see `HSTUShape`.
-        dropout: of the inputs, a probability.
+        dropout: probability of dropout on the inputs.
 
     Raises:
         ValueError: as `resolve_preset`, or an unknown backend.
@@ -143,18 +145,20 @@ class HSTU(UserEncoder):
             alpha=score_scale(shape.qk_width, bool(shape.scaled_scores)),
             last_bucket=shape.time_buckets if shape.relative_bias else None,
         )
+        # Linear schedule: deeper layers are skipped more often, up to `stochastic_depth` at the last.
         skips = [shape.stochastic_depth * (number + 1) / shape.layers for number in range(shape.layers)]
         self.layers = nn.ModuleList(HSTULayer(shape, skip) for skip in skips)
 
     def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
-        """All layers: [S, D] -> [S, D]."""
+        """Run all layers: [S, D] -> [S, D]."""
         layout = plan_layout(rows, self.rules, self.shape.backend)
         for layer in self.layers:
             x_SD = self.run_layer(layer, x_SD, layout)
         return x_SD
 
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
+        """Count the operations of a forward pass over `tokens` rows that see `keys` keys in total."""
         assert self.shape.qk_width and self.shape.value_width
+        # Per key and head: q . k and the weighted sum of v, a multiplication and an addition for each number.
         per_key = 2.0 * self.shape.heads * (self.shape.qk_width + self.shape.value_width)
         return tokens * dense_flops([self.layers]) + keys * per_key * len(self.layers)
