@@ -1,6 +1,6 @@
-"""What every backend of HSTU's pointwise attention shares: the rules, the batch's layout, the relative bias.
+"""Parts shared by all backends of HSTU's pointwise attention: mask rules, the layout of a batch, the relative bias.
 
-See `modules.pointwise_attention` for the equation and who sees whom.
+See `modules/hstu/attention.py` for the equation and the mask.
 
 Legend: S packed rows (T history positions, then Q queries), H heads, D and V widths of a head's keys and values.
 """
@@ -16,13 +16,16 @@ from hllm_torchrec.modules.encoders.base import PackedRows
 from hllm_torchrec.modules.jagged import lengths_from_offsets
 
 BUCKET_WIDTH = 0.301
-"""In ln(seconds), as in the public code: close to log10(2), so a bucket is a factor of 1.35, not 2."""
+"""Width of a time bucket in ln(seconds), as in the public code: a factor of 1.35 (0.301 is log10(2), not ln(2))."""
 
 
 @dataclass(frozen=True)
 class AttentionRules:
-    """What is the same for every batch: window and prefix (see the module), what sums are divided by (a number,
-    or None for the number of keys seen), alpha, and the last time bucket (None: no relative bias)."""
+    """Settings of the attention that are the same for every batch.
+
+    window, prefix: positions, see `modules/hstu/attention.py`. divide_by: n_i, or None for the number of keys seen.
+    alpha: factor of q . k. last_bucket: index of the last time bucket, or None without a relative bias.
+    """
 
     window: int | None
     prefix: int
@@ -33,9 +36,9 @@ class AttentionRules:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who sees whom in one batch: built once, used by every layer.
+    """The mask of one batch: built once, used by every layer.
 
-    rows: the packed rows, which is all that a jagged kernel needs; rules; divisor: [S, 1, 1] float32, n_i.
+    rows: the packed rows, which are all that a jagged kernel needs; divisor: [S, 1, 1] float32, n_i.
     """
 
     rows: PackedRows
@@ -44,30 +47,33 @@ class Layout:
 
 
 def jagged_layout(rows: PackedRows, rules: AttentionRules) -> Layout:
-    """The layout of a jagged kernel; padded backends have one of their own."""
+    """Build the layout for a jagged kernel; padded backends have their own (`plan_blocks`)."""
     return Layout(rows, rules, divisor(rows, rules))
 
 
 def divisor(rows: PackedRows, rules: AttentionRules) -> Tensor:
-    """n_i of every packed row: [S, 1, 1] float32."""
+    """Compute n_i of every packed row: [S, 1, 1] float32."""
     number = keys_seen(rows, rules) if rules.divide_by is None else torch.full_like(rows.positions, rules.divide_by)
     return number.float()[:, None, None]
 
 
 def time_bucket(seconds: Tensor, last: int) -> Tensor:
-    """floor(ln(max(|seconds|, 1)) / 0.301), at most `last`, as int16."""
+    """Compute floor(ln(max(|seconds|, 1)) / 0.301), at most `last`, as int16."""
+    # In float64: float32 cannot hold the seconds of decades, and would move the edges of buckets.
     buckets = seconds.abs().clamp_(min=1).double().log_().div_(BUCKET_WIDTH)
-    return buckets.clamp_(max=last).to(torch.int16)  # which cuts, and nothing is below 0
+    return buckets.clamp_(max=last).to(torch.int16)  # truncation is floor here: nothing is negative
 
 
 def keys_seen(rows: PackedRows, rules: AttentionRules) -> Tensor:
-    """How many keys each packed row sees, its own included: [S] int64."""
+    """Count the keys that each packed row sees, its own included: [S] int64."""
     position = rows.positions
     prefix = torch.full_like(position, rules.prefix)
     window = rules.window if rules.window is not None else torch.iinfo(torch.int64).max
+    # At position p >= prefix: all of the context, and the p - prefix + 1 positions after it up to p, at most `window`.
+    # A query's position is the number of events before it, so the same sum counts those and its own key.
     seen = torch.minimum(position, prefix) + (position - prefix).clamp(min=0).add(1).clamp(max=window)
     inside = position < prefix
-    # A query inside the context sees what stands before it and itself; a context position the whole context.
+    # A context position sees all of the context (of its length); a query inside it what comes before, and itself.
     lengths = lengths_from_offsets(rows.seq_offsets)[rows.sequences]
     is_history = torch.arange(position.numel(), device=position.device) < rows.history
     context = torch.where(is_history, torch.minimum(prefix, lengths), position + 1)
@@ -75,9 +81,10 @@ def keys_seen(rows: PackedRows, rules: AttentionRules) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """rab: a number for the distance in positions (those beyond the table share its last) and one for time.
+    """rab: a learned number for the distance in positions plus one for the distance in time.
 
-    Both tables start normal with standard deviation 0.02, as published.
+    Distances beyond the position table use its last entry. Both tables are initialized normal with standard deviation
+    0.02, as published.
     """
 
     def __init__(self, max_positions: int, last_bucket: int) -> None:
@@ -87,7 +94,7 @@ class RelativeBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw both tables."""
+        """Draw both tables from a normal distribution."""
         nn.init.normal_(self.of_position, std=0.02)
         nn.init.normal_(self.of_time, std=0.02)
 
@@ -98,20 +105,23 @@ class RelativeBias(nn.Module):
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index]; index_select has by far the fastest backward pass of the ways to write it on a CPU."""
+    """Look up table[index]; of the ways to write it, index_select has by far the fastest backward pass on a CPU."""
     return table.index_select(0, index.flatten().int()).view(index.shape)
 
 
 def own_keys(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-    """What each query adds by seeing itself, zero at history rows (they see themselves in their block)."""
+    """Compute each query's contribution of its own key: [S, H, V], zero at history rows.
+
+    History rows are keys of their own sequence and see themselves in their block.
+    """
     history = layout.rows.history
     scores = (q[history:] * k[history:]).sum(-1) * layout.rules.alpha
-    if bias is not None:  # distance 0 in both
+    if bias is not None:  # a row is at distance 0 of itself, in positions and in time
         scores = scores + (bias.of_position[0] + bias.of_time[0]).to(scores.dtype)
     own = F.silu(scores)[:, :, None] * v[history:]
     return torch.cat([own.new_zeros(history, *own.shape[1:]), own])
 
 
 def score_scale(qk_width: int, scaled: bool) -> float:
-    """alpha: 1 / sqrt(width) or 1."""
+    """Return alpha: 1 / sqrt(qk_width) if scaled, else 1."""
     return 1.0 / math.sqrt(qk_width) if scaled else 1.0
