@@ -1,10 +1,10 @@
-"""The Triton backend of HSTU's pointwise attention: what runs the kernels of `modules.hstu_kernels`.
+"""The Triton backend of HSTU's pointwise attention: launches the kernels of `modules/hstu/triton_kernels.py`.
 
 The kernels are imported when they are first needed: the package `triton` is optional (torch's CUDA build brings it).
 They run on CUDA, and on CPU tensors in Triton's interpreter, which is slow and meant for tests: set
 TRITON_INTERPRET=1 before Python starts.
 
-A query's own key is no history: what it adds comes from a few elementwise operations outside of the kernels.
+A query's own key is not part of the history: its contribution is a few elementwise operations outside of the kernels.
 
 Legend: S packed rows of which T are history and Q queries, B sequences, H heads, D and V widths of a head.
 """
@@ -22,12 +22,12 @@ from hllm_torchrec.modules.hstu.layout import BUCKET_WIDTH, Layout, RelativeBias
 WIDEST_HEAD = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COPIES = 64
-"""Sums of the position gradient that are kept side by side."""
+"""Partial sums of the position table's gradient: programs are spread over them, so that fewer atomics collide."""
 
 
 @cache
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
+    """Return why the kernels cannot run on a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton, of the version that torch names)"
     if device.type == "cpu" and not _interprets():
@@ -45,7 +45,7 @@ def _interprets() -> bool:
 
 @cache
 def bucket_edges(last: int, device: torch.device) -> Tensor:
-    """The first second of each time bucket 0 to `last`, as `time_bucket` has them: [last + 1] int64."""
+    """Compute the first second of each time bucket 0 to `last` of `time_bucket`: [last + 1] int64."""
 
     def bucket(seconds: int) -> int:
         return math.floor(math.log(seconds) / BUCKET_WIDTH)
@@ -53,6 +53,7 @@ def bucket_edges(last: int, device: torch.device) -> Tensor:
     edges, most = [], 2**63 - 1
     for number in range(last + 1):
         low, high = 1, most
+        # Bisection for the smallest number of seconds whose bucket is at least `number`, over all of int64.
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if bucket(middle) >= number else (middle + 1, high)
@@ -61,7 +62,7 @@ def bucket_edges(last: int, device: torch.device) -> Tensor:
 
 
 class Launch(NamedTuple):
-    """One call of a kernel over a grid of tiles of `rows` rows, of each head if `by_head`; `block` is their size."""
+    """One kernel launch over tiles of `rows` rows, for each head if `by_head`; `block`: name of the tile size."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -70,9 +71,11 @@ class Launch(NamedTuple):
     by_head: bool = True
 
     def run(self, sequences: int, heads: int) -> None:
-        """Queue it on the current stream."""
+        """Launch on the current stream."""
 
         def grid(chosen: dict[str, Any]) -> tuple[int, ...]:
+            # Enough tiles for any lengths with this sum, so the host never reads the offsets back (see
+            # `triton_kernels`). The tile size is known only here: the autotuner chooses it.
             tiles = self.rows // int(chosen[self.block]) + sequences
             return (tiles, heads) if self.by_head else (tiles,)
 
@@ -80,7 +83,7 @@ class Launch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The inputs of one attention; tables are None without a relative bias. The methods plan its kernels."""
+    """The inputs of one attention, and the launches that compute it; tables are None without a relative bias."""
 
     q: Tensor
     k: Tensor
@@ -91,18 +94,18 @@ class Call(NamedTuple):
 
     @property
     def asking(self) -> list[tuple[bool, Tensor, int, int]]:
-        """(history?, offsets, first row, number of rows) of history and, where there are any, queries."""
+        """(is history, offsets, first row, number of rows) of the history and, if there are any, of the queries."""
         rows = self.layout.rows
         history = (True, rows.seq_offsets, 0, rows.history)
         number = rows.visible.numel()
         return [history, (False, rows.query_offsets, rows.history, number)] if number else [history]
 
     def common(self) -> dict[str, Any]:
-        """What every kernel is told."""
+        """Arguments of every kernel."""
         rows, rules = self.layout.rows, self.layout.rules
         has_bias = self.of_position is not None and self.of_time is not None
         last = rules.last_bucket if has_bias and rules.last_bucket is not None else 0
-        nothing = self.layout.divisor  # a pointer that is not followed
+        nothing = self.layout.divisor  # kernels need some pointer; without HAS_BIAS it is never read
         tables = (self.of_position, self.of_time, bucket_edges(last, self.q.device)) if has_bias else (nothing,) * 3
         strides = _strides(q=self.q, k=self.k, v=self.v)
         return strides | {
@@ -130,7 +133,7 @@ class Call(NamedTuple):
         }
 
     def by_rows(self, kernel: Any, arguments: dict[str, Any], by_head: bool = True) -> list[Launch]:
-        """A kernel over the bands of history, and over those of queries."""
+        """Launch a kernel over the bands of history rows, and over those of query rows."""
         return [
             Launch(
                 kernel,
@@ -143,12 +146,12 @@ class Call(NamedTuple):
         ]
 
     def forward(self, out: Tensor) -> list[Launch]:
-        """Kernels that fill out [S, H, V]."""
+        """Launches that fill out [S, H, V]."""
         arguments = self.common() | {"out": out} | _strides(out=out)
         return self.by_rows(_kernels().forward, arguments)
 
     def backward(self, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Launch]:
-        """Kernels that fill dq [S, H, D], and of dk [S, H, D] and dv [S, H, V] the history's rows."""
+        """Launches that fill dq [S, H, D] and the history rows of dk [S, H, D] and dv [S, H, V]."""
         common = self.common() | {"grad": grad} | _strides(grad=grad)
         rows = self.layout.rows
         by_keys = common | {"dk": dk, "dv": dv} | _strides(dk=dk, dv=dv)
@@ -160,13 +163,15 @@ class Call(NamedTuple):
         ]
 
     def backward_biases(self, grad: Tensor) -> tuple[list[Launch], list[Tensor], list[Tensor]]:
-        """Kernels, and the sums that they add to: parts of the position's gradient and of the time's."""
+        """Launches, and the partial sums of both tables' gradients that they write to."""
         assert self.of_position is not None and self.of_time is not None
         buckets = _padded(self.of_time.numel())
         common = self.common() | {"grad": grad} | _strides(grad=grad)
         common |= {"HEADS": self.q.shape[1], "COPIES": COPIES, "BUCKETS": buckets}
         launches, of_position, of_time = [], [], []
         for launch in self.by_rows(_kernels().backward_biases, common, by_head=False):
+            # One row of time sums per program. The autotuner may choose any tile size, so count programs for the
+            # smallest; programs without rows write nothing, hence zeros.
             bands = launch.rows // _kernels().SMALLEST_BAND + common["sequences"]
             of_position.append(grad.new_zeros(COPIES, self.of_position.numel(), dtype=torch.float32))
             of_time.append(grad.new_zeros(bands, buckets, dtype=torch.float32))
@@ -175,19 +180,20 @@ class Call(NamedTuple):
         return launches, of_position, of_time
 
     def run(self, launches: list[Launch]) -> None:
-        """Queue them on the device of the inputs."""
+        """Run launches on the device of the inputs."""
+        # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(self.q):
             for launch in launches:
                 launch.run(self.layout.rows.seq_offsets.numel() - 1, self.q.shape[1])
 
 
 def _padded(width: int) -> int:
-    """A power of two, of at least the 16 that matrix products of tiles take."""
+    """Round up to a power of two (tl.arange needs one) of at least 16 (the smallest side of tl.dot)."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Steps between rows and between heads; those along a head's width are 1."""
+    """Strides between rows and between heads; the stride along a head's width must be 1."""
     steps: dict[str, int] = {}
     for name, x in tensors.items():
         assert x.stride(2) == 1 or x.shape[2] == 1 or x.numel() == 0, "rows of a head lie together"
@@ -201,7 +207,7 @@ def _kernels() -> Any:
 
 
 class _HistoryAttention(torch.autograd.Function):
-    """What all rows get from history: [S, H, V]."""
+    """Attention of all rows over history keys alone (a query's own key is added in `attend`): [S, H, V]."""
 
     @staticmethod
     def forward(
@@ -213,7 +219,7 @@ class _HistoryAttention(torch.autograd.Function):
         of_time: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        """Keep the inputs; nothing of the size of the scores exists."""
+        """Save the inputs alone: scores exist in registers only."""
         ctx.save_for_backward(q, k, v, of_position, of_time)
         ctx.layout = layout
         call = Call(q, k, v, of_position, of_time, layout)
@@ -226,6 +232,7 @@ class _HistoryAttention(torch.autograd.Function):
         """Recompute the scores tile by tile."""
         q, k, v, of_position, of_time = ctx.saved_tensors
         call, grad = Call(q, k, v, of_position, of_time, ctx.layout), grads[0].contiguous()
+        # The kernels write every row of dq, but only history rows of dk and dv: queries are not keys there.
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         for of_queries in (dk[ctx.layout.rows.history :], dv[ctx.layout.rows.history :]):
             of_queries.zero_()
@@ -239,14 +246,14 @@ class _HistoryAttention(torch.autograd.Function):
         return dq, dk, dv, of_positions, of_times, None
 
 
-@torch.compiler.disable  # kernels of their own; traced, they would be compiled anew for each batch's shapes
+@torch.compiler.disable  # already compiled kernels; traced, this would be recompiled for each batch's shapes
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias | None) -> Tensor:
-    """a [S, H, V] of q [S, H, D], k [S, H, D], v [S, H, V], all of one type; see `pointwise_attention`.
+    """Compute a [S, H, V] of q [S, H, D], k [S, H, D], v [S, H, V], all of one dtype; see `pointwise_attention`.
 
     The position table's gradient is summed with atomics: it may differ in its last bits from run to run.
 
     Raises:
-        ValueError: a type or a width of heads that the kernels lack, or torch was told to be deterministic.
+        ValueError: an unsupported dtype or head width, or a trained bias under torch's deterministic algorithms.
     """
     _check(q, v, bias)
     tables = (None, None) if bias is None else (bias.of_position, bias.of_time)
