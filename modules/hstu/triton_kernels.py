@@ -1,4 +1,4 @@
-"""Triton kernels of HSTU's pointwise attention over packed sequences: forward, and backward by keys, rows and biases.
+"""Triton kernels of HSTU's pointwise attention over packed sequences: forward, and backward by rows, keys and biases.
 
     s_ij  = alpha q_i . k_j + rab_ij          rab_ij = of_position[min(i - j, P - 1)] + of_time[bucket(t_i - t_j)]
     a_i   = sum_j silu(s_ij) v_j / n_i
@@ -6,7 +6,7 @@
     dq_i  = alpha sum_j ds_ij k_j;   dk_j = alpha sum_i ds_ij q_i;   dv_j = sum_i silu(s_ij) / n_i da_i
     dof_position[d], dof_time[b] = sums of ds over heads and over the pairs at distance d, in bucket b
 
-One program has a tile of one sequence, loops over the tiles that it can see and skips the others:
+One program computes a tile of one sequence: it loops over the tiles that this tile can see and skips the others:
 
           keys j ->                              forward, rows, biases: a program is a band of rows m and goes
         +---+---+---+---+                        through its key tiles, left to right;
@@ -17,18 +17,19 @@ One program has a tile of one sequence, loops over the tiles that it can see and
         | w | x | x |   |                        the window.
         +---+---+---+---+
 
-Rows of all sequences lie one after the other (no padding in memory). Tile t belongs to the sequence s with
-offsets[s] // BLOCK + s <= t < offsets[s + 1] // BLOCK + s + 1: that gives every sequence at least as many tiles
-as it needs, so the grid follows from the number of rows alone, and the host reads nothing back.
+Rows of all sequences are packed one after the other (no padding in memory). Tile t belongs to the sequence s with
+offsets[s] // BLOCK + s <= t < offsets[s + 1] // BLOCK + s + 1: every sequence gets at least as many tiles as it needs,
+so the size of the grid follows from the number of rows alone, without a device-to-host copy.
 
-Everything is summed in float32. `_forward`, `_backward_rows` and `_backward_keys` write each result once, and
-time's gradient is summed in a fixed order, so these repeat bit for bit; the position's gradient is summed with
-atomics over many programs, and may differ in its last bits from run to run.
+All sums are in float32. `forward`, `backward_rows` and `backward_keys` write each result once, and the gradient of the
+time table is summed in a fixed order, so these are reproducible bit for bit. The gradient of the position table is
+summed with atomics over many programs, and may differ in its last bits from run to run.
 
-Rows that ask are history positions (HISTORY) or queries, which start at row `ask_base`; keys are history. What a
-query gets from its own key is added outside (`modules.hstu_triton`).
+Attending rows are history positions (HISTORY) or queries, which start at row `ask_base`; keys are history. The
+contribution of a query's own key is added outside (`triton_backend.attend`).
 
-Legend: B sequences, M asking rows, N keys, H heads, D and V padded widths of a head's keys and values.
+Names: place [M] is a row's position in its sequence, column [N] a key's; inside [M] and there [N] say which of a tile's
+rows and keys exist. Legend: B sequences, M rows, N keys, H heads, D and V padded widths of a head's keys and values.
 """
 
 # Kernels' arguments have Triton's own types:
@@ -43,19 +44,20 @@ TILES_ON_A_CPU = {"BLOCK_M": 16, "BLOCK_N": 16}
 
 
 def _tuned(*shapes: tuple[int, int, int, int]) -> list[triton.Config]:
-    """(BLOCK_M, BLOCK_N, warps, stages) to try on a GPU; the interpreter runs the first, and wants it small."""
+    """Make configurations (BLOCK_M, BLOCK_N, warps, stages) for the autotuner; the interpreter gets one small tile."""
     if triton.knobs.runtime.interpret:
         return [triton.Config(TILES_ON_A_CPU)]
     return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
 
 
 TUNED_FOR = ["D", "V", "HAS_BIAS", "HISTORY", "WINDOW"]
-"""A change in one of these chooses tiles anew; lengths do not, or each batch would be tuned for."""
+"""Arguments for whose values tiles are tuned. Lengths are not among them, or every batch would be tuned for."""
 
 
 @jit
 def _find_tile(offsets, sequences, tile, BLOCK: tl.constexpr):
-    """(its sequence's number, first row and length; the tile's number in it) by bisection."""
+    """Find a tile's sequence by bisection: (sequence, its first row, its length, the tile's number within it)."""
+    # The first tile of sequence s is offsets[s] // BLOCK + s; the result is the last s that begins at or before `tile`.
     low, high = 0, sequences
     while high - low > 1:
         middle = (low + high) // 2
@@ -68,7 +70,7 @@ def _find_tile(offsets, sequences, tile, BLOCK: tl.constexpr):
 
 @jit
 def _load(base, row, row_stride, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows [n] of one head: [n, PADDED], zeros outside and beyond WIDTH."""
+    """Load rows [n] of one head: [n, PADDED], zeros for rows outside and columns beyond WIDTH."""
     column = tl.arange(0, PADDED)
     return tl.load(
         base + row[:, None] * row_stride + column[None, :], mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0
@@ -77,6 +79,7 @@ def _load(base, row, row_stride, inside, WIDTH: tl.constexpr, PADDED: tl.constex
 
 @jit
 def _store(base, row, row_stride, inside, values, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store values [n, PADDED] to rows [n] of one head, without the padding."""
     column = tl.arange(0, PADDED)
     tl.store(
         base + row[:, None] * row_stride + column[None, :],
@@ -87,8 +90,9 @@ def _store(base, row, row_stride, inside, values, WIDTH: tl.constexpr, PADDED: t
 
 @jit
 def _sees(place, inside, column, length, HISTORY: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr):
-    """[M, N], True where the row at `place` [M] sees the key at `column` [N] of a sequence of `length`."""
+    """Mask [M, N], True where the row at `place` [M] sees the key at `column` [N] of a sequence of `length`."""
     place, column = place[:, None], column[None, :]
+    # A history row sees its own column; a query at place p sees the p events before it.
     shown = column <= place if HISTORY else column < place
     if WINDOW > 0:
         shown = shown & ((place - column < WINDOW) | (column < PREFIX))
@@ -99,16 +103,16 @@ def _sees(place, inside, column, length, HISTORY: tl.constexpr, WINDOW: tl.const
 
 @jit
 def _distance(place, column, LAST_POSITION: tl.constexpr):
-    """[M, N] row of the position table."""
+    """Index [M, N] into the position table. Negative distances are masked; 0 keeps the load in bounds."""
     return tl.minimum(tl.maximum(place[:, None] - column[None, :], 0), LAST_POSITION)
 
 
 @jit
 def _bucket(asked, time, edges, LAST_BUCKET: tl.constexpr):
-    """[M, N] row of the time table: floor(ln(max(|asked - time|, 1)) / 0.301), exactly.
+    """Index [M, N] into the time table: floor(ln(max(|asked - time|, 1)) / 0.301), exactly.
 
-    The float32 logarithm, raised by more than its error, is right or one too high; `edges` [LAST_BUCKET + 1]
-    int64, the first second of each bucket, says which.
+    The float32 logarithm, raised by more than its error, gives the right bucket or one too high; `edges`
+    [LAST_BUCKET + 1] int64, the first second of each bucket, decides.
     """
     seconds = tl.maximum(tl.abs(asked[:, None] - time[None, :]), 1)
     guess = (tl.log(seconds.to(tl.float32)) * INVERSE_BUCKET_WIDTH + 1e-3).to(tl.int32)
@@ -121,7 +125,7 @@ def _scores(
     q, k, place, column, asked, time, of_position, of_time, edges, alpha,
     HAS_BIAS: tl.constexpr, LAST_POSITION: tl.constexpr, LAST_BUCKET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s [M, N] of q [M, D] and k [N, D]."""
+    """Compute the scores s [M, N] of q [M, D] and k [N, D]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * alpha
     if HAS_BIAS:
         distance = _distance(place, column, LAST_POSITION)
@@ -132,14 +136,14 @@ def _scores(
 
 @jit
 def _received(grad, grad_row, divisor, row, inside, VALUE_WIDTH: tl.constexpr, V: tl.constexpr):
-    """da / n [M, V] of one head, in da's type."""
+    """Load da / n [M, V] of one head, in the type of da."""
     rows = _load(grad, row, grad_row, inside, VALUE_WIDTH, V)
     return (rows / tl.load(divisor + row, mask=inside, other=1.0)[:, None]).to(rows.dtype)
 
 
 @jit
 def _score_gradients(s, shown, grad, v, PRECISION: tl.constexpr):
-    """ds [M, N]; grad [M, V] is da / n."""
+    """Compute ds [M, N]; grad [M, V] is da / n."""
     gate = tl.sigmoid(s)
     of_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     return tl.where(shown, of_weights * gate * (1.0 + s * (1.0 - gate)), 0.0)
@@ -149,26 +153,33 @@ def _score_gradients(s, shown, grad, v, PRECISION: tl.constexpr):
 def _key_tiles(
     place, inside, length, HISTORY: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Which key tiles the rows at `place` [M] see: the first `context`, and `number` - `context` from `low` on."""
+    """Find the key tiles that rows at `place` [M] see, as (context, low, number).
+
+    There are `number` of them: the first `context` tiles of the sequence, and the rest from tile `low` on.
+    """
+    # `end` is one past the last key that any row of the band sees; rows that do not exist must not widen the range.
     end = tl.max(tl.where(inside, place, -1), 0)
     lowest = tl.min(tl.where(inside, place, length), 0)
     if HISTORY:
         end += 1
+        # A context row sees later context rows, too.
         if PREFIX > 0:
             end = tl.where(lowest < PREFIX, tl.maximum(end, PREFIX), end)
     tiles = tl.cdiv(tl.maximum(tl.minimum(end, length), 0), BLOCK_N)
     if WINDOW > 0:
         context = tl.minimum((PREFIX + BLOCK_N - 1) // BLOCK_N, tiles)
+        # Not before `context`: the loop must not visit a tile twice.
         low = tl.maximum(tl.maximum(lowest - WINDOW + 1, 0) // BLOCK_N, context)
         return context, low, context + tl.maximum(tiles - low, 0)
+    # Without a window all tiles count as context: one loop serves both cases.
     return tiles, tiles, tiles
 
 
 @jit
 def _band(ask_offsets, key_offsets, positions, sequences, ask_base, BLOCK_M: tl.constexpr):
-    """The rows of this program: (whether there are any, packed rows, places, which exist; keys' start, length).
+    """Find the rows of this program: (any rows, packed rows [M], places [M], inside [M], first key, number of keys).
 
-    The last band of a sequence has the most keys, so it comes first.
+    Bands of a sequence run from last to first: the last sees the most keys, and long programs should start early.
     """
     sequence, start, count, number = _find_tile(ask_offsets, sequences, tl.program_id(0), BLOCK_M)
     key_start = tl.load(key_offsets + sequence)
@@ -178,6 +189,7 @@ def _band(ask_offsets, key_offsets, positions, sequences, ask_base, BLOCK_M: tl.
     inside = (within >= 0) & (within < count)
     row = ask_base + start + within
     place = tl.load(positions + row, mask=inside, other=0).to(tl.int32)
+    # The grid has up to one tile per sequence more than needed: such a program has no rows.
     return number < bands, row, place, inside, key_start, length
 
 
@@ -192,7 +204,7 @@ def forward(
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, H, V] of a band of BLOCK_M rows and one head. Grid: (bands, heads)."""
+    """Compute out [rows, H, V] of a band of BLOCK_M rows and one head. Grid: (bands, heads)."""
     head = tl.program_id(1)
     exists, row, place, inside, key_start, length = _band(
         ask_offsets, key_offsets, positions, sequences, ask_base, BLOCK_M
@@ -215,6 +227,7 @@ def forward(
             )  # fmt: skip
             shown = _sees(place, inside, column, length, HISTORY, WINDOW, PREFIX)
             weights = tl.where(shown, scores * tl.sigmoid(scores), 0.0)
+            # tl.dot needs both sides in one type; its sum stays in float32.
             total += tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         total = total / tl.load(divisor + row, mask=inside, other=1.0)[:, None]
         _store(out + head * out_head, row, out_row, inside, total, VALUE_WIDTH, V)
@@ -231,7 +244,7 @@ def backward_rows(
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq [rows, H, D] of a band of BLOCK_M rows and one head. Grid: (bands, heads)."""
+    """Compute dq [rows, H, D] of a band of BLOCK_M rows and one head. Grid: (bands, heads)."""
     head = tl.program_id(1)
     exists, row, place, inside, key_start, length = _band(
         ask_offsets, key_offsets, positions, sequences, ask_base, BLOCK_M
@@ -272,7 +285,7 @@ def backward_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dk [T, H, D] and dv [T, H, V] of BLOCK_N keys and one head. Grid: (tiles of keys, heads)."""
+    """Compute dk [T, H, D] and dv [T, H, V] of BLOCK_N keys and one head. Grid: (tiles of keys, heads)."""
     head = tl.program_id(1)
     sequence, key_start, length, tile = _find_tile(key_offsets, sequences, tl.program_id(0), BLOCK_N)
     first = tile * BLOCK_N
@@ -283,6 +296,8 @@ def backward_keys(
         values = _load(v + head * v_head, key, v_row, there, VALUE_WIDTH, V)
         time = tl.load(times + key, mask=there, other=0)
         of_keys, of_values = tl.zeros([BLOCK_N, D], tl.float32), tl.zeros([BLOCK_N, V], tl.float32)
+        # The mirror of `_key_tiles`: history rows that can see some key of this tile. Those are the rows from the tile
+        # on, up to the window behind its last key; a tile with context keys is seen by all rows.
         seen_from, seen_to = first, length
         if WINDOW > 0:
             seen_to = tl.where(first < PREFIX, length, tl.minimum(length, first + BLOCK_N - 1 + WINDOW))
@@ -295,6 +310,8 @@ def backward_keys(
             WINDOW, PREFIX, PRECISION, BLOCK_M,
         )  # fmt: skip
         if HAS_QUERIES:
+            # Queries of a sequence are in no order of position: all are visited, and `_add_rows` skips tiles that see
+            # nothing.
             asks_from = tl.load(query_offsets + sequence)
             asks = (tl.load(query_offsets + sequence + 1) - asks_from).to(tl.int32)
             of_keys, of_values = _add_rows(
@@ -315,13 +332,14 @@ def _add_rows(
     HAS_BIAS: tl.constexpr, LAST_POSITION: tl.constexpr, LAST_BUCKET: tl.constexpr, HISTORY: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dk / alpha and dv of a tile of keys with what its rows `first` to `end` (of those from `start` on) add."""
+    """Add the contributions of rows start + [first, end) to dk / alpha and dv of a tile of keys, and return both."""
     for begin in range(first, end, BLOCK_M):
         within = begin + tl.arange(0, BLOCK_M)
         inside = within < end
         row = start + within
         place = tl.load(positions + row, mask=inside, other=0).to(tl.int32)
-        if (tl.max(place, 0) > tl.min(column, 0)) | HISTORY:  # queries stand in no order
+        # Queries are not sorted by position: skip a tile of them if even the latest is before all of these keys.
+        if (tl.max(place, 0) > tl.min(column, 0)) | HISTORY:
             asked = tl.load(asked_at + row, mask=inside, other=0)
             asking = _load(q, row, q_row, inside, WIDTH, D)
             received = _received(grad, grad_row, divisor, row, inside, VALUE_WIDTH, V)
@@ -330,6 +348,7 @@ def _add_rows(
                 HAS_BIAS, LAST_POSITION, LAST_BUCKET, PRECISION,
             )  # fmt: skip
             shown = _sees(place, inside, column, length, HISTORY, WINDOW, PREFIX)
+            # `received` is divided by n_i already, so the weights here are not.
             weights = tl.where(shown, scores * tl.sigmoid(scores), 0.0).to(received.dtype)
             of_values += tl.dot(tl.trans(weights), received, input_precision=PRECISION)
             gradient = _score_gradients(scores, shown, received, values, PRECISION).to(asking.dtype)
@@ -337,6 +356,7 @@ def _add_rows(
     return of_keys, of_values
 
 
+# Tuning runs the kernel several times: without the reset every run would add to the sums of the one before.
 @triton.autotune(
     _tuned((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2)), TUNED_FOR, reset_to_zero=["position_parts", "time_parts"]
 )
@@ -351,10 +371,11 @@ def backward_biases(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HEADS: tl.constexpr, COPIES: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of both tables from a band of BLOCK_M rows, summed over the heads first. Grid: (bands,).
+    """Compute the gradients of both bias tables from a band of BLOCK_M rows. Grid: (bands,).
 
-    position_parts [COPIES, LAST_POSITION + 1]: so many sums side by side, that fewer programs meet at one
-    address; time_parts [bands, BUCKETS]: one row a program. Both float32, zero before.
+    The heads share the tables, so a program sums over heads first: one atomic addition per pair, not one per head.
+    position_parts [COPIES, LAST_POSITION + 1]: partial sums, so that fewer programs collide at one address.
+    time_parts [bands, BUCKETS]: one row per program. Both float32 and zero before the launch.
     """
     exists, row, place, inside, key_start, length = _band(
         ask_offsets, key_offsets, positions, sequences, ask_base, BLOCK_M
@@ -382,12 +403,16 @@ def backward_biases(
                 values = _load(v + head * v_head, key, v_row, there, VALUE_WIDTH, V)
                 scores = tl.dot(asking, tl.trans(keys), input_precision=PRECISION) * alpha + added
                 gradient += _score_gradients(scores, shown, received, values, PRECISION)
+            # Time buckets have no atomics: the tile's gradient is reduced bucket by bucket, over the buckets that occur
+            # in it.
             lowest = tl.min(tl.min(tl.where(shown, bucket, LAST_BUCKET), 1), 0)
             highest = tl.max(tl.max(tl.where(shown, bucket, 0), 1), 0)
-            for one in range(lowest, highest + 1):  # few: away from the diagonal a tile spans one or two
+            for one in range(lowest, highest + 1):  # away from the diagonal a tile spans one or two buckets
                 of_bucket = tl.sum(tl.sum(tl.where(bucket == one, gradient, 0.0), 1), 0)
                 by_bucket += tl.where(numbers == one, of_bucket, 0.0)
-            if nearest_row - (tile + 1) * BLOCK_N + 1 >= LAST_POSITION:  # all share the table's last row
+            # The nearest pair of the tile is already beyond the table: all pairs share its last row, so one sum will do
+            # instead of BLOCK_M x BLOCK_N atomics on one address.
+            if nearest_row - (tile + 1) * BLOCK_N + 1 >= LAST_POSITION:
                 beyond += tl.sum(tl.sum(gradient, 1), 0)
             else:
                 tl.atomic_add(position_part + distance, gradient, mask=shown, sem="relaxed")
@@ -396,4 +421,4 @@ def backward_biases(
 
 
 SMALLEST_BAND = min(config.kwargs["BLOCK_M"] for config in backward_biases.configs)
-"""Rows of a program of `backward_biases`, at least: says how many rows time_parts needs."""
+"""Smallest band of `backward_biases` that the autotuner may choose: bounds the number of rows of time_parts."""
