@@ -1,6 +1,6 @@
-"""The files of a checkpoint directory: written whole or not at all, checked, listed and deleted.
+"""Files of a checkpoint directory: atomic publication, integrity checks, listing and deletion.
 
-Everything here is about names and bytes; `checkpoint` says what the files hold.
+This module handles names and bytes only; `checkpoint/load.py` describes the contents.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from hllm_torchrec.common.atomic_files import sync_folder, write_synced
 K = TypeVar("K")
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-"""Version 1 had no hash of the marker itself."""
+"""Schema versions that can be read; version 1 has no hash of the marker itself."""
 MARKER = "COMPLETE"
 
 
 class DiskFull(OSError):
-    """A checkpoint was not written for want of room; says where and how much it needs."""
+    """A checkpoint was not written because the disk is full; the message names the path and the bytes needed."""
 
     def __init__(self, final: Path, needed: int) -> None:
-        """Look how much room there is; final: the checkpoint; needed: its bytes."""
+        """Build the message with the free space; final: the checkpoint's path; needed: its size in bytes."""
         free = shutil.disk_usage(final.parent).free
         super().__init__(
             f"{final}: not written, the disk is full: it needs {needed:,} bytes, and {free:,} are free; make room "
@@ -34,17 +34,18 @@ class DiskFull(OSError):
 
 
 def create_temporary(final: Path, needed: int = 0) -> Path:
-    """Make the directory in which the checkpoint `final` is written, and remove what a crash left behind.
+    """Create the temporary directory in which the checkpoint `final` is written, and remove leftovers of a crash.
 
     Raises:
-        DiskFull: fewer than `needed` bytes are free; nothing is made.
+        DiskFull: fewer than `needed` bytes are free; nothing is created.
     """
+    # Before the leftovers are deleted: a complete checkpoint may be among them.
     finish_interrupted_renames(final.parent)
     for stale in final.parent.glob("step-*.tmp-*"):
         shutil.rmtree(stale)
     final.parent.mkdir(parents=True, exist_ok=True)
     usage = shutil.disk_usage(final.parent)
-    if usage.total and usage.free < needed:  # some file systems do not say
+    if usage.total and usage.free < needed:  # some file systems report a total of 0
         raise DiskFull(final, needed)
     temporary = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
@@ -52,7 +53,10 @@ def create_temporary(final: Path, needed: int = 0) -> Path:
 
 
 def finish_interrupted_renames(directory: Path) -> None:
-    """Give their names to checkpoints that a crash caught whole, but between two names; for the run's owner only."""
+    """Rename complete checkpoints that a crash left under a temporary name. Call from the job that owns the run only.
+
+    Another job must not: a directory that looks abandoned may be about to be renamed or deleted by its owner.
+    """
     for caught in sorted(directory.glob("step-*.tmp-*")):
         final = caught.with_name(caught.name.split(".")[0])
         if not final.exists() and find_damage(caught, check_hashes=False) is None:
@@ -60,16 +64,16 @@ def finish_interrupted_renames(directory: Path) -> None:
 
 
 def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]) -> None:
-    """Check that all ranks' files are here, write the marker, and give the directory its final name.
+    """Check that all ranks' files are present, write the marker, and rename the directory to its final name.
 
     Args:
-        temporary: the directory that `start` made.
-        final: its name to be; a checkpoint of that name is replaced.
-        marker: what the marker says besides the files: step, metric, better.
+        temporary: the directory from `create_temporary`.
+        final: its final path; an existing checkpoint there is replaced.
+        marker: contents of the marker in addition to the files: step, metric, better.
         files: for each rank, name -> (bytes, SHA-256) of the files it wrote.
 
     Raises:
-        ValueError: a file is not here as its rank wrote it.
+        ValueError: a file is missing or does not have the size that its rank wrote.
     """
     for rank, written in enumerate(files):
         for name, (size, _) in written.items():
@@ -78,11 +82,13 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
                     f"rank 0 does not see {temporary / name} as rank {rank} wrote it; "
                     "the checkpoints must be on a file system that all machines share"
                 )
+    # The order makes the rename the commit point. Every file is synced already; the marker and the folder's entries
+    # must be on disk before the new name is.
     write_synced(temporary / MARKER, marker_text(marker, files))
     sync_folder(temporary)
-    replaced = (
-        _rename_for_removal(final) if final.exists() else None
-    )  # the same step again, after resuming from an earlier one
+    # The step exists if a run resumed from an earlier one. The old directory is only renamed here: after a crash before
+    # the next rename there are two complete copies under temporary names, and the next start restores one.
+    replaced = _rename_for_removal(final) if final.exists() else None
     temporary.rename(final)
     sync_folder(final.parent)
     if replaced is not None:
@@ -90,7 +96,7 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
 
 
 def marker_text(marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]]]) -> str:
-    """What a checkpoint's marker holds; the arguments are those of `commit`."""
+    """Return the text of a checkpoint's marker; arguments as in `commit`."""
     everything = {name: entry for written in files for name, entry in written.items()}
     contents = {"schema_version": SCHEMA_VERSION, **marker, "world_size": len(files), "files": everything}
     return json.dumps(with_checksum(contents), indent=1)
@@ -108,10 +114,10 @@ def describe_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, str
 
 
 def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Say what is wrong with a checkpoint's files ("is truncated: ..."), or return None.
+    """Describe the damage of a checkpoint's files ("is truncated: ..."), or return None.
 
-    Sizes are always compared, contents (SHA-256, about 1 GB/s) if `check_hashes`: of the files of `share`, (which,
-    of how many), so that ranks can divide them.
+    Sizes are always compared; contents (SHA-256, about 1 GB/s) only if `check_hashes`, and only of this rank's share of
+    the files: share = (index, number of shares).
     """
     try:
         marker = read_marker(path)
@@ -122,6 +128,7 @@ def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int]
         part, parts = share
         for number, (name, (size, digest)) in enumerate(marker["files"].items()):
             file = path / name
+            # A marker may be forged: names must not point outside of the directory.
             if Path(name).name != name or file.is_symlink():
                 return f"is damaged: {repr(name)[:100]} leads out of it"
             if not file.is_file():
@@ -132,6 +139,7 @@ def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int]
                 return f"is damaged: the contents of {name} are not what was written"
         if not {"extra.json", ".metadata"} <= marker["files"].keys() or not isinstance(marker["world_size"], int):
             return f"is damaged: {MARKER} does not say what it should"
+    # A damaged marker may have any content, so any of these can come from reading it.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"has no readable {MARKER} file ({type(error).__name__}: {error})"
     return None
@@ -158,22 +166,22 @@ def read_checkpoint_json(path: Path) -> dict[str, Any]:
 
 
 def checkpoints_by_step(directory: Path) -> list[Path]:
-    """Return the checkpoints of a directory, whole or not, in the order of their steps."""
+    """Return the checkpoints of a directory, complete or damaged, in the order of their steps."""
     found = directory.iterdir() if directory.is_dir() else iter(())
     return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=lambda p: int(p.name[5:]))
 
 
 def checkpoints_by_metric(directory: Path) -> list[Path]:
-    """Return the checkpoints with a metric, best first; of equals the earliest first.
+    """Return the checkpoints with a metric, best first; ties in the order of their steps.
 
-    What is better is as the newest checkpoint says; if it says nothing, the list is empty.
+    The newest checkpoint's marker states whether larger or smaller is better; if it does not, the list is empty.
     """
     paths = [path for path in checkpoints_by_step(directory) if not find_damage(path, check_hashes=False)]
     return sort_by_metric({path: read_marker(path) for path in paths})
 
 
 def sort_by_metric(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
-    """The keys of markers, given in the order of their steps, as `checkpoints_by_metric` orders them."""
+    """Sort the keys of markers (given in the order of their steps) as `checkpoints_by_metric` does."""
     better = list(markers.values())[-1]["better"] if markers else None
     if better is None:
         return []
@@ -183,7 +191,7 @@ def sort_by_metric(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
 
 
 def prune_checkpoints(newest: Path, keep_last: int) -> None:
-    """Delete all but the last few checkpoints, the best, and `newest`; damaged ones stay, to be looked at."""
+    """Delete all checkpoints except the `keep_last` newest, the best, and `newest`; damaged ones are not touched."""
     whole = [path for path in checkpoints_by_step(newest.parent) if not find_damage(path, check_hashes=False)]
     keep = {newest, *whole[-keep_last:], *checkpoints_by_metric(newest.parent)[:1]}
     for path in whole:
@@ -192,12 +200,12 @@ def prune_checkpoints(newest: Path, keep_last: int) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint; under another name first, so that half of one is never found under its own."""
+    """Delete a checkpoint; it is renamed first, so that a partly deleted one is never found under its name."""
     shutil.rmtree(_rename_for_removal(path))
 
 
 def _rename_for_removal(path: Path) -> Path:
-    """Give a checkpoint a name under which nobody looks for one, and which the next `start` removes."""
+    """Rename a checkpoint to a temporary name, which readers ignore and the next `create_temporary` removes."""
     doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     path.rename(doomed)
     return doomed
