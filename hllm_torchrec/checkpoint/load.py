@@ -1,18 +1,18 @@
-"""Checkpoints that survive a crash at any moment and load at another world size or sharding plan.
+"""Loading of checkpoints, at any world size and sharding plan; also describes their format.
 
 A checkpoint is a directory `step-00000100` in the run's `checkpoints/`:
 
 - `__<rank>_<n>.distcp`, `.metadata`: the tensors, by `torch.distributed.checkpoint` (DCP);
-- `extra.json`: what is the same on every rank (loader position, metrics, configuration);
-- `extra-rank<rank>.json`: what is each rank's own (its random number generators);
-- `COMPLETE`: JSON with the step, the metric, every file's size and SHA-256, and its own.
+- `extra.json`: values that are the same on every rank (loader position, metrics, configuration);
+- `extra-rank<rank>.json`: values of each rank (its random number generators);
+- `COMPLETE`: the marker, JSON with the step, the metric, every file's size and SHA-256, and its own SHA-256.
 
-It is written as `step-00000100.tmp-...`, synced, and renamed by rank 0 when every rank is done, so a
-directory of the final name is whole unless its files were damaged later. Nothing in it is loaded as a pickle
-without restriction (see `checkpoint_reader`). All machines must see one file system.
+It is written as `step-00000100.tmp-...`, synced, and renamed by rank 0 when every rank is done, so a crash at any
+moment leaves either a complete directory of the final name or none. Nothing in it is unpickled without restriction
+(see `safe_reader`). All machines must share one file system.
 
-Saving, loading and looking for the latest or best are collective when a process group exists: every rank
-calls them, and what fails on one rank raises on all.
+Saving, loading and finding the latest or best are collective if a process group exists: every rank calls them, and a
+failure on one rank raises on all.
 """
 
 import logging
@@ -52,19 +52,19 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
     """Copy a checkpoint into the tensors of `state`, in place, and return its `extra`. Collective.
 
     The world size and the sharding plan may differ from those of the save, and dtypes are converted. Row-wise
-    optimizer state (one value for each row and column shard) is averaged over the saved shards where the new
-    plan has fewer, which is exact for equal shards, and copied to each where it has more. Groups of the
-    checkpoint that `state` does not name (say, the optimizers when evaluating) are not read.
+    optimizer state (one value for each row and column shard) is averaged over the saved shards if the new plan has
+    fewer, which is exact for equal shards, and copied to each if it has more. Groups of the checkpoint that `state`
+    does not contain (for example the optimizers, when evaluating) are not read.
 
     Args:
         path: a checkpoint's directory, as from `latest_checkpoint`.
         state: as in `save_checkpoint`. Optimizer state must exist already: see `optim.materialize_state`.
-        allow_missing: prefixes of keys, such as `"dense"`, which keep their present values where the
-            checkpoint has none of that key and shape; what was kept is logged.
+        allow_missing: prefixes of keys, such as `"dense"`, which keep their present values if the checkpoint
+            has no tensor of that key and shape; the keys are logged.
 
     Raises:
-        ValueError: the checkpoint is damaged, was made by another model (names the keys), or holds a pickle
-            that is not allowed. `state` is then as it was.
+        ValueError: the checkpoint is damaged, was made by another model (names the keys), or contains a pickle
+            that is not allowed. `state` is then unchanged.
         RuntimeError: another rank failed.
     """
     path = Path(path)
@@ -76,7 +76,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
 
 
 def load_rank_extra(path: Path) -> dict[str, Any] | None:
-    """Return what this rank gave as `rank_extra`, or None if the save was made at another world size."""
+    """Return this rank's saved `rank_extra`, or None if the checkpoint was saved at another world size."""
     path = Path(path)
     if files.read_marker(path)["world_size"] != coordination.world_size():
         return None
@@ -84,27 +84,27 @@ def load_rank_extra(path: Path) -> dict[str, Any] | None:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest whole checkpoint, or None. Collective: every rank gets the same answer.
+    """Return the newest complete checkpoint, or None. Collective: every rank gets the same answer.
 
-    All files are hashed, shared out over the ranks. A torn, truncated or altered one is passed over with a warning.
+    All files are hashed, divided among the ranks. A damaged checkpoint is skipped with a warning.
     """
     return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_step(Path(directory))[::-1]))
 
 
 def best_checkpoint(directory: Path) -> Path | None:
-    """Return the whole checkpoint of the best metric (the earliest of equals), or None. Collective.
+    """Return the complete checkpoint of the best metric (the earliest of equals), or None. Collective.
 
-    What is better is what `keep_best` said when the newest of them was saved. All files are hashed; a damaged
-    checkpoint is passed over with a warning.
+    `keep_best` of the newest checkpoint defines whether larger or smaller is better. All files are hashed; a damaged
+    checkpoint is skipped with a warning.
     """
     return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_metric(Path(directory))))
 
 
 def verify_checkpoint(path: Path) -> Path:
-    """Return a checkpoint that somebody has named, once all its files have been hashed. Collective.
+    """Verify the hashes of all files of a checkpoint, and return its path. Collective.
 
     Raises:
-        ValueError: it is damaged, or none; names the file.
+        ValueError: it is damaged or not a checkpoint; names the file.
     """
     damage = _damage(path)
     if damage:
@@ -113,7 +113,7 @@ def verify_checkpoint(path: Path) -> Path:
 
 
 def _first_complete(paths: Iterable[Path]) -> Path | None:
-    """Return the first of these checkpoints whose files are as they were written; warn about those before it."""
+    """Return the first of these checkpoints that is not damaged; warn about those before it."""
     for path in paths:
         damage = _damage(path)
         if damage is None:
@@ -124,18 +124,21 @@ def _first_complete(paths: Iterable[Path]) -> Path | None:
 
 
 def _damage(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint's files, each of which one rank has hashed, or return None."""
+    """Describe the damage of a checkpoint's files, or return None. Collective: each rank hashes a share of them."""
     share = coordination.rank(), coordination.world_size()
     return next(filter(None, coordination.run_on_all_ranks(lambda: files.find_damage(path, share=share))), None)
 
 
 def _size(tensor: torch.Tensor) -> torch.Size:
-    """Return the global size (ShardedTensor's own `size()` warns at each call)."""
+    """Return the global size (`ShardedTensor.size()` warns at each call)."""
     return torch.Size(tensor.metadata().size) if isinstance(tensor, ShardedTensor) else tensor.size()
 
 
 def _is_replanned(tensor: torch.Tensor, saved: torch.Size) -> bool:
-    """Whether these are the row-wise states [rows x column shards] of one table under two plans."""
+    """Return whether a saved size is that of the same row-wise state under another plan.
+
+    Such state is a vector of rows x column shards, so its size depends on the number of column shards.
+    """
     if not isinstance(tensor, ShardedTensor) or len(_size(tensor)) != 1 or len(saved) != 1:
         return False
     large, small = max(saved[0], _size(tensor)[0]), min(saved[0], _size(tensor)[0])
@@ -143,7 +146,7 @@ def _is_replanned(tensor: torch.Tensor, saved: torch.Size) -> bool:
 
 
 def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare this rank's tensors, which do not include other ranks' tables, with the checkpoint's.
+    """Compare this rank's tensors (without tables that only other ranks have) with the checkpoint's.
 
     Raises:
         ValueError: as `load_checkpoint`, of a damaged checkpoint and of a pickle.
@@ -165,6 +168,7 @@ def _raise_mismatches(
     path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str]
 ) -> set[str]:
     """Raise one error for all ranks' mismatches; return the keys that may keep their values."""
+    # A rank has only its own tables, so a key is unexpected only if no rank has it.
     wanted = {key for report in reports for key in report["keys"]}
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
@@ -199,7 +203,7 @@ def _name_some(what: str, names: set[str]) -> str:
 
 
 def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Read into the tensors in place; row-wise optimizer state of another plan by way of a whole copy."""
+    """Read into the tensors in place; row-wise state of another plan is read completely and then distributed."""
     saved = SafeReader(path).read_tensors()
     replanned = {key: t for key, t in tensors.items() if _is_replanned(t, saved[key].size)}
     whole = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in replanned}
@@ -215,7 +219,7 @@ def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _spread_rowwise(values: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy row-wise state [rows x a] into shards of [rows x b]: the mean over a's shards, or b copies."""
+    """Copy row-wise state of a column shards into the shards of b: the mean of the a vectors, or copies of them."""
     assert isinstance(target, ShardedTensor)
     size = _size(target)[0]
     if len(values) > size:
