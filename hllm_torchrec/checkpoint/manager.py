@@ -1,4 +1,4 @@
-"""When and how a run's checkpoints are written, and what happens when one cannot be."""
+"""Writes the checkpoints of a run as configured: in the background or not, stopping or continuing on a full disk."""
 
 import sys
 import time
@@ -16,9 +16,9 @@ from hllm_torchrec.distributed import coordination
 
 
 class CheckpointManager:
-    """Saves a run's checkpoints as its configuration says: on a thread or not, going on with a full disk or not.
+    """Saves the checkpoints of a run by its configuration (`reliability`, `evaluation.keep_last`).
 
-    All of it is collective.
+    All methods are collective.
     """
 
     def __init__(self, config: Config, storage: RunStorage | None = None) -> None:
@@ -29,25 +29,26 @@ class CheckpointManager:
         self._writer = BackgroundWriter(config.parallel.timeout) if wanted else None
         self._pending: tuple[int, Path, float] | None = None
         self.last_saved_step = 0
-        """Step of the last checkpoint that was written or is being written."""
+        """Step of the last checkpoint that was written or is being written; 0 if there is none or it failed."""
         self.last_error: Exception | None = None
-        """Why the last one was not written, where the run goes on without."""
+        """Error of the last checkpoint, if it was not written and the run continued."""
 
     @property
     def pending_save_failed(self) -> bool:
-        """Whether a checkpoint in flight is known on this rank to have failed; `finish_pending_save` raises why."""
+        """Return whether the pending save has failed on this rank; `finish_pending_save` raises its error."""
         return self._writer is not None and self._writer.failed
 
     def save(
         self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any], metric: float | None, log: RunLog
     ) -> None:
-        """Write the checkpoint of a step, or begin to, once the one before it is finished.
+        """Write the checkpoint of a step, or start to in the background, after the one before it is finished.
 
         Raises:
-            DiskFull: unless the run is to go on without.
+            DiskFull: unless the run is configured to continue.
             RuntimeError: another rank failed, or the files could not be written.
         """
         self.finish_pending_save(log)
+        # The run's other files first, so that a published checkpoint never lacks its configuration.
         self.storage.publish()
         begun = time.perf_counter()
         try:
@@ -72,7 +73,7 @@ class CheckpointManager:
             self.finish_pending_save(log)
 
     def finish_pending_save(self, log: RunLog) -> None:
-        """Wait for the checkpoint in flight, if there is one; raises as `save`."""
+        """Wait for the pending save, if there is one; raises as `save`."""
         if self._pending is None:
             return
         (step, path, seconds), self._pending = self._pending, None
@@ -89,26 +90,27 @@ class CheckpointManager:
 
     @contextmanager
     def wait_for_pending_save_on_error(self) -> Iterator[None]:
-        """A context whose errors wait for the checkpoint in flight, which may be the one to go on from."""
+        """Context manager that, on an error, waits for the pending save: the run may be resumed from it."""
         try:
             yield
         except BaseException:
             if self._writer is not None:
                 try:
                     self._writer.finish()
-                except Exception as error:  # the run fails of something else; this is said besides
+                except Exception as error:  # printed only: the error that ends the run must not be replaced
                     reason = next(iter(str(error).splitlines()), type(error).__name__)
                     print(f"the checkpoint in flight was not written: {reason}", file=sys.stderr, flush=True)
             raise
 
     def close(self, log: RunLog) -> None:
-        """At the end of a run: wait for the last checkpoint. Raises as `save`, and where the last one is missing."""
+        """Wait for the last checkpoint at the end of a run. Raises as `save`, and if the last one was not written."""
         self.finish_pending_save(log)
         if self.last_error is not None:
             raise self.last_error
 
     def _tolerate_disk_full(self, step: int, error: Exception, log: RunLog) -> None:
-        """Go on without a checkpoint where that is wanted and a full disk is all that is wrong, on all ranks alike."""
+        """Continue without a checkpoint if so configured and the disk is full, else raise; the same on all ranks."""
+        # The rank whose disk is full has a DiskFull; the others have a PeerFailed that names it.
         full = isinstance(error, DiskFull) or getattr(error, "kind", "") == "DiskFull"
         if not full or not self._ignores_disk_full:
             raise error
