@@ -1,10 +1,10 @@
-"""Run directories at URLs: written on each host and published with every checkpoint; copied to be read.
+"""Run directories at URLs: written locally on each host, published with every checkpoint, and copied for reading.
 
-    <url>/config.yaml, log.jsonl, tensorboard/ ...   before each checkpoint and at the end, by each host its own
-    <url>/checkpoints/step-00000100/                 each rank's files by that rank, COMPLETE last, by rank 0
+    <url>/config.yaml, log.jsonl, tensorboard/ ...   uploaded by each host, before each checkpoint and at the end
+    <url>/checkpoints/step-00000100/                 uploaded by each rank (its files); COMPLETE last, by rank 0
 
-The hosts of a job need no common disk for this. A run's copies for reading and its folder for writing are apart, so a
-run may be evaluated on the host that trains it.
+The hosts of a job do not need a shared file system. Copies for reading and the folder for writing are separate, so a
+run can be evaluated on the host that trains it.
 """
 
 import json
@@ -38,15 +38,15 @@ from hllm_torchrec.distributed import coordination
 
 CHECKPOINTS = "checkpoints"
 NOT_FETCHED = (CHECKPOINTS, "predictions", "retrieval", "bad_batches")
-"""Folders that no job needs a copy of to read a run or to go on with it; checkpoints are fetched one at a time."""
+"""Folders that are not copied with a run: not needed to read or resume it, or (checkpoints) fetched one at a time."""
 FETCHED = ".fetched.json"
-"""In a copy: what the URL had of each file when it was fetched."""
+"""File in a copy that records size and version of each file at the URL when it was fetched."""
 _MARKER = re.compile(rf"{CHECKPOINTS}/(step-\d+)/{files.MARKER}")
 _logger = logging.getLogger(__name__)
 
 
 class RunStorage:
-    """Where a run is written: a folder of this host, and the URL to which it is published, if it has one."""
+    """Output location of a run: a folder of this host, and the URL to which it is published, if any."""
 
     def __init__(self, folder: Path, url: str | None) -> None:
         self.folder, self.url = folder, url
@@ -54,17 +54,17 @@ class RunStorage:
 
     @property
     def checkpoints(self) -> str | None:
-        """The URL of the run's checkpoints, if it has one."""
+        """URL of the run's checkpoints, or None."""
         return None if self.url is None else f"{self.url}/{CHECKPOINTS}"
 
     def publish(self) -> None:
-        """Upload each host's files that are new or have changed, checkpoints aside. Collective where there is a URL."""
+        """Upload each host's new or changed files, except checkpoints. Collective if there is a URL."""
         if self.url is not None:
             coordination.run_on_each_host(self._upload_changed)
 
     @contextmanager
     def published_on_exit(self) -> Iterator[None]:
-        """A context at whose end the run is published, unless it ends with an error."""
+        """Context manager that publishes the run at exit, also after a preemption but not after an error."""
         try:
             yield
         except Preempted:
@@ -80,7 +80,7 @@ class RunStorage:
 
 
 def open_run_storage(output: str) -> RunStorage:
-    """Where the run `output` is written, with what a URL has of it already: its files and newest whole checkpoint.
+    """Open the output location of a run; from a URL, its files and newest complete checkpoint are fetched.
 
     Collective.
 
@@ -96,7 +96,7 @@ def open_run_storage(output: str) -> RunStorage:
             local = folder / "written" / url_name(url)
             there = list_files(url)
             if not there:
-                remove_folder(local)  # the run was removed there, so it is none here
+                remove_folder(local)  # the run was deleted at the URL, so an old copy must not be resumed
             _bring_files(url, there, local)
             _bring_checkpoint(url, there, local, "latest")
             return local
@@ -107,14 +107,14 @@ def open_run_storage(output: str) -> RunStorage:
 
 
 def local_run(run: str | Path, which: str | None = None) -> Path:
-    """A run directory to read: itself, or for a URL this host's copy. Not collective.
+    """Return a local run directory for reading: `run` itself, or this host's copy of a URL. Not collective.
 
     Args:
-        which: a checkpoint that is wanted too: "best", "latest", or its name, as step-00000100.
+        which: a checkpoint to fetch as well: "best", "latest", or a name such as step-00000100.
 
     Raises:
         ValueError: there is no run at the URL.
-        OSError: it cannot be reached.
+        OSError: the URL cannot be reached.
     """
     url = url_of(run)
     if url is None:
@@ -130,11 +130,11 @@ def local_run(run: str | Path, which: str | None = None) -> Path:
 
 
 def local_checkpoint(checkpoint: str | Path) -> Path:
-    """A checkpoint that somebody has named: itself, or for a URL this host's copy. Not collective.
+    """Return a local checkpoint: `checkpoint` itself, or this host's copy of a URL. Not collective.
 
     Raises:
-        ValueError: a URL that does not end as checkpoints/step-00000100, or that has no run.
-        OSError: it cannot be reached.
+        ValueError: the URL does not end in checkpoints/step-<number>, or there is no run.
+        OSError: the URL cannot be reached.
     """
     url = url_of(checkpoint)
     if url is None:
@@ -153,17 +153,17 @@ def publish_checkpoint(
     keep_last: int,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Upload what every rank has written of a checkpoint, then its marker; delete those no longer kept. Collective.
+    """Upload every rank's files of a checkpoint, then its marker; delete checkpoints beyond the limit. Collective.
 
     Args:
         folder: the folder of this host with this rank's files.
-        url: the checkpoint's own; one that is there is replaced.
+        url: of the checkpoint; an existing one is replaced.
         marker: as in `layout.commit`.
         written: for each rank, name -> (bytes, SHA-256) of its files.
-        keep_last: how many of the newest to keep, besides the best.
+        keep_last: number of the newest checkpoints to keep, in addition to the best.
 
     Raises:
-        ValueError: a file did not arrive.
+        ValueError: a file did not arrive completely.
         OSError: the URL cannot be written to.
     """
     coordination.run_on_rank_zero(lambda: _clear(url), group)
@@ -175,6 +175,7 @@ def publish_checkpoint(
             arrived = there[name].size if name in there else 0
             if arrived != size:
                 raise ValueError(f"{url}/{name}: {arrived} bytes arrived of {size}; the checkpoint is not used")
+        # Object stores have no rename: a checkpoint exists from the moment that its marker does, so the marker is last.
         write_synced(folder / files.MARKER, files.marker_text(marker, written))
         upload_files(folder, [files.MARKER], url)
         _prune(url.rpartition("/")[0], keep_last)
@@ -183,13 +184,13 @@ def publish_checkpoint(
 
 
 def _clear(url: str) -> None:
-    """Remove a checkpoint; its marker first, so that half of one is never taken for one."""
+    """Delete a checkpoint; its marker first, so that a partly deleted one is never taken for complete."""
     remove_files(url, [files.MARKER])
     remove_files(url, list_files(url))
 
 
 def _prune(url: str, keep_last: int) -> None:
-    """Of the checkpoints at `url`, keep the last few and the best; what an upload that was cut short left goes, too."""
+    """Delete all checkpoints at `url` but the `keep_last` newest and the best; also leftovers of failed uploads."""
     there = list_files(url)
     markers = _markers(url.rpartition("/")[0], {f"{CHECKPOINTS}/{name}": facts for name, facts in there.items()})
     kept = {*list(markers)[-keep_last:], *files.sort_by_metric(markers)[:1]}
@@ -198,7 +199,7 @@ def _prune(url: str, keep_last: int) -> None:
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (bytes, time of the last change) of a run's files, checkpoints and hidden ones aside."""
+    """Return name -> (bytes, modification time in ns) of a run's files, except checkpoints and hidden files."""
     found = {}
     for file in folder.rglob("*"):
         parts = file.relative_to(folder).parts
@@ -208,7 +209,7 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _bring_files(url: str, there: Mapping[str, FileFacts], local: Path) -> None:
-    """Fetch a run's files that have changed at the URL since; those that have gone there go here."""
+    """Update a copy: fetch files that changed at the URL, and delete those that no longer exist there."""
     record = local / FETCHED
     before: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     now = {name: list(facts) for name, facts in there.items() if name.split("/")[0] not in NOT_FETCHED}
@@ -219,7 +220,7 @@ def _bring_files(url: str, there: Mapping[str, FileFacts], local: Path) -> None:
 
 
 def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, Any]]:
-    """Name -> marker of the checkpoints at a run's URL that have a readable one, in the order of their steps."""
+    """Return name -> marker of the checkpoints at a run's URL with a readable marker, in the order of their steps."""
     names = [found[1] for name in there if (found := _MARKER.fullmatch(name))]
     texts = {name: read_text(f"{url}/{CHECKPOINTS}/{name}/{files.MARKER}") for name in names}
     markers = {}
@@ -232,9 +233,10 @@ def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, An
 
 
 def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, which: str) -> None:
-    """Fetch the best whole checkpoint, the latest one or one by name; forget copies of those that are not there now.
+    """Fetch the best or latest complete checkpoint, or one by name; delete copies that no longer match the URL.
 
-    One that is damaged there is here without its marker, for the caller to pass over, and the next one comes too.
+    The copy of a checkpoint that is damaged at the URL has no marker, so that callers skip it; then the next one is
+    fetched as well.
     """
     markers = _markers(url, there)
     for copy in files.checkpoints_by_step(local / CHECKPOINTS):
@@ -250,7 +252,7 @@ def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, whi
 
 
 def _fetch_checkpoint(url: str, marker: Mapping[str, Any], copy: Path) -> None:
-    """Fetch one, and check what has come; of a damaged one no marker is kept, so it is fetched anew the next time."""
+    """Fetch and verify a checkpoint; a damaged one loses its marker, so it is not used, and fetched again next time."""
     names = [files.MARKER, *(Path(name).name for name in marker["files"])]
     print_transfer("fetching", url, {name: size for name, (size, _) in marker["files"].items()})
     beside = copy.with_name(f"{copy.name}.tmp-{secrets.token_hex(4)}")
