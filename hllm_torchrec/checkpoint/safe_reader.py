@@ -1,7 +1,7 @@
-"""Read the `.metadata` of a distributed checkpoint, which is a pickle, without running what it says.
+"""Reads the `.metadata` of a distributed checkpoint, a pickle, without executing code from it.
 
 `torch.distributed.checkpoint` (DCP) unpickles that file unrestricted, and loads non-tensor ("byte") entries
-with `weights_only=False`. Here only the classes that describe tensors are admitted, and byte entries refused.
+with `weights_only=False`. Here only classes that describe tensors are allowed, and byte entries are refused.
 """
 
 import pickle
@@ -12,10 +12,10 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-#: module -> names that may be referred to. All are constructors of plain records; none runs anything.
+#: module -> names that the pickle may refer to. All are constructors of plain records; none executes anything else.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",  # empty; admitted so that the entry can be refused by its name
+        "BytesStorageMetadata",  # an empty record; allowed so that the error can name the entry
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -25,22 +25,22 @@ _ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},  # looks a name up in a fixed table
+    "torch.serialization": {"_get_layout"},  # looks up a name in a fixed table
     "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # where Python 3.13 keeps it
+    "pathlib._local": {"PosixPath"},  # its module in Python 3.13
 }
 
 
 class SafeReader(FileSystemReader):
-    """DCP's file reader, whose `.metadata` may describe nothing but tensors in this directory."""
+    """DCP's file reader, restricted to metadata of tensors in this directory."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the checked contents of `<path>/.metadata`; the arguments are DCP's own and are not used.
 
         Raises:
-            ValueError: the file is missing, is no metadata, names a class that is not on the list, or
-                describes an entry that is not a tensor or is kept outside the checkpoint's directory.
+            ValueError: the file is missing, is not metadata, names a class that is not allowed, or describes
+                an entry that is not a tensor or is stored outside the checkpoint's directory.
         """
         metadata = _unpickle(Path(self.path) / ".metadata")
         for key, entry in metadata.state_dict_metadata.items():
@@ -59,7 +59,7 @@ class SafeReader(FileSystemReader):
         return metadata
 
     def read_tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return what the checkpoint holds: dotted key -> size, dtype, chunks; raises as `read_metadata`."""
+        """Return the checkpoint's tensors: dotted key -> size, dtype, chunks; raises as `read_metadata`."""
         return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
 
 
@@ -67,7 +67,7 @@ _REMEDY = "hllm_torchrec never writes that: do not load this checkpoint"
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that finds the classes of `_ALLOWED` and nothing else."""
+    """An unpickler that resolves the names in `_ALLOWED` only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
@@ -76,7 +76,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def _unpickle(path: Path) -> Metadata:
-    """Unpickle one `.metadata` file; whatever is wrong with it becomes a ValueError that names it."""
+    """Unpickle one `.metadata` file; every problem becomes a ValueError that names the file."""
     try:
         with path.open("rb") as stream:
             metadata = _RestrictedUnpickler(stream).load()
@@ -88,7 +88,7 @@ def _unpickle(path: Path) -> Metadata:
 
 
 def _is_whole(metadata: Metadata) -> bool:
-    """Whether the records are of the kinds that they should be; a damaged pickle may put anything anywhere."""
+    """Return whether all records have the right types: a damaged pickle may have any object anywhere."""
     storage, entries = getattr(metadata, "storage_data", None), getattr(metadata, "state_dict_metadata", None)
     if not isinstance(storage, dict) or not isinstance(entries, dict):
         return False
@@ -98,7 +98,7 @@ def _is_whole(metadata: Metadata) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether one entry says what a tensor of it needs to know; entries that are no tensors are refused by name."""
+    """Return whether an entry has what a tensor needs; entries that are not tensors pass, and are refused later."""
     if not isinstance(entry, TensorStorageMetadata):
         return True
     size, chunks = getattr(entry, "size", None), getattr(entry, "chunks", None)
