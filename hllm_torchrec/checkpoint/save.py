@@ -1,4 +1,4 @@
-"""Writing a checkpoint: checked, then written beside and renamed, at once or on a thread of its own."""
+"""Writes checkpoints: into a temporary directory that is renamed when complete, in the caller or on a thread."""
 
 import errno
 import json
@@ -29,27 +29,29 @@ from hllm_torchrec.common.atomic_files import write_synced
 from hllm_torchrec.distributed import coordination
 
 OVERHEAD_BYTES = 2048
-"""What a tensor takes in a checkpoint besides its values, generously."""
+"""Bytes added for each tensor of a checkpoint when its size is estimated (an upper bound of the overhead)."""
 
 
 NO_ROOM = 1 << 20
-"""A write that fails where fewer bytes are free has failed for want of room."""
+"""If fewer bytes are free after a failed write, the failure is taken for a full disk."""
 
 
 class BackgroundWriter:
-    """Writes checkpoints on a thread, one at a time; its ranks talk in a process group of their own (gloo).
+    """Writes checkpoints on a thread, one at a time; its collectives use a separate gloo process group.
 
-    Making one is collective. What fails on the thread is raised by `finish`, on every rank.
+    The constructor is collective. An error on the thread is raised by `finish`, on every rank.
     """
 
     def __init__(self, timeout: float) -> None:
-        """timeout: seconds that a rank's thread waits for the others'."""
+        """Create the group; timeout: seconds that a rank's thread waits for those of other ranks."""
+        # Collectives of one group must be issued in the same order on all ranks; a thread cannot promise that next to
+        # the training loop, so it gets a group of its own.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[dist.ProcessGroup], None]) -> None:
-        """Run `work` on the thread, with the group."""
+        """Run `work` on the thread; its argument is the group."""
         assert self._thread is None, "another checkpoint is in flight; finish it first"
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._error = None
@@ -59,18 +61,18 @@ class BackgroundWriter:
     def _run(self, work: Callable[[dist.ProcessGroup], None], device: int | None) -> None:
         try:
             if device is not None:
-                torch.cuda.set_device(device)  # a thread begins with the first
+                torch.cuda.set_device(device)  # a new thread starts with device 0
             work(self._group)
         except BaseException as error:  # raised by `finish`
             self._error = error
 
     @property
     def failed(self) -> bool:
-        """Whether the write in flight has failed on this rank; it is still to be finished."""
+        """Return whether the pending write has failed on this rank; `finish` must still be called."""
         return self._error is not None
 
     def finish(self) -> None:
-        """Wait for the checkpoint in flight, if there is one, and raise what it raised."""
+        """Wait for the pending write, if there is one, and raise its error."""
         if self._thread is None:
             return
         self._thread.join()
@@ -92,37 +94,39 @@ def save_checkpoint(
     background: BackgroundWriter | None = None,
     url: str | None = None,
 ) -> Path:
-    """Write `<directory>/step-<step>` and delete what need not be kept any longer. Collective.
+    """Write `<directory>/step-<step>` and delete checkpoints beyond the limits. Collective.
 
     Args:
-        directory: the run's `checkpoints/`, on a file system that all machines share; made if missing.
+        directory: the run's `checkpoints/`, on a file system that all machines share; created if missing.
         step: optimizer steps done; a checkpoint of the same step is replaced.
         state: nested mappings and lists of tensors (Tensor, DTensor, ShardedTensor), by group, such as
             `{"model": model.state_dict(), "dense": ..., "tables": ...}`. Replicated tensors are written once.
-        extra: JSON-able, the same on every rank; rank 0's is written.
-        rank_extra: JSON-able, each rank's own, such as `rng_state()`.
-        keep_last: how many of the newest checkpoints to keep, at least 1.
+        extra: JSON values, the same on every rank; rank 0's is written.
+        rank_extra: JSON values of each rank, such as `rng_state()`.
+        keep_last: number of the newest checkpoints to keep, at least 1.
         keep_best: whether to keep the checkpoint of the largest or smallest `metric` as well.
         metric: this checkpoint's validation metric; None or NaN: never the best.
-        background: return once this rank's share is copied to the host's memory; this writer, which must be idle,
-            writes it, and its `finish` raises the last two errors.
-        url: where the checkpoints belong instead: each rank uploads what it has drafted in its own `directory`.
+        background: return once this rank's share is copied to host memory; this writer, which must be idle, then
+            writes it, and its `finish` raises DiskFull and RuntimeError.
+        url: destination of the checkpoints; each rank then uploads its files from a temporary `directory`.
 
     Returns:
-        The directory written, or to be.
+        The directory that was written, or will be.
 
     Raises:
-        ValueError: `state` holds something that is not a tensor, `extra` something that JSON cannot keep, or
-            `keep_last` is less than 1; names the key. Nothing is left behind.
-        DiskFull: the file system has not enough room. The partial directory is removed, older checkpoints stay.
+        ValueError: `state` contains something that is not a tensor, `extra` something that JSON cannot represent,
+            or `keep_last` is less than 1; names the key. No files are left behind.
+        DiskFull: not enough space. The partial directory is removed, older checkpoints stay.
         RuntimeError: another rank failed, or the files could not be written.
     """
     final = Path(directory) / f"step-{step:08d}"
     own = {f"extra-rank{coordination.rank()}.json": dict(rank_extra or {})}
     if coordination.rank() == 0:
         own["extra.json"] = dict(extra)
+    # Checks first, on all ranks: a rank that fails later would leave the others waiting in a collective.
     sizes = coordination.run_on_all_ranks(lambda: _checked_sizes(state, own, keep_last))
     tensors = _rank_share(flatten(state), [replicated for replicated, _ in sizes])
+    # JSON has no NaN, and NaN would not sort.
     comparable = metric if metric is not None and math.isfinite(metric) else None
     draft = _PendingCheckpoint(
         final,
@@ -143,7 +147,7 @@ def save_checkpoint(
 
 @dataclass
 class _PendingCheckpoint:
-    """A checkpoint to be written: this rank's tensors and JSON files, and the bytes of all ranks together."""
+    """A checkpoint to be written. rank_sizes: name -> contents of this rank's JSON files; needed: all ranks' bytes."""
 
     final: Path
     tensors: dict[str, Tensor]
@@ -155,7 +159,7 @@ class _PendingCheckpoint:
     url: str | None = None
 
     def write(self, group: dist.ProcessGroup | None = None) -> None:
-        """Write, rename, prune. Collective in `group`; raises as `save_checkpoint`, and leaves nothing then."""
+        """Write, rename, prune. Collective in `group`; raises as `save_checkpoint`, without leaving files behind."""
         temporary = coordination.run_on_rank_zero(lambda: files.create_temporary(self.final, self.needed), group)
         if self.url is not None:
             self._write_and_publish(self.final.with_name(temporary.name), self.url, group)
@@ -165,6 +169,7 @@ class _PendingCheckpoint:
             written = coordination.run_on_all_ranks(
                 lambda: self._translate_disk_full(lambda: _write_extras(temporary, self.rank_sizes)), group
             )
+            # The hashes of all ranks are known only now. Rank 0 writes them to the marker and renames.
             commit = files.commit
             coordination.run_on_rank_zero(
                 lambda: self._translate_disk_full(lambda: commit(temporary, self.final, self.marker, written)), group
@@ -173,10 +178,11 @@ class _PendingCheckpoint:
             if coordination.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        # Old checkpoints are deleted only after the new one has its name.
         coordination.run_on_rank_zero(lambda: files.prune_checkpoints(self.final, self.keep_last), group)
 
     def _write_and_publish(self, draft: Path, url: str, group: dist.ProcessGroup | None) -> None:
-        """Write this rank's files, publish those of all ranks, and leave nothing here."""
+        """Write this rank's files, publish those of all ranks, and remove the local ones."""
         try:
             coordination.run_on_all_ranks(lambda: draft.mkdir(parents=True, exist_ok=True), group)
             self._save_tensors(draft, group)
@@ -188,22 +194,23 @@ class _PendingCheckpoint:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _save_tensors(self, path: Path, group: dist.ProcessGroup | None) -> None:
-        """Write this rank's part of the tensors; rank 0 writes `.metadata`. DCP syncs each file."""
+        """Write this rank's part of the tensors; rank 0 also writes `.metadata`. DCP syncs each file."""
         try:
             with warnings.catch_warnings():
-                if not dist.is_initialized():  # one process is fine; a thread must leave the filters alone
+                # A single process without a group is intended. Filters are global: a thread must not change them.
+                if not dist.is_initialized():
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 writer = dcp.FileSystemWriter(path)
                 dcp.save(self.tensors, storage_writer=writer, planner=self.planner, process_group=group)
-        except CheckpointException as error:  # not an Exception: it would pass every ordinary handler
+        except CheckpointException as error:  # a BaseException: no ordinary handler would catch it
             no_room = any(_is_disk_full(failure) for failure, _ in error.failures.values())
-            # torch.save makes something else of the system's error
+            # torch.save may replace the system's error, so the free space is checked as well.
             if no_room or coordination.run_on_rank_zero(lambda: shutil.disk_usage(path).free < NO_ROOM, group):
                 raise files.DiskFull(self.final, self.needed) from error
             raise RuntimeError(f"{path} could not be written: {first_error(error)}") from error
 
     def _translate_disk_full(self, work: Callable[[], Any]) -> Any:
-        """Run `work`; where the disk is full, say so as `DiskFull`."""
+        """Run `work`; raise `DiskFull` if it fails because the disk is full."""
         try:
             return work()
         except OSError as error:
@@ -213,22 +220,24 @@ class _PendingCheckpoint:
 
 
 class _Snapshot(DefaultSavePlanner):
-    """Plans as ever, and writes the values that the tensors had when this was made, from copies on the host."""
+    """Save planner that writes a copy in host memory, taken at construction, so that training may go on meanwhile."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.set_up_planner(tensors)
         items = self.create_local_plan().items
+        # copy=True: on the CPU `to` would return the same tensor, which training goes on to change.
+        # (Only the items of this rank's plan are copied: its shards, and its share of replicated tensors.)
         values = ((item.index, super(_Snapshot, self).resolve_data(item)) for item in items)
         self._values = {i: v.detach().to("cpu", copy=True) for i, v in values if isinstance(v, Tensor)}
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The copy, in place of the tensor as it is now."""
+        """Return the copied values of an item."""
         return self._values[write_item.index]
 
 
 def _checked_sizes(state: Mapping[str, Any], own: Mapping[str, Any], keep_last: int) -> tuple[dict[str, int], int]:
-    """Bytes of each replicated tensor, by key; and of all that this rank alone can write: its shards and JSON files.
+    """Return key -> bytes of each replicated tensor, and the bytes of this rank's own shards and JSON files.
 
     Raises:
         ValueError: as `save_checkpoint`.
@@ -244,23 +253,23 @@ def _checked_sizes(state: Mapping[str, Any], own: Mapping[str, Any], keep_last: 
 
 
 def _needed(sizes: Sequence[tuple[dict[str, int], int]]) -> int:
-    """Bytes of all ranks' `_checked_sizes` together, replicated tensors counted once."""
+    """Sum the bytes of all ranks' `_checked_sizes`, with replicated tensors counted once."""
     replicated = {key: size for of_rank, _ in sizes for key, size in of_rank.items()}
     return sum(replicated.values()) + sum(alone for _, alone in sizes)
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed because there is no room."""
+    """Return whether an error means that the disk (or the quota) is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_replicated(tensor: Tensor) -> bool:
-    """Whether every rank has all of it."""
+    """Return whether every rank has the complete tensor."""
     return not isinstance(tensor, ShardedTensor | DTensor)
 
 
 def _local_bytes(tensor: Tensor) -> int:
-    """Bytes of this rank's part of a sharded tensor."""
+    """Number of bytes of this rank's part of a sharded tensor."""
     if isinstance(tensor, DTensor):
         return tensor.to_local().nbytes
     assert isinstance(tensor, ShardedTensor)
@@ -268,15 +277,16 @@ def _local_bytes(tensor: Tensor) -> int:
 
 
 def _rank_share(tensors: Mapping[str, Tensor], replicated: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
-    """The tensors that this rank writes: its shards, and its part of what is replicated (key -> bytes, by rank)."""
+    """Select this rank's tensors to write: its shards and a share of the replicated ones (key -> bytes, by rank)."""
     mine, everywhere = _share_out(replicated)[coordination.rank()], replicated[coordination.rank()]
     return {key: tensor for key, tensor in tensors.items() if key in mine or key not in everywhere}
 
 
 def _share_out(sizes: Sequence[Mapping[str, int]]) -> list[set[str]]:
-    """For every rank the keys to write of those that it has (key -> bytes), each key once, loads about equal."""
+    """Assign each key (key -> bytes, by rank) to one of the ranks that have it, with about equal loads."""
     loads, shares = [0] * len(sizes), [set[str]() for _ in sizes]
     all_sizes = {key: size for of_rank in sizes for key, size in of_rank.items()}
+    # Largest first, each to the least loaded rank; ties by key, so that all ranks compute the same assignment.
     for key, size in sorted(all_sizes.items(), key=lambda entry: (-entry[1], entry[0])):
         rank = min((r for r, of_rank in enumerate(sizes) if key in of_rank), key=lambda r: loads[r])
         loads[rank] += size
@@ -285,13 +295,13 @@ def _share_out(sizes: Sequence[Mapping[str, int]]) -> list[set[str]]:
 
 
 def first_error(error: CheckpointException) -> str:
-    """Return the first failing rank's error, in one line."""
+    """Return the error of the first failed rank, in one line."""
     rank, (failure, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {type(failure).__name__}: {failure}"
 
 
 def _write_extras(path: Path, extras: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Write this rank's JSON files; return name -> (bytes, SHA-256) of all files this rank wrote."""
+    """Write this rank's JSON files; return name -> (bytes, SHA-256) of all files that this rank wrote."""
     for name, value in extras.items():
         write_synced(path / name, json.dumps(value))
     names = [*extras, *(file.name for file in path.glob(f"__{coordination.rank()}_*"))]
