@@ -1,4 +1,4 @@
-"""What a checkpoint may hold: tensors under dotted keys, JSON, and the state of random number generators."""
+"""Conversion of training state for checkpoints: tensors under dotted keys, JSON, and random number generators."""
 
 import base64
 import random
@@ -69,7 +69,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
                 f"state {key!r} is a {type(value).__name__}; a checkpoint's state holds tensors only: "
                 "put what JSON can hold into extra"
             )
-        if not isinstance(value, ShardedTensor) and value.is_meta:  # ShardedTensor cannot always say
+        if not isinstance(value, ShardedTensor) and value.is_meta:  # ShardedTensor does not always support it
             raise ValueError(f"state {key!r} is on the meta device; materialise the model first")
         if key in flat:
             raise ValueError(f"state {key!r} occurs twice; rename one of its parts")
@@ -78,7 +78,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for what is neither a mapping nor a sequence."""
+    """Yield (dotted key, value) for every value that is neither a mapping nor a sequence."""
     if isinstance(value, Mapping):
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple):
@@ -91,10 +91,10 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_json(name: str, value: Any) -> None:
-    """Refuse what JSON would not give back as it was.
+    """Check that a value survives a round trip through JSON unchanged.
 
     Raises:
-        ValueError: a value of another type than JSON has, or a key that is not a string; names where.
+        ValueError: a value of a type that JSON does not have, or a key that is not a string; names its path.
     """
     if isinstance(value, Mapping):
         for key, child in value.items():
