@@ -1,4 +1,4 @@
-"""numpy arrays between ranks, over gloo or nccl; without a process group there is one rank."""
+"""Collectives for numpy arrays, over gloo or nccl; without a process group there is one rank."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 class SingleRank:
-    """In place of a process group: this rank works without the others, whatever they do."""
+    """Used in place of a process group: this rank works alone, without any communication."""
 
 
 SINGLE_RANK = SingleRank()
 Group = dist.ProcessGroup | SingleRank | None
-"""Ranks that work together; None: all there are."""
+"""Ranks that work together; None: all ranks."""
 
 
 def world_size(group: Group = None) -> int:
@@ -30,7 +30,7 @@ def group_rank(group: Group = None) -> int:
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
-    """What each rank gave, by rank. Collective; small things only, they are pickled."""
+    """Gather a value from each rank, in rank order. Collective; values are pickled, so they should be small."""
     if world_size(group) == 1:
         return [value]
     values: list[T] = [value] * world_size(group)
@@ -39,7 +39,7 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
 
 
 def collective_device(group: Group = None) -> torch.device:
-    """Where the group's collectives work: nccl knows CUDA only."""
+    """Device for the group's collectives: nccl supports CUDA tensors only."""
     assert not isinstance(group, SingleRank)
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
@@ -47,10 +47,11 @@ def collective_device(group: Group = None) -> torch.device:
 
 
 def all_gather(array: np.ndarray, group: Group = None) -> list[np.ndarray]:
-    """The array of each rank, by rank; the last dimension may differ between ranks. Collective."""
+    """Gather the array of each rank, in rank order; the last dimension may differ between ranks. Collective."""
     if world_size(group) == 1:
         return [array]
     place = collective_device(group)
+    # gloo and nccl gather equal shapes only: the last dimension goes first, where it can be padded and cut off again.
     own = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))).to(place)
     lengths = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(world_size(group))]
     dist.all_gather(lengths, torch.tensor([len(own)], device=place), group=group)
@@ -63,9 +64,9 @@ def all_gather(array: np.ndarray, group: Group = None) -> list[np.ndarray]:
 
 
 def all_to_all(array: np.ndarray, sent: Sequence[int], group: Group = None) -> np.ndarray:
-    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1 ...; what all ranks sent here, by rank.
+    """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1 ...; return the rows received, in rank order.
 
-    Collective. `array` is [n] or [n, k], of any number type that torch knows.
+    Collective. `array` is [n] or [n, k], of any numeric type that torch has.
     """
     if world_size(group) == 1:
         return array
