@@ -1,14 +1,14 @@
-"""Rows that travel between ranks: gathered negatives, and each unique item encoded once for all of them.
+"""Differentiable collectives on rows: gathering of negatives, and encoding of each unique item on one rank only.
 
-Everything works on gloo (CPU) and nccl (CUDA), and is the identity when torch.distributed is not initialised
-or has one rank. Shapes: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), D width.
+Everything works on gloo (CPU) and nccl (CUDA), and is the identity if torch.distributed is not initialized or has one
+rank. Shapes: n_r rows of rank r, W ranks, U ids of all ranks (U_r of rank r), D width.
 
-Every function here is collective: all ranks must call it, in the same order, a rank without rows too. Where
-rows carry gradients the backward pass communicates as well, so every rank must run it *through the returned
-tensor*: a rank that has no use for its rows adds `0 * rows.sum()` to its loss. Whether there is a gradient at
-all is agreed between the ranks in the forward pass, so a rank whose own rows need none (it has none, say)
-still takes part. Use one exchange with gradients in a step (of histories, targets and negatives together):
-autograd may run two independent ones in different orders on ranks whose graphs differ.
+Every function here is collective: all ranks must call it, in the same order, also ranks without rows. If rows have
+gradients the backward pass communicates as well, so every rank must run it *through the returned tensor*: a rank that
+does not use its rows adds `0 * rows.sum()` to its loss. Whether there is a gradient is agreed between the ranks in the
+forward pass, so a rank whose own rows need no gradient (for example because it has none) still takes part. Use one
+exchange with gradients per step (of histories, targets and negatives together): autograd may run two independent ones
+in different orders on ranks whose graphs differ.
 """
 
 import heapq
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
-    """Return the number of ranks, 1 where torch.distributed is not initialised."""
+    """Return the number of ranks, 1 if torch.distributed is not initialized."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -53,17 +53,16 @@ def encode_unique_items(
 ) -> Tensor:
     """Encode the union of all ranks' ids, each id on one rank only, and return the rows of this rank's ids.
 
-    Ids are shared out by `assign_owners`, so that ranks get about equal cost, and the encoded rows come back
-    in one all-to-all. In the backward pass an owner's rows receive the sum of the gradients of every rank
-    that used them. With losses summed over ranks, the encoder's gradients summed over ranks are those of one
-    process.
+    `assign_owners` divides the ids into shares of about equal cost, and the encoded rows are exchanged in one
+    all-to-all. In the backward pass an owner's rows receive the sum of the gradients of all ranks that used them.
+    With losses summed over ranks, the sum of the encoder's gradients over ranks equals that of one process.
 
     Args:
         local_ids: int64 [U_r], distinct, in any order; may be empty.
         costs_of: ids [n] -> cost of encoding each, [n] (tokens). Must be the same function on every rank.
         encode: ids [n] -> [n, D], row i for id i. Called exactly once on every rank, with n = 0 on a rank
-            that owns nothing (more ranks than ids): it must then return [0, D] of the same dtype and device,
-            and run whatever collectives the encoder has (FSDP).
+            that owns no ids (more ranks than ids): it must then return [0, D] of the same dtype and device,
+            and still run the collectives of the encoder (FSDP).
 
     Returns:
         [U_r, D], row i for local_ids[i]. On one process, encode(local_ids).
@@ -78,23 +77,27 @@ def encode_unique_items(
     encoded = encode(mine)
     wants_gradient = any_rank(_wants_gradient(encoded), encoded.device)
 
+    # Every rank knows all ids and owners, so senders and receivers agree on sizes and order without a message. `asked`
+    # has, for each rank, the ids of that rank that this one owns.
     asked = [ids[owners[torch.searchsorted(union, ids)] == dist.get_rank()] for ids in ids_by_rank]
+    # An id that several ranks need is sent to each: the gradient of this indexing sums over the copies.
     rows = encoded[torch.searchsorted(mine, torch.cat(asked))]
     from_owner = owners[torch.searchsorted(union, local_ids)]
     n_from = torch.bincount(from_owner, minlength=n_ranks).tolist()
     received: Tensor = _AllToAll.apply(_attach(rows, wants_gradient), [len(ids) for ids in asked], n_from)
-    # They arrive by owner, and from one owner in the order of local_ids.
+    # Rows arrive grouped by owner and, within one owner, in the order of local_ids: a stable sort by owner is the same
+    # order, and its inverse restores that of local_ids.
     place = torch.empty_like(local_ids)
     place[torch.sort(from_owner, stable=True).indices] = torch.arange(len(local_ids), device=local_ids.device)
     return received[place]
 
 
 def assign_owners(unique_ids: Tensor, costs: Tensor, world_size: int) -> Tensor:
-    """Give every id to one rank, the same on all ranks, with the ranks' total costs nearly equal.
+    """Assign every id to one rank, identically on all ranks, with nearly equal total costs.
 
-    Longest processing time first: in order of falling cost (ties: position), each id goes to the rank with
-    the least so far (ties: lowest rank). No rank exceeds the mean by more than the largest single cost. A
-    cost below 1 counts as 1, so ids without tokens spread as well. 100,000 ids take about 0.1 s on the CPU.
+    Longest processing time first (LPT): in order of descending cost (ties: position), each id goes to the rank with
+    the lowest total so far (ties: lowest rank). No rank exceeds the mean by more than the largest single cost. A cost
+    below 1 counts as 1, so that ids without tokens are spread as well. 100,000 ids take about 0.1 s on the CPU.
 
     Args:
         unique_ids: int64 [U], the same on all ranks.
@@ -106,7 +109,7 @@ def assign_owners(unique_ids: Tensor, costs: Tensor, world_size: int) -> Tensor:
     """
     costs = costs.clamp(min=1)
     order = torch.sort(costs, descending=True, stable=True).indices
-    loads = [(0, rank) for rank in range(world_size)]  # a heap already
+    loads = [(0, rank) for rank in range(world_size)]  # sorted, so already a heap
     owners = []
     for cost in costs[order].tolist():
         load, rank = loads[0]
@@ -126,15 +129,15 @@ def global_sum(x: Tensor) -> Tensor:
 
 
 def all_agree_to_continue(flag: bool) -> bool:
-    """Return whether `flag` is true on every rank: the ranks' common answer to "is there another batch?".
+    """Return whether `flag` is true on every rank, such as "is there another batch?".
 
-    Collective, also at the end: a rank that has run out must ask once more with False, with the others.
+    Collective, also at the end: a rank that has run out must call it once more with False, together with the others.
     """
     return not any_rank(not flag, _communication_device())
 
 
 def global_max(value: int, device: torch.device) -> int:
-    """The largest of all ranks' values."""
+    """Return the largest of all ranks' values."""
     if world_size() == 1:
         return value
     largest = torch.tensor([value], device=device)
@@ -148,19 +151,22 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def _communication_device() -> torch.device:
-    """Return a device the default process group can send from: the CPU unless it is nccl alone."""
+    """Return a device that the default process group supports: the CPU, unless the group has nccl only."""
     if world_size() == 1 or "cpu" in dist.get_backend_config():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def _wants_gradient(x: Tensor) -> bool:
-    """Return whether autograd records what is done to x now."""
+    """Return whether autograd is recording operations on x."""
     return x.requires_grad and torch.is_grad_enabled()
 
 
 def _attach(x: Tensor, wants_gradient: bool) -> Tensor:
-    """Make a tensor without gradient a leaf that takes part in the backward pass the ranks agreed on."""
+    """Make a tensor without gradient a leaf that requires one, if the ranks agreed on a backward pass.
+
+    Otherwise autograd would skip this rank's backward collective, and the other ranks would wait for it.
+    """
     return x.detach().requires_grad_() if wants_gradient and not x.requires_grad else x
 
 
@@ -172,7 +178,7 @@ def _all_gather_equal(x: Tensor) -> list[Tensor]:
 
 
 def _all_gather_padded(x: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Gather [sizes[r], ...] of each rank r. Rows are padded to the longest: gloo wants equal shapes."""
+    """Gather [sizes[r], ...] of each rank r. Rows are padded to the longest, as gloo gathers equal shapes only."""
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: x.shape[0]] = x
     return [part[:size] for part, size in zip(_all_gather_equal(padded), sizes)]
@@ -192,7 +198,7 @@ def _all_to_all(x: Tensor, n_to: list[int], n_from: list[int]) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """`_all_to_all`; its gradient is the way back. (torch.distributed.nn's is deprecated.)"""
+    """Differentiable `_all_to_all`: gradients are sent back the same way. (torch.distributed.nn is deprecated.)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, n_to: list[int], n_from: list[int]) -> Tensor:
@@ -217,5 +223,6 @@ class _AllGather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         n_ranks = len(ctx.sizes)
+        # Every rank returns to each rank the gradients of that rank's rows: W copies of [n_r, ...] arrive here.
         copies = _all_to_all(grad, ctx.sizes, [ctx.n_rows] * n_ranks)
         return copies.view(n_ranks, ctx.n_rows, *grad.shape[1:]).sum(dim=0), None
