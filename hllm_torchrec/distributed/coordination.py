@@ -1,4 +1,4 @@
-"""Work on every rank, or on rank 0, where a failure on one rank raises on all instead of hanging them."""
+"""Runs work on all ranks, on rank 0 or once per host; a failure on one rank raises on all instead of hanging them."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed; its own error says more. kind: the name of that error's type."""
+    """Another rank failed; that rank's log has its error. kind: the name of that error's type."""
 
     kind = ""
 
@@ -29,12 +29,12 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
     """Run `work` on every rank and return all results, by rank. Collective.
 
     Args:
-        work: its result is small and can be pickled. It must not itself be collective: a rank that fails
+        work: its result must be small and picklable. It must not itself be collective: a rank that fails
             before a collective leaves the others waiting in it.
-        group: of all ranks, but other than the usual one: for a thread of its own.
+        group: a group of all ranks other than the default one, for calls from another thread.
 
     Raises:
-        Exception: on a rank where `work` raised, what it raised.
+        Exception: on a rank where `work` raised, that error.
         PeerFailed: on the other ranks (a RuntimeError), naming the first rank that failed and its error.
     """
     result: T | None = None
@@ -43,6 +43,7 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
         result = work()
     except Exception as error:
         failure = error
+    # The error is not raised yet: this rank must join the gather first, in which the others learn of it.
     outcomes: list[Any] = [(result, failure and f"{type(failure).__name__}: {failure}")]
     if dist.is_initialized():
         outcome, outcomes = outcomes[0], [None] * world_size()
@@ -58,15 +59,15 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
 
 
 def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `work` on rank 0 only and return its result on every rank. Collective; raises as `together`."""
+    """Run `work` on rank 0 only and return its result on every rank. Collective; raises as `run_on_all_ranks`."""
     return run_on_all_ranks(lambda: work() if rank() == 0 else None, group)[0]  # type: ignore[return-value]
 
 
 def run_on_each_host(work: Callable[[], T]) -> T:
     """Run `work` on one rank of each host: on rank 0, then on the first of the other hosts. Collective.
 
-    For files that every host needs: where hosts share a disk, those that come later find them there. Which rank is
-    its host's first is what the launcher says (LOCAL_RANK). Returns rank 0's result; raises as `together`.
+    For files that every host needs: if hosts share a disk, the later ones find them there. The launcher defines the
+    first rank of a host (LOCAL_RANK). Returns rank 0's result; raises as `run_on_all_ranks`.
     """
     first = run_on_rank_zero(work)
     leads = rank() > 0 and os.environ.get("LOCAL_RANK") == "0"
