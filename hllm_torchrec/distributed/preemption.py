@@ -1,6 +1,6 @@
-"""Leaving when asked to: a SIGTERM ends a run after its present step with a checkpoint, a second one at once.
+"""Preemption: a SIGTERM ends a run with a checkpoint after the present step, a second SIGTERM ends it immediately.
 
-The ranks must leave at the same step, so each tells the others in a sum that a training step has anyway
+All ranks must stop at the same step, so each reports its signal in a sum that every training step has anyway
 (`Trainer.train_step`), and at every batch of an evaluation or an encoding of the catalogue (`raise_if_preempted`).
 """
 
@@ -15,14 +15,14 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.distributed.collectives import all_agree_to_continue
 
 REPEAT_SECONDS = 1.0
-"""Seconds in which further SIGTERMs are the same request: schedulers send it to a job's every process, and torchrun
-passes on the one that it gets itself."""
+"""Seconds in which further SIGTERMs count as the same request: schedulers send it to every process of a job, and
+torchrun forwards the one that it receives itself."""
 
 _active_handlers: "list[PreemptionHandler]" = []
 
 
 class PreemptionHandler:
-    """A context that notes a SIGTERM instead of dying of it; in threads other than the main one it notes nothing."""
+    """Context manager that turns SIGTERM into the flag `requested` (main thread only; elsewhere it does nothing)."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -30,7 +30,7 @@ class PreemptionHandler:
         self._before: Any = None
 
     def __enter__(self) -> "PreemptionHandler":
-        """Begin to listen."""
+        """Install the signal handler."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         _active_handlers.append(self)
@@ -39,13 +39,14 @@ class PreemptionHandler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave SIGTERM to whom it belonged before."""
+        """Restore the previous signal handler."""
         _active_handlers.remove(self)
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._since > REPEAT_SECONDS:
+            # A second request: die as without a handler, so that the exit status is that of the signal.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
         elif not self.requested:
@@ -53,11 +54,12 @@ class PreemptionHandler:
 
 
 def raise_if_preempted() -> None:
-    """Within a `PreemptionHandler`: raise on every rank if any of them was asked to leave. Collective there; else
-    nothing.
+    """Raise on every rank if any rank received a SIGTERM.
+
+    Collective within a `PreemptionHandler`; outside of one it does nothing.
 
     Raises:
-        Preempted: one was.
+        Preempted: a rank received one.
     """
     if _active_handlers and not all_agree_to_continue(not _active_handlers[-1].requested):
         raise Preempted("asked to leave (SIGTERM)")
