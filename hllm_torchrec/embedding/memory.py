@@ -1,7 +1,7 @@
-"""What embedding tables take: bytes of weights and of optimizer state per row, which the planner is told as well.
+"""Memory of embedding tables: bytes of weights and optimizer state per row, also for TorchRec's planner.
 
-TorchRec's planner counts an optimizer's state in units of the weights' bytes, which is short for float16 tables (state
-is float32 all the same), and takes every optimizer that it does not know for one number per weight.
+TorchRec's planner counts optimizer state in units of the weights' bytes, which underestimates float16 tables (their
+state is float32), and assumes one number per weight for every optimizer that it does not know.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TableDtype = Literal["fp32", "fp16"]
 
 WEIGHT_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2}
 STATE_BYTES = 4
-"""FBGEMM keeps optimizer state in float32 whatever the weights are in."""
+"""Bytes of a number of optimizer state: FBGEMM uses float32 for any dtype of the weights."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class RowBytes:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Bytes of weights and state."""
         return self.weights + self.state
 
 
 def bytes_per_row(width: int, optimizer: str, dtype: TableDtype = "fp32") -> RowBytes:
-    """Memory of a row of a sharded table: `width` weights and the state of `optim.table_optimizer`.
+    """Compute the memory of a row of a sharded table: `width` weights and the state of `optim.table_optimizer`.
 
-    Cut by columns into n parts, a table has the state that belongs to a row n times.
+    A table that is split by columns into n shards has the per-row state n times.
     """
     return RowBytes(width * WEIGHT_BYTES[dtype], _state_bytes(TABLE_OPTIMIZERS[optimizer], 1, width))
 
@@ -49,11 +49,12 @@ def _state_bytes(kind: TableOptimizerKind, rows: int, columns: int) -> int:
 
 
 class TableEnumerator(EmbeddingEnumerator):
-    """TorchRec's enumerator of sharding options, whose estimates of storage have the real size of optimizer state."""
+    """TorchRec's enumerator of sharding options, with the real size of optimizer state in its storage estimates."""
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
-        """Fill in performance and storage of every shard."""
+        """Set the performance and storage estimates of every shard."""
         kinds = [_kind_of(option) for option in sharding_options]
+        # TorchRec estimates as if there were no state; the real state of each shard is added below.
         with _counted_without_state(sharding_options):
             super().populate_estimates(sharding_options)
         for option, kind in zip(sharding_options, kinds, strict=True):
@@ -68,7 +69,7 @@ class TableEnumerator(EmbeddingEnumerator):
 
 
 def _kind_of(option: ShardingOption) -> TableOptimizerKind | None:
-    """What moves a table; None for a frozen one."""
+    """Return the optimizer kind of a table; None for a frozen table."""
     if option.sharding_type == ShardingType.DATA_PARALLEL.value:
         return REPLICATED
     given = getattr(option.tensor, "_optimizer_classes", None)
@@ -79,7 +80,7 @@ def _kind_of(option: ShardingOption) -> TableOptimizerKind | None:
 
 @contextmanager
 def _counted_without_state(options: list[ShardingOption]) -> Iterator[None]:
-    """Within the context the tables' optimizer is one without state, of which the planner adds nothing."""
+    """Context manager in which the tables' optimizer is SGD, for which the planner adds no state."""
     tensors = {id(option.tensor): option.tensor for option in options}.values()
     given = [(tensor, tensor._optimizer_classes) for tensor in tensors if hasattr(tensor, "_optimizer_classes")]
     try:
