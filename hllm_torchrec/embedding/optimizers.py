@@ -1,4 +1,4 @@
-"""In-backward optimizers of sharded tables: the registry, and how they follow the learning rate schedule."""
+"""In-backward optimizers of sharded tables: the registry, and their learning rate schedule."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,24 +13,24 @@ from hllm_torchrec.config.schema import FeatureConfig, OptimConfig
 
 
 class TableOptimizer:
-    """The in-backward optimizers of sharded tables, made to follow the schedule of the dense ones.
+    """Applies the dense optimizers' schedule to the in-backward optimizers of sharded tables.
 
-    A model without sharded tables on this rank is fine: then nothing happens.
+    On a rank without sharded tables it does nothing.
     """
 
     def __init__(self, fused: KeyedOptimizer) -> None:
-        """Take a DistributedModelParallel's `fused_optimizer`; its present rates are the full ones."""
+        """Wrap the `fused_optimizer` of a DistributedModelParallel; its present learning rates are the full ones."""
         self._fused = fused
         self._full_rates = [float(group["lr"]) for group in fused.param_groups]
 
     def set_ratio(self, ratio: float) -> None:
-        """Let the next backward pass use `ratio` times the full learning rates."""
+        """Set the learning rates of the next backward pass to `ratio` times the full ones."""
         for group, rate in zip(self._fused.param_groups, self._full_rates):
             group["lr"] = ratio * rate
-        self._fused.step()  # hands the rates to the FBGEMM kernels
+        self._fused.step()  # updates nothing: it hands the rates to the FBGEMM kernels, which step in backward
 
     def set_step(self, step: int) -> None:
-        """Set the number of updates done, which Adam's bias correction needs, when resuming."""
+        """Set the number of updates done, when resuming: Adam's bias correction needs it."""
         self._fused.set_optimizer_step(step)
 
     def state(self) -> dict[str, Any]:
@@ -40,20 +40,20 @@ class TableOptimizer:
 
 
 class TableSettings(Protocol):
-    """What sharding and stepping tables takes of a configuration: a `Config`, or a baseline's own."""
+    """Settings needed to shard and optimize tables: a `Config`, or those of a baseline."""
 
     @property
     def features(self) -> FeatureConfig:
-        """Of it: `shard_from_rows`, `sharding`."""
+        """Table settings; uses `shard_from_rows` and `sharding`."""
 
     @property
     def optim(self) -> OptimConfig:
-        """Of it: `table_optimizer`, `table_lr`."""
+        """Optimizer settings; uses `table_optimizer` and `table_lr`."""
 
 
 @dataclass(frozen=True)
 class TableOptimizerKind:
-    """An in-backward optimizer. per_value, per_row: numbers of state for each weight and for each row of a shard."""
+    """An in-backward optimizer. per_value, per_row: numbers of state per weight, and per row of a shard."""
 
     optimizer: type[torch.optim.Optimizer]
     per_value: int
@@ -68,14 +68,14 @@ TABLE_OPTIMIZERS: dict[str, TableOptimizerKind] = {
     "partial_rowwise_adam": TableOptimizerKind(PartialRowWiseAdam, 1, 1, cuda_only=True),
     "adam": TableOptimizerKind(Adam, 2, 0, cuda_only=True),
 }
-"""`optim.table_optimizer` -> what it is."""
+"""Registry of the values of `optim.table_optimizer`."""
 
 REPLICATED = TableOptimizerKind(torch.optim.AdamW, 2, 0)
-"""Tables below `features.shard_from_rows`, float32 in every case, have the dense optimizer."""
+"""Optimizer of replicated tables (fewer than `features.shard_from_rows` rows, always float32): the dense one."""
 
 
 def apply_table_optimizer(tables: EmbeddingBagCollection, config: TableSettings) -> None:
-    """Give each table its in-backward optimizer, but for data parallel ones (the dense optimizer's)."""
+    """Set the in-backward optimizer of each table, except data parallel ones, which belong to the dense optimizer."""
     chosen, lr = TABLE_OPTIMIZERS[config.optim.table_optimizer].optimizer, config.optim.table_lr
     for table in tables.embedding_bag_configs():
         if table.num_embeddings >= config.features.shard_from_rows:
