@@ -1,11 +1,11 @@
-"""The exchange of a batch's ids among the ranks' tables, while the batch before is still being computed.
+"""Exchanges the ids of the next batch between the ranks' tables while the present batch is being computed.
 
-    begin(next)   in front of the forward pass: how many ids go where
-    send()        in front of the backward pass: the ids themselves
-    forward       of the next batch: they are there; rows are looked up and come back as ever
+    begin(next)   before the forward pass: starts the exchange of the numbers of ids
+    send()        before the backward pass: starts the exchange of the ids themselves
+    forward       of the next batch: the ids have arrived; rows are looked up and returned as usual
 
-Ids depend on no weight, so every number stays what it is without. TorchRec's own pipelines do the same, but trace the
-model to find its tables; this one knows them.
+Ids do not depend on weights, so results are the same as without prefetching. TorchRec's own pipelines do the same, but
+trace the model to find its tables; here they are given.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def with_lookahead(steps: Iterable[T], enabled: bool) -> Iterator[tuple[T, T | None]]:
-    """Each step with the one after it; without looking ahead, steps are fetched one by one and come with None."""
+    """Yield each step with the one after it (None after the last); unless `enabled`, always with None."""
     if not enabled:
         yield from ((step, None) for step in steps)
         return
@@ -34,7 +34,7 @@ def with_lookahead(steps: Iterable[T], enabled: bool) -> Iterator[tuple[T, T | N
 
 @dataclass
 class _PendingLookup:
-    """A batch whose ids are on their way. values: its ids, by which it is known again; ids_sent: sizes are known."""
+    """A batch whose ids are in flight. values: its ids, which identify it; ids_sent: False while only sizes are."""
 
     values: Tensor
     context: Any
@@ -43,9 +43,9 @@ class _PendingLookup:
 
 
 class TablePrefetcher:
-    """Takes over the forward pass of sharded tables, which then finds what was begun for it.
+    """Replaces the forward pass of sharded tables by one that uses prefetched ids, if there are any for its batch.
 
-    Other batches (an evaluation's, in between) are looked up as ever. All calls are collective.
+    Other batches (for example of an evaluation in between) are looked up as usual. All calls are collective.
     """
 
     def __init__(self, tables: ShardedModule[Any, Any, Any, Any]) -> None:
@@ -54,25 +54,28 @@ class TablePrefetcher:
         tables.forward = self._forward
 
     def begin(self, features: KeyedJaggedTensor) -> None:
-        """Start with the bags of the next training batch; on CUDA they are there already."""
+        """Start the exchange for the bags of the next training batch; on CUDA they must be on the device already."""
         features, context = pad_empty_batch(features), self.tables.create_context()
         self._pending.append(_PendingLookup(features.values(), context, self.tables.input_dist(context, features)))
 
     def send(self) -> None:
-        """Once the sizes are known everywhere: start sending the ids."""
+        """Wait for the sizes, and start sending the ids."""
         for batch in self._pending:
             if not batch.ids_sent:
                 batch.awaitable, batch.ids_sent = batch.awaitable.wait(), True
 
     def finish(self) -> None:
-        """Wait for what was begun and drop it: nothing may be on its way when a segment of training ends."""
+        """Wait for pending exchanges and discard them: none may be in flight when a segment of training ends."""
         self.send()
         for batch in self._pending:
             batch.awaitable.wait()
         self._pending.clear()
 
     def _forward(self, features: KeyedJaggedTensor) -> Any:
+        # By identity of the ids tensor: batches are the same objects when they come to the forward pass, and an equal
+        # batch of an evaluation must not take over the exchange.
         found = next((batch for batch in self._pending if batch.values is features.values()), None)
+        # input_dist returns an awaitable of an awaitable: the first wait is for the sizes, the second for the ids.
         if found is None:
             context = self.tables.create_context()
             return self.tables.compute_and_output_dist(context, self.tables.input_dist(context, features).wait().wait())
