@@ -1,4 +1,4 @@
-"""TorchRec's planner and DMP for the embedding tables: which table goes where, and how it steps."""
+"""Sharding of embedding tables by TorchRec's planner, and DistributedModelParallel (DMP) around the model."""
 
 import os
 from collections.abc import Iterable
@@ -32,11 +32,11 @@ RESERVED_MEMORY_SHARE = 0.4
 """Share of each device's memory that the planner leaves to the dense parts and activations."""
 
 FROZEN_COLUMNS = 64
-"""A frozen item table is cut by columns into parts of at least this width."""
+"""Smallest width of a column shard of a frozen item table."""
 
 
 def check_tables(config: TableSettings, device: torch.device) -> list[str]:
-    """Problems of the table settings on this device, one line each."""
+    """Return problems of the table settings on this device, one line each."""
     problems = []
     optimizer, sharding = config.optim.table_optimizer, config.features.sharding
     if device.type == "cpu" and TABLE_OPTIMIZERS[optimizer].cuda_only:
@@ -61,7 +61,7 @@ def distribute(
     ddp: bool = True,
     find_unused_parameters: bool = False,
 ) -> DistributedModelParallel:
-    """Place tables by `plan`; replicate the rest with DDP, or leave it as it is (FSDP2 has been applied).
+    """Shard tables by `plan`; wrap the dense parts in DDP, or leave them unchanged (if FSDP2 has been applied).
 
     find_unused_parameters: whether there are steps in which no rank uses some of the trainable weights.
     """
@@ -79,7 +79,7 @@ def distribute(
 
 
 def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedModelParallel:
-    """Spread the table over the ranks as TorchRec's planner sees fit; it has no optimizer and no replica."""
+    """Shard a frozen item table over the ranks by TorchRec's planner; it has no optimizer and is never replicated."""
     kinds = [kind.value for kind in _sharded_kinds(device.type)]
     constraint = ParameterConstraints(
         sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=FROZEN_COLUMNS
@@ -92,16 +92,16 @@ def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedM
 def plan_table_sharding(
     model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder
 ) -> ShardingPlan:
-    """TorchRec's plan for all ranks: data parallel under `features.shard_from_rows`, sharded from there on. Collective.
+    """Plan all tables: data parallel below `features.shard_from_rows` rows, sharded otherwise. Collective.
 
     Raises:
-        ConfigError: the tables do not fit into the ranks' memory.
+        ConfigError: the tables do not fit into the memory of the ranks.
     """
     return _plan(model, table_constraints(model, config, device.type), device, sharder)
 
 
 def table_constraints(model: nn.Module, config: TableSettings, device: str) -> dict[str, ParameterConstraints]:
-    """How each table may be placed on a kind of device ("cpu" or "cuda")."""
+    """Return the planner's constraints of each table on a kind of device ("cpu" or "cuda")."""
     return {name: _constraint(rows, config, device) for name, rows in _tables(model)}
 
 
@@ -111,13 +111,14 @@ def _plan(
     world = dist.get_world_size()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     hardware = planner_hardware(device, local_world)
+    # Planned on rank 0 alone: hosts may report different memory, and all ranks must have the same plan.
     return run_on_rank_zero(
         lambda: plan_sharding(model, constraints, device.type, sharder, TrainerConfig(world, local_world), hardware)
     )
 
 
 def planner_hardware(device: torch.device, local_world: int) -> HardwareConfig:
-    """Memory of a rank: of its GPU (what TorchRec assumes, where there is none here), and its share of the host's."""
+    """Return the memory of a rank: its GPU's (TorchRec's default if there is none here), and its share of the host's."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
     if device.type != "cuda" or not torch.cuda.is_available():
         return HardwareConfig(ddr_cap_bytes=host)
@@ -132,7 +133,7 @@ def plan_sharding(
     trainer: TrainerConfig,
     hardware: HardwareConfig,
 ) -> ShardingPlan:
-    """The plan of TorchRec's planner for `trainer` of `hardware`, which need not be there.
+    """Run TorchRec's planner for the ranks of `trainer` on `hardware`, which may be hypothetical.
 
     Raises:
         ConfigError: the tables do not fit.
@@ -179,6 +180,6 @@ def _constraint(rows: int, config: TableSettings, device: str) -> ParameterConst
 
 
 def _sharded_kinds(device: str) -> list[ShardingType]:
-    """How bags can be sharded on a kind of device."""
+    """Return the sharding types that bags support on a kind of device."""
     on_cuda = [ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device == "cuda" else []
     return [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE, *on_cuda]
