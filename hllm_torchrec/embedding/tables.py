@@ -1,4 +1,4 @@
-"""Contents of embedding tables, whatever their sharding: initialization, and shards put together."""
+"""Contents of embedding tables, independent of their sharding: initialization, and assembling of shards."""
 
 import hashlib
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 INIT_ROWS = 4096
-"""Table rows drawn from one generator: the values of a row do not depend on how the table is sharded."""
+"""Number of table rows drawn from one generator, so that a row's values do not depend on the sharding."""
 
 
 @torch.no_grad()
 def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) -> None:
     """Fill every table with values uniform in +-scale that depend on (seed, table, row, column) only.
 
-    So 1 rank and n ranks, and every sharding plan, start from the same model.
+    Any number of ranks and any sharding plan therefore start from the same model.
     """
     for name, value in model.state_dict().items():
         if ".embedding_bags." not in name:
@@ -38,11 +38,12 @@ def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) 
 
 
 def _fill(target: Tensor, row: int, column: int, width: int, seed: int, table: str, scale: float) -> None:
-    """Rows [row, row + n) and columns from `column` of a table that is `width` wide."""
+    """Fill rows [row, row + n) and columns from `column` of a table of `width` columns."""
     end = row + target.shape[0]
     for block in range(row // INIT_ROWS, -(-end // INIT_ROWS)):
         digest = hashlib.sha256(f"{seed}/{table}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        # All columns of the block are drawn, also those of other shards: otherwise values would depend on the sharding.
         values = (torch.rand(INIT_ROWS, width, generator=generator) * 2 - 1) * scale
         first, last = max(row, block * INIT_ROWS), min(end, (block + 1) * INIT_ROWS)
         part = values[first - block * INIT_ROWS : last - block * INIT_ROWS, column : column + target.shape[1]]
@@ -50,7 +51,7 @@ def _fill(target: Tensor, row: int, column: int, width: int, seed: int, table: s
 
 
 def assemble_tensor(value: Any) -> Tensor:
-    """A tensor of a model's state, sharded or not, as one. For one process."""
+    """Return a tensor of a model's state unsharded. For a single process, which has all shards."""
     if not isinstance(value, ShardedTensor):
         return full_tensor(value)
     shards = value.local_shards()
