@@ -1,7 +1,7 @@
-"""What autograd keeps of an encoder for the backward pass, found without running it at its size.
+"""Estimates the memory of an encoder's activations (tensors that autograd saves) without running it at its size.
 
-A Hugging Face model runs with fake tensors, which have shapes and no contents; the other user encoders, which look at
-lengths as they run, over a short sequence. One and two layers tell what each further one adds.
+A Hugging Face model runs on fake tensors, which have shapes but no contents; the other user encoders, which read
+lengths as they run, on a short sequence. The difference between one and two layers is the memory of each further one.
 """
 
 import copy
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes that autograd keeps of a sequence: of each layer, of what is around the layers, of a layer's input alone.
+    """Bytes that autograd saves per sequence: in each layer, outside of the layers, and for a layer's input alone.
 
-    constant_per_layer, constant_outside: the same whatever the number of sequences (weights in another precision);
-    transient: bytes of
-    a sequence that a layer makes and drops at its busiest.
+    constant_per_layer, constant_outside: independent of the number of sequences (weights cast to another precision).
+    transient: largest temporary memory of a layer, per sequence.
     """
 
     layers: int
@@ -43,10 +42,10 @@ class ActivationBytes:
     constant_outside: float = 0.0
 
     def total(self, sequences: float, checkpointing: bool, reads_rows: bool = False) -> float:
-        """Of so many sequences. checkpointing: activation checkpointing keeps the layers' inputs, and one layer at a
-        time.
+        """Compute the bytes of a number of sequences.
 
-        reads_rows: of the last layer keys and values alone are made of every row.
+        checkpointing: activation checkpointing saves the inputs of all layers, and all tensors of one layer at a time.
+        reads_rows: the last layer computes only keys and values for every row (`modules/attention/last_layer.py`).
         """
         fixed = self.constant_outside + self.constant_per_layer * (1 if checkpointing else self.layers)
         if checkpointing:
@@ -58,17 +57,19 @@ class ActivationBytes:
 
 
 LAST_LAYER_SAVING = 0.75
-"""Share of the last layer that need not be kept where only the [ITEM] rows are read."""
+"""Share of the last layer's activations that are not saved if only the [ITEM] rows are read."""
 
 
 def decoder_activation_bytes(shape: "PreTrainedConfig", length: int, config: Config) -> ActivationBytes:
-    """Of a Hugging Face model and sequences of `length`, read off fake passes of one and two layers and sequences."""
+    """Estimate for a Hugging Face model and sequences of `length`, from fake passes of 1 and 2 layers and sequences."""
     found = {
         (layers, sequences): _measured_activation_bytes(shape, layers, sequences, length, compute_dtype(config))
         for layers in (1, 2)
         for sequences in (1, 2)
     }
-    growth = {layers: found[layers, 2] - found[layers, 1] for layers in (1, 2)}  # with each sequence
+    # bytes(layers, sequences) is linear in both: fixed(layers) + growth(layers) * sequences, and each part is outside +
+    # per layer * layers. Four measurements determine it.
+    growth = {layers: found[layers, 2] - found[layers, 1] for layers in (1, 2)}  # per sequence
     fixed = {layers: found[layers, 1] - growth[layers] for layers in (1, 2)}
     number = 2 if config.parallel.precision == "bf16" else 4
     return ActivationBytes(
@@ -102,7 +103,7 @@ def _measured_activation_bytes(
 
 @contextmanager
 def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
-    """Within the context: storage -> bytes of what autograd keeps, the model's own weights left out."""
+    """Context manager that yields storage -> bytes of the tensors that autograd saves, without the model's weights."""
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, float] = {}
     alive: list[Tensor] = []
@@ -111,7 +112,7 @@ def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in own and storage._cdata not in kept:
             kept[storage._cdata] = float(storage.nbytes())
-            alive.append(tensor)  # so that no other storage takes its place
+            alive.append(tensor)  # keeps the storage alive, so that its address is not reused by another
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -119,7 +120,7 @@ def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
 
 
 def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
-    """Of HSTU, SASRec or LiGR, read off real forward passes of one and two layers over a short sequence."""
+    """Estimate for HSTU, SASRec or LiGR, from forward passes of one and two layers over a short sequence."""
     shape, measured = dict(config.user.shape or {}), []
     short = min(length, 64)
     for layers in (1, 2):
