@@ -1,10 +1,10 @@
-"""What a configuration needs on a machine that need not be there: memory of a rank, traffic and time of a step.
+"""Estimates memory of a rank, traffic and time of a step for a configuration on hypothetical hardware.
 
     memory = weights + gradients + optimizer + averages + tables + activations + the loss + exchanged rows
 
 Nothing of the model's size is allocated. Weights are counted on a model on the meta device; tables are placed by
-TorchRec's own planner for ranks that are not there; activations are what autograd would keep (see `kept`).
-Sizes are bytes, times seconds, rates per second.
+TorchRec's planner for hypothetical ranks; activations are the tensors that autograd would save (`activations.py`).
+Sizes are in bytes, times in seconds, rates per second.
 
 Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an item.
 """
@@ -40,14 +40,14 @@ from hllm_torchrec.planning.traffic import shards_of, table_traffic
 
 @dataclass(frozen=True)
 class Machine:
-    """Ranks and what each has. flops: of matrix products; intra, inter: bytes/s to ranks of its own node, of others.
+    """Ranks and the hardware of each. flops: of matrix products; intra, inter: bytes/s to ranks of its node, of others.
 
-    Rates are the makers' figures; `efficiency` is the share of `flops` that training is expected to reach.
+    Rates are the manufacturers' figures; `efficiency` is the share of `flops` that training is expected to reach.
     """
 
     nodes: int
     ranks: int
-    """Of a node."""
+    """Ranks per node."""
     memory: float
     flops: float
     intra: float
@@ -57,12 +57,12 @@ class Machine:
 
     @property
     def world_size(self) -> int:
-        """W."""
+        """Number of ranks, W."""
         return self.nodes * self.ranks
 
     @property
     def bandwidth(self) -> float:
-        """Of the slowest link that an exchange among all ranks uses."""
+        """Bytes/s of the slowest link that an exchange among all ranks uses."""
         return self.inter if self.nodes > 1 else self.intra
 
 
@@ -71,16 +71,16 @@ HARDWARE: dict[str, dict[str, Any]] = {
     "a100": {"memory": 80e9, "flops": 312e12, "intra": 300e9, "inter": 25e9},
     "cpu": {"memory": 16e9, "flops": 75e9, "intra": 5e9, "inter": 1e9, "is_gpu": False},
 }
-"""Makers' figures of a GPU (dense bf16; NVLink one way; 400 or 200 Gbit/s of network each); cpu: one core, fp32."""
+"""Manufacturers' figures per GPU (dense bf16; NVLink one way; 400 or 200 Gbit/s network); cpu: one core, fp32."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the data is like. items, users: how many; item_tokens: mean L; history: mean N, at most `max_history`.
+    """Statistics of the data. items, users: numbers of them; item_tokens: mean L; history: mean N, up to `max_history`.
 
-    popularity: events of each item, where they are known; without, all items are alike. peak_to_mean: events of the
-    fullest
-    step over those of the mean one; memory is of the former, traffic and time are of the latter.
+    popularity: number of events of each item, if known; otherwise items count as equally frequent. peak_to_mean:
+    events of the largest step divided by those of the mean step; memory is estimated for the largest, traffic and time
+    for the mean.
     """
 
     items: int
@@ -91,7 +91,9 @@ class Workload:
     peak_to_mean: float = 1.0
 
     def unique(self, events: float, negatives: float) -> float:
-        """How many different items so many events, and negatives drawn from the whole catalogue, hit on average."""
+        """Expected number of distinct items in `events` events and `negatives` draws from the complete catalogue."""
+        # An item with share p is missed by n events with probability (1 - p)^n, and by k uniform draws with exp(-k /
+        # items).
         missed = np.array([self.items]) * math.exp(-events / self.items)
         if self.popularity is not None:
             missed = np.exp(events * np.log1p(-self.popularity / max(1, self.popularity.sum())))
@@ -100,10 +102,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """memory, traffic: bytes of the fullest rank, and sent by a rank in a step, by what they are for.
+    """Result of `estimate`.
 
-    seconds: of a step: {"compute", "traffic"}, which overlap in part; counts: the quantities behind them; tables: where
-    the planner puts each table, in words.
+    memory: bytes on the rank with the most, by purpose. traffic: bytes sent by a rank in a step, by purpose. seconds:
+    {"compute", "traffic"} of a step, which overlap in part. counts: quantities behind the estimates. tables: placement
+    of each table by the planner, as text.
     """
 
     memory: dict[str, float]
@@ -116,19 +119,19 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """Bytes of the fullest rank."""
+        """Bytes on the rank with the most."""
         return sum(self.memory.values())
 
 
 def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str, int]) -> Estimate:
-    """The needs of a training step.
+    """Estimate memory, traffic and time of a training step.
 
     Args:
-        config: its `pretrained` directories may be missing where their names are of SHAPES.
+        config: its `pretrained` directories need not exist if their names are in MODEL_CONFIGS.
         tables: {categorical feature: rows}, as `BatchSpec.tables` gives.
 
     Raises:
-        ValueError: a model whose shape is not known, or tables that TorchRec's planner cannot place.
+        ValueError: a model of unknown shape, or tables that TorchRec's planner cannot place.
     """
     config = with_model_configs(config)
     with torch.device("meta"):
@@ -156,12 +159,12 @@ def estimate(config: Config, work: Workload, machine: Machine, tables: dict[str,
 
 
 def planned_stage(config: Config) -> StageConfig:
-    """The first stage that trains the Item LLM, or else the first."""
+    """Return the first stage that trains the Item LLM, or else the first stage."""
     return next((stage for stage in config.stages if stage.item_embeddings == "trained"), config.stages[0])
 
 
 def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float]:
-    """Quantities of a step on one rank, in the planned stage."""
+    """Compute the quantities of a step on one rank, in the planned stage."""
     stage = planned_stage(config)
     history = min(work.history, stage.max_history or config.data.max_history)
     pieces: float = stage.batch_users or config.data.batch_users
@@ -169,7 +172,7 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
         pieces = max(1.0, config.data.batch_item_tokens / (history * (work.item_tokens + 1)))
     positions = pieces * history
     negatives = config.objective.negatives if config.objective.generates else 0
-    queries = 0.0 if config.objective.fusion == "none" else positions  # nearly every event is an exposure
+    queries = 0.0 if config.objective.fusion == "none" else positions  # assumes that every event is an exposure
     unique = work.unique(positions * machine.world_size, negatives)
     trains = config.item_llm.enabled and stage.item_embeddings == "trained"
     encoded = unique / machine.world_size if trains else 0.0
@@ -196,7 +199,7 @@ def _dense(model: HLLM) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _weights(model: HLLM, config: Config, world: int) -> dict[str, float]:
-    """fp32 weights, gradients, Adam's two means and the running averages of the dense parts."""
+    """Compute the memory of the dense parts: fp32 weights, gradients, Adam's two moments and running averages."""
     shards = world if config.parallel.dense == "fsdp" else 1
     everything = sum(p.numel() for _, p in _dense(model)) / shards
     trained = sum(p.numel() for _, p in _dense(model) if p.requires_grad) / shards
@@ -204,7 +207,8 @@ def _weights(model: HLLM, config: Config, world: int) -> dict[str, float]:
     found = {"weights": 4 * everything, "gradients": 4 * trained, "optimizer": 8 * trained}
     if config.optim.ema:
         found["averages"] = 4 * averaged
-    if config.parallel.dense == "fsdp":  # two layers at a time are whole, and what is in no layer
+    # FSDP2 gathers the running layer and prefetches the next one; weights outside of the layers stay gathered.
+    if config.parallel.dense == "fsdp":
         layers = [sum(p.numel() for p in layer.parameters()) for layer in llm_layers(model)]
         outside = sum(p.numel() for _, p in _dense(model)) - sum(layers)
         found["gathered weights"] = 4.0 * (2 * max(layers, default=0) + outside)
@@ -212,7 +216,7 @@ def _weights(model: HLLM, config: Config, world: int) -> dict[str, float]:
 
 
 def _place_tables(model: HLLM, config: Config, machine: Machine) -> tuple[ShardingPlan, dict[str, str]]:
-    """TorchRec's plan for all ranks, and each table's place in words."""
+    """Plan the tables for all ranks; also return the placement of each table as text."""
     tables = model.features.tables
     if tables is None:
         return ShardingPlan({}), {}
@@ -241,12 +245,13 @@ def _shardings(plan: ShardingPlan) -> Iterator[tuple[str, Any]]:
 
 
 def _table_bytes(model: HLLM, plan: ShardingPlan, config: Config) -> float:
-    """Of the fullest rank: weights and optimizer state; replicated tables are the dense optimizer's, with gradients."""
+    """Bytes of tables on the rank with the most: weights, optimizer state, and gradients of replicated tables."""
     by_rank: Counter[int] = Counter()
     replicated = 0.0
     for name, sharding in _shardings(plan):
         if sharding.sharding_spec is None:
             assert model.features.tables is not None
+            # float32 weight, gradient and Adam's two moments: replicated tables belong to the dense optimizer.
             replicated += 16.0 * model.features.tables.embedding_bags[name].weight.numel()
             continue
         for shard in sharding.sharding_spec.shards:
@@ -260,7 +265,7 @@ def _table_bytes(model: HLLM, plan: ShardingPlan, config: Config) -> float:
 
 
 def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
-    """What autograd keeps of both encoders, and the largest of what a layer makes and drops."""
+    """Estimate the saved activations of both encoders, and the largest temporary memory of a layer."""
     found = {}
     if model.item_llm is not None and counts["item_tokens"] and config.item_llm.trainable:
         length = max(1, round(counts["tokens_of_item"]))
@@ -282,7 +287,7 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 
 
 def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
-    """Rows of the features, exchanged item embeddings and the loss, gradients included."""
+    """Estimate the memory of feature rows, exchanged item embeddings and the loss, with gradients."""
     number_of_tables = len(model.features.tables.embedding_bag_configs()) if model.features.tables is not None else 0
     slots = counts["positions"] + counts["queries"]
     width = model.user.width
@@ -300,9 +305,10 @@ def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, fl
 
 
 def _traffic(model: HLLM, config: Config, counts: dict[str, float], machine: Machine) -> dict[str, float]:
-    """Bytes that a rank sends in a step."""
+    """Compute the bytes that a rank sends in a step."""
     others = (machine.world_size - 1) / machine.world_size
     dense = 4.0 * sum(p.numel() for _, p in _dense(model) if p.requires_grad)
+    # A ring all-reduce sends 2 (W - 1) / W of the gradients' size.
     found = {"gradients": 2 * dense * others}
     if config.parallel.dense == "fsdp":  # weights for both passes, then the gradients' sums
         every = 4.0 * sum(p.numel() for _, p in _dense(model))
@@ -313,7 +319,10 @@ def _traffic(model: HLLM, config: Config, counts: dict[str, float], machine: Mac
 
 
 def _flops(model: HLLM, config: Config, counts: dict[str, float]) -> float:
-    """Matrix products of a step on a rank: three forward passes of what is trained, four where it is recomputed."""
+    """Count the operations of matrix products in a step on a rank.
+
+    Forward and backward cost three forward passes of the trained parts, four with recomputation.
+    """
     passes = 3 + config.parallel.activation_checkpointing
     adapted = {name: part.lora.rank > 0 for name, part in (("item", config.item_llm), ("user", config.user))}
     flops = 0.0
@@ -336,7 +345,7 @@ def _decoder_flops(backbone: nn.Module, tokens: float, keys: float) -> float:
 
 
 def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
-    """Options that make it smaller, those that cost least first; empty where it fits in nine tenths of the memory."""
+    """Suggest options that reduce memory, cheapest first; empty if the estimate fits into 90% of the memory."""
     if estimate.peak <= FILLED * machine.memory:
         return []
     memory, said = estimate.memory, []
@@ -369,7 +378,7 @@ def advice(config: Config, estimate: Estimate, machine: Machine) -> list[str]:
 
 
 FILLED = 0.9
-"""Share of the memory that may be planned for: the rest is the allocator's and the libraries'."""
+"""Share of the memory that may be planned for; the allocator and libraries need the rest."""
 
 
 def _gigabytes(size: float) -> str:
