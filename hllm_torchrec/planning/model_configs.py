@@ -1,4 +1,4 @@
-"""Models by their shapes alone, for who asks what they would need."""
+"""Configurations of published LLMs, to plan with them without their weights."""
 
 import dataclasses
 from pathlib import Path
@@ -42,14 +42,14 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 30522,
     },
 }
-"""Published shapes, for configurations that name a directory which is not on this machine, by the directory's name."""
+"""Published shapes by directory name, used if a configuration names a directory that does not exist here."""
 
 
 def with_model_configs(config: Config) -> Config:
-    """The configuration with shapes in place of pretrained weights, whose values do not matter here.
+    """Replace pretrained weights in a configuration by their shapes: planning does not need the values.
 
     Raises:
-        ValueError: a directory that is not there and whose name is not of SHAPES.
+        ValueError: a directory that does not exist and whose name is not in MODEL_CONFIGS.
     """
     item, user = config.item_llm, config.user
     if item.enabled and item.pretrained is not None:
