@@ -1,11 +1,11 @@
-"""What looking rows up in sharded tables moves between ranks, and what it holds there, by where a plan puts the tables.
+"""Traffic and memory of lookups in sharded tables, by the sharding plan.
 
-A bag per event makes a lookup's output as long as the batch of all ranks, W x n rows, on every rank that has a part of
-the table. What each kind of sharding then sends is not alike by far:
+With a bag per event, the output of a lookup has the batch of all ranks, W x n rows, on every rank that has a shard of
+the table. The traffic differs much between kinds of sharding:
 
-    table_wise, column_wise   the owner sends W - 1 others their n rows, and gets as many gradients
+    table_wise, column_wise   the owner sends n rows to each of W - 1 ranks, and receives as many gradients
     row_wise                  every rank sums its part of all W x n rows: reduce-scatter, and all-gather of gradients
-    table_row_wise            the same among the ranks of one node, then each of them sends its share to other nodes
+    table_row_wise            the same among the ranks of one node, each of which then sends its share to other nodes
 
 Legend: W ranks, L ranks of a node, n rows that a rank looks up.
 """
@@ -20,7 +20,7 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class TableTraffic:
-    """Of the rank with the most: bytes sent within its node and to other nodes, and held of all ranks' rows."""
+    """Largest figures of a rank, in bytes: sent within its node, sent to other nodes, and held of all ranks' rows."""
 
     within: float
     across: float
@@ -28,7 +28,7 @@ class TableTraffic:
 
 
 def shards_of(shardings: Iterable[tuple[str, Any]]) -> list[tuple[str, int, int, int]]:
-    """(table, rank, rows, columns) of every shard of a plan; replicated tables have none."""
+    """List (table, rank, rows, columns) of every shard of a plan; replicated tables have none."""
     return [
         (name, shard.placement.rank(), *shard.shard_sizes)
         for name, sharding in shardings
@@ -40,13 +40,13 @@ def shards_of(shardings: Iterable[tuple[str, Any]]) -> list[tuple[str, int, int,
 def table_traffic(
     shardings: Iterable[tuple[str, Any]], rows: float, world: int, of_node: int, rates: tuple[float, float]
 ) -> TableTraffic:
-    """What a step sends for tables, forward and backward.
+    """Compute the traffic of a step's lookups, forward and backward.
 
     Args:
         shardings: a plan's (table, ParameterSharding).
         rows: n, of each table.
         world, of_node: W and L.
-        rates: bytes/s within a node and across nodes; they decide which rank is the slowest.
+        rates: bytes/s within a node and across nodes; used to find the slowest rank.
     """
     within, across, held = (defaultdict[int, float](float) for _ in range(3))
     for _, sharding in shardings:
@@ -60,7 +60,8 @@ def table_traffic(
             inside, outside = _sent(sharding.sharding_type, size, world, of_node)
             within[rank] += inside
             across[rank] += outside
-        for rank in range(world):  # gradients, to the owners
+        # Gradients of a rank's n rows go to the owners; row_wise has them in `_sent` already (all-gather).
+        for rank in range(world):
             if sharding.sharding_type != "row_wise":
                 size = sum(by_rank.values()) if sharding.sharding_type == "column_wise" else max(by_rank.values())
                 near = any(owner // of_node == rank // of_node for owner in by_rank)
@@ -70,7 +71,7 @@ def table_traffic(
 
 
 def _sent(kind: str, size: float, world: int, of_node: int) -> tuple[float, float]:
-    """Bytes that an owner sends within its node and to others; size: of n rows of its columns."""
+    """Return the bytes that an owner sends within its node and to other nodes; size: bytes of n rows of its columns."""
     if kind in ("table_wise", "column_wise"):
         return (of_node - 1) * size, (world - of_node) * size
     if kind == "row_wise":
