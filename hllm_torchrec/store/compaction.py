@@ -1,10 +1,9 @@
-"""Runs merged into one: all of them (compaction), or the newest while there are many.
+"""Merging of segments: all of them (compaction), or the newest when there are many.
 
-A lookup asks every run, so a store that is written every minute must not keep a run for each commit. After a commit
-that leaves more than MAX_SEGMENTS of them, the newest are merged: at least so many that half are left, and on from
-there
-every run that has no more rows than the newer ones together. Rows so merged at least double, so a row is rewritten a
-number of times that grows with the logarithm of the rows, not with the number of commits.
+A lookup searches every segment, so a store that is written every minute must not keep one per commit. After a commit
+that leaves more than MAX_SEGMENTS, the newest are merged: at least so many that half remain, and then every older one
+that has no more rows than the newer ones together. Each such merge at least doubles the size of the segment that a row
+is in, so a row is rewritten O(log rows) times, regardless of the number of commits.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ MAX_SEGMENTS = 64
 
 
 def first_to_merge(sizes: Sequence[int]) -> int:
-    """Which run is the first of those to merge, len(sizes) if none; sizes: rows of each run, oldest first."""
+    """Return the first segment to merge, len(sizes) for none; sizes: rows of each segment, oldest first."""
     if len(sizes) <= MAX_SEGMENTS:
         return len(sizes)
     first = MAX_SEGMENTS // 2
@@ -32,10 +31,11 @@ def first_to_merge(sizes: Sequence[int]) -> int:
 
 
 def merge_segments(snapshot: Snapshot, first: int, writer: SegmentWriter) -> SegmentFacts:
-    """Write what the runs from `first` on come to: standing rows, and deletions that an older run still needs."""
+    """Merge the segments from `first` on: write their live rows, and the deletions of keys of older segments."""
     for number in range(first, len(snapshot.segments)):
         for keys, vectors, marks in snapshot.rows_of(number):
             writer.add(keys, vectors, marks)
+    # A deletion is still needed if an older segment, which is not merged, has the key; otherwise it can be dropped.
     older = snapshot.oldest(first)
     for number in range(first, len(snapshot.segments)) if first else ():
         for keys in snapshot.deletions_of(number):
