@@ -1,4 +1,4 @@
-"""A store's contents for other programs: Parquet files, or a FAISS index of inner products."""
+"""Export of a store for other programs: Parquet files, or a FAISS inner-product index."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def export_parquet(snapshot: Snapshot, target: Path, rows_per_file: int = 2_000_
         The number of rows.
 
     Raises:
-        ValueError: there is something at `target`.
+        ValueError: `target` exists.
     """
     _refuse_existing(target)
     rows = written = 0
@@ -47,13 +47,13 @@ def export_parquet(snapshot: Snapshot, target: Path, rows_per_file: int = 2_000_
 def export_faiss(snapshot: Snapshot, target: Path, *, normalize: bool = True) -> int:
     """Write index.faiss (exact search by inner product) and ids.parquet: position in the index -> id.
 
-    normalize: vectors of length 1, so that the inner product is the cosine similarity that HLLM is trained with.
+    normalize: scale vectors to length 1, so that the inner product is the cosine similarity that HLLM is trained with.
 
     Returns:
         The number of rows.
 
     Raises:
-        ValueError: there is something at `target`, or faiss is not installed.
+        ValueError: `target` exists, or faiss is not installed.
     """
     _refuse_existing(target)
     faiss = import_faiss()
@@ -72,7 +72,7 @@ def write_index(index: Any, ids: pa.Array | pa.ChunkedArray, target: Path) -> No
     """Write a FAISS index as index.faiss and ids.parquet: position in the index -> id.
 
     Raises:
-        ValueError: there is something at `target`.
+        ValueError: `target` exists.
     """
     _refuse_existing(target)
     with atomic_folder(target) as folder:
@@ -81,7 +81,7 @@ def write_index(index: Any, ids: pa.Array | pa.ChunkedArray, target: Path) -> No
 
 
 def import_faiss() -> Any:
-    """The module, an extra of this package.
+    """Import faiss, an optional dependency.
 
     Raises:
         ValueError: it is not installed.
