@@ -1,12 +1,13 @@
-"""The files of a store, and how they are replaced so that a crash at any point shows the old state or the new one.
+"""Files of a store and their atomic replacement: after a crash at any point, a reader sees the old or the new state.
 
-    store.json          what never changes: format, width, dtype, kind of keys, facts about the model
-    manifest.json       the committed state: version and runs; replaced as a whole by every commit
-    lock                held by the one writer
-    runs/<name>/        one commit's rows (see `run`); not in the manifest: left over from a crash, or not yet committed
+    store.json          constant: format, width, dtype, kind of keys, facts about the model
+    manifest.json       the committed state: version and segments; replaced atomically by every commit
+    lock                held by the only writer
+    runs/<name>/        a segment (`store/segment.py`); if the manifest does not name it, it is not committed (yet, or
+                        left over from a crash)
 
-A run's files are written and synced first, then the manifest takes its new name in one step. So a reader finds
-every run of the manifest complete, and a run that no manifest names was never there.
+The files of a segment are written and synced first; then the new manifest is renamed over the old one in one step. So
+every segment of a manifest is complete, and segments that it does not name are ignored.
 """
 
 import fcntl
@@ -26,9 +27,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class SegmentFacts:
-    """What a manifest says of a run.
+    """Entry of the manifest for one segment.
 
-    name: its folder; rows: vectors in it; deleted: keys that it takes away; files: name -> (bytes, CRC-32).
+    name: of its folder; rows: number of vectors; deleted: number of deleted keys; files: name -> (bytes, CRC-32).
     """
 
     name: str
@@ -39,7 +40,7 @@ class SegmentFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The committed state. version: commits so far; live: keys with a vector; runs: oldest first."""
+    """The committed state. version: number of commits; live: number of keys with a vector; runs: oldest first."""
 
     version: int
     live: int
@@ -47,10 +48,10 @@ class Manifest:
 
 
 def read_store_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a file that holds a JSON object.
 
     Raises:
-        ValueError: the file is missing or is none; says so.
+        ValueError: the file is missing or holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -62,10 +63,10 @@ def read_store_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The committed state of the store at `root`.
+    """Read the committed state of the store at `root`.
 
     Raises:
-        ValueError: no manifest, or one that does not say what it should.
+        ValueError: there is no manifest, it is malformed, or a segment is a symbolic link.
     """
     found = _manifest(read_store_json(root / "manifest.json"), root / "manifest.json")
     for run in found.runs:
@@ -76,10 +77,10 @@ def read_manifest(root: Path) -> Manifest:
 
 
 def parse_manifest(text: str, place: str) -> Manifest:
-    """The committed state by a manifest's text, which is that of the store at `place`.
+    """Parse the text of the manifest of the store at `place`.
 
     Raises:
-        ValueError: it does not say what it should.
+        ValueError: it is malformed.
     """
     try:
         raw = json.loads(text)
@@ -89,7 +90,7 @@ def parse_manifest(text: str, place: str) -> Manifest:
 
 
 def _manifest(raw: Any, place: str | Path) -> Manifest:
-    """A manifest from its JSON object; place: what errors call it."""
+    """Check and convert a manifest's JSON object; place: name for errors."""
     try:
         runs = tuple(
             SegmentFacts(
@@ -111,13 +112,13 @@ def _manifest(raw: Any, place: str | Path) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Make `manifest` the committed state; whoever reads sees the old one or this one."""
+    """Make `manifest` the committed state; readers see the old one or this one."""
     replace_file(root / "manifest.json", json.dumps(asdict(manifest), indent=1))
 
 
 @contextmanager
 def writer_lock(root: Path) -> Iterator[None]:
-    """Be the store's only writer; the system lets go of the lock when a process dies.
+    """Context manager that holds the lock of the store's only writer; the system releases it when a process dies.
 
     Raises:
         ValueError: another process is writing.
