@@ -1,7 +1,7 @@
-"""Keys as 64-bit numbers that sort: int64 ids as they are, strings by a hash, told apart by the strings themselves.
+"""Keys as sortable 64-bit numbers: int64 ids unchanged, strings by a hash (colliding strings are then compared).
 
-The hash is computed by columns of eight bytes over all strings at once; it is part of the file format, and golden
-values in the tests keep it.
+The hash is computed over all strings at once, eight bytes at a time. It is part of the file format: golden values in
+the tests guard it.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _KEPT = np.array([2 ** (8 * kept) - 1 for kept in range(9)], np.uint64)
 
 
 def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
-    """An Arrow array of int64 or large strings.
+    """Convert keys to an Arrow array of int64 or large strings.
 
     Raises:
         ValueError: another type, or a null.
@@ -41,7 +41,7 @@ def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
 
 
 def hash_keys(keys: pa.Array) -> Hashes:
-    """uint64 [n] of an array made by `as_keys`."""
+    """Hash an array made by `as_keys`: uint64 [n]."""
     if pa.types.is_integer(keys.type):
         return keys.to_numpy(zero_copy_only=False).view(np.uint64)
     offsets = np.frombuffer(keys.buffers()[1], np.int64)[keys.offset : keys.offset + len(keys) + 1]
@@ -50,10 +50,12 @@ def hash_keys(keys: pa.Array) -> Hashes:
 
 
 def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
-    """uint64 [n] of the byte strings flat[offsets[i] : offsets[i + 1]]: eight bytes at a time, the last padded."""
+    """Hash the byte strings flat[offsets[i] : offsets[i + 1]]: uint64 [n]; the last word of each is zero-padded."""
     lengths = np.diff(offsets)
+    # The length is mixed in, so that zero padding cannot make two strings equal.
     hashes, at = lengths.astype(np.uint64), 0
     rows = np.flatnonzero(lengths)
+    # Round i handles word i of all strings that are long enough; products wrap around on purpose.
     while rows.size:
         word = _words(flat, offsets[rows] + at, np.minimum(lengths[rows] - at, 8))
         with np.errstate(over="ignore"):
@@ -64,23 +66,25 @@ def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
 
 
 def hash_numbers(*columns: NDArray[np.int64]) -> Hashes:
-    """uint64 [n] of rows of numbers, given as columns [n]."""
+    """Hash rows of numbers, given as columns [n]: uint64 [n]."""
     rows = np.ascontiguousarray(np.stack(columns, axis=1).astype(np.int64))
     return hash_bytes(rows.view(np.uint8).ravel(), 8 * len(columns) * np.arange(len(rows) + 1))
 
 
 def _words(data: NDArray[np.uint8], starts: NDArray[np.int64], kept: NDArray[np.int64]) -> Hashes:
-    """uint64 [k]: the first `kept` (1 to 8) of the bytes from each place on."""
+    """Read the first `kept` [k] (1 to 8) bytes from each of `starts` [k] as little-endian uint64 [k]."""
     if data.size < 8:
         data = np.concatenate([data, np.zeros(8, np.uint8)])
+    # A view of the bytes as overlapping words, one starting at every byte, so that unaligned words are one gather.
     words: Hashes = np.ndarray(data.size - 7, "<u8", data, strides=(1,))
-    last = data.size - 8  # whole words there are up to here; behind it, one that ends with the data is shifted
+    # The last complete word starts here. A word that starts later is taken from it, shifted by the bytes in front.
+    last = data.size - 8
     late = np.maximum(starts - last, 0)
     return (words[starts - late] >> (8 * late).astype(np.uint64)) & _KEPT[kept]
 
 
 def _mix(x: Hashes) -> Hashes:
-    """splitmix64's finaliser: every bit of x reaches every bit of the result."""
+    """Finalizer of splitmix64: every bit of x affects every bit of the result."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * _MIXERS[0]
         x = (x ^ (x >> np.uint64(27))) * _MIXERS[1]
