@@ -1,8 +1,8 @@
-"""Embedding stores at URLs: copied to be read, run by run, and published commit by commit.
+"""Embedding stores at URLs: copied to the host for reading, and published with each commit.
 
-A commit's runs are new folders, so a copy is brought up to date by fetching those that it lacks, and the manifest then
-names them. Reading and writing jobs have copies of their own. One job at a time may write to a URL: a second one is
-noticed when it commits, not before, as object stores have no locks.
+The segments of a commit are new folders, so a copy is updated by fetching the missing ones and then replacing its
+manifest. Reading and writing jobs have separate copies. Only one job at a time may write to a URL; a second one is
+detected when it commits, not before, as object stores have no locks.
 """
 
 import shutil
@@ -29,19 +29,19 @@ _ATTEMPTS = 5
 
 
 class RemoteStore:
-    """The URL of a store that this job writes, from its copy at `root`."""
+    """Destination URL of a store that this job writes; `root` is the host's copy."""
 
     def __init__(self, url: str, root: Path) -> None:
         self.url, self.root = url, root
         self._seen = _text(root / MANIFEST)
 
     def upload_segments(self, written: Sequence[SegmentFacts]) -> None:
-        """Upload every rank's new run; rank 0's host fetches those that it lacks. Collective.
+        """Upload every rank's new segment; rank 0's host fetches those of other hosts. Collective.
 
-        written: the facts of the ranks' runs, by rank.
+        written: the facts of the segments, by rank.
 
         Raises:
-            ValueError, OSError: the URL cannot be written to, or a run arrived damaged.
+            ValueError, OSError: the URL cannot be written to, or a segment arrived damaged.
         """
         coordination.run_on_all_ranks(lambda: self._upload_segment(written[coordination.rank()]))
 
@@ -52,7 +52,7 @@ class RemoteStore:
         coordination.run_on_rank_zero(bring)
 
     def publish(self) -> None:
-        """Make what is committed at `root` the store's state at the URL. On rank 0.
+        """Publish the committed state of `root` at the URL. Call on rank 0.
 
         Raises:
             ValueError: another job has committed there since this one began.
@@ -67,9 +67,10 @@ class RemoteStore:
         for run in manifest.runs:
             if not all(f"{run.name}/{name}" in there for name in run.files):
                 self._upload_segment(run)
+        # After all segments: readers must find every segment that a manifest names.
         upload_files(self.root, [MANIFEST], self.url)
         if self._seen is None:
-            upload_files(self.root, [IDENTITY], self.url)  # last: with it, the store is there
+            upload_files(self.root, [IDENTITY], self.url)  # last: without it the store does not exist
         self._seen = now
         kept = {run.name for run in manifest.runs}
         remove_files(
@@ -83,11 +84,11 @@ class RemoteStore:
 
 
 def local_store(url: str) -> Path:
-    """This host's copy of the store at `url`, as last committed there, to read. Not collective.
+    """Update and return this host's read-only copy of the store at `url`. Not collective.
 
     Raises:
-        ValueError: there is none, or it is damaged.
-        OSError: it cannot be reached.
+        ValueError: there is no store, or it is damaged.
+        OSError: the URL cannot be reached.
     """
     with host_lock(url) as folder:
         root = folder / "read" / url_name(url)
@@ -97,11 +98,11 @@ def local_store(url: str) -> Path:
 
 
 def writable_store(url: str) -> Path:
-    """This host's copy of the store at `url` to write to; it has no files where there is no store. Not collective.
+    """Update and return this host's writable copy of the store at `url`; no folder if there is none. Not collective.
 
     Raises:
         ValueError: another process of this host is writing to it, or it is damaged.
-        OSError: it cannot be reached.
+        OSError: the URL cannot be reached.
     """
     with host_lock(url) as folder:
         root = folder / "written" / url_name(url)
@@ -114,7 +115,7 @@ def writable_store(url: str) -> Path:
 
 
 def _update_copy(url: str, root: Path) -> bool:
-    """Bring a copy to the state at the URL; whether there is a store."""
+    """Update a copy to the state at the URL; return whether there is a store."""
     for attempt in range(_ATTEMPTS):
         identity, text = read_text(f"{url}/{IDENTITY}"), read_text(f"{url}/{MANIFEST}")
         if identity is None or text is None:
@@ -125,7 +126,7 @@ def _update_copy(url: str, root: Path) -> bool:
             for run in manifest.runs:
                 _fetch_segment(url, run, root)
         except (OSError, ValueError):
-            # A commit may have merged and removed the runs of the manifest that was read.
+            # A commit may have merged and removed the segments of the manifest that was read: then try the new one.
             if attempt == _ATTEMPTS - 1 or read_text(f"{url}/{MANIFEST}") == text:
                 raise
             continue
@@ -135,10 +136,11 @@ def _update_copy(url: str, root: Path) -> bool:
 
 
 def _fetch_segment(url: str, segment: SegmentFacts, root: Path) -> None:
-    """Fetch a run that the copy lacks, and check it."""
+    """Fetch a segment that the copy does not have, and verify it."""
     target = root / "runs" / segment.name
     if not any(find_segment_damage(target, segment, contents=False)):
         return
+    # Fetched beside and renamed, so that a folder with the segment's name is complete.
     beside = root / "runs" / f"{segment.name}.tmp"
     remove_folder(beside)
     print_transfer("fetching", f"{url}/runs/{segment.name}", {name: size for name, (size, _) in segment.files.items()})
@@ -152,7 +154,7 @@ def _fetch_segment(url: str, segment: SegmentFacts, root: Path) -> None:
 
 
 def _take_over(root: Path, identity: str, text: str, manifest: Manifest) -> None:
-    """Let the copy be the state of `manifest`, whose runs are here, and remove other runs."""
+    """Make `manifest`, whose segments are all in the copy, the copy's state, and remove other segments."""
     if (_text(root / MANIFEST), _text(root / IDENTITY)) != (text, identity):
         replace_file(root / MANIFEST, text)
         replace_file(root / IDENTITY, identity)
