@@ -1,10 +1,10 @@
-"""A run: the rows of one commit. Written once, in order, never changed.
+"""A segment: the immutable files with the rows of one commit, in a folder runs/<name>/ of the store.
 
-    keys.arrow          [n + d] keys in the order of writing, those to delete last (Arrow file, one column)
-    marks.npy           uint64 [n]: what each vector was made from (a hash of the item's text, the user's last event)
-    hashes.npy          uint64 [m] hashes of the keys, sorted; of equal keys the last written stands
-    rows.npy            int64 [m] row of each; n and above: deleted
-    vectors-NNNN.bin    rows of the run, `rows_per_file` in each but the last
+    keys.arrow          [n + d] keys in the order of writing, deleted keys last (Arrow file, one column)
+    marks.npy           uint64 [n] content hashes: of the input of each vector (an item's text, a user's last event)
+    hashes.npy          uint64 [m] hashes of the keys, sorted; of equal keys only the last written is in it
+    rows.npy            int64 [m] row of each hash; n and above: a deleted key
+    vectors-NNNN.bin    vectors of the rows, `rows_per_file` in each file but the last
 
 Legend: n vectors, d deleted keys, m = distinct keys of both, D width.
 """
@@ -37,24 +37,24 @@ _BITS = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
 }
-"""Integers of the same size, and the exponent that infinities and NaN alone have."""
+"""Integer type of the same size, and the exponent bits, all ones only in infinities and NaN."""
 _IN_CACHE = 2**17
-"""Numbers looked at a time."""
+"""Numbers checked at a time, so that the temporary stays in the CPU's cache."""
 FILE_BYTES = 2**32
-"""Vectors of a run are spread over files of about this size."""
+"""Size in bytes of a file of vectors; a segment has as many files as it needs."""
 _BLOCK = 2**24
 _VERIFY = "the store is damaged; `hllm store verify` says where: restore it or build it again"
 _AHEAD = 4
-"""Writes whose checksums may be outstanding: they hold their vectors in memory."""
+"""Most writes whose checksums are pending: each keeps its vectors in memory."""
 _SYNCED_BYTES = 2**27
-"""The disk is given this much to do while more is written."""
+"""Bytes after which a file is synced in the background, so that the last sync has little left to do."""
 
 
 class SegmentReader:
-    """A run, memory-mapped: opened files stay readable when a compaction has removed their names.
+    """A memory-mapped segment. Its open files stay readable after a compaction has deleted them.
 
     Raises:
-        ValueError: a file is missing or has not the size that the manifest says.
+        ValueError: a file is missing or does not have the size that the manifest states.
     """
 
     def __init__(self, folder: Path, facts: SegmentFacts, width: int, dtype: str) -> None:
@@ -68,7 +68,7 @@ class SegmentReader:
             self._check_shapes()
 
     def _check_shapes(self) -> None:
-        """What the files say of one another; their contents are looked at where they are used."""
+        """Check that the sizes of the files agree; their contents are checked where they are used."""
         vectors = sum(len(file) for file in self.files)
         rows, every = self.facts.rows, self.facts.rows + self.facts.deleted
         due = (("hashes", self.hashes, np.uint64, None), ("rows", self.rows, np.int64, self.hashes.size))
@@ -81,20 +81,22 @@ class SegmentReader:
             raise ValueError("the files of vectors are not of one size")
 
     def require_rows(self, rows: Ints) -> Ints:
-        """`rows` [k] of the index; ValueError naming the file where one is not of this run."""
+        """Return `rows` [k], read from the index; ValueError that names the file if one is out of range."""
         if rows.size and not 0 <= rows.min() <= rows.max() < self.facts.rows + self.facts.deleted:
             raise ValueError(f"{self.folder / 'rows.npy'}: is damaged; {_VERIFY}")
         return rows
 
     def require_keys(self) -> None:
-        """ValueError naming the file where there are not as many keys as the manifest says."""
+        """Raise ValueError that names the file if the number of keys is not that of the manifest."""
         if len(self.keys) != self.facts.rows + self.facts.deleted:
             raise ValueError(f"{self.folder / 'keys.arrow'}: has {len(self.keys)} keys; {_VERIFY}")
 
     def take_keys(self, rows: Ints) -> pa.Array:
-        """Keys of `rows` [k]; ValueError naming the file where it points beyond its own text."""
+        """Return the keys of `rows` [k]; ValueError that names the file if an offset points outside its text."""
         if rows.size and rows.max() >= len(self.keys):
             self.require_keys()
+        # Arrow's `take` trusts offsets: with a damaged file it would read outside of the map and crash, so they are
+        # checked.
         for chunk in self.keys.chunks:  # one, or none
             if not pa.types.is_integer(chunk.type) and rows.size:
                 offsets = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset :]
@@ -104,11 +106,11 @@ class SegmentReader:
                     raise ValueError(f"{self.folder / 'keys.arrow'}: is damaged; {_VERIFY}")
         with error_location(self.folder / "keys.arrow", _VERIFY):
             found = contiguous_keys(self.keys.take(pa.array(rows)))
-            found.validate(full=True)  # text is UTF-8
+            found.validate(full=True)  # checks that the text is valid UTF-8
         return found
 
     def _open(self, folder: Path, dtype: str) -> None:
-        # Plain arrays over the maps: np.memmap's own indexing costs microseconds a call.
+        # Plain arrays over the maps: indexing an np.memmap costs microseconds per call.
         self.hashes, self.rows, self.content_hashes = (
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("hashes", "rows", "marks")
         )
@@ -117,6 +119,7 @@ class SegmentReader:
         if self.keys.type not in (pa.int64(), pa.large_string()) or self.keys.num_chunks > 1 or self.keys.null_count:
             raise ValueError(f"keys.arrow holds {self.keys.type} in {self.keys.num_chunks} pieces")
         self.keys.validate()
+        # By length first: file number 10,000 has five digits.
         names = (name for name in self.facts.files if name.startswith("vectors-"))
         self.files = [self._mapped(folder / name, dtype) for name in sorted(names, key=lambda name: (len(name), name))]
         self.rows_per_file = self.files[0].shape[0] if self.files else 1
@@ -125,10 +128,12 @@ class SegmentReader:
         return np.asarray(np.memmap(path, _STORAGE[dtype], mode="r")).reshape(-1, self.width)
 
     def find(self, hashes: Hashes, keys: pa.Array) -> Ints:
-        """Row of each key [k]; -1: not in this run; facts.rows and above: deleted by it."""
+        """Find the row of each key [k]: -1 if not in this segment, facts.rows and above if deleted by it."""
         low = self._place(hashes)
         found = np.full(hashes.size, -1, np.int64)
-        for step in range(self.hashes.size):  # one round, but for keys whose hashes collide
+        # Equal hashes are adjacent. Keys that are not found at the first are compared with the next one, so there is
+        # one round unless hashes of different keys collide.
+        for step in range(self.hashes.size):
             at = low + step
             same = np.flatnonzero((at < self.hashes.size) & (found < 0))
             same = same[self.hashes[at[same]] == hashes[same]]
@@ -145,18 +150,20 @@ class SegmentReader:
         return found
 
     def _place(self, hashes: Hashes) -> Ints:
-        """Where each hash [k] would stand among the sorted ones."""
+        """Find the insertion point [k] of each hash [k] among the sorted hashes."""
         size = self.hashes.size
-        if size and int(self.hashes[-1]) - int(self.hashes[0]) == size - 1:  # ids without gaps: no search
+        # Consecutive integer ids: the position is the difference from the first. Smaller ids wrap around to huge
+        # numbers, which the minimum turns into `size`, out of range like all unknown ids.
+        if size and int(self.hashes[-1]) - int(self.hashes[0]) == size - 1:
             with np.errstate(over="ignore"):
                 return np.minimum(hashes - self.hashes[0], np.uint64(size)).astype(np.int64)
-        order = np.argsort(hashes)  # neighbours touch the same pages
+        order = np.argsort(hashes)  # in sorted order, successive searches touch the same pages
         places = np.empty(hashes.size, np.int64)
         places[order] = np.searchsorted(self.hashes, hashes[order], side="left")
         return places
 
     def gather(self, rows: Ints, out: Tensor, places: Ints | None = None) -> None:
-        """Vectors of `rows` [k] into out[places] (None: into out, in order), fp32 or this run's type."""
+        """Copy the vectors of `rows` [k] to out[places] (None: to out, in order); out: fp32 or the segment's type."""
         same = out.dtype == self.dtype and out.device.type == "cpu"
         target = self._raw(out) if same else None
         if len(self.files) == 1 and places is None and target is not None:
@@ -165,12 +172,12 @@ class SegmentReader:
         order, picked = self._picked(rows)
         at = (np.arange(rows.size) if places is None else places)[order]
         if target is not None:
-            target[at] = picked  # numpy's, by rows: torch's for fp16 goes number by number
+            target[at] = picked  # numpy copies by rows; torch's indexed copy of fp16 goes number by number
         else:
             out[torch.from_numpy(at)] = torch.from_numpy(picked).view(self.dtype).to(out.dtype)
 
     def _picked(self, rows: Ints) -> tuple[Ints | slice, NDArray[Any]]:
-        """Rows of the files, file by file, and in which order they so are."""
+        """Read rows file by file; return (order, vectors), where vector i is that of rows[order[i]]."""
         picked = np.empty((rows.size, self.width), self.files[0].dtype if self.files else np.float32)
         if len(self.files) <= 1:
             if rows.size:
@@ -185,22 +192,22 @@ class SegmentReader:
         return order, picked
 
     def _take(self, number: int, rows: Ints, out: NDArray[Any]) -> None:
-        # "clip": with "raise", numpy would take into a buffer first. Rows are those of the index.
+        # With mode="raise" numpy copies through a buffer; rows from the index are in range, so "clip" never clips.
         np.take(self.files[number], rows, axis=0, mode="clip", out=out)
 
     def _raw(self, values: Tensor) -> NDArray[Any]:
-        """Values of this run's type as the files have them."""
+        """View values as the numpy type of the files (bf16, which numpy lacks, as int16)."""
         return (values.view(torch.int16) if self.dtype == torch.bfloat16 else values).numpy()
 
 
 def contiguous_keys(keys: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array of keys with offsets from 0."""
+    """Combine keys into one array, whose offsets start at 0."""
     array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
     return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
 def all_finite(vectors: Tensor) -> bool:
-    """Whether no number of a store's type is infinite or NaN; by the bits, as CPUs have no arithmetic in fp16."""
+    """Return whether all numbers are finite; compares bits, as CPUs have no fast arithmetic in fp16."""
     bits, exponent = _BITS[vectors.dtype]
     flat = vectors.detach().cpu().contiguous().view(bits).view(-1).numpy()
     kept = np.empty(min(flat.size, _IN_CACHE), flat.dtype)
@@ -212,12 +219,12 @@ def all_finite(vectors: Tensor) -> bool:
 
 
 def rows_per_file(width: int, dtype: str, file_bytes: int) -> int:
-    """Rows of a file of vectors, at least one."""
+    """Number of rows in a file of vectors, at least one."""
     return max(1, file_bytes // (width * DTYPES[dtype].itemsize))
 
 
 class SegmentWriter:
-    """Writes a run, vectors as they come. `finish` syncs everything; the run is nothing until a manifest names it."""
+    """Writes a segment, streaming its vectors. `finish` syncs all files; a manifest then has to name the segment."""
 
     def __init__(self, segments: Path, width: int, dtype: str, kind: KeyKind, file_bytes: int = FILE_BYTES) -> None:
         self.name = f"{secrets.token_hex(8)}"
@@ -231,10 +238,11 @@ class SegmentWriter:
         self._content_hashes: list[Hashes] = []
         self._file: _VectorFile | None = None
         self._files: dict[str, Future[tuple[int, int]]] = {}
-        self._checksums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # beside the writing
+        # Checksums and syncs of written vectors run while the next ones are written.
+        self._checksums, self._syncs = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def add(self, keys: pa.Array, vectors: Tensor, content_hashes: Hashes) -> None:
-        """Append rows: keys [k], vectors [k, D], content hashes [k]. They undo a `delete` of before."""
+        """Append rows: keys [k], vectors [k, D], content hashes [k]. They override an earlier `delete` of a key."""
         values = vectors.detach().to("cpu", DTYPES[self.dtype]).contiguous()
         raw = (values.view(torch.int16) if self.dtype == "bf16" else values).numpy().reshape(-1, self.width)
         at = 0
@@ -253,17 +261,18 @@ class SegmentWriter:
         self._content_hashes.append(np.asarray(content_hashes, np.uint64))
 
     def delete(self, keys: pa.Array) -> None:
-        """Take keys away that earlier runs have."""
+        """Mark keys of earlier segments as deleted."""
         self._deleted.append(keys)
 
     def finish(self) -> SegmentFacts:
-        """Write the index, sync all files and say what they are."""
+        """Write the index, sync all files and return the facts for the manifest."""
         if self._file is not None:
             self._close_file()
+        # Deleted keys come last, so they have rows n and above, and win over earlier rows of the same keys.
         keys = pa.chunked_array([*self._keys, *self._deleted], as_keys([], self.kind).type)
         deleted = sum(len(part) for part in self._deleted)
         with pa.OSFile(str(self.folder / "keys.arrow"), "wb") as sink:
-            table = pa.table({"key": keys}).combine_chunks()  # look-ups go chunk by chunk
+            table = pa.table({"key": keys}).combine_chunks()  # one chunk: lookups index its buffers directly
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
         np.save(self.folder / "marks.npy", np.concatenate([np.empty(0, np.uint64), *self._content_hashes]))
@@ -275,6 +284,7 @@ class SegmentWriter:
             _sync(self.folder / name)
             files[name] = ((self.folder / name).stat().st_size, file_checksum(self.folder / name))
         files |= {name: written.result() for name, written in self._files.items()}
+        # The names of the files are on disk only after their folder is synced, and its name after the folder above.
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
         self._checksums.shutdown()
@@ -288,7 +298,7 @@ class SegmentWriter:
 
 
 class _VectorFile:
-    """A file being written, with the checksum of what has been; what is written is synced meanwhile."""
+    """A file of vectors being written; checksum and syncs of the written part run on other threads."""
 
     def __init__(self, path: Path, checksums: ThreadPoolExecutor, syncs: ThreadPoolExecutor) -> None:
         self.path, self._checksums, self._syncs = path, checksums, syncs
@@ -302,17 +312,18 @@ class _VectorFile:
         data = memoryview(rows.data).cast("B")
         self._pending.append(self._checksums.submit(self._add, data))
         at = 0
-        while at < len(data):  # one call writes 2 GiB at most
+        while at < len(data):  # one call to write(2) writes at most 2 GiB
             at += self._file.write(data[at:])
         self._unsynced += len(data)
         if self._unsynced >= _SYNCED_BYTES:
             self._synced.append(self._syncs.submit(os.fsync, self._file.fileno()))
             self._unsynced = 0
+        # Bounds memory: wait for the oldest checksum if too many are pending.
         while len(self._pending) > _AHEAD:
             self._pending.pop(0).result()
 
     def close(self) -> Future[tuple[int, int]]:
-        """Sync beside what follows; (bytes, CRC-32)."""
+        """Sync and close in the background; the result is (bytes, CRC-32)."""
         return self._syncs.submit(self._close)
 
     def _close(self) -> tuple[int, int]:
@@ -328,7 +339,7 @@ class _VectorFile:
 
 
 def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
-    """Sorted hashes [m] and the row of each; of equal keys the last row stands."""
+    """Return the sorted hashes [m] and the row of each; of equal keys only the last row is kept."""
     parts = [hash_keys(chunk) for chunk in keys.chunks]
     hashes = np.concatenate([np.empty(0, np.uint64), *parts])
     order = np.argsort(hashes)
@@ -337,8 +348,10 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
     if repeated.size == 0:
         return hashes, order.astype(np.int64)
     kept = np.ones(hashes.size, bool)
+    # Rare and small, hence a Python loop: equal hashes are either one key written twice (the larger row wins) or two
+    # keys whose hashes collide (both stay).
     seen: dict[tuple[int, Any], int] = {}
-    for at in np.union1d(repeated, repeated + 1).tolist():  # equal hashes: equal keys, or a collision
+    for at in np.union1d(repeated, repeated + 1).tolist():
         key = (int(hashes[at]), keys[int(order[at])].as_py())
         standing = seen.setdefault(key, at)
         if order[standing] < order[at]:
@@ -349,7 +362,7 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
 
 
 def find_segment_damage(folder: Path, facts: SegmentFacts, *, contents: bool = True) -> Iterator[str]:
-    """Files of a run that are not as they were written, a line each; sizes, and checksums if `contents`."""
+    """Yield a line for each damaged file of a segment; compares sizes, and checksums if `contents`."""
     for name, (size, checksum) in sorted(facts.files.items()):
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found is None:
@@ -361,7 +374,7 @@ def find_segment_damage(folder: Path, facts: SegmentFacts, *, contents: bool = T
 
 
 def file_checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Compute the CRC-32 of a file."""
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
