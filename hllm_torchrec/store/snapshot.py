@@ -1,4 +1,4 @@
-"""A store as one commit left it.
+"""Read access to the state of a store after one commit.
 
 Legend: n ids asked for, D width.
 """
@@ -34,23 +34,24 @@ class Snapshot:
         ]
 
     def __len__(self) -> int:
-        """Keys with a vector."""
+        """Number of keys with a vector."""
         return self.live
 
     @property
     def facts(self) -> tuple[SegmentFacts, ...]:
-        """What a manifest says of the runs."""
+        """Manifest entries of the segments."""
         return tuple(run.facts for run in self.segments)
 
     def locate(self, keys: Keys) -> tuple[Ints, Ints]:
-        """(run, row) of each key [n]; run -1: unknown."""
+        """Return (segment [n], row [n]) of each key [n]; segment -1: unknown."""
         array = as_keys(keys, self.store.kind)
         return self._locate(array, hash_keys(array))
 
     def gather(self, keys: Keys, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Vectors [n, D] of `keys` [n], zeros where unknown, and whether each is known, bool [n]."""
+        """Return the vectors [n, D] of `keys` [n], zeros if unknown, and which keys are known, bool [n]."""
         runs, rows = self.locate(keys)
         known = runs >= 0
+        # The common case after a compaction: no scatter, and no zeros to write first.
         if len(self.segments) == 1 and known.all():
             out = torch.empty(rows.size, self.store.width, dtype=dtype)
             self.segments[0].gather(rows, out)
@@ -62,7 +63,7 @@ class Snapshot:
         return out, torch.from_numpy(known)
 
     def content_hashes(self, keys: Keys) -> tuple[Hashes, NDArray[np.bool_]]:
-        """Content hashes [n] of `keys` [n] (0 where unknown), and whether each is known."""
+        """Return the content hashes [n] of `keys` [n] (0 if unknown), and which keys are known, bool [n]."""
         runs, rows = self.locate(keys)
         found = np.zeros(rows.size, np.uint64)
         for number in np.unique(runs[runs >= 0]).tolist():
@@ -71,13 +72,12 @@ class Snapshot:
         return found, runs >= 0
 
     def rows(self, batch: int = 65_536) -> Iterator[tuple[pa.Array, Tensor, Hashes]]:
-        """All live rows, `batch` at a time: keys [k], vectors [k, D] of the store's type, content hashes [k]."""
+        """Yield all live rows, `batch` at a time: keys [k], vectors [k, D] of the store's type, content hashes [k]."""
         for number in range(len(self.segments)):
             yield from self.rows_of(number, batch)
 
     def rows_of(self, number: int, batch: int = 65_536) -> Iterator[tuple[pa.Array, Tensor, Hashes]]:
-        """The live rows of one run, `batch` at a time: keys [k], vectors [k, D] of the store's type, content hashes
-        [k]."""
+        """Yield the live rows of one segment as `rows` does."""
         run = self.segments[number]
         for keys, rows in self._live_rows(number, 0, run.facts.rows, batch):
             vectors = torch.empty(rows.size, self.store.width, dtype=run.dtype)
@@ -85,18 +85,18 @@ class Snapshot:
             yield keys, vectors, run.content_hashes[rows]
 
     def deletions_of(self, number: int, batch: int = 65_536) -> Iterator[pa.Array]:
-        """Keys that a run takes away and no newer run has again."""
+        """Yield the keys that a segment deletes and no newer segment has."""
         facts = self.segments[number].facts
         return (keys for keys, _ in self._live_rows(number, facts.rows, facts.rows + facts.deleted, batch))
 
     def oldest(self, number: int) -> "Snapshot":
-        """The oldest `number` runs alone; its `live` says nothing."""
+        """Return a snapshot of the oldest `number` segments; its `live` is not valid."""
         older = Snapshot(self.store, Manifest(self.version, 0, ()))
         older.segments = self.segments[:number]
         return older
 
     def change_by(self, segment: SegmentReader) -> int:
-        """Keys with a vector that a run to come adds, less those that it takes away."""
+        """Number of live keys that a new segment would add, minus those that it would delete."""
         if not self.segments:
             return int((segment.rows < segment.facts.rows).sum())
         change, batch = 0, 1_048_576
@@ -108,9 +108,10 @@ class Snapshot:
         return change
 
     def _live_rows(self, number: int, first: int, last: int, batch: int) -> Iterator[tuple[pa.Array, Ints]]:
-        """Those rows of a run, `first` to `last`, that none in it or a newer one replaces, and their keys."""
+        """Yield (keys, rows) of a segment's rows in [first, last) that no later row, in it or a newer one, replaces."""
         run = self.segments[number]
         run.require_keys()
+        # The index has only the last row of each key: rows that are not in it were replaced within the segment.
         counts = np.zeros(run.facts.rows + run.facts.deleted, bool)
         counts[run.require_rows(run.rows)] = True
         for at in range(first, last, batch):
@@ -120,7 +121,7 @@ class Snapshot:
                 yield keys, rows
 
     def _not_in(self, newest: int, rows: Ints, keys: pa.Array) -> tuple[Ints, pa.Array]:
-        """Those whose key no run from `newest` on has or deletes."""
+        """Filter rows and keys: those whose key no segment from `newest` on has or deletes."""
         if newest == len(self.segments) or rows.size == 0:
             return rows, keys
         hashes = hash_keys(keys)
@@ -130,9 +131,11 @@ class Snapshot:
         return (rows, keys) if not there.any() else (rows[~there], keys.take(pa.array(np.flatnonzero(~there))))
 
     def _locate(self, keys: pa.Array, hashes: Hashes) -> tuple[Ints, Ints]:
-        """Newest run first; a key that a run deletes is unknown, whatever older runs have."""
+        """Find (segment, row) of each key, as `locate`."""
         runs, rows = np.full(len(keys), -1, np.int64), np.full(len(keys), -1, np.int64)
         left = np.arange(len(keys))
+        # Newest first, as the newest entry of a key counts. A deletion is an entry: the key leaves the search, and is
+        # unknown even if an older segment has it.
         for number in reversed(range(len(self.segments))):
             run = self.segments[number]
             found = run.find(hashes[left], keys if left.size == len(keys) else keys.take(pa.array(left)))
