@@ -1,4 +1,4 @@
-"""The embedding store: id -> vector, with atomic incremental commits and readers that never see half of one.
+"""The embedding store: id -> vector, with atomic incremental commits and consistent snapshots for readers.
 
     store = EmbeddingStore.create("stores/items", width=576, dtype="fp16", facts=facts)
     with store.writer() as writer:                       # one writer at a time
@@ -7,13 +7,12 @@
         writer.commit()                                  # nothing before this line is visible, all after it
     vectors, known = store.snapshot().gather(["i2", "i7"])
 
-A commit is a run of new rows (see `run`); a key's newest run counts. Many runs are merged (see `compaction`); `compact`
-joins all into one and so removes deleted vectors for good. By arithmetic, 10^8 ids x 2,048 in fp16 are 410 GB of
-vectors in 96 files and 2.4 GB of index (hash, row and content hash of each key) beside the keys, all memory-mapped: a
-lookup
-touches a few pages of it (docs/store.md).
+A commit adds a segment of new rows (`store/segment.py`); a key's newest segment counts. Many segments are merged
+(`store/compaction.py`); `compact` merges all of them, and so erases deleted vectors from the disk. By arithmetic, 10^8
+ids x 2,048 in fp16 are 410 GB of vectors in 96 files and 2.4 GB of index (hash, row and content hash of each key) in
+addition to the keys, all memory-mapped: a lookup touches a few pages of it (docs/store.md).
 
-Legend: n ids asked for, D width.
+Legend: n requested ids, D width.
 """
 
 import hashlib
@@ -54,11 +53,11 @@ from hllm_torchrec.store.snapshot import Snapshot
 
 _ATTEMPTS = 10
 MAX_WIDTH = 1 << 20
-"""Of a vector; none is as wide."""
+"""Upper bound of the width of a vector, exclusive."""
 
 
 class EmbeddingStore:
-    """A store's folder. Make one with `create`, reach one with `open`."""
+    """A store in a folder. `create` makes a new one, `open` opens an existing one."""
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
         self.root = root
@@ -67,11 +66,11 @@ class EmbeddingStore:
         self.dtype: str = identity["dtype"]
         self.kind: KeyKind = identity["keys"]
         self.facts: dict[str, Any] = identity["facts"]
-        """What made the vectors: weights, model configuration, tokeniser."""
+        """Origin of the vectors: weights, model configuration, tokenizer."""
         self.copy_of: str | None = None
-        """The URL of which `root` is a copy to read."""
+        """The URL of which `root` is a read-only copy."""
         self.published: RemoteStore | None = None
-        """Where commits of this job go, if the store is at a URL."""
+        """Destination of this job's commits, if the store is at a URL."""
 
     @property
     def fingerprint(self) -> str:
@@ -82,14 +81,14 @@ class EmbeddingStore:
     def create(
         cls, path: str | Path, width: int, dtype: str = "fp16", keys: KeyKind = "string", facts: Any = None
     ) -> "EmbeddingStore":
-        """An empty store at `path`.
+        """Create an empty store at `path`.
 
         Args:
             dtype: "fp32", "fp16" or "bf16".
-            facts: what makes the vectors, as JSON: see `require`.
+            facts: origin of the vectors, as JSON; see `require`.
 
         Raises:
-            ValueError: there is something at `path`, or a value is not allowed.
+            ValueError: `path` exists and is not an empty folder, or a value is not allowed.
         """
         root = Path(path)
         if dtype not in DTYPES or width < 1 or keys not in ("string", "int64"):
@@ -103,15 +102,15 @@ class EmbeddingStore:
         sync_folder(root.resolve().parent)
         identity = {"format": FORMAT, "width": width, "dtype": dtype, "keys": keys, "facts": facts or {}}
         write_manifest(root, Manifest(0, 0, ()))
-        replace_file(root / "store.json", json.dumps(identity, indent=1))  # last: with it, the store is there
+        replace_file(root / "store.json", json.dumps(identity, indent=1))  # last: without it the store does not exist
         return cls(root, identity)
 
     @classmethod
     def open(cls, path: str | Path) -> "EmbeddingStore":
-        """The store at `path`; of one at a URL a copy to read, as it is now.
+        """Open the store at `path`; for a URL, a read-only copy of its present state.
 
         Raises:
-            ValueError: there is none, it is damaged, or of another format.
+            ValueError: there is no store, it is damaged, or of another format.
         """
         url = url_of(path)
         if url is not None:
@@ -141,7 +140,7 @@ class EmbeddingStore:
         """Refuse to mix vectors of different models.
 
         Raises:
-            ValueError: the store's facts are others; says which and the remedy.
+            ValueError: the store's facts differ; names which, and the remedy.
         """
         if fingerprint_facts(facts) == self.fingerprint:
             return
@@ -152,7 +151,7 @@ class EmbeddingStore:
         )
 
     def snapshot(self) -> "Snapshot":
-        """The committed state as it is now; later commits do not change it.
+        """Open the present committed state; later commits do not change the snapshot.
 
         Raises:
             ValueError: the store is damaged.
@@ -162,17 +161,18 @@ class EmbeddingStore:
             try:
                 return Snapshot(self, manifest)
             except (OSError, ValueError):
-                # A compaction may have removed the runs of the manifest that was read.
+                # A compaction may have removed segments between reading the manifest and opening them: then the
+                # manifest has changed, and the new one is tried. If it has not changed, the error is real.
                 if attempt == _ATTEMPTS - 1 or read_manifest(self.root).version == manifest.version:
                     raise
         raise AssertionError("unreachable")
 
     @contextmanager
     def writer(self) -> Iterator["StoreWriter"]:
-        """The only writer; what it has not committed when the block ends is dropped.
+        """Context manager of the only writer; rows that are not committed when it ends are discarded.
 
         Raises:
-            ValueError: another process is writing, or this is a copy to read.
+            ValueError: another process is writing, or this is a read-only copy.
         """
         self._may_be_written()
         with writer_lock(self.root):
@@ -184,12 +184,12 @@ class EmbeddingStore:
                 writer.rollback()
 
     def compact(self) -> None:
-        """Rewrite all live rows as one run and remove the old ones: deleted vectors are gone from the disk.
+        """Rewrite all live rows as one segment and remove the old ones: this erases deleted vectors from the disk.
 
-        Snapshots that are open keep what they see (the system frees the space when they close).
+        Open snapshots remain valid (the system frees the space when they close).
 
         Raises:
-            ValueError: another process is writing, or this is a copy to read.
+            ValueError: another process is writing, or this is a read-only copy.
         """
         self._may_be_written()
         with writer_lock(self.root):
@@ -204,29 +204,31 @@ class EmbeddingStore:
             )
 
     def merge(self, first: int) -> int:
-        """Rewrite what the runs from `first` on hold as one; the version. For who holds the writer's lock."""
+        """Merge the segments from `first` on; return the new version. The caller must hold the writer's lock."""
         snapshot = self.snapshot()
         facts = merge_segments(snapshot, first, self.segment_writer())
         merged = (facts,) if facts.rows or facts.deleted else ()
         write_manifest(self.root, Manifest(snapshot.version + 1, len(snapshot), (*snapshot.facts[:first], *merged)))
+        # Only after the manifest no longer names them. A merged segment that turned out empty is removed as well.
         for run in (*snapshot.facts[first:], *(() if merged else (facts,))):
             shutil.rmtree(self.root / "runs" / run.name)
         return snapshot.version + 1
 
     def segment_writer(self) -> SegmentWriter:
-        """A run of this store that another process than the writer's may write; `StoreWriter.commit` takes it in."""
+        """Make a writer of a segment, in any process; `StoreWriter.commit` then adds the segment to the store."""
         return SegmentWriter(self.root / "runs", self.width, self.dtype, self.kind, FILE_BYTES)
 
     def verify(self) -> list[str]:
-        """Files that are not as they were written, one line each; none: all is well."""
+        """Return a line for each damaged file; an empty list if there is none."""
         while True:
             manifest = read_manifest(self.root)
             found = [line for run in manifest.runs for line in find_segment_damage(self.root / "runs" / run.name, run)]
-            if not found or read_manifest(self.root).version == manifest.version:  # else: a compaction went by
+            # Files may be missing because a compaction ran meanwhile: then check the new manifest.
+            if not found or read_manifest(self.root).version == manifest.version:
                 return found
 
     def _remove_leftovers(self) -> None:
-        """Runs that no manifest names, left by a crash or a compaction, and half-written small files."""
+        """Remove segments that the manifest does not name (left by a crash or a compaction), and temporary files."""
         named = {run.name for run in read_manifest(self.root).runs}
         for folder in (self.root / "runs").iterdir():
             if folder.name not in named:
@@ -243,10 +245,10 @@ class StoreWriter:
         self._segment: SegmentWriter | None = None
 
     def upsert(self, keys: Keys, vectors: Tensor, content_hashes: Hashes | None = None) -> None:
-        """Set vectors [n, D] of `keys` [n]. content hashes [n]: what each was made from, to find what has changed.
+        """Set the vectors [n, D] of `keys` [n]. content_hashes [n]: hash of each vector's input, to detect changes.
 
         Raises:
-            ValueError: shapes do not fit, a value is not finite (in the store's type), or keys are of another type.
+            ValueError: wrong shapes, a value that is not finite in the store's type, or keys of another type.
         """
         array = as_keys(keys, self.store.kind)
         if vectors.shape != (len(array), self.store.width):
@@ -263,15 +265,15 @@ class StoreWriter:
         )
 
     def delete(self, keys: Keys) -> None:
-        """Take vectors away; keys without one are ignored. `compact` then removes the bytes."""
+        """Delete vectors; unknown keys are ignored. The bytes stay on the disk until `compact`."""
         self._writing().delete(as_keys(keys, self.store.kind))
 
     def commit(self, segments: Sequence[SegmentFacts] = ()) -> int:
-        """Make everything since the last commit visible at once; returns the new version.
+        """Make everything since the last commit visible atomically; return the new version.
 
-        Where many runs have come together the newest are then merged into one (see `compaction`).
+        If there are many segments, the newest are then merged (`store/compaction.py`).
 
-        segments: finished runs that other processes have written into the store's folder (see `SegmentWriter`).
+        segments: finished segments that other processes have written into the store's folder (see `SegmentWriter`).
         """
         runs = list(segments)
         if self._segment is not None:
@@ -282,6 +284,7 @@ class StoreWriter:
             return state.version
         for run in runs:
             reader = SegmentReader(self.store.root / "runs" / run.name, run, self.store.width, self.store.dtype)
+            # In order: each segment's change of `live` is counted against all segments before it.
             state.live += state.change_by(reader)
             state.segments.append(reader)
         write_manifest(self.store.root, Manifest(state.version + 1, len(state), state.facts))
@@ -289,7 +292,7 @@ class StoreWriter:
         return state.version + 1 if first == len(state.segments) else self.store.merge(first)
 
     def rollback(self) -> None:
-        """Forget what has not been committed."""
+        """Discard everything since the last commit."""
         if self._segment is not None:
             shutil.rmtree(self._segment.folder)
             self._segment = None
@@ -301,7 +304,7 @@ class StoreWriter:
 
 
 def fingerprint_facts(facts: Any) -> str:
-    """SHA-256 of facts as canonical JSON."""
+    """Compute the SHA-256 of facts as canonical JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
