@@ -1,10 +1,10 @@
-"""A trained run as files for programs that know nothing of this library.
+"""Export of a trained run to files that can be used without this library.
 
-    item_llm/            the Item LLM: a Hugging Face directory with tokeniser, and item_token.safetensors
-    user_llm/            the User LLM, without words (other user encoders are in parts.safetensors)
-    parts.safetensors    everything else by its name in the model: projections, heads, tables, logit scale
+    item_llm/            the Item LLM: a Hugging Face directory with tokenizer, and item_token.safetensors
+    user_llm/            the User LLM, without word embeddings (other user encoders are in parts.safetensors)
+    parts.safetensors    all other weights by their names in the model: projections, heads, tables, logit scale
     config.yaml          the run's configuration, with the two directories as its pretrained models
-    README.md            model card: what it is, how it was trained and measured, how to read it
+    README.md            model card: description, training, metrics, usage
 
 Both directories can be `item_llm.pretrained` and `user.pretrained` of another run.
 """
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 from hllm_torchrec.embedding.tables import assemble_tensor
 
 BACKBONE_PREFIXES = {"item_llm": "item_llm.backbone.", "user_llm": "user.backbone."}
-"""Directory -> how its weights' names begin in the model."""
+"""Directory -> prefix of its weights' names in the model."""
 
 
 def export_huggingface(run: Path, which: str, output: Path, device: torch.device) -> None:
-    """Write the model of a run at its checkpoint "best" or "latest", or the one named, into `output`.
+    """Write the model of a run into `output`, from its checkpoint "best", "latest" or one by name.
 
-    Averaged weights (`optim.ema`) where the run has them. One process: the checkpoint may be of any number.
+    Uses averaged weights (`optim.ema`) if the run has them. Runs in one process; the checkpoint may be of any number.
 
     Raises:
-        ValueError: no such run or checkpoint, or the output is there already.
+        ValueError: the run or checkpoint does not exist, or the output does.
     """
     if output.exists():
         raise ValueError(f"{output}: is there already; name a folder that is not, or remove it")
@@ -67,7 +67,7 @@ def export_huggingface(run: Path, which: str, output: Path, device: torch.device
 
 
 def full_state_dict(loaded: LoadedRun) -> dict[str, Tensor]:
-    """Every weight by its name, on the CPU, sharded ones put together. For one process."""
+    """Return name -> weight, unsharded and on the CPU. For a single process."""
     return {name: assemble_tensor(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
 
 
@@ -76,13 +76,13 @@ def _is_of(key: str, name: str) -> bool:
 
 
 def _lora_scale(config: Config, name: str) -> float:
-    """What the adapters' product is multiplied by; 0 where there are none."""
+    """Return the factor of the adapters' product, alpha / r; 0 without adapters."""
     lora = config.item_llm.lora if name == "item_llm" else config.user.lora
     return lora.alpha / lora.rank if lora.rank else 0.0
 
 
 def _backbones(loaded: LoadedRun) -> dict[str, "PreTrainedModel"]:
-    """The Hugging Face models in the model, by directory."""
+    """Return the Hugging Face models inside the model, by directory."""
     hllm, found = loaded.experiment.hllm, {}
     if hllm.item_llm is not None:
         found["item_llm"] = hllm.item_llm.backbone
@@ -99,7 +99,7 @@ def _copy_tokenizer(config: Config, target: Path) -> None:
 
 
 def _with_backbones(config: Config, output: Path, backbones: dict[str, "PreTrainedModel"]) -> Config:
-    """The configuration of a run that begins with the exported models."""
+    """Make the configuration of a run that starts from the exported models."""
     item, user = config.item_llm, config.user
     if "item_llm" in backbones:
         directory = str(output / "item_llm")
@@ -114,7 +114,7 @@ def _with_backbones(config: Config, output: Path, backbones: dict[str, "PreTrain
 
 
 def model_card(run: Path, loaded: LoadedRun) -> str:
-    """The README of an exported model, in Markdown with Hugging Face's header."""
+    """Write the README of an exported model, in Markdown with Hugging Face's header."""
     config, experiment = loaded.experiment.config, loaded.experiment
     item, user = config.item_llm, config.user
     info = machine_info()
@@ -138,7 +138,7 @@ def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
 
 
 def _metrics(run: Path) -> str:
-    """What the evaluation job measured, or that it has not."""
+    """Format the metrics of the evaluation job, or state that there are none."""
     path = run / "metrics.json"
     if not path.is_file():
         return "Not evaluated yet (`hllm evaluate`)."
