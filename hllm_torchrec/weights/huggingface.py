@@ -1,4 +1,4 @@
-"""Backbones as Hugging Face directories that plain transformers loads: config, safetensors, nothing of ours needed."""
+"""Saving of backbones as Hugging Face directories, which transformers loads without this library."""
 
 import copy
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 WORDS = "embed_tokens.weight"
-"""Where decoders of the Llama family keep their word embeddings."""
+"""Name of the word embeddings in decoders of the Llama family."""
 
 
 def save_backbone(
@@ -24,12 +24,12 @@ def save_backbone(
     """Write a bare model (`AutoModel`, no head) into the folder `target`.
 
     Args:
-        config: of the model; not changed.
+        config: of the model; not modified.
         state: its weights by their bare names (`layers.0...`); all of one dtype.
-        item_token: [D] the [ITEM] vector, kept beside the model in a file of its own; None: there is none.
+        item_token: [D] the [ITEM] vector, stored in a separate file of the folder; None: there is none.
 
     Raises:
-        ValueError: weights that the model has are missing, are not its own, or have another shape.
+        ValueError: weights are missing, unknown to the model, or of another shape.
     """
     from transformers import AutoModel
 
@@ -50,9 +50,9 @@ def save_backbone(
 def without_word_embeddings(
     config: "PreTrainedConfig", state: Mapping[str, Tensor]
 ) -> tuple["PreTrainedConfig", dict[str, Tensor]]:
-    """A decoder that reads vectors alone: its vocabulary is one word, whose embedding is zero.
+    """Reduce a decoder that reads only vectors to a vocabulary of one word with a zero embedding.
 
-    transformers cannot leave word embeddings out, and would draw missing ones at random.
+    transformers cannot omit word embeddings, and would initialize missing ones at random.
     """
     config, state = copy.deepcopy(config), dict(state)
     config.vocab_size = 1
