@@ -1,13 +1,13 @@
-"""HLLM's published weights (`pytorch_model.bin` of ByteDance's code) as models of this library.
+"""Import of HLLM's published weights (`pytorch_model.bin` of ByteDance's code) as models of this library.
 
     item_llm.*, user_llm.*    LlamaForCausalLM's names, or Baichuan2's     -> item_llm/, user_llm/ (safetensors)
     item_emb_tokens [1, 1, D] the [ITEM] vector                            -> item_llm/item_token.safetensors
     logit_scale []            log of the inverse temperature               -> objective.temperature of config.yaml
 
-The vocabulary heads and the User LLM's word embeddings, which no embedding depends on, are left out. The published
-code counts an item's positions from `max_text_length` backwards and a user's from the left padding; under rotary
-positions, which depend on distances alone, that is the same function as counting from 0. Models with absolute
-positions are therefore refused.
+The vocabulary heads and the User LLM's word embeddings are omitted, as no embedding depends on them. The published code
+counts an item's positions backwards from `max_text_length` and a user's from the left padding; with rotary positions,
+which depend on distances only, that is the same function as counting from 0. Models with absolute positions are
+therefore refused.
 """
 
 import json
@@ -30,7 +30,7 @@ from hllm_torchrec.modules.losses.objectives import MAX_SCALE
 from hllm_torchrec.weights.huggingface import WORDS, save_backbone, without_word_embeddings
 
 PROMPT = "Compress the following sentence into embedding: "
-"""In front of every item's text, in the published code."""
+"""Prompt before every item's text in the published code."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class PublicHLLM:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What the checkpoint does not say: how an item's text was made, and how long histories were.
+    """Text and history options of the training run, which the checkpoint does not contain.
 
-    prompt, text_keys: the text is prompt + `key: value` of each key, without a separator; max_text_length: tokens;
-    max_history: events.
+    prompt, text_keys: the text is prompt + `key: value` of each key, without a separator; max_text_length: in tokens;
+    max_history: in events.
     """
 
     prompt: str = PROMPT
@@ -58,10 +58,10 @@ class TextOptions:
 
 
 def read_public(checkpoint: Path) -> PublicHLLM:
-    """Read a `pytorch_model.bin` with `weights_only=True`: nothing in it is run.
+    """Read a `pytorch_model.bin` with `weights_only=True`: no code in it is executed.
 
     Raises:
-        ValueError: no such file, one that holds more than tensors, or one that lacks a part of HLLM.
+        ValueError: the file does not exist, contains more than tensors, or lacks a part of HLLM.
     """
     state = _load(checkpoint)
     missing = [name for name in ("item_emb_tokens", "logit_scale") if name not in state]
@@ -79,18 +79,18 @@ def read_public(checkpoint: Path) -> PublicHLLM:
 def import_public(
     checkpoint: Path, item_llm: Path, user_llm: Path, output: Path, text: TextOptions, dataset: str = "data/hllm"
 ) -> None:
-    """Write `output`: `item_llm/`, `user_llm/` and a `config.yaml` that trains on from them.
+    """Write `output`: `item_llm/`, `user_llm/` and a `config.yaml` to continue training from them.
 
     Args:
         checkpoint: `pytorch_model.bin`.
-        item_llm, user_llm: Hugging Face directories of the models that training began with; their configs are read,
-            and the Item LLM's tokeniser is copied. Their weights need not be there.
-        output: a folder that is not there yet; appears when it is whole.
-        dataset: what the configuration names as its dataset.
+        item_llm, user_llm: Hugging Face directories of the models that training started from; their configs are read,
+            and the Item LLM's tokenizer is copied. Weights are not needed.
+        output: a new folder; it appears when it is complete.
+        dataset: path of the dataset in the configuration.
 
     Raises:
         ValueError: as `read_public`; a config that does not fit the weights; positions that are not rotary; no
-            tokeniser; the output is there already.
+            tokenizer; the output exists.
     """
     if output.exists():
         raise ValueError(f"{output}: is there already; name a folder that is not, or remove it")
@@ -110,10 +110,10 @@ def import_public(
 
 
 def rotary_config(directory: Path) -> PreTrainedConfig:
-    """The config of a decoder with rotary positions; Baichuan2-7B's becomes that of the Llama that it is.
+    """Read the config of a decoder with rotary positions; that of Baichuan2-7B is converted to the equivalent Llama.
 
     Raises:
-        ValueError: no config there, or positions of another kind.
+        ValueError: there is no config, or its positions are not rotary.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -131,7 +131,7 @@ def rotary_config(directory: Path) -> PreTrainedConfig:
 
 
 def _baichuan(facts: dict[str, Any], directory: Path) -> LlamaConfig:
-    """Baichuan2-7B is a Llama whose q, k and v are one matrix; 13B, which has no rotary positions, is not."""
+    """Convert the config of Baichuan2-7B, a Llama with q, k and v in one matrix; 13B has ALiBi positions: refused."""
     if "max_position_embeddings" not in facts:
         raise ValueError(f"{directory}: Baichuan2-13B has ALiBi positions, no rotary ones: only 7B can be converted")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -153,7 +153,7 @@ def _load(checkpoint: Path) -> Mapping[str, Tensor]:
 
 
 def _bare(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights of one LLM by bare names: without `model.`, head and cached rotations, Baichuan's matrices split."""
+    """Yield the weights of one LLM by bare names: without `model.`, head and cached rotations; W_pack is split."""
     for name, weight in state.items():
         if not name.startswith(prefix) or name.endswith("rotary_emb.inv_freq"):
             continue
@@ -169,7 +169,7 @@ def _bare(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tenso
 
 
 def _settings(output: Path, temperature: float, text: TextOptions, dataset: str) -> dict[str, Any]:
-    """A configuration of the published kind: generative, no IDs, no time."""
+    """Make a configuration like the published one: generative, without IDs and time features."""
     assert math.isfinite(temperature) and temperature > 0
     return {
         "output": str(output),
