@@ -1,10 +1,10 @@
-"""The last layer of a decoder for the rows that are read alone: the Item LLM reads one row of each text, [ITEM]'s.
+"""Runs the last layer of a decoder only for the rows whose output is read: one of each text, that of [ITEM].
 
-Keys and values of the last layer are needed of every row; queries, the output projection and the feed-forward block,
-which are most of a layer, only of the rows that are read. The values and gradients are those of the whole layer.
+The last layer needs keys and values of every row, but queries, the output projection and the feed-forward block (most
+of a layer) only of the rows that are read. Values and gradients are those of the complete layer.
 
-A hook in front of the layer does it, so no modelling code is copied: it runs the layer's own attention block once to
-get keys and values, and then lets the layer run over the rows alone, whose attention looks at the kept ones.
+A forward pre-hook does it, so no modeling code is copied: it runs the layer's own attention block once to capture keys
+and values, and then lets the layer run over the read rows alone, which attend to the captured keys and values.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from hllm_torchrec.modules.attention.text import WholeTextPlan
 
 @dataclass(frozen=True)
 class LastLayerRows:
-    """A `TextPlan` of which the last layer's output is wanted at `rows` [U] int64 only, the last row of each text."""
+    """A `TextPlan` whose last layer computes only `rows` [U] int64, the last row of each text."""
 
     plan: WholeTextPlan
     rows: Tensor
@@ -33,25 +33,25 @@ class LastLayerRows:
         return self.plan.longest
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """See `TextPlan`: all layers but the last."""
+        """See `TextPlan`; used by all layers but the last."""
         return self.plan.attend(query, key, value, scaling, dropout)
 
 
 @dataclass
 class _CaptureKeysValues:
-    """Keeps keys and values, and attends to nothing."""
+    """A `TextPlan` that captures keys and values, and computes no attention."""
 
     longest: int
     captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         self.captured.append((key, value))
-        return query.detach()  # nobody reads what becomes of it
+        return query.detach()  # the block needs some output; it is discarded, so it carries no gradient
 
 
 @dataclass(frozen=True)
 class _AttendToCaptured:
-    """The rows that are read attend to the keys and values that were kept, not to their own alone."""
+    """A `TextPlan` by which the read rows attend to the captured keys and values of all rows."""
 
     plan: WholeTextPlan
     key: Tensor
@@ -66,7 +66,7 @@ class _AttendToCaptured:
 
 
 def supports_last_layer_rows(backbone: nn.Module) -> bool:
-    """Whether the backbone's last layer is of the kind that the hook knows: Llama's and its many relatives'."""
+    """Return whether the hook supports the backbone's last layer: Llama's structure, as in most decoders."""
     layers = getattr(backbone, "layers", None)
     if layers is None or not hasattr(backbone, "rotary_emb"):
         return False
@@ -74,7 +74,7 @@ def supports_last_layer_rows(backbone: nn.Module) -> bool:
 
 
 def enable_last_layer_rows(backbone: nn.Module) -> None:
-    """Make the last layer obey `LastLayerRows`; with any other plan it runs as ever."""
+    """Make the last layer honor `LastLayerRows`; any other plan runs unchanged."""
     backbone.layers[-1].register_forward_pre_hook(_last_layer_hook, with_kwargs=True)  # type: ignore[index, union-attr]
 
 
@@ -84,13 +84,17 @@ def _last_layer_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     (hidden,) = args
     keep = _CaptureKeysValues(plan.longest)
+    # The layer will repeat the norm for the read rows; here it feeds the key and value projections of all rows.
     normed = layer.get_submodule("input_layernorm")(hidden)
     layer.get_submodule("self_attn")(hidden_states=normed, **(kwargs | {"hllm_plan": keep}))
     ((key, value),) = keep.captured
     cos, sin = kwargs["position_embeddings"]
+    # From here on the packed row consists of the read rows alone, so their rotary angles must be selected with them.
+    # The captured keys are rotated already.
     own = {
         "hllm_plan": _AttendToCaptured(plan.plan, key, value),
         "position_embeddings": (cos.index_select(1, plan.rows), sin.index_select(1, plan.rows)),
         "position_ids": kwargs["position_ids"].index_select(1, plan.rows),
     }
+    # Selecting the layer's input also selects the residual stream.
     return (hidden.index_select(1, plan.rows),), kwargs | own
