@@ -3,12 +3,12 @@
 A packed batch is one row of T history positions followed by Q query tokens (T + Q = S):
 
 - a history position sees the positions of its own sequence up to itself (causal) or all of them (BERT);
-- a query sees the first `query_visible` positions of its sequence and itself; no one sees a query.
+- a query sees the first `query_visible` positions of its sequence and itself; no other row sees a query.
 
 So one pass over a user's sequence serves all of the user's exposures (O(N^2) instead of O(N^3)).
-The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a keyword of its forward;
-transformers hands it to the function registered here, so no modelling code is copied. Sequences of similar
-length share a padded bucket inside the kernel only: no T x T mask of the whole batch exists.
+The model gets `hllm_plan=AttentionPlan` (or the Item LLM's `TextPlan`) as a keyword argument of its forward;
+transformers passes it on to the function registered here, so no modeling code is copied. Sequences of similar
+length share a padded bucket inside the kernel only: a T x T mask of the batch never exists.
 
 Legend: B sequences, S packed tokens, b sequences in a bucket, N padded positions, M padded queries,
 H heads, D width of a head.
@@ -38,8 +38,8 @@ PACKED_ATTENTION = "hllm_packed"
 class QueryBucket:
     """Queries of the sequences of one history bucket.
 
-    rows: [b, M] int64 packed rows (already shifted by T); valid: [b, M] bool;
-    hidden: [b, M, N] bool, True where the query may not look.
+    rows: [b, M] int64 packed rows (already shifted by T); valid: [b, M] bool, False at padding;
+    hidden: [b, M, N] bool, True where the query does not see the position.
     """
 
     rows: Tensor
@@ -49,12 +49,12 @@ class QueryBucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Who sees whom in one packed batch; built once per batch, used by every layer.
+    """The attention mask of one packed batch, in buckets; built once per batch, used by every layer.
 
     history: buckets of the sequences; queries: the queries of each bucket (None: that bucket has none);
     without_history: [l] int64 packed rows of queries whose sequence is empty (they see only themselves);
     restore: [S] int64, from the order in which buckets emit rows to the packed order;
-    position_ids: [1, S] int64 (a query stands right after the history it sees).
+    position_ids: [1, S] int64 (a query's is the number of positions it sees).
     """
 
     history: list[Bucket]
@@ -66,12 +66,13 @@ class AttentionPlan:
 
     @property
     def longest(self) -> int:
-        """Keys that the last position, or query, of the longest sequence sees."""
+        """Number of keys that the last position, or query, of the longest sequence sees."""
         longest = max((bucket.rows.shape[1] for bucket in self.history), default=0)
         return longest + any(queries is not None for queries in self.queries)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """query [S, H, D], key and value [S, G, D] -> [S, H, D]; G divides H."""
+        # Grouped-query attention: every group of query heads reads the same key head.
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -85,6 +86,8 @@ class AttentionPlan:
                 out = _query_attention(q, own_k, own_v, k_BHND, v_BHND, queries.hidden, scaling, dropout)
                 query_outputs.append(_packed(out, queries.valid))
         lonely = value[self.without_history]  # a softmax over one key is that key's value
+        # The order must be that of `emitted` in `plan_attention`: all histories, all queries, then queries without
+        # history.
         return torch.cat([*outputs, *query_outputs, lonely])[self.restore]
 
 
@@ -99,9 +102,9 @@ def plan_attention(
 ) -> AttentionPlan:
     """Plan for sequences `seq_offsets` [B+1] over `total` = T positions, and optionally Q queries.
 
-    query_offsets: [B+1] int64, which queries belong to which sequence; query_visible: [Q] int64, how many
-    positions of its sequence (from its start) each query sees, 0 <= visible <= length. causal: decoders True,
-    encoders False. most_scores: see `length_buckets`; it bounds memory and changes no value.
+    query_offsets: [B+1] int64, the queries of each sequence; query_visible: [Q] int64, number of positions of its
+    sequence (from its start) that each query sees, 0 <= visible <= length. causal: True for decoders, False for
+    encoders. most_scores: see `length_buckets`; it bounds memory and changes no value.
     """
     history = length_buckets(seq_offsets, most_scores=most_scores)
     positions = position_in_sequence(seq_offsets, total)
@@ -114,6 +117,7 @@ def plan_attention(
         lonely = _queries_of_empty_sequences(seq_offsets, query_offsets) + total
         emitted.append(lonely)
         positions = torch.cat([positions, query_visible])
+    # `order` is the packed row of each emitted row; its inverse brings the outputs back to the packed order.
     order = torch.cat(emitted) if emitted else positions.new_empty(0)
     restore = torch.empty_like(order)
     restore[order] = torch.arange(order.numel(), device=order.device)
@@ -125,11 +129,13 @@ def _valid_rows(rows: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _query_bucket(history: Bucket, query_offsets: Tensor, query_visible: Tensor, total: int) -> QueryBucket | None:
+    """Pad the queries of a history bucket's sequences; None without queries."""
     counts = lengths_from_offsets(query_offsets)[history.sequences]
     most = int(counts.max()) if counts.numel() else 0
     if most == 0:
         return None
     cells = torch.arange(most, device=counts.device).expand(counts.numel(), -1)
+    # Padding cells may run beyond the last query of the batch: the clamp keeps them valid indices.
     index = (query_offsets[history.sequences][:, None] + cells).clamp(max=query_visible.numel() - 1)
     visible = query_visible[index]
     keys = torch.arange(history.rows.shape[1], device=counts.device)
@@ -139,12 +145,13 @@ def _query_bucket(history: Bucket, query_offsets: Tensor, query_visible: Tensor,
 
 
 def _queries_of_empty_sequences(seq_offsets: Tensor, query_offsets: Tensor) -> Tensor:
+    """Find the queries whose sequence is empty: [l] int64. `length_buckets` has no bucket for them."""
     empty = lengths_from_offsets(seq_offsets) == 0
     counts = lengths_from_offsets(query_offsets)
     return torch.nonzero(torch.repeat_interleave(empty, counts)).flatten()
 
 
-@torch.compiler.disable  # its shapes differ in every batch: traced, it would be compiled anew for each
+@torch.compiler.disable  # shapes differ in every batch: traced, it would be recompiled for each
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -157,13 +164,13 @@ def packed_attention(
     hllm_plan: AttentionPlan | TextPlan,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, H, S, D], key and value [1, G, S, D] -> [1, S, H, D].
+    """Attention function for transformers: query [1, H, S, D], key and value [1, G, S, D] -> [1, S, H, D].
 
-    G divides H (grouped-query attention). `attention_mask` is not used: the plan says it all.
+    G divides H (grouped-query attention). `attention_mask` is ignored: the plan defines the mask.
 
     Raises:
-        ValueError: the model wants what is not computed here (capped logits, attention sinks), or has a
-            sliding window that would cut a sequence.
+        ValueError: the model needs capped logits or attention sinks, which are not supported, or has a
+            sliding window that is shorter than a sequence.
     """
     del module, attention_mask
     _check_supported(hllm_plan, options)
@@ -172,7 +179,7 @@ def packed_attention(
 
 
 def _check_supported(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> None:
-    """Raise rather than compute something else than what the model was trained with."""
+    """Refuse options of the model that would be ignored here: results would differ from those it was trained with."""
     for name, wanted in (("softcap", "caps its attention logits"), ("s_aux", "has attention sinks")):
         if options.get(name) is not None:
             raise ValueError(f"the backbone {wanted}, which packed attention lacks: choose another model")
@@ -191,7 +198,7 @@ def _padded(x_SHD: Tensor, rows_BN: Tensor) -> Tensor:
 
 
 def _packed(x_BHND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Back to packed rows [sum of lengths, H, D], padding dropped."""
+    """Flatten to packed rows [sum of lengths, H, D], without padding."""
     rows = x_BHND.transpose(1, 2)
     return rows.flatten(0, 1) if valid_BN is None else rows[valid_BN]
 
@@ -214,20 +221,22 @@ def _query_attention(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """Softmax over the visible history and the query itself; the own key is one extra column."""
+    """Softmax over the visible history and the query itself; its own key is one extra column of scores."""
+    # Written out, as no kernel of SDPA lets each row see keys of a shared block and one key of its own.
     history = (q @ k.transpose(-1, -2) * scaling).masked_fill(hidden[:, None], float("-inf"))
     own = (q * own_k).sum(-1, keepdim=True) * scaling
+    # The own column is never hidden, so no row is all -inf and the softmax has no NaN.
     weights = torch.cat([history, own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
     weights = apply_dropout(weights, dropout, training=dropout > 0)
     return weights[..., :-1] @ v + weights[..., -1:] * own_v
 
 
 def _no_mask(*_: object, **__: object) -> None:
-    """The plan replaces transformers' mask."""
+    """Mask function for transformers that builds no mask: the plan replaces it."""
 
 
 def register_packed_attention() -> None:
-    """Make `PACKED_ATTENTION` a name in transformers' attention registry; again changes nothing."""
+    """Register `PACKED_ATTENTION` in transformers' attention registry; safe to call again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
