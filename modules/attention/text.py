@@ -1,13 +1,13 @@
-"""Attention over packed texts that may share a prefix: what the Item LLM runs.
+"""Attention of the Item LLM over packed texts that may share a prefix.
 
-One packed row holds P prefix rows (the prompt, once) and then the rows of U texts. A text's position sees the
-prefix, where its text begins with it, and its own text up to itself (causal; without causality all of it, and
-no prefix). The prefix sees itself alone, as it stands in front of everything, so its hidden states are the
-same for all texts and one copy serves them all; gradients of all texts meet in it.
+One packed row holds P prefix rows (the prompt, once) and then the rows of U texts. A position of a text sees the
+prefix, if its text begins with it, and its own text up to itself. (Without causality: all of its text, and there is
+no prefix.) The prefix comes first and sees only itself, so its hidden states are the same for all texts: one copy
+serves all of them and receives the gradients of all.
 
-Texts come sorted (see `TextLayout`), so those that share a padded bucket lie next to each other: a bucket is a
-view of the packed row, or one gather where something is padded. `hllm_torchrec.modules.attention.text_backends`
-has the kernels that need no padding.
+Texts are sorted (see `TextLayout`), so those that share a padded bucket are contiguous: a bucket is a view of the
+packed row, or one gather if something is padded. `hllm_torchrec.modules.attention.text_backends` has the kernels
+that need no padding.
 
 Legend: U texts, S packed rows, P prefix rows, b texts in a bucket, N padded length, H heads, G key-value heads,
 D width of a head.
@@ -23,17 +23,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from hllm_torchrec.modules.jagged import bucket_bounds
 
 WASTE = {"cpu": (0.06, 4), "cuda": (0.25, 16)}
-"""Device -> (`waste`, `floor`) of `length_buckets`: a launch costs little on a CPU, and padded cells much."""
+"""Device -> (`waste`, `floor`) of `length_buckets`: on a CPU a launch is cheap and padded cells are expensive."""
 
 
 @dataclass(frozen=True)
 class TextLayout:
-    """Where the texts of a packed row lie.
+    """The rows of each text within a packed row.
 
-    lengths: rows of each text, the prefix not counted, on the host; 0 is allowed. The first `num_without_prefix` texts
-    do
-    not begin with the prefix; among these, and among the others, longer ones come first.
-    prefix: P. causal: decoders True, encoders False (then there is no prefix).
+    lengths: number of rows of each text, without the prefix, on the host; 0 is allowed. The first
+    `num_without_prefix` texts do not begin with the prefix; among these, and among the others, longer ones come
+    first. prefix: P. causal: True for decoders, False for encoders (then there is no prefix).
     """
 
     lengths: list[int]
@@ -46,26 +45,27 @@ class TextLayout:
         assert all(group == sorted(group, reverse=True) for group in self.groups()), "longer texts come first"
 
     def groups(self) -> tuple[list[int], list[int]]:
-        """Lengths of the texts without and with the prefix in front of them."""
+        """Lengths of the texts without and of those with the prefix."""
         return self.lengths[: self.num_without_prefix], self.lengths[self.num_without_prefix :]
 
     def seen(self) -> tuple[int, int]:
-        """Prefix rows that a text of each group sees."""
+        """Number of prefix rows that a text of each group sees."""
         return 0, self.prefix
 
     def sequences(self) -> tuple[Tensor, Tensor]:
-        """Rows of the prefix and of each text, and the prefix rows that each of them sees: [1 + U] int64."""
+        """Lengths of the prefix and of each text, and the number of prefix rows that each sees: both [1 + U] int64."""
+        # The prefix is a sequence of its own, the first one; it sees no prefix before it.
         seen = [0] * (self.num_without_prefix + 1) + [self.prefix] * (len(self.lengths) - self.num_without_prefix)
         return torch.tensor([self.prefix, *self.lengths]), torch.tensor(seen)
 
     @property
     def longest(self) -> int:
-        """Keys that the last position of the longest text sees."""
+        """Number of keys that the last position of the longest text sees."""
         lengths, seen = self.sequences()
         return int((lengths + seen).max())
 
     def position_ids(self, device: torch.device) -> Tensor:
-        """[1, S] int64: the prefix counts from 0, and so does a text without it; the others go on from P."""
+        """Positions [1, S] int64: the prefix, and texts without it, count from 0; texts with it continue from P."""
         lengths, first = self.sequences()
         starts = lengths.cumsum(0) - lengths
         shift = torch.repeat_interleave(first - starts, lengths)
@@ -73,7 +73,7 @@ class TextLayout:
 
 
 class TextPlan(Protocol):
-    """Who sees whom, made ready for a kernel: built once per batch, used by every layer."""
+    """The attention mask of a batch, prepared for a kernel: built once per batch, used by every layer."""
 
     @property
     def position_ids(self) -> Tensor:
@@ -91,20 +91,21 @@ class WholeTextPlan(TextPlan, Protocol):
     """A `TextPlan` that can also attend for the last positions alone."""
 
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """The last position of each text alone, no text being empty: query [U, H, D] in the layout's order,
-        key and value [S, G, D] of all rows -> [U, H, D].
+        """Attend for the last position of each text: query [U, H, D], key and value [S, G, D] of all rows -> [U, H, D].
+
+        Queries are in the layout's order, and no text may be empty.
         """
 
 
 @dataclass(frozen=True)
 class TextBucket:
-    """Texts of similar length that lie next to each other.
+    """Contiguous texts of similar length.
 
-    texts, longest: b and N; count: their rows without padding. Where something is padded, cells: [b * N]
-    int64 row, counted from the bucket's first, of each cell (padding repeats the text's last), and kept:
-    [count] int64, the cells that are no padding; else None. seen: prefix rows before the own keys.
-    mask: bool, True where a position looks, [N, seen + N] or [b, 1, 1, N]; None: causal without a prefix, or
-    nothing hidden. last_mask: [b, 1, 1, seen + N], the same for each text's last position; None: it sees all.
+    texts, longest: b and N. count: number of their rows without padding. cells: [b * N] int64, the row of each cell,
+    counted from the bucket's first (padding repeats the text's last row); kept: [count] int64, the cells that are not
+    padding; both None if nothing is padded. seen: number of prefix rows before the own keys. mask: bool, True where a
+    position sees a key, [N, seen + N] or [b, 1, 1, N]; None: causal without a prefix, or nothing is hidden.
+    last_mask: [b, 1, 1, seen + N], the same for each text's last position; None: it sees all keys.
     """
 
     texts: int
@@ -133,19 +134,24 @@ class BucketPlan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
         sizes = [bucket.count for bucket in self.buckets]
-        rows = [x.split(sizes) for x in (query, key, value)]  # split's gradient is one concatenation
+        rows = [x.split(sizes) for x in (query, key, value)]  # unlike slicing, its gradient is one concatenation
+        # The first bucket; used only if the layout has a prefix (`_behind` checks `bucket.seen`).
         prefix = rows[1][0], rows[2][0]
         outputs = []
         for bucket, *parts in zip(self.buckets, *rows, strict=True):
             q, k, v = (_grid(part, bucket) for part in parts)
             k, v = _behind(prefix, k, v, bucket)
+            # is_causal of SDPA aligns queries and keys at the top left, which is wrong behind a prefix: there the mask
+            # is explicit.
             out = grouped_attention(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
+            # One query per text, which sees its complete text: not causal, only padding is hidden.
             outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
         return torch.cat(outputs)
 
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
         keys, values = (x.split([bucket.count for bucket in self.buckets]) for x in (key, value))
+        # The prefix is no text: it has no last position to read.
         first = int(self.has_prefix)
         asked = query.split([bucket.texts for bucket in self.buckets[first:]])
         outputs = []
@@ -156,7 +162,7 @@ class BucketPlan:
 
 
 def plan_buckets(layout: TextLayout, device: torch.device) -> BucketPlan:
-    """Buckets of the layout's texts; the prefix is the first of them."""
+    """Plan buckets for the layout's texts; if there is a prefix, it is the first bucket."""
     waste, floor = WASTE.get(device.type, WASTE["cuda"])
     buckets = [_bucket([layout.prefix], 0, layout.causal, device)] if layout.prefix else []
     for group, seen in zip(layout.groups(), layout.seen(), strict=True):
@@ -167,7 +173,7 @@ def plan_buckets(layout: TextLayout, device: torch.device) -> BucketPlan:
 
 
 def _bucket(lengths: list[int], seen: int, causal: bool, device: torch.device) -> TextBucket:
-    """The bucket of texts with these falling lengths."""
+    """Build the bucket of texts with these descending lengths."""
     longest, count = lengths[0], sum(lengths)
     cells = kept = mask = last_mask = None
     if lengths[-1] < longest:
@@ -175,18 +181,20 @@ def _bucket(lengths: list[int], seen: int, causal: bool, device: torch.device) -
         column = torch.arange(longest)
         valid = column < rows[:, None]
         starts = rows.cumsum(0) - rows
+        # Built on the host, where the lengths are, and copied once per batch.
         cells = (starts[:, None] + torch.minimum(column, rows[:, None] - 1)).flatten().to(device)
         kept = valid.flatten().nonzero().flatten().to(device)
         # Right padding lies in the future of every real position, so a causal model needs no padding mask.
         mask = None if causal else valid[:, None, None, :].to(device)
         last_mask = torch.nn.functional.pad(valid, (seen, 0), value=True)[:, None, None, :].to(device)
     if seen:
+        # Row i of a text sees the prefix and its own rows up to i; only causal layouts have a prefix.
         mask = torch.ones(longest, seen + longest, dtype=torch.bool, device=device).tril(seen)
     return TextBucket(len(lengths), longest, count, cells, kept, seen, mask, last_mask)
 
 
 def _behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bucket: TextBucket) -> tuple[Tensor, Tensor]:
-    """Keys and values [b, N, G, D] of a bucket, the prefix's [P, G, D] in front where its texts see it."""
+    """Put the prefix's keys and values [P, G, D] in front of a bucket's [b, N, G, D], if its texts see the prefix."""
     if not bucket.seen:
         return k, v
     before_k, before_v = (x.expand(bucket.texts, -1, -1, -1) for x in prefix)
@@ -194,7 +202,7 @@ def _behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bucket: TextBuc
 
 
 def _grid(rows: Tensor, bucket: TextBucket) -> Tensor:
-    """Packed rows [count, heads, D] -> [b, N, heads, D], a view where nothing is padded."""
+    """Reshape packed rows [count, heads, D] to [b, N, heads, D]; a view if nothing is padded."""
     if bucket.cells is not None:
         rows = rows.index_select(0, bucket.cells)
     return rows.view(bucket.texts, bucket.longest, *rows.shape[1:])
@@ -203,7 +211,7 @@ def _grid(rows: Tensor, bucket: TextBucket) -> Tensor:
 def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float, dropout: float
 ) -> Tensor:
-    """SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H."""
+    """Run SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     shares = groups > 1 and q.device.type == "cpu"  # on CUDA not every kernel of SDPA has grouped queries
