@@ -1,17 +1,17 @@
-"""Which kernel runs the Item LLM's attention over packed texts: a registry, and the choice among its entries.
+"""Registry of the kernels for the Item LLM's attention over packed texts, and the choice among them.
 
     buckets   length-sorted padded buckets, SDPA in each; every device and dtype
     varlen    torch.nn.attention.varlen; CUDA from compute capability 8.0, bfloat16 or float16
     flash     the flash-attn package (optional); the same, and dropout
-    flex      torch's FlexAttention, compiled for the masks at hand; CUDA, any dtype; only where it is asked for
+    flex      torch's FlexAttention with compiled block masks; CUDA, any dtype; only on request, never by "auto"
 
-A User LLM's query tokens (`hllm_torchrec.modules.attention.packed`) always run in buckets: none of these kernels lets a
-query see part of a sequence and itself.
+A User LLM's query tokens (`hllm_torchrec.modules.attention.packed`) always run in buckets: none of these kernels lets
+a query see part of a sequence and itself.
 
-A variable-length kernel gets the shared prefix by keys, not by a second call: the few key and value rows of the
-prefix are repeated in front of each text's own, and a causal mask aligned at the bottom right (the convention
-of FlashAttention since 2.1) then lets a text see all of it. Two calls merged by their log-sum-exp would save
-those copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
+A variable-length kernel gets the shared prefix as keys, not in a second call: the few key and value rows of the prefix
+are repeated in front of each text's own, and a causal mask aligned at the bottom right (the convention of
+FlashAttention since 2.1) then lets a text see all of it. Two calls merged by their log-sum-exp would save those
+copies, but the kernels return no gradient of the log-sum-exp, so the merged gradient would be wrong.
 """
 
 import functools
@@ -30,10 +30,10 @@ from hllm_torchrec.modules.jagged import offsets_from_lengths
 
 
 class Sequences(NamedTuple):
-    """Sequences that lie one after the other, without padding; the first four are arguments of every kernel.
+    """Packed sequences without padding; the first four fields are positional arguments of every kernel.
 
-    cu_q and cu_k: int32 [n + 1], where each sequence's queries and keys start; longest_q and longest_k: the most that
-    one has. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i.
+    cu_q and cu_k: int32 [n + 1], offsets of each sequence's queries and keys; longest_q and longest_k: largest number
+    in one sequence. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i.
     """
 
     cu_q: Tensor
@@ -44,20 +44,20 @@ class Sequences(NamedTuple):
 
 
 class VarlenKernel(Protocol):
-    """Attention within each of the sequences."""
+    """Function that computes attention within each of the sequences."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
     ) -> Tensor:
-        """query [S, H, D], key and value [K, G, D] -> [S, H, D]."""
+        """Compute query [S, H, D], key and value [K, G, D] -> [S, H, D]."""
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
     """An entry of the registry.
 
-    kernel: None for padded buckets. unavailable_reason: (device, dtype of the matrix products) -> why it cannot run
-    there, or None.
+    kernel: None for padded buckets. unavailable_reason: (device, dtype of the matrix products) -> why the kernel
+    cannot run there, or None.
     """
 
     name: str
@@ -67,7 +67,7 @@ class AttentionBackend:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """A backend and, for the log, why it was taken."""
+    """A backend and, for the log, the reason for its choice."""
 
     backend: AttentionBackend
     reason: str
@@ -77,19 +77,19 @@ class BackendChoice:
 
 
 TEXT_BACKENDS: dict[str, AttentionBackend] = {}
-"""By name, in the order in which `choose_backend` tries them."""
+"""Backends by name, in the order in which `choose_text_backend` tries them."""
 
 
 def register_backend(backend: AttentionBackend) -> None:
-    """Add a backend, or replace the one of that name."""
+    """Add a backend, or replace the one with its name."""
     TEXT_BACKENDS[backend.name] = backend
 
 
 def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    """The backend called `name`, or for "auto" the first that can run; `dtype` is that of the matrix products.
+    """Return the backend called `name`, or for "auto" the first that can run; `dtype`: of the matrix products.
 
     Raises:
-        ValueError: there is no such backend, or it cannot run on this device in this dtype.
+        ValueError: the name is unknown, or the backend cannot run on this device in this dtype.
     """
     if name != "auto" and name not in TEXT_BACKENDS:
         raise ValueError(f"item_llm.attention: {name!r}: unknown; choose auto or one of {', '.join(TEXT_BACKENDS)}")
@@ -104,15 +104,15 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> WholeTextPlan:
-    """The plan by which every layer of a batch with this layout attends."""
+    """Make the attention plan that every layer uses for a batch with this layout."""
     return plan_buckets(layout, device) if backend.kernel is None else plan_varlen(layout, backend.kernel, device)
 
 
 @dataclass(frozen=True)
 class VarlenPlan:
-    """A `TextPlan` without padding: the prefix and every text that is not empty are its sequences.
+    """A `TextPlan` without padding; its sequences are the prefix and every text that is not empty.
 
-    key_rows: [K] int64 packed rows of the keys, None where they are the queries': without a prefix.
+    key_rows: [K] int64 packed row of each key; None without a prefix, when keys are the rows themselves.
     """
 
     kernel: VarlenKernel
@@ -122,7 +122,7 @@ class VarlenPlan:
 
     @property
     def longest(self) -> int:
-        """Keys that the last position of the longest text sees."""
+        """Number of keys that the last position of the longest text sees."""
         return self.sequences.longest_k
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -134,6 +134,7 @@ class VarlenPlan:
         rows, cu_k = self.key_rows, self.sequences.cu_k
         if rows is not None:  # the first sequence is the prefix
             rows, cu_k = rows[cu_k[1] :], cu_k[1:] - cu_k[1]
+        # One query per sequence. It may see all keys of its text, so the kernel runs without a causal mask.
         cu_q = torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32)
         last = Sequences(cu_q, cu_k, 1, self.longest, causal=False)
         return self._run(query, key, value, rows, last, scaling, dropout)
@@ -148,7 +149,7 @@ class VarlenPlan:
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        """The kernel in value's dtype: rotary embeddings leave queries and keys in float32."""
+        """Run the kernel in value's dtype: rotary embeddings leave queries and keys in float32."""
         query, key = query.to(value.dtype), key.to(value.dtype)
         if rows is not None:
             key, value = key.index_select(0, rows), value.index_select(0, rows)
@@ -156,14 +157,17 @@ class VarlenPlan:
 
 
 def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) -> VarlenPlan:
-    """Sequences and their keys for a kernel of variable lengths."""
+    """Plan sequences and their keys for a variable-length kernel."""
     own, seen = layout.sequences()
     starts = own.cumsum(0) - own
+    # Kernels are not required to accept sequences without queries, so empty texts are left out; they have no rows.
     used = own > 0
     own, seen, starts = own[used], seen[used], starts[used]
     cu_q, cu_k = offsets_from_lengths(own), offsets_from_lengths(own + seen)
     key_rows = None
     if layout.prefix:
+        # Each sequence's keys are the prefix rows that it sees (packed rows 0 to P - 1) and then its own rows: `within`
+        # counts the keys of a sequence, and beyond the prefix it is shifted to the sequence's first row.
         within = torch.arange(int(cu_k[-1])) - torch.repeat_interleave(cu_k[:-1], own + seen)
         first_own = torch.repeat_interleave(starts - seen, own + seen)
         in_prefix = within < torch.repeat_interleave(seen, own + seen)
@@ -184,10 +188,11 @@ def _refuse_dropout(dropout: float, name: str, kernel: str) -> None:
 def _torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float
 ) -> Tensor:
-    """torch.nn.attention.varlen; raises ValueError for dropout, which it lacks."""
+    """Run torch.nn.attention.varlen; raises ValueError for dropout, which it does not support."""
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse_dropout(dropout, "varlen", "torch's kernel")
+    # (left, right) with -1 for no limit: causal is a window that ends at the row itself.
     window = (-1, 0) if sequences.causal else (-1, -1)
     groups, shares = query.shape[1] // key.shape[1], dict[str, Any]()
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -200,7 +205,7 @@ def _torch_varlen(
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
-    """The flash-attn package."""
+    """Run the kernel of the flash-attn package."""
     kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
     out: Tensor = kernel(
         query, key, value, *sequences[:4], dropout_p=dropout, softmax_scale=scaling, causal=sequences.causal
@@ -209,15 +214,16 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scal
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
-    """torch.nn.attention.flex_attention over a mask of blocks; raises ValueError for dropout, which it lacks.
+    """Run FlexAttention over a block mask; raises ValueError for dropout, which it does not support.
 
-    On a CPU, where tests call it, it is not compiled.
+    On a CPU, where only tests call it, it is not compiled.
     """
     _refuse_dropout(dropout, "flex", "FlexAttention")
     attention, blocks = _flex_functions(query.is_cuda)
     cu_q, cu_k, causal = sequences.cu_q, sequences.cu_k, sequences.causal
     of_query, of_key = _sequence_of_row(query.shape[0], cu_q), _sequence_of_row(key.shape[0], cu_k)
-    behind = (cu_k[1:] - cu_q[1:])[of_query.long()]  # the last query of a sequence sees its last key
+    # Row r and column c are packed; this shift aligns the last query of a sequence with its last key.
+    behind = (cu_k[1:] - cu_q[1:])[of_query.long()]
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         same = of_query[row] == of_key[column]
@@ -230,12 +236,13 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scali
 
 
 def _sequence_of_row(rows: int, starts: Tensor) -> Tensor:
+    """Number of each row's sequence: [rows] int32; starts: offsets [n + 1]."""
     return torch.bucketize(torch.arange(rows, device=starts.device), starts[1:], right=True, out_int32=True)
 
 
 @functools.cache
 def _flex_functions(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    """FlexAttention and the maker of its masks; compiled for shapes that change from batch to batch."""
+    """Return FlexAttention and its mask builder; if compiled, then for dynamic shapes, which differ in every batch."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not compiled:
@@ -267,4 +274,4 @@ def _flash_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 register_backend(AttentionBackend("varlen", _torch_varlen, _needs_tensor_cores))
 register_backend(AttentionBackend("flash", _flash, _flash_problem))
 register_backend(AttentionBackend("buckets", None, lambda device, dtype: None))
-register_backend(AttentionBackend("flex", _flex, _needs_cuda))  # behind buckets, which always run: never by auto
+register_backend(AttentionBackend("flex", _flex, _needs_cuda))  # after buckets: "auto" never gets here
