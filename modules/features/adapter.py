@@ -1,14 +1,14 @@
-"""A light adapter: a trained residual bottleneck on top of embeddings that stay frozen."""
+"""A trained residual bottleneck on top of frozen embeddings."""
 
 from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """y = x + W_up gelu(W_down norm(x)); W_up begins at zero, and so the adapter as the identity.
+    """y = x + W_up gelu(W_down norm(x)); W_up is initialized to zero, so the adapter starts as the identity.
 
     Args:
-        width: of x.
-        bottleneck: of the bottleneck.
+        width: E, the width of x.
+        bottleneck: width of the bottleneck.
     """
 
     def __init__(self, width: int, bottleneck: int) -> None:
@@ -19,5 +19,5 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [n, E] -> [n, E]."""
+        """Apply the adapter: x [n, E] -> [n, E]."""
         return x + self.up(nn.functional.gelu(self.down(self.norm(x))))
