@@ -1,7 +1,7 @@
 """Item embeddings as a frozen TorchRec table: stage II of HLLM, where only the user encoder and features learn.
 
-The table is an `EmbeddingBagCollection` like any other, so TorchRec shards it over the ranks; its lookup runs without
-gradients, because a sharded table whose optimizer nobody chose would otherwise still be trained.
+The table is an `EmbeddingBagCollection`, so TorchRec shards it over the ranks. Its lookup runs without gradients,
+because otherwise a sharded table would be trained even if no optimizer was chosen for it.
 
 Legend: N items (0 is unknown), n items looked up, E width.
 """
@@ -19,12 +19,12 @@ _TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
 class FrozenItems(nn.Module):
-    """Looks embeddings up and never learns them.
+    """A frozen embedding table.
 
     Args:
         rows: N.
         width: E.
-        dtype: of the table, "fp16" or "fp32"; what comes out is float32.
+        dtype: of the table, "fp16" or "fp32"; the output is float32.
         device: of the table ("meta" before sharding).
     """
 
@@ -44,8 +44,8 @@ class FrozenItems(nn.Module):
 
     @torch.no_grad()
     def forward(self, item_ids: Tensor) -> Tensor:
-        """item_ids [n] int64 -> [n, E] float32. Where the table is sharded, all ranks must call it."""
-        asked = item_ids if item_ids.numel() else item_ids.new_zeros(1)  # TorchRec cannot read no bag at all
+        """Look up item_ids [n] int64: [n, E] float32. If the table is sharded, all ranks must call it."""
+        asked = item_ids if item_ids.numel() else item_ids.new_zeros(1)  # TorchRec cannot handle a batch of zero bags
         features = KeyedJaggedTensor(
             keys=[FROZEN_ITEMS], values=asked, lengths=torch.ones_like(asked, dtype=torch.int32), stride=asked.numel()
         )
