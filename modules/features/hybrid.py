@@ -2,14 +2,14 @@
 
     x_i = P(E_i) + ID_i + action_i + ... + MLP([year_i, ..., second_i]) + W n_i        (Table 12, Algorithm 1)
 
-With an action gate g (beyond the paper), what was done with an item also scales what the item is: a film
-rated 1 is evidence against its kind, which a sum cannot say.
+With an action gate g (not in the paper), the action also scales the item's vector: a film rated 1 is evidence against
+similar films, which a sum cannot express.
 
     x_i = (P(E_i) + ID_i) * (1 + g(action_i)) + action_i + MLP(...) + W n_i
 
-All tables live in one TorchRec `EmbeddingBagCollection`, so TorchRec shards them; this module only meets its
-interface. The jagged features hold one bag per *slot*: history positions, then query tokens, then (late
-fusion) the target items; a bag may be empty (adds nothing) or hold several values (genres: they sum).
+All tables are in one TorchRec `EmbeddingBagCollection`, which TorchRec shards; this module uses its interface only.
+The jagged features have one bag per *slot*: history positions, then query tokens, then (late fusion) the target items.
+A bag may be empty (adds zero) or have several values (genres: their vectors are summed).
 
 Legend: S slots, D width of the user encoder, C time components, F numeric features.
 """
@@ -25,11 +25,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hllm_torchrec.modules.features.timestamps import TABLE_SIZES, TIME_FEATURES, TimestampMLP
 
 ACTION_GATE = "action_gate"
-"""Feature and table of the gate; its bags are those of `action` at history positions."""
+"""Name of the gate's feature and table; its bags are those of `action` at history positions."""
 
 
 def table_config(name: str, rows: int, width: int, scale: float = 0.02, *, half: bool = False) -> EmbeddingBagConfig:
-    """One sum-pooled table whose feature bears its name; entries start uniform in +-scale. half: in float16."""
+    """Configure a sum-pooled table with a feature of its name; entries start uniform in +-scale; half: in float16."""
     return EmbeddingBagConfig(
         name=name,
         embedding_dim=width,
@@ -46,14 +46,14 @@ class HybridFeatures(nn.Module):
     """Sum over tables, merged time and numeric features, for every slot.
 
     Args:
-        tables: {feature: number of rows}; all D wide, summed.
+        tables: {feature: number of rows}; each has width D, and their vectors are summed.
         width: D.
-        time_depth: how many components of year..second are used (0: none); time_width: width of each table.
+        time_depth: number of components of year..second that are used (0: none); time_width: width of their tables.
         numeric: number F of numeric inputs (0: none), through one linear layer without bias.
         item_features: the features in `tables` that describe the slot's item, and are gated with it.
         gate_rows: number of actions of the gate (0: no gate).
-        scale: table entries start uniform in +-scale.
-        half_from_rows: tables of at least so many rows are in float16 (what is looked up is float32); None: none is.
+        scale: table entries are initialized uniform in +-scale.
+        half_from_rows: tables of at least this many rows are in float16 (lookups return float32); None: no table is.
         device: of the tables ("meta" before sharding).
     """
 
@@ -91,7 +91,7 @@ class HybridFeatures(nn.Module):
         self.numeric = nn.Linear(numeric, width, bias=False) if numeric else None
 
     def forward(self, features: KeyedJaggedTensor, numeric: Tensor | None, items: Tensor | None = None) -> Tensor:
-        """The features of every slot.
+        """Compute the sum of all features for every slot.
 
         Args:
             features: S bags per key.
@@ -102,16 +102,19 @@ class HybridFeatures(nn.Module):
             [S, D].
         """
         slots = features.stride()
+        # Taken before padding: a rank without slots returns [0, D], whatever TorchRec was given.
         zeros = torch.zeros(slots, self.width, device=features.device())
         features = pad_empty_batch(features)
         pooled = {} if self.tables is None else self.tables(features).to_dict()
         pooled = {name: rows[:slots].float() for name, rows in pooled.items()}
+        # Item features and the item's embedding are summed first, as the gate scales them together.
         described = _sum([pooled[name] for name in self.item_features] + ([] if items is None else [items]), zeros)
         if self.gated:
             described = described * (1 + pooled[ACTION_GATE])
         terms = [described, *(pooled[name] for name in self.event_features)]
         if self.merge_time is not None:
-            # Late fusion's targets have no time: their bags are empty, and the MLP's bias is no feature.
+            # Late fusion's targets have no time: their bags are empty. Without this factor they would get the MLP's
+            # bias.
             merged = self.merge_time(torch.cat([pooled[name] for name in self.time_features], dim=-1))
             has_time = features[self.time_features[0]].lengths()[:slots] > 0
             terms.append(merged * has_time[:, None])
@@ -121,9 +124,9 @@ class HybridFeatures(nn.Module):
 
 
 def pad_empty_batch(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """`features` themselves, or where they have no slots, the same keys with one empty bag each.
+    """Pad an empty batch to one empty bag per key; return any other batch as it is.
 
-    TorchRec cannot read bags without a slot, but every rank must take part in its exchange.
+    TorchRec cannot handle a batch of zero bags, but every rank must take part in its collectives.
     """
     if features.stride():
         return features
@@ -133,7 +136,7 @@ def pad_empty_batch(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
 
 
 def _sum(terms: Sequence[Tensor], zeros: Tensor) -> Tensor:
-    """The sum of the terms, zeros without any."""
+    """Sum the terms; `zeros` if there are none."""
     total = terms[0] if terms else zeros
     for term in terms[1:]:
         total = total + term
