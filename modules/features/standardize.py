@@ -1,17 +1,17 @@
-"""Item embeddings centred and scaled, dimension by dimension, by what was measured before training."""
+"""Centers and scales item embeddings per dimension, by statistics measured before training."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Standardize(nn.Module):
-    """y = (x - mean) / scale, scale = std sqrt(E): about 1 long. The identity until `measure` was shown embeddings.
+    """y = (x - mean) / scale with scale = std sqrt(E), so |y| is about 1. The identity until `measure` is called.
 
-    Pooled embeddings of a language model are nearly one vector: of SmolLM2's on MovieLens titles, 27.4 long on average,
-    27.0 are common to all. Projected and added to an ID's vector they drown it, cosines between items begin near 1, and
-    gradients are long in the one direction that tells nothing.
+    Pooled embeddings of a language model are nearly parallel: those of SmolLM2 on MovieLens titles have a mean norm of
+    27.4, of which 27.0 are common to all. Projected and added to an ID's vector they dominate it, cosines between items
+    start near 1, and gradients are largest in the one direction without information.
 
-    Buffers, kept in checkpoints: mean, scale [E] float32; measured, bool: whether they are more than the identity.
+    Buffers (in checkpoints): mean, scale [E] float32; measured, bool: whether `measure` was called.
     """
 
     mean: Tensor
@@ -26,7 +26,7 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Take mean and scale from x [n, E], n at least 2; a dimension that never varies becomes 0."""
+        """Set mean and scale from x [n, E], n at least 2; a dimension that does not vary becomes 0."""
         assert len(x) > 1, "a spread needs two embeddings"
         std = x.float().std(0)
         self.mean.copy_(x.float().mean(0))
@@ -34,5 +34,5 @@ class Standardize(nn.Module):
         self.measured.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., E] -> [..., E], in x's dtype."""
+        """Standardize x [..., E], in the dtype of x."""
         return ((x - self.mean) / self.scale).to(x.dtype)
