@@ -1,7 +1,7 @@
-"""Timestamps as categorical features: Algorithm 1 of the HLLM paper, on the device and in integers.
+"""Timestamps as categorical features: Algorithm 1 of the HLLM paper, in integers.
 
-Shapes: T packed events, D model width. The tables themselves are ordinary TorchRec tables of the sizes in
-`TABLE_SIZES`; here are the two ends around them: seconds -> table rows, and looked-up vectors -> one vector.
+Shapes: T packed events, D model width. The tables are TorchRec tables of the sizes in `TABLE_SIZES`; this module has
+the steps before and after them: seconds -> table rows, and looked-up vectors -> one vector.
 """
 
 import datetime
@@ -21,10 +21,10 @@ END_OF_TABLES = 4_102_444_800
 """2100-01-01 00:00:00 UTC in seconds: the first moment whose year has no row."""
 
 FINER_UNITS = (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000))
-"""What a too large timestamp may have been counted in, and how many of it make a second."""
+"""Units that a too large timestamp may be in, and the number of them in a second."""
 
 PLAUSIBLE_SECONDS = 100_000_000
-"""1973: a smaller quotient is no reason to suspect a finer unit."""
+"""Seconds of 1973: only a quotient of at least this suggests a finer unit."""
 
 
 def split_timestamps(timestamps: Tensor, depth: int = 6, utc_offset_seconds: int | Tensor = 0) -> Tensor:
@@ -35,7 +35,7 @@ def split_timestamps(timestamps: Tensor, depth: int = 6, utc_offset_seconds: int
 
     Args:
         timestamps: int64 [T], seconds since 1970-01-01 00:00:00 UTC.
-        depth: how many components, 1 (year) to 6 (second).
+        depth: number of components, 1 (year) to 6 (second).
         utc_offset_seconds: local time minus UTC, in seconds: one int, or int64 [T] from `zone_offsets` for a
             named zone with daylight saving.
 
@@ -55,6 +55,7 @@ def split_timestamps(timestamps: Tensor, depth: int = 6, utc_offset_seconds: int
         )
     local = timestamps + utc_offset_seconds
     _check_range(timestamps, local)
+    # Floor, not truncation: with a negative offset the first hours of 1970 are on the day before.
     days = torch.div(local, SECONDS_PER_DAY, rounding_mode="floor")
     second = local - days * SECONDS_PER_DAY
     clock = (second // 3600, second // 60 % 60, second % 60)
