@@ -1,4 +1,4 @@
-"""The prediction head: from what the User LLM says to one logit per exposure (figure 2 of the HLLM paper).
+"""Prediction head: maps the User LLM's output to one logit per exposure (figure 2 of the HLLM paper).
 
 Shapes: Q exposures (queries), D width.
 """
@@ -19,17 +19,16 @@ Fusion = Literal["early", "late"]
 class PredictionHead(nn.Module):
     """Logits for the exposures of a batch, x of Eq. (2).
 
-    - Early fusion: the query was the target item itself, so its output already crosses user and target:
+    - Early fusion: the query was the target item itself, so its output already combines user and target:
       logit = MLP(LN(query)).
-    - Late fusion: the user embedding u (output of the [USER] query) meets the target's item embedding e only
-      here: logit = MLP([u, e, u * e]) + scale * mean(u * e), with u and e layer-normalised first. The mean is
-      the dot product divided by D: at the start a cosine, so at most 1 whatever the width. The scale is
-      learned (shape [1], initially 1).
+    - Late fusion: the user embedding u (output of the [USER] query) is combined with the target's item embedding e
+      only here: logit = MLP([u, e, u * e]) + scale * mean(u * e), with u and e layer-normalized first. The mean is
+      the dot product divided by D: initially a cosine, so at most 1 for any width. The scale is learned (shape [1],
+      initially 1).
 
-    The layer norms keep the head independent of how large an LLM's hidden states are (a few dimensions of a
-    pretrained LLM are tens of times larger than the rest, and their products hundreds). The last layer and
-    the dot product run in float32 also under autocast: bfloat16 logits have 8 significant bits, and the ties
-    they make change the AUC.
+    The layer norms make the head independent of the size of an LLM's hidden states (a few dimensions of a pretrained
+    LLM are tens of times larger than the rest, and their products hundreds). The last layer and the dot product run
+    in float32 also under autocast: bfloat16 logits have 8 significant bits, and the resulting ties change the AUC.
     """
 
     def __init__(self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: Fusion = "late") -> None:
@@ -71,7 +70,7 @@ class PredictionHead(nn.Module):
 
         Args:
             query: [Q, D], the User LLM's output at the exposures' queries (late fusion: the user embedding,
-                repeated for each exposure it is asked for).
+                repeated for each exposure of the request).
             item: [Q, D], the target's item embedding; late fusion only.
 
         Raises:
@@ -96,8 +95,8 @@ class PredictionHead(nn.Module):
     def initialize_bias(self, base_rate: float) -> None:
         """Set the last bias to the logit of the base rate, log(p / (1 - p)).
 
-        Training then starts at about the log loss of the constant predictor instead of spending its first
-        steps on the bias.
+        Training then starts at about the log loss of the constant predictor, and does not spend its first steps on
+        learning the bias.
 
         Args:
             base_rate: share of positive labels among the training exposures, in (0, 1).
