@@ -1,16 +1,16 @@
-"""M-FALCON: a user's history is read once, and candidates in micro-batches are scored against it (HSTU, section 3.4).
+"""M-FALCON: runs a user's history once and scores candidates against it in micro-batches (HSTU, section 3.4).
 
-    cache = read_history(encoder, x_ND, times)               keys and values of every layer, kept
-    cache = read_history(encoder, more_nD, times, cache)     events appended: only they are computed
+    cache = read_history(encoder, x_ND, times)               keys and values of every layer
+    cache = read_history(encoder, more_nD, times, cache)     append events: only the new ones are computed
     q_QD  = answer(encoder, cache, x_QD, time)               candidates, `micro_batch` at a time
 
-The numbers are those of the packed pass of training (`Queries`): a candidate is a query that sees the history
-before it and itself. So m candidates after n events cost n^2 + n m keys, not m n^2 (one pass per candidate) nor
-(n + m)^2 (all in one sequence behind a mask), and memory beyond the cache is that of one micro-batch. This
-holds for early fusion, where a candidate is an input; late fusion has one query, the [USER] vector.
+The results equal the packed pass of training (`Queries`): a candidate is a query that sees the history before it and
+itself. So m candidates after n events cost n^2 + n m keys, instead of m n^2 (one pass per candidate) or (n + m)^2 (all
+in one sequence behind a mask), and memory beyond the cache is that of one micro-batch. This is for early fusion, where
+a candidate is an input; late fusion has one query, the [USER] vector.
 
-For HSTU and for every softmax encoder: the User LLM (a stock Hugging Face decoder through its registered
-attention), SASRec and LiGR. Inference only: nothing here keeps a graph.
+Supports HSTU and every softmax encoder: the User LLM (a stock Hugging Face decoder through its registered attention),
+SASRec and LiGR. Inference only: no autograd graph is built.
 
 Legend: N history positions, Q candidates, m of a micro-batch, H heads, G key-value heads, E and V widths of a
 head's keys and values, D width.
@@ -35,65 +35,65 @@ from hllm_torchrec.modules.hstu.layer import HSTU, HSTULayer
 from hllm_torchrec.modules.hstu.layout import keys_seen
 
 MICRO_BATCH = 256
-"""Candidates computed at a time where nothing else is said."""
+"""Default number of candidates computed at a time."""
 
 OWN_COLUMNS = 8
-"""Columns added to keys and values for a candidate's own key; one is needed, kernels on CUDA want a multiple of 8."""
+"""Columns added to keys and values for a candidate's own key: one is needed, CUDA kernels need a multiple of 8."""
 
 Encoder = UserLLM | UserEncoder
 ScoreCandidates = Callable[[Tensor], Tensor]
-"""x [m, D] of a micro-batch of candidates -> q [m, D]."""
+"""Function from x [m, D] of a micro-batch of candidates to q [m, D]."""
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Of one layer: keys [N, G, E] (rotated where the encoder rotates them), values [N, G, V]."""
+    """Keys [N, G, E] (with rotary embedding applied, if the encoder has it) and values [N, G, V] of one layer."""
 
     keys: Tensor
     values: Tensor
 
     def first(self, number: int) -> "KeysValues":
-        """Of the first positions."""
+        """Return those of the first `number` positions."""
         return KeysValues(self.keys[:number], self.values[:number])
 
     def followed_by(self, keys: Tensor, values: Tensor) -> "KeysValues":
-        """With more positions at the end: keys [n, G, E], values [n, G, V]."""
+        """Return a copy with more positions at the end: keys [n, G, E], values [n, G, V]."""
         return KeysValues(torch.cat([self.keys, keys]), torch.cat([self.values, values]))
 
 
 @dataclass(frozen=True)
 class HistoryCache:
-    """What is kept of one user's history: every layer's keys and values, and times [N] int64 seconds."""
+    """Keys and values of every layer for one user's history, and the times [N] of its events, int64 seconds."""
 
     layers: tuple[KeysValues, ...]
     times: Tensor
 
     @property
     def length(self) -> int:
-        """N."""
+        """Number of events, N."""
         return self.times.numel()
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Size in bytes."""
         return self.times.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
 
 @torch.no_grad()
 def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCache | None = None) -> HistoryCache:
-    """Run the history through the encoder once and keep its keys and values.
+    """Run the history through the encoder once and return its keys and values.
 
     Args:
         encoder: in evaluation mode.
         x_ND: features of the events, oldest first; no rows for a user without history.
         times: [N] int64 seconds.
-        cache: of the events before these, which are not computed again; it stays as it is.
+        cache: of the events before these, which are not computed again; it is not modified.
 
     Returns:
-        The cache of all events, equal (up to rounding) to one read at once.
+        The cache of all events, equal (up to rounding) to that of a single call with all of them.
 
     Raises:
-        ValueError: an encoder in training mode or that has no queries; events before the last cached one; a
+        ValueError: an encoder that is in training mode or is not supported; events before the last cached one; a
             cache shorter than HSTU's context prefix, whose positions see one another.
     """
     check_encoder(encoder)
@@ -108,7 +108,7 @@ def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCa
         return cache
     if before == 0:
         cache = None
-    # Without history one zero is read, and nothing of it kept: the layers' shapes are then known.
+    # A user without history still needs empty keys and values of the right shapes: run one zero row, and drop it.
     x_ND, kept = (x_ND, joined.numel()) if x_ND.shape[0] else (x_ND.new_zeros(1, encoder.width), 0)
     moments = joined if kept else joined.new_zeros(1)
     if isinstance(encoder, HSTU):
@@ -120,9 +120,9 @@ def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCa
 
 @torch.no_grad()
 def begin_request(encoder: Encoder, cache: HistoryCache, time: int, visible: int | None = None) -> ScoreCandidates:
-    """What all candidates of a request share, made once; the result answers one micro-batch after the other.
+    """Compute once what all candidates of a request share; return the function that scores a micro-batch.
 
-    time: seconds of the request; visible: how many events, from the oldest, it sees (None: all).
+    time: seconds of the request; visible: number of events, from the oldest, that it sees (None: all).
 
     Raises:
         ValueError: as `read_history`, or more events visible than are cached.
@@ -144,7 +144,7 @@ def answer(
     visible: int | None = None,
     micro_batch: int = MICRO_BATCH,
 ) -> Tensor:
-    """q [Q, D] of candidates x [Q, D]; the micro-batch bounds memory and changes no value beyond rounding.
+    """Compute q [Q, D] of candidates x [Q, D]; the micro-batch bounds memory and changes values by rounding only.
 
     Raises:
         ValueError: as `begin_request`, or a micro-batch below 1.
@@ -159,10 +159,10 @@ def answer(
 
 
 def check_encoder(encoder: Encoder) -> None:
-    """Whether candidates can be scored by it.
+    """Check that the encoder can score candidates against a cached history.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: it is in training mode, has no cache, or its history depends on later events.
     """
     if encoder.training:
         raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")
@@ -171,6 +171,7 @@ def check_encoder(encoder: Encoder) -> None:
             f"user.encoder: {type(encoder).__name__} keeps no keys and values of a history; the User LLM, HSTU and "
             "encoders of attention (SoftmaxEncoder) do: score by `hllm evaluate`, or by its own forward pass"
         )
+    # With either option an appended event changes the inputs of the events before it, so cached keys would be stale.
     if isinstance(encoder, UserEncoder) and (encoder.query_next_time or encoder.count_from_end):
         option = "time_of is 'next'" if encoder.query_next_time else "count_from is 'end'"
         raise ValueError(
@@ -183,7 +184,7 @@ def check_encoder(encoder: Encoder) -> None:
 
 
 class _ReadPlan:
-    """A `TextPlan` for n rows behind a cached history, causally; notes each layer's keys and values."""
+    """A causal `TextPlan` for n rows after a cached history; collects each layer's keys and values."""
 
     def __init__(self, cache: HistoryCache | None, new: int, device: torch.device) -> None:
         self.before = 0 if cache is None else cache.length
@@ -192,11 +193,14 @@ class _ReadPlan:
         self.longest = self.before + new
         self.layers: list[KeysValues] = []
         self.mask = None
+        # is_causal of SDPA aligns rows and keys at the top left, which is wrong after cached keys: the mask is
+        # explicit.
         if self.before:
             self.mask = torch.ones(new, self.longest, dtype=torch.bool, device=device).tril(self.before)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`; called once per layer, in their order."""
+        # The plan is not told which layer calls it: layers run in order, so it is the next one.
         own = KeysValues(key, value)
         layer = own if self.cached is None else self.cached[len(self.layers)].followed_by(key, value)
         self.layers.append(layer)
@@ -205,9 +209,9 @@ class _ReadPlan:
 
 
 class _RequestPlan:
-    """A `TextPlan` for m candidates that see a history and themselves.
+    """A `TextPlan` for m candidates, each of which sees the history and itself.
 
-    layers: (keys [1, G, 1 + N, E + 8], values likewise) from `_with_own_key`.
+    layers: keys [1, G, 1 + N, E + 8] and values [1, G, 1 + N, V + 8] of each layer, from `_with_own_key`.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], number: int, visible: int) -> None:
@@ -218,16 +222,19 @@ class _RequestPlan:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`; called once per layer, in their order.
 
-        A candidate's own key is another for every row, which a kernel of attention does not know. So one key
-        stands for it, (0, ..., 0, 1), which a query (q, q . k_own) scores as its own; its value, (0, ..., 0, 1),
-        makes the last column of the output the weight of the own value. No mask, and no scores in memory.
+        Each candidate has a different own key, which attention kernels do not support. So one shared key stands for
+        it: (0, ..., 0, 1), whose product with the extended query (q, q . k_own) is the own score. Its value
+        (0, ..., 0, 1) makes an extra column of the output the softmax weight of the own value, which is then added.
+        So any kernel will do, without a mask and without the scores in memory.
         """
         keys, values = next(self.remaining)
         (number, heads, width), groups = query.shape, key.shape[1]
         by_group = query.view(number, groups, heads // groups, width)
         own = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
         asking = torch.cat([query, own, own.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)
+        # Candidates are the queries of one batch entry: each sees all keys, none sees another candidate.
         found = _attention(asking.transpose(0, 1)[None], keys, values, scaling, dropout)[0].transpose(0, 1)
+        # The first extra column: the history's values are zero there, so it is the weight of the own key alone.
         weight = found[..., value.shape[2]].view(number, groups, -1, 1)
         return found[..., : value.shape[2]] + (weight * value[:, :, None]).reshape(number, heads, -1)
 
@@ -238,7 +245,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) 
 
 
 def _with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, G, 1 + N, E + 8] with the key that stands for a candidate's own in front."""
+    """Extend keys and values by 8 columns, and put the key that stands for a candidate's own in front.
+
+    keys [N, G, E] -> [1, G, 1 + N, E + 8], values [N, G, V] -> [1, G, 1 + N, V + 8].
+    """
 
     def extended(x_NGE: Tensor) -> Tensor:
         number, groups, width = x_NGE.shape
@@ -267,7 +277,7 @@ def _open_softmax(encoder: Encoder, cache: HistoryCache, visible: int) -> ScoreC
 
 
 def _run_softmax(encoder: Encoder, x_SD: Tensor, plan: _ReadPlan | _RequestPlan) -> Tensor:
-    """All layers: [S, D] -> [S, D]."""
+    """Run all layers of a softmax encoder: [S, D] -> [S, D]."""
     if isinstance(encoder, UserLLM):
         return encoder.encode(x_SD, plan)
     assert isinstance(encoder, SoftmaxEncoder), f"{type(encoder).__name__} has no cache"
@@ -301,7 +311,7 @@ def _read_pointwise(encoder: HSTU, x_ND: Tensor, times: Tensor, cache: HistoryCa
 
 
 def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: HistoryCache) -> list[KeysValues]:
-    """Each layer's keys and values with those of the new events x [n, D] behind them; times [N + n]."""
+    """Append the keys and values of new events x [n, D] to those of each layer; times [N + n]."""
     rules = encoder.rules
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
     asking = torch.arange(cache.length, times.numel(), device=times.device)
@@ -312,6 +322,7 @@ def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: History
         u, v, q, k = layer.project(x_nD)
         whole = cached.followed_by(k, v)
         bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)
+        # Own keys are masked in `block` and added here, as for queries; the division by n_i comes after both.
         seen = block_attention(q[None], whole.keys[None], whole.values[None], block.hidden, bias, rules.alpha)[0]
         attended = (seen + _own_key(layer, q, k, v, rules.alpha)) / divisor
         x_nD = layer.combine(x_nD, u, attended.flatten(1), rows.sequences)
@@ -320,7 +331,7 @@ def _extend_pointwise(encoder: HSTU, x_nD: Tensor, times: Tensor, cache: History
 
 
 def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
-    """All candidates stand at one place and time, so they share one row of biases, and see the same keys."""
+    """Begin a request: all its candidates have one position and time, so they share the visible keys and the biases."""
     rules, device = encoder.rules, cache.times.device
     one = torch.tensor([visible], device=device)
     query = Queries(one, torch.tensor([0, 1], device=device), one, torch.tensor([time], device=device))
@@ -330,10 +341,11 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
     divisor = _divisor(encoder, keys_seen(rows, rules)[-1:])
     layers = []
     for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
-        # The window hides a stretch: what no candidate sees is not read at all.
+        # Under a window only some events are visible: the others are left out here, once, instead of masked each time.
         keys, values = cached.keys.index_select(0, shown), cached.values.index_select(0, shown)
         bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)[:, :, shown]
         added = keys.new_zeros(1, 1, 1) if bias is None else bias.to(keys.dtype)
+        # Contiguous and transposed for the products of every micro-batch: keys [H, E, N], values [H, N, V].
         layers.append((layer, keys.permute(1, 2, 0).contiguous(), values.transpose(0, 1).contiguous(), added))
 
     @torch.no_grad()
@@ -355,14 +367,14 @@ def _layers(encoder: HSTU) -> list[HSTULayer]:
 
 
 def _own_key(layer: HSTULayer, q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Tensor:
-    """What each row adds by seeing itself: [m, H, V]."""
+    """Compute each row's contribution of its own key: [m, H, V]."""
     scores = (q * k).sum(-1) * alpha
-    if layer.bias is not None:  # distance 0 in both
+    if layer.bias is not None:  # a row is at distance 0 of itself, in positions and in time
         scores = scores + (layer.bias.of_position[0] + layer.bias.of_time[0]).to(scores.dtype)
     return F.silu(scores)[:, :, None] * v
 
 
 def _divisor(encoder: HSTU, seen: Tensor) -> Tensor:
-    """n_i of rows that see so many keys: [m, 1, 1]."""
+    """Compute n_i of rows that see `seen` [m] keys: [m, 1, 1]."""
     number = seen if encoder.rules.divide_by is None else torch.full_like(seen, encoder.rules.divide_by)
     return number[:, None, None].to(next(encoder.parameters()).dtype)
