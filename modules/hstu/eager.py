@@ -195,8 +195,8 @@ def _scores(part: _Part, chunk: Chunk, marks: PairMask, of_position: Tensor | No
         return q @ keys
     added = _bias(chunk, marks, of_position, of_time).to(q.dtype)
     scores = q.new_empty(*q.shape[:3], keys.shape[3])
-    # baddbmm adds the bias within the matrix product, which saves a pass over the scores. Its one batch dimension is the
-    # sequences: with heads folded in, the bias [b, M, N] would not broadcast, so one head at a time.
+    # baddbmm adds the bias within the matrix product, which saves a pass over the scores. Its one batch dimension is
+    # the sequences: with heads folded in, the bias [b, M, N] would not broadcast, so one head at a time.
     for head in range(q.shape[0]):
         torch.baddbmm(added, q[head], keys[head], out=scores[head])
     return scores
