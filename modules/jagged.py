@@ -1,4 +1,4 @@
-"""Jagged sequences: `offsets` say where each sequence starts and ends in one packed tensor.
+"""Jagged sequences: `offsets` give the start and end of each sequence in one packed tensor.
 
 Offsets are int64, length B+1, start at 0 and end at T (`seq_offsets` for users, `cu_seqlens` for text).
 
@@ -13,31 +13,31 @@ from torch import Tensor
 
 
 def offsets_from_lengths(lengths: Tensor) -> Tensor:
-    """Offsets [B+1] int64 of sequences with `lengths` [B]."""
+    """Compute offsets [B+1] int64 of sequences with `lengths` [B]."""
     offsets = lengths.new_zeros(lengths.numel() + 1, dtype=torch.int64)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets
 
 
 def lengths_from_offsets(offsets: Tensor) -> Tensor:
-    """Lengths [B] int64 of sequences with `offsets` [B+1]."""
+    """Compute lengths [B] int64 of sequences with `offsets` [B+1]."""
     return offsets[1:] - offsets[:-1]
 
 
 def sequence_of_position(offsets: Tensor, total: int) -> Tensor:
-    """The sequence's number [T] int64 of every packed position; `total` is T (saves a device sync)."""
+    """Number of the sequence of every packed position: [T] int64; `total` is T (passing it saves a device sync)."""
     sequences = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(sequences, lengths_from_offsets(offsets), output_size=total)
 
 
 def position_in_sequence(offsets: Tensor, total: int) -> Tensor:
-    """0, 1, 2, ... within every sequence, [T] int64."""
+    """Position of every packed element within its sequence (0, 1, 2, ...): [T] int64."""
     starts = offsets[:-1][sequence_of_position(offsets, total)]
     return torch.arange(total, device=offsets.device) - starts
 
 
 MOST_SCORES = 2**22
-"""Attention scores per head that a bucket may need at a time: 16 MiB in float32."""
+"""Most attention scores per head of one bucket: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Bucket:
     """Sequences of similar length, padded on the right to the longest of them.
 
     rows: [b, N] int64, the packed position of each padded cell (a padding cell repeats a valid one).
-    valid: [b, N] bool, False at padding; None when nothing is padded.
-    sequences: [b] int64, which sequences these are.
+    valid: [b, N] bool, False at padding; None if nothing is padded.
+    sequences: [b] int64, numbers of the sequences.
     """
 
     rows: Tensor
@@ -59,11 +59,10 @@ def length_buckets(
 ) -> list[Bucket]:
     """Group sequences of `offsets` [B+1] by length, so that little of a bucket is padding.
 
-    `waste` is the share of padding where a bucket's lengths are spread evenly; the shortest of a bucket is
-    padded by at most twice that. Sequences up to `floor` positions share a bucket whatever the waste: there
-    the launch costs more than the cells. A bucket holds at most `most_scores` attention scores per head
-    (b x N x N), or one sequence. Empty sequences are in no bucket. Lengths are read on the host, once per
-    batch.
+    `waste` is the share of padding if a bucket's lengths are spread evenly; the shortest of a bucket is padded by at
+    most twice that. Sequences of at most `floor` positions share a bucket regardless of waste: for these a launch costs
+    more than the padded cells. A bucket has at most `most_scores` attention scores per head (b x N x N), or one
+    sequence. Empty sequences are in no bucket. Lengths are read on the host, once per batch.
     """
     lengths = lengths_from_offsets(offsets).cpu()
     order = torch.argsort(lengths, descending=True, stable=True)
@@ -78,13 +77,14 @@ def length_buckets(
 def bucket_bounds(
     lengths: list[int], waste: float, floor: int, most_scores: int = MOST_SCORES, seen: int = 0
 ) -> Iterator[tuple[int, int]]:
-    """(start, end) of the runs of `lengths` (falling, each at least 1) that share a bucket; see `length_buckets`.
+    """Yield (start, end) of the ranges of `lengths` (descending, each >= 1) that share a bucket; see `length_buckets`.
 
-    seen: keys that every position attends to besides those of its own sequence.
+    seen: number of keys that every position attends to in addition to those of its own sequence.
     """
     start = 0
     while start < len(lengths):
         longest = lengths[start]
+        # With lengths spread evenly between `least` and `longest`, the mean share of padding is half the range.
         least = 0 if longest <= floor else longest * (1 - 2 * waste)
         limit = min(len(lengths), start + max(1, most_scores // (longest * (longest + seen))))
         end = start + 1
@@ -98,5 +98,6 @@ def _bucket(sequences: list[int], longest: int, offsets: Tensor, is_full: bool) 
     chosen = torch.tensor(sequences, device=offsets.device)
     starts, lengths = offsets[chosen], lengths_from_offsets(offsets)[chosen]
     cells = torch.arange(longest, device=offsets.device).expand(len(sequences), -1)
+    # Padding cells repeat the last position of their sequence, so that every index is valid.
     rows = starts[:, None] + torch.minimum(cells, (lengths - 1)[:, None])
     return Bucket(rows=rows, valid=None if is_full else cells < lengths[:, None], sequences=chosen)
