@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685, Eq. 3) on a Hugging Face backbone, through the package peft.
 
-    y = W x + alpha / r * B A x        W frozen; A [r, in] random, B [out, r] zero at first: it begins as W x
+    y = W x + alpha / r * B A x        W frozen; A [r, in] random, B [out, r] initialized to zero, so at first y = W x
 
-Where nothing trains any more the product can be added to W: the same function without the adapters' cost.
+For inference the product can be added to W: the same function without the cost of the adapters.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
 _NAME = "default"
-"""What peft calls an adapter that is not named."""
+"""Default name of an adapter in peft."""
 
 
 def add_lora(
@@ -32,15 +32,15 @@ def add_lora(
     targets: Sequence[str] = (),
     field: str = "lora",
 ) -> None:
-    """Put adapters on linear layers of `backbone`, in place; of its weights only theirs train from then on.
+    """Add adapters to linear layers of `backbone`, in place, and freeze all its other weights.
 
     Args:
         rank, alpha, dropout: r, the scale times r, and the probability to zero an entry of an adapter's input.
-        targets: last names of linear layers, such as "q_proj"; none: all in the backbone's layers.
-        field: of the configuration, for messages.
+        targets: last names of linear layers, such as "q_proj"; empty: all in the backbone's layers.
+        field: name of the configuration section, for messages.
 
     Raises:
-        ValueError: a name that no linear layer of the backbone has, or peft is not installed.
+        ValueError: a target that is not a linear layer of the backbone, or peft is not installed.
     """
     names = linear_names(backbone)
     for target in targets:
@@ -54,37 +54,37 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model  # seconds to import, and optional
 
     chosen = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names))
-    with torch.random.fork_rng(devices=[]):  # what is drawn after this is as without adapters
+    with torch.random.fork_rng(devices=[]):  # later random draws stay the same as without adapters
         inject_adapter_in_model(chosen, backbone)
     freeze_base_weights(backbone)
 
 
 def linear_names(backbone: nn.Module) -> list[str]:
-    """Last names of the linear layers in a backbone's layers, sorted."""
+    """Return the last names of the linear layers in a backbone's layers, sorted."""
     layers = backbone.get_submodule("layers" if hasattr(backbone, "layers") else "encoder.layer")
     return sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if type(module) is nn.Linear})
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this (dotted) name is an adapter's."""
+    """Return whether a (dotted) parameter name is that of an adapter."""
     return _ADAPTER.search(name) is not None
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether there are any in it."""
+    """Return whether a module has adapters."""
     return any(is_adapter(name) for name, _ in module.named_parameters())
 
 
 def freeze_base_weights(backbone: nn.Module) -> None:
-    """Freeze all of a backbone's weights but its adapters'."""
+    """Freeze all weights of a backbone except those of its adapters."""
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(is_adapter(name))
 
 
 def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Weights by the names that they have without adapters, W + scale * B A in place of each adapted W.
+    """Merge adapters into a state dictionary: names as without adapters, and W + scale * B A for each adapted W.
 
-    state: whole tensors of a backbone with adapters, or without; scale: alpha / r.
+    state: unsharded tensors of a backbone, with or without adapters; scale: alpha / r.
     """
     found: dict[str, Tensor] = {}
     for name, weight in state.items():
@@ -100,9 +100,9 @@ def merged_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Within the context all adapters of `model` are added to the weights that they adapt; after it, bit for bit gone.
+    """Context manager that merges all adapters of `model` into their weights, and restores these bit for bit at exit.
 
-    It holds the adapted weights twice. Weights that are sharded (DTensor) stay as they are: the function is the same.
+    It needs a copy of the adapted weights. Sharded weights (DTensor) are not merged: the function is the same.
     """
     kept: list[tuple[Any, Tensor]] = []
     for layer in adapted_layers(model):
@@ -116,9 +116,9 @@ def merged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for layer, weight in kept:
                 layer.unmerge()
-                layer.base_layer.weight.copy_(weight)  # subtracting leaves rounding, and stores hash weights
+                layer.base_layer.weight.copy_(weight)  # unmerging leaves rounding errors, and stores hash weights
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:
-    """peft's linear layers in a model."""
+    """Return peft's linear layers in a model."""
     return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
