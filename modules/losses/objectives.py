@@ -21,20 +21,20 @@ MAX_SCALE = 100.0
 """Largest logit scale, i.e. a temperature of 0.01."""
 
 EPS = 1e-6
-"""Smallest norm a vector is divided by."""
+"""Smallest norm by which a vector is divided."""
 
 MOST_LOGITS = 2**22
-"""Logits that exist at a time: 16 MiB in float32."""
+"""Most logits that exist at a time: 16 MiB in float32."""
 
 
 ROUNDING = 16
-"""Relative difference of two logits, in units of their type's epsilon, up to which they count as equal."""
+"""Relative difference up to which two logits count as equal, in units of their type's epsilon."""
 
 
 class LogitScale(nn.Module):
-    """The learnable temperature of s in Eq. (1): logits = scale * cosine, scale = 1 / temperature <= 100.
+    """Learnable temperature of s in Eq. (1): logits = scale * cosine, scale = 1 / temperature <= 100.
 
-    The parameter is the scale's logarithm, of shape [1] (FSDP2 refuses 0-d parameters).
+    The parameter is the logarithm of the scale, of shape [1] (FSDP2 refuses 0-d parameters).
     """
 
     def __init__(self, temperature: float = 0.05) -> None:
@@ -65,7 +65,7 @@ class LogitScale(nn.Module):
 
 
 class Exclusion(NamedTuple):
-    """For every prediction, the ids that are no negatives of it: those of its own user's sequence.
+    """Ids that are not used as negatives of a prediction: those of its own user's sequence.
 
     ids: int64 [S], packed by sequence; offsets: int64 [B + 1] into them; row_to_sequence: int64 [T], the
     sequence in [0, B) of each prediction.
@@ -78,12 +78,12 @@ class Exclusion(NamedTuple):
 
 @dataclass(frozen=True)
 class InfoNceOutput:
-    """What `info_nce` returns: 0-d tensors; only `loss_sum` carries a gradient.
+    """Result of `info_nce`: 0-d tensors; only `loss_sum` has a gradient.
 
-    loss_sum: sum of Eq. (1) over the T predictions. count: int64, T. effective_negatives: mean over
-    predictions of the negatives left after masking. accuracy: share of predictions whose positive beats every
-    negative left to them, by more than rounding. Both means are 0 when T = 0. Read a falling loss beside the effective
-    negatives.
+    loss_sum: sum of Eq. (1) over the T predictions. count: int64, T. effective_negatives: mean over predictions of the
+    number of negatives left after masking. accuracy: share of predictions whose positive beats every negative left,
+    by more than rounding. Both means are 0 when T = 0. A falling loss means little if the effective negatives fall
+    as well.
     """
 
     loss_sum: Tensor
@@ -105,15 +105,14 @@ def info_nce(
 ) -> InfoNceOutput:
     """Eq. (1): -log(exp(s+) / (exp(s+) + sum_k exp(s_k))), s = scale * cosine, summed over the predictions.
 
-    A negative is masked where its id is the target's or stands in the user's own sequence. HLLM's public code
-    masks by cosine > 0.99 instead, which masks everything, and reports a loss of 0, once embeddings collapse.
-    Where no negative is left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative drawn twice
-    counts twice, as in Eq. (1).
+    A negative is masked if its id is the target's or is in the user's own sequence. HLLM's public code masks by
+    cosine > 0.99 instead: once embeddings collapse it masks everything and reports a loss of 0. If no negative is
+    left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative drawn twice counts twice, as in Eq. (1).
 
     Memory beyond the inputs is that of their gradients and O(T D + K chunk_size): logits and masks exist for
-    `chunk_size` predictions at a time. Gradients are computed in the forward pass, while the logits are there,
-    so nothing is computed twice; the backward pass scales them in place. (A second backward pass through the
-    same graph computes them again.) On CUDA the host waits once for the device.
+    `chunk_size` predictions at a time. Gradients are computed in the forward pass, while the logits exist, so the
+    logits are computed once; the backward pass scales the gradients in place. (A second backward pass through the
+    same graph recomputes them.) On CUDA the host waits once for the device.
 
     Args:
         predictions: [T, D], E' of the User LLM (of any norm).
@@ -123,7 +122,7 @@ def info_nce(
         target_ids: int64 [T], ids of the positives.
         negative_ids: int64 [K].
         exclude: ids of the users' own sequences, or None to mask the targets alone.
-        chunk_size: predictions per chunk, >= 1; none given: what keeps to `MOST_LOGITS`.
+        chunk_size: predictions per chunk, >= 1; None: the most that `MOST_LOGITS` allows.
 
     Raises:
         ValueError: no negatives, or a chunk size below 1.
@@ -136,6 +135,7 @@ def info_nce(
     if chunk_size < 1:
         raise ValueError(f"InfoNCE chunk size is {chunk_size}: must be at least 1")
     masker = NegativeMask(target_ids, negative_ids, exclude)
+    # In bfloat16 a cosine has 8 significant bits: positive and negatives would tie.
     with torch.autocast(device_type=predictions.device.type, enabled=False):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (predictions, positives, negatives, scale)))
         dtype = torch.promote_types(dtype, torch.float32)
@@ -153,8 +153,8 @@ def info_nce(
 def binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Eq. (2), -(y log x + (1 - y) log(1 - x)) with x = sigmoid(logit), as a (weighted) sum over exposures.
 
-    The sum, not the mean: the trainer divides by the global count or weight, so that ranks with different
-    numbers of exposures weigh them equally.
+    A sum, not a mean: the trainer divides by the global count or weight, so that every exposure has the same weight
+    on ranks with different numbers of them.
 
     Args:
         logits: [Q]. labels: [Q], 0 or 1 (or a probability). weights: [Q] or None for 1 each.
@@ -177,9 +177,9 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None 
 def embedding_spread(x: Tensor) -> Tensor:
     """Return the mean cosine similarity over the pairs of different rows of x [N, D]: 0-d, no gradient.
 
-    The input of the collapse alarm: near 0 for spread-out embeddings, 1 when all point the same way. Computed
-    as (|sum u|^2 - sum |u|^2) / (N (N - 1)) over unit vectors u, in O(N D); for large N this is the squared
-    norm of their mean. 0 for fewer than two rows.
+    Used by the collapse alarm: near 0 for spread-out embeddings, 1 when all have the same direction. Computed as
+    (|sum u|^2 - sum |u|^2) / (N (N - 1)) over unit vectors u, in O(N D); for large N this is the squared norm of
+    their mean. 0 for fewer than two rows.
     """
     n = x.shape[0]
     unit = F.normalize(widen(x), dim=-1, eps=EPS)
@@ -188,11 +188,12 @@ def embedding_spread(x: Tensor) -> Tensor:
 
 
 class NegativeMask:
-    """Which (prediction, negative) pairs are not negatives, for one chunk of predictions at a time."""
+    """Mask of the (prediction, negative) pairs that are not used, for one chunk of predictions at a time."""
 
     def __init__(self, target_ids: Tensor, negative_ids: Tensor, exclude: Exclusion | None) -> None:
         self.n_negatives = negative_ids.shape[0]
-        # Marks go to the first copy of an id, and from there to its other copies.
+        # The same id may be drawn several times. Excluded ids are looked up by bisection, which finds the first copy
+        # only; `chunk` then copies that column of the mask to the others.
         self.in_order, self.order = negative_ids.sort(stable=True)
         first_copy = self._columns(negative_ids)
         self.copies = torch.nonzero(first_copy != torch.arange(self.n_negatives, device=first_copy.device))[:, 0]
@@ -207,7 +208,8 @@ class NegativeMask:
             )
 
     def _columns(self, ids: Tensor) -> Tensor:
-        """The column of each id's first copy among the negatives; K, a spare column, where it is none of them."""
+        """Find the column of each id's first copy among the negatives; K, a spare column, if it is not among them."""
+        # An id larger than all negatives would be placed at K, out of range; the comparison below then rejects it.
         place = torch.searchsorted(self.in_order, ids).clamp_(max=self.n_negatives - 1)
         return torch.where(self.in_order[place] == ids, self.order[place], self.n_negatives)
 
@@ -220,8 +222,10 @@ class NegativeMask:
         return masked[:, : self.n_negatives]
 
     def _own_sequences(self, start: int, stop: int) -> Tensor:
-        """[stop - start, K + 1]: whether the first copy of a negative stands in the prediction's sequence."""
+        """Mask [stop - start, K + 1], True where the first copy of a negative is in the prediction's sequence."""
         n_rows, device = stop - start, self.in_order.device
+        # Column K takes the writes of ids that are no negatives, so no write needs a condition (or a sync for its
+        # size); `chunk` cuts it off.
         if self.exclude is None:
             return torch.zeros(n_rows, self.n_negatives + 1, dtype=torch.bool, device=device)
         # One row for each of the chunk's sequences, that of one of its predictions (whichever wrote last), and
@@ -235,7 +239,7 @@ class NegativeMask:
 
 
 class _Gradients(NamedTuple):
-    """Of the loss's sum, by input; an entry is None where nobody wants it."""
+    """Gradients of the loss sum by the inputs; None where a gradient is not needed."""
 
     predictions: Tensor | None
     positives: Tensor | None
@@ -244,7 +248,7 @@ class _Gradients(NamedTuple):
 
 
 class _InfoNce(torch.autograd.Function):
-    """(loss_sum, negatives left, predictions that beat them all), 0-d each; the last two without gradient."""
+    """Return (loss_sum, negatives left, predictions that beat them all), 0-d each; the last two without gradient."""
 
     @staticmethod
     def forward(
@@ -257,6 +261,7 @@ class _InfoNce(torch.autograd.Function):
         chunk_size: int,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Inside a Function's forward gradient mode is always off, so the caller passes it in.
         wanted = tuple(grad_enabled and needed for needed in ctx.needs_input_grad[:4])
         inputs = (predictions, positives, negatives, scale)
         loss_sum, n_left, n_right, ctx.gradients = _chunked(*inputs, masker, chunk_size, wanted)
@@ -268,7 +273,7 @@ class _InfoNce(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # handed over: they are the caller's to change now
+        gradients, ctx.gradients = ctx.gradients, None  # autograd will own them, and may change them in place
         if gradients is None:
             with torch.autocast(device_type=grad_loss.device.type, enabled=False):
                 predictions, positives, negatives, scale = ctx.saved_tensors
@@ -286,18 +291,22 @@ def _chunked(
     chunk_size: int,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor, _Gradients]:
-    """Return what `_InfoNce` does, and the gradients that are `wanted`, predictions in chunks.
+    """Return the outputs of `_InfoNce` and the gradients that are `wanted`, computed chunk by chunk.
 
-    Nothing is copied in normalised form but a chunk at a time: for the negatives, their inverse norms scale the
+    Normalized copies exist for one chunk at a time. The negatives are never copied: their inverse norms scale the
     logits instead.
     """
     inverse_p, inverse_t, inverse_n = (_inverse_norm(x) for x in (predictions, positives, negatives))
+    # The gradient of the scale is a by-product of the one by the predictions.
     grad_p = torch.empty_like(predictions) if wanted[0] or wanted[3] else None
     grad_t = torch.empty_like(positives) if wanted[1] else None
+    # Predictions and positives belong to one chunk, so their gradients are written once; the negatives are shared by
+    # all chunks, so theirs are summed.
     grad_n = torch.zeros_like(negatives) if wanted[2] else None
     loss_sum, scale_grad = predictions.new_zeros(()), torch.zeros_like(scale)
     n_right = torch.zeros_like(loss_sum, dtype=torch.int64)
     n_left = torch.full_like(n_right, predictions.shape[0] * negatives.shape[0])
+    # One buffer for the logits of all chunks: they are overwritten with their own gradients below.
     space = predictions.new_empty(min(chunk_size, predictions.shape[0]), negatives.shape[0])
     for start in range(0, predictions.shape[0], chunk_size):
         rows = slice(start, min(start + chunk_size, predictions.shape[0]))
@@ -307,16 +316,20 @@ def _chunked(
         masked = masker.chunk(rows.start, rows.stop)
         n_left -= masked.count_nonzero()
         losses, slopes, is_right = _softmax_(logits.masked_fill_(masked, -torch.inf), (query * target).sum(dim=-1))
-        del masked  # its memory, before the next chunk's
+        del masked  # frees it before the next chunk's mask is made
         loss_sum += losses.sum()
         n_right += is_right.count_nonzero()
+        # d loss / d positive logit = -slope, and the positive logit is query . target.
         if grad_t is not None:
             torch.mul(query, -slopes[:, None], out=grad_t[rows])
+        # By the unit vectors of the negatives; `_through_norm_` turns it into the gradient by the negatives themselves.
         if grad_n is not None:
             grad_n.addmm_(logits.T, query)
         if grad_p is not None:
+            # Here `logits` are gradients; with the inverse norms, `negatives` stand for their unit vectors.
             by_query = torch.mm(logits.mul_(inverse_n), negatives, out=grad_p[rows])
             by_query.addcmul_(target, slopes[:, None], value=-1)
+            # query = scale * unit: the chain rule for the scale, then for the unit vector.
             scale_grad += (by_query * unit).sum()
             by_query.mul_(scale)
     gradients = _Gradients(
@@ -329,9 +342,9 @@ def _chunked(
 
 
 def _softmax_(logits: Tensor, positive_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [t], their slopes by the positive logits [t] (negated), and which positives beat all negatives.
+    """Return losses [t], their negated slopes by the positive logits [t], and bool [t]: positive beats all negatives.
 
-    `logits` [t, K], -inf where masked, become the losses' gradients by them: slope * softmax.
+    In place, `logits` [t, K] (-inf where masked) become the gradients of the losses by them: slope * softmax.
     """
     largest = logits.amax(dim=1)
     is_right = beats(positive_logits, largest)
@@ -346,27 +359,28 @@ def _softmax_(logits: Tensor, positive_logits: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def beats(positive_logits: Tensor, largest: Tensor) -> Tensor:
-    """Which logits [t] are above `largest` [t] by more than rounding, bool [t].
+    """Return bool [t], True where a positive logit is above `largest` [t] by more than rounding.
 
-    Equal embeddings (a collapse) are no success: their products differ in the last digits, and which way depends on
-    the processor.
+    After a collapse all embeddings are equal, and which product is larger in its last digits depends on the processor:
+    such ties do not count as correct.
     """
     rounding = ROUNDING * torch.finfo(positive_logits.dtype).eps * positive_logits.abs()
     return positive_logits - rounding > largest
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """1 / max(norm, EPS) of each row: [N]."""
+    """Compute 1 / max(norm, EPS) of each row: [N]."""
     return torch.linalg.vector_norm(x, dim=-1).clamp_(min=EPS).reciprocal_()
 
 
 def _through_norm_(grads: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """Turn gradients by u = x / max(|x|, EPS) into those by x, in place: (g - u (u . g)) / |x|.
+    """Turn gradients by u = x / max(|x|, EPS) into gradients by x, in place: (g - u (u . g)) / |x|.
 
-    A block of rows at a time: nothing as large as x is made on the way.
+    Runs over blocks of rows, so that no temporary is as large as x.
     """
     grads.mul_(inverse[:, None])
-    slopes = torch.where(inverse < 1 / EPS, -inverse.square(), 0.0)  # below EPS the divisor is constant
+    # Below EPS the divisor is a constant and has no gradient.
+    slopes = torch.where(inverse < 1 / EPS, -inverse.square(), 0.0)
     for start in range(0, x.shape[0], 1024):
         rows = slice(start, start + 1024)
         along = (grads[rows] * x[rows]).sum(dim=-1)
@@ -377,7 +391,7 @@ def _through_norm_(grads: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
 class _ClampFromAbove(torch.autograd.Function):
     """min(x, limit), with the gradient kept wherever a descent step would lower x.
 
-    `torch.clamp` has gradient 0 above the limit, so that a parameter one step too far never comes back.
+    `torch.clamp` has gradient 0 above the limit, so a parameter that overshoots would never come back.
     """
 
     @staticmethod
@@ -388,4 +402,5 @@ class _ClampFromAbove(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (at_limit,) = ctx.saved_tensors
+        # A negative gradient makes a descent step raise x: only that is cut off.
         return torch.where(at_limit & (grad < 0), 0.0, grad), None
