@@ -2,9 +2,9 @@
 
     -log sigmoid(s+) - mean over k of log sigmoid(-s_k)
 
-With one negative a position this is the paper's Eq. (6); the mean over K shared negatives has the same
-expectation and less noise. Similarities are scaled cosines, as in `modules.losses`, so that a model can be
-trained with either loss and is served alike.
+With one negative per position this is Eq. (6) of SASRec; the mean over K shared negatives has the same expectation
+and less variance. Similarities are scaled cosines, as in `modules/losses/objectives.py`, so that a model can be
+trained with either loss and served in the same way.
 
 Shapes: T predictions, K negatives, D width.
 """
@@ -29,12 +29,12 @@ def sampled_bce(
     exclude: Exclusion | None = None,
     chunk_size: int = 1024,
 ) -> InfoNceOutput:
-    """The loss summed over predictions [T, D]; arguments, masks and output are those of `losses.info_nce`.
+    """Compute the loss, summed over predictions [T, D]; arguments, masks and output are those of `info_nce`.
 
     positives: [T, D]; negatives: [K, D], shared; scale: [1]; target_ids [T] and negative_ids [K]: int64, for the masks.
 
     Memory is O(T D + K D + chunk_size K): logits and masks exist for `chunk_size` predictions at a time, and the
-    backward pass computes them again.
+    backward pass recomputes them.
 
     Raises:
         ValueError: no negatives, or a chunk size below 1.
@@ -53,6 +53,7 @@ def sampled_bce(
         for start in range(0, rows, chunk_size):
             chunk = slice(start, start + chunk_size)
             masked = masker.chunk(start, min(start + chunk_size, rows))
+            # Without checkpointing the graph would keep the logits of all chunks, [T, K], for the backward pass.
             part, left, largest = checkpoint(_against, query[chunk], unit, masked, use_reentrant=False)
             loss, effective = loss + part, effective + left.sum()
             beaten = beaten + beats(positive_logits[chunk].detach(), largest).sum()
@@ -65,8 +66,9 @@ def sampled_bce(
 
 
 def _against(query: Tensor, unit: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over rows of the mean of softplus(s_k), negatives left [t], and each row's largest logit [t]."""
+    """Return the sum over rows of the mean of softplus(s_k), the negatives left [t], and the largest logits [t]."""
     logits = query @ unit.T
     left = (~masked).sum(1)
+    # softplus(s) = -log sigmoid(-s); clamp: a row without negatives has the mean 0, not 0 / 0.
     losses = F.softplus(logits).masked_fill(masked, 0.0).sum(1) / left.clamp(min=1)
     return losses.sum(), left, logits.detach().masked_fill(masked, -torch.inf).amax(1)
