@@ -1,4 +1,4 @@
-"""Where a step needs more digits than bfloat16's eight."""
+"""Casts for steps that need more than the eight significant bits of bfloat16."""
 
 import torch
 from torch import Tensor
