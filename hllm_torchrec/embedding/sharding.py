@@ -118,7 +118,7 @@ def _plan(
 
 
 def planner_hardware(device: torch.device, local_world: int) -> HardwareConfig:
-    """Return the memory of a rank: its GPU's (TorchRec's default if there is none here), and its share of the host's."""
+    """Return the memory of a rank: its GPU's (TorchRec's default if it has none), and its share of the host's."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
     if device.type != "cuda" or not torch.cuda.is_available():
         return HardwareConfig(ddr_cap_bytes=host)
