@@ -68,6 +68,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
         RuntimeError: another rank failed.
     """
     path = Path(path)
+    # All ranks compare before any of them reads: on an error no tensor has been changed, on any rank.
     kept = _raise_mismatches(
         path, coordination.run_on_all_ranks(lambda: _compare(path, state)), list(state), allow_missing
     )
@@ -172,6 +173,7 @@ def _raise_mismatches(
     wanted = {key for report in reports for key in report["keys"]}
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
+    # Only groups that `state` has: a group that it leaves out (such as the optimizers) is not read on purpose.
     unexpected = {key for key in reports[0]["saved"] if _is_under(key, groups) and key not in wanted}
     kept = {key for key in missing | reshaped.keys() if _is_under(key, allow_missing)}
     parts = [
@@ -205,6 +207,8 @@ def _name_some(what: str, names: set[str]) -> str:
 def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Read into the tensors in place; row-wise state of another plan is read completely and then distributed."""
     saved = SafeReader(path).read_tensors()
+    # DCP reads slices of the saved tensor by offset. Row-wise state has other offsets under another plan, so it is read
+    # into a temporary of its saved size.
     replanned = {key: t for key, t in tensors.items() if _is_replanned(t, saved[key].size)}
     whole = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in replanned}
     try:
@@ -222,6 +226,7 @@ def _spread_rowwise(values: torch.Tensor, target: torch.Tensor) -> None:
     """Copy row-wise state of a column shards into the shards of b: the mean of the a vectors, or copies of them."""
     assert isinstance(target, ShardedTensor)
     size = _size(target)[0]
+    # The saved vector is one column shard after the other, each with a value for every row of the table.
     if len(values) > size:
         values = values.view(-1, size).mean(0)
     values = values.repeat(size // len(values))
