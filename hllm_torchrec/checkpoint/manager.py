@@ -82,6 +82,7 @@ class CheckpointManager:
             if self._writer is not None:
                 self._writer.finish()
         except (DiskFull, coordination.PeerFailed) as error:
+            # The step is not on disk, so the save at the end of the run must not be skipped as done.
             self.last_saved_step = 0
             self._tolerate_disk_full(step, error, log)
             return
