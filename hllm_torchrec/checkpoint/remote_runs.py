@@ -76,6 +76,7 @@ class RunStorage:
         assert self.url is not None
         states = {name: state for name, state in _states(self.folder).items() if self._sent.get(name) != state}
         upload_files(self.folder, states, self.url)
+        # Recorded after the upload: if it fails, the next one tries the same files again.
         self._sent |= states
 
 
@@ -166,6 +167,7 @@ def publish_checkpoint(
         ValueError: a file did not arrive completely.
         OSError: the URL cannot be written to.
     """
+    # An existing checkpoint of this step must not keep its marker while its files are being replaced.
     coordination.run_on_rank_zero(lambda: _clear(url), group)
     coordination.run_on_all_ranks(lambda: upload_files(folder, written[coordination.rank()], url), group)
 
