@@ -75,6 +75,7 @@ def encode_unique_items(
     owners = assign_owners(union, costs_of(union), n_ranks)
     mine = union[owners == dist.get_rank()]
     encoded = encode(mine)
+    # Ranks whose share is empty, or frozen, must still run the backward all-to-all if any rank needs gradients.
     wants_gradient = any_rank(_wants_gradient(encoded), encoded.device)
 
     # Every rank knows all ids and owners, so senders and receivers agree on sizes and order without a message. `asked`
