@@ -170,6 +170,8 @@ def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
 
 def _constraint(rows: int, config: TableSettings, device: str) -> ParameterConstraints:
     if rows < config.features.shard_from_rows:
+        # DENSE: a replicated table is an ordinary parameter, in DDP and in the dense optimizer. FUSED (below): FBGEMM's
+        # kernels apply the table optimizer inside the backward pass.
         return ParameterConstraints(
             sharding_types=[ShardingType.DATA_PARALLEL.value],
             compute_kernels=[EmbeddingComputeKernel.DENSE.value],
