@@ -69,6 +69,8 @@ def read_manifest(root: Path) -> Manifest:
         ValueError: there is no manifest, it is malformed, or a segment is a symbolic link.
     """
     found = _manifest(read_store_json(root / "manifest.json"), root / "manifest.json")
+    # A store may come from an untrusted source: links could make a reader open, or a writer delete, files outside of
+    # it.
     for run in found.runs:
         for path in (root / "runs", root / "runs" / run.name, *(root / "runs" / run.name / name for name in run.files)):
             if path.is_symlink():
@@ -105,7 +107,7 @@ def _manifest(raw: Any, place: str | Path) -> Manifest:
     for run in found.runs:
         for name in (run.name, *run.files):  # no path may lead out of the store
             if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
-                raise ValueError(f"{place}: {repr(name)[:100]} is no plain name: the file is damaged")
+                raise ValueError(f"{place}: {repr(name)[:100]} is not a plain name: the file is damaged")
         if min(run.rows, run.deleted) < 0 or max(run.rows, run.deleted) >= 2**62:
             raise ValueError(f"{place}: run {run.name} has {run.rows} rows: the file is damaged")
     return found
