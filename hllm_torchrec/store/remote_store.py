@@ -58,6 +58,8 @@ class RemoteStore:
             ValueError: another job has committed there since this one began.
             OSError: the URL cannot be written to.
         """
+        # Optimistic locking: compare the manifest with the one that this job started from. The check and the upload are
+        # not atomic, so two commits within moments can still collide.
         if read_text(f"{self.url}/{MANIFEST}") != self._seen:
             raise ValueError(f"{self.url}: another job has written to this store meanwhile: run this one again")
         now = _text(self.root / MANIFEST)
