@@ -50,6 +50,7 @@ def export_huggingface(run: Path, which: str, output: Path, device: torch.device
     loaded = load_run(run, which, device, use_items=False)
     with loaded.weights, atomic_folder(output) as folder:
         state = full_state_dict(loaded)
+        # `state.pop`: the tensors that remain after both backbones are the other parts.
         for name, backbone in _backbones(loaded).items():
             own = {
                 key.removeprefix(BACKBONE_PREFIXES[name]): state.pop(key) for key in sorted(state) if _is_of(key, name)
