@@ -38,6 +38,7 @@ def save_backbone(
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
+    # BERT's pooler is not used by this library, so the state may lack it: the saved model then has none.
     if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in state):
         model.pooler = None
     _check_state(model.state_dict(), state, target)
