@@ -72,6 +72,7 @@ def read_public(checkpoint: Path) -> PublicHLLM:
             f"{checkpoint}: has no {', '.join(missing)}: not a checkpoint of the published HLLM code, which also has "
             f"them; found e.g. {', '.join(sorted(state)[:3])}"
         )
+    # Training clamps the scale in the same way, so larger values were never used.
     scale = min(float(state["logit_scale"].float().exp()), MAX_SCALE)
     return PublicHLLM(parts["item_llm"], parts["user_llm"], state["item_emb_tokens"].reshape(-1), 1 / scale)
 
@@ -161,6 +162,7 @@ def _bare(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tenso
         if name.startswith("lm_head."):
             continue
         name = name.removeprefix("model.")
+        # Baichuan2 stores q, k and v as one matrix, in this order.
         if name.endswith("self_attn.W_pack.weight"):
             for kind, part in zip("qkv", weight.chunk(3), strict=True):
                 yield name.replace("W_pack", f"{kind}_proj"), part
