@@ -95,6 +95,7 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> 
         raise ValueError(f"item_llm.attention: {name!r}: unknown; choose auto or one of {', '.join(TEXT_BACKENDS)}")
     passed: list[str] = []
     for tried in TEXT_BACKENDS if name == "auto" else [name]:
+        # The reasons against earlier backends explain the choice of "auto" in the log.
         problem = TEXT_BACKENDS[tried].unavailable_reason(device, dtype)
         if problem is None:
             default = "asked for" if name != "auto" else "the first choice here"
@@ -206,6 +207,7 @@ def _torch_varlen(
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float, dropout: float) -> Tensor:
     """Run the kernel of the flash-attn package."""
+    # Imported by name: the package is optional, and needs CUDA to build.
     kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
     out: Tensor = kernel(
         query, key, value, *sequences[:4], dropout_p=dropout, softmax_scale=scaling, causal=sequences.causal
