@@ -46,6 +46,7 @@ class FrozenItems(nn.Module):
     def forward(self, item_ids: Tensor) -> Tensor:
         """Look up item_ids [n] int64: [n, E] float32. If the table is sharded, all ranks must call it."""
         asked = item_ids if item_ids.numel() else item_ids.new_zeros(1)  # TorchRec cannot handle a batch of zero bags
+        # One id per bag: the sum over a bag is the item's own row.
         features = KeyedJaggedTensor(
             keys=[FROZEN_ITEMS], values=asked, lengths=torch.ones_like(asked, dtype=torch.int32), stride=asked.numel()
         )
