@@ -106,6 +106,7 @@ def read_history(encoder: Encoder, x_ND: Tensor, times: Tensor, cache: HistoryCa
         )
     if cache is not None and x_ND.shape[0] == 0:
         return cache
+    # An empty cache has nothing to attend to, and no mask of its own: read as without one.
     if before == 0:
         cache = None
     # A user without history still needs empty keys and values of the right shapes: run one zero row, and drop it.
@@ -216,6 +217,7 @@ class _RequestPlan:
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], number: int, visible: int) -> None:
         self.remaining = iter(layers)
+        # A candidate comes right after the visible history; candidates share this position, as none sees another.
         self.position_ids = torch.full((1, number), visible, device=layers[0][0].device)
         self.longest = visible + 1
 
@@ -230,6 +232,7 @@ class _RequestPlan:
         keys, values = next(self.remaining)
         (number, heads, width), groups = query.shape, key.shape[1]
         by_group = query.view(number, groups, heads // groups, width)
+        # The own score q . k_own; with grouped queries, `heads // groups` query heads share an own key.
         own = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
         asking = torch.cat([query, own, own.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)
         # Candidates are the queries of one batch entry: each sees all keys, none sees another candidate.
@@ -292,6 +295,7 @@ def _run_softmax(encoder: Encoder, x_SD: Tensor, plan: _ReadPlan | _RequestPlan)
 
 
 def _read_pointwise(encoder: HSTU, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
+    # Positions inside the prefix see later ones of it: with an incomplete prefix their cached values would change.
     if cache is not None and cache.length < encoder.rules.prefix:
         raise ValueError(
             f"the cache has {cache.length} events, fewer than user.shape.prefix {encoder.rules.prefix}, whose "
@@ -334,6 +338,7 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
     """Begin a request: all its candidates have one position and time, so they share the visible keys and the biases."""
     rules, device = encoder.rules, cache.times.device
     one = torch.tensor([visible], device=device)
+    # One query stands for all candidates: mask, biases and n_i depend on position and time only, not on the item.
     query = Queries(one, torch.tensor([0, 1], device=device), one, torch.tensor([time], device=device))
     rows = pack_rows(torch.tensor([0, visible], device=device), visible, cache.times[:visible], query)
     block = pairs_without_own_keys(rows, rules, one, torch.arange(visible, device=device))
@@ -354,6 +359,7 @@ def _open_pointwise(encoder: HSTU, cache: HistoryCache, time: int, visible: int)
         for layer, keys, values, added in layers:
             u, v, q, k = layer.project(x_mD)
             scores = torch.baddbmm(added, q.transpose(0, 1), keys, alpha=rules.alpha)
+            # In place: there is no graph, so nothing needs the scores again.
             seen = torch.bmm(F.silu(scores, inplace=True), values).transpose(0, 1)
             attended = (seen + _own_key(layer, q, k, v, rules.alpha)) / divisor
             x_mD = layer.combine(x_mD, u, attended.flatten(1), one)
