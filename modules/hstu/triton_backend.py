@@ -95,6 +95,7 @@ class Call(NamedTuple):
     @property
     def asking(self) -> list[tuple[bool, Tensor, int, int]]:
         """(is history, offsets, first row, number of rows) of the history and, if there are any, of the queries."""
+        # History and queries are separate launches: HISTORY is a compile-time constant of the kernels.
         rows = self.layout.rows
         history = (True, rows.seq_offsets, 0, rows.history)
         number = rows.visible.numel()
@@ -122,6 +123,7 @@ class Call(NamedTuple):
             "alpha": rules.alpha,
             "WIDTH": self.q.shape[2],
             "VALUE_WIDTH": self.v.shape[2],
+            # Tiles have power-of-two widths; loads beyond WIDTH are masked to zero.
             "D": _padded(self.q.shape[2]),
             "V": _padded(self.v.shape[2]),
             "HAS_BIAS": has_bias,
@@ -129,6 +131,7 @@ class Call(NamedTuple):
             "LAST_BUCKET": last,
             "WINDOW": rules.window or 0,
             "PREFIX": rules.prefix,
+            # Follows torch's own setting, so that both backends round alike.
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
 
@@ -231,6 +234,7 @@ class _HistoryAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the scores tile by tile."""
         q, k, v, of_position, of_time = ctx.saved_tensors
+        # The incoming gradient may be an expanded view with strides of 0, which `_strides` refuses.
         call, grad = Call(q, k, v, of_position, of_time, ctx.layout), grads[0].contiguous()
         # The kernels write every row of dq, but only history rows of dk and dv: queries are not keys there.
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -239,6 +243,7 @@ class _HistoryAttention(torch.autograd.Function):
         call.run(call.backward(grad, dq, dk, dv))
         if of_position is None or of_time is None or not any(ctx.needs_input_grad[3:5]):
             return dq, dk, dv, None, None, None
+        # The biases have a pass of their own, as their gradients sum over heads, which the other kernels split.
         launches, position_parts, time_parts = call.backward_biases(grad)
         call.run(launches)
         of_positions = torch.cat(position_parts).sum(0).to(of_position.dtype)
@@ -273,6 +278,7 @@ def _check(q: Tensor, v: Tensor, bias: RelativeBias | None) -> None:
                 f"user.shape.{field}: {width}: 'triton' takes heads up to {WIDEST_HEAD} wide: use more heads, or "
                 "the backend 'eager'"
             )
+    # torch's own nondeterministic operations raise in this mode as well; in evaluation nothing is summed with atomics.
     trains = bias is not None and torch.is_grad_enabled() and bias.of_position.requires_grad
     if (
         trains
