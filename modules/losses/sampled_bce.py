@@ -56,6 +56,7 @@ def sampled_bce(
             # Without checkpointing the graph would keep the logits of all chunks, [T, K], for the backward pass.
             part, left, largest = checkpoint(_against, query[chunk], unit, masked, use_reentrant=False)
             loss, effective = loss + part, effective + left.sum()
+            # Compared per chunk, as only the largest logit of each row leaves the checkpointed function.
             beaten = beaten + beats(positive_logits[chunk].detach(), largest).sum()
     return InfoNceOutput(
         loss_sum=loss,
