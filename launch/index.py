@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.inference.item_index import export_item_index
 
     if args.output.exists():
-        raise ValueError(f"--output {args.output}: is there already: choose another folder, or remove it")
+        raise ValueError(f"--output {args.output}: already exists: choose another folder, or remove it")
     with distributed_device() as device:
         number = export_item_index(args.run, args.output, args.checkpoint, device, args.kind, args.cells)
         if rank() == 0:

@@ -158,11 +158,11 @@ def test_no_name_in_a_store_leads_out_of_it(name: str, tmp_path: Path) -> None:
     store = EmbeddingStore.create(tmp_path / "s", 2)
     run = {"name": name, "rows": 1, "deleted": 0, "files": {}}
     (store.root / "manifest.json").write_text(json.dumps({"version": 1, "live": 1, "runs": [run]}))
-    with pytest.raises(ValueError, match="is no plain name: the file is damaged"):
+    with pytest.raises(ValueError, match="is not a plain name: the file is damaged"):
         store.snapshot()
     run |= {"name": "run", "files": {name: [1, 1]}}
     (store.root / "manifest.json").write_text(json.dumps({"version": 1, "live": 1, "runs": [run]}))
-    with pytest.raises(ValueError, match="is no plain name: the file is damaged"):
+    with pytest.raises(ValueError, match="is not a plain name: the file is damaged"):
         store.snapshot()
 
 

@@ -29,7 +29,7 @@ class DiskFull(OSError):
         free = shutil.disk_usage(final.parent).free
         super().__init__(
             f"{final}: not written, the disk is full: it needs {needed:,} bytes, and {free:,} are free; make room "
-            "(evaluation.keep_last says how many checkpoints stay). Older checkpoints are as they were"
+            "(evaluation.keep_last says how many checkpoints stay). Older checkpoints are unchanged"
         )
 
 
@@ -138,7 +138,7 @@ def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int]
             if check_hashes and number % parts == part and _sha256(file) != digest:
                 return f"is damaged: the contents of {name} are not what was written"
         if not {"extra.json", ".metadata"} <= marker["files"].keys() or not isinstance(marker["world_size"], int):
-            return f"is damaged: {MARKER} does not say what it should"
+            return f"is damaged: {MARKER} is malformed"
     # A damaged marker may have any content, so any of these can come from reading it.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"has no readable {MARKER} file ({type(error).__name__}: {error})"
@@ -161,7 +161,7 @@ def read_checkpoint_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}: it is damaged; load the checkpoint before it") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, no object: load the checkpoint before it")
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not a JSON object: load the checkpoint before it")
     return found
 
 

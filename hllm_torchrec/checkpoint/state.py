@@ -42,7 +42,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"the saved random number state cannot be used ({type(error).__name__}: {error}); "
-            "resume with the versions of torch, numpy and Python that wrote it, or seed anew"
+            "resume with the versions of torch, numpy and Python that wrote it, or start with a new seed"
         ) from error
 
 
@@ -70,7 +70,7 @@ def flatten(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
                 "put what JSON can hold into extra"
             )
         if not isinstance(value, ShardedTensor) and value.is_meta:  # ShardedTensor does not always support it
-            raise ValueError(f"state {key!r} is on the meta device; materialise the model first")
+            raise ValueError(f"state {key!r} is on the meta device; materialize the model first")
         if key in flat:
             raise ValueError(f"state {key!r} occurs twice; rename one of its parts")
         flat[key] = value

@@ -95,4 +95,4 @@ def import_faiss() -> Any:
 
 def _refuse_existing(target: Path) -> None:
     if target.exists():
-        raise ValueError(f"{target}: is there already: choose another folder, or remove it")
+        raise ValueError(f"{target}: already exists: choose another folder, or remove it")

@@ -60,7 +60,7 @@ class SegmentReader:
     def __init__(self, folder: Path, facts: SegmentFacts, width: int, dtype: str) -> None:
         damage = next(find_segment_damage(folder, facts, contents=False), None)
         if damage is not None:
-            raise ValueError(f"{damage}: the store is damaged; restore it or build it anew")
+            raise ValueError(f"{damage}: the store is damaged; restore it or build it again")
         self.facts, self.width, self.dtype = facts, width, DTYPES[dtype]
         self.folder = folder
         with error_location(folder, _VERIFY):

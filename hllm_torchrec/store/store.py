@@ -97,7 +97,7 @@ class EmbeddingStore:
                 f"{', '.join(DTYPES)}, keys are string or int64"
             )
         if root.exists() and any(root.iterdir()):
-            raise ValueError(f"{root}: is there already: open it, or choose another folder")
+            raise ValueError(f"{root}: already exists: open it, or choose another folder")
         (root / "runs").mkdir(parents=True, exist_ok=True)
         sync_folder(root.resolve().parent)
         identity = {"format": FORMAT, "width": width, "dtype": dtype, "keys": keys, "facts": facts or {}}
@@ -200,7 +200,7 @@ class EmbeddingStore:
         if self.copy_of is not None:
             raise ValueError(
                 f"{self.copy_of}: only hllm embed and hllm exposures write to a store at a URL; for anything else "
-                "copy it to a folder, and upload it whole afterwards, manifest.json last"
+                "copy it to a folder, and upload it afterwards, manifest.json last"
             )
 
     def merge(self, first: int) -> int:

@@ -46,7 +46,7 @@ def export_huggingface(run: Path, which: str, output: Path, device: torch.device
         ValueError: the run or checkpoint does not exist, or the output does.
     """
     if output.exists():
-        raise ValueError(f"{output}: is there already; name a folder that is not, or remove it")
+        raise ValueError(f"{output}: already exists; name another folder, or remove it")
     loaded = load_run(run, which, device, use_items=False)
     with loaded.weights, atomic_folder(output) as folder:
         state = full_state_dict(loaded)
@@ -185,6 +185,6 @@ words = model.get_input_embeddings()(tokenizer(text, return_tensors="pt")["input
 embedding = model(inputs_embeds=torch.cat([words, item[None, None]], dim=1)).last_hidden_state[0, -1]
 ```
 
-`user_llm`, where there is one, reads vectors through `inputs_embeds`; its vocabulary is one unused word. Projections,
-heads and tables are in `parts.safetensors`. The licences of the models and data that it was made from go on holding.
+`user_llm`, if there is one, reads vectors through `inputs_embeds`; its vocabulary is one unused word. Projections,
+heads and tables are in `parts.safetensors`. The licenses of the models and data that it was made from continue to apply.
 """

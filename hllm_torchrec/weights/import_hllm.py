@@ -94,11 +94,11 @@ def import_public(
             tokenizer; the output exists.
     """
     if output.exists():
-        raise ValueError(f"{output}: is there already; name a folder that is not, or remove it")
+        raise ValueError(f"{output}: already exists; name another folder, or remove it")
     public = read_public(checkpoint)
     files = [item_llm / name for name in TOKENIZER_FILES if (item_llm / name).is_file()]
     if not files:
-        raise ValueError(f"{item_llm}: holds no tokeniser (no tokenizer.json or the like); give the Item LLM's own")
+        raise ValueError(f"{item_llm}: has no tokenizer (tokenizer.json or the like); give the Item LLM's own")
     configs = {"item_llm": rotary_config(item_llm), "user_llm": rotary_config(user_llm)}
     with atomic_folder(output) as folder:
         save_backbone(configs["item_llm"], public.item_llm, folder / "item_llm", public.item_token)

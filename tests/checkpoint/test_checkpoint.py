@@ -394,7 +394,7 @@ def test_random_numbers_go_on_where_they_were() -> None:
 
 
 def test_a_foreign_random_state_is_refused() -> None:
-    with pytest.raises(ValueError, match="saved random number state cannot be used .*seed anew"):
+    with pytest.raises(ValueError, match="saved random number state cannot be used .*start with a new seed"):
         set_rng_state({**rng_state(), "torch": "AAAA"})
 
 

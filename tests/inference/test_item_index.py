@@ -94,7 +94,7 @@ def test_a_saved_index_opens_and_is_not_overwritten(tmp_path: Path) -> None:
     built = ItemIndex.build(vectors(3), ["a", "b", "c"])
     built.save(tmp_path / "index")
     assert ItemIndex.open(tmp_path / "index").search(vectors(1), 1)[0] == [["a"]]
-    with pytest.raises(ValueError, match="index: is there already: choose another folder"):
+    with pytest.raises(ValueError, match="index: already exists: choose another folder"):
         built.save(tmp_path / "index")
 
 
@@ -113,7 +113,7 @@ def test_wrong_requests_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(ValueError, match="no index.faiss: write one with `hllm index`"):
         ItemIndex.open(tmp_path)
     assert main(["--run", str(tmp_path), "--output", str(tmp_path)]) == 2
-    assert "is there already: choose another folder, or remove it" in capsys.readouterr().err
+    assert "already exists: choose another folder, or remove it" in capsys.readouterr().err
 
 
 def test_a_model_without_a_generative_loss_has_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

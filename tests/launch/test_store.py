@@ -106,7 +106,7 @@ def test_a_damaged_store_is_one_line_that_names_the_file(
         (["info", "nowhere"], "nowhere: no embedding store"),
         (["delete", "STORE"], "no ids: give --id or --ids FILE"),
         (["delete", "STORE", "--ids", "nowhere.txt"], "nowhere.txt"),
-        (["export", "STORE", "--parquet", "STORE"], "is there already: choose another folder"),
+        (["export", "STORE", "--parquet", "STORE"], "already exists: choose another folder"),
     ],
 )
 def test_a_mistake_is_one_line(

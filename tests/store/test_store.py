@@ -249,7 +249,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no embedding store \(no store.json\)"):
         EmbeddingStore.open(tmp_path)
     create(tmp_path / "s")
-    with pytest.raises(ValueError, match="is there already: open it, or choose another folder"):
+    with pytest.raises(ValueError, match="already exists: open it, or choose another folder"):
         create(tmp_path / "s")
     (tmp_path / "s" / "store.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99; this version reads 1"):

@@ -97,5 +97,5 @@ def test_a_folder_that_is_there_is_not_touched(capsys: pytest.CaptureFixture[str
     run, output = exported()
     before = sorted(path.name for path in output.iterdir())
     assert export_hf.main(["--run", str(run), "--output", str(output)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == before
