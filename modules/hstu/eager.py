@@ -148,7 +148,7 @@ class _HistoryAttention(torch.autograd.Function):
         q, k, v, of_position, of_time, *kept = ctx.saved_tensors
         layout: BlockLayout = ctx.layout
         alpha, needed = layout.rules.alpha, of_position is not None and any(ctx.needs_input_grad[3:5])
-        # The tables' gradients are summed over all chunks and buckets in the tables' own type (float32).
+        # The tables' gradients are summed over all chunks and buckets in the tables' own type.
         tables = (of_position.new_zeros(of_position.shape), of_time.new_zeros(of_time.shape)) if needed else None
         scaled, received = (q * alpha if alpha != 1 else q), grads[0] / layout.divisor.to(v.dtype)
         found: list[list[Tensor]] = [[], [], []]

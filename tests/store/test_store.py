@@ -234,7 +234,7 @@ def test_a_cut_or_missing_file_is_an_error_that_names_it(damage: str, message: s
         ("{}", "KeyError: 'runs': the file is damaged"),
         (
             '{"version": 1, "live": 0, "runs": [{"name": "../../etc", "rows": 0, "deleted": 0, "files": {}}]}',
-            "no plain",
+            "not a plain name",
         ),
     ],
 )
