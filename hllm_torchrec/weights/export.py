@@ -186,5 +186,5 @@ embedding = model(inputs_embeds=torch.cat([words, item[None, None]], dim=1)).las
 ```
 
 `user_llm`, if there is one, reads vectors through `inputs_embeds`; its vocabulary is one unused word. Projections,
-heads and tables are in `parts.safetensors`. The licenses of the models and data that it was made from continue to apply.
+heads and tables are in `parts.safetensors`. The licenses of its base models and training data continue to apply.
 """
