@@ -151,7 +151,7 @@ class BucketPlan:
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
         keys, values = (x.split([bucket.count for bucket in self.buckets]) for x in (key, value))
-        # The prefix is no text: it has no last position to read.
+        # The prefix is not a text: none of its positions is read.
         first = int(self.has_prefix)
         asked = query.split([bucket.texts for bucket in self.buckets[first:]])
         outputs = []
