@@ -224,7 +224,7 @@ class NegativeMask:
     def _own_sequences(self, start: int, stop: int) -> Tensor:
         """Mask [stop - start, K + 1], True where the first copy of a negative is in the prediction's sequence."""
         n_rows, device = stop - start, self.in_order.device
-        # Column K takes the writes of ids that are no negatives, so no write needs a condition (or a sync for its
+        # Column K takes the writes of ids that are not negatives, so no write needs a condition (or a sync for its
         # size); `chunk` cuts it off.
         if self.exclude is None:
             return torch.zeros(n_rows, self.n_negatives + 1, dtype=torch.bool, device=device)
@@ -239,7 +239,7 @@ class NegativeMask:
 
 
 class _Gradients(NamedTuple):
-    """Gradients of the loss sum by the inputs; None where a gradient is not needed."""
+    """Gradients of the loss sum with respect to the inputs; None where a gradient is not needed."""
 
     predictions: Tensor | None
     positives: Tensor | None
@@ -297,7 +297,7 @@ def _chunked(
     logits instead.
     """
     inverse_p, inverse_t, inverse_n = (_inverse_norm(x) for x in (predictions, positives, negatives))
-    # The gradient of the scale is a by-product of the one by the predictions.
+    # The gradient of the scale is a by-product of that of the predictions.
     grad_p = torch.empty_like(predictions) if wanted[0] or wanted[3] else None
     grad_t = torch.empty_like(positives) if wanted[1] else None
     # Predictions and positives belong to one chunk, so their gradients are written once; the negatives are shared by
@@ -322,7 +322,7 @@ def _chunked(
         # d loss / d positive logit = -slope, and the positive logit is query . target.
         if grad_t is not None:
             torch.mul(query, -slopes[:, None], out=grad_t[rows])
-        # By the unit vectors of the negatives; `_through_norm_` turns it into the gradient by the negatives themselves.
+        # The gradient of the negatives' unit vectors; `_through_norm_` turns it into that of the negatives.
         if grad_n is not None:
             grad_n.addmm_(logits.T, query)
         if grad_p is not None:
@@ -342,9 +342,10 @@ def _chunked(
 
 
 def _softmax_(logits: Tensor, positive_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses [t], their negated slopes by the positive logits [t], and bool [t]: positive beats all negatives.
+    """Return losses [t], slopes [t], and bool [t], True where the positive beats all negatives.
 
-    In place, `logits` [t, K] (-inf where masked) become the gradients of the losses by them: slope * softmax.
+    slopes: negated derivatives of the losses with respect to the positive logits. In place, `logits` [t, K] (-inf where
+    masked) become the gradients of the losses with respect to the logits, slope * softmax.
     """
     largest = logits.amax(dim=1)
     is_right = beats(positive_logits, largest)
@@ -374,7 +375,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 
 def _through_norm_(grads: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """Turn gradients by u = x / max(|x|, EPS) into gradients by x, in place: (g - u (u . g)) / |x|.
+    """Turn gradients g w.r.t. u = x / max(|x|, EPS) into gradients w.r.t. x, in place: (g - u (u . g)) / |x|.
 
     Runs over blocks of rows, so that no temporary is as large as x.
     """
