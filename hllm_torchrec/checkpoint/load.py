@@ -173,7 +173,7 @@ def _raise_mismatches(
     wanted = {key for report in reports for key in report["keys"]}
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
-    # Only groups that `state` has: a group that it leaves out (such as the optimizers) is not read on purpose.
+    # Groups that `state` leaves out (such as the optimizers) are skipped on purpose: their keys are not unexpected.
     unexpected = {key for key in reports[0]["saved"] if _is_under(key, groups) and key not in wanted}
     kept = {key for key in missing | reshaped.keys() if _is_under(key, allow_missing)}
     parts = [

@@ -52,7 +52,7 @@ def hash_keys(keys: pa.Array) -> Hashes:
 def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
     """Hash the byte strings flat[offsets[i] : offsets[i + 1]]: uint64 [n]; the last word of each is zero-padded."""
     lengths = np.diff(offsets)
-    # The length is mixed in, so that zero padding cannot make two strings equal.
+    # The length is mixed in, so that strings that differ only in zero padding have different hashes.
     hashes, at = lengths.astype(np.uint64), 0
     rows = np.flatnonzero(lengths)
     # Round i handles word i of all strings that are long enough; products wrap around on purpose.
