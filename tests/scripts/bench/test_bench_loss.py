@@ -32,7 +32,13 @@ def test_peak_memory_is_that_of_the_side_measured() -> None:
 @pytest.mark.slow
 def test_bench_loss_ends_with_its_json(tmp_path: Path) -> None:
     """As a user runs it: the script starts itself again under its allocator setting."""
-    command = [sys.executable, str(SCRIPTS / "bench_loss.py"), "--tiny", "--out", str(tmp_path / "new" / "loss.json")]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "bench" / "bench_loss.py"),
+        "--tiny",
+        "--out",
+        str(tmp_path / "new" / "loss.json"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,8 @@ import torch
 
 from tests.helpers.scripts import SCRIPTS, bench_module
 
+GPU = SCRIPTS / "gpu"
+
 RUN = """
 import sys
 sys.path[:0] = [{scripts!r}, {here!r}]
@@ -21,7 +23,7 @@ sys.exit(gpu_check.main({arguments!r}, modules=({module!r},)))
 
 def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Exit status, JSON and stderr of the script on the CPU."""
-    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), "--cpu", "--out", str(out), *arguments]
+    command = [sys.executable, str(GPU / "gpu_check.py"), "--cpu", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.returncode, json.loads(out.read_text()), done.stderr
 
@@ -30,8 +32,8 @@ def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
 def test_one_that_fails_hangs_or_dies_stops_no_other(tmp_path: Path) -> None:
     out, here = tmp_path / "found.json", str(Path(__file__).parent)
     arguments = ["--cpu", "--out", str(out)]
-    code = RUN.format(scripts=str(SCRIPTS), here=here, arguments=arguments, module="checks_that_end")
-    environment = {"PYTHONPATH": f"{SCRIPTS}:{here}:{SCRIPTS.parent}", "PATH": "/usr/bin:/bin"}
+    code = RUN.format(scripts=str(GPU), here=here, arguments=arguments, module="checks_that_end")
+    environment = {"PYTHONPATH": f"{GPU}:{here}:{SCRIPTS.parent}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     found = json.loads(out.read_text())
     states = {name: result["state"] for name, result in found["checks"].items()}
