@@ -1,4 +1,4 @@
-"""What is wrong with the keys and values of a configuration, before it becomes one: all of it at once."""
+"""Checks of the keys and values of a configuration before it is built: all problems are reported at once."""
 
 import dataclasses
 import functools
@@ -13,18 +13,19 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from hllm_torchrec.common.errors import did_you_mean
-from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
+from hllm_torchrec.common.yaml_files import abbreviate
+from hllm_torchrec.config.inheritance import read_with_bases
 
 
 def file_problems(path: str, cls: type) -> list[str]:
-    """What of a YAML file does not fit the dataclass `cls`, each as 'file: a.b: ...'."""
+    """Keys and values of a YAML file and of its bases that do not fit the dataclass `cls`, each as 'file: a.b: ...'."""
     if not Path(path).is_file():
         return [f"--config: {path or 'no file named'}: no such file"]
     try:
-        content = read_yaml(Path(path))
+        files = read_with_bases(Path(path))
     except ValueError as error:
-        return [f"{path}: {error}"]
-    return [f"{path}: {problem}" for problem in dataclass_problems({} if content is None else content, cls)]
+        return [str(error)]
+    return [f"{file}: {problem}" for file, content in files for problem in dataclass_problems(content, cls)]
 
 
 def option_problems(options: dict[str, str], cls: type, others: tuple[str, ...] = ()) -> list[str]:

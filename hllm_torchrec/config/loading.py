@@ -3,7 +3,7 @@
 jsonargparse turns the dataclasses into `--model.user.layers 2` style options, reads the YAML and prints the
 resolved file (`--print_config`); it was chosen because the dataclasses stay plain, without a second schema.
 Checks beyond the parser's are in `checking`: unknown keys, with the nearest right name, and wrong types are all
-reported together.
+reported together. `inheritance` merges a file with the ones that it starts from.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from hllm_torchrec.config.checking import (
     option_problems,
     split_arguments,
 )
+from hllm_torchrec.config.inheritance import read_resolved
 from hllm_torchrec.config.schema import Config
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -46,9 +47,7 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
         raise ConfigError(problems)
     kind: type = cls
     try:
-        # jsonargparse's own --print_config cannot print dataclasses in a list
-        to_parse = [argument for argument in arguments if argument != "--print_config"]
-        parsed = _parser(kind, prog, description).parse_args(to_parse)
+        parsed = _parser(kind, prog, description).parse_args(_for_jsonargparse(arguments))
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -59,6 +58,27 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
         raise SystemExit(0)
     built: T = _build(kind, parsed)
     return built
+
+
+def _for_jsonargparse(arguments: list[str]) -> list[str]:
+    """Arguments with the resolved content in place of each configuration file, and without --print_config.
+
+    jsonargparse knows no `base`, and its own --print_config cannot print dataclasses in a list.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if found and found[-1] == "--config":
+            found[-1] = _resolved_option(argument)
+        elif name == "--config" and equals:
+            found.append(_resolved_option(text))
+        elif argument != "--print_config":
+            found.append(argument)
+    return found
+
+
+def _resolved_option(path: str) -> str:
+    return "--config=" + str(yaml.safe_dump(read_resolved(Path(path)), sort_keys=False, allow_unicode=True))
 
 
 @functools.cache

@@ -1,0 +1,59 @@
+"""Inheritance of configuration files: `base: other.yaml` starts from another file's values.
+
+The path is relative to the file that has the line, and a base may have one itself. Mappings are merged key by key at any
+depth; everything else, lists and null as well, replaces the base's value. What a run saves is the result, without `base`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
+
+BASE = "base"
+"""Key of the line that names the base; no field of a configuration has this name."""
+
+
+def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, Any]]:
+    """(path, content without `base`) of a file and its bases, the furthest base first.
+
+    Args:
+        above: files that are based on this one.
+
+    Raises:
+        ValueError: a file is missing, not valid YAML, or based on itself; the message begins with the file's path.
+    """
+    if path.resolve() in (file.resolve() for file in above):
+        circle = " -> ".join(str(file) for file in (*above, path))
+        raise ValueError(f"{above[-1]}: base: {circle}: a file cannot be based on itself; remove one of these lines")
+    try:
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict) or BASE not in content:
+        return [(path, {} if content is None else content)]
+    base = content.pop(BASE)
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base: {abbreviate(base)}: must be the path of a YAML file, relative to this one")
+    target = path.parent / base
+    if not target.is_file():
+        raise ValueError(f"{path}: base: {base!r}: no such file; the path is relative to {path.parent}/")
+    return [*read_with_bases(target, (*above, path)), (path, content)]
+
+
+def merge(base: Any, changes: Any) -> Any:
+    """`base` with `changes`: mappings are merged at any depth, anything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return base | {key: merge(base.get(key), value) for key, value in changes.items()}
+
+
+def read_resolved(path: Path) -> Any:
+    """A file's content with that of its bases merged in.
+
+    Raises:
+        ValueError: as `read_with_bases`.
+    """
+    resolved: Any = {}
+    for _, content in read_with_bases(path):
+        resolved = merge(resolved, content)
+    return resolved
