@@ -24,17 +24,14 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse as sp
 import torch
-from numpy.typing import NDArray
 
 from hllm_torchrec.baselines.settings import RetrievalBaselinesConfig
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.histories import Histories, rank_row_groups, read_histories
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks
 from hllm_torchrec.metrics.retrieval_metrics import target_ranks
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 CHOSEN_BY = 10
 """NDCG at this on the validation part chooses the settings."""

@@ -3,7 +3,6 @@
 This module handles names and bytes only; `checkpoint/load.py` describes the contents.
 """
 
-import hashlib
 import json
 import re
 import secrets
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hllm_torchrec.common.atomic_files import sync_folder, write_synced
+from hllm_torchrec.common.hashing import hash_file, hash_json
 
 K = TypeVar("K")
 SCHEMA_VERSION = 2
@@ -105,12 +105,12 @@ def marker_text(marker: Mapping[str, Any], files: list[dict[str, tuple[int, str]
 def with_checksum(contents: Mapping[str, Any]) -> dict[str, Any]:
     """Return a marker's contents with their SHA-256 as `sha256`."""
     rest = {name: value for name, value in contents.items() if name != "sha256"}
-    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+    return {**rest, "sha256": hash_json(rest)}
 
 
 def describe_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
     """Return name -> (bytes, SHA-256) of these files in a directory."""
-    return {name: ((path / name).stat().st_size, _sha256(path / name)) for name in names}
+    return {name: ((path / name).stat().st_size, hash_file(path / name)) for name in names}
 
 
 def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -135,7 +135,7 @@ def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int]
                 return f"is incomplete: {name} is missing"
             if file.stat().st_size != size:
                 return f"is truncated: {name} has {file.stat().st_size} bytes instead of {size}"
-            if check_hashes and number % parts == part and _sha256(file) != digest:
+            if check_hashes and number % parts == part and hash_file(file) != digest:
                 return f"is damaged: the contents of {name} are not what was written"
         if not {"extra.json", ".metadata"} <= marker["files"].keys() or not isinstance(marker["world_size"], int):
             return f"is damaged: {MARKER} is malformed"
@@ -209,9 +209,3 @@ def _rename_for_removal(path: Path) -> Path:
     doomed = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     path.rename(doomed)
     return doomed
-
-
-def _sha256(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

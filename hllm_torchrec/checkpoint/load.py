@@ -31,6 +31,7 @@ from hllm_torchrec.checkpoint.safe_reader import SafeReader
 from hllm_torchrec.checkpoint.save import BackgroundWriter, first_error, save_checkpoint
 from hllm_torchrec.checkpoint.state import flatten, rng_state, set_rng_state
 from hllm_torchrec.distributed import coordination
+from hllm_torchrec.embedding.tables import local_shards
 
 __all__ = [
     "BackgroundWriter",
@@ -231,6 +232,5 @@ def _spread_rowwise(values: torch.Tensor, target: torch.Tensor) -> None:
         values = values.view(-1, size).mean(0)
     values = values.repeat(size // len(values))
     with torch.no_grad():
-        for shard in target.local_shards():
-            start = shard.metadata.shard_offsets[0]
-            shard.tensor.copy_(values[start : start + shard.metadata.shard_sizes[0]])
+        for shard, start, _ in local_shards(target):
+            shard.copy_(values[start : start + len(shard)])

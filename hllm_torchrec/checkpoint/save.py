@@ -27,6 +27,7 @@ from hllm_torchrec.checkpoint.remote_runs import publish_checkpoint
 from hllm_torchrec.checkpoint.state import check_json, flatten
 from hllm_torchrec.common.atomic_files import write_synced
 from hllm_torchrec.distributed import coordination
+from hllm_torchrec.embedding.tables import local_shards
 
 OVERHEAD_BYTES = 2048
 """Bytes added for each tensor of a checkpoint when its size is estimated (an upper bound of the overhead)."""
@@ -272,8 +273,7 @@ def _local_bytes(tensor: Tensor) -> int:
     """Number of bytes of this rank's part of a sharded tensor."""
     if isinstance(tensor, DTensor):
         return tensor.to_local().nbytes
-    assert isinstance(tensor, ShardedTensor)
-    return sum(shard.tensor.nbytes for shard in tensor.local_shards())
+    return sum(values.nbytes for values, _, _ in local_shards(tensor))
 
 
 def _rank_share(tensors: Mapping[str, Tensor], replicated: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:

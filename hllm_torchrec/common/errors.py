@@ -1,4 +1,4 @@
-"""What the program says about a wrong configuration: every problem at once, each with its remedy."""
+"""Errors that name what to mend: all problems of a configuration at once, the nearest right name, no credentials."""
 
 import difflib
 import re
@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 class ConfigError(ValueError):
     """A configuration that cannot run, with all of its problems (one line each) in one message."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        """Keep `problems`: one line each, naming the dotted field, the value, the rule and the remedy."""
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        """Keep `problems`, one or several lines: each names the dotted field, the value, the rule and the remedy."""
         assert problems, "a ConfigError without a problem"
-        assert not isinstance(problems, str), "problems is a list of lines, not one line"
-        self.problems = list(problems)
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__(self.problems)  # the argument itself, so that the error survives pickling
 
     def __str__(self) -> str:

@@ -1,14 +1,74 @@
-"""A 64-bit hash of rows of integers, the same in every process."""
+"""Hashes: of files, of texts and JSON values, and of rows of integers; the same in every process."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+_BLOCK = 1 << 20
+_UInts = NDArray[np.uint64]
 
 
-def hash_columns(*columns: np.ndarray) -> np.ndarray:
+def hash_files(paths: Sequence[Path], description: str) -> dict[Path, str]:
+    """SHA-256 of the bytes of each file, hexadecimal; a progress bar after five seconds."""
+    hashes = {}
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, delay=5) as bar:
+        for path in paths:
+            digest = hashlib.sha256()
+            with path.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+                    bar.update(len(block))
+            hashes[path] = digest.hexdigest()
+    return hashes
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the bytes of one file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def crc32_file(path: Path) -> int:
+    """CRC-32 of the bytes of one file."""
+    checksum = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in order, hexadecimal; each is length-prefixed, so that ("ab", "c") differs from ("a", "bc")."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value, hexadecimal, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_columns(*columns: np.ndarray) -> _UInts:
     """A 64-bit hash of each row of int64 columns [n], uint64 [n] (splitmix64)."""
     state = np.zeros(len(columns[0]), dtype=np.uint64)
     for column in columns:
-        state = (state ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
+        state = mix_bits((state ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return state
+
+
+def mix_bits(state: _UInts) -> _UInts:
+    """splitmix64's finalizer on uint64 [n]: every bit of the argument reaches every bit of the result."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

@@ -1,7 +1,7 @@
 """Inheritance of configuration files: `base: other.yaml` starts from another file's values.
 
-The path is relative to the file that has the line, and a base may have one itself. Mappings are merged key by key at any
-depth; everything else, lists and null as well, replaces the base's value. What a run saves is the result, without `base`.
+The path is relative to the file that has the line, and a base may have one itself. Mappings are merged key by key at
+any depth; everything else, lists and null as well, replaces the base's value. A run saves the result, without `base`.
 """
 
 from pathlib import Path

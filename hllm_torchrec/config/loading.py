@@ -52,7 +52,7 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
         if isinstance(error, ConfigError):
             raise
         files = ", ".join(text for name, text in given if name == "config")
-        raise ConfigError([f"{files or prog}: {' '.join(str(error).split())}: it must be {cls.__name__}'s"]) from None
+        raise ConfigError(f"{files or prog}: {' '.join(str(error).split())}: it must be {cls.__name__}'s") from None
     if "--print_config" in arguments:
         print(to_yaml(parsed), end="")
         raise SystemExit(0)

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.dataset import Dataset
@@ -18,8 +19,6 @@ from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.features.timestamps import TIME_FEATURES, split_timestamps
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 Bags = tuple[Ints, Ints]
 """(values, lengths): one bag per slot."""
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
@@ -20,8 +21,6 @@ from hllm_torchrec.data.predictions import Columns, join_columns
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.distributed.collectives import global_sum
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 ALL = slice(None)
 
 
@@ -39,7 +38,7 @@ class Histories:
     offsets: Ints
     item_ids: Ints
     timestamps: Ints
-    labels: Floats
+    labels: Doubles
     visibility: str
 
     @cached_property
@@ -164,15 +163,15 @@ def score_by_group(
 class ItemLabels:
     """Labels of the training part by item: how many, and their sum; float64 [N]."""
 
-    count: Floats
-    total: Floats
+    count: Doubles
+    total: Doubles
 
     @property
     def mean(self) -> float:
         """Mean label of the training part; 0.5 without any label."""
         return float(self.total.sum() / self.count.sum()) if self.count.sum() else 0.5
 
-    def bias(self, shrinkage: float) -> Floats:
+    def bias(self, shrinkage: float) -> Doubles:
         """[N] an item's mean label minus the overall mean, as if it had `shrinkage` more labels of that mean.
 
         0 for items without a training label.

@@ -13,18 +13,15 @@ Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from hllm_torchrec.common.arrays import AnyFloats, Ints
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.validation import error_location
-
-Doubles = NDArray[np.floating[Any]]
-Ints = NDArray[np.int64]
 
 MEAN_LOADING = 0.45
 """v_0[0]: the standard deviation of users' means, in standard deviations of the values."""
@@ -58,19 +55,19 @@ class ItemFactors:
     training events have loading v_0 and bias 0.
     """
 
-    loadings: Doubles
-    bias: Doubles
+    loadings: AnyFloats
+    bias: AnyFloats
     mean: float
     noise: float
 
-    def posterior_mean(self, items: Ints, values: Doubles) -> Doubles:
+    def posterior_mean(self, items: Ints, values: AnyFloats) -> AnyFloats:
         """E[z | history] [J] after rating `items` [n] with `values` [n]; zeros without history."""
         v = self.loadings[items]
         precision = v.T @ v / self.noise + np.eye(v.shape[1])
-        mean: Doubles = np.linalg.solve(precision, v.T @ (values - self.mean - self.bias[items]) / self.noise)
+        mean: AnyFloats = np.linalg.solve(precision, v.T @ (values - self.mean - self.bias[items]) / self.noise)
         return mean
 
-    def predict(self, z: Doubles, items: Ints) -> Doubles:
+    def predict(self, z: AnyFloats, items: Ints) -> AnyFloats:
         """Expected values [m] of `items` [m] for a user with factors z [J]."""
         return self.mean + self.bias[items] + self.loadings[items] @ z
 
@@ -83,7 +80,7 @@ class ItemFactors:
         return scaled.astype(np.float32)
 
 
-def event_values(labels: NDArray[np.float32], actions: Ints, action_values: Doubles) -> Doubles:
+def event_values(labels: NDArray[np.float32], actions: Ints, action_values: AnyFloats) -> AnyFloats:
     """What an event is worth [n]: its action's number (rating 1..5) where actions have several, else its label.
 
     action_values: `Dataset.action_values`. NaN where nothing is known.
@@ -91,7 +88,7 @@ def event_values(labels: NDArray[np.float32], actions: Ints, action_values: Doub
     return action_values[actions] if _are_graded(action_values) else labels.astype(np.float64)
 
 
-def value_scale(action_values: Doubles) -> NDArray[np.float32] | None:
+def value_scale(action_values: AnyFloats) -> NDArray[np.float32] | None:
     """`event_values` of each action on [-1, 1], the lowest action -1, the highest 1; None where labels say it."""
     if not _are_graded(action_values):
         return None
@@ -104,7 +101,7 @@ def scaled_values(labels: NDArray[np.float32], actions: Ints, scale: NDArray[np.
     return 2 * labels - 1 if scale is None else scale[actions]
 
 
-def _are_graded(action_values: Doubles) -> bool:
+def _are_graded(action_values: AnyFloats) -> bool:
     """Whether actions have at least two different numbers."""
     return np.unique(action_values[~np.isnan(action_values)]).size > 1
 
@@ -167,7 +164,7 @@ def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> 
 
 
 def _em_step(
-    model: ItemFactors, users: list[tuple[Ints, Doubles]], v_0: Doubles, options: FactorOptions
+    model: ItemFactors, users: list[tuple[Ints, AnyFloats]], v_0: AnyFloats, options: FactorOptions
 ) -> ItemFactors:
     """Posterior of every user's z, then the ridge solution of every item's loading and bias."""
     items, width = model.loadings.shape
@@ -185,13 +182,13 @@ def _em_step(
         np.add.at(count, rated, 1.0)
     # The prior's precision is per unit of squared factor, as the second moments are.
     weighted = (first + options.prior * v_0)[..., None]
-    loadings: Doubles = np.linalg.solve(second + options.prior * eye, weighted)[..., 0]
+    loadings: AnyFloats = np.linalg.solve(second + options.prior * eye, weighted)[..., 0]
     return ItemFactors(loadings, residual / (count + options.bias_shrinkage), model.mean, model.noise)
 
 
-def _training_users(dataset: Dataset, max_users: int) -> list[tuple[Ints, Doubles]]:
+def _training_users(dataset: Dataset, max_users: int) -> list[tuple[Ints, AnyFloats]]:
     """(items, values) of each training user, events without a value left out."""
-    users: list[tuple[Ints, Doubles]] = []
+    users: list[tuple[Ints, AnyFloats]] = []
     for items, labels, actions in _training_rows(dataset):
         values = event_values(labels, actions, dataset.action_values)
         known = ~np.isnan(values)

@@ -4,9 +4,9 @@ Legend: n rows, T entries of all rows.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Ints = NDArray[np.int64]
+from hllm_torchrec.common.arrays import Ints
 
 
 def offsets_from_lengths(lengths: ArrayLike) -> Ints:

@@ -23,13 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
-
-Ints = NDArray[np.int64]
 
 SHARED_EVENTS = 20_000_000
 """Held by every rank up to here: about half a gigabyte."""

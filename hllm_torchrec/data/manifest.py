@@ -1,48 +1,15 @@
 """`manifest.json`: what a prepared dataset is, and the cheap check that its files are the ones written."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.manifest_schema import find_manifest_problem
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ITEM_COUNTS = "training_item_counts.npy"
-_BLOCK = 1 << 20
-
-
-def hash_files(paths: Sequence[Path], what: str) -> dict[Path, str]:
-    """SHA-256 of the bytes of each file, hexadecimal; a progress bar named `what` after five seconds."""
-    hashes = {}
-    total = sum(path.stat().st_size for path in paths)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, delay=5) as bar:
-        for path in paths:
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
-                    bar.update(len(block))
-            hashes[path] = digest.hexdigest()
-    return hashes
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of the bytes of one file, hexadecimal."""
-    return hash_files([path], path.name)[path]
-
-
-def hash_parts(parts: Iterable[str]) -> str:
-    """SHA-256 over texts in order; each is length-prefixed, so that ("ab", "c") differs from ("a", "bc")."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(f"{len(data)}:".encode() + data)
-    return digest.hexdigest()
 
 
 def data_files(root: Path) -> list[Path]:
@@ -59,7 +26,7 @@ def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
         path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
         for path, sha256 in hash_files(data_files(root), "checksums").items()
     }
-    fingerprint = hash_parts(f"{name} {facts['sha256']}" for name, facts in files.items())
+    fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in files.items())
     whole = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint, "files": files}
     (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 

@@ -14,12 +14,10 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.config.extensions import EXTENSION_FORM, is_extension, load_extension
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 Numeric = Callable[[Ints, Floats, Ints, Ints], Floats]
 """(timestamps, labels, targets, seen) -> [X]."""
 

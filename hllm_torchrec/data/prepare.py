@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
 from hllm_torchrec.data.event_partitions import (
     PartitionWriter,
@@ -33,8 +34,6 @@ from hllm_torchrec.data.manifest import (
     ITEM_COUNTS,
     MANIFEST,
     SCHEMA_VERSION,
-    hash_files,
-    hash_parts,
     read_manifest,
     write_manifest,
 )
@@ -124,7 +123,7 @@ def _request(source: Source, options: _Options) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source.name,
-        "source_fingerprint": hash_parts(f"{path.name} {sha256}" for path, sha256 in hashes.items()),
+        "source_fingerprint": hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items()),
         "source_options": source.options,
         "split": options.split.to_dict(),
         "policy": options.policy.to_dict(),

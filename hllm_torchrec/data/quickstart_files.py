@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.errors import without_credentials
-from hllm_torchrec.data.manifest import hash_file
+from hllm_torchrec.common.hashing import hash_file
 from hllm_torchrec.data.sources.movielens import LICENSE_NOTE
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.hashing import hash_files
 from hllm_torchrec.common.urls import (
     cache_folder,
     fetch_files,
@@ -21,7 +22,7 @@ from hllm_torchrec.common.urls import (
     url_name,
     url_of,
 )
-from hllm_torchrec.data.manifest import MANIFEST, hash_files
+from hllm_torchrec.data.manifest import MANIFEST
 
 
 def local_dataset(url: str) -> Path:

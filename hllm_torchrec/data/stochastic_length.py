@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from hllm_torchrec.common.arrays import Ints
 
 STREAM = 0x534C
 """Sets these draws apart from others that begin with (seed, epoch)."""

@@ -20,9 +20,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.hashing import hash_file, hash_texts
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
-from hllm_torchrec.data.manifest import hash_file, hash_parts
 from hllm_torchrec.data.validation import error_location
 
 if TYPE_CHECKING:
@@ -179,14 +179,14 @@ def build_token_store(
     dataset.text(keys)  # an unknown key fails before anything is read or written
     request = {
         "format": _FORMAT,
-        "tokenizer": hash_parts(f"{path.name} {hash_file(path)}" for path in files),
+        "tokenizer": hash_texts(f"{path.name} {hash_file(path)}" for path in files),
         "prompt": prompt,
         "keys": list(keys),
         "separator": separator,
         "max_text_length": max_text_length,
         "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
     }
-    path = dataset.root / "tokens" / hash_parts([json.dumps(request, sort_keys=True)])[:16]
+    path = dataset.root / "tokens" / hash_texts([json.dumps(request, sort_keys=True)])[:16]
     if (path / "store.json").is_file():
         return path
     from transformers import AutoTokenizer  # takes seconds, and most jobs find the store made

@@ -1,7 +1,7 @@
-"""Contents of embedding tables, independent of their sharding: initialization, and assembling of shards."""
+"""Contents of embedding tables, independent of their sharding: a rank's shards, initialization, the complete tensor."""
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +10,18 @@ from torchrec.distributed.types import ShardedTensor
 
 from hllm_torchrec.distributed.wrappers import full_tensor
 
-if TYPE_CHECKING:
-    pass
-
-
 INIT_ROWS = 4096
 """Number of table rows drawn from one generator, so that a row's values do not depend on the sharding."""
+
+
+def local_shards(value: Any) -> list[tuple[Tensor, int, int]]:
+    """List this rank's shards of a table or of its optimizer state: (values, first row, first column).
+
+    value: a ShardedTensor, or a tensor that is complete on every rank. Row-wise state has no columns: its first column is 0.
+    """
+    if not isinstance(value, ShardedTensor):
+        return [(value, 0, 0)]
+    return [(shard.tensor, *(*shard.metadata.shard_offsets, 0)[:2]) for shard in value.local_shards()]
 
 
 @torch.no_grad()
@@ -28,13 +34,9 @@ def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) 
         if ".embedding_bags." not in name:
             continue
         table = name.split(".embedding_bags.")[1].removesuffix(".weight")
-        if isinstance(value, ShardedTensor):
-            width = value.metadata().size[1]
-            for shard in value.local_shards():
-                row, column = shard.metadata.shard_offsets
-                _fill(shard.tensor, row, column, width, seed, table, scale)
-        else:
-            _fill(value, 0, 0, value.shape[1], seed, table, scale)
+        width = (value.metadata().size if isinstance(value, ShardedTensor) else value.shape)[1]
+        for values, row, column in local_shards(value):
+            _fill(values, row, column, width, seed, table, scale)
 
 
 def _fill(target: Tensor, row: int, column: int, width: int, seed: int, table: str, scale: float) -> None:
@@ -54,9 +56,8 @@ def assemble_tensor(value: Any) -> Tensor:
     """Return a tensor of a model's state unsharded. For a single process, which has all shards."""
     if not isinstance(value, ShardedTensor):
         return full_tensor(value)
-    shards = value.local_shards()
-    table = torch.empty(value.metadata().size, dtype=shards[0].tensor.dtype)
-    for shard in shards:
-        (row, column), (rows, columns) = shard.metadata.shard_offsets, shard.metadata.shard_sizes
-        table[row : row + rows, column : column + columns] = shard.tensor
+    shards = local_shards(value)
+    table = torch.empty(value.metadata().size, dtype=shards[0][0].dtype)
+    for values, row, column in shards:
+        table[row : row + values.shape[0], column : column + values.shape[1]] = values
     return table

@@ -13,12 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.metrics.bootstrap import percentile_interval
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def read_target_ranks(directory: Path) -> TargetRanks:
     return TargetRanks(user, position, rank)
 
 
-def gains(rank: Ints, metric: str) -> Floats:
+def gains(rank: Ints, metric: str) -> Doubles:
     """What each target adds to `recall@K` or `ndcg@K`, [X].
 
     Raises:
@@ -112,13 +109,13 @@ def compare_models(
     return found
 
 
-def _draws(users: Ints, draws: int, seed: int) -> Floats:
+def _draws(users: Ints, draws: int, seed: int) -> Doubles:
     """[draws, U] how often each user is drawn."""
     count = int(users.max()) + 1
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
-def _figure(rows: Floats, users: Ints, weights: Floats) -> MetricEstimate:
+def _figure(rows: Doubles, users: Ints, weights: Doubles) -> MetricEstimate:
     """rows: [R, X]; users [X] from 0."""
     of_users = np.bincount(users, rows.mean(0))
     low, high = percentile_interval((weights @ of_users) / (weights @ np.bincount(users).astype(np.float64)))

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.split import SPLITS
@@ -43,8 +43,6 @@ from hllm_torchrec.inference.item_embedding import (
 from hllm_torchrec.inference.user_embedder import open_embedder
 from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
-
-Ints = NDArray[np.int64]
 
 BATCHES = 4
 """Batches of exposures between two commits."""
@@ -129,7 +127,7 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     """
     experiment = loaded.experiment
     if experiment.item_encoder is None:
-        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item vectors to give"])
+        raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item vectors to give")
     facts = {"part": "item_features", "weights": weights_fingerprint(loaded.checkpoint)}
     store = open_or_create_store(path, experiment.hllm.user.width, dtype, facts)
     raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(experiment.item_encoder.tokens)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.collate import Piece
 from hllm_torchrec.data.histories import rank_row_groups
@@ -25,7 +26,6 @@ from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, nightly_request, open_embedder, pieces_from_table
 from hllm_torchrec.models.assembly import Experiment
 
-Ints = NDArray[np.int64]
 Mode = Literal["daily", "nearline"]
 
 
@@ -88,7 +88,7 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
         ValueError: the split is empty.
     """
     if experiment.item_encoder is None:
-        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item vectors to give"])
+        raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item vectors to give")
     limit = experiment.config.data.max_history
     requests_of = REQUESTS_BY_MODE[mode]
     tables = (experiment.dataset.read_row_group(g.path, g.index) for g in rank_row_groups(experiment.dataset, split))

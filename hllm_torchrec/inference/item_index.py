@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.data.validation import error_location, read_table
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
@@ -29,7 +29,6 @@ from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.store.export_formats import import_faiss, write_index
 
 Kind = Literal["flat", "ivf"]
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

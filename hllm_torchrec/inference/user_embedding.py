@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.collate import Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.distributed import coordination
@@ -26,8 +27,6 @@ from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store
 from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder, pieces_from_table
 from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def open_token_store(config: Config, dataset: Dataset) -> TokenStore:
     item = config.item_llm
     tokenizer = item.tokenizer or item.pretrained
     if tokenizer is None:
-        raise ConfigError(["item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory"])
+        raise ConfigError("item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory")
 
     def build() -> Path:
         return build_token_store(

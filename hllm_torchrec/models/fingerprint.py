@@ -19,7 +19,7 @@ def item_facts(experiment: Experiment) -> dict[str, Any]:
     """
     item_llm, encoder = experiment.hllm.item_llm, experiment.item_encoder
     if item_llm is None or encoder is None:
-        raise ConfigError(["item_llm.enabled: false: a model without an Item LLM has no item embeddings to store"])
+        raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item embeddings to store")
     layout = ("tokenizer", "prompt", "keys", "separator", "max_text_length")
     return {
         "part": "items",

@@ -73,7 +73,7 @@ def choose_attention(config: Config, device: torch.device) -> BackendChoice:
     try:
         return choose_text_backend(config.item_llm.attention, device, compute_dtype(config))
     except ValueError as error:
-        raise ConfigError([str(error)]) from None
+        raise ConfigError(str(error)) from None
 
 
 def user_attention(user: nn.Module, device: torch.device) -> str | None:
@@ -87,7 +87,7 @@ def user_attention(user: nn.Module, device: torch.device) -> str | None:
     try:
         return attention.choose_hstu_backend(user.shape.backend, device)[1]
     except ValueError as error:
-        raise ConfigError([str(error)]) from None
+        raise ConfigError(str(error)) from None
 
 
 def llm_layers(model: HLLM) -> list[nn.Module]:

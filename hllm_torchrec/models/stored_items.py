@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torchrec.distributed.types import ShardedTensor
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.coordination import run_on_all_ranks, run_on_rank_zero
 from hllm_torchrec.embedding.sharding import shard_frozen_items
+from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
@@ -73,7 +73,9 @@ def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> N
         ConfigError: items of the dataset are not in the store.
     """
     snapshot, raw_ids = store.snapshot(), dataset.items["raw_item_id"]
-    parts = list(_local_shards(model))
+    name = f"embedding_bags.{FROZEN_ITEMS}.weight"
+    tables = [value for key, value in model.state_dict().items() if key.endswith(name)]
+    parts = [part for table in tables for part in local_shards(table)]
     missing = sum(
         run_on_all_ranks(lambda: sum(_fill(part, row, column, snapshot, raw_ids) for part, row, column in parts))
     )
@@ -84,19 +86,6 @@ def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> N
                 "date with `hllm embed`"
             ]
         )
-
-
-def _local_shards(model: Module) -> list[tuple[Tensor, int, int]]:
-    """This rank's parts of the table: (values, first row, first column)."""
-    found: list[tuple[Tensor, int, int]] = []
-    for name, value in model.state_dict().items():
-        if not name.endswith(f"embedding_bags.{FROZEN_ITEMS}.weight"):
-            continue
-        if isinstance(value, ShardedTensor):
-            found += [(shard.tensor, *shard.metadata.shard_offsets) for shard in value.local_shards()]
-        else:
-            found.append((value, 0, 0))
-    return found
 
 
 def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: object) -> int:

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hllm_torchrec.common.hashing import mix_bits
+
 KeyKind = Literal["string", "int64"]
 Keys: TypeAlias = pa.Array | NDArray[np.int64] | Sequence[str] | Sequence[int]
 Hashes = NDArray[np.uint64]
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64's
 _KEPT = np.array([2 ** (8 * kept) - 1 for kept in range(9)], np.uint64)
 """Masks of the first 0 to 8 bytes of a word."""
 
@@ -59,10 +60,10 @@ def hash_bytes(flat: NDArray[np.uint8], offsets: NDArray[np.int64]) -> Hashes:
     while rows.size:
         word = _words(flat, offsets[rows] + at, np.minimum(lengths[rows] - at, 8))
         with np.errstate(over="ignore"):
-            hashes[rows] = _mix(hashes[rows] ^ (word * _MULTIPLIER))
+            hashes[rows] = mix_bits(hashes[rows] ^ (word * _MULTIPLIER))
         at += 8
         rows = rows[lengths[rows] > at]
-    return _mix(hashes)
+    return mix_bits(hashes)
 
 
 def hash_numbers(*columns: NDArray[np.int64]) -> Hashes:
@@ -81,11 +82,3 @@ def _words(data: NDArray[np.uint8], starts: NDArray[np.int64], kept: NDArray[np.
     last = data.size - 8
     late = np.maximum(starts - last, 0)
     return (words[starts - late] >> (8 * late).astype(np.uint64)) & _KEPT[kept]
-
-
-def _mix(x: Hashes) -> Hashes:
-    """Finalizer of splitmix64: every bit of x affects every bit of the result."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * _MIXERS[0]
-        x = (x ^ (x >> np.uint64(27))) * _MIXERS[1]
-        return x ^ (x >> np.uint64(31))

@@ -24,12 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import sync_folder
+from hllm_torchrec.common.hashing import crc32_file
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.store.files import SegmentFacts
 from hllm_torchrec.store.keys import Hashes, KeyKind, as_keys, hash_keys
 
-Ints = NDArray[np.int64]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORAGE: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "bf16": np.dtype("<i2")}
 _BITS = {
@@ -42,7 +43,6 @@ _IN_CACHE = 2**17
 """Numbers checked at a time, so that the temporary stays in the CPU's cache."""
 FILE_BYTES = 2**32
 """Size in bytes of a file of vectors; a segment has as many files as it needs."""
-_BLOCK = 2**24
 _VERIFY = "the store is damaged; `hllm store verify` says where: restore it or build it again"
 _AHEAD = 4
 """Most writes whose checksums are pending: each keeps its vectors in memory."""
@@ -282,7 +282,7 @@ class SegmentWriter:
         files = {}
         for name in ("keys.arrow", "marks.npy", "hashes.npy", "rows.npy"):
             _sync(self.folder / name)
-            files[name] = ((self.folder / name).stat().st_size, file_checksum(self.folder / name))
+            files[name] = ((self.folder / name).stat().st_size, crc32_file(self.folder / name))
         files |= {name: written.result() for name, written in self._files.items()}
         # The names of the files are on disk only after their folder is synced, and its name after the folder above.
         sync_folder(self.folder)
@@ -369,17 +369,8 @@ def find_segment_damage(folder: Path, facts: SegmentFacts, *, contents: bool = T
             yield f"{folder / name} is missing"
         elif found != size:
             yield f"{folder / name} has {found} bytes instead of {size}"
-        elif contents and file_checksum(folder / name) != checksum:
+        elif contents and crc32_file(folder / name) != checksum:
             yield f"{folder / name}: the contents are not what was written"
-
-
-def file_checksum(path: Path) -> int:
-    """Compute the CRC-32 of a file."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _sync(path: Path) -> None:

@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.store.files import Manifest, SegmentFacts
 from hllm_torchrec.store.keys import Hashes, Keys, as_keys, hash_keys
 from hllm_torchrec.store.segment import SegmentReader
 
 if TYPE_CHECKING:
     from hllm_torchrec.store.store import EmbeddingStore
-
-Ints = NDArray[np.int64]
 
 
 class Snapshot:

@@ -15,7 +15,6 @@ addition to the keys, all memory-mapped: a lookup touches a few pages of it (doc
 Legend: n requested ids, D width.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.common.atomic_files import replace_file, sync_folder
+from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.store.compaction import first_to_merge, merge_segments
 from hllm_torchrec.store.files import (
@@ -75,7 +75,7 @@ class EmbeddingStore:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the facts."""
-        return fingerprint_facts(self.facts)
+        return hash_json(self.facts)
 
     @classmethod
     def create(
@@ -142,7 +142,7 @@ class EmbeddingStore:
         Raises:
             ValueError: the store's facts differ; names which, and the remedy.
         """
-        if fingerprint_facts(facts) == self.fingerprint:
+        if hash_json(facts) == self.fingerprint:
             return
         names = sorted(k for k in {*self.facts, *facts} if self.facts.get(k) != facts.get(k))
         raise ValueError(
@@ -303,9 +303,4 @@ class StoreWriter:
         return self._segment
 
 
-def fingerprint_facts(facts: Any) -> str:
-    """Compute the SHA-256 of facts as canonical JSON."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-__all__ = ["EmbeddingStore", "SegmentFacts", "Snapshot", "StoreWriter", "fingerprint_facts"]
+__all__ = ["EmbeddingStore", "SegmentFacts", "Snapshot", "StoreWriter"]

@@ -27,7 +27,7 @@ def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | N
     written = run_on_rank_zero(lambda: [path.name for path in checkpoints_by_step(folder)])
     if written and not config.resume:
         problem = f"holds a run, up to {written[-1]}: continue it (resume: true) or choose another folder"
-        raise ConfigError([f"output: {config.output}: {problem}"])
+        raise ConfigError(f"output: {config.output}: {problem}")
     path = latest_checkpoint(folder)
     if written and path is None and config.reliability.no_checkpoint_left == "stop":
         raise ConfigError(

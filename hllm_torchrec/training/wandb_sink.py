@@ -64,4 +64,4 @@ def check_logs(logs: LogsConfig) -> None:
     """
     if logs.wandb is not None and importlib.util.find_spec("wandb") is None:
         remedy = "pip install 'hllm_torchrec[wandb]', or leave the field out"
-        raise ConfigError([f"logs.wandb: {logs.wandb!r}: needs the package wandb: {remedy}"])
+        raise ConfigError(f"logs.wandb: {logs.wandb!r}: needs the package wandb: {remedy}")

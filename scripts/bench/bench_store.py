@@ -31,7 +31,6 @@ import pyarrow as pa
 import torch
 from bench_step import LLAMA, SMALL
 from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.config.schema import Config, FeatureConfig, ItemLLMConfig, UserEncoderConfig
@@ -46,7 +45,6 @@ from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.store import EmbeddingStore, Snapshot
 from hllm_torchrec.training.throughput import item_flops
 
-Ints = NDArray[np.int64]
 ASKED = 4096
 BLOCK = 16_384
 ITEM_LLM = SMOLLM2 | {"vocab_size": 8192}

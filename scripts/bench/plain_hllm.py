@@ -17,18 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from bench_loss import plain as plain_info_nce
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.losses.objectives import Exclusion, LogitScale
-
-Ints = NDArray[np.int64]
 
 ONE_BY_ONE = "plain_one_by_one"
 

@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from hllm_torchrec.common.arrays import Ints
 
 KS = (10, 50, 200)
 CHOSEN_BY = "ndcg@10"

@@ -20,6 +20,7 @@ def test_one_problem_is_the_whole_message() -> None:
     error = ConfigError(["data.path is empty: name a folder"])
     assert str(error) == "data.path is empty: name a folder"
     assert error.problems == ["data.path is empty: name a folder"]
+    assert ConfigError("data.path is empty: name a folder").problems == error.problems
 
 
 def test_the_error_survives_pickling_between_processes() -> None:

@@ -108,4 +108,3 @@ def test_what_is_wrong_with_a_base_is_one_line(tmp_path: Path, text: str, messag
     write(tmp_path, to_x="base: x.yaml\n", typo=SMALL + "optim: {lrr: 1}\n", good=SMALL, broken="a: [")
     (problem,) = problems_of(write(tmp_path, x=text)["x"])
     assert problem.startswith(message.format(x=tmp_path / "x.yaml", folder=tmp_path))
-
