@@ -18,18 +18,17 @@ PACKAGE_DIR = {
     "hllm_torchrec.configs": "configs",
 }
 REQUIREMENTS = [
-    "accelerate>=1.15,<2",
+    "accelerate>=1.15,<2",  # transformers asks for it where it reads GGUF (`hllm fetch smollm2`)
     "fsspec>=2026.9,<2027",
-    "gguf>=0.19,<1",
+    "gguf>=0.19,<1",  # the same
     "jsonargparse[signatures]>=4.53,<5",
     "matplotlib>=3.11,<4",
     "numpy>=2.4,<3",
     "pyarrow>=26,<27",
     "PyYAML>=6,<7",
     "safetensors>=0.8,<1",
-    "scikit-learn>=1.9,<2",
     "scipy>=1.17,<2",
-    "tensorboard>=2.21,<3",
+    "tensorboard>=2.21,<3",  # by way of torch.utils.tensorboard
     "torchx==0.7.0",
     "tqdm>=4.70,<5",
     "transformers>=5.23,<6",
@@ -55,6 +54,7 @@ DEV = [
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.6,<0.18",
+    "scikit-learn>=1.9,<2",  # tests and scripts compare with it
     "setuptools>=77",
     'triton>=3.6,<4; platform_system == "Linux"',
     WANDB,

@@ -7,27 +7,25 @@
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
     job           any other of hllm's jobs that run as ranks
 
-What all of them take, after their own: `image` (container, for schedulers that need one), `h` (a named resource) or
-`cpu`, `gpu` and `memMB` of a node, `env`, `mounts`, `max_retries` (by the scheduler, of the whole job) and `restarts`
-(by torchrun, of the ranks of a node, on any scheduler). Every job can be started again: `train` goes on from its last
+Each takes the options of `_machine` after its own. Every job can be started again: `train` goes on from its last
 checkpoint, `embed` with what its store lacks.
 
 TorchX executes this file inside a module of its own, so nothing of the project is imported here, and its names must
 not be those of `torchx.specs.finder`.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any, Dict, List, Optional  # noqa: UP035 - TorchX reads the annotations, and knows these
 
 from torchx import specs
 from torchx.components import dist as torchx_dist
 
 
-def prepare(
-    *arguments: str,
-    source: str,
-    output: str,
-    path: str = "",
-    split: str = "time",
+def _machine(
+    *,
+    j: str = "1x1",
     image: str = "",
     h: Optional[str] = None,  # noqa: UP045
     cpu: int = 2,
@@ -36,6 +34,51 @@ def prepare(
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     max_retries: int = 0,
+    restarts: int = 0,
+    rdzv_port: int = 29500,
+) -> None:
+    """Options of every component.
+
+    Args:
+        j: nodes x processes, such as 4x8
+        image: container image, for the schedulers that need one
+        h: a named resource, instead of cpu, gpu and memMB
+        cpu: processors of a node
+        gpu: accelerators of a node
+        memMB: memory of a node in MB
+        env: environment variables, NAME=VALUE separated by commas
+        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
+        max_retries: restarts by the scheduler, of the whole job
+        restarts: restarts by torchrun, of the ranks of a node, when one fails
+        rdzv_port: port on the first node at which several nodes meet (three_stages: the first of four)
+    """
+
+
+def _component(function: Callable[..., specs.AppDef], without: tuple[str, ...] = ()) -> Callable[..., specs.AppDef]:
+    """`function(*arguments, own options, **machine)` with the options of `_machine` in signature and docstring.
+
+    TorchX makes the command line of a component from these two, and its linter reads the `def` itself.
+    """
+    shared = [p for name, p in inspect.signature(_machine).parameters.items() if name not in without]
+    own = inspect.signature(function)
+    signature = own.replace(parameters=[*list(own.parameters.values())[:-1], *shared])
+    lines = str(inspect.getdoc(_machine)).partition("Args:\n")[2].splitlines()
+    described = [line for line in lines if line.split(":")[0].strip() not in without]
+
+    @wraps(function)
+    def component(*arguments: str, **options: Any) -> specs.AppDef:
+        given = signature.bind(*arguments, **options)
+        given.apply_defaults()
+        return function(*given.args, **given.kwargs)
+
+    component.__signature__ = signature  # type: ignore[attr-defined]
+    component.__doc__ = "\n".join([str(inspect.getdoc(function)), *described])
+    return component
+
+
+@partial(_component, without=("j", "restarts", "rdzv_port"))
+def prepare(
+    *arguments: str, source: str, output: str, path: str = "", split: str = "time", **machine: Any
 ) -> specs.AppDef:
     """A source into a dataset directory: `hllm prepare`, on one process.
 
@@ -45,46 +88,24 @@ def prepare(
         output: dataset directory to write
         path: the source's file or folder
         split: time or leave_one_out
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors
-        gpu: accelerators; none are used
-        memMB: memory in MB
-        env: environment variables, NAME=VALUE separated by commas
-        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
-        max_retries: restarts by the scheduler
     """
     given = ["--source", source, "--output", output, "--split", split, *_option("--path", path), *arguments]
+    mounts, env = machine.pop("mounts"), machine.pop("env")
+    resource = specs.resource(**{name: machine.pop(name) for name in ("cpu", "gpu", "memMB", "h")})
     role = specs.Role(
         name="prepare",
-        image=image,
         entrypoint="python",
         args=["-m", "hllm_torchrec.launch.prepare", *given],
         env=dict(env or {}),
-        resource=specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h),
+        resource=resource,
         mounts=specs.parse_mounts(mounts) if mounts else [],
-        max_retries=max_retries,
+        **machine,
     )
     return specs.AppDef(name="prepare", roles=[role])
 
 
-def train(
-    *arguments: str,
-    config: str,
-    output: str = "",
-    resume: bool = True,
-    j: str = "1x1",
-    image: str = "",
-    h: Optional[str] = None,  # noqa: UP045
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-    restarts: int = 0,
-    rdzv_port: int = 29500,
-) -> specs.AppDef:
+@_component
+def train(*arguments: str, config: str, output: str = "", resume: bool = True, **machine: Any) -> specs.AppDef:
     """Training: `hllm train`, on one rank or many.
 
     Args:
@@ -92,100 +113,30 @@ def train(
         config: a YAML of configs/
         output: run directory, instead of the configuration's
         resume: go on from the last checkpoint of the run directory, where there is one
-        j: nodes x processes, such as 4x8
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors of a node
-        gpu: accelerators of a node
-        memMB: memory of a node in MB
-        env: environment variables, NAME=VALUE separated by commas
-        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
-        max_retries: restarts by the scheduler
-        restarts: restarts by torchrun, when a rank fails
-        rdzv_port: port on the first node at which several nodes meet
     """
     given = ["--config", config, *_option("--output", output), "--resume", str(resume).lower(), *arguments]
-    return _on_ranks(
-        "train",
-        given,
-        *(j, restarts),
-        image=image,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        env=env,
-        mounts=mounts,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
+    return _on_ranks("train", given, **machine)
 
 
-def job(
-    *arguments: str,
-    name: str,
-    j: str = "1x1",
-    image: str = "",
-    h: Optional[str] = None,  # noqa: UP045
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803 - as in TorchX's own components
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-    restarts: int = 0,
-    rdzv_port: int = 29500,
-) -> specs.AppDef:
+@_component
+def job(*arguments: str, name: str, **machine: Any) -> specs.AppDef:
     """Any other job of `hllm` that runs as ranks: exposures, downstream, baselines.
 
     Args:
         arguments: the job's own arguments, after `--`
         name: the job, a module of hllm_torchrec.launch
-        j: nodes x processes, such as 1x2
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors of a node
-        gpu: accelerators of a node
-        memMB: memory of a node in MB
-        env: environment variables, NAME=VALUE separated by commas
-        mounts: volumes, as TorchX's own components take them
-        max_retries: restarts by the scheduler, of the whole job
-        restarts: restarts by torchrun, of the ranks of a node
-        rdzv_port: port on which several nodes meet
     """
-    return _on_ranks(
-        name,
-        list(arguments),
-        *(j, restarts),
-        image=image,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        env=env,
-        mounts=mounts,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
+    return _on_ranks(name, list(arguments), **machine)
 
 
+@_component
 def evaluate(
     *arguments: str,
     run_dir: str = "",
     predictions: Optional[List[str]] = None,  # noqa: UP006, UP045
     baseline: str = "",
     max_drop: float = 0.001,
-    j: str = "1x1",
-    image: str = "",
-    h: Optional[str] = None,  # noqa: UP045
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-    restarts: int = 0,
-    rdzv_port: int = 29500,
+    **machine: Any,
 ) -> specs.AppDef:
     """Offline evaluation: `hllm evaluate` on a checkpoint or on prediction files, on one rank or many.
 
@@ -195,39 +146,16 @@ def evaluate(
         predictions: NAME=PATH of prediction files, separated by commas
         baseline: a metrics.json to pass against; the job fails if the AUC dropped
         max_drop: the drop of AUC that the baseline allows
-        j: nodes x processes, such as 1x2
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors of a node
-        gpu: accelerators of a node
-        memMB: memory of a node in MB
-        env: environment variables, NAME=VALUE separated by commas
-        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
-        max_retries: restarts by the scheduler
-        restarts: restarts by torchrun, when a rank fails
-        rdzv_port: port on the first node at which several nodes meet
     """
     given = _option("--run-dir", run_dir)
     if predictions:
         given += ["--predictions", *predictions]
     if baseline:
         given += ["--baseline", baseline, "--max-drop", str(max_drop)]
-    return _on_ranks(
-        "evaluate",
-        [*given, *arguments],
-        *(j, restarts),
-        image=image,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        env=env,
-        mounts=mounts,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
+    return _on_ranks("evaluate", [*given, *arguments], **machine)
 
 
+@_component
 def embed(
     *arguments: str,
     run_dir: str,
@@ -235,17 +163,7 @@ def embed(
     users: str = "",
     since: str = "",
     checkpoint: str = "best",
-    j: str = "1x1",
-    image: str = "",
-    h: Optional[str] = None,  # noqa: UP045
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-    restarts: int = 0,
-    rdzv_port: int = 29500,
+    **machine: Any,
 ) -> specs.AppDef:
     """Embeddings that are new or changed, into stores: `hllm embed`, shared out over the ranks by tokens.
 
@@ -256,50 +174,18 @@ def embed(
         users: store of users, made if it is not there
         since: YYYY-MM-DD; users without an event since then are left alone
         checkpoint: best, latest, or a directory
-        j: nodes x processes, such as 1x2
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors of a node
-        gpu: accelerators of a node
-        memMB: memory of a node in MB
-        env: environment variables, NAME=VALUE separated by commas
-        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
-        max_retries: restarts by the scheduler; what has been committed is not made again
-        restarts: restarts by torchrun, when a rank fails
-        rdzv_port: port on the first node at which several nodes meet
     """
-    return _on_ranks(
-        "embed",
-        [*_embed_arguments(run_dir, items, users, since, checkpoint), *arguments],
-        *(j, restarts),
-        image=image,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        env=env,
-        mounts=mounts,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-    )
+    given = _embed_arguments(run_dir, items, users, since, checkpoint)
+    return _on_ranks("embed", [*given, *arguments], **machine)
 
 
+@_component
 def three_stages(
     *arguments: str,
     one: str = "configs/stages/1.yaml",
     two: str = "configs/stages/2.yaml",
     folder: str = "runs/three_stages",
-    j: str = "1x1",
-    image: str = "",
-    h: Optional[str] = None,  # noqa: UP045
-    cpu: int = 2,
-    gpu: int = 0,
-    memMB: int = 8192,  # noqa: N803
-    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
-    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
-    max_retries: int = 0,
-    restarts: int = 0,
-    rdzv_port: int = 29500,
+    **machine: Any,
 ) -> specs.AppDef:
     """Stage I, its item embeddings, stage II from them, and the embeddings of all items and users for stage III.
 
@@ -311,17 +197,6 @@ def three_stages(
         one: configuration of stage I
         two: configuration of stage II
         folder: where runs and stores are written
-        j: nodes x processes, such as 1x2
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors of a node
-        gpu: accelerators of a node
-        memMB: memory of a node in MB
-        env: environment variables, NAME=VALUE separated by commas
-        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
-        max_retries: restarts by the scheduler
-        restarts: restarts by torchrun, when a rank fails
-        rdzv_port: the first of four ports on the first node at which several nodes meet
     """
     first, second, items = f"{folder}/one", f"{folder}/two", f"{folder}/items"
     train_two = ["--output", second, "--start_from", first, "--item_llm.store", items]
@@ -331,24 +206,21 @@ def three_stages(
         ("train", ["--config", two, *train_two, "--resume", "true", *arguments]),
         ("embed", _embed_arguments(second, items, f"{folder}/users")),
     ]
-    resources: Dict[str, Any] = {"image": image, "h": h, "cpu": cpu, "gpu": gpu, "memMB": memMB}  # noqa: UP006
-    resources |= {"env": env, "mounts": mounts, "max_retries": max_retries}
-    apps = [
-        # Ports of their own: a slow node must not meet the others of the step before.
-        _on_ranks(job, given, j, restarts, **resources, rdzv_port=rdzv_port + number)
-        for number, (job, given) in enumerate(steps)
-    ]
+    # Ports of their own: a slow node must not meet the others of the step before.
+    first_port = machine.pop("rdzv_port")
+    ports = [first_port + number for number in range(len(steps))]
+    apps = [_on_ranks(job, given, **machine, rdzv_port=port) for (job, given), port in zip(steps, ports)]
     role = apps[0].roles[0]
     role.name, role.args = "three_stages", ["-c", " && ".join(app.roles[0].args[1] for app in apps)]
-    role.port_map = {f"c10d{number}": rdzv_port + number for number in range(len(steps))}
+    role.port_map = {f"c10d{number}": port for number, port in enumerate(ports)}
     return specs.AppDef(name="three_stages", roles=[role])
 
 
-def _on_ranks(job: str, given: List[str], j: str, restarts: int, **resources: Any) -> specs.AppDef:  # noqa: UP006
+def _on_ranks(job: str, given: List[str], *, restarts: int, **machine: Any) -> specs.AppDef:  # noqa: UP006
     """`hllm_torchrec.launch.<job>` under torchrun, by TorchX's own component."""
     start = getattr(torchx_dist, "torchrun", None) or torchx_dist.ddp  # the nightly's name of it, and 0.7.0's
-    env = {**(resources.pop("env") or {}), **({"PET_MAX_RESTARTS": str(restarts)} if restarts else {})}
-    found: specs.AppDef = start(*given, m=f"hllm_torchrec.launch.{job}", name=f"/{job}", j=j, env=env, **resources)
+    machine["env"] = {**(machine["env"] or {}), **({"PET_MAX_RESTARTS": str(restarts)} if restarts else {})}
+    found: specs.AppDef = start(*given, m=f"hllm_torchrec.launch.{job}", name=f"/{job}", **machine)
     return found
 
 
