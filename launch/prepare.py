@@ -10,39 +10,30 @@ from hllm_torchrec.common.urls import display_url
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.quickstart_files import fetch_movielens_100k
 from hllm_torchrec.data.remote_datasets import writable_dataset
-from hllm_torchrec.data.sources.amazon import amazon
 from hllm_torchrec.data.sources.base import TIME_UNITS, Source
-from hllm_torchrec.data.sources.movielens import movielens_1m, movielens_100k
-from hllm_torchrec.data.sources.pixelrec import pixelrec
-from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.sources.registry import SOURCES, build_source
 from hllm_torchrec.data.split import RULES, Split
-from hllm_torchrec.launch.entry import CommandParser
+from hllm_torchrec.launch.entry import CommandParser, run_job
 
-SOURCES = ("ml-100k", "ml-1m", "pixelrec", "amazon", "table")
-EXAMPLES = """examples:
-  hllm prepare --source ml-100k --output data/ml-100k
-  hllm prepare --source ml-1m --path ml-1m --split leave_one_out --output data/ml-1m
-  hllm prepare --source pixelrec --path Pixel200K.csv --items item_info.csv --split leave_one_out --output data/pixel
-  hllm prepare --source amazon --path ratings_Books.csv --items meta_Books.json.gz --split leave_one_out \\
-      --core published --output data/books
-  hllm prepare --source table --path my_shop.yaml --bad-rows bad_time=drop --output data/shop
-"""
+EXAMPLES = "\n".join(
+    ["examples:", *(f"  hllm prepare --source {name} {kind.example}" for name, kind in SOURCES.items())]
+)
 
 
 def build_parser() -> CommandParser:
     """The command line."""
     parser = CommandParser(prog="hllm prepare", description=__doc__, epilog=EXAMPLES, output_may_be_url=True)
-    parser.add_argument("--source", required=True, choices=SOURCES)
+    parser.add_argument("--source", required=True, choices=list(SOURCES))
     parser.add_argument("--output", required=True, type=Path, help="dataset directory to write, or its URL")
     parser.add_argument(
         "--path",
         type=Path,
-        help="ml-100k, ml-1m: folder (ml-100k: fetched if left out); pixelrec: interaction CSV; amazon: "
-        "rating CSV; table: mapping YAML",
+        help="; ".join(f"{name}: {kind.path}{' (or fetched)' * bool(kind.fetch)}" for name, kind in SOURCES.items()),
     )
-    parser.add_argument("--items", type=Path, help="pixelrec: item information CSV; amazon: metadata JSON lines")
+    parser.add_argument(
+        "--items", type=Path, help="; ".join(f"{name}: {kind.items}" for name, kind in SOURCES.items() if kind.items)
+    )
     parser.add_argument("--split", default="time", choices=RULES, help="default: time")
     parser.add_argument(
         "--fractions",
@@ -82,31 +73,6 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def build_source(args: argparse.Namespace) -> Source:
-    """The source that the arguments name. Raises ValueError for a missing argument or file."""
-    if args.time_unit is not None and args.source != "pixelrec":
-        raise ValueError(f"--time-unit belongs to pixelrec, not to {args.source} (table: set it in the mapping)")
-    if args.items is not None and args.source not in ("pixelrec", "amazon"):
-        raise ValueError(f"--items belongs to pixelrec and amazon, not to {args.source}")
-    if args.source == "ml-100k" and args.path is None:
-        return movielens_100k(fetch_movielens_100k(args.cache_dir))
-    if args.path is None:
-        raise ValueError(f"--path is missing: {args.source} cannot be fetched; see --help for what it names")
-    if args.source in ("pixelrec", "amazon") and args.items is None:
-        raise ValueError(f"--items is missing: {args.source} needs the file with the items' texts")
-    match args.source:
-        case "ml-100k":
-            return movielens_100k(args.path)
-        case "ml-1m":
-            return movielens_1m(args.path)
-        case "pixelrec":
-            return pixelrec(args.path, args.items, time_unit=args.time_unit or "seconds")
-        case "amazon":
-            return amazon(args.path, args.items)
-        case _:
-            return table(args.path)
-
-
 def build_policy(source: Source, settings: list[str]) -> BadRows:
     """The source's policy with `KIND=choice` settings applied. Raises ValueError for an unknown one."""
     choices = source.policy.to_dict()
@@ -133,31 +99,36 @@ def summary(path: Path, name: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 after one line on a mistake of the user's."""
-    args = build_parser().parse_args(argv)
+    """Run the command; return the exit status: 0, or 2 after one line on a mistake of the user's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_job(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepare the dataset, and print its counts.
+
+    Raises:
+        ValueError, OSError: the source, its files or an option cannot be used.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        source = build_source(args)
-        if source.license_note and args.path is not None:  # what is fetched has shown it already
-            print(source.license_note, file=sys.stderr)
-        with writable_dataset(args.output) as folder:
-            prepare(
-                source,
-                folder,
-                split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
-                policy=build_policy(source, args.bad_rows),
-                min_events=args.min_events,
-                core=args.core,
-                users_per_row_group=args.users_per_row_group,
-                overwrite=args.overwrite,
-                extend=args.extend,
-            )
-            said = summary(folder, display_url(args.output))
-        print(said)
-    except (ValueError, OSError) as error:
-        print(f"hllm prepare: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir)
+    if source.license_note and args.path is not None:  # what is fetched has shown it already
+        print(source.license_note, file=sys.stderr)
+    with writable_dataset(args.output) as folder:
+        prepare(
+            source,
+            folder,
+            split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
+            policy=build_policy(source, args.bad_rows),
+            min_events=args.min_events,
+            core=args.core,
+            users_per_row_group=args.users_per_row_group,
+            overwrite=args.overwrite,
+            extend=args.extend,
+        )
+        text = summary(folder, display_url(args.output))
+    print(text)
 
 
 if __name__ == "__main__":

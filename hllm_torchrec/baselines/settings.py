@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.config.rules import out_of_bounds
+from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.data.item_factors import FactorOptions
 from hllm_torchrec.downstream.dlrm_config import DLRM_BOUNDS, DLRMConfig
 

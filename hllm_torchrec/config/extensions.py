@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from hllm_torchrec.common.errors import did_you_mean
-from hllm_torchrec.modules.encoders.shapes import ENCODER_SHAPES
+from hllm_torchrec.modules.encoders.shapes import ENCODERS, SHAPE_BOUNDS
 
 EXTENSION_FORM = "module:Name of your own"
 """How messages call it."""
@@ -47,10 +47,10 @@ def encoder_shape(encoder: str) -> type:
     Raises:
         ValueError: an unknown name, or a class that is no user encoder.
     """
-    if encoder in ENCODER_SHAPES:
-        return ENCODER_SHAPES[encoder]
+    if encoder in ENCODERS:
+        return ENCODERS[encoder].shape
     if not is_extension(encoder):
-        names = ("llm", *ENCODER_SHAPES)
+        names = ("llm", *ENCODERS)
         raise ValueError(
             f"user.encoder: {encoder!r}: must be one of {', '.join(names)}, or "
             f"{EXTENSION_FORM}{did_you_mean(encoder, names)}"
@@ -59,12 +59,20 @@ def encoder_shape(encoder: str) -> type:
     return shape
 
 
+def shape_bounds(encoder: str, shape: Any) -> dict[str, str]:
+    """Field -> range, for every field of an encoder's shape that has one."""
+    own = ENCODERS[encoder].bounds if encoder in ENCODERS else {}
+    return {name: bound for name, bound in {**SHAPE_BOUNDS, **own}.items() if hasattr(shape, name)}
+
+
 def load_user_encoder(encoder: str) -> Any:
-    """The class that `user.encoder`, `module:Name`, stands for: called with (shape, dropout).
+    """The class that `user.encoder`, one of `ENCODERS` or `module:Name`, names: called with (shape, dropout).
 
     Raises:
         ValueError: there is none, it is no `UserEncoder`, or it does not say its `Shape`.
     """
+    if encoder in ENCODERS:
+        return load_extension(ENCODERS[encoder].path, "user.encoder")
     from hllm_torchrec.modules.encoders.base import UserEncoder
 
     found = load_extension(encoder, "user.encoder")

@@ -1,20 +1,16 @@
 """The rules a configuration keeps: the range of each number, and what fields ask of one another."""
 
-import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.config.checking import dataclass_problems
 from hllm_torchrec.config.eval_protocols import protocol_problems
-from hllm_torchrec.config.extensions import encoder_shape
+from hllm_torchrec.config.extensions import encoder_shape, shape_bounds
+from hllm_torchrec.config.table_optimizers import table_optimizer_problems
 
 if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config, StageConfig
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hllm_torchrec.config.schema import Config
-
 
 LORA_BOUNDS = {
     f"{part}.lora.{name}": bound
@@ -22,9 +18,6 @@ LORA_BOUNDS = {
     for name, bound in {"rank": ">= 0", "alpha": "> 0", "dropout": ">= 0, < 1"}.items()
 }
 """Ranges of an adapter's numbers."""
-
-
-COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 BOUNDS = {
     "seed": ">= 0",
@@ -79,22 +72,6 @@ BOUNDS = {
 
 STAGE_BOUNDS = {"epochs": "> 0", "max_history": ">= 2", "batch_users": ">= 1"}
 
-SHAPE_BOUNDS = {
-    "width": ">= 1",
-    "layers": ">= 1",
-    "heads": ">= 1",
-    "hidden": ">= 1",
-    "qk_width": ">= 1",
-    "value_width": ">= 1",
-    "max_positions": ">= 1",
-    "time_buckets": ">= 1",
-    "window": ">= 1",
-    "prefix": ">= 0",
-    "dropout": ">= 0, < 1",
-    "stochastic_depth": ">= 0, < 1",
-}
-"""The same for the fields that an encoder's shape has of these."""
-
 
 def config_problems(config: "Config") -> list[str]:
     """Every broken rule, as 'field: value: rule; remedy'."""
@@ -110,19 +87,6 @@ def config_problems(config: "Config") -> list[str]:
         *_objective_problems(config),
         *protocol_problems(config),
     ]
-
-
-def out_of_bounds(config: Any, bounds: dict[str, str], prefix: str = "") -> Iterator[str]:
-    """Numbers that are not as `bounds` says; a value of None is none."""
-    for name, bound in bounds.items():
-        value = operator.attrgetter(name)(config)
-        if value is not None and not all(_holds(value, part) for part in bound.split(", ")):
-            yield f"{prefix}{name}: {value}: must be {bound.replace(', ', ' and ')}"
-
-
-def _holds(value: float, comparison: str) -> bool:
-    sign, limit = comparison.split()
-    return bool(COMPARISONS[sign](value, float(limit)))
 
 
 def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
@@ -141,6 +105,7 @@ def _length_problems(config: "Config") -> Iterator[str]:
 def _optimizer_problems(config: "Config") -> Iterator[str]:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas: {list(config.optim.betas)}: each must be at least 0 and less than 1, such as [0.9, 0.98]"
+    yield from table_optimizer_problems(config.optim.table_optimizer, config.optim.table_options)
 
 
 def takes_stored_items(config: "Config") -> bool:
@@ -206,8 +171,7 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     if problems:
         return
     shape = kind(**(user.shape or {}))
-    bounds = {name: bound for name, bound in SHAPE_BOUNDS.items() if hasattr(shape, name)}
-    yield from out_of_bounds(shape, bounds, "user.shape.")
+    yield from out_of_bounds(shape, shape_bounds(user.encoder, shape), "user.shape.")
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
     if getattr(shape, "max_positions", longest) < longest and user.encoder != "hstu":
         yield (

@@ -163,7 +163,7 @@ class UserEncoderConfig:
     """The User LLM, or what stands in its place."""
 
     encoder: str = "llm"
-    """llm: a Hugging Face decoder; hstu, sasrec and ligr are described by `shape`, see `modules.encoder_shapes`;
+    """llm: a Hugging Face decoder; hstu, sasrec and ligr are described by `shape`, see `modules.encoders.shapes`;
     module:Name: a `UserEncoder` of your own (docs/tutorials/add_a_user_encoder.md)."""
     pretrained: str | None = None
     """Hugging Face directory of a decoder; its word embeddings are dropped."""
@@ -276,10 +276,13 @@ class OptimConfig:
     """Of the user encoder; none given: `lr`."""
     table_lr: float = 0.05
     """Of sharded tables."""
-    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam"] = "rowwise_adagrad"
-    """In-backward optimizer of sharded tables; the last two run on CUDA only. Tables step at every
-    micro-batch, unclipped, whatever `accumulate` and `clip_norm` say: they are updated inside the backward
-    pass."""
+    table_optimizer: str = "rowwise_adagrad"
+    """In-backward optimizer of sharded tables: rowwise_adagrad, adagrad or sgd; adam and partial_rowwise_adam run on
+    CUDA only. Tables step at every micro-batch, unclipped, whatever `accumulate` and `clip_norm` say: they are updated
+    inside the backward pass."""
+    table_options: dict[str, float] = field(default_factory=dict)
+    """Its hyperparameters besides the learning rate, such as {eps: 1.0e-6} (adagrad) or {beta1: 0.9, beta2: 0.98}
+    (adam); FBGEMM's defaults otherwise. `hllm_torchrec.config.table_optimizers` lists them."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's means of gradients and of squared gradients, of the dense parts."""
     weight_decay: float = 0.01

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.config.rules import out_of_bounds
+from hllm_torchrec.config.bounds import out_of_bounds
 
 VectorPlacement = Literal["dense", "slots"]
 """How vectors from elsewhere enter a DLRM: among its dense features, or as slots of the interaction."""

@@ -14,7 +14,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ShardingOption, Storage
 from torchrec.distributed.types import ShardingType
 
-from hllm_torchrec.embedding.optimizers import REPLICATED, TABLE_OPTIMIZERS, TableOptimizerKind
+from hllm_torchrec.config.table_optimizers import REPLICATED, TABLE_OPTIMIZERS, TableOptimizerKind
 
 TableDtype = Literal["fp32", "fp16"]
 

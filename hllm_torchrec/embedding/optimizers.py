@@ -1,15 +1,13 @@
-"""In-backward optimizers of sharded tables: the registry, and their learning rate schedule."""
+"""In-backward optimizers of sharded tables: their application, and their learning rate schedule."""
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim import Adagrad, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hllm_torchrec.config.schema import FeatureConfig, OptimConfig
+from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
 
 
 class TableOptimizer:
@@ -48,36 +46,14 @@ class TableSettings(Protocol):
 
     @property
     def optim(self) -> OptimConfig:
-        """Optimizer settings; uses `table_optimizer` and `table_lr`."""
-
-
-@dataclass(frozen=True)
-class TableOptimizerKind:
-    """An in-backward optimizer. per_value, per_row: numbers of state per weight, and per row of a shard."""
-
-    optimizer: type[torch.optim.Optimizer]
-    per_value: int
-    per_row: int
-    cuda_only: bool = False
-
-
-TABLE_OPTIMIZERS: dict[str, TableOptimizerKind] = {
-    "sgd": TableOptimizerKind(torch.optim.SGD, 0, 0),
-    "rowwise_adagrad": TableOptimizerKind(RowWiseAdagrad, 0, 1),
-    "adagrad": TableOptimizerKind(Adagrad, 1, 0),
-    "partial_rowwise_adam": TableOptimizerKind(PartialRowWiseAdam, 1, 1, cuda_only=True),
-    "adam": TableOptimizerKind(Adam, 2, 0, cuda_only=True),
-}
-"""Registry of the values of `optim.table_optimizer`."""
-
-REPLICATED = TableOptimizerKind(torch.optim.AdamW, 2, 0)
-"""Optimizer of replicated tables (fewer than `features.shard_from_rows` rows, always float32): the dense one."""
+        """Optimizer settings; uses `table_optimizer`, `table_lr` and `table_options`."""
 
 
 def apply_table_optimizer(tables: EmbeddingBagCollection, config: TableSettings) -> None:
     """Set the in-backward optimizer of each table, except data parallel ones, which belong to the dense optimizer."""
-    chosen, lr = TABLE_OPTIMIZERS[config.optim.table_optimizer].optimizer, config.optim.table_lr
+    chosen = TABLE_OPTIMIZERS[config.optim.table_optimizer].optimizer
+    options = {"lr": config.optim.table_lr, **config.optim.table_options}
     for table in tables.embedding_bag_configs():
         if table.num_embeddings >= config.features.shard_from_rows:
             weight = tables.embedding_bags[table.name].weight
-            apply_optimizer_in_backward(chosen, [weight], {"lr": lr})
+            apply_optimizer_in_backward(chosen, [weight], dict(options))

@@ -23,9 +23,10 @@ from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan,
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.embedding.memory import TableEnumerator
-from hllm_torchrec.embedding.optimizers import TABLE_OPTIMIZERS, TableSettings
+from hllm_torchrec.embedding.optimizers import TableSettings
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
 
 RESERVED_MEMORY_SHARE = 0.4
@@ -40,10 +41,8 @@ def check_tables(config: TableSettings, device: torch.device) -> list[str]:
     problems = []
     optimizer, sharding = config.optim.table_optimizer, config.features.sharding
     if device.type == "cpu" and TABLE_OPTIMIZERS[optimizer].cuda_only:
-        problems.append(
-            f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose "
-            "rowwise_adagrad, adagrad or sgd"
-        )
+        there = ", ".join(name for name, kind in TABLE_OPTIMIZERS.items() if not kind.cuda_only)
+        problems.append(f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose {there}")
     if device.type == "cpu" and sharding == "row_wise":
         problems.append(
             "features.sharding: 'row_wise': TorchRec's CPU tables have no row-wise bags; choose table_wise or "

@@ -4,25 +4,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hllm_torchrec.config.extensions import encoder_shape, is_extension, load_user_encoder
+from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, LoRAConfig, UserEncoderConfig
 from hllm_torchrec.models.backbones import build_backbone, trained_item_token
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
-from hllm_torchrec.modules.encoders.ligr import LiGR
-from hllm_torchrec.modules.encoders.sasrec import SASRec
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE, HybridFeatures
-from hllm_torchrec.modules.hstu.layer import HSTU
 from hllm_torchrec.modules.lora import add_lora, freeze_base_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 from hllm_torchrec.models.hllm import HLLM
-
-ENCODERS: dict[str, type[HSTU] | type[SASRec] | type[LiGR]] = {"hstu": HSTU, "sasrec": SASRec, "ligr": LiGR}
-"""`user.encoder` -> what stands in the User LLM's place; `module:Name` is one of the user's own."""
 
 
 def build_model(
@@ -70,8 +64,8 @@ def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
         _adapt(backbone, user.lora, "user.lora")
         return UserLLM(backbone, user.dropout)
-    kind = load_user_encoder(user.encoder) if is_extension(user.encoder) else ENCODERS[user.encoder]
-    encoder: UserEncoder = kind(encoder_shape(user.encoder)(**(user.shape or {})), user.dropout)
+    shape = encoder_shape(user.encoder)(**(user.shape or {}))
+    encoder: UserEncoder = load_user_encoder(user.encoder)(shape, user.dropout)
     return encoder
 
 

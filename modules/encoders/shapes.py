@@ -1,9 +1,10 @@
-"""What `user.shape` says of the user encoders that are no Hugging Face decoder: plain data, without torch.
+"""User encoders that are no Hugging Face decoder: their names (`ENCODERS`) and shapes, as plain data without torch.
 
 A preset names a published parameterisation; every field that it decides may be given as well, and then counts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MAX_POSITIONS = 1024
@@ -129,5 +130,38 @@ def attention_dropout(shape: SoftmaxShape) -> float:
     return shape.dropout if shape.attention_dropout is None else shape.attention_dropout
 
 
-ENCODER_SHAPES: dict[str, type] = {"hstu": HSTUShape, "sasrec": SASRecShape, "ligr": LiGRShape}
-"""`user.encoder` -> what its shape is made of."""
+SHAPE_BOUNDS = {
+    "width": ">= 1",
+    "layers": ">= 1",
+    "heads": ">= 1",
+    "hidden": ">= 1",
+    "qk_width": ">= 1",
+    "value_width": ">= 1",
+    "max_positions": ">= 1",
+    "time_buckets": ">= 1",
+    "window": ">= 1",
+    "prefix": ">= 0",
+    "dropout": ">= 0, < 1",
+    "stochastic_depth": ">= 0, < 1",
+}
+"""Ranges of a shape's fields, for those of these that it has."""
+
+
+@dataclass(frozen=True)
+class EncoderKind:
+    """A user encoder: its class, called with (shape, dropout), and its shape."""
+
+    path: str
+    """module:Name of the class."""
+    shape: type
+    """The dataclass of its sizes."""
+    bounds: Mapping[str, str] = field(default_factory=dict)
+    """Ranges of fields that `SHAPE_BOUNDS` does not have."""
+
+
+ENCODERS = {
+    "hstu": EncoderKind("hllm_torchrec.modules.hstu.layer:HSTU", HSTUShape),
+    "sasrec": EncoderKind("hllm_torchrec.modules.encoders.sasrec:SASRec", SASRecShape),
+    "ligr": EncoderKind("hllm_torchrec.modules.encoders.ligr:LiGR", LiGRShape),
+}
+"""Name of an encoder -> what it is."""

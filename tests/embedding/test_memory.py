@@ -15,9 +15,10 @@ from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, Tr
 from hllm_torchrec.checkpoint.load import latest_checkpoint
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.embedding.memory import TableEnumerator, bytes_per_row
-from hllm_torchrec.embedding.optimizers import TABLE_OPTIMIZERS, apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import apply_table_optimizer
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.modules.features.hybrid import HybridFeatures

@@ -1,6 +1,7 @@
 import pytest
 
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.sources.registry import SOURCES
 from hllm_torchrec.launch.prepare import main
 from tests.helpers.source_files import (
     RATINGS,
@@ -36,7 +37,7 @@ def run(*words):
     return main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("source", ["ml-100k", "ml-1m", "pixelrec", "amazon", "table"])
+@pytest.mark.parametrize("source", list(SOURCES))
 def test_every_source_is_prepared_from_the_command_line(tmp_path, capsys, source):
     words = ["--source", source, *arguments(tmp_path, source), "--output", tmp_path / "out"]
     assert run(*words, "--split", "leave_one_out") == 0
@@ -111,5 +112,5 @@ def test_help_shows_examples_for_every_source(capsys):
         run("--help")
     assert error.value.code == 0
     printed = capsys.readouterr().out
-    for source in ("ml-100k", "ml-1m", "pixelrec", "amazon", "table"):
+    for source in SOURCES:
         assert f"hllm prepare --source {source}" in printed

@@ -53,7 +53,7 @@ def own_process_group() -> Iterator[None]:
             {"optim__table_optimizer": "adam"},
             "optim.table_optimizer: 'adam': FBGEMM has it on CUDA only; on a CPU",
         ),
-        ({"optim__table_optimizer": "partial_rowwise_adam"}, "choose rowwise_adagrad, adagrad or sgd"),
+        ({"optim__table_optimizer": "partial_rowwise_adam"}, "choose sgd, rowwise_adagrad, adagrad"),
     ],
 )
 def test_a_plan_that_the_cpu_cannot_do_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -1,0 +1,26 @@
+"""Ranges of numbers in words, such as ">= 0, < 1", and the check against them."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> Iterator[str]:
+    """Problems of numbers that are not as `bounds` (dotted attribute -> range) says; a value of None is none."""
+    for name, bound in bounds.items():
+        value = operator.attrgetter(name)(config)
+        if value is not None:
+            yield from bound_problems(prefix + name, value, bound)
+
+
+def bound_problems(name: str, value: float, bound: str) -> Iterator[str]:
+    """The problem of one number, if it is out of its range."""
+    if not all(_holds(value, part) for part in bound.split(", ")):
+        yield f"{name}: {value}: must be {bound.replace(', ', ' and ')}"
+
+
+def _holds(value: float, comparison: str) -> bool:
+    sign, limit = comparison.split()
+    return bool(COMPARISONS[sign](value, float(limit)))

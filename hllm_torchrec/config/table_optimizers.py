@@ -1,0 +1,65 @@
+"""In-backward optimizers of sharded tables by name: `TABLE_OPTIMIZERS`, where a new one is an entry.
+
+Plain data, so that a configuration is checked without torch; `hllm_torchrec.embedding` applies them.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.config.bounds import bound_problems
+
+
+@dataclass(frozen=True)
+class TableOptimizerKind:
+    """An in-backward optimizer: its class for TorchRec, its options for FBGEMM, its state."""
+
+    path: str
+    """module:Name of the class, which TorchRec maps to FBGEMM's kernel."""
+    per_value: int
+    """Numbers of state for each weight of a shard."""
+    per_row: int
+    """Numbers of state for each row of a shard."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of FBGEMM that its kernel reads, besides the learning rate -> range, as in `rules.BOUNDS`."""
+    cuda_only: bool = False
+    """FBGEMM has no kernel of it for CPUs."""
+
+    @property
+    def optimizer(self) -> Any:
+        """The class."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_EPS = {"eps": ">= 0"}
+_ADAM = _EPS | {"beta1": ">= 0, < 1", "beta2": ">= 0, < 1", "weight_decay": ">= 0"}
+
+TABLE_OPTIMIZERS: dict[str, TableOptimizerKind] = {
+    "sgd": TableOptimizerKind("torch.optim:SGD", 0, 0),
+    "rowwise_adagrad": TableOptimizerKind("torchrec.optim:RowWiseAdagrad", 0, 1, _EPS),
+    "adagrad": TableOptimizerKind("torchrec.optim:Adagrad", 1, 0, _EPS),
+    "partial_rowwise_adam": TableOptimizerKind("torchrec.optim:PartialRowWiseAdam", 1, 1, _ADAM, cuda_only=True),
+    "adam": TableOptimizerKind("torchrec.optim:Adam", 2, 0, _ADAM, cuda_only=True),
+}
+"""`optim.table_optimizer` -> what it is."""
+
+REPLICATED = TableOptimizerKind("torch.optim:AdamW", 2, 0)
+"""Tables below `features.shard_from_rows`, float32 in every case, have the dense optimizer."""
+
+
+def table_optimizer_problems(name: str, options: Mapping[str, float]) -> Iterator[str]:
+    """Unknown names of `optim.table_optimizer` and `optim.table_options`, and options out of range."""
+    if name not in TABLE_OPTIMIZERS:
+        known = ", ".join(TABLE_OPTIMIZERS)
+        yield f"optim.table_optimizer: {name!r}: must be one of {known}{did_you_mean(name, TABLE_OPTIMIZERS)}"
+        return
+    taken = TABLE_OPTIMIZERS[name].options
+    for option, value in options.items():
+        if option in taken:
+            yield from bound_problems(f"optim.table_options.{option}", value, taken[option])
+        else:
+            takes = f"it takes {', '.join(taken)}" if taken else "it takes none"
+            yield f"optim.table_options.{option}: no option of {name}: {takes}"
