@@ -36,6 +36,7 @@ REQUIREMENTS = [
 PEFT = "peft>=0.21,<1"
 S3 = ["s3fs>=2026.9,<2027"]
 WANDB = "wandb>=0.31,<1"
+BENCH = ["pylance>=14,<15"]  # Lance, which scripts/bench/bench_store.py compares the store with
 DOCS = [  # the site (scripts/docs.sh); neither the library nor its tests need them
     "mkdocs>=1.6.1,<2",
     "mkdocs-material>=9.8,<10",
@@ -96,6 +97,7 @@ setup(
     package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
     install_requires=REQUIREMENTS,
     extras_require={
+        "bench": BENCH,
         "dev": DEV,
         "docs": DOCS,
         "faiss": ["faiss-cpu>=1.15,<2"],

@@ -7,6 +7,9 @@
 - `store_gather_vs_memmap`: 4,096 random ids out of them; seconds of numpy's `memmap[ids]` / of `Snapshot.gather`, in a
   store of int64 ids. `_strings`: string ids, the memory map is given rows; `_strings_dict`: it asks a dict. Both
   sides hand out fp16 and both files are in the page cache; the bench stops if the vectors differ.
+- `store_write_vs_lance`, `store_gather_vs_lance`, `store_upsert_vs_lance`: seconds of Lance / of the store, where the
+  package pylance is installed: the same rows with int64 ids into a new dataset; 4,096 random rows (Lance is given row
+  numbers, the store looks ids up); 1,000 rows replaced in one commit (Lance with a B-tree of the ids, built before).
 - `refresh_vs_full`: seconds of `embed_items` for 1,000 items that the store lacks of 100,000 / for all 100,000: hash
   of weights, marks of the whole catalogue, their look-up, encoding, commit; all that a job does once it has a model.
 - `embed_job_vs_forward`: items per second of a whole `embed_items` / of the Item LLM (576 wide, 6 layers) alone on the
@@ -31,6 +34,7 @@ import pyarrow as pa
 import torch
 from bench_step import LLAMA, SMALL
 from benchmarking import SMOLLM2, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from lance_table import INSTALLED, REMEDY, LanceTable
 from torch import Tensor
 
 from hllm_torchrec.config.schema import Config, FeatureConfig, ItemLLMConfig, UserEncoderConfig
@@ -64,11 +68,16 @@ class Sizes:
     tokens: int
     repeats: int
     asked: int = ASKED
+    upserts: int = 1000
 
 
 FULL = Sizes(1_000_000, 576, 100_000, 1000, 2500, 24, 5)
 QUICK = Sizes(1_000_000, 576, 100_000, 1000, 600, 16, 3)
-TINY = Sizes(500, 8, 300, 5, 60, 6, 1, 16)
+TINY = Sizes(500, 8, 300, 5, 60, 6, 1, 16, 20)
+
+
+LANCE_RATIOS = (("write", "write", "store_int64"), ("gather", "gather_int64", "store"), ("upsert", "upsert", "store"))
+"""(name, comparison, the store's side) of the ratios to Lance."""
 
 
 # --- the store ---------------------------------------------------------------------------------------------
@@ -109,6 +118,11 @@ class Rows:
                 writer.upsert(keys, self.vectors[block], self.marks[block])
             writer.commit()
 
+    def write_lance(self, path: Path) -> None:
+        """A new Lance dataset."""
+        table = LanceTable(path, self.vectors.shape[1])
+        table.write(table.batch(np.arange(len(self.vectors))[at], self.vectors[at].numpy()) for at in self.blocks())
+
 
 def afresh(write: Callable[[Path], None], path: Path) -> float:
     """Seconds of writing to `path`, where nothing is when it begins."""
@@ -120,14 +134,34 @@ def afresh(write: Callable[[Path], None], path: Path) -> float:
 
 
 def compare_writes(rows: Rows, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds of both ways; the last files stay."""
-    return alternate(
-        {
-            "plain": lambda: afresh(rows.write_plain, folder / "plain.bin"),
-            "store": lambda: afresh(lambda path: rows.write_store(path, "string"), folder / "string"),
-        },
-        repeats,
-    )
+    """Seconds of every way; the last files stay."""
+    sides = {
+        "plain": lambda: afresh(rows.write_plain, folder / "plain.bin"),
+        "store": lambda: afresh(lambda path: rows.write_store(path, "string"), folder / "string"),
+        "store_int64": lambda: afresh(lambda path: rows.write_store(path, "int64"), folder / "int64"),
+    }
+    if INSTALLED:
+        sides["lance"] = lambda: afresh(rows.write_lance, folder / "lance")
+    return alternate(sides, repeats)
+
+
+def compare_upserts(rows: Rows, folder: Path, sizes: Sizes) -> dict[str, list[float]]:
+    """Seconds of replacing random rows of the store of int64 ids, and of the Lance dataset, in one commit each."""
+    table, store = LanceTable(folder / "lance", sizes.width), EmbeddingStore.open(folder / "int64")
+    table.index_ids()
+    ids = itertools.cycle([np.random.default_rng(n).choice(sizes.rows, sizes.upserts, False) for n in range(8)])
+
+    def ours() -> None:
+        rows_now = next(ids)
+        with store.writer() as writer:
+            writer.upsert(pa.array(rows_now), rows.vectors[rows_now], rows.marks[rows_now])
+            writer.commit()
+
+    def lance() -> None:
+        rows_now = next(ids)
+        table.upsert(rows_now, rows.vectors[rows_now].numpy())
+
+    return alternate({"store": ours, "lance": lance}, 2 * sizes.repeats)
 
 
 class Gathers:
@@ -135,11 +169,12 @@ class Gathers:
 
     def __init__(self, rows: Rows, folder: Path, kind: Literal["string", "int64"], asked: int) -> None:
         self.plain = np.memmap(folder / "plain.bin", np.float16, mode="r").reshape(rows.vectors.shape)
+        self.table = LanceTable(folder / "lance", rows.vectors.shape[1])
         self.snapshot: Snapshot = EmbeddingStore.open(folder / kind).snapshot()
         rng = np.random.default_rng(1)
         drawn = [rng.integers(0, len(rows.vectors), asked) for _ in range(16)]
         self.asked = [(row, rows.keys[kind].take(pa.array(row))) for row in drawn]
-        self.turn = {side: itertools.cycle(self.asked) for side in ("memmap", "store")}
+        self.turn = {side: itertools.cycle(self.asked) for side in ("memmap", "store", "lance")}
         self.names = [keys.to_pylist() for _, keys in self.asked] if kind == "string" else []
         self.name = itertools.cycle(self.names)
         self.row_of = {key: row for row, key in enumerate(rows.keys["string"].to_pylist())} if self.names else {}
@@ -147,6 +182,12 @@ class Gathers:
             found, known = self.snapshot.gather(keys, torch.float16)
             if not (bool(known.all()) and torch.equal(found, torch.from_numpy(self.plain[row]))):
                 raise AssertionError("the store's vectors are not those of the plain file")
+            if self.table.path.exists() and not np.array_equal(self.table.gather(row), self.plain[row]):
+                raise AssertionError("Lance's vectors are not those of the plain file")
+
+    def lance(self) -> None:
+        """Lance's way, rows known."""
+        self.table.gather(next(self.turn["lance"])[0])
 
     def memmap(self) -> None:
         """numpy's way, rows known."""
@@ -165,18 +206,29 @@ def bench_store(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Ratios and seconds of writing and gathering."""
     rows = Rows(sizes.rows, sizes.width)
     seconds = {"write": compare_writes(rows, folder, sizes.repeats)}
-    rows.write_store(folder / "int64", "int64")
     for kind in ("string", "int64"):
         gathers = Gathers(rows, folder, kind, sizes.asked)  # type: ignore[arg-type]
         sides: dict[str, Callable[[], None]] = {"memmap": gathers.memmap, "store": gathers.store}
         if kind == "string":
             sides["dict"] = gathers.by_dict
+        elif INSTALLED:
+            sides["lance"] = gathers.lance
         seconds[f"gather_{kind}"] = alternate(sides, 20, warmup=5, seconds=0 if sizes is TINY else 2)
+    if INSTALLED:
+        seconds["upsert"] = compare_upserts(rows, folder, sizes)
+    else:
+        say(REMEDY)
     found = {name: medians(times) for name, times in seconds.items()}
     for name, of_sides in found.items():
         say(f"{name}: " + ", ".join(f"{side} {value:.4f} s" for side, value in of_sides.items()))
+    lance = {
+        f"store_{name}_vs_lance": found[key]["lance"] / found[key][side]
+        for name, key, side in LANCE_RATIOS
+        if "lance" in found.get(key, {})
+    }
     return {
-        "ratios": {
+        "ratios": lance
+        | {
             "store_write_vs_plain": found["write"]["plain"] / found["write"]["store"],
             "store_gather_vs_memmap": found["gather_int64"]["memmap"] / found["gather_int64"]["store"],
             "store_gather_vs_memmap_strings": found["gather_string"]["memmap"] / found["gather_string"]["store"],

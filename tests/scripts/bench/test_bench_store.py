@@ -36,6 +36,19 @@ def test_other_vectors_stop_the_bench(rows: Any, tmp_path: Path) -> None:
         bench_store.Gathers(rows, tmp_path, "int64", 300)
 
 
+def test_lance_hands_out_and_replaces_the_same_vectors(rows: Any, tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance", reason="package pylance is not installed")
+    rows.write_lance(tmp_path / "lance")
+    table = bench_store.LanceTable(tmp_path / "lance", 3)
+    asked = np.array([3, 39, 0, 3])
+    assert np.array_equal(table.gather(asked), rows.vectors[asked].numpy())
+    table.index_ids()
+    table.upsert(np.array([2, 77]), np.ones((2, 3), np.float16))
+    now = lance.dataset(str(tmp_path / "lance")).to_table().to_pydict()
+    wanted = dict(enumerate(rows.vectors.tolist())) | {2: [1.0, 1.0, 1.0], 77: [1.0, 1.0, 1.0]}
+    assert dict(zip(now["id"], now["vector"], strict=True)) == wanted and len(now["id"]) == 41
+
+
 def test_the_model_alone_encodes_the_texts_of_the_job(tmp_path: Path) -> None:
     init_distributed()
     experiment = bench_store.invented(30, bench_store.SMALL | {"vocab_size": 64}, 6)
