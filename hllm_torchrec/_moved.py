@@ -218,7 +218,7 @@ SYMBOLS = {
         "mix": "common.hashing",
     },
     "model": {
-        "ENCODERS": "models.build",
+        "ENCODERS": "modules.encoders.shapes",
         "build_model": "models.build",
         "build_user_encoder": "models.build",
     },
@@ -249,9 +249,9 @@ SYMBOLS = {
         "give_sharded_tables_an_optimizer": "embedding.optimizers",
     },
     "table_memory": {
-        "TableOptimizerKind": "embedding.optimizers",
-        "TABLE_OPTIMIZERS": "embedding.optimizers",
-        "REPLICATED": "embedding.optimizers",
+        "TableOptimizerKind": "config.table_optimizers",
+        "TABLE_OPTIMIZERS": "config.table_optimizers",
+        "REPLICATED": "config.table_optimizers",
     },
 }
 

@@ -33,8 +33,10 @@ def load_extension(text: str, field: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        known = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
-        why = f"there is no module {module!r}: install it, or put its folder on PYTHONPATH" if known else str(error)
+        # Other words than Python's are of a module that has moved (`hllm_torchrec._moved`), and name its successor.
+        is_missing = f"{module}.".startswith(f"{error.name}.") and str(error).startswith("No module named")
+        remedy = f"there is no module {module!r}: install it, or put its folder on PYTHONPATH"
+        why = remedy if is_missing else str(error)
         raise ValueError(f"{field}: {text!r}: {why}") from error
     if not hasattr(found, name):
         raise ValueError(f"{field}: {text!r}: {found.__file__} has no {name!r}{did_you_mean(name, vars(found))}")

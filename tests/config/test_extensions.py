@@ -76,6 +76,11 @@ def test_an_encoder_of_ones_own_stands_in_the_user_llms_place(module: str) -> No
     [
         ("hstuu", r"user.encoder: 'hstuu': must be one of llm, hstu, sasrec, ligr, or .*\(did you mean 'hstu'\?\)"),
         ("no_such_module:X", r"'no_such_module:X': there is no module 'no_such_module': install it, or put its folder"),
+        (
+            "hllm_torchrec.modules.sasrec:SASRec",
+            r"'hllm_torchrec.modules.sasrec:SASRec': hllm_torchrec.modules.sasrec is now "
+            r"hllm_torchrec.modules.encoders.sasrec",
+        ),
         ("my_code:Linea", r"my_code.py has no 'Linea' \(did you mean 'Linear'\?\)"),
         (
             "my_code:earlier",
