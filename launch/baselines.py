@@ -14,7 +14,7 @@ from pathlib import Path
 from hllm_torchrec import configs
 from hllm_torchrec.baselines.settings import BaselinesConfig
 from hllm_torchrec.config.loading import load_dataclass
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")
 
@@ -48,13 +48,6 @@ def load_settings(files: list[str], options: list[str]) -> BaselinesConfig:
     return load_dataclass(
         BaselinesConfig, [*named, *options], prog="hllm baselines", description="Settings of the baselines."
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args, options = parser.parse_known_args(argv)
-    return run_job(parser.prog, lambda: run(args, options))
 
 
 def run(args: argparse.Namespace, options: list[str]) -> None:
@@ -92,6 +85,8 @@ def print_tables(output: Path, names: Sequence[str], reference: str) -> None:
         directories = {name: output / name / "predictions" / split for name in names}
         print(metrics_table(compare(directories, reference, split=split, draws=200)), end="\n\n")
 
+
+main = entry_point(build_parser, run, takes_options=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:
     from hllm_torchrec.evaluation.run_loader import LoadedRun
@@ -44,21 +44,14 @@ def second_of(date: str) -> int:
         raise argparse.ArgumentTypeError(f"{date!r} is no date: write it as 1998-04-01") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.items is None and args.users is None:
-        parser.error("name a store: --items, --users or both")
-    return run_job(parser.prog, lambda: run(args))
-
-
 def run(args: argparse.Namespace) -> None:
     """Load the run's model, embed items and users that have changed, and say what was done.
 
     Raises:
-        ValueError: no such run or checkpoint, or a store of another model.
+        ValueError: no store is named, no such run or checkpoint, or a store of another model.
     """
+    if args.items is None and args.users is None:
+        raise ValueError("name a store: --items, --users or both")
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.run_loader import load_run
 
@@ -97,6 +90,8 @@ def _say(done: str, store: Path, version: int) -> None:
     if rank() == 0:
         print(f"{done}; {display_url(store)} is at version {version}")
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

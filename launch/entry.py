@@ -1,4 +1,4 @@
-"""What the jobs' command lines have in common: mistakes of the user's are one line and exit status 2."""
+"""Parser, entry point and exit statuses of every job: a mistake of the user's is one line and exit status 2."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from hllm_torchrec.common.errors import Preempted
 
@@ -55,6 +55,29 @@ class CommandParser(argparse.ArgumentParser):
             if url := url_of(found.output):
                 self.error(f"--output {url}: must be a folder of this machine; copy it to the URL afterwards")
         return found, rest
+
+
+class Main(Protocol):
+    """Entry point of a job."""
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Run the command line `argv`, the process's own if None; return the exit status of `run_job`."""
+
+
+def entry_point(
+    build_parser: Callable[[], CommandParser], run: Callable[..., int | None], *, takes_options: bool = False
+) -> Main:
+    """`main(argv)` of a job that calls `run(args)`, or `run(args, options)` with what the parser does not know."""
+
+    def main(argv: list[str] | None = None) -> int:
+        parser = build_parser()
+        if takes_options:
+            args, options = parser.parse_known_args(argv)
+            return run_job(parser.prog, lambda: run(args, options))
+        args = parser.parse_args(argv)
+        return run_job(parser.prog, lambda: run(args))
+
+    return main
 
 
 #: What torch.distributed says where another rank has died or does not answer (gloo, nccl, the store).

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
@@ -16,13 +16,6 @@ def build_parser() -> CommandParser:
     parser.add_run()
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
     return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
         export_huggingface(args.run, args.checkpoint, args.output, device)
     print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 MODES = ("nearline", "daily")
 PARTS = ("train", "valid", "test")
@@ -31,21 +31,14 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.items is None and args.users is None:
-        parser.error("name a store: --users, --items or both")
-    return run_job(parser.prog, lambda: run(args))
-
-
 def run(args: argparse.Namespace) -> None:
     """Load the run's model, write the stores, and say how many exposures have a vector.
 
     Raises:
-        ValueError: no such run or checkpoint, or a store of another model or mode.
+        ValueError: no store is named, no such run or checkpoint, or a store of another model or mode.
     """
+    if args.items is None and args.users is None:
+        raise ValueError("name a store: --users, --items or both")
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.run_loader import load_run
@@ -65,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
         if rank() == 0:
             print("\n".join(lines))
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

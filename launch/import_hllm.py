@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
@@ -30,13 +30,6 @@ def build_parser() -> CommandParser:
     parser.add_argument("--max-text-length", type=int, metavar="N", help="tokens of a text (default: 256)")
     parser.add_argument("--max-history", type=int, metavar="N", help="events of a history (default: 50)")
     return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,6 +62,8 @@ def _make_run(output: Path) -> None:
     shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if "@" in name)
     print(f"{output}: is a run now; on its validation part {shown}")
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
@@ -19,13 +19,6 @@ def build_parser() -> CommandParser:
     parser.add_argument("--kind", choices=("flat", "ivf"), default="flat", help="exact, or by cells of near items")
     parser.add_argument("--cells", type=int, default=0, help="of an ivf index; 0: 4 times the root of the items")
     return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
         if rank() == 0:
             print(f"{number:,} items: {args.output}")
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

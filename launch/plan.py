@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config
@@ -51,15 +51,8 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0, 1 where it does not fit, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args, options = parser.parse_known_args(argv)
-    return run_job(parser.prog, lambda: int(not run(args, options)))
-
-
-def run(args: argparse.Namespace, options: list[str]) -> bool:
-    """Estimate and print; returns whether it fits.
+def run(args: argparse.Namespace, options: list[str]) -> int:
+    """Estimate and print; return 0 where it fits, else 1.
 
     Raises:
         ValueError: a wrong configuration, a model of unknown shape, or sizes that nothing says.
@@ -82,7 +75,7 @@ def run(args: argparse.Namespace, options: list[str]) -> bool:
     else:
         print(as_text(config, work, machine, found))
         print("\n".join(advice(config, found, machine)))
-    return found.peak <= FILLED * machine.memory
+    return int(found.peak > FILLED * machine.memory)
 
 
 def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", dict[str, int]]:
@@ -238,6 +231,8 @@ def as_text(config: "Config", work: "Workload", machine: "Machine", estimate: "E
 def _bytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
 
+
+main = entry_point(build_parser, run, takes_options=True)
 
 if __name__ == "__main__":
     sys.exit(main())

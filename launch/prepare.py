@@ -14,7 +14,7 @@ from hllm_torchrec.data.remote_datasets import writable_dataset
 from hllm_torchrec.data.sources.base import TIME_UNITS, Source
 from hllm_torchrec.data.sources.registry import SOURCES, build_source
 from hllm_torchrec.data.split import RULES, Split
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 EXAMPLES = "\n".join(
     ["examples:", *(f"  hllm prepare --source {name} {kind.example}" for name, kind in SOURCES.items())]
@@ -98,13 +98,6 @@ def summary(path: Path, name: str = "") -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return the exit status: 0, or 2 after one line on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: run(args))
-
-
 def run(args: argparse.Namespace) -> None:
     """Prepare the dataset, and print its counts.
 
@@ -130,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
         text = summary(folder, display_url(args.output))
     print(text)
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:
     from hllm_torchrec.serving.recommend import Recommendations, RecommendedItem
@@ -26,13 +26,6 @@ def build_parser() -> CommandParser:
     parser.add_argument("--time", type=int, metavar="SECOND", help="second (UTC) of the request (default: now)")
     parser.add_argument("--seen-too", action="store_true", help="items of the history may come again")
     return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,6 +58,8 @@ def _line(item: "RecommendedItem") -> str:
     text = " ".join(item.text.split())
     return f"{item.raw_id:<8} {text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}"
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.config.loading import load_dataclass
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
@@ -33,13 +33,6 @@ def build_parser() -> CommandParser:
         "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
     )
     return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
-    parser = build_parser()
-    args, options = parser.parse_known_args(argv)
-    return run_job(parser.prog, lambda: run(args, options))
 
 
 def run(args: argparse.Namespace, options: list[str]) -> None:
@@ -95,6 +88,8 @@ def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, conf
     )
     print(f"{name} {found['settings']}: test, {found['test']['rows']} targets: {shown}", flush=True)
 
+
+main = entry_point(build_parser, run, takes_options=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:  # `--help` needs no torch
     from hllm_torchrec.store.store import EmbeddingStore
@@ -43,15 +43,8 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; exit status 0, 1 if `verify` finds damage, 2 after one line on a mistake of the user's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: int(bool(run(args))))
-
-
-def run(args: argparse.Namespace) -> list[str]:
-    """Do what is asked, print what was done, and return what `verify` found.
+def run(args: argparse.Namespace) -> int:
+    """Do what is asked, print what was done, and return 1 where `verify` finds damage, else 0.
 
     Raises:
         ValueError: no store, a damaged one, or arguments that do not fit.
@@ -65,7 +58,7 @@ def run(args: argparse.Namespace) -> list[str]:
     elif args.command == "verify":
         damage = store.verify()
         print("\n".join(damage) or f"{args.store}: every file is as it was written")
-        return damage
+        return int(bool(damage))
     elif args.command == "compact":
         store.compact()
         print(describe(store))
@@ -78,7 +71,7 @@ def run(args: argparse.Namespace) -> list[str]:
         if not ids:
             raise ValueError("delete: no ids: give --id or --ids FILE")
         print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; nothing of them is left")
-    return []
+    return 0
 
 
 def describe(store: "EmbeddingStore") -> str:
@@ -123,6 +116,8 @@ def _number(store: "EmbeddingStore", text: str) -> int:
     except ValueError:
         raise ValueError(f"delete: id {text!r}: the ids of {store.root} are whole numbers") from None
 
+
+main = entry_point(build_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())
