@@ -1,4 +1,4 @@
-"""What a run tells: a JSON-lines log, TensorBoard scalars, progress bars, and where it ran."""
+"""Log of a run: JSON lines, TensorBoard scalars, progress bars, and facts about the machine."""
 
 import json
 import math

@@ -33,14 +33,17 @@ def option_problems(options: dict[str, str], cls: type, others: tuple[str, ...] 
     fields = dotted_fields(cls)
     problems: list[str] = []
     for name, text in options.items():
-        if name in fields:
-            problems += [f"--{problem}" for problem in _option_value_problems(name, text, fields[name])]
-        elif name not in others and not _is_mapping(fields.get(name.rpartition(".")[0])):
+        kind = fields.get(name) or _mapping_values(fields.get(name.rpartition(".")[0]))
+        if kind is not None:
+            problems += [f"--{problem}" for problem in _option_value_problems(name, text, kind)]
+        elif name not in others:
             problems.append(f"--{name}: unknown option{did_you_mean(name, (*fields, *others))}")
     return problems
 
 
 def _option_value_problems(name: str, text: str, kind: Any) -> list[str]:
+    if kind is Any:
+        return []
     if not is_dataclass_type(kind) and not is_dataclass_type(element_type(kind)):
         return [] if _fits(kind, text, is_text=True) else [_wrong(name, text, kind)]
     try:
@@ -133,9 +136,10 @@ def element_type(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
 
 
-def _is_mapping(kind: Any) -> bool:
-    """Whether a type is dict[...], or that or None."""
-    return any(typing.get_origin(part) is dict for part in (kind, *typing.get_args(kind)))
+def _mapping_values(kind: Any) -> Any:
+    """V of dict[str, V], or of that or None; None for any other type."""
+    parts = (kind, *typing.get_args(kind))
+    return next((typing.get_args(part)[1] for part in parts if typing.get_origin(part) is dict), None)
 
 
 def describe(kind: Any) -> str:
@@ -148,7 +152,7 @@ def describe(kind: Any) -> str:
     if origin is tuple:
         return f"a list, each {describe(parts[0])}"
     if origin is dict:
-        return "a mapping"
+        return "a mapping" if parts[1] is Any else f"a mapping, each value {describe(parts[1])}"
     if is_dataclass_type(kind):
         return f"a mapping of {kind.__name__} fields"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]

@@ -151,12 +151,9 @@ def plan_sharding(
         memory = (hardware.hbm_cap_bytes if device == "cuda" else hardware.ddr_cap_bytes) or 0
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise ConfigError(
-            [
-                f"features: TorchRec cannot place the tables on {trainer.world_size} ranks of {memory / 1e9:.1f} "
-                f"GB, of "
-                f"which {1 - RESERVED_MEMORY_SHARE:.0%} are for tables: {reason}; take features.sharding: "
-                "auto, more ranks, narrower tables, or features.table_dtype: fp16"
-            ]
+            f"features: TorchRec cannot place the tables on {trainer.world_size} ranks of {memory / 1e9:.1f} GB, of "
+            f"which {1 - RESERVED_MEMORY_SHARE:.0%} are for tables: {reason}; take features.sharding: "
+            "auto, more ranks, narrower tables, or features.table_dtype: fp16"
         ) from error
 
 

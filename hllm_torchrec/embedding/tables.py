@@ -17,7 +17,8 @@ INIT_ROWS = 4096
 def local_shards(value: Any) -> list[tuple[Tensor, int, int]]:
     """Return this rank's shards of a table or its optimizer state: (values, first row, first column).
 
-    value: a ShardedTensor, or a tensor that is complete on every rank. Row-wise state has no columns: its first column is 0.
+    value: a ShardedTensor, or a tensor that is complete on every rank. Row-wise state has no columns: its first column
+    is 0.
     """
     if not isinstance(value, ShardedTensor):
         return [(value, 0, 0)]

@@ -49,6 +49,15 @@ def test_unknown_keys_and_wrong_types_of_file_and_options_are_reported_together(
     ]
 
 
+def test_a_value_in_a_mapping_of_numbers_is_checked() -> None:
+    options = ["--optim.table_options.eps", "small", "--user.shape.width", "any"]
+    assert problems_of(options) == ["--optim.table_options.eps: 'small': must be a number"]
+    assert problems_of(["--optim.table_options", "{eps: small}"]) == [
+        "--optim.table_options: '{eps: small}': must be a mapping, each value a number"
+    ]
+    assert load_config([*VALID, "--optim.table_options.eps=1e-6"]).optim.table_options == {"eps": 1e-6}
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
