@@ -15,6 +15,7 @@ from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks, rank_catalogue_targets
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, shard_bounds
 from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.item_source import CachedItems, StoredItems
 
 ITEMS_AT_ONCE = 8192
 """Catalogue items whose features one rank looks up at a time."""
@@ -33,7 +34,7 @@ def evaluate_retrieval(
     ranks_folder: directory that gets every target with its rank (`metrics.retrieval_table` reads it), or None.
 
     Besides the numbers: `protocol` (or None), `filter_seen`, `targets` ("all" or "positive") and `candidates`,
-    the size of the catalogue. In a model with an Item LLM its `item_cache` is used where it is filled.
+    the size of the catalogue. Cached item embeddings are used where the model has them.
     """
     config = experiment.config
     positive = config.objective.positive_targets_only
@@ -65,12 +66,12 @@ def catalogue_vectors(experiment: Experiment) -> Tensor:
 def catalogue_shard(experiment: Experiment) -> CatalogueShard:
     """What the user's output is compared with, of this rank's share of items: E, or P(E) + ID + ... Collective.
 
-    Row 0 of the first rank is the unknown item. Only embeddings that every rank has anyway (`HLLM.item_cache`, or of an
+    Row 0 of the first rank is the unknown item. Only embeddings that every rank has anyway (`CachedItems`, or of an
     Item LLM that encodes the catalogue now) are held whole.
     """
-    hllm = experiment.hllm
-    if not hllm.compares_features and not hllm.uses_stored_items:
-        items = experiment.encode_catalogue() if hllm.item_cache is None else hllm.item_cache
+    hllm, source = experiment.hllm, experiment.hllm.item_source
+    if not hllm.compares_features and not isinstance(source, StoredItems):
+        items = source.vectors if isinstance(source, CachedItems) else experiment.encode_catalogue()
         assert items is not None, "without an Item LLM items are compared by their features"
         return CatalogueShard.of_rank(items)
     was_training = hllm.training
@@ -87,9 +88,7 @@ def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
     """[n, V] of items [n], which may be none. Collective."""
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
-        found = hllm.look_up_items(ids)
-        assert found is not None, "stored items have embeddings"
-        return found.float()
+        return hllm.embed_items(ids).float()
     collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
     return vectors_by_features(experiment, collator, items)
 

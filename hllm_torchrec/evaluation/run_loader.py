@@ -20,6 +20,7 @@ from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
@@ -105,7 +106,7 @@ def load_run(
     checkpoint = find_checkpoint(run, which)
     experiment = build_experiment(config, device)
     loaded = LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
-    if use_items and experiment.hllm.uses_stored_items:
+    if use_items and takes_stored_items(config):
         use_stored_items(experiment)
     return loaded
 
@@ -122,8 +123,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
     experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
     loader = experiment.loader(split, experiment.config.evaluation.batch_users)
     show = dist.get_rank() == 0
-    with loaded.weights:
-        hllm.item_cache = experiment.evaluation_item_cache()
+    with loaded.weights, experiment.evaluation_items():
         if hllm.fusion != "none":
             predictions = run / "predictions" / split
             cold = experiment.cold_items()

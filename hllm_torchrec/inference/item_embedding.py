@@ -77,7 +77,7 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
 
     def encode(ids: NDArray[np.int64]) -> NewRows:
         with autocast(experiment.config, experiment.device):
-            vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device))
+            vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device), experiment.live_items)
         return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids]
 
     with merged(model):

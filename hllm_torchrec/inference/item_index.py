@@ -154,8 +154,7 @@ def export_item_index(
         raise ValueError(
             f"{run}: objective.generative_weight: 0: users and items share no space; train with a generative loss"
         )
-    with loaded.weights:
-        experiment.hllm.item_cache = experiment.evaluation_item_cache()
+    with loaded.weights, experiment.evaluation_items():
         vectors = catalogue_vectors(experiment).cpu().float().numpy()
     ids = experiment.dataset.items["raw_item_id"].combine_chunks()
     run_on_rank_zero(lambda: ItemIndex.build(vectors[1:], ids, kind, cells).save(target))

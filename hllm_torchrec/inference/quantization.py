@@ -19,7 +19,7 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as Quantized
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.models.assembly import Experiment
-from hllm_torchrec.models.stored_items import StoredItemTable
+from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.modules.features.hybrid import table_config
 
@@ -107,18 +107,17 @@ def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
         return TableBytes({}, {})
     items = FrozenItems(vectors.shape[0], vectors.shape[1], "fp32", torch.device("meta"))
     items.table = quantize_collection({FROZEN_ITEMS: vectors}, {FROZEN_ITEMS: TABLE_TYPES[dtype]})
-    hllm = experiment.hllm
-    hllm.item_cache, hllm.stored_items, hllm.uses_stored_items = None, StoredItemTable(items), True
+    experiment.hllm.item_source = StoredItems(items, experiment.hllm.adapter)
     return TableBytes(_bytes({FROZEN_ITEMS: vectors}), table_bytes(items.table))
 
 
 def _catalogue(experiment: Experiment) -> Tensor | None:
     """[N, E] item embeddings before an adapter, which goes on top of what is looked up."""
-    hllm = experiment.hllm
-    if hllm.stored_items is None:
+    source = experiment.hllm.item_source
+    if not isinstance(source, StoredItems):
         return experiment.encode_catalogue()
     blocks = torch.arange(experiment.dataset.num_items, device=experiment.device).split(ROWS_AT_ONCE)
-    return torch.cat([hllm.stored_items(block) for block in blocks])
+    return torch.cat([source.raw(block) for block in blocks])
 
 
 def table_bytes(tables: QuantizedCollection) -> dict[str, int]:

@@ -50,8 +50,7 @@ class UserEmbedder:
     def item_vectors(self, item_ids: NDArray[np.int64]) -> Tensor:
         """E of items [n] -> [n, E] float32. Collective."""
         unique, index = np.unique(item_ids, return_inverse=True)
-        found = self.experiment.hllm.look_up_items(torch.from_numpy(unique).to(self.experiment.device))
-        assert found is not None, "an ID-only model has no item embeddings"
+        found = self.experiment.hllm.embed_items(torch.from_numpy(unique).to(self.experiment.device))
         return found.float()[torch.from_numpy(index).to(found.device)]
 
 
@@ -59,14 +58,12 @@ class UserEmbedder:
 def open_embedder(experiment: Experiment) -> Iterator[UserEmbedder]:
     """An embedder of the experiment's present weights, item embeddings made ready. Collective."""
     hllm = experiment.hllm
-    was_training, cache = hllm.training, hllm.item_cache
+    was_training = hllm.training
     hllm.eval()
-    if cache is None:
-        hllm.item_cache = experiment.evaluation_item_cache()
     try:
-        yield UserEmbedder(experiment)
+        with experiment.evaluation_items():
+            yield UserEmbedder(experiment)
     finally:
-        hllm.item_cache = cache
         hllm.train(was_training)
 
 

@@ -5,7 +5,9 @@ Training and the offline evaluation job build their parts here, so that both sco
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.eval_protocols import dataset_problems
+from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
@@ -34,6 +37,7 @@ from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.hllm import HLLM, item_space
 from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
 from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.models.lora_base import base_fingerprints, without_base_weights
 from hllm_torchrec.models.parallelize import parallelize
@@ -54,6 +58,7 @@ class Experiment:
     device: torch.device
     model: DistributedModelParallel
     item_encoder: ItemEncoder | None
+    live_items: LiveItems | None
     item_vectors: NDArray[np.float32] | None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
     """Fingerprints of weights that checkpoints leave out: see `bases`."""
@@ -124,18 +129,33 @@ class Experiment:
         """
         if self.item_encoder is None:
             return None
-        item_llm = self.hllm.item_llm
-        assert item_llm is not None
-        if self.hllm.uses_stored_items:
+        if isinstance(self.hllm.item_source, StoredItems):
             return self._look_up_catalogue()
-        return self.item_encoder.encode_catalogue(item_llm, self.hllm.embed_items, show=dist.get_rank() == 0)
+        assert self.live_items is not None
+        embed = partial(self.hllm.embed_items, source=self.live_items)
+        return self.item_encoder.encode_catalogue(self.live_items.item_llm, embed, show=dist.get_rank() == 0)
 
-    def evaluation_item_cache(self) -> Tensor | None:
-        """What `HLLM.item_cache` should hold while the model is evaluated: [N, E], or None. Collective.
+    def use_live_items(self) -> None:
+        """Let the model make item embeddings by its present weights; where they are stored nothing changes."""
+        if not isinstance(self.hllm.item_source, StoredItems):
+            self.hllm.item_source = self.live_items
 
-        None: nothing, the model needs none.
-        """
-        return None if self.hllm.uses_stored_items else self.encode_catalogue()
+    def use_cached_items(self) -> None:
+        """Encode the catalogue by the present weights, and let the model take items from there. Collective."""
+        catalogue = self.encode_catalogue()
+        if catalogue is not None:
+            self.hllm.item_source = CachedItems(catalogue)
+
+    @contextmanager
+    def evaluation_items(self) -> Iterator[None]:
+        """Within the context items that a step would encode come from a cache of the catalogue. Collective."""
+        source = self.hllm.item_source
+        if self.hllm.encodes_items:
+            self.use_cached_items()
+        try:
+            yield
+        finally:
+            self.hllm.item_source = source
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
@@ -149,9 +169,8 @@ class Experiment:
         ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
         was_training = self.hllm.training
         self.hllm.eval()
-        found = [self.hllm.look_up_items(some) for some in ids.split(MEASURED_CHUNK)]
+        items = torch.cat([self.hllm.embed_items(some).float() for some in ids.split(MEASURED_CHUNK)])
         self.hllm.train(was_training)
-        items = torch.cat([part.float() for part in found if part is not None])
         self.hllm.standardise.measure(items)
         return {"length": items.norm(dim=1).mean().item(), "common": items.mean(0).norm().item()}
 
@@ -160,9 +179,7 @@ class Experiment:
         """[N, E] of the frozen table, looked up in blocks that the ranks share."""
         world, rank, rows = dist.get_world_size(), dist.get_rank(), []
         for block in torch.arange(self.dataset.num_items, device=self.device).split(LOOKUP_CHUNK):
-            mine = self.hllm.look_up_items(block.tensor_split(world)[rank])
-            assert mine is not None
-            rows.append(all_gather_variable(mine))
+            rows.append(all_gather_variable(self.hllm.embed_items(block.tensor_split(world)[rank])))
         return torch.cat(rows)
 
 
@@ -190,15 +207,18 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
     share = config.item_llm.trained_share
-    model.encode_items = encoder
-    if encoder is not None and share < 1:
-        model.encode_items = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed)
+    live = None
+    if encoder is not None and model.item_llm is not None:
+        sampled = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed) if share < 1 else None
+        live = LiveItems(model.item_llm, sampled or encoder)
+    if not takes_stored_items(config):
+        model.item_source = live
     _check_vocabulary(model, encoder)
     bases = base_fingerprints(model, config)
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoder, vectors, bases)
+    return Experiment(config, dataset, spec, device, wrapped, encoder, live, vectors, bases)
 
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:

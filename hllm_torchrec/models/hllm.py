@@ -13,17 +13,15 @@ Legend: B pieces of users, T history positions, Q queries, X exposures, G genera
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.models.item_source import ItemSource
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
@@ -35,17 +33,7 @@ from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
 
-if TYPE_CHECKING:
-    pass
-
-
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
-
-EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
-"""(item_llm, unique item ids [U]) -> E [U, E]; where items of a global batch are shared out over ranks."""
-
-ItemLookup = Callable[[Tensor], Tensor]
-"""item ids [n] -> E [n, E] float32 from a frozen table; collective where it is sharded."""
 
 
 @dataclass
@@ -114,12 +102,10 @@ class HLLM(nn.Module):
             self.logit_scale = LogitScale(objective.temperature)
             self.mask_own_items = objective.mask_own_items
         self.interleaved = config.user.actions == "interleaved"
-        self.uses_stored_items = takes_stored_items(config)
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
-        self.encode_items: EncodeItems | None = None
-        self.stored_items: ItemLookup | None = None
-        self.item_cache: Tensor | None = None
+        self.item_source: ItemSource | None = None
+        """Where item embeddings come from; None in an ID-only model, which has none."""
 
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
@@ -139,30 +125,25 @@ class HLLM(nn.Module):
         )
 
     def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
-        """E of the batch's items [U, E]: from cache, frozen table or Item LLM, or None in an ID-only model."""
+        """E of the batch's items [U, E] from the model's source, or None in an ID-only model."""
         if self.item_llm is None:
             return None
-        if self.item_cache is not None:
-            return self.item_cache[unique_items]
-        if not self.uses_stored_items:
-            return self._encode_items(self.item_llm, unique_items)
-        assert self.stored_items is not None, "the model was not given its stored items (`frozen.use_store`)"
-        stored = self.stored_items(unique_items)
-        return stored if self.adapter is None else self.adapter(stored)
+        assert self.item_source is not None, "the model was not given a source of item embeddings"
+        return self.item_source(unique_items)
 
     @property
     def encodes_items(self) -> bool:
-        """Whether a step makes item embeddings by the present weights."""
-        return self.item_cache is None and not self.uses_stored_items
+        """Whether a step makes what stands for an item (without an Item LLM its features) by the present weights."""
+        return self.item_source is None or self.item_source.is_live
 
-    def look_up_items(self, item_ids: Tensor) -> Tensor | None:
-        """`item_embeddings` of items [n] outside of a step: [n, E]. Collective; under FSDP2 a forward pass."""
-        return self.item_embeddings(item_ids)
+    def embed_items(self, item_ids: Tensor, source: ItemSource | None = None) -> Tensor:
+        """E of items [n, E] outside of a step, from another source or the model's own. Collective.
 
-    def embed_items(self, item_ids: Tensor) -> Tensor:
-        """E of items [n, E] by the present weights, outside of a step. Under FSDP2 a forward pass of its own."""
-        assert self.item_llm is not None, "an ID-only model has no item embeddings"
-        return self._encode_items(self.item_llm, item_ids)
+        Under FSDP2 it is a forward pass of its own, which gathers the weights.
+        """
+        source = source or self.item_source
+        assert source is not None, "an ID-only model has no item embeddings"
+        return source(item_ids)
 
     def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
         """P(E) + ID + item features of items [n, D] by the present weights, outside of a step. Collective.
@@ -193,10 +174,6 @@ class HLLM(nn.Module):
     def needs_item_statistics(self) -> bool:
         """Whether item embeddings are standardised and nothing was measured yet."""
         return self.standardise is not None and not bool(self.standardise.measured)
-
-    def _encode_items(self, item_llm: ItemLLM, item_ids: Tensor) -> Tensor:
-        assert self.encode_items is not None, "the model was not given a way to encode items"
-        return self.encode_items(item_llm, item_ids)
 
     def _encode_users(
         self, batch: HybridBatch, items: Tensor | None

@@ -41,7 +41,7 @@ class EncodingCounts:
 
 
 class ItemEncoder:
-    """Callable that `HLLM` uses to embed the unique items of the global batch, each on one rank only.
+    """Callable that `LiveItems` uses to embed the unique items of the global batch, each on one rank only.
 
     The tokens are looked up by the rank that encodes them (it may be another than the one whose batch has the
     item), so batches carry ids, not text.
@@ -120,7 +120,7 @@ class ItemEncoder:
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
         """Embeddings [N, E] of all items, row 0 the unknown one; ranks share the work. Dropout is off.
 
-        embed: the model's `embed_items`, through which wrappers of the model see the call.
+        embed: by this encoder, through the model's `embed_items`, so that its wrappers see the call.
         """
         was_training = item_llm.training
         item_llm.eval()

@@ -15,7 +15,7 @@ NEVER = -(2**62)
 
 
 class SubsampledEncoder:
-    """Stands where `ItemEncoder` does in `HLLM`; outside of training it encodes every item, as that does.
+    """Stands in `ItemEncoder`'s place in `LiveItems`; outside of training it encodes every item, as that does.
 
     In a training step an item is encoded with gradients with probability `share`, drawn by (seed, step, item) and so
     the same on every rank. Any other comes from this rank's cache, if it was made at most `refresh_after` steps ago,

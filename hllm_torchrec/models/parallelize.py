@@ -112,8 +112,7 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
         fully_shard(layer, mesh=mesh)
     tables = set() if model.features.tables is None else set(model.features.tables.parameters())
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
-    register_fsdp_forward_method(model, "embed_items")
-    for name in ("embed_in_feature_space", "look_up_items", "embed_users"):
+    for name in ("embed_items", "embed_in_feature_space", "embed_users"):
         register_fsdp_forward_method(model, name)
 
 

@@ -1,4 +1,4 @@
-"""A frozen item table filled from an embedding store, each rank reading the rows of its own shards."""
+"""A frozen item table filled from an embedding store: each rank reads the rows of its own shards."""
 
 import torch
 from torch import Tensor
@@ -11,26 +11,12 @@ from hllm_torchrec.embedding.sharding import shard_frozen_items
 from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
+from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
 
 _ROWS = 65_536
 """Rows read at a time."""
-
-
-class StoredItemTable:
-    """What `HLLM.stored_items` is: a frozen table over all ranks, which the model does not own.
-
-    So it is in no checkpoint, optimizer or average, and FSDP and DDP do not see it.
-    """
-
-    def __init__(self, table: Module) -> None:
-        self.table = table
-
-    def __call__(self, item_ids: Tensor) -> Tensor:
-        """item_ids [n] -> [n, E] float32. Collective."""
-        vectors: Tensor = self.table(item_ids)
-        return vectors
 
 
 def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
@@ -60,7 +46,7 @@ def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
     items = FrozenItems(experiment.dataset.num_items, hllm.item_llm.width, device=torch.device("meta"))
     table = shard_frozen_items(items, experiment.device)
     fill_from_store(table, experiment.dataset, EmbeddingStore.open(root))
-    hllm.stored_items, hllm.uses_stored_items = StoredItemTable(table), True
+    hllm.item_source = StoredItems(table, hllm.adapter)
 
 
 @torch.no_grad()

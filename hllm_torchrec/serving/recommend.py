@@ -128,9 +128,8 @@ def _similarities(run: Path, which: str, device: torch.device, history: UserHist
     loaded = load_run(run, which, device)
     experiment = loaded.experiment
     asked = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
-    with loaded.weights, torch.no_grad():
-        experiment.model.eval()
-        experiment.hllm.item_cache = experiment.evaluation_item_cache()
+    experiment.model.eval()
+    with loaded.weights, experiment.evaluation_items(), torch.no_grad():
         catalogue = catalogue_vectors(experiment)
         batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([asked], 0, 0)
         predicted = experiment.model(batch.to(device), want_next=True).next_items

@@ -152,7 +152,7 @@ class Scorer:
         self.hllm = experiment.hllm.eval()
         check_encoder(self.hllm.user)
         if table_dtype is None:
-            self.hllm.item_cache = experiment.encode_catalogue()
+            experiment.use_cached_items()
         else:
             quantize_tables(experiment, table_dtype)
             quantize_items(experiment, table_dtype)

@@ -14,6 +14,7 @@ from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.models.flops import flops_utilization, measured_matmul_peak
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.lora import has_adapters
@@ -177,6 +178,6 @@ def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> We
         sample = torch.arange(1, min(SAMPLED_ITEMS + 1, len(item_encoder.tokens)), device=item_encoder.device)
         was_training = model.item_llm.training
         model.item_llm.eval()
-        matrices["item_embeddings"] = model.embed_items(sample).float()
+        matrices["item_embeddings"] = model.embed_items(sample, LiveItems(model.item_llm, item_encoder)).float()
         model.item_llm.train(was_training)
     return WeightSnapshot(matrices)

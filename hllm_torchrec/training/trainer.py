@@ -18,6 +18,7 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.config.loading import save_config, to_dict
+from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
@@ -109,7 +110,7 @@ class Trainer:
         """
         started = snapshot_weights(self.hllm, self.experiment.item_encoder)
         self._resume()
-        if self.hllm.uses_stored_items:
+        if takes_stored_items(self.config):
             use_stored_items(self.experiment)
         with (
             self.storage.published_on_exit(),
@@ -287,10 +288,10 @@ class Trainer:
         since nothing trains it in such a stage.
         """
         cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
-        if segment.is_first_of_stage or (cached and self.hllm.item_cache is None):
-            self.hllm.item_cache = None
+        if segment.is_first_of_stage or (cached and self.hllm.encodes_items):
+            self.experiment.use_live_items()
             if cached:
-                self.hllm.item_cache = self.experiment.encode_catalogue()
+                self.experiment.use_cached_items()
             if self.hllm.needs_item_statistics:
                 self.log.write("measured", self.step, **self.experiment.measure_item_statistics())
             self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
@@ -363,10 +364,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Validation metrics with the averaged weights, if there are any. Collective."""
-        with self.ema.swapped() if self.ema is not None else nullcontext():
-            kept = self.hllm.item_cache
-            if kept is None:
-                self.hllm.item_cache = self.experiment.evaluation_item_cache()
+        with self.ema.swapped() if self.ema is not None else nullcontext(), self.experiment.evaluation_items():
             metrics: dict[str, Any] = {}
             if self.hllm.fusion != "none":
                 cold = self.experiment.cold_items()
@@ -375,7 +373,6 @@ class Trainer:
             if measures_retrieval(self.experiment):
                 found = evaluate_retrieval(self.experiment, self.validation)
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in found.items()}
-            self.hllm.item_cache = kept
         return metrics
 
     def _out_of_patience(self) -> bool:

@@ -38,6 +38,7 @@ from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.flops import backbone_flops
 from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.training.loss import LossWeights, micro_batch_loss, step_counts
 from hllm_torchrec.training.optim import clip_grad_norm, dense_optimizer
@@ -75,7 +76,8 @@ class Catalogue:
         offsets = np.arange(items + 2, dtype=np.int64) * TEXT_TOKENS
         tokens = TokenStore(Path("invented"), values, offsets, {"vocab_size": shape["vocab_size"]})
         model = build_model(config, {"item_id": items + 1}, 0.5, torch.device("meta"))
-        self.encoder = model.encode_items = ItemEncoder(tokens, torch.device("cpu"))
+        self.encoder = ItemEncoder(tokens, torch.device("cpu"))
+        model.item_source = LiveItems(model.item_llm, self.encoder)
         self.model = parallelize(model, config, torch.device("cpu"))
         initialize_tables(self.model, 0, config.features.init_scale)
         self.hllm = unwrap_model(self.model)

@@ -56,6 +56,7 @@ from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.flops import backbone_flops
 from hllm_torchrec.models.item_encoder import EncodingCounts
+from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.training.optim import dense_optimizer
 from hllm_torchrec.training.throughput import item_flops, user_token_counts
 from hllm_torchrec.training.trainer import Trainer
@@ -228,14 +229,14 @@ def timed_step(trainer: Trainer, batch: HybridBatch, groups: int) -> tuple[dict[
         with torch.no_grad():
             embedded = torch.cat([encode(part) for part in parts])
         anchor = torch.zeros((), requires_grad=True)
-        hllm.encode_items = lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts)
+        hllm.item_source = LiveItems(hllm.item_llm, lambda *_: EncodedBeforehand.apply(anchor, embedded, encode, parts))
     before, start = encoder.work, time.perf_counter()
     # DDP does not expect backward passes within the backward pass; on one rank it has nothing to do anyway.
     with trainer._no_sync() if groups > 1 else nullcontext():
         numbers = trainer.train_step([batch])
     seconds = time.perf_counter() - start
     if groups > 1:
-        hllm.encode_items = encoder
+        hllm.item_source = trainer.experiment.live_items
     return numbers, seconds, encoder.work - before
 
 

@@ -45,6 +45,7 @@ from hllm_torchrec.inference.item_embedding import embed_items
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.store import EmbeddingStore, Snapshot
 from hllm_torchrec.training.throughput import item_flops
@@ -263,9 +264,11 @@ def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
     torch.manual_seed(0)
     device = torch.device("cpu")
     model = build_model(config, {}, 0.5, torch.device("meta"))
-    encoder = model.encode_items = ItemEncoder(store, device)
+    encoder = ItemEncoder(store, device)
+    assert model.item_llm is not None
+    live = model.item_source = LiveItems(model.item_llm, encoder)
     wrapped = parallelize(model, config, device)
-    return Experiment(config, InventedItems(items), None, device, wrapped, encoder, None)  # type: ignore[arg-type]
+    return Experiment(config, InventedItems(items), None, device, wrapped, encoder, live, None)  # type: ignore[arg-type]
 
 
 def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int) -> dict[str, Any]:

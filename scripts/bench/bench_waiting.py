@@ -54,7 +54,7 @@ def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
     trainer = Trainer(config, init_distributed())
     segment = trainer.segments[0]
     if segment.stage.item_embeddings == "cached":
-        trainer.hllm.item_cache = trainer.experiment.encode_catalogue()
+        trainer.experiment.use_cached_items()
     tables = trainer.hllm.features.tables
     assert tables is not None, "a model without tables exchanges no rows"
     watch, batches = Stopwatch(tables), all_batches(trainer)

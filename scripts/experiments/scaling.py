@@ -164,9 +164,8 @@ def cross_entropy(loaded: LoadedRun) -> float:
     The scale is the best of SCALES for these targets: how sure a model is of itself depends on how long it was trained.
     """
     experiment, total, rows = loaded.experiment, torch.zeros(len(SCALES), dtype=torch.float64), 0
-    with loaded.weights:
-        experiment.model.eval()
-        experiment.hllm.item_cache = experiment.evaluation_item_cache()
+    experiment.model.eval()
+    with loaded.weights, experiment.evaluation_items():
         items_ND = torch.nn.functional.normalize(catalogue_vectors(experiment).float(), dim=-1)
         for batch in experiment.loader("valid", 128).batches(0):
             predicted_RD = experiment.model(batch, want_next=True).next_items

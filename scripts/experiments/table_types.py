@@ -52,7 +52,8 @@ def scores(
     with loaded.weights:
         experiment.hllm.eval()
         if dtype is None:
-            experiment.hllm.item_cache, tables, items = experiment.evaluation_item_cache(), nothing, nothing
+            experiment.use_cached_items()
+            tables, items = nothing, nothing
         else:
             tables, items = quantize_tables(experiment, dtype), quantize_items(experiment, dtype)
         loader = experiment.loader("valid", config.evaluation.batch_users)

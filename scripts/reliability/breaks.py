@@ -203,7 +203,7 @@ BREAKS = (
     ),
     Break(
         "stages: a cached stage trains the Item LLM",
-        "            if cached:\n                self.hllm.item_cache = self.experiment.encode_catalogue()\n",
+        "            if cached:\n                self.experiment.use_cached_items()\n",
         "",
         ("tests/training/test_trainer.py", "-k", "cached"),
     ),

@@ -16,6 +16,7 @@ from hllm_torchrec.embedding.sharding import plan_table_sharding
 from hllm_torchrec.models.assembly import batch_spec_of
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.planning.model_configs import with_model_configs
 from hllm_torchrec.training.optim import dense_optimizer
@@ -110,7 +111,7 @@ def test_a_step_at_reduced_depth_runs_in_a_fake_group_of_32(name, ranks_32):
     world, data = torch.device("cpu"), dataset("leave_one_out")
     spec = batch_spec_of(config, data)
     model = build_model(config, spec.tables(data), base_rate=0.5, table_device=torch.device("meta"))
-    model.encode_items = ItemEncoder(token_store("leave_one_out"), world)
+    model.item_source = LiveItems(model.item_llm, ItemEncoder(token_store("leave_one_out"), world))
     wrapped = parallelize(model, config, world)
     optimizer = dense_optimizer(model.named_parameters(), learning_rate=1e-4)
     users = sorted(pieces("train", "leave_one_out"), key=lambda piece: piece.item_ids.size)

@@ -40,6 +40,7 @@ from hllm_torchrec.data.token_store import TokenStore, build_token_store
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.models.item_source import LiveItems
 
 USERS, ITEMS = 24, 40
 WORDS = tuple(f"word{i}" for i in range(24))
@@ -211,7 +212,7 @@ def model(cfg: Config, rule: str = "time", seed: int = 0) -> HLLM:
             enlarge(backbone)
     if built.item_llm is not None:
         torch.nn.init.normal_(built.item_llm.item_token)
-        built.encode_items = ItemEncoder(token_store(rule), torch.device("cpu"))
+        built.item_source = LiveItems(built.item_llm, ItemEncoder(token_store(rule), torch.device("cpu")))
     return built.eval()
 
 

@@ -83,7 +83,7 @@ _WIDE = {
 def test_a_split_can_be_scored_with_quantised_tables_and_items(tmp_path: Path) -> None:
     experiment = build_experiment(config(tmp_path, features__init_scale=0.3), init_distributed())
     loader, cold = experiment.loader("valid", 4), experiment.cold_items()
-    experiment.hllm.item_cache = experiment.encode_catalogue()
+    experiment.use_cached_items()
     exact = score_split(experiment.model, loader, experiment.device, cold=cold)
     tables, items = quantize_tables(experiment), quantize_items(experiment)
     small = score_split(experiment.model, loader, experiment.device, cold=cold)

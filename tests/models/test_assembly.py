@@ -21,6 +21,7 @@ from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.tables import INIT_ROWS, initialize_tables
 from hllm_torchrec.models.assembly import Experiment, build_experiment
 from hllm_torchrec.models.item_encoder import length_sorted_chunks
+from hllm_torchrec.models.item_source import CachedItems
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.small_models import TwoTables, shard
@@ -196,9 +197,11 @@ def test_the_catalogue_holds_what_a_step_would_compute_and_leaves_the_mode(tmp_p
     with torch.no_grad():
         live = experiment.hllm.item_embeddings(ids)
     torch.testing.assert_close(table[ids], live, atol=1e-6, rtol=0)
-    experiment.hllm.item_cache = table + 1
+    experiment.hllm.item_source = CachedItems(table + 1)
     torch.testing.assert_close(experiment.hllm.item_embeddings(ids), live + 1, atol=1e-6, rtol=0)
-    torch.testing.assert_close(experiment.hllm.embed_items(ids), live, atol=1e-6, rtol=0)  # never the cache
+    torch.testing.assert_close(
+        experiment.hllm.embed_items(ids, experiment.live_items), live, atol=1e-6, rtol=0
+    )  # never the cache
 
 
 def test_many_chunks_give_the_same_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

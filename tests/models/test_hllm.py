@@ -14,6 +14,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Piece
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.models.item_source import CachedItems, LiveItems
 from hllm_torchrec.models.parallelize import parallelize
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
@@ -152,7 +153,7 @@ def step_of_this_rank(cfg: Config) -> list[float]:
     torch.manual_seed(0)
     tables = fixtures.recipe(cfg).tables(fixtures.dataset())
     model = build_model(cfg, tables, 0.4, torch.device("meta"))
-    model.encode_items = ItemEncoder(fixtures.token_store(), torch.device("cpu"))
+    model.item_source = LiveItems(model.item_llm, ItemEncoder(fixtures.token_store(), torch.device("cpu")))
     sharded = parallelize(model, cfg, torch.device("cpu"))
     rank = dist.get_rank()
     pieces = some_pieces() if rank == 0 else []
@@ -289,13 +290,13 @@ def test_equal_widths_need_no_projection() -> None:
 def test_cached_embeddings_equal_live_ones(pooling: str) -> None:
     cfg = config("early", item_llm={"shape": fixtures.LLAMA, "pooling": pooling})
     model = fixtures.model(cfg)
-    assert model.item_llm is not None and isinstance(model.encode_items, ItemEncoder)
+    assert model.item_llm is not None and isinstance(model.item_source, LiveItems)
     batch, live = run(model, cfg, some_pieces(), training=True)
-    table = model.encode_items.encode_catalogue(model.item_llm, model.embed_items, show=False)
+    table = model.item_source.encode.encode_catalogue(model.item_llm, model.embed_items, show=False)
     assert table.shape == (fixtures.ITEMS + 1, fixtures.LLAMA["hidden_size"]) and not table.requires_grad
     assert live.items is not None
     torch.testing.assert_close(table[batch.unique_items], live.items, rtol=1e-5, atol=1e-5)
-    model.item_cache = table
+    model.item_source = CachedItems(table)
     cached = model(batch)
     torch.testing.assert_close(cached.logits, live.logits, rtol=1e-5, atol=1e-5)
     assert cached.generative is not None and live.generative is not None
@@ -307,18 +308,18 @@ def test_cached_embeddings_equal_live_ones(pooling: str) -> None:
 def test_the_catalogue_is_encoded_in_chunks_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {**fixtures.LLAMA, "attention_dropout": 0.5}
     model = fixtures.model(config("early", item_llm={"shape": shape}))
-    assert model.item_llm is not None and isinstance(model.encode_items, ItemEncoder)
-    whole = model.encode_items.encode_catalogue(model.item_llm, model.embed_items, show=False)
+    assert model.item_llm is not None and isinstance(model.item_source, LiveItems)
+    whole = model.item_source.encode.encode_catalogue(model.item_llm, model.embed_items, show=False)
     monkeypatch.setattr("hllm_torchrec.models.item_encoder.CATALOGUE_TOKENS", 20)
     model.item_llm.train()
-    encoded = model.encode_items.work.tokens
-    chunked = model.encode_items.encode_catalogue(model.item_llm, model.embed_items, show=False)
+    encoded = model.item_source.encode.work.tokens
+    chunked = model.item_source.encode.encode_catalogue(model.item_llm, model.embed_items, show=False)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
     assert model.item_llm.training
     lengths = fixtures.token_store().lengths
-    assert model.encode_items.work.tokens - encoded == lengths.sum() + len(lengths)
+    assert model.item_source.encode.work.tokens - encoded == lengths.sum() + len(lengths)
     ids = torch.tensor([5, 0, 4])
-    assert model.encode_items.costs(ids).tolist() == (lengths[ids.numpy()] + 1).tolist()
+    assert model.item_source.encode.costs(ids).tolist() == (lengths[ids.numpy()] + 1).tolist()
 
 
 def test_dense_item_vectors_are_added_to_the_item() -> None:
@@ -327,7 +328,7 @@ def test_dense_item_vectors_are_added_to_the_item() -> None:
     torch.manual_seed(0)
     tables = fixtures.recipe(cfg).tables(fixtures.dataset())
     model = build_model(cfg, tables, base_rate=0.4, vector_width=3).eval()
-    model.encode_items = ItemEncoder(fixtures.token_store(), torch.device("cpu"))
+    model.item_source = LiveItems(model.item_llm, ItemEncoder(fixtures.token_store(), torch.device("cpu")))
     collate = fixtures.collator(cfg)
     collate.item_vectors = vectors
     batch = collate(some_pieces(), 0, 0)

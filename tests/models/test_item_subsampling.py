@@ -142,6 +142,6 @@ def test_an_experiment_takes_the_share_from_the_configuration(tmp_path: Path) ->
     def built(share: float) -> Experiment:
         return build_experiment(config(tmp_path, item_llm__trained_share=share), init_distributed())
 
-    sampled = built(0.25).hllm.encode_items
+    sampled = built(0.25).hllm.item_source.encode
     assert isinstance(sampled, SubsampledEncoder) and (sampled.share, sampled.refresh_after) == (0.25, 20)
-    assert isinstance(built(1.0).hllm.encode_items, ItemEncoder)
+    assert isinstance(built(1.0).hllm.item_source.encode, ItemEncoder)

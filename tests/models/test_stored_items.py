@@ -63,8 +63,7 @@ def second(first: Path, output: Path, **settings: Any) -> Config:
 
 def contents(trainer: Trainer) -> list[torch.Tensor]:
     """This rank's parts of the frozen table."""
-    assert trainer.hllm.stored_items is not None
-    (value,) = (v for k, v in trainer.hllm.stored_items.table.state_dict().items() if FROZEN_ITEMS in k)
+    (value,) = (v for k, v in trainer.hllm.item_source.table.state_dict().items() if FROZEN_ITEMS in k)
     return [shard.tensor.detach().clone() for shard in value.local_shards()]
 
 
@@ -81,7 +80,7 @@ def train_stored(settings: Config) -> dict[str, Any]:
     return {
         "bytes": sum(part.numel() for part in after),
         "type": after[0].dtype if after else None,
-        "in_optimizer": any(id(p) in trained for p in trainer.hllm.stored_items.table.parameters()),
+        "in_optimizer": any(id(p) in trained for p in trainer.hllm.item_source.table.parameters()),
         "item_llm_same": all(torch.equal(item_llm[n], p) for n, p in trainer.hllm.item_llm.named_parameters()),
         "head_moved": any(not torch.equal(head[n], v) for n, v in trainer.hllm.head.state_dict().items()),
         "metrics": metrics,
@@ -145,7 +144,9 @@ def test_the_model_sees_the_vectors_of_the_store(first: Path, tmp_path: Path) ->
     torch.testing.assert_close(experiment.hllm.item_embeddings(torch.tensor([4, 2])), expected[[4, 2]], atol=0, rtol=0)
     torch.testing.assert_close(experiment.encode_catalogue(), expected, atol=0, rtol=0)
     torch.testing.assert_close(catalogue_vectors(experiment), expected, atol=0, rtol=0)
-    assert experiment.evaluation_item_cache() is None
+    source = experiment.hllm.item_source
+    with experiment.evaluation_items():
+        assert experiment.hllm.item_source is source  # the catalogue need not fit on a rank
 
 
 @pytest.mark.slow

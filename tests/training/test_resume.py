@@ -94,7 +94,7 @@ def auc_of(run: Path) -> float:
     loaded = load_run(run, "latest", device)
     experiment = loaded.experiment
     with loaded.weights:
-        experiment.hllm.item_cache = experiment.evaluation_item_cache()
+        experiment.use_cached_items()
         scored = score_split(experiment.model, experiment.loader("valid", 4), device, cold=experiment.cold_items())
     return quick_metrics(scored)["auc"]
 

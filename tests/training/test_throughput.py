@@ -133,7 +133,7 @@ def test_a_step_is_measured_in_tokens_and_operations(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hllm_torchrec.training.throughput.time.perf_counter", lambda: next(clock))
     cfg = fixtures.config(objective={"fusion": "early"})
     model, batches = fixtures.model(cfg), [batch_of(cfg, 2), batch_of(cfg, 3)]
-    encoder = model.encode_items
+    encoder = model.item_source.encode
     assert isinstance(encoder, ItemEncoder)
     meter = StepMeter(model, encoder, peak_flops=1e9)
     for batch in batches:
@@ -189,7 +189,7 @@ def test_restarting_leaves_out_what_came_before(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("hllm_torchrec.training.throughput.time.perf_counter", lambda: next(clock))
     cfg = fixtures.config()
     model, batch = fixtures.model(cfg), batch_of(cfg)
-    meter = StepMeter(model, model.encode_items, peak_flops=1e9)
+    meter = StepMeter(model, model.item_source.encode, peak_flops=1e9)
     model(batch)
     meter.restart()
     found = meter.tick([batch])
@@ -237,7 +237,7 @@ def test_moved_weights_are_shown_relative_to_their_size(tmp_path: Path) -> None:
 
 def test_item_embeddings_show_what_moved_before_them() -> None:
     model = fixtures.model(fixtures.config()).train()
-    encoder = model.encode_items
+    encoder = model.item_source.encode
     assert isinstance(encoder, ItemEncoder)
     before = snapshot_weights(model, encoder)
     assert before.matrices["item_embeddings"].shape == (fixtures.ITEMS, fixtures.LLAMA["hidden_size"])
