@@ -5,15 +5,13 @@ Shapes: Q exposures (queries), D width.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.precision import widen
-
-Fusion = Literal["early", "late"]
 
 
 class PredictionHead(nn.Module):
@@ -31,7 +29,9 @@ class PredictionHead(nn.Module):
     in float32 also under autocast: bfloat16 logits have 8 significant bits, and the resulting ties change the AUC.
     """
 
-    def __init__(self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: Fusion = "late") -> None:
+    def __init__(
+        self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: str = Fusion.LATE
+    ) -> None:
         """Build the head.
 
         Args:
@@ -44,13 +44,13 @@ class PredictionHead(nn.Module):
             ValueError: another fusion.
         """
         super().__init__()
-        if fusion not in ("early", "late"):
-            raise ValueError(f"fusion is {fusion!r}: must be 'early' or 'late'")
-        self.fusion = fusion
-        widths = [width if fusion == "early" else 3 * width]
+        if fusion not in (Fusion.EARLY, Fusion.LATE):
+            raise ValueError(f"fusion is {str(fusion)!r}: must be 'early' or 'late'")
+        self.fusion = Fusion(fusion)
+        widths = [width if self.fusion.query_is_target else 3 * width]
         widths += [hidden] if isinstance(hidden, int) else list(hidden)
         self.user_norm = nn.LayerNorm(width)
-        if fusion == "late":
+        if self.fusion.query_is_user:
             self.item_norm = nn.LayerNorm(width)
             self.dot_scale = nn.Parameter(torch.empty(1))
         layers: list[nn.Module] = []
@@ -62,7 +62,7 @@ class PredictionHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set the scale of the dot product to 1; the layers inside reset themselves."""
-        if self.fusion == "late":
+        if self.fusion.query_is_user:
             nn.init.ones_(self.dot_scale)
 
     def forward(self, query: Tensor, item: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class PredictionHead(nn.Module):
         Raises:
             ValueError: an item in early fusion, or none in late fusion.
         """
-        if (item is not None) != (self.fusion == "late"):
+        if (item is not None) != self.fusion.query_is_user:
             given = "an item embedding" if item is not None else "no item embedding"
             raise ValueError(
                 f"the {self.fusion} fusion head was given {given}: early fusion takes the query's output "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.modules.encoders.backbone import backbone_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +61,9 @@ def add_lora(
 
 
 def linear_names(backbone: nn.Module) -> list[str]:
-    """Return the last names of the linear layers in a backbone's layers, sorted."""
-    layers = backbone.get_submodule("layers" if hasattr(backbone, "layers") else "encoder.layer")
-    return sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if type(module) is nn.Linear})
+    """Last names of the linear layers in a backbone's layers, sorted."""
+    layers = backbone_layers(backbone).named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in layers if type(module) is nn.Linear})
 
 
 def is_adapter(name: str) -> bool:

@@ -12,9 +12,12 @@ from hllm_torchrec.config.table_optimizers import table_optimizer_problems
 if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config, StageConfig
 
+LLM_SECTIONS = ("item_llm", "user")
+"""Sections that describe an LLM (or a user encoder in its place): see `models.named_backbones`."""
+
 LORA_BOUNDS = {
     f"{part}.lora.{name}": bound
-    for part in ("item_llm", "user")
+    for part in LLM_SECTIONS
     for name, bound in {"rank": ">= 0", "alpha": "> 0", "dropout": ">= 0, < 1"}.items()
 }
 """Ranges of an adapter's numbers."""
@@ -134,10 +137,9 @@ def _store_problems(config: "Config") -> Iterator[str]:
 
 
 def _backbone_problems(config: "Config") -> Iterator[str]:
-    for name, part in (("user", config.user), ("item_llm", config.item_llm)):
-        unused = name == "item_llm" and not config.item_llm.enabled
-        unused = unused or (name == "user" and config.user.encoder != "llm")
-        if not unused and (part.pretrained is None) == (part.shape is None):
+    for name in LLM_SECTIONS:
+        part = getattr(config, name)
+        if part.has_backbone and (part.pretrained is None) == (part.shape is None):
             yield (
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
                 "(weights, or a shape for random ones)"
@@ -156,7 +158,7 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
                 "user.actions: 'interleaved' with features.action_gate: an item's token comes before its action and "
                 "cannot be scaled by it; set the gate to false, or write summed"
             )
-    if user.encoder == "llm":
+    if user.has_backbone:
         return
     for name in ("pretrained", "layers"):
         if getattr(user, name) is not None:
@@ -173,17 +175,18 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     shape = kind(**(user.shape or {}))
     yield from out_of_bounds(shape, shape_bounds(user.encoder, shape), "user.shape.")
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
-    if getattr(shape, "max_positions", longest) < longest and user.encoder != "hstu":
+    bound = getattr(shape, "bounds_history", True)
+    if bound and getattr(shape, "max_positions", longest) < longest:
         yield (
             f"user.shape.max_positions: {shape.max_positions}: must be at least the longest history, {longest} "
             f"(data.max_history or a stage's{', in tokens' if tokens > 1 else ''})"
         )
-    if getattr(shape, "count_from", "start") == "end" and config.objective.fusion != "none":
+    if getattr(shape, "count_from", "start") == "end" and config.objective.has_head:
         yield (
             "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
             "write start"
         )
-    if getattr(shape, "time_of", "event") == "next" and config.objective.fusion != "none":
+    if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
             "was would tell what is to be classified; write event"
@@ -192,7 +195,7 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
 
 def _objective_problems(config: "Config") -> Iterator[str]:
     text, objective = config.item_llm.enabled, config.objective
-    generates = objective.fusion == "none" or objective.generative_weight > 0
+    generates = objective.generates
     if not text and not config.features.item_id:
         yield "features.item_id: false while item_llm.enabled is false: items would have no features"
     if not text and generates and objective.item_space == "text":
@@ -206,7 +209,7 @@ def _objective_problems(config: "Config") -> Iterator[str]:
             "or retrieval to false"
         )
     ks = config.evaluation.ks
-    if (config.evaluation.retrieval or objective.fusion == "none") and min(ks, default=0) < 1:
+    if (config.evaluation.retrieval or not objective.has_head) and min(ks, default=0) < 1:
         yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
 
 
@@ -217,12 +220,13 @@ def lora_problems(config: "Config") -> Iterator[str]:
         yield (
             f"item_llm.lora.rank: {item.lora.rank} while item_llm.enabled is false: there is no LLM to adapt; write 0"
         )
-    if user.lora.rank and user.encoder != "llm":
+    if user.lora.rank and not user.has_backbone:
         yield (
             f"user.lora.rank: {user.lora.rank}: user.encoder {user.encoder!r} is no Hugging Face decoder; write 0, or "
             "user.encoder llm"
         )
-    for name, part in (("item_llm", item), ("user", user)):
+    for name in LLM_SECTIONS:
+        part = getattr(config, name)
         # A later stage may freeze adapters that another run has trained.
         if part.lora.rank and not part.trainable and config.start_from is None:
             yield (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.rules import config_problems
+from hllm_torchrec.modules.fusion import Fusion
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ class ItemLLMConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters that train instead of the Item LLM's own weights; the [ITEM] vector trains besides."""
 
+    @property
+    def has_backbone(self) -> bool:
+        """Whether it is a Hugging Face model."""
+        return self.enabled
+
 
 @dataclass(frozen=True)
 class UserEncoderConfig:
@@ -182,6 +188,11 @@ class UserEncoderConfig:
     prefixes and tables of positions then count tokens."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters that train instead of the User LLM's own weights (encoder llm only)."""
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether it is a Hugging Face model."""
+        return self.encoder == "llm"
 
 
 @dataclass(frozen=True)
@@ -244,7 +255,12 @@ class ObjectiveConfig:
     @property
     def generates(self) -> bool:
         """Whether there is a generative loss."""
-        return self.fusion == "none" or self.generative_weight > 0
+        return not self.has_head or self.generative_weight > 0
+
+    @property
+    def has_head(self) -> bool:
+        """Whether exposures are classified."""
+        return Fusion(self.fusion).has_queries
 
 
 @dataclass(frozen=True)

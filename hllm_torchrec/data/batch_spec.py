@@ -6,6 +6,7 @@ from typing import Literal
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.numeric_features import numeric_problems
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
+from hllm_torchrec.modules.fusion import Fusion
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class BatchSpec:
     interleaved: an event is two tokens of the history, its item and then its action.
     """
 
-    fusion: Literal["late", "early", "none"]
+    fusion: Fusion
     history: Literal["all", "positive"] = "all"
     visibility: Literal["second", "position"] = "second"
     negatives: int = 0
@@ -41,6 +42,9 @@ class BatchSpec:
     id_dropout: float = 0.0
     interleaved: bool = False
     cold_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fusion", Fusion(self.fusion))  # given by its name
 
     def tables(self, dataset: Dataset) -> dict[str, int]:
         """Rows of every summed table (time components excluded), in the order of the batch's keys."""

@@ -114,7 +114,7 @@ class Collator:
         view = _join(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
         negatives = self.negatives(epoch, step) if self.spec.negatives else np.empty(0, np.int64)
         users = np.array([piece.user_id for piece in pieces], dtype=np.int64)
-        early = self.spec.fusion == "early"
+        early = self.spec.fusion.query_is_target
         arrays: dict[str, NDArray] = {
             "user_ids": users,
             "seq_offsets": seq_offsets,
@@ -208,7 +208,7 @@ class Collator:
 
         Early: one query per exposure. Late: exposures that see the same at the same second share one.
         """
-        if self.spec.fusion != "late":
+        if not self.spec.fusion.query_is_user:
             every = np.arange(visible.size)
             return every, every
         moments = np.stack([visible, request_times])
@@ -231,7 +231,7 @@ class Collator:
         """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is; items:
         those with a slot of their own, after all others; unknown: items whose IDs are read as 0."""
         spec, history = self.spec, view.item_ids.size
-        queries = view.query_times.size if spec.fusion != "none" else 0
+        queries = view.query_times.size if spec.fusion.has_queries else 0
         is_item, is_action = self._tokens(history)
         asks = np.ones(queries, bool)
         of_events = self._item_of_slot(view, queries)
@@ -279,9 +279,9 @@ class Collator:
     def _item_of_slot(self, view: _View, queries: int) -> Ints:
         """[S] whose item each slot bears; -1: none (action tokens; late queries, whose targets follow as slots)."""
         of_history = np.where(self._tokens(view.item_ids.size)[0], view.item_ids, -1)
-        if self.spec.fusion == "none":
+        if not self.spec.fusion.has_queries:
             return of_history
-        none = np.full(queries if self.spec.fusion == "late" else 0, -1)
+        none = np.full(queries if self.spec.fusion.query_is_user else 0, -1)
         return np.concatenate([of_history, none, view.target_items])
 
     def _drop_ids(self, item_of_slot: Ints, rng: np.random.Generator) -> Ints:
@@ -296,8 +296,8 @@ class Collator:
         if not self.spec.numeric_features:
             return None
         fusion = self.spec.fusion
-        at_queries = view.numeric if fusion != "none" else view.numeric[:0]
-        after = item_slots + (view.target_items.size if fusion == "late" else 0)
+        at_queries = view.numeric if fusion.has_queries else view.numeric[:0]
+        after = item_slots + (view.target_items.size if fusion.query_is_user else 0)
         return torch.from_numpy(np.pad(at_queries, ((view.item_ids.size, after), (0, 0))))
 
 

@@ -23,7 +23,7 @@ ITEMS_AT_ONCE = 8192
 
 def measures_retrieval(experiment: Experiment) -> bool:
     """Whether the configuration asks for it, or the model can do nothing else."""
-    return experiment.config.evaluation.retrieval or experiment.hllm.fusion == "none"
+    return experiment.config.evaluation.retrieval or not experiment.hllm.fusion.has_queries
 
 
 def evaluate_retrieval(

@@ -124,7 +124,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
     loader = experiment.loader(split, experiment.config.evaluation.batch_users)
     show = dist.get_rank() == 0
     with loaded.weights, experiment.evaluation_items():
-        if hllm.fusion != "none":
+        if hllm.fusion.has_queries:
             predictions = run / "predictions" / split
             cold = experiment.cold_items()
             save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)

@@ -22,7 +22,7 @@ from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.eval_protocols import dataset_problems
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config
+from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, base_rate
@@ -40,7 +40,10 @@ from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
 from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.models.lora_base import base_fingerprints, without_base_weights
+from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.modules.fusion import Fusion
 
 LOOKUP_CHUNK = 65_536
 """Rows of a frozen item table that all ranks together look up at a time."""
@@ -57,7 +60,8 @@ class Experiment:
     batch_spec: BatchSpec
     device: torch.device
     model: DistributedModelParallel
-    item_encoder: ItemEncoder | None
+    text_encoders: dict[str, ItemEncoder]
+    """Of the parts of the model that read text: see `named_backbones`."""
     live_items: LiveItems | None
     item_vectors: NDArray[np.float32] | None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
@@ -70,13 +74,19 @@ class Experiment:
         assert isinstance(inner, HLLM)
         return inner
 
+    @property
+    def item_encoder(self) -> ItemEncoder | None:
+        """Reads the items' texts; None in an ID-only model."""
+        return self.text_encoders.get("item_llm")
+
     def model_state(self) -> dict[str, Any]:
         """The model's tensors that a checkpoint holds: loading into them in place restores it."""
         return without_base_weights(self.model.state_dict(), self.config)
 
     def averaged_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What `optim.ema` averages: all dense parts but the Item LLM, whose cached embeddings stay valid so."""
-        return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith("item_llm.")]
+        """What `optim.ema` averages: all dense parts but those that read text, whose cached embeddings stay valid."""
+        left_out = tuple(f"{part.name}." for part in self.hllm.named_backbones() if part.module.reads_text)
+        return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith(left_out)]
 
     def loader(
         self,
@@ -198,34 +208,39 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     ]
     if problems:
         raise ConfigError(problems)
-    encoder = None
-    if config.item_llm.enabled:
-        shares = config.item_llm.share_prefix and config.item_llm.causal
-        encoder = ItemEncoder(open_token_store(config, dataset), device, shares, config.item_llm.items_at_once)
+    encoders = {
+        name: _text_encoder(section, open_token_store(section, dataset, name), device)
+        for name, section in text_sections(config)
+    }
     torch.manual_seed(config.seed)
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
-    share = config.item_llm.trained_share
-    live = None
+    share, encoder, live = config.item_llm.trained_share, encoders.get("item_llm"), None
     if encoder is not None and model.item_llm is not None:
         sampled = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed) if share < 1 else None
         live = LiveItems(model.item_llm, sampled or encoder)
     if not takes_stored_items(config):
         model.item_source = live
-    _check_vocabulary(model, encoder)
+    problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
+    if problems:
+        raise ConfigError(problems)
     bases = base_fingerprints(model, config)
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoder, live, vectors, bases)
+    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases)
+
+
+def _text_encoder(section: ItemLLMConfig, tokens: TokenStore, device: torch.device) -> ItemEncoder:
+    return ItemEncoder(tokens, device, section.share_prefix and section.causal, section.items_at_once)
 
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     """What a batch of this configuration holds."""
     generates = config.objective.generates
     return BatchSpec(
-        fusion=config.objective.fusion,
+        fusion=Fusion(config.objective.fusion),
         history=config.data.history,
         visibility=dataset.visibility,
         negatives=config.objective.negatives if generates else 0,
@@ -261,11 +276,8 @@ def _missing_models(config: Config) -> Iterator[str]:
     store = config.item_llm.store
     if store is not None and url_of(store) is None and not (Path(store) / "store.json").is_file():
         yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
-    parts = {
-        "user": config.user.pretrained,
-        "item_llm": config.item_llm.pretrained if config.item_llm.enabled else None,
-    }
-    for part, directory in parts.items():
+    for part, section in backbone_sections(config):
+        directory = section.pretrained
         if directory is not None and not (Path(directory) / "config.json").is_file():
             yield (
                 f"{part}.pretrained: {directory}: not a Hugging Face directory (no config.json); download one "
@@ -273,16 +285,17 @@ def _missing_models(config: Config) -> Iterator[str]:
             )
 
 
-def open_token_store(config: Config, dataset: Dataset) -> TokenStore:
-    """The tokens of the dataset's items as the Item LLM reads them, made where they are not there yet. Collective.
+def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_llm") -> TokenStore:
+    """The tokens of the dataset's items as an LLM reads them, made where they are not there yet. Collective.
+
+    name: of the section `item` of the configuration.
 
     Raises:
         ConfigError: there is no tokeniser.
     """
-    item = config.item_llm
     tokenizer = item.tokenizer or item.pretrained
     if tokenizer is None:
-        raise ConfigError("item_llm.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory")
+        raise ConfigError(f"{name}.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory")
 
     def build() -> Path:
         return build_token_store(
@@ -299,25 +312,21 @@ def open_token_store(config: Config, dataset: Dataset) -> TokenStore:
     return TokenStore.open(own if own.is_dir() else first)
 
 
-def _check_vocabulary(model: HLLM, item_encoder: ItemEncoder | None) -> None:
-    """Whether the Item LLM has a vector for every token and place; looking up one that is not there would crash."""
-    if item_encoder is None or model.item_llm is None:
-        return
-    words = model.item_llm.backbone.get_input_embeddings().num_embeddings
-    tokens, problems = item_encoder.tokens.facts["vocab_size"], []
+def _vocabulary_problems(model: HLLM, name: str, encoder: ItemEncoder) -> Iterator[str]:
+    """Tokens and places that an LLM has no vector for: looking up one that is not there would crash."""
+    llm: ItemLLM = getattr(model, name)
+    words, tokens = llm.backbone.get_input_embeddings().num_embeddings, encoder.tokens.facts["vocab_size"]
     if tokens > words:
-        problems.append(
-            f"item_llm.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
+        yield (
+            f"{name}.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
             "the tokeniser of that model, or a shape with a larger vocab_size"
         )
-    learned = getattr(getattr(model.item_llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
+    learned = getattr(getattr(llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
     places = math.inf if learned is None else learned.num_embeddings
-    own = int(model.item_llm.pooling == "item")
-    longest = int(item_encoder.tokens.lengths.max())
+    own = int(llm.pooling == "item")
+    longest = int(encoder.tokens.lengths.max())
     if longest + own > places:
-        problems.append(
-            f"item_llm.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * own}, but the "
+        yield (
+            f"{name}.max_text_length: the longest text has {longest} tokens{', and [ITEM] follows' * own}, but the "
             f"Item LLM has {places} position vectors: at most {places - own}"
         )
-    if problems:
-        raise ConfigError(problems)

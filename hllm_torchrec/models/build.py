@@ -37,7 +37,7 @@ def build_model(
     item_llm, item_width = _build_item_llm(config)
     user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
-    if isinstance(user, UserLLM) and config.user.lora.rank and config.user.trainable:
+    if user.backbone is not None and config.user.lora.rank and config.user.trainable:
         freeze_base_weights(user.backbone)
     features = HybridFeatures(
         {name: rows for name, rows in tables.items() if name != ACTION_GATE},
@@ -54,13 +54,13 @@ def build_model(
     return HLLM(item_llm, item_width, features, user, config, base_rate, vector_width)
 
 
-def build_user_encoder(user: UserEncoderConfig) -> UserLLM | UserEncoder:
+def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
     """The User LLM, or the encoder that stands in its place.
 
     Raises:
         ValueError: the shape is not one of that encoder.
     """
-    if user.encoder == "llm":
+    if user.has_backbone:
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
         _adapt(backbone, user.lora, "user.lora")
         return UserLLM(backbone, user.dropout)

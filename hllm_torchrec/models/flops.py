@@ -1,49 +1,10 @@
-"""What a transformer costs in floating-point operations, and the share of a machine's peak in use."""
+"""The peak of a machine in floating-point operations per second, and the share of it in use."""
 
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def transformer_flops_per_token(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    context: float,
-    *,
-    head_dim: int | None = None,
-    gated: bool = True,
-) -> float:
-    """Return the operations of one token's forward pass: the matrix products, at 2 per multiply and add.
-
-    Norms, activations, softmax, rotary embeddings, the word embeddings and a vocabulary head are not counted.
-    Training costs 3 times as much (the backward pass has two products for each forward one), or 4 times with
-    activation checkpointing, though model FLOPs utilisation counts 3 in either case.
-
-    Args:
-        hidden: width D of the residual stream.
-        intermediate: width of the feed-forward part.
-        layers: number of layers.
-        heads: query heads.
-        kv_heads: key and value heads (fewer than `heads` with grouped queries).
-        context: keys a token attends to, on average: (n + 1) / 2 for causal attention over n tokens, n
-            without a causal mask or where a kernel computes the masked half as well.
-        head_dim: width of a head; none given: `hidden / heads`.
-        gated: three feed-forward matrices (Llama's SwiGLU) instead of two (BERT).
-    """
-    head_dim = head_dim or hidden // heads
-    projections = hidden * head_dim * (heads + 2 * kv_heads) + heads * head_dim * hidden
-    attention = 2 * context * heads * head_dim  # scores, then the weighted sum of values
-    feed_forward = (3 if gated else 2) * hidden * intermediate
-    return 2.0 * layers * (projections + attention + feed_forward)
 
 
 def measured_matmul_peak(
@@ -102,21 +63,3 @@ def flops_utilization(flops: float, seconds: float, peak: float) -> float:
     if seconds <= 0 or peak <= 0:
         raise ValueError(f"seconds ({seconds}) and peak ({peak}) must be positive: measure them first")
     return flops / (seconds * peak)
-
-
-def backbone_flops(backbone: "PreTrainedModel", tokens: int, keys: int) -> float:
-    """Operations of a forward pass over `tokens` that attend to `keys` keys all together."""
-    if tokens == 0:
-        return 0.0
-    config = backbone.config
-    per_token = transformer_flops_per_token(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        keys / tokens,
-        head_dim=getattr(config, "head_dim", None),
-        gated=any("gate" in name for name, _ in backbone.named_modules()),
-    )
-    return tokens * per_token

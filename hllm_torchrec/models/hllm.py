@@ -22,12 +22,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.models.item_source import ItemSource
-from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.models.named_backbones import NamedBackbone, named_backbones
+from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
-from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
 from hllm_torchrec.modules.features.adapter import Adapter
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
 from hllm_torchrec.modules.features.standardize import Standardize
+from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
@@ -71,14 +72,15 @@ class HLLM(nn.Module):
         item_llm: ItemLLM | None,
         item_width: int,
         features: HybridFeatures,
-        user: UserLLM | UserEncoder,
+        user: UserEncoder,
         config: Config,
         base_rate: float,
         vector_width: int = 0,
     ) -> None:
         super().__init__()
         objective = config.objective
-        self.fusion = objective.fusion
+        self.config = config
+        self.fusion = Fusion(objective.fusion)
         self.generates = objective.generates
         self.item_llm, self.features, self.user = item_llm, features, user
         self.compares_features = self.generates and item_space(config) == "features"
@@ -87,13 +89,13 @@ class HLLM(nn.Module):
         self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
         standardises = config.item_llm.standardise and item_llm is not None
         self.standardise = Standardize(item_width) if standardises else None
-        if self.fusion == "late":
+        if self.fusion.query_is_user:
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
-        if self.fusion != "none":
+        if self.fusion.has_queries:
             self.head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
             self.head.initialize_bias(base_rate)
         self.value_head: PredictionHead | None = None
-        if self.fusion != "none" and objective.value_weight > 0:
+        if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
         if self.generates:
             straight = same or self.compares_features
@@ -123,6 +125,10 @@ class HLLM(nn.Module):
             next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
         )
+
+    def named_backbones(self) -> list[NamedBackbone]:
+        """Item LLM and user encoder, as far as there are."""
+        return named_backbones(self, self.config)
 
     def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
         """E of the batch's items [U, E] from the model's source, or None in an ID-only model."""
@@ -155,7 +161,7 @@ class HLLM(nn.Module):
     @property
     def user_vector_width(self) -> int:
         """Width of `embed_users`' vectors: D, or E."""
-        project = self.project_next if self.fusion != "late" and self.generates else None
+        project = self.project_next if self.generates and not self.fusion.query_is_user else None
         return project.out_features if isinstance(project, nn.Linear) else self.user.width
 
     def embed_users(self, batch: HybridBatch) -> Tensor:
@@ -165,7 +171,7 @@ class HLLM(nn.Module):
         in item space ([Q, E]) where the generative loss compares there; zeros where it sees none.
         """
         h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
-        if self.fusion == "late":
+        if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
         return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
@@ -181,12 +187,11 @@ class HLLM(nn.Module):
         """h [T, D], q [Q, D], the targets' features [X, D] (late fusion) and the items' [U, D] (if they have slots)."""
         x_TD, x_QD, target_XD, item_UD = self.slot_features(batch, items)
         of_items = item_UD if self._has_item_slots(batch) else None
-        if self.fusion == "none":
-            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, next_times=batch.next_times)
-            return h_TD, q_QD, None, of_items
-        asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
+        asked = None
+        if self.fusion.has_queries:
+            asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
         h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
-        return h_TD, q_QD, target_XD if self.fusion == "late" else None, of_items
+        return h_TD, q_QD, target_XD if self.fusion.query_is_user else None, of_items
 
     def slot_features(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the user encoder and the heads read, by kind of slot; items: E [U, E] of the unique items.
@@ -196,7 +201,7 @@ class HLLM(nn.Module):
         """
         slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
         x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
-        if self.fusion == "late":
+        if self.fusion.query_is_user:
             x_QD = x_QD + self.user_token
         return x_TD, x_QD, target_XD, item_UD
 
@@ -209,9 +214,9 @@ class HLLM(nn.Module):
         if self.interleaved:  # every other token is an action's, which bears no item
             parts[0] = parts[0] * (torch.arange(len(parts[0]), device=projected.device) % 2 == 0)[:, None]
         targets = projected[batch.target_index]
-        if self.fusion == "early":
+        if self.fusion.query_is_target:
             parts.append(targets[batch.query_target])
-        if self.fusion == "late":
+        if self.fusion.query_is_user:
             parts += [targets.new_zeros(batch.query_times.numel(), targets.shape[1]), targets]
         if self._has_item_slots(batch):
             parts.append(projected)
@@ -231,8 +236,8 @@ class HLLM(nn.Module):
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
         history = batch.item_ids.numel()
-        queries = 0 if self.fusion == "none" else batch.query_times.numel()
-        targets = batch.target_items.numel() if self.fusion == "late" else 0
+        queries = batch.query_times.numel() if self.fusion.has_queries else 0
+        targets = batch.target_items.numel() if self.fusion.query_is_user else 0
         return history, history + queries, history + queries + targets
 
     def _has_item_slots(self, batch: HybridBatch) -> bool:
@@ -243,7 +248,7 @@ class HLLM(nn.Module):
         self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits [X], the sum of Eq. (2), and the sum of squared errors of the auxiliary value head."""
-        if self.fusion == "none":
+        if not self.fusion.has_queries:
             return batch.labels.new_empty(0), q_QD.new_zeros(()), None
         inputs = (q_QD[batch.target_query],) if target_XD is None else (q_QD[batch.target_query], target_XD)
         logits = self.head(*inputs)

@@ -1,8 +1,6 @@
 """Where item embeddings come from: the Item LLM over tokens in the memory map, shared out over the ranks."""
 
-import operator
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -14,30 +12,10 @@ from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.collectives import encode_unique_items, global_max, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
-from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts, ItemLLM
 
 CATALOGUE_TOKENS = 16_384
 """Tokens encoded at a time when the whole catalogue is."""
-
-
-@dataclass(frozen=True)
-class EncodingCounts:
-    """What the Item LLM had to do.
-
-    items; tokens: [ITEM] and a shared prefix included, the latter once; keys: that those tokens attend to, all
-    together; last_keys: that the last token of each item attends to.
-    """
-
-    items: int = 0
-    tokens: int = 0
-    keys: int = 0
-    last_keys: int = 0
-
-    def __add__(self, other: "EncodingCounts") -> "EncodingCounts":
-        return EncodingCounts(*map(operator.add, astuple(self), astuple(other)))
-
-    def __sub__(self, other: "EncodingCounts") -> "EncodingCounts":
-        return EncodingCounts(*map(operator.sub, astuple(self), astuple(other)))
 
 
 class ItemEncoder:

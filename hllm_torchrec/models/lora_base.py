@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.models.named_backbones import backbone_prefix, backbone_sections
 from hllm_torchrec.modules.lora import is_adapter
-
-_PREFIXES = {"item_llm": "item_llm.backbone.", "user": "user.backbone."}
-"""Part of the configuration -> how the names of its LLM's weights begin in the model."""
 
 _SAMPLED_VALUES = 64
 """Numbers at each end of a weight that a fingerprint is made of: all of them would take a minute for 7B."""
@@ -22,9 +20,11 @@ _SAMPLED_VALUES = 64
 
 def base_prefixes(config: Config) -> dict[str, str]:
     """Parts whose LLM's own weights are in no checkpoint, with how their names begin."""
-    item, user = config.item_llm, config.user
-    parts = {"item_llm": (item.lora, item.pretrained), "user": (user.lora, user.pretrained)}
-    return {name: _PREFIXES[name] for name, (lora, pretrained) in parts.items() if lora.rank and pretrained is not None}
+    return {
+        name: backbone_prefix(name)
+        for name, section in backbone_sections(config)
+        if section.lora.rank and section.pretrained is not None
+    }
 
 
 def without_base_weights(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -65,10 +65,9 @@ def check_base_weights(
     Raises:
         ValueError: they are others.
     """
-    pretrained = {"item_llm": config.item_llm.pretrained, "user": config.user.pretrained}
     for part, mark in (extra.get("bases") or {}).items():
         if part in fingerprints and mark != fingerprints[part]:
             raise ValueError(
-                f"{checkpoint}: its adapters belong to other weights than {part}.pretrained, {pretrained[part]}, holds "
-                "now: put the directory back that the run was trained with"
+                f"{checkpoint}: its adapters belong to other weights than {part}.pretrained, "
+                f"{getattr(config, part).pretrained}, holds now: put the directory back that the run was trained with"
             )

@@ -22,8 +22,7 @@ from hllm_torchrec.embedding.sharding import check_tables, distribute, plan_tabl
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
 from hllm_torchrec.modules.encoders.base import UserEncoder
-from hllm_torchrec.modules.hstu import attention
-from hllm_torchrec.modules.hstu.layer import HSTU
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
 
 def parallelize(model: HLLM, config: Config, device: torch.device) -> DistributedModelParallel:
@@ -39,15 +38,13 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         )
     if problems:
         raise ConfigError(problems)
-    if model.item_llm is not None:
-        model.item_llm.attention = choose_attention(config, device)
+    for part in model.named_backbones():
+        if isinstance(part.module, ItemLLM):
+            part.module.attention = choose_attention(config, device)
     user_attention(model.user, device)
     if config.parallel.activation_checkpointing:
-        for part in (model.item_llm, model.user):
-            if isinstance(part, UserEncoder):
-                part.recompute = True
-            elif part is not None:
-                part.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        for part in model.named_backbones():
+            part.module.recompute_activations()
     if config.parallel.compile:
         for layer in llm_layers(model):
             layer.compile(dynamic=True)
@@ -58,7 +55,8 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     plan = plan_table_sharding(model, config, device, sharder)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
-    learns = model.item_llm is not None and any(p.requires_grad for p in model.item_llm.parameters())
+    readers = [part.module for part in model.named_backbones() if part.module.reads_text]
+    learns = any(p.requires_grad for module in readers for p in module.parameters())
     some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
     ddp = config.parallel.dense == "ddp"
     return distribute(model, plan, sharder, device, ddp=ddp, find_unused_parameters=some_unused)
@@ -76,33 +74,25 @@ def choose_attention(config: Config, device: torch.device) -> BackendChoice:
         raise ConfigError(str(error)) from None
 
 
-def user_attention(user: nn.Module, device: torch.device) -> str | None:
-    """Which backend runs HSTU's attention, and why; None for the other encoders.
+def user_attention(user: UserEncoder, device: torch.device) -> str | None:
+    """The backend of the user encoder's attention, and why; None where it has but one.
 
     Raises:
         ConfigError: the one asked for cannot run here.
     """
-    if not isinstance(user, HSTU):
-        return None
     try:
-        return attention.choose_hstu_backend(user.shape.backend, device)[1]
+        return user.attention_backend(device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
 def llm_layers(model: HLLM) -> list[nn.Module]:
-    """The layers of both LLMs (or of what stands in the User LLM's place), first to last."""
-    found: list[nn.Module] = []
-    for part in (model.item_llm, model.user):
-        if isinstance(part, UserEncoder):
-            found += part.layers
-        elif part is not None:
-            found += part.backbone.layers if hasattr(part.backbone, "layers") else part.backbone.encoder.layer
-    return found
+    """The layers of all LLMs (or of what stands in the User LLM's place), first to last."""
+    return [layer for part in model.named_backbones() for layer in part.module.blocks()]
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:
-    """FSDP2: every layer of both LLMs is a group; the root's has the rest (words, heads, projections).
+    """FSDP2: every layer of the LLMs is a group; the root's has the rest (words, heads, projections).
 
     The tables are TorchRec's. The root gives its weights up after the forward pass like any other: kept, they
     would go stale where weights are changed between two forward passes (averaged weights in evaluation).

@@ -19,7 +19,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.models.build import build_user_encoder
 from hllm_torchrec.models.parallelize import compute_dtype
-from hllm_torchrec.modules.encoders.base import UserEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -125,7 +124,6 @@ def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
     short = min(length, 64)
     for layers in (1, 2):
         encoder = build_user_encoder(dataclasses.replace(config.user, shape={**shape, "layers": layers}))
-        assert isinstance(encoder, UserEncoder)
         x = torch.zeros(short, encoder.width, requires_grad=True)
         with saved_tensor_bytes(encoder) as kept:
             encoder(x, torch.tensor([0, short]), torch.arange(short))

@@ -23,15 +23,16 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
-from hllm_torchrec.config.schema import Config, StageConfig
+from hllm_torchrec.config.schema import Config, ItemLLMConfig, StageConfig
 from hllm_torchrec.embedding.memory import bytes_per_row
 from hllm_torchrec.embedding.optimizers import apply_table_optimizer
 from hllm_torchrec.embedding.sharding import plan_sharding, table_constraints
 from hllm_torchrec.models.build import build_model
-from hllm_torchrec.models.flops import backbone_flops
 from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.models.named_backbones import NamedBackbone
 from hllm_torchrec.models.parallelize import llm_layers
-from hllm_torchrec.modules.encoders.user_llm import UserLLM
+from hllm_torchrec.modules.encoders.backbone import backbone_flops
+from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.losses.objectives import MOST_LOGITS
 from hllm_torchrec.planning.activations import decoder_activation_bytes, encoder_activation_bytes
 from hllm_torchrec.planning.model_configs import with_model_configs
@@ -172,7 +173,7 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
         pieces = max(1.0, config.data.batch_item_tokens / (history * (work.item_tokens + 1)))
     positions = pieces * history
     negatives = config.objective.negatives if config.objective.generates else 0
-    queries = 0.0 if config.objective.fusion == "none" else positions  # assumes that every event is an exposure
+    queries = positions if config.objective.has_head else 0.0  # nearly every event is an exposure
     unique = work.unique(positions * machine.world_size, negatives)
     trains = config.item_llm.enabled and stage.item_embeddings == "trained"
     encoded = unique / machine.world_size if trains else 0.0
@@ -203,7 +204,8 @@ def _weights(model: HLLM, config: Config, world: int) -> dict[str, float]:
     shards = world if config.parallel.dense == "fsdp" else 1
     everything = sum(p.numel() for _, p in _dense(model)) / shards
     trained = sum(p.numel() for _, p in _dense(model) if p.requires_grad) / shards
-    averaged = sum(p.numel() for name, p in _dense(model) if not name.startswith("item_llm.")) / shards
+    left_out = tuple(f"{part.name}." for part in model.named_backbones() if part.module.reads_text)
+    averaged = sum(p.numel() for name, p in _dense(model) if not name.startswith(left_out)) / shards
     found = {"weights": 4 * everything, "gradients": 4 * trained, "optimizer": 8 * trained}
     if config.optim.ema:
         found["averages"] = 4 * averaged
@@ -265,24 +267,28 @@ def _table_bytes(model: HLLM, plan: ShardingPlan, config: Config) -> float:
 
 
 def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
-    """Estimate the saved activations of both encoders, and the largest temporary memory of a layer."""
-    found = {}
-    if model.item_llm is not None and counts["item_tokens"] and config.item_llm.trainable:
-        length = max(1, round(counts["tokens_of_item"]))
-        items = counts["encoded_items"] * config.item_llm.trained_share
-        if config.item_llm.items_at_once:
-            items = min(items, config.item_llm.items_at_once)
-        kept = decoder_activation_bytes(model.item_llm.backbone.config, length, config)
-        found["item activations"] = kept.total(
-            items, config.parallel.activation_checkpointing, model.item_llm.reads_rows
+    """What autograd keeps of each LLM, and the largest of what a layer makes and drops."""
+    found, recomputes = {}, config.parallel.activation_checkpointing
+    for part in model.named_backbones():
+        module, section = part.module, part.section
+        if isinstance(module, ItemLLM):
+            assert isinstance(section, ItemLLMConfig)
+            if not (counts["item_tokens"] and section.trainable):
+                continue
+            items = counts["encoded_items"] * section.trained_share
+            if section.items_at_once:
+                items = min(items, section.items_at_once)
+            length = max(1, round(counts["tokens_of_item"]))
+            kept = decoder_activation_bytes(module.backbone.config, length, config)
+            found[f"{part.title} activations"] = kept.total(items, recomputes, module.reads_rows)
+            continue
+        length = max(1, round((counts["positions"] + counts["queries"]) / counts["pieces"]))
+        kept = (
+            encoder_activation_bytes(config, length)
+            if module.backbone is None
+            else decoder_activation_bytes(module.backbone.config, length, config)
         )
-    tokens = counts["positions"] + counts["queries"]
-    length = max(1, round(tokens / counts["pieces"]))
-    if isinstance(model.user, UserLLM):
-        kept = decoder_activation_bytes(model.user.backbone.config, length, config)
-    else:
-        kept = encoder_activation_bytes(config, length)
-    found["user activations"] = kept.total(counts["pieces"], config.parallel.activation_checkpointing)
+        found[f"{part.title} activations"] = kept.total(counts["pieces"], recomputes)
     return found
 
 
@@ -292,8 +298,8 @@ def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, fl
     slots = counts["positions"] + counts["queries"]
     width = model.user.width
     found = {"features": 4.0 * slots * width * (2 * number_of_tables + 4)}
-    if model.item_llm is not None:
-        found["item rows"] = 8.0 * model.item_llm.width * (counts["needed_items"] + counts["encoded_items"])
+    for part in _text_parts(model):
+        found[f"{part.title} rows"] = 8.0 * part.module.width * (counts["needed_items"] + counts["encoded_items"])
     if counts["negatives"]:
         space = model.item_llm.width if model.item_llm is not None else width
         rows = 4 * counts["positions"] + 3 * counts["negatives"]
@@ -313,8 +319,8 @@ def _traffic(model: HLLM, config: Config, counts: dict[str, float], machine: Mac
     if config.parallel.dense == "fsdp":  # weights for both passes, then the gradients' sums
         every = 4.0 * sum(p.numel() for _, p in _dense(model))
         found = {"weights": 2 * every * others, "gradients": dense * others}
-    if model.item_llm is not None:
-        found["item rows"] = 2 * 4.0 * model.item_llm.width * counts["needed_items"] * others
+    for part in _text_parts(model):
+        found[f"{part.title} rows"] = 2 * 4.0 * part.module.width * counts["needed_items"] * others
     return found
 
 
@@ -324,21 +330,25 @@ def _flops(model: HLLM, config: Config, counts: dict[str, float]) -> float:
     Forward and backward cost three forward passes of the trained parts, four with recomputation.
     """
     passes = 3 + config.parallel.activation_checkpointing
-    adapted = {name: part.lora.rank > 0 for name, part in (("item", config.item_llm), ("user", config.user))}
     flops = 0.0
-    if model.item_llm is not None:
-        share = config.item_llm.trained_share if config.item_llm.trainable else 0.0
-        in_groups = 0 < config.item_llm.items_at_once < counts["encoded_items"] * share
-        effort = (passes + in_groups - adapted["item"]) * share + (1 - share)  # LoRA: no products for W's gradients
-        flops += _decoder_flops(model.item_llm.backbone, counts["item_tokens"], counts["tokens_of_item"] / 2) * effort
-    tokens, keys = counts["positions"] + counts["queries"], counts["history"] / 2
-    if isinstance(model.user, UserLLM):
-        return flops + _decoder_flops(model.user.backbone, tokens, keys) * (passes - adapted["user"])
-    return flops + model.user.flops(round(tokens), round(tokens * keys)) * passes
+    for part in model.named_backbones():
+        module, section = part.module, part.section
+        effort: float = passes - (section.lora.rank > 0)  # LoRA: no products for W's gradients
+        if isinstance(module, ItemLLM):
+            assert isinstance(section, ItemLLMConfig)
+            share = section.trained_share if section.trainable else 0.0
+            in_groups = 0 < section.items_at_once < counts["encoded_items"] * share
+            tokens, keys = counts["item_tokens"], counts["tokens_of_item"] / 2
+            effort = (effort + in_groups) * share + (1 - share)
+            flops += backbone_flops(module.backbone, round(tokens), round(tokens * keys)) * effort
+        else:
+            tokens, keys = counts["positions"] + counts["queries"], counts["history"] / 2
+            flops += module.flops(round(tokens), round(tokens * keys)) * effort
+    return flops
 
 
-def _decoder_flops(backbone: nn.Module, tokens: float, keys: float) -> float:
-    return backbone_flops(backbone, round(tokens), round(tokens * keys))
+def _text_parts(model: HLLM) -> list[NamedBackbone]:
+    return [part for part in model.named_backbones() if part.module.reads_text]
 
 
 # ---------------------------------------------------------------------- what to do about it

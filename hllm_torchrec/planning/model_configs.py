@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.models.named_backbones import backbone_sections
 
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": {
@@ -51,12 +52,12 @@ def with_model_configs(config: Config) -> Config:
     Raises:
         ValueError: a directory that does not exist and whose name is not in MODEL_CONFIGS.
     """
-    item, user = config.item_llm, config.user
-    if item.enabled and item.pretrained is not None:
-        item = dataclasses.replace(item, pretrained=None, shape=_shape_of("item_llm", item.pretrained))
-    if user.pretrained is not None:
-        user = dataclasses.replace(user, pretrained=None, shape=_shape_of("user", user.pretrained))
-    return dataclasses.replace(config, item_llm=item, user=user)
+    known: dict[str, Any] = {
+        name: dataclasses.replace(section, pretrained=None, shape=_shape_of(name, section.pretrained))
+        for name, section in backbone_sections(config)
+        if section.pretrained is not None
+    }
+    return dataclasses.replace(config, **known)
 
 
 def _shape_of(part: str, directory: str) -> dict[str, Any]:

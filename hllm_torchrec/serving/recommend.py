@@ -71,10 +71,10 @@ def recommend(
     dataset = Dataset.open(config.data.dataset)
     moment = int(clock.time()) if time is None else time
     history = history_before(dataset, user, moment)
-    if config.objective.fusion == "none":
-        scores, scored_by = _similarities(run, which, device, history, moment), "similarity"
-    else:
+    if config.objective.has_head:
         scores, scored_by = _probabilities(run, which, device, history, moment), "probability"
+    else:
+        scores, scored_by = _similarities(run, which, device, history, moment), "similarity"
     scores[0] = -np.inf  # the unknown item
     if not include_seen:
         scores[history.item_ids] = -np.inf

@@ -32,15 +32,8 @@ from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
 from hllm_torchrec.models.assembly import Experiment
-from hllm_torchrec.modules.history_cache import (
-    MICRO_BATCH,
-    HistoryCache,
-    ScoreCandidates,
-    begin_request,
-    check_encoder,
-    read_history,
-)
-from hllm_torchrec.modules.hstu.layer import HSTU
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
+from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
 
 
@@ -141,7 +134,7 @@ class Scorer:
             raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
         if table_dtype is not None:
             check_table_type(table_dtype)
-        if experiment.batch_spec.fusion == "none":
+        if not experiment.batch_spec.fusion.has_queries:
             raise ValueError("objective.fusion: 'none': the model has no head to score candidates; train early or late")
         if dist.get_world_size() > 1 or experiment.config.parallel.dense == "fsdp":
             raise ValueError(
@@ -218,9 +211,7 @@ class Scorer:
         """
         history = user.history.followed_by(events)
         start = window_start(len(history), self.experiment.config.data.max_history)
-        encoder = self.hllm.user
-        is_context = isinstance(encoder, HSTU) and user.cache.length < encoder.rules.prefix
-        if start != user.start or is_context:
+        if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
         return UserState(history, start, self._read(events, user.cache))
@@ -252,7 +243,7 @@ class Scorer:
             part = items[start : start + self.micro_batch]
             batch = self._request(state, part, moment).to(self.experiment.device)
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
-            if self.hllm.fusion == "late":
+            if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
             logits = self._logits(ask, x_QD, target_XD, user_vector)
             found[start : start + part.size] = logits.float().cpu().numpy()

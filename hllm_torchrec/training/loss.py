@@ -24,8 +24,7 @@ class LossWeights:
     def of(cls, config: Config) -> "LossWeights":
         """lambda of Eq. (3), or 1 where the generative loss is the only one (Eq. 1)."""
         objective = config.objective
-        generates_only = objective.fusion == "none"
-        return cls(1.0 if generates_only else objective.generative_weight, objective.value_weight)
+        return cls(objective.generative_weight if objective.has_head else 1.0, objective.value_weight)
 
 
 def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
@@ -76,7 +75,7 @@ def describe_step(numbers: Tensor, norm: float, config: Config, alarm: bool) -> 
     cls, gen, value, effective, accuracy, spread, measured = numbers.tolist()
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": cls + weights.generative * gen + weights.value * value}
-    if objective.fusion != "none":
+    if objective.has_head:
         found["loss_cls"] = cls
     if weights.generative > 0:
         found |= {"loss_gen": gen, "effective_negatives": effective, "gen_accuracy": accuracy}

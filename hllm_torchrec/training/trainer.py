@@ -174,7 +174,7 @@ class Trainer:
         )
 
     def _train_segment(self, segment: EpochSegment) -> None:
-        meter = StepMeter(self.hllm, self.experiment.item_encoder, self.peak_flops)
+        meter = StepMeter(self.hllm, self.experiment.text_encoders, self.peak_flops)
         with closing(self._micro_batches(segment)) as steps:
             for batches, following in with_lookahead(steps, self.table_prefetcher is not None):
                 numbers, rates = self.train_step(batches, following), meter.tick(batches)
@@ -305,10 +305,8 @@ class Trainer:
         self.table_optim.set_ratio(ratio)
 
     def _part_rates(self) -> dict[str, float]:
-        item_llm, optim = self.hllm.item_llm, self.config.optim
-        trains_items = item_llm is not None and any(p.requires_grad for p in item_llm.parameters())
-        rates = {"item_llm": optim.item_llm_lr if trains_items else None, "user": optim.user_lr}
-        return {part: rate for part, rate in rates.items() if rate is not None}
+        parts = self.hllm.named_backbones()
+        return {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
 
     def _log_start(self) -> None:
         if self.rank == 0:
@@ -366,7 +364,7 @@ class Trainer:
         """Validation metrics with the averaged weights, if there are any. Collective."""
         with self.ema.swapped() if self.ema is not None else nullcontext(), self.experiment.evaluation_items():
             metrics: dict[str, Any] = {}
-            if self.hllm.fusion != "none":
+            if self.hllm.fusion.has_queries:
                 cold = self.experiment.cold_items()
                 scored = score_split(self.model, self.validation, self.device, cold=cold)
                 metrics |= quick_metrics(scored, self.config.evaluation.auc)

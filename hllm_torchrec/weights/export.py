@@ -13,7 +13,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,19 +22,16 @@ from torch import Tensor
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import save_config
-from hllm_torchrec.config.schema import Config, LoRAConfig
+from hllm_torchrec.config.schema import ItemLLMConfig, LoRAConfig
 from hllm_torchrec.data.token_store import TOKENIZER_FILES
+from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
-from hllm_torchrec.modules.encoders.user_llm import UserLLM
+from hllm_torchrec.models.named_backbones import NamedBackbone, Section
 from hllm_torchrec.modules.lora import merged_state
 from hllm_torchrec.weights.huggingface import save_backbone, without_word_embeddings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-from hllm_torchrec.embedding.tables import assemble_tensor
-
-BACKBONE_PREFIXES = {"item_llm": "item_llm.backbone.", "user_llm": "user.backbone."}
-"""Directory -> prefix of its weights' names in the model."""
+FOLDERS = {"user": "user_llm"}
+"""Part of the model -> its directory, where that is not its name."""
 
 
 def export_huggingface(run: Path, which: str, output: Path, device: torch.device) -> None:
@@ -50,20 +47,16 @@ def export_huggingface(run: Path, which: str, output: Path, device: torch.device
     loaded = load_run(run, which, device, use_items=False)
     with loaded.weights, atomic_folder(output) as folder:
         state = full_state_dict(loaded)
-        # `state.pop`: the tensors that remain after both backbones are the other parts.
-        for name, backbone in _backbones(loaded).items():
-            own = {
-                key.removeprefix(BACKBONE_PREFIXES[name]): state.pop(key) for key in sorted(state) if _is_of(key, name)
-            }
-            own = merged_state(own, _lora_scale(loaded.experiment.config, name))
-            if name == "item_llm":
-                save_backbone(backbone.config, own, folder / name, state.pop("item_llm.item_token"))
-                _copy_tokenizer(loaded.experiment.config, folder / name)
-            else:
-                save_backbone(*without_word_embeddings(backbone.config, own), folder / name)
+        exported: dict[str, Any] = {}
+        for part in loaded.experiment.hllm.named_backbones():
+            if part.module.backbone is not None:
+                name = FOLDERS.get(part.name, part.name)
+                _export_part(part, state, folder / name)
+                exported[part.name] = _pretrained(part.section, str(output / name))
         save_file({key: value.contiguous() for key, value in state.items()}, str(folder / "parts.safetensors"))
-        exported = _with_backbones(loaded.experiment.config, output, _backbones(loaded))
-        save_config(exported, folder / "config.yaml")
+        config = loaded.experiment.config
+        onward = dataclasses.replace(config, output=f"{config.output}-on", start_from=None, **exported)
+        save_config(onward, folder / "config.yaml")
         (folder / "README.md").write_text(model_card(run, loaded), encoding="utf-8")
 
 
@@ -72,46 +65,30 @@ def full_state_dict(loaded: LoadedRun) -> dict[str, Tensor]:
     return {name: assemble_tensor(value).detach().cpu() for name, value in loaded.experiment.model.state_dict().items()}
 
 
-def _is_of(key: str, name: str) -> bool:
-    return key.startswith(BACKBONE_PREFIXES[name])
+def _export_part(part: NamedBackbone, state: dict[str, Tensor], target: Path) -> None:
+    """Write a Hugging Face model into `target`; its weights, adapters merged into them, leave the `state`."""
+    module, section, lora = part.module, part.section, part.section.lora
+    assert module.backbone is not None
+    own = {key.removeprefix(part.prefix): state.pop(key) for key in sorted(state) if key.startswith(part.prefix)}
+    own = merged_state(own, lora.alpha / lora.rank if lora.rank else 0.0)
+    if isinstance(section, ItemLLMConfig):
+        save_backbone(module.backbone.config, own, target, state.pop(f"{part.name}.item_token"))
+        _copy_tokenizer(section, target)
+    else:
+        save_backbone(*without_word_embeddings(module.backbone.config, own), target)
 
 
-def _lora_scale(config: Config, name: str) -> float:
-    """Return the factor of the adapters' product, alpha / r; 0 without adapters."""
-    lora = config.item_llm.lora if name == "item_llm" else config.user.lora
-    return lora.alpha / lora.rank if lora.rank else 0.0
-
-
-def _backbones(loaded: LoadedRun) -> dict[str, "PreTrainedModel"]:
-    """Return the Hugging Face models inside the model, by directory."""
-    hllm, found = loaded.experiment.hllm, {}
-    if hllm.item_llm is not None:
-        found["item_llm"] = hllm.item_llm.backbone
-    if isinstance(hllm.user, UserLLM):
-        found["user_llm"] = hllm.user.backbone
-    return found
-
-
-def _copy_tokenizer(config: Config, target: Path) -> None:
-    source = Path(config.item_llm.tokenizer or config.item_llm.pretrained or "")
+def _copy_tokenizer(section: ItemLLMConfig, target: Path) -> None:
+    source = Path(section.tokenizer or section.pretrained or "")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
 
 
-def _with_backbones(config: Config, output: Path, backbones: dict[str, "PreTrainedModel"]) -> Config:
-    """Make the configuration of a run that starts from the exported models."""
-    item, user = config.item_llm, config.user
-    if "item_llm" in backbones:
-        directory = str(output / "item_llm")
-        item = dataclasses.replace(
-            item, pretrained=directory, tokenizer=None, shape=None, layers=None, lora=LoRAConfig()
-        )
-    if "user_llm" in backbones:
-        user = dataclasses.replace(
-            user, pretrained=str(output / "user_llm"), shape=None, layers=None, lora=LoRAConfig()
-        )
-    return dataclasses.replace(config, output=f"{config.output}-on", start_from=None, item_llm=item, user=user)
+def _pretrained(section: Section, directory: str) -> Section:
+    """The section of a run that begins with the exported model."""
+    section = dataclasses.replace(section, pretrained=directory, shape=None, layers=None, lora=LoRAConfig())
+    return dataclasses.replace(section, tokenizer=None) if isinstance(section, ItemLLMConfig) else section
 
 
 def model_card(run: Path, loaded: LoadedRun) -> str:

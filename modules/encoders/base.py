@@ -1,6 +1,7 @@
-"""What the user encoders written here share: packed history and queries in, one hidden state each out.
+"""Interface of the user encoders: packed history and queries in, one hidden state each out.
 
-The interface is that of `modules.user_llm`: forward(x_TD, seq_offsets, timestamps, queries) -> (h_TD, q_QD).
+    forward(x_TD, seq_offsets, timestamps, queries, next_times) -> (h_TD, q_QD)
+
 A history position sees its sequence up to itself; a query sees the first `visible` positions and itself, and
 no one sees a query.
 
@@ -10,14 +11,31 @@ Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width,
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hllm_torchrec.modules.encoders.user_llm import Queries
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.jagged import lengths_from_offsets, position_in_sequence, sequence_of_position
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Query tokens of a packed batch.
+
+    x_QD: [Q, D] inputs; offsets: [B+1] int64, which queries are whose; visible: [Q] int64, how many positions
+    of the user's history, from its start, each query sees; times: [Q] int64 seconds of the requests.
+    """
+
+    x_QD: Tensor
+    offsets: Tensor
+    visible: Tensor
+    times: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +93,7 @@ def pack_rows(
 
 
 class UserEncoder(nn.Module, ABC):
-    """Base of HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
+    """Base of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
 
     One of your own is built as `Name(shape, dropout)`, where `shape` is its `Shape` of `user.shape`'s fields, and
     `user.encoder: module:Name` puts it in the User LLM's place.
@@ -89,6 +107,10 @@ class UserEncoder(nn.Module, ABC):
     """
 
     layers: nn.ModuleList
+    reads_text: ClassVar[bool] = False
+    """False: inputs are features, which gradients are handed on to; see `ItemLLM`."""
+    keeps_history: ClassVar[bool] = False
+    """Whether keys and values of a history can be kept for later candidates: `read_history`, `begin_request`."""
     Shape: ClassVar[type]
     """Of an encoder of your own: a dataclass with the fields width, layers and what else it needs."""
 
@@ -107,6 +129,10 @@ class UserEncoder(nn.Module, ABC):
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
         self.query_next_time, self.count_from_end = query_next_time, count_from_end
+        self.backbone: PreTrainedModel | None = None
+        """The Hugging Face model inside, where there is one."""
+        self.context_prefix = 0
+        """Positions at the start of a history that see one another, and so must be read at once."""
         self.recompute = False
         """Whether each layer runs again in the backward pass instead of keeping its activations."""
 
@@ -146,6 +172,33 @@ class UserEncoder(nn.Module, ABC):
     @abstractmethod
     def flops(self, tokens: int, keys: int) -> float:
         """Operations of a forward pass over `tokens` rows that see `keys` keys all together, 2 per product."""
+
+    def blocks(self) -> nn.ModuleList:
+        """The layers, first to last: what is compiled, sharded (FSDP2) and recomputed one by one."""
+        return self.layers
+
+    def recompute_activations(self) -> None:
+        """Run each layer again in the backward pass instead of keeping its activations."""
+        self.recompute = True
+
+    def attention_backend(self, device: torch.device) -> str | None:
+        """The backend of the attention on a device, and why, for the log; None where there is no choice.
+
+        Raises:
+            ValueError: the one asked for cannot run there.
+        """
+        return None
+
+    def read_history(self, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
+        """Keys and values of every layer, the cached ones included: see `history_cache.read_history`.
+
+        x_ND: [n, D] features of the events behind the cache, at least one; times: [N] int64 of all events.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
+
+    def begin_request(self, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
+        """Outputs of candidates that see the first `visible` events: see `history_cache.begin_request`."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """The layer's output; kept activations are traded for time where `recompute` is set."""

@@ -10,8 +10,9 @@ Legend: U items, S text tokens of all items (after the prefix), P tokens of the 
 one [ITEM] per item that has one, D width.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import operator
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, enable_last_layer_rows, supports_last_layer_rows
 from hllm_torchrec.modules.attention.text import TextLayout, TextPlan
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
+from hllm_torchrec.modules.encoders.backbone import backbone_flops, backbone_layers, checkpoint_layers
 from hllm_torchrec.modules.jagged import lengths_from_offsets
 
 if TYPE_CHECKING:
@@ -26,6 +28,26 @@ if TYPE_CHECKING:
 
 
 Pooling = Literal["item", "mean"]
+
+
+@dataclass(frozen=True)
+class EncodingCounts:
+    """Work of the Item LLM.
+
+    items; tokens: [ITEM] and a shared prefix included, the latter once; keys: that those tokens attend to, all
+    together; last_keys: that the last token of each item attends to.
+    """
+
+    items: int = 0
+    tokens: int = 0
+    keys: int = 0
+    last_keys: int = 0
+
+    def __add__(self, other: "EncodingCounts") -> "EncodingCounts":
+        return EncodingCounts(*map(operator.add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: "EncodingCounts") -> "EncodingCounts":
+        return EncodingCounts(*map(operator.sub, astuple(self), astuple(other)))
 
 
 class ItemLLM(nn.Module):
@@ -37,6 +59,9 @@ class ItemLLM(nn.Module):
             (an item without text is [ITEM] alone in both).
         causal: decoders True, encoders such as BERT False.
     """
+
+    reads_text: ClassVar[bool] = True
+    """Its input are tokens, before which nothing learns; embeddings may be cached, so `optim.ema` leaves it out."""
 
     def __init__(self, backbone: "PreTrainedModel", pooling: Pooling = "item", causal: bool = True) -> None:
         super().__init__()
@@ -95,6 +120,27 @@ class ItemLLM(nn.Module):
         if self.pooling == "item":
             return hidden.index_select(0, packing.last_rows)
         return self._sums_of_rows(hidden, in_front > 0, packing) / (lengths + is_item + in_front)[:, None]
+
+    def blocks(self) -> nn.ModuleList:
+        """The backbone's layers: what is compiled, sharded (FSDP2) and recomputed one by one."""
+        return backbone_layers(self.backbone)
+
+    def recompute_activations(self) -> None:
+        """Run each layer again in the backward pass instead of keeping its activations."""
+        checkpoint_layers(self.backbone)
+
+    def flops(self, work: EncodingCounts) -> float:
+        """Operations of a forward pass; of the last layer only what is read, where it runs so."""
+        tokens, config = work.tokens, self.backbone.config
+        whole = backbone_flops(self.backbone, tokens, work.keys)
+        if not self.reads_rows or tokens == 0:
+            return whole
+        layers = config.num_hidden_layers
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        keys_and_values = 2.0 * 2 * config.hidden_size * head * config.num_key_value_heads
+        last_layer = backbone_flops(self.backbone, work.items, work.last_keys) / layers
+        last_layer += keys_and_values * (tokens - work.items)
+        return whole * (layers - 1) / layers + last_layer
 
     def _sums_of_rows(self, hidden: Tensor, has_prefix: Tensor, packing: "_Packing") -> Tensor:
         """Each item's sum over its own rows and, where it begins with the prefix, the prefix' [U, D]."""

@@ -5,7 +5,7 @@ A preset names a published parameterisation; every field that it decides may be 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 MAX_POSITIONS = 1024
 
@@ -63,6 +63,8 @@ class HSTUShape:
     backend: Literal["auto", "eager", "compiled", "triton"] | str = "eager"
     """Name in the registry of attention backends (`modules.pointwise_attention`); auto: triton on CUDA, else
     eager."""
+    bounds_history: ClassVar[bool] = False
+    """Whether histories may be no longer than max_positions: relative distances beyond share the table's last row."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

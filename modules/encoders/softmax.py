@@ -1,11 +1,15 @@
-"""Multi-head softmax attention of packed rows, for the encoders that are no Hugging Face model.
+"""User encoders of softmax attention: their base class, and the attention of those that are no Hugging Face model.
 
 Legend: S packed rows, D width, H heads.
 """
 
+import torch
 from torch import Tensor, nn
 
+from hllm_torchrec.modules.attention.cached_softmax import ReadPlan, RequestPlan, with_own_key
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.attention.packed import AttentionPlan, packed_attention, plan_attention
+from hllm_torchrec.modules.attention.text import TextPlan
 from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
 
 
@@ -51,15 +55,36 @@ class PackedSelfAttention(nn.Module):
 class SoftmaxEncoder(UserEncoder):
     """A stack of `layers`, each called with (rows, plan), and a `final_norm`; subclasses make both."""
 
+    keeps_history = True
     final_norm: nn.Module
 
     def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
         """All layers and the last norm: [S, D] -> [S, D]."""
-        plan = plan_packed_rows(rows)
+        return self.run_layers(x_SD, plan_packed_rows(rows))
+
+    def run_layers(self, x_SD: Tensor, plan: AttentionPlan | TextPlan) -> Tensor:
+        """All layers and the last norm: [S, D] -> [S, D]; the plan says who sees whom."""
         for layer in self.layers:
             x_SD = self.run_layer(layer, x_SD, plan)
         output: Tensor = self.final_norm(x_SD)
         return output
+
+    def read_history(self, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
+        """Keys and values of every layer: see `UserEncoder.read_history`."""
+        plan = ReadPlan(cache, x_ND.shape[0], x_ND.device)
+        self.run_layers(self.add_positions(x_ND, plan.position_ids[0]), plan)
+        return plan.layers
+
+    def begin_request(self, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
+        """Outputs of candidates: see `UserEncoder.begin_request`."""
+        layers = [with_own_key(layer.first(visible), layer.keys.dtype) for layer in cache.layers]
+
+        @torch.no_grad()
+        def ask(x_mD: Tensor) -> Tensor:
+            plan = RequestPlan(layers, x_mD.shape[0], visible)
+            return self.run_layers(self.add_positions(x_mD, plan.position_ids[0]), plan)
+
+        return ask
 
     def flops(self, tokens: int, keys: int) -> float:
         """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""

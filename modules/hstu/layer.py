@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
 from hllm_torchrec.modules.encoders.shapes import PRESETS, HSTUShape
-from hllm_torchrec.modules.hstu.attention import known_backend, plan_layout, pointwise_attention
+from hllm_torchrec.modules.hstu.attention import choose_hstu_backend, known_backend, plan_layout, pointwise_attention
+from hllm_torchrec.modules.hstu.cached_pointwise import begin_pointwise, read_pointwise
 from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, RelativeBias, score_scale
 
 NORM_EPS = 1e-6
@@ -131,13 +133,15 @@ class HSTU(UserEncoder):
         ValueError: as `resolve_preset`, or an unknown backend.
     """
 
+    keeps_history = True
+
     def __init__(self, shape: HSTUShape, dropout: float = 0.0) -> None:
         shape = resolve_preset(shape)
         known_backend(shape.backend)
         positions = shape.max_positions if shape.absolute_positions else 0
         super().__init__(shape.width, dropout, positions, query_next_time=shape.time_of == "next")
         assert shape.qk_width is not None
-        self.shape = shape
+        self.shape, self.context_prefix = shape, shape.prefix
         self.rules = AttentionRules(
             window=shape.window,
             prefix=shape.prefix,
@@ -155,6 +159,18 @@ class HSTU(UserEncoder):
         for layer in self.layers:
             x_SD = self.run_layer(layer, x_SD, layout)
         return x_SD
+
+    def attention_backend(self, device: torch.device) -> str:
+        """The backend of the attention on a device, and why."""
+        return choose_hstu_backend(self.shape.backend, device)[1]
+
+    def read_history(self, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
+        """Keys and values of every layer: see `UserEncoder.read_history`."""
+        return read_pointwise(self, x_ND, times, cache)
+
+    def begin_request(self, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
+        """Outputs of candidates: see `UserEncoder.begin_request`."""
+        return begin_pointwise(self, cache, time, visible)
 
     def flops(self, tokens: int, keys: int) -> float:
         """Count the operations of a forward pass over `tokens` rows that see `keys` keys in total."""

@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from hllm_torchrec.models.backbones import build_backbone
-from hllm_torchrec.models.flops import backbone_flops
+from hllm_torchrec.modules.attention.keys_values import HistoryCache
+from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.modules.encoders.shapes import HSTUShape
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
-from hllm_torchrec.modules.history_cache import HistoryCache, answer, read_history
+from hllm_torchrec.modules.history_cache import answer, read_history
 from hllm_torchrec.modules.hstu.eager import block_attention
 from hllm_torchrec.modules.hstu.layer import HSTU
 from hllm_torchrec.modules.hstu.layout import time_bucket

@@ -36,13 +36,14 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
-from hllm_torchrec.models.flops import backbone_flops
-from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.modules.encoders.backbone import backbone_flops
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.training.loss import LossWeights, micro_batch_loss, step_counts
 from hllm_torchrec.training.optim import clip_grad_norm, dense_optimizer
-from hllm_torchrec.training.throughput import item_flops, user_token_counts
+from hllm_torchrec.training.throughput import user_token_counts
 
 TEXT_TOKENS = 32
 SHAPE = LLAMA | {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "vocab_size": 8192}
@@ -139,7 +140,7 @@ def flops(catalogue: Catalogue, batch: HybridBatch) -> float:
     """Matrix-product operations of a step."""
     items, length, hllm = batch.unique_items.numel(), TEXT_TOKENS + 1, catalogue.hllm
     keys = items * length * (length + 1) // 2
-    texts = item_flops(hllm.item_llm, EncodingCounts(items, items * length, keys, items * length))
+    texts = hllm.item_llm.flops(EncodingCounts(items, items * length, keys, items * length))
     users = backbone_flops(hllm.user.backbone, *user_token_counts(batch, queries=False))
     logits = 2.0 * batch.next_rows.numel() * batch.negative_items.numel() * hllm.user.width
     return 3 * (texts + users + logits)

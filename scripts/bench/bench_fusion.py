@@ -33,7 +33,7 @@ from hllm_torchrec.config.schema import (
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.models.flops import backbone_flops
+from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.training.throughput import user_token_counts
 from hllm_torchrec.training.trainer import Trainer
 

@@ -38,10 +38,9 @@ from torch import Tensor
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
 from hllm_torchrec.models.backbones import build_backbone
-from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.modules.attention.text import BucketPlan
-from hllm_torchrec.modules.encoders.item_llm import ItemLLM
-from hllm_torchrec.training.throughput import item_flops
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts, ItemLLM
 
 PROMPT = "Compress the following sentence into embedding: "
 
@@ -181,7 +180,7 @@ def describe(options: argparse.Namespace, sides: dict[str, Side], times: dict[st
     """What `report` prints."""
     seconds, peak = medians(times), matmul_peak()
     work = {name: side.work() for name, side in sides.items()}
-    flops = {name: 3 * item_flops(side.item_llm, work[name]) for name, side in sides.items()}
+    flops = {name: 3 * side.item_llm.flops(work[name]) for name, side in sides.items()}
     shape = sides["shared"].item_llm.backbone.config
     return {
         "ratios": {

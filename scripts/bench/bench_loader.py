@@ -102,7 +102,7 @@ def our_config(dataset: Dataset, tokenizer: Path, history: int) -> Config:
 def our_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[tuple[HybridBatch, Ints]]:
     """(batch, tokens of its unique items), epoch after epoch."""
     config = our_config(dataset, tokenizer, history)
-    tokens = open_token_store(config, dataset)
+    tokens = open_token_store(config.item_llm, dataset)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)
     loader = Loader(
         dataset, "train", collator, batch_users=USERS, max_history=config.data.max_history, shuffle=True, prefetch=2
@@ -154,7 +154,7 @@ def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str
     dataset, ranks = Dataset.open(options.dataset), 2
     config = our_config(dataset, options.tokenizer, history)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)
-    item_costs = open_token_store(config, dataset).lengths + 1
+    item_costs = open_token_store(config.item_llm, dataset).lengths + 1
     found, budget = {}, 0
     for kind in ("users", "tokens"):
         loader = Loader(

@@ -52,11 +52,11 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
-from hllm_torchrec.models.flops import backbone_flops
-from hllm_torchrec.models.item_encoder import EncodingCounts
 from hllm_torchrec.models.stored_items import use_stored_items
+from hllm_torchrec.modules.encoders.backbone import backbone_flops
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.store import EmbeddingStore
-from hllm_torchrec.training.throughput import item_flops, user_token_counts
+from hllm_torchrec.training.throughput import user_token_counts
 from hllm_torchrec.training.trainer import Trainer
 
 SHAPES = {"item": SMOLLM2, "user": SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 8}}
@@ -169,7 +169,7 @@ class Stages:
         """Matrix-product operations of the LLMs in the last step."""
         hllm = self.trainers[stage].hllm
         users = 3 * backbone_flops(hllm.user.backbone, *user_token_counts(batch, queries=True))
-        return users if stage == "stage2" else users + 3 * item_flops(hllm.item_llm, self.work)
+        return users if stage == "stage2" else users + 3 * hllm.item_llm.flops(self.work)
 
 
 def measure(stages: Stages, row: Row, repeats: int) -> dict[str, Any]:

@@ -54,11 +54,11 @@ from hllm_torchrec.data.collate import Collator, Piece
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.models.flops import backbone_flops
-from hllm_torchrec.models.item_encoder import EncodingCounts
 from hllm_torchrec.models.item_source import LiveItems
+from hllm_torchrec.modules.encoders.backbone import backbone_flops
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.training.optim import dense_optimizer
-from hllm_torchrec.training.throughput import item_flops, user_token_counts
+from hllm_torchrec.training.throughput import user_token_counts
 from hllm_torchrec.training.trainer import Trainer
 
 Encode = Callable[[Tensor], Tensor]
@@ -326,7 +326,7 @@ class Comparison:
         plain = 3 * backbone_flops(hllm.item_llm.backbone, self.plain.tokens, keys) + rest
         shape = hllm.item_llm.backbone.config
         head = 2.0 * (self.plain.tokens + self.plain.valid.numel()) * shape.hidden_size * shape.vocab_size
-        ours = 3 * item_flops(hllm.item_llm, self.item_work) + rest
+        ours = 3 * hllm.item_llm.flops(self.item_work) + rest
         return {"plain": plain + head, "plain_nohead": plain, "ours": ours}
 
 

@@ -44,11 +44,11 @@ from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import embed_items
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.build import build_model
-from hllm_torchrec.models.item_encoder import EncodingCounts, ItemEncoder
+from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.store import EmbeddingStore, Snapshot
-from hllm_torchrec.training.throughput import item_flops
 
 ASKED = 4096
 BLOCK = 16_384
@@ -268,7 +268,7 @@ def invented(items: int, shape: dict[str, Any], tokens: int) -> Experiment:
     assert model.item_llm is not None
     live = model.item_source = LiveItems(model.item_llm, encoder)
     wrapped = parallelize(model, config, device)
-    return Experiment(config, InventedItems(items), None, device, wrapped, encoder, live, None)  # type: ignore[arg-type]
+    return Experiment(config, InventedItems(items), None, device, wrapped, {"item_llm": encoder}, live, None)  # type: ignore[arg-type]
 
 
 def bench_refresh(sizes: Sizes, shape: dict[str, Any], folder: Path, fulls: int) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def bench_job(sizes: Sizes, shape: dict[str, Any], folder: Path, peak: float) ->
     times = alternate({"forward": forward, "job": job}, max(2, sizes.repeats - 1), warmup=0)
     seconds = medians(times)
     say("embed job: " + ", ".join(f"{side} {sizes.job_items / value:.1f} items/s" for side, value in seconds.items()))
-    flops = item_flops(hllm.item_llm, work)
+    flops = hllm.item_llm.flops(work)
     return {
         "ratios": {"embed_job_vs_forward": seconds["forward"] / seconds["job"]},
         "seconds": {"job": times},

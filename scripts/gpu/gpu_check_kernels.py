@@ -16,9 +16,8 @@ from hllm_torchrec.inference.quantization import quantize_collection
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.modules.attention.text import TextLayout
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, choose_text_backend, plan_text
-from hllm_torchrec.modules.encoders.base import PackedRows, pack_rows
+from hllm_torchrec.modules.encoders.base import PackedRows, Queries, pack_rows
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
-from hllm_torchrec.modules.encoders.user_llm import Queries
 from hllm_torchrec.modules.hstu import triton_backend
 from hllm_torchrec.modules.hstu.attention import plan_layout, pointwise_attention
 from hllm_torchrec.modules.hstu.layout import AttentionRules, RelativeBias

@@ -10,11 +10,9 @@ from gpu_check_training import CLOSE, losses_of
 
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.models.flops import measured_matmul_peak
-from hllm_torchrec.models.item_encoder import EncodingCounts
 from hllm_torchrec.modules.attention.text_backends import choose_text_backend
-from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.modules.encoders.item_llm import EncodingCounts, ItemLLM
 from hllm_torchrec.modules.losses.objectives import info_nce
-from hllm_torchrec.training.throughput import item_flops
 
 
 @check(60)
@@ -71,7 +69,7 @@ def _speed(
     return {
         "seconds": seconds,
         "tokens_per_second": work.tokens / seconds,
-        "share_of_peak": 3 * item_flops(model, work) / seconds / peak,
+        "share_of_peak": 3 * model.flops(work) / seconds / peak,
         "peak_flops": peak,
     }
 

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedModel
 
-from hllm_torchrec.models.flops import flops_utilization, measured_matmul_peak, transformer_flops_per_token
+from hllm_torchrec.models.flops import flops_utilization, measured_matmul_peak
+from hllm_torchrec.modules.encoders.backbone import transformer_flops_per_token
 
 TOKENS = 7
 

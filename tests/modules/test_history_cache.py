@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.models.backbones import build_backbone
+from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.ligr import LiGR
 from hllm_torchrec.modules.encoders.sasrec import SASRec
 from hllm_torchrec.modules.encoders.shapes import HSTUShape, LiGRShape, SASRecShape
-from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
-from hllm_torchrec.modules.history_cache import Encoder, answer, begin_request, read_history
+from hllm_torchrec.modules.encoders.user_llm import UserLLM
+from hllm_torchrec.modules.history_cache import answer, begin_request, read_history
 from hllm_torchrec.modules.hstu.layer import HSTU
 from tests.helpers.fixtures import USER, enlarge
 
@@ -27,7 +28,7 @@ def user_llm(**shape: Any) -> UserLLM:
     return UserLLM(build_backbone(None, {**USER, **shape}, word_embeddings=False))
 
 
-ENCODERS: dict[str, Callable[[], Encoder]] = {
+ENCODERS: dict[str, Callable[[], UserEncoder]] = {
     "user LLM": user_llm,
     "user LLM, grouped queries": lambda: user_llm(num_key_value_heads=2),
     "sasrec": lambda: SASRec(SASRecShape(WIDTH, layers=2, heads=2, max_positions=12)),
@@ -44,7 +45,7 @@ ENCODERS: dict[str, Callable[[], Encoder]] = {
 every_encoder = pytest.mark.parametrize("name", list(ENCODERS))
 
 
-def build(name: str) -> Encoder:
+def build(name: str) -> UserEncoder:
     torch.manual_seed(0)
     model = ENCODERS[name]()
     if isinstance(model, UserLLM):
@@ -64,7 +65,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, times, torch.randn(CANDIDATES, WIDTH, generator=generator, dtype=torch.float64)
 
 
-def packed(model: Encoder, x: Tensor, times: Tensor, candidates: Tensor, visible: int) -> Tensor:
+def packed(model: UserEncoder, x: Tensor, times: Tensor, candidates: Tensor, visible: int) -> Tensor:
     """The candidates as queries of the training pass."""
     number = candidates.shape[0]
     queries = Queries(

@@ -14,16 +14,15 @@ from transformers import AutoConfig, AutoModel
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.models.flops import backbone_flops, transformer_flops_per_token
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.item_encoder import ItemEncoder
+from hllm_torchrec.modules.encoders.backbone import backbone_flops, transformer_flops_per_token
 from hllm_torchrec.training import throughput
 from hllm_torchrec.training.throughput import (
     StepMeter,
+    forward_passes,
     global_matmul_peak,
-    item_passes,
     snapshot_weights,
-    user_passes,
     user_token_counts,
 )
 from tests.helpers import fixtures
@@ -125,7 +124,7 @@ def test_no_tokens_cost_nothing() -> None:
 def test_frozen_parts_cost_fewer_passes(options: dict[str, Any], item: int, user: int) -> None:
     sections = {name: dict(values) for name, values in options.items()}
     model = fixtures.model(fixtures.config(**sections))
-    assert (item_passes(model), user_passes(model)) == (item, user)
+    assert [forward_passes(part.module) for part in model.named_backbones()] == [item, user]
 
 
 def test_a_step_is_measured_in_tokens_and_operations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +134,7 @@ def test_a_step_is_measured_in_tokens_and_operations(monkeypatch: pytest.MonkeyP
     model, batches = fixtures.model(cfg), [batch_of(cfg, 2), batch_of(cfg, 3)]
     encoder = model.item_source.encode
     assert isinstance(encoder, ItemEncoder)
-    meter = StepMeter(model, encoder, peak_flops=1e9)
+    meter = StepMeter(model, {"item_llm": encoder}, peak_flops=1e9)
     for batch in batches:
         model(batch)
     found = meter.tick(batches)
@@ -189,7 +188,7 @@ def test_restarting_leaves_out_what_came_before(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("hllm_torchrec.training.throughput.time.perf_counter", lambda: next(clock))
     cfg = fixtures.config()
     model, batch = fixtures.model(cfg), batch_of(cfg)
-    meter = StepMeter(model, model.item_source.encode, peak_flops=1e9)
+    meter = StepMeter(model, {"item_llm": model.item_source.encode}, peak_flops=1e9)
     model(batch)
     meter.restart()
     found = meter.tick([batch])
@@ -207,7 +206,7 @@ def test_rates_are_those_of_all_ranks() -> None:
 def tick() -> tuple[int, dict[str, float]]:
     cfg = fixtures.config(item_llm={"enabled": False})
     batch = batch_of(cfg, users=2 + 3 * torch.distributed.get_rank())
-    return batch.num_exposures, StepMeter(fixtures.model(cfg), None, peak_flops=1e9).tick([batch])
+    return batch.num_exposures, StepMeter(fixtures.model(cfg), {}, peak_flops=1e9).tick([batch])
 
 
 def test_the_peak_is_that_of_all_ranks_together() -> None:

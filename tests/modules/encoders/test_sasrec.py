@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hllm_torchrec.modules.encoders.base import UserEncoder
+from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.ligr import LiGR, LiGRLayer
 from hllm_torchrec.modules.encoders.sasrec import SASRec, SASRecBlock
 from hllm_torchrec.modules.encoders.shapes import LiGRShape, SASRecShape
 from hllm_torchrec.modules.encoders.softmax import PackedSelfAttention
-from hllm_torchrec.modules.encoders.user_llm import Queries
 from tests.helpers.fixtures import enlarge
 
 SHAPE = SASRecShape(width=8, layers=2, heads=2, hidden=12, max_positions=10)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hllm_torchrec.models.backbones import build_backbone
-from hllm_torchrec.modules.encoders.user_llm import Queries, UserLLM
+from hllm_torchrec.modules.encoders.base import Queries
+from hllm_torchrec.modules.encoders.user_llm import UserLLM
 from tests.helpers.fixtures import USER, enlarge
 
 WIDTH = USER["hidden_size"]

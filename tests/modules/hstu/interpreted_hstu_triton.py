@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hllm_torchrec.modules.encoders.base import PackedRows, pack_rows
+from hllm_torchrec.modules.encoders.base import PackedRows, Queries, pack_rows
 from hllm_torchrec.modules.encoders.shapes import HSTUShape
-from hllm_torchrec.modules.encoders.user_llm import Queries
 from hllm_torchrec.modules.hstu.attention import plan_layout, pointwise_attention
 from hllm_torchrec.modules.hstu.layer import HSTU
 from hllm_torchrec.modules.hstu.layout import AttentionRules, RelativeBias

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hllm_torchrec.modules.encoders.base import Queries
 from hllm_torchrec.modules.encoders.shapes import HSTUShape
-from hllm_torchrec.modules.encoders.user_llm import Queries
 from hllm_torchrec.modules.hstu import attention, blocks, eager
 from hllm_torchrec.modules.hstu.layer import HSTU, HSTULayer, resolve_preset
 from hllm_torchrec.modules.hstu.layout import time_bucket

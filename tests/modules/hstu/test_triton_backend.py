@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hllm_torchrec.modules.encoders.base import pack_rows
-from hllm_torchrec.modules.encoders.user_llm import Queries
+from hllm_torchrec.modules.encoders.base import Queries, pack_rows
 from hllm_torchrec.modules.hstu import triton_backend
 from hllm_torchrec.modules.hstu.attention import choose_hstu_backend
 from hllm_torchrec.modules.hstu.layout import AttentionRules, jagged_layout, time_bucket

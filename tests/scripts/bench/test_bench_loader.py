@@ -28,7 +28,7 @@ def test_the_plain_dataset_makes_the_token_stores_tokens(shop: list[str]) -> Non
     assert len(sample["items"]) == len(sample["negatives"]) == 6
     assert sum(sample["items_lengths"]) == len(sample["items_tokens"])
     assert not set(sample["items"]) & set(sample["negatives"])
-    store = open_token_store(bench_loader.our_config(dataset, fixtures.tokenizer_dir(), 5), dataset)
+    store = open_token_store(bench_loader.our_config(dataset, fixtures.tokenizer_dir(), 5).item_llm, dataset)
     for item in range(1, dataset.num_items):
         assert plain._tokens(item) == [*store.gather([item])[0].tolist(), 0]
 
