@@ -19,6 +19,7 @@ head's keys and values, D width.
 import torch
 from torch import Tensor
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.encoders.base import UserEncoder
 
@@ -110,13 +111,13 @@ def check_encoder(encoder: UserEncoder) -> None:
     if encoder.training:
         raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")
     if not encoder.keeps_history:
-        raise ValueError(
-            f"user.encoder: {type(encoder).__name__} keeps no keys and values of a history; the User LLM, HSTU and "
+        raise ArgumentError(
+            f"encoder: {type(encoder).__name__} keeps no keys and values of a history; the User LLM, HSTU and "
             "encoders of attention (SoftmaxEncoder) do: score by `hllm evaluate`, or by its own forward pass"
         )
     if encoder.query_next_time or encoder.count_from_end:
-        option = "time_of is 'next'" if encoder.query_next_time else "count_from is 'end'"
-        raise ValueError(
-            f"user.shape.{option}: a cached history would change with every new event; train with "
+        option = "time_of: 'next'" if encoder.query_next_time else "count_from: 'end'"
+        raise ArgumentError(
+            f"{option}: a cached history would change with every new event; train with "
             f"{'event' if encoder.query_next_time else 'start'!r}"
         )

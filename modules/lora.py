@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.common.errors import ArgumentError, did_you_mean
 from hllm_torchrec.modules.encoders.backbone import backbone_layers
 
 if TYPE_CHECKING:
@@ -31,14 +31,12 @@ def add_lora(
     alpha: float,
     dropout: float,
     targets: Sequence[str] = (),
-    field: str = "lora",
 ) -> None:
     """Add adapters to linear layers of `backbone`, in place, and freeze all its other weights.
 
     Args:
         rank, alpha, dropout: r, the scale times r, and the probability to zero an entry of an adapter's input.
         targets: last names of linear layers, such as "q_proj"; empty: all in the backbone's layers.
-        field: name of the configuration section, for messages.
 
     Raises:
         ValueError: a target that is not a linear layer of the backbone, or peft is not installed.
@@ -46,12 +44,12 @@ def add_lora(
     names = linear_names(backbone)
     for target in targets:
         if target not in names:
-            raise ValueError(
-                f"{field}.targets: {target!r}: {backbone.config.model_type} has no linear layer of that "
+            raise ArgumentError(
+                f"targets: {target!r}: {backbone.config.model_type} has no linear layer of that "
                 f"name{did_you_mean(target, names)}; it has {', '.join(names)}"
             )
     if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{field}.rank: {rank}: needs the package peft: pip install 'hllm_torchrec[lora]'")
+        raise ArgumentError(f"rank: {rank}: needs the package peft: pip install 'hllm_torchrec[lora]'")
     from peft import LoraConfig, inject_adapter_in_model  # seconds to import, and optional
 
     chosen = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets or names))

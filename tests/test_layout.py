@@ -1,6 +1,7 @@
 """The tree keeps its order: what may import what, how many files stand where, and that no name has two meanings."""
 
 import ast
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hllm_torchrec import _moved
+from hllm_torchrec.config.schema import Config, ItemLLMConfig, UserEncoderConfig
 
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 BELOW_LAUNCH = (
@@ -84,10 +86,27 @@ def test_building_blocks_know_no_files_and_no_configuration(root: Path) -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {"os", "pathlib", "io", "json", "yaml", "safetensors"} & {n.split(".")[0] for n in names}, path
-        field = re.search(
-            r"\b(user|item_llm|data|features|optim|parallel|objective)\.(shape|[a-z]+_[a-z_]+)\b *:", text
-        )
-        assert not field, f"{path}: {field and field[0]}"
+        named = CONFIGURED.search(text)
+        assert not named, f"{path}: {named[0]}: a message or docstring names a field; see `configured_by`"
+
+
+def configured_fields() -> Iterator[str]:
+    """Dotted names of all fields in sections of the configuration, such as user.shape."""
+    for section in dataclasses.fields(Config):
+        default = getattr(Config(user=UserEncoderConfig(shape={}), item_llm=ItemLLMConfig(shape={})), section.name)
+        for part in default if isinstance(default, tuple) else (default,):
+            if dataclasses.is_dataclass(part):
+                yield from (f"{section.name}.{field.name}" for field in dataclasses.fields(part))
+
+
+CONFIGURED = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, configured_fields()))})\b")
+
+
+def test_the_rule_of_field_names_finds_them_in_messages_and_docstrings() -> None:
+    for text in ("user.shape.heads: 3", "raise it, or lower data.max_history", "`optim.ema` leaves it out"):
+        assert CONFIGURED.search(text), text
+    for text in ("features.stride()", "hllm_torchrec.data.features", "self.user.width"):
+        assert not CONFIGURED.search(text), text
 
 
 PACKAGES_NOW = {"config", "checkpoint", "downstream", "serving", "modules.attention", "modules.hstu", "modules.losses"}

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -19,6 +20,23 @@ class ConfigError(ValueError):
         if len(self.problems) == 1:
             return self.problems[0]
         return "\n  - ".join([f"{len(self.problems)} problems in the configuration:", *self.problems])
+
+
+class ArgumentError(ValueError):
+    """An argument of a building block that breaks a rule. The message begins with its name: 'heads: 3: must ...'."""
+
+
+@contextmanager
+def configured_by(section: str, **fields: str) -> Iterator[None]:
+    """Within the context messages of `ArgumentError` name the field of the configuration instead of the argument.
+
+    section: the dotted section that has the arguments as its fields; fields: argument -> dotted field, for others.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        argument, _, problem = str(error).partition(":")
+        raise ArgumentError(f"{fields.get(argument, f'{section}.{argument}')}:{problem}") from error
 
 
 class Preempted(Exception):

@@ -209,7 +209,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     if problems:
         raise ConfigError(problems)
     encoders = {
-        name: _text_encoder(section, open_token_store(section, dataset, name), device)
+        name: _text_encoder(name, section, open_token_store(section, dataset, name), device)
         for name, section in text_sections(config)
     }
     torch.manual_seed(config.seed)
@@ -232,8 +232,8 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases)
 
 
-def _text_encoder(section: ItemLLMConfig, tokens: TokenStore, device: torch.device) -> ItemEncoder:
-    return ItemEncoder(tokens, device, section.share_prefix and section.causal, section.items_at_once)
+def _text_encoder(name: str, section: ItemLLMConfig, tokens: TokenStore, device: torch.device) -> ItemEncoder:
+    return ItemEncoder(tokens, device, section.share_prefix and section.causal, section.items_at_once, name)
 
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:

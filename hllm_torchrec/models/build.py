@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, LoRAConfig, UserEncoderConfig
@@ -62,17 +63,19 @@ def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
     """
     if user.has_backbone:
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
-        _adapt(backbone, user.lora, "user.lora")
+        with configured_by("user.lora"):
+            _adapt(backbone, user.lora)
         return UserLLM(backbone, user.dropout)
-    shape = encoder_shape(user.encoder)(**(user.shape or {}))
-    encoder: UserEncoder = load_user_encoder(user.encoder)(shape, user.dropout)
+    with configured_by("user.shape"):
+        shape = encoder_shape(user.encoder)(**(user.shape or {}))
+        encoder: UserEncoder = load_user_encoder(user.encoder)(shape, user.dropout)
     return encoder
 
 
-def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, field: str) -> None:
+def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig) -> None:
     """Put adapters on a backbone, where the configuration has them."""
     if lora.rank:
-        add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets, field)
+        add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets)
 
 
 def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
@@ -80,7 +83,8 @@ def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
     if not item.enabled:
         return None, 0
     backbone = build_backbone(item.pretrained, item.shape, item.layers)
-    _adapt(backbone, item.lora, "item_llm.lora")
+    with configured_by("item_llm.lora"):
+        _adapt(backbone, item.lora)
     model = ItemLLM(backbone, item.pooling, item.causal)
     trained = trained_item_token(item.pretrained)
     if trained is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.models.item_source import ItemSource
@@ -190,7 +191,8 @@ class HLLM(nn.Module):
         asked = None
         if self.fusion.has_queries:
             asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
-        h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
+        with configured_by("user.shape", length="data.max_history"):
+            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
         return h_TD, q_QD, target_XD if self.fusion.query_is_user else None, of_items
 
     def slot_features(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.collectives import encode_unique_items, global_max, world_size
@@ -31,12 +32,18 @@ class ItemEncoder:
             Item LLMs.
         items_at_once: above 0: keep the activations of at most this many items for the backward pass; it makes them
             again, a group of items at a time.
+        section: of the configuration, for messages.
     """
 
     def __init__(
-        self, tokens: TokenStore, device: torch.device, share_prefix: bool = False, items_at_once: int = 0
+        self,
+        tokens: TokenStore,
+        device: torch.device,
+        share_prefix: bool = False,
+        items_at_once: int = 0,
+        section: str = "item_llm",
     ) -> None:
-        self.tokens, self.device, self.items_at_once = tokens, device, items_at_once
+        self.tokens, self.device, self.items_at_once, self.section = tokens, device, items_at_once, section
         self.share_prefix = share_prefix and len(tokens.prefix) > 0
         self.work = EncodingCounts()
         """What was encoded on this rank so far."""
@@ -73,10 +80,11 @@ class ItemEncoder:
 
     def _encode(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
         rows = ids.cpu().numpy()
-        if not self.share_prefix:
-            return item_llm(*map(self._tensor, self.tokens.gather(rows)))
-        token_ids, cu_seqlens, has_prefix = self.tokens.gather_behind_prefix(rows)
-        return item_llm(*map(self._tensor, (token_ids, cu_seqlens, self.tokens.prefix, has_prefix)))
+        with configured_by(self.section, length=f"{self.section}.max_text_length"):
+            if not self.share_prefix:
+                return item_llm(*map(self._tensor, self.tokens.gather(rows)))
+            token_ids, cu_seqlens, has_prefix = self.tokens.gather_behind_prefix(rows)
+            return item_llm(*map(self._tensor, (token_ids, cu_seqlens, self.tokens.prefix, has_prefix)))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -15,7 +15,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder
 
-from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.errors import ConfigError, configured_by
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.embedding.optimizers import apply_table_optimizer
 from hllm_torchrec.embedding.sharding import check_tables, distribute, plan_table_sharding
@@ -69,9 +69,10 @@ def choose_attention(config: Config, device: torch.device) -> BackendChoice:
         ConfigError: the one asked for cannot run here.
     """
     try:
-        return choose_text_backend(config.item_llm.attention, device, compute_dtype(config))
+        with configured_by("item_llm"):
+            return choose_text_backend(config.item_llm.attention, device, compute_dtype(config))
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{error}; parallel.precision is {config.parallel.precision}") from None
 
 
 def user_attention(user: UserEncoder, device: torch.device) -> str | None:
@@ -81,7 +82,8 @@ def user_attention(user: UserEncoder, device: torch.device) -> str | None:
         ConfigError: the one asked for cannot run here.
     """
     try:
-        return user.attention_backend(device)
+        with configured_by("user.shape"):
+            return user.attention_backend(device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator, Floats, Ints, Piece
@@ -143,7 +144,8 @@ class Scorer:
             )
         self.experiment, self.micro_batch = experiment, micro_batch
         self.hllm = experiment.hllm.eval()
-        check_encoder(self.hllm.user)
+        with configured_by("user.shape", encoder="user.encoder"):
+            check_encoder(self.hllm.user)
         if table_dtype is None:
             experiment.use_cached_items()
         else:
@@ -236,6 +238,11 @@ class Scorer:
         items = np.asarray(candidates, np.int64)
         _check_ids("candidates", items, self.experiment.dataset.num_items)
         moment = int(clock.time()) if time is None else time
+        with configured_by("user.shape", length="data.max_history"):
+            return self._score(state, items, moment)
+
+    def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
+        """Logits [m] of items [m], `micro_batch` at a time."""
         ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
         user_vector: Tensor | None = None
         found = np.empty(items.size, np.float32)
@@ -265,7 +272,8 @@ class Scorer:
         whole = events.followed_by(exposure)
         batch = self._collator([whole.as_piece(len(events))], 0, 0).to(self.experiment.device)
         x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
-        return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
+        with configured_by("user.shape", length="data.max_history"):
+            return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
 
     def _request(self, user: UserState, candidates: Ints, time: int) -> HybridBatch:
         """Candidates alone, without history; numeric features are those of the user at the time."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as apply_dropout
 from torch.nn.functional import scaled_dot_product_attention
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.text import TextPlan
 from hllm_torchrec.modules.jagged import (
     MOST_SCORES,
@@ -185,9 +186,9 @@ def _check_supported(plan: AttentionPlan | TextPlan, options: dict[str, Any]) ->
             raise ValueError(f"the backbone {wanted}, which packed attention lacks: choose another model")
     sliding_window = options.get("sliding_window")
     if sliding_window is not None and plan.longest > sliding_window:
-        raise ValueError(
-            f"a sequence has {plan.longest} positions, beyond the backbone's sliding window of {sliding_window}, "
-            "which packed attention lacks: shorten data.max_history or item_llm.max_text_length"
+        raise ArgumentError(
+            f"length: a sequence has {plan.longest} positions, beyond the backbone's sliding window of "
+            f"{sliding_window}, which packed attention lacks: lower it"
         )
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.text import TextLayout, WholeTextPlan, plan_buckets
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
@@ -92,7 +93,7 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> 
         ValueError: the name is unknown, or the backend cannot run on this device in this dtype.
     """
     if name != "auto" and name not in TEXT_BACKENDS:
-        raise ValueError(f"item_llm.attention: {name!r}: unknown; choose auto or one of {', '.join(TEXT_BACKENDS)}")
+        raise ArgumentError(f"attention: {name!r}: unknown; choose auto or one of {', '.join(TEXT_BACKENDS)}")
     passed: list[str] = []
     for tried in TEXT_BACKENDS if name == "auto" else [name]:
         # The reasons against earlier backends explain the choice of "auto" in the log.
@@ -101,7 +102,7 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> 
             default = "asked for" if name != "auto" else "the first choice here"
             return BackendChoice(TEXT_BACKENDS[tried], ", ".join(passed) or default)
         passed.append(f"{tried} {problem}")
-    raise ValueError(f"item_llm.attention: {', '.join(passed)}; choose auto, which takes what can run")
+    raise ArgumentError(f"attention: {', '.join(passed)}; choose auto, which takes what can run")
 
 
 def plan_text(layout: TextLayout, backend: AttentionBackend, device: torch.device) -> WholeTextPlan:
@@ -180,8 +181,8 @@ def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) 
 
 def _refuse_dropout(dropout: float, name: str, kernel: str) -> None:
     if dropout > 0:
-        raise ValueError(
-            f"item_llm.attention: {name}: {kernel} has no dropout, and the backbone's attention_dropout is {dropout}; "
+        raise ArgumentError(
+            f"attention: {name}: {kernel} has no dropout, and the backbone's attention_dropout is {dropout}; "
             "choose buckets or flash"
         )
 
@@ -260,7 +261,7 @@ def _needs_tensor_cores(device: torch.device, dtype: torch.dtype) -> str | None:
     if problem := _needs_cuda(device, dtype):
         return problem
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"runs in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')}: see parallel.precision)"
+        return f"runs in bfloat16 or float16 (this is {str(dtype).removeprefix('torch.')})"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 (this GPU has {capability[0]}.{capability[1]})"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.jagged import lengths_from_offsets, position_in_sequence, sequence_of_position
 
@@ -95,8 +96,8 @@ def pack_rows(
 class UserEncoder(nn.Module, ABC):
     """Base of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
 
-    One of your own is built as `Name(shape, dropout)`, where `shape` is its `Shape` of `user.shape`'s fields, and
-    `user.encoder: module:Name` puts it in the User LLM's place.
+    One of your own is built as `Name(shape, dropout)`, where `shape` is its `Shape` of the configured fields; its
+    name, `module:Name`, in a configuration puts it in the User LLM's place.
 
     Args:
         width: D.
@@ -211,9 +212,9 @@ class UserEncoder(nn.Module, ABC):
         places = rows.positions
         if self.count_from_end:
             if rows.visible.numel():
-                raise ValueError(
-                    "positions count from the end (user.shape.count_from), which queries, that see histories "
-                    "of many lengths, cannot have: write start"
+                raise ArgumentError(
+                    "count_from: 'end': positions count from the end, which queries, that see histories of many "
+                    "lengths, cannot have: write start"
                 )
             places = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - places
         return self.add_positions(inputs, places)
@@ -228,9 +229,8 @@ class UserEncoder(nn.Module, ABC):
             return self.dropout(x_SD)
         table, longest = self.positions.num_embeddings, int(positions.max())
         if longest >= table:
-            raise ValueError(
-                f"a row stands at position {longest}, but user.shape.max_positions is {table}: raise it, or "
-                "lower data.max_history"
+            raise ArgumentError(
+                f"max_positions: {table}: a row stands at position {longest}: raise it, or give shorter histories"
             )
         return self.dropout(x_SD + self.positions(positions))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, enable_last_layer_rows, supports_last_layer_rows
 from hllm_torchrec.modules.attention.text import TextLayout, TextPlan
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
@@ -61,7 +62,7 @@ class ItemLLM(nn.Module):
     """
 
     reads_text: ClassVar[bool] = True
-    """Its input are tokens, before which nothing learns; embeddings may be cached, so `optim.ema` leaves it out."""
+    """Its inputs are tokens, before which nothing learns; its outputs may be cached, so averages leave it out."""
 
     def __init__(self, backbone: "PreTrainedModel", pooling: Pooling = "item", causal: bool = True) -> None:
         super().__init__()
@@ -98,9 +99,9 @@ class ItemLLM(nn.Module):
         if prefix_ids is None:
             prefix_ids = token_ids[:0]
         if prefix_ids.numel() and not self.causal:
-            raise ValueError(
-                f"a shared prefix of {prefix_ids.numel()} tokens needs a causal Item LLM: an encoder's prefix sees "
-                "the text behind it; set item_llm.share_prefix to false, or item_llm.causal to true for a decoder"
+            raise ArgumentError(
+                f"causal: False: a shared prefix of {prefix_ids.numel()} tokens needs a causal Item LLM: an encoder's "
+                "prefix sees the text behind it; give whole texts, or say causal for a decoder"
             )
         lengths = lengths_from_offsets(cu_seqlens)
         if has_prefix is None:

@@ -10,13 +10,14 @@ Three ways to norm a block (`SASRecShape.norm`):
 
 Differences from the public code: positions count from the sequence's start unless `count_from` says end, so a
 position's state does not depend on how much comes after it; inputs are not multiplied by sqrt(D)
-(`features.init_scale` sets their size).
+(their tables' initial scale sets their size).
 
 Legend: S packed rows, D width.
 """
 
 from torch import Tensor, nn
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.packed import AttentionPlan
 from hllm_torchrec.modules.encoders.shapes import SASRecShape, attention_dropout
 from hllm_torchrec.modules.encoders.softmax import PackedSelfAttention, SoftmaxEncoder, initialize_linear
@@ -73,7 +74,7 @@ class SASRec(SoftmaxEncoder):
     def __init__(self, shape: SASRecShape, dropout: float = 0.0) -> None:
         super().__init__(shape.width, dropout, shape.max_positions, count_from_end=shape.count_from == "end")
         if shape.norm not in NORMS:
-            raise ValueError(f"user.shape.norm: {shape.norm!r}: must be one of {', '.join(NORMS)}")
+            raise ArgumentError(f"norm: {shape.norm!r}: must be one of {', '.join(NORMS)}")
         self.layers = nn.ModuleList(SASRecBlock(shape) for _ in range(shape.layers))
         self.final_norm = nn.Identity() if shape.norm == "post" else nn.LayerNorm(shape.width, NORM_EPS)
         initialize_linear(self)

@@ -1,4 +1,4 @@
-"""User encoders that are no Hugging Face decoder: their names (`ENCODERS`) and shapes, as plain data without torch.
+"""User encoders other than Hugging Face decoders: their names (`ENCODERS`) and shapes, as plain data without torch.
 
 A preset names a published parameterisation; every field that it decides may be given as well, and then counts.
 """

@@ -6,6 +6,7 @@ Legend: S packed rows, D width, H heads.
 import torch
 from torch import Tensor, nn
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.cached_softmax import ReadPlan, RequestPlan, with_own_key
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.attention.packed import AttentionPlan, packed_attention, plan_attention
@@ -35,7 +36,7 @@ class PackedSelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"user.shape.heads: {heads}: does not divide the width {width}; give another number")
+            raise ArgumentError(f"heads: {heads}: does not divide the width {width}; give another number")
         self.heads, self.dropout = heads, dropout
         self.scaling = (width // heads) ** -0.5
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))

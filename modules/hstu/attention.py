@@ -26,6 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.encoders.base import PackedRows
 from hllm_torchrec.modules.hstu import triton_backend
 from hllm_torchrec.modules.hstu.blocks import plan_blocks
@@ -72,7 +73,7 @@ HSTU_BACKENDS: dict[str, HSTUBackend] = {
     "compiled": HSTUBackend(_compiled, _no_compiler),
     "triton": HSTUBackend(triton_backend.attend, triton_backend.unavailable_reason, jagged_layout),
 }
-"""The registry of backends. An entry added here can be named in `user.shape.backend`."""
+"""The registry of backends. An entry added here can be named in `HSTUShape.backend`."""
 
 
 def known_backend(name: str) -> str:
@@ -82,8 +83,8 @@ def known_backend(name: str) -> str:
         ValueError: the name is unknown.
     """
     if name != "auto" and name not in HSTU_BACKENDS:
-        raise ValueError(
-            f"user.shape.backend: {name!r}: no such attention backend; there are {['auto', *sorted(HSTU_BACKENDS)]}"
+        raise ArgumentError(
+            f"backend: {name!r}: no such attention backend; there are {['auto', *sorted(HSTU_BACKENDS)]}"
         )
     return name
 
@@ -105,7 +106,7 @@ def choose_hstu_backend(name: str, device: torch.device) -> tuple[HSTUBackend, s
     backend = HSTU_BACKENDS[known_backend(name)]
     missing = backend.unavailable_reason(device)
     if missing is not None:
-        raise ValueError(f"user.shape.backend: {name!r}: cannot run on {device.type}: {missing}; choose 'eager'")
+        raise ArgumentError(f"backend: {name!r}: cannot run on {device.type}: {missing}; choose 'eager'")
     return backend, f"{name}: asked for"
 
 

@@ -28,7 +28,7 @@ def read_pointwise(encoder: "HSTU", x_ND: Tensor, times: Tensor, cache: HistoryC
     """
     if cache is not None and cache.length < encoder.rules.prefix:
         raise ValueError(
-            f"the cache has {cache.length} events, fewer than user.shape.prefix {encoder.rules.prefix}, whose "
+            f"the cache has {cache.length} events, fewer than the context prefix of {encoder.rules.prefix}, whose "
             "positions see one another: read the whole history again"
         )
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
 from hllm_torchrec.modules.encoders.shapes import PRESETS, HSTUShape
@@ -37,23 +38,22 @@ def resolve_preset(shape: HSTUShape) -> HSTUShape:
         ValueError: an unknown preset, a width that is not a multiple of heads, or a number out of range.
     """
     if shape.preset not in PRESETS:
-        raise ValueError(f"user.shape.preset: {shape.preset!r}: must be one of {', '.join(PRESETS)}")
+        raise ArgumentError(f"preset: {shape.preset!r}: must be one of {', '.join(PRESETS)}")
     chosen: dict[str, Any] = {n: v for n, v in PRESETS[shape.preset].items() if getattr(shape, n) is None}
     for name in ("qk_width", "value_width"):
         if getattr(shape, name) is None:
             if shape.width % shape.heads:
-                raise ValueError(
-                    f"user.shape.heads: {shape.heads}: does not divide the width {shape.width}; give another "
-                    f"number, or {name}"
+                raise ArgumentError(
+                    f"heads: {shape.heads}: does not divide the width {shape.width}; give another number, or {name}"
                 )
             chosen[name] = shape.width // shape.heads
     if shape.divide_by != "length" and not (isinstance(shape.divide_by, int) and shape.divide_by >= 1):
-        raise ValueError(f"user.shape.divide_by: {shape.divide_by!r}: must be 'length' or an integer of at least 1")
+        raise ArgumentError(f"divide_by: {shape.divide_by!r}: must be 'length' or an integer of at least 1")
     if shape.window is not None and shape.window < 1:
-        raise ValueError(f"user.shape.window: {shape.window}: must be at least 1, or null for all positions")
+        raise ArgumentError(f"window: {shape.window}: must be at least 1, or null for all positions")
     if not 0 <= shape.time_buckets <= MOST_BUCKETS:
-        raise ValueError(
-            f"user.shape.time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 146 hold every int64 second"
+        raise ArgumentError(
+            f"time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 146 hold every int64 second"
         )
     return dataclasses.replace(shape, **chosen)
 

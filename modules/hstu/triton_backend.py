@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.hstu.layout import BUCKET_WIDTH, Layout, RelativeBias, own_keys
 
 WIDEST_HEAD = 256
@@ -271,11 +272,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias |
 def _check(q: Tensor, v: Tensor, bias: RelativeBias | None) -> None:
     if q.dtype not in DTYPES:
         name = str(q.dtype).removeprefix("torch.")
-        raise ValueError(f"user.shape.backend: 'triton': has no kernels for {name}: use float32, bfloat16 or 'eager'")
+        raise ArgumentError(f"backend: 'triton': has no kernels for {name}: use float32, bfloat16 or 'eager'")
     for field, width in (("qk_width", q.shape[2]), ("value_width", v.shape[2])):
         if width > WIDEST_HEAD:
-            raise ValueError(
-                f"user.shape.{field}: {width}: 'triton' takes heads up to {WIDEST_HEAD} wide: use more heads, or "
+            raise ArgumentError(
+                f"{field}: {width}: 'triton' takes heads up to {WIDEST_HEAD} wide: use more heads, or "
                 "the backend 'eager'"
             )
     # torch's own nondeterministic operations raise in this mode as well; in evaluation nothing is summed with atomics.
@@ -285,7 +286,7 @@ def _check(q: Tensor, v: Tensor, bias: RelativeBias | None) -> None:
         and torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled()
     ):
-        raise ValueError(
-            "user.shape.backend: 'triton': the position bias's gradient is summed with atomics, in no fixed order, "
+        raise ArgumentError(
+            "backend: 'triton': the position bias's gradient is summed with atomics, in no fixed order, "
             "but torch.use_deterministic_algorithms is on: use 'eager', or relative_bias: false"
         )

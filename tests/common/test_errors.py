@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from hllm_torchrec.common.errors import ConfigError, did_you_mean
+from hllm_torchrec.common.errors import ArgumentError, ConfigError, configured_by, did_you_mean
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -43,3 +43,13 @@ def test_nearest_names_the_likeliest_key_or_nothing(name: str, hint: str) -> Non
 
 def test_nearest_without_candidates_is_empty() -> None:
     assert did_you_mean("x", []) == ""
+
+
+def test_an_argument_is_named_by_its_field_of_the_configuration() -> None:
+    with pytest.raises(ArgumentError, match=r"^user\.shape\.heads: 3: must be even$"), configured_by("user.shape"):
+        raise ArgumentError("heads: 3: must be even")
+    with pytest.raises(ArgumentError, match=r"^data\.max_history: 9 positions: at most 8$"):
+        with configured_by("user.shape", length="data.max_history"):
+            raise ArgumentError("length: 9 positions: at most 8")
+    with pytest.raises(ValueError, match="^heads: 3: another kind of error$"), configured_by("user.shape"):
+        raise ValueError("heads: 3: another kind of error")

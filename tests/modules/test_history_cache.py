@@ -153,11 +153,11 @@ def test_what_cannot_be_cached_is_an_error() -> None:
         answer(model, cache, candidates, REQUEST, micro_batch=0)
     with pytest.raises(ValueError, match="training mode"):
         answer(model.train(), cache, candidates, REQUEST)
-    with pytest.raises(ValueError, match="time_of is 'next': a cached history would change .*train with 'event'"):
+    with pytest.raises(ValueError, match="time_of: 'next': a cached history would change .*train with 'event'"):
         read_history(HSTU(replace(RESEARCH, time_of="next")).eval(), x, times)
-    with pytest.raises(ValueError, match="count_from is 'end': .*train with 'start'"):
+    with pytest.raises(ValueError, match="count_from: 'end': .*train with 'start'"):
         read_history(SASRec(SASRecShape(WIDTH, layers=1, count_from="end")).eval(), x, times)
-    with pytest.raises(ValueError, match="a row stands at position 12, but user.shape.max_positions is 12"):
+    with pytest.raises(ValueError, match="max_positions: 12: a row stands at position 12"):
         long = read_history(build("research"), x.repeat(2, 1)[:12], torch.arange(12))
         answer(build("research"), long, candidates, REQUEST)
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_cached_is_an_error() -> None:
 def test_a_context_prefix_is_read_at_once() -> None:
     model, (x, times, _) = build("prefix and window"), inputs()
     cache = read_history(model, x[:1], times[:1])
-    with pytest.raises(ValueError, match="fewer than user.shape.prefix 2, .*read the whole history again"):
+    with pytest.raises(ValueError, match="fewer than the context prefix of 2, .*read the whole history again"):
         read_history(model, x[1:], times[1:], cache)
 
 
