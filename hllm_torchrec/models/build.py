@@ -7,7 +7,7 @@ import torch
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config, LoRAConfig, UserEncoderConfig
+from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
 from hllm_torchrec.models.backbones import build_backbone, trained_item_token
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -35,7 +35,7 @@ def build_model(
         table_device: "meta" when TorchRec will shard the tables.
         vector_width: V of the dense item features, 0 without.
     """
-    item_llm, item_width = _build_item_llm(config)
+    item_llm = build_text_llm("item_llm", config.item_llm, trains=not takes_stored_items(config))
     user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
     if user.backbone is not None and config.user.lora.rank and config.user.trainable:
@@ -52,7 +52,7 @@ def build_model(
         half_from_rows=config.features.shard_from_rows if config.features.table_dtype == "fp16" else None,
         device=table_device,
     )
-    return HLLM(item_llm, item_width, features, user, config, base_rate, vector_width)
+    return HLLM(item_llm, 0 if item_llm is None else item_llm.width, features, user, config, base_rate, vector_width)
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
@@ -63,8 +63,7 @@ def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
     """
     if user.has_backbone:
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
-        with configured_by("user.lora"):
-            _adapt(backbone, user.lora)
+        _adapt(backbone, user.lora, "user.lora")
         return UserLLM(backbone, user.dropout)
     with configured_by("user.shape"):
         shape = encoder_shape(user.encoder)(**(user.shape or {}))
@@ -72,27 +71,30 @@ def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
     return encoder
 
 
-def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig) -> None:
+def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, section: str) -> None:
     """Put adapters on a backbone, where the configuration has them."""
     if lora.rank:
-        add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets)
+        with configured_by(section):
+            add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets)
 
 
-def _build_item_llm(config: Config) -> tuple[ItemLLM | None, int]:
-    item = config.item_llm
-    if not item.enabled:
-        return None, 0
-    backbone = build_backbone(item.pretrained, item.shape, item.layers)
-    with configured_by("item_llm.lora"):
-        _adapt(backbone, item.lora)
-    model = ItemLLM(backbone, item.pooling, item.causal)
-    trained = trained_item_token(item.pretrained)
+def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:
+    """The LLM of a section that reads text, or None where it is not enabled.
+
+    name: of the section; trains: whether it may, in the stages of the configuration.
+    """
+    if not section.enabled:
+        return None
+    backbone = build_backbone(section.pretrained, section.shape, section.layers)
+    _adapt(backbone, section.lora, f"{name}.lora")
+    model = ItemLLM(backbone, section.pooling, section.causal)
+    trained = trained_item_token(section.pretrained)
     if trained is not None:
         model.item_token.data.copy_(trained)
-    trains = item.trainable and not takes_stored_items(config)
+    trains = trains and section.trainable
     model.requires_grad_(trains)
-    if item.lora.rank and trains:
+    if section.lora.rank and trains:
         freeze_base_weights(backbone)
-    if item.freeze_words:
+    if section.freeze_words:
         model.backbone.get_input_embeddings().requires_grad_(False)
-    return model, model.width
+    return model

@@ -16,7 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder
 
 from hllm_torchrec.common.errors import ConfigError, configured_by
-from hllm_torchrec.config.schema import Config
+from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.embedding.optimizers import apply_table_optimizer
 from hllm_torchrec.embedding.sharding import check_tables, distribute, plan_table_sharding
 from hllm_torchrec.models.hllm import HLLM
@@ -39,8 +39,8 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     if problems:
         raise ConfigError(problems)
     for part in model.named_backbones():
-        if isinstance(part.module, ItemLLM):
-            part.module.attention = choose_attention(config, device)
+        if isinstance(part.module, ItemLLM) and isinstance(part.section, ItemLLMConfig):
+            part.module.attention = choose_attention(part.name, part.section, config, device)
     user_attention(model.user, device)
     if config.parallel.activation_checkpointing:
         for part in model.named_backbones():
@@ -62,15 +62,15 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     return distribute(model, plan, sharder, device, ddp=ddp, find_unused_parameters=some_unused)
 
 
-def choose_attention(config: Config, device: torch.device) -> BackendChoice:
-    """The kernel of the Item LLM's attention, and why.
+def choose_attention(name: str, section: ItemLLMConfig, config: Config, device: torch.device) -> BackendChoice:
+    """The kernel of the attention of an LLM that reads text, and why; name: of its section.
 
     Raises:
         ConfigError: the one asked for cannot run here.
     """
     try:
-        with configured_by("item_llm"):
-            return choose_text_backend(config.item_llm.attention, device, compute_dtype(config))
+        with configured_by(name):
+            return choose_text_backend(section.attention, device, compute_dtype(config))
     except ValueError as error:
         raise ConfigError(f"{error}; parallel.precision is {config.parallel.precision}") from None
 
