@@ -203,13 +203,16 @@ SYMBOLS = {
     "export": {
         "put_together": "embedding.tables",
     },
+    "flops": {
+        "transformer_flops_per_token": "modules.encoders.backbone",
+    },
     "logs": {
         "machine_info": "common.machine",
         "peak_memory_bytes": "common.machine",
         "progress": "common.progress",
     },
     "meter": {
-        "backbone_flops": "models.flops",
+        "backbone_flops": "modules.encoders.backbone",
     },
     "metrics.exchange": {
         "common_splitters": "metrics.score_chunks",
@@ -221,6 +224,9 @@ SYMBOLS = {
         "ENCODERS": "modules.encoders.shapes",
         "build_model": "models.build",
         "build_user_encoder": "models.build",
+    },
+    "modules.user_llm": {
+        "Queries": "modules.encoders.base",
     },
     "modules.item_llm": {
         "trained_item_token": "models.backbones",
