@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.common.errors import configured_by
+from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.models.item_source import ItemSource
-from hllm_torchrec.models.named_backbones import NamedBackbone, named_backbones
+from hllm_torchrec.models.named_backbones import NamedBackbone
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
@@ -128,8 +129,13 @@ class HLLM(nn.Module):
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """Item LLM and user encoder, as far as there are."""
-        return named_backbones(self, self.config)
+        """The parts that the model has: Item LLM, user encoder."""
+        found = ((name, getattr(self, name)) for name in LLM_SECTIONS)
+        return [
+            NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
+            for name, module in found
+            if module is not None
+        ]
 
     def item_embeddings(self, unique_items: Tensor) -> Tensor | None:
         """E of the batch's items [U, E] from the model's source, or None in an ID-only model."""

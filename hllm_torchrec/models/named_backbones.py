@@ -2,20 +2,17 @@
 
 A part's name is that of its section of the configuration, of its attribute of `HLLM`, of its learning rate
 (`optim.<name>_lr`) and of the beginning of its weights' names in a checkpoint. So a further LLM is a section of
-`LLM_SECTIONS` and an attribute of `HLLM`; optimizer, averages, adapters, export, log and plan find it here.
+`LLM_SECTIONS` and an attribute of `HLLM`: optimizer, averages, adapters, export, log and plan loop over
+`HLLM.named_backbones()`, or over the sections where there is no model yet.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, UserEncoderConfig
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
-
-if TYPE_CHECKING:
-    from hllm_torchrec.models.hllm import HLLM
 
 Section = ItemLLMConfig | UserEncoderConfig
 
@@ -38,16 +35,6 @@ class NamedBackbone:
     def title(self) -> str:
         """Name in figures of a plan: item, user."""
         return self.name.removesuffix("_llm")
-
-
-def named_backbones(model: "HLLM", config: Config) -> list[NamedBackbone]:
-    """The parts that the model has: Item LLM, user encoder."""
-    found = ((name, getattr(model, name)) for name in LLM_SECTIONS)
-    return [
-        NamedBackbone(name, module, getattr(config, name), getattr(config.optim, f"{name}_lr"))
-        for name, module in found
-        if module is not None
-    ]
 
 
 def backbone_sections(config: Config) -> Iterator[tuple[str, Section]]:

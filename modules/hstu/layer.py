@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
 from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
 from hllm_torchrec.modules.encoders.shapes import PRESETS, HSTUShape
 from hllm_torchrec.modules.hstu.attention import choose_hstu_backend, known_backend, plan_layout, pointwise_attention
@@ -134,6 +133,8 @@ class HSTU(UserEncoder):
     """
 
     keeps_history = True
+    read_history = read_pointwise
+    begin_request = begin_pointwise
 
     def __init__(self, shape: HSTUShape, dropout: float = 0.0) -> None:
         shape = resolve_preset(shape)
@@ -163,14 +164,6 @@ class HSTU(UserEncoder):
     def attention_backend(self, device: torch.device) -> str:
         """The backend of the attention on a device, and why."""
         return choose_hstu_backend(self.shape.backend, device)[1]
-
-    def read_history(self, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
-        """Keys and values of every layer: see `UserEncoder.read_history`."""
-        return read_pointwise(self, x_ND, times, cache)
-
-    def begin_request(self, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
-        """Outputs of candidates: see `UserEncoder.begin_request`."""
-        return begin_pointwise(self, cache, time, visible)
 
     def flops(self, tokens: int, keys: int) -> float:
         """Count the operations of a forward pass over `tokens` rows that see `keys` keys in total."""
