@@ -79,7 +79,6 @@ def embed_exposures(
     event (nearline) or none of an earlier day (daily) has no vector.
 
     Raises:
-        ConfigError: the model has no Item LLM.
         ValueError: a part is empty, or the store was made by another checkpoint or in another mode.
     """
     experiment = loaded.experiment

@@ -1,10 +1,10 @@
-"""Stage III: for every exposure of a split its item's and its user's vector, as a ranking model would have had them.
+"""Stage III: for every exposure of a split its user's vector, as a ranking model would have had it.
 
 Two modes. `daily`: the user's vector of the last nightly job, made from events before the exposure's day (UTC), as in
 the paper's Figure 4. `nearline`: made from events of strictly earlier seconds. Nothing later has a part in either, and
 an exposure whose user has no such event has no user vector.
 
-Legend: X exposures, E and D widths of item and user vectors.
+Legend: X exposures, D width of a user vector.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.collate import Piece
 from hllm_torchrec.data.histories import rank_row_groups
 from hllm_torchrec.data.loader import cut_into_pieces
-from hllm_torchrec.distributed.collectives import any_rank, global_sum
+from hllm_torchrec.distributed.collectives import any_rank
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, nightly_request, open_embedder, pieces_from_table
 from hllm_torchrec.models.assembly import Experiment
@@ -33,8 +32,8 @@ Mode = Literal["daily", "nearline"]
 class ExposureVectors:
     """Some exposures. (user_id, position) identifies one: position is its index in the user's whole sequence.
 
-    user_id, position, item_id, timestamp (seconds UTC): int64 [X]; label: float32 [X]; items: float32 [X, E]; users:
-    float32 [X, D], zeros where has_user (bool [X]) is false.
+    user_id, position, item_id, timestamp (seconds UTC): int64 [X]; label: float32 [X]; users: float32
+    [X, D], zeros where has_user (bool [X]) is false.
     """
 
     user_id: Ints
@@ -42,7 +41,6 @@ class ExposureVectors:
     item_id: Ints
     timestamp: Ints
     label: NDArray[np.float32]
-    items: Tensor
     users: Tensor
     has_user: Tensor
 
@@ -84,11 +82,8 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
     Vectors are those of the experiment's present weights.
 
     Raises:
-        ConfigError: the model has no Item LLM.
         ValueError: the split is empty.
     """
-    if experiment.item_encoder is None:
-        raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item vectors to give")
     limit = experiment.config.data.max_history
     requests_of = REQUESTS_BY_MODE[mode]
     tables = (experiment.dataset.read_row_group(g.path, g.index) for g in rank_row_groups(experiment.dataset, split))
@@ -150,23 +145,15 @@ def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> Exp
     assert at == known.numel(), "every asked piece has the exposures that its unit says"
     row = torch.from_numpy(np.concatenate(rows)).to(vectors.device)
     has_user = torch.cat([known, known.new_zeros(1)])[row]  # row -1: no vector
-    items = _column(requests, lambda u: u.source.item_ids[u.exposures], np.int64)
     return ExposureVectors(
         user_id=_column(requests, lambda u: np.full(u.exposures.size, u.source.user_id), np.int64),
         position=_column(requests, lambda u: u.exposures + u.source.offset, np.int64),
-        item_id=items,
+        item_id=_column(requests, lambda u: u.source.item_ids[u.exposures], np.int64),
         timestamp=_column(requests, lambda u: u.source.timestamps[u.exposures], np.int64),
         label=_column(requests, lambda u: u.source.labels[u.exposures], np.float32),
-        items=embedder.item_vectors(items),
         users=torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])[row],
         has_user=has_user,
     )
-
-
-def coverage(parts: list[ExposureVectors]) -> Coverage:
-    """Over all ranks. Collective."""
-    local = [sum(part.label.size for part in parts), sum(int(part.has_user.sum()) for part in parts)]
-    return Coverage(*map(int, global_sum(torch.tensor(local, dtype=torch.int64)).tolist()))
 
 
 def _exposures(piece: Piece) -> Ints:

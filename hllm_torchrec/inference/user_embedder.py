@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.data.collate import Collator, Piece
@@ -46,12 +45,6 @@ class UserEmbedder:
             vectors = self.experiment.hllm.embed_users(batch)[batch.target_query].float()
         known = batch.query_visible[batch.target_query] > 0
         return vectors * known[:, None], known
-
-    def item_vectors(self, item_ids: NDArray[np.int64]) -> Tensor:
-        """E of items [n] -> [n, E] float32. Collective."""
-        unique, index = np.unique(item_ids, return_inverse=True)
-        found = self.experiment.hllm.embed_items(torch.from_numpy(unique).to(self.experiment.device))
-        return found.float()[torch.from_numpy(index).to(found.device)]
 
 
 @contextmanager

@@ -4,9 +4,6 @@ Shapes: T packed events, D model width. The tables are TorchRec tables of the si
 the steps before and after them: seconds -> table rows, and looked-up vectors -> one vector.
 """
 
-import datetime
-import zoneinfo
-
 import torch
 from torch import Tensor, nn
 
@@ -27,17 +24,15 @@ PLAUSIBLE_SECONDS = 100_000_000
 """Seconds of 1973: only a quotient of at least this suggests a finer unit."""
 
 
-def split_timestamps(timestamps: Tensor, depth: int = 6, utc_offset_seconds: int | Tensor = 0) -> Tensor:
+def split_timestamps(timestamps: Tensor, depth: int = 6) -> Tensor:
     """Split seconds since 1970 (UTC) into year, month, day, hour, minute, second.
 
-    The paper's `datetime.fromtimestamp` loop uses the machine's own zone; here the zone is explicit, so that
-    two machines agree. Equal to `datetime` for every second of 1970-2099.
+    The paper's `datetime.fromtimestamp` loop uses the machine's own zone; here it is UTC, so that two machines
+    agree. Equal to `datetime` for every second of 1970-2099.
 
     Args:
         timestamps: int64 [T], seconds since 1970-01-01 00:00:00 UTC.
-        depth: number of components, 1 (year) to 6 (second).
-        utc_offset_seconds: local time minus UTC, in seconds: one int, or int64 [T] from `zone_offsets` for a
-            named zone with daylight saving.
+        depth: how many components, 1 (year) to 6 (second).
 
     Returns:
         int64 [T, depth], column i in [0, TABLE_SIZES[i]), on the device of `timestamps`.
@@ -53,41 +48,11 @@ def split_timestamps(timestamps: Tensor, depth: int = 6, utc_offset_seconds: int
             f"timestamps have dtype {timestamps.dtype}: must be torch.int64 seconds "
             "(float32 cannot hold the seconds of this century)"
         )
-    local = timestamps + utc_offset_seconds
-    _check_range(timestamps, local)
-    # Floor, not truncation: with a negative offset the first hours of 1970 are on the day before.
-    days = torch.div(local, SECONDS_PER_DAY, rounding_mode="floor")
-    second = local - days * SECONDS_PER_DAY
+    _check_range(timestamps)
+    days = torch.div(timestamps, SECONDS_PER_DAY, rounding_mode="floor")
+    second = timestamps - days * SECONDS_PER_DAY
     clock = (second // 3600, second // 60 % 60, second % 60)
     return torch.stack((*_civil_from_days(days), *clock)[:depth], dim=-1)
-
-
-def zone_offsets(timestamps: Tensor, zone: str) -> Tensor:
-    """Return local time minus UTC for each timestamp in a named zone, daylight saving included.
-
-    Runs on the CPU with one `zoneinfo` look-up per distinct timestamp (about a microsecond each): meant for
-    `prepare` and the loader's workers, not for the device.
-
-    Args:
-        timestamps: int64 [T], seconds since 1970 UTC, on the CPU.
-        zone: IANA name such as "Europe/Berlin".
-
-    Returns:
-        int64 [T], seconds.
-
-    Raises:
-        ValueError: an unknown zone, or a machine without a time zone database.
-    """
-    try:
-        info = zoneinfo.ZoneInfo(zone)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"time zone {zone!r} is not in this machine's time zone database: use an IANA name such as "
-            "'Europe/Berlin', or install the tzdata package"
-        ) from error
-    distinct, inverse = torch.unique(timestamps, return_inverse=True)
-    offsets = [_offset_at(seconds, info) for seconds in distinct.tolist()]
-    return torch.tensor(offsets, dtype=torch.int64)[inverse]
 
 
 class TimestampMLP(nn.Module):
@@ -127,9 +92,9 @@ def _civil_from_days(days: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return year, month, day
 
 
-def _check_range(timestamps: Tensor, local: Tensor) -> None:
-    """Raise for the first timestamp before 1970 (UTC) or, in local time, after 2099."""
-    outside = (timestamps < 0) | (local >= END_OF_TABLES)
+def _check_range(timestamps: Tensor) -> None:
+    """Raise for the first timestamp before 1970 or after 2099."""
+    outside = (timestamps < 0) | (timestamps >= END_OF_TABLES)
     if not outside.any():
         return
     row = int(outside.flatten().nonzero()[0])
@@ -140,10 +105,3 @@ def _check_range(timestamps: Tensor, local: Tensor) -> None:
         f"timestamp {value} in row {row} is outside 1970-2099, the range of the time tables: "
         f"timestamps are seconds since 1970 UTC{hint}"
     )
-
-
-def _offset_at(seconds: int, info: zoneinfo.ZoneInfo) -> int:
-    """Return the zone's offset from UTC at a moment, in seconds."""
-    offset = datetime.datetime.fromtimestamp(seconds, tz=info).utcoffset()
-    assert offset is not None, "an aware datetime has an offset"
-    return int(offset.total_seconds())

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.exposure_vectors import (
@@ -18,7 +18,6 @@ from hllm_torchrec.inference.exposure_vectors import (
     Coverage,
     ExposureVectors,
     Mode,
-    coverage,
     embed_requests,
     exposure_vectors,
 )
@@ -155,14 +154,13 @@ def test_a_long_user_in_many_stretches_still_has_each_exposure_once(tmp_path: Pa
             )
 
 
-def by_key(parts: list[ExposureVectors]) -> dict[Key, tuple[torch.Tensor, torch.Tensor, bool, float]]:
+def by_key(parts: list[ExposureVectors]) -> dict[Key, tuple[torch.Tensor, bool, float]]:
     return {
-        (user, position): (item_vector, vector, known, label)
+        (user, position): (vector, known, label)
         for part in parts
-        for user, position, item_vector, vector, known, label in zip(
+        for user, position, vector, known, label in zip(
             part.user_id.tolist(),
             part.position.tolist(),
-            part.items,
             part.users,
             part.has_user.tolist(),
             part.label.tolist(),
@@ -174,7 +172,8 @@ def by_key(parts: list[ExposureVectors]) -> dict[Key, tuple[torch.Tensor, torch.
 def of_split(tmp_path: Path, mode: Mode, dense: str = "ddp") -> tuple[dict[Key, Any], Coverage]:
     item_embedding.CATALOGUE_TOKENS = 40  # many small batches, not as many on every rank
     parts = list(exposure_vectors(build(tmp_path, parallel__dense=dense), "test", mode))
-    return by_key(parts), coverage(parts)
+    counts = [sum(part.label.size for part in parts), sum(int(part.has_user.sum()) for part in parts)]
+    return by_key(parts), Coverage(*map(int, global_sum(torch.tensor(counts)).tolist()))
 
 
 @pytest.mark.slow
@@ -189,23 +188,21 @@ def test_every_exposure_of_a_split_comes_once_on_one_rank_and_on_two(
     for piece in fixtures.pieces("test"):
         for position in piece.first_target + np.flatnonzero(~np.isnan(piece.labels[piece.first_target :])):
             known = piece.timestamps[0] // unit < piece.timestamps[position] // unit
-            wanted[piece.user_id, int(position)] = (known, piece.labels[position], piece.item_ids[position])
+            wanted[piece.user_id, int(position)] = (known, piece.labels[position])
     assert one.keys() == wanted.keys() and len(one) > 20
-    assert all((one[k][2], one[k][3]) == wanted[k][:2] for k in one)
+    assert all(one[k][1:] == wanted[k] for k in one)
     known = sum(bool(w[0]) for w in wanted.values())
     assert counted == Coverage(len(wanted), known) and 0 < counted.share <= 1
-    catalogue = build(tmp_path).encode_catalogue()
-    for key, (item_vector, *_) in one.items():
-        torch.testing.assert_close(item_vector, catalogue[wanted[key][2]], atol=1e-5, rtol=0)
     destroy_distributed()
     shares = run_ranks(of_split, 2, tmp_path, mode, "fsdp" if mode == "daily" else "ddp")
     assert [share[1] for share in shares] == [counted] * 2
     assert all(share[0] for share in shares) and not shares[0][0].keys() & shares[1][0].keys()
-    for key, (item_vector, vector, *rest) in {**shares[0][0], **shares[1][0]}.items():
-        torch.testing.assert_close((item_vector, vector), one[key][:2], atol=1e-4, rtol=0)
-        assert tuple(rest) == one[key][2:]
+    for key, (vector, *rest) in {**shares[0][0], **shares[1][0]}.items():
+        torch.testing.assert_close(vector, one[key][0], atol=1e-4, rtol=0)
+        assert tuple(rest) == one[key][1:]
 
 
-def test_a_model_of_ids_has_no_item_vectors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="item_llm.enabled: false: .* no item vectors"):
-        next(exposure_vectors(build(tmp_path, item_llm__enabled=False), "test", "daily"))
+def test_a_model_of_ids_has_user_vectors_too(tmp_path: Path) -> None:
+    parts = list(exposure_vectors(build(tmp_path, item_llm__enabled=False), "test", "nearline"))
+    known = torch.cat([part.users[part.has_user] for part in parts])
+    assert len(known) > 20 and bool((known != 0).any(1).all())

@@ -1,8 +1,6 @@
-"""Timestamps as features: equality with datetime, the range, and zones."""
+"""Timestamps as features: equality with datetime, and the range."""
 
 import datetime
-import re
-import zoneinfo
 
 import numpy as np
 import pytest
@@ -14,14 +12,13 @@ from hllm_torchrec.modules.features.timestamps import (
     TIME_FEATURES,
     TimestampMLP,
     split_timestamps,
-    zone_offsets,
 )
 
 
-def by_datetime(timestamps: torch.Tensor, zone: datetime.tzinfo = datetime.UTC) -> torch.Tensor:
+def by_datetime(timestamps: torch.Tensor) -> torch.Tensor:
     rows = []
     for seconds in timestamps.tolist():
-        t = datetime.datetime.fromtimestamp(seconds, tz=zone)
+        t = datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
         rows.append([t.year, t.month, t.day, t.hour, t.minute, t.second])
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
 
@@ -69,30 +66,6 @@ def test_no_timestamps_give_no_rows() -> None:
     assert split_timestamps(torch.zeros(0, dtype=torch.int64)).shape == (0, 6)
 
 
-@pytest.mark.parametrize("hours", [-11, 0, 5.5, 14])
-def test_a_fixed_offset_equals_that_zone_of_datetime(hours: float) -> None:
-    offset = datetime.timedelta(hours=hours)
-    timestamps = torch.tensor([0, 1, 951_782_399, 1_700_000_000, END_OF_TABLES - 14 * 3600 - 1])
-    parts = split_timestamps(timestamps, utc_offset_seconds=int(offset.total_seconds()))
-    assert torch.equal(parts, by_datetime(timestamps, datetime.timezone(offset)))
-
-
-@pytest.mark.skipif("Europe/Berlin" not in zoneinfo.available_timezones(), reason="no time zone database")
-def test_a_named_zone_follows_daylight_saving() -> None:
-    timestamps = torch.tensor([1_711_846_799, 1_711_846_800, 1_729_990_799, 1_729_990_800, 1_711_846_799])
-    offsets = zone_offsets(timestamps, "Europe/Berlin")
-    assert offsets.tolist() == [3600, 7200, 7200, 3600, 3600]
-    parts = split_timestamps(timestamps, utc_offset_seconds=offsets)
-    assert torch.equal(parts, by_datetime(timestamps, zoneinfo.ZoneInfo("Europe/Berlin")))
-    assert zone_offsets(timestamps[:0], "Europe/Berlin").shape == (0,)
-
-
-@pytest.mark.parametrize("name", ["Europe/Berlim", "../etc/passwd", ""])
-def test_an_unknown_zone_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"time zone {name!r} is not in")):
-        zone_offsets(torch.tensor([0]), name)
-
-
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
@@ -107,11 +80,6 @@ def test_an_unknown_zone_is_named(name: str) -> None:
 def test_the_first_row_outside_the_tables_is_named(value: int, hint: str) -> None:
     with pytest.raises(ValueError, match=f"timestamp {value} in row 1 is outside 1970-2099.*{hint}"):
         split_timestamps(torch.tensor([3, value, 4, value + 1]))
-
-
-def test_an_offset_that_leaves_the_tables_is_an_error() -> None:
-    with pytest.raises(ValueError, match="row 0 is outside 1970-2099"):
-        split_timestamps(torch.tensor([END_OF_TABLES - 1]), utc_offset_seconds=1)
 
 
 @pytest.mark.parametrize("depth", [0, 7])
