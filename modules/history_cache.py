@@ -12,8 +12,7 @@ a candidate is an input; late fusion has one query, the [USER] vector.
 For HSTU (`hstu.cached_pointwise`) and every softmax encoder (`attention.cached_softmax`): the User LLM, a stock
 Hugging Face decoder through its registered attention, SASRec and LiGR. Inference only: nothing here keeps a graph.
 
-Legend: N history positions, Q candidates, m of a micro-batch, H heads, G key-value heads, E and V widths of a
-head's keys and values, D width.
+Legend: N history positions, Q candidates, m of a micro-batch, D width.
 """
 
 import torch

@@ -65,7 +65,7 @@ class Experiment:
     live_items: LiveItems | None
     item_vectors: NDArray[np.float32] | None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of weights that checkpoints leave out: see `bases`."""
+    """Fingerprints of weights that checkpoints leave out: see `lora_base`."""
 
     @property
     def hllm(self) -> HLLM:
