@@ -233,8 +233,8 @@ BREAKS = (
     ),
     Break(
         "serving: the window does not move with new events",
-        "if start != user.start or is_context:",
-        "if is_context:",
+        "if start != user.start or user.cache.length < self.hllm.user.context_prefix:",
+        "if user.cache.length < self.hllm.user.context_prefix:",
         ("tests/serving/test_scorer.py",),
     ),
 )
