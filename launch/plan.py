@@ -117,18 +117,16 @@ def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, flo
     the longest.
     """
     import numpy as np
-    import pyarrow.compute as pc
 
-    from hllm_torchrec.data.loader import cut_into_pieces
+    from hllm_torchrec.data.pieces import cut_into_pieces
     from hllm_torchrec.planning.estimate import planned_stage
 
     stage, lengths = planned_stage(config), []
     for group in dataset.row_groups("train"):
-        table = dataset.read_row_group(group.path, group.index, columns=["target_start", "actions"])
-        events = pc.list_value_length(table["actions"]).to_numpy().astype(np.int64)
-        starts, rows = table["target_start"].to_numpy().astype(np.int64), np.arange(events.size)
-        most = stage.max_history or config.data.max_history
-        lengths.append(cut_into_pieces(np.zeros_like(rows), rows, events, starts, most).lengths)
+        users = dataset.sequences([group], ["target_start", "actions"])
+        rows, most = np.arange(users.target_start.size), stage.max_history or config.data.max_history
+        pieces_of_group = cut_into_pieces(np.zeros_like(rows), rows, users.lengths, users.target_start, most)
+        lengths.append(pieces_of_group.lengths)
     pieces = np.concatenate(lengths)
     mean, together = float(pieces.mean()), (stage.batch_users or config.data.batch_users) * world
     above = math.sqrt(2 * math.log(max(1.0, pieces.size / together)) / together) * float(pieces.std())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.models.hllm import HLLM
 from tests.helpers import fixtures
 from tests.helpers.naive_model import alone, config, exposures, run

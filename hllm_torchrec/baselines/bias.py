@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hllm_torchrec.baselines.settings import ItemMeanConfig, RunningBiasConfig
-from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.histories import Histories, ItemLabels, score_by_group, training_labels
 from hllm_torchrec.data.predictions import Columns
 
@@ -51,7 +51,7 @@ def run_bias(
     labels = training_labels(dataset)
     cold = dataset.training_item_counts() == 0
 
-    def score(histories: Histories, groups: list[RowGroup]) -> tuple[NDArray, NDArray]:
+    def score(histories: Histories) -> tuple[NDArray, NDArray]:
         if isinstance(config, ItemMeanConfig):
             scores = score_item_mean(histories, labels, config)
         else:

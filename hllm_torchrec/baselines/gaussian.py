@@ -13,13 +13,11 @@ The hybrid model gets the same item vectors (`data.item_vectors: [factors]`), so
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.histories import Histories, read_histories, score_by_group
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.histories import Histories, score_by_group
 from hllm_torchrec.data.item_factors import FactorOptions, ItemFactors, event_values, fit_item_factors
 from hllm_torchrec.data.predictions import Columns
 
@@ -35,21 +33,21 @@ def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ..
     model, threshold = fit_item_factors(dataset, options), positive_threshold(dataset)
     cold = dataset.training_item_counts() == 0
 
-    def score_groups(histories: Histories, groups: list[RowGroup]) -> tuple[Doubles, Doubles]:
-        expected = score(histories, _values(dataset, groups), model)
+    def score_histories(histories: Histories) -> tuple[Doubles, Doubles]:
+        values = event_values(histories.labels, histories.actions, dataset.action_values)
+        expected = score(histories, values, model)
         deviations = torch.from_numpy((expected - threshold) / np.sqrt(model.noise))
         return expected, torch.special.ndtr(deviations).numpy()
 
-    return {split: score_by_group(dataset, split, cold, score_groups) for split in splits}
+    return {split: score_by_group(dataset, split, cold, score_histories) for split in splits}
 
 
 def positive_threshold(dataset: Dataset) -> float:
     """The value from which an event counts as positive, by the training part."""
-    groups = dataset.row_groups("train")
-    values = _values(dataset, groups)
-    labels = read_histories(dataset, groups).labels
-    highest_negative = np.fmax.reduce(values[labels == 0], initial=-np.inf)  # fmax and fmin pass NaN over
-    return float(highest_negative + np.fmin.reduce(values[labels == 1], initial=np.inf)) / 2
+    events = dataset.sequences(dataset.row_groups("train"), ["labels", "actions"])
+    values = event_values(events.labels, events.actions, dataset.action_values)
+    highest_negative = np.fmax.reduce(values[events.labels == 0], initial=-np.inf)  # fmax and fmin pass NaN over
+    return float(highest_negative + np.fmin.reduce(values[events.labels == 1], initial=np.inf)) / 2
 
 
 def score(histories: Histories, values: Doubles, model: ItemFactors) -> Doubles:
@@ -67,13 +65,3 @@ def score(histories: Histories, values: Doubles, model: ItemFactors) -> Doubles:
         z = model.posterior_mean(histories.item_ids[history], values[history])
         expected[members] = model.predict(z, histories.item_ids[exposures[members]])
     return expected
-
-
-def _values(dataset: Dataset, groups: list[RowGroup]) -> Doubles:
-    """[T] what each event of some row groups is worth."""
-    if not groups:
-        return np.empty(0)
-    tables = [dataset.read_row_group(group.path, group.index, columns=["labels", "actions"]) for group in groups]
-    table = pa.concat_tables(tables).combine_chunks()
-    labels = pc.list_flatten(table["labels"]).to_numpy().astype(np.float32)
-    return event_values(labels, pc.list_flatten(table["actions"]).to_numpy().astype(np.int64), dataset.action_values)

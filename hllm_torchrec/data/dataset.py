@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.urls import url_of
+from hllm_torchrec.data.events import Sequences, decode_sequences
 from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
 from hllm_torchrec.data.remote_datasets import local_dataset
 from hllm_torchrec.data.split import SPLITS
@@ -154,6 +155,13 @@ class Dataset:
         Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
         return read_sequences(path, index, columns, TableRows(self.num_items, self.num_users, self.num_actions))
+
+    def sequences(self, groups: Sequence[RowGroup], columns: Sequence[str] | None = None) -> Sequences:
+        """The rows of some row groups (none: no rows), decoded; columns that are not named are unknown.
+
+        Raises ValueError as `read_row_group`.
+        """
+        return decode_sequences([self.read_row_group(group.path, group.index, columns) for group in groups])
 
     def training_item_counts(self) -> np.ndarray:
         """Events of each item in train, int64 [num_items]; 0 marks a cold item."""

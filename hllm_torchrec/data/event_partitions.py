@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from hllm_torchrec.data.bad_rows import BadRowLog
+from hllm_torchrec.data.events import EVENT_COLUMNS
 
 BYTES_PER_PARTITION = 64 << 20
 MAX_PARTITIONS = 256
@@ -93,8 +94,8 @@ def hash_strings(values: pa.Array) -> np.ndarray:
 def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "RowLocator") -> tuple[pa.Table, pa.Array]:
     """One partition, sorted by (user, timestamp, order), duplicates dealt with.
 
-    Takes `raw_user_id`, `item` int64, `timestamp`, `label`, `action`, `order`, rows by ascending order;
-    returns the table with `user` int64 (a number from `first_user` on in order of first appearance) in place
+    Takes `raw_user_id`, the columns of `events.EVENT_COLUMNS` (`item` int64 is a number), `order`, rows by ascending
+    order; returns the table with `user` int64 (a number from `first_user` on in order of first appearance) in place
     of `raw_user_id`, and the raw ids of those users. Raises ValueError for a duplicate event where the policy
     says so.
     """
@@ -110,7 +111,7 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
         if log.handle("duplicate_event", repeated, path, np.full(len(repeated), row), lambda _: problem):
             sort = sort[~repeated]
     columns = {"user": pa.array(user[sort] + first_user)}
-    for name in ("item", "timestamp", "label", "action", "order"):
+    for name in (*(column.single for column in EVENT_COLUMNS), "order"):
         columns[name] = table[name].combine_chunks().take(pa.array(sort))
     return pa.table(columns), users.dictionary
 

@@ -4,20 +4,19 @@ Legend: R rows (users), T events of all rows, X exposures (events of the split's
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+from hllm_torchrec.data.events import Sequences
 from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.data.visibility import visible_at_each_event
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.distributed.collectives import global_sum
 
@@ -25,21 +24,10 @@ ALL = slice(None)
 
 
 @dataclass(frozen=True)
-class Histories:
-    """Rows of a part's sequences: each user's whole history up to the part's end.
+class Histories(Sequences):
+    """Rows of a part's sequences, and what their exposures see: earlier "second"s, or earlier "position"s."""
 
-    user_ids, target_start [R]; offsets [R + 1], from 0, of the rows in the events; item_ids, timestamps
-    (seconds UTC), labels (float64, NaN where the event is no exposure) [T].
-    visibility: what an exposure sees: events of earlier "second"s, or of earlier "position"s.
-    """
-
-    user_ids: Ints
-    target_start: Ints
-    offsets: Ints
-    item_ids: Ints
-    timestamps: Ints
-    labels: Doubles
-    visibility: str
+    visibility: str = field(kw_only=True)
 
     @cached_property
     def row_of_event(self) -> Ints:
@@ -54,10 +42,7 @@ class Histories:
     @cached_property
     def events_of_earlier_seconds(self) -> Ints:
         """[T] how many events of the same user are of strictly earlier seconds."""
-        index = np.arange(self.item_ids.size)
-        same = (np.diff(self.timestamps) == 0) & (np.diff(self.row_of_event) == 0)
-        first_of_second = np.maximum.accumulate(np.where(np.concatenate([[False], same]), 0, index))
-        return first_of_second - self.offsets[self.row_of_event]
+        return visible_at_each_event(self.timestamps, self.offsets)
 
     @cached_property
     def seen(self) -> Ints:
@@ -76,7 +61,7 @@ class Histories:
         start = self.offsets[self.row_of_event[self.exposures]]
         return total[start + self.seen[self.exposures]] - total[start]
 
-    def columns(
+    def prediction_columns(
         self, scores: NDArray, probabilities: NDArray, cold: NDArray[np.bool_], rows: Ints | slice = ALL
     ) -> Columns:
         """The predictions format.
@@ -115,36 +100,21 @@ def rank_row_groups(dataset: Dataset, split: str) -> list[RowGroup]:
 
 def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
     """The rows of some row groups (none: no rows)."""
-    names = ["user_id", "target_start", "item_ids", "timestamps", "labels"]
-    tables = [dataset.read_row_group(group.path, group.index, columns=names) for group in groups]
-    if not tables:
-        nothing = np.empty(0, np.int64)
-        offsets, labels = np.zeros(1, np.int64), np.empty(0)
-        return Histories(nothing, nothing, offsets, nothing, nothing, labels, dataset.visibility)
-    table = pa.concat_tables(tables).combine_chunks()
-    lengths = pc.list_value_length(table["item_ids"]).to_numpy()
-    return Histories(
-        user_ids=table["user_id"].to_numpy(),
-        target_start=table["target_start"].to_numpy().astype(np.int64),
-        offsets=offsets_from_lengths(lengths),
-        item_ids=pc.list_flatten(table["item_ids"]).to_numpy(),
-        timestamps=pc.list_flatten(table["timestamps"]).to_numpy(),
-        labels=pc.list_flatten(table["labels"]).to_numpy().astype(np.float64),  # a null becomes NaN
-        visibility=dataset.visibility,
-    )
+    rows = dataset.sequences(groups)
+    return Histories(**{f.name: getattr(rows, f.name) for f in fields(rows)}, visibility=dataset.visibility)
 
 
 def score_by_group(
     dataset: Dataset,
     split: str,
     cold: NDArray[np.bool_],
-    score: Callable[[Histories, list[RowGroup]], tuple[NDArray, NDArray]],
+    score: Callable[[Histories], tuple[NDArray, NDArray]],
 ) -> Columns:
     """This rank's predictions of a split, one row group in memory at a time.
 
     Args:
         cold: [N], whether an item has no training event.
-        score: histories, and the row groups that they are from (maybe none) -> scores [X] and probabilities [X].
+        score: histories (maybe of no rows) -> scores [X] and probabilities [X].
 
     Raises:
         ValueError: the split is empty.
@@ -154,7 +124,7 @@ def score_by_group(
     with progress(len(groups), f"score {split}", coordination.rank() == 0) as bar:
         for share in [[group] for group in groups] or [[]]:
             histories = read_histories(dataset, share)
-            parts.append(histories.columns(*score(histories, share), cold))
+            parts.append(histories.prediction_columns(*score(histories), cold))
             bar.update(len(share))
     return join_columns(parts)
 
@@ -186,12 +156,10 @@ def training_labels(dataset: Dataset) -> ItemLabels:
     sums = np.zeros((2, dataset.num_items))
     with progress(len(groups), "item means", coordination.rank() == 0) as bar:
         for group in groups:
-            table = dataset.read_row_group(group.path, group.index, columns=["item_ids", "labels"])
-            labels = pc.list_flatten(table["labels"]).to_numpy().astype(np.float64)
-            items = pc.list_flatten(table["item_ids"]).to_numpy()
-            known = ~np.isnan(labels)
-            sums[0] += np.bincount(items[known], minlength=dataset.num_items)
-            sums[1] += np.bincount(items[known], labels[known], minlength=dataset.num_items)
+            events = dataset.sequences([group], ["item_ids", "labels"])
+            known = events[~np.isnan(events.labels)]
+            sums[0] += np.bincount(known.item_ids, minlength=dataset.num_items)
+            sums[1] += np.bincount(known.item_ids, known.labels, minlength=dataset.num_items)
             bar.update(1)
     count, total = global_sum(torch.from_numpy(sums)).numpy()
     return ItemLabels(count, total)

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND, BadRowLog, describe_time
 from hllm_torchrec.data.event_partitions import PartitionWriter, RowLocator
+from hllm_torchrec.data.events import EVENT_COLUMNS
 from hllm_torchrec.data.item_catalogue import ItemCatalogue, blank_mask
 from hllm_torchrec.data.sources.base import Chunk, Source
 
-_EVENT_COLUMNS = ["raw_user_id", "item", "timestamp", "label", "action", "order"]
+_WRITTEN = ["raw_user_id", *(column.single for column in EVENT_COLUMNS), "order"]
 
 
 def file_bar(files: tuple[Path, ...], what: str) -> tqdm:
@@ -72,7 +73,7 @@ def _checked(chunk: Chunk, source: Source, catalogue: ItemCatalogue, log: BadRow
     table = _handled(log, "nan_label", unreadable, table, path, lambda _: problem)
     label = table["label"].to_numpy()
     table = _replaced(table, "label", pa.array(label, pa.float32(), mask=np.isnan(label)))
-    return _with_item_numbers(table, path, catalogue, log).select(_EVENT_COLUMNS)
+    return _with_item_numbers(table, path, catalogue, log).select(_WRITTEN)
 
 
 def _replaced(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:

@@ -10,12 +10,10 @@ with it, and `data.item_vectors: [factors]` hands (v_i, b_i) to the model as den
 Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n events of a user.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -189,23 +187,11 @@ def _em_step(
 def _training_users(dataset: Dataset, max_users: int) -> list[tuple[Ints, AnyFloats]]:
     """(items, values) of each training user, events without a value left out."""
     users: list[tuple[Ints, AnyFloats]] = []
-    for items, labels, actions in _training_rows(dataset):
-        values = event_values(labels, actions, dataset.action_values)
-        known = ~np.isnan(values)
-        users.append((items[known], values[known]))
-        if len(users) == max_users:
-            break
-    return users
-
-
-def _training_rows(dataset: Dataset) -> Iterator[tuple[Ints, NDArray[np.float32], Ints]]:
     for group in dataset.row_groups("train"):
-        table = dataset.read_row_group(
-            group.path, group.index, columns=["item_ids", "labels", "actions"]
-        ).combine_chunks()
-        ends = np.cumsum(pc.list_value_length(table["item_ids"]).to_numpy())[:-1]
-        flat = (pc.list_flatten(table[name]).to_numpy() for name in ("item_ids", "labels", "actions"))
-        items, labels, actions = (np.split(column, ends) for column in flat)
-        yield from (
-            (i, y.astype(np.float32), a.astype(np.int64)) for i, y, a in zip(items, labels, actions, strict=True)
-        )
+        for events in dataset.sequences([group], ["item_ids", "labels", "actions"]).pieces():
+            values = event_values(events.labels, events.actions, dataset.action_values)
+            known = ~np.isnan(values)
+            users.append((events.item_ids[known], values[known]))
+            if len(users) == max_users:
+                return users
+    return users

@@ -17,6 +17,7 @@ import numpy as np
 
 from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.config.extensions import EXTENSION_FORM, is_extension, load_extension
+from hllm_torchrec.data.visibility import visible_before
 
 Numeric = Callable[[Ints, Floats, Ints, Ints], Floats]
 """(timestamps, labels, targets, seen) -> [X]."""
@@ -31,7 +32,7 @@ def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targ
     timestamps [n] seconds; labels [n], NaN where there is none; targets [X], indices of events. Only events
     of strictly earlier seconds count.
     """
-    seen = np.searchsorted(timestamps, timestamps[targets], side="left")
+    seen = visible_before(timestamps, timestamps[targets])
     columns = [numeric_feature(name)(timestamps, labels, targets, seen) for name in names]
     return np.stack(columns, axis=1).astype(np.float32) if columns else np.empty((targets.size, 0), np.float32)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.events import EVENT_COLUMNS
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.split import SPLITS, Cut, Split, assign_splits
 
@@ -19,10 +20,7 @@ SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.int64()),
         pa.field("target_start", pa.int32()),
-        pa.field("item_ids", pa.list_(pa.int64())),
-        pa.field("timestamps", pa.list_(pa.int64())),
-        pa.field("labels", pa.list_(pa.float32())),
-        pa.field("actions", pa.list_(pa.int32())),
+        *(pa.field(column.name, pa.list_(column.stored)) for column in EVENT_COLUMNS),
     ]
 )
 
@@ -63,12 +61,7 @@ class SequenceWriter:
                 return
         starts = _starts(user)
         assert items.min() > 0, "an event of an item that was left out"
-        columns = {
-            "item_ids": pa.array(items),
-            "timestamps": table["timestamp"].combine_chunks(),
-            "labels": table["label"].combine_chunks(),
-            "actions": table["action"].combine_chunks(),
-        }
+        columns = {c.name: table[c.single].combine_chunks() for c in EVENT_COLUMNS} | {"item_ids": pa.array(items)}
         in_part = np.stack([np.add.reduceat((part == p).astype(np.int64), starts) for p in range(len(SPLITS))])
         ends = np.cumsum(in_part, axis=0)
         for p, name in enumerate(SPLITS):

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
+from hllm_torchrec.data.events import EVENT_COLUMNS
 from hllm_torchrec.data.sequences import SEQUENCE_SCHEMA
 
 REMEDY = "prepare the dataset again"
-_LISTS = ("item_ids", "timestamps", "labels", "actions")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _check_heads(place: str, table: pa.Table, rows: TableRows) -> None:
 
 
 def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
-    names = [name for name in _LISTS if name in table.column_names]
+    names = [column.name for column in EVENT_COLUMNS if column.name in table.column_names]
     lengths: NDArray[np.int64] | None = None
     for name in names:
         if table[name].null_count:

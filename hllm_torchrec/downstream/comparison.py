@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import hllm_torchrec
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.histories import Ints
 from hllm_torchrec.data.predictions import Columns
 from hllm_torchrec.downstream.dlrm import DLRMTrainer
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, DownstreamConfig

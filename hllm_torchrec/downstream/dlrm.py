@@ -22,11 +22,11 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import remove_folder
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.config.schema import FeatureConfig, OptimConfig
 from hllm_torchrec.data.dataset import Dataset, base_rate
-from hllm_torchrec.data.histories import Ints
 from hllm_torchrec.data.predictions import Columns, join_columns
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.distributed.collectives import global_sum
@@ -206,7 +206,7 @@ class DLRMTrainer:
         for window, rows in _pad_to_equal_steps(_rows_in_order(self.data.windows(split)), none):
             logits = self._logits(self.data.batch(window, rows).to(self.device)).double().cpu().numpy()
             probabilities = 1 / (1 + np.exp(-logits))
-            parts.append(window.histories.columns(logits, probabilities, ~self.data.item_is_known, rows))
+            parts.append(window.histories.prediction_columns(logits, probabilities, ~self.data.item_is_known, rows))
         self.model.train()
         return join_columns(parts)
 

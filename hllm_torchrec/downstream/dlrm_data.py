@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import ConfigError, did_you_mean
 from hllm_torchrec.data.collate import Bags, gather_bags
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.histories import Histories, Ints, rank_row_groups, read_histories
+from hllm_torchrec.data.histories import Histories, rank_row_groups, read_histories
 from hllm_torchrec.data.jagged_arrays import concat_ranges
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.distributed import coordination
@@ -168,7 +169,7 @@ class DLRMData:
                 lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in bags.values()])),
                 stride=rows.size,
             ),
-            labels=torch.from_numpy(histories.labels[events].astype(np.float32)),
+            labels=torch.from_numpy(histories.labels[events]),
         )
 
     def _read(self, groups: Sequence[RowGroup]) -> Window:
@@ -208,7 +209,7 @@ def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
     for row in range(histories.user_ids.size):
         first, end = histories.offsets[row : row + 2]
         targets = histories.exposures[bounds[row] : bounds[row + 1]] - first
-        labels = histories.labels[first:end].astype(np.float32)
+        labels = histories.labels[first:end]
         parts.append(numeric_columns(names, histories.timestamps[first:end], labels, targets))
     return np.concatenate(parts)
 

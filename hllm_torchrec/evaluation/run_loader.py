@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
 from hllm_torchrec.evaluation.sanity_checks import Overlap, count_overlap
@@ -132,21 +132,18 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
             retrieval = evaluate_retrieval(experiment, loader, show, run / "retrieval" / split)
     overlap = None
     if predictions is not None and split != "train" and dist.get_rank() == 0:
-        overlap = training_overlap(predictions, experiment.dataset.root)
+        overlap = training_overlap(predictions, experiment.dataset)
     return RunScores(predictions, retrieval, _provenance(loaded), overlap)
 
 
-def training_overlap(predictions: Path, dataset: Path) -> Overlap:
+def training_overlap(predictions: Path, dataset: Dataset) -> Overlap:
     """Exposures (user, item, second) of predictions that are events of the dataset's training part too."""
     test = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp"])
 
     def events() -> Iterator[np.ndarray]:
-        for file in sorted((dataset / "sequences" / "train").glob("part-*.parquet")):
-            for batch in pq.ParquetFile(file).iter_batches(4096, columns=["user_id", "item_ids", "timestamps"]):
-                lengths = pc.list_value_length(batch["item_ids"]).to_numpy(zero_copy_only=False)
-                users = np.repeat(batch["user_id"].to_numpy(), lengths)
-                items, times = (batch[name].flatten().to_numpy() for name in ("item_ids", "timestamps"))
-                yield hash_columns(*(column.astype(np.int64) for column in (users, items, times)))
+        for group in dataset.row_groups("train"):
+            rows = dataset.sequences([group], ["user_id", "item_ids", "timestamps"])
+            yield hash_columns(np.repeat(rows.user_ids, rows.lengths), rows.item_ids, rows.timestamps)
 
     own = hash_columns(*(test[name].to_numpy().astype(np.int64) for name in test.column_names))
     return count_overlap([own], events(), len(own), OVERLAP_MEMORY, "user, item, time")

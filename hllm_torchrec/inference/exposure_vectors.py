@@ -8,7 +8,7 @@ Legend: X exposures, D width of a user vector.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.data.histories import rank_row_groups
-from hllm_torchrec.data.loader import cut_into_pieces
+from hllm_torchrec.data.pieces import cut_into_pieces
+from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.collectives import any_rank
 from hllm_torchrec.inference import item_embedding
-from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, nightly_request, open_embedder, pieces_from_table
+from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, nightly_request, open_embedder
 from hllm_torchrec.models.assembly import Experiment
 
 Mode = Literal["daily", "nearline"]
@@ -73,7 +74,7 @@ class VectorRequest:
     @property
     def cost(self) -> int:
         """Events to be read."""
-        return 1 if self.history is None else self.history.item_ids.size
+        return 1 if self.history is None else len(self.history)
 
 
 def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator[ExposureVectors]:
@@ -86,8 +87,8 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
     """
     limit = experiment.config.data.max_history
     requests_of = REQUESTS_BY_MODE[mode]
-    tables = (experiment.dataset.read_row_group(g.path, g.index) for g in rank_row_groups(experiment.dataset, split))
-    requests = (unit for table in tables for piece in pieces_from_table(table) for unit in requests_of(piece, limit))
+    rows = (experiment.dataset.sequences([group]) for group in rank_row_groups(experiment.dataset, split))
+    requests = (unit for of_group in rows for piece in of_group.pieces() for unit in requests_of(piece, limit))
     with open_embedder(experiment) as embedder:
         batches = _request_batches(requests, item_embedding.CATALOGUE_TOKENS)
         while any_rank((batch := next(batches, None)) is not None, experiment.device):
@@ -96,9 +97,9 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
 
 def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
     """Exposures of a user (a whole sequence), by how many events are of earlier days: those share a vector."""
-    exposures = _exposures(piece)
+    exposures = piece.exposures
     midnights = piece.timestamps[exposures] // DAY * DAY
-    seen = np.searchsorted(piece.timestamps, midnights, side="left")
+    seen = visible_before(piece.timestamps, midnights)
     for count in np.unique(seen):
         history = nightly_request(piece, int(count), max_history) if count else None
         yield VectorRequest(piece, exposures[seen == count], history, per_exposure=False)
@@ -106,23 +107,13 @@ def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
 
 def nearline_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
     """Exposures of a user (a whole sequence) by stretch of at most max_history events, as in training."""
-    one, length = np.zeros(1, np.int64), np.array([piece.item_ids.size])
+    one, length = np.zeros(1, np.int64), np.array([len(piece)])
     cut = cut_into_pieces(one, one, length, np.array([piece.first_target]), max_history)
-    exposures = _exposures(piece)
+    exposures = piece.exposures
     for start, first, end in zip(cut.start.tolist(), cut.first_target.tolist(), cut.end.tolist(), strict=True):
         inside = exposures[(exposures >= first) & (exposures < end)]
         if inside.size:
-            own = slice(start, end)
-            history = replace(
-                piece,
-                offset=piece.offset + start,
-                first_target=first - start,
-                item_ids=piece.item_ids[own],
-                timestamps=piece.timestamps[own],
-                labels=piece.labels[own],
-                actions=piece.actions[own],
-            )
-            yield VectorRequest(piece, inside, history, per_exposure=True)
+            yield VectorRequest(piece, inside, piece.cut(start, end, first), per_exposure=True)
 
 
 REQUESTS_BY_MODE: dict[Mode, Callable[[Piece, int], Iterator[VectorRequest]]] = {
@@ -154,11 +145,6 @@ def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> Exp
         users=torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])[row],
         has_user=has_user,
     )
-
-
-def _exposures(piece: Piece) -> Ints:
-    """Indices of the events that are exposures of the split."""
-    return piece.first_target + np.flatnonzero(~np.isnan(piece.labels[piece.first_target :]))
 
 
 def _request_batches(requests: Iterator[VectorRequest], budget: int) -> Iterator[list[VectorRequest]]:

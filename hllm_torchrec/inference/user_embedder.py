@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.parallelize import autocast
 
@@ -67,16 +65,9 @@ def history_request(piece: Piece, num_events: int, second: int, max_history: int
     max_history: events of the piece at most, the exposure included, as in training.
     """
     start = max(0, num_events - max_history + 1)
-    own = slice(start, num_events)
-    return Piece(
-        piece.user_id,
-        piece.offset + start,
-        num_events - start,
-        np.append(piece.item_ids[own], 0),
-        np.append(piece.timestamps[own], second),
-        np.append(piece.labels[own], np.float32(0)),
-        np.append(piece.actions[own], 0),
-    )
+    read = piece.cut(start, num_events, num_events)
+    exposure = Events.at([second], labels=[0])
+    return replace(read, **Events.concat([read, exposure]).columns)
 
 
 def next_midnight(second: int) -> int:
@@ -88,15 +79,3 @@ def nightly_request(piece: Piece, num_events: int, max_history: int) -> Piece:
     """The request of the nightly job after the last of the first `num_events` >= 1 events: a function of these
     alone."""
     return history_request(piece, num_events, next_midnight(int(piece.timestamps[num_events - 1])), max_history)
-
-
-def pieces_from_table(table: pa.Table) -> list[Piece]:
-    """Rows of sequences (`data.sequences.SEQUENCE_SCHEMA`) as pieces: each user's whole sequence."""
-    table = table.combine_chunks()
-    ends = np.cumsum(pc.list_value_length(table["item_ids"]).to_numpy())[:-1]
-    columns = {name: pc.list_flatten(table[name]) for name in ("item_ids", "timestamps", "labels", "actions")}
-    items, times = (np.split(columns[name].to_numpy(), ends) for name in ("item_ids", "timestamps"))
-    labels = np.split(columns["labels"].to_numpy(zero_copy_only=False).astype(np.float32), ends)  # a null becomes NaN
-    actions = np.split(columns["actions"].to_numpy().astype(np.int64), ends)
-    users, firsts = table["user_id"].to_pylist(), table["target_start"].to_pylist()
-    return [Piece(user, 0, first, *rest) for user, first, *rest in zip(users, firsts, items, times, labels, actions)]

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.data.collate import Piece
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store, shares, write_rounds
-from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder, pieces_from_table
+from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder
 from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
 
@@ -123,12 +122,10 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
     for part in ("test", "valid", "train"):
         groups = dataset.row_groups(part)
         for group in groups:
-            table = dataset.read_row_group(group.path, group.index, columns=["user_id", "timestamps"])
-            users = table["user_id"].to_numpy()
+            all_rows = dataset.sequences([group], ["user_id", "timestamps"])
+            users, lengths = all_rows.user_ids, all_rows.lengths
             rows = np.flatnonzero(~seen[users])
-            lists = table["timestamps"].combine_chunks()
-            lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
-            last = pc.list_flatten(lists).to_numpy()[np.cumsum(lengths) - 1][rows]
+            last = all_rows.timestamps[all_rows.offsets[1:] - 1][rows]
             marks = user_content_hashes(last, lengths[rows])
             stored, known = snapshot.content_hashes(raw_user_ids(dataset, users[rows]))
             active = last >= since
@@ -157,10 +154,10 @@ def _rounds(window: list[_Group], dataset: Dataset, max_history: int) -> Iterato
     """This rank's share of a window: rounds of chunks of (requests, content hashes)."""
     asked: list[Piece] = []
     for one in window:
-        table = dataset.read_row_group(one.group.path, one.group.index)
-        pieces = pieces_from_table(table.take(pa.array(one.rows[one.todo])))
-        asked += [nightly_request(piece, piece.item_ids.size, max_history) for piece in pieces]
+        rows = dataset.sequences([one.group])
+        pieces = (rows.piece(row) for row in one.rows[one.todo])
+        asked += [nightly_request(piece, len(piece), max_history) for piece in pieces]
     marks = np.concatenate([one.marks[one.todo] for one in window])
-    costs = np.array([piece.item_ids.size for piece in asked], np.int64)
+    costs = np.array([len(piece) for piece in asked], np.int64)
     for chunks in shares(np.arange(len(asked)), costs):
         yield [([asked[i] for i in chunk], marks[chunk]) for chunk in chunks]

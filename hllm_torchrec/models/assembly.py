@@ -27,7 +27,7 @@ from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.item_factors import item_vectors
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
 from hllm_torchrec.distributed.collectives import all_gather_variable
@@ -109,24 +109,21 @@ class Experiment:
         if training and data.stochastic_length:
             shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
         collator = Collator(self.dataset, self.batch_spec, self.config.seed, training, self.item_vectors, shortening)
-        return Loader(
-            self.dataset,
-            "valid" if whole else split,
-            collator,
+        spec = LoaderSpec(
+            split="valid" if whole else split,
             batch_users=batch_users,
             max_history=longest,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
             seed=self.config.seed,
             shuffle=training,
-            prefetch=self.config.data.prefetch,
             batch_cost=batch_item_tokens,
             item_costs=costs,
             all_events=whole,
             extend_history=not training and self.batch_spec.visibility == "position",
             user_share=data.train_users if training else 1.0,
+            prefetch=data.prefetch,
             timeout=self.config.parallel.timeout,
         )
+        return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
 
     def cold_items(self) -> NDArray[np.bool_]:
         """[N] items without a training event."""

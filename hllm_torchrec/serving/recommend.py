@@ -19,11 +19,13 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import decode_sequences
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
-from hllm_torchrec.inference.user_embedder import history_request, pieces_from_table
+from hllm_torchrec.inference.user_embedder import history_request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 
 
@@ -103,16 +105,10 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
             with error_location(file):
                 rows = pq.read_table(file, filters=[("user_id", "=", dense)])
             if rows.num_rows:
-                (whole,) = pieces_from_table(rows)
-                events = int(np.searchsorted(whole.timestamps, time, side="left"))
+                whole = decode_sequences([rows])
+                events = visible_before(whole.timestamps, time)
                 if events:
-                    return UserHistory(
-                        dense,
-                        whole.item_ids[:events],
-                        whole.timestamps[:events],
-                        whole.labels[:events],
-                        whole.actions[:events],
-                    )
+                    return UserHistory(dense, **whole[:events].columns)
     raise ValueError(f"user {user!r}: no event before {time}; name a later time")
 
 

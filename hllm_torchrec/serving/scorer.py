@@ -13,7 +13,7 @@ Legend: n events, T of them history that the model reads, m candidates, D width.
 
 import time as clock
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,14 +21,17 @@ from typing import Self
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Collator, Floats, Ints, Piece
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
@@ -38,27 +41,21 @@ from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, chec
 from hllm_torchrec.modules.lora import merged
 
 
-@dataclass(frozen=True)
-class UserHistory:
+@dataclass(frozen=True, init=False)
+class UserHistory(Events):
     """Events of one user, oldest first; the ids are the dataset's dense ones.
-
-    item_ids, timestamps (seconds UTC), actions (0: unknown): [n] int64; labels: [n] float32, NaN where there is none.
 
     Raises:
         ValueError: columns of different lengths, or times that go back.
     """
 
-    user_id: int
-    item_ids: Ints
-    timestamps: Ints
-    labels: Floats
-    actions: Ints
+    user_id: int = field(kw_only=True)
 
-    def __post_init__(self) -> None:
-        for field in fields(self)[1:]:
-            kind = np.float32 if field.name == "labels" else np.int64
-            object.__setattr__(self, field.name, np.asarray(getattr(self, field.name), kind))
-        sizes = {field.name: getattr(self, field.name).size for field in fields(self)[1:]}
+    def __init__(self, user_id: int, *columns: ArrayLike, **named: ArrayLike) -> None:
+        """Take the columns of `Events`: item_ids, timestamps, labels, actions, in this order or by name."""
+        super().__init__(**Events(*columns, **named).as_arrays().columns)  # type: ignore[arg-type]  # not yet arrays
+        object.__setattr__(self, "user_id", user_id)
+        sizes = {name: values.size for name, values in self.columns.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
@@ -69,16 +66,13 @@ class UserHistory:
                 f"({self.timestamps[row - 1]}): sort events by time"
             )
 
-    def __len__(self) -> int:
-        return int(self.item_ids.size)
-
     def as_piece(self, first: int = 0) -> Piece:
         """The events as the collator takes them; exposures are those from `first` on."""
-        return Piece(self.user_id, 0, first, self.item_ids, self.timestamps, self.labels, self.actions)
+        return Piece(**self.columns, user_id=self.user_id, first_target=first)
 
     def since(self, start: int) -> "UserHistory":
         """The events from `start` on."""
-        return UserHistory(self.user_id, *(getattr(self, f.name)[start:] for f in fields(self)[1:]))
+        return UserHistory(self.user_id, **self[start:].columns)
 
     def followed_by(self, later: "UserHistory") -> "UserHistory":
         """All events of both.
@@ -88,8 +82,7 @@ class UserHistory:
         """
         if later.user_id != self.user_id:
             raise ValueError(f"events of user {later.user_id} after those of user {self.user_id}: give one user's")
-        columns = (np.concatenate([getattr(self, f.name), getattr(later, f.name)]) for f in fields(self)[1:])
-        return UserHistory(self.user_id, *columns)
+        return UserHistory(self.user_id, **Events.concat([self, later]).columns)
 
 
 @dataclass(frozen=True)
@@ -267,9 +260,8 @@ class Scorer:
         """The cache with the events behind it."""
         # The one exposure comes after all events, so all of the history belongs to the batch.
         after = int(events.timestamps[-1]) + 1 if len(events) else 0
-        zero = np.zeros(1, np.int64)
-        exposure = UserHistory(events.user_id, zero, zero + after, zero.astype(np.float32), zero)
-        whole = events.followed_by(exposure)
+        exposure = Events.at([after], labels=[0])
+        whole = events.followed_by(UserHistory(events.user_id, **exposure.columns))
         batch = self._collator([whole.as_piece(len(events))], 0, 0).to(self.experiment.device)
         x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
         with configured_by("user.shape", length="data.max_history"):
@@ -277,15 +269,13 @@ class Scorer:
 
     def _request(self, user: UserState, candidates: Ints, time: int) -> HybridBatch:
         """Candidates alone, without history; numeric features are those of the user at the time."""
-        same = np.full(candidates.size, time)
-        zeros = np.zeros(candidates.size, np.int64)
-        piece = Piece(user.history.user_id, 0, 0, candidates, same, zeros.astype(np.float32), zeros)
-        batch = self._collator([piece], 0, 0)
+        asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=np.zeros(candidates.size))
+        batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
         names = self.experiment.batch_spec.numeric_features
         if not names:
             return batch
         window = user.history.since(user.start)
-        earlier = int(np.searchsorted(window.timestamps, time, side="left"))
+        earlier = visible_before(window.timestamps, time)
         times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
         numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
         assert batch.numeric is not None
@@ -296,7 +286,7 @@ class Scorer:
     def _visible(self, user: UserState, time: int) -> int:
         """How many of the cached events a request at this time sees."""
         if self.experiment.batch_spec.visibility == "second":
-            return int(torch.searchsorted(user.cache.times, time, right=False))
+            return visible_before(user.cache.times.cpu().numpy(), time)
         last = int(user.history.timestamps[-1]) if len(user.history) else time
         if time < last:
             raise ValueError(

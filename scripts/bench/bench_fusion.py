@@ -12,7 +12,6 @@ here, so that only the user's pass is measured. The bench stops if the two losse
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,8 @@ from hllm_torchrec.config.schema import (
     UserEncoderConfig,
 )
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.training.throughput import user_token_counts
@@ -63,23 +63,18 @@ def user_piece(history: int, exposures: int, items: int, actions: int, seed: int
     labels = rng.integers(0, 2, events).astype(np.float32)
     labels[:history] = np.nan
     return Piece(
-        1,
-        0,
-        history,
         rng.integers(1, items, events),
         1_600_000_000 + np.arange(events),
         labels,
         rng.integers(1, actions, events),
+        user_id=1,
+        first_target=history,
     )
 
 
 def one_by_one(piece: Piece) -> list[Piece]:
     """The piece once for each exposure, cut off behind it and with that one alone."""
-    cut = []
-    for target in range(piece.first_target, piece.item_ids.size):
-        kept = {name: getattr(piece, name)[: target + 1] for name in ("item_ids", "timestamps", "labels", "actions")}
-        cut.append(replace(piece, first_target=target, **kept))
-    return cut
+    return [piece.cut(0, target + 1, target) for target in range(piece.first_target, len(piece))]
 
 
 class Comparison:

@@ -34,7 +34,7 @@ from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.models.assembly import batch_spec_of, open_token_store
 
 USERS = 8
@@ -104,9 +104,7 @@ def our_batches(dataset: Dataset, tokenizer: Path, history: int) -> Iterator[tup
     config = our_config(dataset, tokenizer, history)
     tokens = open_token_store(config.item_llm, dataset)
     collator = Collator(dataset, batch_spec_of(config, dataset), config.seed, training=True)
-    loader = Loader(
-        dataset, "train", collator, batch_users=USERS, max_history=config.data.max_history, shuffle=True, prefetch=2
-    )
+    loader = Loader(dataset, collator, LoaderSpec("train", USERS, config.data.max_history, shuffle=True))
     epoch = 0
     while True:
         for batch in islice(loader.batches(epoch), len(loader.pieces) // USERS):
@@ -157,17 +155,8 @@ def spread_of_steps(options: argparse.Namespace, history: int = 150) -> dict[str
     item_costs = open_token_store(config.item_llm, dataset).lengths + 1
     found, budget = {}, 0
     for kind in ("users", "tokens"):
-        loader = Loader(
-            dataset,
-            "train",
-            collator,
-            batch_users=USERS,
-            max_history=history,
-            world_size=ranks,
-            shuffle=True,
-            batch_cost=budget,
-            item_costs=item_costs,
-        )
+        spec = LoaderSpec("train", USERS, history, shuffle=True, batch_cost=budget, item_costs=item_costs)
+        loader = Loader(dataset, collator, spec, world_size=ranks)
         costs = np.array([[loader.costs[step].sum() for step in of_rank] for of_rank in loader.rank_batches(0)])[:, :-1]
         budget = budget or int(costs.mean())
         total = costs.sum(axis=0)

@@ -47,8 +47,9 @@ from hllm_torchrec.config.schema import (
     UserEncoderConfig,
 )
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.fingerprint import item_facts

@@ -50,8 +50,9 @@ from hllm_torchrec.config.schema import (
     UserEncoderConfig,
 )
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Collator, Piece
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.item_source import LiveItems
@@ -151,7 +152,7 @@ def hybrid_batch(trainer: Trainer, samples: list[Sample]) -> HybridBatch:
 def labelled_piece(user: int, items: Ints, timestamps: Ints, first: int = 0) -> Piece:
     """Events of label 1 and action 1, exposures from `first` on."""
     ones = np.ones(items.size, np.int64)
-    return Piece(user, 0, first, items, timestamps, ones.astype(np.float32), ones)
+    return Piece(items, timestamps, ones.astype(np.float32), ones, user_id=user, first_target=first)
 
 
 def without_repeats(samples: list[Sample], tokens: TokenStore) -> tuple[list[Sample], TokenStore]:

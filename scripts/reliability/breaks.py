@@ -90,9 +90,9 @@ BREAKS = (
     ),
     # data
     Break(
-        "collate: an exposure sees its own second",
-        'visible = np.searchsorted(times[kept], times[targets], side="left")',
-        'visible = np.searchsorted(times[kept], times[targets], side="right")',
+        "visibility: an exposure sees its own second",
+        'found = np.searchsorted(times, at, side="left")',
+        'found = np.searchsorted(times, at, side="right")',
         ("tests/data/test_collate.py",),
     ),
     Break(
@@ -103,8 +103,8 @@ BREAKS = (
     ),
     Break(
         "numeric features: the same second counts as earlier",
-        'seen = np.searchsorted(timestamps, timestamps[targets], side="left")',
-        'seen = np.searchsorted(timestamps, timestamps[targets], side="right")',
+        "seen = visible_before(timestamps, timestamps[targets])",
+        "seen = visible_before(timestamps, timestamps[targets] + 1)",
         ("tests/data/test_numeric_features.py",),
     ),
     Break(

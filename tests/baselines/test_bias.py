@@ -12,7 +12,7 @@ from hllm_torchrec.baselines.bias import run_bias, score_running_bias
 from hllm_torchrec.baselines.settings import ItemMeanConfig, RunningBiasConfig
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.histories import Histories, ItemLabels, rank_row_groups, read_histories, training_labels
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.metrics.auc import roc_auc
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
@@ -119,7 +119,7 @@ def test_a_label_changes_later_scores_only(rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_exposures_are_those_that_a_model_scores(rule: str) -> None:
     dataset, cfg = fixtures.dataset(rule), fixtures.config(rule)
-    loader = Loader(dataset, "test", fixtures.collator(cfg, rule), batch_users=4, max_history=1024)
+    loader = Loader(dataset, fixtures.collator(cfg, rule), LoaderSpec("test", batch_users=4, max_history=1024))
     theirs: dict[tuple[int, int], tuple[float, ...]] = {}
     for batch in loader.batches(0):
         pieces = np.repeat(np.arange(batch.user_ids.numel()), batch.query_offsets.diff().numpy())

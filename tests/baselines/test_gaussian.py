@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hllm_torchrec.baselines.gaussian import _values, positive_threshold, run_gaussian, score
+from hllm_torchrec.baselines.gaussian import positive_threshold, run_gaussian, score
 from hllm_torchrec.data.histories import read_histories
 from hllm_torchrec.data.item_factors import FactorOptions, ItemFactors, event_values, fit_item_factors
 from tests.helpers.fixtures import dataset, pieces
@@ -17,9 +17,8 @@ def fitted() -> ItemFactors:
 
 def scored(values_change: float = 0.0) -> dict[tuple[int, int], float]:
     """(user, position) -> score on the test part, with `values_change` added to events of each exposure's second."""
-    groups = dataset().row_groups("test")
-    histories = read_histories(dataset(), groups)
-    values = _values(dataset(), groups)
+    histories = read_histories(dataset(), dataset().row_groups("test"))
+    values = event_values(histories.labels, histories.actions, dataset().action_values)
     if values_change:
         values[histories.exposures] += values_change
     rows = histories.row_of_event[histories.exposures]

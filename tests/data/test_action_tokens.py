@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.hllm import HLLM
@@ -186,14 +186,13 @@ def test_a_run_trains_both_tasks_and_is_served_from_a_cache(tmp_path: Path) -> N
     piece = max(fixtures.pieces("test"), key=lambda p: p.item_ids.size)
     target = naive_model.exposures(piece)[-1]
     start = max(0, target - 20)
-    columns = [getattr(piece, x)[start:] for x in ("item_ids", "timestamps", "labels", "actions")]
-    cut = Piece(piece.user_id, start, target - start, *columns)
+    cut = piece.cut(start, len(piece), target)
     experiment = scorer.experiment
     with torch.no_grad():
         batch = scorer._collator([cut], 0, 0)
         expected = experiment.model(batch).logits[:1].numpy()
-    events = UserHistory(piece.user_id, *(column[: target - start] for column in columns))
-    state = scorer.extend(scorer.read(UserHistory(piece.user_id, *(c[:5] for c in columns))), events.since(5))
+    events = UserHistory(piece.user_id, **cut[: target - start].columns)
+    state = scorer.extend(scorer.read(UserHistory(piece.user_id, **cut[:5].columns)), events.since(5))
     time, item = int(piece.timestamps[target]), piece.item_ids[target : target + 1]
     for user in (events, state):
         np.testing.assert_allclose(scorer.score(user, item, time), expected, rtol=2e-5, atol=2e-5)

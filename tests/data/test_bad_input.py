@@ -18,7 +18,7 @@ from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.item_factors import item_vectors
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
@@ -144,7 +144,7 @@ def test_a_history_of_100_000_events_and_a_text_of_a_million_characters(tmp_path
     events = [("u", f"i{n % 10}", 1_400_000_000 + n // 3, float(n % 2)) for n in range(100_000)]
     data = prepared(tmp_path, events, [*ITEMS[:9], ("i9", "word1 " * 170_000)])
     collator = Collator(data, BatchSpec(fusion="late", item_id=True, action=False), 0, True)
-    loader = Loader(data, "train", collator, batch_users=1, max_history=1000, prefetch=0)
+    loader = Loader(data, collator, LoaderSpec("train", batch_users=1, max_history=1000, prefetch=0))
     assert len(loader.pieces) >= 159  # every exposure, each seeing 500 events at least
     batch = next(loader.batches(0, first_step=100))
     assert 0 < int(batch.seq_offsets[-1]) <= 1000
@@ -217,8 +217,8 @@ def test_a_row_without_events_is_read_and_brings_none(copied: Path) -> None:
 
     data = rewrite(copied, empty)
     collator = Collator(data, fixtures.recipe(fixtures.config()), 0, True)
-    loader = Loader(data, "train", collator, batch_users=4, max_history=100, prefetch=0)
-    before = Loader(fixtures.dataset(), "train", collator, batch_users=4, max_history=100, prefetch=0)
+    loader = Loader(data, collator, LoaderSpec("train", batch_users=4, max_history=100, prefetch=0))
+    before = Loader(fixtures.dataset(), collator, LoaderSpec("train", batch_users=4, max_history=100, prefetch=0))
     lost = len(pq.read_table(fixtures.dataset().root / PART)["item_ids"][2])
     assert int(loader.pieces.lengths.sum()) == int(before.pieces.lengths.sum()) - lost
     assert sum(batch.user_ids.numel() for batch in loader.batches(0)) == len(loader.pieces)

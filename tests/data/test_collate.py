@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
-from hllm_torchrec.data.collate import Collator, Piece, gather_bags
+from hllm_torchrec.data.collate import Collator, gather_bags
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
@@ -50,22 +51,20 @@ def piece(times: list[int], labels: list[float | None], first: int = 0, offset: 
     """Items 1, 2, ...; actions 1..5 in turn."""
     n = len(times)
     return Piece(
-        7,
-        offset,
-        first,
         np.arange(1, n + 1),
         np.array(times, np.int64),
         np.array([np.nan if x is None else x for x in labels], np.float32),
         np.arange(n) % 5 + 1,
+        user_id=7,
+        offset=offset,
+        first_target=first,
     )
 
 
 def some_pieces() -> list[Piece]:
     """Whole users, users of a later part, a stretch of a user, and one without exposures."""
     user = fixtures.pieces("train")[4]
-    stretch = Piece(
-        user.user_id, 5, 9, *(getattr(user, x)[5:25] for x in ("item_ids", "timestamps", "labels", "actions"))
-    )
+    stretch = user.cut(5, 25, 14)
     silent = piece([1, 1, 2], [None, None, None])
     return [*fixtures.pieces("train")[:5], *fixtures.pieces("valid")[:3], stretch, silent]
 

@@ -15,7 +15,8 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, RowGroup
-from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, assign_balanced, cut_into_pieces, in_user_sample
+from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, LoaderSpec
+from hllm_torchrec.data.pieces import assign_balanced, cut_into_pieces, in_user_sample
 from tests.helpers import fixtures
 
 RECIPE = BatchSpec(fusion="late", negatives=4)
@@ -24,7 +25,9 @@ RECIPE = BatchSpec(fusion="late", negatives=4)
 def make(split: str = "train", dataset: Dataset | None = None, **options: Any) -> Loader:
     data = dataset or fixtures.dataset()
     chosen: dict[str, Any] = {"batch_users": 3, "max_history": 20, "shuffle": True, "seed": 1} | options
-    return Loader(data, split, Collator(data, RECIPE, seed=1, training=chosen["shuffle"]), **chosen)
+    place = {name: chosen.pop(name) for name in ("rank", "world_size") if name in chosen}
+    collator = Collator(data, RECIPE, seed=1, training=chosen["shuffle"])
+    return Loader(data, collator, LoaderSpec(split, **chosen), **place)
 
 
 def loaders(world: int, **options: Any) -> list[Loader]:
@@ -341,7 +344,7 @@ class _Broken(Collator):
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_an_error_in_the_background_surfaces_in_its_place(prefetch: int, no_thread_stays: None) -> None:
     data = fixtures.dataset()
-    one = Loader(data, "train", _Broken(data, RECIPE), batch_users=3, max_history=20, prefetch=prefetch)
+    one = Loader(data, _Broken(data, RECIPE), LoaderSpec("train", batch_users=3, max_history=20, prefetch=prefetch))
     batches = one.batches(0)
     next(batches), next(batches)
     with pytest.raises(ValueError, match="row 7 is bad"):
@@ -359,7 +362,7 @@ def test_a_thread_that_is_ended_does_not_end_the_epoch_as_if_all_were_well(
             return super().__call__(pieces, epoch, step, rank)
 
     data = fixtures.dataset()
-    batches = Loader(data, "train", Leaving(data, RECIPE), batch_users=3, max_history=20, prefetch=prefetch).batches(0)
+    batches = Loader(data, Leaving(data, RECIPE), LoaderSpec("train", 3, 20, prefetch=prefetch)).batches(0)
     next(batches)
     with pytest.raises(RuntimeError, match=r"rank 0 of 1, epoch 0 from step 0 on: the thread .* SystemExit\(0\)"):
         next(batches)
@@ -375,7 +378,7 @@ def test_a_reader_that_does_not_answer_is_given_up(no_thread_stays: None) -> Non
             return super().__call__(pieces, epoch, step, rank)
 
     data = fixtures.dataset()
-    one = Loader(data, "train", Stuck(data, RECIPE), batch_users=3, max_history=20, rank=1, world_size=2, timeout=0.5)
+    one = Loader(data, Stuck(data, RECIPE), LoaderSpec("train", 3, 20, timeout=0.5), rank=1, world_size=2)
     batches = one.batches(4, first_step=2)
     next(batches)
     threading.Timer(2, answer.set).start()  # the loader waits for its thread, up to 5 s, before it raises
@@ -406,7 +409,7 @@ def test_batches_are_prepared_ahead_but_no_further() -> None:
             return super().__call__(pieces, epoch, step, rank)
 
     data = fixtures.dataset()
-    one = Loader(data, "train", Counting(data, RECIPE), batch_users=3, max_history=20, prefetch=2)
+    one = Loader(data, Counting(data, RECIPE), LoaderSpec("train", batch_users=3, max_history=20, prefetch=2))
     batches = one.batches(0)
     next(batches)
     for _ in range(200):  # the one taken, two in the queue, one in hand

@@ -13,8 +13,9 @@ import torch
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
-from hllm_torchrec.data.collate import Collator, Piece
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.events import Piece
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.assembly import build_experiment
@@ -170,8 +171,7 @@ def test_a_model_reads_what_is_left_as_if_there_were_nothing_else() -> None:
     chosen = rule.choose(piece.timestamps[:seen], epoch=0, user=piece.user_id, offset=0)
     assert 0 < chosen.size < seen
     kept = np.append(chosen, piece.item_ids.size - 1)
-    columns = {x: getattr(piece, x)[kept] for x in ("item_ids", "timestamps", "labels", "actions")}
-    alone = dataclasses.replace(piece, first_target=chosen.size, **columns)
+    alone = dataclasses.replace(piece, first_target=chosen.size, **piece[kept].columns)
     with torch.no_grad():
         found, expected = model(batch).logits, model(Collator(data, spec)([alone], 0, 0)).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -195,7 +195,7 @@ def test_ranks_and_resumed_runs_read_the_same() -> None:
     def make(rank: int = 0, world: int = 1) -> Loader:
         collator = Collator(fixtures.dataset(), RECIPES[0], 0, True, None, dataclasses.replace(SHORT, max_events=20))
         sizes: dict[str, Any] = {"batch_users": 4 // world, "max_history": 20, "prefetch": 0, "shuffle": True}
-        return Loader(fixtures.dataset(), "train", collator, rank=rank, world_size=world, **sizes)
+        return Loader(fixtures.dataset(), collator, LoaderSpec("train", **sizes), rank, world)
 
     one = histories(make(), 1)
     assert histories(make(0, 2), 1) | histories(make(1, 2), 1) == one

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.loader import cut_into_pieces
+from hllm_torchrec.data.pieces import cut_into_pieces
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors, evaluate_retrieval
 from hllm_torchrec.evaluation.retrieval_comparison import read_target_ranks

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from tests.fuzz.mutations import FEWER, Target, byte_changes, change_bytes, check_reader
 from tests.helpers import fixtures
 
@@ -35,7 +35,7 @@ def use(root: Path) -> None:
     """Read every file as training does: index, rows, batches."""
     data = Dataset(root, fixtures.dataset().manifest)
     collator = fixtures.Collator(data, fixtures.recipe(fixtures.config()), 0, True)
-    loader = Loader(data, "train", collator, batch_users=4, max_history=20, prefetch=0)
+    loader = Loader(data, collator, LoaderSpec("train", batch_users=4, max_history=20, prefetch=0))
     for batch in loader.batches(0):
         assert batch.unique_items.numel() == 0 or int(batch.unique_items.max()) < data.num_items
     len(data.users), data.training_item_counts(), data.text(["title", "brand"])

@@ -1,6 +1,5 @@
 """The model written out without packing, and what tests of the assembled model share."""
 
-import dataclasses
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.hllm import HLLM, HLLMOutput
@@ -49,9 +48,7 @@ def exposures(piece: Piece) -> list[int]:
 
 def alone(piece: Piece, target: int) -> Piece:
     """The piece up to one exposure, which is its only one."""
-    end = target + 1
-    cut = {x: getattr(piece, x)[:end] for x in ("item_ids", "timestamps", "labels", "actions")}
-    return dataclasses.replace(piece, first_target=target, **cut)
+    return piece.cut(0, target + 1, target)
 
 
 class Naive:

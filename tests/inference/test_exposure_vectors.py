@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference import item_embedding
@@ -97,13 +97,12 @@ def test_a_daily_vector_is_that_of_a_user_whose_history_ends_the_day_before(tmp_
                     continue
                 midnight = (piece.timestamps[kept[-1]] // DAY + 1) * DAY
                 alone = Piece(
-                    piece.user_id,
-                    0,
-                    len(kept),
                     np.append(piece.item_ids[kept], 7),
                     np.append(piece.timestamps[kept], midnight),
                     np.append(piece.labels[kept], np.float32(1)),
                     np.append(piece.actions[kept], 3),
+                    user_id=piece.user_id,
+                    first_target=len(kept),
                 )
                 torch.testing.assert_close(vector, embedder([alone])[0][0], atol=1e-5, rtol=0)
                 compared += 1

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.collate import Piece
+from hllm_torchrec.data.events import Piece
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems

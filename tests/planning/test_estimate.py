@@ -13,7 +13,7 @@ from transformers import AutoModel
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.collate import Collator
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.launch import plan as command
 from hllm_torchrec.models.backbones import build_backbone
@@ -156,8 +156,7 @@ def test_the_busiest_step_is_near_that_of_the_loaders_epochs(world: int) -> None
     made = config(data={"batch_users": 2, "max_history": 24})
     data = fixtures.dataset()
     collator = Collator(data, fixtures.recipe(made), 0, True)
-    shared = {"batch_users": 2, "max_history": 24, "world_size": world, "shuffle": True}
-    loader = Loader(data, "train", collator, **shared)
+    loader = Loader(data, collator, LoaderSpec("train", 2, 24, shuffle=True), world_size=world)
     together = [
         sum(int(loader.pieces.lengths[batches[step]].sum()) for batches in loader.rank_batches(epoch)) / world
         for epoch in range(20)

@@ -180,8 +180,7 @@ def two_steps_of_two_items(settings: Config) -> list[float]:
     """The losses of two steps in which rank 0 has the first two events of one user, and the others nobody."""
     trainer = Trainer(settings, init_distributed())
     user = next(piece for piece in fixtures.pieces() if len(set(piece.item_ids[:2])) == 2)
-    events = {name: getattr(user, name)[:2] for name in ("item_ids", "timestamps", "labels", "actions")}
-    pieces = [replace(user, **events)] if trainer.rank == 0 else []
+    pieces = [replace(user, **user[:2].columns)] if trainer.rank == 0 else []
     batch = trainer.validation.collator(pieces, 0, 0, trainer.rank)
     assert batch.unique_items.numel() == 2 * len(pieces)
     return [trainer.train_step([batch])["loss"] for _ in range(2)]

@@ -1,0 +1,160 @@
+"""Events as columns, and users' sequences of them: the one place that lists what an event consists of.
+
+A further column (say, the device of a request) is a field of `Events`: preparation writes it, and loader, embedding
+jobs, scorer and baselines carry it along. What a model makes of it is said in the batch spec and the collator.
+
+Legend: n events of one user, T events of R users one after the other.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike, NDArray
+
+from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+
+
+def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: float) -> Any:
+    return field(metadata={"single": single, "stored": stored, "dtype": dtype, "unknown": unknown})
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events of one user, or of several one after the other, sorted by time within a user. All columns are [n]."""
+
+    item_ids: Ints = _column("item", pa.int64(), np.int64, 0)
+    """0: an unknown item."""
+    timestamps: Ints = _column("timestamp", pa.int64(), np.int64, 0)
+    """Seconds UTC."""
+    labels: Floats = _column("label", pa.float32(), np.float32, np.nan)
+    """In [0, 1]; NaN where the event is no exposure."""
+    actions: Ints = _column("action", pa.int32(), np.int64, 0)
+    """0: unknown."""
+
+    def __len__(self) -> int:
+        return int(self.timestamps.size)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Name -> values of each column."""
+        return {column.name: getattr(self, column.name) for column in EVENT_COLUMNS}
+
+    def __getitem__(self, chosen: slice | NDArray[Any]) -> "Events":
+        """The events of a slice (views), or at indices or where a mask is true (copies)."""
+        return Events(*(column[chosen] for column in self.columns.values()))
+
+    @classmethod
+    def at(cls, timestamps: ArrayLike, **known: ArrayLike) -> "Events":
+        """Events at these seconds; columns that are not given are unknown."""
+        times = np.asarray(timestamps, np.int64)
+        values: dict[str, Any] = {column.name: np.full(times.size, column.unknown) for column in EVENT_COLUMNS}
+        return Events(**(values | known | {"timestamps": times})).as_arrays()
+
+    def as_arrays(self) -> "Events":
+        """The events with columns, which may be any sequences of numbers, as arrays of their types."""
+        return Events(*(np.asarray(getattr(self, column.name), column.dtype) for column in EVENT_COLUMNS))
+
+    @classmethod
+    def concat(cls, parts: Iterable["Events"]) -> "Events":
+        """The events of all parts (at least one), one after the other."""
+        return Events(*map(np.concatenate, zip(*(part.columns.values() for part in parts), strict=True)))
+
+
+@dataclass(frozen=True)
+class EventColumn:
+    """A column of events.
+
+    name: in `Events` and, as lists, in sequence files; single: in the tables that preparation sorts, one row an event;
+    stored: Arrow's type there; dtype: numpy's here; unknown: what stands for a value that is not known.
+    """
+
+    name: str
+    single: str
+    stored: pa.DataType
+    dtype: type[np.generic]
+    unknown: float
+
+
+EVENT_COLUMNS = tuple(EventColumn(column.name, **column.metadata) for column in fields(Events))
+
+
+@dataclass(frozen=True)
+class Piece(Events):
+    """A stretch of one user's events; exposures are those from `first_target` on (an index into the stretch).
+
+    offset: index of the stretch's first event in the user's whole sequence.
+    """
+
+    user_id: int = field(kw_only=True)
+    offset: int = field(kw_only=True, default=0)
+    first_target: int = field(kw_only=True)
+
+    @property
+    def exposures(self) -> Ints:
+        """[X] indices of the events to predict: those from `first_target` on that have a label."""
+        return self.first_target + np.flatnonzero(~np.isnan(self.labels[self.first_target :]))
+
+    def cut(self, start: int, end: int, first_target: int) -> Self:
+        """The stretch [start, end) of it, with exposures from `first_target` on; all three are indices into this."""
+        first = first_target - start
+        return replace(self, offset=self.offset + start, first_target=first, **self[start:end].columns)
+
+
+@dataclass(frozen=True)
+class Sequences(Events):
+    """Rows of a part's sequences: each user's whole history up to the part's end. The columns of events are [T].
+
+    user_ids, target_start: int64 [R], the latter the index in the row of the first event that is of the part; offsets:
+    int64 [R + 1], from 0, of the rows in the events.
+    """
+
+    user_ids: Ints = field(kw_only=True)
+    target_start: Ints = field(kw_only=True)
+    offsets: Ints = field(kw_only=True)
+
+    @property
+    def lengths(self) -> Ints:
+        """[R] events of each row."""
+        return np.diff(self.offsets)
+
+    def piece(self, row: int) -> Piece:
+        """A row as one piece: the user's whole sequence."""
+        events = self[self.offsets[row] : self.offsets[row + 1]]
+        user, first = int(self.user_ids[row]), int(self.target_start[row])
+        return Piece(**events.columns, user_id=user, first_target=first)
+
+    def pieces(self) -> Iterable[Piece]:
+        """All rows, one by one."""
+        return (self.piece(row) for row in range(self.user_ids.size))
+
+
+def decode_sequences(tables: Sequence[pa.Table]) -> Sequences:
+    """Tables of `sequences.SEQUENCE_SCHEMA`, or of the same columns of it, one after the other; none: no rows.
+
+    Columns that are not there are unknown and take no memory; one column of events must be.
+    """
+    columns: dict[str, NDArray[Any]] = {column.name: np.empty(0, column.dtype) for column in EVENT_COLUMNS}
+    heads: dict[str, Ints] = {name: np.empty(0, np.int64) for name in ("user_id", "target_start")}
+    offsets = np.zeros(1, np.int64)
+    if tables:
+        table = pa.concat_tables(tables).combine_chunks()
+        present = [name for name in columns if name in table.column_names]
+        offsets = offsets_from_lengths(pc.list_value_length(table[present[0]]).to_numpy())
+        for column in EVENT_COLUMNS:
+            columns[column.name] = (
+                pc.list_flatten(table[column.name]).to_numpy().astype(column.dtype, copy=False)  # a null becomes NaN
+                if column.name in present
+                else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
+            )
+        for name in heads:
+            heads[name] = (
+                table[name].to_numpy().astype(np.int64, copy=False)
+                if name in table.column_names
+                else np.broadcast_to(np.int64(0), len(table))
+            )
+    return Sequences(**columns, user_ids=heads["user_id"], target_start=heads["target_start"], offsets=offsets)
