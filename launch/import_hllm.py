@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert the weights, and make a run of them where there is a dataset.
 
     Raises:
-        ValueError: see `public_weights.import_public` and `Trainer`.
+        ValueError: see `import_public` and `build_trainer`.
     """
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.weights.import_hllm import TextOptions, import_public
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> None:
 def _make_run(output: Path) -> None:
     from hllm_torchrec.config.loading import config_from_file
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.training.trainer import Trainer
+    from hllm_torchrec.training.trainer_setup import build_trainer
 
     with distributed_device() as device:
-        found = Trainer(config_from_file(output / "config.yaml"), device).save_untrained()
+        found = build_trainer(config_from_file(output / "config.yaml"), device).save_untrained()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if "@" in name)
     print(f"{output}: is a run now; on its validation part {shown}")
 

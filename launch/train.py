@@ -23,10 +23,10 @@ def train(arguments: list[str]) -> None:
     config = load_config(arguments)  # so that a mistake shows before anything large is imported
     check_logs(config.logs)
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.training.trainer import Trainer
+    from hllm_torchrec.training.trainer_setup import build_trainer
 
     with distributed_device(config.parallel.timeout) as device:
-        Trainer(config, device).run()
+        build_trainer(config, device).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The loss of a step over all ranks and micro-batches, and the numbers that the log shows of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,42 @@ class LossWeights:
         return cls(objective.generative_weight if objective.has_head else 1.0, objective.value_weight)
 
 
+@dataclass(frozen=True)
+class StepStats:
+    """What is added up of a step over micro-batches, and then over ranks, in one all-reduce."""
+
+    classification: float = 0.0
+    """Of the losses, shares: they add up to means over the whole step."""
+    generative: float = 0.0
+    value: float = 0.0
+    effective_negatives: float = 0.0
+    gen_accuracy: float = 0.0
+    item_similarity: float = 0.0
+    """Mean cosine similarity of item embeddings, of each micro-batch in which it was measured."""
+    similarities: float = 0.0
+    """Micro-batches in which it was."""
+    asked_to_stop: float = 0.0
+    """Ranks that were sent SIGTERM: all ranks leave after the same step."""
+    failed_saves: float = 0.0
+    """Ranks on which the checkpoint in flight has failed: all ranks raise at the same step."""
+
+    def __add__(self, other: "StepStats") -> "StepStats":
+        return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def to_tensor(self) -> Tensor:
+        """The numbers, float64, in the order of the fields."""
+        return torch.tensor(astuple(self), dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, numbers: Tensor) -> Self:
+        """The numbers of `to_tensor`."""
+        return cls(*numbers.tolist())
+
+    def over_ranks(self) -> "StepStats":
+        """The sum of all ranks'. Collective."""
+        return StepStats.from_tensor(global_sum(self.to_tensor()))
+
+
 def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
     """(weight of the exposures, generative targets) of a whole step on all ranks; at least 1 each."""
     local = [[float(batch.weights.sum()), float(batch.next_rows.numel())] for batch in batches]
@@ -36,13 +73,13 @@ def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
 
 def micro_batch_loss(
     output: HLLMOutput, counts: tuple[float, float], weights: LossWeights, encodes_items: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, StepStats]:
     """This rank's and micro-batch's share of Eq. (3): local sums over global counts, so that shares add up.
 
     encodes_items: whether the item embeddings were made by the present weights.
 
     Returns:
-        The share [], with gradient, and float64 [7] for `describe_step`, to be added up over micro-batches.
+        The share [], with gradient, and this micro-batch's numbers for `describe_step`.
     """
     classification = output.classification / counts[0]
     value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts[0]
@@ -57,13 +94,15 @@ def micro_batch_loss(
     spread, measured = classification.new_zeros(()), 0.0
     if encodes_items and output.items is not None and output.items.shape[0] > 1:
         spread, measured = embedding_spread(output.items), 1.0
-    numbers = [classification, generative, value, effective, accuracy, spread, spread.new_tensor(measured)]
+    numbers = [classification, generative, value, effective, accuracy, spread]
     loss = classification + weights.generative * generative + weights.value * value
-    return loss, torch.stack([number.detach().double() for number in numbers]).cpu()
+    # One copy from the device for all of them: each would wait for the forward pass by itself.
+    shares = torch.stack([number.detach().double() for number in numbers]).tolist()
+    return loss, replace(StepStats(*shares), similarities=measured)
 
 
-def describe_step(numbers: Tensor, norm: float, config: Config, alarm: bool) -> dict[str, float]:
-    """The losses and statistics of a step from the sum of its `micro_batch_loss` numbers over all ranks.
+def describe_step(stats: StepStats, norm: float, config: Config, alarm: bool) -> dict[str, float]:
+    """The losses and statistics of a step as the log has them; `stats`: over all ranks.
 
     norm: of the gradients, NaN or infinite if one of them is.
     alarm: whether collapsed items are an error yet. A model from scratch begins with much the same embedding
@@ -72,13 +111,13 @@ def describe_step(numbers: Tensor, norm: float, config: Config, alarm: bool) -> 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
     """
-    cls, gen, value, effective, accuracy, spread, measured = numbers.tolist()
+    cls, gen, value = stats.classification, stats.generative, stats.value
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": cls + weights.generative * gen + weights.value * value}
     if objective.has_head:
         found["loss_cls"] = cls
     if weights.generative > 0:
-        found |= {"loss_gen": gen, "effective_negatives": effective, "gen_accuracy": accuracy}
+        found |= {"loss_gen": gen, "effective_negatives": stats.effective_negatives, "gen_accuracy": stats.gen_accuracy}
     if weights.value > 0:
         found["loss_value"] = value
     if not math.isfinite(found["loss"]):
@@ -89,11 +128,11 @@ def describe_step(numbers: Tensor, norm: float, config: Config, alarm: bool) -> 
         raise FloatingPointError(
             f"the norm of the gradients is {norm} at a loss of {found['loss']:.6g}: lower optim.lr or optim.table_lr"
         )
-    if measured:
-        found["item_similarity"] = spread / measured
+    if stats.similarities:
+        found["item_similarity"] = stats.item_similarity / stats.similarities
         if alarm and weights.generative > 0 and found["item_similarity"] > objective.collapse_above:
             raise FloatingPointError(
-                f"item embeddings have collapsed: their mean cosine similarity is {spread / measured:.4f} > "
+                f"item embeddings have collapsed: their mean cosine similarity is {found['item_similarity']:.4f} > "
                 f"objective.collapse_above {objective.collapse_above}; lower optim.item_llm_lr or raise "
                 "objective.generative_weight"
             )

@@ -139,6 +139,15 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: flo
     return min_ratio + (1.0 - min_ratio) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
+def dense_step(optimizer: AdamW, clip_norm: float) -> float:
+    """Step by the gradients if they are finite, and drop them; their norm before clipping, the same on every rank."""
+    norm = float(clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], clip_norm))
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     """Scale all gradients so that their common L2 norm is at most `max_norm`.
 

@@ -1,10 +1,11 @@
-"""Which steps a run takes: stages of epochs of steps, and after which of them it is evaluated."""
+"""The steps of a run: stages of epochs of steps, their learning rates, and after which of them it is evaluated."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hllm_torchrec.config.schema import StageConfig
+from hllm_torchrec.config.schema import Config, StageConfig
+from hllm_torchrec.training.optim import warmup_cosine
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,44 @@ class EpochSegment:
     steps: int
     epoch_steps: int
     is_first_of_stage: bool
+
+    @property
+    def end(self) -> int:
+        """Number of the first step behind it."""
+        return self.first_step + self.steps
+
+
+@dataclass(frozen=True)
+class RunSchedule:
+    """All steps of a run. total_steps, warmup_steps: how many; evaluation_steps: those after which to evaluate."""
+
+    segments: list[EpochSegment]
+    total_steps: int
+    warmup_steps: int
+    evaluation_steps: frozenset[int]
+    min_lr_ratio: float
+
+    @classmethod
+    def of(cls, config: Config, epoch_steps: Callable[[StageConfig, int], int]) -> "RunSchedule":
+        """The schedule of a configuration; epoch_steps: steps of (stage, epoch)."""
+        segments = epoch_segments(config.stages, epoch_steps)
+        total = min(segments[-1].end, config.max_steps or segments[-1].end)
+        warmup = max(1, round(config.optim.warmup * total))
+        evaluated = evaluation_steps(segments, config.evaluation.every, total)
+        return cls(segments, total, warmup, evaluated, config.optim.min_lr_ratio)
+
+    def from_step(self, step: int) -> Iterator[EpochSegment]:
+        """The segments with steps left after `step` steps."""
+        return (segment for segment in self.segments if step < segment.end and segment.first_step < self.total_steps)
+
+    def learning_rate_ratio(self, step: int) -> float:
+        """Share of the full learning rates for the update after `step` updates."""
+        return warmup_cosine(step, self.warmup_steps, self.total_steps, self.min_lr_ratio)
+
+    def end_to_end_steps(self, step: int) -> int:
+        """Of the first `step` steps, those in which item embeddings come from the Item LLM, with gradients."""
+        live = (segment for segment in self.segments if segment.stage.item_embeddings == "trained")
+        return sum(max(0, min(step, segment.end) - segment.first_step) for segment in live)
 
 
 def epoch_segments(stages: Sequence[StageConfig], epoch_steps: Callable[[StageConfig, int], int]) -> list[EpochSegment]:

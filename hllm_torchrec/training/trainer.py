@@ -3,100 +3,102 @@
 import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from tqdm import tqdm
 
 from hllm_torchrec.checkpoint.load import load_checkpoint, load_rank_extra, set_rng_state
 from hllm_torchrec.checkpoint.manager import CheckpointManager
-from hllm_torchrec.checkpoint.remote_runs import open_run_storage
 from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
 from hllm_torchrec.common.progress import progress
+from hllm_torchrec.common.run_log import RunLog
 from hllm_torchrec.config.loading import save_config, to_dict
 from hllm_torchrec.config.rules import takes_stored_items
-from hllm_torchrec.config.schema import Config, StageConfig
+from hllm_torchrec.config.schema import StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.preemption import PreemptionHandler
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.lora_base import check_base_weights
-from hllm_torchrec.models.parallelize import autocast, compute_dtype, user_attention
+from hllm_torchrec.models.parallelize import autocast, user_attention
 from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.modules.losses.objectives import MAX_SCALE
-from hllm_torchrec.training.loss import LossWeights, describe_step, micro_batch_loss, step_counts
+from hllm_torchrec.training.early_stopping import EarlyStopping
+from hllm_torchrec.training.loss import LossWeights, StepStats, describe_step, micro_batch_loss, step_counts
 from hllm_torchrec.training.optim import (
-    clip_grad_norm,
     dense_optimizer,
+    dense_step,
     materialize_state,
     named_optimizer_state,
-    warmup_cosine,
 )
-from hllm_torchrec.training.resume import check_schedule, checkpoint_to_resume
-from hllm_torchrec.training.stage_schedule import EpochSegment, epoch_segments, evaluation_steps
+from hllm_torchrec.training.resume import check_schedule
+from hllm_torchrec.training.stage_schedule import EpochSegment, RunSchedule
 from hllm_torchrec.training.step_guard import StepGuard
-from hllm_torchrec.training.throughput import StepMeter, global_matmul_peak, snapshot_weights
+from hllm_torchrec.training.throughput import StepMeter, snapshot_weights
 from hllm_torchrec.training.wandb_sink import open_run_log
-from hllm_torchrec.training.warm_start import warm_start
 
 
 class Trainer:
-    """Trains one configuration on this rank; `run` does it all.
+    """Trains a model on this rank; `run` does it all. `build_trainer` makes one of a configuration.
 
-    Raises:
-        ConfigError: the configuration does not fit the dataset, the device, or what `output` holds already.
+    Making one is not collective: nothing is exchanged with other ranks, fetched or drawn at random.
+
+    Args:
+        experiment: the model with the weights to begin with, and its dataset.
+        checkpoints: writes the run's checkpoints, and says where the run is.
+        resume_from: the checkpoint that `run` goes on from.
+        peak_flops: operations per second of all ranks together, for the log's utilization.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    log: RunLog
+    bar: tqdm
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        checkpoints: CheckpointManager,
+        resume_from: Path | None = None,
+        peak_flops: float = math.nan,
+    ) -> None:
+        self.config, self.device = experiment.config, experiment.device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.storage = open_run_storage(config.output)
-        self.output = self.storage.folder
-        self.checkpoint = checkpoint_to_resume(config, self.output)
-        self.peak_flops = global_matmul_peak(device, compute_dtype(config))  # draws numbers: before anything is seeded
-        self.experiment: Experiment = build_experiment(config, device)
-        self.model, self.hllm = self.experiment.model, self.experiment.hllm
-        if config.start_from is not None:
-            warm_start(self.experiment, Path(config.start_from))
+        self.checkpoints, self.output = checkpoints, checkpoints.output
+        self.checkpoint, self.peak_flops = resume_from, peak_flops
+        self.experiment = experiment
+        self.model, self.hllm = experiment.model, experiment.hllm
+        optim = self.config.optim
         self.dense_optim = dense_optimizer(
             self.hllm.named_parameters(),
-            learning_rate=config.optim.lr,
+            learning_rate=optim.lr,
             part_learning_rates=self._part_rates(),
-            weight_decay=config.optim.weight_decay,
-            betas=config.optim.betas,
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
         )
         self.base_learning_rates = [group["lr"] for group in self.dense_optim.param_groups]
         self.table_optim = TableOptimizer(self.model.fused_optimizer)
-        sharded = self.hllm.features.tables if config.parallel.overlap_tables else None
+        sharded = self.hllm.features.tables if self.config.parallel.overlap_tables else None
         self.table_prefetcher = TablePrefetcher(sharded) if sharded is not None else None
-        averaged = self.experiment.averaged_parameters()
-        self.ema = EmaWeights(averaged, config.optim.ema) if config.optim.ema else None
-        self.loss_weights = LossWeights.of(config)
-        self.validation = self.experiment.loader("valid", config.evaluation.batch_users)
+        self.ema = EmaWeights(experiment.averaged_parameters(), optim.ema) if optim.ema else None
+        self.loss_weights = LossWeights.of(self.config)
+        self.validation = experiment.loader("valid", self.config.evaluation.batch_users)
         self.loaders: dict[StageConfig, Loader] = {}
-        self.segments = epoch_segments(config.stages, self._epoch_steps)
-        self.total_steps = self.segments[-1].first_step + self.segments[-1].steps
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        self.warmup_steps = max(1, round(config.optim.warmup * self.total_steps))
-        self.evaluation_steps = evaluation_steps(self.segments, config.evaluation.every, self.total_steps)
-        self.step, self.best_score, self.evals_without_improvement = 0, -math.inf, 0
-        self.checkpoints = CheckpointManager(config, self.storage)
-        self.guard = StepGuard(config, self.rank, self.output)
+        self.schedule = RunSchedule.of(self.config, self._epoch_steps)
+        self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
+        self.guard = StepGuard(self.config, self.rank, self.output)
         self.evaluation_pending = False  # whether the present step's evaluation is still to come
         self.preemption, self.should_stop = PreemptionHandler(), False
-        self.pending_save_failed = False  # whether a checkpoint in flight has failed
+        self.save_failed = False  # whether a checkpoint in flight has failed on some rank
         self.metrics: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the loop
@@ -113,9 +115,9 @@ class Trainer:
         if takes_stored_items(self.config):
             use_stored_items(self.experiment)
         with (
-            self.storage.published_on_exit(),
+            self.checkpoints.storage.published_on_exit(),
             open_run_log(self.config, self.output, self.rank, self.step) as self.log,
-            progress(self.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
+            progress(self.schedule.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
             self.preemption,
             self.checkpoints.wait_for_pending_save_on_error(),
         ):
@@ -139,13 +141,9 @@ class Trainer:
     def _train_segments(self) -> None:
         if self.evaluation_pending:
             self._evaluate_and_save()
-        for segment in self.segments:
-            if (
-                segment.first_step + segment.steps <= self.step
-                or segment.first_step >= self.total_steps
-                or self._out_of_patience()
-            ):
-                continue
+        for segment in self.schedule.from_step(self.step):
+            if self.early_stopping.is_over:
+                break
             self._begin_segment(segment)
             self._train_segment(segment)
 
@@ -158,11 +156,8 @@ class Trainer:
 
     def _item_llm_steps(self) -> int:
         """Steps so far through which gradients reached the Item LLM."""
-        segments = [segment for segment in self.segments if segment.stage.item_embeddings == "trained"]
-        steps = sum(
-            max(0, min(self.step, segment.first_step + segment.steps) - segment.first_step) for segment in segments
-        )
-        return steps if self.config.item_llm.enabled and self.config.item_llm.trainable else 0
+        learns = self.config.item_llm.enabled and self.config.item_llm.trainable
+        return self.schedule.end_to_end_steps(self.step) if learns else 0
 
     def _summary_line(self, moved: dict[str, float]) -> str:
         """What was trained, for the reader of the log: relative changes of weights and of item embeddings."""
@@ -185,7 +180,7 @@ class Trainer:
                     self.log.write("skipped", self.step, reason=self.guard.reason)
                 self.bar.update(1)
                 self._after_step()
-                if self._out_of_patience():
+                if self.early_stopping.is_over:
                     break
                 meter.restart()
         if self.table_prefetcher is not None:
@@ -197,10 +192,10 @@ class Trainer:
         Nothing where the step is skipped: see `StepGuard`.
         next_batches: micro-batches of the next step, on the device: their table ids may be exchanged ahead.
         """
-        self._set_learning_rates(self._rate_ratio())
+        self._set_learning_rates(self.schedule.learning_rate_ratio(self.step))
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         counts = step_counts(batches)
-        numbers = torch.zeros(7, dtype=torch.float64)
+        stats = StepStats()
         for batch, coming in pairwise([*batches, next_batches[0] if next_batches else None]):
             assert batch is not None
             with self._no_sync() if batch is not batches[-1] else nullcontext():
@@ -211,29 +206,30 @@ class Trainer:
                 loss, of_batch = micro_batch_loss(output, counts, self.loss_weights, self.hllm.encodes_items)
                 if self.table_prefetcher is not None:
                     self.table_prefetcher.send()
-                numbers += of_batch
+                stats += of_batch
                 if refused := self.guard.rejects_loss(loss):
                     break
                 # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
                 (loss * self.world_size).backward()
-        norm = math.nan if refused else self._dense_step()
+        norm = math.nan if refused else dense_step(self.dense_optim, self.config.optim.clip_norm)
         self.step += 1
         if self.ema is not None and math.isfinite(norm):
             self.ema.update(self.step)
-        found = self._describe(numbers, norm, batches)
-        return found and found | {"grad_norm": norm, "lr": self.dense_optim.param_groups[0]["lr"]}
+        found = self._describe(stats, norm, batches)
+        if not found:
+            return {}
+        return found | {"grad_norm": norm, "lr": self.dense_optim.param_groups[0]["lr"]}
 
-    def _describe(self, numbers: Tensor, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
-        totals = global_sum(
-            torch.cat([numbers, numbers.new_tensor([self.preemption.requested, self.checkpoints.pending_save_failed])])
-        )
-        self.should_stop, self.pending_save_failed = totals[-2:].bool().tolist()
+    def _describe(self, stats: StepStats, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
+        """What the log shows of a step. Collective: ranks learn here, too, whether one of them is to leave."""
+        flags = {"asked_to_stop": self.preemption.requested, "failed_saves": self.checkpoints.pending_save_failed}
+        totals = replace(stats, **flags).over_ranks()
+        self.should_stop, self.save_failed = totals.asked_to_stop > 0, totals.failed_saves > 0
         try:
-            found = describe_step(totals[:-2], norm, self.config, alarm=self.step > self.warmup_steps)
+            found = describe_step(totals, norm, self.config, alarm=self.step > self.schedule.warmup_steps)
         except FloatingPointError as error:
-            self.dense_optim.zero_grad(
-                set_to_none=True
-            )  # a step that was refused has its earlier micro-batches' gradients
+            # A step that was refused has its earlier micro-batches' gradients.
+            self.dense_optim.zero_grad(set_to_none=True)
             self.guard.record_failure(self.step, batches, str(error), may_skip=not math.isfinite(norm))
             return {}
         self.guard.record_success()
@@ -241,15 +237,6 @@ class Trainer:
             log_scale = full_tensor(self.hllm.logit_scale.log_scale.detach())
             found["temperature"] = max(1 / MAX_SCALE, float((-log_scale).exp()))
         return found
-
-    def _dense_step(self) -> float:
-        """Step by the gradients, if they are finite; their norm before clipping, the same on every rank."""
-        trained = [p for group in self.dense_optim.param_groups for p in group["params"]]
-        norm = float(clip_grad_norm(trained, self.config.optim.clip_norm))
-        if math.isfinite(norm):
-            self.dense_optim.step()
-        self.dense_optim.zero_grad(set_to_none=True)
-        return norm
 
     def _no_sync(self) -> AbstractContextManager[None]:
         """DDP sums micro-batches before it communicates; FSDP2 communicates each, which costs only time."""
@@ -278,7 +265,7 @@ class Trainer:
         accumulate = self.config.optim.accumulate
         done = max(0, self.step - segment.first_step)
         with closing(self._loader(segment.stage).batches(segment.epoch, done * accumulate)) as batches:
-            for _ in range(done, min(segment.steps, self.total_steps - segment.first_step)):
+            for _ in range(done, min(segment.steps, self.schedule.total_steps - segment.first_step)):
                 yield [batch.to(self.device, non_blocking=True) for batch in islice(batches, accumulate)]
 
     def _begin_segment(self, segment: EpochSegment) -> None:
@@ -296,9 +283,6 @@ class Trainer:
                 self.log.write("measured", self.step, **self.experiment.measure_item_statistics())
             self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
 
-    def _rate_ratio(self) -> float:
-        return warmup_cosine(self.step, self.warmup_steps, self.total_steps, self.config.optim.min_lr_ratio)
-
     def _set_learning_rates(self, ratio: float) -> None:
         for group, rate in zip(self.dense_optim.param_groups, self.base_learning_rates, strict=True):
             group["lr"] = rate * ratio
@@ -315,7 +299,7 @@ class Trainer:
             "start",
             self.step,
             world=self.world_size,
-            total_steps=self.total_steps,
+            total_steps=self.schedule.total_steps,
             parameters=sum(p.numel() for p in self.hllm.parameters()),
             matmul_peak=self.peak_flops,
             item_attention=None if self.hllm.item_llm is None else str(self.hllm.item_llm.attention),
@@ -328,8 +312,8 @@ class Trainer:
     def _after_step(self) -> None:
         """What is due after the present step."""
         every = self.config.evaluation.checkpoint_every
-        self.evaluation_pending = self.step in self.evaluation_steps
-        if self.pending_save_failed:
+        self.evaluation_pending = self.step in self.schedule.evaluation_steps
+        if self.save_failed:
             self.checkpoints.finish_pending_save(self.log)
         if self.should_stop:
             raise Preempted
@@ -342,8 +326,7 @@ class Trainer:
         self.metrics = self.evaluate()
         own = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
         score = float(self.metrics[own])
-        self.evals_without_improvement = 0 if score > self.best_score else self.evals_without_improvement + 1
-        self.best_score = max(self.best_score, score)
+        self.early_stopping.improves(score)
         self.evaluation_pending = False
         self.log.write("eval", self.step, split="valid", **self.metrics)
         self._save(score)
@@ -354,7 +337,10 @@ class Trainer:
 
         Returns the evaluation. Collective.
         """
-        with self.storage.published_on_exit(), open_run_log(self.config, self.output, self.rank, 0) as self.log:
+        with (
+            self.checkpoints.storage.published_on_exit(),
+            open_run_log(self.config, self.output, self.rank, 0) as self.log,
+        ):
             self._log_start()
             self._evaluate_and_save()
             self.checkpoints.close(self.log)
@@ -373,9 +359,6 @@ class Trainer:
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in found.items()}
         return metrics
 
-    def _out_of_patience(self) -> bool:
-        return 0 < self.config.evaluation.patience <= self.evals_without_improvement
-
     def _state(self) -> dict[str, Any]:
         materialize_state(self.dense_optim)
         state: dict[str, Any] = {
@@ -387,10 +370,10 @@ class Trainer:
 
     def _save(self, score: float | None) -> None:
         extra = {
-            "best": self.best_score if math.isfinite(self.best_score) else None,
-            "stale": self.evals_without_improvement,
+            "best": self.early_stopping.best if math.isfinite(self.early_stopping.best) else None,
+            "stale": self.early_stopping.stale,
             "owed": self.evaluation_pending,
-            "leg_steps": [segment.steps for segment in self.segments],
+            "leg_steps": [segment.steps for segment in self.schedule.segments],
             "config": to_dict(self.config),
             "bases": self.experiment.base_fingerprints,
         }
@@ -402,10 +385,11 @@ class Trainer:
             return
         extra = load_checkpoint(self.checkpoint, self._state())
         check_base_weights(extra, self.experiment.base_fingerprints, self.config, self.checkpoint)
-        check_schedule(self.checkpoint, extra, self.segments)
+        check_schedule(self.checkpoint, extra, self.schedule.segments)
         self.step = self.checkpoints.last_saved_step = extra["step"]
-        self.evals_without_improvement, self.evaluation_pending = extra["stale"], extra.get("owed", False)
-        self.best_score = -math.inf if extra["best"] is None else extra["best"]
+        self.evaluation_pending = extra.get("owed", False)
+        self.early_stopping.stale = extra["stale"]
+        self.early_stopping.best = -math.inf if extra["best"] is None else extra["best"]
         self.table_optim.set_step(self.step * self.config.optim.accumulate)
         if (own := load_rank_extra(self.checkpoint)) is not None:
             set_rng_state(own["rng"])

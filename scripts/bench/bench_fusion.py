@@ -36,6 +36,7 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.training.throughput import user_token_counts
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 
 EXPOSURES = 50
 USER = LLAMA | {"vocab_size": 8}
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ratios, shapes, share = {}, {}, {}
     with tempfile.TemporaryDirectory() as output:
         shape = SMALL if options.tiny else USER
-        trainer = Trainer(config_of(str(options.dataset), shape, f"{output}/run"), torch.device("cpu"))
+        trainer = build_trainer(config_of(str(options.dataset), shape, f"{output}/run"), torch.device("cpu"))
         for history in histories:
             comparison = Comparison(trainer, history, exposures)
             times = alternate(comparison.sides(), 1 if options.tiny or history > 1000 else 3)

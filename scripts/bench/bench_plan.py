@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +86,26 @@ def measure(config: str, options: list[str], output: Path) -> dict[str, Any]:
     """On one rank of those that the environment names: bytes of each of three steps, the fullest among them."""
     from hllm_torchrec.config.loading import load_config
     from hllm_torchrec.distributed.process_group import init_distributed
-    from hllm_torchrec.training.trainer import Trainer
+    from hllm_torchrec.training.trainer_setup import build_trainer
 
-    class Measured(Trainer):
-        """Notes the high-water mark of every step."""
+    def run(name: str, *more: str) -> None:
+        words = ["--config", config, *options, "--evaluation.checkpoint_every", "0", "--output", str(output / name)]
+        trainer: Any = build_trainer(load_config([*words, *more]), device)
+        fullest, end = fullest_step(trainer)
+        trainer.step = max(0, fullest - 1)
+        trainer.schedule = replace(trainer.schedule, evaluation_steps=frozenset(), total_steps=min(fullest + 2, end))
+        train_step = trainer.train_step
 
-        def train_step(self, batches: Any, following: Any = None) -> dict[str, float]:
+        def measured(batches: Any, following: Any = None) -> dict[str, float]:
+            """A step, with its high-water mark noted."""
             reset_high_water_mark()
-            found = super().train_step(batches, following)
+            found: dict[str, float] = train_step(batches, following)
             marks.append(resident("VmHWM"))
             (batch,) = batches
             sizes.append({"events": batch.item_ids.numel(), "items": batch.unique_items.numel()})
             return found
 
-    def run(name: str, *more: str) -> None:
-        words = ["--config", config, *options, "--evaluation.checkpoint_every", "0", "--output", str(output / name)]
-        trainer = Measured(load_config([*words, *more]), device)
-        trainer.evaluation_steps = frozenset()
-        fullest, end = fullest_step(trainer)
-        trainer.step, trainer.total_steps = max(0, fullest - 1), min(fullest + 2, end)
+        trainer.train_step = measured
         trainer.run()
 
     marks: list[int] = []
@@ -120,7 +122,7 @@ def fullest_step(trainer: Any) -> tuple[int, int]:
     """The step of the planned stage in which a rank has most events, and the stage's first epoch's end."""
     from hllm_torchrec.planning.estimate import planned_stage
 
-    segment = next(segment for segment in trainer.segments if segment.stage == planned_stage(trainer.config))
+    segment = next(segment for segment in trainer.schedule.segments if segment.stage == planned_stage(trainer.config))
     loader = trainer._loader(segment.stage)
     events = [
         max(

@@ -58,7 +58,7 @@ from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.training.throughput import user_token_counts
-from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 
 SHAPES = {"item": SMOLLM2, "user": SMOLLM2 | {"num_hidden_layers": 2, "vocab_size": 8}}
 TINY_SHAPES = {"item": SMALL, "user": SMALL | {"num_hidden_layers": 1, "vocab_size": 8}}
@@ -145,9 +145,9 @@ class Stages:
 
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
         device = torch.device("cpu")
-        self.trainers = {"stage1": Trainer(config_of("stage1", options, folder), device)}
+        self.trainers = {"stage1": build_trainer(config_of("stage1", options, folder), device)}
         fill_store(self.trainers["stage1"].experiment, Path(folder) / "store")
-        self.trainers["stage2"] = Trainer(config_of("stage2", options, folder), device)
+        self.trainers["stage2"] = build_trainer(config_of("stage2", options, folder), device)
         use_stored_items(self.trainers["stage2"].experiment)
         self.work = EncodingCounts()
 

@@ -61,6 +61,7 @@ from hllm_torchrec.modules.encoders.item_llm import EncodingCounts
 from hllm_torchrec.training.optim import dense_optimizer
 from hllm_torchrec.training.throughput import user_token_counts
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 
 Encode = Callable[[Tensor], Tensor]
 """item ids [U] -> embeddings [U, E]"""
@@ -249,7 +250,7 @@ class Comparison:
         shape = SMALL if options.tiny else LLAMA
         config = config_of(row, str(options.dataset), str(options.tokenizer), shape, precision, output)
         config = replace(config, parallel=replace(config.parallel, compile=options.compile))
-        self.trainer = Trainer(config, torch.device("cpu"))
+        self.trainer = build_trainer(config, torch.device("cpu"))
         encoder = self.trainer.experiment.item_encoder
         assert encoder is not None
         samples = draw_samples(self.trainer.experiment.dataset, row.history, row.users)

@@ -21,7 +21,7 @@ from benchmarking import ROOT, arguments, keep_large_buffers, matmul_peak, repor
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 
 
 def compare(config: Config, options: argparse.Namespace, steps: int, skipped: int) -> dict[str, Any]:
@@ -31,11 +31,12 @@ def compare(config: Config, options: argparse.Namespace, steps: int, skipped: in
     with tempfile.TemporaryDirectory() as folder:
         sides = {"all": whole, "share": part}
         trainers = {
-            name: Trainer(replace(one, output=f"{folder}/{name}"), init_distributed()) for name, one in sides.items()
+            name: build_trainer(replace(one, output=f"{folder}/{name}"), init_distributed())
+            for name, one in sides.items()
         }
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         tokens = dict.fromkeys(trainers, 0)
-        batches = trainers["all"]._micro_batches(trainers["all"].segments[0])
+        batches = trainers["all"]._micro_batches(trainers["all"].schedule.segments[0])
         for number, batch in zip(range(skipped + steps), batches, strict=False):
             for name, trainer in trainers.items():
                 encoder = trainer.experiment.item_encoder

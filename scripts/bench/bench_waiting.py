@@ -28,6 +28,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 
 BLOCK = 10
 """Steps in a row with, or without, overlap."""
@@ -51,8 +52,8 @@ class Stopwatch:
 
 def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
     """Mean seconds over ranks, of all counted steps together: step, batch, table_forward; and the ratio overlap."""
-    trainer = Trainer(config, init_distributed())
-    segment = trainer.segments[0]
+    trainer = build_trainer(config, init_distributed())
+    segment = trainer.schedule.segments[0]
     if segment.stage.item_embeddings == "cached":
         trainer.experiment.use_cached_items()
     tables = trainer.hllm.features.tables
@@ -73,7 +74,7 @@ def run(config: Config, steps: int, skipped: int) -> dict[str, float]:
 
 def all_batches(trainer: Trainer) -> Iterator[list[HybridBatch]]:
     """The batches of all epochs, one after the other."""
-    for segment in trainer.segments:
+    for segment in trainer.schedule.segments:
         yield from trainer._micro_batches(segment)
 
 

@@ -24,7 +24,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from hllm_torchrec.distributed.process_group import init_distributed
-from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.training_fixtures import config, lines
 
 STEPS = 6
@@ -38,7 +38,7 @@ def losses_of(device: torch.device, **settings: Any) -> tuple[torch.Tensor, floa
         chosen = {"max_steps": STEPS, "objective__generative_weight": 0.5, "stages": [{"name": "only", "epochs": 3}]}
         chosen |= {"optim__lr": 1e-3, "optim__item_llm_lr": 1e-3}
         run = config(Path(folder) / "run", **chosen, **settings)
-        Trainer(run, device).run()
+        build_trainer(run, device).run()
         steps = lines(Path(run.output), "step")
     times = sorted(b["time"] - a["time"] for a, b in zip(steps[1:], steps[2:]))
     return torch.tensor([line["loss"] for line in steps]), times[len(times) // 2]

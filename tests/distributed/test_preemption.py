@@ -19,7 +19,7 @@ from hllm_torchrec.distributed.preemption import PreemptionHandler, raise_if_pre
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.launch.entry import PREEMPTED
 from hllm_torchrec.launch.train import main
-from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import forks, run_ranks
 from tests.helpers.processes import environment, free_port, until_step
 from tests.helpers.training_fixtures import arguments, assert_equal_weights, config, lines, losses, train, weights
@@ -85,12 +85,12 @@ OPTIONS |= {"optim__ema": 0.9, "objective__head_dropout": 0.2, "evaluation__ever
 @pytest.mark.parametrize("moment", ["in a step", "in a step after which an evaluation is due", "in an evaluation"])
 def test_an_interrupted_run_goes_on_as_if_it_had_been_left_alone(moment: str, tmp_path: Path) -> None:
     whole = train(config(tmp_path / "whole", **OPTIONS))
-    trainer = Trainer(config(tmp_path / "run", **OPTIONS), init_distributed())
-    loader = trainer.validation if moment == "in an evaluation" else trainer._loader(trainer.segments[0].stage)
+    trainer = build_trainer(config(tmp_path / "run", **OPTIONS), init_distributed())
+    loader = trainer.validation if moment == "in an evaluation" else trainer._loader(trainer.schedule.segments[0].stage)
     loader.__class__ = AskedWhileRead
     loader.prefetch = 0  # or batches are made ahead, on a thread
-    loader.at = {"in a step": 1, "in an evaluation": 1}.get(moment, trainer.segments[0].steps - 1)
-    left_at = {"in a step": 2}.get(moment, trainer.segments[0].steps)
+    loader.at = {"in a step": 1, "in an evaluation": 1}.get(moment, trainer.schedule.segments[0].steps - 1)
+    left_at = {"in a step": 2}.get(moment, trainer.schedule.segments[0].steps)
     with pytest.raises(Preempted, match=rf"after step {left_at}, which is saved: continue with resume: true"):
         trainer.run()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{left_at:08d}"]
@@ -108,9 +108,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_been_left_alone(moment: str, tm
 
 def ask_rank_one(settings: Config, part: str) -> tuple[str, int]:
     """Train until rank 1 is asked, while it reads the training or the validation part."""
-    trainer = Trainer(settings, init_distributed())
+    trainer = build_trainer(settings, init_distributed())
     if trainer.rank == 1:
-        loader = trainer.validation if part == "valid" else trainer._loader(trainer.segments[0].stage)
+        loader = trainer.validation if part == "valid" else trainer._loader(trainer.schedule.segments[0].stage)
         loader.__class__, loader.prefetch, loader.at = AskedWhileRead, 0, 1
     with pytest.raises(Preempted) as left:
         trainer.run()

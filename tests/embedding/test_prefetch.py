@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import assert_equal_weights, config, losses, train, weights
 
@@ -47,7 +47,7 @@ def test_nothing_changes_on_two_ranks_of_which_one_may_have_no_users(tmp_path: P
 
 
 def test_ids_are_on_their_way_before_their_forward_pass(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path, parallel__overlap_tables=True), init_distributed())
+    trainer = build_trainer(config(tmp_path, parallel__overlap_tables=True), init_distributed())
     tables, happened = trainer.hllm.features.tables, []
     plain_dist, plain_lookup = tables.input_dist, tables.compute_and_output_dist
 
@@ -60,7 +60,7 @@ def test_ids_are_on_their_way_before_their_forward_pass(tmp_path: Path) -> None:
         return plain_lookup(context, ids)
 
     tables.input_dist, tables.compute_and_output_dist = dist, look_up
-    steps = trainer._micro_batches(trainer.segments[0])
+    steps = trainer._micro_batches(trainer.schedule.segments[0])
     first, second, third = next(steps), next(steps), next(steps)
     trainer.train_step(first, second)
     trainer.train_step(second, third)

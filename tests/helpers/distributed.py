@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("pytest", "torch.distributed", "torchrec", "transformers", "sklearn.metrics", "torch.utils.tensorboard")
 HEAVY += (
     "transformers.models.llama.modeling_llama",
-    "hllm_torchrec.training.trainer",
+    "hllm_torchrec.training.trainer_setup",
     "tests.helpers.training_fixtures",
 )
 """What takes long to import, of which training imports some late."""
@@ -39,7 +39,7 @@ def forks() -> ForkServerContext:
     It has imported those of `HEAVY` that this process had at the first call, all if this process can train.
     """
     context = multiprocessing.get_context("forkserver")
-    trains = "hllm_torchrec.training.trainer" in sys.modules
+    trains = "hllm_torchrec.training.trainer_setup" in sys.modules
     context.set_forkserver_preload([*(name for name in HEAVY if trains or name in sys.modules), "tests.helpers.freeze"])
     with contextlib.chdir(ROOT):  # or it would not find our own modules, and say nothing
         forkserver.ensure_running()

@@ -13,6 +13,7 @@ from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers import fixtures
 
 ITEM_LLAMA: dict[str, Any] = {
@@ -71,7 +72,7 @@ def config(output: Path, **settings: Any) -> Config:
 
 def train(settings: Config) -> Trainer:
     """Train on this rank; joins the process group if nobody has."""
-    trainer = Trainer(settings, init_distributed())
+    trainer = build_trainer(settings, init_distributed())
     trainer.run()
     return trainer
 

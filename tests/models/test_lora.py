@@ -23,7 +23,7 @@ from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.lora import adapted_layers, is_adapter, merged
 from hllm_torchrec.planning.estimate import HARDWARE, Machine, Workload, estimate
-from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from hllm_torchrec.weights.export import export_huggingface
 from tests.helpers import training_fixtures
 from tests.helpers.distributed import run_ranks
@@ -75,7 +75,7 @@ def own_weights(hllm: HLLM) -> dict[str, Tensor]:
 
 
 def test_only_adapters_the_item_vector_and_what_is_no_llm_move(tmp_path: Path) -> None:
-    trainer = Trainer(settings(tmp_path / "run"), init_distributed())
+    trainer = build_trainer(settings(tmp_path / "run"), init_distributed())
     before = own_weights(trainer.hllm)
     trainer.run()
     moved = {name for name, value in own_weights(trainer.hllm).items() if not torch.equal(value, before[name])}
@@ -88,9 +88,9 @@ def test_only_adapters_the_item_vector_and_what_is_no_llm_move(tmp_path: Path) -
 
 
 def test_the_first_step_sees_the_pretrained_models(tmp_path: Path) -> None:
-    adapted = Trainer(settings(tmp_path / "a"), init_distributed())
+    adapted = build_trainer(settings(tmp_path / "a"), init_distributed())
     nothing = {"rank": 0}
-    plain = Trainer(settings(tmp_path / "b", item_llm__lora=nothing, user__lora=nothing), init_distributed())
+    plain = build_trainer(settings(tmp_path / "b", item_llm__lora=nothing, user__lora=nothing), init_distributed())
     adapted.hllm.eval(), plain.hllm.eval()
     ids = torch.arange(1, 9)
     assert torch.equal(adapted.hllm.embed_items(ids), plain.hllm.embed_items(ids))
@@ -190,7 +190,7 @@ def test_a_target_that_is_not_there_is_named_with_its_nearest(
     tmp_path: Path, more: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Trainer(settings(tmp_path / "run", **more), init_distributed())
+        build_trainer(settings(tmp_path / "run", **more), init_distributed())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_two_ranks_train_the_adapters_as_one_does_under_ddp_and_fsdp(tmp_path: P
         return settings(tmp_path / name, **exact, data__batch_users=users, **parts)
 
     (one,) = run_ranks(_sharded, 1, of("one", 8, "ddp"))
-    start = Trainer(of("start", 8, "ddp"), init_distributed()).hllm
+    start = build_trainer(of("start", 8, "ddp"), init_distributed()).hllm
     assert all(is_adapter(n) != torch.equal(value, start.get_parameter(n)) for n, value in one.items())
     for dense in ("ddp", "fsdp"):
         for found in run_ranks(_sharded, 2, of(dense, 4, dense)):

@@ -23,6 +23,7 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.sharding import check_tables
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import ITEM_LLAMA, config, lines, losses, train
 
@@ -80,7 +81,7 @@ def test_all_problems_of_the_tables_are_reported_together_and_none_on_cuda(tmp_p
 
 
 def test_small_tables_are_replicated_and_large_ones_sharded(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path / "run"), init_distributed())
+    trainer = build_trainer(config(tmp_path / "run"), init_distributed())
     tables = {
         name.split(".embedding_bags.")[1].removesuffix(".weight"): value
         for name, value in trainer.model.state_dict().items()
@@ -101,7 +102,7 @@ def test_small_tables_are_replicated_and_large_ones_sharded(tmp_path: Path) -> N
 def test_each_kind_of_table_is_moved_by_its_own_optimizer_only(rate: str, tmp_path: Path) -> None:
     rates = {"optim__lr": 0.0, "optim__item_llm_lr": 0.0, "optim__table_lr": 0.0, "optim__weight_decay": 0.0}
     rates |= {"optim__table_lr": 0.1} if rate == "table" else {"optim__lr": 0.1}
-    trainer = Trainer(config(tmp_path / "run", max_steps=2, **rates), init_distributed())
+    trainer = build_trainer(config(tmp_path / "run", max_steps=2, **rates), init_distributed())
     before = _tables(trainer)
     trainer.run()
     moved = {name for name, value in _tables(trainer).items() if not torch.equal(value, before[name])}

@@ -20,6 +20,7 @@ from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from hllm_torchrec.training.warm_start import warm_start
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
@@ -68,7 +69,7 @@ def contents(trainer: Trainer) -> list[torch.Tensor]:
 
 
 def train_stored(settings: Config) -> dict[str, Any]:
-    trainer = Trainer(settings, init_distributed())
+    trainer = build_trainer(settings, init_distributed())
     use_stored_items(trainer.experiment)
     trained = {id(p) for group in trainer.dense_optim.param_groups for p in group["params"]}
     item_llm = {name: p.detach().clone() for name, p in trainer.hllm.item_llm.named_parameters()}

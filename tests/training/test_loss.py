@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.training.loss import LossWeights, describe_step, micro_batch_loss, step_counts
+from hllm_torchrec.training.loss import LossWeights, StepStats, describe_step, micro_batch_loss, step_counts
 from tests.helpers import fixtures
+from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import config
 
 
@@ -21,8 +23,8 @@ def parts(cfg: Config, shares: list[tuple[int, int]]) -> tuple[float, torch.Tens
     results = [micro_batch_loss(model(batch), counts, weights, encodes_items=True) for batch in batches]
     total = torch.stack([loss for loss, _ in results]).sum()
     total.backward()
-    numbers = torch.stack([numbers for _, numbers in results]).sum(0)
-    return total.item(), numbers, model.user.backbone.layers[0].mlp.up_proj.weight.grad
+    stats = sum((stats for _, stats in results), StepStats())
+    return total.item(), stats.to_tensor(), model.user.backbone.layers[0].mlp.up_proj.weight.grad
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_weights_of_the_losses(objective: dict[str, Any], expected: LossWeights)
 
 
 def described(settings: Config, *numbers: float, alarm: bool = True, norm: float = 1.0) -> dict[str, float]:
-    return describe_step(torch.tensor(numbers, dtype=torch.float64), norm, settings, alarm)
+    return describe_step(StepStats(*numbers), norm, settings, alarm)
 
 
 def test_the_step_is_described_by_the_losses_that_it_has(tmp_path: Path) -> None:
@@ -117,3 +119,22 @@ def test_collapsed_items_are_an_error_after_the_warm_up(tmp_path: Path) -> None:
     assert described(settings, *numbers, alarm=False)["item_similarity"] == 0.95
     without = config(tmp_path, objective__collapse_above=0.9)
     assert described(without, *numbers)["item_similarity"] == 0.95  # frozen text in a classifier may be alike
+
+
+# --- statistics of a step --------------------------------------------------------------------------------
+
+
+def test_statistics_survive_the_tensor_that_ranks_exchange() -> None:
+    stats = StepStats(*(0.1 * number for number in range(9)))
+    assert StepStats.from_tensor(stats.to_tensor()) == stats and stats.to_tensor().dtype == torch.float64
+
+
+def sum_of_two_ranks() -> None:
+    """Each rank with its own numbers; one of them was asked to stop."""
+    rank = dist.get_rank()
+    mine = StepStats(classification=1.0 + rank, similarities=2.0, asked_to_stop=float(rank == 1))
+    assert mine.over_ranks() == StepStats(classification=3.0, similarities=4.0, asked_to_stop=1.0)
+
+
+def test_ranks_add_their_statistics_up() -> None:
+    run_ranks(sum_of_two_ranks, 2)

@@ -115,7 +115,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     again = train(config(tmp_path / "run", resume=True))
     assert again.step == first.step
     assert_equal_weights(weights(again), weights(first))
-    assert len(losses(tmp_path / "run")) == first.total_steps
+    assert len(losses(tmp_path / "run")) == first.schedule.total_steps
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """The schedule: every epoch in its place, and evaluations where they are due."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hllm_torchrec.config.schema import StageConfig
-from hllm_torchrec.training.stage_schedule import epoch_segments, evaluation_steps
+from hllm_torchrec.training.stage_schedule import RunSchedule, epoch_segments, evaluation_steps
+from tests.helpers.training_fixtures import config
 
 
 def test_stages_and_epochs_are_laid_end_to_end() -> None:
@@ -75,3 +78,22 @@ def test_legs_cover_all_steps_and_evaluations_are_evenly_spread(epochs: list[flo
     assert len(chosen) <= math.floor(done / every + 1e-6) + 1
     gaps = [later - earlier for earlier, later in zip([0, *chosen], chosen)]
     assert max(gaps) <= math.ceil(every * size) + 1
+
+
+def test_a_schedule_counts_steps_from_any_of_them(tmp_path: Path) -> None:
+    stages = [{"name": "a", "epochs": 1.5}, {"name": "b", "epochs": 1, "item_embeddings": "cached"}]
+    settings = config(tmp_path, stages=stages, optim__warmup=0.1, optim__min_lr_ratio=0.5)
+    schedule = RunSchedule.of(settings, lambda stage, epoch: 10)
+    assert [segment.end for segment in schedule.segments] == [10, 15, 25]
+    assert (schedule.total_steps, schedule.warmup_steps) == (25, 2)
+    assert [[segment.first_step for segment in schedule.from_step(step)] for step in (0, 9, 10, 15, 25)] == [
+        [0, 10, 15],
+        [0, 10, 15],
+        [10, 15],
+        [15],
+        [],
+    ]
+    assert [schedule.end_to_end_steps(step) for step in (0, 4, 15, 25)] == [0, 4, 15, 15]
+    assert [schedule.learning_rate_ratio(step) for step in (0, 1, 25)] == [0.5, 1.0, 0.5]
+    shorter = RunSchedule.of(replace(settings, max_steps=12), lambda stage, epoch: 10)
+    assert shorter.total_steps == 12 and len(list(shorter.from_step(0))) == 2 and 12 in shorter.evaluation_steps

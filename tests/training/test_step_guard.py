@@ -14,6 +14,7 @@ from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.training.step_guard import StepGuard
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import config, lines, losses, weights
 
@@ -40,9 +41,9 @@ class Dirty(Loader):
 
 def dirty(settings: Config, rank: int = 0) -> Trainer:
     """A trainer whose training data is dirty on one rank."""
-    trainer = Trainer(settings, init_distributed())
+    trainer = build_trainer(settings, init_distributed())
     if trainer.rank == rank:
-        loader = trainer._loader(trainer.segments[0].stage)
+        loader = trainer._loader(trainer.schedule.segments[0].stage)
         loader.__class__, loader.prefetch = Dirty, 0
     return trainer
 
@@ -62,7 +63,7 @@ def test_skipped_steps_change_nothing_and_their_batches_are_kept(tmp_path: Path)
     assert of_step[1] == of_step[2] == of_step[3] and of_step[0] != of_step[1] and of_step[3] != of_step[4]
     kept = json.loads((tmp_path / "run" / "bad_batches" / "step-00000003-rank0.json").read_text())
     assert kept["step"] == 3 and "the loss is nan" in kept["reason"]
-    loader = trainer._loader(trainer.segments[0].stage)
+    loader = trainer._loader(trainer.schedule.segments[0].stage)
     users = list(Loader.batches(loader, 0, 2))[0].user_ids.tolist()
     assert [batch["user_ids"] for batch in kept["batches"]] == [users]
 
@@ -84,11 +85,11 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 def test_gradients_that_overflow_do_not_reach_the_dense_weights(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", reliability__not_finite="skip", features__shard_from_rows=10_000, max_steps=2)
-    trainer = Trainer(settings, init_distributed())
+    trainer = build_trainer(settings, init_distributed())
     parameter = next(p for name, p in trainer.hllm.named_parameters() if name.startswith("head."))
     before = weights(trainer)
     handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
-    batches = list(trainer._micro_batches(trainer.segments[0]))
+    batches = list(trainer._micro_batches(trainer.schedule.segments[0]))
     assert trainer.train_step(batches[0]) == {}
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
     assert "the norm of the gradients is" in trainer.guard.reason
@@ -111,7 +112,7 @@ def test_an_auc_above_the_limit_is_warned_of(tmp_path: Path, caplog: pytest.LogC
 def test_a_run_may_stop_at_an_auc_above_the_limit_with_its_checkpoint_saved(tmp_path: Path) -> None:
     options = {"reliability__leakage": "stop", "reliability__leakage_above": 0.5001, "max_steps": 1}
     with pytest.raises(ValueError, match=r"step 1: validation AUC 0\.\d+ is above .*leakage_above 0\.5001: look for"):
-        Trainer(config(tmp_path / "run", **options), init_distributed()).run()
+        build_trainer(config(tmp_path / "run", **options), init_distributed()).run()
     assert [path.name for path in checkpoints_by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
     assert lines(tmp_path / "run", "eval")[0]["auc"] > 0.5001
 

@@ -16,6 +16,7 @@ from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers import fixtures
 from tests.helpers.distributed import RankFailed, run_ranks
 from tests.helpers.training_fixtures import (
@@ -178,7 +179,7 @@ def test_ranks_without_items_to_encode_take_part(dense: str, tmp_path: Path) -> 
 
 def two_steps_of_two_items(settings: Config) -> list[float]:
     """The losses of two steps in which rank 0 has the first two events of one user, and the others nobody."""
-    trainer = Trainer(settings, init_distributed())
+    trainer = build_trainer(settings, init_distributed())
     user = next(piece for piece in fixtures.pieces() if len(set(piece.item_ids[:2])) == 2)
     pieces = [replace(user, **user[:2].columns)] if trainer.rank == 0 else []
     batch = trainer.validation.collator(pieces, 0, 0, trainer.rank)
@@ -186,11 +187,28 @@ def two_steps_of_two_items(settings: Config) -> list[float]:
     return [trainer.train_step([batch])["loss"] for _ in range(2)]
 
 
+def another_trainer_on_rank_zero(settings: Config) -> float:
+    """The sum of 1 and 2 over two ranks, after one of them has made a trainer of the parts that both have."""
+    trainer = build_trainer(settings, init_distributed())
+    drawn = torch.get_rng_state()
+    if dist.get_rank() == 0:
+        Trainer(trainer.experiment, trainer.checkpoints, trainer.checkpoint)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    numbers = torch.tensor([float(dist.get_rank() + 1)])
+    dist.all_reduce(numbers)
+    return float(numbers)
+
+
+@pytest.mark.slow
+def test_making_a_trainer_takes_no_other_rank(tmp_path: Path) -> None:
+    assert run_ranks(another_trainer_on_rank_zero, 2, config(tmp_path / "run")) == [3.0, 3.0]
+
+
 # --- stages and parts ------------------------------------------------------------------------------------
 
 
 def test_a_cached_stage_leaves_the_item_llm_exactly_as_it_is(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path / "run", stages=CACHED), init_distributed())
+    trainer = build_trainer(config(tmp_path / "run", stages=CACHED), init_distributed())
     before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}
     moved = trainer.run()["weights_moved"]
     assert moved["item_llm"] == moved["item_embeddings"] == 0.0 and moved["user"] > 0
@@ -208,7 +226,7 @@ def test_adam_does_not_move_the_item_llm_in_a_cached_stage_after_a_trained_one(t
     end = train(config(tmp_path / "run", stages=stages, **whole))
     (live_steps,) = [line["step"] for line in lines(tmp_path / "run", "stage") if line["name"] == "stored"]
     run = interrupted(tmp_path / "run", tmp_path / "cut", live_steps)
-    start = Trainer(config(run, stages=stages, resume=True, **whole), init_distributed())
+    start = build_trainer(config(run, stages=stages, resume=True, **whole), init_distributed())
     start._resume()
     item_llm = {name: value for name, value in weights(end).items() if name.startswith("item_llm.")}
     assert end.step > start.step == live_steps
@@ -218,7 +236,7 @@ def test_adam_does_not_move_the_item_llm_in_a_cached_stage_after_a_trained_one(t
 def test_items_are_measured_once_before_the_first_step(tmp_path: Path) -> None:
     options = {"item_llm__standardise": True, "optim__item_llm_lr": 0.1}
     trainer = train(config(tmp_path / "one", max_steps=1, **options))
-    start = Trainer(config(tmp_path / "start", **options), init_distributed()).experiment.encode_catalogue()
+    start = build_trainer(config(tmp_path / "start", **options), init_distributed()).experiment.encode_catalogue()
     assert start is not None
     torch.testing.assert_close(trainer.hllm.standardise.mean, start[1:].mean(0))
     (measured,) = lines(tmp_path / "one", "measured")
@@ -239,7 +257,7 @@ def test_items_are_measured_once_before_the_first_step(tmp_path: Path) -> None:
     ],
 )
 def test_a_frozen_part_stays_exactly_as_it_is(options: dict[str, Any], still: str, moving: str, tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path / "run", max_steps=3, **options), init_distributed())
+    trainer = build_trainer(config(tmp_path / "run", max_steps=3, **options), init_distributed())
     before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}
     moved = trainer.run()["weights_moved"]
     assert moved[still] == 0.0 and moved[moving] > 0
@@ -248,7 +266,7 @@ def test_a_frozen_part_stays_exactly_as_it_is(options: dict[str, Any], still: st
 
 
 def test_frozen_words_stay_while_the_layers_learn(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path / "run", max_steps=2, item_llm__freeze_words=True), init_distributed())
+    trainer = build_trainer(config(tmp_path / "run", max_steps=2, item_llm__freeze_words=True), init_distributed())
     words = trainer.hllm.item_llm.backbone.get_input_embeddings().weight
     before = words.detach().clone()
     assert trainer.run()["weights_moved"]["item_llm"] > 0
@@ -257,7 +275,7 @@ def test_frozen_words_stay_while_the_layers_learn(tmp_path: Path) -> None:
 
 def test_every_trainable_weight_moves(tmp_path: Path) -> None:
     options = {"objective__generative_weight": 0.5, "max_steps": 6}
-    trainer = Trainer(config(tmp_path / "run", **options), init_distributed())
+    trainer = build_trainer(config(tmp_path / "run", **options), init_distributed())
     before = weights(trainer)
     trainer.run()
     after = weights(trainer)
@@ -362,7 +380,7 @@ def test_max_steps_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path: Pa
 def test_checkpoints_come_every_so_many_steps_and_at_evaluations(tmp_path: Path) -> None:
     options = {"evaluation__checkpoint_every": 3, "evaluation__keep_last": 100}
     trainer = train(config(tmp_path / "run", **options))
-    last = trainer.total_steps
+    last = trainer.schedule.total_steps
     saved = [line["step"] for line in lines(tmp_path / "run", "checkpoint")]
     assert saved == sorted({*range(3, last, 3), last})
     assert [int(path.name[5:]) for path in checkpoints_by_step(tmp_path / "run" / "checkpoints")] == saved
@@ -372,8 +390,8 @@ def test_checkpoints_come_every_so_many_steps_and_at_evaluations(tmp_path: Path)
 def test_fractions_of_epochs_are_evaluated(tmp_path: Path) -> None:
     trainer = train(config(tmp_path / "run", stages=[{"name": "x", "epochs": 1.5}], evaluation__every=0.5))
     evaluated = [line["step"] for line in lines(tmp_path / "run", "eval")]
-    epoch = trainer.segments[0].steps
-    assert evaluated == [math.ceil(epoch / 2), epoch, trainer.total_steps]
+    epoch = trainer.schedule.segments[0].steps
+    assert evaluated == [math.ceil(epoch / 2), epoch, trainer.schedule.total_steps]
 
 
 @pytest.mark.slow
@@ -382,7 +400,7 @@ def test_patience_stops_a_run_that_gets_no_better(tmp_path: Path) -> None:
     stages = [{"name": "a", "epochs": 1}, {"name": "b", "epochs": 5}]
     trainer = train(config(tmp_path / "run", stages=stages, evaluation__patience=2, **still))
     assert len(lines(tmp_path / "run", "eval")) == 3  # the first is the best, two are no better
-    assert trainer.step == 3 * trainer.segments[0].steps
+    assert trainer.step == 3 * trainer.schedule.segments[0].steps
     again = train(config(tmp_path / "run", stages=stages, evaluation__patience=2, resume=True, **still))
     assert again.step == trainer.step
 
@@ -429,11 +447,11 @@ def test_the_log_has_every_event_and_its_numbers(tmp_path: Path) -> None:
     trainer = train(config(tmp_path / "run", stages=[*TRAINED, *CACHED]))
     events = [line["event"] for line in read_log(tmp_path / "run")]
     assert events[:2] == ["start", "stage"] and events[-3:] == ["eval", "checkpoint", "end"]
-    assert events.count("step") == trainer.total_steps and events.count("stage") == 2
+    assert events.count("step") == trainer.schedule.total_steps and events.count("stage") == 2
     (start,), (end,) = lines(tmp_path / "run", "start"), lines(tmp_path / "run", "end")
-    assert start["world"] == 1 and start["total_steps"] == trainer.total_steps and start["matmul_peak"] > 1e8
+    assert start["world"] == 1 and start["total_steps"] == trainer.schedule.total_steps and start["matmul_peak"] > 1e8
     assert end["weights_moved"]["item_llm"] > 0 and end["weights_moved"]["item_embeddings"] > 0
-    assert end["live_steps"] == trainer.segments[0].steps and end["host"] > 0
+    assert end["live_steps"] == trainer.schedule.segments[0].steps and end["host"] > 0
     for line in lines(tmp_path / "run", "step"):
         assert line["seconds"] > 0 and line["samples_per_second"] > 0 and line["user_tokens_per_second"] > 0
         assert (line["item_tokens_per_second"] > 0) == (line["stage"] == "live")

@@ -18,7 +18,7 @@ bench_fusion = bench_module("bench_fusion")
 def comparison(tmp_path: Path) -> Iterator[Any]:
     init_distributed()
     config = bench_fusion.config_of(str(fixtures.dataset().root), bench_fusion.SMALL, str(tmp_path / "run"))
-    trainer = bench_fusion.Trainer(config, torch.device("cpu"))
+    trainer = bench_fusion.build_trainer(config, torch.device("cpu"))
     fixtures.enlarge(trainer.hllm.user.backbone)
     yield bench_fusion.Comparison(trainer, history=9, exposures=5)
     destroy_distributed()

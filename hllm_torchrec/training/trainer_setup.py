@@ -1,0 +1,33 @@
+"""From a configuration to a `Trainer`: everything that ranks do together before training, in the order they do it."""
+
+from pathlib import Path
+
+import torch
+
+from hllm_torchrec.checkpoint.manager import CheckpointManager
+from hllm_torchrec.checkpoint.remote_runs import open_run_storage
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.parallelize import compute_dtype
+from hllm_torchrec.training.resume import checkpoint_to_resume
+from hllm_torchrec.training.throughput import global_matmul_peak
+from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.warm_start import warm_start
+
+
+def build_trainer(config: Config, device: torch.device) -> Trainer:
+    """The trainer of a configuration on this rank. Collective.
+
+    Raises:
+        ConfigError: the configuration does not fit the dataset, the device, or what `output` holds already.
+    """
+    storage = open_run_storage(config.output)  # where `output` is a URL: fetches what is there of the run
+    resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
+    # Draws random numbers, so it comes before `build_experiment`, which seeds.
+    peak_flops = global_matmul_peak(device, compute_dtype(config))
+    # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
+    experiment = build_experiment(config, device)
+    if config.start_from is not None:
+        warm_start(experiment, Path(config.start_from))
+    checkpoints = CheckpointManager(config, storage)  # a process group of its own, where it writes on a thread
+    return Trainer(experiment, checkpoints, resume_from, peak_flops)
