@@ -19,6 +19,7 @@ PACKAGE_DIR = {
 }
 REQUIREMENTS = [
     "accelerate>=1.15,<2",  # transformers asks for it where it reads GGUF (`hllm fetch smollm2`)
+    "filelock>=4.2,<5",
     "fsspec>=2026.9,<2027",
     "gguf>=0.19,<1",  # the same
     "jsonargparse[signatures]>=4.53,<5",

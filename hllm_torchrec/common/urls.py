@@ -1,6 +1,5 @@
 """Files at URLs: reading, fetching, uploading and removing them, and what goes wrong in words."""
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from filelock import FileLock
 from fsspec.registry import known_implementations
 
 CACHE = "HLLM_CACHE"
@@ -57,12 +57,8 @@ def host_lock(url: str) -> Iterator[Path]:
     """Be the only process of this host that touches its copies of `url`; gives their folder."""
     folder = cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         yield folder
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------- what is there

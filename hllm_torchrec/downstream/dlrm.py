@@ -8,7 +8,6 @@ Legend: B rows of a batch.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +24,6 @@ from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import remove_folder
 from hllm_torchrec.common.progress import progress
-from hllm_torchrec.config.schema import FeatureConfig, OptimConfig
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.predictions import Columns, join_columns
 from hllm_torchrec.distributed import coordination
@@ -34,24 +32,17 @@ from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, VectorPlacement
 from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.downstream.plugin import PluggedDLRM, plug_into
-from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.evaluation.scoring import quick_metrics
-from hllm_torchrec.training.optim import clip_grad_norm, dense_optimizer
+from hllm_torchrec.training.early_stopping import EarlyStopping
+from hllm_torchrec.training.optim import dense_optimizer, dense_step
 
 SCORED_ROWS = 8192
 """Rows per batch when scoring."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _TableSettings:
-    """What `parallelize` asks of a configuration."""
-
-    features: FeatureConfig
-    optim: OptimConfig
 
 
 def build_dlrm(
@@ -103,9 +94,7 @@ def _dlrm_of(model: DLRM | PluggedDLRM) -> DLRM:
 
 def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
     """Shard the tables over the ranks, replicate the rest, and give every table its first values. Collective."""
-    settings = _TableSettings(
-        FeatureConfig(shard_from_rows=config.shard_from_rows), OptimConfig(table_lr=config.table_lr)
-    )
+    settings = TableSettings(config.table_lr, config.shard_from_rows)
     apply_table_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
     sharder = EmbeddingBagCollectionSharder()
     wrapped = distribute(model, plan_table_sharding(model, settings, device, sharder), sharder, device)
@@ -143,7 +132,6 @@ class DLRMTrainer:
             learning_rate=config.lr,
             weight_decay=config.weight_decay,
         )
-        self.trained = [p for group in self.dense.param_groups for p in group["params"]]
 
     def fit(self, checkpoints: Path) -> dict[str, float]:
         """Train until the validation AUC gets no better; the best epoch's weights remain. Returns its metrics.
@@ -157,7 +145,7 @@ class DLRMTrainer:
         """
         coordination.run_on_rank_zero(lambda: remove_folder(checkpoints))
         best: dict[str, float] = {}
-        best_score, stale, kept = -math.inf, 0, checkpoints
+        stopping, kept = EarlyStopping(self.config.patience), checkpoints
         with progress(self.config.epochs, "dlrm", coordination.rank() == 0, unit="epoch") as bar:
             for epoch in range(1, self.config.epochs + 1):
                 loss = self.train_epoch(epoch)
@@ -169,11 +157,10 @@ class DLRMTrainer:
                 score = -metrics["log_loss"] if math.isnan(metrics["auc"]) else metrics["auc"]
                 bar.set_postfix(valid_auc=f"{metrics['auc']:.4f}", refresh=False)
                 bar.update(1)
-                stale = 0 if score > best_score else stale + 1
-                if not stale:
-                    best, best_score = metrics, score
+                if stopping.improves(score):
+                    best = metrics
                     kept = save_checkpoint(checkpoints, epoch, self._state(), metrics, keep_last=1)
-                if stale >= self.config.patience:
+                if stopping.is_over:
                     break
         load_checkpoint(kept, self._state())
         return best
@@ -193,9 +180,7 @@ class DLRMTrainer:
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
         rows = global_sum(torch.tensor(float(logits.numel())))
         (loss * coordination.world_size() / rows.item()).backward()
-        clip_grad_norm(self.trained, self.config.clip_norm)
-        self.dense.step()
-        self.dense.zero_grad(set_to_none=True)
+        dense_step(self.dense, self.config.clip_norm)
         return torch.tensor([loss.item(), logits.numel()], dtype=torch.float64)
 
     @torch.no_grad()

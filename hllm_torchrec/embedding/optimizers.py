@@ -1,12 +1,14 @@
 """In-backward optimizers of sharded tables: their application, and their learning rate schedule."""
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
-from hllm_torchrec.config.schema import FeatureConfig, OptimConfig
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
 
 
@@ -37,23 +39,30 @@ class TableOptimizer:
         return state
 
 
-class TableSettings(Protocol):
-    """Settings needed to shard and optimize tables: a `Config`, or those of a baseline."""
+@dataclass(frozen=True)
+class TableSettings:
+    """Sharding and optimizer of tables: see the fields of `FeatureConfig` and `OptimConfig` that `of` reads."""
 
-    @property
-    def features(self) -> FeatureConfig:
-        """Table settings; uses `shard_from_rows` and `sharding`."""
+    learning_rate: float
+    shard_from_rows: int
+    optimizer: str = "rowwise_adagrad"
+    options: Mapping[str, float] = field(default_factory=dict)
+    sharding: str = "auto"
 
-    @property
-    def optim(self) -> OptimConfig:
-        """Optimizer settings; uses `table_optimizer`, `table_lr` and `table_options`."""
+    @classmethod
+    def of(cls, config: Config) -> "TableSettings":
+        """Return the table settings of a configuration."""
+        optim, features = config.optim, config.features
+        return cls(
+            optim.table_lr, features.shard_from_rows, optim.table_optimizer, optim.table_options, features.sharding
+        )
 
 
-def apply_table_optimizer(tables: EmbeddingBagCollection, config: TableSettings) -> None:
+def apply_table_optimizer(tables: EmbeddingBagCollection, settings: TableSettings) -> None:
     """Set the in-backward optimizer of each table, except data parallel ones, which belong to the dense optimizer."""
-    chosen = TABLE_OPTIMIZERS[config.optim.table_optimizer].optimizer
-    options = {"lr": config.optim.table_lr, **config.optim.table_options}
+    chosen = TABLE_OPTIMIZERS[settings.optimizer].optimizer
+    options = {"lr": settings.learning_rate, **settings.options}
     for table in tables.embedding_bag_configs():
-        if table.num_embeddings >= config.features.shard_from_rows:
+        if table.num_embeddings >= settings.shard_from_rows:
             weight = tables.embedding_bags[table.name].weight
             apply_optimizer_in_backward(chosen, [weight], dict(options))

@@ -36,10 +36,10 @@ FROZEN_COLUMNS = 64
 """Smallest width of a column shard of a frozen item table."""
 
 
-def check_tables(config: TableSettings, device: torch.device) -> list[str]:
+def check_tables(settings: TableSettings, device: torch.device) -> list[str]:
     """Return problems of the table settings on this device, one line each."""
     problems = []
-    optimizer, sharding = config.optim.table_optimizer, config.features.sharding
+    optimizer, sharding = settings.optimizer, settings.sharding
     if device.type == "cpu" and TABLE_OPTIMIZERS[optimizer].cuda_only:
         there = ", ".join(name for name, kind in TABLE_OPTIMIZERS.items() if not kind.cuda_only)
         problems.append(f"optim.table_optimizer: {optimizer!r}: FBGEMM has it on CUDA only; on a CPU choose {there}")
@@ -89,19 +89,19 @@ def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedM
 
 
 def plan_table_sharding(
-    model: nn.Module, config: TableSettings, device: torch.device, sharder: ModuleSharder
+    model: nn.Module, settings: TableSettings, device: torch.device, sharder: ModuleSharder
 ) -> ShardingPlan:
     """Plan all tables: data parallel below `features.shard_from_rows` rows, sharded otherwise. Collective.
 
     Raises:
         ConfigError: the tables do not fit into the memory of the ranks.
     """
-    return _plan(model, table_constraints(model, config, device.type), device, sharder)
+    return _plan(model, table_constraints(model, settings, device.type), device, sharder)
 
 
-def table_constraints(model: nn.Module, config: TableSettings, device: str) -> dict[str, ParameterConstraints]:
+def table_constraints(model: nn.Module, settings: TableSettings, device: str) -> dict[str, ParameterConstraints]:
     """Return the planner's constraints of each table on a kind of device ("cpu" or "cuda")."""
-    return {name: _constraint(rows, config, device) for name, rows in _tables(model)}
+    return {name: _constraint(rows, settings, device) for name, rows in _tables(model)}
 
 
 def _plan(
@@ -164,15 +164,15 @@ def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
                 yield table.name, table.num_embeddings
 
 
-def _constraint(rows: int, config: TableSettings, device: str) -> ParameterConstraints:
-    if rows < config.features.shard_from_rows:
+def _constraint(rows: int, settings: TableSettings, device: str) -> ParameterConstraints:
+    if rows < settings.shard_from_rows:
         # DENSE: a replicated table is an ordinary parameter, in DDP and in the dense optimizer. FUSED (below): FBGEMM's
         # kernels apply the table optimizer inside the backward pass.
         return ParameterConstraints(
             sharding_types=[ShardingType.DATA_PARALLEL.value],
             compute_kernels=[EmbeddingComputeKernel.DENSE.value],
         )
-    sharding = config.features.sharding
+    sharding = settings.sharding
     names = [kind.value for kind in _sharded_kinds(device)] if sharding == "auto" else [sharding]
     return ParameterConstraints(sharding_types=names, compute_kernels=[EmbeddingComputeKernel.FUSED.value])
 

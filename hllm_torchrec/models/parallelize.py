@@ -17,7 +17,7 @@ from torchrec.distributed.types import ModuleSharder
 
 from hllm_torchrec.common.errors import ConfigError, configured_by
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
-from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import check_tables, distribute, plan_table_sharding
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
@@ -31,7 +31,8 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     Raises:
         ConfigError: a plan that the device or the optimizer cannot do.
     """
-    problems = check_tables(config, device)
+    settings = TableSettings.of(config)
+    problems = check_tables(settings, device)
     if config.parallel.dense == "fsdp" and device.type == "cpu" and torch.__version__.startswith("2.11."):
         problems.append(
             f"parallel.dense: fsdp: torch {torch.__version__} fails at it on a CPU; take 2.12 or later, or ddp"
@@ -50,9 +51,9 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
             layer.compile(dynamic=True)
     tables = model.features.tables
     if tables is not None:
-        apply_table_optimizer(tables, config)
+        apply_table_optimizer(tables, settings)
     sharder: ModuleSharder = EmbeddingBagCollectionSharder()
-    plan = plan_table_sharding(model, config, device, sharder)
+    plan = plan_table_sharding(model, settings, device, sharder)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
     readers = [part.module for part in model.named_backbones() if part.module.reads_text]

@@ -25,7 +25,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, StageConfig
 from hllm_torchrec.embedding.memory import bytes_per_row
-from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import plan_sharding, table_constraints
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.hllm import HLLM
@@ -223,11 +223,12 @@ def _place_tables(model: HLLM, config: Config, machine: Machine) -> tuple[Shardi
     if tables is None:
         return ShardingPlan({}), {}
     device = "cuda" if machine.is_gpu else "cpu"
-    apply_table_optimizer(tables, config)
+    settings = TableSettings.of(config)
+    apply_table_optimizer(tables, settings)
     memory = round(machine.memory)
     plan = plan_sharding(
         model,
-        table_constraints(model, config, device),
+        table_constraints(model, settings, device),
         device,
         EmbeddingBagCollectionSharder(),
         TrainerConfig(machine.world_size, machine.ranks),

@@ -10,15 +10,15 @@ The files of a segment are written and synced first; then the new manifest is re
 every segment of a manifest is complete, and segments that it does not name are ignored.
 """
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from hllm_torchrec.common.atomic_files import replace_file
 
@@ -125,12 +125,9 @@ def writer_lock(root: Path) -> Iterator[None]:
     Raises:
         ValueError: another process is writing.
     """
-    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{root}: another process is writing to this store: wait for it, or stop it") from None
+        held = FileLock(root / "lock").acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"{root}: another process is writing to this store: wait for it, or stop it") from None
+    with held:
         yield
-    finally:
-        os.close(handle)

@@ -12,6 +12,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.embedding.optimizers import TableSettings
 from hllm_torchrec.embedding.sharding import plan_table_sharding
 from hllm_torchrec.models.assembly import batch_spec_of
 from hllm_torchrec.models.build import build_model
@@ -85,7 +86,7 @@ def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, mo
     )
     with torch.device("meta"):
         model = build_model(config, {"item_id": 700_000}, base_rate=0.5)
-    plan = plan_table_sharding(model, config, torch.device("cuda"), EmbeddingBagCollectionSharder())
+    plan = plan_table_sharding(model, TableSettings.of(config), torch.device("cuda"), EmbeddingBagCollectionSharder())
     tables = plan.plan["features.tables"]
     assert tables["time_year"].sharding_type != "data_parallel"  # 2,100 rows: above features.shard_from_rows
     assert tables["time_second"].sharding_type == "data_parallel"

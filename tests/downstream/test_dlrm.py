@@ -165,7 +165,7 @@ def test_sharded_tables_belong_to_the_in_backward_optimizer_only() -> None:
     trainer = DLRMTrainer(fixtures.dataset(), SMALL, init_distributed())
     fused = list(trainer.model.fused_optimizer.params)
     assert [name for name in fused if "item_table" in name] and len(fused) == 1
-    dense = sum(parameter.numel() for parameter in trainer.trained)
+    dense = sum(parameter.numel() for group in trainer.dense.param_groups for parameter in group["params"])
     every = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert every - dense == fixtures.dataset().num_items * SMALL.width
 
@@ -186,7 +186,7 @@ def test_training_lowers_the_loss_and_keeps_the_best_epoch(tmp_path: Path) -> No
 def test_a_loss_that_is_no_number_stops_with_the_remedy(tmp_path: Path) -> None:
     trainer = DLRMTrainer(fixtures.dataset(), SMALL, init_distributed())
     with torch.no_grad():
-        trainer.trained[0].fill_(math.nan)
+        trainer.dense.param_groups[0]["params"][0].fill_(math.nan)
     with pytest.raises(FloatingPointError, match="dlrm: the loss of epoch 1 is nan: lower dlrm.lr or dlrm.table_lr"):
         trainer.fit(tmp_path)
 

@@ -18,7 +18,7 @@ from hllm_torchrec.config.schema import Config
 from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.embedding.memory import TableEnumerator, bytes_per_row
-from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
@@ -58,14 +58,16 @@ def one_table(rows: int, cfg: Config) -> HybridFeatures:
     tables = {"item_id": rows}
     model = HybridFeatures(tables, WIDTH, time_depth=0, half_from_rows=half, device=torch.device("meta"))
     assert model.tables is not None
-    apply_table_optimizer(model.tables, cfg)
+    apply_table_optimizer(model.tables, TableSettings.of(cfg))
     return model
 
 
 def allocated(rows: int, cfg: Config, device: torch.device) -> np.ndarray:
     """Bytes of (weights, optimizer state) that FBGEMM holds of a table; what it has not got is a few bytes."""
     one, sharder = one_table(rows, cfg), EmbeddingBagCollectionSharder()
-    model = distribute(one, plan_table_sharding(one, cfg, device, sharder), sharder, device, ddp=False)
+    model = distribute(
+        one, plan_table_sharding(one, TableSettings.of(cfg), device, sharder), sharder, device, ddp=False
+    )
     found = {"weights": 0, "momentum1": 0, "momentum2": 0}
     sharded = (m for m in model.modules() if isinstance(m, ShardedEmbeddingBagCollection))
     inside = (m for tables in sharded for lookup in tables._lookups for m in lookup.modules())

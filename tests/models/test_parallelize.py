@@ -21,6 +21,7 @@ from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.distributed.wrappers import full_tensor
+from hllm_torchrec.embedding.optimizers import TableSettings
 from hllm_torchrec.embedding.sharding import check_tables
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
@@ -72,7 +73,7 @@ def test_fsdp_is_refused_on_a_cpu_with_the_torch_that_cannot_do_it(
 
 
 def test_all_problems_of_the_tables_are_reported_together_and_none_on_cuda(tmp_path: Path) -> None:
-    settings = config(tmp_path, features__sharding="row_wise", optim__table_optimizer="adam")
+    settings = TableSettings.of(config(tmp_path, features__sharding="row_wise", optim__table_optimizer="adam"))
     assert len(check_tables(settings, torch.device("cpu"))) == 2
     assert check_tables(settings, torch.device("cuda")) == []
 

@@ -58,8 +58,9 @@ def built(config: Config, tables: dict[str, int]) -> HLLM:
 def local_shards(config: Config, world: int) -> list[tuple[str, int, int]]:
     """(table, rows, columns) of what TorchRec makes on this rank of the tables that it shards."""
     model, sharder = built(config, TABLES), EmbeddingBagCollectionSharder()
-    optimizers.apply_table_optimizer(model.features.tables, config)
-    constraints = sharding.table_constraints(model, config, "cuda")
+    settings = optimizers.TableSettings.of(config)
+    optimizers.apply_table_optimizer(model.features.tables, settings)
+    constraints = sharding.table_constraints(model, settings, "cuda")
     hardware = HardwareConfig(hbm_cap_bytes=round(H100["memory"]), ddr_cap_bytes=round(H100["memory"]))
     plan = sharding.plan_sharding(model, constraints, "cuda", sharder, TrainerConfig(world, 8), hardware)
     sharded = sharding.distribute(model, plan, sharder, torch.device("meta"), ddp=False)
