@@ -314,13 +314,12 @@ def _interleaved(view: _View) -> _View:
 
 def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _View:
     """The views one after the other; rows and queries count through all of them."""
-    counted = [
-        replace(view, target_query=view.target_query + query, next_rows=view.next_rows + row)
-        for view, row, query in zip(views, seq_offsets, query_offsets, strict=False)
-    ]
+    counted_from = {"target_query": query_offsets, "next_rows": seq_offsets}
     joined: dict[str, Any] = {}
     for name in (field.name for field in fields(_View)):
-        parts = [getattr(view, name) for view in counted]
+        parts = [getattr(view, name) for view in views]
+        if name in counted_from:
+            parts = [part + first for part, first in zip(parts, counted_from[name], strict=False)]
         joined[name] = Events.concat(parts) if isinstance(parts[0], Events) else np.concatenate(parts)
     return _View(**joined)
 

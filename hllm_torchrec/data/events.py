@@ -42,11 +42,11 @@ class Events:
     @property
     def columns(self) -> dict[str, Any]:
         """Name -> values of each column."""
-        return {column.name: getattr(self, column.name) for column in EVENT_COLUMNS}
+        return {name: getattr(self, name) for name in _NAMES}
 
     def __getitem__(self, chosen: slice | NDArray[Any]) -> "Events":
         """The events of a slice (views), or at indices or where a mask is true (copies)."""
-        return Events(*(column[chosen] for column in self.columns.values()))
+        return Events(*[getattr(self, name)[chosen] for name in _NAMES])
 
     @classmethod
     def at(cls, timestamps: ArrayLike, **known: ArrayLike) -> "Events":
@@ -62,7 +62,8 @@ class Events:
     @classmethod
     def concat(cls, parts: Iterable["Events"]) -> "Events":
         """The events of all parts (at least one), one after the other."""
-        return Events(*map(np.concatenate, zip(*(part.columns.values() for part in parts), strict=True)))
+        kept = list(parts)
+        return Events(*[np.concatenate([getattr(part, name) for part in kept]) for name in _NAMES])
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class EventColumn:
 
 
 EVENT_COLUMNS = tuple(EventColumn(column.name, **column.metadata) for column in fields(Events))
+_NAMES = tuple(column.name for column in EVENT_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,14 @@ class Sequences(Events):
 
     def piece(self, row: int) -> Piece:
         """A row as one piece: the user's whole sequence."""
-        events = self[self.offsets[row] : self.offsets[row + 1]]
-        user, first = int(self.user_ids[row]), int(self.target_start[row])
-        return Piece(**events.columns, user_id=user, first_target=first)
+        return self.cut(row, 0, int(self.offsets[row + 1] - self.offsets[row]), int(self.target_start[row]))
+
+    def cut(self, row: int, start: int, end: int, first_target: int) -> Piece:
+        """The stretch [start, end) of a row, with exposures from `first_target` on; all three count from its start."""
+        first = int(self.offsets[row])
+        inside = slice(first + start, first + end)
+        columns = [getattr(self, name)[inside] for name in _NAMES]
+        return Piece(*columns, user_id=int(self.user_ids[row]), offset=start, first_target=first_target - start)
 
     def pieces(self) -> Iterable[Piece]:
         """All rows, one by one."""

@@ -154,8 +154,10 @@ class Loader:
 
     def _piece(self, i: int) -> Piece:
         pieces = self.pieces
-        whole = self._rows[int(pieces.group[i])].piece(int(pieces.row[i]))
-        return whole.cut(int(pieces.start[i]), int(pieces.end[i]), int(pieces.first_target[i]))
+        row, start, end, first = (
+            int(column[i]) for column in (pieces.row, pieces.start, pieces.end, pieces.first_target)
+        )
+        return self._rows[int(pieces.group[i])].cut(row, start, end, first)
 
     def rank_batches(self, epoch: int) -> list[list[Ints]]:
         """For every rank, the pieces [b] int64 (numbers into `pieces`) of each of its batches."""

@@ -32,9 +32,11 @@ def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targ
     timestamps [n] seconds; labels [n], NaN where there is none; targets [X], indices of events. Only events
     of strictly earlier seconds count.
     """
+    if not names:
+        return np.empty((targets.size, 0), np.float32)
     seen = visible_before(timestamps, timestamps[targets])
     columns = [numeric_feature(name)(timestamps, labels, targets, seen) for name in names]
-    return np.stack(columns, axis=1).astype(np.float32) if columns else np.empty((targets.size, 0), np.float32)
+    return np.stack(columns, axis=1).astype(np.float32)
 
 
 def _history_length(timestamps: Ints, labels: Floats, targets: Ints, seen: Ints) -> Floats:
