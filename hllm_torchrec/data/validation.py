@@ -157,9 +157,8 @@ def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray
         earlier[ends[:-1][ends[:-1] < values.size]] = False  # a row's first event
         _refuse(place, name, earlier, values, ends, "it is earlier than the one before it; events must be sorted")
         return
-    limit = rows.items if name == "item_ids" else rows.actions
-    what = "items" if name == "item_ids" else "actions"
-    rule = f"the dataset's {what} have the ids 0..{limit - 1}"
+    limit = {"item_ids": rows.items, "actions": rows.actions}.get(name, 2**31)
+    rule = f"the dataset's {'items' if name == 'item_ids' else name} have the ids 0..{limit - 1}"
     _refuse(place, name, (values < 0) | (values >= limit), values, ends, rule)
 
 
