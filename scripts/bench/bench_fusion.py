@@ -31,7 +31,7 @@ from hllm_torchrec.config.schema import (
 )
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
-from hllm_torchrec.data.events import Piece
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.training.throughput import user_token_counts
@@ -63,14 +63,9 @@ def user_piece(history: int, exposures: int, items: int, actions: int, seed: int
     events = history + exposures
     labels = rng.integers(0, 2, events).astype(np.float32)
     labels[:history] = np.nan
-    return Piece(
-        rng.integers(1, items, events),
-        1_600_000_000 + np.arange(events),
-        labels,
-        rng.integers(1, actions, events),
-        user_id=1,
-        first_target=history,
-    )
+    columns = {"item_ids": rng.integers(1, items, events), "actions": rng.integers(1, actions, events)}
+    made = Events.at(1_600_000_000 + np.arange(events), labels=labels, **columns)
+    return Piece(**made.columns, user_id=1, first_target=history)
 
 
 def one_by_one(piece: Piece) -> list[Piece]:

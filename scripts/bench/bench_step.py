@@ -52,7 +52,7 @@ from hllm_torchrec.config.schema import (
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.events import Piece
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.item_source import LiveItems
@@ -152,8 +152,9 @@ def hybrid_batch(trainer: Trainer, samples: list[Sample]) -> HybridBatch:
 
 def labelled_piece(user: int, items: Ints, timestamps: Ints, first: int = 0) -> Piece:
     """Events of label 1 and action 1, exposures from `first` on."""
-    ones = np.ones(items.size, np.int64)
-    return Piece(items, timestamps, ones.astype(np.float32), ones, user_id=user, first_target=first)
+    ones = np.ones(items.size)
+    events = Events.at(timestamps, item_ids=items, labels=ones, actions=ones)
+    return Piece(**events.columns, user_id=user, first_target=first)
 
 
 def without_repeats(samples: list[Sample], tokens: TokenStore) -> tuple[list[Sample], TokenStore]:

@@ -14,7 +14,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator, gather_bags
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.events import Piece
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
@@ -50,15 +50,8 @@ def collate(
 def piece(times: list[int], labels: list[float | None], first: int = 0, offset: int = 0) -> Piece:
     """Items 1, 2, ...; actions 1..5 in turn."""
     n = len(times)
-    return Piece(
-        np.arange(1, n + 1),
-        np.array(times, np.int64),
-        np.array([np.nan if x is None else x for x in labels], np.float32),
-        np.arange(n) % 5 + 1,
-        user_id=7,
-        offset=offset,
-        first_target=first,
-    )
+    events = Events.at(times, item_ids=np.arange(1, n + 1), labels=labels, actions=np.arange(n) % 5 + 1)
+    return Piece(**events.columns, user_id=7, offset=offset, first_target=first)
 
 
 def some_pieces() -> list[Piece]:

@@ -34,7 +34,7 @@ from hllm_torchrec.config.schema import (
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.events import Piece
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
@@ -239,14 +239,7 @@ def pieces(split: str = "train", rule: str = "time") -> tuple[Piece, ...]:
     found = []
     for group in dataset(rule).row_groups(split):
         for row in dataset(rule).read_row_group(group.path, group.index).to_pylist():
-            found.append(
-                Piece(
-                    np.array(row["item_ids"], np.int64),
-                    np.array(row["timestamps"], np.int64),
-                    np.array([np.nan if x is None else x for x in row["labels"]], np.float32),
-                    np.array(row["actions"], np.int64),
-                    user_id=row["user_id"],
-                    first_target=row["target_start"],
-                )
-            )
+            user, first = row.pop("user_id"), row.pop("target_start")
+            events = Events.at(row.pop("timestamps"), **row)  # a label that is None becomes NaN
+            found.append(Piece(**events.columns, user_id=user, first_target=first))
     return tuple(found)

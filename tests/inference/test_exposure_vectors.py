@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hllm_torchrec.data.events import Piece
+from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference import item_embedding
@@ -96,14 +96,9 @@ def test_a_daily_vector_is_that_of_a_user_whose_history_ends_the_day_before(tmp_
                 if not known or position % 3:
                     continue
                 midnight = (piece.timestamps[kept[-1]] // DAY + 1) * DAY
-                alone = Piece(
-                    np.append(piece.item_ids[kept], 7),
-                    np.append(piece.timestamps[kept], midnight),
-                    np.append(piece.labels[kept], np.float32(1)),
-                    np.append(piece.actions[kept], 3),
-                    user_id=piece.user_id,
-                    first_target=len(kept),
-                )
+                request = Events.at([midnight], item_ids=[7], labels=[1], actions=[3])
+                read = Events.concat([piece[np.array(kept)], request])
+                alone = Piece(**read.columns, user_id=piece.user_id, first_target=len(kept))
                 torch.testing.assert_close(vector, embedder([alone])[0][0], atol=1e-5, rtol=0)
                 compared += 1
     assert compared > 5
