@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EmaWeights:
@@ -33,9 +32,10 @@ class EmaWeights:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the present weights, after `step` updates."""
-        # torch's AveragedModel would copy the model, and with it the sharded tables; its update is all that is needed.
-        update = get_ema_multi_avg_fn(min(self._decay, (1 + step) / (10 + step)))
-        update(list(self._averages.values()), list(self._parameters.values()), step)
+        # One by one: torch.optim.swa_utils averages in one call, which takes no mix of Tensors and DTensors (FSDP2).
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, parameter in self._parameters.items():
+            self._averages[name].lerp_(parameter.detach(), 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

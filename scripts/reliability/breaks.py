@@ -209,8 +209,8 @@ BREAKS = (
     ),
     Break(
         "EMA: the weights of average and weight are exchanged",
-        "get_ema_multi_avg_fn(min(self._decay, (1 + step) / (10 + step)))",
-        "get_ema_multi_avg_fn(1 - min(self._decay, (1 + step) / (10 + step)))",
+        "self._averages[name].lerp_(parameter.detach(), 1.0 - decay)",
+        "self._averages[name].lerp_(parameter.detach(), decay)",
         ("tests/training/test_optim.py",),
     ),
     Break(
