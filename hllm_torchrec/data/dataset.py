@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.urls import url_of
@@ -150,7 +149,7 @@ class Dataset:
         return groups
 
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The sequences (`sequences.SEQUENCE_SCHEMA`, or the named columns of it) of one row group, checked.
+        """The sequences (`events.SEQUENCE_SCHEMA`, or the named columns of it) of one row group, checked.
 
         Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
@@ -207,8 +206,8 @@ def base_rate(dataset: Dataset) -> float:
     """Share of positive labels among the training exposures; 0.5 where there is one class only."""
     total = positive = 0.0
     for group in dataset.row_groups("train"):
-        labels = pc.list_flatten(dataset.read_row_group(group.path, group.index, columns=["labels"])["labels"])
-        total += len(labels) - labels.null_count
-        positive += pc.sum(labels).as_py() or 0.0
+        labels = dataset.sequences([group], ["labels"]).labels
+        total += np.count_nonzero(~np.isnan(labels))
+        positive += np.nansum(labels, dtype=np.float64)
     rate = positive / total if total else 0.5
     return rate if 0 < rate < 1 else 0.5

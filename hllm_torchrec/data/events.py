@@ -84,6 +84,15 @@ class EventColumn:
 EVENT_COLUMNS = tuple(EventColumn(column.name, **column.metadata) for column in fields(Events))
 _NAMES = tuple(column.name for column in EVENT_COLUMNS)
 
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.int64()),
+        pa.field("target_start", pa.int32()),
+        *(pa.field(column.name, pa.list_(column.stored)) for column in EVENT_COLUMNS),
+    ]
+)
+"""Of sequence files: a row has a user's whole history up to the part's end."""
+
 
 @dataclass(frozen=True)
 class Piece(Events):
@@ -141,27 +150,23 @@ class Sequences(Events):
 
 
 def decode_sequences(tables: Sequence[pa.Table]) -> Sequences:
-    """Tables of `sequences.SEQUENCE_SCHEMA`, or of the same columns of it, one after the other; none: no rows.
+    """Tables of SEQUENCE_SCHEMA, or of the same columns of it, one after the other; none: no rows.
 
     Columns that are not there are unknown and take no memory; one column of events must be.
     """
-    columns: dict[str, NDArray[Any]] = {column.name: np.empty(0, column.dtype) for column in EVENT_COLUMNS}
-    heads: dict[str, Ints] = {name: np.empty(0, np.int64) for name in ("user_id", "target_start")}
-    offsets = np.zeros(1, np.int64)
-    if tables:
-        table = pa.concat_tables(tables).combine_chunks()
-        present = [name for name in columns if name in table.column_names]
-        offsets = offsets_from_lengths(pc.list_value_length(table[present[0]]).to_numpy())
-        for column in EVENT_COLUMNS:
-            columns[column.name] = (
-                pc.list_flatten(table[column.name]).to_numpy().astype(column.dtype, copy=False)  # a null becomes NaN
-                if column.name in present
-                else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
-            )
-        for name in heads:
-            heads[name] = (
-                table[name].to_numpy().astype(np.int64, copy=False)
-                if name in table.column_names
-                else np.broadcast_to(np.int64(0), len(table))
-            )
-    return Sequences(**columns, user_ids=heads["user_id"], target_start=heads["target_start"], offsets=offsets)
+    table = pa.concat_tables(tables or [SEQUENCE_SCHEMA.empty_table()]).combine_chunks()
+    first = next(name for name in _NAMES if name in table.column_names)
+    offsets = offsets_from_lengths(pc.list_value_length(table[first]).to_numpy())
+    columns = {
+        column.name: pc.list_flatten(table[column.name]).to_numpy().astype(column.dtype, copy=False)  # null: NaN
+        if column.name in table.column_names
+        else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
+        for column in EVENT_COLUMNS
+    }
+    user_ids, target_start = (
+        table[name].to_numpy().astype(np.int64, copy=False)
+        if name in table.column_names
+        else np.broadcast_to(np.int64(0), len(table))
+        for name in ("user_id", "target_start")
+    )
+    return Sequences(**columns, user_ids=user_ids, target_start=target_start, offsets=offsets)

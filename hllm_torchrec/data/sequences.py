@@ -10,19 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.events import EVENT_COLUMNS
+from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.split import SPLITS, Cut, Split, assign_splits
 
 _GROUPS_AT_LEAST = 32
-
-SEQUENCE_SCHEMA = pa.schema(
-    [
-        pa.field("user_id", pa.int64()),
-        pa.field("target_start", pa.int32()),
-        *(pa.field(column.name, pa.list_(column.stored)) for column in EVENT_COLUMNS),
-    ]
-)
 
 
 class SequenceWriter:

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
-from hllm_torchrec.data.events import EVENT_COLUMNS
-from hllm_torchrec.data.sequences import SEQUENCE_SCHEMA
+from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA
 
 REMEDY = "prepare the dataset again"
 

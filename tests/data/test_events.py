@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Piece, decode_sequences
-from hllm_torchrec.data.sequences import SEQUENCE_SCHEMA
+from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA, Events, Piece, decode_sequences
 from tests.helpers import fixtures
 
 ROWS = [
