@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking import alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
+from benchmarking import ROOT, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,6 +103,7 @@ def check_equal(inputs: dict[str, Any]) -> None:
 def peak_bytes(side: str, shape: Shape) -> int:
     """Peak resident bytes of forward and backward above the inputs, measured in a fresh process."""
     environment = {name: value for name, value in os.environ.items() if name not in LARGE_BUFFERS_KEPT}
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(Path(__file__).resolve()), "--measure", side, "--shape", *map(str, shape)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])

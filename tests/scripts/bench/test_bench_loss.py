@@ -32,17 +32,12 @@ def test_peak_memory_is_that_of_the_side_measured() -> None:
 @pytest.mark.slow
 def test_bench_loss_ends_with_its_json(tmp_path: Path) -> None:
     """As a user runs it: the script starts itself again under its allocator setting."""
-    command = [
-        sys.executable,
-        str(SCRIPTS / "bench" / "bench_loss.py"),
-        "--tiny",
-        "--out",
-        str(tmp_path / "new" / "loss.json"),
-    ]
+    script, out = SCRIPTS / "bench" / "bench_loss.py", tmp_path / "new" / "loss.json"
+    command = [sys.executable, str(script), "--tiny", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = tiny_result("loss", tmp_path / "new" / "loss.json", done.stdout)
+    result = tiny_result("loss", out, done.stdout)
     assert result["allocator"]["MALLOC_MMAP_MAX_"] == "0"
     assert set(result["ratios"]) == {"loss_memory", "loss_speed", "loss_speed_k408"}
     assert result["shapes"]["loss"] == {"T": 60, "K": 200, "D": 16}
