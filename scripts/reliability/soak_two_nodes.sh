@@ -52,4 +52,4 @@ build() {
 }
 
 said=$(build 2>&1) || refuse "network namespaces are refused here: ${said//$'\n'/; }"
-"$python" "$root/scripts/soak_two_nodes.py" --spaces "$one" "$two" "$switch" "$@"
+"$python" "$root/scripts/reliability/soak_two_nodes.py" --spaces "$one" "$two" "$switch" "$@"
