@@ -75,8 +75,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.checkpoints, self.output = checkpoints, checkpoints.output
         self.checkpoint, self.peak_flops = resume_from, peak_flops
-        self.experiment = experiment
-        self.model, self.hllm = experiment.model, experiment.hllm
+        self.experiment, self.model, self.hllm = experiment, experiment.model, experiment.hllm
         optim = self.config.optim
         self.dense_optim = dense_optimizer(
             self.hllm.named_parameters(),
@@ -194,8 +193,7 @@ class Trainer:
         """
         self._set_learning_rates(self.schedule.learning_rate_ratio(self.step))
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
-        counts = step_counts(batches)
-        stats = StepStats()
+        counts, stats = step_counts(batches), StepStats()
         for batch, coming in pairwise([*batches, next_batches[0] if next_batches else None]):
             assert batch is not None
             with self._no_sync() if batch is not batches[-1] else nullcontext():
