@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.table_optimizers import REPLICATED, TABLE_OPTIMIZERS
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.embedding.optimizers import apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.embedding.tables import initialize_tables, local_shards
 from tests.helpers import fixtures
@@ -30,12 +30,12 @@ def own_process_group() -> Iterator[None]:
 def step(optimizer: str, options: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A table's weights before and after a step whose gradient is the third."""
     optim = {"table_optimizer": optimizer, "table_lr": LR, "table_options": options}
-    cfg = fixtures.config(features={"shard_from_rows": 1}, optim=optim)
+    settings = TableSettings.of(fixtures.config(features={"shard_from_rows": 1}, optim=optim))
     device, sharder = init_distributed(), EmbeddingBagCollectionSharder()
     table = EmbeddingBagConfig(name="t", num_embeddings=ROWS, embedding_dim=WIDTH, feature_names=["t"])
     one = torch.nn.Sequential(EmbeddingBagCollection(tables=[table], device=torch.device("meta")))
-    apply_table_optimizer(one[0], cfg)
-    model = distribute(one, plan_table_sharding(one, cfg, device, sharder), sharder, device, ddp=False)
+    apply_table_optimizer(one[0], settings)
+    model = distribute(one, plan_table_sharding(one, settings, device, sharder), sharder, device, ddp=False)
     initialize_tables(model, seed=0, scale=1.0)
     ((weights, _, _),) = [part for value in model.state_dict().values() for part in local_shards(value)]
     before, gradient = weights.clone(), torch.arange(1.0, WIDTH + 1).expand(ROWS, -1)

@@ -87,7 +87,9 @@ def test_mistakes_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_prints_history_and_items(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--run", str(trained("early")), "--user", "u7", "--top", "3", "--history", "2"]) == 0
+    run = trained("early")
+    capsys.readouterr()  # of the training, where this test is the first that needs it
+    assert command.main(["--run", str(run), "--user", "u7", "--top", "3", "--history", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("user u7, ") and printed[0].endswith("the latest 2:")
     assert printed[3] == "recommended, with probability:" and len(printed) == 7
