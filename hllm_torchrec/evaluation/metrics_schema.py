@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.metrics.auc import PairedDifference, logit_interval, wald_difference
+from hllm_torchrec.metrics.intervals import PairedDifference, logit_interval, wald_difference
 from hllm_torchrec.metrics.exact_auc import RankStatistics
-from hllm_torchrec.metrics.ranking import ReliabilityCurve, finite_or_none
+from hllm_torchrec.metrics.metric import Value
+from hllm_torchrec.metrics.probabilities import ReliabilityCurve
+from hllm_torchrec.metrics.registry import METRICS
 from hllm_torchrec.metrics.user_statistics import UserStatistics
 
 SCHEMA_VERSION = 2
@@ -18,8 +20,6 @@ READABLE = (1, 2)
 """Versions that the report and the gate read."""
 
 _AGAIN = "evaluate again to write it anew"
-
-PROBABILITY_METRICS = ("log_loss", "normalized_entropy", "brier", "calibration", "ece")
 
 
 def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,27 +32,32 @@ def model_block(
     statistics: RankStatistics, probability: dict[str, float], users: UserStatistics | None, place: int
 ) -> dict[str, Any]:
     """One model's metrics; `probability` may be empty, `place` is the model's in `users`."""
-    block = slice_block(statistics) | {
-        "auc_se": finite_or_none(statistics.interval.standard_error),
-        "pr_auc": finite_or_none(statistics.pr_auc),
-        "recall_at_precision": {
-            f"{precision:g}": finite_or_none(recall) for precision, recall in statistics.recall_at_precision.items()
-        },
-        **{name: finite_or_none(probability.get(name, math.nan)) for name in PROBABILITY_METRICS},
-    }
+    by_user = {} if users is None else {key: values[place] for key, values in users.metrics.items()}
+    found: dict[str, Value] = {**statistics.metrics, **by_user, **probability}
+    block = slice_block(statistics) | {"auc_se": finite_or_none(statistics.interval.standard_error)}
+    block |= {metric.key: _plain(found.get(metric.key, math.nan)) for metric in METRICS}
     if users is None:
-        names = ("users", "gauc", "gauc_user_weighted", "gauc_users", "gauc_users_left_out", "clustered_se")
+        names = ("users", "gauc_users", "gauc_users_left_out", "clustered_se")
         return block | dict.fromkeys(names) | bounds("clustered", math.nan, math.nan)
     clustered = logit_interval(statistics.interval.auc, users.standard_error[place])
     return block | {
         "users": users.users,
-        "gauc": finite_or_none(users.gauc[place]),
-        "gauc_user_weighted": finite_or_none(users.gauc_user_weighted[place]),
         "gauc_users": users.users_counted,
         "gauc_users_left_out": users.users - users.users_counted,
         "clustered_se": finite_or_none(users.standard_error[place]),
         **bounds("clustered", clustered.low, clustered.high),
     }
+
+
+def finite_or_none(value: float) -> float | None:
+    """The number, or None for NaN and infinities, which JSON cannot hold."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _plain(value: Value) -> float | dict[str, float | None] | None:
+    if isinstance(value, dict):
+        return {name: finite_or_none(number) for name, number in value.items()}
+    return finite_or_none(value)
 
 
 def slice_block(statistics: RankStatistics) -> dict[str, Any]:

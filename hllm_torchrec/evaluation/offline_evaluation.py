@@ -23,12 +23,12 @@ from hllm_torchrec.evaluation.metrics_schema import (
     paired_block,
     slice_block,
 )
-from hllm_torchrec.evaluation.prediction_rows import PredictionModel, RowBatch
+from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS, PredictionModel, RowBatch
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.delong import PairedSums, influence
 from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
-from hllm_torchrec.metrics.probabilities import ProbabilitySums, reliability
-from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS, ReliabilityCurve
+from hllm_torchrec.metrics.probabilities import ProbabilitySums, ReliabilityCurve, reliability
+from hllm_torchrec.metrics.registry import PROBABILITY_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
 from hllm_torchrec.metrics.user_statistics import UserBuckets, record_type
 
@@ -167,7 +167,7 @@ class _Evaluation:
             if model.probability:
                 same = model.probability == model.score and self.source.score_type(model) == np.float64
                 runs = ordered.overall[model.name] if same else SortedChunks(self.pool, np.dtype(np.float64), weighted)
-                ordered.probability[model.name] = ProbabilitySums(), runs
+                ordered.probability[model.name] = ProbabilitySums(PROBABILITY_METRICS), runs
         for batch in self._batches(max(64, min(1 << 20, self.settings.memory // 1024))):
             ordered.keys = (ordered.keys + int(batch.keys.sum(dtype=np.uint64))) % 2**64
             for name, scores in batch.scores.items():
@@ -217,7 +217,7 @@ class _Evaluation:
             return {}, None
         sums, runs = ordered.probability[name]
         curve, error = reliability(runs, self.group)
-        return sums.metrics(self.group) | {"ece": error}, curve
+        return sums.values(error, self.group), curve
 
     def _influences(
         self, statistics: Mapping[str, RankStatistics], placements: Mapping[str, Placements], pairs: PairedSums

@@ -1,6 +1,7 @@
 """The rows of prediction files, checked: labels, weights, scores of one model or more, users and slices."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,17 @@ from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
-from hllm_torchrec.metrics.ranking import HISTORY_BUCKETS
 
 DAY = 86_400
+HISTORY_BUCKETS = {
+    "0": (0.0, 0.0),
+    "1-9": (1.0, 9.0),
+    "10-49": (10.0, 49.0),
+    "50-199": (50.0, 199.0),
+    "200+": (200.0, math.inf),
+}
+"""Inclusive bounds of the history lengths reported apart."""
+
 _TRUE, _FALSE = ["true", "1"], ["false", "0"]
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.errors import did_you_mean
-from hllm_torchrec.evaluation.metrics_schema import read_metrics
-from hllm_torchrec.metrics.auc import normal_quantile
-from hllm_torchrec.metrics.ranking import finite_or_none
+from hllm_torchrec.evaluation.metrics_schema import finite_or_none, read_metrics
+from hllm_torchrec.metrics.intervals import normal_quantile
 
 EXIT_STATUS = {"pass": 0, "fail": 3, "unsure": 4}
 """Exit statuses; 2 is for mistakes, such as a baseline of other rows, 1 for a crash."""

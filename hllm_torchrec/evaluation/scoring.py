@@ -19,7 +19,7 @@ from hllm_torchrec.data.predictions import Columns, join_columns
 from hllm_torchrec.distributed.collectives import global_sum, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
 from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
-from hllm_torchrec.metrics.auc import distributed_roc_auc
+from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
 from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
@@ -83,7 +83,7 @@ def quick_metrics(columns: Columns, auc: Literal["exact", "approximate"] = "exac
     total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
     found = {"log_loss": total_loss / max(rows, 1.0), "rows": rows}
     if auc == "exact":
-        return {"auc": distributed_roc_auc(labels, scores)} | found
+        return {"auc": roc_auc(labels, scores)} | found
     histogram = ScoreHistogram()
     histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
     histogram.all_reduce()

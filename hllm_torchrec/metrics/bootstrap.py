@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from tqdm import tqdm
 
-from hllm_torchrec.metrics.input_checks import Values, as_groups, as_labels, as_scores
-from hllm_torchrec.metrics.ranking import UserIds
+from hllm_torchrec.metrics.input_checks import UserIds, Values, as_groups, as_labels, as_scores
 
 CHUNK_VALUES = 2_000_000
 """Numbers held per array while drawing (16 MB)."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hllm_torchrec.distributed.array_collectives import Group, gather_objects
-from hllm_torchrec.metrics.auc import PairedDifference, wald_difference
+from hllm_torchrec.metrics.intervals import PairedDifference, wald_difference
 from hllm_torchrec.metrics.exact_auc import RankStatistics
 
 

@@ -1,5 +1,5 @@
-"""Exact ranking statistics of rows of any number, from `score_chunks.ScoreRanges`: one pass over the score ranges of
-all ranks, in memory that the pool's option bounds.
+"""Exact AUC, its error, and the other metrics of the order of any number of rows: one pass over the score ranges of
+all ranks (`score_chunks.ScoreRanges`), in memory that the pool's option bounds.
 
 Letters: P and N, the weight of all positives and negatives (their number without weights); U unique scores.
 """
@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from hllm_torchrec.distributed.array_collectives import (
     group_rank,
     world_size,
 )
-from hllm_torchrec.metrics.auc import AucInterval, logit_interval
+from hllm_torchrec.metrics.intervals import AucInterval, logit_interval
+from hllm_torchrec.metrics.metric import RankedBlock, Value
+from hllm_torchrec.metrics.registry import RANK_METRICS
 from hllm_torchrec.metrics.score_chunks import ScoreMasses, ScoreRanges, SortedChunks
 
 BLOCK = 1 << 14
@@ -29,8 +32,6 @@ CURVE_POINTS = 200
 GRID = np.sort(np.concatenate([np.linspace(0, 2, CURVE_POINTS * 3 // 4), 2 * np.logspace(-5, -1, CURVE_POINTS // 4)]))
 """Where corners are kept: even along the ROC curve (false plus true positive rate), finer at its beginning."""
 
-PRECISIONS = (0.5, 0.8, 0.9, 0.95)
-
 
 @dataclass(frozen=True)
 class RankStatistics:
@@ -38,10 +39,8 @@ class RankStatistics:
 
     interval: AucInterval
     """AUC with ties as one half, DeLong's standard error and 95% interval."""
-    pr_auc: float
-    """Average precision: sum over thresholds of (recall step) x precision, as in scikit-learn."""
-    recall_at_precision: dict[float, float]
-    """Highest recall of a threshold that has at least this precision, 0 if none has."""
+    metrics: dict[str, Value]
+    """Key of each `RankMetric` of the registry → its value."""
     curve: np.ndarray
     """Corners (false positive rate, recall, precision) [3, at most CURVE_POINTS + 2] from the highest score."""
     rows: int
@@ -58,8 +57,9 @@ class _Sums:
     """Twice the weight of the pairs ranked right, ties as one half: an exact integer without weights."""
     moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))
     """Of positives and of negatives: sums of w^2, w^2 (V - 1/2), w^2 (V - 1/2)^2 with the placement V."""
-    precision: float = 0.0
-    recall: np.ndarray = field(default_factory=lambda: np.zeros(len(PRECISIONS)))
+    metrics: dict[str, np.ndarray] = field(
+        default_factory=lambda: {metric.key: np.array(metric.start) for metric in RANK_METRICS}
+    )
     corners: list[np.ndarray] = field(default_factory=list)
 
 
@@ -172,7 +172,7 @@ def _add_range(
         if has_pairs:
             placements = np.stack([(under[1] + upto[1]) / (2 * negatives), 1 - (under[0] + upto[0]) / (2 * positives)])
             _add_moments(sums, placements, tied.masses[4:6, part] if weighted else mass)
-            curve += _add_thresholds(sums, mass, under, positives, negatives)
+            curve += _add_thresholds(sums, mass, under, (positives, negatives))
             if values is not None:
                 values[:, part] = placements
     if curve:
@@ -191,22 +191,19 @@ def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> No
 
 
 def _add_thresholds(
-    sums: _Sums, mass: np.ndarray, under: np.ndarray, positives: float, negatives: float
+    sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tuple[float, float]
 ) -> list[np.ndarray]:
     """Add what the thresholds of a block give, each score and all above it called positive; the curves' corners."""
-    over = np.maximum(positives - under[0], mass[0])  # rounding may eat light rows beside heavy ones
-    false = np.maximum(negatives - under[1], mass[1])
-    precision = over / (over + false)
-    sums.precision += float(mass[0] @ precision) / positives
-    for place, wanted in enumerate(PRECISIONS):
-        good = precision >= wanted
-        if good.any():
-            sums.recall[place] = max(sums.recall[place], over[good.argmax()] / positives)  # recall falls with the score
-    along = over[[0, -1]] / positives + false[[0, -1]] / negatives
+    over = np.maximum(np.array(total)[:, None] - under, mass)  # rounding may eat light rows beside heavy ones
+    block = RankedBlock(mass, under, total, over, over[0] / (over[0] + over[1]))
+    for metric in RANK_METRICS:
+        sums.metrics[metric.key] = metric.combine(sums.metrics[metric.key], metric.sums(block))
+    true_rate, false_rate = over[0] / total[0], over[1] / total[1]
+    along = true_rate[[0, -1]] + false_rate[[0, -1]]
     low, high = np.searchsorted(GRID, [along[1], along[0]])
     if low == high and low < len(GRID) and GRID[low] != along[0]:
         return []
-    return [_corners(np.stack([false / negatives, over / positives, precision]))]
+    return [_corners(np.stack([false_rate, true_rate, block.precision]))]
 
 
 def _corners(curve_3U: np.ndarray) -> np.ndarray:
@@ -218,32 +215,30 @@ def _corners(curve_3U: np.ndarray) -> np.ndarray:
 
 
 def _finish(parts: Sequence[_Sums], totals: np.ndarray, positives: float, negatives: float) -> RankStatistics:
-    rows, count = int(totals[0] + totals[1]), int(totals[0])
-    if not (positives > 0 and negatives > 0):
-        nothing = AucInterval(math.nan, math.nan, math.nan, math.nan)
-        curve = np.empty((3, 0))
-        recalls = dict.fromkeys(PRECISIONS, math.nan)
-        return RankStatistics(nothing, math.nan, recalls, curve, rows, count, (float(positives), float(negatives)))
+    if positives > 0 and negatives > 0:
+        interval = _interval(parts, totals, positives, negatives)
+        combined = {m.key: reduce(m.combine, [part.metrics[m.key] for part in parts]) for m in RANK_METRICS}
+        metrics = {metric.key: metric.value(combined[metric.key]) for metric in RANK_METRICS}
+        corners = np.concatenate([corner for part in parts for corner in part.corners], axis=1)[:, ::-1]
+        first = np.array([[0.0], [0.0], [corners[2, 0] if corners.size else 1.0]])
+        last = np.array([[1.0], [1.0], [positives / (positives + negatives)]])
+        curve = np.concatenate([first, corners, last], axis=1)
+    else:
+        interval = AucInterval(math.nan, math.nan, math.nan, math.nan)
+        metrics, curve = {metric.key: metric.undefined() for metric in RANK_METRICS}, np.empty((3, 0))
+    weight = float(positives), float(negatives)
+    return RankStatistics(interval, metrics, curve, int(totals[0] + totals[1]), int(totals[0]), weight)
+
+
+def _interval(parts: Sequence[_Sums], totals: np.ndarray, positives: float, negatives: float) -> AucInterval:
+    """AUC and DeLong's interval."""
     concordant = sum(part.concordant for part in parts)
     if len(totals) == 2:
         auc = concordant / (2 * int(positives) * int(negatives))  # of integers: rounded once
     else:
         auc = concordant / 2 / positives / negatives
     moments = np.sum([part.moments for part in parts], axis=0)
-    error = _standard_error(moments, auc, totals, (positives, negatives))
-    corners = np.concatenate([corner for part in parts for corner in part.corners], axis=1)[:, ::-1]
-    first = np.array([[0.0], [0.0], [corners[2, 0] if corners.size else 1.0]])
-    last = np.array([[1.0], [1.0], [positives / (positives + negatives)]])
-    curve = np.concatenate([first, corners, last], axis=1)
-    return RankStatistics(
-        logit_interval(float(auc), error),
-        float(min(1.0, sum(part.precision for part in parts))),
-        dict(zip(PRECISIONS, np.max([part.recall for part in parts], axis=0).tolist())),
-        curve,
-        rows,
-        count,
-        (float(positives), float(negatives)),
-    )
+    return logit_interval(float(auc), _standard_error(moments, auc, totals, (positives, negatives)))
 
 
 def _standard_error(moments: np.ndarray, auc: float, totals: np.ndarray, weights: tuple[float, float]) -> float:

@@ -8,6 +8,8 @@ import torch
 Values = np.ndarray | torch.Tensor | Sequence[float] | Sequence[int] | Sequence[bool]
 """A column: one value a row. Tensors may be on any device and of any float type, bfloat16 too."""
 
+UserIds = np.ndarray | torch.Tensor | Sequence[int] | Sequence[str]
+
 WEIGHT_RANGE = (1e-100, 1e100)
 """Weights other than 0: their squares and the products of two sums of them are then float64 too."""
 
@@ -75,24 +77,7 @@ def as_weights(weights: Values | None, rows: int) -> np.ndarray:
     return array
 
 
-def as_probabilities(probabilities: Values, rows: int) -> np.ndarray:
-    """The probabilities as float64 [n].
-
-    Raises:
-        ValueError: a probability lies outside 0..1 or is NaN, or there are not as many as labels.
-    """
-    array = _same_rows(as_floats(probabilities, "probabilities"), "probabilities", rows)
-    bad = ~((array >= 0) & (array <= 1))
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(
-            f"probabilities: row {row} is {array[row]:g}; a probability lies in 0..1; "
-            "pass a logit through the sigmoid, and any other score as `scores` only"
-        )
-    return array
-
-
-def as_groups(user_ids: np.ndarray | torch.Tensor | Sequence[int] | Sequence[str], rows: int) -> np.ndarray:
+def as_groups(user_ids: UserIds, rows: int) -> np.ndarray:
     """Each row's user as an int64 index [n] in 0..users-1, dense; the ids may be of any sortable kind.
 
     Raises:

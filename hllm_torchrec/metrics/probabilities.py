@@ -1,54 +1,112 @@
-"""Metrics of probabilities that add up over batches and ranks: log loss, normalised entropy, Brier, calibration,
-and the reliability curve from score ranges."""
+"""Metrics of probabilities that add up over batches and ranks, and the reliability curve from score ranges."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hllm_torchrec.distributed.array_collectives import Group, gather_objects
-from hllm_torchrec.metrics.ranking import PROBABILITY_FLOOR, ReliabilityCurve
+from hllm_torchrec.metrics.metric import ProbabilityMetric
 from hllm_torchrec.metrics.score_chunks import SortedChunks
 
 BINS = 10
+
+PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
+"""Log loss takes probabilities into [floor, 1 - floor]; scikit-learn does the same for float32. Predictions
+are stored as float32, where the sigmoid of 17 is already 1."""
+
+
+def row_log_loss(is_positive: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Binary cross-entropy of each row in nats, [n]."""
+    clipped = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    losses: np.ndarray = -np.log(np.where(is_positive, clipped, 1 - clipped))
+    return losses
+
+
+def base_entropy(sums: Mapping[str, float]) -> float:
+    """Log loss of always predicting the base rate; `nan` with one class only."""
+    rate = sums["positives"] / sums["weight"]
+    return -rate * math.log(rate) - (1 - rate) * math.log(1 - rate) if 0 < rate < 1 else math.nan
+
+
+LOG_LOSS = ProbabilityMetric(
+    "log_loss",
+    "log loss",
+    "mean binary cross-entropy in nats",
+    value=lambda sums: sums["log_loss"] / sums["weight"],
+    terms={"log_loss": row_log_loss},
+)
+NORMALIZED_ENTROPY = ProbabilityMetric(
+    "normalized_entropy",
+    "NE",
+    "normalized entropy, log loss over that of always predicting the base rate (He et al. 2014): useful below 1",
+    value=lambda sums: sums["log_loss"] / sums["weight"] / base_entropy(sums),
+    terms={"log_loss": row_log_loss},
+)
+BRIER = ProbabilityMetric(
+    "brier",
+    "Brier",
+    "mean squared difference of probability and label",
+    value=lambda sums: sums["squared_error"] / sums["weight"],
+    terms={"squared_error": lambda is_positive, probabilities: (probabilities - is_positive) ** 2},
+)
+CALIBRATION = ProbabilityMetric(
+    "calibration",
+    "calibration",
+    "sum of probabilities over number of positives: right at 1",
+    value=lambda sums: sums["predicted"] / sums["positives"] if sums["positives"] else math.nan,
+    terms={"predicted": lambda is_positive, probabilities: probabilities},
+)
+ECE = ProbabilityMetric(
+    "ece",
+    "ECE",
+    "expected calibration error: mean gap of probability and observed rate over ten bins of equally many rows",
+    value=lambda sums: sums["calibration_error"],  # of `reliability`: it needs the rows in order
+)
+
+
+@dataclass(frozen=True)
+class ReliabilityCurve:
+    """Bins of rows with similar predicted probability, ascending; empty bins are left out."""
+
+    mean_probability: np.ndarray
+    observed_rate: np.ndarray
+    rows: np.ndarray
 
 
 @dataclass
 class ProbabilitySums:
     """Weighted sums over rows; their parts of each batch are kept and added exactly, in any order."""
 
-    parts: list[np.ndarray] = field(default_factory=list)
-    """A batch's sums of weight, weight of positives, w x log loss, w x squared error, w x probability."""
+    metrics: list[ProbabilityMetric]
+    parts: list[dict[str, float]] = field(default_factory=list)
+    """A batch's sums of weight, weight of positives, and weight x each of the metrics' terms."""
 
     def add(self, is_positive: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None) -> None:
         """Add rows: bool [n], float64 in 0..1 [n], weights > 0 [n]."""
         weight = np.ones(len(is_positive)) if weights is None else weights
-        clipped = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
-        loss = -np.log(np.where(is_positive, clipped, 1 - clipped))
-        columns = (np.ones_like(weight), is_positive, loss, (probabilities - is_positive) ** 2, probabilities)
-        self.parts.append(np.array([weight @ column for column in columns]))
+        columns = {"weight": np.ones_like(weight), "positives": is_positive}
+        terms = {name: term for metric in self.metrics for name, term in metric.terms.items()}
+        columns |= {name: term(is_positive, probabilities) for name, term in terms.items()}
+        self.parts.append({name: float(weight @ column) for name, column in columns.items()})
 
-    def metrics(self, group: Group = None) -> dict[str, float]:
-        """`log_loss`, `normalized_entropy`, `brier` and `calibration` of the rows of all ranks, `nan` where they are
-        undefined (see `metrics.ranking`). Collective."""
-        own = [math.fsum(part[place] for part in self.parts) for place in range(5)]
-        weight, positives, loss, error, predicted = (math.fsum(column) for column in zip(*gather_objects(own, group)))
-        if not weight:
-            return dict.fromkeys(("log_loss", "normalized_entropy", "brier", "calibration"), math.nan)
-        rate = positives / weight
-        entropy = -rate * math.log(rate) - (1 - rate) * math.log(1 - rate) if 0 < rate < 1 else math.nan
-        return {
-            "log_loss": loss / weight,
-            "normalized_entropy": loss / weight / entropy,
-            "brier": error / weight,
-            "calibration": predicted / positives if positives else math.nan,
-        }
+    def values(self, calibration_error: float, group: Group = None) -> dict[str, float]:
+        """The metrics of the rows of all ranks by key, `nan` where they are undefined. Collective."""
+        names = {"weight", "positives", *(name for metric in self.metrics for name in metric.terms)}
+        own = {name: math.fsum(part[name] for part in self.parts) for name in names}
+        gathered = gather_objects(own, group)
+        sums = {name: math.fsum(part[name] for part in gathered) for name in names}
+        sums["calibration_error"] = calibration_error
+        return {metric.key: metric.value(sums) if sums["weight"] else math.nan for metric in self.metrics}
 
 
 def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> tuple[ReliabilityCurve, float]:
-    """The curve of `ranking.reliability_curve` and its expected calibration error, of rows of all ranks. Collective.
+    """Mean predicted probability against observed rate in bins, and the mean gap of the two over rows. Collective.
 
-    A bin has about equally many rows; means and rates within it are weighted by the rows' weights.
+    Bins of equal mass, not of equal width: with a click rate of 1% all rows would fall into one bin of ten. Equal
+    probabilities always share a bin, so the result does not depend on the order of rows. Means and rates within a
+    bin are weighted by the rows' weights.
 
     Args:
         chunks: of the rows with their probability as score.

@@ -17,7 +17,7 @@ BLOCK_SIZE = 16_384
 """Catalogue rows scored at once: [B, block] scores are held, never [B, I]."""
 
 TIE_TOLERANCE = 1e-6
-"""Scores of `catalogue_ranks` closer than this share of |query| |target| are tied: two equal items get scores
+"""Scores of dot products (`distributed_ranking`) closer than this share of |query| |target| are tied: two equal items get scores
 that differ by float32 rounding, depending on where in a block they stand."""
 
 ScoreBlock = Callable[[int, int], torch.Tensor]
@@ -61,92 +61,11 @@ def target_ranks(
     )
 
 
-def catalogue_ranks(
-    queries_BD: torch.Tensor,
-    items_ID: torch.Tensor,
-    target_B: torch.Tensor,
-    *,
-    seen_items_S: torch.Tensor | None = None,
-    seen_offsets: torch.Tensor | None = None,
-    block_size: int = BLOCK_SIZE,
-    tie_tolerance: float = TIE_TOLERANCE,
-) -> torch.Tensor:
-    """`target_ranks` of the dot products of queries and items, with [B, block] scores in memory at a time.
-
-    Normalise both sides first for cosine similarity. Products are computed in float32, items converted block
-    by block. Items within `tie_tolerance` x |query| |target| of the target's score count as tied.
-
-    Args:
-        queries_BD, items_ID: embeddings of any float type, on the same device; row i of `items_ID` is item i.
-        The others as in `target_ranks`.
-
-    Returns:
-        int64 [B], 1 = best.
-
-    Raises:
-        ValueError: as `target_ranks`.
-    """
-    check_targets(target_B, len(queries_BD), len(items_ID))
-    queries_BD = queries_BD.float()
-    return 1 + count_ahead(
-        lambda start, stop: queries_BD @ items_ID[start:stop].float().T,
-        scores_to_beat(queries_BD, items_ID[target_B], tie_tolerance),
-        target_B,
-        (1, len(items_ID)),
-        seen_pairs(seen_items_S, seen_offsets, target_B),
-        block_size,
-    )
-
-
 def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
     """float32 [B], the least score of an item that stands before the target: the target's, less the tolerance."""
     targets_BD = targets_BD.float()
     tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
     return (queries_BD * targets_BD).sum(1) - tolerance_B
-
-
-def top_items(
-    queries_BD: torch.Tensor,
-    items_ID: torch.Tensor,
-    k: int,
-    *,
-    seen_items_S: torch.Tensor | None = None,
-    seen_offsets: torch.Tensor | None = None,
-    block_size: int = BLOCK_SIZE,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best items of each query by dot product, best first, with [B, block + k] scores in memory at a time.
-
-    What serves a user; metrics come from `catalogue_ranks`, which orders ties as it should. Here equal scores
-    stand in any order.
-
-    Args:
-        queries_BD, items_ID: as in `catalogue_ranks`; item 0 is never among the best.
-        k: at least 1.
-        seen_items_S, seen_offsets: as in `target_ranks`.
-
-    Returns:
-        ids int64 [B, k] and scores float32 [B, k]; where fewer than k items are left, id 0 and score -inf.
-
-    Raises:
-        ValueError: k below 1, or offsets that do not fit.
-    """
-    if k < 1:
-        raise ValueError(f"k is {k}: must be at least 1")
-    queries_BD = queries_BD.float()
-    seen = seen_pairs(seen_items_S, seen_offsets, queries_BD[:, 0])
-    best = queries_BD.new_full((len(queries_BD), k), -math.inf)
-    ids = torch.zeros(len(queries_BD), k, dtype=torch.int64, device=queries_BD.device)
-    for start in range(1, len(items_ID), block_size):
-        stop = min(start + block_size, len(items_ID))
-        scores = queries_BD @ items_ID[start:stop].float().T
-        if seen is not None:
-            rows, items = seen
-            inside = (items >= start) & (items < stop)
-            scores[rows[inside], items[inside] - start] = -math.inf
-        of_block = torch.arange(start, stop, device=ids.device).expand(len(ids), -1)
-        best, place = torch.cat([best, scores], dim=1).topk(k, dim=1)
-        ids = torch.cat([ids, of_block], dim=1).gather(1, place)
-    return ids.masked_fill(best == -math.inf, 0), best
 
 
 def retrieval_metrics(

@@ -13,6 +13,7 @@ import numpy as np
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.distributed.array_collectives import Group, all_to_all, gather_objects, world_size
 from hllm_torchrec.metrics.group_auc import grouped_auc
+from hllm_torchrec.metrics.registry import USER_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool
 
 GROUPING_BYTES = 12
@@ -24,10 +25,8 @@ class UserStatistics:
     """Per model (by place), from all rows of all users."""
 
     users: int
-    gauc: list[float]
-    """Within users, weighted by a user's rows (their weights)."""
-    gauc_user_weighted: list[float]
-    """Within users, every user alike."""
+    metrics: dict[str, list[float]]
+    """Key of each `UserMetric` of the registry → its values."""
     users_counted: int
     """Users with both classes."""
     standard_error: list[float]
@@ -38,13 +37,13 @@ class UserStatistics:
 
 @dataclass
 class _Sums:
+    squares: np.ndarray
+    """Of the users' influences on each model's AUC, [M]."""
+    difference_squares: np.ndarray
     users: int = 0
     counted: int = 0
-    weight: float = 0.0
-    gauc: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    gauc_user_weighted: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    difference_squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    ratios: dict[str, np.ndarray] = field(default_factory=dict)
+    """Key of a `UserMetric` → its numerators and denominators [2, M]."""
 
 
 def record_type(models: int) -> np.dtype:
@@ -98,7 +97,8 @@ class UserBuckets:
 
     def statistics(self, models: int) -> UserStatistics:
         """Of the users of all ranks, the same on every rank. Collective."""
-        sums = _Sums(0, 0, 0.0, *(np.zeros(models) for _ in range(4)))
+        ratios = {metric.key: np.zeros((2, models)) for metric in USER_METRICS}
+        sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios)
         for records in self:
             _add_bucket(sums, records, models)
         return _finish(gather_objects(sums, self._group))
@@ -117,25 +117,17 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
     weights = None if (records["weight"] == 1).all() else records["weight"]
     for model in range(models):
         within = grouped_auc(users, is_positive, records["score"][:, model], weights)
-        sums.gauc[model] += within.aucs @ within.weights
-        sums.gauc_user_weighted[model] += within.aucs.sum()
+        for metric in USER_METRICS:
+            sums.ratios[metric.key][:, model] += metric.ratio(within)
     sums.counted += len(within.aucs)
-    sums.weight += within.weights.sum()
 
 
 def _finish(parts: Sequence[_Sums]) -> UserStatistics:
     users, counted = sum(part.users for part in parts), sum(part.counted for part in parts)
-    weight = sum(part.weight for part in parts)
     correction = users / (users - 1) if users > 1 else math.nan
-
-    def total(name: str) -> np.ndarray:
-        return np.sum([getattr(part, name) for part in parts], axis=0)
-
-    return UserStatistics(
-        users,
-        (total("gauc") / weight if counted else total("gauc") * math.nan).tolist(),
-        (total("gauc_user_weighted") / counted if counted else total("gauc") * math.nan).tolist(),
-        counted,
-        np.sqrt(total("squares") * correction).tolist(),
-        np.sqrt(total("difference_squares") * correction).tolist(),
-    )
+    metrics = {}
+    for metric in USER_METRICS:
+        numerators, denominators = np.sum([part.ratios[metric.key] for part in parts], axis=0)
+        metrics[metric.key] = (numerators / (denominators if counted else math.nan)).tolist()
+    squares = (np.sum([getattr(part, name) for part in parts], axis=0) for name in ("squares", "difference_squares"))
+    return UserStatistics(users, metrics, counted, *(np.sqrt(square * correction).tolist() for square in squares))

@@ -21,7 +21,7 @@ from hllm_torchrec.evaluation.model_comparison import Predictions, read_predicti
 from hllm_torchrec.inference.exposure_store import exposure_keys
 from hllm_torchrec.metrics.auc import delong_test, roc_auc
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
-from hllm_torchrec.metrics.ranking import PROBABILITY_FLOOR
+from hllm_torchrec.metrics.probabilities import PROBABILITY_FLOOR
 from hllm_torchrec.store.store import EmbeddingStore
 
 ALONE = "alone"

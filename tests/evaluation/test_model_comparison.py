@@ -10,7 +10,7 @@ import pytest
 from hllm_torchrec.evaluation.model_comparison import compare, metrics_table, read_predictions
 from hllm_torchrec.metrics.auc import delong_test, roc_auc
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
-from hllm_torchrec.metrics.ranking import ranking_metrics, standard_slices
+from tests.helpers.metric_oracles import ranking_metrics, standard_slices
 
 ROWS = 600
 

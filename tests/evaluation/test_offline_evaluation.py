@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
 from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel, PredictionRows
 from hllm_torchrec.metrics.auc import delong_test, roc_auc
-from hllm_torchrec.metrics.ranking import gauc, ranking_metrics, standard_slices
 from tests.helpers.distributed import run_ranks
+from tests.helpers.metric_oracles import gauc, ranking_metrics, standard_slices
 from tests.helpers.prediction_rows import ROWS, columns, write_csv, write_parquet
 
 TINY = 1 << 16

@@ -2,12 +2,14 @@
 
 import math
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from hllm_torchrec.metrics.auc import _exchange_score_ranges, distributed_roc_auc, roc_auc
+from hllm_torchrec.metrics.auc import roc_auc
+from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
 from tests.helpers.distributed import run_ranks
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -66,19 +68,21 @@ def measure() -> dict[str, object]:
     results: dict[str, object] = {}
     for case in CASES:
         for part, shares in PARTS.items():
-            results[f"{case}, {part}"] = distributed_roc_auc(*part_of_rank(rows(case), shares, rank))
-    results["subgroup"] = distributed_roc_auc([0, 1, rank], [0.5, 0.4, 0.3], group=dist.new_group([0, 1]))
+            results[f"{case}, {part}"] = roc_auc(*part_of_rank(rows(case), shares, rank))
+    results["subgroup"] = roc_auc([0, 1, rank], [0.5, 0.4, 0.3], group=dist.new_group([0, 1]))
     own = dist.new_group([0]), dist.new_group([1])
-    results["group of one"] = distributed_roc_auc([0, 1], [rank, 0.5], group=own[rank])
+    results["group of one"] = roc_auc([0, 1], [rank, 0.5], group=own[rank])
     try:
-        distributed_roc_auc([0, 1], [0.1, math.nan if rank == 1 else 0.2])
+        roc_auc([0, 1], [0.1, math.nan if rank == 1 else 0.2])
     except ValueError as error:
         results["error"] = str(error)
     scores = np.sort(np.random.default_rng(rank).normal(size=10_000) * (1 + 9 * rank))
-    received = _exchange_score_ranges(np.stack([scores, scores, scores], axis=1), None)
-    results["range"] = len(received), received[:, 0].min(), received[:, 0].max()
+    chunks = SortedChunks(MemoryPool(1 << 30, Path()), scores.dtype, weighted=False)
+    chunks.add(scores, scores > 0)
+    ((_, tied, _),) = chunks.split_ranges()
+    results["range"] = len(tied.scores), tied.scores.min(), tied.scores.max()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results["large"] = distributed_roc_auc(np.arange(1_000_000) % 3 == 0, np.full(1_000_000, 0.5))
+    results["large"] = roc_auc(np.arange(1_000_000) % 3 == 0, np.full(1_000_000, 0.5))
     results["large_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return results
 
@@ -123,8 +127,3 @@ def test_constant_scores_need_memory_for_a_ranks_own_rows_only(two_ranks: list[d
     for rank in two_ranks:
         assert rank["large"] == 0.5
         assert rank["large_kib"] < 150 * 1024  # a million rows of float64 are 8 MB a column
-
-
-def test_without_a_process_group_it_is_the_plain_auc() -> None:
-    labels, scores, weights = rows("weights")
-    assert distributed_roc_auc(labels, scores, weights) == roc_auc(labels, scores, weights)

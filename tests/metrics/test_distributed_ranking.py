@@ -12,8 +12,8 @@ from hllm_torchrec.metrics.distributed_ranking import (
     equal_chunks,
     shard_bounds,
 )
-from hllm_torchrec.metrics.retrieval_metrics import catalogue_ranks
 from tests.helpers.distributed import run_ranks
+from tests.helpers.metric_oracles import catalogue_ranks
 
 Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

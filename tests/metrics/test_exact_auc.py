@@ -79,7 +79,7 @@ def test_a_loop_over_all_pairs_agrees(rows: list[tuple[bool, float, float]], mem
     found, placements = statistics(label, score, weight if weighted else None, memory)
     expected = naive_placements(label, score, weight)
     if not 0 < label.sum() < len(label):
-        assert math.isnan(found.interval.auc) and math.isnan(found.pr_auc)
+        assert math.isnan(found.interval.auc) and math.isnan(found.metrics["pr_auc"])
         return
     auc = np.average(expected[label], weights=weight[label])
     assert found.interval.auc == pytest.approx(auc, abs=1e-12)
@@ -172,5 +172,5 @@ def test_constant_scores_need_no_memory() -> None:
 
 
 def numbers(found: RankStatistics) -> list[float]:
-    recalls = found.recall_at_precision.values()
-    return [found.interval.auc, found.interval.standard_error, found.pr_auc, *recalls]
+    recalls = found.metrics["recall_at_precision"].values()
+    return [found.interval.auc, found.interval.standard_error, found.metrics["pr_auc"], *recalls]

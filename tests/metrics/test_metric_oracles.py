@@ -1,3 +1,5 @@
+"""The plain functions that metrics are compared with equal scikit-learn, loops and examples by hand."""
+
 import json
 import math
 
@@ -10,7 +12,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.metrics import log_loss as sklearn_log_loss
 
 from hllm_torchrec.metrics.auc import delong_interval, roc_auc
-from hllm_torchrec.metrics.ranking import (
+from tests.helpers.metric_oracles import (
     brier,
     calibration,
     expected_calibration_error,

@@ -1,41 +1,27 @@
-"""Ranking metrics of one model on a set of exposures: how well it orders them and how honest its
-probabilities are.
-"""
+"""Plain functions over rows in memory, of one process: what the metrics of `hllm evaluate` are compared with."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from hllm_torchrec.evaluation.metrics_schema import finite_or_none
+from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS
 from hllm_torchrec.metrics.auc import delong_interval
 from hllm_torchrec.metrics.group_auc import grouped_auc
-from hllm_torchrec.metrics.input_checks import (
-    Values,
-    as_floats,
-    as_groups,
-    as_labels,
-    as_probabilities,
-    as_scores,
-    as_weights,
+from hllm_torchrec.metrics.input_checks import UserIds, Values, as_floats, as_groups, as_labels, as_scores, as_weights
+from hllm_torchrec.metrics.probabilities import PROBABILITY_FLOOR, ReliabilityCurve
+from hllm_torchrec.metrics.retrieval_metrics import (
+    BLOCK_SIZE,
+    TIE_TOLERANCE,
+    check_targets,
+    count_ahead,
+    scores_to_beat,
+    seen_pairs,
 )
-
-UserIds = np.ndarray | torch.Tensor | Sequence[int] | Sequence[str]
-
-PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
-"""Log loss takes probabilities into [floor, 1 - floor]; scikit-learn does the same for float32. Predictions
-are stored as float32, where the sigmoid of 17 is already 1."""
-
-HISTORY_BUCKETS = {
-    "0": (0.0, 0.0),
-    "1-9": (1.0, 9.0),
-    "10-49": (10.0, 49.0),
-    "50-199": (50.0, 199.0),
-    "200+": (200.0, math.inf),
-}
-"""Inclusive bounds of the history lengths reported apart."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +35,6 @@ class GroupedAuc:
     """Users with one class only: they have no pair to rank."""
     user_weighted: float
     """The mean in which every user who counts has the same weight."""
-
-
-@dataclass(frozen=True)
-class ReliabilityCurve:
-    """Bins of rows with similar predicted probability, ascending; empty bins are left out."""
-
-    mean_probability: np.ndarray
-    observed_rate: np.ndarray
-    rows: np.ndarray
 
 
 def gauc(labels: Values, scores: Values, user_ids: UserIds, weights: Values | None = None) -> GroupedAuc:
@@ -236,11 +213,6 @@ def ranking_metrics(
     }
 
 
-def finite_or_none(value: float) -> float | None:
-    """The number, or None for NaN and infinities, which JSON cannot hold."""
-    return float(value) if math.isfinite(value) else None
-
-
 def _auc_block(is_positive: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     interval = delong_interval(is_positive, scores)
     return {
@@ -282,3 +254,58 @@ def _labels_and_probabilities(labels: Values, probabilities: Values) -> tuple[np
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else math.nan
+
+
+def as_probabilities(probabilities: Values, rows: int) -> np.ndarray:
+    """The probabilities as float64 [n].
+
+    Raises:
+        ValueError: a probability lies outside 0..1 or is NaN, or there are not as many as labels.
+    """
+    array = as_floats(probabilities, "probabilities")
+    assert len(array) == rows
+    bad = ~((array >= 0) & (array <= 1))
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"probabilities: row {row} is {array[row]:g}; a probability lies in 0..1; "
+            "pass a logit through the sigmoid, and any other score as `scores` only"
+        )
+    return array
+
+
+def catalogue_ranks(
+    queries_BD: torch.Tensor,
+    items_ID: torch.Tensor,
+    target_B: torch.Tensor,
+    *,
+    seen_items_S: torch.Tensor | None = None,
+    seen_offsets: torch.Tensor | None = None,
+    block_size: int = BLOCK_SIZE,
+    tie_tolerance: float = TIE_TOLERANCE,
+) -> torch.Tensor:
+    """`target_ranks` of the dot products of queries and items, with [B, block] scores in memory at a time.
+
+    Normalise both sides first for cosine similarity. Products are computed in float32, items converted block
+    by block. Items within `tie_tolerance` x |query| |target| of the target's score count as tied.
+
+    Args:
+        queries_BD, items_ID: embeddings of any float type, on the same device; row i of `items_ID` is item i.
+        The others as in `target_ranks`.
+
+    Returns:
+        int64 [B], 1 = best.
+
+    Raises:
+        ValueError: as `target_ranks`.
+    """
+    check_targets(target_B, len(queries_BD), len(items_ID))
+    queries_BD = queries_BD.float()
+    return 1 + count_ahead(
+        lambda start, stop: queries_BD @ items_ID[start:stop].float().T,
+        scores_to_beat(queries_BD, items_ID[target_B], tie_tolerance),
+        target_B,
+        (1, len(items_ID)),
+        seen_pairs(seen_items_S, seen_offsets, target_B),
+        block_size,
+    )
