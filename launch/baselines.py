@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
         for name in args.only:
             is_new = run_baseline(name, settings, dataset, device, args.output / name)
             run_on_rank_zero(partial(say_done, args.output / name, is_new))
-        run_on_rank_zero(partial(print_tables, args.output, args.only, args.only[0]))
+        print_tables(args.output, args.only)
 
 
 def say_done(directory: Path, is_new: bool) -> None:
@@ -76,14 +76,17 @@ def say_done(directory: Path, is_new: bool) -> None:
     print(f"{directory.name}: {what}: {directory}", flush=True)
 
 
-def print_tables(output: Path, names: Sequence[str], reference: str) -> None:
-    """Compare the models whose directories are in `output`, on the validation and the test part."""
+def print_tables(output: Path, names: Sequence[str]) -> None:
+    """Compare the models whose directories are in `output` with the first, on validation and test part. Collective."""
+    from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.evaluation.cached_predictions import SPLITS
     from hllm_torchrec.evaluation.model_comparison import compare, metrics_table
 
     for split in SPLITS:
         directories = {name: output / name / "predictions" / split for name in names}
-        print(metrics_table(compare(directories, reference, split=split, draws=200)), end="\n\n")
+        metrics = compare(directories, split=split, draws=200)
+        if rank() == 0:
+            print(metrics_table(metrics), end="\n\n")
 
 
 main = entry_point(build_parser, run, takes_options=True)

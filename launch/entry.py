@@ -34,11 +34,16 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self._output_may_be_url = output_may_be_url
 
-    def add_run(self) -> None:
-        """`--run` and `--checkpoint`; under torchrun `--run-dir`, as torchrun takes --run for one of its own."""
+    def add_run(self, *, required: bool = True, checkpoint: bool = True) -> None:
+        """`--run` and `--checkpoint`; under torchrun `--run-dir`, as torchrun takes --run for one of its own.
+
+        required: else a job may do without, and finds no checkpoint named (None) where it means the best.
+        """
         run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
-        self.add_argument("--run", "--run-dir", dest="run", type=Path, required=True, metavar="DIR", help=run_help)
-        self.add_argument("--checkpoint", default="best", help="best (the default), latest, or a directory")
+        self.add_argument("--run", "--run-dir", dest="run", type=Path, required=required, metavar="DIR", help=run_help)
+        if checkpoint:
+            given = "best" if required else None
+            self.add_argument("--checkpoint", default=given, help="best (the default), latest, or a directory")
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""

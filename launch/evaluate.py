@@ -16,15 +16,19 @@ did but chance may explain it.
 
 import argparse
 import os
-import resource
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.launch.entry import CommandParser, run_job
-from hllm_torchrec.launch.evaluate_options import add_arguments, describe, files_provenance, is_own_format
+from hllm_torchrec.launch.evaluate_options import (
+    add_arguments,
+    describe,
+    files_provenance,
+    is_own_format,
+    refuse_without_effect,
+)
 
 if TYPE_CHECKING:
     from hllm_torchrec.evaluation.regression_gate import Verdict
@@ -34,18 +38,8 @@ if TYPE_CHECKING:
 def build_parser() -> CommandParser:
     """The command line."""
     parser = CommandParser(prog="hllm evaluate", description=__doc__)
-    parser.add_argument(
-        "--run-dir",
-        "--run",
-        dest="run",
-        type=Path,
-        metavar="DIR",
-        help="run directory of hllm train, or its URL; --run is the same, but torchrun has an option of that name",
-    )
+    parser.add_run(required=False)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
-    parser.add_argument(
-        "--checkpoint", default="best", help="best (on validation; the default), latest, or a directory"
-    )
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -68,10 +62,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("--no-tensorboard", action="store_true", help="write no scalars for TensorBoard")
     gate = parser.add_argument_group("regression gate")
     gate.add_argument("--baseline", metavar="FILE", help="a metrics.json of the same rows, or the name of a model here")
-    gate.add_argument("--max-drop", type=float, default=0.0, help="largest drop of AUC allowed (default: 0)")
-    gate.add_argument(
-        "--on-unsure", choices=("fail", "pass"), default="fail", help="if chance may explain the drop (default: fail)"
-    )
+    gate.add_argument("--max-drop", type=float, help="largest drop of AUC allowed (default: 0)")
+    gate.add_argument("--on-unsure", choices=("fail", "pass"), help="if chance may explain the drop (default: fail)")
     add_arguments(parser)
     return parser
 
@@ -83,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_job(parser.prog, lambda: _status_of(run(args), args.on_unsure))
 
 
-def _status_of(verdict: "Verdict | None", on_unsure: str) -> int:
+def _status_of(verdict: "Verdict | None", on_unsure: str | None) -> int:
     if verdict is None or (verdict.status == "unsure" and on_unsure == "pass"):
         return 0
     return verdict.exit_status
@@ -93,7 +85,7 @@ def run(args: argparse.Namespace) -> "Verdict | None":
     """Score, compare, write and print; the gate's verdict if a baseline is named.
 
     Raises:
-        ValueError: nothing to evaluate, or what is named is not there or does not fit.
+        ValueError: nothing to evaluate, or what is named is not there or does not fit, or has no effect.
     """
     named = named_paths(args.compare, args.predictions)
     if args.run is None and not named:
@@ -106,17 +98,14 @@ def run(args: argparse.Namespace) -> "Verdict | None":
         )
     if args.baseline and not Path(args.baseline).is_file() and args.baseline not in [own_name, *named]:
         raise ValueError(f"--baseline {args.baseline} is neither a file nor a compared model; name a metrics.json")
-    from hllm_torchrec.distributed.coordination import run_on_rank_zero
-
     if args.run is not None:
         return _evaluate_run(args, others)
+    refuse_without_effect(args, ranks_exposures=True)
     found = {name: _predictions_in(path, args.split) or path for name, path in named.items()}
-    if args.compare or is_own_format(found, args):
+    paired = bool(args.compare) or is_own_format(found)
+    if paired:
         found = _predictions_of(named, args.split)
-        return _run_of_ranks(
-            lambda: run_on_rank_zero(lambda: write_results(args, measure_models(args, found, None, None)))
-        )
-    return _run_of_ranks(lambda: _evaluate_files(args, found))
+    return _run_of_ranks(lambda: _publish(args, args.output, *_measure(args, found, paired, {})))
 
 
 def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
@@ -130,57 +119,62 @@ def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
 
 
 def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict | None":
-    """Score the run's checkpoint on all ranks and compare it on the first."""
+    """Score the run's checkpoint, and measure its predictions with the others, on all ranks."""
     from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
     from hllm_torchrec.common.urls import url_of
-    from hllm_torchrec.distributed.coordination import run_on_rank_zero
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.evaluation.run_loader import run_config, score_run
+    from hllm_torchrec.evaluation.metrics_schema import retrieval_alone
+    from hllm_torchrec.evaluation.run_loader import run_config, score_run, training_overlap
 
-    run_config(args.run)  # so that a mistake shows before ranks meet
-    place = RunStorage(local_run(args.run), url_of(args.run))
+    config = run_config(args.run)  # so that a mistake shows before ranks meet
+    refuse_without_effect(args, ranks_exposures=config.objective.fusion != "none" or bool(others))
+    storage = RunStorage(local_run(args.run), url_of(args.run))
     with distributed_device() as device:
-        scores = score_run(args.run, args.split, args.checkpoint, device)
-        args.run = place.folder
-        own = {args.run.resolve().name: scores.predictions} if scores.predictions else {}
-        verdict = run_on_rank_zero(
-            lambda: write_results(
-                args, measure_models(args, own | others, scores.retrieval, scores.provenance), scores.overlap
-            )
-        )
-        place.publish()
+        scores = score_run(args.run, args.split, args.checkpoint or "best", device)
+        own = {storage.folder.resolve().name: scores.predictions} if scores.predictions else {}
+        overlap = None
+        if own or others:
+            metrics, overlap = _measure(args, own | others, True, scores.provenance)
+            metrics["retrieval"] = scores.retrieval
+        else:
+            metrics = retrieval_alone(args.split, scores.retrieval, scores.provenance)
+        if scores.predictions and args.split != "train" and not args.train:
+            overlap = training_overlap(scores.predictions, scores.dataset)
+        verdict = _publish(args, args.output or storage.folder, metrics, overlap)
+        storage.publish()
         return verdict
 
 
-def _evaluate_files(args: argparse.Namespace, paths: Mapping[str, Path]) -> "Verdict | None":
-    """Measure files of predictions on all ranks."""
+def _measure(
+    args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
+) -> "tuple[dict[str, Any], Overlap | None]":
+    """The content of metrics.json, from predictions on all ranks: the first model is the one that others are compared
+    with. paired: directories of our own jobs, whose rows belong together by user and position. Collective."""
     from hllm_torchrec.common.machine import machine_info
-    from hllm_torchrec.distributed.array_collectives import gather_objects
     from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
-    from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
-    from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
-    from hllm_torchrec.evaluation.sanity_checks import file_overlap
+    from hllm_torchrec.evaluation.model_comparison import evaluate_files
+    from hllm_torchrec.evaluation.offline_evaluation import MEMORY, EvaluationSettings
 
     models, layout = describe(paths, args)
-    settings = EvaluationSettings(args.split, args.memory, args.draws, spill=args.spill)
-    with tempfile.TemporaryDirectory(prefix="hllm-files-", dir=args.spill) as folder:
-        warm = known_items(args.train, layout.item, Path(folder)) if args.train and layout.item else None
-        metrics = evaluate_predictions(PredictionRows(models, layout, Path(folder), warm), settings)
-        metrics["memory"]["peak"] = max(gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * 1024
+    memory = MEMORY if args.memory is None else args.memory
+    settings = EvaluationSettings(args.split, memory, args.draws, spill=args.spill)
+    metrics, overlap = evaluate_files(models, layout, settings, paired=paired, train=args.train)
+    columns = {name: value for name, value in vars(layout).items() if value}
+    origin = {"columns": columns, "world": world_size(), "machine": machine_info()} | dict(provenance)
+    if paired:
+        origin["predictions"] = {name: str(path) for name, path in paths.items()}
+    else:
+        origin["files"] = run_on_rank_zero(lambda: files_provenance(models))
+    return metrics | {"retrieval": None, "provenance": origin}, overlap
 
-        def write() -> "Verdict | None":
-            metrics["provenance"] = {
-                "files": files_provenance(models),
-                "columns": {name: value for name, value in vars(layout).items() if value},
-                "world": world_size(),
-                "machine": machine_info(),
-            }
-            overlap = None
-            if args.train:
-                overlap = file_overlap(models[0].files, args.train, layout, args.memory, Path(folder))
-            return write_results(args, metrics | {"retrieval": None}, overlap)
 
-        return run_on_rank_zero(write)
+def _publish(
+    args: argparse.Namespace, output: Path | None, metrics: dict[str, Any], overlap: "Overlap | None"
+) -> "Verdict | None":
+    """`write_results` on the first rank; the verdict on all. Collective."""
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
+
+    return run_on_rank_zero(lambda: write_results(args, output, metrics, overlap))
 
 
 def named_paths(compared: list[Path], named: list[str]) -> dict[str, Path]:
@@ -226,32 +220,8 @@ def _predictions_in(directory: Path, split: str) -> Path | None:
     return next((candidate for candidate in candidates if any(candidate.glob("part-*.parquet"))), None)
 
 
-def measure_models(
-    args: argparse.Namespace,
-    models: dict[str, Path],
-    retrieval: dict[str, Any] | None,
-    provenance: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The content of metrics.json; the first model is the one the others are compared with."""
-    from hllm_torchrec.common.machine import machine_info
-    from hllm_torchrec.evaluation.metrics_schema import retrieval_alone
-    from hllm_torchrec.evaluation.model_comparison import compare
-
-    provenance = provenance or {"machine": machine_info()}
-    if models:
-        return compare(
-            models,
-            next(iter(models)),
-            split=args.split,
-            draws=args.draws,
-            retrieval=retrieval,
-            provenance=provenance | {"predictions": {name: str(path) for name, path in models.items()}},
-        )
-    return retrieval_alone(args.split, retrieval, provenance)
-
-
 def write_results(
-    args: argparse.Namespace, metrics: dict[str, Any], overlap: "Overlap | None" = None
+    args: argparse.Namespace, output: Path | None, metrics: dict[str, Any], overlap: "Overlap | None"
 ) -> "Verdict | None":
     """Judge, print, and write metrics and report into the output directory, if there is one."""
     from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
@@ -259,12 +229,12 @@ def write_results(
     from hllm_torchrec.evaluation.sanity_checks import metric_warnings
     from hllm_torchrec.evaluation.sinks import track_metrics, write_json, write_tensorboard
 
-    verdict = compare_with_baseline(metrics, args.baseline, args.max_drop) if args.baseline else None
+    max_drop, artifacts = args.max_drop or 0.0, {}
+    verdict = compare_with_baseline(metrics, args.baseline, max_drop) if args.baseline else None
     metrics["cautions"] = metric_warnings(metrics, overlap)
     metrics["overlap"] = None if overlap is None else vars(overlap)
-    metrics["gate"] = None if verdict is None else verdict.as_json(args.baseline, args.max_drop)
+    metrics["gate"] = None if verdict is None else verdict.as_json(args.baseline, max_drop)
     print(summary(metrics), flush=True)
-    output, artifacts = args.output or args.run, {}
     if output is not None:
         name = "metrics.json" if args.split == "test" else f"metrics-{args.split}.json"
         write_json(metrics, output / name)

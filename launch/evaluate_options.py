@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.evaluation.prediction_layout import STANDARD_COLUMNS
 
 if TYPE_CHECKING:
-    from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel
-
-STANDARD = {
-    "label": "label",
-    "weight": "weight",
-    "user": "user_id",
-    "item": "item_id",
-    "timestamp": "timestamp",
-    "history_length": "history_length",
-    "item_is_cold": "item_is_cold",
-}
-"""Columns that are taken by themselves if the first model's files have them."""
+    from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -30,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "files of predictions",
         "Parquet or CSV with a label (0 or 1) and a score a row; all models on the same rows in one order. Columns "
-        f"named {', '.join(STANDARD.values())} are used by themselves; NONE leaves one out.",
+        f"named {', '.join(STANDARD_COLUMNS.values())} are used by themselves; NONE leaves one out.",
     )
     group.add_argument("--score", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: score")
     group.add_argument(
         "--probability", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: probability, if there"
     )
-    for name, column in STANDARD.items():
+    for name, column in STANDARD_COLUMNS.items():
         group.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=f"default: {column}, if there")
     group.add_argument(
         "--slices", nargs="+", default=[], metavar="COLUMN", help="report every value of these columns apart"
@@ -45,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory",
         type=size,
-        default=1 << 30,
         help="for rows, on each rank, e.g. 512M (default: 1G); more goes to disk",
     )
     group.add_argument("--spill", metavar="DIR", help="where it goes (default: the system's temporary folder)")
@@ -63,17 +52,14 @@ def size(text: str) -> int:
     return int(match[1]) * UNITS[match[2].upper()]
 
 
-def is_own_format(paths: Mapping[str, Path], args: argparse.Namespace) -> bool:
-    """Whether all are directories that `hllm evaluate` or `hllm baselines` wrote, and no column is renamed."""
-    from hllm_torchrec.evaluation.model_comparison import COLUMNS
+def is_own_format(paths: Mapping[str, Path]) -> bool:
+    """Whether all are directories that `hllm evaluate` or `hllm baselines` wrote."""
     from hllm_torchrec.evaluation.prediction_files import column_names
+    from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS
 
-    renamed = [args.score, args.probability, args.slices, args.train, *(getattr(args, name) for name in STANDARD)]
-    if any(renamed):
-        return False
     for path in paths.values():
         parts = sorted(path.glob("part-*.parquet")) if path.is_dir() else []
-        if not parts or not set(COLUMNS) <= set(column_names(parts[0])):
+        if not parts or not {*PAIR_COLUMNS, "item_id", "label", "score", "probability"} <= set(column_names(parts[0])):
             return False
     return True
 
@@ -84,24 +70,35 @@ def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> "tuple[list
     Raises:
         ValueError: a name or column that is not there.
     """
-    from hllm_torchrec.evaluation.prediction_files import column_names, find_files
-    from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel
+    from hllm_torchrec.evaluation.prediction_layout import describe_predictions
 
-    names = {name: column_names(find_files([path])[0]) for name, path in paths.items()}
-    scores, probabilities = _by_model(args.score, paths, "--score"), _by_model(args.probability, paths, "--probability")
-    models = []
-    for name, path in paths.items():
-        # a renamed score has no probability unless that is named too
-        standard = "probability" if name not in scores and "probability" in names[name] else "NONE"
-        probability = probabilities.get(name, standard)
-        models.append(
-            PredictionModel(name, (path,), scores.get(name, "score"), None if probability == "NONE" else probability)
-        )
-    first = next(iter(names.values()))
-    layout = {name: _column(getattr(args, name), column, first) for name, column in STANDARD.items()}
-    if layout["label"] is None:
-        raise ValueError(f"no column 'label'; it has {', '.join(first)}; name the column of labels with --label")
-    return models, ColumnLayout(**layout, slices=tuple(args.slices))  # type: ignore[arg-type]
+    return describe_predictions(
+        paths,
+        scores=_by_model(args.score, paths, "--score"),
+        probabilities=_by_model(args.probability, paths, "--probability"),
+        columns={name: given for name in STANDARD_COLUMNS if (given := getattr(args, name)) is not None},
+        slices=args.slices,
+    )
+
+
+def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> None:
+    """Raise ValueError for an option that the other options leave without an effect.
+
+    ranks_exposures: whether there are predictions at all; a generative run without others to compare has none.
+    """
+    if args.checkpoint is not None and args.run is None:
+        raise ValueError(f"--checkpoint {args.checkpoint} is of a run; name it with --run-dir, or leave it out")
+    for option in ("max_drop", "on_unsure"):
+        if getattr(args, option) is not None and args.baseline is None:
+            raise ValueError(f"--{option.replace('_', '-')} is the gate's; name what to pass against with --baseline")
+    if ranks_exposures:
+        return
+    for option in ("score", "probability", "slices", "train", "memory", "spill", "baseline", *STANDARD_COLUMNS):
+        if getattr(args, option):
+            raise ValueError(
+                f"--{option.replace('_', '-')}: {args.run} ranks items only (objective.fusion: none), and no scored "
+                "exposures are compared; leave the option out"
+            )
 
 
 def files_provenance(models: "Sequence[PredictionModel]") -> dict[str, Any]:
@@ -118,12 +115,6 @@ def files_provenance(models: "Sequence[PredictionModel]") -> dict[str, Any]:
             "fingerprint": fingerprint_files(files),
         }
     return found
-
-
-def _column(given: str | None, standard: str, found: Sequence[str]) -> str | None:
-    if given is not None:
-        return None if given == "NONE" else given
-    return standard if standard in found else None
 
 
 def _by_model(entries: Sequence[str], models: Mapping[str, Path], option: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from hllm_torchrec.launch.entry import CommandParser, run_job
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after one line on a mistake of the user's."""
     parser = CommandParser(prog="hllm report", description=__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="run directory with metrics.json or log.jsonl")
+    parser.add_run(checkpoint=False)
     run = parser.parse_args(argv).run
     return run_job(parser.prog, lambda: write(run))
 

@@ -1,6 +1,7 @@
 """Predictions of exposures: their columns, and the Parquet files that the evaluation job reads."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,43 @@ from hllm_torchrec.distributed.coordination import rank as this_rank
 from hllm_torchrec.distributed.coordination import run_on_all_ranks, run_on_rank_zero
 
 Columns = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One model's predictions, sorted by (user_id, position); every array has n rows."""
+
+    user_id: np.ndarray
+    position: np.ndarray
+    item_id: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    probability: np.ndarray | None
+    """None if the model gives scores only."""
+    history_length: np.ndarray
+    item_is_cold: np.ndarray
+    timestamp: np.ndarray | None = None
+    """int64 seconds UTC, if the files have them."""
+
+
+def read_predictions(directory: str | Path) -> Predictions:
+    """The predictions that a job wrote, in memory and unchecked, for looking at; `hllm evaluate` reads them itself.
+
+    Raises:
+        ValueError: a column is missing.
+        OSError: there are none.
+    """
+    table = pq.read_table(directory).sort_by([("user_id", "ascending"), ("position", "ascending")])
+    columns = {name: table[name].to_numpy() for name in Predictions.__dataclass_fields__ if name in table.column_names}
+    missing = [name for name in Predictions.__dataclass_fields__ if name not in columns and name != "timestamp"]
+    if missing:
+        raise ValueError(f"{directory} has no column {missing[0]}; it has {', '.join(table.column_names)}")
+    if table["probability"].null_count:
+        columns["probability"] = None
+    for name in ("label", "score", "probability"):
+        if columns[name] is not None:
+            columns[name] = columns[name].astype(np.float64)
+    return Predictions(**columns)
 
 
 def join_columns(parts: Sequence[Columns]) -> Columns:

@@ -1,6 +1,6 @@
 """Collectives for numpy arrays, over gloo or nccl; without a process group there is one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -79,3 +79,24 @@ def all_to_all(array: np.ndarray, sent: Sequence[int], group: Group = None) -> n
     result = torch.empty((sum(sizes), *values.shape[1:]), dtype=values.dtype, device=place)
     dist.all_to_all_single(result, values, sizes, list(sent), group=group)
     return result.cpu().numpy()
+
+
+def in_step(items: Iterator[T], group: Group = None) -> Iterator[T | None]:
+    """Yield a rank's items, then None until those of all ranks have come to an end: the same number on every rank, so
+    that collective work may be done with each. Collective.
+
+    Raises:
+        ValueError: getting an item raised one, on this rank or another; on every rank.
+    """
+    while True:
+        item, problem = None, None
+        try:
+            item = next(items, None)
+        except ValueError as error:
+            problem = str(error)
+        states = gather_objects((item is not None, problem), group)
+        if problems := [text for _, text in states if text]:
+            raise ValueError(problems[0])
+        if not any(there for there, _ in states):
+            return
+        yield item

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.metrics.intervals import PairedDifference, logit_interval, wald_difference
 from hllm_torchrec.metrics.exact_auc import RankStatistics
+from hllm_torchrec.metrics.intervals import PairedDifference, logit_interval, wald_difference
 from hllm_torchrec.metrics.metric import Value
 from hllm_torchrec.metrics.probabilities import ReliabilityCurve
 from hllm_torchrec.metrics.registry import METRICS

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, world_size
+from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, in_step, world_size
 from hllm_torchrec.evaluation.metrics_schema import (
     SCHEMA_VERSION,
     bounds,
@@ -23,7 +23,7 @@ from hllm_torchrec.evaluation.metrics_schema import (
     paired_block,
     slice_block,
 )
-from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS, PredictionModel, RowBatch
+from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS, MEMORY, PredictionModel, RowBatch
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.delong import PairedSums, influence
 from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
@@ -33,9 +33,6 @@ from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
 from hllm_torchrec.metrics.user_statistics import UserBuckets, record_type
 
 MIN_MEMORY = 1 << 16
-MEMORY = 1 << 30
-"""Bytes for rows on a rank, unless said otherwise."""
-
 MAX_SLICES = 400
 """Slices that one column may give."""
 
@@ -50,6 +47,8 @@ class PredictionSource(Protocol):
     rows: int
     weighted: bool
     has_users: bool
+    spilled: int
+    """Bytes written to disk on this rank."""
 
     def score_type(self, model: PredictionModel) -> np.dtype:
         """float32 or float64."""
@@ -141,7 +140,10 @@ class _Evaluation:
                 "seed": self.settings.seed,
                 "left_out": self._no_bootstrap(),
             },
-            "memory": {"limit": self.settings.memory, "spilled": sum(gather_objects(self.pool.spilled, self.group))},
+            "memory": {
+                "limit": self.settings.memory,
+                "spilled": sum(gather_objects(self.pool.spilled + self.source.spilled, self.group)),
+            },
         }
 
     def _batches(self, rows: int) -> Iterator[RowBatch]:
@@ -225,8 +227,8 @@ class _Evaluation:
         """Pass two: every row's influence on each AUC, by user and for the pairs."""
         buckets = UserBuckets(self.pool, len(self.names), self.source.rows, self.group)
         # each batch goes through all placements on disk: few large ones, of up to a quarter of the memory
-        batches, empty = self._batches(max(64, self.settings.memory // 512)), self._empty()
-        while any(gather_objects((batch := next(batches, None)) is not None, self.group)):
+        empty = self._empty()
+        for batch in in_step(self._batches(max(64, self.settings.memory // 512)), self.group):
             batch = batch or empty
             influences = np.stack(
                 [

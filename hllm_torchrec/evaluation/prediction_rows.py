@@ -1,8 +1,6 @@
 """The rows of prediction files, checked: labels, weights, scores of one model or more, users and slices."""
 
-import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,20 @@ import pyarrow.compute as pc
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
 from hllm_torchrec.data.validation import error_location
-from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
+from hllm_torchrec.evaluation.prediction_files import (
+    RowReader,
+    column_names,
+    encoded,
+    find_files,
+    identities,
+    seconds_of,
+)
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
+from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
+
+MEMORY = 1 << 30
+"""Bytes for rows on a rank, unless said otherwise."""
 
 DAY = 86_400
 HISTORY_BUCKETS = {
@@ -28,41 +38,9 @@ HISTORY_BUCKETS = {
 """Inclusive bounds of the history lengths reported apart."""
 
 _TRUE, _FALSE = ["true", "1"], ["false", "0"]
-INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
-
-@dataclass(frozen=True)
-class PredictionModel:
-    """Where a model's scores are."""
-
-    name: str
-    files: tuple[str | Path, ...]
-    """Of the same rows in the same order as the first model's."""
-    score: str = "score"
-    probability: str | None = None
-    """Column of probabilities, which may be the score's; None: the metrics of probabilities are left out."""
-
-
-@dataclass(frozen=True)
-class ColumnLayout:
-    """Names of the other columns, in the first model's files; None or empty: there is none."""
-
-    label: str = "label"
-    weight: str | None = None
-    user: str | None = None
-    item: str | None = None
-    timestamp: str | None = None
-    """Seconds UTC, or an Arrow timestamp: gives the slices by day and by hour of the day."""
-    history_length: str | None = None
-    item_is_cold: str | None = None
-    slices: tuple[str, ...] = ()
-    """Further columns, a slice for each of their values."""
-
-    @property
-    def all(self) -> list[str]:
-        """All columns that are there."""
-        single = (self.label, self.weight, self.user, self.item, self.timestamp, self.history_length, self.item_is_cold)
-        return [name for name in (*single, *self.slices) if name]
+Rows = Mapping[str, np.ndarray]
+"""Model → the numbers of its rows in its files [n], for messages."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +70,24 @@ class PredictionRows:
         layout: ColumnLayout,
         folder: Path,
         known_items: np.ndarray | None = None,
+        *,
+        paired: bool = False,
+        memory: int = MEMORY,
     ):
         """Open the files; CSV files are rewritten into `folder`.
 
         Args:
             known_items: of the training part (`known_items`): all others are cold, where no column says so.
+            paired: rows belong together by `PAIR_COLUMNS`, in any order, not by their place in the files. Collective
+                with the first `batches`, where they are brought together.
+            memory: bytes on a rank for rows that are paired.
 
         Raises:
             ValueError: files that are missing, lack a column or have other row counts than the first model's.
         """
         self.models, self.layout, self._known_items = list(models), layout, known_items
+        self._paired, self._memory, self._folder = paired, memory, folder
+        self._tables: PairedTables | None = None
         self.files = {model.name: find_files(model.files) for model in models}
         self.readers = {}
         for place, model in enumerate(models):
@@ -110,11 +96,13 @@ class PredictionRows:
                 *columns,
                 *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name),
             ]
-            columns = [*columns, *(layout.all if place == 0 else [layout.label])]
+            columns = [*columns, *(layout.all if place == 0 else [layout.label]), *(PAIR_COLUMNS if paired else ())]
+            if paired and layout.item in column_names(self.files[model.name][0]):
+                columns.append(layout.item)
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
         for name, reader in self.readers.items():
-            if reader.rows != first.rows:
+            if reader.rows != first.rows and not paired:
                 raise ValueError(
                     f"{name!r} has {reader.rows:,} rows, {models[0].name!r} {first.rows:,}; models are compared row "
                     "by row: write both in one order, or put both scores into one file (--score)"
@@ -129,37 +117,53 @@ class PredictionRows:
         return np.dtype(np.float32 if small else np.float64)
 
     def batches(self, rank: int, world_size: int, size: int) -> Iterator[RowBatch]:
-        """The rank's share of the rows, an even stretch of them, in batches of at most `size` rows.
+        """The rank's share of the rows, an even stretch or those of some users, in batches of at most `size` rows.
 
         Raises:
             ValueError: naming file and row of a bad value.
         """
+        if not self._paired:
+            return map(self._batch, self._stretches(rank, world_size, size))
+        if self._tables is None:
+            self._tables = PairedTables(self.readers, self._memory, self._folder)
+        return map(self._batch, self._tables.batches(size))
+
+    @property
+    def spilled(self) -> int:
+        """Bytes written to disk on this rank."""
+        return self._tables.spilled if self._tables else 0
+
+    def _stretches(self, rank: int, world_size: int, size: int) -> Iterator[Tables]:
         low, high = self.rows * rank // world_size, self.rows * (rank + 1) // world_size
         streams = [self.readers[model.name].batches(low, high, size) for model in self.models]
         for tables in zip(*streams, strict=True):
-            yield self._batch(dict(zip(self.readers, tables)), low)
-            low += len(tables[0])
+            rows = np.arange(low, low + len(tables[0]))
+            yield {name: (table, rows) for name, table in zip(self.readers, tables)}
+            low += len(rows)
 
-    def _batch(self, tables: Mapping[str, pa.Table], start: int) -> RowBatch:
+    def _batch(self, read: Tables) -> RowBatch:
         first, layout = self.models[0], self.layout
+        tables = {name: table for name, (table, _) in read.items()}
+        rows = {name: numbers for name, (_, numbers) in read.items()}
         table = tables[first.name]
-        is_positive = self._labels(tables, start)
-        weights = self._weights(table, start) if layout.weight else None
+        is_positive = self._labels(tables, rows)
+        weights = self._weights(table, rows) if layout.weight else None
         scores = {
-            model.name: self._numbers(model.name, tables[model.name], model.score, start).astype(
+            model.name: self._numbers(model.name, tables[model.name], model.score, rows).astype(
                 self.score_type(model), copy=False
             )
             for model in self.models
         }
         probabilities = {
-            model.name: self._probabilities(model, tables[model.name], start)
+            model.name: self._probabilities(model, tables[model.name], rows)
             for model in self.models
             if model.probability
         }
         users = self._identities(table, layout.user)
         items = self._identities(table, layout.item)
+        self._check_items(tables, items, rows)
         keys = row_keys(is_positive, weights, users, items)
-        slices = self._slices(table, start, items)
+        slices = self._slices(table, rows, items)
         batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
 
@@ -171,34 +175,49 @@ class PredictionRows:
         ):
             return identities(table[column])
 
-    def _labels(self, tables: Mapping[str, pa.Table], start: int) -> np.ndarray:
-        columns = {name: self._numbers(name, table, self.layout.label, start) for name, table in tables.items()}
+    def _labels(self, tables: Mapping[str, pa.Table], rows: Rows) -> np.ndarray:
+        columns = {name: self._numbers(name, table, self.layout.label, rows) for name, table in tables.items()}
         first = self.models[0].name
         labels = columns[first]
         good = (labels == 0) | (labels == 1)
-        self._check(first, self.layout.label, labels, good, start, "a label is 0 or 1; leave the row out")
+        self._check(first, self.layout.label, labels, good, rows, "a label is 0 or 1; leave the row out")
         for name, other in columns.items():
-            rule = f"it is another in the files of {first!r}; models are compared row by row: write both in one order"
-            self._check(name, self.layout.label, other, other == labels, start, rule)
+            rule = f"it is another in the files of {first!r}; {self._mend}"
+            self._check(name, self.layout.label, other, other == labels, rows, rule)
         return labels == 1
 
-    def _weights(self, table: pa.Table, start: int) -> np.ndarray:
+    @property
+    def _mend(self) -> str:
+        if self._paired:
+            return "predict with each on the same dataset and split"
+        return "models are compared row by row: write both in one order"
+
+    def _check_items(self, tables: Mapping[str, pa.Table], items: np.ndarray | None, rows: Rows) -> None:
+        """Of paired files that say which item an exposure is of."""
+        column, (first, *others) = self.layout.item, self.readers
+        for name in others if self._paired and items is not None and column else ():
+            if column in tables[name].column_names:
+                own = identities(tables[name][column])
+                rule = f"it is another in the files of {first!r}; {self._mend}"
+                self._check(name, str(column), own, own == items, rows, rule)
+
+    def _weights(self, table: pa.Table, rows: Rows) -> np.ndarray:
         assert self.layout.weight
-        weights = self._numbers(self.models[0].name, table, self.layout.weight, start).astype(np.float64)
+        weights = self._numbers(self.models[0].name, table, self.layout.weight, rows).astype(np.float64)
         low, high = WEIGHT_RANGE
         good = (weights == 0) | ((weights >= low) & (weights <= high))
         rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}; mend the row"
-        self._check(self.models[0].name, self.layout.weight, weights, good, start, rule)
+        self._check(self.models[0].name, self.layout.weight, weights, good, rows, rule)
         return weights
 
-    def _probabilities(self, model: PredictionModel, table: pa.Table, start: int) -> np.ndarray:
+    def _probabilities(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
         assert model.probability
-        values = self._numbers(model.name, table, model.probability, start).astype(np.float64)
+        values = self._numbers(model.name, table, model.probability, rows).astype(np.float64)
         rule = "a probability lies in 0..1; pass a logit through the sigmoid, or leave --probability out"
-        self._check(model.name, model.probability, values, (values >= 0) & (values <= 1), start, rule)
+        self._check(model.name, model.probability, values, (values >= 0) & (values <= 1), rows, rule)
         return values
 
-    def _numbers(self, name: str, table: pa.Table, column: str, start: int) -> np.ndarray:
+    def _numbers(self, name: str, table: pa.Table, column: str, rows: Rows) -> np.ndarray:
         """A column without nulls and NaN, in its own type."""
         values = table[column]
         kind = values.type
@@ -209,24 +228,24 @@ class PredictionRows:
             array = array.astype(np.float64)
         if array.dtype.kind == "f" or values.null_count:
             rule = "it must be a number (infinities are allowed in scores); leave the row out, or mend the model"
-            self._check(name, column, array, ~np.isnan(array), start, rule)
+            self._check(name, column, array, ~np.isnan(array), rows, rule)
         return array
 
-    def _check(self, name: str, column: str, values: np.ndarray, good: np.ndarray, start: int, rule: str) -> None:
+    def _check(self, name: str, column: str, values: np.ndarray, good: np.ndarray, rows: Rows, rule: str) -> None:
         if not good.all():
             row = int((~good).argmax())
-            place = self.readers[name].locate(start + row)
+            place = self.readers[name].locate(int(rows[name][row]))
             raise ValueError(f"{place}: column {column!r} is {float(values[row]):g}; {rule}")
 
-    def _check_seconds(self, column: str, seconds: np.ndarray, start: int) -> None:
+    def _check_seconds(self, column: str, seconds: np.ndarray, rows: Rows) -> None:
         good = (seconds >= 0) & (seconds <= MAX_SECOND)
         if not good.all():
             wrong = float(seconds[(~good).argmax()])
             problem = describe_time(f"{wrong:g}", int(wrong) if np.isfinite(wrong) else None)
             rule = f"{problem}; give seconds, or leave it out (--timestamp NONE)"
-            self._check(self.models[0].name, column, seconds, good, start, rule)
+            self._check(self.models[0].name, column, seconds, good, rows, rule)
 
-    def _slices(self, table: pa.Table, start: int, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
+    def _slices(self, table: pa.Table, rows: Rows, items: np.ndarray | None) -> list[tuple[list[str], np.ndarray]]:
         layout, found = self.layout, []
         cold: np.ndarray | None = None
         if layout.item_is_cold:
@@ -240,7 +259,7 @@ class PredictionRows:
                 layout.item_is_cold,
                 np.where(known, 0, np.nan),
                 known,
-                start,
+                rows,
                 "say which: write true or false",
             )
         elif items is not None and self._known_items is not None:
@@ -248,24 +267,17 @@ class PredictionRows:
         if cold is not None:
             found.append(cold_slices(cold))
         if layout.history_length:
-            lengths = self._numbers(self.models[0].name, table, layout.history_length, start)
+            lengths = self._numbers(self.models[0].name, table, layout.history_length, rows)
             found.append(history_slices(lengths))
         if layout.timestamp:
             if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
-                seconds = self._numbers(self.models[0].name, table, layout.timestamp, start)
-                self._check_seconds(layout.timestamp, seconds, start)
+                seconds = self._numbers(self.models[0].name, table, layout.timestamp, rows)
+                self._check_seconds(layout.timestamp, seconds, rows)
             found += time_slices(seconds_of(table[layout.timestamp]))
         for column in layout.slices:
-            values, codes = _encoded(table[column])
+            values, codes = encoded(table[column])
             found.append(([f"{column}={value}" for value in values], codes))
         return found
-
-
-def seconds_of(values: pa.ChunkedArray) -> np.ndarray:
-    """Times as int64 seconds [n]: Arrow timestamps, or numbers of seconds."""
-    if pa.types.is_timestamp(values.type):
-        values = pc.cast(pc.cast(values, pa.timestamp("s"), safe=False), pa.int64())
-    return values.to_numpy().astype(np.int64)
 
 
 def row_keys(
@@ -309,29 +321,6 @@ def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
     by_day = [f"day_{np.datetime64(int(day), 'D')}" for day in unique], of_row
     unique, of_row = np.unique(hours, return_inverse=True)
     return [by_day, ([f"hour_{hour:02d}" for hour in unique], of_row)]
-
-
-def identities(values: pa.ChunkedArray) -> np.ndarray:
-    """Ids as int64 [n]: integers themselves, also where a file holds them as text; of all else a 64-bit hash (two of
-    10^7 users share one with a chance of 3e-6)."""
-    if pa.types.is_integer(values.type) and not values.null_count:
-        return values.to_numpy().astype(np.int64)
-    texts, codes = _encoded(pc.cast(values, pa.string()))
-    return np.array([_identity(str(text)) for text in texts], dtype=np.int64)[codes]
-
-
-def _encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
-    """The values that there are, null as None, and each row's place among them [n]."""
-    if pa.types.is_dictionary(values.type):
-        values = pc.cast(values, values.type.value_type)
-    encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
-
-
-def _identity(text: str) -> int:
-    if INTEGER.fullmatch(text):
-        return int(text)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _without(batch: RowBatch, kept: np.ndarray) -> RowBatch:

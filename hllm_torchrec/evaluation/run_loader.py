@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -21,10 +20,11 @@ from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import decode_sequences
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
-from hllm_torchrec.evaluation.sanity_checks import Overlap, count_overlap
+from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
+from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
 from hllm_torchrec.evaluation.scoring import score_split
 from hllm_torchrec.models.assembly import Experiment, build_experiment
 from hllm_torchrec.models.ema import EmaWeights
@@ -45,8 +45,8 @@ class RunScores:
     """Of `metrics.retrieval`, where the configuration asks for it or there is nothing else."""
     provenance: dict[str, Any]
     """Where the numbers come from."""
-    overlap: Overlap | None = None
-    """Exposures of the split that the training part has too; None for the training part itself. Rank 0 only."""
+    dataset: Path
+    """Its directory."""
 
 
 def run_config(run: Path) -> Config:
@@ -130,23 +130,25 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
             save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
         if measures_retrieval(experiment):
             retrieval = evaluate_retrieval(experiment, loader, show, run / "retrieval" / split)
-    overlap = None
-    if predictions is not None and split != "train" and dist.get_rank() == 0:
-        overlap = training_overlap(predictions, experiment.dataset)
-    return RunScores(predictions, retrieval, _provenance(loaded), overlap)
+    return RunScores(predictions, retrieval, _provenance(loaded), experiment.dataset.root)
 
 
-def training_overlap(predictions: Path, dataset: Dataset) -> Overlap:
-    """Exposures (user, item, second) of predictions that are events of the dataset's training part too."""
-    test = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp"])
+def training_overlap(predictions: Path, dataset: Path) -> Overlap:
+    """Exposures (user, item, second) of predictions that are events of the dataset's training part too. Collective."""
+    columns, folder = ["user_id", "item_id", "timestamp"], Path()  # Parquet files are not rewritten
+    test = RowReader(find_files([predictions]), columns, folder)
+    train = RowReader(find_files([dataset / "sequences" / "train"]), ["user_id", "item_ids", "timestamps"], folder)
+
+    def exposures() -> Iterator[np.ndarray]:
+        for table in test.batches(*own_rows(test.rows), READ_ROWS):
+            yield hash_columns(*(table[name].to_numpy().astype(np.int64) for name in columns))
 
     def events() -> Iterator[np.ndarray]:
-        for group in dataset.row_groups("train"):
-            rows = dataset.sequences([group], ["user_id", "item_ids", "timestamps"])
+        for batch in train.batches(*own_rows(train.rows), 4096):
+            rows = decode_sequences([batch])
             yield hash_columns(np.repeat(rows.user_ids, rows.lengths), rows.item_ids, rows.timestamps)
 
-    own = hash_columns(*(test[name].to_numpy().astype(np.int64) for name in test.column_names))
-    return count_overlap([own], events(), len(own), OVERLAP_MEMORY, "user, item, time")
+    return count_overlap(exposures(), events(), test.rows, OVERLAP_MEMORY, "user, item, time")
 
 
 def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int]:

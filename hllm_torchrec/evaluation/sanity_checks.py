@@ -1,6 +1,6 @@
 """What a reader of the numbers should be warned of."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from hllm_torchrec.common.hashing import hash_columns
-from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
-from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, identities, seconds_of
+from hllm_torchrec.distributed.array_collectives import all_to_all, gather_objects, group_rank, in_step, world_size
+from hllm_torchrec.evaluation.prediction_files import RowReader, find_files, identities, seconds_of
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout
 
 SMALL_CLASS = 30
 """Fewer rows of a class than this make a slice tiny: its interval is wide and rests on an approximation."""
@@ -18,6 +19,7 @@ FEW_USERS = 50
 SUSPICIOUS_AUC = 0.99
 WIDER_RATIO = 1.25
 MAX_NAMED = 6
+READ_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _tiny_slices(metrics: Mapping[str, Any]) -> list[str]:
 def file_overlap(
     test: Sequence[str | Path], train: Sequence[str | Path], layout: ColumnLayout, memory: int, folder: Path
 ) -> Overlap:
-    """Compare the exposures of prediction files with training files that have the same columns of user and item.
+    """Compare the exposures of prediction files with training files that have the same columns. Collective.
 
     Where both have the column of times, it belongs to the key: without it a repeated purchase is an overlap.
 
@@ -106,42 +108,53 @@ def file_overlap(
     """
     if not (layout.user and layout.item):
         raise ValueError("--train needs columns of users and items in both; name them with --user and --item")
-    columns = [layout.user, layout.item]
+    columns, times = [layout.user, layout.item], layout.timestamp
     readers = [RowReader(find_files(files), columns, folder) for files in (test, train)]
-    names = "user, item"
-    if layout.timestamp and all(reader.has(layout.timestamp) for reader in readers):
-        columns, names = [*columns, layout.timestamp], "user, item, time"
-        readers = [RowReader(find_files(files), columns, folder, columns[2:]) for files in (test, train)]
-    test_keys, train_keys = (_keys(reader, layout) for reader in readers)
-    return count_overlap(test_keys, train_keys, readers[0].rows, memory, names)
+    if times and all(reader.has(times) for reader in readers):
+        columns.append(times)
+        readers = [RowReader(find_files(files), columns, folder, [times]) for files in (test, train)]
+    names = "user, item" if len(columns) == 2 else "user, item, time"
+
+    def keys(reader: RowReader) -> Iterator[np.ndarray]:
+        for table in reader.batches(*own_rows(reader.rows), READ_ROWS):
+            users, items, *seconds = (table[column] for column in columns)
+            yield hash_columns(identities(users), identities(items), *map(seconds_of, seconds))
+
+    return count_overlap(keys(readers[0]), keys(readers[1]), readers[0].rows, memory, names)
+
+
+def own_rows(rows: int) -> tuple[int, int]:
+    """(first, end) of this rank's share of some rows."""
+    rank, ranks = group_rank(), world_size()
+    return rows * rank // ranks, rows * (rank + 1) // ranks
 
 
 def count_overlap(
     test: Iterable[np.ndarray], train: Iterable[np.ndarray], rows: int, memory: int, names: str
 ) -> Overlap:
-    """Count the distinct test keys (uint64) that the training keys hold, on one key in so many as memory asks for.
+    """Count the distinct test keys (uint64) of all ranks that the training keys hold, on one key in so many as memory
+    asks for. Collective: each rank gives its share of both, and looks up a share of the keys.
 
     Args:
-        rows: number of test keys.
-        memory: bytes; a key needs 32 while they are sorted.
+        rows: number of test keys of all ranks.
+        memory: bytes on a rank; a key needs 32 while they are sorted.
     """
-    one_in = np.uint64(max(1, -(-rows * 32 // max(memory, 1))))
+    ranks = world_size()
+    one_in = np.uint64(max(1, -(-rows * 32 // (ranks * max(memory, 1)))))
 
-    def kept(keys: np.ndarray) -> np.ndarray:
-        return keys[keys % one_in == 0]
+    def dealt(shares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for share in in_step(iter(shares)):
+            keys = np.empty(0, np.uint64) if share is None else share[share % one_in == 0]
+            owner = (keys // one_in % np.uint64(ranks)).astype(np.int64)
+            order = np.argsort(owner, kind="stable")
+            sent = np.bincount(owner, minlength=ranks).tolist()
+            yield all_to_all(keys[order].view(np.int64), sent).view(np.uint64)
 
-    wanted = np.unique(np.concatenate([kept(keys) for keys in test] or [np.empty(0, np.uint64)]))
+    wanted = np.unique(np.concatenate([*dealt(test), np.empty(0, np.uint64)]))
     hit = np.zeros(len(wanted), dtype=bool)
-    for keys in map(kept, train):
+    for keys in dealt(train):
         places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
         if len(wanted):
             hit[places[wanted[places] == keys]] = True
-    return Overlap(len(wanted), int(hit.sum()), names, 1 / int(one_in))
-
-
-def _keys(reader: RowReader, layout: ColumnLayout) -> Iterable[np.ndarray]:
-    for table in reader.batches(0, reader.rows, 1 << 20):
-        columns = [identities(table[layout.user]), identities(table[layout.item])]
-        if layout.timestamp in reader.columns:
-            columns.append(seconds_of(table[layout.timestamp]))
-        yield hash_columns(*columns)
+    exposures, seen = np.sum(gather_objects((len(wanted), int(hit.sum()))), axis=0).tolist()
+    return Overlap(exposures, seen, names, 1 / int(one_in))

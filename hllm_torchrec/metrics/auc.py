@@ -27,7 +27,7 @@ UNBOUNDED = 1 << 62
 
 
 def roc_auc(labels: Values, scores: Values, weights: Values | None = None, group: Group = None) -> float:
-    """Exact AUC of the rows of all ranks; tied pairs count one half, so the order of the rows never matters. Collective.
+    """Exact AUC of the rows of all ranks. Tied pairs count one half: the order of rows never matters. Collective.
 
     Without weights the result is the same to the last bit on any number of ranks.
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hllm_torchrec.distributed.array_collectives import Group, gather_objects
-from hllm_torchrec.metrics.intervals import PairedDifference, wald_difference
 from hllm_torchrec.metrics.exact_auc import RankStatistics
+from hllm_torchrec.metrics.intervals import PairedDifference, wald_difference
 
 
 def influence(

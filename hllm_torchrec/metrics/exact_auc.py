@@ -190,9 +190,7 @@ def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> No
     sums.moments[:, 2] += weighed.sum(axis=1)
 
 
-def _add_thresholds(
-    sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tuple[float, float]
-) -> list[np.ndarray]:
+def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tuple[float, float]) -> list[np.ndarray]:
     """Add what the thresholds of a block give, each score and all above it called positive; the curves' corners."""
     over = np.maximum(np.array(total)[:, None] - under, mass)  # rounding may eat light rows beside heavy ones
     block = RankedBlock(mass, under, total, over, over[0] / (over[0] + over[1]))

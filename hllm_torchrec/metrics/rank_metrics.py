@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hllm_torchrec.metrics.metric import RankMetric, RankedBlock, Value
+from hllm_torchrec.metrics.metric import RankedBlock, RankMetric, Value
 
 PRECISIONS = (0.5, 0.8, 0.9, 0.95)
 _NAMES = tuple(f"{precision:g}" for precision in PRECISIONS)

@@ -17,8 +17,8 @@ BLOCK_SIZE = 16_384
 """Catalogue rows scored at once: [B, block] scores are held, never [B, I]."""
 
 TIE_TOLERANCE = 1e-6
-"""Scores of dot products (`distributed_ranking`) closer than this share of |query| |target| are tied: two equal items get scores
-that differ by float32 rounding, depending on where in a block they stand."""
+"""Dot products closer than this share of |query| |target| are tied: two equal items get scores that differ by float32
+rounding, depending on where in a block they stand."""
 
 ScoreBlock = Callable[[int, int], torch.Tensor]
 

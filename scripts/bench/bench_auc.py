@@ -53,7 +53,8 @@ def worker_ours(folder: Path, memory: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
-    from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel, PredictionRows
+    from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
+    from hllm_torchrec.evaluation.prediction_rows import PredictionRows
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['BENCH_STORE']}", rank=rank, world_size=ranks)

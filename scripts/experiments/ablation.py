@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from jobs import run_job
 
-from hllm_torchrec.evaluation.model_comparison import read_predictions
+from hllm_torchrec.data.predictions import read_predictions
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]

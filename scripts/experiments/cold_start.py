@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jobs import run_job
 
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.evaluation.model_comparison import Predictions, read_predictions
+from hllm_torchrec.data.predictions import Predictions, read_predictions
 from hllm_torchrec.metrics.auc import delong_interval, delong_test
 
 ROOT = Path(__file__).resolve().parents[2]

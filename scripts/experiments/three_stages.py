@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hllm_torchrec.evaluation.model_comparison import Predictions, read_predictions
+from hllm_torchrec.data.predictions import Predictions, read_predictions
 from hllm_torchrec.inference.exposure_store import exposure_keys
 from hllm_torchrec.metrics.auc import delong_test, roc_auc
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap

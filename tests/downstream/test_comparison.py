@@ -13,6 +13,7 @@ import torch
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.histories import rank_row_groups, read_histories
+from hllm_torchrec.data.predictions import read_predictions
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import Split
@@ -20,7 +21,6 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.downstream.comparison import VectorData
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, DownstreamConfig
 from hllm_torchrec.downstream.plugin import VectorLookup
-from hllm_torchrec.evaluation.model_comparison import read_predictions
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.inference.exposure_store import ExposureLookup, exposure_content_hashes, exposure_keys
 from hllm_torchrec.inference.exposure_vectors import exposure_vectors

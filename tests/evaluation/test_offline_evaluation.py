@@ -11,7 +11,8 @@ import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, precision_recall_curve, roc_auc_score
 
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
-from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel, PredictionRows
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows
 from hllm_torchrec.metrics.auc import delong_test, roc_auc
 from tests.helpers.distributed import run_ranks
 from tests.helpers.metric_oracles import gauc, ranking_metrics, standard_slices

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
-from hllm_torchrec.evaluation.prediction_rows import ColumnLayout, PredictionModel, PredictionRows
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
+from hllm_torchrec.evaluation.prediction_rows import PredictionRows
 from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
 from tests.helpers.prediction_rows import columns, write_parquet
 

@@ -94,7 +94,7 @@ def write_metrics(run_dir: Path, names: list[str], *, days: int = 0, **extra: An
         if days:
             values["timestamp"] = 1_700_000_000 + np.arange(300) * 86_400 * days // 300
         pq.write_table(pa.table(values), directories[name] / "part-0.parquet")
-    metrics = compare(directories, names[0], draws=20, **extra)
+    metrics = compare(directories, draws=20) | {"retrieval": None, "provenance": {}} | extra
     metrics["cautions"] = metric_warnings(metrics) if days else []
     (run_dir / "metrics.json").write_text(json.dumps(metrics))
     return metrics

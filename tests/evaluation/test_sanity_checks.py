@@ -4,8 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hllm_torchrec.evaluation.prediction_rows import ColumnLayout
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout
 from hllm_torchrec.evaluation.sanity_checks import Overlap, count_overlap, file_overlap, metric_warnings
+from tests.helpers.distributed import run_ranks
 from tests.helpers.prediction_rows import columns, write_csv, write_parquet
 
 
@@ -41,6 +42,7 @@ def test_overlaps_few_users_and_left_out_rows_are_said() -> None:
     assert found[1:] == ["Only 12 users: intervals over users are rough.", "7 rows of weight 0 were left out."]
 
 
+@pytest.mark.slow
 def test_overlaps_are_counted_across_kinds_of_files(tmp_path: Path) -> None:
     rows = columns(400) | {"user_id": np.char.add("u", np.arange(400).astype(str))}
     test = write_parquet(rows, tmp_path / "test")
@@ -61,6 +63,10 @@ def test_overlaps_are_counted_across_kinds_of_files(tmp_path: Path) -> None:
     timed = ColumnLayout(user="user_id", item="item_id", timestamp="timestamp")
     assert file_overlap([test], [train], timed, 1 << 30, tmp_path) == Overlap(400, 10, "user, item, time", 1.0)
     assert file_overlap([test], [moved], timed, 1 << 30, tmp_path).seen == 0
+    assert (
+        run_ranks(file_overlap, 2, [test], [train], timed, 1 << 30, tmp_path)
+        == [Overlap(400, 10, "user, item, time", 1.0)] * 2
+    )
 
 
 def test_little_memory_looks_at_a_sample() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hllm_torchrec.evaluation.model_comparison import Predictions, read_predictions
+from hllm_torchrec.data.predictions import Predictions, read_predictions
 from hllm_torchrec.launch.baselines import NAMES, load_settings, main
 from tests.helpers import fixtures
 from tests.helpers.processes import run_job

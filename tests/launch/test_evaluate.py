@@ -12,7 +12,7 @@ import pytest
 import yaml
 from sklearn.metrics import roc_auc_score
 
-from hllm_torchrec.evaluation.model_comparison import read_predictions
+from hllm_torchrec.data.predictions import read_predictions
 from hllm_torchrec.evaluation.run_loader import training_overlap
 from hllm_torchrec.launch.baselines import main as run_baselines
 from hllm_torchrec.launch.evaluate import main
