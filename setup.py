@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "filelock>=4.2,<5",
     "fsspec>=2026.9,<2027",
     "gguf>=0.19,<1",  # the same
+    "Jinja2>=3.1,<4",
     "jsonargparse[signatures]>=4.53,<5",
     "matplotlib>=3.11,<4",
     "numpy>=2.4,<3",
@@ -95,7 +96,11 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(),
     package_dir=PACKAGE_DIR,
-    package_data={"hllm_torchrec": ["py.typed"], "hllm_torchrec.configs": ["**/*.yaml"]},
+    package_data={
+        "hllm_torchrec": ["py.typed"],
+        "hllm_torchrec.configs": ["**/*.yaml"],
+        "hllm_torchrec.evaluation": ["*.j2"],
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         "bench": BENCH,

@@ -1,35 +1,36 @@
-"""One self-contained HTML page about a run: nothing to install, nothing fetched, safe to mail."""
+"""One self-contained HTML page about a run: nothing to install, nothing fetched, safe to mail.
+
+The page itself is `report.html.j2`; here is what it shows.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.evaluation.metrics_schema import read_metrics
 from hllm_torchrec.evaluation.model_comparison import by_users, format_interval, format_number
-from hllm_torchrec.evaluation.report_figures import NEUTRALS, Estimate, Series, estimates, line_panels, step_lines
-from hllm_torchrec.evaluation.report_html import collapsible, figure, html_table, page, paragraph, section
+from hllm_torchrec.evaluation.report_figures import Series
 from hllm_torchrec.evaluation.report_sections import (
-    curves_section,
-    models_of,
-    slices_section,
-    time_section,
-    warnings_section,
+    curve_figures,
+    paired_figure,
+    slice_parts,
+    time_figure,
+    training_figures,
 )
+from hllm_torchrec.metrics.metric import ProbabilityMetric
+from hllm_torchrec.metrics.registry import METRICS
 
 LOSSES = {"loss": "loss", "loss_cls": "classification loss", "loss_gen": "generative loss"}
 
-ORDER = {"PR-AUC": "pr_auc", "GAUC": "gauc", "GAUC by user": "gauc_user_weighted"}
-PROBABILITY = {
-    "log loss": "log_loss",
-    "NE": "normalized_entropy",
-    "Brier": "brier",
-    "calibration": "calibration",
-    "ECE": "ece",
-}
+Table = tuple[Sequence[str], list[Sequence[str]]]
+"""Header and rows, as texts."""
 
 
 @dataclass
@@ -47,9 +48,9 @@ class TrainingLog:
 def write_report(run_dir: str | Path) -> Path:
     """Writes `report.html` into a run directory from what is there.
 
-    Read are `metrics.json` (as `metrics.compare.compare` returns it), `log.jsonl` (lines `{"event": "step",
-    "step", "loss", "loss_cls", "loss_gen"}` and `{"event": "eval", "step", "split", "auc"}`; others are
-    ignored) and `config.yaml`. A part that is missing leaves its sections out.
+    Read are `metrics.json`, `log.jsonl` (lines `{"event": "step", "step", "loss", "loss_cls", "loss_gen"}` and
+    `{"event": "eval", "step", "split", "auc"}`; others are ignored) and `config.yaml`. A part that is missing leaves
+    its sections out.
 
     Returns:
         The path of the report.
@@ -59,28 +60,33 @@ def write_report(run_dir: str | Path) -> Path:
             without a field that is shown.
     """
     run_dir = Path(run_dir)
-    file = run_dir / "metrics.json"
+    file, config = run_dir / "metrics.json", run_dir / "config.yaml"
     metrics = read_metrics(file) if file.is_file() else {}
     log = read_training_log(run_dir / "log.jsonl")
     if not metrics and not log.steps and not log.evaluations:
         raise ValueError(
             f"{run_dir} has neither metrics.json nor a log.jsonl with steps; train or evaluate into it first"
         )
-    parts = [
-        warnings_section(metrics),
-        _headline(metrics),
-        _paired(metrics),
-        _training(log),
-        curves_section(metrics),
-        time_section(metrics),
-        slices_section(metrics),
-        _retrieval(metrics.get("retrieval")),
-        _configuration(run_dir / "config.yaml"),
-        _provenance(metrics.get("provenance")),
-    ]
+    losses = [series for key, name in LOSSES.items() if (series := _step_series(log, key, name))]
+    aucs = _auc_series(log)
+    shown: dict[str, Any] = {
+        "title": run_dir.resolve().name,
+        "metrics": metrics,
+        "training": training_figures(losses, aucs),
+        "training_note": _training_note(log, aucs),
+        "configuration": config.read_text(encoding="utf-8") if config.is_file() else None,
+        "provenance": _flatten(metrics.get("provenance") or {}),
+        "retrieval_table": _retrieval_table(metrics.get("retrieval") or {}),
+    }
     path = run_dir / "report.html"
-    replace_file(path, page(run_dir.resolve().name, parts))
+    replace_file(path, _template().render(shown | _model_parts(metrics)))
     return path
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("hllm_torchrec", "evaluation")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("report.html.j2")
 
 
 def read_training_log(path: Path) -> TrainingLog:
@@ -104,65 +110,48 @@ def read_training_log(path: Path) -> TrainingLog:
     return log
 
 
-def _headline(metrics: Mapping[str, Any]) -> str:
-    models = models_of(metrics)
-    if not models:
-        return ""
-    rows = [
-        (
-            name,
-            format_number(model["auc"]),
-            format_interval(model["auc_low"], model["auc_high"]),
-            format_interval(*by_users(model)),
-            *(format_number(model.get(key)) for key in ORDER.values()),
-        )
-        for name, model in models.items()
-    ]
-    first = next(iter(models.values()))
-    users = f" of {metrics['users']:,} users" if metrics.get("users") else ""
-    size = f"{metrics['split']} split: {metrics['rows']:,} exposures{users}"
-    within = (
-        ""
-        if first["gauc_users"] is None
-        else (
-            "GAUC is the AUC within a user, weighted by exposures, GAUC by user with all users alike: "
-            f"{first['gauc_users']:,} users count, {first['gauc_users_left_out']:,} with one class only do not. "
-        )
-    )
-    note = (
-        "AUC is exact, ties count one half. DeLong's interval takes exposures as independent, the other takes users: "
-        "exposures of one user resemble each other, so it is the one to trust. "
-        f"{within}PR-AUC is average precision. NE, normalized entropy, is "
-        "useful below 1; calibration is right at 1. "
-        f"{'Exposures are weighted.' if metrics.get('weighted') else ''}"
-    )
-    header = ("model", "AUC", "95% (DeLong)", "95% (users)", *ORDER)
-    return paragraph(size, "lead") + section(
-        "Models", html_table(header, rows), paragraph(note.strip()), _probabilities(models)
-    )
+def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables and figures of the models, the reference first: the order of colours in every figure."""
+    found, reference = metrics.get("models") or {}, metrics.get("reference")
+    models = {name: found[name] for name in sorted(found, key=lambda name: name != reference)}
+    order, probability = _metric_tables(models)
+    slices, drawn = slice_parts(models)
+    return {
+        "models": models,
+        "order_table": order,
+        "probability_table": probability,
+        "meanings": " ".join(f"{metric.title}: {metric.meaning}." for metric in METRICS),
+        "paired_table": _paired_table(metrics.get("paired") or {}, str(reference)),
+        "paired_figure": paired_figure(metrics.get("paired") or {}, str(reference)),
+        "curves": curve_figures(models, metrics.get("curves") or {}),
+        "time_figure": time_figure(models),
+        "slice_table": slices,
+        "slice_figure": drawn,
+    }
 
 
-def _probabilities(models: Mapping[str, Any]) -> str:
-    """Metrics of probabilities and recall at precision (none in the first schema), a row a model."""
-    recalls = {name: model.get("recall_at_precision") or {} for name, model in models.items()}
-    wanted = list(dict.fromkeys(precision for found in recalls.values() for precision in found))
-    rows = [
-        (
-            name,
-            *(format_number(model.get(key)) for key in PROBABILITY.values()),
-            *(format_number(recalls[name].get(precision)) for precision in wanted),
-        )
-        for name, model in models.items()
-    ]
-    header = ("model", *PROBABILITY, *(f"recall at precision {precision}" for precision in wanted))
-    return html_table(header, rows)
+def _metric_tables(models: Mapping[str, Any]) -> tuple[Table, Table]:
+    """A row a model: AUC and the metrics of one number that need scores only; all others of the registry."""
+    order: dict[str, list[str]] = {
+        "AUC": [format_number(model["auc"]) for model in models.values()],
+        "95% (DeLong)": [format_interval(model["auc_low"], model["auc_high"]) for model in models.values()],
+        "95% (users)": [format_interval(*by_users(model)) for model in models.values()],
+    }
+    others: dict[str, list[str]] = {}
+    for metric in METRICS:
+        values = [model.get(metric.key) for model in models.values()]
+        names = dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in value)
+        for name in names:
+            others[f"{metric.title} {name}"] = [format_number((value or {}).get(name)) for value in values]
+        if not names and not getattr(metric, "names", ()):
+            table = others if isinstance(metric, ProbabilityMetric) else order
+            table[metric.title] = [format_number(value) for value in values]
+    first, second = ((("model", *table), list(zip(models, *table.values()))) for table in (order, others))
+    return first, second
 
 
-def _paired(metrics: Mapping[str, Any]) -> str:
-    paired = metrics.get("paired")
-    if not paired:
-        return ""
-    reference = str(metrics["reference"])
+def _paired_table(paired: Mapping[str, Any], reference: str) -> Table:
+    header = ("model", f"AUC minus {reference}", "95% (DeLong)", "p (DeLong)", "95% (users)")
     rows = [
         (
             name,
@@ -173,73 +162,35 @@ def _paired(metrics: Mapping[str, Any]) -> str:
         )
         for name, pair in paired.items()
     ]
-    kinds = ["DeLong", "users"]
-    groups = {
-        name: [
-            Estimate("DeLong", pair["difference"], pair["delong_low"], pair["delong_high"]),
-            Estimate("users", pair["difference"], *by_users(pair)),
-        ]
-        for name, pair in paired.items()
-        if pair["difference"] is not None
-    }
-    note = (
-        "Both intervals compare the models on the same exposures. One that does not contain 0 says that the "
-        "difference would show on other exposures (DeLong) or with other users too."
-    )
-    header = ("model", f"AUC minus {reference}", "95% (DeLong)", "p (DeLong)", "95% (users)")
-    picture = ""
-    if groups:
-        axis = f"AUC minus AUC of {reference}"
-        label = f"{axis} with 95% intervals: {', '.join(groups)}"
-        picture = figure("", estimates(groups, kinds, axis, label, "paired", zero=True, palette=NEUTRALS))
-    return section("Paired differences", html_table(header, rows), picture, paragraph(note))
+    return header, rows
 
 
-def _training(log: TrainingLog) -> str:
-    figures: list[str] = []
-    lines: list[Series] = []
-    panels = [series for key, name in LOSSES.items() if (series := _step_series(log, key, name))]
-    if panels:
-        figures.append(figure("Loss", line_panels(panels, "Training loss over steps")))
-    for split in dict.fromkeys(split for split, _ in log.evaluations):
+def _auc_series(log: TrainingLog) -> list[Series]:
+    """AUC over steps, one line a split."""
+    lines = []
+    for color, split in enumerate(dict.fromkeys(split for split, _ in log.evaluations)):
         points = sorted((step, auc) for (name, step), auc in log.evaluations.items() if name == split)
-        lines.append(Series(split, [step for step, _ in points], [auc for _, auc in points], len(lines)))
-    if lines:
-        figures.append(figure("AUC in training", step_lines(lines, "AUC", "AUC of evaluations over steps")))
-    if not figures:
-        return ""
-    notes = [f"{max(log.steps):,} steps." if log.steps else ""]
+        lines.append(Series(split, [step for step, _ in points], [auc for _, auc in points], color))
+    return lines
+
+
+def _training_note(log: TrainingLog, lines: Sequence[Series]) -> str:
+    notes = [f"{max(log.steps):,} steps."] if log.steps else []
     for line in lines:
         best = max(range(len(line.y)), key=lambda index: line.y[index])
         notes.append(f"Best {line.name} AUC {line.y[best]:.4f} at step {line.x[best]:,}.")
     if log.unreadable:
         shown = ", ".join(map(str, log.unreadable[:5]))
         notes.append(f"Lines of log.jsonl that could not be read: {len(log.unreadable)} (line {shown}).")
-    return section("Training", *figures, paragraph(" ".join(notes).strip()))
+    return " ".join(notes)
 
 
-def _retrieval(retrieval: Mapping[str, Any] | None) -> str:
+def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
     """A row a model; metrics that are not given by model get one row."""
-    if not retrieval:
-        return ""
     by_model = all(isinstance(value, Mapping) for value in retrieval.values())
     models: Mapping[str, Any] = retrieval if by_model else {"model": retrieval}
     keys = list(dict.fromkeys(key for block in models.values() for key in block))
-    rows = [(name, *(_value(block.get(key)) for key in keys)) for name, block in models.items()]
-    note = "Over the whole catalogue; an item that ties with the target stands before it."
-    return section("Retrieval", html_table(("model", *keys), rows), paragraph(note))
-
-
-def _configuration(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    return section("Configuration", collapsible(file.name, file.read_text(encoding="utf-8")))
-
-
-def _provenance(provenance: Mapping[str, Any] | None) -> str:
-    if not provenance:
-        return ""
-    return section("Provenance", html_table(("what", "value"), _flatten(provenance), "text"))
+    return ("model", *keys), [(name, *(_value(block.get(key)) for key in keys)) for name, block in models.items()]
 
 
 def _step_series(log: TrainingLog, key: str, name: str) -> Series | None:

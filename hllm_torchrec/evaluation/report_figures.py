@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -55,6 +56,10 @@ STYLE = {
 }
 
 
+Svg = Markup
+"""An `<svg>` element: markup that is not escaped again."""
+
+
 @dataclass(frozen=True)
 class Series:
     """One named line: equally long x and y."""
@@ -85,7 +90,7 @@ class Interval:
     color: int = 0
 
 
-def line_panels(panels: Sequence[Series], label: str) -> str:
+def line_panels(panels: Sequence[Series], label: str) -> Svg:
     """One panel a series beside each other, x = training step, with a running mean over a twentieth of it."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * max(len(panels), 2), 2.7))
@@ -101,7 +106,7 @@ def line_panels(panels: Sequence[Series], label: str) -> str:
         return _svg(figure, "training", label)
 
 
-def step_lines(lines: Sequence[Series], y_label: str, label: str) -> str:
+def step_lines(lines: Sequence[Series], y_label: str, label: str) -> Svg:
     """A few marked points a line over training steps, all in one panel."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.8, 2.9))
@@ -114,7 +119,7 @@ def step_lines(lines: Sequence[Series], y_label: str, label: str) -> str:
         return _svg(figure, "evaluation", label)
 
 
-def interval_lines(lines: Sequence[Interval], places: Sequence[str], y_label: str, label: str, identifier: str) -> str:
+def interval_lines(lines: Sequence[Interval], places: Sequence[str], y_label: str, label: str, identifier: str) -> Svg:
     """Lines over named places (days), the intervals as bands; a place without a value is a gap."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.2 + LEGEND_LINE * len(lines)))
@@ -141,7 +146,7 @@ def unit_square(
     *,
     markers: bool = False,
     diagonal: bool = True,
-) -> str:
+) -> Svg:
     """Lines in the unit square, with its diagonal or without: ROC, precision-recall and reliability curves."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 4.8 + LEGEND_LINE * len(lines)))
@@ -164,7 +169,7 @@ def estimates(
     *,
     zero: bool = False,
     palette: Sequence[str] = PALETTE,
-) -> str:
+) -> Svg:
     """Dots with intervals, one row a group (from the top), within a row one dot a name.
 
     Args:
@@ -233,7 +238,7 @@ def _thin(series: Series) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
-def _svg(figure: Figure, identifier: str, label: str) -> str:
+def _svg(figure: Figure, identifier: str, label: str) -> Svg:
     """The figure as an `<svg>` element with a description, whose ids are its own within a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -246,4 +251,4 @@ def _svg(figure: Figure, identifier: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{identifier}-', text)
     text = re.sub(r'\bhref="#', f'href="#{identifier}-', text)
     text = text.replace("url(#", f"url(#{identifier}-")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()
+    return Svg(text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip())

@@ -2,6 +2,7 @@
 
     python scripts/bench/bench_auc.py --quick --output runs/bench_auc      (under 3 minutes, 3 x 10^7 rows)
     python scripts/bench/bench_auc.py --output runs/bench_auc              (also 10^8 rows, and all repeats)
+    python scripts/bench/bench_auc.py --directory --rows 5000000 --output runs/bench_auc [--against OTHER_CHECKOUT]
 
 Both read the same Parquet files (label and score, float32). Ours gives AUC, DeLong's interval and PR-AUC, and sorts
 on disk what is above --memory; scikit-learn's roc_auc_score gives the AUC. Each run is a fresh process; seconds count
@@ -9,6 +10,10 @@ from opening the files to the number, without interpreter and imports; memory is
 with them. cpu_seconds are of the busiest rank, which a shared machine disturbs less. The two alternate.
 `scaling.png` plots both. The last line is one JSON object; `ratios` are scikit-learn's
 seconds over ours, and the largest rank's memory over scikit-learn's.
+
+--directory measures `hllm evaluate --compare` of a directory as a run's predictions are (what `--run-dir` does after
+scoring), with users, slices, report and all, on two ranks: rank 0's peak memory, seconds with start and imports, and
+CPU seconds of both ranks. --against takes turns with the same command of another checkout.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -27,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1_000_000
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_rows(folder: Path, rows: int) -> Path:
@@ -84,21 +91,109 @@ def worker_sklearn(folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu, "auc": float(auc)}
 
 
-def run_processes(kind: str, folder: Path, memory: int, ranks: int) -> dict[str, Any]:
-    """Fresh processes; the slowest one's seconds and the largest one's memory."""
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, __file__, "--worker", kind, "--memory", str(memory), "--output", str(folder)]
-        base = os.environ | {"OMP_NUM_THREADS": "1", "BENCH_STORE": f"{scratch}/store", "WORLD_SIZE": str(ranks)}
-        started = time.perf_counter()
+def write_directory(folder: Path, rows: int) -> Path:
+    """Predictions as two ranks of `hllm evaluate --run-dir` write them: 25 exposures a user, 20% positives."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True)
+    random, users = np.random.default_rng(0), np.random.default_rng(1).permutation(-(-rows // 25))
+    for rank in range(2):
+        writer = None
+        for first in range(rows * rank // 2, rows * (rank + 1) // 2, CHUNK):
+            place = np.arange(first, min(first + CHUNK, rows * (rank + 1) // 2))
+            size = len(place)
+            label = (random.random(size) < 0.2).astype(np.float32)
+            score = random.standard_normal(size).astype(np.float32) + label - 2
+            table = pa.table(
+                {
+                    "user_id": users[place // 25],
+                    "position": (place % 25).astype(np.int32),
+                    "item_id": random.integers(1, 50_000, size),
+                    "timestamp": 1_700_000_000 + random.integers(0, 7 * 86_400, size),
+                    "label": label,
+                    "score": score,
+                    "probability": (1 / (1 + np.exp(-score))).astype(np.float32),
+                    "history_length": random.integers(0, 300, size).astype(np.int32),
+                    "item_is_cold": random.random(size) < 0.1,
+                }
+            )
+            writer = writer or pq.ParquetWriter(folder / f"part-{rank:05d}.parquet", table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
+    return folder
+
+
+DIRECTORY_WORKER = """
+import json, resource, sys, time
+from pathlib import Path
+start = time.perf_counter()
+from hllm_torchrec.launch.evaluate import main
+folder, memory = Path(sys.argv[1]), sys.argv[2]
+out = folder.with_name("out")
+options = ["--draws", "0", "--no-tensorboard", "--output", str(out), "--memory", memory]
+assert main(["--compare", str(folder), *options]) == 0
+used = {"seconds": round(time.perf_counter() - start, 2), "cpu_seconds": round(time.process_time(), 2)}
+auc = json.loads((out / "metrics.json").read_text())["models"][folder.name]["auc"]
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps(used | {"auc": auc, "peak_mb": round(peak)}))
+"""
+"""One rank of the command, by the code of whatever checkout it is started in; seconds with its imports."""
+
+
+def measure_directory(rows: int, work: Path, memory: int, repeats: int, against: Path | None) -> dict[str, Any]:
+    """The command on a directory of so many rows, of this checkout and of another in turns; medians."""
+    folder = write_directory(work / "predictions", rows)
+    sides = {"this": ROOT} | ({"other": against.resolve()} if against else {})
+    found: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, tree in sides.items():
+            found[side].append(run_ranks(["-c", DIRECTORY_WORKER, str(folder), str(memory)], 2, tree))
+    result: dict[str, Any] = {"rows": rows}
+    for side, runs in found.items():
+        result[side] = {
+            "seconds": statistics.median(max(rank["seconds"] for rank in ranks) for ranks in runs),
+            "cpu_seconds": statistics.median(round(sum(rank["cpu_seconds"] for rank in ranks), 2) for ranks in runs),
+            "rank_0_peak_mb": statistics.median(ranks[0]["peak_mb"] for ranks in runs),
+            "rank_1_peak_mb": statistics.median(ranks[1]["peak_mb"] for ranks in runs),
+            "auc": runs[0][0]["auc"],
+        }
+        print(f"{rows:>11,} rows  {side:<8} {json.dumps(result[side])}", flush=True)
+    return result
+
+
+def run_ranks(arguments: list[str], ranks: int, tree: Path) -> list[dict[str, Any]]:
+    """What fresh processes of Python with a checkout's code say, by rank."""
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        base = os.environ | {"OMP_NUM_THREADS": "1", "BENCH_STORE": f"{scratch}/store", "PYTHONPATH": str(tree)}
+        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        free.close()
         processes = [
-            subprocess.Popen(command, env=base | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=tree,
+                env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             for rank in range(ranks)
         ]
         outputs = [process.communicate()[0] for process in processes]
-        wall = time.perf_counter() - started
     if any(process.returncode for process in processes):
-        raise SystemExit(f"a {kind} process failed")
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+        raise SystemExit("a process failed")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def run_processes(kind: str, folder: Path, memory: int, ranks: int) -> dict[str, Any]:
+    """Fresh processes; the slowest one's seconds and the largest one's memory."""
+    started = time.perf_counter()
+    command = [__file__, "--worker", kind, "--memory", str(memory), "--output", str(folder)]
+    found = run_ranks(command, ranks, ROOT)
+    wall = time.perf_counter() - started
     worst = {name: max(result[name] for result in found) for name in ("seconds", "cpu_seconds", "peak_mb")}
     return found[0] | worst | {"seconds_with_start": wall}
 
@@ -147,6 +242,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="instead of 10^5, 10^6, 10^7, 3 x 10^7 (and 10^8)")
     parser.add_argument("--memory", type=int, default=512 << 20, help="bytes for rows on a rank")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_auc"))
+    parser.add_argument("--directory", action="store_true", help="measure the command on a run's predictions instead")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout, for --directory")
     parser.add_argument("--worker", choices=("ours", "sklearn"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -156,6 +253,12 @@ def main() -> None:
         return
     sizes = args.rows or [10**5, 10**6, 10**7, 3 * 10**7, *([] if args.quick else [10**8])]
     repeats = 1 if args.quick else 3
+    if args.directory:
+        with tempfile.TemporaryDirectory(prefix="bench-auc-") as work:
+            sizes = args.rows or [5_000_000]
+            found = [measure_directory(n, Path(work) / str(n), args.memory, repeats, args.against) for n in sizes]
+        print(json.dumps({"benchmark": "auc-directory", "memory_option": args.memory, "results": found}))
+        return
     with tempfile.TemporaryDirectory(prefix="bench-auc-") as work:
         # scikit-learn takes some 7 GB for 10^8 rows
         results = [measure(rows, Path(work), args.memory, repeats, rows < 10**8) for rows in sizes]

@@ -93,6 +93,24 @@ def test_the_checkpoint_gives_what_training_saw(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_options_on_columns_act_on_runs_too(run: Path, tmp_path: Path) -> None:
+    train, out = tmp_path / "train", tmp_path / "out"
+    options = ["--draws", "0", "--no-tensorboard", "--slices", "history_length", "--memory", "64K", "--score"]
+    assert main(["--run-dir", str(run), "--draws", "0", "--no-tensorboard"]) == 0
+    shutil.copytree(run / "predictions" / "test", train)
+    compared = ["--compare", str(baselines() / "item_mean"), "--train", str(train), "--output", str(out)]
+    assert main(["--run-dir", str(run), *options, "item_mean=label", "--item-is-cold", "NONE", *compared]) == 0
+    metrics, plain = metrics_of(out), metrics_of(run)
+    assert metrics["models"]["plain"]["auc"] == plain["models"]["plain"]["auc"]
+    assert metrics["models"]["item_mean"]["auc"] == 1.0  # by its labels
+    assert any(name.startswith("history_length=") for name in metrics["models"]["plain"]["slices"])
+    assert metrics["models"]["plain"]["slices"]["item_warm"]["rows"] == metrics["rows"]  # all items are in `train`
+    assert metrics["overlap"]["seen"] == metrics["overlap"]["exposures"] > plain["overlap"]["seen"]
+    assert metrics["memory"]["limit"] == 64 << 10
+    assert metrics["exposures"] == plain["exposures"]
+
+
+@pytest.mark.slow
 def test_best_latest_and_a_directory_are_the_checkpoints_they_say(run: Path) -> None:
     seen = {line["step"]: line["auc"] for line in lines(run, "eval")}
     assert len(seen) == 2
@@ -180,13 +198,21 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--compare", "{base}"], "no part-*.parquet in"),
         (["--predictions", "a={base}"], "is no file, and no directory with .parquet"),
         (["--predictions", "a={base}/item_mean", "--draws", "-1"], "draws is -1; 0 for no bootstrap"),
+        (["--compare", "{base}/item_mean", "--checkpoint", "best"], "--checkpoint best is of a run; name it with"),
+        (["--run", "{run}", "--max-drop", "0.1"], "--max-drop is the gate's; name what to pass against with --base"),
+        (["--run", "{run}", "--on-unsure", "pass"], "--on-unsure is the gate's"),
+        (["--run", "{ranks_items}", "--slices", "country"], "--slices: {ranks_items} ranks items only"),
+        (["--run", "{ranks_items}", "--memory", "1G"], "--memory: {ranks_items} ranks items only"),
+        (["--run", "{ranks_items}", "--user", "uid"], "--user: {ranks_items} ranks items only"),
         (["--split", "tests"], "argument --split: invalid choice: 'tests'"),
     ],
 )
 def test_mistakes_are_one_line(
     arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [text.format(run=run, base=baselines()) for text in arguments]
+    ranks_items = trained("generative")
+    filled = [text.format(run=run, base=baselines(), ranks_items=ranks_items) for text in arguments]
+    message = message.format(ranks_items=ranks_items)
     capsys.readouterr()
     try:
         status: object = main(filled)
@@ -205,7 +231,7 @@ def test_a_run_without_checkpoints_says_so(run: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_report_is_written_anew(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert write_report(["--run", str(run)]) == 0
+    assert write_report(["--run-dir", str(run)]) == 0
     assert capsys.readouterr().out.strip() == f"report: {run / 'report.html'}"
     assert "<html" in (run / "report.html").read_text()
     (tmp_path / "empty").mkdir()
