@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> None:
         for row in rows:
             is_new = run_row(settings, row, dataset, device)
             run_on_rank_zero(partial(say_done, output / row, is_new))
-        run_on_rank_zero(partial(print_tables, output, rows, IDS_ONLY if IDS_ONLY in rows else rows[0]))
+        print_tables(output, sorted(rows, key=lambda row: row != IDS_ONLY))  # the first is compared with
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from hllm_torchrec.evaluation.metrics_schema import (
     paired_block,
     slice_block,
 )
-from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS, MEMORY, PredictionModel, RowBatch
+from hllm_torchrec.evaluation.prediction_layout import PredictionModel
+from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS, MEMORY, PredictionRows, RowBatch
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.delong import PairedSums, influence
 from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
@@ -38,23 +39,6 @@ MAX_SLICES = 400
 
 BOOTSTRAP_ROWS = 5_000_000
 """The bootstrap over users needs all rows in memory, on one rank."""
-
-
-class PredictionSource(Protocol):
-    """Where the rows come from: `rows.Rows`, or arrays."""
-
-    models: list[PredictionModel]
-    rows: int
-    weighted: bool
-    has_users: bool
-    spilled: int
-    """Bytes written to disk on this rank."""
-
-    def score_type(self, model: PredictionModel) -> np.dtype:
-        """float32 or float64."""
-
-    def batches(self, rank: int, world_size: int, size: int) -> Iterator[RowBatch]:
-        """The rank's share."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,7 @@ class _SortedScores:
     """Sum of the rows' keys, modulo 2^64: the same in any order."""
 
 
-def evaluate_predictions(source: PredictionSource, settings: EvaluationSettings, group: Group = None) -> dict[str, Any]:
+def evaluate_predictions(source: PredictionRows, settings: EvaluationSettings, group: Group = None) -> dict[str, Any]:
     """Measure all models; see `docs/evaluation.md` for the keys. Collective; the same result on every rank.
 
     Raises:
@@ -98,7 +82,7 @@ def evaluate_predictions(source: PredictionSource, settings: EvaluationSettings,
 
 
 class _Evaluation:
-    def __init__(self, source: PredictionSource, settings: EvaluationSettings, pool: MemoryPool, group: Group):
+    def __init__(self, source: PredictionRows, settings: EvaluationSettings, pool: MemoryPool, group: Group):
         self.source, self.settings, self.pool, self.group = source, settings, pool, group
         self.names = [model.name for model in source.models]
 

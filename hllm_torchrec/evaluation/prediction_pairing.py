@@ -128,11 +128,11 @@ class PairedTables:
         keys = keys[:, order]
         repeated = (keys[:, 1:] == keys[:, :-1]).all(axis=0)
         if repeated.any():
-            places = order[repeated.argmax() :][:2]
-            again = sorted(table[ROW].take(pa.array(places)).to_pylist())[1]
+            place = int(repeated.argmax())
+            again = max(table[ROW].take(pa.array(order[place : place + 2])).to_pylist())
             raise ValueError(
                 f"{self._readers[name].locate(again)}: an exposure appears again, as {int(repeated.sum())} do: "
-                f"{_describe(keys[:, repeated.argmax()])}; each may appear once; empty the directory and predict again"
+                f"{_describe(keys[:, place].tolist())}; each may appear once; empty the directory and predict again"
             )
         return table.combine_chunks().take(pa.array(order)), keys
 

@@ -152,7 +152,7 @@ def _metric_tables(models: Mapping[str, Any]) -> tuple[Table, Table]:
 
 def _paired_table(paired: Mapping[str, Any], reference: str) -> Table:
     header = ("model", f"AUC minus {reference}", "95% (DeLong)", "p (DeLong)", "95% (users)")
-    rows = [
+    rows: list[Sequence[str]] = [
         (
             name,
             format_number(pair["difference"], signed=True),

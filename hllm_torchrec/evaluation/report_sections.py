@@ -81,8 +81,8 @@ def curve_figures(models: Mapping[str, Any], points: Mapping[str, Any]) -> dict[
             if curve.get(x):
                 lines.append(Series(f"{name}  {format_number(model[metric])}", curve[x], curve[y], color))
         if lines:
-            style = {"markers": kind == "reliability", "diagonal": kind != "pr"}
-            found[caption] = unit_square(lines, *AXES[kind], kind, **style)
+            markers, diagonal = kind == "reliability", kind != "pr"
+            found[caption] = unit_square(lines, *AXES[kind], kind, markers=markers, diagonal=diagonal)
     return found
 
 

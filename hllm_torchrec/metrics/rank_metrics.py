@@ -32,7 +32,7 @@ PR_AUC = RankMetric(
     "PR-AUC",
     "average precision",
     sums=_precision_steps,
-    value=lambda total: float(min(1.0, total)),
+    value=lambda total: min(1.0, float(total)),
 )
 RECALL_AT_PRECISION = RankMetric(
     "recall_at_precision",
