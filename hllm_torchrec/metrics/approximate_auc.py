@@ -66,18 +66,6 @@ class ScoreHistogram:
         self.lowest.scatter_reduce_(0, bins, ordered, "amin")
         self.highest.scatter_reduce_(0, bins, ordered, "amax")
 
-    def merge(self, other: "ScoreHistogram") -> None:
-        """Add another histogram's rows.
-
-        Raises:
-            ValueError: it has other bins.
-        """
-        if other.bits != self.bits:
-            raise ValueError(f"histograms of {self.bits} and {other.bits} bits do not merge; make both of one size")
-        self.counts += other.counts
-        self.lowest = torch.minimum(self.lowest, other.lowest)
-        self.highest = torch.maximum(self.highest, other.highest)
-
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge those of all ranks, on each. Collective; nothing without a process group. Integers: any order of
         rows and ranks gives the same bits."""

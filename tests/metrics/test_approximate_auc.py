@@ -54,11 +54,11 @@ def test_ties_are_exact() -> None:
     assert histogram(labels, torch.full((5_000,), 0.3)).auc() == BoundedAuc(0.5, 0.0)
 
 
-def test_merging_is_adding_all_rows() -> None:
+def test_batches_add_up_to_all_rows() -> None:
     labels, scores = draw(3_000)
     whole, parts = histogram(labels, scores), ScoreHistogram()
     for part in (slice(0, 10), slice(10, 10), slice(10, 3_000)):
-        parts.merge(histogram(labels[part], scores[part]))
+        parts.add(labels[part], scores[part])
     assert parts.auc() == whole.auc()
 
 
@@ -74,8 +74,6 @@ def test_bad_rows_and_sizes_are_named() -> None:
         histogram(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))
     with pytest.raises(ValueError, match="bits is 30; a histogram has 10 to 24"):
         ScoreHistogram(30)
-    with pytest.raises(ValueError, match="histograms of 16 and 12 bits do not merge"):
-        ScoreHistogram(16).merge(ScoreHistogram(12))
 
 
 def own_share(ranks: int) -> BoundedAuc:
