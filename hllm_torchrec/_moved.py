@@ -83,9 +83,10 @@ MODULES = {
     "metrics.inputs": "metrics.input_checks",
     "metrics.job": "evaluation.offline_evaluation",
     "metrics.outputs": "evaluation.sinks",
-    "metrics.page": "evaluation.report_html",
+    "metrics.page": "evaluation.report",
     "metrics.paired": "metrics.delong",
     "metrics.plots": "evaluation.report_figures",
+    "metrics.ranking": "metrics.registry",
     "metrics.retrieval": "metrics.retrieval_metrics",
     "metrics.retrieval_table": "evaluation.retrieval_comparison",
     "metrics.rows": "evaluation.prediction_rows",
@@ -213,6 +214,10 @@ SYMBOLS = {
     },
     "meter": {
         "backbone_flops": "modules.encoders.backbone",
+    },
+    "metrics.compare": {
+        "Predictions": "data.predictions",
+        "read_predictions": "data.predictions",
     },
     "metrics.exchange": {
         "common_splitters": "metrics.score_chunks",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from hllm_torchrec.evaluation.model_comparison import Predictions
+from hllm_torchrec.data.predictions import Predictions
 from tests.helpers.scripts import bench_module
 
 
