@@ -62,18 +62,18 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel_names(root: Path) -> set[str]:
-    """What the wheel must hold: every Python and YAML file of the four folders, under its installed name."""
+    """What the wheel must hold: Python and YAML files and templates of the four folders, under their installed names."""
     names = {"hllm_torchrec/py.typed"}
     for folder in ("hllm_torchrec", *SUBPACKAGES):
         for file in (root / folder).rglob("*"):
-            if file.suffix == ".py" or (folder == "configs" and file.suffix == ".yaml"):
+            if file.suffix in (".py", ".j2") or (folder == "configs" and file.suffix == ".yaml"):
                 name = file.relative_to(root).as_posix()
                 names.add(name if folder == "hllm_torchrec" else f"hllm_torchrec/{name}")
     return names
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_python_and_yaml_file_and_nothing_else(root: Path, wheel: Path) -> None:
+def test_wheel_holds_every_python_and_yaml_file_and_template_and_nothing_else(root: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == wheel_names(root)
