@@ -62,7 +62,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel_names(root: Path) -> set[str]:
-    """What the wheel must hold: Python and YAML files and templates of the four folders, under their installed names."""
+    """What the wheel must hold: Python, YAML and templates of the four folders, under their installed names."""
     names = {"hllm_torchrec/py.typed"}
     for folder in ("hllm_torchrec", *SUBPACKAGES):
         for file in (root / folder).rglob("*"):
