@@ -1,4 +1,4 @@
-"""Types of numpy arrays, as annotations name them."""
+"""Type aliases of numpy arrays for annotations."""
 
 from typing import Any
 
@@ -9,4 +9,4 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 AnyFloats = NDArray[np.floating[Any]]
-"""Of either: what numpy's means and quotients are to the type check."""
+"""Array of either float type; the static type of numpy's means and quotients."""

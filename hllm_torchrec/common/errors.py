@@ -1,4 +1,4 @@
-"""Errors that name what to mend: all problems of a configuration at once, the nearest right name, no credentials."""
+"""Error types and message helpers: all problems of a configuration at once, name suggestions, no credentials."""
 
 import difflib
 import re
@@ -7,30 +7,30 @@ from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run, with all of its problems (one line each) in one message."""
+    """Invalid configuration; the message contains all problems, one line each."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        """Keep `problems`, one or several lines: each names the dotted field, the value, the rule and the remedy."""
+        """Store `problems`, one or several lines: each names the dotted field, the value, the rule and the remedy."""
         assert problems, "a ConfigError without a problem"
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__(self.problems)  # the argument itself, so that the error survives pickling
 
     def __str__(self) -> str:
-        """Return the one problem, or their number and then each on its own line."""
+        """Return the problem if there is one; else their number, and each on a line."""
         if len(self.problems) == 1:
             return self.problems[0]
         return "\n  - ".join([f"{len(self.problems)} problems in the configuration:", *self.problems])
 
 
 class ArgumentError(ValueError):
-    """An argument of a building block that breaks a rule. The message begins with its name: 'heads: 3: must ...'."""
+    """Invalid argument of a module. The message starts with its name: 'heads: 3: must ...'."""
 
 
 @contextmanager
 def configured_by(section: str, **fields: str) -> Iterator[None]:
-    """Within the context messages of `ArgumentError` name the field of the configuration instead of the argument.
+    """Context manager: `ArgumentError` messages name the configuration field instead of the argument.
 
-    section: the dotted section that has the arguments as its fields; fields: argument -> dotted field, for others.
+    section: dotted section whose fields are the arguments; fields: argument -> dotted field, for all other arguments.
     """
     try:
         yield
@@ -40,11 +40,11 @@ def configured_by(section: str, **fields: str) -> Iterator[None]:
 
 
 class Preempted(Exception):
-    """The run was asked to leave (SIGTERM): no fault, and its state is saved where it says so."""
+    """The run was asked to stop (SIGTERM). This is not a fault; the message states where its state is saved."""
 
 
 def without_credentials(text: str) -> str:
-    """`text` with `***` for what stands between `//` and `@` in addresses: names and passwords, which may be tokens."""
+    """Replace the part between `//` and `@` of URLs in `text` (user names, passwords, tokens) by `***`."""
     return re.sub(r"(?<=://)[^\s/@]+@", "***@", text)
 
 

@@ -1,4 +1,4 @@
-"""Hashes: of files, of texts and JSON values, and of rows of integers; the same in every process."""
+"""Hashes of files, texts, JSON values and rows of integers; equal in every process."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _UInts = NDArray[np.uint64]
 
 
 def hash_files(paths: Sequence[Path], description: str) -> dict[Path, str]:
-    """SHA-256 of the bytes of each file, hexadecimal; a progress bar after five seconds."""
+    """SHA-256 of each file, hexadecimal; shows a progress bar after five seconds."""
     hashes = {}
     total = sum(path.stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc=description, delay=5) as bar:
@@ -55,20 +55,21 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 of a JSON value, hexadecimal, whatever the order of its keys."""
+    """SHA-256 of a JSON value, hexadecimal; independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_columns(*columns: np.ndarray) -> _UInts:
-    """A 64-bit hash of each row of int64 columns [n], uint64 [n] (splitmix64)."""
+    """64-bit hash of each row of int64 columns [n]: uint64 [n] (splitmix64)."""
     state = np.zeros(len(columns[0]), dtype=np.uint64)
     for column in columns:
+        # The added constant is splitmix64's increment (2^64 / golden ratio): an all-zero row does not hash to zero.
         state = mix_bits((state ^ column.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return state
 
 
 def mix_bits(state: _UInts) -> _UInts:
-    """splitmix64's finalizer on uint64 [n]: every bit of the argument reaches every bit of the result."""
+    """splitmix64's finalizer on uint64 [n]: every input bit affects every output bit."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Facts about this machine and process for logs: processor, packages, commit, peak memory."""
+"""Machine and process information for logs: processor, packages, commit, peak memory."""
 
 import importlib.metadata
 import os
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 LARGE_BUFFERS_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-"""Environment under which glibc keeps large buffers: given back to the system at each step, they cost a third of it in
-page faults."""
+"""Environment variables that make glibc reuse large buffers. By default it returns them to the system at each step,
+and page faults then take a third of the step."""
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "numpy", "pyarrow")
 
 
 def machine_info() -> dict[str, Any]:
-    """Return where a run ran and with what, for its log and metrics; JSON-able.
+    """Return the hardware and software of this process for the log and metrics of a run, as JSON values.
 
     Returns:
         cpu (model name), cores (that this process may use), memory_bytes, gpus (names), python, system,
@@ -41,7 +41,7 @@ def machine_info() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    """Return the processor's name, from /proc/cpuinfo where there is one."""
+    """Return the processor's name, from /proc/cpuinfo if it exists."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -57,8 +57,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit(root: Path) -> str | None:
-    """Return the commit checked out at `root`, or None if that is no checkout (as when installed)."""
-    if not (root / ".git").exists():  # else git would look in the directories above
+    """Return the commit checked out at `root`, or None if `root` is not a checkout (an installed package)."""
+    if not (root / ".git").exists():  # git would otherwise search the parent directories
         return None
     try:
         command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
@@ -69,7 +69,7 @@ def _commit(root: Path) -> str | None:
 
 
 def peak_memory_bytes() -> dict[str, int]:
-    """Return the most memory this process has held: `host` (resident) and, if used, `cuda` (by torch)."""
+    """Return the peak memory of this process in bytes: `host` (resident) and, if used, `cuda` (allocated by torch)."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Log of a run: JSON lines, TensorBoard scalars, progress bars, and facts about the machine."""
+"""Log of a run: JSON lines and TensorBoard scalars, with an optional further sink."""
 
 import json
 import math
@@ -10,22 +10,22 @@ from typing import Any, Protocol, TextIO
 
 from hllm_torchrec.common.atomic_files import replace_file
 
-#: Events that are repeated when a run resumes from a checkpoint before them.
+#: Events that are repeated when a run resumes from an earlier checkpoint.
 _REPEATED_EVENTS = ("step", "eval", "skipped")
 
 
 class MetricsSink(Protocol):
-    """Somebody else who is told a run's numbers."""
+    """Additional destination of a run's metrics."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Those of one event, by `<event>/<name>`."""
+        """Log the numbers of one event, by `<event>/<name>`."""
 
     def close(self) -> None:
-        """There are no more."""
+        """Flush and close the sink."""
 
 
 class RunLog:
-    """The log of a run: `log.jsonl`, one object a line, and `tensorboard/`. Ranks other than 0 write nothing.
+    """Log of a run: `log.jsonl`, one object per line, and `tensorboard/`. Only rank 0 writes.
 
     A line is `{"event": "step", "step": 100, "time": 1700000000.0, ...}`; time is in seconds since 1970, UTC.
     """
@@ -33,20 +33,20 @@ class RunLog:
     def __init__(
         self, run_dir: Path, rank: int, resumed_step: int | None = None, sink: MetricsSink | None = None
     ) -> None:
-        """Open the log for appending, in a directory that is made if missing.
+        """Open the log for appending; the directory is created if missing.
 
         Args:
             run_dir: the run's directory.
             rank: this process's rank.
-            resumed_step: when resuming, the checkpoint's step: "step" and "eval" lines after it are dropped,
-                as the run repeats them, and so is a last line that a crash cut short.
-            sink: gets the numbers too, and is closed with the log.
+            resumed_step: when resuming, the checkpoint's step. "step", "eval" and "skipped" lines after it are
+                dropped because the run repeats them, as is a last line that a crash truncated.
+            sink: also receives the numbers, and is closed with the log.
         """
         self._file: TextIO | None = None
         self._sink = sink
         if rank != 0:
             return
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import, and on rank 0 only
+        from torch.utils.tensorboard import SummaryWriter  # the import takes seconds; only rank 0 needs it
 
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "log.jsonl"
@@ -57,16 +57,16 @@ class RunLog:
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one line, and its numbers to TensorBoard as `<event>/<name>`.
+        """Append one line, and write its numbers to TensorBoard as `<event>/<name>`.
 
         Args:
             event: what happened: "step", "eval", "stage", ...
             step: optimizer steps done.
             **values: text, numbers, 0-d tensors, None, and lists and dictionaries of them. A number that JSON
-                has not got (NaN, infinity) is written as null.
+                cannot represent (NaN, infinity) is written as null.
 
         Raises:
-            ValueError: a value of another type, or one that is named "event", "step" or "time".
+            ValueError: a value of another type, or a value named "event", "step" or "time".
         """
         if self._file is None:
             return
@@ -83,7 +83,7 @@ class RunLog:
             self._sink.write(step, numbers)
 
     def close(self) -> None:
-        """Write what is still in memory and close the files; closing twice is allowed."""
+        """Flush and close the files; closing twice is allowed."""
         if self._file is not None:
             self._file.close()
             self._tensorboard.close()
@@ -103,13 +103,13 @@ class RunLog:
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log; a last line that was cut short is left out."""
+    """Return the lines of a run's log; a truncated last line is ignored."""
     text = (run_dir / "log.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _truncate(path: Path, resumed_step: int) -> None:
-    """Drop the lines that a resumed run repeats; the file is replaced whole."""
+    """Drop the lines that a resumed run repeats; the file is replaced atomically."""
     kept = [
         line
         for line in read_log(path.parent)
@@ -119,7 +119,7 @@ def _truncate(path: Path, resumed_step: int) -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return a value as JSON has it."""
+    """Convert a value to JSON types."""
     if isinstance(value, Mapping):
         return {str(key): _plain(f"{name}.{key}", child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -133,7 +133,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Return the Python number of a tensor or numpy scalar of one element, anything else as it is."""
+    """Convert a tensor or numpy scalar of one element to a Python number; return other values unchanged."""
     is_scalar = getattr(value, "shape", None) is not None and math.prod(value.shape) == 1
     return value.item() if is_scalar else value
 

@@ -1,4 +1,4 @@
-"""Files at URLs: reading, fetching, uploading and removing them, and what goes wrong in words."""
+"""Files at URLs: reading, downloading, uploading and removing them, with readable errors."""
 
 import hashlib
 import os
@@ -15,9 +15,9 @@ from filelock import FileLock
 from fsspec.registry import known_implementations
 
 CACHE = "HLLM_CACHE"
-"""Variable that names the folder of copies."""
+"""Environment variable with the folder of local copies."""
 EXTRAS = {"s3": "pip install 'hllm_torchrec[s3]'", "s3a": "pip install 'hllm_torchrec[s3]'"}
-"""Protocol -> how to install what it needs; fsspec's own words say it for the others."""
+"""Protocol -> command that installs its package; for other protocols fsspec's message contains it."""
 _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
 _AT_ONCE = 8
 _SHOWN_BYTES = 100_000_000
@@ -25,9 +25,9 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
 
 
 def url_of(path: str | Path) -> str | None:
-    """The URL that `path` is, without a slash at its end; None for a path of this machine.
+    """URL of `path` without a trailing slash, or None for a local path.
 
-    `Path("s3://bucket/x")` has one slash less, which is put back: so a URL may go through whatever takes a path.
+    `Path("s3://bucket/x")` drops one of the two slashes, which is restored here: a URL can be passed as a `Path`.
     """
     scheme, colon, rest = str(path).partition(":/")
     if not colon or scheme not in known_implementations:
@@ -37,38 +37,38 @@ def url_of(path: str | Path) -> str | None:
 
 
 def display_url(place: str | Path) -> str:
-    """A place as its user wrote it, whatever `Path` has made of it."""
+    """Path or URL as the user wrote it, also if `Path` has dropped a slash."""
     return url_of(place) or str(place)
 
 
 def url_name(url: str) -> str:
-    """The last part of a URL, which names the copy too."""
+    """Last component of a URL, which is also the name of the local copy."""
     return url.rpartition("/")[2]
 
 
 def cache_folder(url: str) -> Path:
-    """This host's folder for copies of `url`."""
+    """Folder on this host for copies of `url`."""
     root = os.environ.get(CACHE) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hllm_torchrec")
     return Path(root).expanduser() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def host_lock(url: str) -> Iterator[Path]:
-    """Be the only process of this host that touches its copies of `url`; gives their folder."""
+    """Lock this host's copies of `url` against other processes of the host; yields their folder."""
     folder = cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         yield folder
 
 
-# ---------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------- reading and listing
 
 
 def read_text(url: str) -> str | None:
-    """A small file's text, or None where there is no such file, or no such bucket.
+    """Text of a small file, or None if the file or its bucket does not exist.
 
     Raises:
-        ValueError, OSError: as `reached`.
+        ValueError, OSError: as `open_filesystem`.
     """
     with open_filesystem(url) as (system, path):
         try:
@@ -78,17 +78,17 @@ def read_text(url: str) -> str | None:
 
 
 class FileFacts(NamedTuple):
-    """What a file system says of a file. version: changes with the contents, if the system has such a thing."""
+    """Size in bytes and version of a file. version: changes with the contents; empty if the system has none."""
 
     size: int
     version: str
 
 
 def list_files(url: str) -> dict[str, FileFacts]:
-    """Every file below `url`, by its name from there on; nothing where nothing is.
+    """All files below `url`, by path relative to it; empty if it does not exist.
 
     Raises:
-        ValueError, OSError: as `reached`.
+        ValueError, OSError: as `open_filesystem`.
     """
     with open_filesystem(url) as (system, path):
         try:
@@ -109,10 +109,10 @@ def list_files(url: str) -> dict[str, FileFacts]:
 
 
 def fetch_files(url: str, names: Iterable[str], folder: Path) -> None:
-    """Copy files below `url` into `folder`, under the same names; each takes its name when it is whole.
+    """Copy files below `url` into `folder`, under the same names; each is renamed when it is complete.
 
     Raises:
-        ValueError, OSError: as `reached`; what has been fetched by then stays.
+        ValueError, OSError: as `open_filesystem`; files fetched before the error remain.
     """
     wanted = list(names)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,20 +128,20 @@ def fetch_files(url: str, names: Iterable[str], folder: Path) -> None:
 
 
 def upload_files(folder: Path, names: Iterable[str], url: str) -> None:
-    """Copy files of `folder` to `url`, under the same names. A bucket is not made.
+    """Copy files of `folder` to `url`, under the same names. A missing bucket is not created.
 
     Raises:
-        ValueError, OSError: as `reached`; what has been uploaded by then stays.
+        ValueError, OSError: as `open_filesystem`; files uploaded before the error remain.
     """
     with open_filesystem(url) as (system, path):
         _side_by_side(lambda name: system.put_file(str(folder / name), f"{path}/{name}"), names)
 
 
 def remove_files(url: str, names: Iterable[str]) -> None:
-    """Remove files below `url`; those that are not there are ignored.
+    """Remove files below `url`; missing files are ignored.
 
     Raises:
-        ValueError, OSError: as `reached`.
+        ValueError, OSError: as `open_filesystem`.
     """
     with open_filesystem(url) as (system, path):
         for name in names:
@@ -152,31 +152,31 @@ def remove_files(url: str, names: Iterable[str]) -> None:
 
 
 def print_transfer(what: str, url: str, sizes: Mapping[str, int]) -> None:
-    """Say on standard error what is about to move, if it is so much that somebody will wait."""
+    """Announce a transfer on standard error if it is large enough to take noticeable time."""
     total = sum(sizes.values())
     if total >= _SHOWN_BYTES:
         print(f"{what} {url}: {len(sizes):,} files, {total / 1e9:,.1f} GB", file=sys.stderr, flush=True)
 
 
 def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    """Do `work` on every part, several at a time; the first failure is raised when all have ended."""
+    """Run `work` on every part in threads; the first error is raised after all have ended."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done in [pool.submit(work, part) for part in parts]:
             done.result()
 
 
-# ---------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------- errors
 
 
 @contextmanager
 def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
-    """fsspec's file system of `url`, and its path there; nothing that it listed before is believed.
+    """fsspec file system of `url` and the path on it; cached listings are discarded.
 
     Raises:
-        ValueError: a package is missing, or there are no credentials; says the remedy.
-        OSError: no such bucket, no permission, or the server does not answer; in one line, with the URL.
+        ValueError: a package or the credentials are missing; the message contains the remedy.
+        OSError: no such bucket, no permission, or the server does not answer; one line, with the URL.
     """
-    options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}  # the others have no folders
+    options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}  # object stores have no folders
     try:
         system, path = fsspec.core.url_to_fs(url, **options)
         system.invalidate_cache()
@@ -191,6 +191,7 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
             f"{url}: not found ({_line(error)}): is the bucket there, and its name right?"
         ) from error
     except Exception as error:
+        # Errors of HTTP and S3 clients are not OSErrors; other exceptions are not about the URL and pass through.
         if not type(error).__module__.startswith(_CLIENTS):
             raise
         if "Credentials" in type(error).__name__:
@@ -202,5 +203,5 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
 
 
 def _line(error: Exception) -> str:
-    """An error's words in one line."""
+    """Error message in one line."""
     return " ".join(str(error).split())

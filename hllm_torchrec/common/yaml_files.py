@@ -1,4 +1,4 @@
-"""YAML files of users', read without surprises: plain values only, and no more of them than the file seems to hold."""
+"""Safe reading of users' YAML files: plain values only, with a limit on the expansion of aliases."""
 
 from pathlib import Path
 from typing import Any
@@ -6,20 +6,21 @@ from typing import Any
 import yaml
 
 MAX_VALUES = 100_000
-"""Aliases (`*name`) may repeat a part so often that a short file would fill the memory, or hold itself."""
+"""Limit on values after expansion: aliases (`*name`) can make a short file expand beyond memory or contain itself."""
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a file, None where it is empty.
+    """Content of a file; None if it is empty.
 
     Raises:
-        ValueError: it is no YAML, no UTF-8, or its aliases stand for more than MAX_VALUES values; says what, without
-            the file's name.
+        ValueError: it is not YAML or not UTF-8, or its aliases expand to more than MAX_VALUES values; the message does
+            not contain the file's name.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError, OverflowError) as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:500]}") from error
+    # An alias is the same object in memory, so the loader is safe, but each visit counts as a copy would.
     left, count = [content], 0
     while left:
         value = left.pop()
@@ -36,6 +37,6 @@ def read_yaml(path: Path) -> Any:
 
 
 def abbreviate(value: Any, length: int = 200) -> str:
-    """A value of a file as a message shows it: not longer than `length`."""
+    """repr of a value for messages, truncated to `length` characters."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."

@@ -8,7 +8,7 @@ COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": oper
 
 
 def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> Iterator[str]:
-    """Problems of numbers that are not as `bounds` (dotted attribute -> range) says; a value of None is none."""
+    """Problems of numbers outside `bounds` (dotted attribute -> range); None is always valid."""
     for name, bound in bounds.items():
         value = operator.attrgetter(name)(config)
         if value is not None:
@@ -16,7 +16,7 @@ def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> I
 
 
 def bound_problems(name: str, value: float, bound: str) -> Iterator[str]:
-    """The problem of one number, if it is out of its range."""
+    """Problem of one number, if it is outside its range."""
     if not all(_holds(value, part) for part in bound.split(", ")):
         yield f"{name}: {value}: must be {bound.replace(', ', ' and ')}"
 

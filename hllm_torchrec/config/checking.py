@@ -29,10 +29,14 @@ def file_problems(path: str, cls: type) -> list[str]:
 
 
 def option_problems(options: dict[str, str], cls: type, others: tuple[str, ...] = ()) -> list[str]:
-    """What of `--a.b text` options does not fit the dataclass `cls`; `others` may be given too."""
+    """Names and values of `--a.b text` options that do not fit the dataclass `cls`.
+
+    others: names of options that are accepted in addition to the fields.
+    """
     fields = dotted_fields(cls)
     problems: list[str] = []
     for name, text in options.items():
+        # `a.b.key` is also valid if `a.b` is a mapping: the value then has the mapping's value type.
         kind = fields.get(name) or _mapping_values(fields.get(name.rpartition(".")[0]))
         if kind is not None:
             problems += [f"--{problem}" for problem in _option_value_problems(name, text, kind)]
@@ -53,9 +57,9 @@ def _option_value_problems(name: str, text: str, kind: Any) -> list[str]:
 
 
 def dataclass_problems(content: Any, cls: type, name: str = "") -> list[str]:
-    """Unknown and missing keys and values of a wrong type in a mapping that is to become a `cls`.
+    """Unknown keys, missing keys and values of a wrong type in a mapping that is converted to a `cls`.
 
-    name: dotted name of the mapping; empty for the whole.
+    name: dotted name of the mapping; empty for the complete file.
     """
     if not isinstance(content, dict):
         return [f"{name or 'the file'}: {abbreviate(content)}: must be a mapping of {cls.__name__} fields"]
@@ -90,7 +94,7 @@ def _wrong(name: str, value: Any, kind: Any) -> str:
 
 
 def _fits(kind: Any, value: Any, is_text: bool = False) -> bool:
-    """Whether jsonargparse takes this value, or the text of an option, for a field of this type."""
+    """True if jsonargparse accepts this value, or the text of an option, for a field of this type."""
     try:
         if is_text:
             _parser_of(kind).parse_args([f"--value={value}"])
@@ -109,7 +113,7 @@ def _parser_of(kind: Any) -> ArgumentParser:
 
 
 def dotted_fields(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type for every field of a dataclass and of those in it."""
+    """Dotted name -> type for every field of a dataclass and of the dataclasses nested in it."""
     found: dict[str, Any] = {}
     for entry in dataclasses.fields(cls):
         found[prefix + entry.name] = entry.type
@@ -120,6 +124,7 @@ def dotted_fields(cls: type, prefix: str = "") -> dict[str, Any]:
 
 def split_arguments(arguments: list[str]) -> Iterator[tuple[str, str]]:
     """(option without dashes, its text) of `--a.b text`, `--a.b=text` and `--a.b` (empty text)."""
+    # "--" is appended as a sentinel: an option at the end has no following text.
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         if argument.startswith("--"):
             name, equals, text = argument.removeprefix("--").partition("=")
@@ -127,7 +132,7 @@ def split_arguments(arguments: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def is_dataclass_type(kind: Any) -> bool:
-    """Whether a type is a dataclass."""
+    """True for a dataclass type."""
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
@@ -137,13 +142,13 @@ def element_type(kind: Any) -> Any:
 
 
 def _mapping_values(kind: Any) -> Any:
-    """V of dict[str, V], or of that or None; None for any other type."""
+    """V of dict[str, V] or of dict[str, V] | None; None for any other type."""
     parts = (kind, *typing.get_args(kind))
     return next((typing.get_args(part)[1] for part in parts if typing.get_origin(part) is dict), None)
 
 
 def describe(kind: Any) -> str:
-    """A type in words."""
+    """Description of a type for messages."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, parts))

@@ -1,14 +1,14 @@
-"""Published protocols of retrieval: what each asks of a configuration, checked before anything is trained.
+"""Published retrieval protocols: their requirements on a configuration, checked before training.
 
-leave_one_out   HLLM's paper, section 4.1, and SASRec's before it: of every user the last event is the test
-                target and the last but one the validation target; the model trains on the rest and is chosen on
-                validation; all other items are candidates.
-ml1m_hstu       Meta's README for MovieLens-1M: trained on everything but the last event for a fixed number of
-                epochs, tested on the last event. Nothing may be chosen by the validation targets, which were
-                trained on: choose with `leave_one_out`, then train once more and test once.
+leave_one_out   The HLLM paper, section 4.1, and SASRec: each user's last event is the test target and the
+                second-to-last the validation target. The model is trained on the other events and selected on the
+                validation targets; all other items are candidates.
+ml1m_hstu       Meta's README for MovieLens-1M: trained on all events except the last for a fixed number of epochs,
+                tested on the last event. The validation targets are part of training, so nothing may be selected
+                by them: select with `leave_one_out`, then train again and test once.
 
-In both every event is a target whatever its rating, the whole catalogue is ranked, and a user's history is the
-only thing left out of it (`evaluation.filter_seen`, on in both publications).
+In both protocols every event is a target regardless of its rating, and the complete catalogue is ranked except the
+user's history (`evaluation.filter_seen`, on in both publications).
 """
 
 import operator
@@ -27,14 +27,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "leave_one_out": {**EVERY_EVENT, "data.train_part": "train"},
     "ml1m_hstu": {**EVERY_EVENT, "data.train_part": "train_and_valid"},
 }
-"""Protocol -> dotted field -> what it must be."""
+"""Protocol -> dotted field -> required value."""
 
 SPLIT_RULE = "leave_one_out"
-"""How the dataset of every protocol is split."""
+"""Split rule required by every protocol."""
 
 
 def protocol_problems(config: "Config") -> Iterator[str]:
-    """What of a configuration its protocol forbids, and a choice made on targets that were trained on."""
+    """Violations of the configuration's protocol, and checkpoint selection on targets that are part of training."""
     protocol = config.evaluation.protocol
     for name, wanted in PROTOCOLS.get(protocol or "", {}).items():
         value = operator.attrgetter(name)(config)
@@ -51,7 +51,7 @@ def protocol_problems(config: "Config") -> Iterator[str]:
 
 
 def dataset_problems(config: "Config", manifest: dict[str, Any]) -> Iterator[str]:
-    """What of a dataset the configuration's protocol forbids."""
+    """Violations of the configuration's protocol by its dataset."""
     rule = manifest["split"]["rule"]
     if config.evaluation.protocol is not None and rule != SPLIT_RULE:
         yield (

@@ -1,7 +1,7 @@
-"""Code of your own, named in a configuration as `module:name`: a user encoder, a numeric feature.
+"""Custom code named in a configuration as `module:name`: a user encoder, a numeric feature.
 
-The module is imported like any other: it is installed, or its folder is on PYTHONPATH, on every rank. Nothing is
-fetched, and a run directory that names one needs it again to be evaluated or embedded.
+The module is imported normally: on every rank it is installed or its folder is on PYTHONPATH. It is not copied into
+the run directory, so evaluating or embedding such a run needs the module again.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.modules.encoders.shapes import ENCODERS, SHAPE_BOUNDS
 
 EXTENSION_FORM = "module:Name of your own"
-"""How messages call it."""
+"""Form of an extension in messages."""
 
 
 def is_extension(name: str) -> bool:
-    """Whether a name of the configuration is one of the user's own code."""
+    """True if a name in the configuration refers to custom code."""
     return ":" in name
 
 
 def load_extension(text: str, field: str) -> Any:
-    """What `text`, `module:name`, stands for.
+    """Import the object that `text`, `module:name`, refers to.
 
     Args:
         field: dotted field of the configuration, for the message.
@@ -33,7 +33,8 @@ def load_extension(text: str, field: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        # Other words than Python's are of a module that has moved (`hllm_torchrec._moved`), and name its successor.
+        # A message that is not Python's own comes from a module that has moved (`hllm_torchrec._moved`): it contains
+        # the new name and must not be replaced.
         is_missing = f"{module}.".startswith(f"{error.name}.") and str(error).startswith("No module named")
         remedy = f"there is no module {module!r}: install it, or put its folder on PYTHONPATH"
         why = remedy if is_missing else str(error)
@@ -44,10 +45,10 @@ def load_extension(text: str, field: str) -> Any:
 
 
 def encoder_shape(encoder: str) -> type:
-    """The dataclass that `user.shape` becomes, for every `user.encoder` but llm. Ours need no torch.
+    """Dataclass of `user.shape`, for every `user.encoder` except llm. The built-in ones are available without torch.
 
     Raises:
-        ValueError: an unknown name, or a class that is no user encoder.
+        ValueError: an unknown name, or a class that is not a user encoder.
     """
     if encoder in ENCODERS:
         return ENCODERS[encoder].shape
@@ -62,16 +63,16 @@ def encoder_shape(encoder: str) -> type:
 
 
 def shape_bounds(encoder: str, shape: Any) -> dict[str, str]:
-    """Field -> range, for every field of an encoder's shape that has one."""
+    """Field -> range, for every field of an encoder's shape that has a range."""
     own = ENCODERS[encoder].bounds if encoder in ENCODERS else {}
     return {name: bound for name, bound in {**SHAPE_BOUNDS, **own}.items() if hasattr(shape, name)}
 
 
 def load_user_encoder(encoder: str) -> Any:
-    """The class that `user.encoder`, one of `ENCODERS` or `module:Name`, names: called with (shape, dropout).
+    """Class named by `user.encoder`, one of `ENCODERS` or `module:Name`; its arguments are (shape, dropout).
 
     Raises:
-        ValueError: there is none, it is no `UserEncoder`, or it does not say its `Shape`.
+        ValueError: the class does not exist, is not a `UserEncoder`, or does not declare its `Shape`.
     """
     if encoder in ENCODERS:
         return load_extension(ENCODERS[encoder].path, "user.encoder")

@@ -1,7 +1,8 @@
 """Inheritance of configuration files: `base: other.yaml` starts from another file's values.
 
-The path is relative to the file that has the line, and a base may have one itself. Mappings are merged key by key at
-any depth; everything else, lists and null as well, replaces the base's value. A run saves the result, without `base`.
+The path is relative to the file that contains the line, and a base may have a base itself. Mappings are merged key by
+key at any depth; all other values, including lists and null, replace the base's value. A run saves the merged result,
+without `base`.
 """
 
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any
 from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
 
 BASE = "base"
-"""Key of the line that names the base; no field of a configuration has this name."""
+"""Key that names the base file; no configuration field has this name."""
 
 
 def read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, Any]]:
     """(path, content without `base`) of a file and its bases, the furthest base first.
 
     Args:
-        above: files that are based on this one.
+        above: chain of files based on this one, used to detect cycles.
 
     Raises:
-        ValueError: a file is missing, not valid YAML, or based on itself; the message begins with the file's path.
+        ValueError: a file is missing, is not valid YAML, or is based on itself; the message starts with its path.
     """
     if path.resolve() in (file.resolve() for file in above):
         circle = " -> ".join(str(file) for file in (*above, path))

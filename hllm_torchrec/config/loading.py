@@ -1,9 +1,9 @@
-"""From YAML files and dotted options to a dataclass of fields, and back.
+"""Conversion of YAML files and dotted options to a configuration dataclass, and back.
 
 jsonargparse turns the dataclasses into `--model.user.layers 2` style options, reads the YAML and prints the
-resolved file (`--print_config`); it was chosen because the dataclasses stay plain, without a second schema.
-Checks beyond the parser's are in `checking`: unknown keys, with the nearest right name, and wrong types are all
-reported together. `inheritance` merges a file with the ones that it starts from.
+resolved file (`--print_config`); it was chosen because it works on plain dataclasses, without a second schema.
+Additional checks are in `checking`: unknown keys, with the closest valid name, and wrong types are all reported
+together. `inheritance` merges a file with its bases.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:
-    """The dataclass of `--config FILE` and dotted overrides; `prog` and `description` show in `--help`.
+    """Parse `--config FILE` and dotted overrides into `cls`; `prog` and `description` are shown in `--help`.
 
     `--print_config` prints the resolved configuration and exits.
 
@@ -63,7 +63,7 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
 def _for_jsonargparse(arguments: list[str]) -> list[str]:
     """Arguments with the resolved content in place of each configuration file, and without --print_config.
 
-    jsonargparse knows no `base`, and its own --print_config cannot print dataclasses in a list.
+    jsonargparse does not support `base`, and its own --print_config cannot print dataclasses in a list.
     """
     found: list[str] = []
     for argument in arguments:
@@ -90,7 +90,7 @@ def _parser(cls: type, prog: str, description: str) -> ArgumentParser:
 
 
 def _build(cls: type, value: Any) -> Any:
-    """Namespace or dict -> dataclass, recursively."""
+    """Convert a Namespace or dict to a dataclass, recursively."""
     if dataclasses.is_dataclass(value):
         return value
     data = vars(value) if isinstance(value, Namespace) else dict(value)
@@ -113,7 +113,7 @@ def _build(cls: type, value: Any) -> Any:
 
 
 def to_dict(config: Any) -> Any:
-    """The configuration as plain dicts and lists (JSON and YAML); also one that is parsed but not yet built."""
+    """Configuration as plain dicts and lists (JSON and YAML); also accepts one that is parsed but not yet built."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Namespace):
@@ -122,7 +122,7 @@ def to_dict(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The same as YAML."""
+    """Configuration as YAML."""
     return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 

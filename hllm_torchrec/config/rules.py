@@ -1,4 +1,4 @@
-"""The rules a configuration keeps: the range of each number, and what fields ask of one another."""
+"""Rules of a configuration: the range of each number, and constraints between fields."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config, StageConfig
 
 LLM_SECTIONS = ("item_llm", "user")
-"""Sections that describe an LLM (or a user encoder in its place): see `models.named_backbones`."""
+"""Sections that describe an LLM (`user`: or another user encoder)."""
 
 LORA_BOUNDS = {
     f"{part}.lora.{name}": bound
     for part in LLM_SECTIONS
     for name, bound in {"rank": ">= 0", "alpha": "> 0", "dropout": ">= 0, < 1"}.items()
 }
-"""Ranges of an adapter's numbers."""
+"""Ranges of the numbers of adapters."""
 
 BOUNDS = {
     "seed": ">= 0",
@@ -71,7 +71,7 @@ BOUNDS = {
     "reliability.leakage_above": "> 0.5, <= 1",
     **LORA_BOUNDS,
 }
-"""Dotted field -> what its value must be, where it has one."""
+"""Dotted field -> range of its value; None is always valid."""
 
 STAGE_BOUNDS = {"epochs": "> 0", "max_history": ">= 2", "batch_users": ">= 1"}
 
@@ -112,12 +112,12 @@ def _optimizer_problems(config: "Config") -> Iterator[str]:
 
 
 def takes_stored_items(config: "Config") -> bool:
-    """Whether item embeddings come from `item_llm.store`: a run takes them from there in all stages, or in none."""
+    """True if item embeddings come from `item_llm.store`; a run uses the store in all stages or in none."""
     return any(stage.item_embeddings == "stored" for stage in config.stages)
 
 
 def _store_problems(config: "Config") -> Iterator[str]:
-    """What stages with stored item embeddings need, and what only they have a use for."""
+    """Missing requirements of stages with stored item embeddings, and fields that only such stages use."""
     item = config.item_llm
     if not takes_stored_items(config):
         for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
@@ -147,7 +147,7 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:
-    """What of `user` does not fit an encoder that is no Hugging Face decoder."""
+    """Problems of `user` for encoders other than a Hugging Face decoder."""
     user, tokens = config.user, 1
     if user.actions == "interleaved":
         tokens = 2
@@ -175,6 +175,7 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     shape = kind(**(user.shape or {}))
     yield from out_of_bounds(shape, shape_bounds(user.encoder, shape), "user.shape.")
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
+    # A custom encoder's Shape has none of the optional fields; the defaults below then disable each check.
     bound = getattr(shape, "bounds_history", True)
     if bound and getattr(shape, "max_positions", longest) < longest:
         yield (
@@ -214,7 +215,7 @@ def _objective_problems(config: "Config") -> Iterator[str]:
 
 
 def lora_problems(config: "Config") -> Iterator[str]:
-    """Adapters where there is no Hugging Face model, or that nothing would ever train."""
+    """Adapters without a Hugging Face model, and adapters that would never be trained."""
     item, user = config.item_llm, config.user
     if item.lora.rank and not item.enabled:
         yield (
@@ -227,7 +228,7 @@ def lora_problems(config: "Config") -> Iterator[str]:
         )
     for name in LLM_SECTIONS:
         part = getattr(config, name)
-        # A later stage may freeze adapters that another run has trained.
+        # Frozen adapters are valid if another run has trained them: they come with its weights.
         if part.lora.rank and not part.trainable and config.start_from is None:
             yield (
                 f"{name}.lora.rank: {part.lora.rank} while {name}.trainable is false: its adapters would stay nothing; "

@@ -1,6 +1,6 @@
 """Configuration: frozen, typed dataclasses; one YAML per experiment; dotted overrides on the command line.
 
-`loading` parses files and options, `rules` has the ranges of numbers and the rules that span fields.
+`loading` parses files and options; `rules` contains the ranges of numbers and the rules across fields.
 """
 
 from dataclasses import dataclass, field
@@ -13,185 +13,192 @@ from hllm_torchrec.modules.fusion import Fusion
 
 @dataclass(frozen=True)
 class ReliabilityConfig:
-    """What a run does when something goes wrong."""
+    """Behavior on faults."""
 
     not_finite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradients are NaN or infinite: stop, or skip it, that is leave the weights as they are. Its
-    batch's ids are written to `bad_batches` in either case."""
+    """If the loss or the gradients of a step are NaN or infinite: stop, or skip the step, which leaves the weights
+    unchanged. The ids of its batch are written to `bad_batches` in both cases."""
     max_skipped: int = 10
-    """So many steps may be skipped in a row; the next one stops the run."""
+    """Maximum number of consecutive skipped steps; one more stops the run."""
     leakage: Literal["warn", "stop"] = "warn"
-    """At a validation AUC above `leakage_above`, where mostly a feature tells the label: warn, or stop after that
-    evaluation's checkpoint."""
+    """At a validation AUC above `leakage_above`, which usually means that a feature contains the label: warn, or stop
+    after the checkpoint of that evaluation."""
     leakage_above: float = 0.99
-    """AUC that is taken for leakage; `hllm evaluate` warns above the same."""
+    """AUC above which leakage is assumed; `hllm evaluate` warns above the same value."""
     asynchronous_checkpoints: bool = False
-    """Training waits only until its state is copied to the host's memory (which must have room for a rank's share of
-    it); a thread writes it meanwhile."""
+    """Training waits only until its state is copied to host memory (which needs space for a rank's share of the
+    state); a thread writes the checkpoint while training continues."""
     disk_full: Literal["stop", "go_on"] = "stop"
-    """A checkpoint that finds no room: stop, or go on without it and try again when the next is due. The last
-    one of a run is never done without."""
+    """If the disk is full: stop, or continue without the checkpoint and try again when the next one is due. The last
+    checkpoint of a run is always required."""
     no_checkpoint_left: Literal["stop", "begin"] = "stop"
-    """A run that resumes and finds damaged checkpoints only: stop and say so, or begin anew beside them."""
+    """If a resumed run finds only damaged checkpoints: stop with an error, or start from scratch and leave them in
+    the directory."""
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters on an LLM whose own weights stay as they are: W x + alpha / rank * B A x."""
+    """Low-rank adapters on an LLM with frozen base weights: W x + alpha / rank * B A x."""
 
     rank: int = 0
-    """Of the adapters; 0: none, the LLM itself trains."""
+    """Rank of the adapters; 0: no adapters, the LLM's weights are trained."""
     alpha: float = 16.0
-    """Adapters add alpha / rank times their product. They begin as nothing."""
+    """Adapters add alpha / rank times their product. They are initialized to a zero update."""
     dropout: float = 0.0
-    """Of an adapter's input, a probability."""
+    """Dropout probability of the adapter input."""
     targets: tuple[str, ...] = ()
-    """Last names of the linear layers that get one, such as [q_proj, v_proj]; none given: all of the LLM's layers."""
+    """Last name components of the linear layers that get adapters, such as [q_proj, v_proj]; empty: all linear layers
+    of the LLM."""
 
 
 @dataclass(frozen=True)
 class LogsConfig:
-    """Who is told of a run besides its directory."""
+    """Metric sinks in addition to the run directory."""
 
     wandb: str | None = None
-    """Project of Weights & Biases that the run's numbers go to as well (package wandb). Its own variables say how:
-    WANDB_MODE=offline writes them into the run's directory, for `wandb sync` later."""
+    """Weights & Biases project to which the run's metrics are also logged (package wandb). Configured by its
+    environment variables: WANDB_MODE=offline writes them into the run directory, for `wandb sync` later."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which dataset, and what of it a sample holds."""
+    """Dataset and contents of a sample."""
 
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
     history: Literal["all", "positive"] = "all"
-    """Earlier events that form the history: all with their action, or those with label 1, as in the paper."""
+    """Earlier events that form the history: all events with their actions, or only those with label 1, as in the
+    paper."""
     max_history: int = 1024
-    """A pass over a user holds at most this many events; longer users are cut into overlapping pieces, in
-    which an exposure sees between max_history / 2 and max_history events (all, where there are fewer)."""
+    """Maximum number of events per pass; longer user sequences are cut into overlapping pieces, in which an exposure
+    sees between max_history / 2 and max_history events (all, if there are fewer)."""
     batch_users: int = 8
     """User pieces per rank and step."""
     stochastic_length: float = 0.0
     """alpha of Stochastic Length (HSTU; 1.6 to 1.9 there): in training, a history longer than max_history^(alpha / 2)
-    is mostly read as a subsample of that length. 0: off. Every exposure and generative target stays."""
+    is usually replaced by a subsample of that length. 0: off. All exposures and generative targets are retained."""
     stochastic_choice: Literal["recent", "uniform"] = "recent"
-    """Events of such a subsample: drawn with weights that fall with age, or all alike."""
+    """Sampling of these events: with weights that decrease with age, or uniformly."""
     batch_item_tokens: int = 0
-    """Above 0: a rank's training step has users whose events have at most this many text tokens together, instead of
-    batch_users of them; steps then cost alike. A stage's own batch_users goes before it."""
+    """Above 0: maximum number of text tokens of the events per rank and training step, instead of batch_users; steps
+    then have similar cost. A stage's batch_users takes precedence."""
     item_features: tuple[str, ...] = ()
     """Categorical item features of the dataset added to history, query and target, e.g. [genres]."""
     user_features: tuple[str, ...] = ()
     """Categorical user features added to queries, e.g. [gender]."""
     numeric_features: tuple[str, ...] = ()
     """Numbers computed from strictly earlier events, added to queries: names of
-    `hllm_torchrec.data.numeric_features`, or module:name of a function of your own."""
+    `hllm_torchrec.data.numeric_features`, or module:name of a custom function."""
     item_vectors: tuple[str, ...] = ()
-    """Dense item features through a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to the
-    training part when first asked for) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
+    """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
+    the training part at first use) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
     id_dropout: float = 0.0
-    """Probability, in training, that an item's ID is read as unknown (0), a row that cold items then use."""
+    """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0
-    """Above 0: items without a training event are read as unknown, ID 0 and item_vectors of zeros, and so is, in
-    training, each item of a step with this probability: the model learns to do with text and item features."""
+    """Above 0: items without a training event are treated as unknown (ID 0 and zero item_vectors). In training each
+    item of a step is treated the same way with this probability, so the model learns to rely on text and item
+    features."""
     train_part: Literal["train", "train_and_valid"] = "train"
-    """Which events train: those of the training part, or those of the validation part too. The second is for the
-    last run, when nothing is left to choose: validation metrics are then of events that were trained on."""
+    """Events used for training: those of the training part, or of the training and validation parts. Use the second
+    only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
     train_users: float = 1.0
-    """Share of the users that are trained on, chosen by a hash of the user, so that a smaller share is part of a larger
-    one: for learning curves. Item counts, `factors` and numeric features stay those of the whole dataset."""
+    """Share of the users used for training, selected by a hash of the user, so that a smaller share is a subset of a
+    larger one: for learning curves. Item counts, `factors` and numeric features still use the complete dataset."""
     prefetch: int = 2
-    """Batches prepared ahead by the background thread."""
+    """Batches prepared in advance by the background thread."""
 
 
 @dataclass(frozen=True)
 class ItemLLMConfig:
-    """The Item LLM: text to item embedding."""
+    """Item LLM: text to item embedding."""
 
     enabled: bool = True
-    """False: no text at all; items are their IDs (an ID-only sequence model)."""
+    """False: no text; items are represented by their IDs (an ID-only sequence model)."""
     pretrained: str | None = None
     """Hugging Face directory with weights and tokeniser."""
     tokenizer: str | None = None
-    """Tokeniser directory, where it is not beside the weights."""
+    """Tokeniser directory, if it is not in the directory of the weights."""
     shape: dict[str, Any] | None = None
     """Hugging Face config of a model with random weights, instead of `pretrained`."""
     layers: int | None = None
     """Keep the first n layers (none given: all)."""
     pooling: Literal["item", "mean"] = "item"
-    """Read the learned [ITEM] vector's output, or average the text's (the paper's Table 10)."""
+    """Item embedding: the output at the learned [ITEM] vector, or the mean of the text outputs (the paper's Table
+    10)."""
     causal: bool = True
     """True for decoders, False for encoders such as BERT."""
     trainable: bool = True
     """False freezes the Item LLM in every stage (the paper's Table 4)."""
     store: str | None = None
-    """Embedding store (see `hllm embed`) for stages with `item_embeddings: stored`; made by this same Item LLM."""
+    """Embedding store (see `hllm embed`) for stages with `item_embeddings: stored`; written by the same Item LLM."""
     adapter: int = 0
-    """Above 0: width of a trained residual bottleneck on top of stored embeddings; it begins as the identity."""
+    """Above 0: width of a trained residual bottleneck applied to stored embeddings; initialized to the identity."""
     standardise: bool = False
-    """Centre and scale E, dimension by dimension, before it is projected to the user encoder's width, by mean and
-    spread of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space stay raw."""
+    """Center and scale each dimension of E before the projection to the user encoder's width, with mean and standard
+    deviation of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space are not
+    standardized."""
     freeze_words: bool = False
-    """Keep the word embeddings as they are: they are most of a small LLM's weights and optimizer state."""
+    """Freeze the word embeddings, which are most of a small LLM's weights and optimizer state."""
     prompt: str = ""
-    """Put before every item's text."""
+    """Prefix of every item's text."""
     text_keys: tuple[str, ...] = ("title",)
     """Text columns, flattened to `key: value` in this order."""
     separator: str = ", "
-    """Between the key-value pairs."""
+    """Separator of the key-value pairs."""
     max_text_length: int = 256
-    """Tokens of an item's text, prompt included."""
+    """Maximum number of tokens of an item's text, including the prompt."""
     trained_share: float = 1.0
-    """Share of a step's items through which gradients flow; the others' embeddings come from a cache."""
+    """Share of a step's items that receive gradients; the embeddings of the others come from a cache."""
     refresh_after: int = 20
-    """Steps after which a cached embedding is made anew; matters where trained_share is below 1."""
+    """Steps after which a cached embedding is recomputed; only used if trained_share is below 1."""
     items_at_once: int = 0
-    """Above 0: a rank keeps the activations of at most this many items of a step; the backward pass makes them again,
-    group after group, for a third more compute. With thousands of negatives nothing else fits."""
+    """Above 0: a rank stores the activations of at most this many items of a step; the backward pass recomputes them
+    group by group, for a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
-    """Encode the tokens with which most texts begin (the prompt) once per step and let all items attend to them;
-    the same values and gradients for less work. Encoders (`causal: false`) do without."""
+    """Encode the tokens that most texts share at the start (the prompt) once per step, and let all items attend to
+    them: the same values and gradients with less computation. Not used for encoders (`causal: false`)."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
-    flash-attn package (CUDA with `parallel.precision: bf16`); auto takes the first of these that can run. flex:
-    torch's FlexAttention (CUDA), only where it is named."""
+    flash-attn package (CUDA with `parallel.precision: bf16`); auto selects the first of these that can run. flex:
+    torch's FlexAttention (CUDA), only if set explicitly."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Adapters that train instead of the Item LLM's own weights; the [ITEM] vector trains besides."""
+    """Adapters trained instead of the Item LLM's base weights; the [ITEM] vector is trained as well."""
 
     @property
     def has_backbone(self) -> bool:
-        """Whether it is a Hugging Face model."""
+        """True for a Hugging Face model."""
         return self.enabled
 
 
 @dataclass(frozen=True)
 class UserEncoderConfig:
-    """The User LLM, or what stands in its place."""
+    """User encoder: the User LLM or another sequence model."""
 
     encoder: str = "llm"
-    """llm: a Hugging Face decoder; hstu, sasrec and ligr are described by `shape`, see `modules.encoders.shapes`;
-    module:Name: a `UserEncoder` of your own (docs/tutorials/add_a_user_encoder.md)."""
+    """llm: a Hugging Face decoder; hstu, sasrec and ligr are configured by `shape`, see
+    `hllm_torchrec.modules.encoders.shapes`; module:Name: a custom `UserEncoder`
+    (docs/tutorials/add_a_user_encoder.md)."""
     pretrained: str | None = None
     """Hugging Face directory of a decoder; its word embeddings are dropped."""
     shape: dict[str, Any] | None = None
     """Hugging Face config of a decoder with random weights, instead of `pretrained`; for the other encoders the
-    fields of HSTUShape, SASRecShape or LiGRShape, or of your own encoder's `Shape`."""
+    fields of HSTUShape, SASRecShape or LiGRShape, or of the custom encoder's `Shape`."""
     layers: int | None = None
     """Keep the first n layers of the decoder (none given: all)."""
     trainable: bool = True
     """False freezes it (the paper's Table 4)."""
     dropout: float = 0.0
-    """Of the inputs, a probability."""
+    """Dropout probability of the inputs."""
     actions: Literal["summed", "interleaved"] = "summed"
-    """How the history tells what was done with an item (features.action). summed: the action is added to the event;
-    interleaved: an event is two tokens, its item and then its action (HSTU's sequence), for twice the length. Windows,
-    prefixes and tables of positions then count tokens."""
+    """Representation of actions in the history (features.action). summed: the action embedding is added to the event;
+    interleaved: an event is two tokens, its item and then its action (HSTU's sequence), so sequences are twice as
+    long. Windows, prefixes and position tables then count tokens."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Adapters that train instead of the User LLM's own weights (encoder llm only)."""
+    """Adapters trained instead of the User LLM's base weights (encoder llm only)."""
 
     @property
     def has_backbone(self) -> bool:
-        """Whether it is a Hugging Face model."""
+        """True for a Hugging Face model."""
         return self.encoder == "llm"
 
 
@@ -204,19 +211,19 @@ class FeatureConfig:
     action: bool = True
     """Add the action's embedding (rating, click, skip) to the history."""
     action_gate: bool = False
-    """Scale an event's item features by 1 + gate(action), so that a bad rating can turn them round."""
+    """Scale an event's item features by 1 + gate(action), so that a bad rating can invert them."""
     time_depth: int = 6
     """Components of year, month, day, hour, minute, second that are used; 0: no time."""
     time_width: int = 32
     """Width of each component's table."""
     init_scale: float = 0.02
-    """Table entries start uniform in +-init_scale."""
+    """Table entries are initialized uniformly in +-init_scale."""
     shard_from_rows: int = 1024
     """Tables with fewer rows are replicated (data parallel) and belong to the dense optimizer."""
     sharding: Literal["table_wise", "column_wise", "row_wise", "auto"] = "table_wise"
-    """How the larger tables are sharded; `auto` leaves it to TorchRec's planner."""
+    """Sharding of the larger tables; `auto` lets TorchRec's planner choose."""
     table_dtype: Literal["fp32", "fp16"] = "fp32"
-    """Of the larger tables' weights; their optimizer state is float32 all the same (bytes: docs/retrieval.md)."""
+    """Data type of the larger tables' weights; their optimizer state is always float32 (bytes: docs/retrieval.md)."""
 
 
 @dataclass(frozen=True)
@@ -224,56 +231,58 @@ class ObjectiveConfig:
     """L = lambda * L_gen + L_cls (Eq. 3)."""
 
     fusion: Literal["late", "early", "none"] = "late"
-    """Where the target meets the user: in the head, or in the User LLM; `none`: generative only (Eq. 1)."""
+    """Position of the target: in the prediction head (late) or as an input of the user encoder (early); `none`:
+    generative loss only (Eq. 1)."""
     generative_weight: float = 0.0
     """lambda of Eq. (3); with fusion `none` the generative loss has weight 1."""
     value_weight: float = 0.0
     """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
     item_space: Literal["auto", "text", "features"] = "auto"
-    """Where positives and negatives of the generative loss live. text: E of the Item LLM alone, as in the paper;
-    features: P(E) + ID + item features, which an ID-only model has. auto: text where there is an Item LLM."""
+    """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
+    features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
-    """infonce: Eq. (1), a sampled softmax; bce: one binary decision for the positive and one, the mean over the
-    negatives, against them (SASRec)."""
+    """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
+    (SASRec)."""
     negatives: int = 512
-    """Items drawn per step from the catalogue, shared by all users and ranks of the step."""
+    """Items sampled per step from the catalogue, shared by all users and ranks of the step."""
     mask_own_items: bool = True
-    """Items of a user's sequence are no negatives of its positions. False: only a position's positive is masked, as
-    in a plain softmax, so that what comes later, but not next, is a negative."""
+    """Exclude the items of a user's sequence from that user's negatives. False: only the positive of a position is
+    masked (plain softmax), so items that occur later in the sequence are negatives."""
     temperature: float = 0.05
-    """Where the learnable temperature of the similarity starts (it stays >= 0.01)."""
+    """Initial value of the learnable temperature of the similarity (bounded below by 0.01)."""
     positive_targets_only: bool = True
-    """The next item to generate is predicted only where its label is 1 (or unknown)."""
+    """Only items with label 1 or an unknown label are targets of the generative loss."""
     head_hidden: int = 128
     """Width of the prediction head's hidden layer."""
     head_dropout: float = 0.0
-    """In the prediction head, a probability."""
+    """Dropout probability in the prediction head."""
     collapse_above: float = 0.98
-    """Stop when, after the warm-up, the mean cosine similarity between item embeddings is above this: all items
-    look the same."""
+    """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this: the embeddings
+    have collapsed."""
 
     @property
     def generates(self) -> bool:
-        """Whether there is a generative loss."""
+        """True if there is a generative loss."""
         return not self.has_head or self.generative_weight > 0
 
     @property
     def has_head(self) -> bool:
-        """Whether exposures are classified."""
+        """True if exposures are classified."""
         return Fusion(self.fusion).has_queries
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of training (the paper's three stages are three of them)."""
+    """A stage of training (the paper has three)."""
 
     name: str
     """Shown in the log."""
     epochs: float = 1.0
     """Passes over the training users; fractions are allowed."""
     item_embeddings: Literal["trained", "cached", "stored"] = "trained"
-    """They come from the Item LLM, with gradients; from a cache filled when the stage begins; or (the paper's stage
-    II, then in all stages of a run) from `item_llm.store` as a frozen table, sharded over the ranks."""
+    """Source of item embeddings. trained: the Item LLM, with gradients; cached: a cache filled at the start of the
+    stage; stored (the paper's stage II; then in all stages of a run): `item_llm.store` as a frozen table, sharded
+    over the ranks."""
     max_history: int | None = None
     """Overrides data.max_history (150 in the paper's stage I, 1000 in stage II)."""
     batch_users: int | None = None
@@ -282,45 +291,46 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimizers: AdamW for dense parts, an in-backward one for sharded tables."""
+    """Optimizers: AdamW for dense parts, an in-backward optimizer for sharded tables."""
 
     lr: float = 1e-3
-    """Learning rate of dense parts that no other field names."""
+    """Learning rate of dense parts without a learning rate of their own."""
     item_llm_lr: float = 1e-4
-    """Of the Item LLM (the paper's setting)."""
+    """Learning rate of the Item LLM (the paper's setting)."""
     user_lr: float | None = None
-    """Of the user encoder; none given: `lr`."""
+    """Learning rate of the user encoder; none given: `lr`."""
     table_lr: float = 0.05
-    """Of sharded tables."""
+    """Learning rate of sharded tables."""
     table_optimizer: str = "rowwise_adagrad"
     """In-backward optimizer of sharded tables: rowwise_adagrad, adagrad or sgd; adam and partial_rowwise_adam run on
-    CUDA only. Tables step at every micro-batch, unclipped, whatever `accumulate` and `clip_norm` say: they are updated
-    inside the backward pass."""
+    CUDA only. Tables are updated at every micro-batch without clipping, independent of `accumulate` and `clip_norm`,
+    because the update is part of the backward pass."""
     table_options: dict[str, float] = field(default_factory=dict)
-    """Its hyperparameters besides the learning rate, such as {eps: 1.0e-6} (adagrad) or {beta1: 0.9, beta2: 0.98}
-    (adam); FBGEMM's defaults otherwise. `hllm_torchrec.config.table_optimizers` lists them."""
+    """Hyperparameters of `table_optimizer` other than the learning rate, such as {eps: 1.0e-6} (adagrad) or
+    {beta1: 0.9, beta2: 0.98} (adam); otherwise FBGEMM's defaults. `hllm_torchrec.config.table_optimizers` lists
+    them."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's means of gradients and of squared gradients, of the dense parts."""
+    """AdamW's decay rates of the mean gradient and mean squared gradient, for the dense parts."""
     weight_decay: float = 0.01
-    """Decoupled, on matrices only."""
+    """Decoupled weight decay, applied to matrices only."""
     warmup: float = 0.05
-    """Share of all steps over which the learning rate rises."""
+    """Share of all steps over which the learning rate increases linearly to its peak."""
     min_lr_ratio: float = 0.05
-    """The cosine ends at this share of the learning rate."""
+    """Final learning rate of the cosine schedule, as a share of the peak."""
     clip_norm: float = 1.0
-    """Gradient norm of the dense parts; 0: no clipping."""
+    """Maximum gradient norm of the dense parts; 0: no clipping."""
     accumulate: int = 1
     """Micro-batches per dense step."""
     ema: float = 0.0
-    """Decay of an exponential average of the dense weights used in evaluation; 0: none."""
+    """Decay of an exponential moving average of the dense weights, used in evaluation; 0: none."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model meets the machine."""
+    """Parallelism and precision."""
 
     dense: Literal["ddp", "fsdp"] = "ddp"
-    """Dense parts are replicated (DDP) or sharded (FSDP2)."""
+    """Parallelism of the dense parts: replicated (DDP) or sharded (FSDP2)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast of the forward pass; weights stay fp32."""
     activation_checkpointing: bool = False
@@ -328,38 +338,38 @@ class ParallelConfig:
     compile: bool = False
     """torch.compile the LLMs' layers."""
     overlap_tables: bool = False
-    """Exchange the table ids of the next batch while the present one is computed; changes no number."""
+    """Exchange the table ids of the next batch while the current one is computed; does not change results."""
     timeout: float = 600.0
-    """Seconds that a rank waits for the others before it gives up."""
+    """Seconds that a rank waits for the others before it fails."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation during training, and the checkpoint that is kept."""
+    """Evaluation during training, and the checkpoints that are retained."""
 
     every: float = 1.0
     """Epochs between evaluations on the validation part, each with a checkpoint; fractions are allowed."""
     checkpoint_every: int = 0
-    """Steps between further checkpoints, without an evaluation; 0: none."""
+    """Steps between additional checkpoints without an evaluation; 0: none."""
     patience: int = 0
-    """Stop after this many evaluations without a better AUC (without fusion: NDCG at the first of `ks`); 0:
+    """Stop after this many evaluations without a better AUC (fusion `none`: NDCG at the first of `ks`); 0:
     never."""
     batch_users: int = 16
     """User pieces per rank and step."""
     auc: Literal["exact", "approximate"] = "exact"
-    """During training: exact, or by a histogram with a bound on its error. `hllm evaluate` is always exact."""
+    """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False
-    """Also Recall@K and NDCG@K over the whole catalogue (needs the generative loss). Targets are what the
-    generative loss has for targets: positive exposures, or all (objective.positive_targets_only)."""
+    """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss). The targets are those
+    of the generative loss: positive exposures, or all (objective.positive_targets_only)."""
     filter_seen: bool = True
-    """Items of a user's history are no candidates."""
+    """Exclude the items of a user's history from the candidates."""
     protocol: Literal["leave_one_out", "ml1m_hstu"] | None = None
-    """Published protocol that the run follows; what it asks of other fields is checked, and its name goes into
-    the results (`hllm_torchrec.config.eval_protocols`)."""
+    """Published protocol of the run; its requirements on other fields are checked, and its name is written into the
+    results (`hllm_torchrec.config.eval_protocols`)."""
     ks: tuple[int, ...] = (10, 50, 200)
-    """K of Recall@K and NDCG@K; the first is for the choice of the best checkpoint."""
+    """K of Recall@K and NDCG@K; the first one selects the best checkpoint."""
     keep_last: int = 2
-    """Checkpoints kept, besides the best."""
+    """Number of recent checkpoints retained, in addition to the best."""
 
 
 @dataclass(frozen=True)
@@ -369,13 +379,13 @@ class Config:
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
     seed: int = 0
-    """Of weights, shuffling, negatives and dropout."""
+    """Random seed of weights, shuffling, negatives and dropout."""
     resume: bool = False
-    """Continue from the last complete checkpoint of `output`, or begin where there is none: what a job that is
-    restarted after a failure wants."""
+    """Continue from the last complete checkpoint of `output`, or start a new run if there is none: for jobs that are
+    restarted after failures."""
     start_from: str | None = None
-    """Begin with the weights of another run's best checkpoint (its directory), or of the checkpoint named: the Item
-    LLM and the user encoder must be the same; other parts that it has not got keep their initial values."""
+    """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. The
+    Item LLM and the user encoder must be the same; other parts that it lacks keep their initial values."""
     max_steps: int = 0
     """Stop after this many steps; 0: run all stages."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -389,7 +399,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
     stages: tuple[StageConfig, ...] = (StageConfig(name="end to end"),)
-    """Run one after the other."""
+    """Training stages, run in sequence."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -399,7 +409,7 @@ class Config:
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     """Faults."""
     logs: LogsConfig = field(default_factory=LogsConfig)
-    """Who is told of the run, besides its directory."""
+    """Metric sinks in addition to the run directory."""
 
     def __post_init__(self) -> None:
         problems = config_problems(self)

@@ -1,6 +1,6 @@
-"""In-backward optimizers of sharded tables by name: `TABLE_OPTIMIZERS`, where a new one is an entry.
+"""Registry of the in-backward optimizers of sharded tables, by name (`TABLE_OPTIMIZERS`).
 
-Plain data, so that a configuration is checked without torch; `hllm_torchrec.embedding` applies them.
+It is plain data, so that a configuration can be checked without torch; `hllm_torchrec.embedding` applies it.
 """
 
 import importlib
@@ -19,17 +19,17 @@ class TableOptimizerKind:
     path: str
     """module:Name of the class, which TorchRec maps to FBGEMM's kernel."""
     per_value: int
-    """Numbers of state for each weight of a shard."""
+    """State values per weight of a shard."""
     per_row: int
-    """Numbers of state for each row of a shard."""
+    """State values per row of a shard."""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of FBGEMM that its kernel reads, besides the learning rate -> range, as in `rules.BOUNDS`."""
+    """FBGEMM argument used by the kernel, other than the learning rate -> range, as in `rules.BOUNDS`."""
     cuda_only: bool = False
-    """FBGEMM has no kernel of it for CPUs."""
+    """True if FBGEMM has no CPU kernel for it."""
 
     @property
     def optimizer(self) -> Any:
-        """The class."""
+        """Optimizer class."""
         module, _, name = self.path.partition(":")
         return getattr(importlib.import_module(module), name)
 
@@ -44,10 +44,10 @@ TABLE_OPTIMIZERS: dict[str, TableOptimizerKind] = {
     "partial_rowwise_adam": TableOptimizerKind("torchrec.optim:PartialRowWiseAdam", 1, 1, _ADAM, cuda_only=True),
     "adam": TableOptimizerKind("torchrec.optim:Adam", 2, 0, _ADAM, cuda_only=True),
 }
-"""`optim.table_optimizer` -> what it is."""
+"""`optim.table_optimizer` -> its optimizer."""
 
 REPLICATED = TableOptimizerKind("torch.optim:AdamW", 2, 0)
-"""Tables below `features.shard_from_rows`, float32 in every case, have the dense optimizer."""
+"""Optimizer of tables below `features.shard_from_rows`: always float32, updated by the dense optimizer."""
 
 
 def table_optimizer_problems(name: str, options: Mapping[str, float]) -> Iterator[str]:
