@@ -43,9 +43,7 @@ def quiet_libraries() -> None:
     for category, message in _WARNINGS:
         warnings.filterwarnings("ignore", message, category)
     if not sys.stderr.isatty():  # a bar overwrites itself, which a file shows as one long line
-        os.environ.setdefault(
-            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
-        )  # read when huggingface_hub is imported, possibly later
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read at its import, maybe later
         if "huggingface_hub" in sys.modules:
             from transformers.utils import logging as transformers_logging
 

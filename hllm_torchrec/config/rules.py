@@ -175,7 +175,7 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
     shape = kind(**(user.shape or {}))
     yield from out_of_bounds(shape, shape_bounds(user.encoder, shape), "user.shape.")
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
-    # A custom encoder's Shape has none of the optional fields; the defaults below then disable each check.
+    # The Shape of a custom encoder need not have these fields; the defaults below then disable each check.
     bound = getattr(shape, "bounds_history", True)
     if bound and getattr(shape, "max_positions", longest) < longest:
         yield (

@@ -1,12 +1,11 @@
-"""Stage III on disk: every exposure's user vector in a store, by its key, and items as the user encoder reads them.
+"""Stage III stores: user vectors of exposures, and item vectors as inputs of the user encoder.
 
-    embed_exposures(loaded, Path("stores/nearline"), "nearline")      # user vectors, each as of its exposure
+    embed_exposures(loaded, Path("stores/nearline"), "nearline")      # user vectors at the time of each exposure
     embed_item_features(loaded, Path("stores/item-features"))         # P(E) + ID + item features, by raw id
 
-A key is the exposure's user and position in the user's whole sequence, so it stays the same however the sequence is
-split into parts. The content hash of a key is one of the exposure's item and second: a reader sees by it whether the
-store
-was made from the sequences that it reads itself.
+The key of an exposure is its user and its position in the user's complete sequence, which does not depend on how the
+sequence is split into parts. The content hash is a hash of the exposure's item and second, by which a reader detects
+that the store was made from other sequences than its own.
 
 Legend: n exposures, D width of a user vector.
 """
@@ -51,19 +50,19 @@ MAX_POSITION = 2**31
 
 
 def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
-    """int64 [n] of the exposures at `positions` [n] in the sequences of `user_ids` [n]."""
+    """Keys int64 [n] of the exposures at `positions` [n] in the sequences of `user_ids` [n]."""
     assert positions.size == 0 or 0 <= positions.min() <= positions.max() < MAX_POSITION
     return (user_ids << 32) | positions
 
 
 def exposure_content_hashes(item_ids: Ints, seconds: Ints) -> Hashes:
-    """uint64 [n]: a hash of each exposure's item and second."""
+    """Hash of each exposure's item and second: uint64 [n]."""
     return hash_numbers(item_ids, seconds)
 
 
 @dataclass(frozen=True)
 class ExposureReport:
-    """What a job did. coverage: by part; seconds: embedding and writing."""
+    """Result of `embed_exposures`. coverage: by part; seconds: embedding and writing."""
 
     coverage: dict[str, Coverage]
     version: int
@@ -73,10 +72,10 @@ class ExposureReport:
 def embed_exposures(
     loaded: LoadedRun, path: Path, mode: Mode, splits: Sequence[str] = SPLITS, dtype: str = "fp16"
 ) -> ExposureReport:
-    """Write the user vectors of all exposures of `splits` into a store (made if it is not there). Collective.
+    """Write the user vectors of all exposures of `splits` into a store (created if missing). Collective.
 
-    The run's weights are taken as they are: call it within `loaded.weights`. An exposure whose user has no earlier
-    event (nearline) or none of an earlier day (daily) has no vector.
+    Must be called within `loaded.weights`. An exposure whose user has no earlier event (nearline) or no event of an
+    earlier day (daily) has no vector.
 
     Raises:
         ValueError: a part is empty, or the store was made by another checkpoint or in another mode.
@@ -94,7 +93,7 @@ def embed_exposures(
     for part in splits:
         counts = torch.zeros(2, dtype=torch.int64)
         batches = exposure_vectors(experiment, part, mode)
-        # as many batches, and so rounds, on every rank
+        # Every rank has the same number of batches, and so of rounds, which are collective.
         rounds = iter(lambda batches=batches: list(islice(batches, BATCHES)), [])  # type: ignore[misc]
 
         def encode(batch: ExposureVectors, counts: Tensor = counts) -> NewRows:
@@ -115,10 +114,10 @@ def _rows_of(batch: ExposureVectors) -> NewRows:
 
 @torch.no_grad()
 def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> EmbedReport:
-    """Bring a store of items as the user encoder reads them, P(E) + ID + item features, up to date. Collective.
+    """Update a store of item vectors as inputs of the user encoder, P(E) + ID + item features. Collective.
 
-    Late fusion compares these with the user's vector; without an interaction an item still has its text's part. Keys
-    are raw item ids. Call it within `loaded.weights`.
+    Late fusion compares these with the user's vector; for an item without an interaction the vector still contains
+    the text component. Keys are raw item ids. Must be called within `loaded.weights`.
 
     Raises:
         ConfigError: the model has no Item LLM.
@@ -144,10 +143,10 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
 
 
 class ExposureLookup:
-    """Reads user vectors of exposures from a store, as it was committed when this was made.
+    """Reads user vectors of exposures from the snapshot of a store taken at construction.
 
     Raises:
-        ValueError: there is no such store, or it is not one of exposures.
+        ValueError: the store does not exist, or is not a store of exposures.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -158,10 +157,10 @@ class ExposureLookup:
         self.width = self.store.width
 
     def __call__(self, user_ids: Ints, positions: Ints, item_ids: Ints, seconds: Ints) -> Tensor:
-        """Exposures [n] -> float32 [n, D + 1]: vectors (zeros where there is none), and a last column of 1 there.
+        """Exposures [n] -> float32 [n, D + 1]: vectors (zeros if missing); the last column is 1 if missing, else 0.
 
         Raises:
-            ValueError: an exposure in the store is of another item or second: it was made from other sequences.
+            ValueError: an exposure in the store has another item or second: it was made from other sequences.
         """
         keys = exposure_keys(user_ids, positions)
         marks, known = self._snapshot.content_hashes(keys)
@@ -177,6 +176,6 @@ class ExposureLookup:
 
 
 def coverage_lines(report: ExposureReport) -> Iterator[str]:
-    """A line for each part."""
+    """One line per part."""
     for part, found in report.coverage.items():
         yield f"{part}: {found.with_user:,} of {found.exposures:,} exposures ({found.share:.1%}) have a user vector"

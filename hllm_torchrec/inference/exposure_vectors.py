@@ -1,8 +1,8 @@
-"""Stage III: for every exposure of a split its user's vector, as a ranking model would have had it.
+"""Stage III: the user vector of every exposure of a split, as available to a ranking model at that time.
 
-Two modes. `daily`: the user's vector of the last nightly job, made from events before the exposure's day (UTC), as in
-the paper's Figure 4. `nearline`: made from events of strictly earlier seconds. Nothing later has a part in either, and
-an exposure whose user has no such event has no user vector.
+Two modes. `daily`: the vector of the last nightly job, computed from events before the exposure's day (UTC), as in
+the paper's Figure 4. `nearline`: computed from events of strictly earlier seconds. Neither uses later events, and an
+exposure whose user has no such event has no user vector.
 
 Legend: X exposures, D width of a user vector.
 """
@@ -31,7 +31,8 @@ Mode = Literal["daily", "nearline"]
 
 @dataclass(frozen=True)
 class ExposureVectors:
-    """Some exposures. (user_id, position) identifies one: position is its index in the user's whole sequence.
+    """A batch of exposures with user vectors. (user_id, position) identifies an exposure: position is its index in the
+    user's complete sequence.
 
     user_id, position, item_id, timestamp (seconds UTC): int64 [X]; label: float32 [X]; users: float32
     [X, D], zeros where has_user (bool [X]) is false.
@@ -48,22 +49,22 @@ class ExposureVectors:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How many exposures there are, and how many of them have a user vector."""
+    """Number of exposures, and of exposures with a user vector."""
 
     exposures: int
     with_user: int
 
     @property
     def share(self) -> float:
-        """Exposures with a user vector, of all; 0 without any."""
+        """Share of exposures with a user vector; 0 without exposures."""
         return self.with_user / max(self.exposures, 1)
 
 
 @dataclass(frozen=True)
 class VectorRequest:
-    """Exposures (event indices of `source`) whose user vectors come from one `history` piece, or that have none.
+    """Exposures (event indices of `source`) whose user vectors come from one `history` piece; None: no vectors.
 
-    per_exposure: `history` has these exposures itself, in order; otherwise one exposure that stands for them all.
+    per_exposure: `history` contains these exposures, in order; otherwise a single exposure that represents them all.
     """
 
     source: Piece
@@ -73,14 +74,14 @@ class VectorRequest:
 
     @property
     def cost(self) -> int:
-        """Events to be read."""
+        """Number of events to encode."""
         return 1 if self.history is None else len(self.history)
 
 
 def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator[ExposureVectors]:
-    """This rank's exposures of a split, some at a time; ranks have different ones. Collective: exhaust it.
+    """Yield this rank's exposures of a split in batches. Collective: every rank must exhaust the iterator.
 
-    Vectors are those of the experiment's present weights.
+    The vectors are computed with the experiment's current weights.
 
     Raises:
         ValueError: the split is empty.
@@ -92,11 +93,12 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
     with open_embedder(experiment) as embedder:
         batches = _request_batches(requests, item_embedding.CATALOGUE_TOKENS)
         while any_rank((batch := next(batches, None)) is not None, experiment.device):
-            yield embed_requests(embedder, batch or [])  # a rank that has run out takes part with nothing
+            yield embed_requests(embedder, batch or [])  # a finished rank still joins collectives
 
 
 def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
-    """Exposures of a user (a whole sequence), by how many events are of earlier days: those share a vector."""
+    """Group a user's exposures (of a complete sequence) by the number of events of earlier days: each group shares a
+    vector."""
     exposures = piece.exposures
     midnights = piece.timestamps[exposures] // DAY * DAY
     seen = visible_before(piece.timestamps, midnights)
@@ -106,7 +108,7 @@ def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
 
 
 def nearline_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
-    """Exposures of a user (a whole sequence) by stretch of at most max_history events, as in training."""
+    """Group a user's exposures (of a complete sequence) by pieces of at most max_history events, as in training."""
     one, length = np.zeros(1, np.int64), np.array([len(piece)])
     cut = cut_into_pieces(one, one, length, np.array([piece.first_target]), max_history)
     exposures = piece.exposures
@@ -123,8 +125,9 @@ REQUESTS_BY_MODE: dict[Mode, Callable[[Piece, int], Iterator[VectorRequest]]] = 
 
 
 def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> ExposureVectors:
-    """The vectors of all exposures of some units, which may be none. Collective."""
+    """Compute the vectors of all exposures of some requests, possibly none. Collective."""
     vectors, known = embedder([request.history for request in requests if request.history is not None])
+    # rows: for each exposure the row of its vector in `vectors`; at: first row of the present request.
     rows, at = [np.empty(0, np.int64)], 0
     for request in requests:
         count = request.exposures.size
@@ -133,7 +136,7 @@ def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> Exp
         else:
             rows.append(at + (np.arange(count) if request.per_exposure else np.zeros(count, np.int64)))
             at += count if request.per_exposure else 1
-    assert at == known.numel(), "every asked piece has the exposures that its unit says"
+    assert at == known.numel(), "every piece has the exposures that its request states"
     row = torch.from_numpy(np.concatenate(rows)).to(vectors.device)
     has_user = torch.cat([known, known.new_zeros(1)])[row]  # row -1: no vector
     return ExposureVectors(
@@ -148,7 +151,7 @@ def embed_requests(embedder: UserEmbedder, requests: list[VectorRequest]) -> Exp
 
 
 def _request_batches(requests: Iterator[VectorRequest], budget: int) -> Iterator[list[VectorRequest]]:
-    """Units whose cost together is about `budget` events."""
+    """Batches of requests with a total cost of about `budget` events."""
     batch: list[VectorRequest] = []
     spent = 0
     for request in requests:

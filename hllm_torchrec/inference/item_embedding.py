@@ -1,8 +1,7 @@
-"""Embedding job: what is new or changed since the store's last commit is encoded, on all ranks, and committed.
+"""Incremental embedding job for items: encodes new and changed items on all ranks and commits them to the store.
 
-An item's content hash in the store is a hash of its tokens, so a job that is run again, or again after a crash, encodes
-only
-what is missing: its cost follows what changed, not the catalogue.
+The content hash of an item in the store is a hash of its tokens. A job that is repeated, or restarted after a crash,
+encodes only the missing items, so its cost depends on the changes and not on the size of the catalogue.
 """
 
 import time
@@ -35,16 +34,17 @@ from hllm_torchrec.store.remote_store import RemoteStore, writable_store
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
 COMMIT_TOKENS = 2_000_000
-"""A rank encodes about so many tokens between two commits: what a crash can cost."""
+"""Approximate number of tokens that a rank encodes between two commits; a crash loses at most these."""
 
 T = TypeVar("T")
 NewRows = tuple[pa.Array, Tensor, Hashes]
-"""What goes into a store: keys [n], vectors [n, D] float32, content hashes [n]."""
+"""Rows to be stored: keys [n], vectors [n, D] float32, content hashes [n]."""
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What a job did. items: of the dataset; encoded: of them, now; seconds: encoding and writing."""
+    """Result of a job. items: number in the dataset; encoded: number encoded by this job; seconds: encoding and
+    writing."""
 
     items: int
     encoded: int
@@ -53,15 +53,15 @@ class EmbedReport:
 
 
 def item_content_hashes(tokens: TokenStore) -> Hashes:
-    """uint64 [N]: a hash of each item's tokens."""
+    """Hash of each item's tokens: uint64 [N]."""
     return hash_bytes(np.ascontiguousarray(tokens.values).view(np.uint8), tokens.offsets * tokens.values.itemsize)
 
 
 @torch.no_grad()
 def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> EmbedReport:
-    """Bring the item store at `path` (made if it is not there) up to date with the dataset. Collective.
+    """Update the item store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw item ids. Ranks share the work by tokens; each writes its own rows, and rank 0 commits those of all.
+    Keys are raw item ids. Work is divided among the ranks by tokens; each writes its rows, and rank 0 commits them.
 
     Raises:
         ValueError: the store was made by another model, or another process is writing to it.
@@ -88,12 +88,12 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
 def write_rounds(
     store: EmbeddingStore, rounds: Iterable[Sequence[T]], encode: Callable[[T], NewRows], what: str, total: int | None
 ) -> int:
-    """Encode every chunk of every round and commit after each round; returns the store's version. Collective.
+    """Encode all chunks and commit after each round; return the store's version. Collective.
 
     Args:
-        rounds: this rank's chunks; every rank has as many rounds, each of as many chunks.
-        encode: chunk -> its rows, which may be none; it may be collective.
-        what, total: name and length (None: not known) of the progress bar.
+        rounds: this rank's chunks; all ranks have the same number of rounds, each with the same number of chunks.
+        encode: chunk -> its rows, possibly none; may be collective.
+        what, total: name and length (None: unknown) of the progress bar.
 
     Raises:
         ValueError: another process is writing to the store.
@@ -107,6 +107,8 @@ def write_rounds(
                 run = store.segment_writer()
                 for chunk in chunks:
                     run.add(*encode(chunk))
+                # Segments must be complete on all ranks before rank 0 commits them, and at the URL before the
+                # manifest that names them is published.
                 written = coordination.run_on_all_ranks(run.finish)
                 if published is not None:
                     published.upload_segments(written)
@@ -116,7 +118,7 @@ def write_rounds(
 
 
 def _commit(writer: list[StoreWriter], written: list[SegmentFacts], published: RemoteStore | None) -> None:
-    """Rank 0's writer takes in what every rank has written, and publishes it where the store is at a URL."""
+    """Commit the segments of all ranks with rank 0's writer, and publish the version if the store is at a URL."""
     writer[0].commit(written)
     if published is not None:
         published.publish()
@@ -125,10 +127,10 @@ def _commit(writer: list[StoreWriter], written: list[SegmentFacts], published: R
 def open_or_create_store(
     path: Path, width: int, dtype: str, facts: dict[str, Any], keys: KeyKind = "string"
 ) -> EmbeddingStore:
-    """The store at `path`, of this model, to write to; of one at a URL a copy on each host. Collective.
+    """Open or create this model's store at `path` for writing; for a URL, a copy on each host. Collective.
 
     Raises:
-        ValueError: it was made by another model, or cannot be reached.
+        ValueError: the store was made by another model, or cannot be reached.
     """
     url = url_of(path)
 
@@ -150,19 +152,19 @@ def open_or_create_store(
 
 
 def changed(store: EmbeddingStore, raw_ids: Any, content_hashes: Hashes) -> NDArray[np.int64]:
-    """Ids [k] int64 (from 1, rising) whose vector is missing in the store or was made from something else.
+    """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from other content.
 
-    raw_ids: [N - 1] of the items from 1 on; content_hashes: [N] uint64 of what each vector is to be made from, 0 first.
+    raw_ids: [N - 1] for ids from 1; content_hashes: [N] uint64 of the current content, for ids from 0.
     """
     stored, known = store.snapshot().content_hashes(pc.cast(raw_ids, "large_string").combine_chunks())
     return 1 + np.flatnonzero(~known | (stored != content_hashes[1:]))
 
 
 def shares(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
-    """What this rank encodes: rounds, each of chunks of ids, as many on every rank (some may be empty).
+    """Rounds of chunks of ids that this rank encodes; their numbers are the same on all ranks (chunks may be empty).
 
-    ids: [k] int64; costs: [N] int64 tokens by id. Sorted by length, ids are dealt out in turn; a chunk has about
-    CATALOGUE_TOKENS tokens, a round (what lies between two commits) about COMMIT_TOKENS.
+    ids: [k] int64; costs: [N] int64 tokens by id. Ids are sorted by length and assigned to ranks round-robin; a chunk
+    has about CATALOGUE_TOKENS tokens, a round (the work between two commits) about COMMIT_TOKENS.
     """
     world, rank = coordination.world_size(), coordination.rank()
     chunks = [chunk[rank::world] for chunk in length_sorted_chunks(ids, costs, CATALOGUE_TOKENS * world)]

@@ -1,13 +1,13 @@
-"""A FAISS index over a run's item vectors, for serving retrieval: users' vectors in, item ids out.
+"""FAISS index of a run's item vectors for serving retrieval: maps user vectors to item ids.
 
     export_run(Path("runs/retrieval/hstu"), Path("exports/items"))         # or: hllm index --run ... --output ...
     index = ItemIndex.open(Path("exports/items"))
     ids, scores = index.top(vectors, 100, exclude=seen)
 
-Items are in the space of the generative loss, where the user vectors of a model without late fusion are too
+Items are in the space of the generative loss, which is also that of the user vectors of a model without late fusion
 (`HLLM.embed_users`, `hllm embed --users`). The folder has the layout of `hllm store export --faiss`, which
-`ItemIndex.open` reads as well; the vectors have length 1, so scores are cosines. faiss is an extra: pip install
-"hllm_torchrec[faiss]".
+`ItemIndex.open` also reads. The vectors have length 1, so scores are cosines. faiss is an optional dependency:
+pip install "hllm_torchrec[faiss]".
 
 Legend: N items, B users, D width.
 """
@@ -33,20 +33,20 @@ Kind = Literal["flat", "ivf"]
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """A FAISS index of inner products. ids: [N] the id (text or number) of each of its positions."""
+    """FAISS index of inner products. ids: [N], id (text or number) of each position."""
 
     index: Any
     ids: pa.Array
 
     @classmethod
     def build(cls, vectors: Floats, ids: Sequence[Any] | pa.Array, kind: Kind = "flat", cells: int = 0) -> "ItemIndex":
-        """An index of vectors [N, D], which are normalised.
+        """Build an index of vectors [N, D], which are normalised.
 
-        flat: exact, every item is scored. ivf: the items of the `cells` (0: 4 sqrt(N)) nearest to the user among all
-        `cells` are; how many cells are searched is `nprobe` of `search`.
+        flat: exact, all items are scored. ivf: items are clustered into `cells` cells (0: 4 sqrt(N)), and only those
+        of the `nprobe` (see `search`) cells nearest to the user are scored.
 
         Raises:
-            ValueError: faiss is not installed, ids and vectors of different numbers, or more cells than items.
+            ValueError: faiss is not installed, different numbers of ids and vectors, or more cells than items.
         """
         faiss = import_faiss()
         vectors = normalize_rows(vectors)
@@ -58,17 +58,17 @@ class ItemIndex:
             if not 1 <= cells <= len(vectors):
                 raise ValueError(f"cells is {cells}: must be 1 to {len(vectors)}, the number of items")
             index = faiss.IndexIVFFlat(index, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
-            index.cp.min_points_per_centroid = 1  # small catalogues are fine
+            index.cp.min_points_per_centroid = 1  # otherwise FAISS warns on small catalogues
             index.train(vectors)
         index.add(vectors)
         return cls(index, ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids))
 
     @classmethod
     def open(cls, folder: Path) -> "ItemIndex":
-        """The index that `save` or `hllm store export --faiss` wrote.
+        """Open an index written by `save` or `hllm store export --faiss`.
 
         Raises:
-            ValueError: faiss is not installed, or there is no index.
+            ValueError: faiss is not installed, or the folder has no index.
         """
         faiss, file = import_faiss(), folder / "index.faiss"
         if not file.is_file():
@@ -80,7 +80,7 @@ class ItemIndex:
         """Write index.faiss and ids.parquet.
 
         Raises:
-            ValueError: there is something at `folder`.
+            ValueError: `folder` exists.
         """
         write_index(self.index, self.ids, folder)
 
@@ -90,27 +90,29 @@ class ItemIndex:
     def search(
         self, users: Floats, k: int, exclude: Sequence[Sequence[Any]] | None = None, nprobe: int = 16
     ) -> tuple[list[list[Any]], Floats]:
-        """The best items of each user, best first, without those in `exclude`.
+        """Return the best items of each user, best first, without those in `exclude`.
 
         Args:
             users: [B, D]; they are normalised.
-            k: items wanted for each, at least 1.
-            exclude: ids for each user, what was seen; unknown ids are harmless.
-            nprobe: cells that are searched, of an ivf index.
+            k: number of items per user, at least 1.
+            exclude: ids to leave out, per user, such as seen items; unknown ids are ignored.
+            nprobe: number of cells searched in an ivf index.
 
         Returns:
-            B lists of at most k ids (fewer where no more items are left, or found in the cells searched), and
-            scores [B, k] float32, -inf after the last.
+            B lists of at most k ids (fewer if no more items are left or found in the searched cells), and scores
+            [B, k] float32, -inf after the last id.
 
         Raises:
             ValueError: k below 1, vectors of another width, or an `exclude` for another number of users.
         """
         users = self._checked(users, k, exclude)
         out = [frozenset(ids) for ids in exclude] if exclude is not None else [frozenset()] * len(users)
+        # Excluded items can occupy the first ranks, so search for as many more as the longest list excludes.
         wanted = min(k + max(map(len, out), default=0), len(self))
         found, places = self.index.search(users, max(wanted, 1), params=self._parameters(nprobe))
         scores, ids = np.full((len(users), k), -np.inf, np.float32), []
         known = self.ids.take(pa.array(np.maximum(places, 0).reshape(-1))).to_pylist()
+        # FAISS returns position -1 where it has found fewer items than requested.
         for row, banned in enumerate(out):
             own = known[row * places.shape[1] : (row + 1) * places.shape[1]]
             left = [at for at, place in enumerate(places[row]) if place >= 0 and own[at] not in banned][:k]
@@ -133,20 +135,20 @@ class ItemIndex:
 
 
 def normalize_rows(vectors: Floats) -> Floats:
-    """A copy [n, D] with rows of length 1, as `torch.nn.functional.normalize` makes them."""
+    """Copy [n, D] with rows of length 1, as by `torch.nn.functional.normalize`."""
     return torch.nn.functional.normalize(torch.from_numpy(np.asarray(vectors, np.float32)), dim=-1).numpy().copy()
 
 
 def export_item_index(
     run: Path, target: Path, which: str, device: torch.device, kind: Kind = "flat", cells: int = 0
 ) -> int:
-    """Write the index of a run's items at a checkpoint ("best", "latest" or a directory); ids are raw. Collective.
+    """Write the index of a run's items at a checkpoint ("best", "latest" or a directory), by raw id. Collective.
 
     Returns:
-        the number of items.
+        Number of items.
 
     Raises:
-        ValueError: as `load_run` and `ItemIndex`; a model whose users are in no space with items.
+        ValueError: as `load_run` and `ItemIndex`; a model whose users and items do not share a vector space.
     """
     loaded = load_run(run, which, device)
     experiment = loaded.experiment

@@ -1,9 +1,9 @@
-"""A trained model's tables in fewer bytes, to serve from: TorchRec's quantised EmbeddingBagCollection in their place.
+"""Quantisation of a trained model's tables for serving, with TorchRec's quantised EmbeddingBagCollection.
 
     row = scale * code + bias        code in 0..255; scale = (max - min) / 255 and bias = min of the row, in float16
 
-So an entry is off by at most half a step of its row, (max - min) / 510, and what float16 rounds of scale and bias.
-Tables below `features.shard_from_rows` stay as they are: they are small, and the codes would save nothing.
+The error of an entry is at most half a step of its row, (max - min) / 510, plus the rounding of scale and bias to
+float16. Tables below `features.shard_from_rows` are not quantised: they are small.
 """
 
 from collections.abc import Mapping
@@ -24,22 +24,22 @@ from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItem
 from hllm_torchrec.modules.features.hybrid import table_config
 
 TABLE_TYPES = {"int8": torch.qint8, "fp16": torch.float16}
-"""What tables can be served in. int8 takes four bytes a row besides."""
+"""Data types of served tables. int8 needs four additional bytes per row for scale and bias."""
 
 ROWS_AT_ONCE = 65_536
-"""Item vectors looked up at a time."""
+"""Number of item vectors looked up at a time."""
 
 
 @dataclass(frozen=True)
 class TableBytes:
-    """Bytes of tables before and after, by name."""
+    """Bytes of tables before and after quantisation, by name."""
 
     before: dict[str, int]
     after: dict[str, int]
 
 
 def check_table_type(dtype: str) -> None:
-    """Refuse what `TABLE_TYPES` does not name.
+    """Check that `dtype` is one of `TABLE_TYPES`.
 
     Raises:
         ValueError: an unknown type.
@@ -50,7 +50,7 @@ def check_table_type(dtype: str) -> None:
 
 
 def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> QuantizedCollection:
-    """Sum-pooled tables, each with one feature of its name, as TorchRec serves them.
+    """Build quantised sum-pooled tables, each with one feature of the same name.
 
     Args:
         weights: table -> [rows, width] float32 or float16.
@@ -69,7 +69,7 @@ def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch
 
 
 def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
-    """Put quantised tables into a trained model; it cannot be trained or saved after that. One process.
+    """Replace a trained model's tables by quantised ones; it can then not be trained or saved. One process.
 
     Raises:
         ValueError: an unknown type, or more than one process.
@@ -94,9 +94,9 @@ def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
 
 @torch.no_grad()
 def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
-    """Let the model take item embeddings from a quantised table of the whole catalogue instead of float vectors.
+    """Replace the model's source of item embeddings by a quantised table of the complete catalogue.
 
-    They are those of the Item LLM by the present weights or, where the run takes stored ones, those of the store.
+    They are computed by the Item LLM with the current weights or, if the run uses stored ones, read from the store.
 
     Raises:
         ValueError: an unknown type.
@@ -112,7 +112,7 @@ def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
 
 
 def _catalogue(experiment: Experiment) -> Tensor | None:
-    """[N, E] item embeddings before an adapter, which goes on top of what is looked up."""
+    """Item embeddings [N, E] before the adapter, which is applied after the lookup."""
     source = experiment.hllm.item_source
     if not isinstance(source, StoredItems):
         return experiment.encode_catalogue()
@@ -121,7 +121,7 @@ def _catalogue(experiment: Experiment) -> Tensor | None:
 
 
 def table_bytes(tables: QuantizedCollection) -> dict[str, int]:
-    """Bytes of each quantised table, scales and biases included."""
+    """Bytes of each quantised table, including scales and biases."""
     return {
         name.removesuffix(".weight").rpartition(".")[2]: weight.numel() * weight.element_size()
         for name, weight in _weights_with_scales(tables)

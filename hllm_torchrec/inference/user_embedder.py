@@ -1,4 +1,4 @@
-"""User embeddings from histories: one for each request, made from the events before it and nothing else.
+"""User embeddings from histories: one per request, computed only from events before it.
 
 Legend: n pieces, X exposures in them, D width of a user vector.
 """
@@ -16,14 +16,14 @@ from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.parallelize import autocast
 
 DAY = 86_400
-"""Seconds of a day, UTC."""
+"""Seconds per day."""
 
 
 class UserEmbedder:
-    """Embeds the user as each exposure of some pieces finds them: made from events of strictly earlier seconds.
+    """Computes the user embedding at each exposure of some pieces, from events of strictly earlier seconds.
 
-    Late fusion: the [USER] query's output at the exposure's second. Otherwise the last visible event's hidden state,
-    in item space where the generative loss compares there. Make one with `open_embedder`.
+    Late fusion: the output of the [USER] query at the exposure's second. Otherwise: the hidden state of the last
+    visible event, projected to item space if the generative loss compares there. Create it with `open_embedder`.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -34,9 +34,9 @@ class UserEmbedder:
 
     @torch.no_grad()
     def __call__(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-        """Vectors [X, D] float32, zeros where there is none, and whether there is one, bool [X]. Collective.
+        """Return vectors [X, D] float32 (zeros if missing) and a mask of existing vectors, bool [X]. Collective.
 
-        pieces: [n], may be empty. A user without an event before an exposure has no vector there.
+        pieces: [n], may be empty. An exposure without an earlier event of its user has no vector.
         """
         batch = self._collator(pieces, 0, 0).to(self.experiment.device)
         with autocast(self.experiment.config, self.experiment.device):
@@ -47,7 +47,7 @@ class UserEmbedder:
 
 @contextmanager
 def open_embedder(experiment: Experiment) -> Iterator[UserEmbedder]:
-    """An embedder of the experiment's present weights, item embeddings made ready. Collective."""
+    """Context manager: an embedder with the experiment's current weights and prepared item embeddings. Collective."""
     hllm = experiment.hllm
     was_training = hllm.training
     hllm.eval()
@@ -59,10 +59,10 @@ def open_embedder(experiment: Experiment) -> Iterator[UserEmbedder]:
 
 
 def history_request(piece: Piece, num_events: int, second: int, max_history: int) -> Piece:
-    """A piece of the last of the first `num_events` events and one exposure, of no item, at `second`, which is after
-    them.
+    """Build a piece of the last events among the first `num_events`, followed by an exposure without an item.
 
-    max_history: events of the piece at most, the exposure included, as in training.
+    second: time of the exposure, after these events; max_history: maximum number of events of the piece, including
+    the exposure, as in training.
     """
     start = max(0, num_events - max_history + 1)
     read = piece.cut(start, num_events, num_events)
@@ -71,11 +71,10 @@ def history_request(piece: Piece, num_events: int, second: int, max_history: int
 
 
 def next_midnight(second: int) -> int:
-    """The first second of the day after that of `second` (UTC): when a nightly job would run."""
+    """First second of the day after `second` (UTC): the time of a nightly job."""
     return (second // DAY + 1) * DAY
 
 
 def nightly_request(piece: Piece, num_events: int, max_history: int) -> Piece:
-    """The request of the nightly job after the last of the first `num_events` >= 1 events: a function of these
-    alone."""
+    """Request of the nightly job after the last of the first `num_events` >= 1 events; depends only on these."""
     return history_request(piece, num_events, next_midnight(int(piece.timestamps[num_events - 1])), max_history)

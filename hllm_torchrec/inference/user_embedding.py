@@ -1,8 +1,7 @@
-"""Embedding job for users: who has new events is embedded anew, on all ranks, and committed to the store.
+"""Incremental embedding job for users: embeds users with new events on all ranks and commits them to the store.
 
-A user's content hash in the store is a hash of the last event's second and the number of events, so a job that is run
-again,
-or again after a crash, embeds only those who did something since.
+The content hash of a user in the store is a hash of the last event's second and the number of events. A job that is
+repeated, or restarted after a crash, embeds only users with new events.
 """
 
 import time
@@ -30,7 +29,8 @@ from hllm_torchrec.store.store import EmbeddingStore
 
 @dataclass(frozen=True)
 class UserReport:
-    """What a job did. users: of the dataset, with an event; active: of them, since the date; encoded: of these, now."""
+    """Result of a job. users: number with an event in the dataset; active: of these, number with an event since the
+    date; encoded: of these, number embedded by this job."""
 
     users: int
     active: int
@@ -41,8 +41,8 @@ class UserReport:
 
 @dataclass(frozen=True)
 class _Group:
-    """Users of a row group that are in no later part: row, events, whether active, content hash; and which are to be
-    done."""
+    """Users of a row group that are not in a later part: row, number of events, activity, content hash, and whether
+    they have to be embedded."""
 
     group: RowGroup
     rows: Ints
@@ -52,12 +52,12 @@ class _Group:
     todo: NDArray[np.bool_]
 
     def cost(self, max_history: int) -> int:
-        """Events that embedding its users reads."""
+        """Number of events read to embed its users."""
         return int(np.minimum(self.lengths[self.todo], max_history).sum())
 
 
 def user_facts(loaded: LoadedRun) -> dict[str, Any]:
-    """What user embeddings depend on besides the histories: the checkpoint and the length of histories."""
+    """Facts that determine user embeddings, other than the histories: checkpoint and maximum history length."""
     config = loaded.experiment.config
     return {
         "part": "users",
@@ -68,14 +68,14 @@ def user_facts(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "fp16") -> UserReport:
-    """Bring the user store at `path` (made if it is not there) up to date with the dataset. Collective.
+    """Update the user store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw user ids; a vector is made from all events of the dataset, as of the midnight (UTC) after the last of
-    them. The run's weights are taken as they are: call it within `loaded.weights`. Users who have events but no
-    history by the configuration (`data.history: positive`) get no vector.
+    Keys are raw user ids; a vector is computed from all events of the user, as of the midnight (UTC) after the last
+    one. Must be called within `loaded.weights`. Users who have events but no history under the configuration
+    (`data.history: positive`) get no vector.
 
     Args:
-        since: second UTC; users without an event from then on are left as they are.
+        since: second UTC; users without an event at or after it are not updated.
 
     Raises:
         ValueError: the store was made by another checkpoint, or another process is writing to it.
@@ -111,12 +111,12 @@ def raw_user_ids(dataset: Dataset, user_ids: Ints) -> pa.Array:
 
 
 def user_content_hashes(last_seconds: Ints, lengths: Ints) -> Hashes:
-    """uint64 [n]: a hash of each user's last second and number of events."""
+    """Hash of each user's last second and number of events: uint64 [n]."""
     return hash_numbers(last_seconds, lengths)
 
 
 def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
-    """Every user once, in the latest part that has them: its sequences hold the whole history to that part's end."""
+    """Index every user once, in the latest part with the user, whose sequences contain the complete history."""
     seen, snapshot = np.zeros(dataset.num_users, bool), store.snapshot()
     found = []
     for part in ("test", "valid", "train"):
@@ -136,7 +136,7 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
 
 
 def _windows(groups: list[_Group], budget: int, max_history: int) -> list[list[_Group]]:
-    """Row groups with something to do, as many at a time as cost about `budget` events."""
+    """Row groups with users to embed, grouped into windows of about `budget` events."""
     windows: list[list[_Group]] = []
     spent = budget
     for group in groups:

@@ -1,7 +1,7 @@
-"""What a trained run recommends to a user of its dataset, with the titles that a person reads.
+"""Top-K recommendations of a trained run for a user of its dataset, with item texts.
 
-A model with a ranking head scores the whole catalogue as candidates against the user's history (`serving.Scorer`); a
-generative one compares its predicted next item with all items. Both read the whole history of the dataset.
+A model with a ranking head scores the complete catalogue as candidates (`serving.Scorer`); a generative model compares
+its predicted next item with all items. Both use the user's complete history in the dataset.
 """
 
 import time as clock
@@ -31,7 +31,7 @@ from hllm_torchrec.serving.scorer import Scorer, UserHistory
 
 @dataclass(frozen=True)
 class RecommendedItem:
-    """An item as a person sees it. text: its text columns, joined; score: a probability or a cosine, None: history."""
+    """An item with readable text. text: its joined text columns; score: probability or cosine, None for history items."""
 
     raw_id: str
     text: str
@@ -57,12 +57,12 @@ def recommend(
     time: int | None = None,
     include_seen: bool = False,
 ) -> Recommendations:
-    """The `top` items for a user, by a run's checkpoint. One process.
+    """Return the `top` items for a user, from a checkpoint of a run. Runs in one process.
 
     Args:
         user: raw id.
-        time: second (UTC) of the request; None: now. Later events are left out.
-        include_seen: items of the history may be recommended again.
+        time: second (UTC) of the request; None: now. Events at or after it are excluded.
+        include_seen: also recommend items of the history.
 
     Raises:
         ValueError: no such run, checkpoint or user; a user without events before `time`; `top` below 1.
@@ -91,16 +91,16 @@ def recommend(
 
 
 def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
-    """All events of a user (raw id) before the second `time`.
+    """Return all events of a user (raw id) before the second `time`.
 
     Raises:
-        ValueError: the dataset has no such user, or nothing of the user before then.
+        ValueError: the dataset has no such user, or no event of the user before `time`.
     """
     raw = dataset.users["raw_user_id"].to_pylist()
     if user not in raw:
         raise ValueError(f"user {user!r}: not in {dataset.root}{did_you_mean(user, raw)}; it has {len(raw):,} users")
     dense = raw.index(user) + 1
-    for part in reversed(SPLITS):  # each row holds the whole history up to its part's end
+    for part in reversed(SPLITS):  # a row contains the history up to the end of its part
         for file in dataset.sequence_files(part):
             with error_location(file):
                 rows = pq.read_table(file, filters=[("user_id", "=", dense)])
@@ -113,14 +113,14 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
 
 
 def _probabilities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
-    """[N] of every item of the catalogue, by the ranking head."""
+    """Probabilities [N] of all items of the catalogue, from the ranking head."""
     with Scorer.of_run(run, which, device) as scorer:
         logits = scorer.score(history, np.arange(scorer.experiment.dataset.num_items), time)
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
 def _similarities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
-    """[N] cosines of the predicted next item with every item of the catalogue."""
+    """Cosines [N] between the predicted next item and all items of the catalogue."""
     loaded = load_run(run, which, device)
     experiment = loaded.experiment
     asked = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
@@ -129,13 +129,13 @@ def _similarities(run: Path, which: str, device: torch.device, history: UserHist
         catalogue = catalogue_vectors(experiment)
         batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([asked], 0, 0)
         predicted = experiment.model(batch.to(device), want_next=True).next_items
-    assert predicted is not None, "a model without a head is generative"
+    assert predicted is not None, "a model without a prediction head has a generative loss"
     cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)
     return cosines.double().cpu().numpy()
 
 
 def _reader(dataset: Dataset, config: Config) -> Callable[[int], tuple[str, str]]:
-    """Dense item id -> raw id and text; the texts are those that the Item LLM reads, or else all."""
+    """Return a function: dense item id -> raw id and text, from the text columns of the Item LLM if any, else all."""
     known = dataset.manifest["text_columns"]
     keys = [key for key in config.item_llm.text_keys if key in known] or known
     texts, raw = dataset.text(keys), dataset.items["raw_item_id"]

@@ -1,14 +1,14 @@
-"""Scores candidates for a user as a server would: the history is read once and kept, candidates go in micro-batches.
+"""Scoring of candidates for serving: the history is encoded once and cached, candidates are scored in micro-batches.
 
     with Scorer.of_run(Path("runs/early")) as scorer:
         user = scorer.read(UserHistory(7, item_ids, timestamps, labels, actions))
-        logits = scorer.score(user, candidates, time)          # again and again, for one reading of the history
-        user = scorer.extend(user, UserHistory(7, ...))        # what the user did since; only that is computed
+        logits = scorer.score(user, candidates, time)          # any number of times for one encoding of the history
+        user = scorer.extend(user, UserHistory(7, ...))        # later events; only these are computed
 
-Features are made by the collator and the model of training, and the numbers are those of `hllm evaluate` for the
-same exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
+Features come from the collator and the model of training, and the scores equal those of `hllm evaluate` for the same
+exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
 
-Legend: n events, T of them history that the model reads, m candidates, D width.
+Legend: n events, T history events that the model uses, m candidates, D width.
 """
 
 import time as clock
@@ -43,16 +43,16 @@ from hllm_torchrec.modules.lora import merged
 
 @dataclass(frozen=True, init=False)
 class UserHistory(Events):
-    """Events of one user, oldest first; the ids are the dataset's dense ones.
+    """Events of one user, oldest first; ids are dense ids of the dataset.
 
     Raises:
-        ValueError: columns of different lengths, or times that go back.
+        ValueError: columns of different lengths, or decreasing times.
     """
 
     user_id: int = field(kw_only=True)
 
     def __init__(self, user_id: int, *columns: ArrayLike, **named: ArrayLike) -> None:
-        """Take the columns of `Events`: item_ids, timestamps, labels, actions, in this order or by name."""
+        """Accept the columns of `Events`: item_ids, timestamps, labels, actions, in this order or by name."""
         super().__init__(**Events(*columns, **named).as_arrays().columns)  # type: ignore[arg-type]  # not yet arrays
         object.__setattr__(self, "user_id", user_id)
         sizes = {name: values.size for name, values in self.columns.items()}
@@ -67,18 +67,18 @@ class UserHistory(Events):
             )
 
     def as_piece(self, first: int = 0) -> Piece:
-        """The events as the collator takes them; exposures are those from `first` on."""
+        """The events as an input of the collator; the exposures are those from index `first` on."""
         return Piece(**self.columns, user_id=self.user_id, first_target=first)
 
     def since(self, start: int) -> "UserHistory":
-        """The events from `start` on."""
+        """The events from index `start` on."""
         return UserHistory(self.user_id, **self[start:].columns)
 
     def followed_by(self, later: "UserHistory") -> "UserHistory":
-        """All events of both.
+        """The concatenation of both histories.
 
         Raises:
-            ValueError: another user's, or events before the last of these.
+            ValueError: events of another user, or before the last event of this history.
         """
         if later.user_id != self.user_id:
             raise ValueError(f"events of user {later.user_id} after those of user {self.user_id}: give one user's")
@@ -87,7 +87,7 @@ class UserHistory(Events):
 
 @dataclass(frozen=True)
 class UserState:
-    """A history that was read: all of its events, where the model's reading of it starts, and what is kept of that."""
+    """Encoded history: all events, the index of the first one that the model uses, and the cache from there on."""
 
     history: UserHistory
     start: int
@@ -95,28 +95,29 @@ class UserState:
 
 
 def window_start(events: int, max_history: int) -> int:
-    """The event from which on a history of so many is read; at most max_history - 1 events follow.
+    """Index of the first event used of a history of `events` events, such that at most max_history - 1 are used.
 
-    It moves by max_history / 2 at a time: a new event nearly always extends what is cached, and a longer history
-    is read again once in max_history / 2 events. A request sees at least half of max_history, as in evaluation,
-    whose pieces of long histories are cut elsewhere (they begin where the split does).
+    It moves in steps of max_history / 2, so a new event usually extends the cache, and a long history is encoded
+    again only every max_history / 2 events. A request sees at least half of max_history events, as in evaluation,
+    although evaluation cuts long histories at other indices (relative to the start of the split).
     """
+    # Events above the limit, rounded up to a multiple of the step.
     over = events - (max_history - 1)
     step = max(1, max_history // 2)
     return max(0, -(-over // step) * step)
 
 
 class Scorer:
-    """Scores of a trained model for any user and candidates, on one process.
+    """Scores candidates for any user with a trained model, in one process.
 
-    Use `Scorer.of_run`, or give an experiment whose model has its weights.
+    Use `Scorer.of_run`, or pass an experiment whose model has loaded weights.
 
     Args:
-        experiment: see `build_experiment`; its model is put in evaluation mode, and the whole catalogue is encoded
-            by the Item LLM once.
-        micro_batch: candidates computed at a time; it bounds memory and changes no score beyond rounding.
-        table_dtype: "int8" or "fp16": what tables and item embeddings are kept in, see `quantised_tables`; None: as
-            they were trained. The model then serves only.
+        experiment: see `build_experiment`; its model is put into evaluation mode, and the complete catalogue is
+            encoded once by the Item LLM.
+        micro_batch: candidates computed at a time; it bounds memory and does not change scores beyond rounding.
+        table_dtype: data type of tables and item embeddings, "int8" or "fp16", see `inference.quantization`; the
+            model can then not be trained. None: as trained.
 
     Raises:
         ValueError: a model without a ranking head, more than one process, FSDP, an encoder without a cache, a
@@ -145,7 +146,8 @@ class Scorer:
             quantize_tables(experiment, table_dtype)
             quantize_items(experiment, table_dtype)
         self._weights = ExitStack()
-        # A request's candidates share one second, and so do not see each other, under this rule of visibility.
+        # All candidates of a request have the same time, and visibility by second hides events of the same second:
+        # so candidates do not see each other.
         spec = replace(experiment.batch_spec, visibility="second")
         self._collator = Collator(experiment.dataset, spec, item_vectors=experiment.item_vectors)
 
@@ -158,15 +160,16 @@ class Scorer:
         micro_batch: int = MICRO_BATCH,
         table_dtype: str | None = None,
     ) -> Self:
-        """The scorer of a run directory at its checkpoint "best" or "latest", or the one named.
+        """Build the scorer of a run directory from its checkpoint "best" or "latest", or from a given checkpoint.
 
-        Averaged weights (`optim.ema`) are used where the run has them, until `close`.
+        Averaged weights (`optim.ema`) are used if the run has them, until `close`.
 
         Raises:
             ValueError: as `load_run` and the class.
         """
         device = device or init_distributed()
         loaded = load_run(run, which, device, _in_one_process(run_config(run)))
+        # pop_all moves the contexts to the scorer: they stay open until `close`, but end here if the constructor fails.
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
             stack.enter_context(merged(loaded.experiment.hllm))
@@ -175,7 +178,7 @@ class Scorer:
         return scorer
 
     def close(self) -> None:
-        """Give the model the weights back that it had before `of_run` put the averaged ones in."""
+        """Restore the weights and adapters that `of_run` has replaced by averaged and merged ones."""
         self._weights.close()
 
     def __enter__(self) -> Self:
@@ -188,10 +191,10 @@ class Scorer:
 
     @torch.no_grad()
     def read(self, history: UserHistory) -> UserState:
-        """Read a history (of any length, also none).
+        """Encode a history (of any length, also empty).
 
         Raises:
-            ValueError: users, items or actions that the dataset does not have.
+            ValueError: users, items or actions outside the dataset's ids.
         """
         self._check(history)
         start = window_start(len(history), self.experiment.config.data.max_history)
@@ -199,13 +202,15 @@ class Scorer:
 
     @torch.no_grad()
     def extend(self, user: UserState, events: UserHistory) -> UserState:
-        """The state after later events: as if all were read at once. `user` itself stays as it is.
+        """Return the state after later events, equal to encoding all events at once; `user` is not changed.
 
         Raises:
-            ValueError: as `read`, events of another user, or earlier than the last one.
+            ValueError: as `read`; events of another user, or before the last one.
         """
         history = user.history.followed_by(events)
         start = window_start(len(history), self.experiment.config.data.max_history)
+        # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
+        # positions see each other and so would change.
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
@@ -215,16 +220,16 @@ class Scorer:
     def score(
         self, user: UserHistory | UserState, candidates: NDArray[np.integer], time: int | None = None
     ) -> NDArray[np.float32]:
-        """Logits [m] of candidates, the `score` of `hllm evaluate`; their order is that of the probabilities.
+        """Return logits [m] of candidates: the `score` of `hllm evaluate`, in the same order as the probabilities.
 
         Args:
-            user: a history, or what `read` or `extend` made of it.
-            candidates: [m] item ids of the dataset; 0 is an unknown item.
-            time: seconds UTC of the request; None: now. By a ranking dataset's rule only events of earlier seconds
-                are seen; a leave-one-out dataset's requests see all.
+            user: a history, or the result of `read` or `extend`.
+            candidates: [m] item ids of the dataset; 0 is the unknown item.
+            time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds are
+                visible; with a leave-one-out dataset all events are.
 
         Raises:
-            ValueError: as `read`, candidates that the dataset does not have, or a leave-one-out request before the
+            ValueError: as `read`; candidates outside the dataset's ids, or a leave-one-out request before the
                 last event.
         """
         state = self.read(user) if isinstance(user, UserHistory) else user
@@ -257,8 +262,8 @@ class Scorer:
         return logits
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
-        """The cache with the events behind it."""
-        # The one exposure comes after all events, so all of the history belongs to the batch.
+        """Append `events` to the cache."""
+        # The collator drops history after the last exposure: one exposure after all events retains all of them.
         after = int(events.timestamps[-1]) + 1 if len(events) else 0
         exposure = Events.at([after], labels=[0])
         whole = events.followed_by(UserHistory(events.user_id, **exposure.columns))
@@ -268,7 +273,7 @@ class Scorer:
             return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
 
     def _request(self, user: UserState, candidates: Ints, time: int) -> HybridBatch:
-        """Candidates alone, without history; numeric features are those of the user at the time."""
+        """Batch of the candidates without history; numeric features are the user's at `time`."""
         asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=np.zeros(candidates.size))
         batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
         names = self.experiment.batch_spec.numeric_features
@@ -284,7 +289,7 @@ class Scorer:
         return replace(batch, numeric=numeric)
 
     def _visible(self, user: UserState, time: int) -> int:
-        """How many of the cached events a request at this time sees."""
+        """Number of cached events visible to a request at `time`."""
         if self.experiment.batch_spec.visibility == "second":
             return visible_before(user.cache.times.cpu().numpy(), time)
         last = int(user.history.timestamps[-1]) if len(user.history) else time
@@ -312,6 +317,6 @@ def _check_ids(name: str, ids: Ints, number: int) -> None:
 
 
 def _in_one_process(config: Config) -> Config:
-    """The configuration without what only many ranks or training need; the same weights."""
+    """The configuration without the options for several ranks and for training; the weights are the same."""
     parallel = replace(config.parallel, dense="ddp", compile=False, activation_checkpointing=False)
     return replace(config, parallel=parallel)
