@@ -1,4 +1,4 @@
-"""Two baselines without a model: how much an item is liked, and how much a user likes what others like.
+"""Two bias baselines: the item's mean label, and item bias plus the user's running residual.
 
 With mu the mean label of the training part, and for each item i the n_i training labels y:
 
@@ -8,9 +8,9 @@ With mu the mean label of the training part, and for each item i the n_i trainin
     item_mean:     mu + b_i
     running_bias:  mu + b_i + b_ut
 
-b_ut is prequential: labels of the validation and test part count too once their second has passed, as they
-would in a system that is told of clicks as they happen. b_i never sees them. Nothing of the exposure's own
-second counts. On MovieLens-100k (time split, shrinkage 5) the test AUCs are .7055 and .7491.
+b_ut is prequential: labels of the validation and test parts are used once their second has passed, as in an online
+system that receives clicks immediately. b_i uses only training labels. Labels of the exposure's own second are never
+used. On MovieLens-100k (time split, shrinkage 5) the test AUCs are .7055 and .7491.
 """
 
 import numpy as np
@@ -23,14 +23,14 @@ from hllm_torchrec.data.predictions import Columns
 
 
 def score_item_mean(histories: Histories, labels: ItemLabels, config: ItemMeanConfig) -> NDArray[np.float64]:
-    """mu + b_i of every exposure, [X]."""
+    """Scores mu + b_i of all exposures, [X]."""
     return labels.mean + labels.bias(config.shrinkage)[histories.item_ids[histories.exposures]]
 
 
 def score_running_bias(histories: Histories, labels: ItemLabels, config: RunningBiasConfig) -> NDArray[np.float64]:
-    """mu + b_i + b_ut of every exposure, [X]; it may leave 0..1."""
+    """Scores mu + b_i + b_ut of all exposures, [X]; may be outside 0..1."""
     item_score = labels.mean + labels.bias(config.item_shrinkage)[histories.item_ids]
-    residuals = np.nan_to_num(histories.labels - item_score)  # events without label have none
+    residuals = np.nan_to_num(histories.labels - item_score)  # NaN: an event without a label has no residual
     number = histories.sum_of_seen(~np.isnan(histories.labels))
     total = histories.sum_of_seen(residuals)
     weight = number + config.user_shrinkage
@@ -41,9 +41,9 @@ def score_running_bias(histories: Histories, labels: ItemLabels, config: Running
 def run_bias(
     dataset: Dataset, config: ItemMeanConfig | RunningBiasConfig, splits: tuple[str, ...]
 ) -> dict[str, Columns]:
-    """This rank's predictions of each split. Collective.
+    """Return this rank's predictions of each split. Collective.
 
-    The score is the formula's value; the probability is the same, cut to 0..1.
+    The score is the value of the formula; the probability is the score clipped to 0..1.
 
     Raises:
         ValueError: a split is empty.

@@ -1,13 +1,14 @@
-"""A strong baseline without gradients: linear-Gaussian item factors, and each user's posterior at every second.
+"""Linear-Gaussian factor baseline: fitted item factors and the user's posterior at every second, in closed form.
 
 The item side is fitted to the training part (`hllm_torchrec.data.item_factors`); the user's factors z are the
 closed-form posterior given all events of strictly earlier seconds (of any part: prequential, as in `bias`). The score
-is the expected value (rating) of the item; the probability that it counts as positive is
+is the expected value (rating) of the item; the probability of a positive label is
 
     P(value > t) = Phi((E[value] - t) / s),   t half way between the largest value with label 0 and the
                                               smallest with label 1, s^2 the model's noise
 
-The hybrid model gets the same item vectors (`data.item_vectors: [factors]`), so this says what they are worth alone.
+The hybrid model can use the same item vectors (`data.item_vectors: [factors]`); this baseline measures their value
+without the model.
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ Doubles = NDArray[np.floating[Any]]
 
 
 def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ...]) -> dict[str, Columns]:
-    """This rank's predictions of each split. Collective.
+    """Return this rank's predictions of each split. Collective.
 
     Raises:
         ValueError: a split is empty, or all training values are equal.
@@ -43,17 +44,18 @@ def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ..
 
 
 def positive_threshold(dataset: Dataset) -> float:
-    """The value from which an event counts as positive, by the training part."""
+    """Value above which an event is positive, estimated from the training part."""
     events = dataset.sequences(dataset.row_groups("train"), ["labels", "actions"])
     values = event_values(events.labels, events.actions, dataset.action_values)
-    highest_negative = np.fmax.reduce(values[events.labels == 0], initial=-np.inf)  # fmax and fmin pass NaN over
+    highest_negative = np.fmax.reduce(values[events.labels == 0], initial=-np.inf)  # fmax and fmin ignore NaN
     return float(highest_negative + np.fmin.reduce(values[events.labels == 1], initial=np.inf)) / 2
 
 
 def score(histories: Histories, values: Doubles, model: ItemFactors) -> Doubles:
-    """Expected value of every exposure [X]; `values` [T] of the events, NaN where unknown."""
+    """Expected values of all exposures [X]; `values` [T]: values of the events, NaN if unknown."""
     exposures = histories.exposures
     expected = np.empty(exposures.size)
+    # Exposures with the same user and number of visible events share a posterior, which is computed once.
     moment = np.stack([histories.row_of_event[exposures], histories.seen[exposures]])
     moments, which = np.unique(moment, axis=1, return_inverse=True)
     order = np.argsort(which.reshape(-1), kind="stable")

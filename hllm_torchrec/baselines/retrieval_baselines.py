@@ -1,6 +1,6 @@
-"""Three simple retrieval baselines, measured by the code that measures the models: leave none of them out.
+"""Three simple retrieval baselines, evaluated by the same code as the models.
 
-All of them score the catalogue for a user by a sum over the history, s = sum_k w_k M[h_k] + backoff:
+Each scores the catalogue for a user by a sum over the history, s = sum_k w_k M[h_k] + backoff:
 
     popularity  w = 0, backoff = the item's number of training events
     ease        w = 1, M = I - P / diag(P) with P = (X'X + l2 I)^-1, X the training users' items (EASE,
@@ -8,8 +8,8 @@ All of them score the catalogue for a user by a sum over the history, s = sum_k 
     markov      w_k = decay^(age of event k), M[i, j] = (how often j followed i, a gap of g events counting
                 gap_decay^(g - 1), up to `window`) / (events of i + shrinkage) / (events of j)^damping
 
-Settings are chosen by NDCG@10 on the validation part from small grids; the test part is scored once, with what
-was chosen. Whatever the part, only training events are fitted; the history of a request is all that precedes it.
+Settings are selected from small grids by NDCG@10 on the validation part; the test part is scored once, with the
+selected settings. Only training events are fitted; the history of a request contains all earlier events of any part.
 
 Legend: N rows of an item table (0 is the unknown item), X exposures, R rows (users), T events.
 """
@@ -34,16 +34,16 @@ from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks
 from hllm_torchrec.metrics.retrieval_metrics import target_ranks
 
 CHOSEN_BY = 10
-"""NDCG at this on the validation part chooses the settings."""
+"""K of the NDCG@K on the validation part that selects the settings."""
 MOST_DENSE_ITEMS = 30_000
-"""EASE inverts an N x N matrix: 7 GB in float64 here."""
+"""Maximum N for EASE, which inverts an N x N matrix: 7 GB in float64 at this size."""
 SCORE_CHUNK = 2**25
-"""Scores held at a time: 128 MiB."""
+"""Number of scores in memory at a time: 128 MiB."""
 
 
 @dataclass(frozen=True)
 class ItemToItem:
-    """A fitted baseline: s = sum_k decay^(age_k) matrix[h_k] + backoff, over the last `window` events (None: all).
+    """Fitted baseline: s = sum_k decay^(age_k) matrix[h_k] + backoff, over the last `window` events (None: all).
 
     matrix: [N, N], dense or sparse, or None; backoff: float32 [N].
     """
@@ -54,7 +54,7 @@ class ItemToItem:
     window: int | None = None
 
     def scores(self, histories: Histories, rows: Ints) -> Floats:
-        """[x, N] for the exposures `rows` [x] of `histories`."""
+        """Scores [x, N] for the exposures `rows` [x] of `histories`."""
         if self.matrix is None:
             return np.broadcast_to(self.backoff, (rows.size, self.backoff.size)).copy()
         items, offsets = seen_items(histories, rows)
@@ -65,14 +65,15 @@ class ItemToItem:
         return dense + self.backoff
 
     def _weights(self, offsets: Ints) -> Floats:
-        """[S] of every seen item: decay to the power of the events since."""
+        """Weights [S] of seen items: decay to the power of the number of later events."""
+        # Index of the last seen event of the same exposure, minus the own index.
         age = np.repeat(offsets[1:], np.diff(offsets)) - 1 - np.arange(offsets[-1])
         inside = np.ones_like(age, dtype=bool) if self.window is None else age < self.window
         return np.where(inside, np.power(self.decay, age, dtype=np.float64), 0).astype(np.float32)
 
 
 def seen_items(histories: Histories, rows: Ints) -> tuple[Ints, Ints]:
-    """(items [S], offsets [x + 1]) of what each of the exposures `rows` [x] may see, oldest first."""
+    """(items [S], offsets [x + 1]) visible to each of the exposures `rows` [x], oldest first."""
     events = histories.exposures[rows]
     counts = histories.seen[events]
     start = histories.offsets[histories.row_of_event[events]]
@@ -80,12 +81,12 @@ def seen_items(histories: Histories, rows: Ints) -> tuple[Ints, Ints]:
 
 
 def fit_popularity(train: Histories, items: int) -> ItemToItem:
-    """Events of each item."""
+    """Popularity: number of training events of each item."""
     return ItemToItem(None, _counts(train, items))
 
 
 def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
-    """EASE's closed form, fitted in float64.
+    """Closed form of EASE, computed in float64.
 
     Raises:
         ValueError: a catalogue too large for an N x N matrix.
@@ -97,10 +98,11 @@ def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
         )
     users = (np.ones(train.item_ids.size), (train.row_of_event, train.item_ids))
     x = sp.csr_matrix(users, shape=(train.user_ids.size, items))
-    x.data[:] = 1.0  # an item met twice is one item
+    x.data[:] = 1.0  # binary: repeated items of a user count once
     gram = (x.T @ x).toarray()
     gram[np.diag_indices(items)] += l2
     inverse = scipy.linalg.inv(gram, overwrite_a=True, check_finite=False)
+    # B_ij = -P_ij / P_jj off the diagonal; a zero diagonal prevents an item from predicting itself.
     weights = -inverse / np.diag(inverse)
     weights[np.diag_indices(items)] = 0.0
     return ItemToItem(weights.astype(np.float32), np.zeros(items, np.float32))
@@ -109,12 +111,13 @@ def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
 def fit_markov(
     train: Histories, items: int, decay: float, gap_decay: float, damping: float, shrinkage: float, window: int
 ) -> ItemToItem:
-    """A first-order chain whose followers and histories fade; items without followers fall back to popularity."""
+    """Markov chain with decaying weights of followers and of the history; the backoff is popularity."""
     followers = sp.csr_matrix((items, items))
     for gap in range(1, window + 1):
         weight = gap_decay ** (gap - 1) if gap > 1 else 1.0
         if weight < 1e-3:
             break
+        # Pairs of events `gap` apart are consecutive in the packed arrays; keep those within one user.
         same = train.row_of_event[gap:] == train.row_of_event[:-gap]
         pairs = (train.item_ids[:-gap][same], train.item_ids[gap:][same])
         followers = followers + sp.csr_matrix((np.full(pairs[0].size, weight), pairs), shape=(items, items))
@@ -130,7 +133,7 @@ def _counts(train: Histories, items: int) -> Floats:
 
 
 def candidate_settings(name: str, config: RetrievalBaselinesConfig) -> list[dict[str, float]]:
-    """The settings that are tried of a baseline."""
+    """Grid of settings to evaluate for a baseline."""
     if name == "popularity":
         return [{}]
     if name == "ease":
@@ -151,7 +154,10 @@ def fit(name: str, train: Histories, items: int, config: RetrievalBaselinesConfi
 def rank_baseline_targets(
     model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig
 ) -> tuple[dict[str, Ints], int]:
-    """What `evaluation.scoring.rank_catalogue_targets` gives for a model: the same targets, candidates and columns."""
+    """Rank the targets of this rank's exposures; returns their columns and the number of targets without history.
+
+    Targets, candidates and columns are those of `evaluation.scoring.rank_catalogue_targets` for a model.
+    """
     labels = histories.labels[histories.exposures]
     wanted = labels > 0 if config.positive_only else np.ones(labels.size, bool)
     visible = histories.seen[histories.exposures] > 0
@@ -174,7 +180,7 @@ def rank_baseline_targets(
 
 
 def measure_baseline(model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig) -> dict[str, Any]:
-    """Metrics of `rank_targets` over all ranks. Collective."""
+    """Metrics of `rank_baseline_targets` over all ranks. Collective."""
     return metrics_of_target_ranks(*rank_baseline_targets(model, histories, config), config.ks)
 
 
@@ -185,10 +191,10 @@ def _parts(rows: Ints, size: int) -> Iterator[Ints]:
 def run_retrieval_baseline(
     name: str, dataset: Dataset, config: RetrievalBaselinesConfig, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Choose settings on the validation part, then measure the test part once. Collective.
+    """Select settings on the validation part, then evaluate the test part once. Collective.
 
     Returns:
-        `settings` chosen, `tried` (every setting with its validation NDCG), `valid` and `test` metrics, and
+        Selected `settings`, `tried` (all settings with their validation NDCG), `valid` and `test` metrics, and
         `ranks`, this rank's columns of the test part.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Runs baselines into a directory each, and reuses what is there from the same data and settings."""
+"""Runs each baseline into its directory, and reuses existing results of the same data and settings."""
 
 import dataclasses
 from pathlib import Path
@@ -20,10 +20,10 @@ RECORD = "baseline.json"
 
 
 def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: torch.device, directory: Path) -> bool:
-    """Fit and score a baseline; `predictions/{valid,test}` and `baseline.json` go to `directory`. Collective.
+    """Fit and score a baseline; writes `predictions/{valid,test}` and `baseline.json` to `directory`. Collective.
 
     Returns:
-        False if the directory has them already, from the same dataset, settings and version.
+        False if the directory already has results of the same dataset, settings and version.
 
     Raises:
         ValueError: a split is empty, or the settings do not fit the dataset.

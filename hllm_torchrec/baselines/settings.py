@@ -1,4 +1,4 @@
-"""Settings of the baselines; `configs/baselines/*.yaml` holds those that `hllm baselines` starts from."""
+"""Settings of the baselines; the defaults of `hllm baselines` are in `configs/baselines/*.yaml`."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ from hllm_torchrec.downstream.dlrm_config import DLRM_BOUNDS, DLRMConfig
 
 @dataclass(frozen=True)
 class ItemMeanConfig:
-    """The item's mean training label."""
+    """Mean training label of the item."""
 
     shrinkage: float = 5.0
-    """Labels of the overall mean that are added to each item's own."""
+    """Pseudo-count: number of labels with the overall mean added to each item's labels."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class RunningBiasConfig:
     """Item bias and the user's running residual mean."""
 
     item_shrinkage: float = 5.0
-    """Labels of the overall mean that are added to each item's own."""
+    """Pseudo-count: number of labels with the overall mean added to each item's labels."""
     user_shrinkage: float = 5.0
-    """Residuals of 0 that are added to each user's own."""
+    """Pseudo-count: number of zero residuals added to each user's residuals."""
 
 
 BASELINE_BOUNDS = {
@@ -37,25 +37,25 @@ BASELINE_BOUNDS = {
     "gaussian.max_users": ">= 1",
     **DLRM_BOUNDS,
 }
-"""Dotted field -> what its value must be."""
+"""Dotted field -> its range."""
 
 
 @dataclass(frozen=True)
 class BaselinesConfig:
-    """All baselines.
+    """Settings of all baselines of `hllm baselines`.
 
     Raises:
         ConfigError: values out of range, all of them.
     """
 
     item_mean: ItemMeanConfig = field(default_factory=ItemMeanConfig)
-    """The item's mean training label."""
+    """Mean training label of the item."""
     running_bias: RunningBiasConfig = field(default_factory=RunningBiasConfig)
     """Item bias and the user's running residual mean."""
     gaussian: FactorOptions = field(default_factory=FactorOptions)
     """Linear-Gaussian factors."""
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
-    """The ID-only DLRM."""
+    """ID-only DLRM."""
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, BASELINE_BOUNDS))
@@ -71,28 +71,28 @@ class BaselinesConfig:
 
 
 RETRIEVAL_NAMES = ("popularity", "ease", "markov")
-"""The baselines of `hllm retrieval`."""
+"""Baselines of `hllm retrieval`."""
 
 
 @dataclass(frozen=True)
 class RetrievalBaselinesConfig:
-    """Grids that settings are chosen from, and what is measured."""
+    """Hyperparameter grids and evaluation settings of the retrieval baselines."""
 
     ease_l2: tuple[float, ...] = (50.0, 100.0, 200.0, 400.0, 800.0)
-    """Ridge of EASE."""
+    """L2 regularization of EASE."""
     markov_decay: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
-    """Weight of an event of the history against the one after it; 0: the last event alone."""
+    """Decay of the weight of a history event per step into the past; 0: only the last event."""
     markov_gap_decay: tuple[float, ...] = (0.0, 0.5, 0.8, 0.9)
-    """Weight of a follower against one that is a step nearer; 0: the next event alone."""
+    """Decay of the weight of a follower per step; 0: only the next event."""
     markov_damping: tuple[float, ...] = (0.0, 0.25)
-    """Exponent of the follower's popularity that its counts are divided by."""
+    """Exponent of popularity by which a follower's counts are divided."""
     markov_shrinkage: float = 10.0
-    """Added to an item's number of events, so that rare items say less."""
+    """Pseudo-count added to an item's number of events; reduces the influence of rare items."""
     window: int = 20
-    """Events of the history, and steps to a follower, that the chain looks at."""
+    """Number of history events, and of steps to a follower, used by the chain."""
     ks: tuple[int, ...] = (10, 50, 200)
     """K of Recall@K and NDCG@K."""
     filter_seen: bool = True
-    """Items of a user's history are no candidates."""
+    """Exclude the items of a user's history from the candidates."""
     positive_only: bool = False
-    """Exposures with label 0 are no targets."""
+    """Exclude exposures with label 0 from the targets."""

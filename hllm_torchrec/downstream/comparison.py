@@ -1,8 +1,8 @@
-"""Stage III measured: the ID-only DLRM baseline by itself and with stored vectors, each row the same DLRM.
+"""Stage III comparison: the same ID-only DLRM without and with stored vectors.
 
-    alone            the baseline as `hllm baselines` has it
+    alone            the baseline of `hllm baselines`
     items            + each target item's vector, from a store by raw id
-    users_<store>    + the user's vector as of the exposure, from a store of exposures
+    users_<store>    + the user's vector at the time of the exposure, from a store of exposures
     both_<store>     + both
 
 Legend: B rows of a batch, X exposures of a window, N items, E and D widths of item and user vectors.
@@ -33,14 +33,14 @@ RECORD = "downstream.json"
 
 
 class VectorData(DLRMData):
-    """The DLRM's batches with stored vectors behind the numeric features.
+    """Batches of the DLRM with stored vectors after the numeric features.
 
     Args:
         items: store of item vectors by raw id, or None.
         users: store of exposures, or None.
 
     Raises:
-        ConfigError: a feature that there is not.
+        ConfigError: an unknown feature.
         ValueError: no such store.
     """
 
@@ -51,7 +51,7 @@ class VectorData(DLRMData):
 
     @property
     def widths(self) -> list[int]:
-        """E and D, of those that there are."""
+        """E and D, for the stores in use."""
         items = [] if self._items is None else [self._items.shape[1] - 1]
         return items + ([] if self._users is None else [self._users.width])
 
@@ -59,7 +59,7 @@ class VectorData(DLRMData):
         """As `DLRMData.batch`; dense_features are [B, F + E + 1 + D + 1].
 
         Raises:
-            ValueError: the store of exposures is of another dataset.
+            ValueError: the store of exposures was made from another dataset.
         """
         batch, histories, found = super().batch(window, rows, rng), window.histories, []
         events = histories.exposures[rows]
@@ -73,7 +73,7 @@ class VectorData(DLRMData):
 
 
 def _item_vectors(dataset: Dataset, store: str) -> Tensor:
-    """[N, E + 1] as `plugin.VectorLookup` gives them; the unknown item 0 is not in the store."""
+    """Item vectors [N, E + 1] in the format of `plugin.VectorLookup`; the store does not contain the unknown item 0."""
     lookup = VectorLookup(store)
     found = lookup(dataset.items["raw_item_id"].cast("large_string").combine_chunks())
     unknown = torch.zeros(1, found.shape[1])
@@ -82,14 +82,14 @@ def _item_vectors(dataset: Dataset, store: str) -> Tensor:
 
 
 def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.device) -> bool:
-    """Train and score a row; `predictions/{valid,test}` and `downstream.json` go to `<output>/<row>`. Collective.
+    """Train and score a row; writes `predictions/{valid,test}` and `downstream.json` to `<output>/<row>`. Collective.
 
     Returns:
-        False if they are there already, from the same dataset, stores, settings and version.
+        False if they already exist for the same dataset, stores, settings and version.
 
     Raises:
         ConfigError: a feature that the dataset lacks.
-        ValueError: a store is not there or does not fit the dataset.
+        ValueError: a store does not exist or does not fit the dataset.
     """
     items, users = config.possible_rows()[row]
     directory = Path(config.output) / row
@@ -113,6 +113,6 @@ def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.
 
 
 def _state_of(store: str) -> dict[str, Any]:
-    """Which vectors a store has."""
+    """Fingerprint and version of a store."""
     opened = EmbeddingStore.open(store)
     return {"fingerprint": opened.fingerprint, "version": opened.snapshot().version}

@@ -1,7 +1,7 @@
-"""The ID-only baseline: `torchrec.models.dlrm.DLRM` over IDs, user features, time, and the history as bags.
+"""ID-only baseline: `torchrec.models.dlrm.DLRM` over IDs, user features, time, and the history as bags.
 
-What personalises it is the history before the exposure: the items liked and those disliked so far, each as one
-pooled bag, and running numbers about the user. Tables are sharded and stepped as the main model's are.
+Its personalized inputs come from the history before the exposure: the liked and the disliked items, each as one
+pooled bag, and numeric user features. Tables are sharded and updated as in the main model.
 
 Legend: B rows of a batch.
 """
@@ -40,7 +40,7 @@ from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.optim import dense_optimizer, dense_step
 
 SCORED_ROWS = 8192
-"""Rows per batch when scoring."""
+"""Rows per batch in scoring."""
 
 T = TypeVar("T")
 
@@ -53,14 +53,13 @@ def build_dlrm(
     way: VectorPlacement = "slots",
     vector_dropout: float = 0.0,
 ) -> DLRM | PluggedDLRM:
-    """The model, its tables on the meta device (sharding makes them).
+    """Build the model with tables on the meta device; sharding allocates them.
 
     Args:
         config: sizes.
         tables: sparse feature -> rows of its table.
-        rate: share of positive training labels in (0, 1), where the last bias starts.
-        widths, way, vector_dropout: of stored vectors behind the dense features, if there are any; see
-            `plugin.plug_into`.
+        rate: share of positive training labels in (0, 1); its logit initializes the last bias.
+        widths, way, vector_dropout: of stored vectors after the dense features, if any; see `plugin.plug_into`.
     """
     sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
     collection = EmbeddingBagCollection(
@@ -88,12 +87,12 @@ def build_dlrm(
 
 
 def _dlrm_of(model: DLRM | PluggedDLRM) -> DLRM:
-    """The DLRM itself, which may have stored vectors plugged in."""
+    """Return the DLRM inside a `PluggedDLRM`, or the model itself."""
     return model.dlrm if isinstance(model, PluggedDLRM) else model
 
 
 def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
-    """Shard the tables over the ranks, replicate the rest, and give every table its first values. Collective."""
+    """Shard the tables over the ranks, replicate the other parameters, and initialize the tables. Collective."""
     settings = TableSettings(config.table_lr, config.shard_from_rows)
     apply_table_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
     sharder = EmbeddingBagCollectionSharder()
@@ -106,11 +105,11 @@ class DLRMTrainer:
     """Trains and scores the DLRM on this rank. All methods are collective.
 
     Args:
-        data: makes the batches, of `dataset` and `config`; unless given, without stored vectors.
-        way, vector_dropout: how stored vectors enter the model, if the batches have any.
+        data: source of batches of `dataset` and `config`; None: without stored vectors.
+        way, vector_dropout: of stored vectors, if the batches contain any; see `plugin.plug_into`.
 
     Raises:
-        ConfigError: the configuration names a feature that there is not.
+        ConfigError: the configuration names an unknown feature.
     """
 
     def __init__(
@@ -134,11 +133,11 @@ class DLRMTrainer:
         )
 
     def fit(self, checkpoints: Path) -> dict[str, float]:
-        """Train until the validation AUC gets no better; the best epoch's weights remain. Returns its metrics.
+        """Train with early stopping on the validation AUC; load the best epoch's weights and return its metrics.
 
-        Where AUC is undefined (one class only), the log loss decides.
+        If AUC is undefined (one class only), the log loss is used.
 
-        checkpoints: emptied first; then the best epoch's weights are there.
+        checkpoints: directory for the best epoch's weights; emptied first.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -166,7 +165,7 @@ class DLRMTrainer:
         return best
 
     def train_epoch(self, epoch: int) -> float:
-        """One pass over the training part; the mean loss of its exposures."""
+        """Train on one pass over the training part; return the mean loss of its exposures."""
         total = torch.zeros(2, dtype=torch.float64)
         no_rows = self.data.batch(self.data.empty_batch(), np.empty(0, np.int64))
         for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
@@ -175,17 +174,18 @@ class DLRMTrainer:
         return loss / max(rows, 1.0)
 
     def train_step(self, batch: DLRMBatch) -> Tensor:
-        """One step on the global batch's mean loss; this rank's sum of losses and rows, [2]."""
+        """Take one step on the global batch's mean loss; return this rank's sum of losses and number of rows, [2]."""
         logits = self._logits(batch)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
         rows = global_sum(torch.tensor(float(logits.numel())))
+        # DDP averages gradients over ranks, so the factor world_size turns the average of sums into the global sum.
         (loss * coordination.world_size() / rows.item()).backward()
         dense_step(self.dense, self.config.clip_norm)
         return torch.tensor([loss.item(), logits.numel()], dtype=torch.float64)
 
     @torch.no_grad()
     def score(self, split: str) -> Columns:
-        """This rank's predictions of a split."""
+        """Return this rank's predictions of a split."""
         self.model.eval()
         none, parts = (self.data.empty_batch(), np.empty(0, np.int64)), []
         for window, rows in _pad_to_equal_steps(_rows_in_order(self.data.windows(split)), none):
@@ -196,7 +196,7 @@ class DLRMTrainer:
         return join_columns(parts)
 
     def _logits(self, batch: DLRMBatch) -> Tensor:
-        """[B]"""
+        """Logits [B] of a batch."""
         logits: Tensor = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
         return logits
 
@@ -205,14 +205,14 @@ class DLRMTrainer:
 
 
 def _rows_in_order(windows: Iterable[Window]) -> Iterator[tuple[Window, Ints]]:
-    """All exposures in batches; at least one batch, which may have no rows."""
+    """Yield all exposures in batches; at least one batch, possibly without rows."""
     for window in windows:
         for at in range(0, max(window.exposures, 1), SCORED_ROWS):
             yield window, np.arange(at, min(at + SCORED_ROWS, window.exposures))
 
 
 def _pad_to_equal_steps(batches: Iterable[T], filler: T) -> Iterator[T]:
-    """This rank's batches, then `filler` until every rank has run out: forward passes are collective."""
+    """Yield this rank's batches, then `filler` until all ranks have finished, because forward passes are collective."""
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
@@ -226,10 +226,10 @@ def run_dlrm(
 ) -> tuple[dict[str, Columns], dict[str, float]]:
     """Train, and return this rank's predictions of each split and the best epoch's metrics. Collective.
 
-    directory: gets `checkpoints/` with the best epoch's weights.
+    directory: `checkpoints/` with the best epoch's weights is written here.
 
     Raises:
-        ConfigError: the configuration names a feature that there is not.
+        ConfigError: the configuration names an unknown feature.
         ValueError: a split is empty.
     """
     trainer = DLRMTrainer(dataset, config, device)

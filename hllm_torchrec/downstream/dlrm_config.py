@@ -1,4 +1,4 @@
-"""Settings of `hllm downstream`, without what it takes to train: `--help` is then quick."""
+"""Settings of `hllm downstream`, importable without the training code so that `--help` is fast."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,41 +8,41 @@ from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.bounds import out_of_bounds
 
 VectorPlacement = Literal["dense", "slots"]
-"""How vectors from elsewhere enter a DLRM: among its dense features, or as slots of the interaction."""
+"""Position of stored vectors in a DLRM: dense features, or slots of the interaction."""
 
 
 @dataclass(frozen=True)
 class DLRMConfig:
-    """The ID-only DLRM: its inputs, its size, its training."""
+    """ID-only DLRM: inputs, size and training."""
 
     seed: int = 0
-    """Of weights, shuffling and dropout."""
+    """Random seed of weights, shuffling and dropout."""
     width: int = 16
-    """Of every table, and of the last layer of the bottom network."""
+    """Width of every table, and of the last layer of the bottom network."""
     bottom: tuple[int, ...] = (64,)
-    """Hidden layers of the bottom network, over the numeric features."""
+    """Widths of the hidden layers of the bottom network, over the numeric features."""
     top: tuple[int, ...] = (64, 32)
-    """Hidden layers of the top network, over the interactions; at least one."""
+    """Widths of the hidden layers of the top network, over the interactions; at least one."""
     init_scale: float = 0.02
-    """Table entries start uniform in +-init_scale."""
+    """Table entries are initialized uniformly in +-init_scale."""
     max_bag: int = 100
-    """A bag (items liked, items disliked) holds at most this many of the latest."""
+    """Maximum number of items per bag (items liked, items disliked); the latest are used."""
     share_items: bool = True
-    """The bags use the target item's table: what the model sees of target and bag is then items' likeness."""
+    """Use the target item's table for the bags, so that the interaction of target and bag measures item similarity."""
     user_id: bool = True
     """Add a table of users."""
     user_features: tuple[str, ...] = ()
     """Categorical user features of the dataset."""
     numeric_features: tuple[str, ...] = ("history_length", "user_mean", "log_gap")
-    """Of `hllm_torchrec.data.numeric_features`; at least one."""
+    """Names of `hllm_torchrec.data.numeric_features`; at least one."""
     time: bool = True
-    """Add the hour and the day of the week (UTC), where the dataset has timestamps."""
+    """Add the hour and the day of the week (UTC), if the dataset has timestamps."""
     item_dropout: float = 0.1
-    """Probability, in training, that the target item is read as unknown."""
+    """Probability, in training, that the target item is replaced by unknown."""
     user_dropout: float = 0.9
-    """The same for the user: most users to be scored were never seen in training."""
+    """The same for the user, because most scored users do not occur in training."""
     epochs: int = 12
-    """Passes over the training exposures, at most."""
+    """Maximum number of passes over the training exposures."""
     patience: int = 3
     """Stop after this many epochs without a better validation AUC; the best epoch's weights are used."""
     batch: int = 1024
@@ -50,11 +50,11 @@ class DLRMConfig:
     lr: float = 1e-3
     """Learning rate of AdamW, for the networks and the tables that are not sharded."""
     table_lr: float = 0.02
-    """Of row-wise Adagrad, for the sharded tables."""
+    """Learning rate of row-wise Adagrad, for the sharded tables."""
     weight_decay: float = 0.01
-    """Of the networks' matrices."""
+    """Weight decay of the networks' matrices."""
     clip_norm: float = 1.0
-    """Gradient norm of what AdamW steps; 0: no clipping."""
+    """Maximum gradient norm of the parameters of AdamW; 0: no clipping."""
     shard_from_rows: int = 1024
     """Tables with fewer rows are replicated and belong to AdamW."""
 
@@ -75,37 +75,37 @@ DLRM_BOUNDS = {
     "dlrm.clip_norm": ">= 0",
     "dlrm.shard_from_rows": ">= 1",
 }
-"""Bounds of a `dlrm` section: dotted field -> what its value must be."""
+"""Bounds of a `dlrm` section: dotted field -> its range."""
 
 
 IDS_ONLY, ITEMS, USERS, BOTH = "alone", "items", "users_", "both_"
-"""Rows; the last two are followed by a store's name."""
+"""Names of rows; the last two are prefixes of a store's name."""
 
 
 @dataclass(frozen=True)
 class DownstreamConfig:
-    """A DLRM and the stores that it may read.
+    """A DLRM and the stores that it can use.
 
     Raises:
         ConfigError: values out of range or rows without their store, all of them.
     """
 
     output: str = "runs/stages/3"
-    """A folder for each row, with checkpoints and predictions."""
+    """Output directory, with a folder of checkpoints and predictions for each row."""
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
     item_store: str | None = None
-    """Store of item vectors by raw id, of `hllm embed --items` or `hllm exposures --items`."""
+    """Store of item vectors by raw id, from `hllm embed --items` or `hllm exposures --items`."""
     user_stores: tuple[str, ...] = ()
-    """Stores of `hllm exposures --users`; the name of a store's folder names its rows."""
+    """Stores of `hllm exposures --users`; rows are named by the store's folder."""
     rows: tuple[str, ...] = ()
-    """Which rows; none given: all that the stores allow."""
+    """Rows to train; empty: all rows that the stores allow."""
     way: VectorPlacement = "slots"
-    """How vectors enter the DLRM: as slots of the interaction, or among the dense features."""
+    """Position of stored vectors in the DLRM: slots of the interaction, or dense features."""
     vector_dropout: float = 0.0
-    """Of the vectors' entries, in training: a user's vector is nearly the user's name."""
+    """Dropout probability of the vectors' entries; without it a user's vector can identify the training user."""
     dlrm: DLRMConfig = field(default_factory=DLRMConfig)
-    """The DLRM of every row."""
+    """DLRM of every row."""
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, DLRM_BOUNDS | {"vector_dropout": ">= 0, < 1"}))

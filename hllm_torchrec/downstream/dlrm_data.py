@@ -1,4 +1,4 @@
-"""Batches for the DLRM baseline: one row per exposure, its history as two bags of item ids.
+"""Batches of the DLRM baseline: one row per exposure, with the history as two bags of item ids.
 
 Legend: B rows of a batch, X exposures of a window, F numeric features.
 """
@@ -23,7 +23,7 @@ from hllm_torchrec.distributed import coordination
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig
 
 WINDOW_USERS = 65_536
-"""Users held in memory, and shuffled together, at a time."""
+"""Number of users in memory, and shuffled together, at a time."""
 SECONDS_PER_HOUR, HOURS, DAYS = 3600, 24, 7
 EPOCH_WEEKDAY = 3
 """1970-01-01 was a Thursday; Monday is 0."""
@@ -31,7 +31,7 @@ EPOCH_WEEKDAY = 3
 
 @dataclass
 class DLRMBatch:
-    """As DLRM stacks have it.
+    """A batch in the format of TorchRec's DLRM.
 
     dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1].
     """
@@ -47,7 +47,7 @@ class DLRMBatch:
 
 @dataclass(frozen=True)
 class ItemRanges:
-    """Per exposure a stretch of a common list of items: from start [X] to end [X]."""
+    """For each exposure a range of a common list of items: from start [X] to end [X]."""
 
     items: Ints
     start: Ints
@@ -61,7 +61,7 @@ class ItemRanges:
 
 @dataclass(frozen=True)
 class Window:
-    """Some users' histories and what batches are cut from: bags of items liked and disliked, numbers [X, F]."""
+    """Histories of some users, with the columns of batches: bags of liked and disliked items, numbers [X, F]."""
 
     histories: Histories
     liked: ItemRanges
@@ -70,17 +70,17 @@ class Window:
 
     @property
     def exposures(self) -> int:
-        """X."""
+        """Number of exposures X."""
         return self.histories.exposures.size
 
 
 class DLRMData:
-    """Reads a dataset as windows of exposures and builds batches of them, for this rank.
+    """Reads this rank's part of a dataset as windows of exposures and builds batches of them.
 
-    Users and items without a training event are read as unknown (0): their rows would never be trained.
+    Users and items without a training event are replaced by unknown (0), because their rows would never be trained.
 
     Raises:
-        ConfigError: a feature that there is not.
+        ConfigError: an unknown feature.
     """
 
     def __init__(self, dataset: Dataset, config: DLRMConfig) -> None:
@@ -99,11 +99,11 @@ class DLRMData:
 
     @property
     def widths(self) -> list[int]:
-        """Of the stored vectors that batches have behind their numeric features; here none."""
+        """Widths of the stored vectors after the numeric features of batches; none in this class."""
         return []
 
     def tables(self) -> dict[str, int]:
-        """Rows of the table of each sparse feature; `item`, `liked` and `disliked` hold items."""
+        """Number of table rows of each sparse feature; `item`, `liked` and `disliked` contain items."""
         rows = dict.fromkeys(("item", "liked", "disliked"), self.dataset.num_items)
         if self.config.user_id:
             rows["user"] = self.dataset.num_users
@@ -111,7 +111,7 @@ class DLRMData:
         return rows | ({"hour": HOURS, "weekday": DAYS} if self.time else {})
 
     def windows(self, split: str, rng: np.random.Generator | None = None) -> Iterator[Window]:
-        """This rank's exposures of a split, at least one window; an `rng` shuffles the order of row groups.
+        """Yield this rank's exposures of a split, at least one window; `rng` shuffles the order of row groups.
 
         Raises:
             ValueError: the split is empty.
@@ -125,14 +125,14 @@ class DLRMData:
         for cut in cuts:
             if len(cuts) > 1:
                 yield self._read(cut)
-            else:  # small enough to keep
+            else:  # one window: cached across epochs
                 self._window_cache[split] = self._window_cache.get(split) or self._read(groups)
                 yield self._window_cache[split]
 
     def training_batches(self, epoch: int) -> Iterator[DLRMBatch]:
-        """This rank's batches of an epoch, shuffled by (seed, epoch, rank).
+        """Yield this rank's batches of an epoch, shuffled by (seed, epoch, rank).
 
-        Ranks may yield different numbers of them.
+        The number of batches may differ between ranks.
         """
         size = max(1, self.config.batch // coordination.world_size())
         rng = np.random.default_rng((self.config.seed, epoch, coordination.rank()))
@@ -142,11 +142,11 @@ class DLRMData:
                 yield self.batch(window, order[at : at + size], rng)
 
     def empty_batch(self) -> Window:
-        """A window without users, for a rank that has run out before others."""
+        """Return a window without users, for a rank that has finished before the others."""
         return self._read([])
 
     def batch(self, window: Window, rows: Ints, rng: np.random.Generator | None = None) -> DLRMBatch:
-        """The exposures `rows` [B] of a window; with an `rng` for training, where IDs drop out."""
+        """Build a batch of the exposures `rows` [B] of a window; `rng`: for training, applies ID dropout."""
         histories, config = window.histories, self.config
         events = histories.exposures[rows]
         users, seconds = histories.user_ids[histories.row_of_event[events]], histories.timestamps[events]
@@ -182,7 +182,8 @@ class DLRMData:
         )
 
     def _stretches(self, histories: Histories, chosen: NDArray[np.bool_]) -> ItemRanges:
-        """For every exposure the last `max_bag` of the chosen events [T] that it may see."""
+        """For each exposure the last `max_bag` visible events among the chosen events [T]."""
+        # before[t]: number of chosen events before event t, so it is also an index into the list of chosen items.
         before = np.concatenate([[0], np.cumsum(chosen)])
         first = before[histories.offsets[histories.row_of_event[histories.exposures]]]
         end = first + histories.sum_of_seen(chosen)
@@ -192,7 +193,7 @@ class DLRMData:
 
 
 def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
-    """Features that there are not, one line each."""
+    """Unknown features, one line each."""
     known = {"user_features": dataset.manifest["user_features"], "numeric_features": NUMERIC_FEATURES}
     return [
         f"dlrm.{kind}: {name!r}: unknown{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}"
@@ -203,7 +204,7 @@ def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
 
 
 def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
-    """[X, F] numbers known before each exposure."""
+    """Numeric features [X, F], computed from events before each exposure."""
     bounds = np.searchsorted(histories.exposures, histories.offsets)
     parts = [np.empty((0, len(names)), np.float32)]
     for row in range(histories.user_ids.size):
@@ -215,7 +216,7 @@ def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _with_unknown(ids: Ints, known: NDArray[np.bool_], dropout: float, rng: np.random.Generator | None) -> Ints:
-    """Ids with 0 in place of those that are not known and, in training, of a share `dropout` of the others."""
+    """Replace unknown ids and, in training, a share `dropout` of the other ids by 0."""
     kept = known[ids]
     if rng is not None:
         kept = kept & (rng.random(ids.size) >= dropout)

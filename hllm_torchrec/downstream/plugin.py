@@ -1,12 +1,12 @@
-"""Stored item and user vectors in somebody's TorchRec DLRM, whose batches, loss and pipeline stay as they are.
+"""Stored item and user vectors in an existing TorchRec DLRM, without changes to its batches, loss and pipeline.
 
-    items = VectorLookup("stores/items")                                  # where batches are made
+    items = VectorLookup("stores/items")                                  # in the data loader
     dense = append_vectors(dense, items(raw_item_ids))                    # [B, n] -> [B, n + E + 1]
     model = plug_into(DLRM, tables, n, [items.width], "slots", ...)       # in place of DLRM(tables, n, ...)
 
-The vectors travel as columns of `dense_features`, so `DLRMTrain` and `TrainPipelineSparseDist` see nothing new. In the
-model they are taken out again, normed, and either join the dense features ("dense") or are projected to the tables'
-width and become further slots of the interaction ("slots"). An id that a store lacks has a learned default.
+The vectors are columns of `dense_features`, so `DLRMTrain` and `TrainPipelineSparseDist` need no change. The model
+splits these columns off, normalizes the vectors, and either appends them to the dense features ("dense") or projects
+them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default.
 
 Legend: B rows, n dense features, E width of a stored vector, D width of the tables, F sparse features.
 """
@@ -28,13 +28,13 @@ from hllm_torchrec.store.store import EmbeddingStore
 
 
 class VectorLookup:
-    """Looks ids up in a store as it was committed when this was made; counts those that it lacks.
+    """Looks up ids in the snapshot of a store taken at construction, and counts missing ids.
 
     Args:
-        path: the store.
+        path: folder or URL of the store.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the store does not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,7 +44,7 @@ class VectorLookup:
         self.num_requested = self.num_unknown = 0
 
     def __call__(self, ids: Keys | np.ndarray) -> Tensor:
-        """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros where unknown), and a last column of 1 where unknown."""
+        """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros if unknown); the last column is 1 if unknown, else 0."""
         vectors, known = self._snapshot.gather(ids)
         self.num_requested += known.numel()
         self.num_unknown += int((~known).sum())
@@ -52,23 +52,23 @@ class VectorLookup:
 
     @property
     def unknown_share(self) -> float:
-        """Of the ids asked for so far, those that the store lacks."""
+        """Share of the ids requested so far that the store lacks."""
         return self.num_unknown / max(self.num_requested, 1)
 
 
 def append_vectors(dense_features: Tensor, *found: Tensor) -> Tensor:
-    """Dense features [B, n] with what lookups have found [B, E + 1] behind them."""
+    """Concatenate dense features [B, n] and the results of lookups, each [B, E + 1]."""
     return torch.cat([dense_features, *found], dim=1)
 
 
 class StoredVectors(nn.Module):
-    """Vectors of one store in a model: normed, projected if asked to, and a learned default where there is none.
+    """Input layer for the vectors of one store: layer norm, optional projection, learned default for missing vectors.
 
     Args:
         width: E.
-        out: width of what comes out; None: E, without a projection.
-        dropout: of the normed vector's entries, in training. A user's vector is nearly the user's name: without it a
-            DLRM can learn its training users by heart.
+        out: output width; None: E, without a projection.
+        dropout: probability for the normalized vector's entries. A user's vector nearly identifies the user: without
+            dropout a DLRM can memorize its training users.
     """
 
     def __init__(self, width: int, out: int | None = None, dropout: float = 0.0) -> None:
@@ -79,18 +79,18 @@ class StoredVectors(nn.Module):
         self.default = nn.Parameter(torch.zeros(out or width))
 
     def forward(self, found: Tensor) -> Tensor:
-        """found [B, E + 1] of `VectorLookup` -> [B, out]."""
+        """Map the result [B, E + 1] of `VectorLookup` to [B, out]."""
         return torch.where(found[:, -1:] > 0, self.default, self.project(self.dropout(self.norm(found[:, :-1]))))
 
 
 class PluggedDLRM(nn.Module):
-    """A DLRM, DLRM_DCN or DLRM_Projection with stored vectors; called as they are. Made by `plug_into`.
+    """A DLRM, DLRM_DCN or DLRM_Projection with stored vectors and the same call signature. Created by `plug_into`.
 
     Args:
-        dlrm: sized for what the vectors add.
-        dense: n, columns of the dense features before the vectors.
-        widths: E of each store, in the order in which their columns follow.
-        dropout: of the vectors.
+        dlrm: model whose sizes include the vectors.
+        dense: n, number of dense features before the vectors.
+        widths: E of each store, in the order of their columns.
+        dropout: see `StoredVectors`.
     """
 
     def __init__(self, dlrm: DLRM, dense: int, widths: list[int], way: VectorPlacement, dropout: float = 0.0) -> None:
@@ -102,7 +102,7 @@ class PluggedDLRM(nn.Module):
         self.columns = [slice(first, end) for first, end in zip(ends, ends[1:])]
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
-        """dense_features [B, n + sum of (E + 1)] -> logits [B, 1]."""
+        """Map dense_features [B, n + sum of (E + 1)] to logits [B, 1]."""
         own = dense_features[:, : self.dense]
         vectors = [module(dense_features[:, cut]) for module, cut in zip(self.stored, self.columns)]
         embedded = self.dlrm.sparse_arch(sparse_features)
@@ -124,17 +124,17 @@ def plug_into(
     dropout: float = 0.0,
     **options: Any,
 ) -> PluggedDLRM:
-    """A model of `kind` that also reads stored vectors.
+    """Build a model of `kind` that also uses stored vectors.
 
     Args:
         kind: DLRM, DLRM_DCN or DLRM_Projection.
-        tables, dense_in_features, options: what `kind` is made from without us.
+        tables, dense_in_features, options: arguments of `kind` without stored vectors.
         widths: E of each store, in the order of `append_vectors`.
         way: "dense": among the dense features; "slots": as slots of the interaction, one per store.
-        dropout: of the vectors' entries, in training; see `StoredVectors`.
+        dropout: see `StoredVectors`.
 
     Raises:
-        ValueError: no store, or another way.
+        ValueError: no store, or an unknown `way`.
     """
     if not widths or way not in ("dense", "slots"):
         raise ValueError(f"plug_into: widths={widths}, way={way!r}: give the width of each store, and dense or slots")
@@ -142,7 +142,8 @@ def plug_into(
         return PluggedDLRM(
             kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way, dropout
         )
-    # Each kind sizes its interaction by the tables' features: tables on the meta device stand for the vectors.
+    # Each kind computes the size of its interaction from the tables' features, so a collection with one placeholder
+    # table per store (on the meta device, never allocated) is passed, and replaced by the real one afterwards.
     own = tables.embedding_bag_configs()
     more = [
         EmbeddingBagConfig(name=name, embedding_dim=own[0].embedding_dim, num_embeddings=1, feature_names=[name])

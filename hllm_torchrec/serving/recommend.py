@@ -31,7 +31,7 @@ from hllm_torchrec.serving.scorer import Scorer, UserHistory
 
 @dataclass(frozen=True)
 class RecommendedItem:
-    """An item with readable text. text: its joined text columns; score: probability or cosine, None for history items."""
+    """An item with readable text. text: joined text columns; score: probability or cosine, None for history items."""
 
     raw_id: str
     text: str
