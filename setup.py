@@ -1,8 +1,8 @@
-"""Package metadata, and the mapping of the top-level folders onto subpackages.
+"""Package metadata, and the mapping of the top-level folders to subpackages.
 
-`modules/`, `launch/` and `configs/` are installed as `hllm_torchrec.modules` and so on; nothing of those
-names reaches site-packages. torch, torchrec and fbgemm are not among the requirements: which build of them is
-right depends on the machine, and torchrec's requirements pull in CUDA. `scripts/install.sh` installs them.
+`modules/`, `launch/` and `configs/` are installed as `hllm_torchrec.modules` and so on, not as top-level packages in
+site-packages. torch, torchrec and fbgemm are not among the requirements, because their builds depend on the machine
+and torchrec's requirements install CUDA. `scripts/install.sh` installs them.
 """
 
 import re
@@ -18,10 +18,10 @@ PACKAGE_DIR = {
     "hllm_torchrec.configs": "configs",
 }
 REQUIREMENTS = [
-    "accelerate>=1.15,<2",  # transformers asks for it where it reads GGUF (`hllm fetch smollm2`)
+    "accelerate>=1.15,<2",  # transformers needs it to read GGUF (`hllm fetch smollm2`)
     "filelock>=4.2,<5",
     "fsspec>=2026.9,<2027",
-    "gguf>=0.19,<1",  # the same
+    "gguf>=0.19,<1",  # for GGUF as well
     "Jinja2>=3.1,<4",
     "jsonargparse[signatures]>=4.53,<5",
     "matplotlib>=3.11,<4",
@@ -30,7 +30,7 @@ REQUIREMENTS = [
     "PyYAML>=6,<7",
     "safetensors>=0.8,<1",
     "scipy>=1.17,<2",
-    "tensorboard>=2.21,<3",  # by way of torch.utils.tensorboard
+    "tensorboard>=2.21,<3",  # imported by torch.utils.tensorboard
     "torchx==0.7.0",
     "tqdm>=4.70,<5",
     "transformers>=5.23,<6",
@@ -65,7 +65,7 @@ DEV = [
 
 
 def find_packages() -> list[str]:
-    """Every folder with Python files under the mapped ones, as a dotted package name.
+    """Dotted package names of all folders with Python files under the mapped folders.
 
     Raises:
         ValueError: such a folder has no `__init__.py`, so it would be missing from the wheel.
@@ -80,7 +80,7 @@ def find_packages() -> list[str]:
 
 
 def read_version() -> str:
-    """The package's version, without importing it."""
+    """Version of the package, read without importing it."""
     text = (ROOT / "hllm_torchrec" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
 

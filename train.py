@@ -1,4 +1,4 @@
-"""The same as `hllm train`; here so that `torchx run dist.ddp -j 4x8 train.py --config ...` works."""
+"""Script form of `hllm train`, for `torchx run dist.ddp -j 4x8 train.py --config ...`."""
 
 import sys
 from pathlib import Path
@@ -7,5 +7,5 @@ from hllm_torchrec.launch.train import main
 
 if __name__ == "__main__":
     args = sys.argv[1:]
-    # TorchX takes the script from .torchxconfig and hands `train.py` on as the program's first argument.
+    # TorchX takes the script from .torchxconfig and passes `train.py` on as the program's first argument.
     sys.exit(main(args[1:] if args and Path(args[0]).name == Path(__file__).name else args))

@@ -1,8 +1,8 @@
-"""`hllm baselines`: fits and scores the baselines on the exposures that a model is measured on.
+"""`hllm baselines`: fits and scores the baselines on the exposures on which models are evaluated.
 
-On one process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.baselines --dataset ...
-Settings start from configs/baselines/*.yaml and are overridden by --config and by options such as
---dlrm.lr 0.002; `--print_config` shows them all and exits.
+As a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.baselines --dataset ...
+The defaults in configs/baselines/*.yaml are overridden by --config and by options such as
+--dlrm.lr 0.002; `--print_config` prints all settings and exits.
 """
 
 import argparse
@@ -20,7 +20,7 @@ NAMES = ("item_mean", "running_bias", "gaussian", "dlrm")
 
 
 def build_parser() -> CommandParser:
-    """The command line, without the settings of the baselines."""
+    """Build the command line parser, without the settings of the baselines."""
     parser = CommandParser(
         prog="hllm baselines",
         description=__doc__,
@@ -28,17 +28,25 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--dataset", required=True, type=Path, help="directory written by hllm prepare")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/baselines"), help="default: runs/baselines; one folder each"
+        "--output",
+        type=Path,
+        default=Path("runs/baselines"),
+        help="directory with a folder per baseline (default: runs/baselines)",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="NAME",
+        help=f"some of {', '.join(NAMES)} (default: all)",
     )
     parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
     return parser
 
 
 def load_settings(files: list[str], options: list[str]) -> BaselinesConfig:
-    """The packaged settings, then those of `files`, then `options` (`["--dlrm.lr", "0.002"]`).
+    """Load the packaged settings, overridden by those of `files` and then by `options` (`["--dlrm.lr", "0.002"]`).
 
     Raises:
         ConfigError: unknown keys or options, wrong types, values out of range.
@@ -51,7 +59,7 @@ def load_settings(files: list[str], options: list[str]) -> BaselinesConfig:
 
 
 def run(args: argparse.Namespace, options: list[str]) -> None:
-    """Run the baselines named, and print how good they are.
+    """Run the given baselines, and print their metrics.
 
     Raises:
         ValueError: settings or dataset are not usable.
@@ -71,13 +79,13 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 
 
 def say_done(directory: Path, is_new: bool) -> None:
-    """Where a model's predictions are, whose name the directory has."""
+    """Print the directory of a model's predictions; it has the name of the model."""
     what = "predictions written" if is_new else "reused, same data and settings"
     print(f"{directory.name}: {what}: {directory}", flush=True)
 
 
 def print_tables(output: Path, names: Sequence[str]) -> None:
-    """Compare the models whose directories are in `output` with the first, on validation and test part. Collective."""
+    """Print metrics of the models in `output`, compared with the first, on validation and test part. Collective."""
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.evaluation.cached_predictions import SPLITS
     from hllm_torchrec.evaluation.model_comparison import compare, metrics_table

@@ -1,17 +1,17 @@
-"""TorchX components, one for each job: `torchx run launch/components.py:embed --j 1x2 --run_dir runs/quickstart ...`.
+"""TorchX components, one per job: `torchx run launch/components.py:embed --j 1x2 --run_dir runs/quickstart ...`.
 
-    prepare       a source into a dataset directory, on one process
-    train         a configuration, on one rank or many
-    evaluate      a checkpoint, or prediction files
-    embed         item and user embeddings that are new or changed, into stores
+    prepare       convert a source to a dataset directory, in one process
+    train         train a configuration, on one or more ranks
+    evaluate      evaluate a checkpoint or prediction files
+    embed         write new and changed item and user embeddings into stores
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
-    job           any other of hllm's jobs that run as ranks
+    job           any other job of hllm that runs as ranks
 
-Each takes the options of `_machine` after its own. Every job can be started again: `train` goes on from its last
-checkpoint, `embed` with what its store lacks.
+Each accepts its own options and those of `_machine`. Every job can be restarted: `train` continues from its last
+checkpoint, `embed` with the vectors that its store lacks.
 
-TorchX executes this file inside a module of its own, so nothing of the project is imported here, and its names must
-not be those of `torchx.specs.finder`.
+TorchX executes this file inside one of its modules, so nothing of the project is imported here, and its names must
+differ from those of `torchx.specs.finder`.
 """
 
 import inspect
@@ -41,23 +41,23 @@ def _machine(
 
     Args:
         j: nodes x processes, such as 4x8
-        image: container image, for the schedulers that need one
-        h: a named resource, instead of cpu, gpu and memMB
-        cpu: processors of a node
-        gpu: accelerators of a node
-        memMB: memory of a node in MB
+        image: container image, for schedulers that need one
+        h: named resource, instead of cpu, gpu and memMB
+        cpu: processors per node
+        gpu: accelerators per node
+        memMB: memory per node in MB
         env: environment variables, NAME=VALUE separated by commas
-        mounts: type=bind,src=/data,dst=/data[,readonly], for the schedulers that have them
-        max_retries: restarts by the scheduler, of the whole job
-        restarts: restarts by torchrun, of the ranks of a node, when one fails
-        rdzv_port: port on the first node at which several nodes meet (three_stages: the first of four)
+        mounts: type=bind,src=/data,dst=/data[,readonly], for schedulers that support them
+        max_retries: restarts of the complete job by the scheduler
+        restarts: restarts of a node's ranks by torchrun when one fails
+        rdzv_port: rendezvous port on the first node, for several nodes (three_stages: the first of four)
     """
 
 
 def _component(function: Callable[..., specs.AppDef], without: tuple[str, ...] = ()) -> Callable[..., specs.AppDef]:
-    """`function(*arguments, own options, **machine)` with the options of `_machine` in signature and docstring.
+    """Add the options of `_machine` to signature and docstring of `function(*arguments, own options, **machine)`.
 
-    TorchX makes the command line of a component from these two, and its linter reads the `def` itself.
+    TorchX builds the command line of a component from these two, while its linter reads the `def` statement.
     """
     shared = [p for name, p in inspect.signature(_machine).parameters.items() if name not in without]
     own = inspect.signature(function)
@@ -80,7 +80,7 @@ def _component(function: Callable[..., specs.AppDef], without: tuple[str, ...] =
 def prepare(
     *arguments: str, source: str, output: str, path: str = "", split: str = "time", **machine: Any
 ) -> specs.AppDef:
-    """A source into a dataset directory: `hllm prepare`, on one process.
+    """Convert a source to a dataset directory: `hllm prepare`, in one process.
 
     Args:
         arguments: further arguments of `hllm prepare`, after `--`
@@ -106,13 +106,13 @@ def prepare(
 
 @_component
 def train(*arguments: str, config: str, output: str = "", resume: bool = True, **machine: Any) -> specs.AppDef:
-    """Training: `hllm train`, on one rank or many.
+    """Training: `hllm train`, on one or more ranks.
 
     Args:
         arguments: overrides of the configuration, after `--`, such as --optim.lr 0.001
         config: a YAML of configs/
         output: run directory, instead of the configuration's
-        resume: go on from the last checkpoint of the run directory, where there is one
+        resume: continue from the last checkpoint of the run directory, if there is one
     """
     given = ["--config", config, *_option("--output", output), "--resume", str(resume).lower(), *arguments]
     return _on_ranks("train", given, **machine)
@@ -138,14 +138,14 @@ def evaluate(
     max_drop: float = 0.001,
     **machine: Any,
 ) -> specs.AppDef:
-    """Offline evaluation: `hllm evaluate` on a checkpoint or on prediction files, on one rank or many.
+    """Offline evaluation: `hllm evaluate` on a checkpoint or on prediction files, on one or more ranks.
 
     Args:
         arguments: further arguments of `hllm evaluate`, after `--`
         run_dir: run directory of `hllm train`
         predictions: NAME=PATH of prediction files, separated by commas
-        baseline: a metrics.json to pass against; the job fails if the AUC dropped
-        max_drop: the drop of AUC that the baseline allows
+        baseline: a metrics.json to compare with; the job fails if the AUC dropped
+        max_drop: largest allowed drop of AUC from the baseline
     """
     given = _option("--run-dir", run_dir)
     if predictions:
@@ -165,14 +165,14 @@ def embed(
     checkpoint: str = "best",
     **machine: Any,
 ) -> specs.AppDef:
-    """Embeddings that are new or changed, into stores: `hllm embed`, shared out over the ranks by tokens.
+    """Write new and changed embeddings into stores: `hllm embed`, divided among the ranks by tokens.
 
     Args:
         arguments: further arguments of `hllm embed`, after `--`
         run_dir: run directory of `hllm train`
-        items: store of items, made if it is not there
-        users: store of users, made if it is not there
-        since: YYYY-MM-DD; users without an event since then are left alone
+        items: store of items, created if missing
+        users: store of users, created if missing
+        since: YYYY-MM-DD; users without an event since then are not updated
         checkpoint: best, latest, or a directory
     """
     given = _embed_arguments(run_dir, items, users, since, checkpoint)
@@ -187,10 +187,10 @@ def three_stages(
     folder: str = "runs/three_stages",
     **machine: Any,
 ) -> specs.AppDef:
-    """Stage I, its item embeddings, stage II from them, and the embeddings of all items and users for stage III.
+    """The paper's stages I and II: train, embed items, train from the store, embed items and users for stage III.
 
-    Four commands one after the other on the same nodes; a job that is started again goes on where it was. It writes
-    `folder`/one and two (run directories), items and users (stores); stage II begins with one's weights.
+    Four commands in sequence on the same nodes; a restarted job continues where it stopped. It writes `folder`/one
+    and two (run directories), items and users (stores); stage II starts from the weights of stage I.
 
     Args:
         arguments: overrides of both configurations, after `--`, such as --data.dataset data/ml-100k
@@ -206,7 +206,7 @@ def three_stages(
         ("train", ["--config", two, *train_two, "--resume", "true", *arguments]),
         ("embed", _embed_arguments(second, items, f"{folder}/users")),
     ]
-    # Ports of their own: a slow node must not meet the others of the step before.
+    # One port per step: a slow node, still in the previous step, must not join the rendezvous of the next.
     first_port = machine.pop("rdzv_port")
     ports = [first_port + number for number in range(len(steps))]
     apps = [_on_ranks(job, given, **machine, rdzv_port=port) for (job, given), port in zip(steps, ports)]
@@ -217,19 +217,19 @@ def three_stages(
 
 
 def _on_ranks(job: str, given: List[str], *, restarts: int, **machine: Any) -> specs.AppDef:  # noqa: UP006
-    """`hllm_torchrec.launch.<job>` under torchrun, by TorchX's own component."""
-    start = getattr(torchx_dist, "torchrun", None) or torchx_dist.ddp  # the nightly's name of it, and 0.7.0's
+    """Run `hllm_torchrec.launch.<job>` under torchrun, with TorchX's component."""
+    start = getattr(torchx_dist, "torchrun", None) or torchx_dist.ddp  # named ddp in TorchX 0.7.0
     machine["env"] = {**(machine["env"] or {}), **({"PET_MAX_RESTARTS": str(restarts)} if restarts else {})}
     found: specs.AppDef = start(*given, m=f"hllm_torchrec.launch.{job}", name=f"/{job}", **machine)
     return found
 
 
 def _embed_arguments(run_dir: str, items: str, users: str = "", since: str = "", checkpoint: str = "best") -> List[str]:  # noqa: UP006
-    """Of `hllm embed`; --run-dir, because torchrun takes --run for one of its own."""
+    """Arguments of `hllm embed`; --run-dir, because torchrun takes --run for its own option."""
     stores = [*_option("--items", items), *_option("--users", users), *_option("--since", since)]
     return ["--run-dir", run_dir, *stores, "--checkpoint", checkpoint]
 
 
 def _option(name: str, value: str) -> List[str]:  # noqa: UP006
-    """An option with a value, or nothing."""
+    """Option with a value; empty without a value."""
     return [name, value] if value else []

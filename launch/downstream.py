@@ -1,8 +1,8 @@
-"""`hllm downstream`: the ID-only DLRM alone and with stored item and user vectors, each scored on the same exposures.
+"""`hllm downstream`: the ID-only DLRM without and with stored item and user vectors, scored on the same exposures.
 
-On one process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.downstream --config ...
-Settings start from configs/baselines/dlrm.yaml and are overridden by --config and by options such as
---user_stores '[stores/users/nearline]' or --dlrm.lr 0.002; `--print_config` shows them all and exits.
+As a single process, or as ranks: torchrun --nproc_per_node 2 -m hllm_torchrec.launch.downstream --config ...
+The defaults in configs/baselines/dlrm.yaml are overridden by --config and by options such as
+--user_stores '[stores/users/nearline]' or --dlrm.lr 0.002; `--print_config` prints all settings and exits.
 """
 
 import sys
@@ -21,7 +21,7 @@ PROG = "hllm downstream"
 
 
 def load_settings(arguments: list[str]) -> "DownstreamConfig":
-    """The packaged settings of the DLRM, then `arguments`.
+    """Load the packaged settings of the DLRM, overridden by `arguments`.
 
     Raises:
         ConfigError: unknown keys or options, wrong types, values out of range.
@@ -34,12 +34,12 @@ def load_settings(arguments: list[str]) -> "DownstreamConfig":
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    """Run the command; returns the exit status: 0, or 2 after the message of a user error."""
     return run_job(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def run(arguments: list[str]) -> None:
-    """Train and score every row, and print how good they are.
+    """Train and score every row, and print their metrics.
 
     Raises:
         ValueError: settings, stores or dataset are not usable.
@@ -54,14 +54,14 @@ def run(arguments: list[str]) -> None:
 
     for store in (settings.item_store, *settings.user_stores):
         if store is not None:
-            EmbeddingStore.open(store)  # a mistake shows before anything is trained
+            EmbeddingStore.open(store)  # report errors before training
     rows = settings.rows or tuple(settings.possible_rows())
     dataset, output = Dataset.open(settings.dataset), Path(settings.output)
     with distributed_device() as device:
         for row in rows:
             is_new = run_row(settings, row, dataset, device)
             run_on_rank_zero(partial(say_done, output / row, is_new))
-        print_tables(output, sorted(rows, key=lambda row: row != IDS_ONLY))  # the first is compared with
+        print_tables(output, sorted(rows, key=lambda row: row != IDS_ONLY))  # the first is the reference
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`hllm embed`: writes a run's item and user embeddings into stores: those that are new, or made from something new.
+"""`hllm embed`: writes new and changed item and user embeddings of a run into stores.
 
     hllm embed --run runs/quickstart --items stores/items
     hllm embed --run runs/quickstart --items stores/items --users stores/users --since 1998-04-01
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.embed --run-dir runs/quickstart --items stores/items
 
-Run it again every night: what it costs follows what has changed (items by their text, users by their events). With
-both stores the users are embedded from the stored items. A store made by other weights is refused.
+It can be repeated every night: its cost depends on the changes (texts of items, events of users). With both stores
+the users are embedded from the stored items. A store made by other weights is an error.
 """
 
 import argparse
@@ -21,31 +21,33 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm embed", description=__doc__)
     parser.add_run()
-    parser.add_argument("--items", type=Path, metavar="DIR", help="store of items, made if it is not there")
-    parser.add_argument("--users", type=Path, metavar="DIR", help="store of users, made if it is not there")
-    since_help = "leave users alone who have no event since then (UTC); without it all users are looked at"
+    parser.add_argument("--items", type=Path, metavar="DIR", help="store of items, created if missing")
+    parser.add_argument("--users", type=Path, metavar="DIR", help="store of users, created if missing")
+    since_help = "do not update users without an event since then (UTC); default: consider all users"
     parser.add_argument("--since", type=second_of, default=0, metavar="YYYY-MM-DD", help=since_help)
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of a new store")
+    parser.add_argument(
+        "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="data type of a new store (default: fp16)"
+    )
     return parser
 
 
 def second_of(date: str) -> int:
-    """The first second of a date, UTC.
+    """First second of a date, UTC.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: not a date.
     """
     try:
         return int(datetime.combine(datetime.fromisoformat(date).date(), datetime.min.time(), UTC).timestamp())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{date!r} is no date: write it as 1998-04-01") from None
+        raise argparse.ArgumentTypeError(f"{date!r} is not a date: write it as 1998-04-01") from None
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the run's model, embed items and users that have changed, and say what was done.
+    """Load the run's model, embed new and changed items and users, and print a summary.
 
     Raises:
         ValueError: no store is named, no such run or checkpoint, or a store of another model.
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.evaluation.run_loader import load_run
 
     with distributed_device() as device:
-        # Items that the run's own store lacks must not stand in the way of embedding them.
+        # The run's store may lack new items; it is not checked here, because this job embeds them.
         loaded = load_run(args.run, args.checkpoint, device, use_items=args.items is None)
         with loaded.weights:
             if args.items is not None:

@@ -1,4 +1,4 @@
-"""Parser, entry point and exit statuses of every job: a mistake of the user's is one line and exit status 2."""
+"""Parser, entry point and exit statuses of all jobs. A user error is reported in one line with exit status 2."""
 
 import argparse
 import os
@@ -11,23 +11,23 @@ from typing import Any, NoReturn, Protocol
 from hllm_torchrec.common.errors import Preempted
 
 PREEMPTED = 75
-"""Exit status of a run that left because it was asked to (sysexits.h: EX_TEMPFAIL, try again)."""
+"""Exit status of a run that stopped on request (sysexits.h: EX_TEMPFAIL, try again)."""
 
 STATUSES = {
     0: "done",
     1: "another rank failed or was lost; store verify: a file is damaged; plan: it does not fit",
-    2: "something that you can mend, said in one line: options, configuration, data, a full disk",
+    2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
     3: "evaluate --baseline: the AUC dropped by more than --max-drop",
-    4: "evaluate --baseline: it did, but chance may explain it",
-    PREEMPTED: "asked to leave (SIGTERM); the state is saved, resume: true continues",
+    4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",
+    PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues",
 }
-"""Every exit status of every subcommand."""
+"""Exit statuses of all subcommands."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage; its description keeps its lines.
+    """Argument parser with one-line errors (without the usage) and unwrapped descriptions.
 
-    output_may_be_url: for a command that writes at URLs itself.
+    output_may_be_url: True for a command that supports URLs as `--output`.
     """
 
     def __init__(self, *, output_may_be_url: bool = False, **options: Any) -> None:
@@ -35,11 +35,15 @@ class CommandParser(argparse.ArgumentParser):
         self._output_may_be_url = output_may_be_url
 
     def add_run(self, *, required: bool = True, checkpoint: bool = True) -> None:
-        """`--run` and `--checkpoint`; under torchrun `--run-dir`, as torchrun takes --run for one of its own.
+        """Add `--run` and `--checkpoint`.
 
-        required: else a job may do without, and finds no checkpoint named (None) where it means the best.
+        `--run-dir` is an alias, because torchrun takes --run for an abbreviation of its own options.
+
+        required: if False, `--run` is optional and the default of `--checkpoint` is None, which means best.
         """
-        run_help = "run directory of hllm train; behind torchrun write --run-dir: it takes --run for one of its own"
+        run_help = (
+            "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
+        )
         self.add_argument("--run", "--run-dir", dest="run", type=Path, required=required, metavar="DIR", help=run_help)
         if checkpoint:
             given = "best" if required else None
@@ -50,7 +54,7 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As ever; an `--output` at a URL is refused, as most commands write folders."""
+        """Parse, and reject a URL as `--output` unless the command supports it."""
         found, rest = super().parse_known_args(args, namespace)
         if self._output_may_be_url or getattr(found, "output", None) is None:
             return found, rest
@@ -66,13 +70,13 @@ class Main(Protocol):
     """Entry point of a job."""
 
     def __call__(self, argv: list[str] | None = None) -> int:
-        """Run the command line `argv`, the process's own if None; return the exit status of `run_job`."""
+        """Run the command line `argv` (None: that of the process); return the exit status of `run_job`."""
 
 
 def entry_point(
     build_parser: Callable[[], CommandParser], run: Callable[..., int | None], *, takes_options: bool = False
 ) -> Main:
-    """`main(argv)` of a job that calls `run(args)`, or `run(args, options)` with what the parser does not know."""
+    """Return `main(argv)`, which calls `run(args)`, or `run(args, options)` with the parser's unknown arguments."""
 
     def main(argv: list[str] | None = None) -> int:
         parser = build_parser()
@@ -85,7 +89,7 @@ def entry_point(
     return main
 
 
-#: What torch.distributed says where another rank has died or does not answer (gloo, nccl, the store).
+#: Messages of torch.distributed if another rank has died or does not answer (gloo, nccl, the store).
 _LOST_RANK = re.compile(
     r"gloo/transport|caused pair closure|connection (closed|reset) by peer|broken pipe|remote process|nccl.*timeout",
     re.IGNORECASE,
@@ -96,9 +100,9 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
     """Run `job`; return the exit status.
 
     Returns:
-        What the job returns, 0 for None; 2 after the message of an error that the user can mend; 1 after one line if
-        another rank failed or was lost, whose own messages say why; PREEMPTED after one line of rank 0 if the job was
-        asked to leave (SIGTERM) and has saved what it had.
+        The job's return value, 0 for None; 2 after the message of an error that the user can fix; 1 after one line if
+        another rank failed or was lost, whose messages state the cause; PREEMPTED after one line of rank 0 if the job
+        was asked to stop (SIGTERM) and has saved its state.
     """
     try:
         return job() or 0
@@ -119,7 +123,7 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
 
 
 def is_of_another_rank(error: RuntimeError) -> bool:
-    """Whether this rank failed because another one did, or does not answer."""
+    """True if this rank failed because another rank failed or does not answer."""
     from torch import distributed as dist
 
     from hllm_torchrec.distributed.coordination import PeerFailed

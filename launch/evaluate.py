@@ -1,4 +1,4 @@
-"""`hllm evaluate`: AUC and more of a run's checkpoint or of prediction files, models compared on the same exposures.
+"""`hllm evaluate`: metrics of a run's checkpoint or of prediction files, with models compared on the same exposures.
 
     hllm evaluate --run-dir runs/quickstart --compare runs/baselines/item_mean runs/baselines/running_bias
     hllm evaluate --predictions new=new.parquet old=old.parquet --slices country --output runs/comparison
@@ -6,12 +6,12 @@
     hllm evaluate --run-dir runs/nightly --baseline accepted/metrics.json --max-drop 0.001
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run-dir runs/quickstart
 
-A run gets predictions/<split>/, metrics.json (metrics-valid.json for the validation part), report.html and
-TensorBoard's scalars; without a run they go to --output. Every other model is compared with the run's, or
-without a run with the first one named. docs/evaluation.md says what the numbers are.
+Into the run directory it writes predictions/<split>/, metrics.json (metrics-valid.json for the validation part),
+report.html and TensorBoard scalars; without a run they are written to --output. All other models are compared with
+the run or, without a run, with the first model. docs/evaluation.md defines the metrics.
 
-exit status: 0; 2 after a message on a mistake; with --baseline 3 if the AUC dropped by more than --max-drop, 4 if it
-did but chance may explain it.
+exit status: 0; 2 after a user error; with --baseline 3 if the AUC dropped by more than --max-drop, 4 if it did but
+chance may explain it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm evaluate", description=__doc__)
     parser.add_run(required=False)
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
@@ -46,20 +46,20 @@ def build_parser() -> CommandParser:
         type=Path,
         default=[],
         metavar="DIR",
-        help="run directories, baselines' directories or directories of predictions, named by their folder",
+        help="run directories, directories of baselines or of predictions; models are named by their folder",
     )
     parser.add_argument(
         "--predictions",
         nargs="+",
         default=[],
         metavar="NAME=PATH",
-        help="the same with names of your choice, or files of predictions of any origin (Parquet, CSV)",
+        help="the same with chosen names, or prediction files of any origin (Parquet, CSV)",
     )
-    parser.add_argument("--output", type=Path, help="where metrics and report go (default: the run)")
+    parser.add_argument("--output", type=Path, help="directory for metrics and report (default: the run)")
     parser.add_argument(
         "--draws", type=int, default=1000, help="resamples for the intervals over users, 0: none (default: 1000)"
     )
-    parser.add_argument("--no-tensorboard", action="store_true", help="write no scalars for TensorBoard")
+    parser.add_argument("--no-tensorboard", action="store_true", help="do not write TensorBoard scalars")
     gate = parser.add_argument_group("regression gate")
     gate.add_argument("--baseline", metavar="FILE", help="a metrics.json of the same rows, or the name of a model here")
     gate.add_argument("--max-drop", type=float, help="largest drop of AUC allowed (default: 0)")
@@ -69,7 +69,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 after a message on a mistake of the user's, or the gate's."""
+    """Run the command; returns the exit status: 0, 2 after the message of a user error, or the gate's."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return run_job(parser.prog, lambda: _status_of(run(args), args.on_unsure))
@@ -82,10 +82,10 @@ def _status_of(verdict: "Verdict | None", on_unsure: str | None) -> int:
 
 
 def run(args: argparse.Namespace) -> "Verdict | None":
-    """Score, compare, write and print; the gate's verdict if a baseline is named.
+    """Score, compare, write and print; return the gate's verdict if a baseline is given.
 
     Raises:
-        ValueError: nothing to evaluate, or what is named is not there or does not fit, or has no effect.
+        ValueError: nothing to evaluate; or an argument that does not exist, does not fit or has no effect.
     """
     named = named_paths(args.compare, args.predictions)
     if args.run is None and not named:
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> "Verdict | None":
 
 
 def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
-    """The job as a rank of torchrun; alone if there are none, which saves seconds of imports."""
+    """Run the job as a rank of torchrun, or without a process group, which saves seconds of imports."""
     if "RANK" not in os.environ:
         return job()
     from hllm_torchrec.distributed.process_group import distributed_device
@@ -119,14 +119,14 @@ def _run_of_ranks(job: Callable[[], "Verdict | None"]) -> "Verdict | None":
 
 
 def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict | None":
-    """Score the run's checkpoint, and measure its predictions with the others, on all ranks."""
+    """Score the run's checkpoint, and evaluate its predictions together with the others, on all ranks."""
     from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
     from hllm_torchrec.common.urls import url_of
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.metrics_schema import retrieval_alone
     from hllm_torchrec.evaluation.run_loader import run_config, score_run, training_overlap
 
-    config = run_config(args.run)  # so that a mistake shows before ranks meet
+    config = run_config(args.run)  # report errors before the ranks connect
     refuse_without_effect(args, ranks_exposures=config.objective.fusion != "none" or bool(others))
     storage = RunStorage(local_run(args.run), url_of(args.run))
     with distributed_device() as device:
@@ -148,8 +148,10 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
 def _measure(
     args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
 ) -> "tuple[dict[str, Any], Overlap | None]":
-    """The content of metrics.json, from predictions on all ranks: the first model is the one that others are compared
-    with. paired: directories of our own jobs, whose rows belong together by user and position. Collective."""
+    """Content of metrics.json, from predictions on all ranks; the first model is the reference of comparisons.
+
+    paired: the predictions were written by this library's jobs, and rows are matched by user and position. Collective.
+    """
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
     from hllm_torchrec.evaluation.model_comparison import evaluate_files
@@ -171,17 +173,17 @@ def _measure(
 def _publish(
     args: argparse.Namespace, output: Path | None, metrics: dict[str, Any], overlap: "Overlap | None"
 ) -> "Verdict | None":
-    """`write_results` on the first rank; the verdict on all. Collective."""
+    """Call `write_results` on rank 0; return the verdict on all ranks. Collective."""
     from hllm_torchrec.distributed.coordination import run_on_rank_zero
 
     return run_on_rank_zero(lambda: write_results(args, output, metrics, overlap))
 
 
 def named_paths(compared: list[Path], named: list[str]) -> dict[str, Path]:
-    """Model -> what was named for it.
+    """Model -> path given for it.
 
     Raises:
-        ValueError: two models of one name, or a name without a path.
+        ValueError: two models with the same name, or a name without a path.
     """
     pairs = [(path.resolve().name, path) for path in compared]
     for entry in named:
@@ -223,7 +225,7 @@ def _predictions_in(directory: Path, split: str) -> Path | None:
 def write_results(
     args: argparse.Namespace, output: Path | None, metrics: dict[str, Any], overlap: "Overlap | None"
 ) -> "Verdict | None":
-    """Judge, print, and write metrics and report into the output directory, if there is one."""
+    """Compute the gate's verdict, print, and write metrics and report into the output directory, if any."""
     from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
     from hllm_torchrec.evaluation.report import write_report
     from hllm_torchrec.evaluation.sanity_checks import metric_warnings
@@ -252,7 +254,7 @@ def write_results(
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """What is printed: the table of models, and the retrieval metrics."""
+    """Printed summary: the table of models, the retrieval metrics, and warnings."""
     from hllm_torchrec.evaluation.model_comparison import format_number, metrics_table
 
     lines = [metrics_table(metrics)] if metrics["models"] else []

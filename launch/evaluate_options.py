@@ -1,4 +1,4 @@
-"""The part of `hllm evaluate` that knows about files of predictions of any origin: which columns are what."""
+"""Options of `hllm evaluate` for prediction files of any origin: columns, slices, memory."""
 
 import argparse
 import re
@@ -16,44 +16,46 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options on files of predictions."""
+    """Add the options for prediction files."""
     group = parser.add_argument_group(
-        "files of predictions",
-        "Parquet or CSV with a label (0 or 1) and a score a row; all models on the same rows in one order. Columns "
-        f"named {', '.join(STANDARD_COLUMNS.values())} are used by themselves; NONE leaves one out.",
+        "prediction files",
+        "Parquet or CSV with a label (0 or 1) and a score per row; all models need the same rows in the same order. "
+        f"Columns named {', '.join(STANDARD_COLUMNS.values())} are used automatically; NONE ignores one.",
     )
     group.add_argument("--score", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: score")
     group.add_argument(
-        "--probability", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: probability, if there"
+        "--probability", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: probability, if it exists"
     )
     for name, column in STANDARD_COLUMNS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=f"default: {column}, if there")
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=f"default: {column}, if it exists")
     group.add_argument(
-        "--slices", nargs="+", default=[], metavar="COLUMN", help="report every value of these columns apart"
+        "--slices", nargs="+", default=[], metavar="COLUMN", help="report every value of these columns separately"
     )
     group.add_argument("--train", nargs="+", default=[], metavar="PATH", help="training exposures, to find overlaps")
     group.add_argument(
         "--memory",
         type=size,
-        help="for rows, on each rank, e.g. 512M (default: 1G); more goes to disk",
+        help="memory for rows on each rank, e.g. 512M (default: 1G); further rows are spilled to disk",
     )
-    group.add_argument("--spill", metavar="DIR", help="where it goes (default: the system's temporary folder)")
+    group.add_argument(
+        "--spill", metavar="DIR", help="directory for spilled rows (default: the system's temporary folder)"
+    )
 
 
 def size(text: str) -> int:
-    """Bytes: `512M` → 536870912.
+    """Parse a number of bytes: `512M` → 536870912.
 
     Raises:
-        argparse.ArgumentTypeError: anything else.
+        argparse.ArgumentTypeError: not a size.
     """
     match = re.fullmatch(r"(\d+)([KMG]?)i?B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 512M, or 4G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes, or 512M, or 4G")
     return int(match[1]) * UNITS[match[2].upper()]
 
 
 def is_own_format(paths: Mapping[str, Path]) -> bool:
-    """Whether all are directories that `hllm evaluate` or `hllm baselines` wrote."""
+    """True if all paths are directories written by `hllm evaluate` or `hllm baselines`."""
     from hllm_torchrec.evaluation.prediction_files import column_names
     from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS
 
@@ -65,10 +67,10 @@ def is_own_format(paths: Mapping[str, Path]) -> bool:
 
 
 def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> "tuple[list[PredictionModel], ColumnLayout]":
-    """The models and the columns that the options and the files' own names give.
+    """Models and column layout, from the options and the names of the files' columns.
 
     Raises:
-        ValueError: a name or column that is not there.
+        ValueError: a name or column that does not exist.
     """
     from hllm_torchrec.evaluation.prediction_layout import describe_predictions
 
@@ -82,9 +84,9 @@ def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> "tuple[list
 
 
 def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> None:
-    """Raise ValueError for an option that the other options leave without an effect.
+    """Raise ValueError for an option that has no effect with the other options.
 
-    ranks_exposures: whether there are predictions at all; a generative run without others to compare has none.
+    ranks_exposures: True if there are predictions; a generative run without models to compare has none.
     """
     if args.checkpoint is not None and args.run is None:
         raise ValueError(f"--checkpoint {args.checkpoint} is of a run; name it with --run-dir, or leave it out")
@@ -118,7 +120,7 @@ def files_provenance(models: "Sequence[PredictionModel]") -> dict[str, Any]:
 
 
 def _by_model(entries: Sequence[str], models: Mapping[str, Path], option: str) -> dict[str, str]:
-    """`[NAME=]COLUMN` entries by model; without a name the column is that of all models."""
+    """Assign `[NAME=]COLUMN` entries to models; an entry without a name applies to all models."""
     found: dict[str, str] = {}
     for entry in entries:
         name, equals, column = entry.partition("=")

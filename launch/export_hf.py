@@ -11,18 +11,18 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm export-hf", description=__doc__)
     parser.add_run()
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export, and say what was written.
+    """Export, and print the names of the written files.
 
     Raises:
-        ValueError: no such run or checkpoint, or the output is there already.
+        ValueError: no such run or checkpoint, or the output already exists.
     """
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.weights.export import export_huggingface

@@ -1,11 +1,11 @@
-"""`hllm exposures`: every exposure's user vector as a ranking model would have had it, to train and test one.
+"""`hllm exposures`: the user vector of every exposure as available at that time, for training a ranking model.
 
     hllm exposures --run runs/stages/2 --users stores/users --items stores/item-features
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.exposures --run-dir runs/stages/2 --users stores/users
 
---users gets a store for each mode. nearline: from events of strictly earlier seconds; daily: from events before the
-exposure's day (UTC). --items writes the items as the user encoder reads them (text, ID and item features), in the same
-space as late fusion's user vectors.
+--users contains one store per mode. nearline: from events of strictly earlier seconds; daily: from events before the
+exposure's day (UTC). --items contains item vectors as inputs of the user encoder (text, ID and item features), in the
+same vector space as late fusion's user vectors.
 """
 
 import argparse
@@ -19,20 +19,22 @@ PARTS = ("train", "valid", "test")
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm exposures", description=__doc__)
     parser.add_run()
     parser.add_argument(
         "--users", type=Path, metavar="DIR", help="folder of stores of user vectors by exposure: DIR/MODE"
     )
-    parser.add_argument("--items", type=Path, metavar="DIR", help="store of items as the user encoder reads them")
+    parser.add_argument("--items", type=Path, metavar="DIR", help="store of item vectors as inputs of the user encoder")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: both")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the run's dataset; default: all")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="parts of the run's dataset; default: all"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the run's model, write the stores, and say how many exposures have a vector.
+    """Load the run's model, write the stores, and print how many exposures have a vector.
 
     Raises:
         ValueError: no store is named, no such run or checkpoint, or a store of another model or mode.
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     lines: list[str] = []
     with distributed_device() as device:
         loaded = load_run(args.run, args.checkpoint, device)
-        with loaded.weights, open_embedder(loaded.experiment):  # item embeddings are made ready once for all
+        with loaded.weights, open_embedder(loaded.experiment):  # prepare item embeddings once
             if args.items is not None:
                 items = embed_item_features(loaded, args.items)
                 lines.append(f"{args.items}: {items.encoded:,} of {items.items:,} items in {items.seconds:.1f} s")

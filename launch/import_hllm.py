@@ -1,10 +1,10 @@
-"""`hllm import-hllm`: the published HLLM weights as models of this library.
+"""`hllm import-hllm`: converts the published HLLM weights to models of this library.
 
     hllm import-hllm --checkpoint pytorch_model.bin --item-llm TinyLlama --user-llm TinyLlama --output models/hllm-1b
-    hllm import-hllm ... --output runs/hllm-1b --dataset data/pixel200k      # ... and as a run, evaluated
+    hllm import-hllm ... --output runs/hllm-1b --dataset data/pixel200k      # also as an evaluated run
 
-The output has item_llm/ and user_llm/ (Hugging Face directories) and a config.yaml to train on with. With a prepared
-dataset it is a run besides, with one checkpoint of no steps: `hllm evaluate`, `embed` and `recommend` take it.
+The output contains item_llm/ and user_llm/ (Hugging Face directories) and a config.yaml for further training. With a
+prepared dataset it is also a run with a checkpoint at step 0, for `hllm evaluate`, `embed` and `recommend`.
 """
 
 import argparse
@@ -15,25 +15,27 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm import-hllm", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="pytorch_model.bin")
-    base_help = "Hugging Face directory of the {} LLM that training began with: its config{}"
+    base_help = "Hugging Face directory of the initial {} LLM of training: its config{}"
     parser.add_argument(
         "--item-llm", type=Path, required=True, metavar="DIR", help=base_help.format("Item", " and tokeniser")
     )
     parser.add_argument("--user-llm", type=Path, required=True, metavar="DIR", help=base_help.format("User", ""))
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder that is not there yet")
-    parser.add_argument("--dataset", type=Path, metavar="DIR", help="prepared dataset: makes the output a run, too")
-    parser.add_argument("--prompt", help="in front of every text (default: the published one)")
-    parser.add_argument("--text-keys", nargs="+", metavar="COLUMN", help="default: title tag description")
-    parser.add_argument("--max-text-length", type=int, metavar="N", help="tokens of a text (default: 256)")
-    parser.add_argument("--max-history", type=int, metavar="N", help="events of a history (default: 50)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument("--dataset", type=Path, metavar="DIR", help="prepared dataset: the output is then also a run")
+    parser.add_argument("--prompt", help="prefix of every text (default: the published one)")
+    parser.add_argument(
+        "--text-keys", nargs="+", metavar="COLUMN", help="text columns (default: title tag description)"
+    )
+    parser.add_argument("--max-text-length", type=int, metavar="N", help="maximum tokens per text (default: 256)")
+    parser.add_argument("--max-history", type=int, metavar="N", help="maximum events per history (default: 50)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert the weights, and make a run of them where there is a dataset.
+    """Convert the weights, and create a run if a dataset is given.
 
     Raises:
         ValueError: see `import_public` and `build_trainer`.
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     given["text_keys"] = tuple(args.text_keys) if args.text_keys else None
     text = TextOptions(**{name: value for name, value in given.items() if value is not None})
     if args.dataset is not None:
-        Dataset.open(args.dataset).text(text.text_keys)  # a mistake shows before gigabytes are written
+        Dataset.open(args.dataset).text(text.text_keys)  # report errors before writing gigabytes
     import_public(args.checkpoint, args.item_llm, args.user_llm, args.output, text, str(args.dataset or "data/hllm"))
     print(f"{args.output}: item_llm, user_llm and config.yaml are written")
     if args.dataset is not None:

@@ -1,4 +1,4 @@
-"""`hllm index`: writes a FAISS index of a run's items, in the space where its user vectors are.
+"""`hllm index`: writes a FAISS index of a run's items, in the same vector space as its user vectors.
 
 hllm index --run runs/retrieval/hstu --output exports/items
 hllm index --run runs/retrieval/hstu --output exports/items --kind ivf --cells 4096
@@ -12,12 +12,17 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm index", description=__doc__)
     parser.add_run()
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, not there yet")
-    parser.add_argument("--kind", choices=("flat", "ivf"), default="flat", help="exact, or by cells of near items")
-    parser.add_argument("--cells", type=int, default=0, help="of an ivf index; 0: 4 times the root of the items")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument(
+        "--kind",
+        choices=("flat", "ivf"),
+        default="flat",
+        help="flat: exact search (default); ivf: search in clusters of similar items",
+    )
+    parser.add_argument("--cells", type=int, default=0, help="clusters of an ivf index; 0: 4 sqrt(items) (default)")
     return parser
 
 
@@ -25,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the run's model, embed the catalogue and write the index.
 
     Raises:
-        ValueError: no such run or checkpoint, no faiss, or something at the output.
+        ValueError: no such run or checkpoint, faiss is not installed, or the output exists.
     """
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device

@@ -1,10 +1,10 @@
-"""`hllm plan`: what a configuration needs on a machine that need not be there: memory, traffic and time of a step.
+"""`hllm plan`: estimated memory, traffic and time per step of a configuration on hardware that need not be available.
 
     hllm plan --config configs/paper/books_hllm_7b.yaml --nodes 4 --gpus 8 --items 695762 --users 694898
     hllm plan --config configs/quickstart.yaml --nodes 1 --gpus 2 --hardware cpu
 
-Numbers of items and users come from the configuration's dataset where that is prepared. Options of the configuration
-(--parallel.dense fsdp) can be tried on the command line.
+The numbers of items and users come from the configuration's dataset if it is prepared. Options of the configuration
+(--parallel.dense fsdp) can be changed on the command line.
 """
 
 import argparse
@@ -23,39 +23,43 @@ if TYPE_CHECKING:
     from hllm_torchrec.planning.estimate import Estimate, Machine, Workload
 
 UNKNOWN_ROWS = 1000
-"""Rows of a categorical feature's table, where no dataset says how many."""
+"""Assumed number of rows of a categorical feature's table without a dataset."""
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm plan", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration; its own options may follow")
-    parser.add_argument("--nodes", type=int, default=1, help="hosts (default: 1)")
-    parser.add_argument("--gpus", type=int, default=8, help="ranks of a host (default: 8)")
-    parser.add_argument("--hardware", choices=("h100", "a100", "cpu"), default="h100", help="of a rank")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of a rank, if not the hardware's")
-    parser.add_argument("--items", type=int, help="items of the catalogue (default: the dataset's)")
-    parser.add_argument("--users", type=int, help="users (default: the dataset's)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration; its options may follow")
+    parser.add_argument("--nodes", type=int, default=1, help="number of hosts (default: 1)")
+    parser.add_argument("--gpus", type=int, default=8, help="ranks per host (default: 8)")
     parser.add_argument(
-        "--item-tokens", type=float, help="mean length of a text (default: the dataset's, or the longest)"
+        "--hardware", choices=("h100", "a100", "cpu"), default="h100", help="device of a rank (default: h100)"
     )
-    parser.add_argument("--history", type=float, help="mean events of a pass (default: data.max_history)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="memory of a rank (default: the hardware's)")
+    parser.add_argument("--items", type=int, help="number of items (default: the dataset's)")
+    parser.add_argument("--users", type=int, help="number of users (default: the dataset's)")
+    parser.add_argument(
+        "--item-tokens", type=float, help="mean tokens per text (default: the dataset's, or item_llm.max_text_length)"
+    )
+    parser.add_argument(
+        "--history", type=float, help="mean events per pass (default: the dataset's, or data.max_history)"
+    )
     parser.add_argument(
         "--rows",
         action="append",
         default=[],
         metavar="FEATURE=N",
-        help="rows of a feature's table, where no dataset says (may be given several times; default: 1,000)",
+        help="rows of a feature's table if there is no dataset (repeatable; default: 1,000)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
 def run(args: argparse.Namespace, options: list[str]) -> int:
-    """Estimate and print; return 0 where it fits, else 1.
+    """Estimate and print; return 0 if it fits, else 1.
 
     Raises:
-        ValueError: a wrong configuration, a model of unknown shape, or sizes that nothing says.
+        ValueError: a wrong configuration, a model of unknown shape, or unknown numbers of items and users.
     """
     from hllm_torchrec.common.warning_filters import quiet_libraries
     from hllm_torchrec.config.loading import load_config
@@ -79,10 +83,10 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
 
 
 def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", dict[str, int]]:
-    """What the data is like, and the tables' rows: from the dataset, or from the options.
+    """Workload and rows of the tables, from the dataset or from the options.
 
     Raises:
-        ValueError: neither says how many items and users there are.
+        ValueError: neither gives the numbers of items and users.
     """
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.models.assembly import batch_spec_of
@@ -110,11 +114,11 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
 
 
 def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, float]:
-    """(mean events of a pass, events of an epoch's busiest step over those of its mean one), in the planned stage.
+    """Return (mean events per pass, events of an epoch's largest step relative to the mean step) of the planned stage.
 
-    A step of all ranks has n passes, whose events together have a standard deviation of sqrt(n) that of one; the
-    largest of S such sums lies some sqrt(2 ln S) of them above the mean (Gaussian extremes), and no higher than n of
-    the longest.
+    A step of all ranks has n passes; the standard deviation of their total events is sqrt(n) times that of one pass.
+    The largest of S such sums is about sqrt(2 ln S) standard deviations above the mean (Gaussian extremes), and at
+    most n times the longest pass.
     """
     import numpy as np
 
@@ -134,9 +138,9 @@ def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, flo
 
 
 def mean_tokens(root: Path, config: "Config") -> float | None:
-    """Mean length of the dataset's texts, where they have been tokenised: as configured, or else the longest there.
+    """Mean tokens per text of the dataset, if it has been tokenised: with the configured settings, else the longest.
 
-    Without the tokens with which most begin, where those are encoded once for all.
+    Tokens of a shared prefix are excluded if it is encoded once for all items.
     """
     from hllm_torchrec.data.token_store import TokenStore
 
@@ -151,7 +155,7 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
 
 
 def guessed_tables(config: "Config") -> dict[str, int]:
-    """The tables of a configuration whose dataset is not here; sizes of features are assumed."""
+    """Tables of a configuration whose dataset is not available; sizes of features are assumed."""
     names = [*config.data.item_features, *config.data.user_features]
     tables = dict.fromkeys(names, UNKNOWN_ROWS)
     if config.features.item_id:
@@ -162,10 +166,10 @@ def guessed_tables(config: "Config") -> dict[str, int]:
 
 
 def rows_of(given: list[str], config: "Config") -> dict[str, int]:
-    """The tables' rows of `--rows`.
+    """Rows of tables given by `--rows`.
 
     Raises:
-        ValueError: not a feature of the configuration, or no number.
+        ValueError: not a feature of the configuration, or not a number.
     """
     found, known = {}, [*config.data.item_features, *config.data.user_features]
     for entry in given:
@@ -177,7 +181,7 @@ def rows_of(given: list[str], config: "Config") -> dict[str, int]:
 
 
 def collective(name: str, config: "Config") -> str:
-    """By what a part of a step's traffic is exchanged."""
+    """Name of the collective of a part of a step's traffic."""
     if name == "gradients":
         return "all-reduce" if config.parallel.dense == "ddp" else "reduce-scatter"
     if name == "weights":
@@ -186,7 +190,7 @@ def collective(name: str, config: "Config") -> str:
 
 
 def largest_shards(estimate: "Estimate") -> dict[str, str]:
-    """Table -> its largest shard, in words."""
+    """Table -> description of its largest shard."""
     largest: dict[str, tuple[int, int]] = {}
     for name, _, rows, columns in estimate.shards:
         largest[name] = max(largest.get(name, (0, 0)), (rows, columns))
@@ -194,7 +198,7 @@ def largest_shards(estimate: "Estimate") -> dict[str, str]:
 
 
 def as_text(config: "Config", work: "Workload", machine: "Machine", estimate: "Estimate") -> str:
-    """The estimate as a table."""
+    """Format the estimate as a table."""
     counts = estimate.counts
     lines = [
         f"{config.output}: {machine.nodes} x {machine.ranks} ranks of {machine.memory / 1e9:.0f} GB; "

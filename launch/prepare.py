@@ -1,4 +1,4 @@
-"""`hllm prepare`: turns MovieLens, PixelRec, Amazon reviews or your own tables into a dataset directory."""
+"""`hllm prepare`: converts MovieLens, PixelRec, Amazon reviews or custom tables to a dataset directory."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ EXAMPLES = "\n".join(
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm prepare", description=__doc__, epilog=EXAMPLES, output_may_be_url=True)
     parser.add_argument("--source", required=True, choices=list(SOURCES))
     parser.add_argument("--output", required=True, type=Path, help="dataset directory to write, or its URL")
@@ -48,15 +48,15 @@ def build_parser() -> CommandParser:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="share of the items without any event in train, to measure cold start (default: 0)",
+        help="share of the items excluded from train, to measure cold start (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which items are held out (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the choice of held-out items (default: 0)")
     parser.add_argument(
         "--bad-rows",
         action="append",
         default=[],
         metavar="KIND=error|drop|keep",
-        help="what to do with a kind of bad row (repeatable); kinds: " + ", ".join(BadRows().to_dict()),
+        help="handling of a kind of bad row (repeatable); kinds: " + ", ".join(BadRows().to_dict()),
     )
     parser.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
     parser.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
@@ -69,12 +69,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--users-per-row-group", type=int, default=256)
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
     parser.add_argument("--extend", action="store_true", help="prepare again, keep all ids, append the new ones")
-    parser.add_argument("--cache-dir", type=Path, help="where fetched files are kept")
+    parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser
 
 
 def build_policy(source: Source, settings: list[str]) -> BadRows:
-    """The source's policy with `KIND=choice` settings applied. Raises ValueError for an unknown one."""
+    """Apply `KIND=choice` settings to the source's policy. Raises ValueError for an unknown kind or choice."""
     choices = source.policy.to_dict()
     for setting in settings:
         kind, _, choice = setting.partition("=")
@@ -85,7 +85,7 @@ def build_policy(source: Source, settings: list[str]) -> BadRows:
 
 
 def summary(path: Path, name: str = "") -> str:
-    """A few lines on a prepared dataset; name: what to call it, if not by its path."""
+    """Printed summary of a prepared dataset; name: shown instead of its path."""
     manifest = read_manifest(path)
     counts = manifest["counts"]
     lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"]
@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
     """Prepare the dataset, and print its counts.
 
     Raises:
-        ValueError, OSError: the source, its files or an option cannot be used.
+        ValueError, OSError: the source, its files or an option are not usable.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir)
-    if source.license_note and args.path is not None:  # what is fetched has shown it already
+    if source.license_note and args.path is not None:  # a download has printed it already
         print(source.license_note, file=sys.stderr)
     with writable_dataset(args.output) as folder:
         prepare(

@@ -1,4 +1,4 @@
-"""`hllm recommend`: a user's history and what a run recommends, with titles.
+"""`hllm recommend`: prints a user's history and a run's recommendations, with titles.
 
 hllm recommend --run runs/quickstart --user 196 --top 20
 """
@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from hllm_torchrec.serving.recommend import Recommendations, RecommendedItem
 
 WIDTH = 80
-"""Characters of a text that are shown."""
+"""Maximum number of printed characters of a text."""
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm recommend", description=__doc__)
     parser.add_run()
     parser.add_argument("--user", required=True, metavar="ID", help="raw user id, as in the source")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="items to print (default: 10)")
-    parser.add_argument("--history", type=int, default=10, metavar="N", help="latest events to print (default: 10)")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="number of items to print (default: 10)")
+    parser.add_argument(
+        "--history", type=int, default=10, metavar="N", help="number of latest events to print (default: 10)"
+    )
     parser.add_argument("--time", type=int, metavar="SECOND", help="second (UTC) of the request (default: now)")
-    parser.add_argument("--seen-too", action="store_true", help="items of the history may come again")
+    parser.add_argument("--seen-too", action="store_true", help="also recommend items of the history")
     return parser
 
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def as_text(user: str, found: "Recommendations", history: int) -> str:
-    """Both lists, a line for each item."""
+    """Format both lists, one line per item."""
     latest = found.history[-history:] if history else []
     lines = [f"user {user}, {len(found.history)} events, the latest {len(latest)}:"]
     lines += [f"     {_line(item)}" for item in latest]

@@ -1,4 +1,4 @@
-"""`hllm report --run DIR`: writes `report.html` anew from the run's metrics, log and configuration."""
+"""`hllm report --run DIR`: rewrites `report.html` from the run's metrics, log and configuration."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 after one line on a mistake of the user's."""
+    """Run the command; returns the exit status: 0, or 2 after the message of a user error."""
     parser = CommandParser(prog="hllm report", description=__doc__)
     parser.add_run(checkpoint=False)
     run = parser.parse_args(argv).run
@@ -15,10 +15,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(run: Path) -> None:
-    """Write the report, and say where it is.
+    """Write the report, and print its path.
 
     Raises:
-        ValueError: `run` is no run directory.
+        ValueError: `run` is not a run directory.
     """
     from hllm_torchrec.evaluation.report import write_report  # matplotlib and torch: not for --help
 

@@ -2,9 +2,9 @@
 
     hllm retrieval --dataset data/ml-100k-loo --output runs/retrieval
 
-Settings are chosen on the validation part and the test part is scored once. Each baseline gets a folder with
+Settings are selected on the validation part and the test part is scored once. Each baseline gets a folder with
 metrics.json in the layout of `hllm evaluate`. Options such as --ease_l2 "[100, 300]" change the grids;
---print_config shows them all and exits.
+--print_config prints all settings and exits.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
-    """The command line, without the grids."""
+    """Build the command line parser, without the grids."""
     from hllm_torchrec.baselines.settings import RETRIEVAL_NAMES as NAMES
 
     parser = CommandParser(
@@ -27,16 +27,26 @@ def build_parser() -> CommandParser:
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("--dataset", required=True, type=Path, help="prepared with --split leave_one_out")
-    parser.add_argument("--output", type=Path, default=Path("runs/retrieval"), help="one folder each goes there")
+    parser.add_argument("--dataset", required=True, type=Path, help="dataset prepared with --split leave_one_out")
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+        "--output",
+        type=Path,
+        default=Path("runs/retrieval"),
+        help="directory with a folder per baseline (default: runs/retrieval)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        default=NAMES,
+        metavar="NAME",
+        help=f"some of {', '.join(NAMES)} (default: all)",
     )
     return parser
 
 
 def run(args: argparse.Namespace, options: list[str]) -> None:
-    """Fit and measure the baselines named.
+    """Fit and evaluate the given baselines.
 
     Raises:
         ValueError: the grids or the dataset are not usable.

@@ -1,10 +1,10 @@
-"""`hllm store`: look into an embedding store, check it, tidy it up, take vectors out of it or away.
+"""`hllm store`: inspects, verifies, compacts or exports an embedding store, or deletes vectors from it.
 
 hllm store info stores/items
 hllm store verify stores/items                             # every checksum; exit status 1 if one is wrong
-hllm store compact stores/items                            # one run; deleted vectors leave the disk
+hllm store compact stores/items                            # one segment; removes deleted vectors from the disk
 hllm store export stores/items --parquet exports/items     # or --faiss exports/index
-hllm store delete stores/users --id 4711 --id 4712         # or --ids FILE, one to a line; compacts
+hllm store delete stores/users --id 4711 --id 4712         # or --ids FILE, one per line; compacts
 """
 
 import argparse
@@ -19,18 +19,18 @@ if TYPE_CHECKING:  # `--help` needs no torch
 
 
 def build_parser() -> CommandParser:
-    """The command line."""
+    """Build the command line parser."""
     parser = CommandParser(prog="hllm store", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in (
-        ("info", "what it holds and what made it"),
+        ("info", "print its contents and the facts of its model"),
         ("verify", "compare every file with its checksum"),
-        ("compact", "rewrite all live vectors as one run"),
+        ("compact", "rewrite all live vectors as one segment"),
         ("export", "write all live vectors for other programs"),
-        ("delete", "take vectors away for good, compaction included"),
+        ("delete", "delete vectors permanently, including compaction"),
     ):
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("store", type=Path, help="the store's folder")
+        command.add_argument("store", type=Path, help="folder of the store")
         if name == "export":
             target = command.add_mutually_exclusive_group(required=True)
             target.add_argument("--parquet", type=Path, metavar="DIR", help="Parquet files of id and embedding")
@@ -38,16 +38,16 @@ def build_parser() -> CommandParser:
                 "--faiss", type=Path, metavar="DIR", help="a FAISS index of cosine similarity, and its ids"
             )
         if name == "delete":
-            command.add_argument("--id", action="append", default=[], help="an id; may be given several times")
-            command.add_argument("--ids", type=Path, metavar="FILE", help="ids, one to a line")
+            command.add_argument("--id", action="append", default=[], help="an id (repeatable)")
+            command.add_argument("--ids", type=Path, metavar="FILE", help="file of ids, one per line")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what is asked, print what was done, and return 1 where `verify` finds damage, else 0.
+    """Run the command, print its result, and return 1 if `verify` finds damage, else 0.
 
     Raises:
-        ValueError: no store, a damaged one, or arguments that do not fit.
+        ValueError: no store, a damaged store, or arguments that do not fit.
     """
     from hllm_torchrec.store.export_formats import export_faiss, export_parquet
     from hllm_torchrec.store.store import EmbeddingStore
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         print(describe(store))
     elif args.command == "verify":
         damage = store.verify()
-        print("\n".join(damage) or f"{args.store}: every file is as it was written")
+        print("\n".join(damage) or f"{args.store}: every file is intact")
         return int(bool(damage))
     elif args.command == "compact":
         store.compact()
@@ -70,24 +70,24 @@ def run(args: argparse.Namespace) -> int:
         ids = [*args.id, *(read_ids(args.ids) if args.ids else [])]
         if not ids:
             raise ValueError("delete: no ids: give --id or --ids FILE")
-        print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; nothing of them is left")
+        print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; all are deleted")
     return 0
 
 
 def describe(store: "EmbeddingStore") -> str:
-    """What a store holds, a line each."""
+    """Description of a store's contents, one fact per line."""
     snapshot = store.snapshot()
     size = sum(n for run in snapshot.segments for n, _ in run.facts.files.values())
     lines = {
         "vectors": f"{len(snapshot):,} of {store.width} x {store.dtype}, keys {store.kind}",
-        "on disk": f"{size / 1e6:,.1f} MB in {len(snapshot.segments)} runs, version {snapshot.version}",
+        "on disk": f"{size / 1e6:,.1f} MB in {len(snapshot.segments)} segments, version {snapshot.version}",
         "made by": f"{store.fingerprint[:16]}",
     } | {f"  {name}": str(value) for name, value in store.facts.items()}
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 
 def delete(store: "EmbeddingStore", ids: list[str]) -> int:
-    """Take ids away and compact; returns how many had a vector."""
+    """Delete ids and compact; returns how many had a vector."""
     keys = [_number(store, i) for i in ids] if store.kind == "int64" else ids
     before = len(store.snapshot())
     with store.writer() as writer:
@@ -98,19 +98,19 @@ def delete(store: "EmbeddingStore", ids: list[str]) -> int:
 
 
 def read_ids(path: Path) -> list[str]:
-    """The lines of a file that are not empty.
+    """Non-empty lines of a file.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: not UTF-8 text.
     """
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one to a line") from None
+        raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one per line") from None
 
 
 def _number(store: "EmbeddingStore", text: str) -> int:
-    """An id of a store whose ids are numbers."""
+    """Parse an id of a store whose ids are numbers."""
     try:
         return int(text)
     except ValueError:

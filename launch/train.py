@@ -1,4 +1,4 @@
-"""Train: `train.py --config configs/quickstart.yaml [--field.name value ...]`, on one process or under torchrun."""
+"""Training job: `train.py --config configs/quickstart.yaml [--field.name value ...]`, alone or under torchrun."""
 
 import sys
 
@@ -8,19 +8,19 @@ from hllm_torchrec.training.wandb_sink import check_logs
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one configuration; returns the exit status, see `launch.command.run_job`."""
+    """Run one configuration; returns the exit status, see `launch.entry.run_job`."""
     arguments = sys.argv[1:] if argv is None else argv
     return run_job("train", lambda: train(arguments))
 
 
 def train(arguments: list[str]) -> None:
-    """Train as `arguments` say, as a rank of the job that the environment names, or alone.
+    """Train the configuration of `arguments`, as a rank of the job described by the environment or as one process.
 
     Raises:
-        ValueError: the configuration, or what it names, is wrong.
-        ConnectionError: the ranks did not come together.
+        ValueError: the configuration, or a file that it names, is invalid.
+        ConnectionError: the ranks could not connect.
     """
-    config = load_config(arguments)  # so that a mistake shows before anything large is imported
+    config = load_config(arguments)  # report errors before large imports
     check_logs(config.logs)
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.training.trainer_setup import build_trainer

@@ -133,7 +133,7 @@ def test_the_command_embeds_items_and_users_and_refuses_another_checkpoint(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [([], "name a store: --items, --users or both"), (["--users", "x", "--since", "soon"], "'soon' is no date")],
+    [([], "name a store: --items, --users or both"), (["--users", "x", "--since", "soon"], "'soon' is not a date")],
 )
 def test_mistakes_on_the_command_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

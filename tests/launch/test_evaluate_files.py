@@ -122,7 +122,7 @@ def test_an_unsure_drop_passes_if_asked(tmp_path: Path, capsys: pytest.CaptureFi
         (["--predictions", "a={new}", "--label", "NONE"], "name the column of labels with --label"),
         (
             ["--predictions", "a={new}", "--memory", "much"],
-            "argument --memory: 'much' is no size; write bytes, or 512M",
+            "argument --memory: 'much' is not a size; write bytes, or 512M",
         ),
         (["--predictions", "a={new}", "--memory", "1K"], "memory is 1024 bytes; at least 65536"),
         (["--predictions", "a={new}", "--baseline", "b"], "--baseline b is neither a file nor a compared model"),

@@ -28,18 +28,18 @@ def store(tmp_path: Path) -> EmbeddingStore:
 def test_info_says_what_it_holds_and_what_made_it(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(store.root)]) == 0
     out = capsys.readouterr().out
-    assert "vectors    2 of 3 x fp16, keys string" in out and "in 2 runs, version 2" in out
+    assert "vectors    2 of 3 x fp16, keys string" in out and "in 2 segments, version 2" in out
     assert store.fingerprint[:16] in out and "weights  ab12" in out
 
 
 def test_compact_leaves_one_run(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compact", str(store.root)]) == 0
-    assert "in 1 runs, version 3" in capsys.readouterr().out
+    assert "in 1 segments, version 3" in capsys.readouterr().out
 
 
 def test_verify_fails_on_damage_and_names_it(store: EmbeddingStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(store.root)]) == 0
-    assert "every file is as it was written" in capsys.readouterr().out
+    assert "every file is intact" in capsys.readouterr().out
     (file,) = store.root.glob("runs/*/vectors-0000.bin")
     file.write_bytes(b"x" * file.stat().st_size)
     assert main(["verify", str(store.root)]) == 1
@@ -70,7 +70,7 @@ def test_delete_takes_ids_away_for_good(
 ) -> None:
     (tmp_path / "gone.txt").write_text("b\nnobody\n\n")
     assert main(["delete", str(store.root), "--ids", str(tmp_path / "gone.txt")]) == 0
-    assert "1 of 2 ids had a vector; nothing of them is left" in capsys.readouterr().out
+    assert "1 of 2 ids had a vector; all are deleted" in capsys.readouterr().out
     raw = b"".join(path.read_bytes() for path in store.root.rglob("*.bin"))
     assert raw == np.array([3, 4, 0], np.float16).tobytes()
 
@@ -82,7 +82,7 @@ def test_ids_that_the_store_cannot_have_are_one_line(tmp_path: Path, capsys: pyt
     (tmp_path / "ids.bin").write_bytes(b"\xff\xfe\x00")
     assert main(["delete", str(tmp_path / "numbers"), "--ids", str(tmp_path / "ids.bin")]) == 2
     err = capsys.readouterr().err
-    assert "ids.bin: 'utf-8' codec" in err and "one to a line" in err and err.count("\n") == 1
+    assert "ids.bin: 'utf-8' codec" in err and "one per line" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["info", "compact", "verify", "delete"])
