@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hllm_torchrec.baselines.settings import ItemMeanConfig, RunningBiasConfig
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.histories import Histories, ItemLabels, score_by_group, training_labels
-from hllm_torchrec.data.predictions import Columns
+from hllm_torchrec.data.predictions import PredictionColumns
 
 
 def score_item_mean(histories: Histories, labels: ItemLabels, config: ItemMeanConfig) -> NDArray[np.float64]:
@@ -40,7 +40,7 @@ def score_running_bias(histories: Histories, labels: ItemLabels, config: Running
 
 def run_bias(
     dataset: Dataset, config: ItemMeanConfig | RunningBiasConfig, splits: tuple[str, ...]
-) -> dict[str, Columns]:
+) -> dict[str, PredictionColumns]:
     """Return this rank's predictions of each split. Collective.
 
     The score is the value of the formula; the probability is the score clipped to 0..1.

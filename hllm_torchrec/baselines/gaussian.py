@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.histories import Histories, score_by_group
 from hllm_torchrec.data.item_factors import FactorOptions, ItemFactors, event_values, fit_item_factors
-from hllm_torchrec.data.predictions import Columns
+from hllm_torchrec.data.predictions import PredictionColumns
 
 Doubles = NDArray[np.floating[Any]]
 
 
-def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ...]) -> dict[str, Columns]:
+def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ...]) -> dict[str, PredictionColumns]:
     """Return this rank's predictions of each split. Collective.
 
     Raises:

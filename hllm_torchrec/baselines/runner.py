@@ -11,7 +11,7 @@ from hllm_torchrec.baselines.gaussian import run_gaussian
 from hllm_torchrec.baselines.settings import BaselinesConfig
 from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.predictions import Columns
+from hllm_torchrec.data.predictions import PredictionColumns
 from hllm_torchrec.downstream.dlrm import run_dlrm
 from hllm_torchrec.evaluation.cached_predictions import SPLITS, run_if_changed
 
@@ -36,7 +36,7 @@ def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: t
         "hllm_torchrec": hllm_torchrec.__version__,
     }
 
-    def make() -> tuple[dict[str, Columns], dict[str, float]]:
+    def make() -> tuple[dict[str, PredictionColumns], dict[str, float]]:
         if name == "dlrm":
             return run_dlrm(dataset, settings, device, directory, SPLITS)
         if name == "gaussian":

@@ -15,7 +15,7 @@ from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.events import Sequences
-from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.data.visibility import visible_at_each_event
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.distributed.collectives import global_sum
@@ -63,7 +63,7 @@ class Histories(Sequences):
 
     def prediction_columns(
         self, scores: NDArray, probabilities: NDArray, cold: NDArray[np.bool_], rows: Ints | slice = ALL
-    ) -> Columns:
+    ) -> PredictionColumns:
         """The predictions format.
 
         Args:
@@ -109,7 +109,7 @@ def score_by_group(
     split: str,
     cold: NDArray[np.bool_],
     score: Callable[[Histories], tuple[NDArray, NDArray]],
-) -> Columns:
+) -> PredictionColumns:
     """This rank's predictions of a split, one row group in memory at a time.
 
     Args:

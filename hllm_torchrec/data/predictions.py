@@ -13,7 +13,7 @@ from hllm_torchrec.common.atomic_files import remove_folder
 from hllm_torchrec.distributed.coordination import rank as this_rank
 from hllm_torchrec.distributed.coordination import run_on_all_ranks, run_on_rank_zero
 
-Columns = dict[str, NDArray]
+PredictionColumns = dict[str, NDArray]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def read_predictions(directory: str | Path) -> Predictions:
     return Predictions(**columns)
 
 
-def join_columns(parts: Sequence[Columns]) -> Columns:
+def join_columns(parts: Sequence[PredictionColumns]) -> PredictionColumns:
     """The rows of all parts, of which there is at least one."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def write_predictions(columns: Columns, directory: Path, rank: int) -> Path:
+def write_predictions(columns: PredictionColumns, directory: Path, rank: int) -> Path:
     """Write this rank's part, beside first and then renamed."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"part-{rank:05d}.parquet"
@@ -68,7 +68,7 @@ def write_predictions(columns: Columns, directory: Path, rank: int) -> Path:
     return path
 
 
-def save_predictions(columns: Columns, directory: Path) -> None:
+def save_predictions(columns: PredictionColumns, directory: Path) -> None:
     """Write every rank's part; what the directory held is replaced once all parts are written. Collective."""
     beside = directory.with_name(f"{directory.name}.tmp")
 

@@ -20,7 +20,7 @@ import hllm_torchrec
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.predictions import Columns
+from hllm_torchrec.data.predictions import PredictionColumns
 from hllm_torchrec.downstream.dlrm import DLRMTrainer
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, DownstreamConfig
 from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
@@ -103,7 +103,7 @@ def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.
         "hllm_torchrec": hllm_torchrec.__version__,
     }
 
-    def make() -> tuple[dict[str, Columns], dict[str, float]]:
+    def make() -> tuple[dict[str, PredictionColumns], dict[str, float]]:
         data = VectorData(dataset, config.dlrm, items, users)
         trainer = DLRMTrainer(dataset, config.dlrm, device, data, config.way, config.vector_dropout)
         fitted = trainer.fit(directory / "checkpoints")

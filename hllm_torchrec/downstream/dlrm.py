@@ -25,7 +25,7 @@ from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import remove_folder
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.dataset import Dataset, base_rate
-from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.wrappers import unwrap_model
@@ -184,7 +184,7 @@ class DLRMTrainer:
         return torch.tensor([loss.item(), logits.numel()], dtype=torch.float64)
 
     @torch.no_grad()
-    def score(self, split: str) -> Columns:
+    def score(self, split: str) -> PredictionColumns:
         """Return this rank's predictions of a split."""
         self.model.eval()
         none, parts = (self.data.empty_batch(), np.empty(0, np.int64)), []
@@ -223,7 +223,7 @@ def _pad_to_equal_steps(batches: Iterable[T], filler: T) -> Iterator[T]:
 
 def run_dlrm(
     dataset: Dataset, config: DLRMConfig, device: torch.device, directory: Path, splits: tuple[str, ...]
-) -> tuple[dict[str, Columns], dict[str, float]]:
+) -> tuple[dict[str, PredictionColumns], dict[str, float]]:
     """Train, and return this rank's predictions of each split and the best epoch's metrics. Collective.
 
     directory: `checkpoints/` with the best epoch's weights is written here.

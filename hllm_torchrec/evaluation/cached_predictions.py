@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.atomic_files import replace_file
-from hllm_torchrec.data.predictions import Columns, save_predictions
+from hllm_torchrec.data.predictions import PredictionColumns, save_predictions
 from hllm_torchrec.distributed import coordination
 
 SPLITS = ("valid", "test")
 
 
 def run_if_changed(
-    record: Path, inputs: dict[str, Any], fit: Callable[[], tuple[dict[str, Columns], dict[str, float]]]
+    record: Path, inputs: dict[str, Any], fit: Callable[[], tuple[dict[str, PredictionColumns], dict[str, float]]]
 ) -> bool:
     """Write predictions of SPLITS beside `record`, and into it, last, what they were made of. Collective.
 

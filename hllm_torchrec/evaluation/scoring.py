@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
-from hllm_torchrec.data.predictions import Columns, join_columns
+from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed.collectives import global_sum, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
 from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
@@ -37,13 +37,13 @@ def score_split(
     cold: NDArray[np.bool_],
     show: bool = False,
     epoch: int = 0,
-) -> Columns:
+) -> PredictionColumns:
     """This rank's exposures with their scores, in the columns of the predictions format.
 
     cold: [N] whether an item has no training event.
     """
     model.eval()
-    parts: list[Columns] = []
+    parts: list[PredictionColumns] = []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:
             raise_if_preempted()
@@ -54,7 +54,7 @@ def score_split(
     return join_columns(parts)
 
 
-def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Columns:
+def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> PredictionColumns:
     piece_of_query = np.repeat(np.arange(batch.user_ids.numel()), np.diff(batch.query_offsets.numpy()))
     query = batch.target_query.numpy()
     items = batch.target_items.numpy()
@@ -71,7 +71,7 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Co
     }
 
 
-def quick_metrics(columns: Columns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
+def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
     """AUC over all ranks and log loss of a split during training. Collective.
 
     auc: "approximate" takes it from a histogram of scores, at the cost of one pass whatever the number of rows, and
@@ -101,7 +101,7 @@ def rank_catalogue_targets(
     *,
     filter_seen: bool = True,
     positive_only: bool = True,
-) -> tuple[Columns, int]:
+) -> tuple[PredictionColumns, int]:
     """This rank's targets with their place in the whole catalogue, and how many had no history. Collective.
 
     items: this rank's share of all items, in the space of the generative loss. Scores are cosine similarities; item
@@ -158,7 +158,9 @@ def score_retrieval(
     return metrics_of_target_ranks(columns, skipped, ks)
 
 
-def metrics_of_target_ranks(columns: Columns, skipped: int, ks: tuple[int, ...]) -> dict[str, float | int | None]:
+def metrics_of_target_ranks(
+    columns: PredictionColumns, skipped: int, ks: tuple[int, ...]
+) -> dict[str, float | int | None]:
     """Metrics of all ranks' targets, and `without_history`, those left out. Collective."""
     left_out = global_sum(torch.tensor([float(skipped)], dtype=torch.float64)).item()
     return retrieval_metrics(torch.from_numpy(columns["rank"]), ks) | {"without_history": int(left_out)}

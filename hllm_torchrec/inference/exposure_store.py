@@ -33,10 +33,10 @@ from hllm_torchrec.inference.exposure_vectors import Coverage, ExposureVectors, 
 from hllm_torchrec.inference.item_embedding import (
     EmbedReport,
     NewRows,
-    changed,
+    changed_items,
     item_content_hashes,
     open_or_create_store,
-    shares,
+    rank_chunks,
     write_rounds,
 )
 from hllm_torchrec.inference.user_embedder import open_embedder
@@ -129,8 +129,8 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     facts = {"part": "item_features", "weights": weights_fingerprint(loaded.checkpoint)}
     store = open_or_create_store(path, experiment.hllm.user.width, dtype, facts)
     raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(experiment.item_encoder.tokens)
-    todo, started = changed(store, raw_ids, marks), time.perf_counter()
-    rounds = shares(todo, np.full(experiment.dataset.num_items, 1, np.int64))
+    todo, started = changed_items(store, raw_ids, marks), time.perf_counter()
+    rounds = rank_chunks(todo, np.full(experiment.dataset.num_items, 1, np.int64))
     collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
 
     def encode(ids: Ints) -> NewRows:

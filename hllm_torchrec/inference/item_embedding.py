@@ -71,8 +71,8 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
     encoder = experiment.item_encoder
     assert encoder is not None
     raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(encoder.tokens)
-    todo = changed(store, raw_ids, marks)
-    rounds = shares(todo, encoder.tokens.lengths + 1)
+    todo = changed_items(store, raw_ids, marks)
+    rounds = rank_chunks(todo, encoder.tokens.lengths + 1)
     started, model = time.perf_counter(), experiment.hllm.eval()
 
     def encode(ids: NDArray[np.int64]) -> NewRows:
@@ -151,7 +151,7 @@ def open_or_create_store(
     return store
 
 
-def changed(store: EmbeddingStore, raw_ids: Any, content_hashes: Hashes) -> NDArray[np.int64]:
+def changed_items(store: EmbeddingStore, raw_ids: Any, content_hashes: Hashes) -> NDArray[np.int64]:
     """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from other content.
 
     raw_ids: [N - 1] for ids from 1; content_hashes: [N] uint64 of the current content, for ids from 0.
@@ -160,7 +160,7 @@ def changed(store: EmbeddingStore, raw_ids: Any, content_hashes: Hashes) -> NDAr
     return 1 + np.flatnonzero(~known | (stored != content_hashes[1:]))
 
 
-def shares(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
+def rank_chunks(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:
     """Rounds of chunks of ids that this rank encodes; their numbers are the same on all ranks (chunks may be empty).
 
     ids: [k] int64; costs: [N] int64 tokens by id. Ids are sorted by length and assigned to ranks round-robin; a chunk

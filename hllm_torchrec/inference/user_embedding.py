@@ -21,7 +21,7 @@ from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
 from hllm_torchrec.inference import item_embedding
-from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store, shares, write_rounds
+from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store, rank_chunks, write_rounds
 from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder
 from hllm_torchrec.store.keys import Hashes, hash_numbers
 from hllm_torchrec.store.store import EmbeddingStore
@@ -159,5 +159,5 @@ def _rounds(window: list[_Group], dataset: Dataset, max_history: int) -> Iterato
         asked += [nightly_request(piece, len(piece), max_history) for piece in pieces]
     marks = np.concatenate([one.marks[one.todo] for one in window])
     costs = np.array([len(piece) for piece in asked], np.int64)
-    for chunks in shares(np.arange(len(asked)), costs):
+    for chunks in rank_chunks(np.arange(len(asked)), costs):
         yield [([asked[i] for i in chunk], marks[chunk]) for chunk in chunks]

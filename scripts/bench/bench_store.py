@@ -303,7 +303,7 @@ class Forward:
         item_llm, encoder = experiment.hllm.item_llm, experiment.item_encoder
         assert item_llm is not None and encoder is not None
         self.item_llm, tokens = item_llm.eval(), encoder.tokens
-        chunks = item_embedding.shares(np.arange(1, len(tokens)), tokens.lengths + 1)
+        chunks = item_embedding.rank_chunks(np.arange(1, len(tokens)), tokens.lengths + 1)
         self.packed: list[tuple[Tensor, ...]] = [
             tuple(map(torch.from_numpy, tokens.gather(ids))) for round_ in chunks for ids in round_
         ]

@@ -14,7 +14,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch.nn.functional import cosine_similarity
 
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.predictions import Columns, write_predictions
+from hllm_torchrec.data.predictions import PredictionColumns, write_predictions
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_retrieval, score_split
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard
@@ -46,18 +46,18 @@ def build(settings: Config) -> Experiment:
     return build_experiment(settings, init_distributed())
 
 
-def score(settings: Config, split: str = "valid") -> Columns:
+def score(settings: Config, split: str = "valid") -> PredictionColumns:
     experiment = build(settings)
     loader = experiment.loader(split, settings.evaluation.batch_users)
     return score_split(experiment.model, loader, experiment.device, cold=experiment.cold_items())
 
 
-def score_and_measure(settings: Config) -> tuple[Columns, dict[str, float]]:
+def score_and_measure(settings: Config) -> tuple[PredictionColumns, dict[str, float]]:
     columns = score(settings)
     return columns, quick_metrics(columns)
 
 
-def rows(columns: Columns) -> dict[tuple[int, int], tuple[Any, ...]]:
+def rows(columns: PredictionColumns) -> dict[tuple[int, int], tuple[Any, ...]]:
     """(user, position) -> the other columns but the score."""
     names = [name for name in COLUMNS if name not in ("user_id", "position", "score", "probability")]
     keys = zip(columns["user_id"].tolist(), columns["position"].tolist(), strict=True)
@@ -102,7 +102,7 @@ def test_ranks_share_the_exposures_and_agree_on_the_metrics(world: int, tmp_path
         assert found == pytest.approx(metrics, abs=1e-6)
 
 
-def _by_key(columns: Columns) -> np.ndarray:
+def _by_key(columns: PredictionColumns) -> np.ndarray:
     return columns["score"][np.lexsort((columns["position"], columns["user_id"]))]
 
 
