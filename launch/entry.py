@@ -58,6 +58,7 @@ class CommandParser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         if self._output_may_be_url or getattr(found, "output", None) is None:
             return found, rest
+        # The import of fsspec is slow, so it is only done if an argument contains a URL.
         if "://" in " ".join(sys.argv[1:] if args is None else args):
             from hllm_torchrec.common.urls import url_of
 

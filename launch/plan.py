@@ -151,6 +151,7 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
         as_asked = asked == tuple(store.facts[name] for name in ("prompt", "keys", "separator", "max_text_length"))
         shared = store.begins_with_prefix.mean() * len(store.prefix) if item.share_prefix and item.causal else 0.0
         found.append((as_asked, float(store.lengths.mean() - shared)))
+    # True sorts after False: texts tokenised with the configured settings take precedence over longer ones.
     return max(found)[1] if found else None
 
 

@@ -163,6 +163,7 @@ def rank_baseline_targets(
     visible = histories.seen[histories.exposures] > 0
     rows = np.flatnonzero(wanted & visible)
     ranks = [torch.empty(0, dtype=torch.int64)]
+    # Scores are [rows, N]: as many rows at a time as fit into SCORE_CHUNK values.
     for part in _parts(rows, max(1, SCORE_CHUNK // model.backoff.size)):
         items, offsets = seen_items(histories, part)
         seen = (torch.from_numpy(items), torch.from_numpy(offsets)) if config.filter_seen else (None, None)

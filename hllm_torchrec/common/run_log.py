@@ -53,6 +53,7 @@ class RunLog:
         if resumed_step is not None and path.exists():
             _truncate(path, resumed_step)
         self._file = path.open("a")
+        # TensorBoard hides earlier events from this step on, because the resumed run writes them again.
         purge = None if resumed_step is None else resumed_step + 1
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 

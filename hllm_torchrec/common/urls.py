@@ -18,6 +18,7 @@ CACHE = "HLLM_CACHE"
 """Environment variable with the folder of local copies."""
 EXTRAS = {"s3": "pip install 'hllm_torchrec[s3]'", "s3a": "pip install 'hllm_torchrec[s3]'"}
 """Protocol -> command that installs its package; for other protocols fsspec's message contains it."""
+#: Names of a file's version in different file systems.
 _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
 _AT_ONCE = 8
 _SHOWN_BYTES = 100_000_000
@@ -179,7 +180,7 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
     options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}  # object stores have no folders
     try:
         system, path = fsspec.core.url_to_fs(url, **options)
-        system.invalidate_cache()
+        system.invalidate_cache()  # fsspec caches listings, but other processes write at the same URLs
         yield system, path
     except ImportError as error:
         remedy = EXTRAS.get(url.partition(":")[0], str(error))

@@ -95,6 +95,7 @@ def _wrong(name: str, value: Any, kind: Any) -> str:
 
 def _fits(kind: Any, value: Any, is_text: bool = False) -> bool:
     """True if jsonargparse accepts this value, or the text of an option, for a field of this type."""
+    # jsonargparse raises many types of errors; each of these means that the value does not fit.
     try:
         if is_text:
             _parser_of(kind).parse_args([f"--value={value}"])

@@ -49,6 +49,7 @@ def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description
     try:
         parsed = _parser(kind, prog, description).parse_args(_for_jsonargparse(arguments))
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:
+        # Broken rules are already complete messages; only the parser's errors need the name of the file.
         if isinstance(error, ConfigError):
             raise
         files = ", ".join(text for name, text in given if name == "config")
@@ -68,7 +69,7 @@ def _for_jsonargparse(arguments: list[str]) -> list[str]:
     found: list[str] = []
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if found and found[-1] == "--config":
+        if found and found[-1] == "--config":  # the option and its file are two arguments: replace both by one
             found[-1] = _resolved_option(argument)
         elif name == "--config" and equals:
             found.append(_resolved_option(text))

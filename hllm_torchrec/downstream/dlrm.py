@@ -82,6 +82,7 @@ def build_dlrm(
         model = plug_into(DLRM, collection, dense, list(widths), way, vector_dropout, **sizes)
     else:
         model = DLRM(collection, dense_in_features=dense, **sizes)
+    # The initial predictions are then near the base rate, which avoids large losses in the first steps.
     nn.init.constant_(_dlrm_of(model).over_arch.model[-1].bias, math.log(rate / (1 - rate)))
     return model
 

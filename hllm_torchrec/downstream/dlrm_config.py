@@ -109,10 +109,10 @@ class DownstreamConfig:
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, DLRM_BOUNDS | {"vector_dropout": ">= 0, < 1"}))
-        there = self.possible_rows()
+        possible = self.possible_rows()
         for row in self.rows:
-            if row not in there:
-                problems.append(f"rows: {row!r}: not possible with these stores; there are {', '.join(there)}")
+            if row not in possible:
+                problems.append(f"rows: {row!r}: not possible with these stores; there are {', '.join(possible)}")
         if len({Path(store).name for store in self.user_stores}) < len(self.user_stores):
             problems.append(
                 f"user_stores: {list(self.user_stores)}: two folders of one name; rows are named by them: rename one"

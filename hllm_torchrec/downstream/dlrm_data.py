@@ -117,6 +117,7 @@ class DLRMData:
             ValueError: the split is empty.
         """
         groups = rank_row_groups(self.dataset, split)
+        # Row groups are collected into windows of at most WINDOW_USERS users (one group may have more).
         cuts: list[list[RowGroup]] = [[]]
         for number in range(len(groups)) if rng is None else rng.permutation(len(groups)):
             if cuts[-1] and sum(group.rows for group in (*cuts[-1], groups[number])) > WINDOW_USERS:
@@ -205,6 +206,7 @@ def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
 
 def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
     """Numeric features [X, F], computed from events before each exposure."""
+    # Exposures are event indices in ascending order: bounds[row] is the first exposure of each row's events.
     bounds = np.searchsorted(histories.exposures, histories.offsets)
     parts = [np.empty((0, len(names)), np.float32)]
     for row in range(histories.user_ids.size):

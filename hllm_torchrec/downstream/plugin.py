@@ -98,6 +98,7 @@ class PluggedDLRM(nn.Module):
         self.dlrm, self.dense, self.way = dlrm, dense, way
         out = dlrm.sparse_arch.D if way == "slots" else None
         self.stored = nn.ModuleList(StoredVectors(width, out, dropout) for width in widths)
+        # Each store has width + 1 columns: the vector, and the flag of a missing vector.
         ends = np.cumsum([dense, *(width + 1 for width in widths)]).tolist()
         self.columns = [slice(first, end) for first, end in zip(ends, ends[1:])]
 

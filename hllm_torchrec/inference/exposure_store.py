@@ -52,7 +52,7 @@ MAX_POSITION = 2**31
 def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
     """Keys int64 [n] of the exposures at `positions` [n] in the sequences of `user_ids` [n]."""
     assert positions.size == 0 or 0 <= positions.min() <= positions.max() < MAX_POSITION
-    return (user_ids << 32) | positions
+    return (user_ids << 32) | positions  # positions have at most 31 bits, so the two do not overlap
 
 
 def exposure_content_hashes(item_ids: Ints, seconds: Ints) -> Hashes:
@@ -93,7 +93,8 @@ def embed_exposures(
     for part in splits:
         counts = torch.zeros(2, dtype=torch.int64)
         batches = exposure_vectors(experiment, part, mode)
-        # Every rank has the same number of batches, and so of rounds, which are collective.
+        # iter(callable, []) yields lists of BATCHES batches until one is empty. Every rank has the same number of
+        # batches, and so of rounds, which are collective.
         rounds = iter(lambda batches=batches: list(islice(batches, BATCHES)), [])  # type: ignore[misc]
 
         def encode(batch: ExposureVectors, counts: Tensor = counts) -> NewRows:
@@ -164,9 +165,9 @@ class ExposureLookup:
         """
         keys = exposure_keys(user_ids, positions)
         marks, known = self._snapshot.content_hashes(keys)
-        other = known & (marks != exposure_content_hashes(item_ids, seconds))
-        if other.any():
-            row = int(np.flatnonzero(other)[0])
+        mismatch = known & (marks != exposure_content_hashes(item_ids, seconds))
+        if mismatch.any():
+            row = int(np.flatnonzero(mismatch)[0])
             raise ValueError(
                 f"{self.store.root}: event {positions[row]} of user {user_ids[row]} is another one there: it was "
                 "made from another dataset; make the store from a run on this one"

@@ -101,7 +101,7 @@ def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
     vector."""
     exposures = piece.exposures
     midnights = piece.timestamps[exposures] // DAY * DAY
-    seen = visible_before(piece.timestamps, midnights)
+    seen = visible_before(piece.timestamps, midnights)  # number of events before the exposure's day
     for count in np.unique(seen):
         history = nightly_request(piece, int(count), max_history) if count else None
         yield VectorRequest(piece, exposures[seen == count], history, per_exposure=False)
@@ -113,6 +113,7 @@ def nearline_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]
     cut = cut_into_pieces(one, one, length, np.array([piece.first_target]), max_history)
     exposures = piece.exposures
     for start, first, end in zip(cut.start.tolist(), cut.first_target.tolist(), cut.end.tolist(), strict=True):
+        # Pieces overlap in their history, but each exposure is in the target range [first, end) of one piece only.
         inside = exposures[(exposures >= first) & (exposures < end)]
         if inside.size:
             yield VectorRequest(piece, inside, piece.cut(start, end, first), per_exposure=True)

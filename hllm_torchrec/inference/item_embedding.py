@@ -72,7 +72,7 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
     assert encoder is not None
     raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(encoder.tokens)
     todo = changed_items(store, raw_ids, marks)
-    rounds = rank_chunks(todo, encoder.tokens.lengths + 1)
+    rounds = rank_chunks(todo, encoder.tokens.lengths + 1)  # + 1: the [ITEM] vector
     started, model = time.perf_counter(), experiment.hllm.eval()
 
     def encode(ids: NDArray[np.int64]) -> NewRows:
@@ -100,7 +100,7 @@ def write_rounds(
     """
     published = store.published
     with ExitStack() as stack:
-        writer: list[StoreWriter] = []
+        writer: list[StoreWriter] = []  # stays empty on other ranks: the writer's lock is exclusive
         coordination.run_on_rank_zero(lambda: writer.append(stack.enter_context(store.writer())))
         with progress(total, what, coordination.rank() == 0) as bar:
             for chunks in rounds:
@@ -166,6 +166,7 @@ def rank_chunks(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[N
     ids: [k] int64; costs: [N] int64 tokens by id. Ids are sorted by length and assigned to ranks round-robin; a chunk
     has about CATALOGUE_TOKENS tokens, a round (the work between two commits) about COMMIT_TOKENS.
     """
+    # Neighbours in a sorted chunk have similar lengths, so strided shares of it cost about the same on all ranks.
     world, rank = coordination.world_size(), coordination.rank()
     chunks = [chunk[rank::world] for chunk in length_sorted_chunks(ids, costs, CATALOGUE_TOKENS * world)]
     per_round = max(1, COMMIT_TOKENS // CATALOGUE_TOKENS)

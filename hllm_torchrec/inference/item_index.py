@@ -114,10 +114,10 @@ class ItemIndex:
         known = self.ids.take(pa.array(np.maximum(places, 0).reshape(-1))).to_pylist()
         # FAISS returns position -1 where it has found fewer items than requested.
         for row, banned in enumerate(out):
-            own = known[row * places.shape[1] : (row + 1) * places.shape[1]]
-            left = [at for at, place in enumerate(places[row]) if place >= 0 and own[at] not in banned][:k]
-            scores[row, : len(left)] = found[row, left]
-            ids.append([own[at] for at in left])
+            row_ids = known[row * places.shape[1] : (row + 1) * places.shape[1]]
+            kept = [at for at, place in enumerate(places[row]) if place >= 0 and row_ids[at] not in banned][:k]
+            scores[row, : len(kept)] = found[row, kept]
+            ids.append([row_ids[at] for at in kept])
         return ids, scores
 
     def _checked(self, users: Floats, k: int, exclude: Sequence[Sequence[Any]] | None) -> Floats:

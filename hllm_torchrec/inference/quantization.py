@@ -62,6 +62,7 @@ def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch
     with torch.no_grad():
         for name, weight in weights.items():
             plain.embedding_bags[name].weight.copy_(weight)
+    # quantize_embeddings replaces the children of a module, so the collection needs a parent.
     holder = nn.ModuleDict({"tables": plain})
     found = quantize_embeddings(holder, torch.qint8, inplace=True, per_table_weight_dtype=dict(types))["tables"]
     assert isinstance(found, QuantizedCollection)
@@ -105,6 +106,7 @@ def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
     vectors = _catalogue(experiment)
     if vectors is None:
         return TableBytes({}, {})
+    # The float table is on the meta device, and so never allocated, because the next line replaces it.
     items = FrozenItems(vectors.shape[0], vectors.shape[1], "fp32", torch.device("meta"))
     items.table = quantize_collection({FROZEN_ITEMS: vectors}, {FROZEN_ITEMS: TABLE_TYPES[dtype]})
     experiment.hllm.item_source = StoredItems(items, experiment.hllm.adapter)
@@ -129,6 +131,7 @@ def table_bytes(tables: QuantizedCollection) -> dict[str, int]:
 
 
 def _weights_with_scales(tables: QuantizedCollection) -> list[tuple[str, Tensor]]:
+    # TorchRec has one module per group of tables (by pooling and data type), in the order of `_key_to_tables`.
     names = [table.name for _, group in tables._key_to_tables.items() for table in group]
     rows = [w for module in tables._emb_modules for w, _ in module.split_embedding_weights(split_scale_shifts=False)]
     return list(zip(names, rows, strict=True))

@@ -87,6 +87,8 @@ def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "
     groups = _index(dataset, store, since)
     windows = _windows(groups, item_embedding.COMMIT_TOKENS * coordination.world_size(), limit)
     version = store.snapshot().version
+    # Opening an embedder encodes the catalogue, so it is skipped without work. All ranks index the complete dataset and
+    # take the same branch.
     with open_embedder(experiment) if windows else nullcontext() as embedder:
 
         def encode(chunk: tuple[list[Piece], Hashes]) -> NewRows:
@@ -119,12 +121,13 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
     """Index every user once, in the latest part with the user, whose sequences contain the complete history."""
     seen, snapshot = np.zeros(dataset.num_users, bool), store.snapshot()
     found = []
-    for part in ("test", "valid", "train"):
+    for part in ("test", "valid", "train"):  # latest first: later sequences include the events of earlier parts
         groups = dataset.row_groups(part)
         for group in groups:
             all_rows = dataset.sequences([group], ["user_id", "timestamps"])
             users, lengths = all_rows.user_ids, all_rows.lengths
             rows = np.flatnonzero(~seen[users])
+            # offsets[1:] - 1: index of the last event of each row, which has at least one.
             last = all_rows.timestamps[all_rows.offsets[1:] - 1][rows]
             marks = user_content_hashes(last, lengths[rows])
             stored, known = snapshot.content_hashes(raw_user_ids(dataset, users[rows]))

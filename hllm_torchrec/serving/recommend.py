@@ -81,6 +81,7 @@ def recommend(
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
+    # Excluded items have the score -inf; after the exclusions fewer than `top` items may remain.
     best = best[np.isfinite(scores[best])]
     read = _reader(dataset, config)
     return Recommendations(
@@ -105,10 +106,10 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
             with error_location(file):
                 rows = pq.read_table(file, filters=[("user_id", "=", dense)])
             if rows.num_rows:
-                whole = decode_sequences([rows])
-                events = visible_before(whole.timestamps, time)
+                sequence = decode_sequences([rows])
+                events = visible_before(sequence.timestamps, time)
                 if events:
-                    return UserHistory(dense, **whole[:events].columns)
+                    return UserHistory(dense, **sequence[:events].columns)
     raise ValueError(f"user {user!r}: no event before {time}; name a later time")
 
 
@@ -123,11 +124,13 @@ def _similarities(run: Path, which: str, device: torch.device, history: UserHist
     """Cosines [N] between the predicted next item and all items of the catalogue."""
     loaded = load_run(run, which, device)
     experiment = loaded.experiment
-    asked = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
+    piece = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
     experiment.model.eval()
     with loaded.weights, experiment.evaluation_items(), torch.no_grad():
         catalogue = catalogue_vectors(experiment)
-        batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([asked], 0, 0)
+        batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)(
+            [request], 0, 0
+        )
         predicted = experiment.model(batch.to(device), want_next=True).next_items
     assert predicted is not None, "a model without a prediction head has a generative loss"
     cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)

@@ -242,6 +242,7 @@ class Scorer:
     def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
         """Logits [m] of items [m], `micro_batch` at a time."""
         ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
+        # With late fusion the user vector does not depend on the candidates: compute it in the first micro-batch only.
         user_vector: Tensor | None = None
         found = np.empty(items.size, np.float32)
         for start in range(0, items.size, self.micro_batch):
@@ -279,11 +280,13 @@ class Scorer:
         names = self.experiment.batch_spec.numeric_features
         if not names:
             return batch
+        # The request is an additional event without a label: its numbers come from the visible events before it.
         window = user.history.since(user.start)
         earlier = visible_before(window.timestamps, time)
         times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
         numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
         assert batch.numeric is not None
+        # All candidates have the same time, so the one row of numbers is broadcast to all of them.
         numeric = batch.numeric.clone()
         numeric[: batch.query_times.numel()] = torch.from_numpy(numbers)
         return replace(batch, numeric=numeric)
