@@ -92,7 +92,9 @@ def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> No
         raise ValueError(f"--checkpoint {args.checkpoint} is of a run; name it with --run-dir, or leave it out")
     for option in ("max_drop", "on_unsure"):
         if getattr(args, option) is not None and args.baseline is None:
-            raise ValueError(f"--{option.replace('_', '-')} is the gate's; name what to pass against with --baseline")
+            raise ValueError(
+                f"--{option.replace('_', '-')} belongs to the regression gate; name its reference with --baseline"
+            )
     if ranks_exposures:
         return
     for option in ("score", "probability", "slices", "train", "memory", "spill", "baseline", *STANDARD_COLUMNS):

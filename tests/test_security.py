@@ -120,7 +120,7 @@ def test_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     (tmp_path / "c.yaml").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML: more than 100000 values.*mend its aliases"):
+    with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML: more than 100000 values.*correct its aliases"):
         load_config(["--config", str(tmp_path / "c.yaml")])
 
 

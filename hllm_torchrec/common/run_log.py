@@ -73,7 +73,7 @@ class RunLog:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3)}
         if clash := line.keys() & values.keys():
-            raise ValueError(f"{event}: the name {clash.pop()!r} is the log's own; choose another")
+            raise ValueError(f"{event}: the name {clash.pop()!r} is reserved by the log; choose another")
         plain = {name: _plain(name, value) for name, value in values.items()}
         self._file.write(json.dumps({**line, **plain}, allow_nan=False) + "\n")
         self._file.flush()

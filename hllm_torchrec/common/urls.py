@@ -186,10 +186,12 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
         remedy = EXTRAS.get(url.partition(":")[0], str(error))
         raise ValueError(f"{url}: a package that reads such URLs is not installed: {remedy}") from error
     except PermissionError as error:
-        raise PermissionError(f"{url}: access is denied ({_line(error)}): look at the credentials' rights") from error
+        raise PermissionError(
+            f"{url}: access is denied ({_line(error)}): check the credentials' permissions"
+        ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{url}: not found ({_line(error)}): is the bucket there, and its name right?"
+            f"{url}: not found ({_line(error)}): check that the bucket exists and its name is correct"
         ) from error
     except Exception as error:
         # Errors of HTTP and S3 clients are not OSErrors; other exceptions are not about the URL and pass through.

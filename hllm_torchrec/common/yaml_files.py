@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Any:
         count += 1
         if count > MAX_VALUES:
             raise ValueError(
-                f"not valid YAML: more than {MAX_VALUES} values, or one that holds itself: mend its aliases"
+                f"not valid YAML: more than {MAX_VALUES} values, or one that contains itself: correct its aliases"
             )
         if isinstance(value, dict):
             left += [*value, *value.values()]

@@ -223,16 +223,16 @@ def lora_problems(config: "Config") -> Iterator[str]:
         )
     if user.lora.rank and not user.has_backbone:
         yield (
-            f"user.lora.rank: {user.lora.rank}: user.encoder {user.encoder!r} is no Hugging Face decoder; write 0, or "
-            "user.encoder llm"
+            f"user.lora.rank: {user.lora.rank}: user.encoder {user.encoder!r} is not a Hugging Face decoder; write "
+            "0, or user.encoder llm"
         )
     for name in LLM_SECTIONS:
         part = getattr(config, name)
         # Frozen adapters are valid if another run has trained them: they come with its weights.
         if part.lora.rank and not part.trainable and config.start_from is None:
             yield (
-                f"{name}.lora.rank: {part.lora.rank} while {name}.trainable is false: its adapters would stay nothing; "
-                "set trainable to true, rank to 0, or start_from to a run that trained them"
+                f"{name}.lora.rank: {part.lora.rank} while {name}.trainable is false: its adapters would never be "
+                "trained; set trainable to true, rank to 0, or start_from to a run that trained them"
             )
         given = part.lora.targets or part.lora.dropout
         if given and not part.lora.rank:

@@ -77,7 +77,7 @@ def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
     """
     check_table_type(dtype)
     if dist.get_world_size() > 1:
-        raise ValueError(f"{dist.get_world_size()} processes: quantised tables are for one; the run may be of many")
+        raise ValueError(f"{dist.get_world_size()} processes: quantised tables need one; the run may have had more")
     features = experiment.hllm.features
     if features.tables is None:
         return TableBytes({}, {})

@@ -62,7 +62,7 @@ class UserHistory(Events):
         if back.size:
             row = int(back[0]) + 1
             raise ValueError(
-                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before the event in front of it "
+                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before that of the previous event "
                 f"({self.timestamps[row - 1]}): sort events by time"
             )
 
@@ -315,7 +315,7 @@ def _check_ids(name: str, ids: Ints, number: int) -> None:
     if wrong.size:
         raise ValueError(
             f"{name}, entry {int(wrong[0])}: {int(ids[wrong[0]])}: the dataset's ids go from 1 to {number - 1}, and "
-            "0 is unknown; give 0 for what came after `hllm prepare`, or prepare again"
+            "0 is unknown; give 0 for ids added after `hllm prepare`, or prepare again"
         )
 
 

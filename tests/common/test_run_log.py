@@ -115,7 +115,7 @@ def test_what_the_log_cannot_hold_is_named(tmp_path: Path) -> None:
     with RunLog(tmp_path, rank=0) as log:
         with pytest.raises(ValueError, match=r"counts\[1\].x is a Tensor; the log takes text, numbers"):
             log.write("step", 1, counts=[0, {"x": torch.ones(2)}])
-        with pytest.raises(ValueError, match="eval: the name 'time' is the log's own"):
+        with pytest.raises(ValueError, match="eval: the name 'time' is reserved by the log"):
             log.write("eval", 1, time=2.0)
     assert read_log(tmp_path) == []
 

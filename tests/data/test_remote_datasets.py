@@ -66,8 +66,11 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
 
 def test_what_a_server_refuses_is_one_line_with_the_url() -> None:
     for raised, said in (
-        (PermissionError("no\nrights"), r"memory://b: access is denied \(no rights\): look at the credentials' rights"),
-        (FileNotFoundError("x"), r"memory://b: not found \(x\): is the bucket there"),
+        (
+            PermissionError("no\nrights"),
+            r"memory://b: access is denied \(no rights\): check the credentials' permissions",
+        ),
+        (FileNotFoundError("x"), r"memory://b: not found \(x\): check that the bucket exists"),
     ):
         with pytest.raises(type(raised), match=said), open_filesystem("memory://b"):
             raise raised

@@ -199,8 +199,11 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--predictions", "a={base}"], "is no file, and no directory with .parquet"),
         (["--predictions", "a={base}/item_mean", "--draws", "-1"], "draws is -1; 0 for no bootstrap"),
         (["--compare", "{base}/item_mean", "--checkpoint", "best"], "--checkpoint best is of a run; name it with"),
-        (["--run", "{run}", "--max-drop", "0.1"], "--max-drop is the gate's; name what to pass against with --base"),
-        (["--run", "{run}", "--on-unsure", "pass"], "--on-unsure is the gate's"),
+        (
+            ["--run", "{run}", "--max-drop", "0.1"],
+            "--max-drop belongs to the regression gate; name its reference with --base",
+        ),
+        (["--run", "{run}", "--on-unsure", "pass"], "--on-unsure belongs to the regression gate"),
         (["--run", "{ranks_items}", "--slices", "country"], "--slices: {ranks_items} ranks items only"),
         (["--run", "{ranks_items}", "--memory", "1G"], "--memory: {ranks_items} ranks items only"),
         (["--run", "{ranks_items}", "--user", "uid"], "--user: {ranks_items} ranks items only"),

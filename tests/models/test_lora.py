@@ -201,7 +201,7 @@ def test_a_target_that_is_not_there_is_named_with_its_nearest(
         ({"item_llm__enabled": False}, "item_llm.lora.rank: 3 while item_llm.enabled is false"),
         (
             {"user__encoder": "sasrec", "user__pretrained": None, "user__shape": {"width": 8, "layers": 1}},
-            "user.lora.rank: 2: user.encoder 'sasrec' is no Hugging Face decoder",
+            "user.lora.rank: 2: user.encoder 'sasrec' is not a Hugging Face decoder",
         ),
         ({"item_llm__lora": {"targets": ["q_proj"]}}, "item_llm.lora.rank: 0, but other fields"),
         ({"item_llm__lora": {"rank": 2, "alpha": 0}}, "item_llm.lora.alpha: 0.0: must be > 0"),

@@ -154,7 +154,7 @@ def test_wrong_requests_are_errors(tmp_path: Path) -> None:
         scorer.read(UserHistory(999, [1], [5], [1.0], [0]))
     with pytest.raises(ValueError, match="events of user 1 after those of user 2: give one user's"):
         scorer.extend(scorer.read(UserHistory(2, [1], [5], [1.0], [0])), UserHistory(1, [1], [6], [1.0], [0]))
-    with pytest.raises(ValueError, match="user 4, event 1: time 4 is before the event in front of it .5.: sort"):
+    with pytest.raises(ValueError, match="user 4, event 1: time 4 is before that of the previous event .5.: sort"):
         UserHistory(4, [1, 2], [5, 4], [1.0, 1.0], [0, 0])
     with pytest.raises(ValueError, match="user 4: columns of different lengths .*one entry per event"):
         UserHistory(4, [1, 2], [5], [1.0, 1.0], [0, 0])
