@@ -59,6 +59,7 @@ def _component(function: Callable[..., specs.AppDef], without: tuple[str, ...] =
 
     TorchX builds the command line of a component from these two, while its linter reads the `def` statement.
     """
+    # The last parameter, **machine, is replaced by the explicit options of `_machine`.
     shared = [p for name, p in inspect.signature(_machine).parameters.items() if name not in without]
     own = inspect.signature(function)
     signature = own.replace(parameters=[*list(own.parameters.values())[:-1], *shared])

@@ -117,6 +117,7 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
     except RuntimeError as error:
         if not is_of_another_rank(error):
             raise
+        # Remove the "[...] " prefix of torch's messages.
         rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)

@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> "Verdict | None":
         return _evaluate_run(args, others)
     refuse_without_effect(args, ranks_exposures=True)
     found = {name: _predictions_in(path, args.split) or path for name, path in named.items()}
+    # Files written by this library are matched by user and position; files of other origin by row order.
     paired = bool(args.compare) or is_own_format(found)
     if paired:
         found = _predictions_of(named, args.split)

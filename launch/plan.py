@@ -103,6 +103,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
         if not args.history:
             history, busiest = passes(dataset, config, args.nodes * args.gpus)
         tokens = min(tokens, mean_tokens(dataset.root, config) or tokens)
+        # The dataset's item counts do not apply to another number of items.
         popularity = None if args.items else dataset.training_item_counts()[1:]
     else:
         if not (args.items and args.users):

@@ -170,10 +170,11 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
         return
     problems = list(dataclass_problems(user.shape or {}, kind, "user.shape"))
     yield from problems
-    if problems:
+    if problems:  # a shape with wrong keys or types cannot be built for the checks below
         return
     shape = kind(**(user.shape or {}))
     yield from out_of_bounds(shape, shape_bounds(user.encoder, shape), "user.shape.")
+    # With interleaved actions an event is two tokens, and position tables count tokens.
     longest = tokens * max(config.data.max_history, *(stage.max_history or 0 for stage in config.stages), 0)
     # The Shape of a custom encoder need not have these fields; the defaults below then disable each check.
     bound = getattr(shape, "bounds_history", True)

@@ -76,7 +76,7 @@ def _item_vectors(dataset: Dataset, store: str) -> Tensor:
     """Item vectors [N, E + 1] in the format of `plugin.VectorLookup`; the store does not contain the unknown item 0."""
     lookup = VectorLookup(store)
     found = lookup(dataset.items["raw_item_id"].cast("large_string").combine_chunks())
-    unknown = torch.zeros(1, found.shape[1])
+    unknown = torch.zeros(1, found.shape[1])  # row of item 0, so that item ids index the result directly
     unknown[:, -1] = 1
     return torch.cat([unknown, found])
 

@@ -72,7 +72,7 @@ def build_dlrm(
                 pooling=PoolingType.MEAN,
             )
             for name, rows in tables.items()
-            if name not in sharers[1:]
+            if name not in sharers[1:]  # their features read the table of `item`
         ],
         device=torch.device("meta"),
     )
@@ -154,6 +154,7 @@ class DLRMTrainer:
                         f"dlrm: the loss of epoch {epoch} is {loss}: lower dlrm.lr or dlrm.table_lr"
                     )
                 metrics = quick_metrics(self.score("valid")) | {"epoch": epoch, "train_loss": loss}
+                # EarlyStopping maximizes, so the log loss is negated.
                 score = -metrics["log_loss"] if math.isnan(metrics["auc"]) else metrics["auc"]
                 bar.set_postfix(valid_auc=f"{metrics['auc']:.4f}", refresh=False)
                 bar.update(1)
@@ -171,6 +172,7 @@ class DLRMTrainer:
         no_rows = self.data.batch(self.data.empty_batch(), np.empty(0, np.int64))
         for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
             total += self.train_step(batch.to(self.device))
+        # Ranks have different numbers of rows, so the mean is computed from global sums.
         loss, rows = global_sum(total).tolist()
         return loss / max(rows, 1.0)
 
