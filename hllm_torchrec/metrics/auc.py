@@ -108,7 +108,7 @@ def _sorted_rows(is_positive: np.ndarray, scores: Values, weights: Values | None
         chunks.add(row_scores, is_positive)
     else:
         row_weights = as_weights(weights, len(is_positive))
-        counts = row_weights > 0
+        counts = row_weights > 0  # rows of weight 0 are skipped: they must not create thresholds
         chunks.add(row_scores[counts], is_positive[counts], row_weights[counts])
     return chunks
 

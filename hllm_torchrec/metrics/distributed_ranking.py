@@ -92,7 +92,9 @@ def distributed_target_ranks(
     check_targets(target_A, len(queries_AD), items.total)  # of all ranks, so that every rank raises
     if seen is not None:
         rows, ids = seen
+        # Rows are renumbered to their positions among the gathered queries.
         seen = all_gather_variable(rows + before), all_gather_variable(ids)
+    # The shard's items from 1 on: the unknown item 0 is not ranked.
     ahead_A = count_ahead(
         lambda start, stop: queries_AD @ items.vectors[start - items.first : stop - items.first].float().T,
         _scores_to_beat(queries_AD, items, target_A, tie_tolerance),

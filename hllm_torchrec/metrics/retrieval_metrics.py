@@ -50,6 +50,7 @@ def target_ranks(
     catalogue = scores_BI.shape[1]
     check_targets(target_B, len(scores_BI), catalogue)
     target_scores_B = scores_BI.gather(1, target_B[:, None])[:, 0]
+    # clone: `count_ahead` overwrites scores in the block.
     return 1 + count_ahead(
         lambda start, stop: scores_BI[:, start:stop].clone(),
         target_scores_B,
@@ -92,6 +93,7 @@ def retrieval_metrics(
     if item_ranks.numel() and int(item_ranks.min()) < 1:
         row = int(item_ranks.argmin())
         raise ValueError(f"ranks: row {row} is {int(item_ranks[row])}; ranks start at 1; add 1 to ranks counted from 0")
+    # Sums of all metrics in one all-reduce; in float64, because counts are summed, too.
     item_ranks = item_ranks.double()
     gains = 1 / torch.log2(item_ranks + 1)
     sums = [torch.ones_like(item_ranks).sum(), (1 / item_ranks).sum()]
@@ -145,6 +147,7 @@ def count_ahead(
     for start in range(items[0], items[1], block_size):
         stop = min(start + block_size, items[1])
         scores = score_block(start, stop)
+        # Excluded items get -inf, which never reaches a (finite) target score.
         excluded = [(rows_B, target_B)] if seen is None else [(rows_B, target_B), seen]
         for rows, ids in excluded:
             inside = (ids >= start) & (ids < stop)

@@ -66,6 +66,7 @@ class _SortedChunk:
         if pool.sorted_bytes + size <= pool.memory // FRACTION_SORTED:
             pool.sorted_bytes += size
             return
+        # Column by column (scores, then each kind of mass), so that a range of a column is contiguous in the file.
         with tempfile.NamedTemporaryFile(dir=pool.folder, suffix=".run", delete=False) as file:
             rows.scores.tofile(file)
             rows.masses.tofile(file)

@@ -127,6 +127,7 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
 
 def _finish(parts: Sequence[_Sums]) -> UserStatistics:
     users, counted = sum(part.users for part in parts), sum(part.counted for part in parts)
+    # Unbiased variance of the users' influences: n / (n - 1).
     correction = users / (users - 1) if users > 1 else math.nan
     metrics = {}
     for metric in USER_METRICS:

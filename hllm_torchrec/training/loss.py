@@ -86,6 +86,7 @@ def micro_batch_loss(
     value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts[0]
     generative, effective, accuracy = (classification.new_zeros(()) for _ in range(3))
     if output.generative is not None:
+        # These two are means over this micro-batch's targets, so they are weighted by its share of the targets.
         share = output.generative.count / counts[1]
         generative = output.generative.loss_sum / counts[1]
         effective, accuracy = (

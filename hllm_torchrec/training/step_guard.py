@@ -67,6 +67,7 @@ class StepGuard:
             FloatingPointError: the step may not be skipped, or too many consecutive steps failed.
         """
         self._consecutive_failures, self.reason = self._consecutive_failures + 1, reason
+        # One file per rank, because each has different batches.
         path = self._folder / f"step-{step:08d}-rank{self._rank}.json"
         self._folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": step, "reason": reason, "batches": [_ids(batch) for batch in batches]}))

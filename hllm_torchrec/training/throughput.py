@@ -56,6 +56,7 @@ class StepMeter:
         user_tokens, user_keys = map(sum, zip(*work, strict=True))
         flops = 0.0
         for part in self.model.named_backbones():
+            # Items are counted by the rank that encodes them, whichever rank has them in its batch.
             module = part.module
             of_part = (
                 module.flops(encoded[part.name])

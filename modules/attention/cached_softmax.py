@@ -32,6 +32,7 @@ class ReadPlan:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`; called once per layer, in layer order."""
+        # Each call appends one layer, so the number of recorded layers is the index of the current one.
         new = KeysValues(key, value)
         layer = new if self.cached is None else self.cached[len(self.layers)].followed_by(key, value)
         self.layers.append(layer)
@@ -60,6 +61,7 @@ class RequestPlan:
         """
         keys, values = next(self.remaining)
         (number, heads, width), groups = query.shape, key.shape[1]
+        # Grouped queries: heads / groups query heads share each key-value head.
         by_group = query.view(number, groups, heads // groups, width)
         own_score = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
         extended = torch.cat([query, own_score, own_score.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)

@@ -75,6 +75,7 @@ def pack_rows(
     timestamps: [T] int64 seconds, None for zeros; next_times: [T], time of the event after each position (for the last
     position: of the request), or None for the position's own time.
     """
+    # History rows come first in every field, then the queries: `forward` splits the output at T.
     nothing = seq_offsets.new_zeros(0)
     times = seq_offsets.new_zeros(total) if timestamps is None else timestamps
     asked_at = times if next_times is None else next_times
@@ -161,6 +162,7 @@ class UserEncoder(nn.Module, ABC):
         total = x_TD.shape[0]
         rows = pack_rows(seq_offsets, total, timestamps, queries, next_times if self.query_next_time else None)
         inputs = x_TD if queries is None else torch.cat([x_TD, queries.x_QD])
+        # A rank without users still takes part in the collectives: see `_dummy_forward`.
         if inputs.shape[0] == 0:
             return self._dummy_forward(inputs), inputs
         hidden = self.encode(self._prepare(inputs, rows), rows)
@@ -216,6 +218,7 @@ class UserEncoder(nn.Module, ABC):
                     "count_from: 'end': positions count from the end, which queries, that see histories of many "
                     "lengths, cannot have: write start"
                 )
+            # The last event of a sequence has position 0.
             positions = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - positions
         return self.add_positions(inputs, positions)
 

@@ -50,6 +50,7 @@ class PackedSelfAttention(nn.Module):
         return output
 
     def _heads(self, x_SD: Tensor) -> Tensor:
+        # [1, H, S, D / H]: `packed_attention` has the interface of Hugging Face's attention functions.
         return x_SD.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
 
 
