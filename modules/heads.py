@@ -47,6 +47,7 @@ class PredictionHead(nn.Module):
         if fusion not in (Fusion.EARLY, Fusion.LATE):
             raise ValueError(f"fusion is {str(fusion)!r}: must be 'early' or 'late'")
         self.fusion = Fusion(fusion)
+        # Early fusion reads the query; late fusion reads [u, e, u * e].
         widths = [width if self.fusion.query_is_target else 3 * width]
         widths += [hidden] if isinstance(hidden, int) else list(hidden)
         self.user_norm = nn.LayerNorm(width)
@@ -88,6 +89,7 @@ class PredictionHead(nn.Module):
         target = self.item_norm(item)
         product = user * target
         with torch.autocast(device_type=query.device.type, enabled=False):
+            # In float32 outside of autocast, see the class docstring.
             dot = self.dot_scale * widen(product).mean(dim=-1)
         return self._score(torch.cat((user, target, product), dim=-1)) + dot
 

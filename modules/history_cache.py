@@ -5,12 +5,12 @@
     q_QD  = answer(encoder, cache, x_QD, time)               candidates, `micro_batch` at a time
 
 The results equal the packed pass of training (`Queries`): a candidate is a query that sees the history before it and
-itself. So m candidates after n events cost n^2 + n m keys, instead of m n^2 (one pass per candidate) or (n + m)^2 (all
-in one sequence behind a mask), and memory beyond the cache is that of one micro-batch. This is for early fusion, where
+itself. So m candidates after n events cost n^2 + n m query-key pairs, instead of m n^2 (one pass per candidate) or
+(n + m)^2 (one masked sequence), and memory beyond the cache is that of one micro-batch. This is for early fusion, where
 a candidate is an input; late fusion has one query, the [USER] vector.
 
-For HSTU (`hstu.cached_pointwise`) and every softmax encoder (`attention.cached_softmax`): the User LLM, a stock
-Hugging Face decoder through its registered attention, SASRec and LiGR. Inference only: nothing here keeps a graph.
+Supported are HSTU (`hstu.cached_pointwise`) and all softmax encoders (`attention.cached_softmax`): the User LLM
+(Hugging Face decoders, through the registered attention), SASRec and LiGR. Inference only: no autograd graph is built.
 
 Legend: N history positions, Q candidates, m of a micro-batch, D width.
 """
@@ -28,7 +28,7 @@ MICRO_BATCH = 256
 
 @torch.no_grad()
 def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: HistoryCache | None = None) -> HistoryCache:
-    """Run the history through the encoder once and keep its keys and values.
+    """Run the history through the encoder once and return its keys and values.
 
     Args:
         encoder: in evaluation mode.
@@ -40,8 +40,8 @@ def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: Histo
         The cache of all events, equal (up to rounding) to that of a single call with all of them.
 
     Raises:
-        ValueError: an encoder that is in training mode or is not supported; events before the last cached one; a
-            cache shorter than HSTU's context prefix, whose positions see one another.
+        ValueError: the encoder is in training mode or not supported; an event is earlier than the last cached one; or
+            the cache is shorter than HSTU's context prefix, whose positions see one another.
     """
     check_encoder(encoder)
     before = 0 if cache is None else cache.length
@@ -49,28 +49,28 @@ def read_history(encoder: UserEncoder, x_ND: Tensor, times: Tensor, cache: Histo
     if before and times.numel() and int(times[0]) < int(joined[before - 1]):
         raise ValueError(
             f"times[0] is {int(times[0])}, before the last cached event at {int(joined[before - 1])}: append "
-            "events in order of time, or read the whole history again"
+            "events in order of time, or read the complete history again"
         )
     if cache is not None and x_ND.shape[0] == 0:
         return cache
-    # An empty cache has nothing to attend to, and no mask of its own: read as without one.
+    # An empty cache is treated as none, because the code for existing caches expects at least one key.
     if before == 0:
         cache = None
-    # A user without history still needs empty keys and values of the right shapes: run one zero row, and drop it.
-    x_ND, kept = (x_ND, joined.numel()) if x_ND.shape[0] else (x_ND.new_zeros(1, encoder.width), 0)
-    moments = joined if kept else joined.new_zeros(1)
-    layers = encoder.read_history(x_ND, moments, cache)
-    return HistoryCache(tuple(layer.first(kept) for layer in layers), joined)
+    # A user without history needs empty keys and values of the right shapes: run one zero row and drop its results.
+    x_ND, length = (x_ND, joined.numel()) if x_ND.shape[0] else (x_ND.new_zeros(1, encoder.width), 0)
+    read_times = joined if length else joined.new_zeros(1)
+    layers = encoder.read_history(x_ND, read_times, cache)
+    return HistoryCache(tuple(layer.first(length) for layer in layers), joined)
 
 
 @torch.no_grad()
 def begin_request(encoder: UserEncoder, cache: HistoryCache, time: int, visible: int | None = None) -> ScoreCandidates:
-    """What all candidates of a request share, made once; the result answers one micro-batch after the other.
+    """Prepare what all candidates of a request share; the returned function scores micro-batches of candidates.
 
     time: seconds of the request; visible: number of events, from the oldest, that it sees (None: all).
 
     Raises:
-        ValueError: as `read_history`, or more events visible than are cached.
+        ValueError: as `read_history`, or `visible` exceeds the number of cached events.
     """
     check_encoder(encoder)
     seen = cache.length if visible is None else visible
@@ -87,7 +87,7 @@ def answer(
     visible: int | None = None,
     micro_batch: int = MICRO_BATCH,
 ) -> Tensor:
-    """Compute q [Q, D] of candidates x [Q, D]; the micro-batch bounds memory and changes values by rounding only.
+    """Compute q [Q, D] of candidates x [Q, D]; the micro-batch limits memory and changes results only by rounding.
 
     Raises:
         ValueError: as `begin_request`, or a micro-batch below 1.
@@ -102,10 +102,10 @@ def answer(
 
 
 def check_encoder(encoder: UserEncoder) -> None:
-    """Whether candidates can be scored by it.
+    """Check that an encoder supports scoring with a cached history.
 
     Raises:
-        ValueError: it is in training mode, has no cache, or its history depends on later events.
+        ValueError: it is in training mode, does not support caching, or its history depends on later events.
     """
     if encoder.training:
         raise ValueError("the user encoder is in training mode, in which it has dropout: call eval() first")

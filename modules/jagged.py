@@ -86,6 +86,7 @@ def bucket_bounds(
         longest = lengths[start]
         # With lengths spread evenly between `least` and `longest`, the mean share of padding is half the range.
         least = 0 if longest <= floor else longest * (1 - 2 * waste)
+        # m sequences padded to N = longest have m * N * (N + seen) scores.
         limit = min(len(lengths), start + max(1, most_scores // (longest * (longest + seen))))
         end = start + 1
         while end < limit and lengths[end] >= least:

@@ -1,14 +1,14 @@
-"""AUC from a histogram of scores: fast, of fixed size, mergeable over batches and ranks, with an error bound that
-holds for certain. For progress during training; what is reported uses the exact AUC.
+"""Approximate AUC from a histogram of scores, with a guaranteed error bound.
 
-Scores fall into bins of equal relative width: the first `bits` bits of their float32 representation (sign,
-exponent, the first digits), in the order of the numbers. Pairs of rows in different bins are ranked exactly; pairs
-of one bin count one half, which is wrong by at most one half each. Hence, with P_b and N_b rows of bin b:
+Fast, of fixed size, and mergeable over batches and ranks; for progress during training. Reported metrics use the exact
+AUC. Scores are put into bins of equal relative width: the first `bits` bits of their float32 representation (sign,
+exponent, leading mantissa bits), ordered like the numbers. Pairs of rows in different bins are ranked exactly; a pair
+within a bin counts one half, which is wrong by at most one half. Hence, with P_b and N_b rows of bin b:
 
-    |approximate - exact| <= 1/2 sum_b P_b N_b / (P N), over the bins that hold more than one score,
+    |approximate - exact| <= 1/2 sum_b P_b N_b / (P N), over the bins with more than one distinct score,
 
-which `auc` returns beside the value. (float64 scores are rounded to float32 first, and those that fall together
-are ties then; the bound is that of the rounded scores.)
+which `auc` returns with the value. (float64 scores are rounded to float32 first, where different scores may become
+ties; the bound refers to the rounded scores.)
 """
 
 import math
@@ -23,7 +23,7 @@ BITS = 16
 
 @dataclass(frozen=True)
 class BoundedAuc:
-    """An approximate AUC and the most that it can differ from the exact one; `nan` if a class is empty."""
+    """Approximate AUC and the maximum of its difference from the exact one; `nan` if a class is empty."""
 
     auc: float
     error: float
@@ -32,12 +32,12 @@ class BoundedAuc:
 class ScoreHistogram:
     """Counts of positives and negatives by score.
 
-    With 16 bits a bin is at most 0.8% wide and all of it takes 1.5 MB; each further bit halves the one and doubles
-    the other.
+    With 16 bits a bin is at most 0.8% wide and the histogram takes 1.5 MB; each further bit halves the width and
+    doubles the memory.
     """
 
     def __init__(self, bits: int = BITS, device: torch.device | str = "cpu"):
-        """Empty.
+        """Create an empty histogram.
 
         Raises:
             ValueError: `bits` outside 10..24.
@@ -48,7 +48,7 @@ class ScoreHistogram:
         self.counts = torch.zeros((2, 1 << bits), dtype=torch.int64, device=device)
         """Negatives and positives by bin, [2, bins]."""
         self.lowest = torch.full((1 << bits,), 2**31 - 1, dtype=torch.int32, device=device)
-        """Smallest score of each bin as an ordered integer, [bins]: equal to `highest` where all are ties."""
+        """Smallest score of each bin as an ordered integer, [bins]: equal to `highest` if all scores are tied."""
         self.highest = torch.full_like(self.lowest, -(2**31))
 
     def add(self, labels: Tensor, scores: Tensor) -> None:
@@ -59,6 +59,7 @@ class ScoreHistogram:
         """
         if torch.isnan(scores).any() or not ((labels == 0) | (labels == 1)).all():
             raise ValueError("the histogram takes labels 0 or 1 and scores that are numbers; there is another, or nan")
+        # The shift is arithmetic: bins of negative scores are negative, so the number of bins / 2 is added.
         ordered = _ordered(scores.detach())
         bins = ((ordered >> (32 - self.bits)) + (1 << (self.bits - 1))).to(torch.int64)
         size = self.counts.shape[1]
@@ -67,8 +68,10 @@ class ScoreHistogram:
         self.highest.scatter_reduce_(0, bins, ordered, "amax")
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Merge those of all ranks, on each. Collective; nothing without a process group. Integers: any order of
-        rows and ranks gives the same bits."""
+        """Merge the histograms of all ranks, on each of them. Collective; no effect without a process group.
+
+        Counts are integers, so the result does not depend on the order of rows and ranks.
+        """
         if not dist.is_initialized():
             return
         dist.all_reduce(self.counts, group=group)
@@ -76,18 +79,20 @@ class ScoreHistogram:
         dist.all_reduce(self.highest, dist.ReduceOp.MAX, group=group)
 
     def auc(self) -> BoundedAuc:
-        """The AUC of the rows so far, with its bound."""
+        """The AUC of the rows added so far, with its error bound."""
         negatives, positives = self.counts.double()
         pairs = float(positives.sum() * negatives.sum())
         if not pairs:
             return BoundedAuc(math.nan, math.nan)
         below = negatives.cumsum(0) - negatives
         within = positives * negatives
+        # Only bins with different scores contribute to the error: pairs of equal scores do count one half.
         mixed = float(within[self.lowest < self.highest].sum())
         return BoundedAuc(float(positives @ below + within.sum() / 2) / pairs, mixed / 2 / pairs)
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """float32 scores as int32 that are in the same order."""
-    bits = (scores.to(torch.float32) + 0.0).contiguous().view(torch.int32)  # -0.0 becomes 0.0, its tie
+    """Map float32 scores to int32 values with the same order."""
+    bits = (scores.to(torch.float32) + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0: a tie
+    # The bit patterns of negative floats have the reverse order, so all bits but the sign are flipped.
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

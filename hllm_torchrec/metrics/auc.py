@@ -1,7 +1,7 @@
 """Exact ROC AUC of rows in memory, with ties, on one rank or many, and DeLong's interval and test.
 
 AUC = P(score of a positive > score of a negative) + P(equal) / 2 (the Mann-Whitney statistic), computed by
-`exact_auc.rank_statistics`, as that of files is.
+`exact_auc.rank_statistics`, the same code as for prediction files.
 """
 
 import math
@@ -23,38 +23,39 @@ from hllm_torchrec.metrics.intervals import (
 from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
 
 UNBOUNDED = 1 << 62
-"""Bytes: rows that are in memory already are never spilled."""
+"""Memory limit in bytes that is never reached: rows that are already in memory are not spilled to disk."""
 
 
 def roc_auc(labels: Values, scores: Values, weights: Values | None = None, group: Group = None) -> float:
-    """Exact AUC of the rows of all ranks. Tied pairs count one half: the order of rows never matters. Collective.
+    """Exact AUC of the rows of all ranks; tied pairs count one half, so the order of rows does not matter. Collective.
 
-    Without weights the result is the same to the last bit on any number of ranks.
+    Without weights the result is bitwise equal for any number of ranks.
 
     Args:
         labels: 0 or 1, [n]; ranks may have different numbers of rows, or none.
         scores: any real numbers, higher = more likely positive, infinities allowed, [n]. Compared as float64.
-        weights: sample weights >= 0, [n], on every rank or on none; a pair weighs the product of its two rows.
-        group: the process group, by default the whole world; without torch.distributed initialized, this process.
+        weights: sample weights >= 0, [n], on all ranks or on none; the weight of a pair is the product of its rows'.
+        group: the process group, by default all ranks; only this process if torch.distributed is not initialized.
 
     Returns:
-        The AUC, in O(n log n); `nan` if one of the classes is empty or weighs nothing, because there is then
-        no pair to rank (scikit-learn warns and does the same).
+        The AUC, in O(n log n); `nan` if one of the classes is empty or has weight 0, because there is no pair to rank
+        (scikit-learn warns and does the same).
 
     Raises:
-        ValueError: naming the row of a NaN score, a label that is not 0 or 1 or a bad weight, and the rank; on every
-            rank if on any, so that no rank waits for another.
+        ValueError: a NaN score, a label that is not 0 or 1, or an invalid weight; the message names row and rank. All
+            ranks raise if one does, so that no rank waits for another.
     """
     chunks, problem = None, None
     try:
         chunks = _sorted_rows(as_labels(labels), scores, weights)
     except ValueError as error:
         problem = str(error)
+    # Exchanged before any rank raises: a rank that raised alone would leave the others in the next collective.
     problems = gather_objects(problem, group)
     if len(problems) == 1 and problem:
         raise ValueError(problem)
-    if found := [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]:
-        raise ValueError("; ".join(found))
+    if messages := [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text]:
+        raise ValueError("; ".join(messages))
     assert chunks is not None
     return rank_statistics(chunks, group)[0].interval.auc
 
@@ -64,12 +65,12 @@ def delong_interval(labels: Values, scores: Values, confidence: float = 0.95) ->
 
     The variance is var(V10) / P + var(V01) / N with the placement values V of each positive among the
     negatives and of each negative among the positives (DeLong, DeLong and Clarke-Pearson 1988), computed from
-    ranks in O(n log n). Rows are taken as independent: for users with many rows each, see
-    `bootstrap.user_bootstrap`. The interval is that of logit(AUC), carried back, which keeps it inside 0..1.
+    ranks in O(n log n). Rows are assumed to be independent: for users with many rows each, see
+    `bootstrap.user_bootstrap`. The interval is computed for logit(AUC) and transformed back, so it lies within 0..1.
 
     Returns:
-        `nan` bounds where the data cannot give any: fewer than two rows of a class, or an AUC of exactly 0 or
-        1 (perfect separation of a sample has variance 0, which says nothing of the next sample).
+        The interval; `nan` bounds with fewer than two rows of a class, or with an AUC of exactly 0 or 1 (a perfectly
+        separated sample has variance 0, which is not informative about other samples).
 
     Raises:
         ValueError: as `roc_auc`, or a confidence outside 0..1.
@@ -84,12 +85,12 @@ def delong_test(labels: Values, scores_a: Values, scores_b: Values, confidence: 
     """DeLong's test of AUC(a) - AUC(b) on the same rows of one process, with a plain (Wald) interval.
 
     The variance of the difference is DeLong's with each row's placement value replaced by the difference of
-    its two placement values, which contains the covariance of the two models. Rows are taken as independent.
+    its two placement values, which includes the covariance of the two models. Rows are assumed to be independent.
 
     Returns:
-        `nan` bounds and p-value with fewer than two rows of a class, and where all pairs change alike
-        (variance 0 with a difference other than 0). Models that rank all pairs alike differ by 0, [0, 0], p =
-        1.
+        The difference; `nan` bounds and p-value with fewer than two rows of a class, and if all pairs change in the
+        same way (variance 0 with a difference other than 0). Models that rank all pairs equally have difference 0,
+        interval [0, 0] and p = 1.
 
     Raises:
         ValueError: as `roc_auc`, or a confidence outside 0..1.
@@ -107,23 +108,23 @@ def _sorted_rows(is_positive: np.ndarray, scores: Values, weights: Values | None
         chunks.add(row_scores, is_positive)
     else:
         row_weights = as_weights(weights, len(is_positive))
-        counts = row_weights > 0
+        counts = row_weights > 0  # rows of weight 0 are skipped: they must not create thresholds
         chunks.add(row_scores[counts], is_positive[counts], row_weights[counts])
     return chunks
 
 
 def _auc_and_influences(is_positive: np.ndarray, scores: Values) -> tuple[float, np.ndarray]:
-    """AUC, and each row's influence on it [n]."""
+    """(AUC, influence of each row on it [n])."""
     row_scores = as_scores(scores, len(is_positive))
     statistics, placements = rank_statistics(_sorted_rows(is_positive, row_scores), SINGLE_RANK, keep=True)
     if math.isnan(statistics.interval.auc):
         return math.nan, np.full(len(is_positive), math.nan)
-    found = placements.look_up(row_scores, is_positive)
-    return statistics.interval.auc, influence(found, is_positive, None, statistics)
+    row_placements = placements.look_up(row_scores, is_positive)
+    return statistics.interval.auc, influence(row_placements, is_positive, None, statistics)
 
 
 def _standard_error(is_positive: np.ndarray, influences: np.ndarray) -> float:
-    """DeLong's error of an AUC, or of a difference, from the rows' influences on it [n]; `nan` with one row a class."""
+    """DeLong's standard error from the rows' influences [n] on an AUC or a difference; `nan` with < 2 rows a class."""
     variance = 0.0
     for of_class in (influences[is_positive], influences[~is_positive]):
         if of_class.size < 2:

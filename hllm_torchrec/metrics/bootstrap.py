@@ -1,7 +1,7 @@
-"""Bootstrap over users: how much an AUC, or a difference of two, would vary with other users.
+"""Bootstrap over users: variation of an AUC, or of a difference of two, over samples of users.
 
-A user's exposures resemble each other, so an interval that takes rows as independent (DeLong's) is too narrow
-for the question "would it hold for other users". Here whole users are drawn with replacement.
+A user's exposures are correlated, so an interval that treats rows as independent (DeLong's) is too narrow for
+conclusions about other users. Here users are drawn with replacement, each with all of its rows.
 """
 
 import math
@@ -13,16 +13,16 @@ from tqdm import tqdm
 from hllm_torchrec.metrics.input_checks import UserIds, Values, as_groups, as_labels, as_scores
 
 CHUNK_VALUES = 2_000_000
-"""Numbers held per array while drawing (16 MB)."""
+"""Values per temporary array of a chunk of draws (16 MB)."""
 
 
 def user_bootstrap(
     labels: Values, scores: Mapping[str, Values], user_ids: UserIds, draws: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """AUCs of resampled users, the same draws for every model, so that differences by draw are paired.
+    """AUCs of resampled users, with the same draws for every model, so that differences per draw are paired.
 
-    Each draw takes as many users as there are, with replacement; a user drawn k times weighs k. The AUC of a
-    draw is exact with ties. Rows are sorted once; a draw costs O(n).
+    Each draw samples the number of users with replacement; the rows of a user drawn k times have weight k. The AUC of
+    a draw is exact with ties. Rows are sorted once; a draw costs O(n).
 
     Args:
         labels: 0 or 1, [n].
@@ -59,8 +59,7 @@ def user_bootstrap(
 
 
 def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The central share `confidence` of the draws; draws that are `nan` are left out, `nan` bounds if all
-    are."""
+    """Bounds of the central share `confidence` of the draws; `nan` draws are ignored, `nan` bounds if all are."""
     kept = draws[~np.isnan(draws)]
     if not len(kept):
         return math.nan, math.nan
@@ -69,12 +68,12 @@ def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[fl
 
 
 def _draw_users(random: np.random.Generator, count: int) -> np.ndarray:
-    """How often each user is drawn, float64 [users]."""
+    """Number of times that each user is drawn, float64 [users]."""
     return np.bincount(random.integers(count, size=count), minlength=count).astype(np.float64)
 
 
 class _SortedRows:
-    """One model's rows by ascending score: what every draw reuses."""
+    """One model's rows sorted by score, reused by all draws."""
 
     def __init__(self, is_positive: np.ndarray, scores: np.ndarray, users: np.ndarray):
         negatives = np.flatnonzero(~is_positive)
@@ -89,6 +88,8 @@ class _SortedRows:
     def weighted_auc(self, counts_UC: np.ndarray) -> np.ndarray:
         """The AUC of each draw [C], with users weighted by `counts_UC` [users, C]."""
         draws = counts_UC.shape[1]
+        # Row i: weight of the i negatives with the lowest scores. A positive outranks the first `below` negatives and
+        # ties with those up to `not_above`, so the mean of the two sums counts ties as one half.
         cumulated = np.zeros((len(self.negative_users) + 1, draws))
         np.cumsum(counts_UC[self.negative_users], axis=0, out=cumulated[1:])
         weights = counts_UC[self.positive_users]

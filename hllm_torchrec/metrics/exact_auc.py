@@ -1,7 +1,8 @@
-"""Exact AUC, its error, and the other metrics of the order of any number of rows: one pass over the score ranges of
-all ranks (`score_chunks.ScoreRanges`), in memory that the pool's option bounds.
+"""Exact AUC, its standard error, and the other ranking metrics of any number of rows.
 
-Letters: P and N, the weight of all positives and negatives (their number without weights); U unique scores.
+One pass over the score ranges of all ranks (`score_chunks.ScoreRanges`), in memory bounded by the pool's option.
+
+Legend: P and N, total weight of positives and negatives (their number without weights); U unique scores.
 """
 
 import math
@@ -27,22 +28,23 @@ from hllm_torchrec.metrics.registry import RANK_METRICS
 from hllm_torchrec.metrics.score_chunks import ScoreMasses, ScoreRanges, SortedChunks
 
 BLOCK = 1 << 14
+"""Unique scores processed at a time: the arrays of a block fit into the processor's cache."""
 
 CURVE_POINTS = 200
 GRID = np.sort(np.concatenate([np.linspace(0, 2, CURVE_POINTS * 3 // 4), 2 * np.logspace(-5, -1, CURVE_POINTS // 4)]))
-"""Where corners are kept: even along the ROC curve (false plus true positive rate), finer at its beginning."""
+"""Positions along the ROC curve (false plus true positive rate) at which points are stored: finer at its start."""
 
 
 @dataclass(frozen=True)
 class RankStatistics:
-    """What the order of the rows says; `nan` where a class is empty."""
+    """Statistics of the order of the rows; `nan` if a class is empty."""
 
     interval: AucInterval
     """AUC with ties as one half, DeLong's standard error and 95% interval."""
     metrics: dict[str, Value]
     """Key of each `RankMetric` of the registry → its value."""
     curve: np.ndarray
-    """Corners (false positive rate, recall, precision) [3, at most CURVE_POINTS + 2] from the highest score."""
+    """Points (false positive rate, recall, precision) [3, at most CURVE_POINTS + 2] from the highest score down."""
     rows: int
     positives: int
     weight: tuple[float, float]
@@ -51,12 +53,12 @@ class RankStatistics:
 
 @dataclass
 class _Sums:
-    """Sums over unique scores, which add up over ranges and ranks."""
+    """Sums over unique scores, additive over ranges and ranks."""
 
     concordant: float | int = 0
-    """Twice the weight of the pairs ranked right, ties as one half: an exact integer without weights."""
+    """Twice the weight of the correctly ranked pairs, ties as one half: an exact integer without weights."""
     moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))
-    """Of positives and of negatives: sums of w^2, w^2 (V - 1/2), w^2 (V - 1/2)^2 with the placement V."""
+    """For positives and negatives: sums of w^2, w^2 (V - 1/2), w^2 (V - 1/2)^2 with the placement V, [2, 3]."""
     metrics: dict[str, np.ndarray] = field(
         default_factory=lambda: {metric.key: np.array(metric.start) for metric in RANK_METRICS}
     )
@@ -64,9 +66,9 @@ class _Sums:
 
 
 class Placements:
-    """Each unique score's placement values, kept for `look_up`: in memory up to a share of the pool's, else on disk.
+    """Placement values of each unique score, stored for `look_up`: in memory up to a share of the pool's, else on disk.
 
-    A row's placement is the share of the other class that it is ranked right against.
+    The placement of a row is the share of the other class that it is ranked correctly against.
     """
 
     def __init__(self, chunks: SortedChunks, ranges: ScoreRanges):
@@ -75,7 +77,7 @@ class Placements:
         self._tables: dict[int, tuple[np.ndarray, np.ndarray] | tuple[Path, np.dtype, int]] = {}
 
     def add(self, index: int, scores: np.ndarray, values_2U: np.ndarray) -> None:
-        """Keep a range's placements of a positive and of a negative with each score."""
+        """Store a range's placements: [2, U], of a positive and of a negative row with each score."""
         size = scores.nbytes + values_2U.nbytes
         if self._pool.sorted_bytes + size <= self._pool.memory // 4:
             self._pool.sorted_bytes += size
@@ -88,29 +90,31 @@ class Placements:
         self._tables[index] = Path(file.name), scores.dtype, len(scores)
 
     def look_up(self, scores: np.ndarray, is_positive: np.ndarray) -> np.ndarray:
-        """The placement of each row [n], of rows that were measured. Collective; a rank may have none."""
+        """The placement of each row [n]; the rows must have been measured. Collective; a rank may have none."""
         group = self._ranges.group
         ranks, per_rank = world_size(group), self._ranges.per_rank
+        # side="left": a score equal to a splitter belongs to the range that the splitter ends, as in `ScoreRanges`.
         index = np.searchsorted(self._ranges.splitters, scores, side="left")
         order = np.lexsort((scores, index))
         sent = np.bincount(index // per_rank, minlength=ranks).tolist()
-        asked = all_to_all(scores[order], sent, group)
-        answers = self._answer(asked)
+        requested = all_to_all(scores[order], sent, group)
+        answers = self._answer(requested)
+        # The answers go back in the order of arrival: as many to each rank as it had sent.
         back = [int(count) for count in _transposed(sent, group)]
         returned = np.stack([all_to_all(row, back, group) for row in answers])
         placements = np.empty(len(scores))
         placements[order] = np.where(is_positive[order], returned[0], returned[1])
         return placements
 
-    def _answer(self, asked: np.ndarray) -> np.ndarray:
-        """Placements (as a positive, as a negative) [2, n] of scores of this rank's ranges."""
-        index = np.searchsorted(self._ranges.splitters, asked, side="left")
-        answers = np.empty((2, len(asked)))
+    def _answer(self, requested: np.ndarray) -> np.ndarray:
+        """Placements (of a positive, of a negative) [2, n] with the scores [n], which lie in this rank's ranges."""
+        index = np.searchsorted(self._ranges.splitters, requested, side="left")
+        answers = np.empty((2, len(requested)))
         for table in np.unique(index):
             rows = np.flatnonzero(index == table)
             scores, values = self._load(int(table))
-            places = np.searchsorted(scores, asked[rows])
-            answers[:, rows] = values[:, places]
+            columns = np.searchsorted(scores, requested[rows])
+            answers[:, rows] = values[:, columns]
         return answers
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,14 +131,14 @@ def rank_statistics(
 ) -> tuple[RankStatistics, Placements]:
     """Statistics of the rows of all ranks, the same on every rank. Collective.
 
-    Without weights the AUC is the same to the last bit on any number of ranks and for any memory (integers up to
-    2^63); all else, and everything with weights, to 1e-12.
+    Without weights the AUC is bitwise equal for any number of ranks and any memory (integers up to 2^63). All other
+    values, and everything with weights, agree to 1e-12.
 
     With weights the standard error is that of fixed weights on independent rows: DeLong's with the variance of
-    each class replaced by n / (n - 1) x sum of (w / W)^2 (V - AUC)^2, n rows of weight W together.
+    each class replaced by n / (n - 1) x sum of (w / W)^2 (V - AUC)^2, for n rows of total weight W.
 
     Args:
-        keep: fill the `Placements`.
+        keep: fill the returned `Placements`.
     """
     ranges = chunks.split_ranges(group)
     totals, placements = ranges.totals, Placements(chunks, ranges)
@@ -151,9 +155,10 @@ def rank_statistics(
 def _add_range(
     sums: _Sums, tied: ScoreMasses, below: np.ndarray, positives: float, negatives: float, keep: bool
 ) -> np.ndarray | None:
-    """Add a range's unique scores; their placement values [2, U] as a positive and as a negative, if they are kept.
+    """Add a range's unique scores to `sums`; returns their placements [2, U] (positive, negative) if `keep`.
 
-    Goes through blocks that fit the processor's cache: three times as fast as whole columns.
+    below: mass of all rows with scores below the range. Works in blocks that fit the processor's cache, which is three
+    times as fast as complete columns.
     """
     weighted = len(tied.masses) == 6
     kinds = slice(2, 4) if weighted else slice(0, 2)
@@ -164,10 +169,12 @@ def _add_range(
     for first in range(0, len(tied.scores), BLOCK):
         part = slice(first, first + BLOCK)
         mass = tied.masses[kinds, part]
+        # Per score: mass of the rows with lower scores (`under`), and with lower or equal scores (`upto`).
         upto = np.cumsum(mass, axis=1)
         upto += start[:, None]
         under = upto - mass
         start = upto[:, -1].copy()
+        # Each positive outranks the negatives under it and ties with those at its score: twice under + ties.
         sums.concordant += (mass[0] * (under[1] + upto[1])).sum().item()
         if has_pairs:
             placements = np.stack([(under[1] + upto[1]) / (2 * negatives), 1 - (under[0] + upto[0]) / (2 * positives)])
@@ -181,7 +188,8 @@ def _add_range(
 
 
 def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> None:
-    """Add to the sums of w^2, w^2 (V - 1/2) and w^2 (V - 1/2)^2 of both classes."""
+    """Add to the sums of w^2, w^2 (V - 1/2) and w^2 (V - 1/2)^2 of both classes; squares: w^2 [2, U]."""
+    # Centred at 1/2 because the AUC is not known yet: less cancellation in `_standard_error` than around 0.
     centred = placements - 0.5
     sums.moments[:, 0] += squares.sum(axis=1)
     weighed = squares * centred
@@ -191,13 +199,14 @@ def _add_moments(sums: _Sums, placements: np.ndarray, squares: np.ndarray) -> No
 
 
 def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tuple[float, float]) -> list[np.ndarray]:
-    """Add what the thresholds of a block give, each score and all above it called positive; the curves' corners."""
-    over = np.maximum(np.array(total)[:, None] - under, mass)  # rounding may eat light rows beside heavy ones
+    """Add the metrics of a block's thresholds (predicted positive: scores at or above it); returns curve points."""
+    over = np.maximum(np.array(total)[:, None] - under, mass)  # at least `mass`: rounding may lose light rows
     block = RankedBlock(mass, under, total, over, over[0] / (over[0] + over[1]))
     for metric in RANK_METRICS:
         sums.metrics[metric.key] = metric.combine(sums.metrics[metric.key], metric.sums(block))
     true_rate, false_rate = over[0] / total[0], over[1] / total[1]
     along = true_rate[[0, -1]] + false_rate[[0, -1]]
+    # No grid position lies in the block: it has no point of the curve.
     low, high = np.searchsorted(GRID, [along[1], along[0]])
     if low == high and low < len(GRID) and GRID[low] != along[0]:
         return []
@@ -205,11 +214,11 @@ def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tup
 
 
 def _corners(curve_3U: np.ndarray) -> np.ndarray:
-    """The corners of a block nearest above the grid, ascending in score."""
-    along = (curve_3U[0] + curve_3U[1])[::-1]
+    """The points of a block at or next above each grid position, ascending in score."""
+    along = (curve_3U[0] + curve_3U[1])[::-1]  # reversed: the rates fall as the score rises
     inside = GRID[(GRID >= along[0]) & (GRID <= along[-1])]
-    places = np.unique(np.searchsorted(along, inside))
-    return curve_3U[:, ::-1][:, places[::-1]]
+    points = np.unique(np.searchsorted(along, inside))
+    return curve_3U[:, ::-1][:, points[::-1]]
 
 
 def _finish(parts: Sequence[_Sums], totals: np.ndarray, positives: float, negatives: float) -> RankStatistics:
@@ -232,7 +241,7 @@ def _interval(parts: Sequence[_Sums], totals: np.ndarray, positives: float, nega
     """AUC and DeLong's interval."""
     concordant = sum(part.concordant for part in parts)
     if len(totals) == 2:
-        auc = concordant / (2 * int(positives) * int(negatives))  # of integers: rounded once
+        auc = concordant / (2 * int(positives) * int(negatives))  # a ratio of integers, rounded once
     else:
         auc = concordant / 2 / positives / negatives
     moments = np.sum([part.moments for part in parts], axis=0)
@@ -240,18 +249,19 @@ def _interval(parts: Sequence[_Sums], totals: np.ndarray, positives: float, nega
 
 
 def _standard_error(moments: np.ndarray, auc: float, totals: np.ndarray, weights: tuple[float, float]) -> float:
-    """DeLong's, `nan` with fewer than two rows of a class."""
+    """DeLong's standard error; `nan` with fewer than two rows of a class."""
     variance, shift = 0.0, auc - 0.5
     for (zeroth, first, second), rows, weight in zip(moments, totals[:2], weights):
         if rows < 2:
             return math.nan
+        # sum of w^2 (V - AUC)^2, expanded from the moments around 1/2.
         spread = second - 2 * shift * first + shift**2 * zeroth
         variance += max(spread, 0.0) / weight**2 * rows / (rows - 1)
     return math.sqrt(variance)
 
 
 def _transposed(sent: Sequence[int], group: Group) -> Sequence[int]:
-    """How many rows each rank sent here."""
+    """Number of rows that each rank sent to this one. Collective."""
     if world_size(group) == 1:
         return sent
     rank = group_rank(group)

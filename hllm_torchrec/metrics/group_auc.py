@@ -1,4 +1,4 @@
-"""AUC within groups of rows, all groups at once: no loop over users."""
+"""AUC within groups of rows, vectorized over groups."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AucPerGroup:
-    """Of the groups with both classes, ascending in the group."""
+    """AUC of each group that has both classes, sorted by group."""
 
     groups: np.ndarray
     aucs: np.ndarray
     weights: np.ndarray
     """Sum of the weights of the group's rows."""
     left_out: int
-    """Groups with one class only: they have no pair to rank."""
+    """Number of groups with only one class, which have no pair to rank."""
 
 
 def grouped_auc(
@@ -23,10 +23,10 @@ def grouped_auc(
     """Exact AUC of each group, ties as one half. O(n log n).
 
     Args:
-        groups: int64 [n] in 0..G-1, each of them there.
+        groups: int64 [n] in 0..G-1; each group has at least one row.
         is_positive: bool [n].
         scores: [n] without NaN.
-        weights: > 0, [n]; a pair weighs the product of its rows.
+        weights: > 0, [n]; the weight of a pair is the product of its rows' weights.
     """
     order = np.lexsort((scores, groups))
     groups, scores, positive = groups[order], scores[order], is_positive[order]
@@ -37,15 +37,18 @@ def grouped_auc(
     positives = np.add.reduceat(weight * positive, ties)
     negatives = np.add.reduceat(weight * ~positive, ties)
     group_positives, group_negatives = np.bincount(tie_groups, positives), np.bincount(tie_groups, negatives)
-    kept = (group_positives > 0) & (group_negatives > 0)
-    sizes = (group_positives + group_negatives)[kept]
-    if weights is not None:  # shares of the group, or a light group would drown in the sums of a heavy one
-        positives /= np.where(kept, group_positives, 1)[tie_groups]
-        negatives /= np.where(kept, group_negatives, 1)[tie_groups]
-        positives, negatives = positives * kept[tie_groups], negatives * kept[tie_groups]
+    has_both = (group_positives > 0) & (group_negatives > 0)
+    sizes = (group_positives + group_negatives)[has_both]
+    # Normalize within each group: otherwise the cumulative sums of heavy groups lose the precision of light ones.
+    if weights is not None:
+        positives /= np.where(has_both, group_positives, 1)[tie_groups]
+        negatives /= np.where(has_both, group_negatives, 1)[tie_groups]
+        positives, negatives = positives * has_both[tie_groups], negatives * has_both[tie_groups]
         group_positives, group_negatives = np.bincount(tie_groups, positives), np.bincount(tie_groups, negatives)
+    # concordant: weight of correctly ranked (positive, negative) pairs of a group; below: negatives of the same group
+    # with a lower score (the cumulative sum over all rows less that of the earlier groups).
     before = group_negatives.cumsum() - group_negatives
     below = negatives.cumsum() - negatives - before[tie_groups]
     concordant = np.bincount(tie_groups, positives * (below + negatives / 2))
-    aucs = concordant[kept] / (group_positives[kept] * group_negatives[kept])
-    return AucPerGroup(np.flatnonzero(kept), aucs, sizes, int((~kept).sum()))
+    aucs = concordant[has_both] / (group_positives[has_both] * group_negatives[has_both])
+    return AucPerGroup(np.flatnonzero(has_both), aucs, sizes, int((~has_both).sum()))

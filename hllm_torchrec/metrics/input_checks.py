@@ -1,4 +1,4 @@
-"""What every metric accepts, checked once: one value a row, numpy arrays, tensors or lists."""
+"""Validation and conversion of metric inputs: columns with one value per row, as numpy arrays, tensors or lists."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ import numpy as np
 import torch
 
 Values = np.ndarray | torch.Tensor | Sequence[float] | Sequence[int] | Sequence[bool]
-"""A column: one value a row. Tensors may be on any device and of any float type, bfloat16 too."""
+"""A column: one value per row. Tensors may be on any device and of any float type, including bfloat16."""
 
 UserIds = np.ndarray | torch.Tensor | Sequence[int] | Sequence[str]
 
 WEIGHT_RANGE = (1e-100, 1e100)
-"""Weights other than 0: their squares and the products of two sums of them are then float64 too."""
+"""Allowed weights other than 0: their squares, and products of two sums of them, neither overflow nor underflow."""
 
 
 def as_floats(values: Values, name: str) -> np.ndarray:
-    """The column as float64 [n], which holds every float32, float16 and bfloat16 exactly, denormals too.
+    """The column as float64 [n], which represents every float32, float16 and bfloat16 exactly, including denormals.
 
     Raises:
         ValueError: the column is not one-dimensional.
@@ -32,7 +32,7 @@ def as_labels(labels: Values) -> np.ndarray:
     """The labels as bool [n].
 
     Raises:
-        ValueError: a label is neither 0 nor 1, for example NaN, which a null label becomes.
+        ValueError: a label is neither 0 nor 1; a null label becomes NaN and is rejected, too.
     """
     array = as_floats(labels, "labels")
     bad = (array != 0) & (array != 1)
@@ -43,10 +43,10 @@ def as_labels(labels: Values) -> np.ndarray:
 
 
 def as_scores(scores: Values, rows: int) -> np.ndarray:
-    """The scores as float64 [n]; infinities are scores like any other.
+    """The scores as float64 [n]; infinities are allowed.
 
     Raises:
-        ValueError: a score is NaN, or there are not as many as labels.
+        ValueError: a score is NaN, or the number of scores differs from that of labels.
     """
     array = _same_rows(as_floats(scores, "scores"), "scores", rows)
     bad = np.isnan(array)
@@ -62,7 +62,7 @@ def as_weights(weights: Values | None, rows: int) -> np.ndarray:
     """The weights as float64 [n]; ones if there are none.
 
     Raises:
-        ValueError: a weight is neither 0 nor in `WEIGHT_RANGE`, or there are not as many as labels.
+        ValueError: a weight is neither 0 nor in `WEIGHT_RANGE`, or the number of weights differs from that of labels.
     """
     if weights is None:
         return np.ones(rows)
@@ -78,10 +78,10 @@ def as_weights(weights: Values | None, rows: int) -> np.ndarray:
 
 
 def as_groups(user_ids: UserIds, rows: int) -> np.ndarray:
-    """Each row's user as an int64 index [n] in 0..users-1, dense; the ids may be of any sortable kind.
+    """Each row's user as a dense int64 index [n] in 0..users-1; the ids may have any sortable type.
 
     Raises:
-        ValueError: there are not as many ids as labels.
+        ValueError: the number of ids differs from that of labels.
     """
     if isinstance(user_ids, torch.Tensor):
         user_ids = user_ids.detach().cpu().numpy()

@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class AucInterval:
-    """An AUC with its confidence interval; `nan` where there is nothing to say (see `auc.delong_interval`)."""
+    """An AUC with its confidence interval; `nan` bounds if it is undefined (see `auc.delong_interval`)."""
 
     auc: float
     low: float
@@ -23,25 +23,25 @@ class PairedDifference:
     low: float
     high: float
     p_value: float
-    """Two-sided, of the hypothesis that both models have the same AUC."""
+    """Two-sided p-value of the hypothesis that both models have the same AUC."""
 
 
 def logit_interval(auc: float, standard_error: float, confidence: float = 0.95) -> AucInterval:
-    """The interval of logit(AUC), carried back; `nan` bounds without an error or at an AUC of 0 or 1.
+    """Interval of logit(AUC), transformed back; `nan` bounds if the error is `nan` or the AUC is 0 or 1.
 
     Raises:
-        ValueError: a confidence outside 0..1.
+        ValueError: the confidence is outside 0..1.
     """
     quantile = normal_quantile(confidence)
     if math.isnan(standard_error) or not 0 < auc < 1:
         return AucInterval(auc, math.nan, math.nan, standard_error)
     logit = math.log(auc / (1 - auc))
-    half = quantile * standard_error / (auc * (1 - auc))
+    half = quantile * standard_error / (auc * (1 - auc))  # delta method: d logit(p) / dp = 1 / (p (1 - p))
     return AucInterval(auc, _sigmoid(logit - half), _sigmoid(logit + half), standard_error)
 
 
 def wald_difference(difference: float, standard_error: float, confidence: float = 0.95) -> PairedDifference:
-    """A difference with its plain (Wald) interval and two-sided p-value; see `auc.delong_test` for an error of 0.
+    """Wald interval and two-sided p-value of a difference; see `auc.delong_test` for a standard error of 0.
 
     Raises:
         ValueError: a confidence outside 0..1.
@@ -57,10 +57,10 @@ def wald_difference(difference: float, standard_error: float, confidence: float 
 
 
 def normal_quantile(confidence: float) -> float:
-    """The standard normal quantile of a two-sided interval, 1.96 for 0.95.
+    """Standard normal quantile of a two-sided interval: 1.96 for 0.95.
 
     Raises:
-        ValueError: a confidence that is not between 0 and 1.
+        ValueError: the confidence is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it lies between 0 and 1, e.g. 0.95; pass a share, not per cent")
@@ -68,4 +68,4 @@ def normal_quantile(confidence: float) -> float:
 
 
 def _sigmoid(logit: float) -> float:
-    return 0.5 * (1 + math.tanh(logit / 2))  # cannot overflow
+    return 0.5 * (1 + math.tanh(logit / 2))  # unlike 1 / (1 + exp(-logit)) it cannot overflow

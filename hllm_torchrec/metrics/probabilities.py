@@ -1,4 +1,4 @@
-"""Metrics of probabilities that add up over batches and ranks, and the reliability curve from score ranges."""
+"""Metrics of predicted probabilities, additive over batches and ranks, and the reliability curve."""
 
 import math
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from hllm_torchrec.metrics.score_chunks import SortedChunks
 BINS = 10
 
 PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
-"""Log loss takes probabilities into [floor, 1 - floor]; scikit-learn does the same for float32. Predictions
-are stored as float32, where the sigmoid of 17 is already 1."""
+"""Log loss clips probabilities to [floor, 1 - floor], like scikit-learn for float32: predictions are stored as float32,
+in which the sigmoid of 17 is 1."""
 
 
 def row_log_loss(is_positive: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -25,7 +25,7 @@ def row_log_loss(is_positive: np.ndarray, probabilities: np.ndarray) -> np.ndarr
 
 
 def base_entropy(sums: Mapping[str, float]) -> float:
-    """Log loss of always predicting the base rate; `nan` with one class only."""
+    """Log loss of always predicting the base rate; `nan` with only one class."""
     rate = sums["positives"] / sums["weight"]
     return -rate * math.log(rate) - (1 - rate) * math.log(1 - rate) if 0 < rate < 1 else math.nan
 
@@ -68,7 +68,7 @@ ECE = ProbabilityMetric(
 
 @dataclass(frozen=True)
 class ReliabilityCurve:
-    """Bins of rows with similar predicted probability, ascending; empty bins are left out."""
+    """Bins of rows with similar predicted probability, ascending; without empty bins."""
 
     mean_probability: np.ndarray
     observed_rate: np.ndarray
@@ -77,11 +77,11 @@ class ReliabilityCurve:
 
 @dataclass
 class ProbabilitySums:
-    """Weighted sums over rows; their parts of each batch are kept and added exactly, in any order."""
+    """Weighted sums over rows. Per-batch sums are stored and added exactly, so their order does not matter."""
 
     metrics: list[ProbabilityMetric]
     parts: list[dict[str, float]] = field(default_factory=list)
-    """A batch's sums of weight, weight of positives, and weight x each of the metrics' terms."""
+    """Per batch: sums of weight, of positives' weight, and of weight x each term of the metrics."""
 
     def add(self, is_positive: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None) -> None:
         """Add rows: bool [n], float64 in 0..1 [n], weights > 0 [n]."""
@@ -92,32 +92,33 @@ class ProbabilitySums:
         self.parts.append({name: float(weight @ column) for name, column in columns.items()})
 
     def values(self, calibration_error: float, group: Group = None) -> dict[str, float]:
-        """The metrics of the rows of all ranks by key, `nan` where they are undefined. Collective."""
+        """Metrics of the rows of all ranks by key, `nan` if undefined. Collective."""
         names = {"weight", "positives", *(name for metric in self.metrics for name in metric.terms)}
-        own = {name: math.fsum(part[name] for part in self.parts) for name in names}
-        gathered = gather_objects(own, group)
+        local = {name: math.fsum(part[name] for part in self.parts) for name in names}
+        gathered = gather_objects(local, group)
         sums = {name: math.fsum(part[name] for part in gathered) for name in names}
         sums["calibration_error"] = calibration_error
         return {metric.key: metric.value(sums) if sums["weight"] else math.nan for metric in self.metrics}
 
 
 def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> tuple[ReliabilityCurve, float]:
-    """Mean predicted probability against observed rate in bins, and the mean gap of the two over rows. Collective.
+    """Mean predicted probability and observed rate per bin, and the mean gap between them over rows (ECE). Collective.
 
-    Bins of equal mass, not of equal width: with a click rate of 1% all rows would fall into one bin of ten. Equal
-    probabilities always share a bin, so the result does not depend on the order of rows. Means and rates within a
-    bin are weighted by the rows' weights.
+    Bins have equal mass, not equal width: with a click rate of 1% all rows would be in one of ten bins of equal width.
+    Equal probabilities always share a bin, so the result does not depend on the order of rows. Means and rates within
+    a bin are weighted by the rows' weights.
 
     Args:
-        chunks: of the rows with their probability as score.
+        chunks: the rows, with their probability as score.
     """
     ranges = chunks.split_ranges(group)
     rows = int(ranges.totals[:2].sum())
     sums = np.zeros((4, bins))  # rows, weight, weight x probability, weight of positives
     for _, tied, below in ranges:
         counts = tied.masses[0] + tied.masses[1]
+        # A score's bin is that of its last row: number (upto - 1) of 0..rows - 1.
         upto = below[:2].sum() + np.cumsum(counts)
-        places = (
+        bin_indices = (
             np.minimum((upto - 1) * bins // max(rows - 1, 1), bins - 1).astype(np.int64)
             if rows > 1
             else (np.full(len(counts), bins - 1))
@@ -125,7 +126,7 @@ def reliability(chunks: SortedChunks, group: Group = None, bins: int = BINS) -> 
         positives = tied.masses[2] if chunks.weighted else tied.masses[0]
         weights = tied.masses[2] + tied.masses[3] if chunks.weighted else counts
         for row, values in enumerate((counts, weights, weights * tied.scores.astype(np.float64), positives)):
-            sums[row] += np.bincount(places, values, bins)
+            sums[row] += np.bincount(bin_indices, values, bins)
     total = np.sum(gather_objects(sums, group), axis=0)
     count, weight, predicted, positive = total[:, total[0] > 0]
     curve = ReliabilityCurve(predicted / weight, positive / weight, count.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Metrics of the order of the rows, besides AUC itself (`exact_auc`): see `metric.RankMetric`."""
+"""Ranking metrics other than AUC (`exact_auc`): see `metric.RankMetric`."""
 
 import numpy as np
 
@@ -9,17 +9,17 @@ _NAMES = tuple(f"{precision:g}" for precision in PRECISIONS)
 
 
 def _precision_steps(block: RankedBlock) -> np.ndarray:
-    """The sum over thresholds of (recall step) x precision, as in scikit-learn."""
+    """Sum over thresholds of (increase in recall) x precision, as in scikit-learn."""
     return np.array(float(block.mass[0] @ block.precision) / block.total[0])
 
 
 def _best_recalls(block: RankedBlock) -> np.ndarray:
-    """The highest recall of a threshold with at least each of `PRECISIONS`, 0 if none has it."""
+    """For each of `PRECISIONS`, the highest recall of a threshold with at least that precision; 0 if there is none."""
     best = np.zeros(len(PRECISIONS))
-    for place, wanted in enumerate(PRECISIONS):
-        enough = block.precision >= wanted
+    for index, precision in enumerate(PRECISIONS):
+        enough = block.precision >= precision
         if enough.any():
-            best[place] = block.over[0][enough.argmax()] / block.total[0]  # recall falls as the score rises
+            best[index] = block.over[0][enough.argmax()] / block.total[0]  # lowest score, hence highest recall
     return best
 
 

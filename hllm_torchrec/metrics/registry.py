@@ -1,7 +1,7 @@
-"""All metrics of `hllm evaluate` but AUC itself and its intervals, in the order of `metrics.json` and of the report.
+"""All metrics of `hllm evaluate` except AUC and its intervals, in the order of `metrics.json` and of the report.
 
-A new metric is a `RankMetric`, a `ProbabilityMetric` or a `UserMetric`, and a line here: the job computes it, and
-metrics.json, the report, TensorBoard and the tracker have it.
+To add a metric, define a `RankMetric`, a `ProbabilityMetric` or a `UserMetric` and add it here: the job computes it,
+and it appears in metrics.json, the report, TensorBoard and the tracker.
 """
 
 from hllm_torchrec.metrics.metric import Metric, ProbabilityMetric, RankMetric, UserMetric

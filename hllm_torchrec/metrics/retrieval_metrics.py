@@ -1,10 +1,9 @@
 """Full-catalogue retrieval metrics from the rank of each row's target.
 
-Letters: B rows (users), I catalogue rows (item 0, the unknown item, included), D width, S seen items of all
-rows.
+Legend: B rows (users), I catalogue rows (including item 0, the unknown item), D width, S seen items of all rows.
 
-Ties are pessimistic: an item that scores the same as the target stands before it. A collapsed model, which
-scores all items alike, is thereby last everywhere instead of first, and its Recall@K is 0.
+Ties are pessimistic: an item with the same score as the target ranks before it. A collapsed model, which gives all
+items the same score, therefore has the worst rank everywhere instead of the best, and its Recall@K is 0.
 """
 
 import math
@@ -14,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 BLOCK_SIZE = 16_384
-"""Catalogue rows scored at once: [B, block] scores are held, never [B, I]."""
+"""Catalogue rows scored at a time: scores take [B, block] values, never [B, I]."""
 
 TIE_TOLERANCE = 1e-6
-"""Dot products closer than this share of |query| |target| are tied: two equal items get scores that differ by float32
-rounding, depending on where in a block they stand."""
+"""Dot products that differ by less than this share of |query| |target| are tied: the scores of two equal items differ
+by float32 rounding, depending on their position in a block."""
 
 ScoreBlock = Callable[[int, int], torch.Tensor]
 
@@ -36,21 +35,22 @@ def target_ranks(
     Args:
         scores_BI: column i scores item i; column 0 (unknown item) is never ranked. Any float type.
         target_B: item ids, 1..I-1, int64.
-        seen_items_S: item ids to leave out of the ranking, row after row (the user's history), int64. The
-            target itself always stays in; duplicates and 0 are harmless.
+        seen_items_S: item ids to exclude from the ranking, concatenated over rows (the user's history), int64. The
+            target itself is never excluded; duplicates and 0 are harmless.
         seen_offsets: row b's seen items are `seen_items_S[seen_offsets[b]:seen_offsets[b + 1]]`, int [B + 1],
             starting at 0.
-        block_size: columns compared at once.
+        block_size: columns compared at a time.
 
     Returns:
-        int64 [B], 1 = best. Items with a NaN score stand before the target.
+        int64 [B], 1 = best. Items with a NaN score rank before the target.
 
     Raises:
-        ValueError: a target outside 1..I-1 or with a score that is not finite, offsets that do not fit.
+        ValueError: a target outside 1..I-1 or with a score that is not finite, or inconsistent offsets.
     """
     catalogue = scores_BI.shape[1]
     check_targets(target_B, len(scores_BI), catalogue)
     target_scores_B = scores_BI.gather(1, target_B[:, None])[:, 0]
+    # clone: `count_ahead` overwrites scores in the block.
     return 1 + count_ahead(
         lambda start, stop: scores_BI[:, start:stop].clone(),
         target_scores_B,
@@ -62,7 +62,7 @@ def target_ranks(
 
 
 def scores_to_beat(queries_BD: torch.Tensor, targets_BD: torch.Tensor, tie_tolerance: float) -> torch.Tensor:
-    """float32 [B], the least score of an item that stands before the target: the target's, less the tolerance."""
+    """float32 [B], the lowest score of an item that ranks before the target: the target's score minus the tolerance."""
     targets_BD = targets_BD.float()
     tolerance_B = tie_tolerance * queries_BD.norm(dim=1) * targets_BD.norm(dim=1)
     return (queries_BD * targets_BD).sum(1) - tolerance_B
@@ -73,14 +73,13 @@ def retrieval_metrics(
 ) -> dict[str, float | int | None]:
     """Recall@K, HR@K, NDCG@K and MRR over the rows of all ranks of the process group.
 
-    With one target a row, HR@K and Recall@K are the same number; both names are given because papers use
-    either. NDCG@K = 1 / log2(rank + 1) where rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank,
-    uncut.
+    With one target per row, HR@K and Recall@K are equal; both names are given because papers use either.
+    NDCG@K = 1 / log2(rank + 1) if rank <= K, else 0 (the ideal DCG is 1). MRR = mean of 1 / rank, without a cut-off.
 
     Args:
         item_ranks: this process's target ranks, 1 = best, int64 [b]; may be empty on some processes.
         ks: cut-offs.
-        group: process group, by default the world; without torch.distributed initialised, this process only.
+        group: process group, by default all ranks; only this process if torch.distributed is not initialized.
 
     Returns:
         `rows`, `recall@K`, `hr@K`, `ndcg@K` for each K, and `mrr`; the same on every process. None without
@@ -94,6 +93,7 @@ def retrieval_metrics(
     if item_ranks.numel() and int(item_ranks.min()) < 1:
         row = int(item_ranks.argmin())
         raise ValueError(f"ranks: row {row} is {int(item_ranks[row])}; ranks start at 1; add 1 to ranks counted from 0")
+    # Sums of all metrics in one all-reduce; in float64, because counts are summed, too.
     item_ranks = item_ranks.double()
     gains = 1 / torch.log2(item_ranks + 1)
     sums = [torch.ones_like(item_ranks).sum(), (1 / item_ranks).sum()]
@@ -112,7 +112,7 @@ def retrieval_metrics(
 
 
 def all_reduce_sum(sums: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """The sum of a tensor over the process group, on every process; itself where nothing is initialised."""
+    """The sum of a tensor over the process group, on every process; the tensor itself without a process group."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return sums
     total = sums.clone() if dist.get_backend(group) != "nccl" else sums.clone().cuda()
@@ -128,9 +128,9 @@ def count_ahead(
     seen: tuple[torch.Tensor, torch.Tensor] | None,
     block_size: int,
 ) -> torch.Tensor:
-    """How many of the items [first, end), the target and `seen` (row [S], item [S]) excepted, reach the target's score.
+    """Number of items in [first, end), except the target and `seen` (row [S], item [S]), with at least target_scores_B.
 
-    score_block: (start, stop) of items -> their scores [B, stop - start], a tensor to own.
+    score_block: (start, stop) of items -> their scores [B, stop - start]; the tensor is modified in place.
 
     Raises:
         ValueError: a target's score that is not finite.
@@ -147,11 +147,12 @@ def count_ahead(
     for start in range(items[0], items[1], block_size):
         stop = min(start + block_size, items[1])
         scores = score_block(start, stop)
+        # Excluded items get -inf, which never reaches a (finite) target score.
         excluded = [(rows_B, target_B)] if seen is None else [(rows_B, target_B), seen]
         for rows, ids in excluded:
             inside = (ids >= start) & (ids < stop)
             scores[rows[inside], ids[inside] - start] = -math.inf
-        count_B += (~(scores < target_scores_B[:, None])).sum(1)  # not >=: nan must not make a rank better
+        count_B += (~(scores < target_scores_B[:, None])).sum(1)  # not >=: a nan score must not improve the rank
     return count_B
 
 
@@ -171,7 +172,7 @@ def check_targets(target_B: torch.Tensor, rows: int, catalogue: int) -> None:
 def seen_pairs(
     items_S: torch.Tensor | None, offsets: torch.Tensor | None, target_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(row [S], item [S]) of the seen items; raises ValueError for offsets that do not fit."""
+    """(row [S], item [S]) of the seen items; raises ValueError for inconsistent offsets."""
     if items_S is None and offsets is None:
         return None
     if items_S is None or offsets is None:

@@ -1,7 +1,9 @@
-"""Rows sorted by score, in memory that an option bounds: sorted runs, on disk where they are many, cut into
-ranges of scores of which every rank gets its own.
+"""Distributed external sort of rows by score, in bounded memory.
 
-Letters: n rows, U unique scores, C kinds of mass (see `KINDS`), R ranks, K ranges of a rank.
+Each rank sorts its rows into runs (on disk if they are many). The runs are cut into ranges of scores, and each rank
+merges its own ranges.
+
+Legend: n rows, U unique scores, C kinds of mass (see `KINDS`), R ranks, K ranges per rank.
 """
 
 import tempfile
@@ -14,18 +16,18 @@ import numpy as np
 from hllm_torchrec.distributed.array_collectives import Group, all_gather, all_to_all, group_rank, world_size
 
 KINDS = {False: 2, True: 6}
-"""C: rows of (positives, negatives); with weights then also their sums of w and of w^2, in the same order."""
+"""weighted -> C. Masses: numbers of (positives, negatives); with weights also their sums of w and of w^2."""
 
 FRACTION_BUFFERED, FRACTION_SORTED = 16, 4
-"""Buffered rows take at most a sixteenth of the memory, since sorting needs some tenfold; sorted runs a quarter."""
+"""Buffered rows take at most 1/16 of the memory, because sorting needs about ten times their size; sorted runs 1/4."""
 
 RANGE_BYTES = {False: 240, True: 600}
-"""Memory that a row of a range needs while ranges are merged and measured, times two."""
+"""weighted -> bytes per row of a range while it is merged and measured, with a safety factor of two."""
 
 
 @dataclass(frozen=True)
 class ScoreMasses:
-    """Unique scores, ascending, and the mass of rows that each holds."""
+    """Unique scores, ascending, and the mass of the rows with each score."""
 
     scores: np.ndarray
     """[U], float32 or float64."""
@@ -35,10 +37,10 @@ class ScoreMasses:
 
 @dataclass
 class MemoryPool:
-    """The memory that all `SortedChunks` of a job share, and the folder for what does not fit."""
+    """Memory budget shared by all `SortedChunks` of a job, and the folder for spilled data."""
 
     memory: int
-    """Bytes for rows on this rank; interpreter and libraries come on top."""
+    """Bytes for rows on this rank, in addition to interpreter and libraries."""
     folder: Path
     buffered: int = 0
     sorted_bytes: int = 0
@@ -47,7 +49,7 @@ class MemoryPool:
     members: list["SortedChunks"] = field(default_factory=list)
 
     def reserve(self, size: int) -> None:
-        """Count `size` more buffered bytes; sort the largest buffers into runs while there are too many."""
+        """Add `size` to the buffered bytes; while there are too many, sort the largest buffer into a run."""
         self.buffered += size
         while self.buffered > self.memory // FRACTION_BUFFERED:
             max(self.members, key=lambda member: member.buffered).flush()
@@ -64,6 +66,7 @@ class _SortedChunk:
         if pool.sorted_bytes + size <= pool.memory // FRACTION_SORTED:
             pool.sorted_bytes += size
             return
+        # Column by column (scores, then each kind of mass), so that a range of a column is contiguous in the file.
         with tempfile.NamedTemporaryFile(dir=pool.folder, suffix=".run", delete=False) as file:
             rows.scores.tofile(file)
             rows.masses.tofile(file)
@@ -72,21 +75,21 @@ class _SortedChunk:
 
     @property
     def scores(self) -> np.ndarray:
-        """[U], mapped if on disk: only for a few look-ups, since pages of a map count as memory."""
+        """[U], memory-mapped if on disk: only for a few look-ups, because mapped pages count as memory."""
         if self.rows is not None or self.path is None:
             assert self.rows is not None
             return self.rows.scores
         return np.memmap(self.path, self.score_type, "r", shape=(self.length,))
 
     def slice(self, low: int, high: int) -> ScoreMasses:
-        """Rows low..high."""
+        """Rows low..high - 1."""
         if self.path is None:
             assert self.rows is not None
             return ScoreMasses(self.rows.scores[low:high], self.rows.masses[:, low:high])
         return ScoreMasses(self._read_scores(low, high), self._read_masses(low, high))
 
     def mass(self, low: int, high: int) -> np.ndarray:
-        """Sum over the rows low..high, [C]."""
+        """Sum over the rows low..high - 1, [C]."""
         masses = self._read_masses(low, high) if self.rows is None else self.rows.masses[:, low:high]
         return masses.sum(axis=1)
 
@@ -105,7 +108,7 @@ class _SortedChunk:
 
 
 class SortedChunks:
-    """Collects the rows of this rank in any order; `ranges` then yields them sorted, of all ranks."""
+    """Collects the rows of this rank in any order; `split_ranges` then sorts those of all ranks."""
 
     def __init__(self, pool: MemoryPool, score_type: np.dtype, weighted: bool):
         """`score_type` and `weighted` are the same on every rank."""
@@ -126,7 +129,7 @@ class SortedChunks:
         self.pool.reserve(size)
 
     def flush(self) -> None:
-        """Sort what is buffered into a run."""
+        """Sort the buffered rows into a run."""
         if not self._parts:
             return
         columns = [None if column[0] is None else np.concatenate(column) for column in zip(*self._parts)]
@@ -141,15 +144,16 @@ class SortedChunks:
         """Cut the runs of all ranks into ranges. Collective; nothing may be added afterwards."""
         self.flush()
         ranks = world_size(group)
-        own = np.array([sum(chunk.length for chunk in self._chunks)], dtype=np.int64)
-        total = int(np.sum(all_gather(own, group)))
+        local_rows = np.array([sum(chunk.length for chunk in self._chunks)], dtype=np.int64)
+        total = int(np.sum(all_gather(local_rows, group)))
+        # So many ranges per rank that one range fits into the memory.
         per_rank = -(-total * RANGE_BYTES[self.weighted] // (ranks * max(self.pool.memory, 1)))
         splitters = _splitters(self._chunks, self.score_type, ranks * max(per_rank, 1), group)
         return ScoreRanges(self._chunks, splitters, max(per_rank, 1), KINDS[self.weighted], self.score_type, group)
 
 
 class ScoreRanges:
-    """Ranges of scores of the rows of all ranks: rank r has the ranges r * K .. (r + 1) * K - 1, ascending."""
+    """Score ranges of the rows of all ranks: rank r has the ranges r * K .. (r + 1) * K - 1, in ascending order."""
 
     def __init__(
         self,
@@ -162,22 +166,23 @@ class ScoreRanges:
     ):
         self.splitters, self.per_rank, self.group = splitters, per_rank, group
         self._chunks, self._type, self._kinds = chunks, score_type, kinds
+        # side="right": rows with the score of a splitter belong to the range below it, so ties stay together.
         self._cuts = [
             np.concatenate([[0], np.searchsorted(chunk.scores, splitters, side="right"), [chunk.length]])
             for chunk in chunks
         ]
-        own = np.zeros((world_size(group) * per_rank, kinds))
+        local_masses = np.zeros((world_size(group) * per_rank, kinds))
         for chunk, cuts in zip(chunks, self._cuts):
-            own += np.stack([chunk.mass(low, high) for low, high in zip(cuts, cuts[1:])])
-        self._masses = np.sum(all_gather(own, group), axis=0)
+            local_masses += np.stack([chunk.mass(low, high) for low, high in zip(cuts, cuts[1:])])
+        self._masses = np.sum(all_gather(local_masses, group), axis=0)
 
     @property
     def totals(self) -> np.ndarray:
-        """Mass of all rows, float64 [C]; counts are exact below 2^53."""
+        """Total mass of all rows, float64 [C]; counts are exact below 2^53."""
         return self._masses.sum(axis=0)
 
     def __iter__(self) -> Iterator[tuple[int, ScoreMasses, np.ndarray]]:
-        """Yield this rank's (index of the range, its merged rows, mass of all rows below it [C]). Collective."""
+        """Yield (range index, merged rows, mass of all rows below the range [C]) of this rank's ranges. Collective."""
         rank = group_rank(self.group)
         below = np.cumsum(self._masses, axis=0) - self._masses
         for step in range(self.per_rank):
@@ -185,9 +190,10 @@ class ScoreRanges:
             yield index, self._merged(step), below[index]
 
     def _merged(self, step: int) -> ScoreMasses:
-        """The range `step` of this rank from the runs of all ranks."""
-        wanted = range(step, world_size(self.group) * self.per_rank, self.per_rank)
-        parts = [[chunk.slice(cuts[k], cuts[k + 1]) for chunk, cuts in zip(self._chunks, self._cuts)] for k in wanted]
+        """Merge range number `step` of this rank from the runs of all ranks. Collective."""
+        # All ranks exchange range number `step` of every rank at the same time: index r * K + step goes to rank r.
+        ranges = range(step, world_size(self.group) * self.per_rank, self.per_rank)
+        parts = [[chunk.slice(cuts[k], cuts[k + 1]) for chunk, cuts in zip(self._chunks, self._cuts)] for k in ranges]
         sent = [sum(len(part.scores) for part in of_rank) for of_rank in parts]
         flat = [part for of_rank in parts for part in of_rank]
         if len(flat) == 1 and world_size(self.group) == 1:
@@ -202,7 +208,7 @@ class ScoreRanges:
 
 
 def merge_rows(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray | None) -> ScoreMasses:
-    """Rows [n] in any order as unique scores. O(n log n).
+    """Sort rows [n] and combine those with equal scores. O(n log n).
 
     Without weights the masses are int32 [2, U]; with them float64 [6, U].
     """
@@ -211,6 +217,7 @@ def merge_rows(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray 
         starts = _starts(scores)
         masses = np.empty((2, len(starts)), dtype=np.int32)
         ends = np.append(starts[1:], len(scores))
+        # Positives per score: differences of the cumulative count at the ends of the tied stretches.
         upto = np.cumsum(positives, dtype=np.int32)[ends - 1]
         masses[0, 0], masses[0, 1:] = upto[0], upto[1:] - upto[:-1]
         np.subtract(ends - starts, masses[0], out=masses[1], casting="unsafe")
@@ -224,10 +231,10 @@ def merge_rows(scores: np.ndarray, is_positive: np.ndarray, weights: np.ndarray 
 
 
 def merge_score_masses(rows: ScoreMasses) -> ScoreMasses:
-    """Sorted runs one after the other as one run of unique scores; counts become int64."""
+    """Merge concatenated sorted runs into one run of unique scores; counts become int64."""
     if not len(rows.scores):
         return with_wide_masses(rows)
-    order = np.argsort(rows.scores, kind="stable")  # merges ascending stretches in linear time
+    order = np.argsort(rows.scores, kind="stable")  # timsort merges the ascending runs in about linear time
     scores = rows.scores[order]
     starts = _starts(scores)
     masses = np.empty((len(rows.masses), len(starts)), _wide(rows.masses.dtype))
@@ -237,7 +244,7 @@ def merge_score_masses(rows: ScoreMasses) -> ScoreMasses:
 
 
 def with_wide_masses(rows: ScoreMasses) -> ScoreMasses:
-    """The same with counts as int64, whose products do not overflow."""
+    """The same rows with int64 counts, whose products do not overflow."""
     return ScoreMasses(rows.scores, rows.masses.astype(_wide(rows.masses.dtype), copy=False))
 
 
@@ -246,12 +253,13 @@ def _wide(kind: np.dtype) -> np.dtype:
 
 
 def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores ascending, and their labels. float32 is sorted as integers that carry the label in the last bit."""
+    """Scores in ascending order, and their labels. float32 is sorted as integers with the label in the last bit."""
     if scores.dtype != np.float32:
         order = np.argsort(scores)
         return scores[order], is_positive[order]
-    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0, of which it is a tie
-    keys = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).astype(np.int64)  # in the order of the floats
+    bits = (scores + np.float32(0)).view(np.int32)  # + 0 turns -0.0 into 0.0, because the two are tied
+    # The bits of negative floats order in reverse: flipping all but the sign bit gives integers in float order.
+    keys = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).astype(np.int64)
     del bits
     keys <<= 1
     keys |= is_positive
@@ -264,33 +272,33 @@ def _sort_labelled(scores: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndar
 
 
 def _starts(sorted_scores: np.ndarray) -> np.ndarray:
-    """Where each unique score begins, [U]."""
+    """Index of the first row of each unique score, [U]."""
     return np.concatenate([[0], np.flatnonzero(sorted_scores[1:] != sorted_scores[:-1]) + 1])
 
 
 def _splitters(chunks: list[_SortedChunk], score_type: np.dtype, ranges: int, group: Group) -> np.ndarray:
-    """The scores [ranges - 1] that cut the rows of all runs of all ranks, see `common_splitters`."""
+    """Scores [ranges - 1] that cut the rows of all runs of all ranks into ranges, see `common_splitters`."""
     if ranges == 1:
         return np.empty(0, score_type)
     count = 4 * ranges
     samples = np.zeros((2, count * len(chunks)))
     for index, chunk in enumerate(chunks):
-        places = ((np.arange(count) + 0.5) / count * chunk.length).astype(np.int64)
-        samples[0, index * count : (index + 1) * count] = chunk.scores[places]
+        positions = ((np.arange(count) + 0.5) / count * chunk.length).astype(np.int64)
+        samples[0, index * count : (index + 1) * count] = chunk.scores[positions]
         samples[1, index * count : (index + 1) * count] = chunk.length / count
     return common_splitters(samples, ranges, group).astype(score_type)
 
 
 def common_splitters(samples_2S: np.ndarray, ranges: int, group: Group = None) -> np.ndarray:
-    """The scores [ranges - 1] that part the rows of all ranks into ranges of about equal size. Collective.
+    """Scores [ranges - 1] that divide the rows of all ranks into ranges of about equal size. Collective.
 
-    samples_2S: float64 (score, rows that it stands for) of this rank. With 4 x ranges regular samples of every sorted
-    run no range is longer than about 1.25 times the average, plus one row a run; equal scores are never parted.
+    samples_2S: float64 (score, number of rows that it represents) of this rank. With 4 x ranges regular samples of
+    each sorted run, a range has at most about 1.25 times the average plus one row per run; equal scores stay together.
     """
     gathered = np.concatenate(all_gather(samples_2S, group), axis=1)
     if not gathered.size:
         return np.zeros(ranges - 1)
     ordered = gathered[:, gathered[0].argsort(kind="stable")]
     shares = np.cumsum(ordered[1])
-    wanted = shares[-1] * np.arange(1, ranges) / ranges
-    return ordered[0, np.minimum(np.searchsorted(shares, wanted), len(shares) - 1)]
+    quantiles = shares[-1] * np.arange(1, ranges) / ranges
+    return ordered[0, np.minimum(np.searchsorted(shares, quantiles), len(shares) - 1)]

@@ -11,6 +11,6 @@ GAUC = UserMetric(
 GAUC_USER_WEIGHTED = UserMetric(
     "gauc_user_weighted",
     "GAUC by user",
-    "the same with all users alike",
+    "AUC within a user, all users with equal weight",
     ratio=lambda within: (float(within.aucs.sum()), float(len(within.aucs))),
 )

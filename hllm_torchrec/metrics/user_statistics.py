@@ -1,7 +1,8 @@
-"""What needs all rows of a user together: AUC within users, and intervals that know that a user's rows resemble
-each other. Rows are parted by user over ranks and over files, so memory is bounded.
+"""Statistics that need all rows of a user together: AUC within users, and user-clustered standard errors of the AUC.
 
-Letters: n rows, M models, I users.
+Rows are partitioned by user over ranks and over buckets (on disk if they are large), so memory is bounded.
+
+Legend: n rows, M models, I users.
 """
 
 import math
@@ -17,28 +18,28 @@ from hllm_torchrec.metrics.registry import USER_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool
 
 GROUPING_BYTES = 12
-"""Memory that grouping a bucket's rows needs, in times their size."""
+"""Memory for grouping a bucket's rows, as a multiple of their size."""
 
 
 @dataclass(frozen=True)
 class UserStatistics:
-    """Per model (by place), from all rows of all users."""
+    """Statistics per model (in the order of the models), from all rows of all users."""
 
     users: int
     metrics: dict[str, list[float]]
     """Key of each `UserMetric` of the registry → its values."""
     users_counted: int
-    """Users with both classes."""
+    """Number of users with both classes."""
     standard_error: list[float]
-    """Of the AUC, with users as the independent units; `nan` with fewer than two."""
+    """Standard error of the AUC with users as the independent units; `nan` with fewer than two users."""
     difference_error: list[float]
-    """Of the AUC minus the first model's."""
+    """Standard error of the AUC minus the first model's."""
 
 
 @dataclass
 class _Sums:
     squares: np.ndarray
-    """Of the users' influences on each model's AUC, [M]."""
+    """Sum of the squares of the users' influences on each model's AUC, [M]."""
     difference_squares: np.ndarray
     users: int = 0
     counted: int = 0
@@ -47,16 +48,16 @@ class _Sums:
 
 
 def record_type(models: int) -> np.dtype:
-    """A row: its user, class and weight, and each model's score and influence on the AUC."""
+    """Dtype of a row: user, class, weight, and each model's score and influence on the AUC."""
     values = (np.float64, (models,))
     return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), ("score", *values), ("influence", *values)])
 
 
 class UserBuckets:
-    """Collects rows; each user's rows of all ranks come into one bucket of one rank."""
+    """Collects rows; all rows of a user, from all ranks, are put into one bucket of one rank."""
 
     def __init__(self, pool: MemoryPool, models: int, rows: int, group: Group = None):
-        """`rows`: of all ranks, from which the number of buckets follows."""
+        """`rows`: number of rows of all ranks, which determines the number of buckets."""
         self._pool, self._group, self._type = pool, group, record_type(models)
         size = rows * self._type.itemsize * GROUPING_BYTES // world_size(group)
         self._count = 1 + size // max(pool.memory, 1)
@@ -64,7 +65,7 @@ class UserBuckets:
         self._paths = [pool.folder / f"users-{id(self)}-{bucket}" for bucket in range(self._count)]
 
     def add(self, records: np.ndarray) -> None:
-        """Add this rank's records, maybe none. Collective."""
+        """Add this rank's records (possibly none), sending each to the rank of its user. Collective."""
         ranks = world_size(self._group)
         spread = hash_columns(records["user"])
         if ranks > 1:
@@ -74,6 +75,7 @@ class UserBuckets:
             raw = records[order].view(np.uint8).reshape(-1, self._type.itemsize)
             records = all_to_all(raw, sent, self._group).reshape(-1).view(self._type)
             spread = hash_columns(records["user"])
+        # The quotient, because all records of a rank have the same remainder.
         bucket = (spread // np.uint64(ranks) % np.uint64(self._count)).astype(np.int64)
         order = np.argsort(bucket, kind="stable")
         cuts = np.searchsorted(bucket[order], np.arange(self._count + 1))
@@ -90,13 +92,13 @@ class UserBuckets:
         self._pool.spilled += records.nbytes
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """This rank's buckets."""
+        """Yield the records of each of this rank's buckets."""
         for held, path in zip(self._held, self._paths):
             stored = [np.fromfile(path, self._type)] if path.exists() else []
             yield np.concatenate([*held, *stored, np.empty(0, self._type)])
 
     def statistics(self, models: int) -> UserStatistics:
-        """Of the users of all ranks, the same on every rank. Collective."""
+        """Statistics of the users of all ranks, the same on every rank. Collective."""
         ratios = {metric.key: np.zeros((2, models)) for metric in USER_METRICS}
         sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios)
         for records in self:
@@ -105,12 +107,13 @@ class UserBuckets:
 
 
 def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
-    """Add a bucket's users."""
+    """Add the users of a bucket to `sums`."""
     if not len(records):
         return
     unique, users = np.unique(records["user"], return_inverse=True)
     is_positive = records["positive"] == 1
     sums.users += len(unique)
+    # A user's influence is the sum over its rows, so correlated rows add up before squaring.
     influences = np.stack([np.bincount(users, records["influence"][:, m], len(unique)) for m in range(models)])
     sums.squares += (influences**2).sum(axis=1)
     sums.difference_squares += ((influences - influences[0]) ** 2).sum(axis=1)
@@ -124,6 +127,7 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
 
 def _finish(parts: Sequence[_Sums]) -> UserStatistics:
     users, counted = sum(part.users for part in parts), sum(part.counted for part in parts)
+    # Unbiased variance of the users' influences: n / (n - 1).
     correction = users / (users - 1) if users > 1 else math.nan
     metrics = {}
     for metric in USER_METRICS:

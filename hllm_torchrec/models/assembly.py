@@ -1,4 +1,4 @@
-"""What a configuration stands for once it meets a dataset: batch spec, token store, model, loaders.
+"""Assembly of an experiment from a configuration and a dataset: batch spec, token stores, model, loaders.
 
 Training and the offline evaluation job build their parts here, so that both score with the same inputs.
 """
@@ -48,7 +48,7 @@ from hllm_torchrec.modules.fusion import Fusion
 LOOKUP_CHUNK = 65_536
 """Rows of a frozen item table that all ranks together look up at a time."""
 MEASURED_ITEMS, MEASURED_CHUNK = 1024, 64
-"""Items that `measure_item_statistics` encodes."""
+"""Items that `measure_item_statistics` encodes, in total and per call."""
 
 
 @dataclass
@@ -84,7 +84,10 @@ class Experiment:
         return without_base_weights(self.model.state_dict(), self.config)
 
     def averaged_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """What `optim.ema` averages: all dense parts but those that read text, whose cached embeddings stay valid."""
+        """Parameters that `optim.ema` averages: all dense parts except those that read text.
+
+        Averaged Item LLM weights would invalidate cached item embeddings.
+        """
         left_out = tuple(f"{part.name}." for part in self.hllm.named_backbones() if part.module.reads_text)
         return [(name, p) for name, p in self.hllm.named_parameters() if not name.startswith(left_out)]
 
@@ -103,6 +106,7 @@ class Experiment:
         `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
         """
         whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
+        # + 1: the [ITEM] token that the Item LLM appends to each text.
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
         shortening = None
@@ -130,9 +134,9 @@ class Experiment:
         return self.dataset.training_item_counts() == 0
 
     def encode_catalogue(self) -> Tensor | None:
-        """Embeddings [N, E] of every item by the present weights; None in an ID-only model. Collective.
+        """Embeddings [N, E] of all items with the current weights; None in an ID-only model. Collective.
 
-        Where item embeddings are stored they are looked up in the frozen table.
+        Stored item embeddings are looked up in the frozen table instead.
         """
         if self.item_encoder is None:
             return None
@@ -143,19 +147,19 @@ class Experiment:
         return self.item_encoder.encode_catalogue(self.live_items.item_llm, embed, show=dist.get_rank() == 0)
 
     def use_live_items(self) -> None:
-        """Let the model make item embeddings by its present weights; where they are stored nothing changes."""
+        """Make the model compute item embeddings with its current weights; no effect on stored embeddings."""
         if not isinstance(self.hllm.item_source, StoredItems):
             self.hllm.item_source = self.live_items
 
     def use_cached_items(self) -> None:
-        """Encode the catalogue by the present weights, and let the model take items from there. Collective."""
+        """Encode the catalogue with the current weights and make the model look items up in it. Collective."""
         catalogue = self.encode_catalogue()
         if catalogue is not None:
             self.hllm.item_source = CachedItems(catalogue)
 
     @contextmanager
     def evaluation_items(self) -> Iterator[None]:
-        """Within the context items that a step would encode come from a cache of the catalogue. Collective."""
+        """Context manager: items that a step would encode come from a cache of the catalogue. Collective."""
         source = self.hllm.item_source
         if self.hllm.encodes_items:
             self.use_cached_items()
@@ -169,10 +173,11 @@ class Experiment:
         """Give the model's `Standardize` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective.
 
         Returns:
-            `length`, their mean length, and `common`, the length of their mean: what all have in common.
+            `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
         """
         assert self.hllm.standardise is not None
-        number = self.dataset.num_items - 1
+        number = self.dataset.num_items - 1  # item 0 is the unknown item
+        # float64: float32 cannot represent all ids above 2^24.
         ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
         was_training = self.hllm.training
         self.hllm.eval()
@@ -186,12 +191,13 @@ class Experiment:
         """[N, E] of the frozen table, looked up in blocks that the ranks share."""
         world, rank, rows = dist.get_world_size(), dist.get_rank(), []
         for block in torch.arange(self.dataset.num_items, device=self.device).split(LOOKUP_CHUNK):
+            # Contiguous parts in rank order: the gathered rows are in id order. A rank's part may be empty.
             rows.append(all_gather_variable(self.hllm.embed_items(block.tensor_split(world)[rank])))
         return torch.cat(rows)
 
 
 def build_experiment(config: Config, device: torch.device) -> Experiment:
-    """Open the dataset, tokenise what is not yet tokenised, build and parallelize the model. Collective.
+    """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
 
     Raises:
         ConfigError: the configuration does not fit the dataset or the device.
@@ -209,7 +215,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
         name: _text_encoder(name, section, open_token_store(section, dataset, name), device)
         for name, section in text_sections(config)
     }
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset)
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
@@ -222,7 +228,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
-    bases = base_fingerprints(model, config)
+    bases = base_fingerprints(model, config)  # before FSDP shards the weights
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
@@ -234,7 +240,7 @@ def _text_encoder(name: str, section: ItemLLMConfig, tokens: TokenStore, device:
 
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
-    """What a batch of this configuration holds."""
+    """Return the batch spec of a configuration: the contents of its batches."""
     generates = config.objective.generates
     return BatchSpec(
         fusion=Fusion(config.objective.fusion),
@@ -257,8 +263,9 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
 
 
 def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | None:
-    """[N, V] all dense item features side by side, or None; fitted where they are not there yet."""
+    """[N, V] all dense item features, concatenated, or None; fitted if they do not exist yet. Collective."""
     names = config.data.item_vectors
+    # One process of each host fits the missing ones; the others then read its files.
     run_on_each_host(lambda: [item_vectors(dataset, name).shape for name in names])
     if not names:
         return None
@@ -269,7 +276,10 @@ def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | Non
 
 
 def _missing_models(config: Config) -> Iterator[str]:
-    """Pretrained models (Hugging Face would look for them on the network), and an item store, that are not there."""
+    """Yield a message for a missing item store and each missing pretrained model.
+
+    Checked here because Hugging Face would search for a missing directory on the network.
+    """
     store = config.item_llm.store
     if store is not None and url_of(store) is None and not (Path(store) / "store.json").is_file():
         yield f"item_llm.store: {store}: no embedding store (no store.json); make it with `hllm embed --items {store}`"
@@ -283,12 +293,12 @@ def _missing_models(config: Config) -> Iterator[str]:
 
 
 def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_llm") -> TokenStore:
-    """The tokens of the dataset's items as an LLM reads them, made where they are not there yet. Collective.
+    """Open the token store of the dataset's items for an LLM; build it if it does not exist. Collective.
 
-    name: of the section `item` of the configuration.
+    name: name of the section `item` of the configuration.
 
     Raises:
-        ConfigError: there is no tokeniser.
+        ConfigError: the section has no tokeniser.
     """
     tokenizer = item.tokenizer or item.pretrained
     if tokenizer is None:
@@ -310,7 +320,7 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
 
 
 def _vocabulary_problems(model: HLLM, name: str, encoder: ItemEncoder) -> Iterator[str]:
-    """Tokens and places that an LLM has no vector for: looking up one that is not there would crash."""
+    """Yield a message if token ids or positions exceed the LLM's embedding tables (the lookup would crash)."""
     llm: ItemLLM = getattr(model, name)
     words, tokens = llm.backbone.get_input_embeddings().num_embeddings, encoder.tokens.facts["vocab_size"]
     if tokens > words:

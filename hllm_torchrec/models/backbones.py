@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 ITEM_TOKEN_FILE = "item_token.safetensors"
-"""Beside a backbone's weights: the [ITEM] vector that was trained with them, `item_token` [D]."""
+"""File next to a backbone's weights: the [ITEM] vector that was trained with them, `item_token` [D]."""
 
 
 def trained_item_token(pretrained: str | None) -> Tensor | None:
-    """The [ITEM] vector [D] that an exported or imported Item LLM brings along; None: it brings none."""
+    """The [ITEM] vector [D] of an exported or imported Item LLM; None if the directory has none."""
     path = Path(pretrained or "") / ITEM_TOKEN_FILE
     return load_file(str(path))["item_token"].float() if pretrained is not None and path.is_file() else None
 
@@ -41,7 +41,7 @@ def build_backbone(
         attention: name in transformers' attention registry.
 
     Raises:
-        ValueError: neither or both of `pretrained` and `shape`, or more layers asked for than there are.
+        ValueError: neither or both of `pretrained` and `shape`, or `layers` exceeds the model's layers.
     """
     if (pretrained is None) == (shape is None):
         raise ValueError(
@@ -65,7 +65,7 @@ def build_backbone(
 
 
 def _adapted(config: "PreTrainedConfig", layers: int | None, attention: str) -> "PreTrainedConfig":
-    """The config with the first `layers` only, and `attention`."""
+    """Set the number of layers and the attention implementation in the config; returns it."""
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
@@ -75,7 +75,7 @@ def _adapted(config: "PreTrainedConfig", layers: int | None, attention: str) -> 
 
 
 def _load(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Weights as fp32 masters, without remote code; a weight that the file lacks is an error."""
+    """Load the weights as fp32 master weights, without remote code; a missing weight is an error."""
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
 
@@ -94,6 +94,7 @@ def _load(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel":
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.train()  # from_pretrained leaves it in evaluation mode: no dropout, no activation checkpointing
+    # The pooler is removed afterwards (`build_backbone`), so it may be missing.
     missing = [key for key in report["missing_keys"] if "pooler" not in key]
     if missing:
         raise ValueError(

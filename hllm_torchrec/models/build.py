@@ -33,11 +33,13 @@ def build_model(
         tables: {categorical feature: rows}, see `BatchSpec.tables`.
         base_rate: share of positive training labels.
         table_device: "meta" when TorchRec will shard the tables.
-        vector_width: V of the dense item features, 0 without.
+        vector_width: V, width of the dense item features; 0 if there are none.
     """
+    # With stored embeddings the Item LLM is built (for its fingerprint and width) but never trained.
     item_llm = build_text_llm("item_llm", config.item_llm, trains=not takes_stored_items(config))
     user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
+    # After requires_grad_: with LoRA only the adapters and what is outside the backbone are trained.
     if user.backbone is not None and config.user.lora.rank and config.user.trainable:
         freeze_base_weights(user.backbone)
     features = HybridFeatures(
@@ -56,10 +58,10 @@ def build_model(
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
-    """The User LLM, or the encoder that stands in its place.
+    """Build the user encoder: the User LLM, or the encoder that `user.encoder` names.
 
     Raises:
-        ValueError: the shape is not one of that encoder.
+        ValueError: the shape is invalid for that encoder.
     """
     if user.has_backbone:
         backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
@@ -72,16 +74,16 @@ def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
 
 
 def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, section: str) -> None:
-    """Put adapters on a backbone, where the configuration has them."""
+    """Add LoRA adapters to a backbone if its section has a LoRA rank."""
     if lora.rank:
         with configured_by(section):
             add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets)
 
 
 def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:
-    """The LLM of a section that reads text, or None where it is not enabled.
+    """Build the LLM of a section that reads text; None if it is not enabled.
 
-    name: of the section; trains: whether it may, in the stages of the configuration.
+    name: name of the section; trains: whether any stage of the configuration trains it.
     """
     if not section.enabled:
         return None

@@ -9,14 +9,14 @@ from torch.nn import Parameter
 
 
 class EmaWeights:
-    """An exponential moving average of dense weights, to evaluate with.
+    """Exponential moving average of dense weights, used for evaluation.
 
-    Each update is average = d x average + (1 - d) x weight. Early on the decay d is held to
-    (1 + step) / (10 + step), so that the first weights are soon forgotten.
+    Each update is average = d x average + (1 - d) x weight. The decay d is at most (1 + step) / (10 + step), so that
+    early averages do not depend on the initial weights for long.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], decay: float) -> None:
-        """Begin with the present weights of all trainable parameters that are not in sharded tables.
+        """Start from the current weights of all trainable parameters that are not in sharded tables.
 
         Raises:
             ValueError: `decay` is not in [0, 1).
@@ -31,15 +31,15 @@ class EmaWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the present weights, after `step` updates."""
-        # One by one: torch.optim.swa_utils averages in one call, which takes no mix of Tensors and DTensors (FSDP2).
+        """Update the averages with the current weights; step: number of previous updates."""
+        # One by one: torch.optim.swa_utils averages in one call, which rejects a mix of Tensors and DTensors (FSDP2).
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, parameter in self._parameters.items():
             self._averages[name].lerp_(parameter.detach(), 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within the context the model has the averages; after it, its own weights again."""
+        """Context manager: the model has the averages inside, and its own weights again afterwards."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._copy(self._averages)
         try:

@@ -1,4 +1,4 @@
-"""Fingerprint of the Item LLM: everything that item embeddings depend on besides the texts."""
+"""Fingerprint of the Item LLM: everything that item embeddings depend on except the texts."""
 
 import hashlib
 from typing import Any
@@ -12,7 +12,7 @@ from hllm_torchrec.models.assembly import Experiment
 
 
 def item_facts(experiment: Experiment) -> dict[str, Any]:
-    """What item embeddings depend on besides the texts: weights, pooling, tokeniser, text layout. Collective.
+    """Collect what item embeddings depend on, except texts: weights, pooling, tokeniser, text layout. Collective.
 
     Raises:
         ConfigError: the model has no Item LLM.
@@ -30,8 +30,9 @@ def item_facts(experiment: Experiment) -> dict[str, Any]:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, names and shapes included, wherever they are. Collective."""
+    """SHA-256 of a module's weights with their names and shapes, on any device, sharded or not. Collective."""
     digest = hashlib.sha256()
+    # Sorted: every rank gathers the (sharded) weights in the same order.
     for name, weight in sorted(module.named_parameters()):
         values = full_tensor(weight.detach()).cpu().contiguous()
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())

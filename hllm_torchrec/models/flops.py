@@ -1,4 +1,4 @@
-"""The peak of a machine in floating-point operations per second, and the share of it in use."""
+"""Measured peak of a machine in floating-point operations per second (FLOP/s), and the utilization of it."""
 
 import statistics
 import time
@@ -13,22 +13,22 @@ def measured_matmul_peak(
     shapes: Sequence[tuple[int, int, int]] = ((1024, 1024, 1024), (2048, 1024, 512)),
     seconds: float = 0.5,
 ) -> float:
-    """Return the machine's peak in operations per second: the best of several matrix products' median speeds.
+    """Return the machine's peak in FLOP/s: the highest of the median speeds of several matrix products.
 
     Processes that share the cores share the peak: measure on one rank while the others wait.
 
     Args:
-        device: where to measure.
-        dtype: of both factors.
-        shapes: (m, k, n) of products [m, k] x [k, n] to try.
-        seconds: to spend on all of them together, after a warm-up of each.
+        device: device to measure.
+        dtype: dtype of both factors.
+        shapes: (m, k, n) of the products [m, k] x [k, n] to try.
+        seconds: total time for all of them, after a warm-up of each.
     """
     share = seconds / len(shapes)
     return max(_matmul_speed(torch.device(device), dtype, *shape, share) for shape in shapes)
 
 
 def _matmul_speed(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, seconds: float) -> float:
-    """Return the median speed of [m, k] x [k, n] over `seconds` (3 repeats at least), operations/s."""
+    """Return the median speed of [m, k] x [k, n] over `seconds` (at least 3 repeats), in FLOP/s."""
     left, right = torch.rand(m, k, device=device).to(dtype), torch.rand(k, n, device=device).to(dtype)
     out = torch.empty(m, n, device=device, dtype=dtype)
     for _ in range(2):
@@ -54,8 +54,8 @@ def flops_utilization(flops: float, seconds: float, peak: float) -> float:
 
     Args:
         flops: model operations, such as 3 x tokens x `transformer_flops_per_token` for a training step.
-        seconds: what they took.
-        peak: operations per second, as from `measured_matmul_peak`; of all devices that shared the work.
+        seconds: duration.
+        peak: FLOP/s, as from `measured_matmul_peak`; summed over all devices that shared the work.
 
     Raises:
         ValueError: `seconds` or `peak` is not positive.

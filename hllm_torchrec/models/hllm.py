@@ -6,8 +6,8 @@
     logit = Head(q) or Head(q, x_target)                   early or late fusion, Figure 2
     L = lambda * L_gen(h, E_next, E_negatives) + L_cls     Eq. (1)-(3)
 
-E_next and E_negatives are the Item LLM's embeddings, or in the item space of features P(E) + ID + ... of each
-item, looked up in the same call as everything else: an ID-only model has no other.
+E_next and E_negatives are the Item LLM's embeddings or, in the item space "features", the sum P(E) + ID + ... of each
+item, computed in the same table lookup as the other slots. An ID-only model always uses the latter.
 
 Legend: B pieces of users, T history positions, Q queries, X exposures, G generative targets, U unique items,
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
@@ -41,12 +41,12 @@ GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 
 @dataclass
 class HLLMOutput:
-    """What a step yields. Sums, not means: ranks hold different numbers of exposures.
+    """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
 
     logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
-    of squared errors of the auxiliary head, or None; generative: the InfoNCE's sums, or None; next_items:
-    [X, E] predicted item of every exposure, or None; items: [U, E] detached, what the generative loss compares, or
-    the Item LLM's embeddings.
+    of squared errors of the auxiliary head, or None; generative: the sums of the generative loss, or None; next_items:
+    [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
+    generative loss compares, otherwise the Item LLM's embeddings.
     """
 
     logits: Tensor
@@ -58,15 +58,15 @@ class HLLMOutput:
 
 
 class HLLM(nn.Module):
-    """Assembled from modules by `build_model`; knows nothing of ranks, devices or optimizers.
+    """Hybrid HLLM, assembled from modules by `build_model`; independent of ranks, devices and optimizers.
 
     Args:
         item_llm: None for an ID-only model.
         item_width: E.
         features, user: hybrid features and user encoder, both D wide.
         config: the experiment.
-        base_rate: share of positive labels in training, where the head's bias starts.
-        vector_width: V of the dense item features, 0 without.
+        base_rate: share of positive labels in training; initializes the head's bias.
+        vector_width: V, width of the dense item features; 0 if there are none.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class HLLM(nn.Module):
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
         self.item_source: ItemSource | None = None
-        """Where item embeddings come from; None in an ID-only model, which has none."""
+        """Source of item embeddings; None in an ID-only model."""
 
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
@@ -129,11 +129,11 @@ class HLLM(nn.Module):
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """The parts that the model has: Item LLM, user encoder."""
-        found = ((name, getattr(self, name)) for name in LLM_SECTIONS)
+        """The model's large parts that exist: Item LLM, user encoder."""
+        modules = ((name, getattr(self, name)) for name in LLM_SECTIONS)
         return [
             NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
-            for name, module in found
+            for name, module in modules
             if module is not None
         ]
 
@@ -146,20 +146,20 @@ class HLLM(nn.Module):
 
     @property
     def encodes_items(self) -> bool:
-        """Whether a step makes what stands for an item (without an Item LLM its features) by the present weights."""
+        """True if a step computes item vectors with the current weights (of the Item LLM, else of the features)."""
         return self.item_source is None or self.item_source.is_live
 
     def embed_items(self, item_ids: Tensor, source: ItemSource | None = None) -> Tensor:
-        """E of items [n, E] outside of a step, from another source or the model's own. Collective.
+        """E of items [n, E] outside of a step, from `source` or the model's own source. Collective.
 
-        Under FSDP2 it is a forward pass of its own, which gathers the weights.
+        Under FSDP2 it is registered as a separate forward method, which gathers the weights.
         """
         source = source or self.item_source
         assert source is not None, "an ID-only model has no item embeddings"
         return source(item_ids)
 
     def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
-        """P(E) + ID + item features of items [n, D] by the present weights, outside of a step. Collective.
+        """P(E) + ID + item features of items [n, D] with the current weights, outside of a step. Collective.
 
         features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
         """
@@ -167,7 +167,7 @@ class HLLM(nn.Module):
 
     @property
     def user_vector_width(self) -> int:
-        """Width of `embed_users`' vectors: D, or E."""
+        """Width of the vectors of `embed_users`: D or E."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
         return project.out_features if isinstance(project, nn.Linear) else self.user.width
 
@@ -175,7 +175,7 @@ class HLLM(nn.Module):
         """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
 
         Late fusion: the [USER] query's output. Otherwise the hidden state of the last position that the query sees,
-        in item space ([Q, E]) where the generative loss compares there; zeros where it sees none.
+        projected as for the generative loss if there is one ([Q, E] in the text space); zeros if it sees no position.
         """
         h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
         if self.fusion.query_is_user:
@@ -185,7 +185,7 @@ class HLLM(nn.Module):
 
     @property
     def needs_item_statistics(self) -> bool:
-        """Whether item embeddings are standardised and nothing was measured yet."""
+        """True if item embeddings are standardised and their statistics have not been measured yet."""
         return self.standardise is not None and not bool(self.standardise.measured)
 
     def _encode_users(
@@ -194,18 +194,18 @@ class HLLM(nn.Module):
         """h [T, D], q [Q, D], the targets' features [X, D] (late fusion) and the items' [U, D] (if they have slots)."""
         x_TD, x_QD, target_XD, item_UD = self.slot_features(batch, items)
         of_items = item_UD if self._has_item_slots(batch) else None
-        asked = None
+        queries = None
         if self.fusion.has_queries:
-            asked = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
+            queries = Queries(x_QD, batch.query_offsets, batch.query_visible, batch.query_times)
         with configured_by("user.shape", length="data.max_history"):
-            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, asked, batch.next_times)
+            h_TD, q_QD = self.user(x_TD, batch.seq_offsets, batch.timestamps, queries, batch.next_times)
         return h_TD, q_QD, target_XD if self.fusion.query_is_user else None, of_items
 
     def slot_features(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the user encoder and the heads read, by kind of slot; items: E [U, E] of the unique items.
+        """Input vectors of the user encoder and the heads, by kind of slot; items: E [U, E] of the unique items.
 
         History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
-        items [U, D] (if they have slots; else [0, D]). A slot's features depend on nothing but the slot.
+        items [U, D] (if they have slots; else [0, D]). The features of a slot depend only on the slot.
         """
         slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
         x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
@@ -218,13 +218,14 @@ class HLLM(nn.Module):
         projected = self._projected(items, batch.item_vectors)
         if projected is None:
             return None
+        # The order of the parts is the order of the slots in the batch's KJT: see `_slot_bounds`.
         parts = [projected[batch.history_index]]
-        if self.interleaved:  # every other token is an action's, which bears no item
+        if self.interleaved:  # odd positions are action tokens, which have no item
             parts[0] = parts[0] * (torch.arange(len(parts[0]), device=projected.device) % 2 == 0)[:, None]
         targets = projected[batch.target_index]
         if self.fusion.query_is_target:
             parts.append(targets[batch.query_target])
-        if self.fusion.query_is_user:
+        if self.fusion.query_is_user:  # a [USER] query has no item; the target has its own slot
             parts += [targets.new_zeros(batch.query_times.numel(), targets.shape[1]), targets]
         if self._has_item_slots(batch):
             parts.append(projected)
@@ -249,7 +250,7 @@ class HLLM(nn.Module):
         return history, history + queries, history + queries + targets
 
     def _has_item_slots(self, batch: HybridBatch) -> bool:
-        """Batches of training have them where the loss compares features; those of evaluation need none."""
+        """True for training batches if the loss compares features; evaluation batches have no item slots."""
         return self.compares_features and batch.features.stride() > self._slot_bounds(batch)[2]
 
     def _classify(
@@ -263,7 +264,7 @@ class HLLM(nn.Module):
         classification = binary_cross_entropy(logits, batch.labels, batch.weights)
         if self.value_head is None:
             return logits, classification, None
-        known = ~torch.isnan(batch.target_values)
+        known = ~torch.isnan(batch.target_values)  # nan: the exposure has no value; it must not reach the gradients
         error = self.value_head(*inputs)[known] - batch.target_values[known]
         return logits, classification, (error.square() * batch.weights[known]).sum()
 
@@ -271,6 +272,8 @@ class HLLM(nn.Module):
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
         exclude = None
         if self.mask_own_items:
+            # A user's other items are no evidence against the next one, so each prediction excludes the items of the
+            # full history of its own piece, including events that Stochastic Length dropped.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
         return self.generative_loss(
@@ -284,21 +287,23 @@ class HLLM(nn.Module):
         )
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
-        """Predicted next item [X, E] by the last position that an exposure sees; zeros where it sees none."""
+        """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
         return self._last_visible(batch, h_TD, batch.target_query, self.project_next)
 
     def _last_visible(self, batch: HybridBatch, h_TD: Tensor, queries: Tensor, project: nn.Module) -> Tensor:
-        """Projected hidden state of the last position that each of `queries` [n] sees; zeros where it sees none."""
+        """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none."""
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         visible = batch.query_visible[queries]
+        # A query sees the first `visible` positions of its piece. With visible = 0 the row is invalid (it belongs to
+        # the previous piece, or is -1), so it is clamped and its result is multiplied by 0.
         row = batch.seq_offsets[piece[queries]] + visible - 1
-        if h_TD.shape[0] == 0:
+        if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
             return project(h_TD.new_zeros(row.numel(), h_TD.shape[1])) * 0
         return project(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
 
 
 def item_space(config: Config) -> str:
-    """Where the generative loss compares items: "text" (E) or "features" (P(E) + ID + ...)."""
+    """Space in which the generative loss compares items: "text" (E) or "features" (P(E) + ID + ...)."""
     chosen = config.objective.item_space
     if chosen != "auto":
         return chosen

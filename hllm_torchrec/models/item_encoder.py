@@ -1,4 +1,4 @@
-"""Where item embeddings come from: the Item LLM over tokens in the memory map, shared out over the ranks."""
+"""Item encoding: the Item LLM over tokens in a memory map, with items distributed over the ranks."""
 
 from collections.abc import Callable
 
@@ -16,23 +16,23 @@ from hllm_torchrec.distributed.preemption import raise_if_preempted
 from hllm_torchrec.modules.encoders.item_llm import EncodingCounts, ItemLLM
 
 CATALOGUE_TOKENS = 16_384
-"""Tokens encoded at a time when the whole catalogue is."""
+"""Tokens per rank and call when the complete catalogue is encoded."""
 
 
 class ItemEncoder:
     """Callable that `LiveItems` uses to embed the unique items of the global batch, each on one rank only.
 
-    The tokens are looked up by the rank that encodes them (it may be another than the one whose batch has the
-    item), so batches carry ids, not text.
+    The rank that encodes an item looks its tokens up, and it may differ from the rank whose batch has the item, so
+    batches contain ids, not text.
 
     Args:
-        tokens: of all items.
-        device: where they are encoded.
-        share_prefix: encode the tokens with which most items begin once per call, not once per item; for causal
+        tokens: token store of all items.
+        device: device of the Item LLM.
+        share_prefix: encode the prefix with which most items begin once per call, not once per item; for causal
             Item LLMs.
-        items_at_once: above 0: keep the activations of at most this many items for the backward pass; it makes them
-            again, a group of items at a time.
-        section: of the configuration, for messages.
+        items_at_once: if above 0: the backward pass recomputes the activations, and holds those of at most this many
+            items at a time.
+        section: section of the configuration, for messages.
     """
 
     def __init__(
@@ -46,27 +46,28 @@ class ItemEncoder:
         self.tokens, self.device, self.items_at_once, self.section = tokens, device, items_at_once, section
         self.share_prefix = share_prefix and len(tokens.prefix) > 0
         self.work = EncodingCounts()
-        """What was encoded on this rank so far."""
+        """Counts of the items, tokens and keys encoded on this rank so far."""
 
     def __call__(self, item_llm: ItemLLM, unique_items: Tensor) -> Tensor:
         """Embeddings [U, E] of this rank's `unique_items` [U], with gradients."""
         return encode_unique_items(unique_items, self.costs, lambda ids: self._encode_in_groups(item_llm, ids))
 
     def _encode_in_groups(self, item_llm: ItemLLM, ids: Tensor) -> Tensor:
-        """`encode`, a group after the other where there are many and gradients; on every rank as many groups."""
+        """`encode` in checkpointed groups if gradients are on and items are many; all ranks use the same number."""
         groups = 1
         if self.items_at_once and torch.is_grad_enabled():
+            # The maximum over ranks: under FSDP2 every forward of a group is collective, so counts must agree.
             groups = global_max(-(-ids.numel() // self.items_at_once), self.device)
         if groups <= 1:
             return self.encode(item_llm, ids)
-        order = self.costs(ids).argsort(descending=True, stable=True)  # alike lengths together
+        order = self.costs(ids).argsort(descending=True, stable=True)  # similar lengths in a group
         parts = ids[order].tensor_split(groups)
-        self._count(ids, item_llm)
+        self._count(ids, item_llm)  # here, not in the checkpointed function, which runs twice
         rows = [checkpoint(self._encode, item_llm, part, use_reentrant=False) for part in parts]
-        return torch.cat(rows).index_select(0, order.argsort())
+        return torch.cat(rows).index_select(0, order.argsort())  # back to the order of `ids`
 
     def costs(self, ids: Tensor) -> Tensor:
-        """Tokens of each item, the [ITEM] vector included, a shared prefix not."""
+        """Number of tokens of each item, including the [ITEM] vector, without a shared prefix."""
         rows, offsets = ids.cpu().numpy(), self.tokens.offsets
         counts = offsets[rows + 1] - offsets[rows] + 1
         if self.share_prefix:
@@ -90,12 +91,14 @@ class ItemEncoder:
         return torch.from_numpy(array).to(self.device)
 
     def _count(self, ids: Tensor, item_llm: ItemLLM) -> None:
-        """Count the work of encoding `ids` [n], which recomputing them does not add to."""
+        """Add the work of encoding `ids` [n] to `work`; recomputation is not counted."""
         rows = ids.cpu().numpy()
         prefix = len(self.tokens.prefix) if self.share_prefix else 0
         in_front = self.tokens.begins_with_prefix[rows] * prefix if prefix else np.zeros(len(rows), np.int64)
         lengths = self.tokens.offsets[rows + 1] - self.tokens.offsets[rows] - in_front
+        # [ITEM] adds a position; with other poolings an empty text still has one position.
         lengths = lengths + (1 if item_llm.pooling == "item" else lengths + in_front == 0)
+        # Query-key pairs within the item's own text: causal, position i sees i + 1 keys.
         own = lengths * (lengths + 1) // 2 if item_llm.causal else lengths**2
         keys, last_keys = (own + lengths * in_front).sum(), (lengths + in_front).sum()
         self.work += EncodingCounts(len(lengths), int(lengths.sum()), int(keys), int(last_keys))
@@ -104,9 +107,9 @@ class ItemEncoder:
 
     @torch.no_grad()
     def encode_catalogue(self, item_llm: ItemLLM, embed: Callable[[Tensor], Tensor], show: bool) -> Tensor:
-        """Embeddings [N, E] of all items, row 0 the unknown one; ranks share the work. Dropout is off.
+        """Embeddings [N, E] of all items (row 0: unknown item); the work is shared by the ranks. Dropout is off.
 
-        embed: by this encoder, through the model's `embed_items`, so that its wrappers see the call.
+        embed: calls this encoder through the model's `embed_items`, so that FSDP2 gathers the weights for the call.
         """
         was_training = item_llm.training
         item_llm.eval()
@@ -125,7 +128,8 @@ class ItemEncoder:
 
 
 def length_sorted_chunks(ids: NDArray[np.int64], lengths: NDArray[np.int64], tokens: int) -> list[NDArray[np.int64]]:
-    """`ids` [n] sorted by length and cut into chunks of about so many tokens; lengths: of all items, by id."""
+    """Sort `ids` [n] by length and cut them into chunks of about `tokens` tokens; lengths: of all items, by id."""
     order = ids[np.argsort(lengths[ids], kind="stable")]
+    # An item belongs to the chunk in which its last token lies; a chunk ends where that number changes.
     parts = np.cumsum(lengths[order]) // tokens
     return [chunk for chunk in np.split(order, np.flatnonzero(np.diff(parts)) + 1) if chunk.size]

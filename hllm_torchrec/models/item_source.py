@@ -1,10 +1,10 @@
-"""Sources of item embeddings: `HLLM` is handed one, and a stage, an evaluation or a server hands it another.
+"""Sources of item embeddings. `HLLM` has one; a stage, an evaluation or a server replaces it.
 
-    model.item_source = LiveItems(model.item_llm, encoder)     # by the present weights, with gradients
-    model.item_source = CachedItems(table)                     # of the whole catalogue, on every rank
+    model.item_source = LiveItems(model.item_llm, encoder)     # current weights, with gradients
+    model.item_source = CachedItems(table)                     # complete catalogue, on every rank
     model.item_source = StoredItems(table, model.adapter)      # a frozen table: sharded from a store, or quantized
 
-Sources are no modules: what they hold is in no checkpoint, optimizer or average, and FSDP and DDP do not see it.
+Sources are not modules: checkpoints, optimizers, averages, FSDP and DDP ignore their tensors.
 
 Legend: n item ids, N items of the catalogue, E width of an embedding.
 """
@@ -22,10 +22,10 @@ EncodeItems = Callable[[ItemLLM, Tensor], Tensor]
 
 
 class ItemSource(ABC):
-    """Callable that gives the embeddings of items."""
+    """Callable that returns the embeddings of items."""
 
     is_live: ClassVar[bool] = False
-    """Whether embeddings are made by the present weights of the Item LLM."""
+    """True if embeddings are computed with the current weights of the Item LLM."""
 
     @abstractmethod
     def __call__(self, item_ids: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ItemSource(ABC):
 
 
 class LiveItems(ItemSource):
-    """Embeddings by the Item LLM's present weights, with gradients; collective where ranks share the items out."""
+    """Embeddings with the Item LLM's current weights, with gradients; collective if ranks share the encoding."""
 
     is_live = True
 
@@ -46,7 +46,7 @@ class LiveItems(ItemSource):
 
 
 class CachedItems(ItemSource):
-    """Embeddings that were made before; vectors: [N, E] of the whole catalogue, the same on every rank."""
+    """Precomputed embeddings; vectors: [N, E] of the complete catalogue, the same on every rank."""
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
@@ -57,7 +57,7 @@ class CachedItems(ItemSource):
 
 
 class StoredItems(ItemSource):
-    """Embeddings of a frozen table, which may be sharded over the ranks, and a trained adapter on top of them.
+    """Embeddings of a frozen table, which may be sharded over the ranks, followed by a trained adapter.
 
     table: item ids [n] -> [n, E] float32, see `FrozenItems`; adapter: the model's, or None.
     """
@@ -72,6 +72,6 @@ class StoredItems(ItemSource):
         return adapted
 
     def raw(self, item_ids: Tensor) -> Tensor:
-        """The same before the adapter."""
+        """The stored embeddings, before the adapter."""
         vectors: Tensor = self.table(item_ids)
         return vectors

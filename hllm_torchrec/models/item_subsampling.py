@@ -1,7 +1,7 @@
-"""Item sub-sampling: gradients flow through a share of a step's items, the others come from a cache that ages.
+"""Item sub-sampling: gradients flow through a share of a step's items; the others come from a cache of older vectors.
 
-The Item LLM is most of a step's cost, and its backward pass most of that. An item's embedding changes little from
-one step to the next, so it need not be made anew each time it occurs.
+The Item LLM accounts for most of a step's cost, mostly in its backward pass. An item's embedding changes little from
+one step to the next, so it is not recomputed each time the item occurs.
 """
 
 import torch
@@ -15,17 +15,18 @@ NEVER = -(2**62)
 
 
 class SubsampledEncoder:
-    """Stands in `ItemEncoder`'s place in `LiveItems`; outside of training it encodes every item, as that does.
+    """Replacement of `ItemEncoder` in `LiveItems`; outside of training it encodes every item, like `ItemEncoder`.
 
-    In a training step an item is encoded with gradients with probability `share`, drawn by (seed, step, item) and so
-    the same on every rank. Any other comes from this rank's cache, if it was made at most `refresh_after` steps ago,
-    or is encoded without gradients. Every encoded item renews its cache entry. With refresh_after 0 the forward pass
-    is that of the whole model. The cache (N x E floats) is not saved: a resumed run begins with an empty one.
+    In a training step an item is encoded with gradients with probability `share`, drawn from (seed, step, item) and so
+    the same on every rank. Any other item comes from this rank's cache if its entry is at most `refresh_after` steps
+    old; otherwise it is encoded without gradients. Every encoded item updates its cache entry. With refresh_after 0
+    the forward pass equals that without sub-sampling. The cache (N x E floats) is not saved: a resumed run starts with
+    an empty one.
 
     Args:
         encoder: encodes items over all ranks.
         share: probability, in (0, 1].
-        refresh_after: steps that an embedding may be old.
+        refresh_after: maximum age of a cached embedding, in steps.
     """
 
     def __init__(self, encoder: ItemEncoder, share: float, refresh_after: int, seed: int) -> None:
@@ -44,17 +45,19 @@ class SubsampledEncoder:
         self._store(unique_items[live], trained.detach().float())
         self._refresh(item_llm, unique_items[~live])
         assert self.cache is not None
+        # The cache has the trained items' values too; index_put replaces them by the rows that carry gradients.
         rows = self.cache[unique_items].to(trained.dtype)
         return rows.index_put((torch.nonzero(live).flatten(),), trained)
 
     def draw(self) -> Tensor:
-        """Which items [N] get gradients in the present step: bool."""
+        """Draw the items that get gradients in the current step: [N] bool, the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         return (torch.rand(self.made_at.numel(), generator=generator) < self.share).to(self.made_at.device)
 
     def _refresh(self, item_llm: ItemLLM, items: Tensor) -> None:
-        """Encode those of `items` whose entry is too old or missing, on all ranks if on any."""
+        """Encode those of `items` whose cache entry is too old or missing. Collective."""
         stale = items[self.step - self.made_at[items] > self.refresh_after]
+        # Encoding is collective: a rank without stale items takes part if any rank has some.
         if not any_rank(stale.numel() > 0, self.made_at.device):
             return
         with torch.no_grad():

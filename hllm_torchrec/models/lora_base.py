@@ -1,6 +1,7 @@
-"""What a checkpoint leaves out: weights of an LLM that has adapters (LoRA) and came from a Hugging Face directory.
+"""LoRA base weights: excluded from checkpoints, identified by a fingerprint.
 
-They never change, and are where they came from. The checkpoint has a fingerprint of them, so that others are noticed.
+They belong to an LLM that has adapters (LoRA) and was loaded from a Hugging Face directory. They are frozen and remain
+in that directory. The checkpoint stores a fingerprint of them, so a changed directory is detected.
 """
 
 import hashlib
@@ -15,11 +16,11 @@ from hllm_torchrec.models.named_backbones import backbone_prefix, backbone_secti
 from hllm_torchrec.modules.lora import is_adapter
 
 _SAMPLED_VALUES = 64
-"""Numbers at each end of a weight that a fingerprint is made of: all of them would take a minute for 7B."""
+"""Values hashed from each end of a weight; hashing all of them would take a minute for 7B parameters."""
 
 
 def base_prefixes(config: Config) -> dict[str, str]:
-    """Parts whose LLM's own weights are in no checkpoint, with how their names begin."""
+    """Sections whose LLM's base weights are excluded from checkpoints -> the prefix of their parameter names."""
     return {
         name: backbone_prefix(name)
         for name, section in backbone_sections(config)
@@ -28,14 +29,14 @@ def base_prefixes(config: Config) -> dict[str, str]:
 
 
 def without_base_weights(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """A model's state as checkpoints hold it."""
+    """The state dict without the excluded base weights; adapters stay."""
     prefixes = tuple(base_prefixes(config).values())
     return {key: value for key, value in state.items() if not key.startswith(prefixes) or is_adapter(key)}
 
 
 @torch.no_grad()
 def base_fingerprints(model: nn.Module, config: Config) -> dict[str, str]:
-    """Part -> a hash of the weights that checkpoints leave out: of names, shapes and both ends of each.
+    """Section -> hash of the base weights excluded from checkpoints: names, shapes and both ends of each weight.
 
     model: not yet sharded.
     """
@@ -58,16 +59,16 @@ def _base_parameters(model: nn.Module, prefix: str) -> Iterator[tuple[str, torch
 def check_base_weights(
     extra: Mapping[str, Any], fingerprints: Mapping[str, str], config: Config, checkpoint: object
 ) -> None:
-    """Compare the LLMs of this model with those that a checkpoint's adapters were trained on.
+    """Compare the base weights of this model with those that a checkpoint's adapters were trained on.
 
-    extra: the checkpoint's.
+    extra: `extra` of the checkpoint.
 
     Raises:
-        ValueError: they are others.
+        ValueError: the fingerprints differ.
     """
-    for part, mark in (extra.get("bases") or {}).items():
-        if part in fingerprints and mark != fingerprints[part]:
+    for section, fingerprint in (extra.get("bases") or {}).items():
+        if section in fingerprints and fingerprint != fingerprints[section]:
             raise ValueError(
-                f"{checkpoint}: its adapters belong to other weights than {part}.pretrained, "
-                f"{getattr(config, part).pretrained}, holds now: put the directory back that the run was trained with"
+                f"{checkpoint}: its adapters were trained on other weights than those now in {section}.pretrained, "
+                f"{getattr(config, section).pretrained}: restore the directory that the run was trained with"
             )

@@ -1,9 +1,9 @@
-"""Item LLM and user encoder one after the other, for what treats the large parts of a model alike.
+"""Iteration over the large parts of a model (Item LLM, user encoder), for code that treats them uniformly.
 
-A part's name is that of its section of the configuration, of its attribute of `HLLM`, of its learning rate
-(`optim.<name>_lr`) and of the beginning of its weights' names in a checkpoint. So a further LLM is a section of
-`LLM_SECTIONS` and an attribute of `HLLM`: optimizer, averages, adapters, export, log and plan loop over
-`HLLM.named_backbones()`, or over the sections where there is no model yet.
+The name of a part is used for its section of the configuration, its attribute of `HLLM`, its learning rate
+(`optim.<name>_lr`) and the prefix of its parameter names in a checkpoint. To add an LLM, add a section to
+`LLM_SECTIONS` and an attribute to `HLLM`: optimizer, averages, adapters, export, log and plan loop over
+`HLLM.named_backbones()`, or over the sections before a model is built.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ Section = ItemLLMConfig | UserEncoderConfig
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A large part of a model. learning_rate: None: that of the other dense parts."""
+    """A large part of a model. learning_rate: None for that of the other dense parts."""
 
     name: str
     module: ItemLLM | UserEncoder
@@ -28,12 +28,12 @@ class NamedBackbone:
 
     @property
     def prefix(self) -> str:
-        """Beginning of the names of the Hugging Face model's weights in the model."""
+        """Prefix of the parameter names of the Hugging Face model."""
         return backbone_prefix(self.name)
 
     @property
     def title(self) -> str:
-        """Name in figures of a plan: item, user."""
+        """Name in the output of `hllm plan`: item, user."""
         return self.name.removesuffix("_llm")
 
 
@@ -53,5 +53,5 @@ def text_sections(config: Config) -> Iterator[tuple[str, ItemLLMConfig]]:
 
 
 def backbone_prefix(name: str) -> str:
-    """Beginning of the names of a part's Hugging Face weights in the model."""
+    """Prefix of the parameter names of a part's Hugging Face model."""
     return f"{name}.backbone."

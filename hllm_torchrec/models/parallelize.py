@@ -1,7 +1,7 @@
-"""The one place where a model meets ranks and devices: tables are sharded, dense parts replicated or sharded.
+"""Distribution of a model over ranks and devices: tables are sharded, dense parts replicated or sharded.
 
-TorchRec's planner places the tables (row counts decide: small ones are replicated and belong to the dense
-optimizer, the others are sharded and step inside the backward pass). DDP or FSDP2 covers the rest.
+TorchRec's planner places the tables by their row counts: small ones are replicated and belong to the dense optimizer,
+the others are sharded and updated inside the backward pass. DDP or FSDP2 covers the dense parts.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +29,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     """Shard, replicate and place `model` over the ranks of the process group.
 
     Raises:
-        ConfigError: a plan that the device or the optimizer cannot do.
+        ConfigError: the device or the optimizer does not support the configured parallelism.
     """
     settings = TableSettings.of(config)
     problems = check_tables(settings, device)
@@ -49,6 +49,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     if config.parallel.compile:
         for layer in llm_layers(model):
             layer.compile(dynamic=True)
+    # Before sharding: TorchRec fuses the optimizer into the sharded tables' backward pass.
     tables = model.features.tables
     if tables is not None:
         apply_table_optimizer(tables, settings)
@@ -56,6 +57,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     plan = plan_table_sharding(model, settings, device, sharder)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
+    # In a stage with cached items the Item LLM gets no gradients; DDP would wait for them without this option.
     readers = [part.module for part in model.named_backbones() if part.module.reads_text]
     learns = any(p.requires_grad for module in readers for p in module.parameters())
     some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
@@ -64,10 +66,10 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
 
 
 def choose_attention(name: str, section: ItemLLMConfig, config: Config, device: torch.device) -> BackendChoice:
-    """The kernel of the attention of an LLM that reads text, and why; name: of its section.
+    """Choose the attention kernel of an LLM that reads text, with the reason; name: name of its section.
 
     Raises:
-        ConfigError: the one asked for cannot run here.
+        ConfigError: the configured kernel cannot run on this device or in this dtype.
     """
     try:
         with configured_by(name):
@@ -77,10 +79,10 @@ def choose_attention(name: str, section: ItemLLMConfig, config: Config, device: 
 
 
 def user_attention(user: UserEncoder, device: torch.device) -> str | None:
-    """The backend of the user encoder's attention, and why; None where it has but one.
+    """The attention backend of the user encoder, with the reason; None if it has only one.
 
     Raises:
-        ConfigError: the one asked for cannot run here.
+        ConfigError: the configured backend cannot run here.
     """
     try:
         with configured_by("user.shape"):
@@ -90,31 +92,32 @@ def user_attention(user: UserEncoder, device: torch.device) -> str | None:
 
 
 def llm_layers(model: HLLM) -> list[nn.Module]:
-    """The layers of all LLMs (or of what stands in the User LLM's place), first to last."""
+    """The layers of the Item LLM and the user encoder, first to last."""
     return [layer for part in model.named_backbones() for layer in part.module.blocks()]
 
 
 def _shard_dense(model: HLLM, device: torch.device) -> None:
-    """FSDP2: every layer of the LLMs is a group; the root's has the rest (words, heads, projections).
+    """Apply FSDP2: each layer of the LLMs is a group; the root group has the rest (words, heads, projections).
 
-    The tables are TorchRec's. The root gives its weights up after the forward pass like any other: kept, they
-    would go stale where weights are changed between two forward passes (averaged weights in evaluation).
+    Tables are sharded by TorchRec and ignored here. The root group is resharded after the forward pass, too: otherwise
+    its gathered weights would be stale after weights change between two forward passes (averages in evaluation).
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in llm_layers(model):
         fully_shard(layer, mesh=mesh)
     tables = set() if model.features.tables is None else set(model.features.tables.parameters())
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
+    # These are called outside of forward() and need the same hooks to gather the weights.
     for name in ("embed_items", "embed_in_feature_space", "embed_users"):
         register_fsdp_forward_method(model, name)
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """What the LLMs' matrix products run in."""
+    """Dtype of the LLMs' matrix products."""
     return torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The forward pass's precision."""
+    """Context manager of the forward pass's precision."""
     dtype = compute_dtype(config)
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A frozen item table filled from an embedding store: each rank reads the rows of its own shards."""
+"""Frozen item table filled from an embedding store; each rank reads the rows of its own shards."""
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ _ROWS = 65_536
 
 
 def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
-    """Let the model take item embeddings from a store, as a frozen fp16 table over all ranks. Collective.
+    """Make the model look item embeddings up in a frozen fp16 table, filled from a store. Collective.
 
-    The Item LLM must have its weights already: the store's must be of the same ones.
+    The Item LLM must have its weights already, because the store must have been made with the same weights.
 
     Args:
         path: the store; by default `item_llm.store`.
 
     Raises:
-        ConfigError: there is no store, it was made by another Item LLM, or it lacks items of the dataset.
+        ConfigError: the store does not exist, was made by another Item LLM, or lacks items of the dataset.
     """
     root, hllm = path or experiment.config.item_llm.store, experiment.hllm
     facts = item_facts(experiment)
@@ -75,7 +75,10 @@ def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> N
 
 
 def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: object) -> int:
-    """Fill a part in place; the number of its items that the store lacks (0 for the unknown item)."""
+    """Fill a shard in place; returns the number of its items that the store lacks (the unknown item is not counted).
+
+    row, column: position of the shard in the table.
+    """
     missing = 0
     for at in range(0, target.shape[0], _ROWS):
         end = min(at + _ROWS, target.shape[0])
@@ -83,6 +86,7 @@ def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: ob
         ids = raw_ids.slice(first - 1, max(0, row + end - first)).cast("large_string").combine_chunks()  # type: ignore[attr-defined]
         vectors, known = snapshot.gather(ids)
         missing += int((~known).sum())
+        # Empty except in the shard and block that contain row 0, the unknown item.
         target[at : first - row].zero_()
         target[first - row : end].copy_(vectors[:, column : column + target.shape[1]])
     return missing

@@ -51,8 +51,8 @@ class ActivationBytes:
             return fixed + sequences * (
                 self.outside_layers + self.layers * self.layer_input + self.per_layer + self.transient
             )
-        whole = self.layers - LAST_LAYER_SAVING * reads_rows
-        return fixed + sequences * (self.outside_layers + whole * self.per_layer + self.transient)
+        saved_layers = self.layers - LAST_LAYER_SAVING * reads_rows
+        return fixed + sequences * (self.outside_layers + saved_layers * self.per_layer + self.transient)
 
 
 LAST_LAYER_SAVING = 0.75
@@ -61,22 +61,23 @@ LAST_LAYER_SAVING = 0.75
 
 def decoder_activation_bytes(shape: "PreTrainedConfig", length: int, config: Config) -> ActivationBytes:
     """Estimate for a Hugging Face model and sequences of `length`, from fake passes of 1 and 2 layers and sequences."""
-    found = {
+    measured = {
         (layers, sequences): _measured_activation_bytes(shape, layers, sequences, length, compute_dtype(config))
         for layers in (1, 2)
         for sequences in (1, 2)
     }
     # bytes(layers, sequences) is linear in both: fixed(layers) + growth(layers) * sequences, and each part is outside +
     # per layer * layers. Four measurements determine it.
-    growth = {layers: found[layers, 2] - found[layers, 1] for layers in (1, 2)}  # per sequence
-    fixed = {layers: found[layers, 1] - growth[layers] for layers in (1, 2)}
-    number = 2 if config.parallel.precision == "bf16" else 4
+    growth = {layers: measured[layers, 2] - measured[layers, 1] for layers in (1, 2)}  # per sequence
+    fixed = {layers: measured[layers, 1] - growth[layers] for layers in (1, 2)}
+    bytes_per_value = 2 if config.parallel.precision == "bf16" else 4
     return ActivationBytes(
         layers=shape.num_hidden_layers,
         per_layer=growth[2] - growth[1],
         outside_layers=max(0.0, 2 * growth[1] - growth[2]),
         layer_input=4.0 * length * shape.hidden_size,
-        transient=3.0 * number * length * getattr(shape, "intermediate_size", 4 * shape.hidden_size),
+        # Three tensors of the feed-forward width: gate, up and their product.
+        transient=3.0 * bytes_per_value * length * getattr(shape, "intermediate_size", 4 * shape.hidden_size),
         constant_per_layer=fixed[2] - fixed[1],
         constant_outside=max(0.0, 2 * fixed[1] - fixed[2]),
     )
@@ -95,27 +96,28 @@ def _measured_activation_bytes(
         model = AutoModel.from_config(shape, trust_remote_code=False)
         model.set_input_embeddings(None)
         x = torch.empty(sequences, length, shape.hidden_size, requires_grad=True)
-        with saved_tensor_bytes(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with saved_tensor_bytes(model) as saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             model(inputs_embeds=x, use_cache=False)
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 @contextmanager
 def saved_tensor_bytes(model: nn.Module) -> Iterator[dict[int, float]]:
     """Context manager that yields storage -> bytes of the tensors that autograd saves, without the model's weights."""
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, float] = {}
+    weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, float] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
+        # By storage: several saved views of one tensor take its memory once.
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = float(storage.nbytes())
+        if storage._cdata not in weights and storage._cdata not in saved:
+            saved[storage._cdata] = float(storage.nbytes())
             alive.append(tensor)  # keeps the storage alive, so that its address is not reused by another
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield saved
 
 
 def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
@@ -125,9 +127,10 @@ def encoder_activation_bytes(config: Config, length: int) -> ActivationBytes:
     for layers in (1, 2):
         encoder = build_user_encoder(dataclasses.replace(config.user, shape={**shape, "layers": layers}))
         x = torch.zeros(short, encoder.width, requires_grad=True)
-        with saved_tensor_bytes(encoder) as kept:
+        with saved_tensor_bytes(encoder) as saved:
             encoder(x, torch.tensor([0, short]), torch.arange(short))
-        measured.append(sum(kept.values()))
+        measured.append(sum(saved.values()))
+    # bytes(layers) = outside + per layer * layers, and both grow linearly with the length.
     one, two = measured
     scale = length / short
     return ActivationBytes(

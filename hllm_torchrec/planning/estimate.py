@@ -268,7 +268,7 @@ def _table_bytes(model: HLLM, plan: ShardingPlan, config: Config) -> float:
 
 
 def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
-    """What autograd keeps of each LLM, and the largest of what a layer makes and drops."""
+    """Estimate the bytes that autograd saves for each trained LLM, including a layer's largest temporary memory."""
     found, recomputes = {}, config.parallel.activation_checkpointing
     for part in model.named_backbones():
         module, section = part.module, part.section

@@ -56,6 +56,7 @@ def table_traffic(
             shard.placement.rank(): FLOAT * rows * shard.shard_sizes[1] for shard in sharding.sharding_spec.shards
         }
         for rank, size in by_rank.items():
+            # The outputs for the rows of the other W - 1 ranks exist on the owner until they are sent.
             held[rank] += (world - 1) * size
             inside, outside = _sent(sharding.sharding_type, size, world, of_node)
             within[rank] += inside

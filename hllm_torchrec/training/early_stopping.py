@@ -1,4 +1,4 @@
-"""When a run has stopped getting better."""
+"""Early stopping by validation score."""
 
 import math
 from dataclasses import dataclass
@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 @dataclass
 class EarlyStopping:
-    """The best validation score so far (larger is better), and how many evaluations have come since without a better
-    one; training ends after `patience` of them (0: never)."""
+    """Early stopping: training ends after `patience` consecutive evaluations without a better score (0: never).
+
+    best: best validation score so far (larger is better); stale: number of evaluations since it.
+    """
 
     patience: int
     best: float = -math.inf
     stale: int = 0
 
     def improves(self, score: float) -> bool:
-        """Take in the score of an evaluation; whether it is the best so far."""
+        """Record the score of an evaluation; returns True if it is the best so far."""
         improved = score > self.best
         self.stale = 0 if improved else self.stale + 1
         self.best = max(self.best, score)
@@ -22,5 +24,5 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether training is to end."""
+        """True if training should end."""
         return 0 < self.patience <= self.stale

@@ -1,4 +1,4 @@
-"""The loss of a step over all ranks and micro-batches, and the numbers that the log shows of it."""
+"""Loss of a step over all ranks and micro-batches, and its statistics for the log."""
 
 import math
 from dataclasses import astuple, dataclass, replace
@@ -16,56 +16,57 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What the generative and the value loss count for; the classification loss counts 1."""
+    """Weights of the generative and the value loss in the sum; the classification loss has weight 1."""
 
     generative: float
     value: float
 
     @classmethod
     def of(cls, config: Config) -> "LossWeights":
-        """lambda of Eq. (3), or 1 where the generative loss is the only one (Eq. 1)."""
+        """Weights of a configuration: lambda of Eq. (3), or 1 if the generative loss is the only one (Eq. 1)."""
         objective = config.objective
         return cls(objective.generative_weight if objective.has_head else 1.0, objective.value_weight)
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What is added up of a step over micro-batches, and then over ranks, in one all-reduce."""
+    """Statistics of a step, summed over micro-batches and then over ranks in one all-reduce."""
 
     classification: float = 0.0
-    """Of the losses, shares: they add up to means over the whole step."""
+    """Shares of the mean losses (local sum / global count): their sum is the mean over the complete step."""
     generative: float = 0.0
     value: float = 0.0
     effective_negatives: float = 0.0
     gen_accuracy: float = 0.0
     item_similarity: float = 0.0
-    """Mean cosine similarity of item embeddings, of each micro-batch in which it was measured."""
+    """Sum over micro-batches of the mean cosine similarity of item embeddings, where it was measured."""
     similarities: float = 0.0
-    """Micro-batches in which it was."""
+    """Number of micro-batches in which `item_similarity` was measured."""
     asked_to_stop: float = 0.0
-    """Ranks that were sent SIGTERM: all ranks leave after the same step."""
+    """Number of ranks that received SIGTERM: all ranks stop after the same step."""
     failed_saves: float = 0.0
-    """Ranks on which the checkpoint in flight has failed: all ranks raise at the same step."""
+    """Number of ranks on which the pending checkpoint has failed: all ranks raise at the same step."""
 
     def __add__(self, other: "StepStats") -> "StepStats":
         return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def to_tensor(self) -> Tensor:
-        """The numbers, float64, in the order of the fields."""
+        """The values as float64, in the order of the fields."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, numbers: Tensor) -> Self:
-        """The numbers of `to_tensor`."""
+        """Inverse of `to_tensor`."""
         return cls(*numbers.tolist())
 
     def over_ranks(self) -> "StepStats":
-        """The sum of all ranks'. Collective."""
+        """Sum over all ranks. Collective."""
         return StepStats.from_tensor(global_sum(self.to_tensor()))
 
 
 def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
-    """(weight of the exposures, generative targets) of a whole step on all ranks; at least 1 each."""
+    """(weight of the exposures, generative targets) of a complete step on all ranks; at least 1 each. Collective."""
+    # Global counts, not this rank's: ranks and micro-batches hold different numbers of samples, and each counts once.
     local = [[float(batch.weights.sum()), float(batch.next_rows.numel())] for batch in batches]
     exposures, targets = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
     return max(exposures, 1.0), max(targets, 1.0)
@@ -74,17 +75,18 @@ def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
 def micro_batch_loss(
     output: HLLMOutput, counts: tuple[float, float], weights: LossWeights, encodes_items: bool
 ) -> tuple[Tensor, StepStats]:
-    """This rank's and micro-batch's share of Eq. (3): local sums over global counts, so that shares add up.
+    """Share of Eq. (3) of this rank and micro-batch: local sums over global counts, so that shares add up.
 
-    encodes_items: whether the item embeddings were made by the present weights.
+    encodes_items: True if the item embeddings were computed with the current weights.
 
     Returns:
-        The share [], with gradient, and this micro-batch's numbers for `describe_step`.
+        The share [], with gradient, and the statistics of this micro-batch for `describe_step`.
     """
     classification = output.classification / counts[0]
     value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts[0]
     generative, effective, accuracy = (classification.new_zeros(()) for _ in range(3))
     if output.generative is not None:
+        # These two are means over this micro-batch's targets, so they are weighted by its share of the targets.
         share = output.generative.count / counts[1]
         generative = output.generative.loss_sum / counts[1]
         effective, accuracy = (
@@ -96,17 +98,17 @@ def micro_batch_loss(
         spread, measured = embedding_spread(output.items), 1.0
     numbers = [classification, generative, value, effective, accuracy, spread]
     loss = classification + weights.generative * generative + weights.value * value
-    # One copy from the device for all of them: each would wait for the forward pass by itself.
+    # One copy from the device for all values, because every copy waits for the forward pass.
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
     return loss, replace(StepStats(*shares), similarities=measured)
 
 
 def describe_step(stats: StepStats, norm: float, config: Config, alarm: bool) -> dict[str, float]:
-    """The losses and statistics of a step as the log has them; `stats`: over all ranks.
+    """Losses and statistics of a step for the log; `stats`: over all ranks.
 
-    norm: of the gradients, NaN or infinite if one of them is.
-    alarm: whether collapsed items are an error yet. A model from scratch begins with much the same embedding
-    for every item, and the first steps pull them apart.
+    norm: gradient norm, NaN or infinite if a gradient is.
+    alarm: True if collapsed items are an error. A model from scratch starts with nearly equal embeddings for all
+    items, which the first steps separate.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.

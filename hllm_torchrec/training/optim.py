@@ -17,7 +17,7 @@ from torch.optim import AdamW
 
 from hllm_torchrec.common.errors import did_you_mean
 
-#: A part of a parameter's name that says it is a table of embeddings (Hugging Face's and TorchRec's names).
+#: Matches the names of embedding tables (Hugging Face's and TorchRec's names).
 _EMBEDDING = re.compile(r"(^|\.)(\w*_)?(embeddings?|embedding_bags|embed_tokens)(\.|$)")
 
 
@@ -30,24 +30,25 @@ def dense_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> AdamW:
-    """Make the AdamW of the dense parameters, with a learning rate for each part of the model.
+    """Build AdamW for the dense parameters, with a learning rate for each part of the model.
 
-    Frozen parameters, and those of sharded tables (which have their optimizer in the backward pass), are left
-    out. Matrices decay; norms, biases, embeddings and whatever has but one dimension larger than 1 do not.
+    Frozen parameters and those of sharded tables (which have their optimizer in the backward pass) are excluded.
+    Weight decay applies to matrices, not to norms, biases, embeddings and parameters with at most one dimension larger
+    than 1.
 
     Args:
         named_parameters: as from `model.named_parameters()`; plain and DTensor parameters may be mixed.
-        learning_rate: of the parameters that `part_learning_rates` does not name.
-        part_learning_rates: prefix of names, such as `"item_llm"`, to learning rate; the longest counts.
+        learning_rate: learning rate of parameters without an entry in `part_learning_rates`.
+        part_learning_rates: prefix of parameter names, such as `"item_llm"` -> learning rate; the longest match wins.
         weight_decay: decoupled; a step shrinks a matrix by `learning rate x weight_decay`.
-        betas: decay of the means of gradients and of squared gradients.
-        eps: added to the root of the mean square.
+        betas: decay rates of the means of gradients and of squared gradients.
+        eps: added to the square root of the mean square.
 
     Returns:
         AdamW with one group for each (learning rate, decay, DTensor or not), each with a `name`.
 
     Raises:
-        ValueError: a prefix that no parameter has, or nothing to train.
+        ValueError: no parameter has one of the prefixes, or there is nothing to train.
     """
     parameters = list(named_parameters)
     rates = dict(part_learning_rates or {})
@@ -56,6 +57,7 @@ def dense_optimizer(
             parts = sorted({name.split(".")[0] for name, _ in parameters})
             hint = did_you_mean(prefix, parts)
             raise ValueError(f"part_learning_rates: no parameter is under {prefix!r}{hint}; parts: {', '.join(parts)}")
+    # DTensors (FSDP2) get groups of their own, because a fused AdamW group cannot mix them with plain tensors.
     groups: dict[tuple[str, bool, bool], list[Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         if parameter.requires_grad and not hasattr(parameter, "_in_backward_optimizers"):
@@ -80,32 +82,34 @@ def dense_optimizer(
 
 
 def _is_under(name: str, prefix: str) -> bool:
-    """Whether a dotted name is `prefix` or below it."""
+    """True if a dotted name is `prefix` or below it."""
     return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _decays(name: str, parameter: Parameter) -> bool:
-    """Whether a parameter is a matrix that is not a table of embeddings."""
+    """True if a parameter has weight decay: a matrix that is not an embedding table."""
     return sum(size > 1 for size in parameter.shape) > 1 and not _EMBEDDING.search(name)
 
 
 def named_optimizer_state(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Parameter]]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the optimizer's own state tensors by parameter name: loading into them in place restores it.
+    """Return the optimizer's state tensors (not copies) by parameter name: loading into them in place restores it.
 
     Args:
-        optimizer: its state exists (after a step, or `materialize_state`).
-        named_parameters: the names to use; parameters that the optimizer has not got are passed over.
+        optimizer: an optimizer whose state exists (after a step, or `materialize_state`).
+        named_parameters: the names to use; parameters that the optimizer does not have are skipped.
     """
     return {name: dict(optimizer.state[p]) for name, p in named_parameters if optimizer.state.get(p)}
 
 
 def materialize_state(optimizer: AdamW) -> None:
-    """Make the state of parameters that have none yet, so that a checkpoint can be loaded into it.
+    """Create the state of parameters that have none yet, so that a checkpoint can be loaded into it.
 
-    Weights, gradients, learning rates and existing state stay as they are; new step counts are 0.
+    Weights, gradients, learning rates and existing state do not change; new step counts are 0.
     """
+    # AdamW creates its state only in step(): one step with zero gradients for the new parameters (and none for the
+    # others, which step() then skips) at learning rate 0.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     new = [p for p in parameters if not optimizer.state.get(p)]
     if not new:
@@ -140,7 +144,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, min_ratio: flo
 
 
 def dense_step(optimizer: AdamW, clip_norm: float) -> float:
-    """Step by the gradients if they are finite, and drop them; their norm before clipping, the same on every rank."""
+    """Clip, step if the gradients are finite, and clear them; returns the norm before clipping, equal on all ranks."""
     norm = float(clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], clip_norm))
     if math.isfinite(norm):
         optimizer.step()
@@ -149,13 +153,13 @@ def dense_step(optimizer: AdamW, clip_norm: float) -> float:
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their common L2 norm is at most `max_norm`.
+    """Scale all gradients so that their joint L2 norm is at most `max_norm`. Collective with DTensors.
 
-    DTensor gradients (FSDP2) are normed over their mesh. Plain gradients are taken to be the same on every
-    rank, as DDP leaves them, and count once. `torch.nn.utils.clip_grad_norm_` raises on a mix of the two.
+    The norm of DTensor gradients (FSDP2) is taken over their mesh. Plain gradients are assumed equal on all ranks, as
+    after DDP's all-reduce, and count once. `torch.nn.utils.clip_grad_norm_` raises on a mix of the two.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: parameters; those without a gradient are skipped.
         max_norm: the largest norm allowed; 0: measure only.
 
     Returns:
@@ -166,6 +170,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             by_mesh[mesh].append(parameter)
+    # The L2 norm of the groups' L2 norms is the norm of all gradients.
     norms = [_total_norm(members) for members in by_mesh.values()]
     total = torch.nn.utils.get_total_norm(norms)
     if max_norm > 0:

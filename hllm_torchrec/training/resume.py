@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint to continue from, and whether it is of the same schedule."""
+"""Resuming a run: selection of the checkpoint, and the check that its schedule is unchanged."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from hllm_torchrec.training.stage_schedule import EpochSegment
 
 
 def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | None:
-    """The newest whole checkpoint of `config.output`, or None where there is none. Collective.
+    """The newest complete checkpoint of `config.output`, or None if there is none. Collective.
 
-    output: the folder of this host that has the run's checkpoints, where `config.output` is a URL.
+    output: the folder on this host with the run's checkpoints, if `config.output` is a URL.
 
     Raises:
-        ConfigError: there is one and the run is not to be resumed: it must not be mixed with a new one; or all that
-            there are are damaged, and `reliability.no_checkpoint_left` does not say to begin anew.
+        ConfigError: there are checkpoints and `resume` is false (two runs must not be mixed); or all of them are
+            damaged and `reliability.no_checkpoint_left` is "stop".
     """
     folder = (output or Path(config.output)) / "checkpoints"
     if config.resume:
@@ -32,18 +32,18 @@ def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | N
     if written and path is None and config.reliability.no_checkpoint_left == "stop":
         raise ConfigError(
             [
-                f"resume: none of the checkpoints in {folder} ({', '.join(written)}) is whole, see the warnings: bring "
-                "one back from a copy, or begin anew (reliability.no_checkpoint_left: begin)"
+                f"resume: none of the checkpoints in {folder} ({', '.join(written)}) is complete, see the warnings: "
+                "restore one from a copy, or start again from step 0 (reliability.no_checkpoint_left: begin)"
             ]
         )
     return path
 
 
 def check_schedule(checkpoint: Path, extra: dict[str, Any], segments: Sequence[EpochSegment]) -> None:
-    """The epochs begun must have the steps they had, or "step n" would be another place in the data.
+    """Check that the started epochs have as many steps as before; otherwise a step number would mean other data.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: the numbers of steps differ.
     """
     begun = sum(segment.first_step < extra["step"] for segment in segments)
     mine, saved = [segment.steps for segment in segments[:begun]], extra["leg_steps"][:begun]

@@ -1,4 +1,4 @@
-"""The steps of a run: stages of epochs of steps, their learning rates, and after which of them it is evaluated."""
+"""Schedule of a run: stages, epochs and steps, learning rates, and the steps after which it is evaluated."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +12,9 @@ from hllm_torchrec.training.optim import warmup_cosine
 class EpochSegment:
     """Consecutive steps of one epoch in one stage.
 
-    epoch: number of the epoch in the run, which the shuffle depends on; first_step: number of the segment's first step
-    in the run; steps: how many it has; epoch_steps: how many the whole epoch has; is_first_of_stage: whether it is
-    its stage's first.
+    epoch: number of the epoch in the run, on which the shuffle depends; first_step: number of the segment's first step
+    in the run; steps: number of steps; epoch_steps: number of steps of the complete epoch; is_first_of_stage: True for
+    the first segment of its stage.
     """
 
     stage: StageConfig
@@ -26,13 +26,13 @@ class EpochSegment:
 
     @property
     def end(self) -> int:
-        """Number of the first step behind it."""
+        """Number of the first step after the segment."""
         return self.first_step + self.steps
 
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """All steps of a run. total_steps, warmup_steps: how many; evaluation_steps: those after which to evaluate."""
+    """All steps of a run. total_steps, warmup_steps: counts; evaluation_steps: steps after which to evaluate."""
 
     segments: list[EpochSegment]
     total_steps: int
@@ -58,13 +58,13 @@ class RunSchedule:
         return warmup_cosine(step, self.warmup_steps, self.total_steps, self.min_lr_ratio)
 
     def end_to_end_steps(self, step: int) -> int:
-        """Of the first `step` steps, those in which item embeddings come from the Item LLM, with gradients."""
+        """Number of the first `step` steps in which item embeddings come from the Item LLM, with gradients."""
         live = (segment for segment in self.segments if segment.stage.item_embeddings == "trained")
         return sum(max(0, min(step, segment.end) - segment.first_step) for segment in live)
 
 
 def epoch_segments(stages: Sequence[StageConfig], epoch_steps: Callable[[StageConfig, int], int]) -> list[EpochSegment]:
-    """Lay the stages' epochs end to end; the last epoch of a stage may be a fraction (of one step at least).
+    """Concatenate the epochs of all stages; the last epoch of a stage may be a fraction (at least one step).
 
     epoch_steps: steps of (stage, epoch).
     """
@@ -72,16 +72,16 @@ def epoch_segments(stages: Sequence[StageConfig], epoch_steps: Callable[[StageCo
     first = epoch = 0
     for stage in stages:
         left, opens = stage.epochs, True
-        while left > 1e-9:
-            whole = epoch_steps(stage, epoch)
-            steps = max(1, round(min(left, 1.0) * whole))
-            segments.append(EpochSegment(stage, epoch, first, steps, whole, opens))
+        while left > 1e-9:  # not 0: 2.3 - 1.0 - 1.0 leaves a rounding error after the last fraction
+            complete = epoch_steps(stage, epoch)
+            steps = max(1, round(min(left, 1.0) * complete))
+            segments.append(EpochSegment(stage, epoch, first, steps, complete, opens))
             first, epoch, left, opens = first + steps, epoch + 1, left - 1.0, False
     return segments
 
 
 def evaluation_steps(segments: Sequence[EpochSegment], every: float, total: int) -> frozenset[int]:
-    """Numbers of steps after which to evaluate: each time `every` more epochs are done, and at the end.
+    """Numbers of the steps after which to evaluate: every `every` epochs, and at the end.
 
     every: epochs, counted over all stages; total: steps of the run.
     """
@@ -89,7 +89,8 @@ def evaluation_steps(segments: Sequence[EpochSegment], every: float, total: int)
     epochs_done = 0.0
     for segment in segments:
         share = segment.steps / segment.epoch_steps
-        nearest = 1e-6 / segment.epoch_steps  # sums of fractions miss whole numbers by rounding
+        nearest = 1e-6 / segment.epoch_steps  # tolerance: sums of fractions miss integers by rounding
+        # The first multiple of `every` beyond the epochs done; `within` is its distance into this segment, in epochs.
         multiple = math.floor((epochs_done + nearest) / every) + 1
         while (within := multiple * every - epochs_done) <= share + nearest:
             chosen.add(segment.first_step + max(1, math.ceil((within - nearest) * segment.epoch_steps)))

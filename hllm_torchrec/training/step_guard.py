@@ -1,4 +1,4 @@
-"""What is too bad to go on with, a loss or gradients that are not finite, or too good to be true: labels that leak."""
+"""Handling of non-finite steps (stop or skip) and of implausibly high validation AUC (label leakage)."""
 
 import json
 import logging
@@ -16,11 +16,11 @@ _logger = logging.getLogger(__name__)
 
 
 class StepGuard:
-    """Decides what becomes of a step that is not as it should be, on all ranks alike.
+    """Stops the run or skips the step on a non-finite loss or gradient; the same decision on all ranks.
 
-    Sharded tables step inside the backward pass, so a loss that is not finite must be known before it: where steps
-    may be skipped, the ranks ask one another at every micro-batch. Gradients that overflow although the loss is
-    finite keep the dense weights as they are; the tables' rows of that step have moved.
+    Sharded tables are updated inside the backward pass, so a non-finite loss must be detected before it: if steps may
+    be skipped, the ranks agree at every micro-batch. Gradients that overflow although the loss is finite leave the
+    dense weights unchanged, but the table rows of that step have been updated.
     """
 
     def __init__(self, config: Config, rank: int, output: Path | None = None) -> None:
@@ -31,10 +31,10 @@ class StepGuard:
         self._consecutive_failures, self.reason = 0, ""
 
     def check_leakage(self, step: int, auc: float | None) -> None:
-        """Warn, on rank 0, of a validation AUC that is too good to be true; None: nothing is classified.
+        """Warn, on rank 0, of a validation AUC above `leakage_above`; None if the model has no classification head.
 
         Raises:
-            ValueError: `reliability.leakage` says to stop.
+            ValueError: the AUC is above it and `reliability.leakage` is "stop".
         """
         if auc is None or auc <= self._leakage_above:
             return
@@ -48,22 +48,26 @@ class StepGuard:
             _logger.warning(problem)
 
     def rejects_loss(self, loss: Tensor) -> bool:
-        """Whether there is to be no backward pass, as a rank's loss is not finite and steps may be skipped."""
+        """True if the backward pass must be skipped because some rank's loss is not finite.
+
+        Collective if skipping is enabled; otherwise always False.
+        """
         return self._skips_steps and not all_agree_to_continue(bool(loss.isfinite()))
 
     def record_success(self) -> None:
-        """Note a step that is as it should be."""
+        """Reset the count of consecutive failures."""
         self._consecutive_failures = 0
 
     def record_failure(self, step: int, batches: Sequence[HybridBatch], reason: str, may_skip: bool) -> None:
-        """Keep the batches of a step that is not, as `bad_batches/step-<step>-rank<rank>.json` of the run.
+        """Write the ids of a failed step's batches to `bad_batches/step-<step>-rank<rank>.json` of the run.
 
-        may_skip: whether the step has changed nothing that matters.
+        may_skip: True if the step has not changed the dense weights.
 
         Raises:
-            FloatingPointError: the run is to stop.
+            FloatingPointError: the step may not be skipped, or too many consecutive steps failed.
         """
         self._consecutive_failures, self.reason = self._consecutive_failures + 1, reason
+        # One file per rank, because each has different batches.
         path = self._folder / f"step-{step:08d}-rank{self._rank}.json"
         self._folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": step, "reason": reason, "batches": [_ids(batch) for batch in batches]}))
@@ -71,13 +75,13 @@ class StepGuard:
             raise FloatingPointError(f"step {step}: {reason}. The batch's ids are in {path}")
         if self._consecutive_failures > self._max_skipped:
             raise FloatingPointError(
-                f"step {step}: {reason}. That makes {self._consecutive_failures} steps to skip in a row, more than "
+                f"step {step}: {reason}. {self._consecutive_failures} consecutive steps failed, more than "
                 f"reliability.max_skipped {self._max_skipped}; the batches' ids are in {self._folder}"
             )
 
 
 def _ids(batch: HybridBatch) -> dict[str, Any]:
-    """What identifies a batch: users and items by the dataset's ids, exposures by user's position and item."""
+    """Identification of a batch: users and items by the dataset's ids, exposures by user's position and item."""
     return {
         "user_ids": batch.user_ids.tolist(),
         "unique_items": batch.unique_items.tolist(),

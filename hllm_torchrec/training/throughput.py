@@ -1,4 +1,4 @@
-"""What a step cost and what training moved: the numbers behind the log's throughput and weight lines."""
+"""Throughput, MFU and weight changes of training: the figures of the log's throughput and weight lines."""
 
 import functools
 import time
@@ -22,20 +22,21 @@ PEAK_SHAPES = {
     "cpu": ((512, 512, 512), (1024, 512, 512)),
     "cuda": ((8192, 8192, 8192), (16384, 4096, 4096)),
 }
-"""Products large enough for the full speed of a core, or of a GPU, and no larger: some CPUs emulate bfloat16."""
+"""Matrix products just large enough for the full speed of a core or a GPU: larger ones would take long on CPUs that
+emulate bfloat16."""
 
 
 class StepMeter:
-    """Seconds, rates and model FLOPs utilisation of each step, over all ranks; with Stochastic Length also
-    `history_kept`, the share of history tokens that were read.
+    """Measures seconds, rates and model FLOPs utilization (MFU) of each step, over all ranks.
 
-    Model FLOPs are the matrix products of the two transformers for the tokens there really are (padding and
-    recomputation do not count), 3 times the forward pass where weights are trained.
+    With Stochastic Length also `history_kept`, the share of history tokens that were read. Model FLOPs are the matrix
+    products of the Item LLM and the user encoder for real tokens (padding and recomputation do not count), 3 times
+    the forward pass for trained weights.
 
     Args:
-        model: whose transformers are counted.
-        text_encoders: count the tokens of those that read text, by their names in `named_backbones`.
-        peak_flops: operations per second of all ranks together, from `global_matmul_peak`.
+        model: the model whose Item LLM and user encoder are counted.
+        text_encoders: item encoders by name in `named_backbones`; they count the tokens of LLMs that read text.
+        peak_flops: FLOP/s of all ranks together, from `global_matmul_peak`.
     """
 
     def __init__(self, model: HLLM, text_encoders: Mapping[str, ItemEncoder], peak_flops: float) -> None:
@@ -43,18 +44,19 @@ class StepMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Leave out what has happened since the last tick."""
+        """Start measuring from now on; ignores time and work since the last tick (evaluation, checkpoints)."""
         self._time = time.perf_counter()
         self._encoded = {name: encoder.work for name, encoder in self.text_encoders.items()}
 
     def tick(self, batches: Sequence[HybridBatch]) -> dict[str, float]:
-        """Rates since the last tick, in which every rank trained on its `batches`. Collective."""
+        """Rates since the last tick or restart, in which every rank trained on its `batches`. Collective."""
         seconds = time.perf_counter() - self._time
         encoded = {name: encoder.work - self._encoded[name] for name, encoder in self.text_encoders.items()}
         work = [user_token_counts(batch, queries=self.model.fusion.has_queries) for batch in batches]
         user_tokens, user_keys = map(sum, zip(*work, strict=True))
         flops = 0.0
         for part in self.model.named_backbones():
+            # Items are counted by the rank that encodes them, whichever rank has them in its batch.
             module = part.module
             of_part = (
                 module.flops(encoded[part.name])
@@ -65,12 +67,12 @@ class StepMeter:
         item_tokens = sum(work.tokens for work in encoded.values())
         exposures = sum(batch.num_exposures for batch in batches)
         read = sum(batch.item_ids.numel() for batch in batches)
-        whole = sum(batch.full_history[0].numel() for batch in batches)
-        local = torch.tensor([exposures, item_tokens, user_tokens, flops, read, whole], dtype=torch.float64)
-        exposures_all, items_all, users_all, flops_all, read_all, whole_all = global_sum(local).tolist()
+        full = sum(batch.full_history[0].numel() for batch in batches)
+        local = torch.tensor([exposures, item_tokens, user_tokens, flops, read, full], dtype=torch.float64)
+        exposures_all, items_all, users_all, flops_all, read_all, full_all = global_sum(local).tolist()
         self.restart()
         shortens = any(batch.full_history_items is not None for batch in batches)
-        return ({"history_kept": read_all / max(whole_all, 1.0)} if shortens else {}) | {
+        return ({"history_kept": read_all / max(full_all, 1.0)} if shortens else {}) | {
             "seconds": seconds,
             "samples_per_second": exposures_all / seconds,
             "item_tokens_per_second": items_all / seconds,
@@ -80,11 +82,12 @@ class StepMeter:
 
 
 def user_token_counts(batch: HybridBatch, queries: bool) -> tuple[int, int]:
-    """(tokens, keys that they attend to, all together) of the user encoder's forward pass over a batch.
+    """(number of tokens, total number of keys that they attend to) of the user encoder's forward pass over a batch.
 
-    queries: whether it reads the query tokens, too.
+    queries: True if it also reads query tokens.
     """
     lengths = batch.seq_offsets.diff()
+    # Causal: position i of a history sees i + 1 keys. A query sees its visible positions and itself.
     tokens, keys = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
     if not queries:
         return tokens, keys
@@ -92,10 +95,11 @@ def user_token_counts(batch: HybridBatch, queries: bool) -> tuple[int, int]:
 
 
 def forward_passes(module: ItemLLM | UserEncoder) -> int:
-    """Cost of a training step's rows in an LLM, in forward passes.
+    """Cost of a module in a training step, in units of its forward pass.
 
-    Frozen: 1 where it reads text, before which nothing learns; otherwise gradients are handed on to its inputs, in one
-    more. Adapters (LoRA) need no more than that: no products give the weights' gradients.
+    Trained: 3 (forward, gradients of inputs, gradients of weights). Frozen: 1 if it reads text, because nothing before
+    it is trained; otherwise 2, because gradients pass through to its inputs. With adapters (LoRA): 2, because the
+    gradients of the base weights are not computed.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return 1 if module.reads_text else 2
@@ -103,8 +107,8 @@ def forward_passes(module: ItemLLM | UserEncoder) -> int:
 
 
 def global_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of all ranks together, who measure at once: they may share cores. Collective."""
-    global_sum(torch.zeros(1))  # they begin together
+    """FLOP/s of all ranks together, measured at the same time because ranks may share cores. Collective."""
+    global_sum(torch.zeros(1))  # a barrier: all ranks start measuring together
     return float(global_sum(torch.tensor([_local_peak(device, dtype)], dtype=torch.float64)))
 
 
@@ -114,17 +118,17 @@ def _local_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 SAMPLED_ITEMS = 256
-"""How many items' embeddings are looked at before and after."""
+"""Number of items whose embeddings are compared before and after training."""
 
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """Copies of one matrix of each part: enough to show that a part was trained, or was left alone."""
+    """Copies of one matrix of each part: enough to show whether a part was trained."""
 
     matrices: dict[str, Tensor]
 
     def relative_change_since(self, earlier: "WeightSnapshot") -> dict[str, float]:
-        """Relative change ||now - then|| / ||then|| by part (0 is bit for bit the same)."""
+        """Relative change ||now - then|| / ||then|| by part (0: identical bit for bit)."""
         norm = torch.linalg.vector_norm
         return {
             part: float(norm(now - earlier.matrices[part]) / norm(earlier.matrices[part]))
@@ -134,7 +138,7 @@ class WeightSnapshot:
 
 @torch.no_grad()
 def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> WeightSnapshot:
-    """The first layer's first matrix of each part of `named_backbones` (this rank's part of it).
+    """Copy the first layer's first trained matrix of each part of `named_backbones` (this rank's shard of it).
 
     With an encoder also the embeddings of the first SAMPLED_ITEMS items, as "item_embeddings"; then collective.
     """

@@ -1,4 +1,4 @@
-"""The training loop: stages of epochs of steps, evaluated and saved on a schedule, resumable exactly."""
+"""Training loop: stages, epochs and steps, with scheduled evaluation and checkpoints; resumes exactly."""
 
 import math
 from collections.abc import Generator
@@ -50,15 +50,15 @@ from hllm_torchrec.training.wandb_sink import open_run_log
 
 
 class Trainer:
-    """Trains a model on this rank; `run` does it all. `build_trainer` makes one of a configuration.
+    """Trains a model on this rank; the entry point is `run`. `build_trainer` builds one from a configuration.
 
-    Making one is not collective: nothing is exchanged with other ranks, fetched or drawn at random.
+    The constructor is not collective: it does not communicate, download or draw random numbers.
 
     Args:
-        experiment: the model with the weights to begin with, and its dataset.
-        checkpoints: writes the run's checkpoints, and says where the run is.
-        resume_from: the checkpoint that `run` goes on from.
-        peak_flops: operations per second of all ranks together, for the log's utilization.
+        experiment: the model with its initial weights, and the dataset.
+        checkpoints: checkpoint manager; its `output` is the run's folder.
+        resume_from: the checkpoint from which `run` continues, or None.
+        peak_flops: FLOP/s of all ranks together, for the log's utilization.
     """
 
     log: RunLog
@@ -95,18 +95,18 @@ class Trainer:
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.guard = StepGuard(self.config, self.rank, self.output)
-        self.evaluation_pending = False  # whether the present step's evaluation is still to come
+        self.evaluation_pending = False  # True if the evaluation of the current step has not been done yet
         self.preemption, self.should_stop = PreemptionHandler(), False
-        self.save_failed = False  # whether a checkpoint in flight has failed on some rank
+        self.save_failed = False  # True if the pending checkpoint has failed on some rank
         self.metrics: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> dict[str, Any]:
-        """Train to the end (or until it stops getting better) and return the last evaluation.
+        """Train to the end (or until early stopping) and return the last evaluation. Collective.
 
         Raises:
-            Preempted: a rank was sent SIGTERM; the state after the last step is saved.
+            Preempted: a rank received SIGTERM; the state after the last step is saved.
             FloatingPointError: the loss is not finite, or the item embeddings have collapsed.
         """
         started = snapshot_weights(self.hllm, self.experiment.item_encoder)
@@ -138,7 +138,7 @@ class Trainer:
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:
-        if self.evaluation_pending:
+        if self.evaluation_pending:  # the resumed checkpoint was saved before the evaluation of its step
             self._evaluate_and_save()
         for segment in self.schedule.from_step(self.step):
             if self.early_stopping.is_over:
@@ -154,12 +154,12 @@ class Trainer:
         raise Preempted(f"asked to leave (SIGTERM) after step {self.step}, which is saved: continue with resume: true")
 
     def _item_llm_steps(self) -> int:
-        """Steps so far through which gradients reached the Item LLM."""
+        """Number of steps so far in which gradients reached the Item LLM."""
         learns = self.config.item_llm.enabled and self.config.item_llm.trainable
         return self.schedule.end_to_end_steps(self.step) if learns else 0
 
     def _summary_line(self, moved: dict[str, float]) -> str:
-        """What was trained, for the reader of the log: relative changes of weights and of item embeddings."""
+        """Summary of what was trained: relative changes of weights and of item embeddings."""
         live = self._item_llm_steps()
         shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
         return (
@@ -181,14 +181,14 @@ class Trainer:
                 self._after_step()
                 if self.early_stopping.is_over:
                     break
-                meter.restart()
+                meter.restart()  # evaluation and saving do not count as training time
         if self.table_prefetcher is not None:
             self.table_prefetcher.finish()
 
     def train_step(self, batches: list[HybridBatch], next_batches: list[HybridBatch] | None = None) -> dict[str, float]:
-        """Forward and backward of every micro-batch, then the dense optimizer's step; what the log shows.
+        """Forward and backward of every micro-batch, then the dense optimizer's step; returns the log's statistics.
 
-        Nothing where the step is skipped: see `StepGuard`.
+        They are empty if the step is skipped: see `StepGuard`. Collective.
         next_batches: micro-batches of the next step, on the device: their table ids may be exchanged ahead.
         """
         self._set_learning_rates(self.schedule.learning_rate_ratio(self.step))
@@ -205,21 +205,23 @@ class Trainer:
                 if self.table_prefetcher is not None:
                     self.table_prefetcher.send()
                 stats += of_batch
+                # All ranks agree, so that none enters the collectives of a backward pass that others skip.
                 if refused := self.guard.rejects_loss(loss):
                     break
                 # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
                 (loss * self.world_size).backward()
+        # Refused: a nan norm makes `_describe` record a failure and clear the gradients of earlier micro-batches.
         norm = math.nan if refused else dense_step(self.dense_optim, self.config.optim.clip_norm)
         self.step += 1
         if self.ema is not None and math.isfinite(norm):
             self.ema.update(self.step)
-        found = self._describe(stats, norm, batches)
-        if not found:
+        numbers = self._describe(stats, norm, batches)
+        if not numbers:
             return {}
-        return found | {"grad_norm": norm, "lr": self.dense_optim.param_groups[0]["lr"]}
+        return numbers | {"grad_norm": norm, "lr": self.dense_optim.param_groups[0]["lr"]}
 
     def _describe(self, stats: StepStats, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
-        """What the log shows of a step. Collective: ranks learn here, too, whether one of them is to leave."""
+        """Statistics of a step for the log; also exchanges the ranks' preemption and save-failure flags. Collective."""
         flags = {"asked_to_stop": self.preemption.requested, "failed_saves": self.checkpoints.pending_save_failed}
         totals = replace(stats, **flags).over_ranks()
         self.should_stop, self.save_failed = totals.asked_to_stop > 0, totals.failed_saves > 0
@@ -237,7 +239,7 @@ class Trainer:
         return found
 
     def _no_sync(self) -> AbstractContextManager[None]:
-        """DDP sums micro-batches before it communicates; FSDP2 communicates each, which costs only time."""
+        """Context without gradient communication (DDP). FSDP2 communicates every micro-batch, which costs only time."""
         inner = self.model._dmp_wrapped_module
         context: AbstractContextManager[None] = inner.no_sync() if hasattr(inner, "no_sync") else nullcontext()
         return context
@@ -259,7 +261,7 @@ class Trainer:
         return self.loaders[stage]
 
     def _micro_batches(self, segment: EpochSegment) -> Generator[list[HybridBatch], None, None]:
-        """The micro-batches of each step of the segment that is still to be done."""
+        """Yield the micro-batches of each remaining step of the segment."""
         accumulate = self.config.optim.accumulate
         done = max(0, self.step - segment.first_step)
         with closing(self._loader(segment.stage).batches(segment.epoch, done * accumulate)) as batches:
@@ -267,10 +269,10 @@ class Trainer:
                 yield [batch.to(self.device, non_blocking=True) for batch in islice(batches, accumulate)]
 
     def _begin_segment(self, segment: EpochSegment) -> None:
-        """Item embeddings as the stage wants them: live, or from a cache filled by the present weights.
+        """Set the item source of the stage: live, or a cache filled with the current weights. Collective.
 
-        A run resumed within a cached stage fills it anew: the Item LLM is as it was when the stage began,
-        since nothing trains it in such a stage.
+        A run resumed within a cached stage fills the cache again. It is the same as before, because the Item LLM is
+        not trained in such a stage.
         """
         cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
         if segment.is_first_of_stage or (cached and self.hllm.encodes_items):
@@ -308,12 +310,12 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation and checkpoints
 
     def _after_step(self) -> None:
-        """What is due after the present step."""
+        """Raise, evaluate or save, as due after the current step. Collective."""
         every = self.config.evaluation.checkpoint_every
         self.evaluation_pending = self.step in self.schedule.evaluation_steps
         if self.save_failed:
             self.checkpoints.finish_pending_save(self.log)
-        if self.should_stop:
+        if self.should_stop:  # before an evaluation, which may outlast the grace period; it stays pending
             raise Preempted
         if self.evaluation_pending:
             self._evaluate_and_save()
@@ -322,8 +324,8 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         self.metrics = self.evaluate()
-        own = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
-        score = float(self.metrics[own])
+        metric = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
+        score = float(self.metrics[metric])
         self.early_stopping.improves(score)
         self.evaluation_pending = False
         self.log.write("eval", self.step, split="valid", **self.metrics)
@@ -331,7 +333,7 @@ class Trainer:
         self.guard.check_leakage(self.step, self.metrics.get("auc"))
 
     def save_untrained(self) -> dict[str, Any]:
-        """Evaluate and save the model as it stands: a run of no steps, of weights that were trained elsewhere.
+        """Evaluate and save the model without training: a run of 0 steps with weights that were trained elsewhere.
 
         Returns the evaluation. Collective.
         """
@@ -353,8 +355,8 @@ class Trainer:
                 scored = score_split(self.model, self.validation, self.device, cold=cold)
                 metrics |= quick_metrics(scored, self.config.evaluation.auc)
             if measures_retrieval(self.experiment):
-                found = evaluate_retrieval(self.experiment, self.validation)
-                metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in found.items()}
+                retrieval = evaluate_retrieval(self.experiment, self.validation)
+                metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in retrieval.items()}
         return metrics
 
     def _state(self) -> dict[str, Any]:
@@ -378,7 +380,7 @@ class Trainer:
         self.checkpoints.save(self.step, self._state(), extra, score, self.log)
 
     def _resume(self) -> None:
-        """Continue from the last complete checkpoint, if asked to and there is one."""
+        """Load the checkpoint `resume_from`, if there is one. Collective."""
         if self.checkpoint is None:
             return
         extra = load_checkpoint(self.checkpoint, self._state())
@@ -388,6 +390,7 @@ class Trainer:
         self.evaluation_pending = extra.get("owed", False)
         self.early_stopping.stale = extra["stale"]
         self.early_stopping.best = -math.inf if extra["best"] is None else extra["best"]
+        # The tables are updated in every micro-batch, the dense weights once a step.
         self.table_optim.set_step(self.step * self.config.optim.accumulate)
-        if (own := load_rank_extra(self.checkpoint)) is not None:
-            set_rng_state(own["rng"])
+        if (rank_extra := load_rank_extra(self.checkpoint)) is not None:
+            set_rng_state(rank_extra["rng"])

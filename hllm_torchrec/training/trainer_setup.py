@@ -1,4 +1,4 @@
-"""From a configuration to a `Trainer`: everything that ranks do together before training, in the order they do it."""
+"""Construction of a `Trainer` from a configuration: all collective work before training, in order."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from hllm_torchrec.training.warm_start import warm_start
 
 
 def build_trainer(config: Config, device: torch.device) -> Trainer:
-    """The trainer of a configuration on this rank. Collective.
+    """Build the trainer of a configuration on this rank. Collective.
 
     Raises:
-        ConfigError: the configuration does not fit the dataset, the device, or what `output` holds already.
+        ConfigError: the configuration does not fit the dataset, the device, or the existing contents of `output`.
     """
-    storage = open_run_storage(config.output)  # where `output` is a URL: fetches what is there of the run
+    storage = open_run_storage(config.output)  # if `output` is a URL: downloads the existing files of the run
     resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
     # Draws random numbers, so it comes before `build_experiment`, which seeds.
     peak_flops = global_matmul_peak(device, compute_dtype(config))
@@ -29,5 +29,5 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     experiment = build_experiment(config, device)
     if config.start_from is not None:
         warm_start(experiment, Path(config.start_from))
-    checkpoints = CheckpointManager(config, storage)  # a process group of its own, where it writes on a thread
+    checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
     return Trainer(experiment, checkpoints, resume_from, peak_flops)

@@ -1,4 +1,4 @@
-"""A run's numbers for Weights & Biases, by option: `logs.wandb: PROJECT`. Written to <run>/wandb when offline."""
+"""Weights & Biases sink, enabled by `logs.wandb: PROJECT`. Offline mode writes to <run>/wandb."""
 
 import hashlib
 import importlib.util
@@ -13,11 +13,11 @@ from hllm_torchrec.config.schema import Config, LogsConfig
 
 
 class WandbLog:
-    """A run of Weights & Biases; a resumed run of ours goes on with it. For one process."""
+    """A run of Weights & Biases; a resumed training run continues it. Create it on one rank only."""
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Begin, or go on with, the run that belongs to `run_dir`; `config` is shown beside it."""
-        import wandb  # seconds to import, and optional
+        """Start or resume the W&B run of `run_dir`, with `config` attached."""
+        import wandb  # optional, and takes seconds to import
 
         name = str(run_dir.resolve())
         self._run: Any = wandb.init(
@@ -29,39 +29,39 @@ class WandbLog:
             config=dict(config),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # Charts go by our own step: a resumed run repeats some, which its own counter would refuse.
+        # Use our step as the x axis: a resumed run repeats steps, which W&B's own monotonic counter rejects.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Hand on the numbers of one event."""
+        """Log the metrics of one event."""
         if numbers:
             self._run.log({"step": step, **numbers})
 
     def close(self) -> None:
-        """Write or send what is left."""
+        """Flush and close."""
         self._run.finish()
 
 
 def open_run_log(config: Config, output: Path, rank: int, resumed_step: int | None) -> RunLog:
-    """The log of a training run in its folder `output`, on every rank; only rank 0's writes.
+    """Open the log of a training run in its folder `output`, on every rank; only rank 0 writes.
 
     Raises:
-        ConfigError: `logs.wandb` without the package.
+        ConfigError: `logs.wandb` is set and the package is not installed.
     """
     check_logs(config.logs)
-    also = None
+    sink = None
     if config.logs.wandb is not None and rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        also = WandbLog(config.logs.wandb, output, to_dict(config))
-    return RunLog(output, rank, resumed_step, also)
+        sink = WandbLog(config.logs.wandb, output, to_dict(config))
+    return RunLog(output, rank, resumed_step, sink)
 
 
 def check_logs(logs: LogsConfig) -> None:
-    """Whether what is asked for can be had.
+    """Check that the packages of the configured sinks are installed.
 
     Raises:
         ConfigError: the package is not installed.
     """
     if logs.wandb is not None and importlib.util.find_spec("wandb") is None:
-        remedy = "pip install 'hllm_torchrec[wandb]', or leave the field out"
+        remedy = "pip install 'hllm_torchrec[wandb]', or remove the field"
         raise ConfigError(f"logs.wandb: {logs.wandb!r}: needs the package wandb: {remedy}")

@@ -1,4 +1,4 @@
-"""A run that begins with the weights of another: stage II of HLLM starts from stage I."""
+"""Warm start: initializes a run with the weights of another, as stage II of HLLM starts from stage I."""
 
 import re
 from pathlib import Path
@@ -24,19 +24,19 @@ OPTIONAL_PARTS = (
     "user_token",
     "value_head",
 )
-"""Parts of the model that the other run need not have; the Item LLM and the user encoder it must."""
+"""Parts of the model that the other run may lack; it must have the Item LLM and the user encoder."""
 
 
 def warm_start(experiment: Experiment, source: Path) -> None:
     """Load the weights of a run's best checkpoint, or of a checkpoint, into a newly built model. Collective.
 
-    Averaged weights (`optim.ema`) where the other run has them, as it was they that made the checkpoint the best.
-    What the checkpoint lacks of the parts OPTIONAL_PARTS, or has in another shape, keeps its initial values; a warning
-    says so. Optimizers begin anew.
+    Averaged weights (`optim.ema`) are used if the other run has them, because they were the ones evaluated to select
+    the best checkpoint. Weights of OPTIONAL_PARTS that the checkpoint lacks, or has in another shape, keep their
+    initial values, with a warning. Optimizer state is not loaded.
 
     Raises:
-        ConfigError: there is no such checkpoint.
-        ValueError: its Item LLM or user encoder are others, or its files are damaged.
+        ConfigError: the checkpoint does not exist.
+        ValueError: its Item LLM or user encoder differ, or its files are damaged.
     """
     checkpoint = _find(source)
     keep = [f"{group}.{part}" for group in ("model", "ema") for part in OPTIONAL_PARTS]
@@ -46,8 +46,9 @@ def warm_start(experiment: Experiment, source: Path) -> None:
         lambda: [key for key in SafeReader(checkpoint).read_tensors() if key.startswith("ema.")]
     )
     if averaged:
-        own = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in set(averaged)}
-        load_checkpoint(checkpoint, {"ema": own}, allow_missing=keep)
+        # Averages exist for a part of the weights only; they overwrite, in place, the weights loaded above.
+        weights = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in set(averaged)}
+        load_checkpoint(checkpoint, {"ema": weights}, allow_missing=keep)
 
 
 def _find(source: Path) -> Path:
@@ -55,12 +56,12 @@ def _find(source: Path) -> Path:
         source = local_checkpoint(source)
     if (source / MARKER).is_file():
         return verify_checkpoint(source)
-    found = best_checkpoint(local_run(source, "best") / "checkpoints")
-    if found is None:
+    best = best_checkpoint(local_run(source, "best") / "checkpoints")
+    if best is None:
         raise ConfigError(
             [
                 f"start_from: {source}: neither a checkpoint nor a run with an evaluated one; train that run first, or "
                 "name a checkpoint"
             ]
         )
-    return found
+    return best

@@ -1,4 +1,4 @@
-"""Softmax attention against a cached history: the plans by which layers read events, and then candidates.
+"""Softmax attention with a cached history: one plan for reading events, one for scoring candidates.
 
 Legend: N history positions, n new ones, m candidates of a micro-batch, H heads, G key-value heads, E and V widths of a
 head's keys and values.
@@ -14,11 +14,11 @@ from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues
 from hllm_torchrec.modules.attention.text import grouped_attention
 
 OWN_COLUMNS = 8
-"""Columns added to keys and values for a candidate's own key; one is needed, kernels on CUDA want a multiple of 8."""
+"""Columns added to keys and values for a candidate's own key: one is needed; CUDA kernels require multiples of 8."""
 
 
 class ReadPlan:
-    """A `TextPlan` for n rows behind a cached history, causally; notes each layer's keys and values."""
+    """Causal `TextPlan` for n rows that follow a cached history; records the keys and values of each layer."""
 
     def __init__(self, cache: HistoryCache | None, new: int, device: torch.device) -> None:
         self.before = 0 if cache is None else cache.length
@@ -27,20 +27,21 @@ class ReadPlan:
         self.longest = self.before + new
         self.layers: list[KeysValues] = []
         self.mask = None
-        if self.before:
+        if self.before:  # new row i sees all cached positions and new rows 0..i; without a cache is_causal suffices
             self.mask = torch.ones(new, self.longest, dtype=torch.bool, device=device).tril(self.before)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """See `TextPlan`; called once per layer, in their order."""
-        own = KeysValues(key, value)
-        layer = own if self.cached is None else self.cached[len(self.layers)].followed_by(key, value)
+        """See `TextPlan`; called once per layer, in layer order."""
+        # Each call appends one layer, so the number of recorded layers is the index of the current one.
+        new = KeysValues(key, value)
+        layer = new if self.cached is None else self.cached[len(self.layers)].followed_by(key, value)
         self.layers.append(layer)
         q, k, v = query[None], layer.keys[None], layer.values[None]
         return grouped_attention(q, k, v, self.mask, self.mask is None, scaling, dropout)
 
 
 class RequestPlan:
-    """A `TextPlan` for m candidates that see a history and themselves.
+    """`TextPlan` for m candidates that each see the history and themselves.
 
     layers: (keys [1, G, 1 + N, E + 8], values likewise) from `with_own_key`.
     """
@@ -51,20 +52,22 @@ class RequestPlan:
         self.longest = visible + 1
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-        """See `TextPlan`; called once per layer, in their order.
+        """See `TextPlan`; called once per layer, in layer order.
 
-        A candidate's own key is another for every row, which a kernel of attention does not know. So one key
-        stands for it, (0, ..., 0, 1), which a query (q, q . k_own) scores as its own; its value, (0, ..., 0, 1),
-        makes the last column of the output the weight of the own value. No mask, and no scores in memory.
+        Each candidate also sees its own key, which differs per row, and attention kernels have no per-row key. So one
+        shared key (0, ..., 0, 1) represents it: the extended query (q, q . k_own) has the score q . k_own with it. Its
+        value (0, ..., 0, 1) makes the added output column the attention weight of the own value, which is then added.
+        This needs no mask and no materialized scores.
         """
         keys, values = next(self.remaining)
         (number, heads, width), groups = query.shape, key.shape[1]
+        # Grouped queries: heads / groups query heads share each key-value head.
         by_group = query.view(number, groups, heads // groups, width)
-        own = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
-        asking = torch.cat([query, own, own.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)
-        found = _attention(asking.transpose(0, 1)[None], keys, values, scaling, dropout)[0].transpose(0, 1)
-        weight = found[..., value.shape[2]].view(number, groups, -1, 1)
-        return found[..., : value.shape[2]] + (weight * value[:, :, None]).reshape(number, heads, -1)
+        own_score = (by_group * key[:, :, None]).sum(-1).view(number, heads, 1)
+        extended = torch.cat([query, own_score, own_score.new_zeros(number, heads, OWN_COLUMNS - 1)], dim=-1)
+        output = _attention(extended.transpose(0, 1)[None], keys, values, scaling, dropout)[0].transpose(0, 1)
+        weight = output[..., value.shape[2]].view(number, groups, -1, 1)
+        return output[..., : value.shape[2]] + (weight * value[:, :, None]).reshape(number, heads, -1)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:
@@ -73,13 +76,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) 
 
 
 def with_own_key(layer: KeysValues, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, G, 1 + N, E + 8] with the key that stands for a candidate's own in front."""
+    """Keys and values [1, G, 1 + N, E + 8], preceded by the key and value that represent a candidate's own."""
 
     def extended(x_NGE: Tensor) -> Tensor:
         number, groups, width = x_NGE.shape
-        whole = torch.zeros(1, groups, number + 1, width + OWN_COLUMNS, device=x_NGE.device, dtype=dtype)
-        whole[0, :, 1:, :width] = x_NGE.transpose(0, 1)
-        whole[0, :, 0, width] = 1
-        return whole
+        padded = torch.zeros(1, groups, number + 1, width + OWN_COLUMNS, device=x_NGE.device, dtype=dtype)
+        padded[0, :, 1:, :width] = x_NGE.transpose(0, 1)
+        padded[0, :, 0, width] = 1
+        return padded
 
     return extended(layer.keys), extended(layer.values)

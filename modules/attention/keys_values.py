@@ -1,4 +1,4 @@
-"""Keys and values that are kept of a history: see `history_cache`.
+"""Cached keys and values of a history: see `history_cache`.
 
 Legend: N history positions, n new ones, m candidates of a micro-batch, G key-value heads, E and V widths of a head's
 keys and values, D width.
@@ -11,28 +11,28 @@ import torch
 from torch import Tensor
 
 ScoreCandidates = Callable[[Tensor], Tensor]
-"""x [m, D] of a micro-batch of candidates -> q [m, D]."""
+"""Function of the inputs x [m, D] of a micro-batch of candidates that returns their outputs q [m, D]."""
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Of one layer: keys [N, G, E] (rotated where the encoder rotates them), values [N, G, V]."""
+    """Keys [N, G, E] (after the rotary embedding, if the encoder has one) and values [N, G, V] of one layer."""
 
     keys: Tensor
     values: Tensor
 
     def first(self, number: int) -> "KeysValues":
-        """Of the first positions."""
+        """Keys and values of the first `number` positions (views)."""
         return KeysValues(self.keys[:number], self.values[:number])
 
     def followed_by(self, keys: Tensor, values: Tensor) -> "KeysValues":
-        """With more positions at the end: keys [n, G, E], values [n, G, V]."""
+        """Append the keys [n, G, E] and values [n, G, V] of more positions; returns a copy."""
         return KeysValues(torch.cat([self.keys, keys]), torch.cat([self.values, values]))
 
 
 @dataclass(frozen=True)
 class HistoryCache:
-    """What is kept of one user's history: every layer's keys and values, and times [N] int64 seconds."""
+    """Cache of one user's history: keys and values of every layer, and times [N] int64 seconds."""
 
     layers: tuple[KeysValues, ...]
     times: Tensor
@@ -44,5 +44,5 @@ class HistoryCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Size in bytes."""
         return self.times.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)

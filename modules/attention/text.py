@@ -88,7 +88,7 @@ class TextPlan(Protocol):
 
 
 class WholeTextPlan(TextPlan, Protocol):
-    """A `TextPlan` that can also attend for the last positions alone."""
+    """A `TextPlan` that can also compute attention for the last position of each text only."""
 
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """Attend for the last position of each text: query [U, H, D], key and value [S, G, D] of all rows -> [U, H, D].

@@ -1,4 +1,4 @@
-"""Hugging Face models as backbones: their layers, and what these cost."""
+"""Hugging Face models as backbones: layers, activation checkpointing and FLOPs."""
 
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,12 @@ def backbone_layers(backbone: nn.Module) -> nn.ModuleList:
 
 
 def checkpoint_layers(backbone: "PreTrainedModel") -> None:
-    """Let each layer run again in the backward pass instead of keeping its activations."""
+    """Enable activation checkpointing: each layer runs again in the backward pass."""
     backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def backbone_flops(backbone: "PreTrainedModel", tokens: int, keys: int) -> float:
-    """Operations of a forward pass over `tokens` that attend to `keys` keys all together."""
+    """FLOPs of a forward pass over `tokens` tokens that attend to `keys` keys in total."""
     if tokens == 0:
         return 0.0
     config = backbone.config
@@ -49,7 +49,7 @@ def transformer_flops_per_token(
     head_dim: int | None = None,
     gated: bool = True,
 ) -> float:
-    """Return the operations of one token's forward pass: the matrix products, at 2 per multiply and add.
+    """Return the FLOPs of one token's forward pass: the matrix products, 2 per multiply-add.
 
     Norms, activations, softmax, rotary embeddings, the word embeddings and a vocabulary head are not counted.
     Training costs 3 times as much (the backward pass has two products for each forward one), or 4 times with
@@ -57,13 +57,13 @@ def transformer_flops_per_token(
 
     Args:
         hidden: width D of the residual stream.
-        intermediate: width of the feed-forward part.
+        intermediate: width of the feed-forward network.
         layers: number of layers.
         heads: query heads.
         kv_heads: key and value heads (fewer than `heads` with grouped queries).
-        context: keys a token attends to, on average: (n + 1) / 2 for causal attention over n tokens, n
-            without a causal mask or where a kernel computes the masked half as well.
-        head_dim: width of a head; none given: `hidden / heads`.
+        context: mean number of keys that a token attends to: (n + 1) / 2 for causal attention over n tokens, n
+            without a causal mask or if a kernel also computes the masked half.
+        head_dim: width of a head; None: `hidden / heads`.
         gated: three feed-forward matrices (Llama's SwiGLU) instead of two (BERT).
     """
     head_dim = head_dim or hidden // heads

@@ -1,9 +1,9 @@
-"""Interface of the user encoders: packed history and queries in, one hidden state each out.
+"""Interface of the user encoders: packed history and queries in, one hidden state per row out.
 
     forward(x_TD, seq_offsets, timestamps, queries, next_times) -> (h_TD, q_QD)
 
-A history position sees its sequence up to itself; a query sees the first `visible` positions and itself, and
-no one sees a query.
+A history position sees its sequence up to itself. A query sees the first `visible` positions and itself. No other row
+sees a query.
 
 Legend: B users, T history positions, Q queries, S = T + Q packed rows, D width, H heads.
 """
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Queries:
     """Query tokens of a packed batch.
 
-    x_QD: [Q, D] inputs; offsets: [B+1] int64, which queries are whose; visible: [Q] int64, how many positions
-    of the user's history, from its start, each query sees; times: [Q] int64 seconds of the requests.
+    x_QD: [Q, D] inputs; offsets: [B+1] int64, queries of each user; visible: [Q] int64, number of positions of the
+    user's history, from its start, that each query sees; times: [Q] int64 seconds of the requests.
     """
 
     x_QD: Tensor
@@ -43,10 +43,10 @@ class Queries:
 class PackedRows:
     """S packed rows: T history positions, then Q queries.
 
-    seq_offsets, query_offsets: [B+1] int64, which history positions and which queries are whose.
-    visible: [Q] int64; positions, sequences: [S] int64, each row's place in its sequence (a query stands right
-    after what it sees) and the sequence's number; times: [S] int64 seconds of the events and requests;
-    asked_at: [S] int64, the moment that a row speaks of: a request's, an event's own or the next event's.
+    seq_offsets, query_offsets: [B+1] int64, history positions and queries of each user. visible: [Q] int64, see
+    `Queries`. positions, sequences: [S] int64, each row's position in its sequence (a query's position follows the
+    ones that it sees) and the index of the sequence. times: [S] int64 seconds of the events and requests. asked_at:
+    [S] int64, the time from which a row measures distances: of the request, of the event or of the next event.
     """
 
     seq_offsets: Tensor
@@ -70,11 +70,12 @@ def pack_rows(
     queries: Queries | None = None,
     next_times: Tensor | None = None,
 ) -> PackedRows:
-    """The rows of `total` = T history positions and the queries.
+    """Build the rows of `total` = T history positions and the queries.
 
-    timestamps: [T] int64 seconds, zeros where none are given; next_times: [T], when the event after each
-    position happened (of the last one: the request), or None for the position's own time.
+    timestamps: [T] int64 seconds, None for zeros; next_times: [T], time of the event after each position (for the last
+    position: of the request), or None for the position's own time.
     """
+    # History rows come first in every field, then the queries: `forward` splits the output at T.
     nothing = seq_offsets.new_zeros(0)
     times = seq_offsets.new_zeros(total) if timestamps is None else timestamps
     asked_at = times if next_times is None else next_times
@@ -94,26 +95,26 @@ def pack_rows(
 
 
 class UserEncoder(nn.Module, ABC):
-    """Base of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and write `encode` and `flops`.
+    """Base class of the User LLM, HSTU, SASRec and LiGR: subclasses have `layers` and implement `encode` and `flops`.
 
-    One of your own is built as `Name(shape, dropout)`, where `shape` is its `Shape` of the configured fields; its
-    name, `module:Name`, in a configuration puts it in the User LLM's place.
+    A custom encoder is built as `Name(shape, dropout)`, where `shape` is an instance of its `Shape` with the configured
+    fields; a configuration selects it by `module:Name`.
 
     Args:
         width: D.
-        dropout: of the inputs, a probability.
+        dropout: dropout of the inputs, a probability.
         positions: rows of a table of learned positions that are added to the inputs; 0: none.
-        query_next_time: history positions ask at the time of the next event.
-        count_from_end: positions count from a sequence's last event; then there can be no queries.
+        query_next_time: the time of a history position (`PackedRows.asked_at`) is that of the next event.
+        count_from_end: positions count from a sequence's last event; queries are then not supported.
     """
 
     layers: nn.ModuleList
     reads_text: ClassVar[bool] = False
-    """False: inputs are features, which gradients are handed on to; see `ItemLLM`."""
+    """False: inputs are features, to which gradients are propagated; see `ItemLLM`."""
     keeps_history: ClassVar[bool] = False
-    """Whether keys and values of a history can be kept for later candidates: `read_history`, `begin_request`."""
+    """True if a history can be cached for scoring candidates later: `read_history`, `begin_request`."""
     Shape: ClassVar[type]
-    """Of an encoder of your own: a dataclass with the fields width, layers and what else it needs."""
+    """For a custom encoder: a dataclass with the fields width, layers and any others."""
 
     def __init__(
         self,
@@ -131,11 +132,11 @@ class UserEncoder(nn.Module, ABC):
             nn.init.normal_(self.positions.weight, std=0.02)
         self.query_next_time, self.count_from_end = query_next_time, count_from_end
         self.backbone: PreTrainedModel | None = None
-        """The Hugging Face model inside, where there is one."""
+        """The Hugging Face model of the encoder, or None."""
         self.context_prefix = 0
-        """Positions at the start of a history that see one another, and so must be read at once."""
+        """Number of positions at the start of a history that see one another, and so must be read in one call."""
         self.recompute = False
-        """Whether each layer runs again in the backward pass instead of keeping its activations."""
+        """Activation checkpointing: if True, each layer runs again in the backward pass."""
 
     def forward(
         self,
@@ -150,8 +151,8 @@ class UserEncoder(nn.Module, ABC):
         seq_offsets: [B+1] int64; timestamps, next_times: see `pack_rows`.
 
         Raises:
-            ValueError: the encoder asks at the next event's time and is not told it, it counts positions from
-                the end and is given queries, or a sequence is longer than the table of positions.
+            ValueError: the encoder needs the next event's times and `next_times` is None; it counts positions from the
+                end and there are queries; or a sequence is longer than the table of positions.
         """
         if self.query_next_time and next_times is None:
             raise ValueError(
@@ -161,6 +162,7 @@ class UserEncoder(nn.Module, ABC):
         total = x_TD.shape[0]
         rows = pack_rows(seq_offsets, total, timestamps, queries, next_times if self.query_next_time else None)
         inputs = x_TD if queries is None else torch.cat([x_TD, queries.x_QD])
+        # A rank without users still takes part in the collectives: see `_dummy_forward`.
         if inputs.shape[0] == 0:
             return self._dummy_forward(inputs), inputs
         hidden = self.encode(self._prepare(inputs, rows), rows)
@@ -172,28 +174,28 @@ class UserEncoder(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of a forward pass over `tokens` rows that see `keys` keys all together, 2 per product."""
+        """FLOPs of a forward pass over `tokens` rows that see `keys` keys in total, 2 per multiply-add."""
 
     def blocks(self) -> nn.ModuleList:
-        """The layers, first to last: what is compiled, sharded (FSDP2) and recomputed one by one."""
+        """The layers, first to last: the units of compilation, sharding (FSDP2) and recomputation."""
         return self.layers
 
     def recompute_activations(self) -> None:
-        """Run each layer again in the backward pass instead of keeping its activations."""
+        """Enable activation checkpointing: each layer runs again in the backward pass."""
         self.recompute = True
 
     def attention_backend(self, device: torch.device) -> str | None:
-        """The backend of the attention on a device, and why, for the log; None where there is no choice.
+        """The attention backend on a device, with the reason, for the log; None if there is only one.
 
         Raises:
-            ValueError: the one asked for cannot run there.
+            ValueError: the configured backend cannot run on the device.
         """
         return None
 
     def read_history(self, x_ND: Tensor, times: Tensor, cache: HistoryCache | None) -> list[KeysValues]:
-        """Keys and values of every layer, the cached ones included: see `history_cache.read_history`.
+        """Keys and values of every layer, including the cached ones: see `history_cache.read_history`.
 
-        x_ND: [n, D] features of the events behind the cache, at least one; times: [N] int64 of all events.
+        x_ND: [n, D] features of the events after the cached ones, at least one; times: [N] int64 of all events.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
 
@@ -202,28 +204,29 @@ class UserEncoder(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        """The layer's output; kept activations are traded for time where `recompute` is set."""
+        """Run a layer, with activation checkpointing if `recompute` is set."""
         if self.recompute and torch.is_grad_enabled():
             output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
             return output
         return layer(*inputs)
 
     def _prepare(self, inputs: Tensor, rows: PackedRows) -> Tensor:
-        places = rows.positions
+        positions = rows.positions
         if self.count_from_end:
             if rows.visible.numel():
                 raise ArgumentError(
                     "count_from: 'end': positions count from the end, which queries, that see histories of many "
                     "lengths, cannot have: write start"
                 )
-            places = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - places
-        return self.add_positions(inputs, places)
+            # The last event of a sequence has position 0.
+            positions = lengths_from_offsets(rows.seq_offsets)[rows.sequences] - 1 - positions
+        return self.add_positions(inputs, positions)
 
     def add_positions(self, x_SD: Tensor, positions: Tensor) -> Tensor:
-        """The layers' inputs: x [S, D] with the vectors of positions `positions` [S] added, where there are any.
+        """Add the vectors of `positions` [S] (if the encoder has a table of them) to x [S, D], and apply dropout.
 
         Raises:
-            ValueError: a position beyond the table.
+            ValueError: a position is beyond the table.
         """
         if self.positions is None:
             return self.dropout(x_SD)
@@ -235,15 +238,16 @@ class UserEncoder(nn.Module, ABC):
         return self.dropout(x_SD + self.positions(positions))
 
     def _dummy_forward(self, inputs: Tensor) -> Tensor:
-        """Run the layers on one zero and keep nothing of it: [0, D], with a graph through every weight.
+        """Run the layers on one row and drop its output: [0, D], with a graph through every weight and the inputs.
 
-        A rank without users must do so, because FSDP's collectives and the tables' backward need every rank.
+        A rank without users must do so, because FSDP's collectives and the tables' backward pass need every rank. The
+        row is the sum of the inputs [0, D], which is 0.
         """
         rows = pack_rows(torch.tensor([0, 1], device=inputs.device), 1)
         return self.encode(self._prepare(inputs.sum(0, keepdim=True), rows), rows)[:0]
 
 
 def dense_flops(modules: Sequence[nn.Module]) -> float:
-    """Operations that the linear layers among `modules` take for one row."""
+    """FLOPs of the linear layers within `modules` for one row."""
     linear = [m for module in modules for m in module.modules() if isinstance(m, nn.Linear)]
     return 2.0 * sum(m.in_features * m.out_features for m in linear)

@@ -1,12 +1,12 @@
 """LiGR layers as user encoder: eSASRec's transformer (arXiv 2508.06450), after LiGR (arXiv 2502.03417).
 
     x = x + sigmoid(W1 x + b1) * dropout(MHA(LN(x)))
-    x = x + sigmoid(W2 x + b2) * dropout(FFN(LN(x)))        FFN: SwiGLU, 4 x width unless told otherwise
+    x = x + sigmoid(W2 x + b2) * dropout(FFN(LN(x)))        FFN: SwiGLU, 4 x width by default
 
-Each sublayer's output is let through by a gate of the residual stream before it. eSASRec is such a stack over
-item IDs with learned positions, trained to predict each next item with a sampled softmax.
+Each sublayer's output is multiplied by a gate computed from the sublayer's input x. eSASRec is such a stack over item
+IDs with learned positions, trained to predict each next item with a sampled softmax.
 
-Legend: S packed rows, D width, F hidden width of the feed-forward part.
+Legend: S packed rows, D width, F hidden width of the feed-forward network.
 """
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class SwiGLU(nn.Module):
 
 
 class LiGRLayer(nn.Module):
-    """One layer: gated attention, then the gated feed-forward part."""
+    """One layer: gated attention, then a gated feed-forward network."""
 
     def __init__(self, shape: LiGRShape) -> None:
         super().__init__()
@@ -57,10 +57,10 @@ class LiGR(SoftmaxEncoder):
 
     Args:
         shape: see `LiGRShape`.
-        dropout: of the inputs, a probability.
+        dropout: dropout of the inputs, a probability.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: the number of heads does not divide the width.
     """
 
     def __init__(self, shape: LiGRShape, dropout: float = 0.0) -> None:

@@ -2,15 +2,15 @@
 
     x = dropout(item + position);  blocks of causal self-attention and a point-wise ReLU network;  LN
 
-Three ways to norm a block (`SASRecShape.norm`):
+Variants of normalization (`SASRecShape.norm`):
 
     public: q = LN(x);  x = q + MHA(q, x, x);  x = LN(x);  x = x + FFN(x)      (the authors' code)
     pre:    x = x + MHA(LN(x));  x = x + FFN(LN(x))                            (the paper's text)
     post:   x = LN(x + MHA(x));  x = LN(x + FFN(x))
 
-Differences from the public code: positions count from the sequence's start unless `count_from` says end, so a
-position's state does not depend on how much comes after it; inputs are not multiplied by sqrt(D)
-(their tables' initial scale sets their size).
+Differences from the public code: positions count from the sequence's start unless `count_from` is "end", so a
+position's state does not depend on the number of later events; inputs are not multiplied by sqrt(D), because the
+initial scale of their tables determines their size.
 
 Legend: S packed rows, D width.
 """
@@ -48,8 +48,8 @@ class SASRecBlock(nn.Module):
     def forward(self, x_SD: Tensor, plan: AttentionPlan) -> Tensor:
         """[S, D] -> [S, D]."""
         if self.norm == "public":
-            asking = self.attention_norm(x_SD)
-            x_SD = self.forward_norm(asking + self.attention(asking, x_SD, plan))
+            queries = self.attention_norm(x_SD)
+            x_SD = self.forward_norm(queries + self.attention(queries, x_SD, plan))
             return x_SD + self.feed_forward(x_SD)
         if self.norm == "pre":
             normed = self.attention_norm(x_SD)
@@ -65,10 +65,10 @@ class SASRec(SoftmaxEncoder):
 
     Args:
         shape: see `SASRecShape`.
-        dropout: of the inputs, a probability.
+        dropout: dropout of the inputs, a probability.
 
     Raises:
-        ValueError: an unknown `norm`, or heads that do not divide the width.
+        ValueError: an unknown `norm`, or the number of heads does not divide the width.
     """
 
     def __init__(self, shape: SASRecShape, dropout: float = 0.0) -> None:

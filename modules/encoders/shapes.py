@@ -1,6 +1,6 @@
 """User encoders other than Hugging Face decoders: their names (`ENCODERS`) and shapes, as plain data without torch.
 
-A preset names a published parameterisation; every field that it decides may be given as well, and then counts.
+A preset names a published parameterization; fields that are given explicitly override it.
 """
 
 from collections.abc import Mapping
@@ -12,59 +12,58 @@ MAX_POSITIONS = 1024
 
 @dataclass(frozen=True)
 class HSTUShape:
-    """An HSTU stack (`modules.hstu`). Fields that are None are as the preset has them."""
+    """Shape of an HSTU stack (`modules.hstu`). Fields that are None have the preset's value."""
 
     width: int
-    """D of the residual stream: that of features and queries."""
+    """D, width of the residual stream, of features and of queries."""
     layers: int
     """Number of layers."""
     heads: int = 1
-    """H."""
+    """H, number of heads."""
     preset: Literal["research", "ranking"] = "research"
-    """research: LayerNorms without weights, SiLU on u, q, k and v, scores as they are, relative bias, learned
-    positions, u * LN(a). ranking: LayerNorms with weights, SiLU on u alone, scores over sqrt(width of a head),
-    no bias, no positions, the output reads [u, a, u * LN(a)]."""
+    """research: LayerNorms without weights, SiLU on u, q, k and v, unscaled scores, relative bias, learned positions,
+    output from u * LN(a). ranking: LayerNorms with weights, SiLU on u only, scores divided by sqrt(width of a head), no
+    bias, no positions, output from [u, a, u * LN(a)]."""
     qk_width: int | None = None
-    """Of a head's queries and keys; None: width / heads."""
+    """Width of a head's queries and keys; None: width / heads."""
     value_width: int | None = None
-    """Of a head's values and gates; None: width / heads."""
+    """Width of a head's values and gates; None: width / heads."""
     affine_norm: bool | None = None
     """LayerNorms have weights."""
     projection_bias: bool | None = None
-    """The projection to u, v, q and k has a bias (the output's has one where this has none, as published)."""
+    """The projection to u, v, q and k has a bias (the output projection has one if this has none, as published)."""
     silu: Literal["all", "u"] | None = None
-    """What of u, v, q and k goes through SiLU."""
+    """Application of SiLU: to u, v, q and k (all), or to u only."""
     scaled_scores: bool | None = None
     """q . k is divided by sqrt(qk_width)."""
     relative_bias: bool | None = None
-    """Add rab: a learned number for the distance in positions and one for the distance in time."""
+    """Add the relative bias rab to the scores: a learned number per distance in positions and per bucket of time."""
     absolute_positions: bool | None = None
     """Add a learned vector for the position to the input."""
     output: Literal["gated", "concat"] | None = None
     """gated: u * LN(a); concat: [u, a, u * LN(a)]."""
     divide_by: int | Literal["length"] = MAX_POSITIONS
-    """What a position's sum over keys is divided by: a constant (the published code: the longest history), or
-    the number of keys that the position itself sees. Never anything of the batch."""
+    """Divisor of a position's sum over keys: a constant (in the published code the maximum history), or the number of
+    keys that the position sees. It never depends on the batch."""
     max_positions: int = MAX_POSITIONS
-    """Rows of the position tables; relative distances beyond share the last one."""
+    """Rows of the position tables; larger relative distances share the last row."""
     time_buckets: int = 128
-    """Time distances fall into buckets 0 to this: floor(ln(max(seconds, 1)) / 0.301)."""
+    """Highest bucket of time differences: min(floor(ln(max(|seconds|, 1)) / 0.301), this)."""
     time_of: Literal["event", "next"] = "event"
-    """Whose time a history position asks at: its own, or the next event's, which the published code knows (at
-    serving it is the time of the request). Queries always ask at their request's time."""
+    """Time from which a history position measures time differences: its own, or the next event's, as in the published
+    code (at serving the time of the request). A query always uses the time of its request."""
     window: int | None = None
-    """A position sees this many latest positions, itself included; None: all."""
+    """Number of latest positions that a position sees, including itself; None: all."""
     prefix: int = 0
-    """The first positions of every sequence that are context: they see one another, and every one sees them."""
+    """Number of context positions at the start of each sequence: they see one another, and all positions see them."""
     dropout: float = 0.0
-    """Before each layer's output projection, a probability."""
+    """Dropout before each layer's output projection, a probability."""
     stochastic_depth: float = 0.0
-    """Probability, in training, that a user skips the last layer; layer l of L is skipped with l / L of it."""
+    """Probability p, in training, that a user skips the last layer; layer l of L is skipped with p l / L."""
     backend: Literal["auto", "eager", "compiled", "triton"] | str = "eager"
-    """Name in the registry of attention backends (`modules.pointwise_attention`); auto: triton on CUDA, else
-    eager."""
+    """Name in the registry of attention backends (`modules.hstu.attention`); auto: triton on CUDA, else eager."""
     bounds_history: ClassVar[bool] = False
-    """Whether histories may be no longer than max_positions: relative distances beyond share the table's last row."""
+    """True if max_positions limits the length of histories. Not for HSTU: larger distances share the last row."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -87,44 +86,44 @@ PRESETS: dict[str, dict[str, Any]] = {
         "output": "concat",
     },
 }
-"""What each preset of HSTU stands for."""
+"""Field values of each preset of HSTU."""
 
 
 @dataclass(frozen=True)
 class SoftmaxShape:
-    """What SASRec and LiGR have in common."""
+    """Common fields of the shapes of SASRec and LiGR."""
 
     width: int
-    """D."""
+    """D, width of the residual stream."""
     layers: int
     """Number of layers."""
     heads: int = 1
-    """H."""
+    """H, number of heads."""
     hidden: int | None = None
-    """Width of the feed-forward part; None: width in SASRec, as in its paper, and 4 x width in LiGR."""
+    """Width of the feed-forward network; None: width in SASRec, as in its paper, and 4 x width in LiGR."""
     max_positions: int = MAX_POSITIONS
     """Rows of the table of learned positions."""
     count_from: Literal["start", "end"] = "start"
-    """Where positions count from. end: the last event of a pass is 0, as in the public implementations, which
-    tells recency but lets a position know how many events follow; only without query tokens (fusion none)."""
+    """Origin of positions. end: the last event of a pass has position 0, as in the public implementations; this encodes
+    recency but reveals to a position how many events follow. Only without query tokens (fusion none)."""
     dropout: float = 0.0
-    """Of attention weights and of both sublayers' outputs, a probability."""
+    """Dropout of attention weights and of both sublayers' outputs, a probability."""
     attention_dropout: float | None = None
-    """Of attention weights; None: dropout. Without it (0) the attention can be one fused kernel on a CPU, too."""
+    """Dropout of attention weights; None: dropout. With 0 the attention can be one fused kernel on a CPU, too."""
 
 
 @dataclass(frozen=True)
 class SASRecShape(SoftmaxShape):
-    """A SASRec encoder (`modules.sasrec`)."""
+    """Shape of a SASRec encoder (`modules.encoders.sasrec`)."""
 
     norm: Literal["public", "pre", "post"] = "public"
-    """public: queries are normed, keys and values are not, and the residual is the normed query (the authors'
+    """public: queries are normalized, keys and values are not, and the residual is the normalized query (the authors'
     code); pre: x + f(LN(x)) (the paper's text); post: LN(x + f(x))."""
 
 
 @dataclass(frozen=True)
 class LiGRShape(SoftmaxShape):
-    """An encoder of LiGR layers (`modules.ligr`), as in eSASRec."""
+    """Shape of an encoder of LiGR layers (`modules.encoders.ligr`), as in eSASRec."""
 
 
 def attention_dropout(shape: SoftmaxShape) -> float:
@@ -146,7 +145,7 @@ SHAPE_BOUNDS = {
     "dropout": ">= 0, < 1",
     "stochastic_depth": ">= 0, < 1",
 }
-"""Ranges of a shape's fields, for those of these that it has."""
+"""Ranges of the fields of shapes; names that a shape does not have are ignored."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,9 @@ class EncoderKind:
     path: str
     """module:Name of the class."""
     shape: type
-    """The dataclass of its sizes."""
+    """Dataclass of its shape."""
     bounds: Mapping[str, str] = field(default_factory=dict)
-    """Ranges of fields that `SHAPE_BOUNDS` does not have."""
+    """Ranges of fields that are not in `SHAPE_BOUNDS`."""
 
 
 ENCODERS = {
@@ -166,4 +165,4 @@ ENCODERS = {
     "sasrec": EncoderKind("hllm_torchrec.modules.encoders.sasrec:SASRec", SASRecShape),
     "ligr": EncoderKind("hllm_torchrec.modules.encoders.ligr:LiGR", LiGRShape),
 }
-"""Name of an encoder -> what it is."""
+"""Built-in user encoders by name."""

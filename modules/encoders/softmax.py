@@ -1,4 +1,4 @@
-"""User encoders of softmax attention: their base class, and the attention of those that are no Hugging Face model.
+"""User encoders with softmax attention: base class, and the attention layer of those without a Hugging Face model.
 
 Legend: S packed rows, D width, H heads.
 """
@@ -15,7 +15,7 @@ from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_f
 
 
 def plan_packed_rows(rows: PackedRows) -> AttentionPlan:
-    """Who sees whom among the rows: history causally, queries what is visible to them and themselves."""
+    """Attention plan of packed rows: history is causal; queries see their visible positions and themselves."""
     if rows.visible.numel() == 0:
         return plan_attention(rows.seq_offsets, rows.history)
     return plan_attention(rows.seq_offsets, rows.history, rows.query_offsets, rows.visible)
@@ -27,10 +27,10 @@ class PackedSelfAttention(nn.Module):
     Args:
         width: D.
         heads: H.
-        dropout: of the attention weights, a probability.
+        dropout: dropout of the attention weights, a probability.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: the number of heads does not divide the width.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -50,11 +50,12 @@ class PackedSelfAttention(nn.Module):
         return output
 
     def _heads(self, x_SD: Tensor) -> Tensor:
+        # [1, H, S, D / H]: `packed_attention` has the interface of Hugging Face's attention functions.
         return x_SD.unflatten(1, (self.heads, -1)).transpose(0, 1)[None]
 
 
 class SoftmaxEncoder(UserEncoder):
-    """A stack of `layers`, each called with (rows, plan), and a `final_norm`; subclasses make both."""
+    """Stack of `layers`, each called with (rows, plan), and a `final_norm`; subclasses build both."""
 
     keeps_history = True
     final_norm: nn.Module
@@ -64,7 +65,7 @@ class SoftmaxEncoder(UserEncoder):
         return self.run_layers(x_SD, plan_packed_rows(rows))
 
     def run_layers(self, x_SD: Tensor, plan: AttentionPlan | TextPlan) -> Tensor:
-        """All layers and the last norm: [S, D] -> [S, D]; the plan says who sees whom."""
+        """All layers and the last norm: [S, D] -> [S, D]; plan: attention pattern of the rows."""
         for layer in self.layers:
             x_SD = self.run_layer(layer, x_SD, plan)
         output: Tensor = self.final_norm(x_SD)
@@ -88,13 +89,13 @@ class SoftmaxEncoder(UserEncoder):
         return ask
 
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
+        """FLOPs of a forward pass over `tokens` rows that see `keys` keys in total."""
         attention = 4.0 * self.width * len(self.layers) * keys  # scores and weighted sums
         return tokens * dense_flops([self.layers]) + attention
 
 
 def initialize_linear(module: nn.Module) -> None:
-    """Matrices of linear layers Xavier normal, their biases 0 (the public SASRec's choice)."""
+    """Initialize linear layers: matrices Xavier normal, biases 0, as in the public SASRec code."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_normal_(part.weight)

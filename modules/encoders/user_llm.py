@@ -1,9 +1,9 @@
-"""User LLM: reads a user's sequence of item features, without words (HLLM, section "User LLM").
+"""User LLM: a decoder over a user's sequence of item features instead of words (HLLM, section "User LLM").
 
 Any Hugging Face decoder (Llama, Mistral, Qwen, ...) without its word embeddings, from pretrained weights or
 from scratch. Query tokens (see `hllm_torchrec.modules.attention.packed`) serve both discriminative variants of the
 paper's Figure 2: for late fusion the query is the learned [USER] vector, for early fusion the target item.
-Time is part of the input; position ids start at 0 for every user, and a query stands right after what it sees.
+Time is part of the input. Position ids start at 0 for every user; a query's position follows the ones that it sees.
 
 Legend: S packed rows, D width.
 """
@@ -26,7 +26,7 @@ class UserLLM(SoftmaxEncoder):
 
     Args:
         backbone: from `build_backbone(..., word_embeddings=False)`.
-        dropout: of the inputs, a probability.
+        dropout: dropout of the inputs, a probability.
     """
 
     backbone: "PreTrainedModel"
@@ -47,9 +47,9 @@ class UserLLM(SoftmaxEncoder):
         return backbone_layers(self.backbone)
 
     def recompute_activations(self) -> None:
-        """Run each layer again in the backward pass, as transformers does it."""
+        """Enable activation checkpointing in the Hugging Face model."""
         checkpoint_layers(self.backbone)
 
     def flops(self, tokens: int, keys: int) -> float:
-        """Operations of a forward pass over `tokens` rows that see `keys` keys all together."""
+        """FLOPs of a forward pass over `tokens` rows that see `keys` keys in total."""
         return backbone_flops(self.backbone, tokens, keys)

@@ -83,8 +83,10 @@ def _civil_from_days(days: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shifted = days + 719_468  # days since 0000-03-01
     era = torch.div(shifted, 146_097, rounding_mode="floor")
     day_of_era = shifted - era * 146_097
+    # Without the leap days so far (every 4th year, not every 100th, but every 400th) each year has 365 days.
     year_of_era = (day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
     day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    # From March on, every 5 months have 153 days (31, 30, 31, 30, 31), so month boundaries are linear with rounding.
     month_from_march = (5 * day_of_year + 2) // 153
     day = day_of_year - (153 * month_from_march + 2) // 5 + 1
     month = (month_from_march + 2) % 12 + 1

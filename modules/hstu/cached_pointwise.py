@@ -1,4 +1,4 @@
-"""HSTU's pointwise attention against a cached history.
+"""Pointwise attention of HSTU with a cached history.
 
 Legend: N history positions, n new ones, m candidates of a micro-batch, H heads, V width of a head's values, D width.
 """
@@ -29,7 +29,7 @@ def read_pointwise(encoder: "HSTU", x_ND: Tensor, times: Tensor, cache: HistoryC
     if cache is not None and cache.length < encoder.rules.prefix:
         raise ValueError(
             f"the cache has {cache.length} events, fewer than the context prefix of {encoder.rules.prefix}, whose "
-            "positions see one another: read the whole history again"
+            "positions see one another: read the complete history again"
         )
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
     if cache is None:
@@ -45,31 +45,33 @@ def read_pointwise(encoder: "HSTU", x_ND: Tensor, times: Tensor, cache: HistoryC
 
 
 def _extend_pointwise(encoder: "HSTU", x_nD: Tensor, times: Tensor, cache: HistoryCache) -> list[KeysValues]:
-    """Each layer's keys and values with those of the new events x [n, D] behind them; times [N + n]."""
+    """Compute the new events x [n, D] only; returns each layer's keys and values of all events. times: [N + n]."""
     rules = encoder.rules
     rows = pack_rows(torch.tensor([0, times.numel()], device=times.device), times.numel(), times)
-    asking = torch.arange(cache.length, times.numel(), device=times.device)
-    block = pairs_without_own_keys(rows, rules, asking, torch.arange(times.numel(), device=times.device))
-    divisor = _divisor(encoder, keys_seen(rows, rules)[asking])
-    x_nD, layers = encoder.add_positions(x_nD, asking), []
+    new_rows = torch.arange(cache.length, times.numel(), device=times.device)
+    # Pairs (new row, any row); own keys are added separately by `_own_key`, as in the full pass.
+    block = pairs_without_own_keys(rows, rules, new_rows, torch.arange(times.numel(), device=times.device))
+    divisor = _divisor(encoder, keys_seen(rows, rules)[new_rows])
+    x_nD, layers = encoder.add_positions(x_nD, new_rows), []
     for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
         u, v, q, k = layer.project(x_nD)
-        whole = cached.followed_by(k, v)
+        joined = cached.followed_by(k, v)
         bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)
-        seen = block_attention(q[None], whole.keys[None], whole.values[None], block.hidden, bias, rules.alpha)[0]
+        seen = block_attention(q[None], joined.keys[None], joined.values[None], block.hidden, bias, rules.alpha)[0]
         attended = (seen + _own_key(layer, q, k, v, rules.alpha)) / divisor
         x_nD = layer.combine(x_nD, u, attended.flatten(1), rows.sequences)
-        layers.append(whole)
+        layers.append(joined)
     return layers
 
 
 def begin_pointwise(encoder: "HSTU", cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
     """Outputs of candidates: see `UserEncoder.begin_request`.
 
-    They all stand at one place and time, so they share one row of biases, and see the same keys.
+    All candidates have the same position and time, so they share one row of biases and see the same keys.
     """
     rules, device = encoder.rules, cache.times.device
     one = torch.tensor([visible], device=device)
+    # One query represents all candidates here: masks, biases and divisor do not depend on x, so x is a placeholder.
     query = Queries(one, torch.tensor([0, 1], device=device), one, torch.tensor([time], device=device))
     rows = pack_rows(torch.tensor([0, visible], device=device), visible, cache.times[:visible], query)
     block = pairs_without_own_keys(rows, rules, one, torch.arange(visible, device=device))
@@ -77,7 +79,7 @@ def begin_pointwise(encoder: "HSTU", cache: HistoryCache, time: int, visible: in
     divisor = _divisor(encoder, keys_seen(rows, rules)[-1:])
     layers = []
     for layer, cached in zip(_layers(encoder), cache.layers, strict=True):
-        # The window hides a stretch: what no candidate sees is not read at all.
+        # The window may hide a part of the history; keys that no candidate sees are dropped.
         keys, values = cached.keys.index_select(0, shown), cached.values.index_select(0, shown)
         bias = None if layer.bias is None else layer.bias(block.distance, block.bucket)[:, :, shown]
         added = keys.new_zeros(1, 1, 1) if bias is None else bias.to(keys.dtype)
@@ -102,14 +104,14 @@ def _layers(encoder: "HSTU") -> "list[HSTULayer]":
 
 
 def _own_key(layer: "HSTULayer", q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Tensor:
-    """What each row adds by seeing itself: [m, H, V]."""
+    """Contribution of each row's own key to its output: [m, H, V]."""
     scores = (q * k).sum(-1) * alpha
-    if layer.bias is not None:  # distance 0 in both
+    if layer.bias is not None:  # both distances, in positions and in time, are 0
         scores = scores + (layer.bias.of_position[0] + layer.bias.of_time[0]).to(scores.dtype)
     return F.silu(scores)[:, :, None] * v
 
 
 def _divisor(encoder: "HSTU", seen: Tensor) -> Tensor:
-    """n_i of rows that see so many keys: [m, 1, 1]."""
+    """Divisor n_i of rows that see `seen` [m] keys: [m, 1, 1]."""
     number = seen if encoder.rules.divide_by is None else torch.full_like(seen, encoder.rules.divide_by)
     return number[:, None, None].to(next(encoder.parameters()).dtype)

@@ -132,7 +132,7 @@ def test_other_weights_under_the_adapters_are_noticed(tmp_path: Path) -> None:
     other = build_backbone(None, ITEM_LLAMA)
     other.save_pretrained(tmp_path / "other")
     config = settings(trained(), item_llm__pretrained=tmp_path / "other")
-    with pytest.raises(ValueError, match="belong to other weights than item_llm.pretrained, .*/other, holds now"):
+    with pytest.raises(ValueError, match="other weights than those now in item_llm.pretrained, .*/other: restore"):
         load_run(trained(), "best", init_distributed(), config)
 
 

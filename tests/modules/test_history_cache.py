@@ -165,7 +165,7 @@ def test_what_cannot_be_cached_is_an_error() -> None:
 def test_a_context_prefix_is_read_at_once() -> None:
     model, (x, times, _) = build("prefix and window"), inputs()
     cache = read_history(model, x[:1], times[:1])
-    with pytest.raises(ValueError, match="fewer than the context prefix of 2, .*read the whole history again"):
+    with pytest.raises(ValueError, match="fewer than the context prefix of 2, .*read the complete history again"):
         read_history(model, x[1:], times[1:], cache)
 
 

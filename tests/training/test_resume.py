@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_a_whole_one_the_run_sto
     for checkpoint in (older, newer):
         flip_a_bit(checkpoint)
     with pytest.raises(
-        ConfigError, match=r"resume: none of the checkpoints .*\(step-00000002, step-00000004\) is whole"
+        ConfigError, match=r"resume: none of the checkpoints .*\(step-00000002, step-00000004\) is complete"
     ):
         train(config(tmp_path / "run", resume=True, **options))
     with pytest.raises(ConfigError, match="holds a run, up to step-00000004"):
