@@ -116,9 +116,9 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     if name == "factors" and not path.is_file():
         path.parent.mkdir(exist_ok=True)
         # Written under another name and renamed, so that a file of the final name is complete.
-        beside = path.with_suffix(".tmp.npy")
-        np.save(beside, fit_item_factors(dataset).vectors())
-        beside.rename(path)
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, fit_item_factors(dataset).vectors())
+        temporary.rename(path)
     if not path.is_file():
         raise ValueError(
             f"data.item_vectors: {name!r}: no file {path}; save a float32 array [{dataset.num_items}, V] there, "

@@ -193,7 +193,7 @@ class Loader:
             return [order[i : i + size] for i in range(0, order.size, size)]
         spent, budget, batches, at = offsets_from_lengths(self.costs[order]), self.spec.batch_cost * world_size, [], 0
         while at < order.size:
-            # The longest range within the budget, but at least one piece, so that a piece above it still makes progress.
+            # The longest range within the budget, but at least one piece: a single piece may exceed it.
             end = max(at + 1, int(np.searchsorted(spent, spent[at] + budget, side="right")) - 1)
             batches.append(order[at:end])
             at = end

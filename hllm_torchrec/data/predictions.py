@@ -62,22 +62,22 @@ def write_predictions(columns: Columns, directory: Path, rank: int) -> Path:
     """Write this rank's part under a temporary name, then rename it."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"part-{rank:05d}.parquet"
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), beside)
-    beside.rename(path)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.rename(path)
     return path
 
 
 def save_predictions(columns: Columns, directory: Path) -> None:
     """Write every rank's part; replaces the directory's previous contents after all parts are written. Collective."""
-    beside = directory.with_name(f"{directory.name}.tmp")
+    temporary = directory.with_name(f"{directory.name}.tmp")
 
     def replace() -> None:
         remove_folder(directory)
-        beside.rename(directory)
+        temporary.rename(directory)
 
     # Each call waits for all ranks: no rank writes before the leftovers of an earlier run are removed, and none is
     # still writing at the rename.
-    run_on_rank_zero(lambda: remove_folder(beside))
-    run_on_all_ranks(lambda: str(write_predictions(columns, beside, this_rank())))
+    run_on_rank_zero(lambda: remove_folder(temporary))
+    run_on_all_ranks(lambda: str(write_predictions(columns, temporary, this_rank())))
     run_on_rank_zero(replace)
