@@ -171,7 +171,7 @@ def _refuse(
     ends: NDArray[np.int64] | None,
     rule: str,
 ) -> None:
-    """Raise ValueError for the first marked value, if any; ends: end of each row's elements, None: one value per row."""
+    """Raise ValueError for the first marked value, if any; ends: end of each row's elements (None: one per row)."""
     if not bad.any():
         return
     at = int(bad.argmax())

@@ -296,7 +296,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     [
         ('{"schema_version": 9}', "metrics.json has schema_version 9, this program reads 1, 2; evaluate again"),
         ("[]", "metrics.json has schema_version None"),
-        ('{"schema_', "metrics.json is no JSON .*; evaluate again"),
+        ('{"schema_', "metrics.json is not JSON .*; evaluate again"),
     ],
 )
 def test_a_metrics_json_of_another_kind_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -42,9 +42,9 @@ def read_csv(
     present = list(names) if names is not None else _header(path, delimiter)
     _require_columns(path, columns, present)
     wanted = list(dict.fromkeys(columns))
-    # One thread: batches must arrive in file order for the row numbers. Strings: no value is lost to a guessed type.
     read = pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=present, skip_rows=names is None)
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    # Strings: a type that Arrow guesses from the first block would change ids ("007") or fail in a later block.
     types = {name: pa.string() for name in wanted}
     convert = pa.csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=False)
     next_row, done = (1 if names is not None else 2), 0
