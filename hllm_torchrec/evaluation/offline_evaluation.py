@@ -152,7 +152,7 @@ class _Evaluation:
         for model in models:
             if model.probability:
                 # The reliability curve needs the probabilities sorted: if the scores are the probabilities, share one
-                # sorted column instead of sorting twice. A float32 score would lose digits of float64 probabilities.
+                # sorted column instead of sorting twice. Float64 only, the type that probabilities are sorted in.
                 same = model.probability == model.score and self.source.score_type(model) == np.float64
                 runs = ordered.overall[model.name] if same else SortedChunks(self.pool, np.dtype(np.float64), weighted)
                 ordered.probability[model.name] = ProbabilitySums(PROBABILITY_METRICS), runs
