@@ -315,6 +315,6 @@ def test_a_field_that_is_missing_is_named_with_its_file(tmp_path: Path, place: s
         block = block[key]
     del block[name]
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match=rf"metrics.json: {re.escape(place)} is missing; evaluate again to write it"):
+    with pytest.raises(ValueError, match=rf"metrics.json: {re.escape(place)} is missing; evaluate again to replace it"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
