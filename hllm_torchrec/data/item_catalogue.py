@@ -106,6 +106,7 @@ class ItemCatalogue:
         table = self._completed(pa.table(columns))
         self._append(table, range(len(items)))
         self._numbers = {raw: i for i, raw in enumerate(table["raw_item_id"].to_pylist())}
+        # Digests are compared within this process only, so Python's salted hash is enough.
         self._digests = array("q", (hash(text) for text in self._texts(table)))
         self._seen = bytearray(len(items))
         self._current_row = array("q", range(len(items)))

@@ -91,6 +91,7 @@ class Loader:
                 "share"
             )
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
+        # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
@@ -182,6 +183,7 @@ class Loader:
         for batch in self._cut_batches(order, self.world_size):
             # With a cost budget the number of pieces per rank is not limited.
             most = batch.size if self.spec.batch_cost else self.spec.batch_users
+            # Balanced within the global batch only: which pieces form a step does not depend on the world size.
             for rank, share in enumerate(assign_balanced(batch, self.costs, self.world_size, most)):
                 plan[rank].append(share)
         return plan
@@ -207,6 +209,7 @@ class Loader:
         # `_index` appends pieces by group, so each group's pieces are a contiguous range.
         first_of = np.searchsorted(self.pieces.group, np.arange(len(self._groups) + 1))
         plan = []
+        # Every rank computes the batches of all ranks, because `steps` is the maximum over them.
         for rank in range(self.world_size):
             own, batches = groups[rank :: self.world_size], []
             for at in range(0, own.size, WINDOW_ROW_GROUPS):

@@ -45,7 +45,7 @@ def read_predictions(directory: str | Path) -> Predictions:
     missing = [name for name in Predictions.__dataclass_fields__ if name not in columns and name != "timestamp"]
     if missing:
         raise ValueError(f"{directory} has no column {missing[0]}; it has {', '.join(table.column_names)}")
-    if table["probability"].null_count:
+    if table["probability"].null_count:  # models with scores only write nulls
         columns["probability"] = None
     for name in ("label", "score", "probability"):
         if columns[name] is not None:

@@ -64,6 +64,7 @@ class SequenceWriter:
             self._count(name, len(chosen), columns["labels"].filter(pa.array(part == p)))
             if len(chosen) == 0:
                 continue
+            # A row is the history from the user's first event; `target_start` separates earlier parts from this one.
             lengths = ends[p][chosen]
             head = {"user_id": user_ids[user[starts[chosen]]], "target_start": lengths - in_part[p][chosen]}
             self._write_file(name, head, columns, starts[chosen], lengths)

@@ -140,6 +140,7 @@ class _Evaluation:
             ordered = self._sort_own()
         except ValueError as error:
             problem = str(error)
+        # Every rank gathers, also one that failed: the others learn of the error here.
         problems = [text for text in gather_objects(problem, self.group) if text]
         if problems:
             raise ValueError(problems[0])
@@ -260,6 +261,7 @@ class _Evaluation:
         """model → AUCs of resampled users; empty if not requested or not possible. Collective."""
         if not (self.settings.draws and self.source.rows) or self._no_bootstrap():
             return {}
+        # Every rank gets all rows and draws from the same seed, so the result is equal without a broadcast.
         records = np.concatenate([part for parts in gather_objects(list(buckets), self.group) for part in parts])
         scores = {name: records["score"][:, place] for place, name in enumerate(self.names)}
         labels = records["positive"]

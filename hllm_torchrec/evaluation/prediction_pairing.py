@@ -71,6 +71,7 @@ class PairedTables:
             tables, keys = {}, {}
             for name in self._readers:
                 tables[name], keys[name] = self._sorted(name, bucket)
+            # Users are assigned to ranks and buckets by hash, so equal exposures give equal sorted keys in each bucket.
             if any(not np.array_equal(keys[first], keys[other]) for other in others):
                 raise ValueError(self._difference(first, others))
             for start in range(0, keys[first].shape[1], size):
@@ -107,6 +108,7 @@ class PairedTables:
             self._held += table.nbytes
             self._parts.setdefault((name, bucket), []).append(table)
             return
+        # Appends a complete Arrow stream; `_streams` reads the streams of a file one after the other.
         with self._path(name, bucket).open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
         self.spilled += table.nbytes
@@ -187,6 +189,7 @@ def _grouped(places: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]
 
 def _exchange(table: pa.Table | None, ranks: int, group: Group) -> list[pa.Table]:
     """Exchange rows: returns the rows of all ranks for the users of this rank. Collective."""
+    # A rank without rows sends empty messages: `all_to_all` needs every rank.
     messages = [b""] * ranks
     if table is not None:
         owner = (_spread(table) % np.uint64(ranks)).astype(np.int64)

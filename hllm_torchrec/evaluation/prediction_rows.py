@@ -97,6 +97,7 @@ class PredictionRows:
                 *columns,
                 *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name),
             ]
+            # Shared columns are read from the first model only; labels from all, to check that they agree.
             columns = [*columns, *(layout.all if place == 0 else [layout.label]), *(PAIR_COLUMNS if paired else ())]
             if paired and layout.item in column_names(self.files[model.name][0]):
                 columns.append(layout.item)
@@ -138,6 +139,7 @@ class PredictionRows:
         return self._tables.spilled if self._tables else 0
 
     def _stretches(self, rank: int, world_size: int, size: int) -> Iterator[Tables]:
+        # Row i of every file belongs together: all models read the same range, in batches of the same size.
         low, high = self.rows * rank // world_size, self.rows * (rank + 1) // world_size
         streams = [self.readers[model.name].batches(low, high, size) for model in self.models]
         for tables in zip(*streams, strict=True):
@@ -166,6 +168,7 @@ class PredictionRows:
         users = self._identities(table, layout.user)
         items = self._identities(table, layout.item)
         self._check_items(tables, items, rows)
+        # Keys come from the shared columns, not from the scores: runs on the same exposures have the same fingerprint.
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, rows, items)
         batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
@@ -321,6 +324,7 @@ def history_slices(lengths: np.ndarray) -> tuple[list[str], np.ndarray]:
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
     """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and index of each row's slice [n]."""
     days, hours = seconds // DAY, seconds % DAY // 3600
+    # Only the days that occur in the batch get a slice.
     unique, of_row = np.unique(days, return_inverse=True)
     by_day = [f"day_{np.datetime64(int(day), 'D')}" for day in unique], of_row
     unique, of_row = np.unique(hours, return_inverse=True)

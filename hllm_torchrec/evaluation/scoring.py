@@ -117,7 +117,7 @@ def rank_catalogue_targets(
         exposures.
     """
     model.eval()
-    unit = items.normalized()
+    unit = items.normalized()  # once: dot products with normalized outputs are then cosine similarities
     at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
     with progress(loader.steps(0), "retrieve", show) as bar, closing(loader.batches(0)) as batches:
@@ -126,6 +126,7 @@ def rank_catalogue_targets(
             batch = batch.to(device)
             predicted = model(batch, want_next=True).next_items
             assert predicted is not None, "retrieval needs the generative loss"
+            # Without history there is no position whose output could be compared with the items.
             visible = batch.query_visible[batch.target_query]
             wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
@@ -179,6 +180,7 @@ def _piece_of_query(batch: HybridBatch) -> Tensor:
 def _seen_items(batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Items (jagged: values, offsets) in the visible history of each exposure in `rows`."""
     query = batch.target_query[rows]
+    # A query sees the first `visible` positions of its piece: copy these ranges of `item_ids`, one per exposure.
     visible = batch.query_visible[query]
     offsets = offsets_from_lengths(visible)
     start = batch.seq_offsets[_piece_of_query(batch)[query]]
