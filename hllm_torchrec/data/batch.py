@@ -54,9 +54,9 @@ class HybridBatch(Pipelineable):
     weights: Tensor
     """[X] float32, the exposure's weight in the loss."""
     positions: Tensor
-    """[X] the exposure's index in the user's whole sequence: (user, position) identifies it."""
+    """[X] the exposure's index in the user's complete sequence: (user, position) identifies it."""
     history_lengths: Tensor
-    """[X] events of strictly earlier seconds in the user's whole sequence."""
+    """[X] events of strictly earlier seconds in the user's complete sequence."""
     next_rows: Tensor
     """[G] rows of T that predict a next item."""
     next_items: Tensor
