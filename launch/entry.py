@@ -1,6 +1,7 @@
 """Parser, entry point and exit statuses of all jobs. A user error is reported in one line with exit status 2."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -22,6 +23,30 @@ STATUSES = {
     PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues",
 }
 """Exit statuses of all subcommands."""
+
+
+def natural(text: str) -> int:
+    """Parse a whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0, for argparse."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.entry import CommandParser, entry_point
+from hllm_torchrec.launch.entry import CommandParser, entry_point, positive, positive_number
 
 if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config
@@ -30,19 +30,23 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm plan", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="configuration; its options may follow")
-    parser.add_argument("--nodes", type=int, default=1, help="number of hosts (default: 1)")
-    parser.add_argument("--gpus", type=int, default=8, help="ranks per host (default: 8)")
+    parser.add_argument("--nodes", type=positive, default=1, help="number of hosts (default: 1)")
+    parser.add_argument("--gpus", type=positive, default=8, help="ranks per host (default: 8)")
     parser.add_argument(
         "--hardware", choices=("h100", "a100", "cpu"), default="h100", help="device of a rank (default: h100)"
     )
-    parser.add_argument("--memory", type=float, metavar="GB", help="memory of a rank (default: the hardware's)")
-    parser.add_argument("--items", type=int, help="number of items (default: the dataset's)")
-    parser.add_argument("--users", type=int, help="number of users (default: the dataset's)")
     parser.add_argument(
-        "--item-tokens", type=float, help="mean tokens per text (default: the dataset's, or item_llm.max_text_length)"
+        "--memory", type=positive_number, metavar="GB", help="memory of a rank (default: the hardware's)"
+    )
+    parser.add_argument("--items", type=positive, help="number of items (default: the dataset's)")
+    parser.add_argument("--users", type=positive, help="number of users (default: the dataset's)")
+    parser.add_argument(
+        "--item-tokens",
+        type=positive_number,
+        help="mean tokens per text (default: the dataset's, or item_llm.max_text_length)",
     )
     parser.add_argument(
-        "--history", type=float, help="mean events per pass (default: the dataset's, or data.max_history)"
+        "--history", type=positive_number, help="mean events per pass (default: the dataset's, or data.max_history)"
     )
     parser.add_argument(
         "--rows",
@@ -66,8 +70,6 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     from hllm_torchrec.planning.estimate import FILLED, HARDWARE, Machine, advice, estimate
 
     quiet_libraries()
-    if args.nodes < 1 or args.gpus < 1:
-        raise ValueError(f"--nodes {args.nodes} --gpus {args.gpus}: both must be at least 1")
     config = load_config(["--config", args.config, *options])
     machine = Machine(args.nodes, args.gpus, **HARDWARE[args.hardware])
     if args.memory:
@@ -96,6 +98,10 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     history, busiest = args.history or float(config.data.max_history), 1.0
     popularity = None
     if (Path(config.data.dataset) / "manifest.json").is_file():
+        if args.rows:
+            raise ValueError(
+                f"--rows {args.rows[0]}: {config.data.dataset} is prepared and has the number of rows: remove the option"
+            )
         dataset = Dataset.open(config.data.dataset)
         tables = batch_spec_of(config, dataset).tables(dataset)
         counts = dataset.manifest["counts"]

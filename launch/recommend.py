@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from hllm_torchrec.launch.entry import CommandParser, entry_point
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 if TYPE_CHECKING:
     from hllm_torchrec.serving.recommend import Recommendations, RecommendedItem
@@ -23,7 +23,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--user", required=True, metavar="ID", help="raw user id, as in the source")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="number of items to print (default: 10)")
     parser.add_argument(
-        "--history", type=int, default=10, metavar="N", help="number of latest events to print (default: 10)"
+        "--history", type=natural, default=10, metavar="N", help="number of latest events to print (default: 10)"
     )
     parser.add_argument("--time", type=int, metavar="SECOND", help="second (UTC) of the request (default: now)")
     parser.add_argument("--seen-too", action="store_true", help="also recommend items of the history")

@@ -1,5 +1,6 @@
 """Ranges of numbers in words, such as ">= 0, < 1", and the check against them."""
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,8 +17,10 @@ def out_of_bounds(config: Any, bounds: Mapping[str, str], prefix: str = "") -> I
 
 
 def bound_problems(name: str, value: float, bound: str) -> Iterator[str]:
-    """Problem of one number, if it is outside its range."""
-    if not all(_holds(value, part) for part in bound.split(", ")):
+    """Problem of one number, if it is outside its range or not finite."""
+    if not math.isfinite(value):
+        yield f"{name}: {value}: must be a finite number"
+    elif not all(_holds(value, part) for part in bound.split(", ")):
         yield f"{name}: {value}: must be {bound.replace(', ', ' and ')}"
 
 

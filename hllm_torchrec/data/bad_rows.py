@@ -1,4 +1,4 @@
-"""What happens to bad rows: an error that names file and row, or a count in the manifest; never silence."""
+"""Handling of bad rows: an error that names file and row, or a count in the manifest; never silent."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_SECOND = 4_102_444_799
-"""2099-12-31 23:59:59 UTC, the last second that the split-timestamp tables know."""
+"""2099-12-31 23:59:59 UTC, the last second that the split-timestamp tables cover."""
 
 _ALLOWED = {
     "missing_id": ("error", "drop"),
@@ -23,20 +23,20 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class BadRows:
-    """What to do with each kind of bad row: "error", or "drop" or "keep" and count it in the manifest."""
+    """Policy for each kind of bad row: "error", or "drop" or "keep", which count it in the manifest."""
 
     missing_id: str = "error"
     """A row whose user or item id is null or blank."""
     nan_label: str = "error"
-    """A label or rating that is no number in its range. "keep": the event stays history, without a label."""
+    """A label or rating that is not a number in its range. "keep": the event stays in the history, without a label."""
     bad_time: str = "error"
-    """A time that is no number or date, or is outside 1970..2099 UTC."""
+    """A time that is not a number or date, or is outside 1970..2099 UTC."""
     duplicate_item: str = "error"
-    """An item that comes again with another text. "drop": the first text stays."""
+    """An item that occurs again with a different text. "drop": the first text stays."""
     item_without_text: str = "keep"
-    """An item whose text columns are all empty. "drop": its events go too."""
+    """An item whose text columns are all empty. "drop": its events are dropped too."""
     unknown_item: str = "error"
-    """An event of an item that the item file lacks. "keep": the item is added without text."""
+    """An event of an item that is not in the item file. "keep": the item is added without text."""
     duplicate_event: str = "keep"
     """The same user and item in the same second again. "drop": the first stays."""
 
@@ -52,10 +52,10 @@ class BadRows:
 
 
 class BadRowLog:
-    """Applies a `BadRows` policy and counts what was dropped and what was kept.
+    """Applies a `BadRows` policy and counts dropped and kept rows.
 
-    `dropped` and `kept` count rows by reason; reasons beyond the policy's own fields are consequences that
-    need no choice, such as "event_of_dropped_item".
+    `dropped` and `kept` count rows by reason. Reasons that are not fields of the policy, such as
+    "event_of_dropped_item", are consequences of other choices.
     """
 
     def __init__(self, policy: BadRows) -> None:
@@ -71,10 +71,10 @@ class BadRowLog:
         rows: Sequence[int] | np.ndarray,
         problem: Callable[[int], str],
     ) -> bool:
-        """Deals with the rows marked in `bad` (bool [n]); returns True if they are to be dropped.
+        """Apply the policy to the rows marked in `bad` (bool [n]); return True if the caller must drop them.
 
-        `rows` are the n row numbers in `path`, `problem(i)` says what is wrong with row i and what the rule
-        is. Raises ValueError naming file, row, problem and remedy where the policy is "error".
+        `rows` are the n row numbers in `path`; `problem(i)` describes the problem of row i and the rule.
+        Raises ValueError naming file, row, problem and remedy if the policy is "error".
         """
         count = int(np.count_nonzero(bad))
         if count == 0:
@@ -92,9 +92,10 @@ class BadRowLog:
 
 
 def describe_time(text: str | None, second: int | None) -> str:
-    """The problem with a time: `text` as it stood in the file, `second` as parsed or None."""
+    """Describe the problem with a time: `text` is the value in the file, `second` the parsed value or None."""
     if second is None:
         return f"the time {text!r} is not a number or date of the stated unit"
+    # A value that would be in range in a finer unit most likely is in that unit: suggest it.
     for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
         if MAX_SECOND < second <= MAX_SECOND * scale:
             return (

@@ -1,14 +1,14 @@
-"""`HybridBatch`: what one step of one rank needs, jagged from file to loss.
+"""`HybridBatch`: the input of one step on one rank, jagged from file to loss.
 
-A batch holds pieces of users. A piece is a stretch of one user's events: its *history* (what the User LLM
-reads) and its *exposures* (labelled events to predict). An exposure sees only history of strictly earlier
-seconds (ranking) or earlier positions (leave-one-out retrieval): `query_visible` says how many positions.
+A batch holds pieces of users. A piece is a contiguous range of one user's events: its *history* (the input of the
+user encoder) and its *exposures* (labelled events to predict). An exposure sees only history of strictly earlier
+seconds (ranking) or earlier positions (leave-one-out retrieval); `query_visible` is the number of these positions.
 
-Where actions are interleaved, an event is two positions of the history, the token of its item and that of its action;
-both bear the event's item id and second, and "positions" below are tokens.
+If actions are interleaved, an event takes two positions of the history, an item token and an action token. Both
+have the event's item id and second, and "positions" below are tokens.
 
 Legend: B pieces, T history positions, Q queries, X exposures, G generative targets, K negatives, U unique
-items, S slots of the ID features (T history, then Q queries, then X targets for late fusion, then U items where
+items, S slots of the ID features (T history, then Q queries, then X targets for late fusion, then U items if
 the generative loss compares items by their features).
 """
 
@@ -30,23 +30,23 @@ class HybridBatch(Pipelineable):
     user_ids: Tensor
     """[B] the user of every piece."""
     seq_offsets: Tensor
-    """[B+1] pieces in T."""
+    """[B+1] boundaries of the pieces in T."""
     item_ids: Tensor
     """[T] history items."""
     timestamps: Tensor
     """[T] seconds UTC."""
     next_times: Tensor
-    """[T] seconds UTC of the history event after each (its own where there is none)."""
+    """[T] seconds UTC of the history event after each (its own second for the last)."""
     query_offsets: Tensor
-    """[B+1] pieces in Q."""
+    """[B+1] boundaries of the pieces in Q."""
     query_times: Tensor
     """[Q] seconds UTC of the requests."""
     query_visible: Tensor
-    """[Q] how many positions of its piece, from the start, a query sees."""
+    """[Q] number of positions, from the start of its piece, that a query sees."""
     query_target: Tensor
-    """[Q] early fusion: the exposure a query stands for; late fusion: empty."""
+    """[Q] early fusion: index in X of the exposure that is the query; late fusion: empty."""
     target_query: Tensor
-    """[X] the query that serves an exposure."""
+    """[X] index in Q of the query whose output predicts the exposure."""
     target_items: Tensor
     """[X] exposed items."""
     labels: Tensor
@@ -54,25 +54,25 @@ class HybridBatch(Pipelineable):
     weights: Tensor
     """[X] float32, the exposure's weight in the loss."""
     positions: Tensor
-    """[X] the exposure's index in the user's whole sequence: (user, position) identifies it."""
+    """[X] the exposure's index in the user's complete sequence: (user, position) identifies it."""
     history_lengths: Tensor
-    """[X] events of strictly earlier seconds in the user's whole sequence."""
+    """[X] events of strictly earlier seconds in the user's complete sequence."""
     next_rows: Tensor
-    """[G] rows of T whose next item is to be generated."""
+    """[G] rows of T that predict a next item."""
     next_items: Tensor
-    """[G] those next items."""
+    """[G] the next items to predict."""
     negative_items: Tensor
-    """[K] drawn from the catalogue, the same on every rank."""
+    """[K] items sampled from the catalogue, the same on every rank."""
     unique_items: Tensor
-    """[U] sorted: every item of this batch, once."""
+    """[U] sorted unique item ids of this batch."""
     history_index: Tensor
-    """[T] into unique_items."""
+    """[T] index into unique_items."""
     target_index: Tensor
-    """[X] into unique_items."""
+    """[X] index into unique_items."""
     next_index: Tensor
-    """[G] into unique_items."""
+    """[G] index into unique_items."""
     negative_index: Tensor
-    """[K] into unique_items."""
+    """[K] index into unique_items."""
     features: KeyedJaggedTensor
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
@@ -82,9 +82,9 @@ class HybridBatch(Pipelineable):
     target_values: Tensor
     """[X] float32 in [-1, 1]: the exposure's ordinal action (rating), or its label; NaN where unknown."""
     full_history_items: Tensor | None = None
-    """[F] history items before Stochastic Length left any out; None where there is none (they are item_ids)."""
+    """[F] history items before Stochastic Length removes any; None without Stochastic Length (item_ids then)."""
     full_history_offsets: Tensor | None = None
-    """[B+1] pieces in F, or None."""
+    """[B+1] boundaries of the pieces in F, or None."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "HybridBatch":
         """A copy on `device`."""
@@ -95,7 +95,7 @@ class HybridBatch(Pipelineable):
         return self._map(lambda x: x.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that `stream` uses these tensors."""
+        """Tell the allocator that `stream` uses these tensors (`Tensor.record_stream`)."""
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
             if value is not None:
@@ -108,12 +108,12 @@ class HybridBatch(Pipelineable):
 
     @property
     def full_history(self) -> tuple[Tensor, Tensor]:
-        """(items [F], offsets [B+1]) of all history, also of what Stochastic Length leaves out."""
+        """(items [F], offsets [B+1]) of the complete history, including events that Stochastic Length removed."""
         if self.full_history_items is None or self.full_history_offsets is None:
             return self.item_ids, self.seq_offsets
         return self.full_history_items, self.full_history_offsets
 
     @property
     def num_exposures(self) -> int:
-        """X."""
+        """Number of exposures X."""
         return self.labels.numel()

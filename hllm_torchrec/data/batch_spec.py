@@ -1,4 +1,4 @@
-"""What a batch holds, decided by the configuration and checked against the dataset."""
+"""`BatchSpec`: the contents of a batch, set by the configuration and checked against the dataset."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,18 +11,18 @@ from hllm_torchrec.modules.fusion import Fusion
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a batch holds.
+    """Contents of a batch.
 
-    history: "all" earlier events, or the "positive" ones (label 1) alone;
+    history: "all" earlier events, or only the "positive" ones (label 1);
     visibility: an exposure sees earlier "second"s (ranking) or "position"s (leave-one-out retrieval);
-    negatives: how many items are drawn per step (0: none, and no generative targets);
-    item_slots: every unique item has a slot of its own in training, for a generative loss over item features;
-    positive_targets_only: an item with label 0 is no generative target;
-    item_id, action, action_gate, time_depth, item_features, user_features: which bags there are;
+    negatives: number of items sampled per step (0: no negatives and no generative targets);
+    item_slots: every unique item has its own slot in training, for a generative loss over item features;
+    positive_targets_only: an item with label 0 is not a generative target;
+    item_id, action, action_gate, time_depth, item_features, user_features: the bags of the batch;
     numeric_features: see `hllm_torchrec.data.numeric_features`;
-    id_dropout: probability that an ID is read as unknown, in training;
-    cold_dropout: above 0, items without a training event are read as unknown, and in training each item of a step
-    with this probability;
+    id_dropout: probability that an ID is replaced by the unknown ID in training;
+    cold_dropout: if above 0, items without a training event are read as unknown, and in training also each item of
+    a step with this probability;
     interleaved: an event is two tokens of the history, its item and then its action.
     """
 
@@ -44,7 +44,7 @@ class BatchSpec:
     cold_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fusion", Fusion(self.fusion))  # given by its name
+        object.__setattr__(self, "fusion", Fusion(self.fusion))  # callers may pass its name; the dataclass is frozen
 
     def tables(self, dataset: Dataset) -> dict[str, int]:
         """Rows of every summed table (time components excluded), in the order of the batch's keys."""
@@ -59,7 +59,7 @@ class BatchSpec:
 
 
 def check_batch_spec(spec: BatchSpec, dataset: Dataset) -> list[str]:
-    """Problems of a batch spec with this dataset, one line each: unknown features."""
+    """Problems of a batch spec with this dataset, one line for each unknown feature."""
     problems = []
     for kind, names in (("item", spec.item_features), ("user", spec.user_features)):
         known = dataset.manifest[f"{kind}_features"]

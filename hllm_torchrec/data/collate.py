@@ -1,4 +1,8 @@
-"""Turns pieces of users into a `HybridBatch`, in numpy on the loader's background thread."""
+"""Collation of pieces of users into a `HybridBatch`, in numpy on the loader's background thread.
+
+Legend: as in `hllm_torchrec.data.batch` (B pieces, T history positions, Q queries, X exposures, G generative targets,
+K negatives, U unique items, S slots).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,11 +32,11 @@ Bags = tuple[Ints, Ints]
 
 @dataclass(frozen=True)
 class _View:
-    """What one piece brings to a batch after the history filter; joined, what all of them do.
+    """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
-    history [T], queries [Q], targets [X]: the events that are read, those whose second and context a query has, and the
-    exposures. The other names are those of `HybridBatch`; `target_query` and `next_rows` count from the piece's first
-    query and row until pieces are joined. numeric: [Q, F].
+    history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
+    targets [X]: the exposures; numeric [Q, F]. The other names are those of `HybridBatch`; `target_query` and
+    `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
     history: Events
@@ -51,10 +55,10 @@ class _View:
 
 
 class Collator:
-    """Builds batches by `spec` from pieces of `dataset`; `training` adds id dropout and L_gen's targets.
+    """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
 
-    stochastic_length: in training, what of a long history is read; every exposure and generative target stays (see
-    `_view`).
+    stochastic_length: in training, selects the events of a long history that are read; every exposure and generative
+    target stays (see `_view`).
     """
 
     def __init__(
@@ -75,11 +79,12 @@ class Collator:
         self._bags |= {name: dataset.feature_ids("user", name) for name in spec.user_features}
 
     def negatives(self, epoch: int, step: int) -> Ints:
-        """[K] distinct items, drawn uniformly by (seed, epoch, step): the same on every rank.
+        """[K] distinct items, sampled uniformly from a generator seeded by (seed, epoch, step): equal on every rank.
 
-        Items that the split holds out of train do not exist yet in training: they are no negatives.
+        Items that the split holds out of train are never negatives, since they do not exist yet in training.
         """
         wanted = self.spec.negatives
+        # The rank is not part of the seed: all ranks score against the same negatives, and each item is encoded once.
         rng = np.random.default_rng((self.seed, epoch, step))
         if self._negatives is not None:
             drawn = rng.choice(self._negatives, size=min(wanted, self._negatives.size), replace=False)
@@ -87,14 +92,15 @@ class Collator:
         catalogue = self.dataset.num_items - 1
         if wanted >= catalogue:
             return np.arange(1, catalogue + 1)
-        return rng.choice(catalogue, size=wanted, replace=False).astype(np.int64) + 1
+        return rng.choice(catalogue, size=wanted, replace=False).astype(np.int64) + 1  # item 0 is the unknown item
 
     def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
-        """The batch of this rank's `pieces` (may be empty) at (epoch, step)."""
+        """The batch of this rank's `pieces` (possibly none) at (epoch, step)."""
         views = [self._view(piece, epoch) for piece in pieces]
         seq_offsets = offsets_from_lengths([len(view.history) for view in views])
         query_offsets = offsets_from_lengths([len(view.queries) for view in views])
-        # Without pieces: the view of a piece without events has every field, empty.
+        # A rank without pieces still takes part in the step's collectives: the view of an empty piece has every field
+        # with its dtype and zero rows.
         view = _join(views or [self._view(_NO_EVENTS)], seq_offsets, query_offsets)
         negatives = self.negatives(epoch, step) if self.spec.negatives else np.empty(0, np.int64)
         users = np.array([piece.user_id for piece in pieces], dtype=np.int64)
@@ -119,10 +125,12 @@ class Collator:
                 "full_history_items": view.full_history_items,
                 "full_history_offsets": offsets_from_lengths([view.full_history_items.size for view in views]),
             }
+        # Dropout differs between ranks; rank + 1 also keeps rank 0 apart from the generator of the negatives.
         rng = np.random.default_rng((self.seed, epoch, step, rank + 1))
         unique = arrays["unique_items"]
         unknown = self._read_as_unknown(unique, rng)
         vectors = None if self.item_vectors is None else np.where(unknown[:, None], 0, self.item_vectors[unique])
+        # Slots for the unique items cost lookups, so they exist only if the generative loss reads them.
         slots = unique if self.spec.item_slots and self.training else unique[:0]
         return HybridBatch(
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
@@ -132,46 +140,51 @@ class Collator:
         )
 
     def item_features(self, items: Ints) -> KeyedJaggedTensor:
-        """The bags of `items` [n] by themselves: slots as a batch has them for its unique items."""
-        rng = np.random.default_rng(0)  # nothing is drawn: IDs are dropped of histories and targets only
+        """The bags of `items` [n] only, in the layout of a batch's slots for its unique items."""
+        rng = np.random.default_rng(0)  # unused: ID dropout applies to histories and targets only
         unknown = items[:0] if self._cold is None else items[self._cold[items]]
         return self._features(self._view(_NO_EVENTS), np.empty(0, np.int64), items, rng, unknown)
 
     def _read_as_unknown(self, unique: Ints, rng: np.random.Generator) -> NDArray[np.bool_]:
-        """Of the batch's items [U], those whose IDs and vectors the model is not to see."""
+        """Mask [U] of the batch's items whose IDs and vectors are replaced by the unknown item's (zeros)."""
         if self._cold is None:
             return np.zeros(unique.size, bool)
+        # Drawn by item, not by slot: within a batch an item is cold everywhere or nowhere, as at evaluation.
         drawn = rng.random(unique.size) < self.spec.cold_dropout if self.training else False
         return self._cold[unique] | drawn
 
     def _view(self, piece: Piece, epoch: int = 0) -> _View:
-        """Filter the history, find what each exposure sees and what each position generates.
+        """Filter the history, then compute what each exposure sees and which item each position predicts next.
 
-        Where the history is shortened, an exposure sees what is left of its history, and the next item that an event
-        would generate is generated by the last event left up to that one: an event may then have several targets.
+        If Stochastic Length shortens the history, an exposure sees the remaining events of its history. A next item is
+        then predicted at the last remaining event at or before its original position, so an event may have several
+        targets.
         """
         spec, times = self.spec, piece.timestamps
-        # The events that can be history, and the place of each event in the order that visibility goes by.
-        kept = np.flatnonzero(piece.labels == 1) if spec.history == "positive" else np.arange(len(piece))
+        # Three index spaces follow: events of the piece, `eligible` (events that can be history), and `read` (the
+        # events of `eligible` that Stochastic Length keeps).
+        eligible = np.flatnonzero(piece.labels == 1) if spec.history == "positive" else np.arange(len(piece))
         targets = piece.exposures
         order = times if spec.visibility == "second" else np.arange(len(piece))
-        visible = visible_before(order[kept], order[targets])
-        next_rows, next_items = self._generative(piece, kept)
-        # Events after the last one that a query sees, or that generates something, would be read for nothing.
-        seen = kept[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
+        visible = visible_before(order[eligible], order[targets])
+        next_rows, next_items = self._generative(piece, eligible)
+        # Drop the events after the last one that a query sees or that predicts a next item: no output depends on them.
+        seen = eligible[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
         queries, query_of_target = self._queries(times[targets], visible)
         read = self._read(piece, times[seen], epoch)
         view = _View(
             history=piece[seen[read]],
-            next_times=times[np.append(kept[1:], kept[-1:])[read]],
+            # The time of the following eligible event; the last one has no successor and repeats its own time.
+            next_times=times[np.append(eligible[1:], eligible[-1:])[read]],
             queries=piece[targets[queries]],
-            # Counted in `kept` so far; the batch counts in what is read of it.
+            # From counts in `eligible` to counts in `read`: "left" is the number of read events before the limit.
             query_visible=np.searchsorted(read, visible[queries], side="left"),
             target_query=query_of_target,
             targets=piece[targets],
             target_values=scaled_values(piece.labels[targets], piece.actions[targets], self._value_scale),
             positions=targets + piece.offset,
             history_lengths=visible_before(times, times[targets]) + piece.offset,
+            # The last read event at or before the row; there is one, because `read` always contains event 0.
             next_rows=np.searchsorted(read, next_rows, side="right") - 1,
             next_items=next_items,
             numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets)[queries],
@@ -180,38 +193,51 @@ class Collator:
         return _interleaved(view) if spec.interleaved else view
 
     def _read(self, piece: Piece, times: Ints, epoch: int) -> Ints:
-        """Which of the history's events, at `times` [n], are read: indices, sorted."""
+        """Sorted indices of the history events, at `times` [n], that are read."""
         if self.stochastic_length is None:
             return np.arange(times.size)
         return self.stochastic_length.choose(times, epoch=epoch, user=piece.user_id, offset=piece.offset)
 
     def _queries(self, request_times: Ints, visible: Ints) -> tuple[Ints, Ints]:
-        """(exposure that stands for each query, query of each exposure).
+        """(representative exposure of each query [Q], query of each exposure [X]).
 
-        Early: one query per exposure. Late: exposures that see the same at the same second share one.
+        Early fusion: one query per exposure. Late fusion: exposures of the same second that see the same history share
+        one query.
         """
         if not self.spec.fusion.query_is_user:
             every = np.arange(visible.size)
             return every, every
+        # `visible` is part of the key: with visibility by position, one second has requests with different histories.
         moments = np.stack([visible, request_times])
         _, first, inverse = np.unique(moments, axis=1, return_index=True, return_inverse=True)
         return first, inverse.reshape(-1)
 
-    def _generative(self, piece: Piece, kept: Ints) -> tuple[Ints, Ints]:
-        """Rows of the kept history whose next kept item is a generative target of this piece."""
-        if not self.spec.negatives or kept.size < 2 or not self.training:
+    def _generative(self, piece: Piece, eligible: Ints) -> tuple[Ints, Ints]:
+        """(rows [G] of the eligible history, next items [G]): the generative targets of this piece.
+
+        A row's next item is the item of the eligible event after it.
+        """
+        if not self.spec.negatives or eligible.size < 2 or not self.training:
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        following = kept[1:]
+        following = eligible[1:]
+        # Overlapping pieces of a long user share events; only those from `first_target` on belong to this piece, so
+        # that each next item is a target once.
         wanted = following >= piece.first_target
         if self.spec.positive_targets_only:
+            # NaN: an event without a label is not a rejected exposure, so it stays a target.
             wanted &= (piece.labels[following] > 0) | np.isnan(piece.labels[following])
         return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
 
     def _features(
         self, view: _View, query_users: Ints, items: Ints, rng: np.random.Generator, unknown: Ints
     ) -> KeyedJaggedTensor:
-        """One bag per key and slot; an absent value is an empty bag. query_users [Q]: whose each query is; items:
-        those with a slot of their own, after all others; unknown: items whose IDs are read as 0."""
+        """One bag per key and slot; an absent value is an empty bag.
+
+        Args:
+            query_users: [Q] the user of each query.
+            items: items with their own slot, after all other slots.
+            unknown: items whose IDs are read as 0.
+        """
         spec, history = self.spec, len(view.history)
         queries = len(view.queries) if spec.fusion.has_queries else 0
         is_item, is_action = self._tokens(history)
@@ -219,15 +245,17 @@ class Collator:
         of_events = self._item_of_slot(view, queries)
         item_of_slot = np.concatenate([of_events, items])
         slots = item_of_slot.size
+        # User features are read at queries only: their slots follow the history's.
         user_of_slot = np.full(slots, -1)
         user_of_slot[history : history + queries] = query_users[:queries]
         bags: dict[str, Bags] = {}
         if spec.item_id:
             ids = np.concatenate([self._drop_ids(of_events, rng), items])
             ids = np.where(np.isin(ids, unknown), 0, ids) if unknown.size else ids
-            bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)
+            bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)  # -1: a slot without an item, an empty bag
         if spec.action:
-            # The candidate's own action is what we predict: unknown, or after the query, which is an item's token.
+            # A query's own action is the label to predict, so it must not leak: the query reads the unknown action 0.
+            # With interleaving a query is an item token, whose action token would come after it: no action bag.
             not_yet = np.zeros(0 if spec.interleaved else queries, dtype=np.int64)
             given = np.concatenate([is_action, asks & (not spec.interleaved)])
             bags["action"] = np.concatenate([view.history.actions[is_action], not_yet]), _present(given, slots)
@@ -243,6 +271,7 @@ class Collator:
             parts = split_timestamps(torch.from_numpy(stamps), spec.time_depth).numpy()
             for column, name in enumerate(TIME_FEATURES[: spec.time_depth]):
                 bags[name] = parts[:, column], _present(timed, slots)
+        # A KeyedJaggedTensor is key-major: all slots of the first key, then all slots of the next.
         return KeyedJaggedTensor(
             keys=list(bags),
             values=torch.from_numpy(_cat([values for values, _ in bags.values()])),
@@ -251,7 +280,7 @@ class Collator:
         )
 
     def _tokens(self, history: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """[T] which history tokens bear an item, and which an action: all both, or in turn."""
+        """Masks [T] of the history tokens with an item and with an action: every token both, or alternating."""
         every = np.ones(history, bool)
         if not self.spec.interleaved:
             return every, every
@@ -259,7 +288,11 @@ class Collator:
         return is_item, ~is_item
 
     def _item_of_slot(self, view: _View, queries: int) -> Ints:
-        """[S] whose item each slot bears; -1: none (action tokens; late queries, whose targets follow as slots)."""
+        """[S] item of each slot; -1: no item (action tokens, and late-fusion queries, whose targets follow as slots).
+
+        The order is that of `HybridBatch`: T history, then Q queries (early fusion: the targets themselves), then X
+        targets for late fusion.
+        """
         of_history = np.where(self._tokens(len(view.history))[0], view.history.item_ids, -1)
         if not self.spec.fusion.has_queries:
             return of_history
@@ -267,14 +300,14 @@ class Collator:
         return np.concatenate([of_history, none, view.targets.item_ids])
 
     def _drop_ids(self, item_of_slot: Ints, rng: np.random.Generator) -> Ints:
-        """In training, some ids become 0: the unknown row learns what to say about cold items."""
+        """Replace ids by 0 with probability `id_dropout` in training, so that the unknown row learns for cold items."""
         if not (self.training and self.spec.id_dropout):
             return item_of_slot
         dropped = rng.random(item_of_slot.size) < self.spec.id_dropout
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
     def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
-        """[S, F], zero but at queries; None without numeric features."""
+        """[S, F] numeric features, zero except at queries; None without numeric features."""
         if not self.spec.numeric_features:
             return None
         fusion = self.spec.fusion
@@ -293,18 +326,19 @@ _BATCH_FIELDS = (
     "next_rows",
     "next_items",
 )
-"""Of a view, the fields that are the batch's as they are."""
+"""Fields that a batch takes from the joined view unchanged."""
 _NO_EVENTS = Piece(**Events.at([]).columns, user_id=0, first_target=0)
 
 
 def _interleaved(view: _View) -> _View:
-    """The view with two tokens for each event of the history, of its item and of its action, at the event's second.
+    """The view with two tokens per history event: its item, then its action, both at the event's second.
 
-    A query sees both tokens of each event that it sees; the next item is generated at the action's token.
+    A query sees both tokens of each event that it sees; the next item is predicted at the action token.
     """
     return replace(
         view,
         history=view.history[np.repeat(np.arange(len(view.history)), 2)],
+        # The token after an item token is its own action, at the same second.
         next_times=np.stack([view.history.timestamps, view.next_times], axis=1).reshape(-1),
         query_visible=2 * view.query_visible,
         next_rows=2 * view.next_rows + 1,
@@ -313,19 +347,20 @@ def _interleaved(view: _View) -> _View:
 
 
 def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _View:
-    """The views one after the other; rows and queries count through all of them."""
+    """Concatenate the views; row and query indices become indices into the batch."""
     counted_from = {"target_query": query_offsets, "next_rows": seq_offsets}
     joined: dict[str, Any] = {}
     for name in (field.name for field in fields(_View)):
         parts = [getattr(view, name) for view in views]
         if name in counted_from:
+            # Offsets have one entry more than pieces (or, without pieces, as many as the one empty view): not strict.
             parts = [part + first for part, first in zip(parts, counted_from[name], strict=False)]
         joined[name] = Events.concat(parts) if isinstance(parts[0], Events) else np.concatenate(parts)
     return _View(**joined)
 
 
 def _unique_items(view: _View, negatives: Ints) -> dict[str, Ints]:
-    """Every item of the batch once, and where the items of each kind stand among them."""
+    """The sorted unique items of the batch [U], and the index into them of every item of each kind."""
     kinds = {
         "history_index": view.history.item_ids,
         "target_index": view.targets.item_ids,
@@ -339,7 +374,7 @@ def _unique_items(view: _View, negatives: Ints) -> dict[str, Ints]:
 
 def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
     """Bags of `ids` [S] from jagged `values`; a negative id gives an empty bag."""
-    known = np.maximum(ids, 0)
+    known = np.maximum(ids, 0)  # -1 must not index the last row; its length is set to 0 below
     lengths = np.where(ids >= 0, offsets[known + 1] - offsets[known], 0)
     return values[concat_ranges(offsets[known], lengths)], lengths
 
@@ -350,10 +385,10 @@ def _items_of_train(dataset: Dataset) -> Ints:
 
 
 def _present(where: NDArray[np.bool_], total: int) -> Ints:
-    """Bag lengths [total]: one value in each slot where `where` is true, none in the others and after them."""
+    """Bag lengths [total]: 1 for slots where `where` is true, 0 for the others and for slots beyond `where`."""
     return np.pad(where.astype(np.int64), (0, total - where.size))
 
 
 def _cat(parts: Sequence[Ints]) -> Ints:
-    """Concatenated, int64 also when there is no part."""
+    """Concatenation as int64, also without any part."""
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64, copy=False)

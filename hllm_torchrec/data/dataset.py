@@ -1,4 +1,4 @@
-"""A prepared dataset directory, opened for reading.
+"""`Dataset`: reads a prepared dataset directory.
 
 Layout (written by `prepare`):
 
@@ -9,7 +9,7 @@ Layout (written by `prepare`):
     training_item_counts.npy          int64 [num_items], events of each item in train
     sequences/<part>/part-*.parquet   one row per user with an event in the part: user_id, target_start, and the
                                       lists item_ids, timestamps, labels, actions of the history to the part's end
-    tokens/<fingerprint>/             token stores (`tokens.TokenStore`)
+    tokens/<fingerprint>/             token stores (`token_store.TokenStore`)
 """
 
 import re
@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A readable unit of a part's sequences: file, index of the group in it, its number of rows (users)."""
+    """A unit of reading of a part's sequences: file, index of the row group in it, its number of rows (users)."""
 
     path: Path
     index: int
@@ -43,7 +43,7 @@ class RowGroup:
 
 
 class Dataset:
-    """Reads a dataset directory; see the module's layout. Make one with `Dataset.open`."""
+    """Reads a dataset directory with the layout in the module docstring. Create one with `Dataset.open`."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root = root
@@ -51,7 +51,11 @@ class Dataset:
 
     @classmethod
     def open(cls, path: str | Path) -> "Dataset":
-        """Opens `path`, which may be a URL. Raises ValueError for no dataset, another schema version, damaged files."""
+        """Open `path`, which may be a URL.
+
+        Raises:
+            ValueError: `path` is not a dataset, has another schema version, or has damaged files.
+        """
         url = url_of(path)
         root = Path(path) if url is None else local_dataset(url)
         return cls(root, read_manifest(root))
@@ -83,7 +87,7 @@ class Dataset:
 
     @cached_property
     def action_values(self) -> np.ndarray:
-        """The number in each action's name ("rating 4": 4), NaN where there is none ("view"); float64 [num_actions]."""
+        """float64 [num_actions] numbers in the actions' names ("rating 4": 4), NaN for names without one ("view")."""
         values = np.full(self.num_actions, np.nan)
         for action, name in self.manifest["actions"]["names"].items():
             number = _NUMBER.search(name)
@@ -92,7 +96,7 @@ class Dataset:
 
     @property
     def visibility(self) -> Literal["second", "position"]:
-        """What an exposure sees: earlier seconds (ranking), or earlier positions (leave-one-out retrieval)."""
+        """Visibility rule of exposures: earlier seconds (ranking), or earlier positions (leave-one-out retrieval)."""
         return "position" if self.manifest["split"]["rule"] == "leave_one_out" else "second"
 
     @cached_property
@@ -106,11 +110,12 @@ class Dataset:
         return self._rows_by_id("users.parquet", "user_id", self.num_users)
 
     def _rows_by_id(self, name: str, key: str, rows: int) -> pa.Table:
-        """A table of which row i is id i + 1; ValueError naming the file and the row where it is not."""
+        """A table whose row i has id i + 1; raises ValueError naming the file and the row if it does not."""
         path = self.root / name
         table = read_table(path)
         with error_location(path):
             ids = table[key].to_numpy()
+        # Readers index rows by id - 1 without looking at the id column, so a permuted file would give wrong texts.
         wrong = np.flatnonzero(ids != np.arange(1, ids.size + 1))
         if wrong.size:
             raise ValueError(f"{path}, row {wrong[0]}: {key} is {ids[wrong[0]]}, it must be {wrong[0] + 1}; {REMEDY}")
@@ -119,9 +124,10 @@ class Dataset:
         return table
 
     def text(self, columns: Sequence[str]) -> pa.Table:
-        """The text columns named, one row per item from id 1 on; missing text is "".
+        """The named text columns, one row per item from id 1 on; missing text is "".
 
-        Raises ValueError for a column that is no text column of this dataset.
+        Raises:
+            ValueError: a name is not a text column of this dataset.
         """
         known = self.manifest["text_columns"]
         unknown = [name for name in columns if name not in known]
@@ -133,14 +139,14 @@ class Dataset:
         """The files of a part ("train", "valid" or "test"), in order.
 
         Raises:
-            ValueError: another part.
+            ValueError: `split` is not one of the three parts.
         """
         if split not in SPLITS:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
         return sorted((self.root / "sequences" / split).glob("part-*.parquet"))
 
     def row_groups(self, split: str) -> list[RowGroup]:
-        """All row groups of a part, in order of file and place."""
+        """All row groups of a part, in order of file and of position in it."""
         groups = []
         for path in self.sequence_files(split):
             with error_location(path):
@@ -149,16 +155,16 @@ class Dataset:
         return groups
 
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The sequences (`events.SEQUENCE_SCHEMA`, or the named columns of it) of one row group, checked.
+        """The validated sequences (`events.SEQUENCE_SCHEMA`, or its named columns) of one row group.
 
         Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
         return read_sequences(path, index, columns, TableRows(self.num_items, self.num_users, self.num_actions))
 
     def sequences(self, groups: Sequence[RowGroup], columns: Sequence[str] | None = None) -> Sequences:
-        """The rows of some row groups (none: no rows), decoded; columns that are not named are unknown.
+        """The decoded rows of the row groups (no groups: no rows); columns that are not named hold "unknown".
 
-        Raises ValueError as `read_row_group`.
+        Raises ValueError like `read_row_group`.
         """
         return decode_sequences([self.read_row_group(group.path, group.index, columns) for group in groups])
 
@@ -177,11 +183,10 @@ class Dataset:
         return int(self.manifest[f"{kind}_features"][name]["size"])
 
     def feature_ids(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """All bags of a feature: (values int64 [total], offsets int64 [rows + 1]), rows = num_items or
-        num_users.
+        """All bags of a feature: (values int64 [total], offsets int64 [rows + 1]), rows = num_items or num_users.
 
         The bag of id i is values[offsets[i] : offsets[i + 1]]; the unknown id 0 has an empty bag.
-        Raises ValueError for a feature that this dataset lacks.
+        Raises ValueError for a feature that this dataset does not have.
         """
         self._check_feature(kind, name)
         table = self.items if kind == "item" else self.users
@@ -191,6 +196,7 @@ class Dataset:
             values = lists.flatten().to_numpy().astype(np.int64)
         if lists.null_count or (values.size and not 0 <= values.min() <= values.max() < size):
             raise ValueError(f"{path}: {column} must hold ids of 0..{size - 1} and no null; {REMEDY}")
+        # The second 0 is the empty bag of id 0: the table's rows start at id 1.
         lengths = np.diff(lists.offsets.to_numpy())
         return values, np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
 
@@ -203,7 +209,7 @@ class Dataset:
 
 
 def base_rate(dataset: Dataset) -> float:
-    """Share of positive labels among the training exposures; 0.5 where there is one class only."""
+    """Share of positive labels among the training exposures; 0.5 if there is only one class."""
     total = positive = 0.0
     for group in dataset.row_groups("train"):
         labels = dataset.sequences([group], ["labels"]).labels

@@ -1,7 +1,7 @@
-"""Events on disk, divided by user, so that memory follows the partition and not the dataset.
+"""Partitions of events on disk, divided by user, so that memory is bounded by a partition and not by the dataset.
 
-A partition holds all events of its users. It is written in source order while the source streams by, then
-rewritten once, sorted by (user, timestamp, source row) with user numbers in place of raw ids.
+A partition holds all events of its users. It is written in source order while the source is read, then rewritten
+once, sorted by (user, timestamp, source row) with user numbers instead of raw ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,16 @@ _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 def partition_count(event_bytes: int, compressed: bool) -> int:
-    """Number of partitions for event files of that size; a function of the source only, so repeatable."""
+    """Number of partitions for `event_bytes` of event files.
+
+    It depends on the source only, not on the machine, because user ids follow the order of the partitions.
+    """
+    # 4: assumed ratio of uncompressed to compressed bytes; -(-a // b) rounds up.
     return int(np.clip(-(-event_bytes * (4 if compressed else 1) // BYTES_PER_PARTITION), 1, MAX_PARTITIONS))
 
 
 class PartitionWriter:
-    """Writes tables row by row into `count` Arrow streams in `folder`, by a hash of one string column."""
+    """Distributes the rows of tables over `count` Arrow streams in `folder` by a hash of one string column."""
 
     def __init__(self, folder: Path, prefix: str, count: int, key: str) -> None:
         self._paths = [folder / f"{prefix}-{p:05d}.arrows" for p in range(count)]
@@ -34,7 +38,7 @@ class PartitionWriter:
         self._key = key
 
     def write(self, table: pa.Table) -> None:
-        """Appends each row of `table` to the partition of its key."""
+        """Append each row of `table` to the partition of its key."""
         count = len(self._paths)
         if table.num_rows == 0:
             return
@@ -42,6 +46,7 @@ class PartitionWriter:
             self._append(0, table)
             return
         part = (hash_strings(table[self._key].combine_chunks()) % np.uint64(count)).astype(np.int64)
+        # Stable, so that rows of a partition stay in source order, which `sort_partition` relies on for ties.
         table = table.take(np.argsort(part, kind="stable"))
         ends = np.cumsum(np.bincount(part, minlength=count))
         for p, (start, end) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)):
@@ -55,7 +60,7 @@ class PartitionWriter:
         writer.write_table(table)
 
     def close(self) -> list[Path]:
-        """Ends the streams; returns the paths, one per partition (a partition without rows has no file)."""
+        """Close the streams; return the paths, one per partition (a partition without rows has no file)."""
         for writer in self._writers:
             if writer is not None:
                 writer.close()
@@ -63,12 +68,13 @@ class PartitionWriter:
 
 
 def read_stream(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
-    """The table of an Arrow stream, whole or the columns named, or None if the file is not there."""
+    """The table of an Arrow stream, or its named columns; None if the file does not exist."""
     if not path.exists():
         return None
     with pa.OSFile(str(path)) as file:
         if columns is None:
             return pa.ipc.open_stream(file).read_all()
+        # The reader selects columns by index only, so the schema is read first and the file rewound.
         names = pa.ipc.read_schema(file).names
         file.seek(0)
         options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
@@ -76,28 +82,40 @@ def read_stream(path: Path, columns: Sequence[str] | None = None) -> pa.Table | 
 
 
 def hash_strings(values: pa.Array) -> np.ndarray:
-    """A hash (uint64 [n]) of each string's bytes: polynomial, then mixed; the same in every process.
+    """Hash (uint64 [n]) of each string's bytes, the same in every process: polynomial, then mixed.
 
-    `values` has no null and no empty string. Vectorised, since it runs over every event.
+    hash = mix(sum_k (byte_k + 1) * base^(k + 1)) modulo 2^64. `values` has no null and no empty string. Vectorized,
+    since it runs over every event.
     """
+    # Arrow's string layout: buffer 1 holds int32 offsets, buffer 2 the bytes. A sliced array shares both, so its own
+    # offsets begin at `values.offset` and need not start at 0.
     offsets = np.frombuffer(values.buffers()[1], np.int32)[values.offset : values.offset + len(values) + 1]
     data = np.frombuffer(values.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
     starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
     assert len(values) == 0 or lengths.min() > 0, "an empty string"
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         powers = np.cumprod(np.full(int(lengths.max(initial=0)), _HASH_BASE, np.uint64))
         place = np.arange(len(data)) - np.repeat(starts, lengths)
+        # reduceat sums from each start to the next one; an empty string would give a wrong sum, hence the assertion.
         sums = np.add.reduceat((data.astype(np.uint64) + np.uint64(1)) * powers[place], starts)
+        # The low bits of the product depend on few bits of the sum: callers take a remainder, so drop them.
         return (sums ^ (sums >> np.uint64(33))) * _HASH_MIX >> np.uint64(20)
 
 
 def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "RowLocator") -> tuple[pa.Table, pa.Array]:
-    """One partition, sorted by (user, timestamp, order), duplicates dealt with.
+    """Sort one partition by (user, timestamp, order) and apply the policy for duplicate events.
 
-    Takes `raw_user_id`, the columns of `events.EVENT_COLUMNS` (`item` int64 is a number), `order`, rows by ascending
-    order; returns the table with `user` int64 (a number from `first_user` on in order of first appearance) in place
-    of `raw_user_id`, and the raw ids of those users. Raises ValueError for a duplicate event where the policy
-    says so.
+    Args:
+        table: columns `raw_user_id`, those of `events.EVENT_COLUMNS` (`item` int64 is an item number) and `order`;
+            rows by ascending order.
+        first_user: number of the partition's first user.
+
+    Returns:
+        The table with `user` int64 (numbers from `first_user` on, in order of first appearance) instead of
+        `raw_user_id`, and the raw ids of these users.
+
+    Raises:
+        ValueError: a duplicate event, if the policy is "error".
     """
     users = table["raw_user_id"].combine_chunks().dictionary_encode()
     user = users.indices.to_numpy().astype(np.int64)
@@ -105,6 +123,7 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
     sort = np.lexsort((time, user))  # stable, so ties keep the order of the source
     repeated = _repeated(user[sort], time[sort], item[sort])
     if repeated.any():
+        # Report the duplicate that comes first in the source, not the one of the smallest user number.
         first = sort[repeated][np.argmin(order[sort][repeated])]
         path, row = locate(int(order[first]))
         problem = f"user {users.dictionary[int(user[first])]} has this item in this second already"
@@ -117,13 +136,15 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
 
 
 def _repeated(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarray:
-    """True (bool [n]) where an event sorted by (user, time) had the same user, second and item before it."""
+    """Mask (bool [n]) of events, sorted by (user, time), that repeat an earlier one's user, second and item."""
     repeated = np.zeros(len(user), bool)
+    # same_second[i]: event i continues the (user, second) run of event i - 1. False at both ends.
     same_second = np.zeros(len(user) + 1, bool)
     same_second[1:-1] = (np.diff(user) == 0) & (np.diff(time) == 0)
     shared = np.flatnonzero(same_second[1:] | same_second[:-1])  # events that share user and second
     if len(shared):
         run = np.cumsum(~same_second[:-1])[shared]
+        # Within a run, sort by item: repetitions become neighbours. lexsort is stable, so the first stays unmarked.
         by_item = np.lexsort((item[shared], run))
         again = (np.diff(run[by_item]) == 0) & (np.diff(item[shared][by_item]) == 0)
         repeated[shared[by_item[1:][again]]] = True
@@ -131,10 +152,10 @@ def _repeated(user: np.ndarray, time: np.ndarray, item: np.ndarray) -> np.ndarra
 
 
 class RowLocator:
-    """Turns the running number of a source row back into its file and row.
+    """Maps the running number of a source row back to its file and row.
 
-    An event's `order` is the row number plus the rows of all files before, so that it sorts as the source
-    does.
+    An event's `order` is its row number plus the rows of all files before, so that sorting by it gives the order of
+    the source.
     """
 
     def __init__(self) -> None:
@@ -142,7 +163,7 @@ class RowLocator:
         self._next = 0
 
     def orders(self, path: Path, rows: np.ndarray) -> np.ndarray:
-        """The orders (int64 [n]) of rows of `path`; files must come one after the other."""
+        """The orders (int64 [n]) of `rows` of `path`; all chunks of a file must come before the next file."""
         if not self._starts or self._starts[-1][1] != path:
             self._starts.append((self._next, path))
         orders = self._starts[-1][0] + rows
@@ -150,13 +171,16 @@ class RowLocator:
         return orders
 
     def __call__(self, order: int) -> tuple[Path, int]:
-        """File and row of an order."""
+        """File and row of `order`."""
         start, path = next((s, p) for s, p in reversed(self._starts) if s <= order)
         return path, order - start
 
 
 class SortedPartitions:
-    """The sorted partitions on disk, read one at a time; `alive` masks filter users and items out."""
+    """The sorted partitions on disk, read one at a time.
+
+    `alive_users` and `alive_items` (bool, by number) filter out the events of all other users and items.
+    """
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -164,7 +188,7 @@ class SortedPartitions:
         self.alive_items: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """The partitions one by one, without the events of users and items filtered out."""
+        """Iterate over the partitions, without the events that the masks filter out."""
         return self._read(None)
 
     def _read(self, columns: Sequence[str] | None) -> Iterator[pa.Table]:
@@ -172,13 +196,14 @@ class SortedPartitions:
             if self.alive_users is None or self.alive_items is None:
                 yield read_stream(path, columns)
                 continue
+            # The masks need `user` and `item`, also if the caller does not.
             table = read_stream(path, columns and list(dict.fromkeys(["user", "item", *columns])))
             assert table is not None, path
             user, item = table["user"].to_numpy(), table["item"].to_numpy()
             yield table.filter(pa.array(self.alive_users[user] & self.alive_items[item]))
 
     def counts(self, num_users: int, num_items: int) -> tuple[np.ndarray, np.ndarray]:
-        """Events per user [num_users] and per item [num_items] among those not filtered out, int64."""
+        """Number of events per user [num_users] and per item [num_items] after the masks, int64."""
         users, items = np.zeros(num_users, np.int64), np.zeros(num_items, np.int64)
         for table in self._read(["user", "item"]):
             users += np.bincount(table["user"].to_numpy(), minlength=num_users)
@@ -192,7 +217,7 @@ class SortedPartitions:
 
 
 def write_sorted(path: Path, table: pa.Table) -> None:
-    """Writes one partition as an Arrow stream."""
+    """Write one partition as an Arrow stream."""
     with pa.ipc.new_stream(str(path), table.schema, options=_OPTIONS) as writer:
         writer.write_table(table)
 
@@ -200,11 +225,11 @@ def write_sorted(path: Path, table: pa.Table) -> None:
 def core_filter(
     partitions: SortedPartitions, counts: tuple[np.ndarray, np.ndarray], k: int, *, iterative: bool
 ) -> None:
-    """Keeps users and items with at least `k` events, by setting the masks of `partitions`.
+    """Keep users and items with at least `k` events, by setting the masks of `partitions`.
 
-    `counts` are the events per user and per item now. Iterative: the k-core, repeated until nothing changes.
-    Otherwise the single pass of the published Books protocol (HLLM, HSTU): items and users by their counts in
-    the whole data, then users once more, so that an item may end with fewer than k.
+    `counts` are the current events per user and per item. Iterative: the k-core, repeated until nothing changes.
+    Otherwise the single pass of the published Books protocol (HLLM, HSTU): items and users by their counts in the
+    complete data, then users once more, so that an item may end with fewer than k events.
     """
     users, items = counts
     while True:
@@ -214,5 +239,6 @@ def core_filter(
         if not iterative:
             partitions.alive_users = users >= k
             return
+        # Each round only removes events, so an unchanged total means that the masks are stable.
         if int(users.sum()) == before:
             return

@@ -1,7 +1,7 @@
-"""Events as columns, and users' sequences of them: the one place that lists what an event consists of.
+"""Events and users' sequences of events as columns; `Events` is the single definition of an event's columns.
 
-A further column (say, the device of a request) is a field of `Events`: preparation writes it, and loader, embedding
-jobs, scorer and baselines carry it along. What a model makes of it is said in the batch spec and the collator.
+A further column (for example the device of a request) is added as a field of `Events`: preparation writes it, and
+loader, embedding jobs, scorer and baselines pass it on. The batch spec and the collator define its use by a model.
 
 Legend: n events of one user, T events of R users one after the other.
 """
@@ -25,14 +25,17 @@ def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: 
 
 @dataclass(frozen=True)
 class Events:
-    """Events of one user, or of several one after the other, sorted by time within a user. All columns are [n]."""
+    """Events of one user, or of several users one after the other, sorted by time within a user.
+
+    All columns are [n]. A field's metadata becomes its entry of `EVENT_COLUMNS`.
+    """
 
     item_ids: Ints = _column("item", pa.int64(), np.int64, 0)
     """0: an unknown item."""
     timestamps: Ints = _column("timestamp", pa.int64(), np.int64, 0)
     """Seconds UTC."""
     labels: Floats = _column("label", pa.float32(), np.float32, np.nan)
-    """In [0, 1]; NaN where the event is no exposure."""
+    """In [0, 1]; NaN if the event is not an exposure."""
     actions: Ints = _column("action", pa.int32(), np.int64, 0)
     """0: unknown."""
 
@@ -41,37 +44,38 @@ class Events:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Name -> values of each column."""
+        """The columns by name."""
         return {name: getattr(self, name) for name in _NAMES}
 
     def __getitem__(self, chosen: slice | NDArray[Any]) -> "Events":
-        """The events of a slice (views), or at indices or where a mask is true (copies)."""
+        """The events of a slice (as views), or at indices or a mask (as copies)."""
         return Events(*[getattr(self, name)[chosen] for name in _NAMES])
 
     @classmethod
     def at(cls, timestamps: ArrayLike, **known: ArrayLike) -> "Events":
-        """Events at these seconds; columns that are not given are unknown."""
+        """Events at the given seconds; columns that are not given hold their unknown value."""
         times = np.asarray(timestamps, np.int64)
         values: dict[str, Any] = {column.name: np.full(times.size, column.unknown) for column in EVENT_COLUMNS}
         return Events(**(values | known | {"timestamps": times})).as_arrays()
 
     def as_arrays(self) -> "Events":
-        """The events with columns, which may be any sequences of numbers, as arrays of their types."""
+        """A copy with columns, which may be any sequences of numbers, as arrays of the columns' dtypes."""
         return Events(*(np.asarray(getattr(self, column.name), column.dtype) for column in EVENT_COLUMNS))
 
     @classmethod
     def concat(cls, parts: Iterable["Events"]) -> "Events":
-        """The events of all parts (at least one), one after the other."""
+        """Concatenate the events of all parts (at least one)."""
         kept = list(parts)
         return Events(*[np.concatenate([getattr(part, name) for part in kept]) for name in _NAMES])
 
 
 @dataclass(frozen=True)
 class EventColumn:
-    """A column of events.
+    """Description of an event column.
 
-    name: in `Events` and, as lists, in sequence files; single: in the tables that preparation sorts, one row an event;
-    stored: Arrow's type there; dtype: numpy's here; unknown: what stands for a value that is not known.
+    name: its name in `Events` and, as lists, in sequence files; single: its name in the tables that preparation
+    sorts, with one row per event; stored: Arrow type in files; dtype: numpy dtype in memory; unknown: the value that
+    represents an unknown one.
     """
 
     name: str
@@ -91,14 +95,14 @@ SEQUENCE_SCHEMA = pa.schema(
         *(pa.field(column.name, pa.list_(column.stored)) for column in EVENT_COLUMNS),
     ]
 )
-"""Of sequence files: a row has a user's whole history up to the part's end."""
+"""Schema of sequence files: a row holds a user's complete history up to the end of the part."""
 
 
 @dataclass(frozen=True)
 class Piece(Events):
-    """A stretch of one user's events; exposures are those from `first_target` on (an index into the stretch).
+    """A contiguous range of one user's events; `first_target` is the index in it of the first possible exposure.
 
-    offset: index of the stretch's first event in the user's whole sequence.
+    offset: index of the range's first event in the user's complete sequence.
     """
 
     user_id: int = field(kw_only=True)
@@ -107,21 +111,21 @@ class Piece(Events):
 
     @property
     def exposures(self) -> Ints:
-        """[X] indices of the events to predict: those from `first_target` on that have a label."""
+        """[X] indices of the events to predict: the labelled events from `first_target` on."""
         return self.first_target + np.flatnonzero(~np.isnan(self.labels[self.first_target :]))
 
     def cut(self, start: int, end: int, first_target: int) -> Self:
-        """The stretch [start, end) of it, with exposures from `first_target` on; all three are indices into this."""
+        """The range [start, end) of this piece, with exposures from `first_target` on; all are indices into it."""
         first = first_target - start
         return replace(self, offset=self.offset + start, first_target=first, **self[start:end].columns)
 
 
 @dataclass(frozen=True)
 class Sequences(Events):
-    """Rows of a part's sequences: each user's whole history up to the part's end. The columns of events are [T].
+    """Rows of a part's sequences: each user's complete history up to the part's end. The event columns are [T].
 
-    user_ids, target_start: int64 [R], the latter the index in the row of the first event that is of the part; offsets:
-    int64 [R + 1], from 0, of the rows in the events.
+    user_ids: int64 [R]; target_start: int64 [R], index in the row of the first event that belongs to the part;
+    offsets: int64 [R + 1], boundaries of the rows in the events, from 0.
     """
 
     user_ids: Ints = field(kw_only=True)
@@ -130,37 +134,38 @@ class Sequences(Events):
 
     @property
     def lengths(self) -> Ints:
-        """[R] events of each row."""
+        """[R] number of events of each row."""
         return np.diff(self.offsets)
 
     def piece(self, row: int) -> Piece:
-        """A row as one piece: the user's whole sequence."""
+        """A row as one piece with the user's complete sequence."""
         return self.cut(row, 0, int(self.offsets[row + 1] - self.offsets[row]), int(self.target_start[row]))
 
     def cut(self, row: int, start: int, end: int, first_target: int) -> Piece:
-        """The stretch [start, end) of a row, with exposures from `first_target` on; all three count from its start."""
+        """The range [start, end) of a row, with exposures from `first_target` on; all three count from its start."""
         first = int(self.offsets[row])
         inside = slice(first + start, first + end)
         columns = [getattr(self, name)[inside] for name in _NAMES]
         return Piece(*columns, user_id=int(self.user_ids[row]), offset=start, first_target=first_target - start)
 
     def pieces(self) -> Iterable[Piece]:
-        """All rows, one by one."""
+        """Iterate over all rows as pieces."""
         return (self.piece(row) for row in range(self.user_ids.size))
 
 
 def decode_sequences(tables: Sequence[pa.Table]) -> Sequences:
-    """Tables of SEQUENCE_SCHEMA, or of the same columns of it, one after the other; none: no rows.
+    """Concatenate and decode tables of SEQUENCE_SCHEMA, or of equal subsets of its columns; no tables: no rows.
 
-    Columns that are not there are unknown and take no memory; one column of events must be.
+    Missing columns hold their unknown value and take no memory; at least one event column must be present.
     """
     table = pa.concat_tables(tables or [SEQUENCE_SCHEMA.empty_table()]).combine_chunks()
     first = next(name for name in _NAMES if name in table.column_names)
+    # All list columns of a row have equal lengths (`validation._check_lists`), so any of them gives the offsets.
     offsets = offsets_from_lengths(pc.list_value_length(table[first]).to_numpy())
     columns = {
         column.name: pc.list_flatten(table[column.name]).to_numpy().astype(column.dtype, copy=False)  # null: NaN
         if column.name in table.column_names
-        else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
+        else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])  # stride 0: one value in memory
         for column in EVENT_COLUMNS
     }
     user_ids, target_start = (

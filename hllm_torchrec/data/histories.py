@@ -1,4 +1,4 @@
-"""Users' sequences as flat arrays, and the exposures in them that a baseline has to score.
+"""Users' sequences as flat arrays with the exposures that a baseline scores.
 
 Legend: R rows (users), T events of all rows, X exposures (events of the split's part with a label), N items.
 """
@@ -25,38 +25,39 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Histories(Sequences):
-    """Rows of a part's sequences, and what their exposures see: earlier "second"s, or earlier "position"s."""
+    """Rows of a part's sequences with the visibility rule of their exposures: earlier "second"s or "position"s."""
 
     visibility: str = field(kw_only=True)
 
     @cached_property
     def row_of_event(self) -> Ints:
-        """[T] the row that each event is of."""
+        """[T] row of each event."""
         return np.repeat(np.arange(self.user_ids.size), np.diff(self.offsets))
 
     @cached_property
     def position(self) -> Ints:
-        """[T] the event's index in its user's sequence."""
+        """[T] index of each event in its user's sequence."""
         return np.arange(self.item_ids.size) - self.offsets[self.row_of_event]
 
     @cached_property
     def events_of_earlier_seconds(self) -> Ints:
-        """[T] how many events of the same user are of strictly earlier seconds."""
+        """[T] number of events of the same user at strictly earlier seconds."""
         return visible_at_each_event(self.timestamps, self.offsets)
 
     @cached_property
     def seen(self) -> Ints:
-        """[T] how many events of the same user, from the first on, an exposure there may see."""
+        """[T] number of events of the same user, from the first on, that an exposure at each event may see."""
         return self.events_of_earlier_seconds if self.visibility == "second" else self.position
 
     @cached_property
     def exposures(self) -> Ints:
-        """[X] indices of the events to score: those of the split's part that have a label."""
+        """[X] indices of the events to score: the labelled events of the split's part."""
         in_part = self.position >= self.target_start[self.row_of_event]
         return np.flatnonzero(in_part & ~np.isnan(self.labels))
 
     def sum_of_seen(self, values: NDArray) -> NDArray:
-        """[X] for every exposure, the sum of `values` [T] over the events that it may see."""
+        """[X] sum of `values` [T] over the events that each exposure may see."""
+        # Differences of one running sum over all rows, which avoids a loop over users.
         total = np.concatenate([[0], np.cumsum(values)])
         start = self.offsets[self.row_of_event[self.exposures]]
         return total[start + self.seen[self.exposures]] - total[start]
@@ -64,12 +65,12 @@ class Histories(Sequences):
     def prediction_columns(
         self, scores: NDArray, probabilities: NDArray, cold: NDArray[np.bool_], rows: Ints | slice = ALL
     ) -> PredictionColumns:
-        """The predictions format.
+        """PredictionColumns of the predictions format (`hllm_torchrec.data.predictions`).
 
         Args:
-            scores, probabilities: of the exposures `rows`; [X] for all of them.
-            cold: [N], whether an item has no training event.
-            rows: indices of exposures.
+            scores, probabilities: one value for each exposure of `rows`.
+            cold: bool [N], True for items without a training event.
+            rows: indices of exposures; by default all of them.
         """
         events = self.exposures[rows]
         items = self.item_ids[events]
@@ -99,7 +100,7 @@ def rank_row_groups(dataset: Dataset, split: str) -> list[RowGroup]:
 
 
 def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
-    """The rows of some row groups (none: no rows)."""
+    """The rows of the row groups as `Histories` (no groups: no rows)."""
     rows = dataset.sequences(groups)
     return Histories(**{f.name: getattr(rows, f.name) for f in fields(rows)}, visibility=dataset.visibility)
 
@@ -113,8 +114,8 @@ def score_by_group(
     """This rank's predictions of a split, one row group in memory at a time.
 
     Args:
-        cold: [N], whether an item has no training event.
-        score: histories (maybe of no rows) -> scores [X] and probabilities [X].
+        cold: bool [N], True for items without a training event.
+        score: maps histories (possibly without rows) to scores [X] and probabilities [X].
 
     Raises:
         ValueError: the split is empty.
@@ -122,6 +123,7 @@ def score_by_group(
     groups = rank_row_groups(dataset, split)
     parts = []
     with progress(len(groups), f"score {split}", coordination.rank() == 0) as bar:
+        # A rank without row groups still scores once without rows, which gives its predictions every column.
         for share in [[group] for group in groups] or [[]]:
             histories = read_histories(dataset, share)
             parts.append(histories.prediction_columns(*score(histories), cold))
@@ -131,7 +133,7 @@ def score_by_group(
 
 @dataclass(frozen=True)
 class ItemLabels:
-    """Labels of the training part by item: how many, and their sum; float64 [N]."""
+    """Number and sum of the training labels of each item; float64 [N]."""
 
     count: Doubles
     total: Doubles
@@ -142,9 +144,9 @@ class ItemLabels:
         return float(self.total.sum() / self.count.sum()) if self.count.sum() else 0.5
 
     def bias(self, shrinkage: float) -> Doubles:
-        """[N] an item's mean label minus the overall mean, as if it had `shrinkage` more labels of that mean.
+        """[N] each item's mean label minus the overall mean, shrunk by `shrinkage` pseudo-labels of that mean.
 
-        0 for items without a training label.
+        bias_i = (total_i - count_i * mean) / (count_i + shrinkage); 0 for items without a training label.
         """
         surplus = self.total - self.count * self.mean
         return np.divide(surplus, self.count + shrinkage, out=np.zeros_like(surplus), where=self.count > 0)

@@ -1,4 +1,4 @@
-"""First pass of `prepare`: items, events and users stream from the source to disk, bad rows dealt with."""
+"""First pass of `prepare`: streams items, events and users from the source to disk and handles bad rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def file_bar(files: tuple[Path, ...], what: str) -> tqdm:
 
 
 def read_items(source: Source, catalogue: ItemCatalogue) -> None:
-    """Adds all items of the source."""
+    """Add all items of the source to the catalogue."""
     with file_bar(source.other_files, "reading items") as bar:
         for chunk in source.items():
             catalogue.add(chunk)
@@ -33,7 +33,7 @@ def read_items(source: Source, catalogue: ItemCatalogue) -> None:
 def read_events(
     source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator, writer: PartitionWriter
 ) -> list[Path]:
-    """Writes all good events, divided by user; returns the partitions' paths."""
+    """Write all accepted events, partitioned by user; return the partitions' paths."""
     with file_bar(source.event_files, "reading events") as bar:
         for chunk in source.events():
             writer.write(_checked(chunk, source, catalogue, log, locate))
@@ -42,7 +42,7 @@ def read_events(
 
 
 def read_users(source: Source, log: BadRowLog, writer: PartitionWriter) -> list[Path]:
-    """Writes the rows of the user file, divided by user; returns the partitions' paths."""
+    """Write the rows of the user file, partitioned by user; return the partitions' paths."""
     for chunk in source.users():
         blank = blank_mask(chunk.table["raw_user_id"])
         table = _handled(log, "missing_id", blank, chunk.table, chunk.path, lambda _: "the user id is missing")
@@ -53,24 +53,27 @@ def read_users(source: Source, log: BadRowLog, writer: PartitionWriter) -> list[
 def _handled(
     log: BadRowLog, reason: str, bad: np.ndarray, table: pa.Table, path: Path, problem: Callable[[int], str]
 ) -> pa.Table:
-    """`table` without the bad rows, if they are to be dropped."""
+    """`table` without the bad rows if the policy drops them, else unchanged."""
     if log.handle(reason, bad, path, table["row"].to_numpy(), problem):
         return table.filter(pa.array(~bad))
     return table
 
 
 def _checked(chunk: Chunk, source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator) -> pa.Table:
-    """The good events of a chunk, with item numbers, seconds and orders."""
+    """The accepted events of a chunk, with item numbers, seconds and orders."""
     path, table = chunk.path, chunk.table
+    # Orders are given before any row is dropped, so that an order maps back to its row in the file.
     table = table.append_column("order", pa.array(locate.orders(path, table["row"].to_numpy())))
     blank = blank_mask(table["raw_user_id"]) | blank_mask(table["raw_item_id"])
     table = _handled(log, "missing_id", blank, table, path, lambda _: "the user id or the item id is missing")
     table = (
         _with_good_times(table, path, log) if source.has_timestamps else _replaced(table, "timestamp", table["order"])
     )
+    # null and NaN differ here: null is an event without a label, NaN a label that could not be read.
     unreadable = np.isnan(table["label"].fill_null(0).to_numpy())
-    problem = f"the label ({source.label_rule}) is no number in its range"
+    problem = f"the label ({source.label_rule}) is not a number in its range"
     table = _handled(log, "nan_label", unreadable, table, path, lambda _: problem)
+    # Unreadable labels that the policy keeps become null: the event stays in the history without a label.
     label = table["label"].to_numpy()
     table = _replaced(table, "label", pa.array(label, pa.float32(), mask=np.isnan(label)))
     return _with_item_numbers(table, path, catalogue, log).select(_WRITTEN)
@@ -88,7 +91,8 @@ def _with_good_times(table: pa.Table, path: Path, log: BadRowLog) -> pa.Table:
 
 
 def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, log: BadRowLog) -> pa.Table:
-    """Adds the column `item`; deals with events of unknown items and of items that were dropped."""
+    """Add the column `item`; handle events of unknown items and of dropped items."""
+    # Items dropped by the policy are not unknown: their events follow the item's choice, not `unknown_item`.
     refused = catalogue.was_refused(table["raw_item_id"])
     if refused.any():
         log.dropped["event_of_dropped_item"] += int(refused.sum())
@@ -99,7 +103,7 @@ def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, lo
     table = _handled(log, "unknown_item", unknown, table, path, lambda i: text.format(raw[i].as_py()))
     if len(table) < len(number):
         number = number[~unknown]
-    elif unknown.any():
+    elif unknown.any():  # the policy is "keep"
         catalogue.add_without_text(raw.filter(pa.array(unknown)).to_pylist())
         number = catalogue.look_up(raw)
     return table.append_column("item", pa.array(number))

@@ -1,7 +1,6 @@
-"""The item catalogue, feature vocabularies and user table while a dataset is being prepared.
+"""The item catalogue and the feature vocabularies during preparation of a dataset.
 
-Ids are dense from 1 in order of first appearance, 0 is unknown; a dataset prepared again keeps the ids it
-has.
+Ids are dense from 1 in order of first appearance, 0 is unknown. A dataset that is extended keeps its existing ids.
 """
 
 from array import array
@@ -35,10 +34,11 @@ class Vocabulary:
         return len(self._ids) + 1
 
     def encode(self, values: pa.Array | pa.ChunkedArray) -> pa.Array:
-        """list<string> [n] → list<int32> [n]; new values get the next ids. A null list is an empty one."""
+        """Encode list<string> [n] as list<int32> [n]; new values get the next ids, a null list becomes empty."""
         lists = pa.chunked_array([values]).combine_chunks() if isinstance(values, pa.Array) else values.combine_chunks()
         lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
         flat = lists.flatten().dictionary_encode()
+        # One dictionary lookup per distinct value instead of one per row.
         of_value = [self._ids.setdefault(v, len(self._ids) + 1) for v in flat.dictionary.to_pylist()]
         ids = np.array(of_value, np.int32)[flat.indices.to_numpy()] if len(flat) else np.zeros(0, np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets_from_lengths(lengths), pa.int32()), pa.array(ids, pa.int32()))
@@ -49,7 +49,7 @@ class Vocabulary:
 
 
 def load_vocabularies(root: Path | None, names: Iterable[str]) -> dict[str, Vocabulary]:
-    """The vocabularies of `names`; those that the dataset in `root` (if any) has already are continued."""
+    """The vocabularies of `names`; those that the dataset in `root` (if any) has are continued."""
     found = {}
     for name in names:
         path = root / "features" / f"{name}.parquet" if root is not None else None
@@ -59,10 +59,10 @@ def load_vocabularies(root: Path | None, names: Iterable[str]) -> dict[str, Voca
 
 
 class ItemCatalogue:
-    """Collects the items of a source, on disk except for their raw ids.
+    """Collects the items of a source; only their raw ids are in memory, the rest is in a file, the spool.
 
-    Each item has a *number* (from 0, in order of first appearance; existing items first, so that theirs is
-    their id - 1). `write` turns numbers into final ids and leaves out what has to go.
+    Each item has a *number* from 0 in order of first appearance. Existing items come first, so that their number is
+    their id - 1. `write` maps numbers to final ids and drops the items without one.
     """
 
     def __init__(self, source: Source, spool: Path, log: BadRowLog) -> None:
@@ -77,6 +77,7 @@ class ItemCatalogue:
         self._spool = spool
         self._writer = pa.ipc.new_stream(str(spool), self._schema)
         self._numbers: dict[str, int] = {}
+        # By item number; compact arrays, because catalogues have millions of items.
         self._digests = array("q")
         self._seen = bytearray()
         self._current_row = array("q")
@@ -91,7 +92,7 @@ class ItemCatalogue:
         return len(self._numbers)
 
     def load(self, items: pa.Table, vocabularies: dict[str, pa.Table]) -> None:
-        """Takes over the items of an existing dataset, features turned back from ids to values."""
+        """Add the items of an existing dataset, with features decoded from ids to values."""
         assert not self._numbers, "existing items come first"
         columns = {"raw_item_id": items["raw_item_id"]}
         for name in self._columns:
@@ -105,13 +106,14 @@ class ItemCatalogue:
         table = self._completed(pa.table(columns))
         self._append(table, range(len(items)))
         self._numbers = {raw: i for i, raw in enumerate(table["raw_item_id"].to_pylist())}
+        # Digests are compared within this process only, so Python's salted hash is enough.
         self._digests = array("q", (hash(text) for text in self._texts(table)))
         self._seen = bytearray(len(items))
         self._current_row = array("q", range(len(items)))
         self.existing = len(items)
 
     def add(self, chunk: Chunk) -> None:
-        """Adds the items of one chunk. Raises ValueError for bad rows where the policy says so."""
+        """Add the items of one chunk. Raises ValueError for a bad row whose policy is "error"."""
         table = self._without_bad_ids(chunk)
         self.has_created_at |= "created_at" in table.column_names
         rows = table["row"].to_numpy()
@@ -132,6 +134,7 @@ class ItemCatalogue:
                 if raw not in self._numbers:
                     self._refused.add(raw)
                 continue
+            # A later row of the same item may have text: the item is then no longer refused.
             self._refused.discard(raw)
             number = self._place(raw, hash(texts[i]), chunk.path, int(rows[i]))
             if number is not None:
@@ -147,7 +150,10 @@ class ItemCatalogue:
         return chunk.table
 
     def _place(self, raw: str, digest: int, path: Path, row: int) -> int | None:
-        """The number of an item whose row is to be stored; None for a repetition."""
+        """The number of an item if its row must be stored; None for a repetition.
+
+        Assigns a number to a new item. An existing item's first row in this source replaces its stored row.
+        """
         number = self._numbers.get(raw)
         if number is None:
             number = self._numbers[raw] = len(self._numbers)
@@ -168,7 +174,7 @@ class ItemCatalogue:
         return None
 
     def _completed(self, table: pa.Table) -> pa.Table:
-        """`table` with all columns of the spool but `number`, in order; missing texts are "" and not null."""
+        """`table` with all columns of the spool except `number`, in order; missing texts are "" instead of null."""
         columns = {}
         for field in list(self._schema)[1:]:
             if field.name not in table.column_names:
@@ -183,33 +189,34 @@ class ItemCatalogue:
         return list(zip(*(table[name].to_pylist() for name in self._text), strict=True))
 
     def _append(self, table: pa.Table, numbers: Iterable[int]) -> None:
-        """Stores the rows on disk and remembers for each number which row is its latest."""
+        """Write the rows to the spool and record the latest row of each number."""
         column = np.fromiter(numbers, np.int64)
         if len(column) == 0:
             return
+        # The spool is append-only: an updated item has two rows, and `_final_batches` takes the latest.
         for offset, number in enumerate(column):
             if number < len(self._current_row):
                 self._current_row[number] = self._rows + offset
         self._rows += len(column)
         self._writer.write_table(table.add_column(0, "number", pa.array(column)))
-        self._id_set = None
+        self._id_set = None  # built again by the next `look_up`
 
     def look_up(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
-        """The numbers (int64 [n]) of raw ids; -1 where there is no such item."""
+        """The numbers (int64 [n]) of raw ids; -1 for ids that are not in the catalogue."""
         if self._id_set is None:
             self._id_set = pa.array(self._numbers, pa.string())
         found = pc.index_in(raw_ids, value_set=self._id_set)
         return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
     def was_refused(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
-        """True (bool [n]) where an id belongs to an item that the policy dropped."""
+        """Mask (bool [n]) of the ids of items that the policy dropped."""
         if not self._refused:
             return np.zeros(len(raw_ids), bool)
         refused = pa.array(self._refused, pa.string())
         return pc.is_in(raw_ids, value_set=refused).to_numpy(zero_copy_only=False)
 
     def add_without_text(self, raw_ids: Iterable[str]) -> None:
-        """Adds items that only events know."""
+        """Add items that occur in events only, with empty texts."""
         new = [raw for raw in dict.fromkeys(raw_ids) if raw not in self._numbers]
         numbers = [self._place(raw, hash(("",) * len(self._text)), self._spool, 0) for raw in new]
         table = self._completed(pa.table({"raw_item_id": pa.array(new, pa.string())}))
@@ -219,13 +226,13 @@ class ItemCatalogue:
         self._append(table, [n for n in numbers if n is not None])
 
     def final_ids(self, has_event: np.ndarray, keep_all: bool) -> np.ndarray:
-        """The final id (int64, 0: left out) of each number; `has_event` bool [len(self)]."""
+        """The final id (int64; 0: dropped) of each number; `has_event` is bool [len(self)]."""
         keep = np.ones(len(self), bool) if keep_all else has_event.copy()
-        keep[: self.existing] = True
+        keep[: self.existing] = True  # an extended dataset keeps all its ids, also of items without events now
         return np.where(keep, np.cumsum(keep), 0)
 
     def held_out(self, split: Split, final_ids: np.ndarray) -> np.ndarray:
-        """Whether the item of each final id is held out of train, bool [largest final id + 1]; False for id 0."""
+        """Mask (bool [largest final id + 1]) of the final ids whose items are held out of train; False for id 0."""
         found = np.zeros(int(final_ids.max()) + 1, bool)
         if split.hold_out_items:
             found[final_ids] = split.held_out(self._numbers)
@@ -233,10 +240,10 @@ class ItemCatalogue:
         return found
 
     def write(self, path: Path, final_ids: np.ndarray, vocabularies: dict[str, Vocabulary]) -> None:
-        """Writes `items.parquet`: the rows with a final id, in its order, features encoded."""
+        """Write `items.parquet`: the rows with a final id, in order of the id, with encoded features."""
         self._writer.close()
         batches = self._final_batches(final_ids)
-        if self.existing:  # updated texts stand at the end of the spool: bring them to their place
+        if self.existing:  # rows of updated items are at the end of the spool: sort them back
             whole = pa.concat_tables(batches)
             batches = iter(whole.sort_by("item_id").to_reader(max_chunksize=_ROWS_PER_BATCH))
             batches = (pa.Table.from_batches([batch]) for batch in batches)
@@ -253,6 +260,7 @@ class ItemCatalogue:
         writer.close()
 
     def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:
+        """The rows of the spool, batch by batch, that are the latest of their item and have a final id."""
         current = np.frombuffer(self._current_row, np.int64)
         row = 0
         with pa.OSFile(str(self._spool)) as file, pa.ipc.open_stream(file) as reader:
@@ -267,12 +275,12 @@ class ItemCatalogue:
 
 
 def decode_feature(ids: pa.ListArray, vocabulary: pa.Table) -> pa.ListArray:
-    """list<int32> ids → list<string> values, by the columns of `Vocabulary.table`."""
+    """Decode list<int32> ids to list<string> values by the columns of `Vocabulary.table`."""
     values = vocabulary["value"].combine_chunks().take(pc.subtract(ids.flatten(), 1))
     offsets = offsets_from_lengths(pc.list_value_length(ids).to_numpy())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 
 
 def blank_mask(raw_ids: pa.ChunkedArray) -> np.ndarray:
-    """True (bool [n]) where a raw id is null, empty or white space."""
+    """Mask (bool [n]) of raw ids that are null, empty or white space."""
     return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(raw_ids, "")), "").to_numpy(zero_copy_only=False)

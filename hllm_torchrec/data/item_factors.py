@@ -3,9 +3,9 @@
     value(u, i) = mean + b_i + v_i . z_u + noise,   z_u ~ N(0, I),  v_i ~ N(v_0, I / prior),  noise ~ N(0, s^2)
 
 v_0 puts a constant loading on the first user factor, so that z_u[0] is the user's own mean. The user factors are
-integrated out (probabilistic PCA with missing entries), which stochastic gradients on a few hundred users do not
-find by themselves. Given any history, z_u has a closed-form posterior: `hllm_torchrec.baselines.gaussian` predicts
-with it, and `data.item_vectors: [factors]` hands (v_i, b_i) to the model as dense item features.
+integrated out (probabilistic PCA with missing entries), a solution that stochastic gradients on a few hundred users
+do not reach. Given any history, z_u has a closed-form posterior: `hllm_torchrec.baselines.gaussian` predicts with
+it, and `data.item_vectors: [factors]` passes (v_i, b_i) to the model as dense item features.
 
 Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n events of a user.
 """
@@ -27,7 +27,7 @@ MEAN_LOADING = 0.45
 
 @dataclass(frozen=True)
 class FactorOptions:
-    """How the factors are fitted. The defaults were chosen on MovieLens-100k's validation part."""
+    """Settings of the fit. The defaults were chosen on MovieLens-100k's validation part."""
 
     factors: int = 5
     """K, without the user's mean."""
@@ -38,18 +38,18 @@ class FactorOptions:
     iterations: int = 30
     """EM steps."""
     bias_shrinkage: float = 3.0
-    """Residuals of 0 added to each item's own."""
+    """Number of pseudo-residuals of 0 added to each item's residuals."""
     max_users: int = 20_000
-    """At most so many users (the first ones) are fitted."""
+    """Maximum number of users (the first ones) that the fit uses."""
     seed: int = 0
-    """Of the loadings' start."""
+    """Seed of the initial loadings."""
 
 
 @dataclass(frozen=True)
 class ItemFactors:
-    """The fitted model, on the scale of the values.
+    """A fitted model, on the scale of the values.
 
-    loadings: [N, J]; bias: [N]; mean: of all values; noise: variance s^2. The unknown item and items without
+    loadings: [N, J]; bias: [N]; mean: mean of all values; noise: variance s^2. The unknown item and items without
     training events have loading v_0 and bias 0.
     """
 
@@ -70,7 +70,7 @@ class ItemFactors:
         return self.mean + self.bias[items] + self.loadings[items] @ z
 
     def vectors(self) -> NDArray[np.float32]:
-        """[N, J + 1] float32: loadings and bias, each column standardised over known items; row 0 is 0."""
+        """[N, J + 1] float32: loadings and bias, each column standardized over known items; row 0 is 0."""
         raw = np.concatenate([self.loadings, self.bias[:, None]], axis=1)
         spread = raw[1:].std(axis=0)
         scaled = (raw - raw[1:].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
@@ -79,15 +79,15 @@ class ItemFactors:
 
 
 def event_values(labels: NDArray[np.float32], actions: Ints, action_values: AnyFloats) -> AnyFloats:
-    """What an event is worth [n]: its action's number (rating 1..5) where actions have several, else its label.
+    """Value of each event [n]: its action's number (rating 1..5) if actions have different numbers, else its label.
 
-    action_values: `Dataset.action_values`. NaN where nothing is known.
+    action_values: `Dataset.action_values`. NaN for events without a value.
     """
     return action_values[actions] if _are_graded(action_values) else labels.astype(np.float64)
 
 
 def value_scale(action_values: AnyFloats) -> NDArray[np.float32] | None:
-    """`event_values` of each action on [-1, 1], the lowest action -1, the highest 1; None where labels say it."""
+    """`event_values` of each action scaled to [-1, 1] (lowest -1, highest 1); None if labels are the values."""
     if not _are_graded(action_values):
         return None
     low, high = np.nanmin(action_values), np.nanmax(action_values)
@@ -95,29 +95,30 @@ def value_scale(action_values: AnyFloats) -> NDArray[np.float32] | None:
 
 
 def scaled_values(labels: NDArray[np.float32], actions: Ints, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """`event_values` on [-1, 1] [n]; scale: of `value_scale`. A label of 0 is -1, of 1 is 1."""
+    """`event_values` [n] scaled to [-1, 1]; scale: the result of `value_scale`. Labels 0 and 1 become -1 and 1."""
     return 2 * labels - 1 if scale is None else scale[actions]
 
 
 def _are_graded(action_values: AnyFloats) -> bool:
-    """Whether actions have at least two different numbers."""
+    """True if actions have at least two different numbers."""
     return np.unique(action_values[~np.isnan(action_values)]).size > 1
 
 
 def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
-    """Dense item features [N, V] float32: <dataset>/vectors/<name>.npy; `factors` is fitted when it is not there.
+    """Dense item features [N, V] float32 from <dataset>/vectors/<name>.npy; `factors` is fitted if it does not exist.
 
     Raises:
-        ValueError: no such file, or another number of rows than the dataset has items.
+        ValueError: the file does not exist, or its number of rows differs from the dataset's number of items.
     """
     if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
         raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
     path = dataset.root / "vectors" / f"{name}.npy"
     if name == "factors" and not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_suffix(".tmp.npy")
-        np.save(beside, fit_item_factors(dataset).vectors())
-        beside.rename(path)
+        # Written under another name and renamed, so that a file of the final name is complete.
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, fit_item_factors(dataset).vectors())
+        temporary.rename(path)
     if not path.is_file():
         raise ValueError(
             f"data.item_vectors: {name!r}: no file {path}; save a float32 array [{dataset.num_items}, V] there, "
@@ -136,10 +137,10 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
 
 
 def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> ItemFactors:
-    """Fit to the training part.
+    """Fit the model to the training part by EM.
 
     Raises:
-        ValueError: all values are equal (implicit feedback): there is nothing to factorise.
+        ValueError: all values are equal (implicit feedback), so there is nothing to factorize.
     """
     options = options or FactorOptions()
     users = _training_users(dataset, options.max_users)
@@ -153,6 +154,7 @@ def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> 
     rng = np.random.default_rng(options.seed)
     v_0 = np.zeros(options.factors + 1)
     v_0[0] = MEAN_LOADING * scale
+    # Small random loadings break the symmetry between the factors; the user-mean factor starts at its prior.
     loadings = np.tile(v_0, (dataset.num_items, 1))
     loadings[:, 1:] = rng.normal(scale=0.1 * scale, size=(dataset.num_items, options.factors))
     model = ItemFactors(loadings, np.zeros(dataset.num_items), mean, options.noise * scale**2)
@@ -164,7 +166,11 @@ def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> 
 def _em_step(
     model: ItemFactors, users: list[tuple[Ints, AnyFloats]], v_0: AnyFloats, options: FactorOptions
 ) -> ItemFactors:
-    """Posterior of every user's z, then the ridge solution of every item's loading and bias."""
+    """One EM step.
+
+    E: the Gaussian posterior of every user's z. M: the ridge solution of every item's loading from the expected
+    moments sum(E[z z']) and sum(value * E[z]), and every item's shrunk bias.
+    """
     items, width = model.loadings.shape
     second = np.zeros((items, width, width))
     first, residual, count = np.zeros((items, width)), np.zeros(items), np.zeros(items)
@@ -174,6 +180,7 @@ def _em_step(
         covariance = np.linalg.inv(v.T @ v / model.noise + eye)
         centred = values - model.mean - model.bias[rated]
         z = covariance @ (v.T @ centred) / model.noise
+        # E[z z'] = covariance + mean mean'. np.add.at, because a user may have rated an item more than once.
         np.add.at(second, rated, covariance + np.outer(z, z))
         np.add.at(first, rated, np.outer(centred, z))
         np.add.at(residual, rated, values - model.mean - v @ z)
@@ -185,7 +192,7 @@ def _em_step(
 
 
 def _training_users(dataset: Dataset, max_users: int) -> list[tuple[Ints, AnyFloats]]:
-    """(items, values) of each training user, events without a value left out."""
+    """(items, values) of each training user, without events that have no value."""
     users: list[tuple[Ints, AnyFloats]] = []
     for group in dataset.row_groups("train"):
         for events in dataset.sequences([group], ["item_ids", "labels", "actions"]).pieces():

@@ -1,4 +1,4 @@
-"""Rows of unequal length, one after the other in numpy arrays; `modules.jagged` has the same for tensors.
+"""Index arithmetic for jagged numpy arrays (rows of unequal length, concatenated); `modules.jagged` is for tensors.
 
 Legend: n rows, T entries of all rows.
 """
@@ -10,11 +10,12 @@ from hllm_torchrec.common.arrays import Ints
 
 
 def offsets_from_lengths(lengths: ArrayLike) -> Ints:
-    """Where each row starts and the last one ends, [n + 1], from 0."""
+    """Offsets [n + 1] int64 from lengths [n]: the start of each row from 0, then the end of the last."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def concat_ranges(starts: Ints, lengths: Ints) -> Ints:
-    """[T] starts[0], starts[0] + 1, ... for so long as lengths[0] says, then the same of the next."""
+    """[T] the concatenation of the ranges starts[i], ..., starts[i] + lengths[i] - 1 of all rows i."""
     offsets = offsets_from_lengths(lengths)
+    # arange counts through all rows: shift each row from its offset in the output to its start.
     return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])

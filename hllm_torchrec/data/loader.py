@@ -1,12 +1,12 @@
-"""Batches of a split for one rank: sharded, shuffled by (seed, epoch), prepared ahead, resumable.
+"""`Loader`: the batches of a split for one rank, sharded, shuffled by (seed, epoch), prefetched and resumable.
 
-The plan of an epoch is a pure function of (dataset, world size, seed, epoch), so every rank knows how many
-steps all ranks will take (a rank that runs out earlier yields empty batches) and a resumed run starts in the
-middle without reading what came before.
+The plan of an epoch is a pure function of (dataset, world size, seed, epoch). So every rank knows the number of steps
+of all ranks without communication (a rank that has no more pieces yields empty batches), and a resumed run starts in
+the middle of an epoch without reading the batches before.
 
-- Up to SHARED_EVENTS events: every rank holds the whole split, and each global batch is dealt out so that
-  ranks get equal work. The same samples form a step at any world size (of the same global batch).
-- Beyond: each rank reads its own row groups, in windows that bound memory (with one rank, too).
+- Up to SHARED_EVENTS events: every rank holds the complete split, and each global batch is divided so that ranks get
+  equal work. At any world size with the same global batch, a step has the same samples.
+- Above: each rank reads its own row groups, in windows that bound memory (also with one rank).
 """
 
 from collections import OrderedDict
@@ -25,14 +25,14 @@ from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.pieces import Pieces, assign_balanced, cut_into_pieces, in_user_sample
 
 SHARED_EVENTS = 20_000_000
-"""Held by every rank up to here: about half a gigabyte."""
+"""Maximum number of events of a split that every rank holds in memory: about half a gigabyte."""
 WINDOW_ROW_GROUPS = 8
-"""Row groups that are shuffled together (and held in memory) when ranks read their own."""
+"""Number of row groups that are shuffled together (and held in memory) if each rank reads its own."""
 
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """What a loader reads of a dataset, and how it makes batches of it."""
+    """Settings of a loader: the part of the dataset that it reads, and the composition of batches."""
 
     split: str
     batch_users: int
@@ -41,34 +41,34 @@ class LoaderSpec:
     """See `cut_into_pieces`."""
     seed: int = 0
     shuffle: bool = False
-    """Reorder by (seed, epoch); evaluation keeps the file's order."""
+    """Shuffle by (seed, epoch); evaluation keeps the files' order."""
     batch_cost: int = 0
-    """Where above 0, a step of a rank has pieces of at most this cost together (or a single one above it) instead of
-    `batch_users`, so that steps cost alike."""
+    """If above 0, a rank's step has pieces of at most this total cost (or a single piece above it) instead of
+    `batch_users` pieces, so that all steps have about the same cost."""
     item_costs: Ints | None = None
-    """[N], cost of each item (its tokens); a piece costs what its events do. None: 1 each."""
+    """[N] cost of each item (its tokens); a piece's cost is the sum over its events. None: 1 per event."""
     all_events: bool = False
-    """Every event counts as one of the split's part, those of earlier parts too, and the training users without an
-    event in it come as well."""
+    """Treat every event as part of the split, including those of earlier parts, and include the training users
+    without an event in the split."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
     user_share: float = 1.0
-    """Share of the users that come, the same ones whatever the split; a smaller one is part of a larger one."""
+    """Share of the users to load: the same users for every split; a smaller share is a subset of a larger one."""
     prefetch: int = 2
-    """Batches prepared ahead."""
+    """Number of batches prepared ahead."""
     timeout: float = 600.0
-    """Seconds to wait for a batch that is prepared ahead."""
+    """Seconds to wait for a prefetched batch."""
 
 
 class Loader:
-    """Iterates over a split, as `spec` says.
+    """Iterates over the batches of a split for one rank.
 
     Args:
         collator: builds the batches.
-        rank, world_size: this process and how many there are.
+        rank, world_size: rank of this process and number of processes.
 
     Raises:
-        ValueError: the split is empty, or no user is left of it.
+        ValueError: the split is empty, or the share of users selects none of it.
     """
 
     def __init__(
@@ -91,18 +91,22 @@ class Loader:
                 "share"
             )
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
+        # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
         self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
 
     def _index(self, num_own_groups: int) -> Pieces:
-        """The pieces of the spec's share of users in all row groups; of the groups from number `num_own_groups` on,
-        users whom those before lack."""
+        """The pieces of the selected share of users in all row groups.
+
+        Groups from number `num_own_groups` on belong to the training part: only users that the split itself does not
+        have are taken from them.
+        """
         columns: list[tuple[Ints, Ints, Ints, Ints]] = []
         users_of_split: list[Ints] = []
         for number, group in enumerate(self._groups):
-            # Of the lists only the lengths are wanted; actions are the smallest.
+            # Only the lengths of the lists are needed; actions are the smallest column to read.
             rows = self.dataset.sequences([group], ["user_id", "target_start", "actions"])
             wanted = in_user_sample(rows.user_ids, self.spec.user_share)
             if number < num_own_groups:
@@ -116,29 +120,32 @@ class Loader:
         return cut_into_pieces(numbers, all_rows, lengths, starts, self.spec.max_history, self.spec.extend_history)
 
     def _costs(self, item_costs: Ints) -> Ints:
-        """[pieces] what the events of each piece cost."""
+        """int64 [number of pieces] total cost of the events of each piece."""
         costs = np.empty(len(self.pieces), np.int64)
         for number, group in enumerate(self._groups):
             rows = self.dataset.sequences([group], ["item_ids"])
             sums = offsets_from_lengths(item_costs[rows.item_ids])
+            # Differences of the running sum of costs: piece bounds count from the start of their row.
             inside = np.flatnonzero(self.pieces.group == number)
             first = rows.offsets[self.pieces.row[inside]]
             costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
         return costs
 
     def steps(self, epoch: int) -> int:
-        """Steps of an epoch, the same on every rank."""
+        """Number of steps of an epoch, the same on every rank."""
         if not self.sharded and not self.spec.batch_cost:
             return -(-len(self.pieces) // (self.spec.batch_users * self.world_size))
+        # Every step has collectives, so all ranks take as many steps as the longest of them.
         return max(len(batches) for batches in self.rank_batches(epoch))
 
     def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
         """This rank's batches from `first_step` on, exactly `steps(epoch) - first_step` of them.
 
-        Close the generator when leaving early: that stops its thread.
+        Close the generator to stop before its end: this stops its thread.
 
         Raises:
-            TimeoutError: the thread that prepares them made none in `timeout` seconds; RuntimeError: it was ended.
+            TimeoutError: the background thread made no batch in `timeout` seconds.
+            RuntimeError: the background thread was ended.
         """
         mine = self.rank_batches(epoch)[self.rank]
         work = (
@@ -160,41 +167,49 @@ class Loader:
         return self._rows[int(pieces.group[i])].cut(row, start, end, first)
 
     def rank_batches(self, epoch: int) -> list[list[Ints]]:
-        """For every rank, the pieces [b] int64 (numbers into `pieces`) of each of its batches."""
+        """For every rank, the pieces (int64 [b], indices into `pieces`) of each of its batches."""
         if self._epoch_batches is None or self._epoch_batches[0] != epoch:
+            # All ranks compute the plan of all ranks from the same generator, so that they agree without communication.
             rng = np.random.default_rng((self.spec.seed, epoch)) if self.spec.shuffle else None
             make = self._batches_of_own_groups if self.sharded else self._batches_of_shared_groups
             self._epoch_batches = (epoch, make(rng))
         return self._epoch_batches[1]
 
     def _batches_of_shared_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
+        """The plan if every rank holds all row groups: global batches of all pieces, balanced over the ranks."""
         count = len(self.pieces)
         order = rng.permutation(count) if rng is not None else np.arange(count)
         plan: list[list[Ints]] = [[] for _ in range(self.world_size)]
         for batch in self._cut_batches(order, self.world_size):
+            # With a cost budget the number of pieces per rank is not limited.
             most = batch.size if self.spec.batch_cost else self.spec.batch_users
+            # Balanced within the global batch only: which pieces form a step does not depend on the world size.
             for rank, share in enumerate(assign_balanced(batch, self.costs, self.world_size, most)):
                 plan[rank].append(share)
         return plan
 
     def _cut_batches(self, order: Ints, world_size: int) -> list[Ints]:
-        """Batches for `world_size` together, of so many users or of so much cost."""
+        """Cut the pieces in `order` into batches for `world_size` ranks together, by `batch_users` or `batch_cost`."""
         if not self.spec.batch_cost:
             size = self.spec.batch_users * world_size
             return [order[i : i + size] for i in range(0, order.size, size)]
         spent, budget, batches, at = offsets_from_lengths(self.costs[order]), self.spec.batch_cost * world_size, [], 0
         while at < order.size:
+            # The longest range within the budget, but at least one piece: a single piece may exceed it.
             end = max(at + 1, int(np.searchsorted(spent, spent[at] + budget, side="right")) - 1)
             batches.append(order[at:end])
             at = end
         return batches
 
     def _batches_of_own_groups(self, rng: np.random.Generator | None) -> list[list[Ints]]:
+        """The plan if each rank reads its own row groups: shuffled groups, then shuffled pieces within a window."""
         groups = np.arange(len(self._groups))
         if rng is not None:
             rng.shuffle(groups)
+        # `_index` appends pieces by group, so each group's pieces are a contiguous range.
         first_of = np.searchsorted(self.pieces.group, np.arange(len(self._groups) + 1))
         plan = []
+        # Every rank computes the batches of all ranks, because `steps` is the maximum over them.
         for rank in range(self.world_size):
             own, batches = groups[rank :: self.world_size], []
             for at in range(0, own.size, WINDOW_ROW_GROUPS):
@@ -208,7 +223,7 @@ class Loader:
 
 
 class _RowCache:
-    """Decoded row groups, the least recently used dropped first."""
+    """Least-recently-used cache of decoded row groups."""
 
     def __init__(self, dataset: Dataset, groups: list[RowGroup], capacity: int) -> None:
         self._dataset, self._groups, self._capacity = dataset, groups, capacity

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a prepared dataset is, and the cheap check that its files are the ones written."""
+"""`manifest.json`: the description of a prepared dataset, and a cheap check of its files by presence and size."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ ITEM_COUNTS = "training_item_counts.npy"
 
 
 def data_files(root: Path) -> list[Path]:
-    """The dataset's own data files under `root`, sorted by name: not the manifest, not the token stores."""
+    """The dataset's data files under `root`, sorted by name, without the manifest and the token stores."""
     found = [
         p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST and p.relative_to(root).parts[0] != "tokens"
     ]
@@ -21,7 +21,7 @@ def data_files(root: Path) -> list[Path]:
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Writes the file, with schema version, files (size, hash) and the fingerprint of all contents added."""
+    """Write `manifest.json` and add the schema version, the files (size, hash) and the fingerprint of all contents."""
     files = {
         path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
         for path, sha256 in hash_files(data_files(root), "checksums").items()
@@ -32,10 +32,13 @@ def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of the dataset in `root`, its schema version and its files' presence and sizes checked.
+    """Read the manifest of the dataset in `root`; check its schema version and its files' presence and sizes.
 
-    Raises ValueError naming the folder or file, and the remedy, if there is no dataset, another schema
-    version, or a file that is missing or has another size.
+    Hashes are not checked: that would read the complete dataset at each start.
+
+    Raises:
+        ValueError: `root` is not a dataset or has another schema version, or a file is missing or has another size.
+            The message names the folder or file, and the remedy.
     """
     path = root / MANIFEST
     if not path.is_file():
@@ -44,7 +47,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested beyond measure
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{path} is damaged ({error}); prepare the dataset again") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version is not None and version != SCHEMA_VERSION:
@@ -53,6 +56,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if problem is not None:
         raise ValueError(f"{path} is damaged ({problem}); prepare the dataset again")
     for name, facts in manifest["files"].items():
+        # The schema refuses ".." in names; a symbolic link can still lead out.
         if not (root / name).resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{path}: {name!r} leads out of the dataset; copy the file there, or prepare again")
         size = (root / name).stat().st_size if (root / name).is_file() else None

@@ -1,4 +1,4 @@
-"""What `manifest.json` must say for a dataset to be opened: fields, types, and names that stay in the dataset."""
+"""Schema of `manifest.json`: required fields and types, and file names that stay within the dataset."""
 
 import re
 from collections.abc import Callable
@@ -8,18 +8,20 @@ from typing import Any
 from hllm_torchrec.data.split import RULES
 
 LARGEST = 2**31 - 2
-"""Users, items or values of a feature: tables have int32 row numbers in FBGEMM's kernels."""
+"""Maximum number of users, items or values of a feature: FBGEMM's kernels have int32 row numbers."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file's name, relative to a directory, stays within it and means the same on every system."""
+    """True if a file name, relative to a directory, stays within it and means the same on every system."""
     path = PurePosixPath(name)
+    # A drive ("C:x") or a backslash is an ordinary name on Linux, but a path on Windows.
     outside = path.is_absolute() or ".." in path.parts or not path.parts or PureWindowsPath(name).drive
     return not outside and "\\" not in name and "\0" not in name
 
 
 def _is_count(value: Any, least: int = 0) -> bool:
+    # bool is a subclass of int, and JSON's true is not a count.
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
@@ -80,7 +82,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def find_manifest_problem(manifest: Any) -> str | None:
-    """What is wrong with the fields of a manifest, "counts: ...", or None."""
+    """The first problem of a manifest's fields ("counts is ...; it must be ..."), or None."""
     if not isinstance(manifest, dict):
         return f"it holds a {type(manifest).__name__}, not an object"
     for name, (holds, rule) in _FIELDS.items():

@@ -1,13 +1,13 @@
-"""Numbers about a request that are known strictly before its second.
+"""Numeric features of a request, computed from events strictly before its second.
 
-Each is scaled to be of order one, so that one linear layer without normalisation can read it. "Earlier" means
-within the stretch of events that a pass reads: of users longer than `data.max_history` that is a part.
+Each is scaled to be of order one, so that one linear layer without normalization can read it. "Earlier" means within
+the piece of events that a pass reads: for users longer than `data.max_history`, a part of their events.
 
-One of your own, `module:name` in the configuration, is called with the events of one user, sorted by time, and
-returns [X] float32, a number for each request:
+A custom feature, `module:name` in the configuration, is called with the events of one user, sorted by time, and
+returns [X] float32, one number per request:
 
-    timestamps [n] int64 seconds; labels [n] float32, NaN where there is none; targets [X] int64, which events are the
-    requests; seen [X] int64, how many events, from the first, are of strictly earlier seconds: read only those.
+    timestamps [n] int64 seconds; labels [n] float32, NaN without a label; targets [X] int64, indices of the requests'
+    events; seen [X] int64, number of events, from the first, at strictly earlier seconds: read only those.
 """
 
 import functools
@@ -27,10 +27,10 @@ SHRINKAGE = 5.0
 
 
 def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targets: Ints) -> Floats:
-    """[X, F] float32: the features `names` of the exposures `targets` of one user's sorted events.
+    """The features `names` [X, F] float32 of the exposures `targets` of one user's sorted events.
 
-    timestamps [n] seconds; labels [n], NaN where there is none; targets [X], indices of events. Only events
-    of strictly earlier seconds count.
+    timestamps: [n] seconds; labels: [n], NaN without a label; targets: [X] indices of events. Features depend on
+    events of strictly earlier seconds only.
     """
     if not names:
         return np.empty((targets.size, 0), np.float32)
@@ -40,19 +40,24 @@ def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targ
 
 
 def _history_length(timestamps: Ints, labels: Floats, targets: Ints, seen: Ints) -> Floats:
-    """log(1 + earlier events) / 4."""
+    """log(1 + number of earlier events) / 4."""
     return (np.log1p(seen) / 4).astype(np.float32)
 
 
 def _user_mean(timestamps: Ints, labels: Floats, targets: Ints, seen: Ints) -> Floats:
-    """Share of positive labels among earlier exposures, shrunk towards 0.5 and centred there."""
+    """Share of positive labels among earlier exposures, shrunk towards 0.5 and scaled to [-1, 1].
+
+    2 * (positives - exposures / 2) / (exposures + SHRINKAGE).
+    """
+    # Index `seen` of a running sum that starts with 0 is the sum over the first `seen` events.
     known = np.concatenate([[0], np.cumsum(~np.isnan(labels))])[seen]
     positive = np.concatenate([[0], np.cumsum(np.nan_to_num(labels))])[seen]
     return (2 * (positive - 0.5 * known) / (known + SHRINKAGE)).astype(np.float32)
 
 
 def _log_gap(timestamps: Ints, labels: Floats, targets: Ints, seen: Ints) -> Floats:
-    """log(1 + seconds since the last earlier event) / 8; 0 without one."""
+    """log(1 + seconds since the last earlier event) / 8; 0 without an earlier event."""
+    # Index 0 for requests without an earlier event is only a valid index; `where` discards its value.
     last = timestamps[np.maximum(seen - 1, 0)]
     gap = np.where(seen > 0, timestamps[targets] - last, 0)
     return (np.log1p(gap) / 8).astype(np.float32)
@@ -67,10 +72,10 @@ NUMERIC_FEATURES: dict[str, Numeric] = {
 
 @functools.cache
 def numeric_feature(name: str) -> Numeric:
-    """The function of a name of NUMERIC_FEATURES, or of the user's own `module:name`.
+    """The feature function of a name in NUMERIC_FEATURES, or of a custom `module:name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown, or the custom function cannot be loaded.
     """
     if name in NUMERIC_FEATURES:
         return NUMERIC_FEATURES[name]
@@ -82,7 +87,7 @@ def numeric_feature(name: str) -> Numeric:
 
 
 def numeric_problems(names: Sequence[str]) -> list[str]:
-    """What `numeric_feature` says of those names that are wrong."""
+    """The messages of `numeric_feature` for the invalid names."""
     problems = []
     for name in names:
         try:

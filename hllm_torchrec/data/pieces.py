@@ -1,4 +1,4 @@
-"""Cutting long users into pieces, choosing a share of users, and sharing pieces out to ranks by cost."""
+"""Cutting of long users into pieces, selection of a share of users, and assignment of pieces to ranks by cost."""
 
 import heapq
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pieces:
-    """Columns, one entry per piece: row group, row in it, stretch [start, end), exposures from `first_target` on."""
+    """Columns with one entry per piece: row group, row in it, range [start, end), exposures from `first_target` on."""
 
     group: Ints
     row: Ints
@@ -26,30 +26,33 @@ class Pieces:
 
     @property
     def lengths(self) -> Ints:
-        """Events per piece: what it costs."""
+        """Number of events per piece, which is its default cost."""
         return self.end - self.start
 
 
 def cut_into_pieces(
     group: Ints, row: Ints, lengths: Ints, target_start: Ints, max_history: int, extend_history: bool = False
 ) -> Pieces:
-    """Cut rows into stretches of at most `max_history` events that cover every exposure once.
+    """Cut rows into pieces of at most `max_history` events that cover every exposure exactly once.
 
-    group, row, lengths, target_start: [n] int64, one entry per row: where it is, its number of events, and its first
-    exposure. The pieces come in no order that matters.
+    group, row, lengths, target_start: [n] int64, one entry per row: its location, its number of events, and the index
+    of its first exposure. The pieces are sorted by row, then by start.
 
-    Every exposure sees all of its history or at least max_history / 2 events of it. extend_history: where a row's
-    exposures fit into one stretch, it is as long as allowed, so that the exposures see more.
+    Every exposure sees its complete history or at least max_history / 2 events of it: consecutive pieces overlap by
+    half. extend_history: if a row's exposures fit into one piece, the piece starts as early as `max_history` allows,
+    so that the exposures see more.
     """
     half = max_history // 2
     every = np.arange(lengths.size)
+    # A row that fits is one piece; otherwise the first piece has half of its events before the first exposure.
     start = np.where(lengths <= max_history, 0, np.maximum(0, target_start - half))
     if extend_history:
         start = np.minimum(start, np.maximum(0, lengths - max_history))
     end = np.minimum(lengths, start + max_history)
     parts = [(every, start, target_start, end)]
     left, reached = every, end
-    while (unfinished := reached < lengths[left]).any():  # one round per further piece of the longest user
+    # Vectorized over rows: each round adds one further piece to every row that is not covered to its end.
+    while (unfinished := reached < lengths[left]).any():
         left, first = left[unfinished], reached[unfinished]
         start = first - half
         reached = np.minimum(lengths[left], start + max_history)
@@ -61,21 +64,22 @@ def cut_into_pieces(
 
 
 def in_user_sample(user_ids: Ints, share: float) -> NDArray[np.bool_]:
-    """Which users (bool [n]) are of a share of all, by a hash of the id; a smaller share is part of a larger one."""
-    return (hash_columns(user_ids) >> np.uint64(11)) < share * 2**53  # 53 bits: what a double holds exactly
+    """Mask (bool [n]) of the users in a share of all, by a hash of the id; a smaller share is a subset of a larger."""
+    return (hash_columns(user_ids) >> np.uint64(11)) < share * 2**53  # a double represents 53 bits exactly
 
 
 def assign_balanced(pieces: Ints, costs: Ints, world_size: int, max_per_rank: int) -> list[Ints]:
-    """Greedy (LPT) load balancing over `world_size` ranks: costliest first, each to the least loaded rank.
+    """Greedy load balancing (LPT): pieces in descending order of cost, each to the least loaded rank.
 
-    pieces: [n] int64 numbers; costs: of all pieces that there are, by number; max_per_rank: pieces that a rank can
-    hold: there are at most world_size x max_per_rank.
+    pieces: [n] int64 indices, n <= world_size * max_per_rank; costs: costs of all pieces by index; max_per_rank:
+    maximum number of pieces of a rank.
     """
     assigned: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [(0, 0, rank) for rank in range(world_size)]  # (cost, pieces, rank): a heap already
+    loads = [(0, 0, rank) for rank in range(world_size)]  # (cost, pieces, rank); sorted, hence a valid heap
+    # A stable sort and the rank in the key make ties deterministic: every rank computes the same assignment.
     for piece in pieces[np.argsort(-costs[pieces], kind="stable")].tolist():
         load, number, rank = heapq.heappop(loads)
         assigned[rank].append(piece)
-        if number + 1 < max_per_rank:
+        if number + 1 < max_per_rank:  # a full rank does not return to the heap
             heapq.heappush(loads, (load + int(costs[piece]), number + 1, rank))
     return [np.array(share, dtype=np.int64) for share in assigned]

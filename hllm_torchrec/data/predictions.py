@@ -1,4 +1,4 @@
-"""Predictions of exposures: their columns, and the Parquet files that the evaluation job reads."""
+"""Predictions of exposures: columns, and reading and writing of the Parquet files of the evaluation job."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,26 +26,26 @@ class Predictions:
     label: np.ndarray
     score: np.ndarray
     probability: np.ndarray | None
-    """None if the model gives scores only."""
+    """None if the model has scores only."""
     history_length: np.ndarray
     item_is_cold: np.ndarray
     timestamp: np.ndarray | None = None
-    """int64 seconds UTC, if the files have them."""
+    """int64 seconds UTC; None if the files do not have them."""
 
 
 def read_predictions(directory: str | Path) -> Predictions:
-    """The predictions that a job wrote, in memory and unchecked, for looking at; `hllm evaluate` reads them itself.
+    """Read the predictions of a job into memory, without validation, for inspection; `hllm evaluate` does not use it.
 
     Raises:
         ValueError: a column is missing.
-        OSError: there are none.
+        OSError: there are no predictions in `directory`.
     """
     table = pq.read_table(directory).sort_by([("user_id", "ascending"), ("position", "ascending")])
     columns = {name: table[name].to_numpy() for name in Predictions.__dataclass_fields__ if name in table.column_names}
     missing = [name for name in Predictions.__dataclass_fields__ if name not in columns and name != "timestamp"]
     if missing:
         raise ValueError(f"{directory} has no column {missing[0]}; it has {', '.join(table.column_names)}")
-    if table["probability"].null_count:
+    if table["probability"].null_count:  # models with scores only write nulls
         columns["probability"] = None
     for name in ("label", "score", "probability"):
         if columns[name] is not None:
@@ -54,28 +54,30 @@ def read_predictions(directory: str | Path) -> Predictions:
 
 
 def join_columns(parts: Sequence[PredictionColumns]) -> PredictionColumns:
-    """The rows of all parts, of which there is at least one."""
+    """Concatenate the rows of all parts (at least one)."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def write_predictions(columns: PredictionColumns, directory: Path, rank: int) -> Path:
-    """Write this rank's part, beside first and then renamed."""
+    """Write this rank's part under a temporary name, then rename it."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"part-{rank:05d}.parquet"
-    beside = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), beside)
-    beside.rename(path)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.rename(path)
     return path
 
 
 def save_predictions(columns: PredictionColumns, directory: Path) -> None:
-    """Write every rank's part; what the directory held is replaced once all parts are written. Collective."""
-    beside = directory.with_name(f"{directory.name}.tmp")
+    """Write every rank's part; replaces the directory's previous contents after all parts are written. Collective."""
+    temporary = directory.with_name(f"{directory.name}.tmp")
 
     def replace() -> None:
         remove_folder(directory)
-        beside.rename(directory)
+        temporary.rename(directory)
 
-    run_on_rank_zero(lambda: remove_folder(beside))
-    run_on_all_ranks(lambda: str(write_predictions(columns, beside, this_rank())))
+    # Each call waits for all ranks: no rank writes before the leftovers of an earlier run are removed, and none is
+    # still writing at the rename.
+    run_on_rank_zero(lambda: remove_folder(temporary))
+    run_on_all_ranks(lambda: str(write_predictions(columns, temporary, this_rank())))
     run_on_rank_zero(replace)

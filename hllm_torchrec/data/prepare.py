@@ -1,8 +1,9 @@
-"""Turns a source into a dataset directory, once, in bounded memory.
+"""`prepare`: converts a source into a dataset directory in bounded memory.
 
-The events stream by twice: to disk, divided by user (`partition`), and from there, sorted per user, to the
-sequences of the three parts (`split`). Memory follows the largest partition, the raw ids of the items and a
-few bytes a user; it does not grow with the number of events. The directory appears whole or not at all.
+The events are read twice: from the source to disk, partitioned by user (`event_partitions`), and from there, sorted
+per user, to the sequences of the three parts (`split`, `sequences`). Memory is bounded by the largest partition, the
+raw ids of the items and a few bytes per user; it does not grow with the number of events. The directory is published
+by a rename: it appears complete or not at all.
 """
 
 import logging
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Options:
-    """How a source is prepared, everything resolved; the fields are the arguments of `prepare`."""
+    """Options of a preparation with defaults resolved; the fields are the arguments of `prepare`."""
 
     split: Split
     policy: BadRows
@@ -78,21 +79,30 @@ def prepare(
     overwrite: bool = False,
     extend: bool = False,
 ) -> Path:
-    """Writes the dataset directory `output_dir` (layout: `dataset.Dataset`) and returns its path.
+    """Write the dataset directory `output_dir` (layout: module docstring of `data.dataset`) and return its path.
 
-    split: how events are divided; policy: what to do with bad rows (None: the source's own). min_events: k of
-    the k-core (None: the source's own; 0: none), iterated to the end (core "iterative") or in the single pass
-    of the published Books protocol (core "published"). users_per_row_group: at most so many users in a row
-    group of the sequences, the unit that ranks and workers share out (fewer where a file would have fewer
-    than 32 groups). partitions: of the users on disk (None: by the size of the event files).
+    An existing dataset that was made from the same files with the same options is reused. For a source without
+    timestamps the row number is the second, so that row order is time order, and the manifest says
+    `has_timestamps: false`.
 
-    A dataset there that was made from the same files with the same options is reused. `extend` prepares again
-    from a source that has grown: known users, items and feature values keep their ids, new ones are appended.
-    `overwrite` replaces another dataset. A source without timestamps gets its row number as second, so that
-    row order is time order, and the manifest says `has_timestamps: false`.
+    Args:
+        source: the events, items and users to read.
+        output_dir: directory to create.
+        split: division of the events into train, valid and test, or its rule.
+        policy: handling of bad rows; None: the source's default.
+        min_events: k of the k-core; None: the source's default; 0: no filter.
+        core: "iterative" repeats the filter until nothing changes; "published" is the single pass of the published
+            Books protocol.
+        users_per_row_group: maximum number of users in a row group of the sequences, the unit that is distributed
+            over ranks and workers (fewer if a file would have fewer than 32 groups).
+        partitions: number of partitions of the users on disk; None: derived from the size of the event files.
+        overwrite: replace another dataset.
+        extend: prepare again from a source that has grown: existing users, items and feature values keep their ids,
+            new ones are appended.
 
-    Raises ValueError for a bad row (see `bad_rows.BadRows`), an empty part of the split, or an `output_dir`
-    that holds something else; nothing is written then.
+    Raises:
+        ValueError: a bad row (see `bad_rows.BadRows`), an empty part of the split, or an `output_dir` that contains
+            something else. Nothing is written then.
     """
     options = _Options(
         split=Split(split) if isinstance(split, str) else split,
@@ -118,7 +128,7 @@ def prepare(
 
 
 def _request(source: Source, options: _Options) -> dict[str, Any]:
-    """What the dataset is a function of, as JSON values: equal requests give equal datasets."""
+    """Everything that determines the dataset, as JSON values: equal requests give equal datasets."""
     hashes = hash_files([*source.event_files, *source.other_files], "checking files")
     return {
         "schema_version": SCHEMA_VERSION,
@@ -135,7 +145,7 @@ def _request(source: Source, options: _Options) -> dict[str, Any]:
 
 
 def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: bool) -> dict[str, Any] | None:
-    """The manifest of the dataset at `output`, or None; ValueError if it must not be touched."""
+    """The manifest of the dataset at `output`, or None if there is none; ValueError if it must not be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / MANIFEST).is_file():
@@ -143,6 +153,7 @@ def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: 
     try:
         manifest = read_manifest(output)
     except ValueError:
+        # A damaged dataset can be overwritten, but not extended: its ids cannot be read.
         if overwrite and not extend:
             return None
         raise
@@ -156,9 +167,9 @@ def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: 
 
 
 def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Path | None) -> dict[str, Any]:
-    """All steps, from the source to the files in `target`; returns the manifest without its fingerprint."""
+    """Run all steps from the source to the files in `target`; return the manifest without its fingerprint."""
     clash = set(source.item_features) & set(source.user_features)
-    if clash:
+    if clash:  # both kinds share the folder `features/` and the batch's keys
         raise ValueError(f"{source.name}: {sorted(clash)} names both an item and a user feature; rename one")
     log, locate, users = BadRowLog(options.policy), RowLocator(), UserTable(old)
     item_words = load_vocabularies(old, source.item_features)
@@ -166,10 +177,12 @@ def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Pa
     catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
     if old is not None:
         catalogue.load(read_table(old / "items.parquet"), {n: v.table() for n, v in item_words.items()})
+    # Items first: an event of an item that is not in the catalogue is a bad row.
     read_items(source, catalogue)
     count = options.partitions
     events = PartitionWriter(scratch, "events", count, "raw_user_id")
     event_files = read_events(source, catalogue, log, locate, events)
+    # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
     user_files = read_users(source, log, PartitionWriter(scratch, "users", count, "raw_user_id"))
     partitions = _sort(event_files, users, log, locate)
     user_counts, item_counts = _filter(partitions, options, len(users), len(catalogue), log)
@@ -201,12 +214,12 @@ def _partitions_for(source: Source) -> int:
 
 
 def _sort(event_files: list[Path], users: UserTable, log: BadRowLog, locate: RowLocator) -> SortedPartitions:
-    """Sorts each partition in place and numbers its users."""
+    """Sort each partition in place and number its users."""
     paths = []
     for path in tqdm(event_files, desc="sorting", delay=5):
         table = read_stream(path)
         if table is None:
-            users.raw_ids.append(pa.array([], pa.string()))
+            users.raw_ids.append(pa.array([], pa.string()))  # keeps raw_ids aligned with the user files
             continue
         table, raw_ids = sort_partition(table, len(users), log, locate)
         users.raw_ids.append(raw_ids)
@@ -222,7 +235,7 @@ def _filter(
     num_items: int,
     log: BadRowLog,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Applies the k-core, if any; events per user number and per item number afterwards."""
+    """Apply the k-core, if any; return the remaining events per user number and per item number."""
     counts = partitions.counts(num_users, num_items)
     k = options.min_events
     if k <= 1:

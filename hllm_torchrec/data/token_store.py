@@ -1,12 +1,12 @@
-"""Token ids of every item, made once and memory-mapped.
+"""Token ids of every item, computed once and memory-mapped.
 
-The text of an item is prompt + `key: value` for each key with a value, joined by a separator. Item 0, the
-unknown item, and an item without text have the prompt alone; with an empty prompt that may be no token at
-all, and then the [ITEM] vector stands for them alone.
+The text of an item is prompt + `key: value` for each key with a value, joined by a separator. Item 0, the unknown
+item, and items without text have the prompt only; with an empty prompt this can be zero tokens, and the item is then
+encoded from the [ITEM] vector only.
 
-Special tokens: those that the tokeniser itself puts before a text (BOS, [CLS]) are kept; those that it puts
-after a text ([SEP]) only together with a [CLS], i.e. for encoders: after a decoder's text the [ITEM] vector
-follows. The maximum length counts them.
+Special tokens: those that the tokenizer puts before a text (BOS, [CLS]) are kept. Those that it puts after a text
+([SEP]) are kept only together with a [CLS], that is for encoders; decoder texts are followed by the [ITEM] vector
+instead. The maximum length includes them.
 """
 
 import json
@@ -40,14 +40,14 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of a Hugging Face directory that make up its tokeniser."""
+"""Files of a Hugging Face directory that make up its tokenizer."""
 _FORMAT = "1"
 _REMEDY = "delete the folder and build it again"
 _BATCH = 4_096
 
 
 class TokenStore:
-    """Token ids of the items 0 .. n-1, memory-mapped: nothing is read until `gather` touches the pages."""
+    """Memory-mapped token ids of the items 0 .. n-1: no page is read before `gather` accesses it."""
 
     def __init__(self, path: Path, values: np.ndarray, offsets: np.ndarray, facts: dict[str, Any]) -> None:
         self.path = path
@@ -56,16 +56,18 @@ class TokenStore:
         self.offsets = offsets
         """int64 [n + 1]; item i has values[offsets[i] : offsets[i + 1]]."""
         self.facts = facts
-        """What the store was made from, and `vocab_size`, the smallest word-embedding table that fits it."""
+        """Inputs of the store, and `vocab_size`, the size of the smallest word-embedding table that fits it."""
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenStore":
-        """Maps the store in the folder `path`. Raises ValueError if it is none or damaged."""
+        """Map the store in the folder `path`. Raises ValueError if it does not exist or is damaged."""
         root = Path(path)
         if not (root / "store.json").is_file():
-            raise ValueError(f"{root} is no token store (no store.json); make one with build_token_store")
+            raise ValueError(f"{root} is not a token store (no store.json); make one with build_token_store")
         facts = _read_facts(root / "store.json")
         values, offsets = _read_array(root / "values.arrow", np.int32), _read_array(root / "offsets.arrow", np.int64)
+        # Lengths and offsets only: checking the token ids here would read the complete file. `_gather` checks those
+        # that it returns.
         wrong = len(offsets) != facts["items"] + 1 or len(values) != facts["tokens"]
         if wrong or offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(f"{root} is damaged: its files and store.json differ; {_REMEDY}")
@@ -80,7 +82,7 @@ class TokenStore:
         return np.diff(self.offsets)
 
     def gather(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of `item_ids` (int [k], in that order, repetitions allowed), packed.
+        """The packed tokens of `item_ids` (int [k], in that order, repetitions allowed).
 
         Returns (token_ids int32 [sum of lengths], cu_seqlens int64 [k + 1], starting at 0).
         Raises ValueError for an id outside 0 .. n-1.
@@ -89,9 +91,10 @@ class TokenStore:
         return self._gather(self.offsets[ids], self.offsets[ids + 1])
 
     def gather_behind_prefix(self, item_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`gather` without the `prefix` of the items that begin with it.
+        """Like `gather`, without the tokens of `prefix` for the items that begin with it.
 
-        Returns (token_ids, cu_seqlens, has_prefix bool [k]: which items begin with it). Raises as `gather`.
+        Returns (token_ids, cu_seqlens, has_prefix), has_prefix bool [k]: True for items that begin with `prefix`.
+        Raises like `gather`.
         """
         ids = self._checked(item_ids)
         has_prefix = self.begins_with_prefix[ids]
@@ -99,17 +102,17 @@ class TokenStore:
 
     @property
     def prefix(self) -> np.ndarray:
-        """int32 [P], the tokens with which most items begin (the prompt and the first key's name), maybe none.
+        """Tokens int32 [P] shared by the beginnings of most items (the prompt and the first key's name); P may be 0.
 
-        Of the prefixes that grow by the most frequent next token (of equals the smallest) of the items that have
-        begun with it so far, the shortest that saves most: P x (items that begin with it). Computed once, from
-        the first tokens of the items.
+        Grown greedily: each step appends the most frequent next token (ties: smallest id) among the items that share
+        the prefix so far. Of these prefixes, the one that saves the most tokens, P x (number of items), is chosen
+        (ties: shortest). Computed once, from the first tokens of the items.
         """
         return self._prefix_and_items[0]
 
     @property
     def begins_with_prefix(self) -> np.ndarray:
-        """bool [n], which items begin with `prefix` (all, if it is empty)."""
+        """Mask (bool [n]) of the items that begin with `prefix` (all, if it is empty)."""
         return self._prefix_and_items[1]
 
     @cached_property
@@ -118,12 +121,14 @@ class TokenStore:
         grown: list[int] = []
         best: tuple[int, np.ndarray] = (0, items)
         while True:
+            # Items that end here cannot share a longer prefix. One item alone saves nothing.
             items = items[lengths[items] > len(grown)]
             if len(items) < 2:
                 break
             tokens = self.values[self.offsets[items] + len(grown)]
             grown.append(int(np.bincount(tokens).argmax()))
             items = items[tokens == grown[-1]]
+            # Tokens saved by this prefix against those saved by the best one; ">" prefers the shorter one at ties.
             if len(items) > 1 and len(grown) * len(items) > best[0] * len(best[1]):
                 best = len(grown), items
         begins = np.zeros(len(self), bool)
@@ -136,8 +141,8 @@ class TokenStore:
         limit = self.facts.get("vocab_size", 2**31)
         if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < limit:
             wrong = token_ids[(token_ids < 0) | (token_ids >= limit)][0]
-            place = f"{self.path / 'values.arrow'}: token {wrong}"
-            raise ValueError(f"{place} is outside 0..{limit - 1}: it is damaged; {_REMEDY}")
+            location = f"{self.path / 'values.arrow'}: token {wrong}"
+            raise ValueError(f"{location} is outside 0..{limit - 1}: it is damaged; {_REMEDY}")
         return token_ids, offsets_from_lengths(lengths)
 
     def _checked(self, item_ids: np.ndarray) -> np.ndarray:
@@ -163,20 +168,19 @@ def build_token_store(
     max_text_length: int,
     separator: str = ", ",
 ) -> Path:
-    """The folder of the token store of `dataset` for a tokeniser and a text layout; builds it if it is not
-    there.
+    """The folder of the token store of `dataset` for a tokenizer and a text layout; builds it if it does not exist.
 
-    `keys` are text columns of the dataset; the text is cut to `max_text_length` tokens. Two processes that
-    build it at once do no harm. Raises ValueError for an unknown key, a length below 1 or a folder without
-    tokeniser.
+    `keys` are text columns of the dataset; the text is cut to `max_text_length` tokens. Safe to call from several
+    processes at once. Raises ValueError for an unknown key, a length below 1 or a folder without a tokenizer.
     """
     if max_text_length < 1:
         raise ValueError(f"max_text_length={max_text_length} must be at least 1")
     root = Path(tokenizer_dir)
     files = [root / name for name in TOKENIZER_FILES if (root / name).is_file()]
     if not files:
-        raise ValueError(f"{root} holds no tokeniser (no tokenizer.json or the like); give a Hugging Face directory")
-    dataset.text(keys)  # an unknown key fails before anything is read or written
+        raise ValueError(f"{root} has no tokenizer (no tokenizer.json or similar); give a Hugging Face directory")
+    dataset.text(keys)  # raises for an unknown key before anything is written
+    # Everything that the tokens depend on; its hash names the folder, so that stores of other settings coexist.
     request = {
         "format": _FORMAT,
         "tokenizer": hash_texts(f"{path.name} {hash_file(path)}" for path in files),
@@ -189,7 +193,7 @@ def build_token_store(
     path = dataset.root / "tokens" / hash_texts([json.dumps(request, sort_keys=True)])[:16]
     if (path / "store.json").is_file():
         return path
-    from transformers import AutoTokenizer  # takes seconds, and most jobs find the store made
+    from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
 
     with atomic_folder(path) as folder:
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
@@ -198,7 +202,7 @@ def build_token_store(
 
 
 def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
-    """The texts of the items 1, 2, ... in batches: prompt + "key: value" of each non-empty value."""
+    """Yield the texts of the items 1, 2, ... in batches: prompt + "key: value" of each non-empty value."""
     for batch in dataset.text(keys).to_batches(max_chunksize=_BATCH):
         columns = [batch.column(key).to_pylist() for key in keys]
         yield [
@@ -208,7 +212,8 @@ def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: st
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """(ids before a text, ids after a text) that belong to an item's tokens; see the module's rule."""
+    """(ids before a text, ids after a text) that are kept in an item's tokens (see the module docstring)."""
+    # Tokenizers do not list these tokens: compare the tokens of a text with and without special tokens.
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -218,7 +223,8 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], lis
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_length: int) -> list[list[int]]:
-    """Token ids of each text, with special tokens by the module's rule, cut to `max_text_length`."""
+    """Token ids of each text with special tokens (see the module docstring), cut to `max_text_length`."""
+    # The text is cut before the special tokens are added, so that a trailing [SEP] survives the cut.
     before, after = special_tokens(tokenizer)
     room = max(max_text_length - len(before) - len(after), 0)
     plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -231,6 +237,7 @@ def _write_store(folder: Path, dataset: Dataset, tokenizer: "PreTrainedTokenizer
     lengths: list[np.ndarray] = []
     largest = -1
     with (
+        # Arrow needs the number of values first, so the tokens go to a raw file that is mapped and rewritten below.
         (folder / "values.raw").open("wb") as raw,
         tqdm(total=dataset.num_items, desc="tokenizing", delay=5) as bar,
     ):
@@ -246,7 +253,7 @@ def _write_store(folder: Path, dataset: Dataset, tokenizer: "PreTrainedTokenizer
     values = np.memmap(folder / "values.raw", np.int32, "r") if total else np.zeros(0, np.int32)
     _write_array(folder / "values.arrow", values)
     _write_array(folder / "offsets.arrow", offsets)
-    del values
+    del values  # releases the mapping, without which the file cannot be removed on every system
     (folder / "values.raw").unlink()
     facts = {**request, "items": len(offsets) - 1, "tokens": total, "vocab_size": largest + 1}
     (folder / "store.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -258,14 +265,14 @@ def _with_unknown_item(prompt: str, batches: Iterator[list[str]]) -> Iterator[li
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:
-    """One array as an Arrow IPC file of a single record batch, so that it maps as one piece of memory."""
+    """Write one array as an Arrow IPC file with a single record batch, so that it maps as contiguous memory."""
     batch = pa.record_batch({"values": pa.array(values)})
     with pa.ipc.new_file(str(path), batch.schema) as writer:
         writer.write_batch(batch)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """`store.json`, its numbers checked."""
+    """Read `store.json` and check its numbers."""
     with error_location(path, _REMEDY):
         facts = json.loads(path.read_text(encoding="utf-8"))
     for name in ("items", "tokens", "vocab_size"):
@@ -276,7 +283,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _read_array(path: Path, dtype: type[np.generic]) -> np.ndarray:
-    """The array of `_write_array`, as a view of the mapped file."""
+    """Read the array of `_write_array` as a view of the mapped file."""
     with error_location(path, _REMEDY), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
         kind = pa.from_numpy_dtype(dtype)
         if reader.schema.types != [kind] or reader.num_record_batches > 1:

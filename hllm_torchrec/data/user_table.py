@@ -1,4 +1,4 @@
-"""User ids and `users.parquet` while a dataset is being prepared."""
+"""`UserTable`: user ids and `users.parquet` during preparation of a dataset."""
 
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from hllm_torchrec.data.validation import read_table
 
 
 class UserTable:
-    """Numbers users by partition and gives them final ids; those of an existing dataset keep theirs.
+    """Numbers users by partition and assigns final ids; users of an existing dataset keep theirs.
 
-    `raw_ids[p]` are the raw ids of partition p; a user's *number* counts through all partitions from 0.
+    `raw_ids[p]` are the raw ids of partition p. A user's *number* is its index, from 0, in the concatenation of all
+    partitions.
     """
 
     def __init__(self, old: Path | None) -> None:
@@ -41,24 +42,26 @@ class UserTable:
         return max(int(self.final_ids.max(initial=0)), self.existing)
 
     def assign_ids(self, event_counts: np.ndarray) -> np.ndarray:
-        """Final ids (int64 by user number; 0: left out); `event_counts` by user number after all filters."""
+        """Assign final ids (int64 by user number; 0: dropped); `event_counts` are by user number after all filters."""
         known = np.zeros(len(self), np.int64)
         if self._old is not None:
             old_ids = self._old["raw_user_id"].combine_chunks()
             found = [pc.fill_null(pc.index_in(raw, value_set=old_ids), -1).to_numpy() for raw in self.raw_ids]
-            known = np.concatenate(found).astype(np.int64) + 1
+            known = np.concatenate(found).astype(np.int64) + 1  # id i is row i - 1; -1 (not found) becomes 0
         new = (known == 0) & (event_counts > 0)
         self.final_ids = np.where(new, self.existing + np.cumsum(new), known)
         return self.final_ids
 
     def write(self, path: Path, feature_files: list[Path], vocabularies: dict[str, Vocabulary]) -> None:
-        """Writes `users.parquet` in the order of the ids; features of known users are renewed where given."""
+        """Write `users.parquet` in order of the ids; new features replace those of existing users."""
         start, tables = 0, self._old_tables(vocabularies)
         writer: pq.ParquetWriter | None = None
         for raw, file in zip(self.raw_ids, feature_files, strict=True):
             ids = self.final_ids[start : start + len(raw)]
             start += len(raw)
             table = self._partition_table(raw, ids, file, vocabularies)
+            # New ids ascend through the partitions, so a new dataset is written as a stream. Existing ids do not: an
+            # extended one is joined and sorted in memory.
             if self._old is not None:
                 tables.append(table)
             elif len(table):
@@ -82,7 +85,7 @@ class UserTable:
         return pa.table(columns)
 
     def _features(self, raw_ids: pa.Array, file: Path, names: list[str]) -> dict[str, pa.Array]:
-        """The features (list<string> [n]) of users of one partition; the first row of a user counts."""
+        """The features (list<string> [n]) of the users of one partition; a user's first row is used."""
         table = read_stream(file)
         if table is None:
             self.without_features += len(raw_ids) if names else 0
@@ -94,7 +97,7 @@ class UserTable:
         return {name: table[f"feature_{name}"].combine_chunks().take(position) for name in names}
 
     def _old_tables(self, vocabularies: dict[str, Vocabulary]) -> list[pa.Table]:
-        """The existing users in today's columns, features encoded by today's vocabularies."""
+        """The existing users in the columns of the new dataset, with features encoded by its vocabularies."""
         if self._old is None or self._old_root is None:
             return []
         columns = {"user_id": self._old["user_id"], "raw_user_id": self._old["raw_user_id"]}
@@ -108,9 +111,10 @@ class UserTable:
 
 
 def _latest_by_id(tables: list[pa.Table], features: list[str]) -> pa.Table:
-    """One row per user id, in order; later tables win, but an empty feature does not replace a known one."""
+    """One row per user id, in order; rows of later tables replace earlier ones, except that empty features do not."""
     whole = pa.concat_tables(tables).combine_chunks()
     ids = whole["user_id"].to_numpy()
+    # row_of: last row of each id (with repeated indices, numpy's assignment keeps the last); first_of: its first row.
     row_of = np.zeros(int(ids.max(initial=0)) + 1, np.int64)
     row_of[ids] = np.arange(len(ids))
     first_of = row_of.copy()

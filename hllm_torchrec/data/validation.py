@@ -1,7 +1,7 @@
-"""Parquet files of a dataset, checked as they are read: what is wrong is named by file, row group, row and field.
+"""Validated reading of a dataset's Parquet files; errors name file, row group, row and field.
 
-`prepare` writes none of it. Files are damaged, though, or written by other programs, and an id beyond a table or a
-time in milliseconds would otherwise show as an index error in a kernel, or not at all.
+`prepare` writes valid files only. Files can be damaged, however, or written by other programs, and an id outside a
+table or a time in milliseconds would otherwise cause an index error in a kernel, or no error at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ REMEDY = "prepare the dataset again"
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of the tables that ids point into, the unknown id 0 included."""
+    """Number of rows of the tables that ids index, the unknown id 0 included."""
 
     items: int
     users: int
@@ -32,10 +32,10 @@ class TableRows:
 
 @contextmanager
 def error_location(location: object, remedy: str = REMEDY) -> Iterator[None]:
-    """Turn what Arrow and numpy raise of a broken file into a ValueError that names it and the remedy.
+    """Context manager that converts errors of Arrow and numpy into a ValueError with `location` and `remedy`.
 
-    Within the block only files are read: whatever fails there, fails because of the file, be it a MemoryError for an
-    absurd length. A ValueError that names the place itself passes as it is.
+    The block must only read files, so that every failure in it is caused by the file, including a MemoryError for an
+    absurd length. A ValueError that names `location` itself is raised unchanged.
     """
     try:
         yield
@@ -46,39 +46,39 @@ def error_location(location: object, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, not longer than a screen is wide."""
+    """The first line of an error, at most 200 characters."""
     lines = str(error).strip().splitlines()
     kind = "" if type(error) in (ValueError, OSError) else f"{type(error).__name__}: "
     return f"{kind}{lines[0][:200]}" if lines else type(error).__name__
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A whole Parquet file, or the named columns of it.
+    """Read a Parquet file, or its named columns.
 
     Raises:
-        ValueError: it is not there, damaged, or lacks a column.
+        ValueError: the file does not exist, is damaged, or does not have a column.
     """
     with error_location(path):
         with pq.ParquetFile(path, memory_map=True) as file:
             _require_columns(columns or (), file.schema_arrow.names)
             table = file.read(columns=None if columns is None else list(columns))
-        table.validate(full=True)  # text is read by offsets: damaged ones would point anywhere
+        table.validate(full=True)  # strings are read by offsets: damaged ones would point outside the buffer
         return table if columns is None else table.select(list(columns))
 
 
 def _require_columns(wanted: Sequence[str], present: Sequence[str]) -> None:
-    """Raise ValueError for columns that are not there."""
+    """Raise ValueError for missing columns."""
     missing = [name for name in wanted if name not in present]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}; it has {', '.join(present) or 'none'}")
 
 
 def read_sequences(path: Path, index: int, columns: Sequence[str] | None, rows: TableRows) -> pa.Table:
-    """The columns named (None: all) of one row group of sequences, in `SEQUENCE_SCHEMA`'s types.
+    """Read and check the named columns (None: all) of one row group of sequences, in `SEQUENCE_SCHEMA`'s types.
 
     Raises:
-        ValueError: the file is damaged or of another layout, or a value is not allowed: an id outside its table, a
-            time outside 1970..2099 or before the one before it, a label that is neither 0 nor 1.
+        ValueError: the file is damaged or has another layout, or a value is not allowed: an id outside its table, a
+            time outside 1970..2099 or before the previous one, a label other than 0 or 1.
     """
     place = f"{path}, row group {index}"
     wanted = list(columns or SEQUENCE_SCHEMA.names)
@@ -97,7 +97,7 @@ def read_sequences(path: Path, index: int, columns: Sequence[str] | None, rows: 
 
 
 def _require_length(found: pa.DataType, due: pa.DataType) -> bool:
-    """Whether two types are the same, the names of a list's elements apart."""
+    """True if two types are equal, ignoring the name of a list's element field."""
     if pa.types.is_list(due):
         return bool(pa.types.is_list(found) and found.value_type == due.value_type)
     return bool(found == due)
@@ -135,11 +135,11 @@ def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
 
 
 def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray[np.int64], rows: TableRows) -> None:
-    """The elements of one list column, all rows' one after the other."""
+    """Check the concatenated elements of one list column; lengths: [n] elements of each row."""
     ends = np.cumsum(lengths)
     if name == "labels":
         values = flat.fill_null(0).to_numpy()
-        rule = "a label is 0 or 1, or null where the event is no exposure"
+        rule = "a label is 0 or 1, or null where the event is not an exposure"
         _refuse(place, name, (values != 0) & (values != 1), values, ends, rule)
         return
     if flat.null_count:
@@ -151,9 +151,11 @@ def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray
         if bad.any():
             value = int(values[bad.argmax()])
             _refuse(place, name, bad, values, ends, describe_time(str(value), value))
+        # Times ascend within a row only: compare all neighbours, then clear the first event of each row. A row that
+        # starts at the end of the values is empty and has none.
         earlier = np.zeros(values.size, bool)
         earlier[1:] = np.diff(values) < 0
-        earlier[ends[:-1][ends[:-1] < values.size]] = False  # a row's first event
+        earlier[ends[:-1][ends[:-1] < values.size]] = False
         _refuse(place, name, earlier, values, ends, "it is earlier than the one before it; events must be sorted")
         return
     limit = {"item_ids": rows.items, "actions": rows.actions}.get(name, 2**31)
@@ -169,10 +171,11 @@ def _refuse(
     ends: NDArray[np.int64] | None,
     rule: str,
 ) -> None:
-    """Raise ValueError for the first value that is marked; ends: where each row's elements end, None for one a row."""
+    """Raise ValueError for the first marked value, if any; ends: end of each row's elements (None: one per row)."""
     if not bad.any():
         return
     at = int(bad.argmax())
+    # "right": an element at a row's end belongs to the next row that is not empty.
     row = at if ends is None else int(np.searchsorted(ends, at, side="right"))
     inside = "" if ends is None else f"[{at - (int(ends[row - 1]) if row else 0)}]"
     raise ValueError(f"{place}, row {row}: {name}{inside} is {values[at]}; {rule}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""Predictions that are made once, and made again only when what they depend on has changed."""
+"""Caching of predictions: they are computed again only if their inputs have changed."""
 
 import json
 from collections.abc import Callable
@@ -15,15 +15,19 @@ SPLITS = ("valid", "test")
 def run_if_changed(
     record: Path, inputs: dict[str, Any], fit: Callable[[], tuple[dict[str, PredictionColumns], dict[str, float]]]
 ) -> bool:
-    """Write predictions of SPLITS beside `record`, and into it, last, what they were made of. Collective.
+    """Write predictions of SPLITS into the folder of `record`, then their inputs into `record`. Collective.
 
-    fit: gives this rank's predictions of each split, and what the record says of the fit.
+    Args:
+        record: JSON file with the inputs of the predictions.
+        inputs: everything that the predictions depend on.
+        fit: returns this rank's predictions of each split, and numbers about the fit for the record.
 
     Returns:
-        False if they are there already, made of the same.
+        False if predictions of equal inputs exist and nothing was computed.
     """
     if coordination.run_on_rank_zero(lambda: _is_there(record, inputs)):
         return False
+    # The record is removed first and written last: an interrupted run leaves no record of predictions it did not make.
     coordination.run_on_rank_zero(lambda: record.unlink(missing_ok=True))
     columns, fitted = fit()
     for split in SPLITS:
@@ -37,6 +41,7 @@ def _is_there(record: Path, inputs: dict[str, Any]) -> bool:
         return False
     try:
         found = json.loads(record.read_text())
-    except ValueError:  # cut short: it is made again
+    except ValueError:  # incomplete file: compute again
         return False
+    # The round trip through JSON turns tuples into lists, as in the record.
     return isinstance(found, dict) and {key: found.get(key) for key in inputs} == json.loads(json.dumps(inputs))

@@ -1,4 +1,4 @@
-"""Full-catalogue retrieval of an experiment: what a run's training, its evaluation job and its results share."""
+"""Full-catalogue retrieval of an experiment, shared by training, the evaluation job and the results scripts."""
 
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,24 @@ from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.item_source import CachedItems, StoredItems
 
 ITEMS_AT_ONCE = 8192
-"""Catalogue items whose features one rank looks up at a time."""
+"""Number of catalogue items whose features all ranks together look up at a time."""
 
 
 def measures_retrieval(experiment: Experiment) -> bool:
-    """Whether the configuration asks for it, or the model can do nothing else."""
+    """True if retrieval is evaluated: the configuration enables it, or the model can do nothing else."""
     return experiment.config.evaluation.retrieval or not experiment.hllm.fusion.has_queries
 
 
 def evaluate_retrieval(
     experiment: Experiment, loader: Loader, show: bool = False, ranks_folder: Path | None = None
 ) -> dict[str, Any]:
-    """Metrics of `score_retrieval` over a split with what they were measured under. Collective.
+    """Retrieval metrics of a split (`metrics_of_target_ranks`) with their protocol. Collective.
 
-    ranks_folder: directory that gets every target with its rank (`metrics.retrieval_table` reads it), or None.
+    ranks_folder: directory to which every target is written with its rank (read by
+    `evaluation.retrieval_comparison`), or None.
 
-    Besides the numbers: `protocol` (or None), `filter_seen`, `targets` ("all" or "positive") and `candidates`,
-    the size of the catalogue. Cached item embeddings are used where the model has them.
+    In addition to the metrics, the result has `protocol` (or None), `filter_seen`, `targets` ("all" or "positive")
+    and `candidates`, the size of the catalogue. Cached item embeddings are used if the model has them.
     """
     config = experiment.config
     positive = config.objective.positive_targets_only
@@ -58,16 +59,16 @@ def evaluate_retrieval(
 
 
 def catalogue_vectors(experiment: Experiment) -> Tensor:
-    """[N, V] of all items on every rank: what `catalogue_shard` gives each a part of. Collective."""
+    """Vectors [N, V] of all items on every rank, gathered from `catalogue_shard`. Collective."""
     return all_gather_variable(catalogue_shard(experiment).vectors)
 
 
 @torch.no_grad()
 def catalogue_shard(experiment: Experiment) -> CatalogueShard:
-    """What the user's output is compared with, of this rank's share of items: E, or P(E) + ID + ... Collective.
+    """Vectors of this rank's share of items that the user output is compared with: E, or P(E) + ID + ... Collective.
 
-    Row 0 of the first rank is the unknown item. Only embeddings that every rank has anyway (`CachedItems`, or of an
-    Item LLM that encodes the catalogue now) are held whole.
+    Row 0 of the first rank is the unknown item. A rank holds the complete catalogue only if it has all embeddings
+    already (`CachedItems`), or if the Item LLM encodes the catalogue here.
     """
     hllm, source = experiment.hllm, experiment.hllm.item_source
     if not hllm.compares_features and not isinstance(source, StoredItems):
@@ -85,7 +86,7 @@ def catalogue_shard(experiment: Experiment) -> CatalogueShard:
 
 
 def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
-    """[n, V] of items [n], which may be none. Collective."""
+    """Vectors [n, V] of items [n]; n may be 0. Collective."""
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
         return hllm.embed_items(ids).float()
@@ -94,7 +95,7 @@ def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
 
 
 def vectors_by_features(experiment: Experiment, collator: Collator, items: NDArray[np.int64]) -> Tensor:
-    """P(E) + ID + item features of items [n], which may be none: [n, D] float32. Collective."""
+    """P(E) + ID + item features of items [n]: [n, D] float32; n may be 0. Collective."""
     hllm, device, ids = experiment.hllm, experiment.device, torch.from_numpy(items).to(experiment.device)
     dense = experiment.item_vectors
     vectors = None if dense is None else torch.from_numpy(dense[items]).to(device)

@@ -1,4 +1,4 @@
-"""The parts of `metrics.json`: plain numbers, None where a metric is undefined (JSON has no NaN)."""
+"""Schema of `metrics.json`: its parts as plain numbers, None for undefined metrics (JSON has no NaN)."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from hllm_torchrec.metrics.registry import METRICS
 from hllm_torchrec.metrics.user_statistics import UserStatistics
 
 SCHEMA_VERSION = 2
-"""1 had no PR-AUC, no recall at precision, no interval over users by formula, no weights."""
+"""Version 1 had no PR-AUC, no recall at precision, no interval over users by formula and no weights."""
 
 READABLE = (1, 2)
 """Versions that the report and the gate read."""
 
-_AGAIN = "evaluate again to write it anew"
+_AGAIN = "evaluate again to replace it"
 
 
 def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a `metrics.json` without exposures that are ranked."""
+    """The content of a `metrics.json` with retrieval metrics only."""
     head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "split": split, "models": {}}
     return head | {"retrieval": retrieval, "provenance": provenance}
 
@@ -31,7 +31,7 @@ def retrieval_alone(split: str, retrieval: Mapping[str, Any] | None, provenance:
 def model_block(
     statistics: RankStatistics, probability: dict[str, float], users: UserStatistics | None, place: int
 ) -> dict[str, Any]:
-    """One model's metrics; `probability` may be empty, `place` is the model's in `users`."""
+    """One model's metrics; `probability` may be empty, `place` is the model's index in `users`."""
     by_user = {} if users is None else {key: values[place] for key, values in users.metrics.items()}
     found: dict[str, Value] = {**statistics.metrics, **by_user, **probability}
     block = slice_block(statistics) | {"auc_se": finite_or_none(statistics.interval.standard_error)}
@@ -72,7 +72,7 @@ def slice_block(statistics: RankStatistics) -> dict[str, Any]:
 
 
 def paired_block(delong: PairedDifference, users: UserStatistics | None, place: int) -> dict[str, Any]:
-    """A model against the reference: DeLong's test, and the one with users as independent units."""
+    """Difference of a model from the reference: DeLong's test, and the test with users as independent units."""
     error = users.difference_error[place] if users else math.nan
     clustered = wald_difference(delong.difference, error)
     return {
@@ -85,12 +85,12 @@ def paired_block(delong: PairedDifference, users: UserStatistics | None, place: 
 
 
 def bounds(name: str, low: float, high: float) -> dict[str, float | None]:
-    """`name_low` and `name_high`."""
+    """Entries `name_low` and `name_high`; NaN becomes None."""
     return {f"{name}_low": finite_or_none(low), f"{name}_high": finite_or_none(high)}
 
 
 def curves_block(statistics: RankStatistics, reliability: ReliabilityCurve | None) -> dict[str, Any]:
-    """Rounded points, a few kB a model, so that the report needs no predictions."""
+    """Rounded points of the curves, a few kB per model, so that the report does not need the predictions."""
     false_positive, recall, precision = statistics.curve.round(5).tolist()
     found: dict[str, Any] = {
         "roc": {"false_positive_rate": false_positive, "true_positive_rate": recall},
@@ -107,15 +107,15 @@ def curves_block(statistics: RankStatistics, reliability: ReliabilityCurve | Non
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The content of a `metrics.json`; to ask it, or an object in it, for a field that is missing is a ValueError.
+    """Read a `metrics.json`; accessing a missing field of it, or of an object in it, raises ValueError.
 
     Raises:
-        ValueError: it is no JSON, or of another schema version.
+        ValueError: the file is not JSON, or has another schema version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); {_AGAIN}") from error
+        raise ValueError(f"{path} is not JSON ({error}); {_AGAIN}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in READABLE:
         reads = ", ".join(map(str, READABLE))
@@ -124,7 +124,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 class _Fields(dict[str, Any]):
-    """An object in a file, whose place there is named where one of its fields is missing."""
+    """An object of a JSON file; the error for a missing field names the file and the field's dotted path."""
 
     def __init__(self, content: Mapping[str, Any], path: Path, place: str = "") -> None:
         self._path, self._place = path, place

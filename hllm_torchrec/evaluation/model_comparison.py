@@ -1,4 +1,4 @@
-"""Models compared on the same exposures: prediction files in, the content of `metrics.json` and a short table out."""
+"""Comparison of models on the same exposures: from prediction files to the content of `metrics.json` and a table."""
 
 import resource
 import tempfile
@@ -16,14 +16,14 @@ from hllm_torchrec.evaluation.sanity_checks import Overlap, file_overlap
 def compare(
     predictions: Mapping[str, str | Path], *, split: str = "test", draws: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of every model, and its differences from the first, from directories that our jobs wrote. Collective.
+    """Metrics of every model and its difference from the first, from predictions of this library. Collective.
 
     Args:
         predictions: model → directory of its predictions. All models must have scored the same exposures, which are
             paired by user and position, in any order.
-        split: name of the split, only carried over.
+        split: name of the split, copied to the result.
         draws: resamples of the bootstrap over users, 0 for none.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         The content of `metrics.json`, see `docs/evaluation.md`; the same on every rank.
@@ -44,14 +44,14 @@ def evaluate_files(
     paired: bool,
     train: Sequence[str] = (),
 ) -> tuple[dict[str, Any], Overlap | None]:
-    """Measure prediction files on all ranks. Collective; the same result on every rank.
+    """Evaluate prediction files on all ranks. Collective; the same result on every rank.
 
     Args:
-        paired: exposures are paired by user and position, else by their place in the files.
-        train: files of training exposures; items that they lack are cold where no column says so.
+        paired: exposures are paired by user and position, else by their row in the files.
+        train: files of training exposures; without a column for it, items that are not in them are cold.
 
     Returns:
-        The content of `metrics.json`, and the exposures that are in `train` too, if there is any.
+        The content of `metrics.json`, and the overlap of the exposures with `train`, or None without `train`.
 
     Raises:
         ValueError: naming file and row of a bad value.
@@ -68,9 +68,9 @@ def evaluate_files(
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """The short table for a terminal: one line a model, best AUC first.
+    """A short table for the terminal: one line per model, best AUC first.
 
-    The AUC's interval is DeLong's (rows as independent), that of the difference takes users as independent.
+    The interval of the AUC is DeLong's (rows as independent); that of the difference has users as independent units.
     """
     reference = metrics["reference"]
     header = ("model", "AUC [95%]", f"difference to {reference} [95% by users]", "GAUC", "log loss")
@@ -102,12 +102,12 @@ def format_number(value: float | None, signed: bool = False) -> str:
 
 
 def format_interval(low: float | None, high: float | None, signed: bool = False) -> str:
-    """`[low, high]`, or `n/a` where there is none."""
+    """`[low, high]`, or `n/a` without an interval."""
     return "n/a" if low is None or high is None else f"[{format_number(low, signed)}, {format_number(high, signed)}]"
 
 
 def format_with_interval(value: float | None, low: float | None, high: float | None, signed: bool = False) -> str:
-    """`value [low, high]`, or the value alone where there is no interval."""
+    """`value [low, high]`, or only the value without an interval."""
     text = format_number(value, signed)
     return text if low is None or high is None else f"{text} {format_interval(low, high, signed)}"
 

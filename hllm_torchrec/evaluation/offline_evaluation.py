@@ -1,8 +1,7 @@
-"""The offline evaluation of one model or more on the same rows, of any number, over any number of ranks: what
-stands in `metrics.json`.
+"""Distributed offline evaluation of one or more models on the same rows; produces `metrics.json`.
 
-Pass one sorts the scores (of each slice too) and adds up the metrics of probabilities; pass two reads the rows
-again, looks up each row's influence on the AUC and brings each user's rows together.
+Pass one sorts the scores (also of each slice) and accumulates the metrics of probabilities. Pass two reads the rows
+again, computes each row's influence on the AUC and groups the rows by user. Memory is bounded for any number of rows.
 """
 
 import math
@@ -35,43 +34,43 @@ from hllm_torchrec.metrics.user_statistics import UserBuckets, record_type
 
 MIN_MEMORY = 1 << 16
 MAX_SLICES = 400
-"""Slices that one column may give."""
+"""Maximum number of slices per column."""
 
 BOOTSTRAP_ROWS = 5_000_000
-"""The bootstrap over users needs all rows in memory, on one rank."""
+"""Maximum number of rows for the bootstrap over users, which needs all of them in memory on every rank."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How to evaluate."""
+    """Settings of `evaluate_predictions`."""
 
     split: str = "test"
     memory: int = MEMORY
-    """Bytes for rows on a rank; interpreter and libraries (about 0.4 GB) come on top."""
+    """Bytes for rows per rank; interpreter and libraries (about 0.4 GB) are additional."""
     draws: int = 0
     """Resamples of the bootstrap over users; 0: none."""
     seed: int = 0
     spill: str | None = None
-    """Folder for what does not fit into memory; None: the system's for temporary files."""
+    """Directory for spilled rows; None: the system's temporary directory."""
 
 
 @dataclass
 class _SortedScores:
-    """What pass one leaves."""
+    """Result of pass one on this rank."""
 
     overall: dict[str, SortedChunks]
     probability: dict[str, tuple[ProbabilitySums, SortedChunks]]
     slices: dict[tuple[int, str], dict[str, SortedChunks]] = field(default_factory=dict)
-    """(column, slice) → model → its rows."""
+    """(column, slice) → model → the slice's sorted scores."""
     keys: int = 0
-    """Sum of the rows' keys, modulo 2^64: the same in any order."""
+    """Sum of the rows' keys modulo 2^64, which does not depend on their order: a fingerprint of the exposures."""
 
 
 def evaluate_predictions(source: PredictionRows, settings: EvaluationSettings, group: Group = None) -> dict[str, Any]:
-    """Measure all models; see `docs/evaluation.md` for the keys. Collective; the same result on every rank.
+    """Evaluate all models; `docs/evaluation.md` describes the keys. Collective; the same result on every rank.
 
     Raises:
-        ValueError: naming file and row of a bad value, on every rank.
+        ValueError: a bad value, with its file and row; raised on every rank.
     """
     if settings.memory < MIN_MEMORY:
         raise ValueError(f"memory is {settings.memory} bytes; at least {MIN_MEMORY} are needed, 1 GiB is usual")
@@ -88,6 +87,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         ordered = self._sort()
+        # One model without users needs no influences: pass one gives its AUC and DeLong interval.
         second = self.source.has_users or len(self.names) > 1
         measured = {name: rank_statistics(runs, self.group, keep=second) for name, runs in ordered.overall.items()}
         statistics = {name: found for name, (found, _) in measured.items()}
@@ -134,12 +134,13 @@ class _Evaluation:
         return self.source.batches(group_rank(self.group), world_size(self.group), rows)
 
     def _sort(self) -> _SortedScores:
-        """Pass one. A bad row raises on every rank, so that none waits for another."""
+        """Pass one. An error on one rank is raised on all ranks, so that none waits in a collective."""
         ordered, problem = None, None
         try:
             ordered = self._sort_own()
         except ValueError as error:
             problem = str(error)
+        # Every rank gathers, also one that failed: the others learn of the error here.
         problems = [text for text in gather_objects(problem, self.group) if text]
         if problems:
             raise ValueError(problems[0])
@@ -151,6 +152,8 @@ class _Evaluation:
         ordered = _SortedScores({model.name: self._new_runs(model) for model in models}, {})
         for model in models:
             if model.probability:
+                # The reliability curve needs the probabilities sorted: if the scores are the probabilities, share one
+                # sorted column instead of sorting twice. Float64 only, the type that probabilities are sorted in.
                 same = model.probability == model.score and self.source.score_type(model) == np.float64
                 runs = ordered.overall[model.name] if same else SortedChunks(self.pool, np.dtype(np.float64), weighted)
                 ordered.probability[model.name] = ProbabilitySums(PROBABILITY_METRICS), runs
@@ -171,6 +174,7 @@ class _Evaluation:
 
     def _add_slices(self, ordered: _SortedScores, batch: RowBatch) -> None:
         for column, (names, codes) in enumerate(batch.slices):
+            # Group the rows by slice with one sort; code -1 (no slice) sorts before cuts[0] and is skipped.
             order = np.argsort(codes, kind="stable")
             cuts = np.searchsorted(codes[order], np.arange(len(names) + 1))
             for name, low, high in zip(names, cuts, cuts[1:]):
@@ -189,7 +193,9 @@ class _Evaluation:
                 )
 
     def _slices(self, ordered: _SortedScores) -> dict[str, dict[str, Any]]:
-        """model → slice → its size and AUC, of the slices that any rank has."""
+        """model → slice → its size and AUC, for the slices of all ranks. Collective."""
+        # Slices come from the data, so ranks may have different ones: agree on the list and its order first, because
+        # `rank_statistics` is collective.
         found = sorted({key for keys in gather_objects(list(ordered.slices), self.group) for key in keys}, key=_place)
         blocks: dict[str, dict[str, Any]] = {name: {} for name in self.names}
         for column, name in found:
@@ -208,9 +214,11 @@ class _Evaluation:
     def _influences(
         self, statistics: Mapping[str, RankStatistics], placements: Mapping[str, Placements], pairs: PairedSums
     ) -> UserBuckets:
-        """Pass two: every row's influence on each AUC, by user and for the pairs."""
+        """Pass two: every row's influence on each model's AUC, grouped by user and summed over pairs. Collective."""
         buckets = UserBuckets(self.pool, len(self.names), self.source.rows, self.group)
-        # each batch goes through all placements on disk: few large ones, of up to a quarter of the memory
+        # Each batch scans all placements on disk, so use few large batches, of up to a quarter of the memory.
+        # `look_up` is collective and ranks have different numbers of batches: a rank that has finished takes part
+        # with empty ones.
         empty = self._empty()
         for batch in in_step(self._batches(max(64, self.settings.memory // 512)), self.group):
             batch = batch or empty
@@ -231,14 +239,14 @@ class _Evaluation:
         return buckets
 
     def _empty(self) -> RowBatch:
-        """No rows, for a rank that has come to its end before others."""
+        """An empty batch, for a rank that has finished before the others."""
         scores = {model.name: np.empty(0, self.source.score_type(model)) for model in self.source.models}
         weights = np.empty(0) if self.source.weighted else None
         users = np.empty(0, np.int64) if self.source.has_users else None
         return RowBatch(np.empty(0, bool), weights, scores, {}, users, np.empty(0, np.uint64), [])
 
     def _no_bootstrap(self) -> str | None:
-        """Why there is no bootstrap although it is wanted."""
+        """Reason why a requested bootstrap is not possible, or None."""
         if not (self.settings.draws and self.source.rows):
             return None
         if not self.source.has_users:
@@ -250,9 +258,10 @@ class _Evaluation:
         return None
 
     def _bootstrap(self, buckets: UserBuckets) -> dict[str, np.ndarray]:
-        """model → AUCs of resampled users; empty if not wanted or not possible."""
+        """model → AUCs of resampled users; empty if not requested or not possible. Collective."""
         if not (self.settings.draws and self.source.rows) or self._no_bootstrap():
             return {}
+        # Every rank gets all rows and draws from the same seed, so the result is equal without a broadcast.
         records = np.concatenate([part for parts in gather_objects(list(buckets), self.group) for part in parts])
         scores = {name: records["score"][:, place] for place, name in enumerate(self.names)}
         labels = records["positive"]
@@ -274,7 +283,7 @@ def _percentiles(drawn: np.ndarray | None) -> dict[str, float | None]:
 
 
 def _place(key: tuple[int, str]) -> tuple[int, int, str]:
-    """Slices by column, then as `HISTORY_BUCKETS` has them, then by name."""
+    """Sort key of slices: by column, then in the order of `HISTORY_BUCKETS`, then by name."""
     column, name = key
     lengths = list(HISTORY_BUCKETS)
     bucket = name.removeprefix("history_")

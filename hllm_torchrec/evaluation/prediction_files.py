@@ -1,4 +1,4 @@
-"""Prediction files, Parquet or CSV, read by ranges of rows in memory that does not grow with the files."""
+"""Reading of prediction files (Parquet or CSV) by ranges of rows, in memory that does not grow with the files."""
 
 import glob
 import hashlib
@@ -18,17 +18,17 @@ from hllm_torchrec.data.validation import error_location
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 NUMBERS = ("label", "weight", "history_length", "timestamp")
-"""Columns that a CSV file holds as numbers, with scores and probabilities; all others are read as text."""
+"""Columns of CSV files that are read as numbers, in addition to scores and probabilities; others are read as text."""
 
 FINGERPRINT_CHUNK = 1 << 24
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that `paths` name: files, patterns with `*`, or directories (their Parquet or CSV files), in order.
+    """Resolve `paths` (files, patterns with `*`, or directories with Parquet or CSV files) to files, in order.
 
     Raises:
-        ValueError: a path that names none.
+        ValueError: a path matches no file.
     """
     found: list[Path] = []
     for path in map(str, paths):
@@ -37,7 +37,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             inside = sorted(file for file in match.iterdir() if file.name.endswith(SUFFIXES)) if match.is_dir() else []
             found += inside or ([match] if match.is_file() else [])
             if not (inside or match.is_file()):
-                raise ValueError(f"{match} is no file, and no directory with {', '.join(SUFFIXES)} files; name either")
+                raise ValueError(f"{match} is not a file or a directory with {', '.join(SUFFIXES)} files; name either")
         if not matches:
             raise ValueError(f"{path} matches no file; look at the pattern, and quote it in a shell")
     for file in found:
@@ -47,7 +47,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
-    """Sixteen hexadecimal digits of the content of the files, in order."""
+    """Hash of the contents of the files, in order, as sixteen hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for file in files:
         with file.open("rb") as stream:
@@ -57,17 +57,17 @@ def fingerprint_files(files: Sequence[Path]) -> str:
 
 
 class RowReader:
-    """Some columns of some files, which read as one long table."""
+    """Reads selected columns of several files as one table."""
 
     def __init__(self, files: Sequence[Path], columns: Sequence[str], folder: Path, numbers: Sequence[str] = ()):
         """Open the files; CSV files are first rewritten as Parquet into `folder`.
 
         Args:
-            columns: read; all files must have them.
-            numbers: further columns that are numbers in CSV files, besides `NUMBERS`.
+            columns: columns to read; all files must have them.
+            numbers: columns that are numbers in CSV files, in addition to `NUMBERS`.
 
         Raises:
-            ValueError: a file that cannot be read or lacks a column, naming it.
+            ValueError: a file cannot be read or does not have a column; the message names the file.
         """
         self.files, self.columns = list(files), list(dict.fromkeys(columns))
         self._names: list[list[str]] = []
@@ -81,11 +81,11 @@ class RowReader:
 
     @property
     def rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return self._first_rows[-1]
 
     def has(self, column: str) -> bool:
-        """Whether every file has the column, be it read or not."""
+        """True if every file has the column, also if it is not read."""
         return all(column in names for names in self._names)
 
     @property
@@ -94,22 +94,26 @@ class RowReader:
         return [parquet.schema_arrow for parquet in self._parquet]
 
     def locate(self, row: int) -> str:
-        """`FILE: row 3`, counted from 0 within the file, and the line of a CSV file."""
+        """Location of a row for messages: `FILE: row 3`, from 0 within the file, and the line of a CSV file."""
         place = bisect_right(self._first_rows, row) - 1
+        # Skip empty files, which start at the same row as the next one.
         while self._first_rows[place + 1] == self._first_rows[place]:
             place -= 1
         within = row - self._first_rows[place]
+        # Lines count from 1, and the first is the header.
         line = "" if self.files[place].suffix == ".parquet" else f" (line {within + 2})"
         return f"{self.files[place]}: row {within}{line}"
 
     def batches(self, low: int, high: int, size: int) -> Iterator[pa.Table]:
-        """The rows low..high in tables of `size` rows, the last one shorter."""
+        """Yield the rows [low, high) in tables of `size` rows; the last one may be shorter."""
+        # All models' readers must cut at the same rows, whatever the row groups of their files: regroup the pieces.
         waiting: list[pa.Table] = []
         count = 0
         for piece in self._pieces(low, high, size):
             waiting.append(piece)
             count += len(piece)
             while count >= size:
+                # Permissive: files of one model may have different types of a column (int32 and int64).
                 joined = pa.concat_tables(waiting, promote_options="permissive")
                 yield joined.slice(0, size)
                 waiting, count = [joined.slice(size)], count - size
@@ -117,7 +121,7 @@ class RowReader:
             yield pa.concat_tables(waiting, promote_options="permissive")
 
     def _pieces(self, low: int, high: int, size: int) -> Iterator[pa.Table]:
-        """The rows in pieces as the row groups give them."""
+        """Yield the rows [low, high) in pieces as they are decoded; row groups outside the range are not read."""
         for file, first, parquet in zip(self.files, self._first_rows, self._parquet):
             start = first
             for group in range(parquet.num_row_groups):
@@ -132,7 +136,7 @@ class RowReader:
                 start = end
 
     def _decoded(self, file: Path, parquet: pq.ParquetFile, group: int, size: int) -> Iterator[pa.RecordBatch]:
-        """The batches of a row group, checked to be whole."""
+        """Yield the batches of a row group, each validated."""
         with error_location(f"{file}: row group {group}", "write it again"):
             for batch in parquet.iter_batches(size, row_groups=[group], columns=self.columns):
                 batch.validate(full=True)
@@ -158,7 +162,7 @@ class RowReader:
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = f"{str(error)[:300]}; rows are counted from 1, the header's"
             raise ValueError(
-                f"{file} cannot be read as CSV: {reason}; mend the row, or write the file again"
+                f"{file} cannot be read as CSV: {reason}; correct the row, or write the file again"
             ) from error
         return target
 
@@ -166,17 +170,17 @@ class RowReader:
 def _open(file: Path) -> pq.ParquetFile:
     try:
         opened = pq.ParquetFile(file, memory_map=False, pre_buffer=False)
-        assert opened.schema_arrow.names is not None  # decodes them: a damaged name is no UTF-8
+        assert opened.schema_arrow.names is not None  # decodes the names: raises here if one is not UTF-8
         return opened
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}; write it again") from error
 
 
 def column_names(file: Path) -> list[str]:
-    """The columns of a Parquet or CSV file.
+    """Names of the columns of a Parquet or CSV file.
 
     Raises:
-        ValueError: it cannot be read; names it.
+        ValueError: the file cannot be read; the message names it.
     """
     if file.suffix == ".parquet":
         return list(_open(file).schema_arrow.names)
@@ -184,12 +188,12 @@ def column_names(file: Path) -> list[str]:
         with pacsv.open_csv(file) as header:
             return list(header.schema.names)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = f"{str(error)[:300]}; mend the row, or write the file again"
+        reason = f"{str(error)[:300]}; correct the row, or write the file again"
         raise ValueError(f"{file} cannot be read as CSV: {reason}") from error
 
 
 def has_values(files: Sequence[Path], column: str) -> bool:
-    """Whether the files have the column, and not nulls only (by what Parquet says of its row groups)."""
+    """True if all files have the column and it is not entirely null (by the statistics of Parquet's row groups)."""
     if not all(column in column_names(file) for file in files):
         return False
     return not all(file.suffix == ".parquet" and _only_nulls(_open(file), column) for file in files)
@@ -216,8 +220,10 @@ def seconds_of(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def identities(values: pa.ChunkedArray) -> np.ndarray:
-    """Ids as int64 [n]: integers themselves, also where a file holds them as text; of all else a 64-bit hash (two of
-    10^7 users share one with a chance of 3e-6)."""
+    """Ids as int64 [n]: the value of integers, also of integers stored as text; a 64-bit hash of all other ids.
+
+    Among 10^7 users, the probability that two share a hash is 3e-6.
+    """
     if pa.types.is_integer(values.type) and not values.null_count:
         return values.to_numpy().astype(np.int64)
     texts, codes = encoded(pc.cast(values, pa.string()))
@@ -225,7 +231,7 @@ def identities(values: pa.ChunkedArray) -> np.ndarray:
 
 
 def encoded(values: pa.ChunkedArray) -> tuple[list[object], np.ndarray]:
-    """The values that there are, null as None, and each row's place among them [n]."""
+    """The distinct values, null as None, and the index of each row's value among them [n]."""
     if pa.types.is_dictionary(values.type):
         values = pc.cast(values, values.type.value_type)
     found = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")

@@ -1,4 +1,4 @@
-"""Which columns of prediction files are what: named by options, or found by their usual names."""
+"""Mapping of the columns of prediction files to their meaning, by options or by their standard names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,42 +15,42 @@ STANDARD_COLUMNS = {
     "history_length": "history_length",
     "item_is_cold": "item_is_cold",
 }
-"""Field of `ColumnLayout` → the column that is taken for it if the first model's files have it."""
+"""Field of `ColumnLayout` → the column used for it if the first model's files have it."""
 
 NONE = "NONE"
-"""Given for a column: there is none, whatever the files have."""
+"""Value for a column that disables it, also if the files have it."""
 
 
 @dataclass(frozen=True)
 class PredictionModel:
-    """Where a model's scores are."""
+    """Files and columns of a model's scores."""
 
     name: str
     files: tuple[str | Path, ...]
-    """Of the same rows in the same order as the first model's."""
+    """Files with the same rows as the first model's, in the same order unless rows are paired by key."""
     score: str = "score"
     probability: str | None = None
-    """Column of probabilities, which may be the score's; None: the metrics of probabilities are left out."""
+    """Column of probabilities, which may be the score's; None: no metrics of probabilities."""
 
 
 @dataclass(frozen=True)
 class ColumnLayout:
-    """Names of the other columns, in the first model's files; None or empty: there is none."""
+    """Names of the other columns in the first model's files; None or empty: no such column."""
 
     label: str = "label"
     weight: str | None = None
     user: str | None = None
     item: str | None = None
     timestamp: str | None = None
-    """Seconds UTC, or an Arrow timestamp: gives the slices by day and by hour of the day."""
+    """Seconds UTC, or an Arrow timestamp; used for the slices by day and by hour of the day."""
     history_length: str | None = None
     item_is_cold: str | None = None
     slices: tuple[str, ...] = ()
-    """Further columns, a slice for each of their values."""
+    """Further columns; each of their values is a slice."""
 
     @property
     def all(self) -> list[str]:
-        """All columns that are there."""
+        """Names of all columns that are set."""
         single = (self.label, self.weight, self.user, self.item, self.timestamp, self.history_length, self.item_is_cold)
         return [name for name in (*single, *self.slices) if name]
 
@@ -63,23 +63,23 @@ def describe_predictions(
     columns: Mapping[str, str] | None = None,
     slices: Sequence[str] = (),
 ) -> tuple[list[PredictionModel], ColumnLayout]:
-    """Models and columns of prediction files, from the names given and the files' own.
+    """Models and column layout of prediction files, from the given names and the columns of the files.
 
     Args:
-        paths: model → its files; the first model's hold what models share.
-        scores, probabilities: model → column, where it is not the usual one or is `NONE`.
+        paths: model → its files; the first model's contain the columns that models share.
+        scores, probabilities: model → column, if it is not the standard one, or `NONE`.
         columns: field of `ColumnLayout` → column, or `NONE`.
-        slices: further columns, a slice for each of their values.
+        slices: further columns; each of their values is a slice.
 
     Raises:
-        ValueError: no such files, or no column of labels.
+        ValueError: the files do not exist, or there is no column of labels.
     """
     files = {name: find_files([path]) for name, path in paths.items()}
     models = []
     for name, path in paths.items():
         score, probability = (scores or {}).get(name, "score"), (probabilities or {}).get(name)
         if probability is None and score == "score" and has_values(files[name], "probability"):
-            probability = "probability"  # that of a score of another name may be another
+            probability = "probability"  # with a score of another name, `probability` may belong to another model
         models.append(PredictionModel(name, (path,), score, None if probability == NONE else probability))
     found = column_names(next(iter(files.values()))[0])
     usual = {field: column for field, column in STANDARD_COLUMNS.items() if column in found}

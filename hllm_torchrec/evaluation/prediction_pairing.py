@@ -1,9 +1,9 @@
-"""The rows of several models' prediction files, in any order, brought together by user and position.
+"""Pairing of the rows of several models' prediction files, which may be in any order, by user and position.
 
-Every rank reads a share of each model's files and sends each row to the rank of its user, which keeps it in one of a
-few buckets: in memory up to a share of the limit, beyond that on disk. A bucket is then sorted and read as a whole.
+Every rank reads a share of each model's files and sends each row to the rank of its user. That rank stores it in one
+of a few buckets: in memory up to a share of the limit, above it on disk. Each bucket is then loaded and sorted.
 
-Letters: n rows.
+Legend: n rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,24 +17,24 @@ from hllm_torchrec.distributed.array_collectives import Group, all_to_all, group
 from hllm_torchrec.evaluation.prediction_files import RowReader, identities
 
 PAIR_COLUMNS = ("user_id", "position")
-"""What names an exposure in the files that our jobs write."""
+"""Key of an exposure in the prediction files of this library."""
 
 ROW = "__row"
 """Column with the row's number in its model's files, for messages."""
 
 READ_ROWS = 1 << 18
 HELD = 8
-"""Buckets in memory take at most an eighth of the limit."""
+"""Buckets in memory take at most 1 / HELD of the limit."""
 
 BUCKET_BYTES = 8
-"""Memory that reading a bucket needs (its parts, their order, the sorted copy), in times its size, times two."""
+"""Memory for reading a bucket (its parts, their order, the sorted copy) as a multiple of its size, times two."""
 
 Tables = dict[str, tuple[pa.Table, np.ndarray]]
-"""Model → rows, and their numbers in the model's files [n]."""
+"""Model → (rows, their row numbers in the model's files [n])."""
 
 
 class PairedTables:
-    """Rows of all models by user and position, those of this rank's users; made by a shuffle over the ranks."""
+    """The rows of all models for this rank's users, sorted by user and position; built by a shuffle over the ranks."""
 
     def __init__(self, readers: Mapping[str, RowReader], memory: int, folder: Path, group: Group = None):
         """Read and shuffle. Collective.
@@ -42,15 +42,16 @@ class PairedTables:
         Args:
             readers: model → its files, whose columns include `PAIR_COLUMNS`; the first model is the reference.
             memory: bytes for rows on a rank.
-            folder: for what does not fit.
+            folder: directory for rows that do not fit.
 
         Raises:
-            ValueError: files that cannot be read, on every rank.
+            ValueError: a file cannot be read; raised on every rank.
         """
         for reader in readers.values():
             _check_keys(reader)
         self._readers, self._folder, self._group = readers, folder, group
         self._limit, self._held = memory // HELD, 0
+        # About 8 bytes per value; the number of buckets is such that one bucket of all models fits into the memory.
         size = sum(reader.rows * 8 * len(reader.columns) for reader in readers.values()) // world_size(group)
         self._count = 1 + size * BUCKET_BYTES // max(memory, 1)
         self._parts: dict[tuple[str, int], list[pa.Table]] = {}
@@ -60,16 +61,17 @@ class PairedTables:
                 self._receive(name, table)
 
     def batches(self, size: int) -> Iterator[Tables]:
-        """This rank's exposures, in the order of user and position within a bucket, `size` at most at a time.
+        """Yield this rank's exposures, sorted by user and position within a bucket, at most `size` at a time.
 
         Raises:
-            ValueError: an exposure that a model has twice, or that only some of the models have.
+            ValueError: a model has an exposure twice, or only some of the models have it.
         """
         first, *others = self._readers
         for bucket in range(self._count):
             tables, keys = {}, {}
             for name in self._readers:
                 tables[name], keys[name] = self._sorted(name, bucket)
+            # Users are assigned to ranks and buckets by hash, so equal exposures give equal sorted keys in each bucket.
             if any(not np.array_equal(keys[first], keys[other]) for other in others):
                 raise ValueError(self._difference(first, others))
             for start in range(0, keys[first].shape[1], size):
@@ -77,24 +79,26 @@ class PairedTables:
                 yield {name: (part.drop_columns([ROW]), part[ROW].to_numpy()) for name, part in parts.items()}
 
     def _read(self, reader: RowReader) -> Iterator[pa.Table]:
-        """This rank's share of a model's rows, numbered."""
+        """Yield this rank's share of a model's rows, with row numbers."""
         rank, ranks = group_rank(self._group), world_size(self._group)
         low, high = reader.rows * rank // ranks, reader.rows * (rank + 1) // ranks
         for table in reader.batches(low, high, READ_ROWS):
             for column in PAIR_COLUMNS:
                 if table[column].null_count:
                     place = reader.locate(low + int(table[column].is_null().to_numpy().argmax()))
-                    raise ValueError(f"{place}: column {column!r} is null; it names the exposure; leave the row out")
+                    raise ValueError(f"{place}: column {column!r} is null; it names the exposure; remove the row")
             yield table.append_column(ROW, pa.array(np.arange(low, low + len(table))))
             low += len(table)
 
     def _receive(self, name: str, table: pa.Table | None) -> None:
-        """Send rows (None: there are no more) to the ranks of their users, and keep what comes. Collective."""
+        """Send rows (None: no more rows) to the ranks of their users, and store the received rows. Collective."""
         ranks = world_size(self._group)
         arrived = [table] if table is not None else []
         if ranks > 1:
             arrived = _exchange(table, ranks, self._group)
         for part in arrived:
+            # The remainder of the hash chose the rank, so the bucket must use the quotient: the remainder is the same
+            # for all rows here.
             bucket = _spread(part) // np.uint64(ranks) % np.uint64(self._count)
             for index, rows in _grouped(bucket.astype(np.int64), self._count):
                 self._keep(name, index, part if self._count == 1 else part.take(rows))
@@ -104,6 +108,7 @@ class PairedTables:
             self._held += table.nbytes
             self._parts.setdefault((name, bucket), []).append(table)
             return
+        # Appends a complete Arrow stream; `_streams` reads the streams of a file one after the other.
         with self._path(name, bucket).open("ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
         self.spilled += table.nbytes
@@ -119,12 +124,12 @@ class PairedTables:
         return pa.concat_tables(parts, promote_options="permissive") if parts else None
 
     def _sorted(self, name: str, bucket: int) -> tuple[pa.Table, np.ndarray]:
-        """A bucket's rows of a model in the order of their keys, and the keys [2, n]."""
+        """A model's rows of a bucket sorted by key, and the keys [2, n]."""
         table = self._load(name, bucket)
         if table is None:
             return pa.table({ROW: np.empty(0, np.int64)}), np.empty((2, 0), np.int64)
         keys = np.stack([identities(table[column]) for column in PAIR_COLUMNS])
-        order = np.lexsort(keys[::-1])
+        order = np.lexsort(keys[::-1])  # lexsort's last key is the primary one: user, then position
         keys = keys[:, order]
         repeated = (keys[:, 1:] == keys[:, :-1]).all(axis=0)
         if repeated.any():
@@ -137,7 +142,7 @@ class PairedTables:
         return table.combine_chunks().take(pa.array(order)), keys
 
     def _difference(self, first: str, others: Sequence[str]) -> str:
-        """What is wrong with the first model that has other exposures than the reference, on this rank."""
+        """Message for the first model whose exposures differ from the reference's on this rank."""
         for other in others:
             missing, extra, total, example = 0, 0, 0, None
             for bucket in range(self._count):
@@ -169,12 +174,12 @@ def _describe(key: Sequence[int]) -> str:
 
 
 def _spread(table: pa.Table) -> np.ndarray:
-    """A hash of each row's user, uint64 [n]: the same as `UserBuckets` deals users out by."""
+    """Hash of each row's user, uint64 [n]; the same that `UserBuckets` assigns users to ranks by."""
     return hash_columns(identities(table[PAIR_COLUMNS[0]]))
 
 
 def _grouped(places: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(place, its rows) of each of 0..count-1 that has any."""
+    """Yield (place, indices of its rows) for each place in 0..count-1 that has rows."""
     order = np.argsort(places, kind="stable")
     cuts = np.searchsorted(places[order], np.arange(count + 1))
     for place in range(count):
@@ -183,7 +188,8 @@ def _grouped(places: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]
 
 
 def _exchange(table: pa.Table | None, ranks: int, group: Group) -> list[pa.Table]:
-    """What all ranks have for the users of this one. Collective."""
+    """Exchange rows: returns the rows of all ranks for the users of this rank. Collective."""
+    # A rank without rows sends empty messages: `all_to_all` needs every rank.
     messages = [b""] * ranks
     if table is not None:
         owner = (_spread(table) % np.uint64(ranks)).astype(np.int64)
@@ -202,7 +208,7 @@ def _as_bytes(table: pa.Table) -> bytes:
 
 
 def _streams(source: pa.NativeFile) -> list[pa.Table]:
-    """The tables of Arrow streams one after the other."""
+    """Read concatenated Arrow streams, one table each."""
     found, size = [], source.size()
     while source.tell() < size:
         with pa.ipc.open_stream(source) as stream:

@@ -1,4 +1,4 @@
-"""The rows of prediction files, checked: labels, weights, scores of one model or more, users and slices."""
+"""Validated rows of prediction files: labels, weights, scores of one or more models, users and slices."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTabl
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
 
 MEMORY = 1 << 30
-"""Bytes for rows on a rank, unless said otherwise."""
+"""Default of `memory`: bytes for rows per rank."""
 
 DAY = 86_400
 HISTORY_BUCKETS = {
@@ -35,34 +35,34 @@ HISTORY_BUCKETS = {
     "50-199": (50.0, 199.0),
     "200+": (200.0, math.inf),
 }
-"""Inclusive bounds of the history lengths reported apart."""
+"""Slices by history length: name → inclusive bounds."""
 
 _TRUE, _FALSE = ["true", "1"], ["false", "0"]
 
 Rows = Mapping[str, np.ndarray]
-"""Model → the numbers of its rows in its files [n], for messages."""
+"""Model → row numbers in its files [n], for messages."""
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Some rows, n of them; rows of weight 0 are left out."""
+    """A batch of n rows, without rows of weight 0."""
 
     is_positive: np.ndarray
     weights: np.ndarray | None
     scores: dict[str, np.ndarray]
     """model → scores [n], float32 or float64."""
     probabilities: dict[str, np.ndarray]
-    """model → float64 [n], of the models that have them."""
+    """model → probabilities float64 [n], for models that have them."""
     users: np.ndarray | None
     """int64 [n]: the number itself, or a 64-bit hash of the text."""
     keys: np.ndarray
-    """uint64 [n]: hash of the label and, where there are, of weight, user and item; says what was measured."""
+    """uint64 [n]: hash of the label and, if present, of weight, user and item; identifies the evaluated exposures."""
     slices: list[tuple[list[str], np.ndarray]] = field(default_factory=list)
-    """For each column its slices' names and each row's place among them [n], -1 for none."""
+    """For each column, the names of its slices and the index of each row's slice [n], -1 for none."""
 
 
 class PredictionRows:
-    """The rows of all models, read together; every rank reads its own share."""
+    """Reads the rows of all models together; every rank reads its own share."""
 
     def __init__(
         self,
@@ -77,13 +77,14 @@ class PredictionRows:
         """Open the files; CSV files are rewritten into `folder`.
 
         Args:
-            known_items: of the training part (`known_items`): all others are cold, where no column says so.
-            paired: rows belong together by `PAIR_COLUMNS`, in any order, not by their place in the files. Collective
-                with the first `batches`, where they are brought together.
-            memory: bytes on a rank for rows that are paired.
+            known_items: items of the training part (`known_items`); without a column for it, all others are cold.
+            paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their row in the files. The first
+                call of `batches` is then collective, because it pairs them.
+            memory: bytes per rank for pairing.
 
         Raises:
-            ValueError: files that are missing, lack a column or have other row counts than the first model's.
+            ValueError: a file is missing, does not have a column, or has another number of rows than the first
+                model's.
         """
         self.models, self.layout, self._known_items = list(models), layout, known_items
         self._paired, self._memory, self._folder = paired, memory, folder
@@ -96,6 +97,7 @@ class PredictionRows:
                 *columns,
                 *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name),
             ]
+            # Shared columns are read from the first model only; labels from all, to check that they agree.
             columns = [*columns, *(layout.all if place == 0 else [layout.label]), *(PAIR_COLUMNS if paired else ())]
             if paired and layout.item in column_names(self.files[model.name][0]):
                 columns.append(layout.item)
@@ -111,16 +113,19 @@ class PredictionRows:
         self.weighted, self.has_users = layout.weight is not None, layout.user is not None
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """float32 if every file has at most that, else float64."""
+        """float32 if every file stores at most 32-bit floats, else float64."""
         kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
         small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)
         return np.dtype(np.float32 if small else np.float64)
 
     def batches(self, rank: int, world_size: int, size: int) -> Iterator[RowBatch]:
-        """The rank's share of the rows, an even stretch or those of some users, in batches of at most `size` rows.
+        """Iterate over the rank's share of the rows in batches of at most `size` rows.
+
+        The share is a contiguous range of rows or, if rows are paired, the rows of some users. Collective at the
+        first call if rows are paired.
 
         Raises:
-            ValueError: naming file and row of a bad value.
+            ValueError: a bad value, with its file and row.
         """
         if not self._paired:
             return map(self._batch, self._stretches(rank, world_size, size))
@@ -130,10 +135,11 @@ class PredictionRows:
 
     @property
     def spilled(self) -> int:
-        """Bytes written to disk on this rank."""
+        """Number of bytes written to disk on this rank."""
         return self._tables.spilled if self._tables else 0
 
     def _stretches(self, rank: int, world_size: int, size: int) -> Iterator[Tables]:
+        # Row i of every file belongs together: all models read the same range, in batches of the same size.
         low, high = self.rows * rank // world_size, self.rows * (rank + 1) // world_size
         streams = [self.readers[model.name].batches(low, high, size) for model in self.models]
         for tables in zip(*streams, strict=True):
@@ -162,6 +168,7 @@ class PredictionRows:
         users = self._identities(table, layout.user)
         items = self._identities(table, layout.item)
         self._check_items(tables, items, rows)
+        # Keys come from the shared columns, not from the scores: runs on the same exposures have the same fingerprint.
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, rows, items)
         batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
@@ -180,9 +187,9 @@ class PredictionRows:
         first = self.models[0].name
         labels = columns[first]
         good = (labels == 0) | (labels == 1)
-        self._check(first, self.layout.label, labels, good, rows, "a label is 0 or 1; leave the row out")
+        self._check(first, self.layout.label, labels, good, rows, "a label is 0 or 1; remove the row")
         for name, other in columns.items():
-            rule = f"it is another in the files of {first!r}; {self._mend}"
+            rule = f"it differs from the files of {first!r}; {self._mend}"
             self._check(name, self.layout.label, other, other == labels, rows, rule)
         return labels == 1
 
@@ -193,12 +200,12 @@ class PredictionRows:
         return "models are compared row by row: write both in one order"
 
     def _check_items(self, tables: Mapping[str, pa.Table], items: np.ndarray | None, rows: Rows) -> None:
-        """Of paired files that say which item an exposure is of."""
+        """Raise ValueError if paired files have an item column that differs from the first model's."""
         column, (first, *others) = self.layout.item, self.readers
         for name in others if self._paired and items is not None and column else ():
             if column in tables[name].column_names:
                 own = identities(tables[name][column])
-                rule = f"it is another in the files of {first!r}; {self._mend}"
+                rule = f"it differs from the files of {first!r}; {self._mend}"
                 self._check(name, str(column), own, own == items, rows, rule)
 
     def _weights(self, table: pa.Table, rows: Rows) -> np.ndarray:
@@ -206,7 +213,7 @@ class PredictionRows:
         weights = self._numbers(self.models[0].name, table, self.layout.weight, rows).astype(np.float64)
         low, high = WEIGHT_RANGE
         good = (weights == 0) | ((weights >= low) & (weights <= high))
-        rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}; mend the row"
+        rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}; correct the row"
         self._check(self.models[0].name, self.layout.weight, weights, good, rows, rule)
         return weights
 
@@ -218,7 +225,7 @@ class PredictionRows:
         return values
 
     def _numbers(self, name: str, table: pa.Table, column: str, rows: Rows) -> np.ndarray:
-        """A column without nulls and NaN, in its own type."""
+        """A numeric column in its own type; raises ValueError for nulls and NaN."""
         values = table[column]
         kind = values.type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
@@ -227,7 +234,7 @@ class PredictionRows:
         if array.dtype.kind not in "fiu":
             array = array.astype(np.float64)
         if array.dtype.kind == "f" or values.null_count:
-            rule = "it must be a number (infinities are allowed in scores); leave the row out, or mend the model"
+            rule = "it must be a number (infinities are allowed in scores); remove the row, or correct the model"
             self._check(name, column, array, ~np.isnan(array), rows, rule)
         return array
 
@@ -283,7 +290,7 @@ class PredictionRows:
 def row_keys(
     is_positive: np.ndarray, weights: np.ndarray | None, users: np.ndarray | None, items: np.ndarray | None
 ) -> np.ndarray:
-    """A hash of what is there of each row, uint64 [n]."""
+    """Hash of each row's label and of its other columns that are given, uint64 [n]."""
     columns = (None if weights is None else weights.view(np.int64), users, items)
     there = [column for column in columns if column is not None]
     if not there:
@@ -295,7 +302,7 @@ def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.nd
     """The distinct items of training files as `identities`, int64, ascending.
 
     Raises:
-        ValueError: files that are missing or lack the column.
+        ValueError: a file is missing or does not have the column.
     """
     reader, found = RowReader(find_files(files), [column], folder), np.empty(0, np.int64)
     for table in reader.batches(0, reader.rows, 1 << 20):
@@ -304,19 +311,20 @@ def known_items(files: Sequence[str | Path], column: str, folder: Path) -> np.nd
 
 
 def cold_slices(is_cold: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Slices of cold and warm items, bool [n]: names, and each row's place among them."""
+    """Slices of cold and warm items, is_cold bool [n]: names, and the index of each row's slice [n]."""
     return ["item_cold", "item_warm"], np.where(is_cold, 0, 1)
 
 
 def history_slices(lengths: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Slices by `HISTORY_BUCKETS` of history lengths [n]: names, and each row's place among them."""
+    """Slices by `HISTORY_BUCKETS` of history lengths [n]: names, and the index of each row's slice [n]."""
     lows = [low for low, _ in HISTORY_BUCKETS.values()]
     return [f"history_{name}" for name in HISTORY_BUCKETS], np.searchsorted(lows, lengths, side="right") - 1
 
 
 def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
-    """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and each row's place among them."""
+    """Slices by day (UTC) and by hour of the day of int64 seconds [n]: names, and index of each row's slice [n]."""
     days, hours = seconds // DAY, seconds % DAY // 3600
+    # Only the days that occur in the batch get a slice.
     unique, of_row = np.unique(days, return_inverse=True)
     by_day = [f"day_{np.datetime64(int(day), 'D')}" for day in unique], of_row
     unique, of_row = np.unique(hours, return_inverse=True)
@@ -324,7 +332,7 @@ def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
 
 
 def _without(batch: RowBatch, kept: np.ndarray) -> RowBatch:
-    """The rows `kept` [n] only."""
+    """The batch with the rows in the mask `kept` (bool [n]) only."""
 
     def pick(values: np.ndarray | None) -> np.ndarray | None:
         return None if values is None else values[kept]

@@ -1,5 +1,4 @@
-"""The regression gate of a model repository: is the AUC (or another metric) worse than a baseline's, beyond what
-chance explains?"""
+"""Regression gate for a model repository: tests whether the AUC is worse than a baseline's by more than chance."""
 
 import math
 from collections.abc import Mapping
@@ -12,16 +11,16 @@ from hllm_torchrec.evaluation.metrics_schema import finite_or_none, read_metrics
 from hllm_torchrec.metrics.intervals import normal_quantile
 
 EXIT_STATUS = {"pass": 0, "fail": 3, "unsure": 4}
-"""Exit statuses; 2 is for mistakes, such as a baseline of other rows, 1 for a crash."""
+"""Exit status by verdict; 2 is for usage errors, such as a baseline of other rows, 1 for a crash."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says."""
+    """Result of the gate."""
 
     status: str
     """`pass`: the drop is at most the allowed one. `fail`: it is larger, and its interval lies above 0.
-    `unsure`: it is larger, but its interval holds 0."""
+    `unsure`: it is larger, but its interval contains 0."""
     drop: float
     low: float
     high: float
@@ -30,11 +29,11 @@ class Verdict:
 
     @property
     def exit_status(self) -> int:
-        """For the process: see `EXIT_STATUS`."""
+        """Exit status of the process (`EXIT_STATUS`)."""
         return EXIT_STATUS[self.status]
 
     def as_json(self, baseline: str, max_drop: float) -> dict[str, Any]:
-        """For `metrics.json`."""
+        """The verdict as an entry of `metrics.json`."""
         low, high = (finite_or_none(bound) for bound in (self.low, self.high))
         content = {"baseline": baseline, "max_drop": max_drop, "status": self.status, "text": self.text}
         return content | {"drop": self.drop, "drop_low": low, "drop_high": high}
@@ -44,16 +43,17 @@ def compare_with_baseline(metrics: Mapping[str, Any], baseline: str | Path, max_
     """Compare the AUC of the reference model of `metrics` with a baseline's.
 
     Args:
-        metrics: as `job.evaluate` returns them.
-        baseline: a `metrics.json`, whose interval is then combined with the new one as of independent samples
-            (too wide where both scored the same rows, which they must have); or the name of another model in
-            `metrics`, whose rows are paired.
-        max_drop: the largest drop allowed, of AUC as it is (0.001 is a tenth of a point), >= 0.
+        metrics: the content of a `metrics.json` (`offline_evaluation.evaluate_predictions`).
+        baseline: a `metrics.json`, whose interval is combined with the new one as if the samples were independent
+            (too wide, because both must have scored the same rows); or the name of another model in `metrics`,
+            whose rows are paired.
+        max_drop: maximum allowed drop of the AUC (in 0..1: 0.001 is a tenth of a percentage point), >= 0.
 
     Raises:
-        ValueError: max_drop is negative or no number, no such baseline, one of other rows, an undefined AUC.
+        ValueError: max_drop is negative or NaN, the baseline does not exist or has other rows, or an AUC is
+            undefined.
     """
-    if not max_drop >= 0:
+    if not max_drop >= 0:  # also refuses NaN
         raise ValueError(f"--max-drop {max_drop}: must be 0 or more, in AUC, e.g. 0.001")
     name = metrics["reference"]
     own = _auc(metrics["models"].get(name), f"the model {name!r}")
@@ -69,6 +69,7 @@ def compare_with_baseline(metrics: Mapping[str, Any], baseline: str | Path, max_
         block = _baseline_block(metrics, Path(baseline))
         other = _auc(block, f"{baseline}")
         key = "clustered_se" if own.get("clustered_se") and other.get("clustered_se") else "auc_se"
+        # Standard errors of independent estimates add in squares.
         half = normal_quantile(0.95) * math.hypot(_number(own[key]), _number(other[key]))
         low, high = other["auc"] - own["auc"] - half, other["auc"] - own["auc"] + half
         how = "not paired, " + _UNITS["clustered" if key == "clustered_se" else "delong"]
@@ -101,7 +102,7 @@ def _verdict(
 
 
 def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
-    """The reference model of a `metrics.json` of the same rows."""
+    """The reference model's block of a baseline `metrics.json`; raises ValueError if it has other rows."""
     if not path.is_file():
         hint = did_you_mean(str(path), metrics["models"])
         raise ValueError(f"--baseline {path} is neither a file nor a compared model{hint}; name a metrics.json")

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run: nothing to install, nothing fetched, safe to mail.
+"""The report of a run: one self-contained HTML page that loads nothing from the network.
 
-The page itself is `report.html.j2`; here is what it shows.
+The template of the page is `report.html.j2`; this module computes its contents.
 """
 
 import json
@@ -35,29 +35,29 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 
 @dataclass
 class TrainingLog:
-    """What `log.jsonl` says of the course of training."""
+    """Contents of a training log (`log.jsonl`)."""
 
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Step → its last line: a resumed run writes some steps again."""
+    """Step → its last line; a resumed run logs some steps again."""
     evaluations: dict[tuple[str, int], float] = field(default_factory=dict)
     """(split, step) → AUC, the last of each."""
     unreadable: list[int] = field(default_factory=list)
-    """Numbers of the lines that are no JSON object, such as the one a killed run left half-written."""
+    """Numbers of the lines that are not JSON objects, such as an incomplete line of a killed run."""
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `report.html` into a run directory from what is there.
+    """Write `report.html` into a run directory from the files in it.
 
-    Read are `metrics.json`, `log.jsonl` (lines `{"event": "step", "step", "loss", "loss_cls", "loss_gen"}` and
-    `{"event": "eval", "step", "split", "auc"}`; others are ignored) and `config.yaml`. A part that is missing leaves
-    its sections out.
+    The files are `metrics.json`, `log.jsonl` (lines `{"event": "step", "step", "loss", "loss_cls", "loss_gen"}` and
+    `{"event": "eval", "step", "split", "auc"}`; others are ignored) and `config.yaml`. Sections of missing files are
+    omitted.
 
     Returns:
         The path of the report.
 
     Raises:
-        ValueError: neither metrics nor a log, or a `metrics.json` that is broken, of another schema version or
-            without a field that is shown.
+        ValueError: the directory has neither metrics nor a log, or its `metrics.json` is damaged, has another schema
+            version or does not have a required field.
     """
     run_dir = Path(run_dir)
     file, config = run_dir / "metrics.json", run_dir / "config.yaml"
@@ -90,7 +90,7 @@ def _template() -> Template:
 
 
 def read_training_log(path: Path) -> TrainingLog:
-    """The steps and evaluations of a `log.jsonl`; empty if there is no such file."""
+    """Read the steps and evaluations of a `log.jsonl`; empty if the file does not exist."""
     log = TrainingLog()
     if not path.is_file():
         return log
@@ -111,7 +111,7 @@ def read_training_log(path: Path) -> TrainingLog:
 
 
 def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables and figures of the models, the reference first: the order of colours in every figure."""
+    """Tables and figures of the models, the reference first, which is the order of the colors in every figure."""
     found, reference = metrics.get("models") or {}, metrics.get("reference")
     models = {name: found[name] for name in sorted(found, key=lambda name: name != reference)}
     order, probability = _metric_tables(models)
@@ -131,7 +131,7 @@ def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metric_tables(models: Mapping[str, Any]) -> tuple[Table, Table]:
-    """A row a model: AUC and the metrics of one number that need scores only; all others of the registry."""
+    """Two tables with a row per model: AUC and single-number metrics of scores; all other metrics of the registry."""
     order: dict[str, list[str]] = {
         "AUC": [format_number(model["auc"]) for model in models.values()],
         "95% (DeLong)": [format_interval(model["auc_low"], model["auc_high"]) for model in models.values()],
@@ -166,7 +166,7 @@ def _paired_table(paired: Mapping[str, Any], reference: str) -> Table:
 
 
 def _auc_series(log: TrainingLog) -> list[Series]:
-    """AUC over steps, one line a split."""
+    """AUC over steps, one line per split."""
     lines = []
     for color, split in enumerate(dict.fromkeys(split for split, _ in log.evaluations)):
         points = sorted((step, auc) for (name, step), auc in log.evaluations.items() if name == split)
@@ -186,7 +186,7 @@ def _training_note(log: TrainingLog, lines: Sequence[Series]) -> str:
 
 
 def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
-    """A row a model; metrics that are not given by model get one row."""
+    """Table with a row per model; metrics that are not grouped by model get one row."""
     by_model = all(isinstance(value, Mapping) for value in retrieval.values())
     models: Mapping[str, Any] = retrieval if by_model else {"model": retrieval}
     keys = list(dict.fromkeys(key for block in models.values() for key in block))
@@ -194,7 +194,7 @@ def _retrieval_table(retrieval: Mapping[str, Any]) -> Table:
 
 
 def _step_series(log: TrainingLog, key: str, name: str) -> Series | None:
-    """A logged number over steps; None if logged less than twice or always 0 (a loss not in use)."""
+    """A logged number over steps; None if it was logged less than twice or is always 0 (an unused loss)."""
     steps = [step for step in sorted(log.steps) if _is_number(log.steps[step].get(key))]
     values = [float(log.steps[step][key]) for step in steps]
     return Series(name, steps, values) if len(steps) > 1 and any(values) else None

@@ -1,7 +1,6 @@
-"""The report's figures as inline SVG: no files, no scripts, nothing fetched.
+"""Figures of the report as inline SVG, without files, scripts or network access.
 
-Text is drawn as paths, so that a figure looks the same everywhere; each carries its description for screen
-readers.
+Text is drawn as paths, so that a figure looks the same everywhere; each figure has a description for screen readers.
 """
 
 import html
@@ -19,15 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-"""Okabe and Ito's colours, told apart by colour-blind readers; models beyond seven get other dashes."""
+"""Okabe and Ito's colors, which color-blind readers can distinguish; models beyond seven get other dashes."""
 
 DASHES = ("-", "--", ":", "-.")
 INK, FAINT = "#333333", "#D9D9D9"
 NEUTRALS = ("#222222", "#8A8A8A")
-"""For what is not a model."""
+"""Colors of lines that are not models."""
 
 LEGEND_LINE = 0.2
-"""Inches."""
+"""Height of a line of the legend, in inches."""
 
 MAX_LABEL = 34
 MAX_POINTS = 600
@@ -57,23 +56,23 @@ STYLE = {
 
 
 Svg = Markup
-"""An `<svg>` element: markup that is not escaped again."""
+"""An `<svg>` element as markup, which the template does not escape."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One named line: equally long x and y."""
+    """One named line; x and y have the same length."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     color: int = 0
-    """Place in the palette: a model has the same colour in every figure."""
+    """Index in the palette: a model has the same color in every figure."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; `low` and `high` are None where there is none."""
+    """A value with its interval; `low` and `high` are None without an interval."""
 
     name: str
     value: float
@@ -83,7 +82,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Interval:
-    """One named line with intervals: (value, low, high) at each place, None where there is none."""
+    """One named line with intervals: (value, low, high) at each place, None for missing values."""
 
     name: str
     points: Sequence[tuple[float | None, float | None, float | None]]
@@ -91,7 +90,7 @@ class Interval:
 
 
 def line_panels(panels: Sequence[Series], label: str) -> Svg:
-    """One panel a series beside each other, x = training step, with a running mean over a twentieth of it."""
+    """Panels side by side, one per series, x = training step, with a running mean over a twentieth of the points."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * max(len(panels), 2), 2.7))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -107,7 +106,7 @@ def line_panels(panels: Sequence[Series], label: str) -> Svg:
 
 
 def step_lines(lines: Sequence[Series], y_label: str, label: str) -> Svg:
-    """A few marked points a line over training steps, all in one panel."""
+    """Lines with a few marked points over training steps, all in one panel."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.8, 2.9))
         axis = figure.subplots()
@@ -120,7 +119,7 @@ def step_lines(lines: Sequence[Series], y_label: str, label: str) -> Svg:
 
 
 def interval_lines(lines: Sequence[Interval], places: Sequence[str], y_label: str, label: str, identifier: str) -> Svg:
-    """Lines over named places (days), the intervals as bands; a place without a value is a gap."""
+    """Lines over named places (days) with intervals as bands; a place without a value is a gap."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.2 + LEGEND_LINE * len(lines)))
         axis = figure.subplots()
@@ -147,7 +146,7 @@ def unit_square(
     markers: bool = False,
     diagonal: bool = True,
 ) -> Svg:
-    """Lines in the unit square, with its diagonal or without: ROC, precision-recall and reliability curves."""
+    """Lines in the unit square, optionally with its diagonal: ROC, precision-recall and reliability curves."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.8, 4.8 + LEGEND_LINE * len(lines)))
         axis = figure.subplots()
@@ -170,10 +169,10 @@ def estimates(
     zero: bool = False,
     palette: Sequence[str] = PALETTE,
 ) -> Svg:
-    """Dots with intervals, one row a group (from the top), within a row one dot a name.
+    """Dots with intervals: one row per group (from the top), within a row one dot per name.
 
     Args:
-        groups: row → its estimates, each of one of `names`.
+        groups: row → its estimates, whose names are in `names`.
         names: the order of the dots within a row, of the colours and of the legend.
         zero: mark 0 with a line, for differences.
     """
@@ -220,7 +219,7 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend by position: drawn from the artists' labels it would leave out those that begin with `_`."""
+    """Legend below the axes with explicit handles: matplotlib omits artists whose label begins with `_`."""
     figure.legend(handles, [_short(name, 2 * MAX_LABEL) for name in names], loc="outside lower center", ncols=1)
 
 
@@ -230,7 +229,7 @@ def _short(name: str, length: int = MAX_LABEL) -> str:
 
 
 def _thin(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """At most MAX_POINTS points, each the mean of a stretch of the series."""
+    """At most MAX_POINTS points, each the mean of a contiguous range of the series."""
     x, y = np.asarray(series.x, dtype=np.float64), np.asarray(series.y, dtype=np.float64)
     stretches = min(len(x), MAX_POINTS)
     starts = np.arange(stretches) * len(x) // stretches
@@ -239,7 +238,7 @@ def _thin(series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _svg(figure: Figure, identifier: str, label: str) -> Svg:
-    """The figure as an `<svg>` element with a description, whose ids are its own within a page."""
+    """The figure as an `<svg>` element with a description and with ids that are unique within the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Figures of the report and its table of slices, from the parts of `metrics.json`; "" where there is no figure."""
+"""Figures and the slice table of the report, from the parts of `metrics.json`; "" for a missing figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from hllm_torchrec.evaluation.report_figures import (
 
 DAY = "day_"
 MAX_DRAWN = 40
-"""Slices in the figure; the table has all."""
+"""Maximum number of slices in the figure; the table has all."""
 
 CURVES = {
     "roc": ("ROC curve and AUC", "auc", "false_positive_rate", "true_positive_rate"),
@@ -31,7 +31,7 @@ CURVES = {
         "observed_rate",
     ),
 }
-"""Curve in metrics.json → caption, the metric beside a model's name, and the keys of x and y."""
+"""Curve in metrics.json → caption, the metric shown next to a model's name, and the keys of x and y."""
 
 AXES = {
     "roc": ("false positive rate", "true positive rate", "ROC curve of every model"),
@@ -45,7 +45,7 @@ AXES = {
 
 
 def training_figures(losses: Sequence[Series], aucs: Sequence[Series]) -> dict[str, Svg]:
-    """Caption → figure: losses over steps, and AUC in training."""
+    """Figures by caption: losses over steps, and AUC in training."""
     found = {}
     if losses:
         found["Loss"] = line_panels(losses, "Training loss over steps")
@@ -55,7 +55,7 @@ def training_figures(losses: Sequence[Series], aucs: Sequence[Series]) -> dict[s
 
 
 def paired_figure(paired: Mapping[str, Any], reference: str) -> Svg | str:
-    """Differences of AUC to the reference with both intervals."""
+    """Figure of the AUC differences from the reference with both intervals."""
     groups = {
         name: [
             Estimate("DeLong", pair["difference"], pair["delong_low"], pair["delong_high"]),
@@ -72,7 +72,7 @@ def paired_figure(paired: Mapping[str, Any], reference: str) -> Svg | str:
 
 
 def curve_figures(models: Mapping[str, Any], points: Mapping[str, Any]) -> dict[str, Svg]:
-    """Caption → figure: ROC, precision-recall and reliability curves of all models."""
+    """Figures by caption: ROC, precision-recall and reliability curves of all models."""
     found = {}
     for kind, (caption, metric, x, y) in CURVES.items():
         lines = []
@@ -87,7 +87,7 @@ def curve_figures(models: Mapping[str, Any], points: Mapping[str, Any]) -> dict[
 
 
 def time_figure(models: Mapping[str, Any]) -> Svg | str:
-    """AUC by day of all models, with intervals; nothing for fewer than two days."""
+    """Figure of the AUC by day of all models, with intervals; "" for fewer than two days."""
     days = {name for model in models.values() for name in model.get("slices") or {} if name.startswith(DAY)}
     if len(days) < 2:
         return ""
@@ -101,7 +101,7 @@ def time_figure(models: Mapping[str, Any]) -> Svg | str:
 
 
 def slice_parts(models: Mapping[str, Any]) -> tuple[tuple[Sequence[str], list[Sequence[str]]], Svg | str]:
-    """AUC by slice as a table and a figure, except the days, which `time_figure` shows."""
+    """Table and figure of the AUC by slice, without the days, which `time_figure` shows."""
     names = dict.fromkeys(name for model in models.values() for name in model.get("slices") or {})
     groups: dict[str, list[Estimate]] = {}
     rows: list[Sequence[str]] = []
@@ -125,7 +125,7 @@ def slice_parts(models: Mapping[str, Any]) -> tuple[tuple[Sequence[str], list[Se
 
 
 def _auc_cell(part: Mapping[str, Any] | None) -> str:
-    """AUC, and below it the interval, which does not break."""
+    """Cell text: the AUC, and below it the interval with no-break spaces."""
     if part is None or part["auc"] is None:
         return "n/a"
     bounds = format_interval(part["auc_low"], part["auc_high"]).replace(" ", "\N{NO-BREAK SPACE}")

@@ -1,8 +1,8 @@
-"""The table of retrieval models: Recall@K and NDCG@K with intervals over users, several seeds a model.
+"""Comparison of retrieval models: Recall@K and NDCG@K with intervals over users, for one or more seeds per model.
 
-Reads the targets' ranks that `hllm evaluate` and `hllm retrieval` write. A figure is the mean over seeds of the
-mean over targets; its interval resamples users, each with all their targets and seeds (users, not seeds, are most
-of the uncertainty here; the deviation over seeds is given beside it).
+Reads the targets' ranks that `hllm evaluate` and `hllm retrieval` write. An estimate is the mean over seeds of the
+mean over targets. Its interval resamples users, each with all targets and seeds, because users and not seeds cause
+most of the uncertainty here; the standard deviation over seeds is reported in addition.
 
 Legend: X targets, U users, R seeds.
 """
@@ -20,7 +20,7 @@ from hllm_torchrec.metrics.bootstrap import percentile_interval
 
 @dataclass(frozen=True)
 class TargetRanks:
-    """Targets in the order of (user_id, position), [X] each; rank: 1 = best."""
+    """Ranks of targets, sorted by (user_id, position); each array is [X], rank 1 is best."""
 
     user_id: Ints
     position: Ints
@@ -29,7 +29,7 @@ class TargetRanks:
 
 @dataclass(frozen=True)
 class MetricEstimate:
-    """A metric: mean over seeds, its 95% interval over users, standard deviation over seeds (None for one)."""
+    """Estimate of a metric: mean over seeds, 95% interval over users, standard deviation over seeds (None for one)."""
 
     mean: float
     low: float
@@ -38,10 +38,10 @@ class MetricEstimate:
 
 
 def read_target_ranks(directory: Path) -> TargetRanks:
-    """The ranks in a directory of parts.
+    """Read the ranks in a directory of parts.
 
     Raises:
-        ValueError: there are none, or a target is there twice.
+        ValueError: the directory has no parts, or a target occurs twice.
     """
     if not any(directory.glob("part-*.parquet")):
         raise ValueError(f"{directory}: no part-*.parquet: `hllm evaluate` and `hllm retrieval` write them")
@@ -55,7 +55,9 @@ def read_target_ranks(directory: Path) -> TargetRanks:
 
 
 def gains(rank: Ints, metric: str) -> Doubles:
-    """What each target adds to `recall@K` or `ndcg@K`, [X].
+    """Contribution of each target to `recall@K` or `ndcg@K`, [X].
+
+    With one relevant item per target, recall@K is 1 and ndcg@K is 1 / log2(rank + 1) if rank <= K, else 0.
 
     Raises:
         ValueError: another metric.
@@ -74,20 +76,21 @@ def compare_models(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, dict[str, dict[str, MetricEstimate]]]:
-    """Figures of every model, and its paired differences from the reference, on the same targets and users.
+    """Estimates of every model and its paired differences from the reference, on the same targets and users.
 
     Args:
-        models: name -> directories of ranks, one a seed.
+        models: name -> directories of ranks, one per seed.
         metrics: `recall@K`, `ndcg@K`.
         reference: model that the others are compared with; None: the first.
-        draws: resamples of the users.
-        seed: of the resamples, the same for every model.
+        draws: number of resamples of the users.
+        seed: seed of the resamples, which are the same for every model.
 
     Returns:
-        model -> {"value": {metric: Figure}, "difference": {metric: Figure} (not of the reference itself)}.
+        model -> {"value": {metric: MetricEstimate}, "difference": {metric: MetricEstimate}}; the reference has no
+        differences.
 
     Raises:
-        ValueError: models with other targets than the reference has, or bad directories.
+        ValueError: a model has other targets than the reference, or a directory is invalid.
     """
     base = next(iter(models)) if reference is None else reference
     read = {name: [read_target_ranks(path) for path in paths] for name, paths in models.items()}
@@ -110,13 +113,15 @@ def compare_models(
 
 
 def _draws(users: Ints, draws: int, seed: int) -> Doubles:
-    """[draws, U] how often each user is drawn."""
+    """Number of times that each user is drawn, [draws, U]."""
+    # Drawing U of U users with replacement gives multinomial counts.
     count = int(users.max()) + 1
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
 def _figure(rows: Doubles, users: Ints, weights: Doubles) -> MetricEstimate:
-    """rows: [R, X]; users [X] from 0."""
+    """Estimate from the contributions rows [R, X] of the targets of users [X] (indices from 0); weights [draws, U]."""
+    # A resample's mean over targets is a ratio of sums over users, since users have different numbers of targets.
     of_users = np.bincount(users, rows.mean(0))
     low, high = percentile_interval((weights @ of_users) / (weights @ np.bincount(users).astype(np.float64)))
     deviation = float(rows.mean(1).std(ddof=1)) if len(rows) > 1 else None
@@ -124,7 +129,7 @@ def _figure(rows: Doubles, users: Ints, weights: Doubles) -> MetricEstimate:
 
 
 def markdown(results: Mapping[str, Mapping[str, Mapping[str, MetricEstimate]]]) -> str:
-    """The figures as a table: a model a row, a metric a column."""
+    """The estimates as a Markdown table: a row per model, a column per metric."""
     metrics = list(next(iter(results.values()))["value"])
     lines = [f"| model | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     for name, figures in results.items():
@@ -136,9 +141,9 @@ def markdown(results: Mapping[str, Mapping[str, Mapping[str, MetricEstimate]]]) 
 def markdown_of_differences(
     results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, MetricEstimate]]]], metric: str
 ) -> str:
-    """Paired differences in one metric as a table: a model a row, a reference a column.
+    """Paired differences in one metric as a Markdown table: a row per model, a column per reference.
 
-    results: reference -> what `compare_models` found with it.
+    results: reference -> result of `compare_models` with it.
     """
     lines = [f"| {metric} | {' | '.join(f'minus {name}' for name in results)} |", "|---" * (len(results) + 1) + "|"]
     for model in next(iter(results.values())):

@@ -1,4 +1,4 @@
-"""The offline evaluation of a run: its model as configured, the weights of a checkpoint, a split scored."""
+"""Loading of a run's model with the weights of a checkpoint, and scoring of a split with it."""
 
 import hashlib
 import json
@@ -32,28 +32,28 @@ from hllm_torchrec.models.lora_base import check_base_weights
 from hllm_torchrec.models.stored_items import use_stored_items
 
 OVERLAP_MEMORY = 1 << 30
-"""Bytes for the search for exposures that the training part has too."""
+"""Bytes for the search for exposures that are also in the training part."""
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """What scoring a run gave, besides the predictions on disk."""
+    """Result of `score_run`."""
 
     predictions: Path | None
-    """Their directory; None for a generative-only model, which ranks no exposures."""
+    """Directory of the predictions; None for a generative-only model, which does not rank exposures."""
     retrieval: dict[str, Any] | None
-    """Of `metrics.retrieval`, where the configuration asks for it or there is nothing else."""
+    """Result of `evaluate_retrieval`; None if `measures_retrieval` is False."""
     provenance: dict[str, Any]
-    """Where the numbers come from."""
+    """Checkpoint, weights, dataset and machine that the scores come from."""
     dataset: Path
-    """Its directory."""
+    """Directory of the dataset."""
 
 
 def run_config(run: Path) -> Config:
     """The resolved configuration of a run directory.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: `run` is not a run directory.
     """
     run = local_run(run)
     path = run / "config.yaml"
@@ -63,10 +63,10 @@ def run_config(run: Path) -> Config:
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The checkpoint "best" (on validation) or "latest" of a run, or the directory that is named. Collective.
+    """The "best" (on validation) or "latest" checkpoint of a run, or the directory `which`. Collective.
 
     Raises:
-        ValueError: there is none, or the one named is damaged.
+        ValueError: there is no such checkpoint, or the directory is damaged.
     """
     if which not in ("best", "latest"):
         named = local_checkpoint(which)
@@ -77,13 +77,16 @@ def find_checkpoint(run: Path, which: str) -> Path:
     found = latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
     if found is None:
         latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
-        raise ValueError(f"{folder} has no whole checkpoint{latest}; train (on) first")
+        raise ValueError(f"{folder} has no complete checkpoint{latest}; train (on) first")
     return found
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's model with the weights of a checkpoint. weights: the context in which it has those to evaluate with."""
+    """A run's model with the weights of a checkpoint.
+
+    weights: context manager in which the model has its evaluation weights (the averaged ones of `optim.ema`).
+    """
 
     experiment: Experiment
     checkpoint: Path
@@ -94,13 +97,15 @@ class LoadedRun:
 def load_run(
     run: Path, which: str, device: torch.device, config: Config | None = None, *, use_items: bool = True
 ) -> LoadedRun:
-    """The model of a run at a checkpoint: see `find_checkpoint`. Collective.
+    """Load the model of a run at a checkpoint (see `find_checkpoint`). Collective.
 
-    config: the run's own unless given; one that changes only how the model is parallelized loads as well.
-    use_items: fill the table of a run whose item embeddings are stored; without it the model can embed items only.
+    Args:
+        config: configuration; None: the run's. A configuration that changes only the parallelization also loads.
+        use_items: fill the table of a run with stored item embeddings; without it the model can only embed items.
 
     Raises:
-        ValueError: no such run, checkpoint or dataset; a checkpoint of another model; an item store that lacks items.
+        ValueError: the run, checkpoint or dataset does not exist, the checkpoint is of another model, or the item
+            store does not have all items.
     """
     config = config or run_config(run)
     checkpoint = find_checkpoint(run, which)
@@ -112,12 +117,13 @@ def load_run(
 
 
 def score_run(run: Path, split: str, which: str, device: torch.device) -> RunScores:
-    """Score every exposure of a split with a checkpoint's weights; predictions go to the run. Collective.
+    """Score every exposure of a split with a checkpoint's weights; writes predictions to the run. Collective.
 
-    Averaged weights (`optim.ema`) are used where the run has them, as in training's own evaluation.
+    Averaged weights (`optim.ema`) are used if the run has them, as in the evaluation during training.
 
     Raises:
-        ValueError: no such run, checkpoint or dataset, or an empty split; a checkpoint of another model.
+        ValueError: the run, checkpoint or dataset does not exist, the split is empty, or the checkpoint is of another
+            model.
     """
     loaded, run = load_run(run, which, device), local_run(run)
     experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
@@ -134,7 +140,7 @@ def score_run(run: Path, split: str, which: str, device: torch.device) -> RunSco
 
 
 def training_overlap(predictions: Path, dataset: Path) -> Overlap:
-    """Exposures (user, item, second) of predictions that are events of the dataset's training part too. Collective."""
+    """Overlap of predictions with the dataset's training events, by (user, item, second). Collective."""
     columns, folder = ["user_id", "item_id", "timestamp"], Path()  # Parquet files are not rewritten
     test = RowReader(find_files([predictions]), columns, folder)
     train = RowReader(find_files([dataset / "sequences" / "train"]), ["user_id", "item_ids", "timestamps"], folder)
@@ -152,7 +158,7 @@ def training_overlap(predictions: Path, dataset: Path) -> Overlap:
 
 
 def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int]:
-    """Load weights; the context in which the model has those to evaluate with, and the checkpoint's step."""
+    """Load the weights; return the context manager with the evaluation weights, and the checkpoint's step."""
     state: dict[str, Any] = {"model": experiment.model_state()}
     weights: AbstractContextManager[None] = nullcontext()
     if experiment.config.optim.ema:
@@ -178,6 +184,6 @@ def _provenance(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def weights_fingerprint(checkpoint: Path) -> str:
-    """Sixteen hexadecimal digits of the contents of the checkpoint's files, from the hashes in its marker."""
+    """Hash of the contents of the checkpoint's files, from the hashes in its marker: sixteen hexadecimal digits."""
     files = json.dumps(read_marker(checkpoint)["files"], sort_keys=True)
     return hashlib.blake2b(files.encode(), digest_size=8).hexdigest()

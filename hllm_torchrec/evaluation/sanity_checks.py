@@ -1,4 +1,4 @@
-"""What a reader of the numbers should be warned of."""
+"""Sanity checks of evaluation results: warnings, and the overlap of test and training exposures."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hllm_torchrec.evaluation.prediction_files import RowReader, find_files, ide
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout
 
 SMALL_CLASS = 30
-"""Fewer rows of a class than this make a slice tiny: its interval is wide and rests on an approximation."""
+"""A slice with fewer rows of a class is reported as tiny: its interval is wide and relies on an approximation."""
 
 FEW_USERS = 50
 SUSPICIOUS_AUC = 0.99
@@ -24,20 +24,20 @@ READ_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Overlap:
-    """Exposures of the test part that the training part has too."""
+    """Number of exposures of the test part that are also in the training part."""
 
     exposures: int
-    """Distinct exposures looked at."""
+    """Number of distinct exposures that were checked."""
     seen: int
-    """Those of them that the training part has."""
+    """Number of these that are in the training part."""
     keys: str
-    """What makes two exposures the same."""
+    """Names of the columns by which exposures are compared."""
     share: float
-    """Share of all exposures that were looked at: 1 if the memory held them."""
+    """Share of all exposures that were checked: 1 if they fit into memory."""
 
 
 def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) -> list[str]:
-    """Warnings, the gravest first; empty if there are none."""
+    """Warnings about `metrics`, the most serious first."""
     found = []
     if overlap and overlap.seen:
         found.append(
@@ -101,10 +101,10 @@ def file_overlap(
 ) -> Overlap:
     """Compare the exposures of prediction files with training files that have the same columns. Collective.
 
-    Where both have the column of times, it belongs to the key: without it a repeated purchase is an overlap.
+    If both have the column of times, it is part of the key: without it a repeated purchase counts as an overlap.
 
     Raises:
-        ValueError: no columns of user and item, or files without them.
+        ValueError: the layout or the files do not have columns of users and items.
     """
     if not (layout.user and layout.item):
         raise ValueError("--train needs columns of users and items in both; name them with --user and --item")
@@ -124,7 +124,7 @@ def file_overlap(
 
 
 def own_rows(rows: int) -> tuple[int, int]:
-    """(first, end) of this rank's share of some rows."""
+    """(first, end) of this rank's share of `rows` rows."""
     rank, ranks = group_rank(), world_size()
     return rows * rank // ranks, rows * (rank + 1) // ranks
 
@@ -132,17 +132,22 @@ def own_rows(rows: int) -> tuple[int, int]:
 def count_overlap(
     test: Iterable[np.ndarray], train: Iterable[np.ndarray], rows: int, memory: int, names: str
 ) -> Overlap:
-    """Count the distinct test keys (uint64) of all ranks that the training keys hold, on one key in so many as memory
-    asks for. Collective: each rank gives its share of both, and looks up a share of the keys.
+    """Count the distinct test keys that are among the training keys. Collective.
+
+    Each rank passes its share of both, and looks up a share of the keys. If the keys do not fit into `memory`, a
+    sample of one in `1 / share` keys is checked.
 
     Args:
+        test, train: this rank's keys (hashes, uint64) in parts.
         rows: number of test keys of all ranks.
-        memory: bytes on a rank; a key needs 32 while they are sorted.
+        memory: bytes per rank; sorting needs 32 bytes per key.
+        names: names of the key's columns, for the result.
     """
     ranks = world_size()
     one_in = np.uint64(max(1, -(-rows * 32 // (ranks * max(memory, 1)))))
 
     def dealt(shares: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        # Sampling by the key, not by the row, takes the same keys of both parts. Equal keys go to the same rank.
         for share in in_step(iter(shares)):
             keys = np.empty(0, np.uint64) if share is None else share[share % one_in == 0]
             owner = (keys // one_in % np.uint64(ranks)).astype(np.int64)
@@ -153,6 +158,7 @@ def count_overlap(
     wanted = np.unique(np.concatenate([*dealt(test), np.empty(0, np.uint64)]))
     hit = np.zeros(len(wanted), dtype=bool)
     for keys in dealt(train):
+        # searchsorted returns len(wanted) for keys above all others: clip before indexing.
         places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
         if len(wanted):
             hit[places[wanted[places] == keys]] = True

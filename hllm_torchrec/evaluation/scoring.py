@@ -1,7 +1,7 @@
-"""Scores every exposure of a split once, on any number of ranks, and says how good the scores are.
+"""Scoring of every exposure of a split once, on any number of ranks, and metrics of the scores during training.
 
-The rows go to `predictions/<split>/part-<rank>.parquet`; the offline job (`hllm evaluate`) reads them back,
-so a model, a baseline and somebody else's predictions are measured by the same code.
+The rows are written to `predictions/<split>/part-<rank>.parquet`. The offline job (`hllm evaluate`) reads them, so a
+model, a baseline and predictions of other programs are evaluated by the same code.
 """
 
 from contextlib import closing
@@ -25,7 +25,7 @@ from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
 from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
 
 RETRIEVAL_ROWS = 512
-"""Exposures, of all ranks together, that are ranked against the catalogue at a time."""
+"""Number of exposures of all ranks together that are ranked against the catalogue at a time."""
 
 
 @torch.no_grad()
@@ -38,9 +38,9 @@ def score_split(
     show: bool = False,
     epoch: int = 0,
 ) -> PredictionColumns:
-    """This rank's exposures with their scores, in the columns of the predictions format.
+    """This rank's exposures with their scores, in the columns of the predictions format. Collective.
 
-    cold: [N] whether an item has no training event.
+    cold: bool [N], True for items without a training event.
     """
     model.eval()
     parts: list[PredictionColumns] = []
@@ -72,12 +72,13 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Pr
 
 
 def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
-    """AUC over all ranks and log loss of a split during training. Collective.
+    """AUC and log loss of a split over all ranks during training. Collective.
 
-    auc: "approximate" takes it from a histogram of scores, at the cost of one pass whatever the number of rows, and
-    adds `auc_error`, the most that it can be wrong.
+    auc: "approximate" computes it from a histogram of scores in one pass over the rows and adds `auc_error`, its
+    maximum error.
     """
     labels, scores = columns["label"], columns["score"]
+    # Log loss of logits without overflow: log(1 + exp(-s)) for positives, log(1 + exp(s)) for negatives.
     signed = np.where(labels > 0.5, -scores, scores).astype(np.float64)
     loss = np.logaddexp(0, signed).sum()
     total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
@@ -102,17 +103,21 @@ def rank_catalogue_targets(
     filter_seen: bool = True,
     positive_only: bool = True,
 ) -> tuple[PredictionColumns, int]:
-    """This rank's targets with their place in the whole catalogue, and how many had no history. Collective.
+    """Rank of each of this rank's targets in the complete catalogue, and the number without history. Collective.
 
-    items: this rank's share of all items, in the space of the generative loss. Scores are cosine similarities; item
-    0 is no candidate, and with `filter_seen` neither are the items of the user's history. positive_only: exposures
-    with label 0 are no targets. Exposures without history are left out.
+    Scores are cosine similarities. Item 0 is not a candidate. Exposures without history are skipped.
+
+    Args:
+        items: this rank's share of all items, in the space of the generative loss.
+        filter_seen: items of the user's history are not candidates.
+        positive_only: exposures with label 0 are not targets.
 
     Returns:
-        `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number left out.
+        Columns `user_id`, `position`, `item_id` and `rank` (1 = best), int64 each; and the number of skipped
+        exposures.
     """
     model.eval()
-    unit = items.normalized()
+    unit = items.normalized()  # once: dot products with normalized outputs are then cosine similarities
     at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
     with progress(loader.steps(0), "retrieve", show) as bar, closing(loader.batches(0)) as batches:
@@ -121,9 +126,11 @@ def rank_catalogue_targets(
             batch = batch.to(device)
             predicted = model(batch, want_next=True).next_items
             assert predicted is not None, "retrieval needs the generative loss"
+            # Without history there is no position whose output could be compared with the items.
             visible = batch.query_visible[batch.target_query]
             wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
+            # Equal numbers of chunks on every rank: ranking against the sharded catalogue is collective.
             for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
                 seen, offsets = _seen_items(batch, rows) if filter_seen else (None, None)
                 found = distributed_target_ranks(
@@ -150,9 +157,9 @@ def score_retrieval(
     show: bool = False,
     **options: bool,
 ) -> dict[str, float | int | None]:
-    """Recall@K, NDCG@K and MRR of `rank_targets` (and its `options`) over all ranks. Collective.
+    """Recall@K, NDCG@K and MRR of `rank_catalogue_targets` (with its `options`) over all ranks. Collective.
 
-    Exposures without history are counted as `without_history`.
+    The number of exposures without history is `without_history`.
     """
     columns, skipped = rank_catalogue_targets(model, loader, items, device, show, **options)
     return metrics_of_target_ranks(columns, skipped, ks)
@@ -161,20 +168,21 @@ def score_retrieval(
 def metrics_of_target_ranks(
     columns: PredictionColumns, skipped: int, ks: tuple[int, ...]
 ) -> dict[str, float | int | None]:
-    """Metrics of all ranks' targets, and `without_history`, those left out. Collective."""
+    """Retrieval metrics of the targets of all ranks, and `without_history`, the number skipped. Collective."""
     left_out = global_sum(torch.tensor([float(skipped)], dtype=torch.float64)).item()
     return retrieval_metrics(torch.from_numpy(columns["rank"]), ks) | {"without_history": int(left_out)}
 
 
 def _piece_of_query(batch: HybridBatch) -> Tensor:
-    """[Q] which piece each query is of."""
+    """[Q] index of each query's piece."""
     counts = batch.query_offsets.diff()
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
 
 
 def _seen_items(batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Items (jagged) that each of the exposures `rows` has in its visible history."""
+    """Items (jagged: values, offsets) in the visible history of each exposure in `rows`."""
     query = batch.target_query[rows]
+    # A query sees the first `visible` positions of its piece: copy these ranges of `item_ids`, one per exposure.
     visible = batch.query_visible[query]
     offsets = offsets_from_lengths(visible)
     start = batch.seq_offsets[_piece_of_query(batch)[query]]

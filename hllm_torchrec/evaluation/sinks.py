@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.json`, TensorBoard, and the TorchX tracker of the job, if there is one."""
+"""Outputs of metrics: `metrics.json`, TensorBoard, and the TorchX tracker of the job, if configured."""
 
 import json
 import math
@@ -11,20 +11,20 @@ from hllm_torchrec.common.atomic_files import replace_file
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file that readers find whole or not at all; its folder is made."""
+    """Write a JSON file atomically; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `metrics.json` by name: `model/auc`, `model/slices/item_cold/auc`, `paired/other/difference`."""
+    """The numbers of a `metrics.json` by name: `model/auc`, `model/slices/item_cold/auc`, `paired/other/difference`."""
     parts = {name: metrics.get(name) or {} for name in ("models", "paired", "retrieval")}
     flat = dict(_flatten(parts["models"], "")) | dict(_flatten(parts["paired"], "paired/"))
     return flat | dict(_flatten(parts["retrieval"], "retrieval/"))
 
 
 def write_tensorboard(metrics: Mapping[str, Any], folder: Path, step: int) -> None:
-    """Add the numbers as `evaluate-<split>/<name>` at the step of the checkpoint."""
+    """Write the numbers as `evaluate-<split>/<name>` at the step of the checkpoint."""
     from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
     with SummaryWriter(str(folder)) as writer:
@@ -35,11 +35,11 @@ def write_tensorboard(metrics: Mapping[str, Any], folder: Path, step: int) -> No
 def track_metrics(metrics: Mapping[str, Any], artifacts: Mapping[str, Path]) -> bool:
     """Record the evaluation with the trackers that TorchX configured for this job (environment TORCHX_TRACKERS).
 
-    Metadata: split, rows, and the numbers without those of slices. Artifacts: the files given. Sources, the
-    lineage: `weights:`, `data:` and `predictions:` with their fingerprints.
+    Metadata: split, rows, and the numbers except those of slices. Artifacts: the given files. Sources (the lineage):
+    `weights:`, `data:` and `predictions:` with their fingerprints.
 
     Returns:
-        whether there is a tracker.
+        True if a tracker is configured.
     """
     if not os.environ.get("TORCHX_TRACKERS"):
         return False
@@ -56,7 +56,7 @@ def track_metrics(metrics: Mapping[str, Any], artifacts: Mapping[str, Path]) -> 
 
 
 def lineage(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was evaluated, as (kind, fingerprint): ids that are short and do not depend on where files lie."""
+    """Inputs of an evaluation as (kind, fingerprint): short ids that do not depend on the location of files."""
     found = []
     if "weights" in provenance:
         found.append(("weights", str(provenance["weights"]["fingerprint"])))

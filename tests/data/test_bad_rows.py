@@ -10,7 +10,7 @@ BAD = {
     "missing_id": ([("", "i1", 5, 5)], r"events\.csv, row 13: the user id or the item id is missing"),
     "nan_label": (
         [("u1", "i1", float("nan"), 5)],
-        r"events\.csv, row 13: the label \(rating >= 4\) is no number",
+        r"events\.csv, row 13: the label \(rating >= 4\) is not a number",
     ),
     "bad_time": ([("u1", "i1", 5, -1)], r"events\.csv, row 13: the time '-1' \(second -1\) is outside 1970"),
     "unknown_item": ([("u1", "new", 5, 5)], r"events\.csv, row 13: item 'new' is not in the item file"),

@@ -203,7 +203,7 @@ def test_amazon_ratings_outside_1_to_5_are_bad_labels(tmp_path):
     ratings, meta = amazon_files(tmp_path, random_ratings())
     with ratings.open("a") as file:
         file.write("A1,B1,6.0,1000000000\n")
-    with pytest.raises(ValueError, match=r"ratings_Books\.csv, row 501: the label \(rating >= 4\) is no number"):
+    with pytest.raises(ValueError, match=r"ratings_Books\.csv, row 501: the label \(rating >= 4\) is not a number"):
         prepare(amazon(ratings, meta), tmp_path / "out", split=SPLIT)
 
 
@@ -321,7 +321,7 @@ def test_a_table_of_parquet_files_takes_integers_nulls_and_timestamps(tmp_path):
     with pytest.raises(ValueError, match=r"events\.parquet, row 5: the time None is not a number or date"):
         prepare(source, tmp_path / "out", split=SPLIT)
     policy = BadRows(bad_time="drop")
-    with pytest.raises(ValueError, match=r"events\.parquet, row 4: the label \(y, 0 or 1\) is no number"):
+    with pytest.raises(ValueError, match=r"events\.parquet, row 4: the label \(y, 0 or 1\) is not a number"):
         prepare(source, tmp_path / "out", split=SPLIT, policy=policy)
     policy = BadRows(bad_time="drop", nan_label="keep")
     dataset = Dataset.open(prepare(source, tmp_path / "out", split=SPLIT, policy=policy))

@@ -188,9 +188,9 @@ def test_mistakes_are_named(dataset, tmp_path):
         build_token_store(dataset, folder, keys=["plot"], max_text_length=9)
     with pytest.raises(ValueError, match=r"max_text_length=0 must be at least 1"):
         build_token_store(dataset, folder, keys=["title"], max_text_length=0)
-    with pytest.raises(ValueError, match=r"holds no tokeniser \(no tokenizer\.json or the like\)"):
+    with pytest.raises(ValueError, match=r"has no tokenizer \(no tokenizer\.json or similar\)"):
         build_token_store(dataset, tmp_path / "nothing", keys=["title"], max_text_length=9)
-    with pytest.raises(ValueError, match=r"is no token store \(no store\.json\)"):
+    with pytest.raises(ValueError, match=r"is not a token store \(no store\.json\)"):
         TokenStore.open(tmp_path)
     path = build_token_store(dataset, folder, keys=["title"], max_text_length=9)
     facts = json.loads((path / "store.json").read_text())

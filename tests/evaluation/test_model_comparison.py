@@ -158,7 +158,7 @@ def test_missing_exposures_are_counted_with_an_example(models: dict[str, Path], 
 def test_another_label_or_item_of_an_exposure_is_named(models: dict[str, Path], tmp_path: Path, column: str) -> None:
     other = columns()
     other[column][42] = 1 - other[column][42]
-    message = f"part-00000.parquet: row 42: column '{column}' is .*; it is another in the files of 'hllm'; predict with"
+    message = f"part-00000.parquet: row 42: column '{column}' is .*; it differs from the files of 'hllm'; predict with"
     with pytest.raises(ValueError, match=message):
         compare(models | {"other": write(tmp_path / "other", other)})
 
@@ -172,7 +172,7 @@ def test_an_exposure_that_appears_twice_is_named(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_predictions_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere is no file, and no directory with .parquet"):
+    with pytest.raises(ValueError, match=r"nowhere is not a file or a directory with .parquet"):
         compare({"a": tmp_path / "nowhere"})
 
 

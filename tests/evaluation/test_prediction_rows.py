@@ -109,7 +109,7 @@ def test_models_must_have_the_same_rows(tmp_path: Path) -> None:
         PredictionRows(models, ColumnLayout(), tmp_path)
     rows["label"][20] = 1 - rows["label"][20]
     other = write_parquet(rows, tmp_path / "other")
-    with pytest.raises(ValueError, match="other/0.parquet: row 20: column 'label' is .; it is another in the files"):
+    with pytest.raises(ValueError, match="other/0.parquet: row 20: column 'label' is .; it differs from the files"):
         all_batches(
             PredictionRows([PredictionModel("a", (a,)), PredictionModel("b", (other,))], ColumnLayout(), tmp_path)
         )
@@ -121,7 +121,7 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         PredictionRows([PredictionModel("a", (folder,), "scor")], ColumnLayout(), tmp_path)
     with pytest.raises(ValueError, match=r"column 'country' is string; it must hold numbers"):
         all_batches(PredictionRows([PredictionModel("a", (folder,), "country")], ColumnLayout(), tmp_path))
-    with pytest.raises(ValueError, match="nowhere is no file, and no directory with .parquet, .csv"):
+    with pytest.raises(ValueError, match="nowhere is not a file or a directory with .parquet, .csv"):
         find_files([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="matches no file"):
         find_files([tmp_path / "*.csv"])
@@ -146,7 +146,7 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         ),
         ("timestamp", np.full(40, -5), r"row 0: column 'timestamp' is -5; .*outside 1970.*--timestamp NONE"),
         ("timestamp", np.full(40, np.inf), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),
-        ("label", np.full(40, 0.5), r"row 0: column 'label' is 0\.5; a label is 0 or 1; leave the row out"),
+        ("label", np.full(40, 0.5), r"row 0: column 'label' is 0\.5; a label is 0 or 1; remove the row"),
         ("label", np.full(40, np.nan), r"row 0: column 'label' is nan; it must be a number"),
         ("item_is_cold", np.full(40, "maybe"), r"row 0: column 'item_is_cold' is nan; say which: write true or false"),
         ("user_id", [[1]] * 40, r"column 'user_id' of .*0\.parquet cannot be read .*it must hold numbers or text"),

@@ -77,7 +77,7 @@ def test_baselines_that_do_not_compare_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was measured on other rows: rows 3000 there, 4000 here"):
         compare_with_baseline(metrics, alone(measured(tmp_path, 1.0, 3000), "old", file), 0.001)
     file.write_text("{")
-    with pytest.raises(ValueError, match="base.json is no JSON .*; evaluate again to write it"):
+    with pytest.raises(ValueError, match="base.json is not JSON .*; evaluate again to replace it"):
         compare_with_baseline(metrics, file, 0.001)
     file.write_text('{"schema_version": 77}')
     with pytest.raises(ValueError, match="base.json has schema_version 77, this program reads 1, 2"):

@@ -296,7 +296,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     [
         ('{"schema_version": 9}', "metrics.json has schema_version 9, this program reads 1, 2; evaluate again"),
         ("[]", "metrics.json has schema_version None"),
-        ('{"schema_', "metrics.json is no JSON .*; evaluate again"),
+        ('{"schema_', "metrics.json is not JSON .*; evaluate again"),
     ],
 )
 def test_a_metrics_json_of_another_kind_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -315,6 +315,6 @@ def test_a_field_that_is_missing_is_named_with_its_file(tmp_path: Path, place: s
         block = block[key]
     del block[name]
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match=rf"metrics.json: {re.escape(place)} is missing; evaluate again to write it"):
+    with pytest.raises(ValueError, match=rf"metrics.json: {re.escape(place)} is missing; evaluate again to replace it"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

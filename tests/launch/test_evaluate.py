@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--predictions", "mean"], "--predictions mean: must be NAME=PATH"),
         (["--predictions", "a={base}/item_mean", "a={base}/item_mean"], "two models are named 'a'"),
         (["--compare", "{base}"], "no part-*.parquet in"),
-        (["--predictions", "a={base}"], "is no file, and no directory with .parquet"),
+        (["--predictions", "a={base}"], "is not a file or a directory with .parquet"),
         (["--predictions", "a={base}/item_mean", "--draws", "-1"], "draws is -1; 0 for no bootstrap"),
         (["--compare", "{base}/item_mean", "--checkpoint", "best"], "--checkpoint best is of a run; name it with"),
         (
@@ -230,7 +230,7 @@ def test_mistakes_are_one_line(
 def test_a_run_without_checkpoints_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
     assert main(["--run", str(run)]) == 2
-    assert "has no whole checkpoint" in capsys.readouterr().err
+    assert "has no complete checkpoint" in capsys.readouterr().err
 
 
 def test_the_report_is_written_anew(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

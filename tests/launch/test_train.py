@@ -55,7 +55,7 @@ def test_a_single_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     ("options", "message"),
     [
         ({"data__dataset": "nowhere"}, "nowhere is not a prepared dataset: no manifest.json. Make one with `hllm"),
-        ({"item_llm__tokenizer": "nowhere"}, "nowhere holds no tokeniser"),
+        ({"item_llm__tokenizer": "nowhere"}, "nowhere has no tokenizer"),
         ({"data__item_features": ["genre"]}, "data.item_features: 'genre': not in the dataset; it has ['genres']"),
         ({"features__sharding": "row_wise"}, "choose table_wise or column_wise"),
         ({"optim__table_lr": 1e30}, "the loss is nan: lower optim.lr or optim.table_lr"),

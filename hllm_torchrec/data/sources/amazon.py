@@ -1,8 +1,8 @@
-"""Amazon product reviews of 2014, e.g. Books: `ratings_Books.csv` and `meta_Books.json.gz`.
+"""Amazon product reviews of 2014, for example Books: `ratings_Books.csv` and `meta_Books.json.gz`.
 
-Ratings: `user,item,rating,timestamp` without a header. Metadata: one product a line, as JSON or as the Python
-literal of the published files (read with `ast.literal_eval`, never evaluated). Label: rating >= 4. Action:
-the rating, 1..5. Text: title, description. Items and users pass a 5-core; an item without metadata stays,
+Ratings: `user,item,rating,timestamp` without a header. Metadata: one product per line, as JSON or as the Python
+literal of the published files (read with `ast.literal_eval`, which executes no code). Label: rating >= 4. Action:
+the rating, 1..5. Text: title, description. Items and users are filtered by a 5-core; an item without metadata stays,
 without text, as in the published protocol.
 """
 
@@ -81,7 +81,7 @@ def _items(path: Path) -> Iterator[Chunk]:
 
 
 def _lines(path: Path, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1; ValueError for a damaged gzip file."""
+    """Yield the lines that are not blank with their numbers from 1. Raises ValueError for a damaged gzip file."""
     row = 0
     try:
         for row, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, start=1):
@@ -92,7 +92,7 @@ def _lines(path: Path, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
-    """One line, JSON or a Python literal, as a dict. Raises ValueError naming file and row otherwise."""
+    """Parse one line, JSON or a Python literal, as a dict. Raises ValueError naming file and row if it is neither."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -116,7 +116,7 @@ def _fields(record: dict[str, Any]) -> tuple[str | None, str, str, list[str]]:
 
 
 def _flat(value: Any) -> list[str]:
-    """The texts in a value that is a text, a list of texts, a list of lists of texts, or nothing."""
+    """The texts in a value that is a text, a list of texts, a list of lists of texts, or None."""
     if isinstance(value, list | tuple):
         return [text for part in value for text in _flat(part)]
     return [str(value)] if value is not None and str(value).strip() else []
@@ -124,7 +124,8 @@ def _flat(value: Any) -> list[str]:
 
 def _item_table(path: Path, rows: list[int], items: list[tuple[str | None, str, str, list[str]]]) -> pa.Table:
     ids, titles, descriptions, categories = zip(*items, strict=True)
-    with error_location(f"{path}, rows {rows[0]}..{rows[-1]}", "fetch it again"):  # half of a surrogate pair is no text
+    # JSON's "\ud800" gives half of a surrogate pair, which Arrow cannot encode as UTF-8.
+    with error_location(f"{path}, rows {rows[0]}..{rows[-1]}", "fetch it again"):
         return pa.table(
             {
                 "raw_item_id": pa.array(ids, pa.string()),

@@ -1,8 +1,8 @@
-"""What every source hands to `prepare`: chunks of events, items and users with their file and rows.
+"""`Source` and `Chunk`: the interface between the sources and `prepare`.
 
-A source is a value, not a class to inherit from: the static facts of a published dataset and three functions
-that stream it. Reading never raises for a bad *value* (a null or NaN is handed on, and `prepare` applies the
-policy of `hllm_torchrec.data.bad_rows`); it raises ValueError for a file that is not in its format.
+A source is a value, not a base class: the static facts of a published dataset and three functions that stream it in
+chunks. Reading does not raise for a bad *value* (a null or NaN is passed on, and `prepare` applies the policy of
+`hllm_torchrec.data.bad_rows`); it raises ValueError for a file that is not in its format.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,17 @@ _NUMBER = r"^\s*[-+]?\d+(\.\d*)?([eE][-+]?\d+)?\s*$"
 class Chunk:
     """Consecutive rows of one file.
 
-    `table` of events: `raw_user_id`, `raw_item_id` string (null or empty: missing); `timestamp` int64,
-    seconds UTC (null: unparsable, or no timestamps in this source); `time_text` string, the value as it stood
-    in the file; `label` float32 (null: no exposure; NaN: unreadable); `action` int32 (0: unknown); `row`
-    int64. `table` of items: `raw_item_id`, the source's text columns (string), optional `created_at` int64
-    seconds, its features (list<string>), `row`. `table` of users: `raw_user_id`, its features (list<string>),
-    `row`. `row` counts from 1, a header line included, so that it is the line number in a file without line
-    breaks inside a cell. `size` is the number of bytes of the file that this chunk used up (for the progress
-    bar).
+    `table` has, by kind of file:
+
+    - events: `raw_user_id`, `raw_item_id` string (null or empty: missing); `timestamp` int64, seconds UTC (null:
+      unparsable, or no timestamps in this source); `time_text` string, the value in the file; `label` float32 (null:
+      not an exposure; NaN: unreadable); `action` int32 (0: unknown); `row` int64;
+    - items: `raw_item_id`, the source's text columns (string), optional `created_at` int64 seconds, its features
+      (list<string>), `row`;
+    - users: `raw_user_id`, its features (list<string>), `row`.
+
+    `row` counts from 1, a header line included, so that it is the line number in a file without line breaks inside a
+    cell. `size` is the number of bytes of the file that this chunk covers (for the progress bar).
     """
 
     path: Path
@@ -45,7 +48,7 @@ def _nothing() -> Iterator[Chunk]:
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset to prepare: facts, and three functions that stream its chunks from the start at each call."""
+    """A dataset to prepare: static facts, and three functions that stream its chunks from the start at each call."""
 
     name: str
     """Short name, written to the manifest."""
@@ -64,13 +67,13 @@ class Source:
     item_features: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
     has_timestamps: bool = True
-    """False: the row order stands for time (see `prepare`)."""
+    """False: the row order is used as time (see `prepare`)."""
     keep_items_without_events: bool = True
-    """False for a catalogue far larger than what the events touch."""
+    """False for a catalogue that is far larger than the set of items with events."""
     min_events: int = 0
     """k of the k-core filter that belongs to the published protocol; 0: no filter."""
     policy: BadRows = field(default_factory=BadRows)
-    """What this source's published files need; the user's own policy replaces it."""
+    """Default policy, chosen for the published files of this source; a policy of the user replaces it."""
     options: dict[str, object] = field(default_factory=dict)
     """Reader options that change the result (part of the fingerprint); JSON values."""
     license_note: str = ""
@@ -85,7 +88,7 @@ def event_table(
     label: np.ndarray | pa.Array,
     action: np.ndarray,
 ) -> pa.Table:
-    """The events of one chunk in the layout of `Chunk`; no `timestamp` means null for every row."""
+    """The events of one chunk in the layout of `Chunk`; without `timestamp` it is null for every row."""
     n = len(rows)
     return pa.table(
         {
@@ -101,7 +104,7 @@ def event_table(
 
 
 def as_id_strings(values: pa.Array | pa.ChunkedArray, what: str) -> pa.Array:
-    """Raw ids as strings. Raises ValueError for a type that has no exact text (float, list, ...)."""
+    """Raw ids as strings. Raises ValueError for a type without an exact text form (float, list, ...)."""
     kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(
@@ -112,7 +115,8 @@ def as_id_strings(values: pa.Array | pa.ChunkedArray, what: str) -> pa.Array:
 
 
 def parse_float(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """float64 values; NaN where a string is no number, or the value is null."""
+    """float64 values; NaN for nulls and for strings that are not numbers."""
+    # Arrow's cast fails for the complete column at the first bad string, so those become null first.
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         is_number = pc.match_substring_regex(values, _NUMBER)
         values = pc.if_else(is_number, pc.utf8_trim_whitespace(values), pa.scalar(None, values.type))
@@ -128,7 +132,7 @@ def rating_labels(ratings: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.n
 
 
 def parse_seconds(values: pa.Array | pa.ChunkedArray, unit: str) -> pa.Array:
-    """Times as int64 seconds UTC (fractions cut off towards the past); null where a value is no time.
+    """Times as int64 seconds UTC (fractions rounded down); null for values that are not times.
 
     `unit` is one of `TIME_UNITS`; "iso8601" reads "2015-03-01 12:00:00" or "2015-03-01T12:00:00+01:00", and a
     text without a zone is UTC. Arrow timestamp and date columns are read as such, whatever the unit.
@@ -140,6 +144,7 @@ def parse_seconds(values: pa.Array | pa.ChunkedArray, unit: str) -> pa.Array:
     if unit == "iso8601":
         return pa.array([_iso_seconds(v) for v in values.cast(pa.string()).to_pylist()], pa.int64())
     number = parse_float(values)
+    # Above 2^53 float64 cannot represent every integer: such values are treated as unparsable.
     exact = np.where(np.abs(number) < 2**53, number, np.nan)
     seconds = np.floor(exact / TIME_UNITS[unit])
     return pa.array(np.nan_to_num(seconds).astype(np.int64), mask=np.isnan(seconds))
@@ -160,13 +165,13 @@ def _iso_seconds(text: str | None) -> int | None:
 
 
 def require_time_unit(unit: str) -> None:
-    """Raises ValueError for a unit that `parse_seconds` does not know."""
+    """Raise ValueError for a unit that is not in `TIME_UNITS`."""
     if unit not in TIME_UNITS:
         raise ValueError(f"time_unit={unit!r} is not one of {', '.join(TIME_UNITS)}; choose one of them")
 
 
 def require_files(paths: Sequence[Path], what: str) -> None:
-    """Raises ValueError that names each file of `paths` that is not there, and `what` they belong to."""
+    """Raise ValueError with the missing files of `paths`; `what` names their dataset."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise ValueError(f"{what}: file not found: {', '.join(missing)}. Give the folder that holds it as the path")

@@ -1,4 +1,4 @@
-"""Streams columns of large CSV and Parquet files, with row numbers and errors that name file and row."""
+"""Streaming of columns of large CSV and Parquet files, with row numbers and errors that name file and row."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ _ROWS_PER_BATCH = 131_072
 
 
 class ColumnChunk(NamedTuple):
-    """Consecutive rows: their numbers (int64 from 1, a header included), the columns, the bytes used up."""
+    """Consecutive rows: their numbers (int64 from 1, a header included), the columns, the bytes that they cover."""
 
     rows: np.ndarray
     table: pa.Table
@@ -25,7 +25,7 @@ class ColumnChunk(NamedTuple):
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Streams `columns` of a `.parquet` file, or of a CSV file with a header (`.tsv`: separated by tabs)."""
+    """Stream `columns` of a `.parquet` file, or of a CSV file with a header (`.tsv`: separated by tabs)."""
     if path.suffix == ".parquet":
         return read_parquet(path, columns)
     return read_csv(path, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -34,17 +34,17 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
 def read_csv(
     path: Path, columns: Sequence[str], *, delimiter: str = ",", names: Sequence[str] | None = None
 ) -> Iterator[ColumnChunk]:
-    """Streams `columns` of a UTF-8 CSV file as strings (an empty cell is ""); line breaks in quotes are
-    allowed.
+    """Stream `columns` of a UTF-8 CSV file as strings (an empty cell is ""); line breaks in quotes are allowed.
 
-    `names` are the columns of a file without a header. Raises ValueError naming the file and, where known,
-    the row for a missing column, another number of cells, or bytes that are not UTF-8.
+    `names` are the columns of a file without a header. Raises ValueError naming the file and, if known, the row for a
+    missing column, another number of cells, or bytes that are not UTF-8.
     """
     present = list(names) if names is not None else _header(path, delimiter)
     _require_columns(path, columns, present)
     wanted = list(dict.fromkeys(columns))
     read = pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=present, skip_rows=names is None)
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    # Strings: a type that Arrow guesses from the first block would change ids ("007") or fail in a later block.
     types = {name: pa.string() for name in wanted}
     convert = pa.csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=False)
     next_row, done = (1 if names is not None else 2), 0
@@ -57,7 +57,7 @@ def read_csv(
                     size, done = file.tell() - done, file.tell()
                     yield ColumnChunk(rows, pa.Table.from_batches([batch]), size)
         except (pa.ArrowException, OSError) as error:
-            if "Empty CSV file" in str(error):
+            if "Empty CSV file" in str(error):  # no rows, which is not an error here
                 return
             raise ValueError(
                 f"{path}, after row {next_row - 1}: {str(error)[:300]}. The file is damaged: fetch it again"
@@ -65,7 +65,7 @@ def read_csv(
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Streams `columns` of a Parquet file in their own types. Raises ValueError for a missing column, or damage."""
+    """Stream `columns` of a Parquet file in their own types. Raises ValueError for a missing column or damage."""
     with error_location(path, "the file is damaged: fetch or write it again"), pq.ParquetFile(path) as file:
         _require_columns(path, columns, file.schema_arrow.names)
         wanted = list(dict.fromkeys(columns))

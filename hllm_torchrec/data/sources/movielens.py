@@ -99,11 +99,10 @@ def _source(
 def read_rows(
     path: Path, *, delimiter: str, encoding: str, columns: int, header: str | None = None
 ) -> Iterator[tuple[np.ndarray, Rows, int]]:
-    """Yields (row numbers int64 from 1, the split rows, bytes read) of a small text file, in order.
+    """Yield (row numbers int64 from 1, the split rows, bytes read) of a small text file, in order.
 
-    `header` is how the first line must begin (that line is skipped). Blank lines are skipped. Raises
-    ValueError naming file and row for another header or another number of columns, or bytes that are not in
-    the encoding.
+    `header` is the required beginning of the first line, which is skipped. Blank lines are skipped. Raises ValueError
+    naming file and row for another header, another number of columns, or bytes that are not in the encoding.
     """
     numbers: list[int] = []
     rows: Rows = []
@@ -160,13 +159,13 @@ def _events(numbers: np.ndarray, rows: Rows) -> pa.Table:
 
 
 def split_title(title: str) -> tuple[str, str]:
-    """("Toy Story", "1995") for "Toy Story (1995)"; no year is ""."""
+    """Split "Toy Story (1995)" into ("Toy Story", "1995"); the year is "" if there is none."""
     match = _YEAR_SUFFIX.match(title)
     return (match["title"], match["year"]) if match else (title.strip(), "")
 
 
 def _item_table(numbers: np.ndarray, items: list[tuple[str, str, str, list[str]]]) -> pa.Table:
-    """`items` are (raw id, title, year or "", genres)."""
+    """The item table of `Chunk` from (raw id, title, year or "", genres) of each item."""
     ids, titles, years, genres = zip(*items, strict=True)
     return pa.table(
         {
@@ -184,7 +183,7 @@ def _item_table(numbers: np.ndarray, items: list[tuple[str, str, str, list[str]]
 def _recbole_items(numbers: np.ndarray, rows: Rows) -> pa.Table:
     items = []
     for raw_id, title, year, genres in rows:
-        plain, year_of_title = split_title(title)  # one title kept its "(1995)", and "V" stands as its year
+        plain, year_of_title = split_title(title)  # in RecBole's file one title has "(1995)" and the year "V"
         items.append((raw_id, plain, year if re.fullmatch(r"\d{4}", year) else year_of_title, genres.split()))
     return _item_table(numbers, items)
 

@@ -1,4 +1,5 @@
-"""The sources of `hllm prepare --source NAME`: a new one is a module beside this file and an entry of `SOURCES`."""
+"""Registry of the sources of `hllm prepare --source NAME`; a new source is a module in this folder and an entry of
+`SOURCES`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,20 +15,20 @@ from hllm_torchrec.data.sources.table_mapping import table
 
 @dataclass(frozen=True)
 class SourceKind:
-    """A kind of source: how it is built, and what the command line says of it."""
+    """An entry of the registry: the function that builds the source, and the texts for the command line."""
 
     build: Callable[..., Source]
-    """Called with `path`, then `items` where there are any, then `time_unit` (a keyword) where it is given."""
+    """Called with `path`, `items` if given, and the keyword `time_unit` if given."""
     path: str
-    """What --path names."""
+    """Meaning of --path, for the help text."""
     example: str
-    """Arguments of an example besides --source."""
+    """Arguments of an example, without --source."""
     items: str | None = None
-    """What --items names; None: it takes none."""
+    """Meaning of --items, for the help text; None: the source does not accept it."""
     takes_time_unit: bool = False
-    """Whether it takes --time-unit."""
+    """True if the source accepts --time-unit."""
     fetch: Callable[[Path | None], Path] | None = None
-    """Makes a path from the cache folder, where none is given."""
+    """Downloads the files into the given cache folder and returns their path; used if --path is not given."""
 
 
 SOURCES: dict[str, SourceKind] = {
@@ -49,7 +50,7 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "table": SourceKind(table, "mapping YAML", "--path my_shop.yaml --bad-rows bad_time=drop --output data/shop"),
 }
-"""`--source` -> what it is."""
+"""Sources by their name in `--source`."""
 
 
 def build_source(
@@ -59,7 +60,7 @@ def build_source(
     time_unit: str | None = None,
     cache_dir: Path | None = None,
 ) -> Source:
-    """The source that the arguments name.
+    """Build the source that the arguments name.
 
     Raises:
         ValueError: an argument is missing or belongs to another source, or a file is missing.

@@ -1,11 +1,11 @@
-"""Any pair of CSV or Parquet files, by a column mapping in YAML:
+"""Source for any CSV or Parquet files, described by a column mapping in YAML:
 
     name: my_shop
     events:
       path: events-*.parquet        # a file or a pattern, relative to the YAML file; .csv, .tsv or .parquet
       user: customer
       item: sku
-      time: happened_at             # left out: the row order stands for time
+      time: happened_at             # left out: the row order is used as time
       time_unit: seconds            # milliseconds, microseconds, iso8601
       label: rating                 # left out: every event has label 1
       positive_from: 4              # label = value >= 4; left out: the value itself is the label
@@ -24,7 +24,7 @@
     keep_items_without_events: true
     min_events: 0
 
-A label that is null (Parquet) or an empty cell (CSV) is no exposure: the event is history only.
+An event whose label is null (Parquet) or an empty cell (CSV) is not an exposure: it is history only.
 """
 
 import difflib
@@ -93,7 +93,7 @@ class UserColumns:
 
 @dataclass(frozen=True)
 class TableMapping:
-    """The whole mapping."""
+    """The complete mapping."""
 
     name: str
     events: EventColumns
@@ -104,7 +104,7 @@ class TableMapping:
 
 
 def table(mapping_file: str | Path) -> Source:
-    """The source that a YAML mapping describes. Raises ValueError naming the field for a mistake in it."""
+    """Build the source that a YAML mapping describes. Raises ValueError naming the field of a mistake in it."""
     path = Path(mapping_file)
     mapping = read_mapping(path)
     events, items, users = mapping.events, mapping.items, mapping.users
@@ -135,7 +135,7 @@ def table(mapping_file: str | Path) -> Source:
 
 
 def read_mapping(path: Path) -> TableMapping:
-    """The mapping in a YAML file. Raises ValueError naming the file and the field of a mistake."""
+    """Read the mapping in a YAML file. Raises ValueError naming the file and the field of a mistake."""
     if not path.is_file():
         raise ValueError(f"{path}: no such mapping file; `table` needs a YAML file that names the columns")
     try:
@@ -153,7 +153,7 @@ def read_mapping(path: Path) -> TableMapping:
 
 
 def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
-    """`raw` as keyword arguments of `kind`."""
+    """Check names, required fields and types of `raw`; return the keyword arguments of the dataclass `kind`."""
     if not isinstance(raw, Mapping):
         raise ValueError(
             f"{path}: {prefix.rstrip('.') or 'the file'} must be a mapping of names, not {abbreviate(raw)}"
@@ -170,6 +170,7 @@ def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
     given = {key: value for key, value in raw.items() if value is not None}
     for name, value in given.items():
         kinds, what = _KINDS.get(known[name].type, (object, ""))
+        # bool is a subclass of int: without the second condition `min_events: true` would pass.
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool and kinds is not object):
             raise ValueError(f"{path}: {prefix}{name} is {abbreviate(value)}, it must be {what}")
     return given
@@ -184,7 +185,7 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     list[str]: (list, "a list of names"),
     dict[str, str | None]: (dict, "a mapping of columns to separators"),
 }
-"""Of the mapping's fields: what YAML gives for them, and in words."""
+"""Type annotation of a field -> the accepted types of its YAML value, and their description for messages."""
 
 
 def _check_values(mapping: TableMapping, path: Path) -> None:
@@ -196,6 +197,7 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
         raise ValueError(f"{path}: events.actions is {abbreviate(mapping.events.actions)}, it must be a list of names")
     users = mapping.users.features if mapping.users else {}
     for name in (*mapping.items.text, *mapping.items.features, *users):
+        # The name becomes a file name of the dataset (`features/<name>.parquet`).
         if not isinstance(name, str) or not is_inside(f"{name}.parquet") or "/" in name:
             raise ValueError(f"{path}: {abbreviate(name)} must be the name of a column, in quotes and without slashes")
     for name, separator in (*mapping.items.features.items(), *users.items()):
@@ -214,7 +216,7 @@ def _find(mapping_file: Path, pattern: str, field_name: str) -> tuple[Path, ...]
     try:
         found = tuple(sorted(p for p in root.glob(relative) if p.is_file()))
     except (ValueError, NotImplementedError, IndexError, RecursionError) as error:
-        raise ValueError(f"{mapping_file}: {field_name}={pattern!r} is no path ({error}); correct it") from error
+        raise ValueError(f"{mapping_file}: {field_name}={pattern!r} is not a path ({error}); correct it") from error
     if not found:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} matches no file under {root}; correct the path")
     return found
@@ -236,7 +238,7 @@ def _events(files: tuple[Path, ...], columns: EventColumns) -> Iterator[Chunk]:
 
 
 def _labels(data: pa.Table, columns: EventColumns) -> pa.Array:
-    """float32; null where there is none (no exposure), NaN where it is no number or, as a label, neither 0 nor 1."""
+    """float32 labels; null without a label (not an exposure), NaN if it is not a number or not 0 or 1."""
     if columns.label is None:
         return pa.array(np.ones(len(data), np.float32))
     raw = data[columns.label]
@@ -251,7 +253,7 @@ def _labels(data: pa.Table, columns: EventColumns) -> pa.Array:
 
 
 def _actions(data: pa.Table, columns: EventColumns, path: Path, rows: np.ndarray) -> np.ndarray:
-    """int32 ids by the list of the mapping; null or blank is 0. Raises ValueError for a value not listed."""
+    """int32 ids by the mapping's list; 0 for null or blank. Raises ValueError for a value that is not listed."""
     if columns.action is None:
         return np.ones(len(data), np.int32)
     raw = pc.utf8_trim_whitespace(pc.fill_null(data[columns.action].cast(pa.string()), ""))
@@ -292,7 +294,7 @@ def _users(files: tuple[Path, ...], columns: UserColumns | None) -> Iterator[Chu
 
 
 def _features(data: pa.Table, features: Mapping[str, str | None]) -> dict[str, pa.Array]:
-    """Each feature column as list<string>: split by its separator, blanks left out."""
+    """Each feature column as list<string>: split by its separator, without blanks."""
     out = {}
     for name, separator in features.items():
         column = data[name].combine_chunks()
