@@ -100,7 +100,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
     if (Path(config.data.dataset) / "manifest.json").is_file():
         if args.rows:
             raise ValueError(
-                f"--rows {args.rows[0]}: {config.data.dataset} is prepared and has the number of rows: remove the option"
+                f"--rows {args.rows[0]}: {config.data.dataset} is prepared and has the numbers of rows: remove it"
             )
         dataset = Dataset.open(config.data.dataset)
         tables = batch_spec_of(config, dataset).tables(dataset)

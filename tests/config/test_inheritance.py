@@ -108,3 +108,20 @@ def test_what_is_wrong_with_a_base_is_one_line(tmp_path: Path, text: str, messag
     write(tmp_path, to_x="base: x.yaml\n", typo=SMALL + "optim: {lrr: 1}\n", good=SMALL, broken="a: [")
     (problem,) = problems_of(write(tmp_path, x=text)["x"])
     assert problem.startswith(message.format(x=tmp_path / "x.yaml", folder=tmp_path))
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    """PyYAML keeps the last one, so that the first `base` would be lost without a word."""
+    (tmp_path / "a.yaml").write_text("seed: 1\nbase: b.yaml\nseed: 2\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml.*the key 'seed' occurs twice: keep one of them.*line 3"):
+        load_config(["--config", str(tmp_path / "a.yaml")])
+    (tmp_path / "c.yaml").write_text("data: {max_history: 8, max_history: 9}\n")
+    with pytest.raises(ConfigError, match="'max_history' occurs twice"):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.table_options\.eps: inf: must be a finite number"):
+        load_config(["--optim.table_options", "{eps: .inf}"])
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay: inf: must be a finite number"):
+        load_config(["--optim.weight_decay", ".inf"])

@@ -122,8 +122,24 @@ def test_what_cannot_be_known_is_asked_for(capsys: pytest.CaptureFixture[str], t
     assert "not prepared here: say how many with --items and --users" in capsys.readouterr().err
     assert command.main(["--config", paper, "--items=9", "--users=9", "--user.pretrained", "models/mystery"]) == 2
     assert "user.pretrained: models/mystery: is not there, and 'mystery' is none of" in capsys.readouterr().err
-    assert command.main(["--config", paper, "--items=9", "--users=9", "--nodes=0"]) == 2
-    assert "argument --nodes: 0 is not at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--nodes=0", "0 is not at least 1"),
+        ("--items=-5", "-5 is not at least 1"),
+        ("--history=-5", "-5 is not a finite number above 0"),
+        ("--memory=nan", "nan is not a finite number above 0"),
+    ],
+)
+def test_numbers_that_no_machine_or_dataset_has_are_refused(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paper = str(ROOT / "configs/paper/pixel1m_hllm_1b.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--config", paper, "--items=9", "--users=9", option])
+    assert f"argument {option.split('=')[0]}: {message}" in capsys.readouterr().err
 
 
 def test_fake_and_real_forward_passes_keep_the_same() -> None:
