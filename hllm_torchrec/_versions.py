@@ -1,4 +1,4 @@
-"""Which torch, torchrec and fbgemm belong together, and the check that they are what is installed.
+"""Supported combinations of torch, torchrec and fbgemm, and the check of the installed one.
 
 A wrong pair fails deep inside a shared library ("undefined symbol"), so it is refused at import, from the
 packages' metadata alone: nothing heavy is imported here. Run as a program, this file tells

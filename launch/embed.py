@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.items is None and args.users is None:
         raise ValueError("name a store: --items, --users or both")
+    if args.items is not None and args.users is not None and args.items.resolve() == args.users.resolve():
+        raise ValueError(f"--items and --users are one folder, {args.items}: items and users need a store each")
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.run_loader import load_run
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from hllm_torchrec.launch.entry import CommandParser, run_job
 from hllm_torchrec.launch.evaluate_options import (
     add_arguments,
+    check_paths,
     describe,
     files_provenance,
     is_own_format,
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> "Verdict | None":
     Raises:
         ValueError: nothing to evaluate; or an argument that does not exist, does not fit or has no effect.
     """
+    check_paths(args)
     named = named_paths(args.compare, args.predictions)
     if args.run is None and not named:
         raise ValueError("nothing to evaluate: name a run (--run-dir) or predictions (--compare, --predictions)")
@@ -209,6 +211,11 @@ def _predictions_of(named: Mapping[str, Path], split: str) -> dict[str, Path]:
     found = {}
     for name, path in named.items():
         directory = _predictions_in(path, split)
+        if path.is_file():
+            raise ValueError(
+                f"{path} is a file: a run is compared with directories of predictions that jobs of this library wrote; "
+                "compare files with each other, without a run"
+            )
         if directory is None:
             raise ValueError(
                 f"{path} has no predictions: no part-*.parquet in {path / 'predictions' / split} or in itself; "

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for rows on each rank, e.g. 512M (default: 1G); further rows are spilled to disk",
     )
     group.add_argument(
-        "--spill", metavar="DIR", help="directory for spilled rows (default: the system's temporary folder)"
+        "--spill", type=Path, metavar="DIR", help="directory for spilled rows (default: the system's temporary folder)"
     )
 
 
@@ -81,6 +81,19 @@ def describe(paths: Mapping[str, Path], args: argparse.Namespace) -> "tuple[list
         columns={name: given for name in STANDARD_COLUMNS if (given := getattr(args, name)) is not None},
         slices=args.slices,
     )
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise ValueError for a path that cannot be written or read, before anything is scored."""
+    for option, folder in (("--output", args.output), ("--spill", args.spill)):
+        existing = next((path for path in (folder, *folder.parents) if path.exists()), None) if folder else None
+        if existing is not None and not existing.is_dir():
+            raise ValueError(f"{option} {folder}: {existing} is a file; name a directory")
+    if args.spill is not None and not args.spill.is_dir():
+        raise ValueError(f"--spill {args.spill}: no such directory; create it, or leave the option out")
+    for path in map(Path, args.train):
+        if not path.exists():
+            raise ValueError(f"--train {path} is not a file or a directory")
 
 
 def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> None:

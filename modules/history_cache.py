@@ -5,8 +5,8 @@
     q_QD  = answer(encoder, cache, x_QD, time)               candidates, `micro_batch` at a time
 
 The results equal the packed pass of training (`Queries`): a candidate is a query that sees the history before it and
-itself. So m candidates after n events cost n^2 + n m query-key pairs, instead of m n^2 (one pass per candidate) or
-(n + m)^2 (one masked sequence), and memory beyond the cache is that of one micro-batch. This is for early fusion, where
+itself. So Q candidates after N events cost N^2 + N Q query-key pairs, instead of Q N^2 (one pass per candidate) or
+(N + Q)^2 (one masked sequence), and memory beyond the cache is that of one micro-batch. This is for early fusion, where
 a candidate is an input; late fusion has one query, the [USER] vector.
 
 Supported are HSTU (`hstu.cached_pointwise`) and all softmax encoders (`attention.cached_softmax`): the User LLM

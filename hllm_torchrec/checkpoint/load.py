@@ -96,7 +96,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 def best_checkpoint(directory: Path) -> Path | None:
     """Return the complete checkpoint of the best metric (the earliest of equals), or None. Collective.
 
-    `keep_best` of the newest checkpoint defines whether larger or smaller is better. All files are hashed; a damaged
+    `better` in the newest checkpoint's marker says whether larger or smaller is better. All files are hashed; a damaged
     checkpoint is skipped with a warning.
     """
     return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_metric(Path(directory))))

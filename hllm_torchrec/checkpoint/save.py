@@ -148,12 +148,12 @@ def save_checkpoint(
 
 @dataclass
 class _PendingCheckpoint:
-    """A checkpoint to be written. rank_sizes: name -> contents of this rank's JSON files; needed: all ranks' bytes."""
+    """A checkpoint to be written. rank_extras: name -> contents of this rank's JSON files; needed: all ranks' bytes."""
 
     final: Path
     tensors: dict[str, Tensor]
     planner: DefaultSavePlanner
-    rank_sizes: dict[str, dict[str, Any]]
+    rank_extras: dict[str, dict[str, Any]]
     marker: dict[str, Any]
     keep_last: int
     needed: int
@@ -168,7 +168,7 @@ class _PendingCheckpoint:
         try:
             self._save_tensors(temporary, group)
             written = coordination.run_on_all_ranks(
-                lambda: self._translate_disk_full(lambda: _write_extras(temporary, self.rank_sizes)), group
+                lambda: self._translate_disk_full(lambda: _write_extras(temporary, self.rank_extras)), group
             )
             # The hashes of all ranks are known only now. Rank 0 writes them to the marker and renames.
             commit = files.commit
@@ -188,7 +188,7 @@ class _PendingCheckpoint:
             coordination.run_on_all_ranks(lambda: draft.mkdir(parents=True, exist_ok=True), group)
             self._save_tensors(draft, group)
             written = coordination.run_on_all_ranks(
-                lambda: self._translate_disk_full(lambda: _write_extras(draft, self.rank_sizes)), group
+                lambda: self._translate_disk_full(lambda: _write_extras(draft, self.rank_extras)), group
             )
             publish_checkpoint(draft, url, self.marker, written, self.keep_last, group)
         finally:

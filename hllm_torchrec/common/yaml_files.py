@@ -37,7 +37,8 @@ def read_yaml(path: Path) -> Any:
             MAX_VALUES values; the message does not contain the file's name.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # a safe loader
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError, OSError, OverflowError) as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:500]}") from error
     # An alias is the same object in memory, so the loader is safe, but each visit counts as a copy would.

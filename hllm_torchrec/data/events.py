@@ -1,7 +1,8 @@
 """Events and users' sequences of events as columns; `Events` is the single definition of an event's columns.
 
-A further column (for example the device of a request) is added as a field of `Events`: preparation writes it, and
-loader, embedding jobs, scorer and baselines pass it on. The batch spec and the collator define its use by a model.
+A further column (for example the device of a request) is added as a field of `Events`, with a value from each source:
+preparation writes it, and loader, embedding jobs, scorer and baselines pass it on. The batch spec and the collator
+define its use by a model. Datasets prepared before lack the column and are refused: they must be prepared again.
 
 Legend: n events of one user, T events of R users one after the other.
 """

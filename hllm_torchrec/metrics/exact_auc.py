@@ -205,18 +205,17 @@ def _add_thresholds(sums: _Sums, mass: np.ndarray, under: np.ndarray, total: tup
     for metric in RANK_METRICS:
         sums.metrics[metric.key] = metric.combine(sums.metrics[metric.key], metric.sums(block))
     true_rate, false_rate = over[0] / total[0], over[1] / total[1]
-    along = true_rate[[0, -1]] + false_rate[[0, -1]]
-    # No grid position lies in the block: it has no point of the curve.
-    low, high = np.searchsorted(GRID, [along[1], along[0]])
-    if low == high and low < len(GRID) and GRID[low] != along[0]:
-        return []
-    return [_corners(np.stack([false_rate, true_rate, block.precision]))]
+    # A block's grid positions reach up to the rows above it, not to its own highest score: which scores share a block
+    # depends on the number of ranks and on memory, and must not change the curve. Before the first point is the origin.
+    above = ((over[:, -1] - mass[:, -1]) / np.array(total)).sum()
+    low = np.searchsorted(GRID, above, "right") if above > 0 else np.searchsorted(GRID, true_rate[-1] + false_rate[-1])
+    inside = GRID[low : np.searchsorted(GRID, true_rate[0] + false_rate[0], "right")]
+    return [_corners(np.stack([false_rate, true_rate, block.precision]), inside)] if inside.size else []
 
 
-def _corners(curve_3U: np.ndarray) -> np.ndarray:
-    """The points of a block at or next above each grid position, ascending in score."""
+def _corners(curve_3U: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The points of a block at or next above each of the grid positions `inside`, ascending in score."""
     along = (curve_3U[0] + curve_3U[1])[::-1]  # reversed: the rates fall as the score rises
-    inside = GRID[(GRID >= along[0]) & (GRID <= along[-1])]
     points = np.unique(np.searchsorted(along, inside))
     return curve_3U[:, ::-1][:, points[::-1]]
 

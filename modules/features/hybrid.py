@@ -8,7 +8,8 @@ similar films, which a sum cannot express.
     x_i = (P(E_i) + ID_i) * (1 + g(action_i)) + action_i + MLP(...) + W n_i
 
 All tables are in one TorchRec `EmbeddingBagCollection`, which TorchRec shards; this module uses its interface only.
-The jagged features have one bag per *slot*: history positions, then query tokens, then (late fusion) the target items.
+The jagged features have one bag per *slot*: history positions, then query tokens, then
+(late fusion) the target items, then (item space of features) the unique items.
 A bag may be empty (adds zero) or have several values (genres: their vectors are summed).
 
 Legend: S slots, D width of the user encoder, C time components, F numeric features.

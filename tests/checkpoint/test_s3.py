@@ -80,7 +80,9 @@ def run(job: str, given: list[str], root: Path, cwd: Path) -> str:
 
 @pytest.mark.slow
 def test_what_goes_wrong_is_said_in_one_line(shop: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"s3://none/x: not found \(.*bucket does not exist.*\): is the bucket"):
+    with pytest.raises(
+        FileNotFoundError, match=r"s3://none/x: not found \(.*bucket does not exist.*\): check that the bucket"
+    ):
         upload_files(fixtures.dataset().root, ["manifest.json"], "s3://none/x")
     assert read_text("s3://none/x/manifest.json") is None and list_files("s3://none/x") == {}
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -96,9 +96,7 @@ def test_metrics_json_holds_what_the_single_functions_say(models: dict[str, Path
 
 def test_the_result_is_valid_json_and_repeats_with_its_seed(models: dict[str, Path]) -> None:
     first, second = (compare(models, draws=50, seed=seed) for seed in (1, 1))
-    assert (
-        first["memory"].pop("peak") > 0 and second["memory"].pop("peak") > 0
-    )  # of the process
+    assert first["memory"].pop("peak") > 0 and second["memory"].pop("peak") > 0  # of the process
     assert json.dumps(first, allow_nan=False) == json.dumps(second, allow_nan=False)
     assert compare(models, draws=50, seed=2)["paired"] != first["paired"]
 

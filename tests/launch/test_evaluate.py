@@ -208,6 +208,10 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--run", "{ranks_items}", "--memory", "1G"], "--memory: {ranks_items} ranks items only"),
         (["--run", "{ranks_items}", "--user", "uid"], "--user: {ranks_items} ranks items only"),
         (["--split", "tests"], "argument --split: invalid choice: 'tests'"),
+        (["--run", "{run}", "--output", "{run}/config.yaml"], "config.yaml is a file; name a directory"),
+        (["--run", "{run}", "--spill", "/no/such/place"], "--spill /no/such/place: no such directory"),
+        (["--run", "{run}", "--train", "nowhere"], "--train nowhere is not a file or a directory"),
+        (["--run", "{run}", "--predictions", "a={run}/config.yaml"], "config.yaml is a file: a run is compared with"),
     ],
 )
 def test_mistakes_are_one_line(

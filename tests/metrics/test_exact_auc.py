@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hllm_torchrec.metrics import exact_auc
 from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
 from hllm_torchrec.metrics.score_chunks import RANGE_BYTES, MemoryPool, SortedChunks
 
@@ -44,6 +45,16 @@ def statistics(
         found, placements = rank_statistics(runs, keep=True)
         assert isinstance(placements, Placements)
         return found, placements.look_up(score.astype(kind), label)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_the_curve_does_not_depend_on_how_scores_are_cut(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(block)
+    label, score = rng.random(900) < 0.3, rng.integers(0, 400, 900) / 400
+    whole, _ = statistics(label, score)
+    monkeypatch.setattr(exact_auc, "BLOCK", block)
+    assert np.array_equal(statistics(label, score)[0].curve, whole.curve)
+    assert np.array_equal(statistics(label, score, memory=1000)[0].curve, whole.curve)  # several ranges, too
 
 
 def naive_placements(label: np.ndarray, score: np.ndarray, weight: np.ndarray) -> np.ndarray:
