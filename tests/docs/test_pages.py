@@ -148,3 +148,14 @@ def find(name: str) -> object:
     except ModuleNotFoundError:
         module, _, last = name.rpartition(".")
         return getattr(importlib.import_module(module), last, None)
+
+
+@every_page
+def test_what_the_python_blocks_import_is_there(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        return
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for module, names in re.findall(r"^\s*from (hllm_torchrec[\w.]*) import ([\w, ]+)$", block, re.MULTILINE):
+            found = importlib.import_module(module)
+            for name in names.split(", "):
+                assert hasattr(found, name), f"{page.name}: {module} has no {name}"
