@@ -364,13 +364,21 @@ def sorted_index(keys: pa.ChunkedArray) -> tuple[Hashes, Ints]:
 def find_segment_damage(folder: Path, facts: SegmentFacts, *, contents: bool = True) -> Iterator[str]:
     """Yield a line for each damaged file of a segment; compares sizes, and checksums if `contents`."""
     for name, (size, checksum) in sorted(facts.files.items()):
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found is None:
-            yield f"{folder / name} is missing"
-        elif found != size:
-            yield f"{folder / name} has {found} bytes instead of {size}"
-        elif contents and crc32_file(folder / name) != checksum:
-            yield f"{folder / name}: the contents are not what was written"
+        damage = _file_damage(folder / name, size, checksum if contents else None)
+        if damage is not None:
+            yield damage
+
+
+def _file_damage(path: Path, size: int, checksum: int | None) -> str | None:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{path} has {found} bytes instead of {size}"
+        if checksum is not None and crc32_file(path) != checksum:
+            return f"{path}: the contents are not what was written"
+    except FileNotFoundError:  # perhaps only now: another process may compact the store meanwhile
+        return f"{path} is missing"
+    return None
 
 
 def _sync(path: Path) -> None:

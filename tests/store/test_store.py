@@ -216,6 +216,22 @@ def test_verify_names_the_file_whose_bytes_changed(name: str, tmp_path: Path) ->
     assert line == f"{file}: the contents are not what was written"
 
 
+def test_a_compaction_during_a_verification_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files vanish between a look at their size and the reading of their contents."""
+    store = create(tmp_path / "s")
+    for number in (1.0, 2.0):
+        commit(store, {"a": number})
+    read = run_module.crc32_file
+
+    def compact_and_read(path: Path) -> int:
+        monkeypatch.setattr(run_module, "crc32_file", read)
+        store.compact()
+        return read(path)
+
+    monkeypatch.setattr(run_module, "crc32_file", compact_and_read)
+    assert store.verify() == [] and contents(store) == {"a": 2.0}
+
+
 @pytest.mark.parametrize(("damage", "message"), [("cut", r"has \d+ bytes instead of \d+"), ("gone", "is missing")])
 def test_a_cut_or_missing_file_is_an_error_that_names_it(damage: str, message: str, tmp_path: Path) -> None:
     store = create(tmp_path / "s")
