@@ -159,8 +159,8 @@ BREAKS = (
     ),
     Break(
         "store: altered bytes go unnoticed",
-        "elif contents and crc32_file(folder / name) != checksum:",
-        "elif contents and crc32_file(folder / name) < 0:",
+        "if checksum is not None and crc32_file(path) != checksum:",
+        "if checksum is not None and crc32_file(path) < 0:",
         ("tests/store/test_store.py",),
     ),
     Break(
