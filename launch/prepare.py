@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import display_url
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
@@ -34,7 +35,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--items", type=Path, help="; ".join(f"{name}: {kind.items}" for name, kind in SOURCES.items() if kind.items)
     )
-    parser.add_argument("--split", default="time", choices=RULES, help="default: time")
+    parser.add_argument("--split", choices=RULES, help="default: time, or date if dates are given")
     parser.add_argument(
         "--fractions",
         nargs=3,
@@ -43,6 +44,9 @@ def build_parser() -> CommandParser:
         metavar=("TRAIN", "VALID", "TEST"),
         help="shares of the parts (default: 0.8 0.1 0.1)",
     )
+    for name, what in (("--train-until", "train"), ("--valid-until", "valid")):
+        text = f"split by date: events before it are {what} (UTC: 2023-11-22, 2023-11-22T18:00)"
+        parser.add_argument(name, type=moment, metavar="DATE", help=text)
     parser.add_argument(
         "--hold-out-items",
         type=float,
@@ -84,6 +88,21 @@ def build_policy(source: Source, settings: list[str]) -> BadRows:
     return BadRows(**choices)
 
 
+def moment(text: str) -> int:
+    """Second UTC of a date or date-time, for argparse."""
+    try:
+        return second_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def split_of(args: argparse.Namespace) -> Split:
+    """The split that the options name. Raises ValueError if they do not fit together."""
+    dates = (args.train_until, args.valid_until)
+    rule = args.split or ("time" if dates == (None, None) else "date")
+    return Split(rule, tuple(args.fractions), args.hold_out_items, args.seed, *dates)
+
+
 def summary(path: Path, name: str = "") -> str:
     """Printed summary of a prepared dataset; name: shown instead of its path."""
     manifest = read_manifest(path)
@@ -112,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
         prepare(
             source,
             folder,
-            split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
+            split=split_of(args),
             policy=build_policy(source, args.bad_rows),
             min_events=args.min_events,
             core=args.core,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.config.checking import dataclass_problems
 from hllm_torchrec.config.eval_protocols import protocol_problems
@@ -31,6 +32,7 @@ BOUNDS = {
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
     "data.train_users": "> 0, <= 1",
+    "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
     "item_llm.layers": ">= 1",
     "item_llm.max_text_length": ">= 1",
@@ -82,6 +84,7 @@ def config_problems(config: "Config") -> list[str]:
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
         *_length_problems(config),
+        *_moment_problems(config),
         *_optimizer_problems(config),
         *_store_problems(config),
         *_backbone_problems(config),
@@ -103,6 +106,13 @@ def _length_problems(config: "Config") -> Iterator[str]:
     alpha = config.data.stochastic_length
     if alpha != 0 and not 1 < alpha <= 2:
         yield f"data.stochastic_length: {alpha}: must be 0 (off), or above 1 and at most 2; the paper has 1.6 to 1.9"
+
+
+def _moment_problems(config: "Config") -> Iterator[str]:
+    try:
+        second_of(config.data.train_since or 0)
+    except ValueError as error:
+        yield f"data.train_since: {error}"
 
 
 def _optimizer_problems(config: "Config") -> Iterator[str]:

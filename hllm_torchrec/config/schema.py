@@ -101,6 +101,12 @@ class DataConfig:
     train_part: Literal["train", "train_and_valid"] = "train"
     """Events used for training: those of the training part, or of the training and validation parts. Use the second
     only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
+    train_since: int | str | None = None
+    """Train on exposures and targets from this moment on (a date, a date-time in UTC, or seconds); older events are
+    their history. None: on all of them. For nightly increments on what is new."""
+    feedback_delay: int = 0
+    """Seconds from an event until it may be seen: a request sees only events more than this long before it, in
+    training, evaluation, embedding jobs and the scorer alike. The delay of the event feed in production."""
     train_users: float = 1.0
     """Share of the users used for training, selected by a hash of the user, so that a smaller share is a subset of a
     larger one: for learning curves. Item counts, `factors` and numeric features still use the complete dataset."""

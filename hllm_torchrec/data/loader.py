@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.data.background import prefetch
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
@@ -50,6 +51,9 @@ class LoaderSpec:
     all_events: bool = False
     """Treat every event as part of the split, including those of earlier parts, and include the training users
     without an event in the split."""
+    since: int = 0
+    """Second UTC: only events from then on are exposures and targets, and users without one are left out; earlier
+    events are history."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
     user_share: float = 1.0
@@ -86,9 +90,10 @@ class Loader:
             )
         self.pieces = self._index(own)
         if not len(self.pieces):
+            since = f" with an event since {text_of(spec.since)} (data.train_since)" if spec.since else ""
             raise ValueError(
-                f"{dataset.root}: no user of split {spec.split!r} is among a share of {spec.user_share}: raise the "
-                "share"
+                f"{dataset.root}: no user of split {spec.split!r}{since} is among a share of {spec.user_share}: raise "
+                f"the share{', or name an earlier moment' * bool(since)}"
             )
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
@@ -106,15 +111,19 @@ class Loader:
         columns: list[tuple[Ints, Ints, Ints, Ints]] = []
         users_of_split: list[Ints] = []
         for number, group in enumerate(self._groups):
-            # Only the lengths of the lists are needed; actions are the smallest column to read.
-            rows = self.dataset.sequences([group], ["user_id", "target_start", "actions"])
+            # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
+            column = "timestamps" if self.spec.since else "actions"
+            rows = self.dataset.sequences([group], ["user_id", "target_start", column])
             wanted = in_user_sample(rows.user_ids, self.spec.user_share)
             if number < num_own_groups:
                 users_of_split.append(rows.user_ids)
             else:
                 wanted &= ~np.isin(rows.user_ids, np.concatenate(users_of_split))
-            chosen = np.flatnonzero(wanted)
             first_targets = np.zeros_like(rows.target_start) if self.spec.all_events else rows.target_start
+            if self.spec.since:
+                first_targets = np.maximum(first_targets, rows.events_before(self.spec.since))
+                wanted &= first_targets < rows.lengths
+            chosen = np.flatnonzero(wanted)
             columns.append((np.full(chosen.size, number), chosen, rows.lengths[chosen], first_targets[chosen]))
         numbers, all_rows, lengths, starts = (np.concatenate(column) for column in zip(*columns, strict=True))
         return cut_into_pieces(numbers, all_rows, lengths, starts, self.spec.max_history, self.spec.extend_history)

@@ -40,7 +40,7 @@ from hllm_torchrec.data.manifest import (
 )
 from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
-from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
+from hllm_torchrec.data.split import Cut, Split, check_not_empty, cuts_of
 from hllm_torchrec.data.user_table import UserTable
 from hllm_torchrec.data.validation import read_table
 
@@ -191,7 +191,7 @@ def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Pa
         raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
     users.assign_ids(user_counts)
     item_ids = catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
-    cuts = time_cuts(options.split, total, partitions.times) if options.split.rule == "time" else []
+    cuts = cuts_of(options.split, total, partitions.times)
     num_items = int(item_ids.max())
     group = options.users_per_row_group
     held_out = catalogue.held_out(options.split, item_ids)

@@ -174,7 +174,7 @@ class DLRMData:
         )
 
     def _read(self, groups: Sequence[RowGroup]) -> Window:
-        histories = read_histories(self.dataset, groups)
+        histories = read_histories(self.dataset, groups, self.config.feedback_delay)
         return Window(
             histories,
             liked=self._stretches(histories, histories.labels >= 0.5),
@@ -213,7 +213,7 @@ def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
         first, end = histories.offsets[row : row + 2]
         targets = histories.exposures[bounds[row] : bounds[row + 1]] - first
         labels = histories.labels[first:end]
-        parts.append(numeric_columns(names, histories.timestamps[first:end], labels, targets))
+        parts.append(numeric_columns(names, histories.timestamps[first:end], labels, targets, histories.feedback_delay))
     return np.concatenate(parts)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.eval_protocols import dataset_problems
 from hllm_torchrec.config.rules import takes_stored_items
@@ -123,6 +124,7 @@ class Experiment:
             item_costs=costs,
             all_events=whole,
             extend_history=not training and self.batch_spec.visibility == "position",
+            since=second_of(data.train_since or 0) if training else 0,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,
             timeout=self.config.parallel.timeout,
@@ -246,6 +248,7 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,
         visibility=dataset.visibility,
+        feedback_delay=config.data.feedback_delay,
         negatives=config.objective.negatives if generates else 0,
         item_slots=generates and item_space(config) == "features",
         positive_targets_only=config.objective.positive_targets_only,

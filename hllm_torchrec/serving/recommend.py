@@ -72,7 +72,7 @@ def recommend(
     config = run_config(run)
     dataset = Dataset.open(config.data.dataset)
     moment = int(clock.time()) if time is None else time
-    history = history_before(dataset, user, moment)
+    history = history_before(dataset, user, moment - config.data.feedback_delay)
     if config.objective.has_head:
         scores, scored_by = _probabilities(run, which, device, history, moment), "probability"
     else:
