@@ -200,6 +200,16 @@ class Dataset:
         lengths = np.diff(lists.offsets.to_numpy())
         return values, np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
 
+    def feature_values(self, name: str) -> pa.ChunkedArray:
+        """The values of an item or user feature in the order of their ids, from id 1 on.
+
+        Raises ValueError for a feature that this dataset does not have.
+        """
+        known = self.manifest["item_features"] | self.manifest["user_features"]
+        if name not in known:
+            raise ValueError(f"{self.root}: no item or user feature {name!r}; it has {', '.join(known) or 'none'}")
+        return read_table(self.root / "features" / f"{name}.parquet", ["value"])["value"]
+
     def _check_feature(self, kind: str, name: str) -> None:
         if kind not in ("item", "user"):
             raise ValueError(f"kind {kind!r} is not one of item, user")
