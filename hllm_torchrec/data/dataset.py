@@ -27,11 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.hashing import hash_texts
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.event_files import EventFile
 from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences, decode_sequences
-from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest, version_of
+from hllm_torchrec.data.manifest import ITEM_COUNTS, chain_base, read_manifest, version_of
 from hllm_torchrec.data.merged_sequences import Cuts, MergedSequences
 from hllm_torchrec.data.remote_datasets import local_dataset
 from hllm_torchrec.data.sequences import GROUPS_AT_LEAST
@@ -42,8 +43,8 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """A unit of reading of a part's sequences: file, index of the row group in it, its number of rows (users)."""
+class FileGroup:
+    """A unit of reading of a part's sequences in Parquet files: file, index of the row group in it, its number of rows (users)."""
 
     path: Path
     index: int
@@ -63,7 +64,7 @@ class UserGroup:
     rows: int
 
 
-Group = RowGroup | UserGroup
+RowGroup = FileGroup | UserGroup
 """What `Dataset.row_groups` returns and `Dataset.sequences` reads."""
 
 
@@ -140,10 +141,17 @@ class Dataset:
         """The columns of `users.parquet`; row i is user i + 1."""
         return self._rows_by_id("users.parquet", "user_id", self.num_users)
 
+    @property
+    def items_fingerprint(self) -> str:
+        """Hash of the files with the items' rows; it changes with any text."""
+        names = [path.relative_to(self.root).as_posix() for path in self._files("items.parquet")]
+        hashes = [str(self.manifest["files"][name]["sha256"]) for name in names]
+        return hashes[0] if len(hashes) == 1 else hash_texts(hashes)
+
     def _files(self, name: str) -> list[Path]:
         """The files of this name: the base's, then those of the appends that have one."""
-        folders = [one["folder"] for one in (self.manifest.get("base", {"folder": ""}), *self.manifest.get("appends", ()))]
-        names = [f"{folder}/{name}" if folder else name for folder in folders]
+        parts = (self.manifest.get("base", {"folder": ""}), *self.manifest.get("appends", ()))
+        names = [f"{one['folder']}/{name}".lstrip("/") for one in parts]
         return [self.root / one for number, one in enumerate(names) if number == 0 or one in self.manifest["files"]]
 
     def _rows_by_id(self, name: str, key: str, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -186,18 +194,18 @@ class Dataset:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
         return [self.root / name for name in sorted(self.manifest["files"]) if name.startswith(f"sequences/{split}/part-")]
 
-    def row_groups(self, split: str, since: int | None = None) -> list[Group]:
+    def row_groups(self, split: str, since: int | None = None) -> list[RowGroup]:
         """All row groups of a part, in order of file and of position in it.
 
         since: leave out groups without an event of the part from this second on, where that is known without reading.
         """
-        if self._merged is not None:
+        if self._is_merged:
             return list(self._user_groups(split, since))
-        groups: list[Group] = []
+        groups: list[RowGroup] = []
         for path in self.sequence_files(split):
             with error_location(path):
                 facts = pq.ParquetFile(path).metadata
-                groups += [RowGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
+                groups += [FileGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         return groups
 
     def _user_groups(self, split: str, since: int | None) -> Iterator[UserGroup]:
@@ -211,19 +219,27 @@ class Dataset:
 
     def _part_users(self, split: str, since: int | None) -> Ints:
         if (split, since) not in self._users_of_part:
-            assert self._merged is not None, "groups of users are of merged sequences"
-            self._users_of_part[split, since] = self._merged.users(split, since)
+            self._users_of_part[split, since] = self.merged.users(split, since)
         return self._users_of_part[split, since]
 
+    @property
+    def _is_merged(self) -> bool:
+        """False if the sequences of the parts are in Parquet files, as in a dataset without appends."""
+        return "base" in self.manifest
+
     @cached_property
-    def _merged(self) -> MergedSequences | None:
-        """The merged sequences; None for a dataset whose sequences are in its Parquet files."""
-        if "base" not in self.manifest:
-            return None
-        rows, split, base = self._table_rows, self.manifest["split"], self.manifest["base"]
+    def merged(self) -> MergedSequences:
+        """Sequences by user.
+
+        Raises:
+            ValueError: a dataset of an earlier release, without event files; or one of them is damaged.
+        """
+        rows, split, base = self._table_rows, self.manifest["split"], chain_base(self.manifest)
+        if base is None:
+            raise ValueError(f"{self.root}: it has no event files; append to it, or compact it, to have them written")
         files = [
             [EventFile.open(self.root / name, rows) for name in one["event_files"]]
-            for one in (base, *self.manifest["appends"])
+            for one in (base, *self.manifest.get("appends", ()))
         ]
         seconds, orders = split.get("cut_timestamps", []), split.get("cut_orders", [])
         cuts = Cuts(split["rule"], split.get("fractions"), seconds, [seconds, orders] == base["cuts"])
@@ -240,23 +256,25 @@ class Dataset:
         """
         return read_sequences(path, index, columns, self._table_rows)
 
-    def sequences(self, groups: Sequence[Group], columns: Sequence[str] | None = None) -> Sequences:
+    def sequences(self, groups: Sequence[RowGroup], columns: Sequence[str] | None = None) -> Sequences:
         """The decoded rows of the row groups (no groups: no rows); columns that are not named hold "unknown".
 
         Raises ValueError like `read_row_group`.
         """
-        if self._merged is None or not groups:
+        if not self._is_merged or not groups:
             return decode_sequences(
-                [self.read_row_group(one.path, one.index, columns) for one in groups if isinstance(one, RowGroup)]
+                [self.read_row_group(one.path, one.index, columns) for one in groups if isinstance(one, FileGroup)]
             )
-        split = groups[0].part
-        users = np.concatenate([self._part_users(split, one.since)[one.first : one.first + one.rows] for one in groups])
-        return self._merged.read(users, split, columns or [column.name for column in EVENT_COLUMNS])
+        kept = [one for one in groups if isinstance(one, UserGroup)]
+        split = kept[0].part
+        assert len(kept) == len(groups) and {one.part for one in kept} == {split}, "groups of this dataset and one part"
+        users = np.concatenate([self._part_users(split, one.since)[one.first : one.first + one.rows] for one in kept])
+        return self.merged.read(users, split, columns or [column.name for column in EVENT_COLUMNS])
 
     def user_events(self, user_id: int) -> Events:
         """All events of one user, sorted by time; none for a user without events."""
-        if self._merged is not None:
-            return self._merged.events_of(np.array([user_id]))
+        if chain_base(self.manifest) is not None:
+            return self.merged.events_of(np.array([user_id]))[0]
         for split in reversed(SPLITS):  # a row holds the history up to the end of its part
             for path in self.sequence_files(split):
                 with error_location(path):
@@ -267,8 +285,8 @@ class Dataset:
 
     def training_item_counts(self) -> np.ndarray:
         """Events of each item in train, int64 [num_items]; 0 marks a cold item."""
-        if self._merged is not None:
-            return self._merged.item_counts("train")
+        if self._is_merged:
+            return self.merged.item_counts("train")
         path = self.root / ITEM_COUNTS
         with error_location(path):
             counts = np.load(path, allow_pickle=False)

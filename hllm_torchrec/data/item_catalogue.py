@@ -248,15 +248,25 @@ class ItemCatalogue:
             batches = (pa.Table.from_batches([batch]) for batch in batches)
         writer: pq.ParquetWriter | None = None
         for table in batches:
-            for name, vocabulary in vocabularies.items():
-                column = f"feature_{name}"
-                encoded = vocabulary.encode(table[column])
-                table = table.set_column(table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded)
+            table = encode_features(table, vocabularies)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is None:
             raise ValueError("no item is left: the item file is empty, or every item was filtered out or dropped")
         writer.close()
+
+    def source_rows(self, final_ids: np.ndarray) -> pa.Table:
+        """The rows of the items that this source has and that have a final id; features as values."""
+        self._writer.close()
+        tables = list(self._final_batches(final_ids))
+        whole = pa.concat_tables(tables) if tables else self._schema.empty_table().rename_columns(
+            ["item_id", *self._schema.names[1:]]
+        )
+        seen = np.frombuffer(self._seen, np.uint8).astype(bool)
+        of_source = np.zeros(int(final_ids.max(initial=0)) + 1, bool)
+        of_source[final_ids[seen]] = True
+        of_source[0] = False
+        return whole.filter(pa.array(of_source[whole["item_id"].to_numpy()]))
 
     def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:
         """The rows of the spool, batch by batch, that are the latest of their item and have a final id."""
@@ -271,6 +281,15 @@ class ItemCatalogue:
                 keep = pa.array(latest & (ids > 0))
                 table = pa.Table.from_batches([batch]).set_column(0, "item_id", pa.array(ids)).filter(keep)
                 yield table if self.has_created_at else table.drop_columns("created_at")
+
+
+def encode_features(table: pa.Table, vocabularies: dict[str, Vocabulary]) -> pa.Table:
+    """The table with the values of its columns `feature_<name>` as ids; new values are added to the vocabularies."""
+    for name, vocabulary in vocabularies.items():
+        column = f"feature_{name}"
+        encoded = vocabulary.encode(table[column])
+        table = table.set_column(table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded)
+    return table
 
 
 def decode_feature(ids: pa.ListArray, vocabulary: pa.ChunkedArray) -> pa.ListArray:

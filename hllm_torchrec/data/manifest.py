@@ -56,6 +56,25 @@ def version_of(manifest: Mapping[str, Any]) -> int:
     return int(manifest.get("version", 1))
 
 
+def chain_base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The base of a version: `folder` ("": the dataset itself), `event_files`, `cuts` and `seconds`.
+
+    cuts: seconds and source rows at which a split by time divided it. None: a dataset of an earlier release, without
+    event files.
+    """
+    if "base" in manifest:
+        return dict(manifest["base"])
+    if not manifest.get("event_files"):
+        return None
+    split = manifest["split"]
+    return {
+        "folder": "",
+        "event_files": sorted(manifest["event_files"]),
+        "cuts": [split.get("cut_timestamps", []), split.get("cut_orders", [])],
+        "seconds": manifest["seconds"],
+    }
+
+
 def manifest_path(root: Path, version: int | None = None) -> Path:
     """Path of the manifest of a version (None: the newest).
 

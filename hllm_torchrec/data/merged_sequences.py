@@ -60,12 +60,12 @@ class MergedSequences:
         return np.flatnonzero(end > start)
 
     def read(self, user_ids: Ints, part: str, columns: Sequence[str]) -> Sequences:
-        """The sequences of `user_ids` [R], ascending, to the end of a part; columns that are not named are unknown."""
+        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown."""
         p = SPLITS.index(part)
         users = np.asarray(user_ids, np.int64)
         lengths, target_start = self._starts[p + 1][users].astype(np.int64), self._starts[p][users].astype(np.int64)
         whole = self._merged(users)
-        total = self._starts[-1][users].astype(np.int64)
+        total = self._totals[users].astype(np.int64)
         if (total != lengths).any():
             whole = whole[concat_ranges(np.cumsum(total) - total, lengths)]
         offsets = offsets_from_lengths(lengths)
@@ -77,9 +77,10 @@ class MergedSequences:
         }
         return Sequences(**found, user_ids=users, target_start=target_start, offsets=offsets)
 
-    def events_of(self, user_ids: Ints) -> Events:
-        """All events of `user_ids`, ascending, one user after the other."""
-        return self._merged(np.asarray(user_ids, np.int64))
+    def events_of(self, user_ids: Ints) -> tuple[Events, Ints]:
+        """All events of `user_ids` [R], one user after the other, and their numbers [R]."""
+        users = np.asarray(user_ids, np.int64)
+        return self._merged(users), self._totals[users].astype(np.int64)
 
     def item_counts(self, part: str) -> Ints:
         """Events of each item in a part, int64 [items]."""
@@ -137,7 +138,7 @@ class MergedSequences:
     @cached_property
     def _starts(self) -> list[Ints]:
         """Four arrays [U] int32: each user's number of events before train (0), before valid, before test, and in all."""
-        total = self._sums(lambda one: one.lengths)
+        total = self._totals
         if self._cuts.seconds:
             if self._cuts.of_base:
                 starts = [
@@ -150,6 +151,11 @@ class MergedSequences:
         else:
             starts = [column.astype(np.int32) for column in per_user_starts(self._cuts.rule, self._cuts.fractions, total)]
         return [np.zeros_like(total), *starts, total]
+
+    @cached_property
+    def _totals(self) -> Ints:
+        """[U] int32 number of each user's events."""
+        return self._sums(lambda one: one.lengths)
 
     def _before(self, second: int, files: Sequence[EventFile] | None = None) -> Ints:
         """[U] number of each user's events before a second."""

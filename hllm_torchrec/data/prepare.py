@@ -33,6 +33,7 @@ from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
 from hllm_torchrec.data.staging import Staged, default_partitions, stage
 from hllm_torchrec.data.user_table import UserTable
+from hllm_torchrec.data.vocabulary import compute_marks
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def prepare(
         scratch = target.parent / "scratch"
         scratch.mkdir()
         manifest = _run(source, options, target, scratch, Dataset.open(output) if extend and existing else None)
-        write_manifest(target, {**manifest, "request": request})
+        manifest["request"] = request
+        marks = compute_marks(Dataset(target, manifest))
+        write_manifest(target, {**manifest, "vocabulary": {name: mark.to_json() for name, mark in marks.items()}})
     logger.info("%s: prepared", output)
     return output
 

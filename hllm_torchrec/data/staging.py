@@ -34,6 +34,7 @@ class Staged:
     item_words: dict[str, Vocabulary]
     user_words: dict[str, Vocabulary]
     log: BadRowLog
+    locate: RowLocator
 
 
 def stage(source: Source, policy: BadRows, partitions: int, scratch: Path, old: Dataset | None) -> Staged:
@@ -58,7 +59,7 @@ def stage(source: Source, policy: BadRows, partitions: int, scratch: Path, old: 
     # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
     user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions, "raw_user_id"))
     sorted_events = _sort(event_files, users, log, locate)
-    return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, log)
+    return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, log, locate)
 
 
 def default_partitions(source: Source) -> int:

@@ -25,7 +25,7 @@ from hllm_torchrec.common.atomic_files import replace_file, sync_folder
 from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.common.locks import hold_lock, lock_wait
 from hllm_torchrec.common.machine_errors import path_in_errors
-from hllm_torchrec.data.manifest import MANIFEST, SCHEMA_VERSION_CHAIN, VERSIONS, listed_files, read_manifest, version_of
+from hllm_torchrec.data.manifest import MANIFEST, SCHEMA_VERSION_CHAIN, VERSIONS, read_manifest, version_of
 
 APPENDS, BASES = "appends", "bases"
 _DRAFT = ".draft-"
@@ -62,7 +62,7 @@ def _sweep(root: Path) -> None:
 def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
     """Context manager with an empty folder that becomes `root`/`parent`/`version` at the end of the block.
 
-    `scratch` beside it is removed. On an exception, nothing is left.
+    `scratch` beside it is removed. If the folder stays empty, or on an exception, nothing is left.
     """
     (root / parent).mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=root / parent))
@@ -72,11 +72,12 @@ def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
         (work / "scratch").mkdir()
         yield new
         target = root / parent / version_name(version)
-        with path_in_errors(target):
-            _sync_tree(new)
-            new.rename(target)
-            sync_folder(target.parent)
-            sync_folder(root)
+        if any(new.iterdir()):
+            with path_in_errors(target):
+                _sync_tree(new)
+                new.rename(target)
+                sync_folder(target.parent)
+                sync_folder(root)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -97,12 +98,13 @@ def version_name(version: int) -> str:
     return f"{version:05d}"
 
 
-def file_facts(root: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file below `folder`, by its path relative to `root`."""
+def file_facts(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file below `folder`, which the dataset will have as the folder `name`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = hash_files(paths, "checksums")
     return {
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": hashes[path]} for path in paths
+        f"{name}/{path.relative_to(folder).as_posix()}": {"bytes": path.stat().st_size, "sha256": hashes[path]}
+        for path in paths
     }
 
 
