@@ -50,15 +50,20 @@ class Dataset:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> "Dataset":
-        """Open `path`, which may be a URL.
+    def open(cls, path: str | Path, version: int | None = None) -> "Dataset":
+        """Open a version (None: the newest) of the dataset at `path`, which may be a URL.
 
         Raises:
-            ValueError: `path` is not a dataset, has another schema version, or has damaged files.
+            ValueError: `path` is not a dataset, lacks this version, has another schema version, or has damaged files.
         """
         url = url_of(path)
         root = Path(path) if url is None else local_dataset(url)
         return cls(root, read_manifest(root))
+
+    @property
+    def version(self) -> int:
+        """Number of the opened version, from 1 on."""
+        return 1
 
     @property
     def name(self) -> str:
