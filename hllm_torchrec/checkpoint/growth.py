@@ -117,12 +117,12 @@ def first_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor | None:
             local.append(Shard(shard.tensor[: metadata.shard_sizes[0]], metadata))
     if not local:
         return None
-    metadata = ShardedTensorMetadata(
+    of_rows = ShardedTensorMetadata(
         shards_metadata=[shard for shard in cut.values() if shard is not None],
         size=torch.Size((rows, *whole.size[1:])),
         tensor_properties=whole.tensor_properties,
     )
-    view: torch.Tensor = ShardedTensor._init_from_local_shards_and_global_metadata(local, metadata)
+    view: torch.Tensor = ShardedTensor._init_from_local_shards_and_global_metadata(local, of_rows)
     return view
 
 

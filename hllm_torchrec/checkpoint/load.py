@@ -29,7 +29,7 @@ from hllm_torchrec.checkpoint import growth
 from hllm_torchrec.checkpoint import layout as files
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
 from hllm_torchrec.checkpoint.save import BackgroundWriter, first_error, save_checkpoint
-from hllm_torchrec.checkpoint.state import flatten, rng_state, set_rng_state
+from hllm_torchrec.checkpoint.state import flatten, is_under, rng_state, set_rng_state
 from hllm_torchrec.distributed import coordination
 
 __all__ = [
@@ -45,10 +45,16 @@ __all__ = [
 ]
 
 _NAMES_SHOWN = 5
+_REMEDY = (
+    "Build the model from the configuration saved with the checkpoint, or choose another checkpoint (allow_missing "
+    "keeps the present values under given prefixes)"
+)
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = ()) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = (), remedy: str = _REMEDY
+) -> dict[str, Any]:
     """Copy a checkpoint into the tensors of `state`, in place, and return its `extra`. Collective.
 
     The world size and the sharding plan may differ from those of the save, and dtypes are converted. Embedding tables
@@ -60,7 +66,8 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
         path: a checkpoint's directory, as from `latest_checkpoint`.
         state: as in `save_checkpoint`. Optimizer state must exist already: see `optim.materialize_state`.
         allow_missing: prefixes of keys, such as `"dense"`, which keep their present values if the checkpoint
-            has no tensor of that key and shape; the keys are logged.
+            does not have them, and may be in the checkpoint only; the former are logged.
+        remedy: what to do about a checkpoint of another model, for the error.
 
     Raises:
         ValueError: the checkpoint is damaged, was made by another model (names the keys), or contains a pickle
@@ -70,7 +77,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
     path = Path(path)
     # All ranks compare before any of them reads: on an error no tensor has been changed, on any rank.
     reports = coordination.run_on_all_ranks(lambda: _compare(path, state))
-    kept = _raise_mismatches(path, reports, list(state), allow_missing)
+    kept = _raise_mismatches(path, reports, list(state), allow_missing, remedy)
     _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
     if coordination.rank() == 0:
         for rows in _grown(reports).values():
@@ -159,7 +166,7 @@ def _grown(reports: list[dict[str, Any]]) -> dict[str, growth.TableRows]:
 
 
 def _raise_mismatches(
-    path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str]
+    path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str], remedy: str
 ) -> set[str]:
     """Raise one error for all ranks' mismatches; return the keys that may keep their values."""
     # A rank has only its own tables, so a key is unexpected only if no rank has it.
@@ -167,30 +174,22 @@ def _raise_mismatches(
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
     # Groups that `state` leaves out (such as the optimizers) are skipped on purpose: their keys are not unexpected.
-    unexpected = {key for key in reports[0]["saved"] if _is_under(key, groups) and key not in wanted}
+    unexpected = {key for key in reports[0]["saved"] if is_under(key, groups) and key not in wanted}
     grown = _grown(reports)
     # State of another kind of optimizer than before: see `starts_anew`.
     moved = {key for key in missing | unexpected if growth.starts_anew(key, grown)}
-    kept = {key for key in missing | reshaped.keys() if key in moved or _is_under(key, allow_missing)}
-    unexpected = {key for key in unexpected - moved if not _is_under(key, allow_missing)}
+    kept = {key for key in missing if key in moved or is_under(key, allow_missing)}
+    unexpected = {key for key in unexpected - moved if not is_under(key, allow_missing)}
     parts = [
         _name_some("missing from the checkpoint", missing - kept),
         _name_some("in the checkpoint only", unexpected),
-        _name_some("of another shape", {text for key, text in reshaped.items() if key not in kept}),
+        _name_some("of another shape", set(reshaped.values())),
     ]
     if any(parts):
-        raise ValueError(
-            f"{path} is not of this model: {'; '.join(part for part in parts if part)}. Build the model from "
-            "the configuration saved with the checkpoint, or choose another checkpoint (allow_missing keeps "
-            "the present values under given prefixes)"
-        )
+        raise ValueError(f"{path} is not of this model: {'; '.join(part for part in parts if part)}. {remedy}")
     if kept and coordination.rank() == 0:
         _logger.warning("%s: %s; they keep their present values", path, _name_some("not loaded", kept))
     return kept
-
-
-def _is_under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _name_some(what: str, names: set[str]) -> str:

@@ -26,6 +26,7 @@ LORA_BOUNDS = {
 BOUNDS = {
     "seed": ">= 0",
     "max_steps": ">= 0",
+    "data.version": ">= 1",
     "data.max_history": ">= 2",
     "data.batch_users": ">= 1",
     "data.batch_item_tokens": ">= 0",
@@ -83,6 +84,7 @@ def config_problems(config: "Config") -> list[str]:
     return [
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
+        *_start_problems(config),
         *_length_problems(config),
         *_moment_problems(config),
         *_optimizer_problems(config),
@@ -100,6 +102,14 @@ def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
         yield "stages: empty: give at least one, e.g. [{name: end to end, epochs: 1}]"
     for number, stage in enumerate(stages):
         yield from out_of_bounds(stage, STAGE_BOUNDS, f"stages[{number}].")
+
+
+def _start_problems(config: "Config") -> Iterator[str]:
+    for name in ("start_from_optimizer", "start_from_skip"):
+        if getattr(config, name) and config.start_from is None:
+            yield f"{name}: {getattr(config, name)}: no run to start from; name it in start_from, or leave it out"
+    if config.features.new_rows == "neighbors" and not (config.item_llm.enabled or config.data.item_features):
+        yield "features.new_rows: 'neighbors': items have neither text nor features to compare; choose noise or unknown"
 
 
 def _length_problems(config: "Config") -> Iterator[str]:

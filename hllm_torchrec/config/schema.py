@@ -66,6 +66,9 @@ class DataConfig:
 
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
+    version: int | None = None
+    """Version of the dataset; none given: the newest one at the start of a run, with which a resumed run continues,
+    while jobs on the run read the newest one of their day."""
     history: Literal["all", "positive"] = "all"
     """Earlier events that form the history: all events with their actions, or only those with label 1, as in the
     paper."""
@@ -224,6 +227,10 @@ class FeatureConfig:
     """Width of each component's table."""
     init_scale: float = 0.02
     """Table entries are initialized uniformly in +-init_scale."""
+    new_rows: Literal["noise", "unknown", "neighbors"] = "noise"
+    """Rows of ids that came after a checkpoint was saved. noise: their initialization; unknown: the row of the unknown
+    id 0; neighbors (items, others as `unknown`): the mean ID embedding of the known items most similar in text, or in
+    item features without an Item LLM."""
     shard_from_rows: int = 1024
     """Tables with fewer rows are replicated (data parallel) and belong to the dense optimizer."""
     sharding: Literal["table_wise", "column_wise", "row_wise", "auto"] = "table_wise"
@@ -390,8 +397,15 @@ class Config:
     """Continue from the last complete checkpoint of `output`, or start a new run if there is none: for jobs that are
     restarted after failures."""
     start_from: str | None = None
-    """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. The
-    Item LLM and the user encoder must be the same; other parts that it lacks keep their initial values."""
+    """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. Tables
+    may have more rows now: known ids keep theirs. The Item LLM and the user encoder must be the same; other parts that
+    it lacks keep their initial values."""
+    start_from_optimizer: bool = False
+    """Also start with the state of its optimizers (means of gradients, Adagrad's sums): for a run that continues
+    training on newer events. The steps, and with them the learning rate schedule, begin at 0."""
+    start_from_skip: tuple[str, ...] = ()
+    """Parts of the model, such as [features, head], that keep their initial values instead of those of `start_from`:
+    needed if they have another shape, or if the run's ids are not those of the dataset."""
     max_steps: int = 0
     """Stop after this many steps; 0: run all stages."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -151,10 +151,15 @@ def compute_marks(dataset: "Dataset") -> dict[str, IdMark]:
     return {name: mark_ids(map_ids(dataset, name)) for name in names}
 
 
-def vector_mark(vectors: np.ndarray, count: int | None = None) -> IdMark:
-    """Mark of dense item features, float32 [N, V]: of their first `count` rows, or of all."""
-    rows = np.ascontiguousarray(vectors[:count], np.float32)
-    return mark_ids(blake2b(row.tobytes(), digest_size=_DIGEST).digest() for row in rows)
+def vector_mark(vectors: np.ndarray) -> IdMark:
+    """Mark of dense item features, float32 [N, V], whose rows are the ids of the map."""
+    return mark_ids(row_digests(vectors))
+
+
+def row_digests(vectors: np.ndarray, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """Digests of rows start..stop - 1 (None: to the end) of dense item features, float32 [N, V]."""
+    for row in np.ascontiguousarray(vectors[start:stop], np.float32):
+        yield blake2b(row.tobytes(), digest_size=_DIGEST).digest()
 
 
 def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
@@ -178,7 +183,7 @@ def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = No
 
 
 def map_problems(run: Mapping[str, IdMark], dataset: "Dataset", names: Iterable[str]) -> list[str]:
-    """One message for each of the named maps of a run that is not a prefix of the dataset's.
+    """One message for each of the named maps of a run ("there") that is not a prefix of the dataset's ("here").
 
     names: maps to compare; those that the run has no mark of are skipped. `vectors/<name>` are not compared here.
     """
@@ -194,10 +199,10 @@ def map_problems(run: Mapping[str, IdMark], dataset: "Dataset", names: Iterable[
 
 
 def _describe(dataset: "Dataset", name: str, run: IdMark, data: IdMark, found: IdDifference) -> str:
-    """One line about a difference; ids count from 1, as in the tables."""
+    """Describe a difference; ids count from 1, as in the tables."""
     if found.is_shorter:
-        return f"{name}: the run has {run.count}, {dataset.root} only {data.count}"
+        return f"{name}: {data.count} here, {run.count} there"
     if found.last - found.first > 1:
-        return f"{name}: {found.first + 1} to {found.last} are not the same in {dataset.root} as in the run"
+        return f"{name}: the first other one is between numbers {found.first + 1} and {found.last}"
     here = next(iter(map_ids(dataset, name, found.first, found.last)))
-    return f"{name}: number {found.last} is {here!r} in {dataset.root}, and another one in the run"
+    return f"{name}: number {found.last} is {here!r} here and another one there"

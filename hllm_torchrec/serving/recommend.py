@@ -52,6 +52,7 @@ def recommend(
     which: str = "best",
     time: int | None = None,
     include_seen: bool = False,
+    dataset: Path | None = None,
 ) -> Recommendations:
     """Return the `top` items for a user, from a checkpoint of a run. Runs in one process.
 
@@ -59,27 +60,28 @@ def recommend(
         user: raw id.
         time: second (UTC) of the request; None: now. Events at or after it are excluded.
         include_seen: also recommend items of the history.
+        dataset: dataset with the catalogue and the user's events; None: the newest version of the run's.
 
     Raises:
         ValueError: no such run, checkpoint or user; a user without events before `time`; `top` below 1.
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")
-    config = run_config(run)
-    dataset = Dataset.open(config.data.dataset)
+    config = run_config(run, dataset)
+    opened = Dataset.open(config.data.dataset, config.data.version)
     moment = int(clock.time()) if time is None else time
-    history = history_before(dataset, user, moment - config.data.feedback_delay)
+    history = history_before(opened, user, moment - config.data.feedback_delay)
     if config.objective.has_head:
-        scores, scored_by = _probabilities(run, which, device, history, moment), "probability"
+        scores, scored_by = _probabilities(run, which, device, history, moment, dataset), "probability"
     else:
-        scores, scored_by = _similarities(run, which, device, history, moment), "similarity"
+        scores, scored_by = _similarities(run, which, device, history, moment, dataset), "similarity"
     scores[0] = -np.inf  # the unknown item
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
     # Excluded items have the score -inf; after the exclusions fewer than `top` items may remain.
     best = best[np.isfinite(scores[best])]
-    read = _reader(dataset, config)
+    read = _reader(opened, config)
     return Recommendations(
         [RecommendedItem(*read(item)) for item in history.item_ids.tolist()],
         [RecommendedItem(*read(item), score) for item, score in zip(best.tolist(), scores[best].tolist(), strict=True)],
@@ -104,16 +106,20 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
     raise ValueError(f"user {user!r}: no event before {time}; name a later time")
 
 
-def _probabilities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
+def _probabilities(
+    run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
+) -> NDArray[np.float64]:
     """Probabilities [N] of all items of the catalogue, from the ranking head."""
-    with Scorer.of_run(run, which, device) as scorer:
+    with Scorer.of_run(run, which, device, dataset=dataset) as scorer:
         logits = scorer.score(history, np.arange(scorer.experiment.dataset.num_items), time)
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def _similarities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
+def _similarities(
+    run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
+) -> NDArray[np.float64]:
     """Cosines [N] between the predicted next item and all items of the catalogue."""
-    loaded = load_run(run, which, device)
+    loaded = load_run(run, which, device, dataset=dataset)
     experiment = loaded.experiment
     piece = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
     experiment.model.eval()

@@ -159,8 +159,12 @@ class Scorer:
         device: torch.device | None = None,
         micro_batch: int = MICRO_BATCH,
         table_dtype: str | None = None,
+        *,
+        dataset: Path | None = None,
     ) -> Self:
         """Build the scorer of a run directory from its checkpoint "best" or "latest", or from a given checkpoint.
+
+        dataset: dataset with the catalogue; None: the newest version of the run's.
 
         Averaged weights (`optim.ema`) are used if the run has them, until `close`.
 
@@ -168,7 +172,7 @@ class Scorer:
             ValueError: as `load_run` and the class.
         """
         device = device or init_distributed()
-        loaded = load_run(run, which, device, _in_one_process(run_config(run)))
+        loaded = load_run(run, which, device, _in_one_process(run_config(run, dataset)))
         # pop_all moves the contexts to the scorer: they stay open until `close`, but end here if the constructor fails.
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)

@@ -9,6 +9,7 @@ import pytest
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.split import Split
 from tests.helpers.source_files import ITEMS, PARTS, memory_source, oracle, random_events, sequences
 
 
@@ -63,3 +64,34 @@ def test_appended_days_are_what_preparing_everything_gives(tmp_path, rule):
         for item, *_ in history:
             counts[raw.index(item) + 1] += 1
     assert dataset.training_item_counts().tolist() == counts.tolist()
+
+
+def test_an_append_moves_the_cuts_of_a_split_by_time_for_all_events(tmp_path):
+    events = [("u1", "i1", 5, 10), ("u2", "i2", 4, 20), ("u1", "i3", 1, 30), ("u2", "i1", 5, 40), ("u1", "i2", 5, 50)]
+    root = prepare(memory_source(tmp_path / "0", events, ITEMS), tmp_path / "out", split=Split(fractions=(0.6, 0.2, 0.2)))
+    day = [("u3", "i1", 5, 60), ("u1", "i1", 2, 70), ("u2", "i3", 3, 80)]
+    late = [("u3", "i2", 1, 45)]
+    split = Split("date", train_until=60, valid_until=80)
+    append_events(memory_source(tmp_path / "1", [*day, *late], ITEMS[:1]), root, split=split)
+    dataset = Dataset.open(root)
+    found = {part: {user: start for user, (start, _) in sequences(dataset, part).items()} for part in PARTS}
+    assert found == {"train": {"u1": 0, "u2": 0, "u3": 0}, "valid": {"u1": 3, "u3": 1}, "test": {"u2": 2}}
+    assert dataset.training_item_counts().sum() == 6
+    assert Dataset.open(root, 1).manifest["split"]["rule"] == "time" and dataset.manifest["split"]["rule"] == "date"
+    again = append_events(memory_source(tmp_path / "2", [("u1", "i3", 5, 90)], ITEMS[:1]), root)
+    assert again is not None and list(sequences(Dataset.open(root), "test")) == ["u1", "u2"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "split", "message"),
+    [
+        ("leave_one_out", Split("date", train_until=2, valid_until=4), "only dates can move, of a dataset split by time"),
+        ("time", Split(), r"--append with split time: .* only dates can move"),
+        ("time", Split("date", train_until=2, valid_until=10**6), "leave a part without events; give dates between them"),
+    ],
+)
+def test_cuts_that_cannot_move_are_refused_and_nothing_is_written(tmp_path, rule, split, message):
+    root = prepare(memory_source(tmp_path / "0", random_events(), ITEMS), tmp_path / "out", split=rule)
+    with pytest.raises(ValueError, match=message):
+        append_events(memory_source(tmp_path / "1", [("new", "i1", 5, 500)], ITEMS[:1]), root, split=split)
+    assert Dataset.open(root).version == 1

@@ -320,7 +320,7 @@ def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 class _Unprepared(Dataset):
     """A dataset whose split has no file."""
 
-    def row_groups(self, part: str) -> list[RowGroup]:
+    def row_groups(self, part: str, since: int | None = None) -> list[RowGroup]:
         return []
 
 
