@@ -93,11 +93,6 @@ class Dataset:
         return version_of(self.manifest)
 
     @property
-    def version(self) -> int:
-        """Number of the opened version, from 1 on."""
-        return 1
-
-    @property
     def name(self) -> str:
         """The source's name."""
         return str(self.manifest["name"])
