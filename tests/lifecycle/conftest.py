@@ -1,6 +1,7 @@
 """A tiny shop whose days are nights' exports, and the files of `hllm nightly` for it."""
 
-from collections.abc import Callable
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import yaml
 
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.distributed.process_group import destroy_distributed
+from hllm_torchrec.launch import nightly
 from tests.helpers import fixtures
 from tests.helpers.scripts import bench_module
 from tests.helpers.training_fixtures import ITEM_LLAMA
@@ -31,6 +34,22 @@ class World:
     @property
     def dataset(self) -> Path:
         return self.root / "data"
+
+    def copy(self, root: Path) -> "World":
+        """A copy in another folder, of which night.yaml says so."""
+        copied = World(shutil.copytree(self.root, root, symlinks=True))
+        copied.configure()
+        return copied
+
+    def words(self, night: str, *more: str) -> list[str]:
+        """Arguments of `hllm nightly`."""
+        return ["--config", str(self.root / "night.yaml"), "--night", night, *more]
+
+    def state(self, night: str) -> dict[str, dict[str, Any]]:
+        """What the steps of a night have done."""
+        text = (self.nights / "nights" / night / "state.json").read_text()
+        done: dict[str, dict[str, Any]] = json.loads(text)["done"]
+        return done
 
     def configure(self, **sections: Any) -> Path:
         """Write night.yaml, with values that replace the standard ones."""
@@ -77,15 +96,23 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def world(begun: Path, tmp_path: Path, copy: Callable[[Path, Path], Path]) -> World:
-    """A world of this test's own."""
-    return World(copy(begun, tmp_path / "world"))
+@pytest.fixture(scope="session")
+def after_one(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world after the night of its third day."""
+    return next_night(World(begun), tmp_path_factory.mktemp("one") / "world", "day-03")
 
 
 @pytest.fixture(scope="session")
-def copy() -> Callable[[Path, Path], Path]:
-    """Copy a folder, links as links."""
-    import shutil
+def after_two(after_one: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world after the nights of its third and fourth day."""
+    return next_night(after_one, tmp_path_factory.mktemp("two") / "world", "day-04")
 
-    return lambda source, target: shutil.copytree(source, target, symlinks=True)
+
+def next_night(before: World, root: Path, name: str) -> World:
+    """A copy of a world, in another folder, with one more night."""
+    world = before.copy(root)
+    try:
+        assert nightly.main(world.words(name)) == 0
+    finally:
+        destroy_distributed()
+    return world

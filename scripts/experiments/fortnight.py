@@ -1,0 +1,289 @@
+"""Two weeks of nights: AUC of each next day for last night's model, a nightly increment, and training from scratch.
+
+    python scripts/experiments/fortnight.py --output runs/fortnight --seeds 0 1 2
+    python scripts/experiments/fortnight.py --output runs/weeks --mapping ml-100k/table.yaml --seeds 0 1 2
+
+Without --mapping it is the shop of `shop.py` (a day each, after a week); with it the last fourteen weeks of a table
+source. At the start of each period its events are appended as a new version; models are scored on all of its exposures:
+
+    stale     the model of the night before, as it is: it was not trained on the last period
+    nightly   one epoch more over what is new since then, from that model with its optimizers (`start_from`)
+    scratch   trained on everything to its best validation epoch
+    frozen    the first model, never trained again
+
+All train until the same moment of the period before; the rest of that period is validation. Costs are CPU seconds of
+training (all of `build_trainer` and `run`) and samples, i.e. exposures times epochs. Results are kept in
+OUTPUT/seed-N/results.jsonl, so that the script can be stopped and started again; OUTPUT/fortnight.json has all.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.csv
+import shop
+import torch
+import yaml
+
+from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.append import append_events
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.split import Split
+from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.evaluation.run_loader import load_run, run_config
+from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
+from hllm_torchrec.training.trainer_setup import build_trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST, PERIODS = 6, 14
+"""Days of the shop that the first model is of, and periods that are scored: after one more, of which the first night
+is."""
+HELD = 0.2
+"""Share of a period, the last by number of events, that is validation."""
+ARMS = ("stale", "nightly", "scratch", "frozen")
+
+COMMON: dict[str, Any] = {
+    "item_llm": {"enabled": False},
+    "user": {"encoder": "sasrec", "shape": {"width": 32, "layers": 1, "heads": 2, "max_positions": 64, "dropout": 0.1}},
+    "features": {"time_depth": 0, "init_scale": 0.05, "shard_from_rows": 64},
+    "objective": {"fusion": "early", "head_hidden": 32},
+    "optim": {"lr": 2.0e-3, "table_lr": 0.02, "weight_decay": 0.05, "ema": 0.0},
+    "evaluation": {"batch_users": 64, "patience": 2, "keep_last": 1},
+    "stages": [{"name": "all", "epochs": 12}],
+}
+WORLDS: dict[str, dict[str, Any]] = {
+    "shop": {"data": {"item_features": ["genres"], "user_features": ["country"], "max_history": 64, "batch_users": 32}},
+    "table": {
+        "data": {
+            "item_features": ["genres"],
+            "numeric_features": ["history_length", "user_mean"],
+            "max_history": 64,
+            "batch_users": 16,
+        }
+    },
+}
+INCREMENT: dict[str, Any] = {
+    "stages": [{"name": "night", "epochs": 1}],
+    "optim.warmup": 0,
+    "optim.lr": 5.0e-4,
+    "optim.table_lr": 0.01,
+    "optim.min_lr_ratio": 1.0,
+    "start_from_optimizer": True,
+}
+
+
+@dataclass(frozen=True)
+class Period:
+    """A period's mapping for `hllm prepare --source table`, and its sorted seconds of events."""
+
+    mapping: Path
+    seconds: np.ndarray
+
+    @property
+    def start(self) -> int:
+        """Second of its first event."""
+        return int(self.seconds[0])
+
+    @property
+    def cut(self) -> int:
+        """First second of its validation part."""
+        return int(self.seconds[int((1 - HELD) * self.seconds.size)])
+
+
+def shop_periods(folder: Path, seed: int, sizes: Mapping[str, int]) -> list[Period]:
+    """The shop's first days as one period, then each day."""
+    found, begun = [], []
+    for day in shop.days(shop.Shop(seed=seed, **sizes)):
+        shop.write_day(day, folder)
+        seconds = day.events["second"].to_numpy()
+        if day.number <= FIRST:
+            begun.append(seconds)
+            if day.number < FIRST:
+                continue
+            pattern, seconds = f"day-0[1-{FIRST}].csv", seconds
+        else:
+            pattern = f"day-{day.number:02d}.csv"
+        found.append(Period(shop.write_mapping(folder, f"until-{day.number:02d}", pattern), seconds))
+    return found
+
+
+def table_periods(folder: Path, mapping_file: Path, length: int, count: int) -> list[Period]:
+    """Everything before the last `count` periods of `length` seconds of a table source, then each of them."""
+    mapping = yaml.safe_load(mapping_file.read_text())
+    events = pyarrow.csv.read_csv(mapping_file.parent / mapping["events"]["path"])
+    events = events.sort_by(mapping["events"]["time"])
+    seconds = events[mapping["events"]["time"]].to_numpy()
+    bounds = seconds[-1] + 1 - length * np.arange(count + 1, -1, -1)
+    starts = np.searchsorted(seconds, [0, *bounds[1:]])  # the first one has all that came before
+    for kind in ("items", "users"):
+        if kind in mapping:
+            mapping[kind]["path"] = str((mapping_file.parent / mapping[kind]["path"]).resolve())
+    found = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        name = f"period-{number:02d}"
+        pyarrow.csv.write_csv(events.slice(start, end - start), folder / f"{name}.csv")
+        (folder / f"{name}.yaml").write_text(
+            yaml.safe_dump({**mapping, "events": {**mapping["events"], "path": f"{name}.csv"}})
+        )
+        own = seconds[start:end]
+        # Of what came first, the validation part is of its last period only, as in the others.
+        found.append(Period(folder / f"{name}.yaml", own[own >= bounds[0]] if number == 0 else own))
+    return found
+
+
+class Fortnight:
+    """The nights of one seed in its folder; `results` has what was measured, by (period, arm)."""
+
+    def __init__(self, folder: Path, world: str, seed: int, periods: list[Period], device: torch.device) -> None:
+        self.folder, self.world, self.seed, self.periods, self.device = folder, world, seed, periods, device
+        self.data, self.log = folder / "data", folder / "results.jsonl"
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        self.results = {(row["period"], row["arm"]): row for row in map(json.loads, lines)}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "common.yaml").write_text(yaml.safe_dump(COMMON | WORLDS[world]))
+
+    def run(self) -> None:
+        """All nights; what is done already is left out."""
+        # The first model is trained on all of the first period but its last part; the period itself is scored by it.
+        first = self.periods[0]
+        split = Split("date", train_until=first.cut, valid_until=int(first.seconds[-1]))
+        prepare(table(first.mapping), self.data, split=split)
+        self.train(0, "scratch", {})
+        for number, period in enumerate(self.periods[1:], start=1):
+            before = self.periods[number - 1]
+            split = Split("date", train_until=before.cut, valid_until=period.start)
+            append_events(table(period.mapping), self.data, split=split)
+            if number == 1:  # nothing came since the first model
+                continue
+            chain = self.path(0, "scratch") if number == 2 else self.path(number - 1, "nightly")
+            for arm, run in (("frozen", self.path(0, "scratch")), ("stale", chain)):
+                self.score(number, arm, run)
+            for arm, options in (("nightly", self.increment(number, chain)), ("scratch", {})):
+                self.train(number, arm, options)
+                self.score(number, arm, self.path(number, arm))
+
+    def increment(self, number: int, chain: Path) -> dict[str, Any]:
+        """Options of a night's increment: what came since the run of the night before was trained."""
+        return {**INCREMENT, "start_from": str(chain), "data.train_since": self.periods[number - 2].cut}
+
+    def path(self, number: int, arm: str) -> Path:
+        """Run directory of an arm's model."""
+        return self.folder / f"{arm}-{number:02d}"
+
+    def train(self, number: int, arm: str, options: Mapping[str, Any]) -> None:
+        """Train a model, unless it is done."""
+        if (number, f"train {arm}") in self.results:
+            return
+        given = {"output": str(self.path(number, arm)), "seed": self.seed, "resume": True} | options
+        given |= {"data.dataset": str(self.data), "data.version": number + 1}
+        started = time.process_time()
+        trainer = build_trainer(self.config(given), self.device)
+        trainer.run()
+        spent = time.process_time() - started
+        steps = [json.loads(line) for line in (self.path(number, arm) / "log.jsonl").read_text().splitlines()]
+        steps = [line for line in steps if line["event"] == "step"]
+        samples = round(sum(line["samples_per_second"] * line["seconds"] for line in steps))
+        self.record(number, f"train {arm}", steps=trainer.step, samples=samples, cpu_seconds=round(spent, 2))
+
+    def config(self, options: Mapping[str, Any]) -> Config:
+        """The configuration of a training."""
+        words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+        return load_config(["--config", str(self.folder / "common.yaml"), *words])
+
+    def score(self, number: int, arm: str, run: Path) -> None:
+        """Score a model on the period's exposures, unless it is done."""
+        if (number, arm) in self.results:
+            return
+        loaded = load_run(run, "best", self.device, run_config(run, self.data))
+        experiment = loaded.experiment
+        loader = experiment.loader("test", experiment.config.evaluation.batch_users)
+        with loaded.weights, experiment.evaluation_items():
+            cold = experiment.cold_items()
+            columns = score_split(experiment.model, loader, self.device, cold=cold)
+        new = {name: column[columns["item_is_cold"]] for name, column in columns.items()}
+        found = quick_metrics(columns)
+        cold_auc = quick_metrics(new)["auc"] if 0 < new["label"].sum() < new["label"].size else None
+        self.record(number, arm, **{name: round(float(value), 5) for name, value in found.items()}, cold_auc=cold_auc)
+
+    def record(self, number: int, arm: str, **facts: Any) -> None:
+        """Keep and print a result."""
+        row = {"period": number, "arm": arm, **facts}
+        self.results[number, arm] = row
+        with self.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({"seed": self.seed, **row}), flush=True)
+
+
+def summary(results: Mapping[tuple[int, str], Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the periods: AUC of each arm, and the nightly arm's difference to scratch and share of its cost."""
+    periods = sorted({number for number, arm in results if arm == "scratch"})
+    auc = {arm: [results[number, arm]["auc"] for number in periods] for arm in ARMS}
+    cost = {
+        name: {
+            arm: float(np.mean([results[number, f"train {arm}"][name] for number in periods]))
+            for arm in ("nightly", "scratch")
+        }
+        for name in ("samples", "cpu_seconds")
+    }
+    return {
+        "periods": len(periods),
+        "auc": {arm: round(float(np.mean(values)), 4) for arm, values in auc.items()},
+        "least_auc": {arm: min(values) for arm, values in auc.items()},
+        "nightly_minus_scratch": round(float(np.mean(np.subtract(auc["nightly"], auc["scratch"]))), 4),
+        "nightly_minus_stale": round(float(np.mean(np.subtract(auc["nightly"], auc["stale"]))), 4),
+        **{f"share_of_{name}": round(one["nightly"] / one["scratch"], 4) for name, one in cost.items()},
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "fortnight")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--mapping", type=Path, help="mapping of a table source with times in seconds, instead of the shop")
+    parser.add_argument("--period", type=int, default=7 * shop.DAY, help="seconds of a period of it (default: a week)")
+    parser.add_argument("--periods", type=int, default=PERIODS, help=f"periods to score (default: {PERIODS})")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shop, for tests")
+    return parser.parse_args()
+
+
+def periods_of(options: argparse.Namespace, folder: Path, seed: int) -> Iterator[Period]:
+    """The periods of a seed, whose files are written."""
+    if options.mapping is not None:
+        yield from table_periods(folder / "files", options.mapping, options.period, options.periods + 1)
+        return
+    sizes = {"days": FIRST + 1 + options.periods}
+    if options.tiny:
+        sizes |= {"first_items": 30, "daily_items": 2, "first_users": 40, "daily_users": 3, "active": 20}
+    yield from shop_periods(folder / "files", seed, sizes)
+
+
+def main() -> None:
+    """Run all seeds, and write the results of all."""
+    options = arguments()
+    world, found = "shop" if options.mapping is None else "table", {}
+    with distributed_device() as device:
+        for seed in options.seeds:
+            folder = options.output.absolute() / f"seed-{seed}"
+            one = Fortnight(folder, world, seed, list(periods_of(options, folder, seed)), device)
+            one.run()
+            rows = [one.results[key] for key in sorted(one.results)]
+            found[seed] = {"summary": summary(one.results), "rows": rows}
+            print(json.dumps({"seed": seed, **found[seed]["summary"]}), flush=True)
+    versions = {"dataset_versions": Dataset.open(one.data).version, "torch": torch.__version__}
+    result = {"bench": "fortnight", "world": world, "common": COMMON | WORLDS[world], "increment": INCREMENT}
+    text = json.dumps({**result, **versions, "seeds": found}, indent=1)
+    (options.output / "fortnight.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
