@@ -56,16 +56,104 @@ def test_a_night_trains_on_what_came_since_and_moves_the_alias(after_one: World,
 
 
 @pytest.mark.slow
-def test_a_night_trains_every_event_once_and_embeds_what_changed(after_one: World, after_two: World) -> None:
-    data = Dataset.open(after_two.dataset)
-    cut = after_one.state("day-03")["append"]["train_until"]
+def test_a_night_trains_on_every_new_event_once_and_embeds_what_changed(after_one: World, after_two: World) -> None:
+    data, cut = Dataset.open(after_two.dataset), after_one.state("day-03")["append"]["train_until"]
     rows = data.sequences(data.row_groups("train"))
-    new = int((rows.timestamps >= cut).sum())
-    (stage,) = [line for line in lines(after_two.nights / "runs" / "day-04", "epoch")] or [None]
-    assert 0 < new < rows.timestamps.size and stage is None
+    steps = lines(after_two.nights / "runs" / "day-04", "step")
+    trained = round(sum(line["samples_per_second"] * line["seconds"] for line in steps))
+    assert trained == (rows.timestamps >= cut).sum() > 0 and (rows.timestamps < cut).any()
     first, second = after_one.state("day-03")["embed"], after_two.state("day-04")["embed"]
     assert Path(first["items"]).name == Path(second["items"]).name, "the Item LLM is frozen: the same store"
     assert first["embedded_items"] == 28 and second["embedded_items"] == 2
     assert Path(first["users"]).name != Path(second["users"]).name, "another model has another store"
     link = after_two.nights / "current" / "users"
-    assert len(EmbeddingStore.open(link).snapshot()) == data.num_users - 1
+    assert len(EmbeddingStore.open(link).snapshot()) == second["embedded_users"] == data.num_users - 1
+
+
+@pytest.mark.slow
+def test_a_done_night_is_not_repeated_and_a_rollback_decides_where_the_next_one_starts(
+    after_two: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = after_two.copy(tmp_path / "world")
+    capsys.readouterr()
+    assert nightly.main(world.words("day-04")) == 0 and capsys.readouterr().out == ""
+    assert rollback.main(["--folder", str(world.nights)]) == 0
+    assert "current: day-03 (was day-04)" in capsys.readouterr().out
+    assert nightly.main(world.words("day-05", "--steps", "append")) == 0
+    facts = world.state("day-05")["append"]
+    assert Path(facts["start_from"]).name == "day-03" and facts["version"] == 4
+    assert facts["train_since"] == world.state("day-03")["append"]["train_until"]
+
+
+@pytest.mark.slow
+def test_a_model_that_the_gate_refuses_is_not_published(
+    after_one: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = after_one.copy(tmp_path / "world")
+    world.configure(gate={"least_auc": 0.999})
+    assert nightly.main(world.words("day-04")) == nightly.REJECTED
+    assert "day-04: gate: FAIL: AUC 0." in capsys.readouterr().out
+    assert list(world.state("day-04")) == ["append", "train", "evaluate", "gate"]
+    assert nightly.main(world.words("day-04")) == nightly.REJECTED
+    assert nightly.main(world.words("day-04", "--steps", "publish")) == 2
+    assert "night day-04: the gate has refused its model: FAIL" in capsys.readouterr().err
+    current = read_alias(world.nights, "current")
+    assert current is not None and current.name == "day-03"
+
+
+def killed_night(words: list[str], access: int, folder: str) -> None:
+    """Run a night in a process that dies before its file access of this number."""
+    with acting_before(access, lambda: os._exit(9), Path(folder)):
+        os._exit(nightly.main(words))
+
+
+def comparable(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the steps of a night have done, without times and folders."""
+    found = {step: {name: value for name, value in facts.items() if name != "at"} for step, facts in done.items()}
+    names = {"append": ("start_from",), "train": ("run", "metrics"), "embed": ("items", "users")}
+    for step, paths in names.items():
+        found[step] |= {name: Path(str(found[step][name])).name for name in paths if name != "metrics"}
+    # A run that was killed after its last checkpoint has nothing left to measure; vectors that a store has stay there.
+    for step, name in (("train", "metrics"), ("embed", "embedded_items"), ("embed", "embedded_users")):
+        found[step].pop(name)
+    return found
+
+
+@pytest.mark.slow
+def test_a_night_that_is_killed_again_and_again_ends_as_one_that_is_not(
+    after_one: World, after_two: World, tmp_path: Path
+) -> None:
+    world, context, rng, kills = after_one.copy(tmp_path / "world"), forks(), random.Random(0), 0
+    while True:
+        process = context.Process(target=killed_night, args=(world.words("day-04"), rng.randint(40, 700), world.root))
+        process.start()
+        process.join(120)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        kills += 1
+    assert kills > 3
+    assert comparable(world.state("day-04")) == comparable(after_two.state("day-04"))
+    dataset, expected = Dataset.open(world.dataset), Dataset.open(after_two.dataset)
+    assert dataset.version == expected.version and dataset.manifest["counts"] == expected.manifest["counts"]
+    for store in ("items", "users"):
+        found, due = (EmbeddingStore.open(one.nights / "current" / store).snapshot() for one in (world, after_two))
+        assert len(found) == len(due)
+    assert [line["step"] for line in lines(world.nights / "runs" / "day-04", "step")] == [1, 2, 3]
+    left = [path for path in world.root.rglob(".*") if path.name not in (".lock", ".cache") and not path.is_dir()]
+    assert not left, left
+
+
+def test_mistakes_of_a_night_are_one_line(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(begun).copy(tmp_path / "world")
+
+    def refused(message: str, *words: str, **sections: object) -> None:
+        world.configure(**sections)
+        assert nightly.main(world.words("day-03", *words)) == 2
+        assert message in capsys.readouterr().err
+
+    refused("night day-03: step append is not done; run it first (--steps append)", "--steps", "train")
+    refused("held_out: 1.5: must be > 0 and < 1", held_out=1.5)
+    refused("increment: output: is set by `hllm nightly`; leave it out", increment={"output": "runs/x"})
+    refused("--optim.lrr: unknown option (did you mean 'optim.lr'?)", increment={"optim.lrr": 1})
+    refused("matches no file under", append={"path": str(world.root / "first.yaml")}, dataset=str(world.root / "none"))
