@@ -53,6 +53,9 @@ def _sweep(root: Path) -> None:
             unfinished = _NUMBERED.fullmatch(folder.name) and int(folder.name) > newest
             if unfinished or folder.name.startswith(_DRAFT):
                 shutil.rmtree(folder)
+    for pattern in (f".{MANIFEST}-*", f".{_LOCK}.holder-*", f"{VERSIONS}/.*.json-*"):
+        for file in root.glob(pattern):  # what `replace_file` had not renamed yet
+            file.unlink()
     for file in (root / VERSIONS).glob("*.json"):
         if _NUMBERED.fullmatch(file.stem) and int(file.stem) > newest:
             file.unlink()
