@@ -84,8 +84,10 @@ class Dataset:
             ValueError: `path` is not a dataset, lacks this version, has another schema version, or has damaged files.
         """
         url = url_of(path)
-        root = Path(path) if url is None else local_dataset(url)
-        return cls(root, read_manifest(root, version))
+        if url is not None:
+            root = local_dataset(url, version)  # a copy of this version
+            return cls(root, read_manifest(root))
+        return cls(Path(path), read_manifest(Path(path), version))
 
     @property
     def version(self) -> int:
