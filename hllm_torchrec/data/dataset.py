@@ -148,6 +148,8 @@ class Dataset:
         """Hash of the files with the items' rows; it changes with any text."""
         names = [path.relative_to(self.root).as_posix() for path in self._files("items.parquet")]
         hashes = [str(self.manifest["files"][name]["sha256"]) for name in names]
+        # A compacted base has the texts of the version before, and keeps its fingerprint.
+        hashes[0] = self.manifest.get("base", {}).get("items_fingerprint", hashes[0])
         return hashes[0] if len(hashes) == 1 else hash_texts(hashes)
 
     def _files(self, name: str) -> list[Path]:

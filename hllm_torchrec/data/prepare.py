@@ -150,9 +150,9 @@ def _write_new_base(
         version = newest_version(root) + 1
         name = f"{BASES}/{version_name(version)}"
         with draft_folder(root, BASES, version) as target:
-            manifest = _run(source, options, target, target.parent / "scratch", old, is_first=False)
-            if old is not None and not allow_fewer:
-                _check_not_fewer(root, old.manifest["counts"]["events"], manifest["counts"]["events"])
+            at_least = 0 if old is None or allow_fewer else old.manifest["counts"]["events"]
+            scratch = target.parent / "scratch"
+            manifest = _run(source, options, target, scratch, old, at_least=at_least, is_first=False)
             files = file_facts(target, name)
             manifest = _with_marks(target, {**manifest, "request": request})
         split = manifest["split"]
@@ -168,14 +168,6 @@ def _write_new_base(
         if not extend:
             (root / "vectors" / "factors.npy").unlink(missing_ok=True)  # fitted to the items of the dataset before
             remove_versions(root)
-
-
-def _check_not_fewer(root: Path, before: int, now: int) -> None:
-    if now < before:
-        raise ValueError(
-            f"{root}: the source has {now:,} events, the dataset {before:,}: --extend is for a full export. For a file of "
-            "new events use --append; if events were removed on purpose, add --allow-fewer"
-        )
 
 
 def _with_marks(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -224,10 +216,18 @@ def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: 
 
 
 def _run(
-    source: Source, options: _Options, target: Path, scratch: Path, old: Dataset | None, is_first: bool = True
+    source: Source,
+    options: _Options,
+    target: Path,
+    scratch: Path,
+    old: Dataset | None,
+    *,
+    at_least: int = 0,
+    is_first: bool = True,
 ) -> dict[str, Any]:
     """Run all steps from the source to the files in `target`; return the manifest without its files.
 
+    at_least: number of events below which the source is refused.
     is_first: write the sequences as Parquet files, too, and the counts of items: a dataset without other versions.
     """
     staged = stage(source, options.policy, options.partitions, scratch, old)
@@ -236,6 +236,11 @@ def _run(
     total = int(user_counts.sum())
     if total == 0:
         raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
+    if total < at_least:
+        raise ValueError(
+            f"{source.name}: the source has {total:,} events, the dataset {at_least:,}: --extend is for a full export. For "
+            "a file of new events use --append; if events were removed on purpose, add --allow-fewer"
+        )
     users.assign_ids(user_counts)
     item_ids = catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
     cuts = time_cuts(options.split, total, partitions.times) if options.split.rule == "time" else []
