@@ -81,7 +81,8 @@ def build_parser() -> CommandParser:
         metavar="FILE",
         help="add a version with new events, keep all that is there; table: the new event files (default: the mapping's)",
     )
-    parser.add_argument("--extend", action="store_true", help="prepare again, keep all ids, append the new ones")
+    parser.add_argument("--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones")
+    parser.add_argument("--allow-fewer", action="store_true", help="--extend from fewer events than there are")
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser
 
@@ -169,6 +170,7 @@ def run(args: argparse.Namespace) -> None:
             users_per_row_group=args.users_per_row_group,
             overwrite=args.overwrite,
             extend=args.extend,
+            allow_fewer=args.allow_fewer,
         )
         text = summary(folder, display_url(args.output))
     print(text)

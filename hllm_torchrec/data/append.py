@@ -90,7 +90,7 @@ def append_events(
             logger.info("%s: the source holds nothing new: no version is written", root)
             return None
         sources = [*dataset_sources(dataset), {"version": version, "fingerprint": fingerprint}]
-        commit_version(root, dataset.manifest, _manifest(dataset, entry, changes, sources, split))
+        commit_version(root, version, _manifest(dataset, entry, changes, sources, split))
     logger.info("%s: version %d: %d events of %d users", root, version, entry["events"], entry["users"])
     return entry
 
@@ -160,7 +160,7 @@ def _with_event_files(dataset: Dataset) -> Dataset:
         "seconds": found["seconds"],
     }
     manifest = {**dataset.manifest, "base": base, "appends": [], "files": files, "seconds": found["seconds"]}
-    commit_version(root, dataset.manifest, manifest)
+    commit_version(root, version, manifest)
     return Dataset.open(root)
 
 

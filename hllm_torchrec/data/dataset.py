@@ -84,8 +84,10 @@ class Dataset:
             ValueError: `path` is not a dataset, lacks this version, has another schema version, or has damaged files.
         """
         url = url_of(path)
-        root = Path(path) if url is None else local_dataset(url)
-        return cls(root, read_manifest(root, version))
+        if url is not None:
+            root = local_dataset(url, version)  # a copy of this version
+            return cls(root, read_manifest(root))
+        return cls(Path(path), read_manifest(Path(path), version))
 
     @property
     def version(self) -> int:
@@ -146,6 +148,8 @@ class Dataset:
         """Hash of the files with the items' rows; it changes with any text."""
         names = [path.relative_to(self.root).as_posix() for path in self._files("items.parquet")]
         hashes = [str(self.manifest["files"][name]["sha256"]) for name in names]
+        # A compacted base has the texts of the version before, and keeps its fingerprint.
+        hashes[0] = self.manifest.get("base", {}).get("items_fingerprint", hashes[0])
         return hashes[0] if len(hashes) == 1 else hash_texts(hashes)
 
     def _files(self, name: str) -> list[Path]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from hllm_torchrec.common.arrays import Floats, Ints
-from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 
 
 def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: float) -> Any:
@@ -142,6 +142,11 @@ class Sequences(Events):
         """[R] number of events of each row before a second UTC."""
         before = np.concatenate([[0], np.cumsum(self.timestamps < second)])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
+
+    @property
+    def own_events(self) -> Ints:
+        """Indices of the events that belong to the part itself, without the history before."""
+        return concat_ranges(self.offsets[:-1] + self.target_start, self.lengths - self.target_start)
 
     def piece(self, row: int) -> Piece:
         """A row as one piece with the user's complete sequence."""

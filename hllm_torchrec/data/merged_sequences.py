@@ -82,14 +82,18 @@ class MergedSequences:
         users = np.asarray(user_ids, np.int64)
         return self._merged(users), self._totals[users].astype(np.int64)
 
+    def layout(self) -> tuple[Ints, Ints, Ints]:
+        """Ascending ids of all users with events [R], their numbers of events [R], and of those before the cuts [R, 2]."""
+        users = np.flatnonzero(self._totals)
+        starts = np.stack(self._starts[1:-1], axis=1)[users]
+        return users, self._totals[users].astype(np.int64), starts.astype(np.int64)
+
     def item_counts(self, part: str) -> Ints:
         """Events of each item in a part, int64 [items]."""
-        p, counts = SPLITS.index(part), np.zeros(self._rows.items, np.int64)
-        users = self.users(part)
+        counts, users = np.zeros(self._rows.items, np.int64), self.users(part)
         for first in range(0, users.size, _USERS_AT_ONCE):
             rows = self.read(users[first : first + _USERS_AT_ONCE], part, ["item_ids"])
-            own = rows.item_ids if p == 0 else rows.item_ids[concat_ranges(rows.offsets[:-1] + rows.target_start, rows.lengths - rows.target_start)]
-            counts += np.bincount(own, minlength=self._rows.items)
+            counts += np.bincount(rows.item_ids[rows.own_events], minlength=self._rows.items)
         return counts
 
     # ------------------------------------------------------------------ files

@@ -89,7 +89,8 @@ def _announced(original: Any, before: Callable[[Any], None]) -> Any:
         class Announced(original):  # type: ignore[misc, valid-type]
             def __init__(self, path: Any, *args: Any, **options: Any) -> None:
                 before(path)
-                super().__init__(path, *args, **options)
+                if original.__init__ is not object.__init__:  # Arrow's classes take their arguments when they are made
+                    super().__init__(path, *args, **options)
 
         return Announced
 

@@ -142,9 +142,9 @@ def memory_source(folder: Path, events: Sequence[tuple], items: Sequence[str | t
             yield Chunk(event_file, event_table(rows, pa.array(users), pa.array(raw_items), time, time, label, action))
 
     def item_chunks() -> Iterator[Chunk]:
-        ids, titles = zip(*pairs, strict=True)
+        ids, titles = zip(*pairs, strict=True) if pairs else ((), ())
         rows = np.arange(1, len(ids) + 1)
-        yield Chunk(item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": titles, "row": rows}))
+        yield Chunk(item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": pa.array(titles, pa.string()), "row": rows}))
 
     facts: dict[str, object] = {
         "name": "memory",
