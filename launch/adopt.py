@@ -17,9 +17,7 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm adopt", description=__doc__)
     parser.add_run(checkpoint=False)
-    parser.add_argument(
-        "--dataset", type=Path, required=True, metavar="DIR", help="dataset that the run was trained on"
-    )
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="the run's dataset")
     return parser
 
 

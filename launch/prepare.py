@@ -5,8 +5,10 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from hllm_torchrec.common.urls import display_url
+from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
 from hllm_torchrec.data.prepare import prepare
@@ -68,7 +70,15 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--users-per-row-group", type=int, default=256)
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
-    parser.add_argument("--extend", action="store_true", help="prepare again, keep all ids, append the new ones")
+    parser.add_argument(
+        "--append",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="add a version with new events, keep all that is there; table: the new event files (default: the mapping's)",
+    )
+    parser.add_argument("--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones")
+    parser.add_argument("--allow-fewer", action="store_true", help="--extend from fewer events than there are")
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser
 
@@ -88,13 +98,24 @@ def summary(path: Path, name: str = "") -> str:
     """Printed summary of a prepared dataset; name: shown instead of its path."""
     manifest = read_manifest(path)
     counts = manifest["counts"]
-    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"]
+    version = f", version {manifest['version']}" if "version" in manifest else ""
+    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items{version}"]
     for part, facts in manifest["parts"].items():
         share = facts["positives"] / max(facts["exposures"], 1)
         lines.append(f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive")
     for what in ("dropped", "kept"):
-        if counts[what]:
+        if counts[what] and "version" not in manifest:
             lines.append(f"  {what}: {json.dumps(counts[what])}")
+    return "\n".join(lines)
+
+
+def describe_append(entry: dict[str, Any]) -> str:
+    """Lines about an appended version: what it added."""
+    late = f", {entry['late_events']:,} of them late" if entry["late_events"] else ""
+    lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
+    for what in ("items", "users"):
+        lines.append(f"  {what}: {entry[f'new_{what}']:,} new, {entry[f'changed_{what}']:,} changed")
+    lines += [f"  {what}: {json.dumps(entry[what])}" for what in ("dropped", "kept") if entry[what]]
     return "\n".join(lines)
 
 
@@ -105,20 +126,30 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError: the source, its files or an option are not usable.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir)
+    given = [f"--{name}" for name in ("append", "extend", "overwrite") if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir, args.append)
     if source.license_note and args.path is not None:  # a download has printed it already
         print(source.license_note, file=sys.stderr)
+    policy = build_policy(source, args.bad_rows)
     with writable_dataset(args.output) as folder:
+        if args.append is not None:
+            entry = append_events(source, folder, policy=policy)
+            text = summary(folder, display_url(args.output))
+            print(text if entry is None else f"{text}\n{describe_append(entry)}")
+            return
         prepare(
             source,
             folder,
             split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
-            policy=build_policy(source, args.bad_rows),
+            policy=policy,
             min_events=args.min_events,
             core=args.core,
             users_per_row_group=args.users_per_row_group,
             overwrite=args.overwrite,
             extend=args.extend,
+            allow_fewer=args.allow_fewer,
         )
         text = summary(folder, display_url(args.output))
     print(text)

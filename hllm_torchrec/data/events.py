@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from hllm_torchrec.common.arrays import Floats, Ints
-from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 
 
 def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: float) -> Any:
@@ -137,6 +137,11 @@ class Sequences(Events):
     def lengths(self) -> Ints:
         """[R] number of events of each row."""
         return np.diff(self.offsets)
+
+    @property
+    def own_events(self) -> Ints:
+        """Indices of the events that belong to the part itself, without the history before."""
+        return concat_ranges(self.offsets[:-1] + self.target_start, self.lengths - self.target_start)
 
     def piece(self, row: int) -> Piece:
         """A row as one piece with the user's complete sequence."""

@@ -12,26 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.atomic_files import atomic_folder, recover_folder
 from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
-from hllm_torchrec.data.event_partitions import (
-    PartitionWriter,
-    RowLocator,
-    SortedPartitions,
-    core_filter,
-    partition_count,
-    read_stream,
-    sort_partition,
-    write_sorted,
-)
-from hllm_torchrec.data.ingest import read_events, read_items, read_users
-from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_partitions import SortedPartitions, core_filter
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary
 from hllm_torchrec.data.manifest import (
+    EVENTS,
     ITEM_COUNTS,
     MANIFEST,
     SCHEMA_VERSION,
@@ -41,8 +32,19 @@ from hllm_torchrec.data.manifest import (
 from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
+from hllm_torchrec.data.staging import Staged, default_partitions, stage
 from hllm_torchrec.data.user_table import UserTable
-from hllm_torchrec.data.validation import read_table
+from hllm_torchrec.data.versions import (
+    BASES,
+    commit_version,
+    draft_folder,
+    file_facts,
+    newest_version,
+    remove_versions,
+    version_name,
+    write_lock,
+)
+from hllm_torchrec.data.vocabulary import compute_marks
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ def prepare(
     partitions: int | None = None,
     overwrite: bool = False,
     extend: bool = False,
+    allow_fewer: bool = False,
 ) -> Path:
     """Write the dataset directory `output_dir` (layout: module docstring of `data.dataset`) and return its path.
 
@@ -96,13 +99,14 @@ def prepare(
         users_per_row_group: maximum number of users in a row group of the sequences, the unit that is distributed
             over ranks and workers (fewer if a file would have fewer than 32 groups).
         partitions: number of partitions of the users on disk; None: derived from the size of the event files.
-        overwrite: replace another dataset.
-        extend: prepare again from a source that has grown: existing users, items and feature values keep their ids,
-            new ones are appended.
+        overwrite: replace another dataset. Its files are removed, except of versions that runs have pinned.
+        extend: prepare again from a source that has grown, as a new version: existing users, items and feature values
+            keep their ids, new ones are appended.
+        allow_fewer: extend from a source with fewer events than the dataset has.
 
     Raises:
-        ValueError: a bad row (see `bad_rows.BadRows`), an empty part of the split, or an `output_dir` that contains
-            something else. Nothing is written then.
+        ValueError: a bad row (see `bad_rows.BadRows`), an empty part of the split, fewer events than before, or an
+            `output_dir` that contains something else. Nothing is written then.
     """
     options = _Options(
         split=Split(split) if isinstance(split, str) else split,
@@ -110,21 +114,66 @@ def prepare(
         min_events=source.min_events if min_events is None else min_events,
         core=core,
         users_per_row_group=users_per_row_group,
-        partitions=_partitions_for(source) if partitions is None else partitions,
+        partitions=default_partitions(source) if partitions is None else partitions,
     )
     output = Path(output_dir).absolute()
     request = _request(source, options)
+    recover_folder(output)
     existing = _look_at(output, request, overwrite=overwrite, extend=extend)
     if existing is not None and existing["request"] == request:
         logger.info("%s is prepared already from the same source and options: reused", output)
-        return output
-    with atomic_folder(output, replace=True) as target:
-        scratch = target.parent / "scratch"
-        scratch.mkdir()
-        manifest = _run(source, options, target, scratch, output if extend and existing else None)
-        write_manifest(target, {**manifest, "request": request})
-    logger.info("%s: prepared", output)
+    elif (output / MANIFEST).is_file():
+        _write_new_base(source, options, output, request, extend=extend, allow_fewer=allow_fewer)
+        logger.info("%s: prepared", output)
+    else:
+        with atomic_folder(output) as target:
+            scratch = target.parent / "scratch"
+            scratch.mkdir()
+            manifest = _run(source, options, target, scratch, None)
+            write_manifest(target, _with_marks(target, {**manifest, "request": request}))
+        if read_manifest(output)["request"] != request:
+            raise ValueError(f"{output}: another process has prepared another dataset there; choose another folder")
+        logger.info("%s: prepared", output)
     return output
+
+
+def _write_new_base(
+    source: Source, options: _Options, root: Path, request: dict[str, Any], *, extend: bool, allow_fewer: bool
+) -> None:
+    """Add a version with a base of its own to the dataset in `root`; with `extend`, ids are kept.
+
+    Raises:
+        ValueError: see `prepare`.
+    """
+    with write_lock(root):
+        old = Dataset.open(root) if extend else None
+        version = newest_version(root) + 1
+        name = f"{BASES}/{version_name(version)}"
+        with draft_folder(root, BASES, version) as target:
+            at_least = 0 if old is None or allow_fewer else old.manifest["counts"]["events"]
+            scratch = target.parent / "scratch"
+            manifest = _run(source, options, target, scratch, old, at_least=at_least, is_first=False)
+            files = file_facts(target, name)
+            manifest = _with_marks(target, {**manifest, "request": request})
+        split = manifest["split"]
+        base = {
+            "folder": name,
+            "event_files": [one for one in files if one.startswith(f"{name}/{EVENTS}/")],
+            "cuts": [split["cut_timestamps"], split["cut_orders"]],
+            "seconds": manifest["seconds"],
+        }
+        sources = [{"version": version, "fingerprint": request["source_fingerprint"]}]
+        chain = {"base": base, "appends": [], "files": files, "sources": sources}
+        commit_version(root, version, {**manifest, **chain})
+        if not extend:
+            (root / "vectors" / "factors.npy").unlink(missing_ok=True)  # fitted to the items of the dataset before
+            remove_versions(root)
+
+
+def _with_marks(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the marks of the ids in the base in `folder`."""
+    marks = compute_marks(Dataset(folder, manifest))
+    return {**manifest, "vocabulary": {name: mark.to_json() for name, mark in marks.items()}}
 
 
 def _request(source: Source, options: _Options) -> dict[str, Any]:
@@ -166,66 +215,49 @@ def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: 
     )
 
 
-def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Path | None) -> dict[str, Any]:
-    """Run all steps from the source to the files in `target`; return the manifest without its fingerprint."""
-    clash = set(source.item_features) & set(source.user_features)
-    if clash:  # both kinds share the folder `features/` and the batch's keys
-        raise ValueError(f"{source.name}: {sorted(clash)} names both an item and a user feature; rename one")
-    log, locate, users = BadRowLog(options.policy), RowLocator(), UserTable(old)
-    item_words = load_vocabularies(old, source.item_features)
-    user_words = load_vocabularies(old, source.user_features)
-    catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
-    if old is not None:
-        catalogue.load(read_table(old / "items.parquet"), {n: v.table() for n, v in item_words.items()})
-    # Items first: an event of an item that is not in the catalogue is a bad row.
-    read_items(source, catalogue)
-    count = options.partitions
-    events = PartitionWriter(scratch, "events", count, "raw_user_id")
-    event_files = read_events(source, catalogue, log, locate, events)
-    # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
-    user_files = read_users(source, log, PartitionWriter(scratch, "users", count, "raw_user_id"))
-    partitions = _sort(event_files, users, log, locate)
+def _run(
+    source: Source,
+    options: _Options,
+    target: Path,
+    scratch: Path,
+    old: Dataset | None,
+    *,
+    at_least: int = 0,
+    is_first: bool = True,
+) -> dict[str, Any]:
+    """Run all steps from the source to the files in `target`; return the manifest without its files.
+
+    at_least: number of events below which the source is refused.
+    is_first: write the sequences as Parquet files, too, and the counts of items: a dataset without other versions.
+    """
+    staged = stage(source, options.policy, options.partitions, scratch, old)
+    partitions, users, catalogue, log = staged.partitions, staged.users, staged.catalogue, staged.log
     user_counts, item_counts = _filter(partitions, options, len(users), len(catalogue), log)
     total = int(user_counts.sum())
     if total == 0:
         raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
+    if total < at_least:
+        raise ValueError(
+            f"{source.name}: the source has {total:,} events, the dataset {at_least:,}: --extend is for a full export. For "
+            "a file of new events use --append; if events were removed on purpose, add --allow-fewer"
+        )
     users.assign_ids(user_counts)
     item_ids = catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
     cuts = time_cuts(options.split, total, partitions.times) if options.split.rule == "time" else []
     num_items = int(item_ids.max())
-    group = options.users_per_row_group
     held_out = catalogue.held_out(options.split, item_ids)
-    writer = SequenceWriter(target / "sequences", options.split, cuts, held_out, group)
+    writer = SequenceWriter(target, options.split, cuts, held_out, options.users_per_row_group, is_first)
     for table in tqdm(partitions, total=len(partitions.paths), desc="writing sequences", delay=5):
         writer.write(table, users.final_ids, item_ids)
     log.dropped.update({"held_out_of_train": writer.held_out_events} if options.split.hold_out_items else {})
     check_not_empty({part: facts["events"] for part, facts in writer.facts.items()}, options.split)
-    np.save(target / ITEM_COUNTS, writer.item_counts)
-    catalogue.write(target / "items.parquet", item_ids, item_words)
-    users.write(target / "users.parquet", user_files, user_words)
-    _write_features(target, item_words | user_words)
+    if is_first:
+        np.save(target / ITEM_COUNTS, writer.item_counts)
+    catalogue.write(target / "items.parquet", item_ids, staged.item_words)
+    users.write(target / "users.parquet", staged.user_files, staged.user_words)
+    _write_features(target, staged.item_words | staged.user_words)
     counts = _counts(users, num_items, writer, log, catalogue)
-    return _manifest(source, options, cuts, counts, writer.facts, item_words, user_words)
-
-
-def _partitions_for(source: Source) -> int:
-    size = sum(path.stat().st_size for path in source.event_files)
-    return partition_count(size, any(path.suffix in (".gz", ".parquet") for path in source.event_files))
-
-
-def _sort(event_files: list[Path], users: UserTable, log: BadRowLog, locate: RowLocator) -> SortedPartitions:
-    """Sort each partition in place and number its users."""
-    paths = []
-    for path in tqdm(event_files, desc="sorting", delay=5):
-        table = read_stream(path)
-        if table is None:
-            users.raw_ids.append(pa.array([], pa.string()))  # keeps raw_ids aligned with the user files
-            continue
-        table, raw_ids = sort_partition(table, len(users), log, locate)
-        users.raw_ids.append(raw_ids)
-        write_sorted(path, table)
-        paths.append(path)
-    return SortedPartitions(paths)
+    return _manifest(source, options, cuts, counts, writer, staged)
 
 
 def _filter(
@@ -273,15 +305,15 @@ def _manifest(
     options: _Options,
     cuts: list[Cut],
     counts: dict[str, Any],
-    parts: dict[str, dict[str, int]],
-    item_words: dict[str, Vocabulary],
-    user_words: dict[str, Vocabulary],
+    writer: SequenceWriter,
+    staged: Staged,
 ) -> dict[str, Any]:
     last_action = max(source.action_names, default=0)
     return {
         "name": source.name,
         "counts": counts,
-        "parts": parts,
+        "parts": writer.facts,
+        "seconds": list(writer.seconds),
         "split": {
             **options.split.to_dict(),
             "cut_timestamps": [cut.timestamp for cut in cuts],
@@ -291,8 +323,8 @@ def _manifest(
         "has_timestamps": source.has_timestamps,
         "actions": {"number": last_action + 1, "names": {str(k): v for k, v in source.action_names.items()}},
         "text_columns": list(source.text_columns),
-        "item_features": {name: {"size": vocabulary.size} for name, vocabulary in item_words.items()},
-        "user_features": {name: {"size": vocabulary.size} for name, vocabulary in user_words.items()},
+        "item_features": {name: {"size": vocabulary.size} for name, vocabulary in staged.item_words.items()},
+        "user_features": {name: {"size": vocabulary.size} for name, vocabulary in staged.user_words.items()},
         "source": {
             "name": source.name,
             "files": [path.name for path in (*source.event_files, *source.other_files)],

@@ -1,15 +1,18 @@
 """Dataset directories at URLs, read and written through local copies.
 
-A copy is named by the hash of its manifest, so it never changes while a process reads it.
+A copy is one version of a dataset, named by the hash of its manifest, so it never changes while a process reads it.
+Files that another copy has already are linked instead of fetched again.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.hashing import hash_files
@@ -17,7 +20,6 @@ from hllm_torchrec.common.urls import (
     cache_folder,
     fetch_files,
     host_lock,
-    list_files,
     print_transfer,
     read_text,
     remove_files,
@@ -25,42 +27,62 @@ from hllm_torchrec.common.urls import (
     url_name,
     url_of,
 )
-from hllm_torchrec.data.manifest import MANIFEST
+from hllm_torchrec.data.manifest import MANIFEST, VERSIONS, listed_files, version_of
+from hllm_torchrec.data.versions import kept_versions
 
 
-def local_dataset(url: str) -> Path:
-    """This host's copy of the dataset at `url`; fetches it and checks its SHA-256 hashes if it does not exist.
+def local_dataset(url: str, version: int | None = None) -> Path:
+    """This host's copy of a version (None: the newest) of the dataset at `url`; fetched and checked if not there.
 
     Raises:
-        ValueError: the URL has no dataset, or its files are not those of its manifest.
+        ValueError: the URL has no dataset or not this version, or its files are not those of its manifest.
         OSError: the URL cannot be reached.
     """
-    text = read_text(f"{url}/{MANIFEST}")
-    if text is None:
-        raise ValueError(f"{url} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {url}`")
+    text = _manifest_text(url, version)
     # One process per host fetches; the others wait for the lock and then find the copy.
     with host_lock(url) as folder:
         target = folder / hashlib.sha256(text.encode()).hexdigest()[:16] / url_name(url)
         if not target.is_dir():
             with atomic_folder(target) as new:
-                _fetch_whole(url, text, new)
+                _fetch_whole(url, text, new, folder)
     return target
 
 
-def _fetch_whole(url: str, text: str, folder: Path) -> None:
+def _manifest_text(url: str, version: int | None) -> str:
+    text = read_text(f"{url}/{MANIFEST}")
+    if text is None:
+        raise ValueError(f"{url} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {url}`")
+    newest = version_of(_parsed(url, text))
+    if version is None or version == newest:
+        return text
+    kept = read_text(f"{url}/{VERSIONS}/{version:05d}.json")
+    if kept is None:
+        raise ValueError(f"{url}: no version {version}; the newest is {newest}. Choose one that was not pruned")
+    return kept
+
+
+def _parsed(url: str, text: str) -> dict[str, Any]:
+    """The manifest, with names that stay in the dataset, which comes from the network."""
     try:
-        facts = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in json.loads(text)["files"].items()}
+        manifest = dict(json.loads(text))
+        facts = {str(name): (int(one["bytes"]), str(one["sha256"])) for name, one in listed_files(manifest).items()}
+        version_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{url}/{MANIFEST} is damaged ({error}); prepare the dataset again") from error
-    # The manifest comes from the network: its names must not lead out of the folder.
     for name in facts:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{url}/{MANIFEST} is damaged: {name!r} leads out of the dataset; prepare it again")
-    print_transfer("fetching", url, {name: size for name, (size, _) in facts.items()})
-    fetch_files(url, facts, folder)
-    hashes = hash_files([folder / name for name in facts], "checksums")
-    for name, (_, sha256) in facts.items():
-        if hashes[folder / name] != sha256:
+    return manifest
+
+
+def _fetch_whole(url: str, text: str, folder: Path, copies: Path) -> None:
+    facts = listed_files(_parsed(url, text))
+    missing = [name for name in facts if not _link_known(name, facts[name], folder, copies)]
+    print_transfer("fetching", url, {name: facts[name]["bytes"] for name in missing})
+    fetch_files(url, missing, folder)
+    hashes = hash_files([folder / name for name in missing], "checksums")
+    for name in missing:
+        if hashes[folder / name] != facts[name]["sha256"]:
             raise ValueError(
                 f"{url}/{name}: its contents are not those of the manifest: the dataset was replaced while it was "
                 "fetched (start again), or damaged (prepare it again with --overwrite)"
@@ -68,44 +90,66 @@ def _fetch_whole(url: str, text: str, folder: Path) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")  # the text that was read first, which names the copy
 
 
+def _link_known(name: str, facts: Mapping[str, Any], folder: Path, copies: Path) -> bool:
+    """Link a file from another copy, whose manifest has the same file; False if there is none."""
+    for manifest in copies.glob(f"*/*/{MANIFEST}"):
+        known = listed_files(json.loads(manifest.read_text(encoding="utf-8"))).get(name)
+        if known == facts and (manifest.parent / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(manifest.parent / name, folder / name)
+            return True
+    return False
+
+
 @contextmanager
 def writable_dataset(output: Path) -> Iterator[Path]:
-    """Context manager with the folder in which to prepare the dataset `output`.
+    """Context manager with the folder in which to prepare the dataset `output`, or to add a version to it.
 
-    The folder is `output` itself, or for a URL a local copy of its contents. For a URL, the folder's contents replace
-    those of the URL when the block ends without an exception.
+    The folder is `output` itself, or for a URL a local copy of its contents. For a URL, what the block has written is
+    published there when it ends without an exception.
 
     Raises:
-        ValueError, OSError: the URL cannot be reached, or its dataset is damaged.
+        ValueError, OSError: the URL cannot be reached, its dataset is damaged, or another process has published there
+            in the meantime.
     """
     url = url_of(output)
     if url is None:
         yield output
         return
-    there = read_text(f"{url}/{MANIFEST}") is not None
+    before = read_text(f"{url}/{MANIFEST}")
     cache_folder(url).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="prepare-", dir=cache_folder(url)) as scratch:
         folder = Path(scratch) / url_name(url)
-        if there:
-            shutil.copytree(local_dataset(url), folder)
+        if before is not None:
+            # Links are enough: files of a version are never changed, and manifests are replaced.
+            shutil.copytree(local_dataset(url), folder, copy_function=os.link)
         yield folder
+        if read_text(f"{url}/{MANIFEST}") != before:
+            raise ValueError(f"{url}: another process has published a version in the meantime; run the command again")
         publish_dataset(folder, url)
 
 
 def publish_dataset(folder: Path, url: str) -> None:
-    """Replace the dataset at `url` by the one in `folder`; during the upload the URL has no dataset.
+    """Upload the dataset in `folder` to `url`: files that are not there, then the manifest, which is the commit.
+
+    Files of the version that was there and is not kept (`prepare --overwrite`) are removed at the end. A dataset whose
+    files would be overwritten by others of the same names is taken away first: it does not exist during the upload.
 
     Raises:
         OSError: the URL cannot be written to.
     """
     text = (folder / MANIFEST).read_text(encoding="utf-8")
-    if read_text(f"{url}/{MANIFEST}") == text:
+    there = read_text(f"{url}/{MANIFEST}")
+    if there == text:
         return
-    sizes = {name: facts["bytes"] for name, facts in json.loads(text)["files"].items()}
-    # A dataset exists if its manifest does: remove the manifest first and upload it last, so that no reader takes a
-    # mixture of old and new files for a dataset. Files of the old dataset go at the end.
-    remove_files(url, [MANIFEST])
+    files, old = listed_files(json.loads(text)), listed_files(_parsed(url, there)) if there is not None else {}
+    sizes = {name: facts["bytes"] for name, facts in files.items() if old.get(name) != facts}
+    if sizes.keys() & old.keys():
+        remove_files(url, [MANIFEST])
     print_transfer("uploading", url, sizes)
     upload_files(folder, sizes, url)
+    kept = kept_versions(folder)
+    upload_files(folder, [f"{VERSIONS}/{path.name}" for path in (folder / VERSIONS).glob("*.json")], url)
     upload_files(folder, [MANIFEST], url)
-    remove_files(url, list_files(url).keys() - {*sizes, MANIFEST})
+    needed = {name for manifest in kept.values() for name in listed_files(manifest)}
+    remove_files(url, old.keys() - needed)

@@ -140,14 +140,20 @@ def assign_splits(
     # position: index of each event in its user's sequence.
     first = np.cumsum(user_counts) - user_counts
     position = np.arange(len(timestamps)) - np.repeat(first, user_counts)
-    if split.rule == "leave_one_out":
-        held_test = held_valid = np.ones_like(user_counts)
-    else:
-        held_test = np.maximum(np.rint(user_counts * split.fractions[2]).astype(np.int64), 1)
-        held_valid = np.maximum(np.rint(user_counts * split.fractions[1]).astype(np.int64), 1)
-    # Without enough events both starts are the user's end, which no position reaches: everything is train.
-    enough = user_counts >= 3
-    start_test = np.where(enough, user_counts - held_test, user_counts)
-    start_valid = np.where(enough, start_test - held_valid, user_counts)
+    start_valid, start_test = per_user_starts(split.rule, split.fractions, user_counts)
     in_valid = position >= np.repeat(start_valid, user_counts)
     return in_valid.astype(np.int8) + (position >= np.repeat(start_test, user_counts))
+
+
+def per_user_starts(rule: str, fractions: Sequence[float] | None, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions ([U], [U]) at which valid and test begin in sequences of `counts` [U] events, in the per-user rules."""
+    if rule == "leave_one_out":
+        held_test = held_valid = np.ones_like(counts)
+    else:
+        assert fractions is not None, "leave_last has fractions"
+        held_test = np.maximum(np.rint(counts * fractions[2]).astype(np.int64), 1)
+        held_valid = np.maximum(np.rint(counts * fractions[1]).astype(np.int64), 1)
+    # Without enough events both starts are the user's end, which no position reaches: everything is train.
+    enough = counts >= 3
+    start_test = np.where(enough, np.maximum(counts - held_test, 0), counts)
+    return np.where(enough, np.maximum(start_test - held_valid, 0), counts), start_test

@@ -92,8 +92,7 @@ class DLRMData:
         self.item_is_known = dataset.training_item_counts() > 0
         self._user_is_known = np.zeros(dataset.num_users, dtype=bool)
         for group in dataset.row_groups("train"):
-            users = dataset.read_row_group(group.path, group.index, columns=["user_id"])["user_id"]
-            self._user_is_known[users.to_numpy()] = True
+            self._user_is_known[dataset.sequences([group], ["user_id", "actions"]).user_ids] = True
         self._user_bags = {name: dataset.feature_ids("user", name) for name in config.user_features}
         self._window_cache: dict[str, Window] = {}
 

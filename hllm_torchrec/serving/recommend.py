@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
@@ -19,9 +18,6 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.events import decode_sequences
-from hllm_torchrec.data.split import SPLITS
-from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
@@ -103,15 +99,10 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
     if user not in raw:
         raise ValueError(f"user {user!r}: not in {dataset.root}{did_you_mean(user, raw)}; it has {len(raw):,} users")
     dense = raw.index(user) + 1
-    for part in reversed(SPLITS):  # a row contains the history up to the end of its part
-        for file in dataset.sequence_files(part):
-            with error_location(file):
-                rows = pq.read_table(file, filters=[("user_id", "=", dense)])
-            if rows.num_rows:
-                sequence = decode_sequences([rows])
-                events = visible_before(sequence.timestamps, time)
-                if events:
-                    return UserHistory(dense, **sequence[:events].columns)
+    sequence = dataset.user_events(dense)
+    events = visible_before(sequence.timestamps, time)
+    if events:
+        return UserHistory(dense, **sequence[:events].columns)
     raise ValueError(f"user {user!r}: no event before {time}; name a later time")
 
 

@@ -9,9 +9,12 @@ from hllm_torchrec.checkpoint.layout import read_checkpoint_json
 from hllm_torchrec.checkpoint.manager import CheckpointManager
 from hllm_torchrec.checkpoint.remote_runs import open_run_storage
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.item_factors import FACTORS
+from hllm_torchrec.data.manifest import chain_base
+from hllm_torchrec.data.pins import pin_version
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.distributed.coordination import rank, run_on_each_host
 from hllm_torchrec.models.assembly import build_experiment
@@ -40,6 +43,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     factors = own_factors(config, storage.folder, resume_from, begin_from)
     # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
     experiment = build_experiment(config, device, factors=factors, version=version)
+    _pin_dataset(experiment.dataset, config)
     if begin_from is not None:
         warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
@@ -105,3 +109,9 @@ def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from:
     if resume_from is None:
         run_on_each_host(make)
     return RunFactors.load(run)
+
+
+def _pin_dataset(dataset: Dataset, config: Config) -> None:
+    """Note in the dataset that this run reads its version; not in a copy of a URL, nor in one of an earlier release."""
+    if rank() == 0 and url_of(config.data.dataset) is None and chain_base(dataset.manifest) is not None:
+        pin_version(dataset.root, dataset.version, config.output)

@@ -127,6 +127,35 @@ def test_prepare_writes_to_a_url_and_says_when_another_dataset_is_there(
     assert Dataset.open(f"{bucket}/new").fingerprint != fingerprint
 
 
+def test_a_day_is_appended_to_a_dataset_at_a_url_by_uploading_it_alone(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "\n".join(f"u{u},i{(u * 7 + t) % 9},{1_400_000_000 + u + 5 * t}" for u in range(6) for t in range(8))
+    (tmp_path / "events.csv").write_text(f"user,item,time\n{rows}\n")
+    (tmp_path / "day.csv").write_text("user,item,time\nu0,i1,1500000000\nu9,i1,1500000001\n")
+    (tmp_path / "items.csv").write_text("item,title\n" + "\n".join(f"i{i},title {i}" for i in range(9)) + "\n")
+    (tmp_path / "shop.yaml").write_text(
+        "name: shop\nevents: {path: events.csv, user: user, item: item, time: time, time_unit: seconds}\n"
+        "items: {path: items.csv, item: item, text: [title]}\n"
+    )
+    url = f"{bucket}/new"
+    given = ["--source", "table", "--path", str(tmp_path / "shop.yaml"), "--output", url]
+    assert prepare(given) == 0, capsys.readouterr().err
+    first, before = Dataset.open(url), list_files(url)
+    write(f"{url}/vectors/mine.npy", "mine")
+    assert prepare([*given, "--append", str(tmp_path / "day.csv")]) == 0, capsys.readouterr().err
+    dataset, after = Dataset.open(url), list_files(url)
+    assert (dataset.version, dataset.manifest["counts"]["events"], dataset.num_users) == (2, 50, 8)
+    added = after.keys() - before.keys() - {"vectors/mine.npy"}
+    assert {name.partition("/")[0] for name in added} == {"appends", "versions"}
+    assert all(after[name] == before[name] for name in before.keys() - {"manifest.json"})
+    assert Dataset.open(url, 1).fingerprint == first.fingerprint
+    # Files of the copy of version 1 were linked, not fetched again.
+    assert (dataset.root / "items.parquet").samefile(first.root / "items.parquet")
+    with pytest.raises(ValueError, match=r"bucket/new: no version 3; the newest is 2"):
+        Dataset.open(url, 3)
+
+
 # ---------------------------------------------------------------------- runs and checkpoints
 
 

@@ -142,9 +142,9 @@ def memory_source(folder: Path, events: Sequence[tuple], items: Sequence[str | t
             yield Chunk(event_file, event_table(rows, pa.array(users), pa.array(raw_items), time, time, label, action))
 
     def item_chunks() -> Iterator[Chunk]:
-        ids, titles = zip(*pairs, strict=True)
+        ids, titles = zip(*pairs, strict=True) if pairs else ((), ())
         rows = np.arange(1, len(ids) + 1)
-        yield Chunk(item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": titles, "row": rows}))
+        yield Chunk(item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": pa.array(titles, pa.string()), "row": rows}))
 
     facts: dict[str, object] = {
         "name": "memory",
@@ -165,11 +165,11 @@ def sequences(dataset: Dataset, part: str) -> dict[str, tuple[int, list[tuple]]]
     users = dict(zip(dataset.users["user_id"].to_pylist(), dataset.users["raw_user_id"].to_pylist(), strict=True))
     found = {}
     for group in dataset.row_groups(part):
-        for row in dataset.read_row_group(group.path, group.index).to_pylist():
-            columns = (row["timestamps"], row["labels"], row["actions"])
-            history = [(items[i], *rest) for i, *rest in zip(row["item_ids"], *columns, strict=True)]
-            assert users[row["user_id"]] not in found, "one row a user and part"
-            found[users[row["user_id"]]] = (row["target_start"], history)
+        for row in dataset.sequences([group]).pieces():
+            columns = (row.timestamps.tolist(), row.labels.tolist(), row.actions.tolist())
+            history = [(items[i], *rest) for i, *rest in zip(row.item_ids.tolist(), *columns, strict=True)]
+            assert users[row.user_id] not in found, "one row a user and part"
+            found[users[row.user_id]] = (row.first_target, history)
     return found
 
 

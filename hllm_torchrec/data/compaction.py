@@ -1,0 +1,89 @@
+"""`compact`: folds the appends of a dataset into a new base, so that reading costs what it costs without appends."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_files import write_event_file
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
+from hllm_torchrec.data.manifest import EVENTS
+from hllm_torchrec.data.versions import (
+    BASES,
+    commit_version,
+    draft_folder,
+    file_facts,
+    version_name,
+    write_lock,
+)
+
+logger = logging.getLogger(__name__)
+EVENTS_AT_ONCE = 8_000_000
+"""Number of events of a file, and in memory at once."""
+
+
+def compact(root: Path) -> int | None:
+    """Write a version whose base holds everything; returns its number, or None if there is nothing to fold.
+
+    Sequences, ids, texts and parts are those of the version before. Earlier versions keep their files (`prune`).
+
+    Raises:
+        ValueError: the dataset is damaged, or another process is writing to it.
+    """
+    with write_lock(root):
+        dataset = Dataset.open(root)
+        if not dataset.manifest.get("appends"):
+            return None
+        version = dataset.version + 1
+        name = f"{BASES}/{version_name(version)}"
+        with draft_folder(root, BASES, version) as folder:
+            _write_tables(dataset, folder)
+            events = _write_events(dataset, folder)
+            files = file_facts(folder, name)
+        split = dataset.manifest["split"]
+        base = {
+            "folder": name,
+            "event_files": [f"{name}/{one}" for one in events],
+            "cuts": [split.get("cut_timestamps", []), split.get("cut_orders", [])],
+            "seconds": dataset.manifest["seconds"],
+            "items_fingerprint": dataset.items_fingerprint,
+        }
+        commit_version(root, version, {**dataset.manifest, "base": base, "appends": [], "files": files})
+    logger.info("%s: version %d holds everything in one base", root, version)
+    return version
+
+
+def _write_tables(dataset: Dataset, folder: Path) -> None:
+    """Write items, users and values of features as whole files."""
+    pq.write_table(dataset.items, folder / "items.parquet", compression="zstd")
+    pq.write_table(dataset.users, folder / "users.parquet", compression="zstd")
+    (folder / "features").mkdir()
+    for name in dataset.manifest["item_features"] | dataset.manifest["user_features"]:
+        values = dataset.feature_values(name)
+        ids = pa.array(np.arange(1, len(values) + 1), pa.int32())
+        pq.write_table(pa.table({"id": ids, "value": values}), folder / "features" / f"{name}.parquet")
+
+
+def _write_events(dataset: Dataset, folder: Path) -> list[str]:
+    """Write the event files, users in the order of their ids; returns their names."""
+    merged, names = dataset.merged, []
+    users, lengths, starts = merged.layout()
+    for chunk in _chunks(lengths):
+        events, _ = merged.events_of(users[chunk])
+        names.append(f"{EVENTS}/part-{len(names):05d}.arrow")
+        write_event_file(folder / names[-1], users[chunk], lengths[chunk], events, starts[chunk])
+    return names
+
+
+def _chunks(lengths: Ints) -> list[slice]:
+    """Consecutive rows of at most EVENTS_AT_ONCE events together, or of one row."""
+    ends, first, found = offsets_from_lengths(lengths), 0, []
+    while first < lengths.size:
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + EVENTS_AT_ONCE, side="right")) - 1)
+        found.append(slice(first, last))
+        first = last
+    return found

@@ -1,0 +1,64 @@
+"""Pins: which versions of a dataset runs were trained on, so that `prune` keeps them while the runs exist."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.hashing import hash_texts
+from hllm_torchrec.common.urls import url_of
+
+_PINS = "pins"
+
+
+def pin_version(root: Path, version: int, run: Path | str) -> bool:
+    """Note that `run` reads a version of the dataset in `root`; returns False if the dataset cannot be written to."""
+    place = url_of(run) or str(Path(run).absolute())
+    path = root / _PINS / f"{hash_texts([place])[:16]}.json"
+    text = json.dumps({"run": place, "version": version}) + "\n"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            replace_file(path, text)
+    except OSError:  # a read-only dataset: nobody prunes it from here either
+        return False
+    return True
+
+
+def pinned_versions(root: Path) -> dict[int, list[str]]:
+    """Runs that exist by the version that they pin. A run at a URL, or one that cannot be looked for, exists."""
+    found: dict[int, list[str]] = {}
+    for _, run, version in _pins(root):
+        if _exists(run):
+            found.setdefault(version, []).append(run)
+    return found
+
+
+def remove_stale_pins(root: Path) -> None:
+    """Remove the pins of runs that are gone."""
+    for path, run, _ in _pins(root):
+        if not _exists(run):
+            path.unlink(missing_ok=True)
+
+
+def _pins(root: Path) -> Iterator[tuple[Path, str, int]]:
+    """File, run and version of each pin.
+
+    Raises:
+        ValueError: a pin is damaged: no version may be removed then.
+    """
+    for path in sorted((root / _PINS).glob("*.json")) if (root / _PINS).is_dir() else ():
+        try:
+            pin = json.loads(path.read_text(encoding="utf-8"))
+            yield path, str(pin["run"]), int(pin["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it if its run is gone") from error
+
+
+def _exists(run: str) -> bool:
+    if url_of(run) is not None:
+        return True
+    try:
+        return (Path(run) / "config.yaml").exists() or (Path(run).is_dir() and any(Path(run).iterdir()))
+    except OSError:  # a disk that is not there at the moment: not a reason to remove its version
+        return True

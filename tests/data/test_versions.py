@@ -1,0 +1,133 @@
+"""Compacting, pruning and pinning of a dataset's versions; new bases by --extend and --overwrite."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hllm_torchrec.data import compaction
+from hllm_torchrec.data.compaction import compact
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.pins import pin_version, pinned_versions
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.versions import kept_versions
+from hllm_torchrec.data.vocabulary import compute_marks, dataset_marks, map_problems
+from hllm_torchrec.launch.dataset import main
+from tests.data.test_append import append, everything, shop
+from tests.helpers.source_files import ITEMS, memory_source, random_events
+
+
+def grown(tmp_path, days=3, **options):
+    root = tmp_path / "out"
+    prepare(memory_source(tmp_path / "base", random_events(100), ITEMS), root, **options)
+    for n in range(days):
+        append(root, tmp_path / str(n), [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)], [f"x{n}", ("i2", f"t{n}")])
+    return root
+
+
+@pytest.mark.parametrize("rule", ["time", "leave_one_out", "leave_last"])
+def test_a_compacted_version_is_what_it_folds(tmp_path, rule, monkeypatch):
+    monkeypatch.setattr(compaction, "EVENTS_AT_ONCE", 40)
+    root = grown(tmp_path, split=rule)
+    before = Dataset.open(root)
+    texts, groups = before.items_fingerprint, [before.sequences([group]).user_ids for group in before.row_groups("train")]
+    seen = everything(before)
+    assert compact(root) == 5 and compact(root) is None
+    after = Dataset.open(root)
+    assert everything(after) == seen == everything(Dataset.open(root, 4))
+    assert after.items_fingerprint == texts  # its token stores are taken
+    for group, users in zip(after.row_groups("train"), groups, strict=True):
+        np.testing.assert_array_equal(after.sequences([group]).user_ids, users)
+    assert len(after.manifest["base"]["event_files"]) > 1
+    assert dataset_marks(after) == compute_marks(after)
+    append(root, tmp_path / "later", [("u1", "x0", 5, 99), ("new9", "i1", 5, 2)])
+    assert Dataset.open(root).manifest["counts"]["events"] == 108
+    assert everything(Dataset.open(root, 5)) == seen
+
+
+def test_pruning_keeps_the_newest_and_what_runs_pin_and_touches_nothing_else(tmp_path, capsys):
+    root = grown(tmp_path)
+    compact(root)
+    (root / "vectors").mkdir()
+    (root / "vectors" / "mine.npy").write_text("mine")
+    (root / "appends" / "notes.txt").write_text("mine, too")
+    for run, version in (("kept", 2), ("gone", 3)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "config.yaml").write_text("x: 1")
+        assert pin_version(root, version, tmp_path / run)
+    shutil.rmtree(tmp_path / "gone")
+    seen = {version: everything(Dataset.open(root, version)) for version in (2, 5)}
+    assert main(["info", str(root)]) == 0
+    assert f"version 2: 102 events, 25 users, 16 items; +2 events; 1 appends, 0.0 MB; pinned by {tmp_path / 'kept'}" in (
+        capsys.readouterr().out
+    )
+    assert main(["prune", str(root)]) == 0
+    assert f"removed 3 versions, 0.0 MB; pinned: 2 ({tmp_path / 'kept'})" in capsys.readouterr().out
+    assert list(kept_versions(root)) == [2, 5]
+    assert {version: everything(Dataset.open(root, version)) for version in (2, 5)} == seen
+    assert (root / "vectors" / "mine.npy").is_file() and (root / "appends" / "notes.txt").is_file()
+    assert not (root / "appends" / "00003").exists() and not (root / "sequences").exists()
+    assert pinned_versions(root) == {2: [str(tmp_path / "kept")]}
+    shutil.rmtree(tmp_path / "kept")
+    assert main(["prune", str(root)]) == 0
+    assert list(kept_versions(root)) == [5] and not (root / "items.parquet").exists()
+    assert everything(Dataset.open(root)) == seen[5]
+    assert append(root, tmp_path / "later", [("u1", "i1", 5, 99)])["version"] == 6
+
+
+def test_a_full_export_is_a_new_base_that_keeps_ids_and_readers(tmp_path):
+    root = grown(tmp_path)
+    (root / "vectors").mkdir()
+    (root / "vectors" / "mine.npy").write_text("mine")
+    old, seen = Dataset.open(root), everything(Dataset.open(root))
+    groups, before = old.row_groups("train"), old.sequences(old.row_groups("train"))
+    events = [*random_events(100), *[(f"new{n}", f"x{n}", 5, 60 + n) for n in range(3)], *[("u1", "i1", 5, 9)] * 4]
+    full = memory_source(tmp_path / "full", events, [*reversed(ITEMS), "x2", "x1", "x0", "brand-new"])
+    with pytest.raises(ValueError, match=r"the source has 3 events, the dataset 106: --extend is for a full export.*--append"):
+        prepare(memory_source(tmp_path / "day", events[:3], ITEMS), root, extend=True)
+    assert Dataset.open(root).version == 4
+    prepare(full, root, extend=True)
+    new = Dataset.open(root)
+    assert (new.version, new.num_items, new.num_users) == (5, old.num_items + 1, old.num_users)
+    assert new.items["raw_item_id"].to_pylist() == [*old.items["raw_item_id"].to_pylist(), "brand-new"]
+    assert map_problems(dataset_marks(old), new, dataset_marks(old)) == []
+    assert np.array_equal(old.sequences(groups).item_ids, before.item_ids) and everything(old) == seen
+    assert everything(Dataset.open(root, 4)) == seen
+    assert (root / "vectors" / "mine.npy").is_file()
+    # What it holds is what preparing it alone gives, up to ids.
+    alone = everything(Dataset.open(prepare(full, tmp_path / "alone")))
+    assert everything(new)[0] == alone[0]
+
+
+def test_another_dataset_takes_the_place_in_one_step_and_the_old_files_go(tmp_path):
+    root = grown(tmp_path)
+    for name in ("mine.npy", "factors.npy"):
+        (root / "vectors").mkdir(exist_ok=True)
+        (root / "vectors" / name).write_text("mine")
+    old = dataset_marks(Dataset.open(root))
+    other = memory_source(tmp_path / "other", random_events(200, seed=5), [*reversed(ITEMS)])
+    with pytest.raises(ValueError, match=r"holds another dataset .*--overwrite.*--extend"):
+        prepare(other, root)
+    prepare(other, root, overwrite=True)
+    dataset = Dataset.open(root)
+    assert (dataset.version, dataset.items["raw_item_id"].to_pylist()) == (5, ITEMS[::-1])
+    assert map_problems(old, dataset, ["items"])[0].startswith("items: ")
+    assert list(kept_versions(root)) == [5] and not (root / "appends").exists() and not (root / "items.parquet").exists()
+    assert [path.name for path in (root / "vectors").iterdir()] == ["mine.npy"]  # factors were fitted to other items
+    assert everything(dataset)[0] == everything(Dataset.open(prepare(other, tmp_path / "alone")))[0]
+
+
+def test_pins_of_a_read_only_dataset_are_left_out(tmp_path, monkeypatch):
+    root = shop(tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert pin_version(root, 1, tmp_path / "run") is False
+    monkeypatch.undo()
+    assert pin_version(root, 1, "s3://bucket/run") and pinned_versions(root) == {1: ["s3://bucket/run"]}
+    (next((root / "pins").iterdir())).write_text("{")
+    with pytest.raises(ValueError, match=r"pins/.*\.json is damaged .*remove it if its run is gone"):
+        pinned_versions(root)
