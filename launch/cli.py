@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "write the HTML report of a run: loss, ROC, calibration",
     "plan": "estimate memory, traffic and time of a configuration on given hardware, which need not be available",
     "recommend": "print a user's history and the items recommended by a run",
+    "adopt": "record the ids that a run of an earlier version was trained with",
     "import-hllm": "convert the published HLLM weights to models of this library, or to a run",
     "export-hf": "write a run's LLMs as Hugging Face directories, with a model card",
 }

@@ -29,7 +29,7 @@ ADOPTED = "vocabulary.json"
 """File of a run directory with the marks that its checkpoints lack."""
 TABLES = "features.tables.embedding_bags."
 """Prefix of the weights of tables, before a table's name."""
-_VECTORS = "vectors/"
+VECTORS = "vectors/"
 _logger = logging.getLogger(__name__)
 
 
@@ -44,7 +44,7 @@ def maps_read(config: Config) -> dict[str, list[str]]:
     found = {"items": [f"{TABLES}item_id"]} if features.item_id else {}
     found |= {"actions": [TABLES + name for name in actions]} if actions else {}
     found |= {f"feature/{name}": [TABLES + name] for name in (*data.item_features, *data.user_features)}
-    return found | {f"{_VECTORS}{name}": ["project_vectors"] for name in data.item_vectors if name != FACTORS}
+    return found | {f"{VECTORS}{name}": ["project_vectors"] for name in data.item_vectors if name != FACTORS}
 
 
 def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, An
     def compute() -> dict[str, dict[str, Any]]:
         marks = dataset_marks(dataset)
         names = [name for name in config.data.item_vectors if name != FACTORS]
-        marks |= {f"{_VECTORS}{name}": vector_mark(item_vectors(dataset, name)) for name in names}
+        marks |= {f"{VECTORS}{name}": vector_mark(item_vectors(dataset, name)) for name in names}
         return {name: mark.to_json() for name, mark in marks.items()}
 
     return coordination.run_on_rank_zero(compute)
@@ -120,14 +120,14 @@ def _problems(dataset: Dataset, checkpoint: Path, names: list[str]) -> list[str]
             dataset.root,
         )
         return []
-    problems = map_problems(marks, dataset, [name for name in names if not name.startswith(_VECTORS)])
+    problems = map_problems(marks, dataset, [name for name in names if not name.startswith(VECTORS)])
     for name in names:
-        if name.startswith(_VECTORS) and name in marks:
+        if name.startswith(VECTORS) and name in marks:
             problems += _vector_problems(name, marks[name], dataset)
     return problems
 
 
 def _vector_problems(name: str, run: IdMark, dataset: Dataset) -> list[str]:
-    vectors = item_vectors(dataset, name.removeprefix(_VECTORS))
+    vectors = item_vectors(dataset, name.removeprefix(VECTORS))
     found = find_difference(run, vector_mark(vectors), partial(row_digests, vectors))
     return [] if found is None else [f"{name}: rows {found.first} to {found.last - 1} have other numbers here"]

@@ -21,7 +21,7 @@ from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
-from hllm_torchrec.training.warm_start import warm_start
+from hllm_torchrec.training.warm_start import start_checkpoint, warm_start
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import (
@@ -123,21 +123,30 @@ def test_it_begins_with_the_averaged_weights_of_the_other_run(first: Path, tmp_p
     with loaded.weights:
         expected = {name: p.detach().clone() for name, p in loaded.experiment.hllm.named_parameters()}
     for source in (first / "one", loaded.checkpoint):
-        experiment = build_experiment(second(first, tmp_path / "two", seed=5), init_distributed())
-        warm_start(experiment, source)
+        settings = second(first, tmp_path / "two", seed=5, start_from=source)
+        experiment = build_experiment(settings, init_distributed())
+        checkpoint = start_checkpoint(experiment.config)
+        assert checkpoint is not None
+        warm_start(experiment, checkpoint)
         assert_equal_weights(dict(experiment.hllm.named_parameters()), expected)
 
 
 def test_new_parts_begin_anew_but_another_user_encoder_is_refused(first: Path, tmp_path: Path) -> None:
-    options = {"objective__generative_weight": 0.1, "objective__value_weight": 0.1, "objective__head_hidden": 5}
-    assert train(second(first, tmp_path / "two", max_steps=1, **options)).step == 1
+    options = {"objective__generative_weight": 0.1, "objective__value_weight": 0.1, "max_steps": 1}
+    assert train(second(first, tmp_path / "two", **options)).step == 1
+    other_head = options | {"objective__head_hidden": 5}
+    with pytest.raises(ValueError, match=r"of another shape: model\.head\..* initial values \(start_from_skip: \[PART"):
+        train(second(first, tmp_path / "head", **other_head))
+    assert train(second(first, tmp_path / "head", **other_head, start_from_skip=["head"])).step == 1
     with pytest.raises(ValueError, match=r"is not of this model: .* model\.user\."):
         train(second(first, tmp_path / "three", user__shape={**USER_LLAMA, "num_hidden_layers": 2}))
 
 
 def test_the_model_sees_the_vectors_of_the_store(first: Path, tmp_path: Path) -> None:
     experiment = build_experiment(second(first, tmp_path / "two", objective__generative_weight=0.5), init_distributed())
-    warm_start(experiment, first / "one")
+    checkpoint = start_checkpoint(experiment.config)
+    assert checkpoint is not None
+    warm_start(experiment, checkpoint)
     use_stored_items(experiment)
     ids = fixtures.dataset().items["raw_item_id"].to_pylist()
     stored, _ = EmbeddingStore.open(first / "items").snapshot().gather(ids)

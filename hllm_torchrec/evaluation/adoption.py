@@ -1,0 +1,44 @@
+"""Records the ids of a run that an earlier version trained: `hllm adopt`."""
+
+from pathlib import Path
+
+from hllm_torchrec.checkpoint.growth import saved_table_rows
+from hllm_torchrec.checkpoint.load import latest_checkpoint
+from hllm_torchrec.checkpoint.safe_reader import SafeReader
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.item_factors import item_vectors
+from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, map_ids, mark_ids, row_digests
+from hllm_torchrec.evaluation.run_loader import run_config
+from hllm_torchrec.models.run_vocabulary import TABLES, VECTORS, maps_read, saved_marks, write_adopted
+
+
+def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
+    """Write the marks of a dataset's ids beside a run that has none, and return them.
+
+    The dataset may have more ids than the run by now: only the first ones, as many as the run's tables have, are
+    marked. That they are the run's is not checked, because the run does not know.
+
+    Raises:
+        ValueError: the run has no checkpoint, knows its ids already, or has more ids than the dataset.
+    """
+    config = run_config(run, dataset)
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{run / 'checkpoints'} has no complete checkpoint; train first")
+    if saved_marks(checkpoint) is not None:
+        raise ValueError(f"{run} knows its ids already; nothing to adopt")
+    opened = Dataset.open(dataset)
+    rows, whole, marks = saved_table_rows(SafeReader(checkpoint).read_tensors()), dataset_marks(opened), {}
+    for name, weights in maps_read(config).items():
+        if name.startswith(VECTORS):
+            vectors = item_vectors(opened, name.removeprefix(VECTORS))
+            marks[name] = mark_ids(row_digests(vectors, 0, rows.get("item_id")))
+            continue
+        known = rows[weights[0].removeprefix(TABLES)] - 1  # row 0 is the unknown id's
+        if known > whole[name].count:
+            raise ValueError(
+                f"{run} was not trained on {dataset}: {name}: {known} there, {whole[name].count} here; name its dataset"
+            )
+        marks[name] = mark_ids(map_ids(opened, name, 0, known))
+    write_adopted(run, marks)
+    return marks
