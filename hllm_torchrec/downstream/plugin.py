@@ -7,8 +7,8 @@
 
 The vectors are columns of `dense_features`, so `DLRMTrain` and `TrainPipelineSparseDist` need no change. The model
 splits these columns off, normalizes the vectors, and either appends them to the dense features ("dense") or projects
-them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default. A model of your
-own reads the columns through `StoredVectors` (docs/tutorials/dlrm_plugin.md).
+them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default. A model
+of your own reads the columns through `StoredVectors` (docs/tutorials/dlrm_plugin.md).
 
 Legend: B rows, n dense features, E width of a stored vector, D width of the tables, F sparse features.
 """
@@ -72,7 +72,10 @@ class VectorLookup:
             )
 
     def __call__(self, ids: Keys) -> Tensor:
-        """Raw ids [B], texts or numbers (arrays, tensors) as the store's keys -> float32 [B, E + 1]: vectors (zeros if unknown); the last column is 1 if unknown, else 0."""
+        """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros if unknown); the last column is 1 if unknown, else 0.
+
+        ids: texts or numbers, as the store's keys are; numbers in an array, a tensor or a list.
+        """
         vectors, known = self._snapshot.gather(ids)
         self.num_requested += known.numel()
         self.num_unknown += int((~known).sum())

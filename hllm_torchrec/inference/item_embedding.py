@@ -60,7 +60,8 @@ def item_content_hashes(tokens: TokenStore) -> Hashes:
 def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: KeyKind | None = None) -> EmbedReport:
     """Update the item store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw item ids, as texts or (`keys`: "int64") as numbers; None: as in the store. Work is divided among the ranks by tokens; each writes its rows, and rank 0 commits them.
+    Keys are raw item ids, as texts or (`keys`: "int64") as numbers; None: as in the store. Work is divided among the
+    ranks by tokens; each writes its rows, and rank 0 commits them.
 
     Raises:
         ValueError: the store was made by another model, another process is writing to it, or raw ids are not numbers.
@@ -160,7 +161,8 @@ def open_or_create_store(
 def changed_items(store: EmbeddingStore, raw_ids: pa.Array, content_hashes: Hashes) -> NDArray[np.int64]:
     """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from other content.
 
-    raw_ids: [N - 1] keys of the store (`raw_keys`) for ids from 1; content_hashes: [N] uint64 of the current content, for ids from 0.
+    raw_ids: [N - 1] keys of the store (`raw_keys`) for ids from 1; content_hashes: [N] uint64 of the current content,
+    for ids from 0.
     """
     stored, known = store.snapshot().content_hashes(raw_ids)
     return 1 + np.flatnonzero(~known | (stored != content_hashes[1:]))

@@ -72,9 +72,9 @@ def embed_users(
 ) -> UserReport:
     """Update the user store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw user ids, as texts or (`keys`: "int64") as numbers; None: as in the store. A vector is computed from all events of the user, as of the midnight (UTC) after the last
-    one. Must be called within `loaded.weights`. Users who have events but no history under the configuration
-    (`data.history: positive`) get no vector.
+    Keys are raw user ids, as texts or (`keys`: "int64") as numbers; None: as in the store. A vector is computed from
+    all events of the user, as of the midnight (UTC) after the last one. Must be called within `loaded.weights`. Users
+    who have events but no history under the configuration (`data.history: positive`) get no vector.
 
     Args:
         since: second UTC; users without an event at or after it are not updated.
