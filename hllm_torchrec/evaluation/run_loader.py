@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hllm_torchrec.checkpoint.layout import read_marker
 from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.checkpoint.selection import read_checkpoint
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import config_from_file
@@ -86,12 +87,14 @@ class LoadedRun:
     """A run's model with the weights of a checkpoint.
 
     weights: context manager in which the model has its evaluation weights (the averaged ones of `optim.ema`).
+    fingerprint: `weights_fingerprint` of the checkpoint, which its run may have removed since.
     """
 
     experiment: Experiment
     checkpoint: Path
     weights: AbstractContextManager[None]
     step: int
+    fingerprint: str
 
 
 def load_run(
@@ -110,7 +113,13 @@ def load_run(
     config = config or run_config(run)
     checkpoint = find_checkpoint(run, which)
     experiment = build_experiment(config, device)
-    loaded = LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
+
+    def load(path: Path) -> LoadedRun:
+        return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))
+
+    # The model takes long to build, and the run may have pruned the checkpoint meanwhile: then choose again.
+    still_there = iter([checkpoint])
+    loaded = read_checkpoint(lambda: next(still_there, None) or find_checkpoint(run, which), load)
     if use_items and takes_stored_items(config):
         use_stored_items(experiment)
     return loaded
@@ -174,7 +183,7 @@ def _provenance(loaded: LoadedRun) -> dict[str, Any]:
     dataset, checkpoint = loaded.experiment.dataset, loaded.checkpoint
     return {
         "checkpoint": str(checkpoint),
-        "weights": {"fingerprint": weights_fingerprint(checkpoint)},
+        "weights": {"fingerprint": loaded.fingerprint},
         "step": loaded.step,
         "seed": loaded.experiment.config.seed,
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},

@@ -7,6 +7,7 @@ from hllm_torchrec.checkpoint.layout import MARKER
 from hllm_torchrec.checkpoint.load import best_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
+from hllm_torchrec.checkpoint.selection import read_checkpoint
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.models.assembly import Experiment
@@ -38,7 +39,10 @@ def warm_start(experiment: Experiment, source: Path) -> None:
         ConfigError: the checkpoint does not exist.
         ValueError: its Item LLM or user encoder differ, or its files are damaged.
     """
-    checkpoint = _find(source)
+    read_checkpoint(lambda: _find(source), lambda checkpoint: _load(experiment, checkpoint))
+
+
+def _load(experiment: Experiment, checkpoint: Path) -> None:
     keep = [f"{group}.{part}" for group in ("model", "ema") for part in OPTIONAL_PARTS]
     extra = load_checkpoint(checkpoint, {"model": experiment.model_state()}, allow_missing=keep)
     check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)

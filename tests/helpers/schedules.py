@@ -69,12 +69,12 @@ def acting_before(k: int, act: Callable[[], object], under: Path) -> Iterator[li
             return
         count += 1
         if count == k:
+            acted.append(k)
             busy = True  # the accesses of the action itself do not count
             try:
                 act()
             finally:
                 busy = False
-            acted.append(k)
 
     with ExitStack() as stack:
         for owner, name in _ACCESSES:
