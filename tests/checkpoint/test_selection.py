@@ -14,7 +14,13 @@ from hllm_torchrec.checkpoint.layout import prune_checkpoints, remove_checkpoint
 from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from hllm_torchrec.checkpoint.selection import CheckpointGone, read_checkpoint, unchanged, verify_checkpoint
 from hllm_torchrec.common.atomic_files import exchange_folders
-from tests.helpers.schedules import schedules
+from tests.helpers.schedules import schedules, without_syncs
+
+
+@pytest.fixture(autouse=True)
+def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_syncs(monkeypatch)
+
 
 METRICS = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.95, 6: 0.4}
 
