@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from hllm_torchrec.checkpoint import layout as files
+from hllm_torchrec.checkpoint.remote_runs import CHECKPOINTS, fetch_checkpoint, local_run
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.distributed import coordination
 
 T = TypeVar("T")
@@ -43,6 +45,33 @@ def best_checkpoint(directory: Path) -> Path | None:
         OSError: as `latest_checkpoint`.
     """
     return _first_complete(Path(directory), lambda: files.checkpoints_by_metric(Path(directory)))
+
+
+def run_checkpoint(run: str | Path, which: str) -> Path | None:
+    """Return the "best" or "latest" complete checkpoint of a run; of a URL, this host's copy. None without. Collective.
+
+    Raises:
+        ValueError, OSError: there is no run at the URL, or it cannot be reached.
+    """
+    url = url_of(run)
+    if url is None:
+        folder = Path(run) / CHECKPOINTS
+        return latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
+
+    def fetched() -> Path | None:
+        # Chosen at the URL: of the copies, which other processes of the host change, the best may not be the run's best.
+        name = coordination.run_on_rank_zero(lambda: fetch_checkpoint(url, which))
+        if name is None:
+            return None
+        copies = coordination.run_on_all_ranks(lambda: str(local_run(url, name) / CHECKPOINTS / name))
+        return verify_checkpoint(Path(copies[coordination.rank()]))
+
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return fetched()
+        except CheckpointGone:
+            continue
+    return fetched()
 
 
 def verify_checkpoint(path: Path) -> Path:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from hllm_torchrec.checkpoint.layout import read_marker
-from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
-from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
-from hllm_torchrec.checkpoint.selection import read_checkpoint
+from hllm_torchrec.checkpoint.load import load_checkpoint, verify_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import CHECKPOINTS, local_checkpoint, local_run
+from hllm_torchrec.checkpoint.selection import read_checkpoint, run_checkpoint
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import config_from_file
@@ -74,11 +74,10 @@ def find_checkpoint(run: Path, which: str) -> Path:
         if not named.is_dir():
             raise ValueError(f"--checkpoint {which}: neither best nor latest nor a directory")
         return verify_checkpoint(named)
-    folder = local_run(run, which) / "checkpoints"
-    found = latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
+    found = run_checkpoint(run, which)
     if found is None:
         latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
-        raise ValueError(f"{folder} has no complete checkpoint{latest}; train (on) first")
+        raise ValueError(f"{local_run(run) / CHECKPOINTS} has no complete checkpoint{latest}; train (on) first")
     return found
 
 

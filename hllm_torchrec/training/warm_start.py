@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from hllm_torchrec.checkpoint.layout import MARKER
-from hllm_torchrec.checkpoint.load import best_checkpoint, load_checkpoint, verify_checkpoint
-from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.checkpoint.load import load_checkpoint, verify_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import local_checkpoint
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
-from hllm_torchrec.checkpoint.selection import read_checkpoint
+from hllm_torchrec.checkpoint.selection import read_checkpoint, run_checkpoint
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.models.assembly import Experiment
@@ -60,7 +60,7 @@ def _find(source: Path) -> Path:
         source = local_checkpoint(source)
     if (source / MARKER).is_file():
         return verify_checkpoint(source)
-    best = best_checkpoint(local_run(source, "best") / "checkpoints")
+    best = run_checkpoint(source, "best")
     if best is None:
         raise ConfigError(
             [

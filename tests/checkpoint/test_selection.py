@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 
 from hllm_torchrec.checkpoint.layout import prune_checkpoints, remove_checkpoint
 from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import local_run
 from hllm_torchrec.checkpoint.selection import CheckpointGone, read_checkpoint, unchanged, verify_checkpoint
 from hllm_torchrec.common.atomic_files import exchange_folders
+from hllm_torchrec.common.locks import Locked
+from hllm_torchrec.evaluation.run_loader import find_checkpoint
 from tests.helpers.schedules import schedules, without_syncs
 
 
@@ -139,3 +143,47 @@ def test_an_error_of_the_machine_passes_no_checkpoint_over(
         assert result == 3.0 or isinstance(result, MemoryError) or getattr(result, "errno", 0) == number, result
     assert sum(result != 3.0 for result in results.values()) > 10
     assert "passed over" not in caplog.text and "damaged" not in caplog.text
+
+
+# --- copies of a URL -------------------------------------------------------------------------------------
+
+
+def _bring(url: str) -> None:
+    """Another process of this host brings its copy up to date; it gives up if this one has the lock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HLLM_LOCK_WAIT", "0")
+        with suppress(Locked):
+            local_run(url, "latest")
+
+
+@pytest.mark.parametrize(("which", "allowed"), [("best", {2.0, 5.0}), ("latest", {3.0, 6.0})])
+def test_a_reader_of_a_copy_gets_one_whole_checkpoint_whatever_happens_at_the_url(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, allowed: set[float]
+) -> None:
+    monkeypatch.setenv("HLLM_CACHE", str(tmp_path / "cache"))
+    run, url = Run(made, tmp_path / "bucket" / "checkpoints"), f"file://{tmp_path}/bucket"
+
+    def fresh() -> None:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        run.start()
+        (tmp_path / "bucket" / "config.yaml").write_text("{}")
+
+    def go_on() -> None:
+        run.go_on()
+        _bring(url)
+
+    read = lambda: _read(lambda: find_checkpoint(Path(url), which))  # noqa: E731
+    results = dict(schedules(read, go_on, tmp_path, fresh, stride=7))
+    assert len(results) > 30
+    assert set(results.values()) <= allowed, results
+
+
+def test_a_record_of_a_copy_that_was_cut_is_no_obstacle(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HLLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "config.yaml").write_text("{}")
+    local = local_run(f"file://{tmp_path}/bucket")
+    (local / ".fetched.json").write_text('{"config.yaml": [2, ')
+    assert (local_run(f"file://{tmp_path}/bucket") / "config.yaml").read_text() == "{}"

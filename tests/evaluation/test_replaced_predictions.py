@@ -73,7 +73,7 @@ def test_an_evaluation_sees_one_version_or_says_that_it_was_replaced(tmp_path: P
 
 def test_predictions_are_replaced_without_a_moment_without_them(tmp_path: Path) -> None:
     folder = tmp_path / "predictions" / "test"
-    for k in count(1):
+    for k in count(1, 3):
         shutil.rmtree(tmp_path / "predictions", ignore_errors=True)
         save_predictions(columns(1, range(3)), folder)
         pid = os.fork()

@@ -35,11 +35,15 @@ _ACCESSES: tuple[tuple[Any, str], ...] = (
 
 
 def schedules(
-    read: Callable[[], T], act: Callable[[], object], under: Path, fresh: Callable[[], object] = lambda: None
+    read: Callable[[], T],
+    act: Callable[[], object],
+    under: Path,
+    fresh: Callable[[], object] = lambda: None,
+    stride: int = 1,
 ) -> Iterator[tuple[int, T | Exception]]:
     """Yield (k, result or error of `read`), with `act` done before its k-th access below `under`, for every k.
 
-    fresh: sets up the files again, before each schedule.
+    fresh: sets up the files again, before each schedule; stride: only every so many k, for long readers.
     """
     k = 1
     while True:
@@ -52,7 +56,7 @@ def schedules(
         if not acted:
             return
         yield k, result
-        k += 1
+        k += stride
 
 
 @contextmanager
