@@ -59,7 +59,7 @@ def run_checkpoint(run: str | Path, which: str) -> Path | None:
         return latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
 
     def fetched() -> Path | None:
-        # Chosen at the URL: of the copies, which other processes of the host change, the best may not be the run's best.
+        # Chosen at the URL: other processes of the host change the copies, so the best of them may not be the run's.
         name = coordination.run_on_rank_zero(lambda: fetch_checkpoint(url, which))
         if name is None:
             return None
