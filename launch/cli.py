@@ -5,7 +5,7 @@ import importlib
 import sys
 
 import hllm_torchrec
-from hllm_torchrec.launch.entry import STATUSES, CommandParser
+from hllm_torchrec.launch.entry import STATUSES, CommandParser, report_interruption
 
 #: subcommand -> description; each is hllm_torchrec.launch.<name> (with _ for -), with main(argv) -> exit status.
 COMMANDS = {
@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _build_parser()
     command = parser.parse_args(argv[:1] or ["--help"]).command
-    return importlib.import_module(f"hllm_torchrec.launch.{command.replace('-', '_')}").main(argv[1:])
+    try:
+        return importlib.import_module(f"hllm_torchrec.launch.{command.replace('-', '_')}").main(argv[1:])
+    except KeyboardInterrupt:  # while the job's modules are imported
+        return report_interruption(f"hllm {command}")
 
 
 def _build_parser() -> argparse.ArgumentParser:

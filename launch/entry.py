@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from hllm_torchrec.common.errors import Preempted
+from hllm_torchrec.common.machine_errors import is_disk_full
 
 PREEMPTED = 75
 """Exit status of a run that stopped on request (sysexits.h: EX_TEMPFAIL, try again)."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of programs that SIGINT ends."""
 
 STATUSES = {
     0: "done",
@@ -21,6 +24,7 @@ STATUSES = {
     3: "evaluate --baseline: the AUC dropped by more than --max-drop",
     4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",
     PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues",
+    INTERRUPTED: "interrupted (Ctrl-C); training saves its state first, resume: true continues",
 }
 """Exit statuses of all subcommands."""
 
@@ -131,25 +135,47 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
     Returns:
         The job's return value, 0 for None; 2 after the message of an error that the user can fix; 1 after one line if
         another rank failed or was lost, whose messages state the cause; PREEMPTED after one line of rank 0 if the job
-        was asked to stop (SIGTERM) and has saved its state.
+        was asked to stop (SIGTERM) and has saved its state; INTERRUPTED after one of rank 0 for Ctrl-C.
     """
     try:
         return job() or 0
     except Preempted as request:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: {request}", file=sys.stderr)
-        return PREEMPTED
+        return report_interruption(prog, str(request), INTERRUPTED if request.interrupted else PREEMPTED)
+    except KeyboardInterrupt:
+        return report_interruption(prog)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not is_of_another_rank(error):
+    except Exception as error:
+        if (lack := _lack_of_machine(error)) is not None:
+            print(f"{prog}: error: {lack}", file=sys.stderr)
+            return 2
+        if not isinstance(error, RuntimeError) or not is_of_another_rank(error):
             raise
         # Remove the "[...] " prefix of torch's messages.
         rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
         print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)
         return 1
+
+
+def _lack_of_machine(error: Exception) -> str | None:
+    """Describe a lack of memory, disk or threads that a library reports in words of its own; None for other errors."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({text or type(error).__name__}): free some, or allow this process more"
+    if is_disk_full(error):
+        return f"the disk is full ({text}): make room"
+    if "can't start new thread" in text:
+        return f"{text}: allow this process more threads (ulimit -u) or memory (ulimit -v)"
+    return None
+
+
+def report_interruption(prog: str, reason: str = "interrupted (Ctrl-C)", status: int = INTERRUPTED) -> int:
+    """Print one line on rank 0 and return the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {reason}", file=sys.stderr)
+    return status
 
 
 def is_of_another_rank(error: RuntimeError) -> bool:

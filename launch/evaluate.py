@@ -154,8 +154,18 @@ def _measure(
 ) -> "tuple[dict[str, Any], Overlap | None]":
     """Content of metrics.json, from predictions on all ranks; the first model is the reference of comparisons.
 
+    Another job may replace the predictions meanwhile: then it is an error, as a mixture of both would be scored.
     paired: the predictions were written by this library's jobs, and rows are matched by user and position. Collective.
     """
+    from hllm_torchrec.evaluation.prediction_files import unchanged_files
+
+    with unchanged_files(paths.values()):
+        return _measure_files(args, paths, paired, provenance)
+
+
+def _measure_files(
+    args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
+) -> "tuple[dict[str, Any], Overlap | None]":
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
     from hllm_torchrec.evaluation.model_comparison import evaluate_files

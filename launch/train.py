@@ -17,15 +17,16 @@ def train(arguments: list[str]) -> None:
     """Train the configuration of `arguments`, as a rank of the job described by the environment or as one process.
 
     Raises:
-        ValueError: the configuration, or a file that it names, is invalid.
+        ValueError: the configuration, or a file that it names, is invalid; or another process trains into the output.
         ConnectionError: the ranks could not connect.
     """
     config = load_config(arguments)  # report errors before large imports
     check_logs(config.logs)
+    from hllm_torchrec.checkpoint.remote_runs import run_lock
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.training.trainer_setup import build_trainer
 
-    with distributed_device(config.parallel.timeout) as device:
+    with distributed_device(config.parallel.timeout) as device, run_lock(config.output):
         build_trainer(config, device).run()
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hllm_torchrec.common.atomic_files import sync_folder, write_synced
+from hllm_torchrec.common.atomic_files import exchange_folders, sync_folder, write_synced
 from hllm_torchrec.common.hashing import hash_file, hash_json
+from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 
 K = TypeVar("K")
 SCHEMA_VERSION = 2
@@ -86,10 +87,14 @@ def commit(temporary: Path, final: Path, marker: Mapping[str, Any], files: list[
     # must be on disk before the new name is.
     write_synced(temporary / MARKER, marker_text(marker, files))
     sync_folder(temporary)
-    # The step exists if a run resumed from an earlier one. The old directory is only renamed here: after a crash before
-    # the next rename there are two complete copies under temporary names, and the next start restores one.
-    replaced = _rename_for_removal(final) if final.exists() else None
-    temporary.rename(final)
+    # The step exists if a run resumed from an earlier one. Where two directories cannot be exchanged, the old one is
+    # only renamed here: after a crash before the next rename there are two complete copies under temporary names, and
+    # the next start restores one.
+    replaced = None
+    if final.exists():
+        replaced = temporary if exchange_folders(temporary, final) else _rename_for_removal(final)
+    if replaced is not temporary:
+        temporary.rename(final)
     sync_folder(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
@@ -118,30 +123,47 @@ def find_damage(path: Path, *, check_hashes: bool = True, share: tuple[int, int]
 
     Sizes are always compared; contents (SHA-256, about 1 GB/s) only if `check_hashes`, and only of this rank's share of
     the files: share = (index, number of shares).
+
+    Raises:
+        OSError: the machine could not read a file, which is no damage (permission, too many open files, ...); names it.
     """
+    return examine(path, check_hashes=check_hashes, share=share)[1]
+
+
+def examine(path: Path, *, check_hashes: bool, share: tuple[int, int] = (0, 1)) -> tuple[dict[str, Any], str | None]:
+    """Return the marker of a checkpoint, and its damage as `find_damage`; the marker is empty if it is not readable."""
+    marker: dict[str, Any] = {}
     try:
         marker = read_marker(path)
-        if marker["schema_version"] not in READABLE_VERSIONS:
-            return f"has schema version {marker['schema_version']}; this program reads {READABLE_VERSIONS}"
-        if marker["schema_version"] > 1 and with_checksum(marker) != marker:
-            return f"is damaged: the contents of {MARKER} are not what was written"
-        part, parts = share
-        for number, (name, (size, digest)) in enumerate(marker["files"].items()):
-            file = path / name
-            # A marker may be forged: names must not point outside of the directory.
-            if Path(name).name != name or file.is_symlink():
-                return f"is damaged: {repr(name)[:100]} leads out of it"
-            if not file.is_file():
-                return f"is incomplete: {name} is missing"
-            if file.stat().st_size != size:
-                return f"is truncated: {name} has {file.stat().st_size} bytes instead of {size}"
-            if check_hashes and number % parts == part and hash_file(file) != digest:
-                return f"is damaged: the contents of {name} are not what was written"
-        if not {"extra.json", ".metadata"} <= marker["files"].keys() or not isinstance(marker["world_size"], int):
-            return f"is damaged: {MARKER} is malformed"
+        return marker, _damage_of(path, marker, check_hashes, share)
     # A damaged marker may have any content, so any of these can come from reading it.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"has no readable {MARKER} file ({type(error).__name__}: {error})"
+        if is_machine_error(error):
+            raise
+        return marker, f"has no readable {MARKER} file ({type(error).__name__}: {error})"
+
+
+def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tuple[int, int]) -> str | None:
+    """Compare the files of a checkpoint with its marker, as `find_damage`; malformed markers raise anything."""
+    if marker["schema_version"] not in READABLE_VERSIONS:
+        return f"has schema version {marker['schema_version']}; this program reads {READABLE_VERSIONS}"
+    if marker["schema_version"] > 1 and with_checksum(marker) != marker:
+        return f"is damaged: the contents of {MARKER} are not what was written"
+    part, parts = share
+    for number, (name, (size, digest)) in enumerate(marker["files"].items()):
+        file = path / name
+        # A marker may be forged: names must not point outside of the directory.
+        if Path(name).name != name or file.is_symlink():
+            return f"is damaged: {repr(name)[:100]} leads out of it"
+        with path_in_errors(file):
+            if not file.is_file():
+                return f"is incomplete: {name} is missing"
+            if (found := file.stat().st_size) != size:
+                return f"is truncated: {name} has {found} bytes instead of {size}"
+            if check_hashes and number % parts == part and hash_file(file) != digest:
+                return f"is damaged: the contents of {name} are not what was written"
+    if not {"extra.json", ".metadata"} <= marker["files"].keys() or not isinstance(marker["world_size"], int):
+        return f"is damaged: {MARKER} is malformed"
     return None
 
 
@@ -155,10 +177,14 @@ def read_checkpoint_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is missing or holds something else; names it.
+        OSError: as `find_damage`.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with path_in_errors(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if is_machine_error(error):
+            raise
         raise ValueError(f"{path}: {error}: it is damaged; load the checkpoint before it") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, not a JSON object: load the checkpoint before it")
@@ -176,8 +202,20 @@ def checkpoints_by_metric(directory: Path) -> list[Path]:
 
     The newest checkpoint's marker states whether larger or smaller is better; if it does not, the list is empty.
     """
-    paths = [path for path in checkpoints_by_step(directory) if not find_damage(path, check_hashes=False)]
-    return sort_by_metric({path: read_marker(path) for path in paths})
+    return sort_by_metric(_whole_markers(directory))
+
+
+def _whole_markers(directory: Path) -> dict[Path, dict[str, Any]]:
+    """Return checkpoint -> marker of those whose files have the right sizes, in the order of their steps."""
+    while True:
+        paths = checkpoints_by_step(directory)
+        examined = {path: examine(path, check_hashes=False) for path in paths}
+        # The run that writes them may have pruned some meanwhile, for newer ones that are not in the list, or replaced
+        # one, whose files then do not fit the marker that was read. Damage stays the same.
+        damaged = {path: found for path, found in examined.items() if found[1] is not None}
+        again = {path: examine(path, check_hashes=False) for path in damaged}
+        if again == damaged and all(path.exists() for path in paths):
+            return {path: marker for path, (marker, damage) in examined.items() if damage is None}
 
 
 def sort_by_metric(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
@@ -192,8 +230,9 @@ def sort_by_metric(markers: Mapping[K, Mapping[str, Any]]) -> list[K]:
 
 def prune_checkpoints(newest: Path, keep_last: int) -> None:
     """Delete all checkpoints except the `keep_last` newest, the best, and `newest`; damaged ones are not touched."""
-    whole = [path for path in checkpoints_by_step(newest.parent) if not find_damage(path, check_hashes=False)]
-    keep = {newest, *whole[-keep_last:], *checkpoints_by_metric(newest.parent)[:1]}
+    markers = _whole_markers(newest.parent)
+    whole = list(markers)
+    keep = {newest, *whole[-keep_last:], *sort_by_metric(markers)[:1]}
     for path in whole:
         if path not in keep:
             remove_checkpoint(path)

@@ -17,7 +17,7 @@ failure on one rank raises on all.
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hllm_torchrec.checkpoint import growth
 from hllm_torchrec.checkpoint import layout as files
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
-from hllm_torchrec.checkpoint.save import BackgroundWriter, first_error, save_checkpoint
+from hllm_torchrec.checkpoint.save import BackgroundWriter, first_error, raise_machine_error, save_checkpoint
+from hllm_torchrec.checkpoint.selection import best_checkpoint, latest_checkpoint, unchanged, verify_checkpoint
 from hllm_torchrec.checkpoint.state import flatten, is_under, rng_state, set_rng_state
 from hllm_torchrec.distributed import coordination
 
@@ -72,17 +73,19 @@ def load_checkpoint(
     Raises:
         ValueError: the checkpoint is damaged, was made by another model (names the keys), or contains a pickle
             that is not allowed. `state` is then unchanged.
+        CheckpointGone: it was removed or replaced meanwhile (a ValueError); `state` may have changed.
         RuntimeError: another rank failed.
     """
     path = Path(path)
-    # All ranks compare before any of them reads: on an error no tensor has been changed, on any rank.
-    reports = coordination.run_on_all_ranks(lambda: _compare(path, state))
-    kept = _raise_mismatches(path, reports, list(state), allow_missing, remedy)
-    _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
-    if coordination.rank() == 0:
-        for rows in _grown(reports).values():
-            _logger.warning("%s: %s", path, rows)
-    return files.read_checkpoint_json(path / "extra.json")
+    with unchanged(path):
+        # All ranks compare before any of them reads: on an error no tensor has been changed, on any rank.
+        reports = coordination.run_on_all_ranks(lambda: _compare(path, state))
+        kept = _raise_mismatches(path, reports, list(state), allow_missing, remedy)
+        _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
+        if coordination.rank() == 0:
+            for rows in _grown(reports).values():
+                _logger.warning("%s: %s", path, rows)
+        return files.read_checkpoint_json(path / "extra.json")
 
 
 def load_rank_extra(path: Path) -> dict[str, Any] | None:
@@ -93,50 +96,6 @@ def load_rank_extra(path: Path) -> dict[str, Any] | None:
     return files.read_checkpoint_json(path / f"extra-rank{coordination.rank()}.json")
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None. Collective: every rank gets the same answer.
-
-    All files are hashed, divided among the ranks. A damaged checkpoint is skipped with a warning.
-    """
-    return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_step(Path(directory))[::-1]))
-
-
-def best_checkpoint(directory: Path) -> Path | None:
-    """Return the complete checkpoint of the best metric (the earliest of equals), or None. Collective.
-
-    `better` in the newest checkpoint's marker says whether larger or smaller is better. All files are hashed; a damaged
-    checkpoint is skipped with a warning.
-    """
-    return _first_complete(coordination.run_on_rank_zero(lambda: files.checkpoints_by_metric(Path(directory))))
-
-
-def verify_checkpoint(path: Path) -> Path:
-    """Verify the hashes of all files of a checkpoint, and return its path. Collective.
-
-    Raises:
-        ValueError: it is damaged or not a checkpoint; names the file.
-    """
-    damage = _damage(path)
-    if damage:
-        raise ValueError(f"{path} {damage}; load the checkpoint before it")
-    return path
-
-
-def _first_complete(paths: Iterable[Path]) -> Path | None:
-    """Return the first of these checkpoints that is not damaged; warn about those before it."""
-    for path in paths:
-        damage = _damage(path)
-        if damage is None:
-            return path
-        if coordination.rank() == 0:
-            _logger.warning("%s %s; it is passed over", path, damage)
-    return None
-
-
-def _damage(path: Path) -> str | None:
-    """Describe the damage of a checkpoint's files, or return None. Collective: each rank hashes a share of them."""
-    share = coordination.rank(), coordination.world_size()
-    return next(filter(None, coordination.run_on_all_ranks(lambda: files.find_damage(path, share=share))), None)
 
 
 def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,6 +180,7 @@ def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(wanted, storage_reader=SafeReader(path))
     except CheckpointException as error:
+        raise_machine_error(error, path)
         reason = f"{path} could not be read: {first_error(error)}; load the checkpoint before it"
         raise ValueError(reason) from error
     for key, rows in spread.items():

@@ -12,18 +12,20 @@ import logging
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from hllm_torchrec.checkpoint import layout as files
-from hllm_torchrec.common.atomic_files import remove_folder, write_synced
+from hllm_torchrec.common.atomic_files import remove_folder, replace_file, write_synced
 from hllm_torchrec.common.errors import Preempted
+from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.common.urls import (
     FileFacts,
+    cache_folder,
     fetch_files,
     host_lock,
     list_files,
@@ -41,6 +43,10 @@ NOT_FETCHED = (CHECKPOINTS, "predictions", "retrieval", "bad_batches")
 """Folders that are not copied with a run: not needed to read or resume it, or (checkpoints) fetched one at a time."""
 FETCHED = ".fetched.json"
 """File in a copy that records size and version of each file at the URL when it was fetched."""
+_LOCK = ".lock"
+LOCK_WAIT = 10.0
+"""Seconds that a job waits for the lock of a run: a restart may begin before the job that it replaces has ended."""
+_ATTEMPTS = 5
 _MARKER = re.compile(rf"{CHECKPOINTS}/(step-\d+)/{files.MARKER}")
 _logger = logging.getLogger(__name__)
 
@@ -78,6 +84,36 @@ class RunStorage:
         upload_files(self.folder, states, self.url)
         # Recorded after the upload: if it fails, the next one tries the same files again.
         self._sent |= states
+
+
+@contextmanager
+def run_lock(output: str) -> Iterator[None]:
+    """Context manager that holds the lock of the only job that trains into `output`. Collective; rank 0 holds it.
+
+    Of a URL it is the lock of this host.
+
+    Raises:
+        Locked: another job still trains into it after LOCK_WAIT seconds; names its process.
+    """
+    url = url_of(output)
+    folder = Path(output) if url is None else cache_folder(url)
+    what = f"output: {output}: another process trains into it, and two runs would be mixed"
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(hold_lock(folder / _LOCK, what, wait=LOCK_WAIT))
+        held.callback(_remove_if_empty, folder)
+
+    with ExitStack() as held:  # rank 0's; empty on other ranks
+        coordination.run_on_rank_zero(acquire)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a run's folder that holds nothing but the lock: the job found an error before it wrote anything."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names == {_LOCK, f"{_LOCK}.holder"}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_run_storage(output: str) -> RunStorage:
@@ -128,6 +164,17 @@ def local_run(run: str | Path, which: str | None = None) -> Path:
         if which is not None:
             _bring_checkpoint(url, there, local, which)
     return local
+
+
+def fetch_checkpoint(url: str, which: str) -> str | None:
+    """Fetch the best or latest complete checkpoint of the run at `url`, and return its name. Not collective.
+
+    Raises:
+        ValueError, OSError: as `local_run`.
+    """
+    with host_lock(url) as folder:
+        local, there = folder / "read" / url_name(url), list_files(url)
+        return _bring_checkpoint(url, there, local, which)
 
 
 def local_checkpoint(checkpoint: str | Path) -> Path:
@@ -213,44 +260,76 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
 def _bring_files(url: str, there: Mapping[str, FileFacts], local: Path) -> None:
     """Update a copy: fetch files that changed at the URL, and delete those that no longer exist there."""
     record = local / FETCHED
-    before: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
+    before = _fetched(record)
     now = {name: list(facts) for name, facts in there.items() if name.split("/")[0] not in NOT_FETCHED}
     for name in before.keys() - now.keys():
         (local / name).unlink(missing_ok=True)
     fetch_files(url, [name for name in now if before.get(name) != now[name] or not (local / name).is_file()], local)
-    record.write_text(json.dumps(now))
+    replace_file(record, json.dumps(now))
+
+
+def _fetched(record: Path) -> dict[str, Any]:
+    """Return what a copy was fetched as; nothing if that is not known, so that all of it is fetched again."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, Any]]:
-    """Return name -> marker of the checkpoints at a run's URL with a readable marker, in the order of their steps."""
+    """Return name -> marker of the checkpoints at a run's URL with a readable marker, in the order of their steps.
+
+    Raises:
+        FileNotFoundError: one was deleted since `there` was listed, perhaps for newer ones that are not in it.
+    """
     names = [found[1] for name in there if (found := _MARKER.fullmatch(name))]
     texts = {name: read_text(f"{url}/{CHECKPOINTS}/{name}/{files.MARKER}") for name in names}
     markers = {}
     for name, text in texts.items():
+        if text is None:
+            raise FileNotFoundError(f"{url}/{CHECKPOINTS}/{name}: was deleted while it was read: start again")
         try:
-            markers[name] = json.loads(text or "")
+            markers[name] = json.loads(text)
         except ValueError:
             _logger.warning("%s/%s/%s has no readable %s; it is passed over", url, CHECKPOINTS, name, files.MARKER)
     return dict(sorted(markers.items(), key=lambda entry: int(entry[0][5:])))
 
 
-def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, which: str) -> None:
-    """Fetch the best or latest complete checkpoint, or one by name; delete copies that no longer match the URL.
+def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, which: str) -> str | None:
+    """Fetch the best or latest complete checkpoint, or one by name, and return its name, None if there is none.
 
+    Copies that no longer match the URL are deleted.
     The copy of a checkpoint that is damaged at the URL has no marker, so that callers skip it; then the next one is
-    fetched as well.
+    fetched as well. Another process that reads a copy which is deleted here finds that it is gone, and asks again.
     """
-    markers = _markers(url, there)
-    for copy in files.checkpoints_by_step(local / CHECKPOINTS):
-        if files.find_damage(copy, check_hashes=False) or files.read_marker(copy) != markers.get(copy.name):
-            shutil.rmtree(copy)
-    order = files.sort_by_metric(markers) if which == "best" else list(markers)[::-1]
-    for name in order if which in ("best", "latest") else {which} & markers.keys():
+    for stale in (local / CHECKPOINTS).glob("step-*.tmp-*"):  # of a process that was killed: this one has the lock
+        shutil.rmtree(stale)
+    for attempt in range(_ATTEMPTS):
+        try:
+            markers = _markers(url, there)
+            for copy in files.checkpoints_by_step(local / CHECKPOINTS):
+                if files.examine(copy, check_hashes=False) != (markers.get(copy.name), None):
+                    files.remove_checkpoint(copy)
+            order = files.sort_by_metric(markers) if which == "best" else list(markers)[::-1]
+            return _fetch_first(url, markers, local, order if which in ("best", "latest") else {which} & markers.keys())
+        except FileNotFoundError:
+            # The run has deleted it at the URL meanwhile, and perhaps published others.
+            if attempt == _ATTEMPTS - 1:
+                raise
+            there = list_files(url)
+    raise AssertionError("unreachable")
+
+
+def _fetch_first(url: str, markers: Mapping[str, dict[str, Any]], local: Path, order: Iterable[str]) -> str | None:
+    """Fetch checkpoints in this order until one is complete; return its name."""
+    for name in order:
         copy = local / CHECKPOINTS / name
         if not copy.exists():
             _fetch_checkpoint(f"{url}/{CHECKPOINTS}/{name}", markers[name], copy)
         if files.find_damage(copy, check_hashes=False) is None:
-            return
+            return name
+    return None
 
 
 def _fetch_checkpoint(url: str, marker: Mapping[str, Any], copy: Path) -> None:
@@ -262,6 +341,8 @@ def _fetch_checkpoint(url: str, marker: Mapping[str, Any], copy: Path) -> None:
         fetch_files(url, names, beside)
         damage = files.find_damage(beside)
         if damage is not None:
+            if read_text(f"{url}/{files.MARKER}") != (beside / files.MARKER).read_text(encoding="utf-8"):
+                raise FileNotFoundError(f"{url}: was deleted or written again while it was fetched: start again")
             _logger.warning("%s %s", url, damage)
             (beside / files.MARKER).unlink()
         beside.rename(copy)

@@ -12,6 +12,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from hllm_torchrec.common.machine_errors import is_machine_error
+
 #: module -> names that the pickle may refer to. All are constructors of plain records; none executes anything else.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -81,6 +83,8 @@ def _unpickle(path: Path) -> Metadata:
         with path.open("rb") as stream:
             metadata = _RestrictedUnpickler(stream).load()
     except Exception as error:  # a damaged pickle raises almost anything
+        if is_machine_error(error):
+            raise
         raise ValueError(f"{path} cannot be read: {error}; {_REMEDY}") from error
     if not isinstance(metadata, Metadata) or not _is_whole(metadata):
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint; {_REMEDY}")

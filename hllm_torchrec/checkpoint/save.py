@@ -1,6 +1,5 @@
 """Writes checkpoints: into a temporary directory that is renamed when complete, in the caller or on a thread."""
 
-import errno
 import json
 import math
 import shutil
@@ -26,6 +25,7 @@ from hllm_torchrec.checkpoint import layout as files
 from hllm_torchrec.checkpoint.remote_runs import publish_checkpoint
 from hllm_torchrec.checkpoint.state import check_json, flatten
 from hllm_torchrec.common.atomic_files import write_synced
+from hllm_torchrec.common.machine_errors import is_disk_full, is_machine_error, path_in_errors
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.embedding.tables import local_shards
 
@@ -204,10 +204,11 @@ class _PendingCheckpoint:
                 writer = dcp.FileSystemWriter(path)
                 dcp.save(self.tensors, storage_writer=writer, planner=self.planner, process_group=group)
         except CheckpointException as error:  # a BaseException: no ordinary handler would catch it
-            no_room = any(_is_disk_full(failure) for failure, _ in error.failures.values())
+            no_room = any(is_disk_full(failure) for failure, _ in error.failures.values())
             # torch.save may replace the system's error, so the free space is checked as well.
             if no_room or coordination.run_on_rank_zero(lambda: shutil.disk_usage(path).free < NO_ROOM, group):
                 raise files.DiskFull(self.final, self.needed) from error
+            raise_machine_error(error, path)
             raise RuntimeError(f"{path} could not be written: {first_error(error)}") from error
 
     def _translate_disk_full(self, work: Callable[[], Any]) -> Any:
@@ -215,7 +216,7 @@ class _PendingCheckpoint:
         try:
             return work()
         except OSError as error:
-            if _is_disk_full(error):
+            if is_disk_full(error):
                 raise files.DiskFull(self.final, self.needed) from error
             raise
 
@@ -259,11 +260,6 @@ def _needed(sizes: Sequence[tuple[dict[str, int], int]]) -> int:
     return sum(replicated.values()) + sum(alone for _, alone in sizes)
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Return whether an error means that the disk (or the quota) is full."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
 def _is_replicated(tensor: Tensor) -> bool:
     """Return whether every rank has the complete tensor."""
     return not isinstance(tensor, ShardedTensor | DTensor)
@@ -298,6 +294,21 @@ def first_error(error: CheckpointException) -> str:
     """Return the error of the first failed rank, in one line."""
     rank, (failure, _) = next(iter(error.failures.items()))
     return f"rank {rank}: {type(failure).__name__}: {failure}"
+
+
+def raise_machine_error(error: CheckpointException, path: Path) -> None:
+    """Raise the error of a rank that was interrupted (Ctrl-C), or whose machine failed; return for any other one.
+
+    DCP catches every exception; without this, an interruption would be taken for a failure of the checkpoint.
+    """
+    failures = [failure for failure, _ in error.failures.values()]
+    for failure in failures:
+        if isinstance(failure, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+    for failure in failures:
+        if is_machine_error(failure):
+            with path_in_errors(path):
+                raise failure
 
 
 def _write_extras(path: Path, extras: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, str]]:

@@ -89,6 +89,12 @@ def replace_folder(new: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def exchange_folders(one: Path, other: Path) -> bool:
+    """Exchange two folders of a file system in one step; False if the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file atomically, also with respect to crashes: write a temporary file, sync it, rename it."""
     beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
@@ -124,7 +130,7 @@ def remove_folder(path: Path) -> None:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `target`, with an empty folder `new` and a lock of this process; removed at the end."""
+    """Yield a hidden folder beside `target`, with a folder `new` and a lock of this process; removed at the end."""
     # It gets the name that `recover_folder` looks for only once it is locked, so that it is never taken for abandoned.
     unlocked = Path(tempfile.mkdtemp(prefix=f".{target.name}-new-", dir=target.parent))
     work = unlocked.with_name(f".{target.name}-{unlocked.name[-_TOKEN:]}")
@@ -182,18 +188,12 @@ def _remove_scratch(work: Path) -> None:
 
 def _replace_folder(new: Path, target: Path, old: Path) -> None:
     """Put `new` in the place of the folder `target`, which moves into the scratch folder of `old`."""
-    if target.is_dir() and not target.is_symlink() and _exchange(new, target):
+    if target.is_dir() and not target.is_symlink() and exchange_folders(new, target):
         new.rename(old)
         return
     # A rename cannot replace a folder that is not empty, so the old one is moved away first.
     target.rename(old)
     new.rename(target)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two paths in one step; False if the system or the file system cannot."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def _sync_tree(folder: Path) -> None:

@@ -40,7 +40,14 @@ def configured_by(section: str, **fields: str) -> Iterator[None]:
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM). This is not a fault; the message states where its state is saved."""
+    """The run was asked to stop. This is not a fault; the message states where its state is saved.
+
+    interrupted: True for Ctrl-C (SIGINT), False for SIGTERM.
+    """
+
+    def __init__(self, message: str = "", *, interrupted: bool = False) -> None:
+        super().__init__(message)
+        self.interrupted = interrupted
 
 
 def without_credentials(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ _ERRNOS = {
     *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EROFS),
     *(errno.EFBIG, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT),
 }
-_NO_SPACE = os.strerror(errno.ENOSPC)
+_NO_SPACE = re.compile(rf"{os.strerror(errno.ENOSPC)}|^\d+ requested and \d+ written$")
+"""Messages of a full disk: the system's, within those of libraries, and numpy's."""
 
 
 def is_machine_error(error: BaseException) -> bool:
@@ -25,7 +27,9 @@ def is_machine_error(error: BaseException) -> bool:
 
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error means that the disk (or the quota) is full, whatever library raises it."""
-    return _NO_SPACE in str(error) if not isinstance(error, OSError) else error.errno in _FULL_DISK
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL_DISK
+    return _NO_SPACE.search(str(error)) is not None
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def path_in_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else errno.ENOSPC if is_disk_full(error) else None
+        number = errno.ENOSPC if is_disk_full(error) else getattr(error, "errno", None)
         if isinstance(error, MemoryError):
             number = errno.ENOMEM
         if number not in _ERRNOS or getattr(error, "filename", None) is not None:

@@ -2,13 +2,18 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.machine_errors import is_disk_full, path_in_errors
+from hllm_torchrec.common.tensorboard_file import ScalarFile
 
 #: Events that are repeated when a run resumes from an earlier checkpoint.
 _REPEATED_EVENTS = ("step", "eval", "skipped")
@@ -31,7 +36,13 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, resumed_step: int | None = None, sink: MetricsSink | None = None
+        self,
+        run_dir: Path,
+        rank: int,
+        resumed_step: int | None = None,
+        sink: MetricsSink | None = None,
+        *,
+        bears_full_disk: bool = False,
     ) -> None:
         """Open the log for appending; the directory is created if missing.
 
@@ -41,21 +52,23 @@ class RunLog:
             resumed_step: when resuming, the checkpoint's step. "step", "eval" and "skipped" lines after it are
                 dropped because the run repeats them, as is a last line that a crash truncated.
             sink: also receives the numbers, and is closed with the log.
+            bears_full_disk: keep the lines of a full disk in memory, and write them once there is room; numbers for
+                TensorBoard are left out meanwhile.
         """
-        self._file: TextIO | None = None
-        self._sink = sink
+        self._file: FileIO | None = None
+        self._sink, self._bears_full_disk = sink, bears_full_disk
         if rank != 0:
             return
-        from torch.utils.tensorboard import SummaryWriter  # the import takes seconds; only rank 0 needs it
-
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "log.jsonl"
         if resumed_step is not None and path.exists():
             _truncate(path, resumed_step)
-        self._file = path.open("a")
-        # TensorBoard hides earlier events from this step on, because the resumed run writes them again.
-        purge = None if resumed_step is None else resumed_step + 1
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        # Not buffered: what a full disk does not take is then known to the byte.
+        self._path, self._file, self._unwritten = path, path.open("ab", buffering=0), b""
+        # The resumed run writes the events after its checkpoint again.
+        self._scalars: ScalarFile | None = None
+        self._purge_step = None if resumed_step is None else resumed_step + 1
+        self._write_scalars(0, {})
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append one line, and write its numbers to TensorBoard as `<event>/<name>`.
@@ -68,6 +81,7 @@ class RunLog:
 
         Raises:
             ValueError: a value of another type, or a value named "event", "step" or "time".
+            OSError: the disk is full; names the file.
         """
         if self._file is None:
             return
@@ -75,22 +89,59 @@ class RunLog:
         if clash := line.keys() & values.keys():
             raise ValueError(f"{event}: the name {clash.pop()!r} is reserved by the log; choose another")
         plain = {name: _plain(name, value) for name, value in values.items()}
-        self._file.write(json.dumps({**line, **plain}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps({**line, **plain}, allow_nan=False) + "\n").encode()
+        self._write_lines()
         numbers = dict(_numbers(event, values))
-        for name, number in numbers.items():
-            self._tensorboard.add_scalar(name, number, step)
+        self._write_scalars(step, numbers)
         if self._sink is not None:
             self._sink.write(step, numbers)
 
+    def _write_lines(self) -> None:
+        assert self._file is not None
+        try:
+            with self._full_disk(self._path):
+                while self._unwritten:  # what was not taken stays for the next call
+                    self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError:
+            self._unwritten = b""  # said once; closing the log must not replace the error that ends the run
+            raise
+
+    def _write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        folder = self._path.parent / "tensorboard"
+        with self._full_disk(folder):
+            if self._scalars is None:
+                self._scalars = ScalarFile(folder, self._purge_step)
+            self._scalars.write(step, numbers)
+            return
+        # The file ends with half an event now: the next event begins another file.
+        if self._scalars is not None:
+            self._scalars.close()
+            self._scalars, self._purge_step = None, None
+
+    @contextmanager
+    def _full_disk(self, path: Path) -> Iterator[None]:
+        """Context manager that bears a full disk, if the log does; other errors name `path`."""
+        try:
+            with path_in_errors(path):
+                yield
+        except OSError as error:
+            if not (self._bears_full_disk and is_disk_full(error)):
+                raise
+
     def close(self) -> None:
         """Flush and close the files; closing twice is allowed."""
-        if self._file is not None:
-            self._file.close()
-            self._tensorboard.close()
-            if self._sink is not None:
-                self._sink.close()
-            self._file = None
+        if self._file is None:
+            return
+        self._write_lines()
+        if self._unwritten:
+            lost = self._unwritten.count(b"\n")
+            print(f"{self._path}: the disk is full: the last {lost} lines are missing", file=sys.stderr, flush=True)
+        self._file.close()
+        self._file = None
+        if self._scalars is not None:
+            self._scalars.close()
+        if self._sink is not None:
+            self._sink.close()
 
     def __enter__(self) -> "RunLog":
         """Return the log itself."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
-from filelock import FileLock
 from fsspec.registry import known_implementations
+
+from hllm_torchrec.common.locks import hold_lock, lock_wait
 
 CACHE = "HLLM_CACHE"
 """Environment variable with the folder of local copies."""
@@ -55,10 +56,14 @@ def cache_folder(url: str) -> Path:
 
 @contextmanager
 def host_lock(url: str) -> Iterator[Path]:
-    """Lock this host's copies of `url` against other processes of the host; yields their folder."""
+    """Lock this host's copies of `url` against other processes of the host; yields their folder.
+
+    Raises:
+        Locked: another process holds the lock for longer than HLLM_LOCK_WAIT seconds (an hour).
+    """
     folder = cache_folder(url)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with hold_lock(folder / "lock", f"{url}: another process uses this host's copies", wait=lock_wait()):
         yield folder
 
 
@@ -138,6 +143,41 @@ def upload_files(folder: Path, names: Iterable[str], url: str) -> None:
         _side_by_side(lambda name: system.put_file(str(folder / name), f"{path}/{name}"), names)
 
 
+def create_file(url: str, text: str) -> bool:
+    """Create a small file, complete at once; False if it exists already, perhaps made by another job at this moment.
+
+    Raises:
+        ValueError, OSError: as `open_filesystem`.
+    """
+    with open_filesystem(url) as (system, path):
+        data = text.encode()
+        try:
+            if url.startswith(("file:", "local:")):
+                _link_new(Path(path), data)
+                return True
+            # A conditional write (S3: If-None-Match).
+            system.pipe_file(path, data, mode="create")
+        except (FileExistsError, TypeError) as error:
+            if isinstance(error, FileExistsError) or system.exists(path):
+                return False
+            system.pipe_file(path, data)  # a file system without conditional writes
+        return bool(system.cat_file(path) == data)
+
+
+def _link_new(path: Path, data: bytes) -> None:
+    """Create a local file with its content in one step; FileExistsError if it exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(beside, path)
+    finally:
+        os.unlink(beside)
+
+
 def remove_files(url: str, names: Iterable[str]) -> None:
     """Remove files below `url`; missing files are ignored.
 
@@ -160,10 +200,14 @@ def print_transfer(what: str, url: str, sizes: Mapping[str, int]) -> None:
 
 
 def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    """Run `work` on every part in threads; the first error is raised after all have ended."""
+    """Run `work` on every part in threads; the first error is raised, and parts that have not begun are left out."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(work, part) for part in parts]:
-            done.result()
+        try:
+            for done in [pool.submit(work, part) for part in parts]:
+                done.result()
+        except BaseException:  # also Ctrl-C: the rest would be transferred before the process ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 # ---------------------------------------------------------------------- errors

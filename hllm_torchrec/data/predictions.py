@@ -1,6 +1,7 @@
 """Predictions of exposures: columns, and reading and writing of the Parquet files of the evaluation job."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hllm_torchrec.common.atomic_files import remove_folder
+from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.machine_errors import path_in_errors
 from hllm_torchrec.distributed.coordination import rank as this_rank
 from hllm_torchrec.distributed.coordination import run_on_all_ranks, run_on_rank_zero
 
@@ -63,21 +65,16 @@ def write_predictions(columns: PredictionColumns, directory: Path, rank: int) ->
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"part-{rank:05d}.parquet"
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table(columns), temporary)
+    with path_in_errors(path):
+        pq.write_table(pa.table(columns), temporary)
     temporary.rename(path)
     return path
 
 
 def save_predictions(columns: PredictionColumns, directory: Path) -> None:
     """Write every rank's part; replaces the directory's previous contents after all parts are written. Collective."""
-    temporary = directory.with_name(f"{directory.name}.tmp")
-
-    def replace() -> None:
-        remove_folder(directory)
-        temporary.rename(directory)
-
-    # Each call waits for all ranks: no rank writes before the leftovers of an earlier run are removed, and none is
-    # still writing at the rename.
-    run_on_rank_zero(lambda: remove_folder(temporary))
-    run_on_all_ranks(lambda: str(write_predictions(columns, temporary, this_rank())))
-    run_on_rank_zero(replace)
+    with ExitStack() as replacement:  # rank 0's; empty on other ranks
+        # Each call waits for all ranks: none is still writing when the directory is replaced.
+        folder = run_on_rank_zero(lambda: replacement.enter_context(atomic_folder(directory, replace=True)))
+        run_on_all_ranks(lambda: str(write_predictions(columns, folder, this_rank())))
+        run_on_rank_zero(replacement.close)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
 from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA
 
@@ -34,13 +35,15 @@ class TableRows:
 def error_location(location: object, remedy: str = REMEDY) -> Iterator[None]:
     """Context manager that converts errors of Arrow and numpy into a ValueError with `location` and `remedy`.
 
-    The block must only read files, so that every failure in it is caused by the file, including a MemoryError for an
-    absurd length. A ValueError that names `location` itself is raised unchanged.
+    The block must only read files, so that every failure in it is caused by the file, or by the machine (too little
+    memory, too many open files): then it is an OSError that names `location`, and no word of damage. A ValueError that
+    names `location` itself is raised unchanged.
     """
     try:
-        yield
+        with path_in_errors(str(location)):
+            yield
     except Exception as error:  # decoders of damaged bytes raise almost anything
-        if type(error) is ValueError and str(location) in str(error):
+        if is_machine_error(error) or (type(error) is ValueError and str(location) in str(error)):
             raise
         raise ValueError(f"{location} cannot be read ({_reason(error)}); {remedy}") from error
 

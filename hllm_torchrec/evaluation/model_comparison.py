@@ -8,6 +8,7 @@ from typing import Any
 
 from hllm_torchrec.distributed.array_collectives import gather_objects
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+from hllm_torchrec.evaluation.prediction_files import unchanged_files
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, describe_predictions
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
 from hllm_torchrec.evaluation.sanity_checks import Overlap, file_overlap
@@ -32,8 +33,9 @@ def compare(
         ValueError: unreadable predictions; models with different exposures, or with different labels or items for the
             same exposure.
     """
-    models, layout = describe_predictions(predictions)
-    return evaluate_files(models, layout, EvaluationSettings(split, draws=draws, seed=seed), paired=True)[0]
+    with unchanged_files(predictions.values()):
+        models, layout = describe_predictions(predictions)
+        return evaluate_files(models, layout, EvaluationSettings(split, draws=draws, seed=seed), paired=True)[0]
 
 
 def evaluate_files(

@@ -4,7 +4,8 @@ import glob
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.distributed.array_collectives import gather_objects
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 NUMBERS = ("label", "weight", "history_length", "timestamp")
@@ -44,6 +46,44 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         if not file.name.endswith(SUFFIXES):
             raise ValueError(f"{file} is not of a kind that can be read: {', '.join(SUFFIXES)}; convert it")
     return found
+
+
+@contextmanager
+def unchanged_files(paths: Iterable[str | Path]) -> Iterator[None]:
+    """Context manager for reading files, which may be opened several times: at its end none was replaced. Collective.
+
+    Raises:
+        ValueError: a file was replaced, changed, added or removed meanwhile, instead of the error that this may have
+            caused; names the first one.
+    """
+    kept = list(paths)
+    before = _versions(kept)
+    try:
+        yield
+    except Exception as error:
+        _require_unchanged(kept, before, error)
+        raise
+    _require_unchanged(kept, before)
+
+
+_Versions = dict[str, tuple[int, int, int]]
+
+
+def _require_unchanged(paths: Sequence[str | Path], before: _Versions, cause: Exception | None = None) -> None:
+    now = _versions(paths)
+    changed = next((name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)), None)
+    if name := next(filter(None, gather_objects(changed)), None):
+        problem = f"{name} was replaced or changed while it was read, by another job: run this one again"
+        raise ValueError(problem) from cause
+
+
+def _versions(paths: Sequence[str | Path]) -> _Versions:
+    """File -> its identity, size and time of change; empty if a path matches no file (its reader says so)."""
+    try:
+        stats = {str(file): file.stat() for file in find_files(paths)}
+    except (ValueError, FileNotFoundError):
+        return {}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from hllm_torchrec.checkpoint.layout import read_marker
-from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
-from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.checkpoint.load import load_checkpoint, verify_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import CHECKPOINTS, local_checkpoint, local_run
+from hllm_torchrec.checkpoint.selection import read_checkpoint, run_checkpoint
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.machine import machine_info
@@ -88,11 +89,10 @@ def find_checkpoint(run: Path, which: str) -> Path:
         if not named.is_dir():
             raise ValueError(f"--checkpoint {which}: neither best nor latest nor a directory")
         return verify_checkpoint(named)
-    folder = local_run(run, which) / "checkpoints"
-    found = latest_checkpoint(folder) if which == "latest" else best_checkpoint(folder)
+    found = run_checkpoint(run, which)
     if found is None:
         latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
-        raise ValueError(f"{folder} has no complete checkpoint{latest}; train (on) first")
+        raise ValueError(f"{local_run(run) / CHECKPOINTS} has no complete checkpoint{latest}; train (on) first")
     return found
 
 
@@ -101,12 +101,14 @@ class LoadedRun:
     """A run's model with the weights of a checkpoint.
 
     weights: context manager in which the model has its evaluation weights (the averaged ones of `optim.ema`).
+    fingerprint: `weights_fingerprint` of the checkpoint, which its run may have removed since.
     """
 
     experiment: Experiment
     checkpoint: Path
     weights: AbstractContextManager[None]
     step: int
+    fingerprint: str
 
 
 def load_run(
@@ -132,7 +134,13 @@ def load_run(
     config = config or run_config(run, dataset)
     checkpoint = find_checkpoint(run, which)
     experiment = build_experiment(config, device, factors=RunFactors.load(checkpoint.parent.parent))
-    loaded = LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
+
+    def load(path: Path) -> LoadedRun:
+        return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))
+
+    # The model takes long to build, and the run may have pruned the checkpoint meanwhile: then choose again.
+    still_there = iter([checkpoint])
+    loaded = read_checkpoint(lambda: next(still_there, None) or find_checkpoint(run, which), load)
     if use_items and takes_stored_items(config):
         use_stored_items(experiment)
     return loaded
@@ -199,7 +207,7 @@ def _provenance(loaded: LoadedRun) -> dict[str, Any]:
     dataset, checkpoint = loaded.experiment.dataset, loaded.checkpoint
     return {
         "checkpoint": str(checkpoint),
-        "weights": {"fingerprint": weights_fingerprint(checkpoint)},
+        "weights": {"fingerprint": loaded.fingerprint},
         "step": loaded.step,
         "seed": loaded.experiment.config.seed,
         "dataset": {

@@ -28,7 +28,7 @@ from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.evaluation.catalogue_retrieval import vectors_by_features
-from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
+from hllm_torchrec.evaluation.run_loader import LoadedRun
 from hllm_torchrec.inference.exposure_vectors import Coverage, ExposureVectors, Mode, exposure_vectors
 from hllm_torchrec.inference.item_embedding import (
     EmbedReport,
@@ -84,7 +84,7 @@ def embed_exposures(
     facts = {
         "part": "exposures",
         "mode": mode,
-        "weights": weights_fingerprint(loaded.checkpoint),
+        "weights": loaded.fingerprint,
         "fusion": experiment.config.objective.fusion,
         "max_history": experiment.config.data.max_history,
     }
@@ -127,7 +127,7 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     experiment = loaded.experiment
     if experiment.item_encoder is None:
         raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item vectors to give")
-    facts = {"part": "item_features", "weights": weights_fingerprint(loaded.checkpoint)}
+    facts = {"part": "item_features", "weights": loaded.fingerprint}
     store = open_or_create_store(path, experiment.hllm.user.width, dtype, facts)
     raw_ids = raw_keys(experiment.dataset.items["raw_item_id"], store.kind)
     marks = item_content_hashes(experiment.item_encoder.tokens)

@@ -19,7 +19,7 @@ from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed import coordination
-from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
+from hllm_torchrec.evaluation.run_loader import LoadedRun
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store, rank_chunks, write_rounds
 from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder
@@ -61,7 +61,7 @@ def user_facts(loaded: LoadedRun) -> dict[str, Any]:
     config = loaded.experiment.config
     return {
         "part": "users",
-        "weights": weights_fingerprint(loaded.checkpoint),
+        "weights": loaded.fingerprint,
         "fusion": config.objective.fusion,
         "max_history": config.data.max_history,
     }

@@ -12,15 +12,14 @@ every segment of a manifest is complete, and segments that it does not name are 
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.locks import hold_lock
+from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 
 FORMAT = 1
 
@@ -52,10 +51,14 @@ def read_store_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is missing or holds something else.
+        OSError: it could not be read for a reason that is no damage; names it.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with path_in_errors(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        if is_machine_error(error):
+            raise
         raise ValueError(f"{path}: not readable as JSON ({error}): not an embedding store, or a damaged one") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object: not an embedding store, or a damaged one")
@@ -118,16 +121,10 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     replace_file(root / "manifest.json", json.dumps(asdict(manifest), indent=1))
 
 
-@contextmanager
-def writer_lock(root: Path) -> Iterator[None]:
+def writer_lock(root: Path) -> AbstractContextManager[None]:
     """Context manager that holds the lock of the store's only writer; the system releases it when a process dies.
 
     Raises:
-        ValueError: another process is writing.
+        Locked: another process is writing; names it.
     """
-    try:
-        held = FileLock(root / "lock").acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"{root}: another process is writing to this store: wait for it, or stop it") from None
-    with held:
-        yield
+    return hold_lock(root / "lock", f"{root}: another process is writing to this store")

@@ -1,16 +1,25 @@
 """Embedding stores at URLs: copied to the host for reading, and published with each commit.
 
+    <url>/store.json, manifest.json, runs/   as in a folder (`store/files.py`)
+    <url>/commits/00000007.json              the manifest of the seventh commit there, with `commit` and `identity`
+
 The segments of a commit are new folders, so a copy is updated by fetching the missing ones and then replacing its
-manifest. Reading and writing jobs have separate copies. Only one job at a time may write to a URL; a second one is
-detected when it commits, not before, as object stores have no locks.
+manifest. Reading and writing jobs have separate copies. A commit is the creation of its file under commits/, which the
+file system grants to one job only: of two jobs that began with the same state, the second one is refused. manifest.json
+follows; if a job dies before, readers find the newer commit by its number, and the next job goes on from it.
 """
 
+import json
+import re
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from hllm_torchrec.common.atomic_files import remove_folder, replace_file
 from hllm_torchrec.common.urls import (
+    create_file,
     fetch_files,
     host_lock,
     list_files,
@@ -24,8 +33,18 @@ from hllm_torchrec.distributed import coordination
 from hllm_torchrec.store.files import Manifest, SegmentFacts, parse_manifest, writer_lock
 from hllm_torchrec.store.segment import find_segment_damage
 
-IDENTITY, MANIFEST = "store.json", "manifest.json"
+IDENTITY, MANIFEST, COMMITS = "store.json", "manifest.json", "commits"
+KEPT_COMMITS = 100
+"""Number of the newest files under commits/ that stay: more than a job that is slow to update manifest.json is late."""
 _ATTEMPTS = 5
+
+
+class _State(NamedTuple):
+    """The committed state at a URL. commit: number of its last commit there; 0: by an earlier version."""
+
+    identity: str
+    manifest: str
+    commit: int
 
 
 class RemoteStore:
@@ -58,26 +77,37 @@ class RemoteStore:
             ValueError: another job has committed there since this one began.
             OSError: the URL cannot be written to.
         """
-        # Optimistic locking: compare the manifest with the one that this job started from. The check and the upload are
-        # not atomic, so two commits within moments can still collide.
-        if read_text(f"{self.url}/{MANIFEST}") != self._seen:
-            raise ValueError(f"{self.url}: another job has written to this store meanwhile: run this one again")
-        now = _text(self.root / MANIFEST)
-        assert now is not None
-        manifest = parse_manifest(now, self.url)
-        there = list_files(f"{self.url}/runs")
+        taken = f"{self.url}: another job has written to this store meanwhile: run this one again"
+        # In this order: what is listed here and not named below belongs to commits before this one, or to jobs that
+        # began with a state before it, which can no longer commit.
+        there, commits = list_files(f"{self.url}/runs"), _commit_numbers(self.url)
+        state = _read_state(self.url, max(commits, default=0))
+        if (None if state is None else state.manifest) != self._seen:
+            raise ValueError(taken)
+        identity, text = _text(self.root / IDENTITY), _text(self.root / MANIFEST)
+        assert identity is not None and text is not None
+        manifest = parse_manifest(text, self.url)
         for run in manifest.runs:
             if not all(f"{run.name}/{name}" in there for name in run.files):
                 self._upload_segment(run)
-        # After all segments: readers must find every segment that a manifest names.
+        number = max([*commits, 0 if state is None else state.commit]) + 1
+        # The author makes the contents unlike those of any other job.
+        author = {"identity": json.loads(identity), "author": secrets.token_hex(8)}
+        if not create_file(_commit_url(self.url, number), json.dumps({**json.loads(text), "commit": number, **author})):
+            raise ValueError(taken)
+        if max(_commit_numbers(self.url)) > number:  # others have committed, and removed the file with this number
+            remove_files(f"{self.url}/{COMMITS}", [_commit_name(number)])
+            raise ValueError(taken)
+        # From here on the commit stands, and what follows may be done by others: manifest.json is where readers begin.
+        self._seen = _with_commit(text, number)
+        replace_file(self.root / MANIFEST, self._seen)
         upload_files(self.root, [MANIFEST], self.url)
-        if self._seen is None:
-            upload_files(self.root, [IDENTITY], self.url)  # last: without it the store does not exist
-        self._seen = now
+        if read_text(f"{self.url}/{IDENTITY}") is None:
+            upload_files(self.root, [IDENTITY], self.url)
         kept = {run.name for run in manifest.runs}
-        remove_files(
-            f"{self.url}/runs", [name for name in list_files(f"{self.url}/runs") if name.split("/")[0] not in kept]
-        )
+        remove_files(f"{self.url}/runs", [name for name in there if name.split("/")[0] not in kept])
+        old = [_commit_name(other) for other in commits if other <= number - KEPT_COMMITS]
+        remove_files(f"{self.url}/{COMMITS}", old)
 
     def _upload_segment(self, segment: SegmentFacts) -> None:
         sizes = {name: size for name, (size, _) in segment.files.items()}
@@ -119,22 +149,70 @@ def writable_store(url: str) -> Path:
 def _update_copy(url: str, root: Path) -> bool:
     """Update a copy to the state at the URL; return whether there is a store."""
     for attempt in range(_ATTEMPTS):
-        identity, text = read_text(f"{url}/{IDENTITY}"), read_text(f"{url}/{MANIFEST}")
-        if identity is None or text is None:
+        state = _read_state(url)
+        if state is None:
             return False
-        manifest = parse_manifest(text, url)
+        manifest = parse_manifest(state.manifest, url)
         (root / "runs").mkdir(parents=True, exist_ok=True)
         try:
             for run in manifest.runs:
                 _fetch_segment(url, run, root)
         except (OSError, ValueError):
             # A commit may have merged and removed the segments of the manifest that was read: then try the new one.
-            if attempt == _ATTEMPTS - 1 or read_text(f"{url}/{MANIFEST}") == text:
+            if attempt == _ATTEMPTS - 1 or _read_state(url) == state:
                 raise
             continue
-        _take_over(root, identity, text, manifest)
+        _take_over(root, state, manifest)
         return True
     raise AssertionError("unreachable")
+
+
+def _read_state(url: str, known: int = 0) -> _State | None:
+    """Read the committed state at a URL, or None if there is no store. known: number of a commit that is there."""
+    identity, text = read_text(f"{url}/{IDENTITY}"), read_text(f"{url}/{MANIFEST}")
+    states = [] if text is None else [text]
+    number = 0 if text is None else _commit_number(text, url)
+    if known > number and (newer := read_text(_commit_url(url, known))) is not None:
+        states, number = [*states, newer], known
+    # A job may have died between its commit and the upload of manifest.json.
+    while (newer := read_text(_commit_url(url, number + 1))) is not None:
+        states, number = [*states, newer], number + 1
+    if not states:
+        return None
+    # An earlier version of this program writes manifest.json alone: the later state has the larger version.
+    newest = max(reversed(states), key=lambda state: parse_manifest(state, url).version)
+    if identity is None:
+        if "identity" not in json.loads(newest):
+            return None
+        identity = json.dumps(json.loads(newest)["identity"], indent=1)
+    return _State(identity, _with_commit(newest, number), number)
+
+
+def _commit_numbers(url: str) -> list[int]:
+    return [int(name[:-5]) for name in list_files(f"{url}/{COMMITS}") if re.fullmatch(r"\d{8,}\.json", name)]
+
+
+def _commit_name(number: int) -> str:
+    return f"{number:08d}.json"
+
+
+def _commit_url(url: str, number: int) -> str:
+    return f"{url}/{COMMITS}/{_commit_name(number)}"
+
+
+def _commit_number(text: str, url: str) -> int:
+    """Return the number of the commit in the text of a manifest, 0 if an earlier version wrote it."""
+    parse_manifest(text, url)  # raises if it is malformed
+    number = json.loads(text).get("commit", 0)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{url}/{MANIFEST}: commit is {str(number)[:100]!r}: the file is damaged")
+    return number
+
+
+def _with_commit(text: str, number: int) -> str:
+    """Return the text of a manifest with the number of its commit, without what else a commit's file holds."""
+    found = json.loads(text)
+    return json.dumps({name: found[name] for name in ("version", "live", "runs")} | {"commit": number}, indent=1)
 
 
 def _fetch_segment(url: str, segment: SegmentFacts, root: Path) -> None:
@@ -155,11 +233,15 @@ def _fetch_segment(url: str, segment: SegmentFacts, root: Path) -> None:
     beside.rename(target)
 
 
-def _take_over(root: Path, identity: str, text: str, manifest: Manifest) -> None:
-    """Make `manifest`, whose segments are all in the copy, the copy's state, and remove other segments."""
-    if (_text(root / MANIFEST), _text(root / IDENTITY)) != (text, identity):
-        replace_file(root / MANIFEST, text)
-        replace_file(root / IDENTITY, identity)
+def _take_over(root: Path, state: _State, manifest: Manifest) -> None:
+    """Make `state`, whose segments are all in the copy, the copy's state, and remove other segments."""
+    if _text(root / IDENTITY) != state.identity:
+        # A store that was built again: without an identity in between, no reader takes the new vectors for the old.
+        (root / IDENTITY).unlink(missing_ok=True)
+    if _text(root / MANIFEST) != state.manifest:
+        replace_file(root / MANIFEST, state.manifest)
+    if not (root / IDENTITY).exists():
+        replace_file(root / IDENTITY, state.identity)
     for folder in (root / "runs").iterdir():
         if folder.name not in {run.name for run in manifest.runs}:
             shutil.rmtree(folder)

@@ -27,6 +27,7 @@ from torch import Tensor
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import sync_folder
 from hllm_torchrec.common.hashing import crc32_file
+from hllm_torchrec.common.machine_errors import path_in_errors
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.store.files import SegmentFacts
 from hllm_torchrec.store.keys import Hashes, KeyKind, as_keys, hash_keys
@@ -266,6 +267,10 @@ class SegmentWriter:
 
     def finish(self) -> SegmentFacts:
         """Write the index, sync all files and return the facts for the manifest."""
+        with path_in_errors(self.folder):
+            return self._finish()
+
+    def _finish(self) -> SegmentFacts:
         if self._file is not None:
             self._close_file()
         # Deleted keys come last, so they have rows n and above, and win over earlier rows of the same keys.
@@ -312,8 +317,9 @@ class _VectorFile:
         data = memoryview(rows.data).cast("B")
         self._pending.append(self._checksums.submit(self._add, data))
         at = 0
-        while at < len(data):  # one call to write(2) writes at most 2 GiB
-            at += self._file.write(data[at:])
+        with path_in_errors(self.path):
+            while at < len(data):  # one call to write(2) writes at most 2 GiB
+                at += self._file.write(data[at:])
         self._unsynced += len(data)
         if self._unsynced >= _SYNCED_BYTES:
             self._synced.append(self._syncs.submit(os.fsync, self._file.fileno()))

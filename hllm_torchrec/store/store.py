@@ -16,6 +16,8 @@ Legend: n requested ids, D width.
 """
 
 import json
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from hllm_torchrec.common.atomic_files import replace_file, sync_folder
 from hllm_torchrec.common.hashing import hash_json
+from hllm_torchrec.common.machine_errors import is_machine_error
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.store.compaction import first_to_merge, merge_segments
 from hllm_torchrec.store.files import (
@@ -52,8 +55,14 @@ from hllm_torchrec.store.segment import (
 from hllm_torchrec.store.snapshot import Snapshot
 
 _ATTEMPTS = 10
+_TEMPORARY = re.compile(r"\.(store\.json|manifest\.json|lock\.holder)-[0-9a-f]{8}")
+"""Names of temporary files of `replace_file`."""
 MAX_WIDTH = 1 << 20
 """Upper bound of the width of a vector, exclusive."""
+
+
+class StoreReplaced(ValueError):
+    """The folder of an open store holds another store, or none."""
 
 
 class EmbeddingStore:
@@ -101,14 +110,18 @@ class EmbeddingStore:
                 f"{root}: width={width}, dtype={dtype!r}, keys={keys!r}: the width is at least 1, the type one of "
                 f"{', '.join(DTYPES)}, keys are string or int64"
             )
-        if root.exists() and any(root.iterdir()):
-            raise ValueError(f"{root}: already exists: open it, or choose another folder")
-        (root / "runs").mkdir(parents=True, exist_ok=True)
-        sync_folder(root.resolve().parent)
-        identity = {"format": FORMAT, "width": width, "dtype": dtype, "keys": keys, "facts": facts or {}}
-        write_manifest(root, Manifest(0, 0, ()))
-        replace_file(root / "store.json", json.dumps(identity, indent=1))  # last: without it the store does not exist
-        return cls(root, identity)
+        _refuse_contents(root)
+        root.mkdir(parents=True, exist_ok=True)
+        with writer_lock(root):
+            _refuse_contents(root)  # another process may have been first
+            (root / "runs").mkdir(exist_ok=True)
+            sync_folder(root.resolve().parent)
+            # The random id tells a store from another one that takes its place, for those who have it open.
+            identity = {"format": FORMAT, "width": width, "dtype": dtype, "keys": keys, "facts": facts or {}}
+            text = json.dumps({**identity, "id": secrets.token_hex(8)}, indent=1)
+            write_manifest(root, Manifest(0, 0, ()))
+            replace_file(root / "store.json", text)  # last: without it the store does not exist
+        return cls(root, json.loads(text))
 
     @classmethod
     def open(cls, path: str | Path) -> "EmbeddingStore":
@@ -159,18 +172,42 @@ class EmbeddingStore:
         """Open the present committed state; later commits do not change the snapshot.
 
         Raises:
+            StoreReplaced: another store has taken its place since it was opened (a ValueError).
             ValueError: the store is damaged.
+            OSError: a file could not be read for a reason that is no damage; names it.
         """
         for attempt in range(_ATTEMPTS):
-            manifest = read_manifest(self.root)
+            manifest = None
             try:
-                return Snapshot(self, manifest)
-            except (OSError, ValueError):
+                manifest = read_manifest(self.root)
+                found = Snapshot(self, manifest)
+            except (OSError, ValueError) as error:
+                if is_machine_error(error):
+                    raise
+                self._require_same_store()
                 # A compaction may have removed segments between reading the manifest and opening them: then the
                 # manifest has changed, and the new one is tried. If it has not changed, the error is real.
-                if attempt == _ATTEMPTS - 1 or read_manifest(self.root).version == manifest.version:
+                if manifest is None or attempt == _ATTEMPTS - 1:
                     raise
+                if read_manifest(self.root).version == manifest.version:
+                    raise
+            else:
+                # After the segments are open: width and type are those of the identity, the vectors of the manifest.
+                self._require_same_store()
+                return found
         raise AssertionError("unreachable")
+
+    def _require_same_store(self) -> None:
+        """Raise `StoreReplaced` if the folder no longer holds the store that was opened."""
+        try:
+            same = read_store_json(self.root / "store.json") == self.identity
+        except ValueError:
+            same = False
+        if not same:
+            raise StoreReplaced(
+                f"{self.root}: this store was removed or built again since it was opened: open it again, and check "
+                "that its vectors are of the model that you expect (`hllm store info`)"
+            )
 
     @contextmanager
     def writer(self) -> Iterator["StoreWriter"]:
@@ -228,6 +265,7 @@ class EmbeddingStore:
         while True:
             manifest = read_manifest(self.root)
             found = [line for run in manifest.runs for line in find_segment_damage(self.root / "runs" / run.name, run)]
+            self._require_same_store()
             # Files may be missing because a compaction ran meanwhile: then check the new manifest.
             if not found or read_manifest(self.root).version == manifest.version:
                 return found
@@ -238,8 +276,17 @@ class EmbeddingStore:
         for folder in (self.root / "runs").iterdir():
             if folder.name not in named:
                 shutil.rmtree(folder)
-        for file in self.root.glob(".*.json-*"):
-            file.unlink(missing_ok=True)
+        for file in self.root.iterdir():
+            if _TEMPORARY.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+
+
+def _refuse_contents(root: Path) -> None:
+    """Raise ValueError if a folder holds anything but what a killed `EmbeddingStore.create` leaves."""
+    for path in root.iterdir() if root.exists() else ():
+        made = path.name in ("manifest.json", "lock", "lock.holder") or _TEMPORARY.fullmatch(path.name)
+        if not made and not (path.name == "runs" and path.is_dir() and not any(path.iterdir())):
+            raise ValueError(f"{root}: already exists: open it, or choose another folder")
 
 
 class StoreWriter:

@@ -108,7 +108,7 @@ class Trainer:
         """Train to the end (or until early stopping) and return the last evaluation. Collective.
 
         Raises:
-            Preempted: a rank received SIGTERM; the state after the last step is saved.
+            Preempted: a rank received SIGTERM or SIGINT; the state after the last step is saved.
             FloatingPointError: the loss is not finite, or the item embeddings have collapsed.
         """
         started = snapshot_weights(self.hllm, self.experiment.item_encoder)
@@ -116,10 +116,10 @@ class Trainer:
         if takes_stored_items(self.config):
             use_stored_items(self.experiment)
         with (
+            self.preemption,
             self.checkpoints.storage.published_on_exit(),
             open_run_log(self.config, self.output, self.rank, self.step) as self.log,
             progress(self.schedule.total_steps, "train", self.rank == 0, unit="step", initial=self.step) as self.bar,
-            self.preemption,
             self.checkpoints.wait_for_pending_save_on_error(),
         ):
             self._log_start()
@@ -153,7 +153,7 @@ class Trainer:
             self._save(None)
         self.checkpoints.close(self.log)
         self.log.write("preempted", self.step)
-        raise Preempted(f"asked to leave (SIGTERM) after step {self.step}, which is saved: continue with resume: true")
+        raise self.preemption.preempted(f" after step {self.step}, which is saved: continue with resume: true")
 
     def _item_llm_steps(self) -> int:
         """Number of steps so far in which gradients reached the Item LLM."""

@@ -45,7 +45,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     experiment = build_experiment(config, device, factors=factors, version=version)
     _pin_dataset(experiment.dataset, config)
     if begin_from is not None:
-        warm_start(experiment, begin_from)
+        begin_from = warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
     trainer = Trainer(experiment, checkpoints, resume_from, peak_flops)
     if begin_from is not None and config.start_from_optimizer:

@@ -53,7 +53,7 @@ def open_run_log(config: Config, output: Path, rank: int, resumed_step: int | No
     if config.logs.wandb is not None and rank == 0:
         output.mkdir(parents=True, exist_ok=True)
         sink = WandbLog(config.logs.wandb, output, to_dict(config))
-    return RunLog(output, rank, resumed_step, sink)
+    return RunLog(output, rank, resumed_step, sink, bears_full_disk=config.reliability.disk_full == "go_on")
 
 
 def check_logs(logs: LogsConfig) -> None:

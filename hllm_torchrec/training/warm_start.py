@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.checkpoint.layout import MARKER
-from hllm_torchrec.checkpoint.load import best_checkpoint, load_checkpoint, verify_checkpoint
-from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.checkpoint.load import load_checkpoint, verify_checkpoint
+from hllm_torchrec.checkpoint.remote_runs import local_checkpoint
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
+from hllm_torchrec.checkpoint.selection import read_checkpoint, run_checkpoint
 from hllm_torchrec.checkpoint.state import flatten, is_under
 from hllm_torchrec.common.errors import ConfigError, did_you_mean
 from hllm_torchrec.config.schema import Config
@@ -53,7 +54,7 @@ def start_checkpoint(config: Config) -> Path | None:
         source = local_checkpoint(source)
     if (source / MARKER).is_file():
         return verify_checkpoint(source)
-    best = best_checkpoint(local_run(source, "best") / "checkpoints")
+    best = run_checkpoint(source, "best")
     if best is None:
         raise ConfigError(
             [
@@ -64,17 +65,29 @@ def start_checkpoint(config: Config) -> Path | None:
     return best
 
 
-def warm_start(experiment: Experiment, checkpoint: Path) -> None:
-    """Load the weights of another run's checkpoint into a newly built model. Collective.
+def warm_start(experiment: Experiment, checkpoint: Path) -> Path:
+    """Load the weights of another run's checkpoint into a newly built model; return the checkpoint. Collective.
 
     Averaged weights (`optim.ema`) are used if the other run has them, because they were the ones evaluated to select
     the best checkpoint. Tables may have grown: see `checkpoint.growth`. Weights of OPTIONAL_PARTS that the checkpoint
-    lacks keep their initial values, with a warning, as do those of `start_from_skip`.
+    lacks keep their initial values, with a warning, as do those of `start_from_skip`. If the other run has pruned the
+    checkpoint since it was chosen, it is chosen again.
 
     Raises:
         ValueError: the checkpoint's ids are not those of the dataset; its Item LLM or user encoder differ, or a part
             has another shape; its files are damaged.
     """
+    still_there = iter([checkpoint])
+
+    def find() -> Path:
+        found = next(still_there, None) or start_checkpoint(experiment.config)
+        assert found is not None, "start_from names a run"
+        return found
+
+    return read_checkpoint(find, lambda path: _load_weights(experiment, path))
+
+
+def _load_weights(experiment: Experiment, checkpoint: Path) -> Path:
     skip = experiment.config.start_from_skip
     check_vocabulary(experiment.config, experiment.dataset, checkpoint, skip)
     state = {"model": experiment.model_state()}
@@ -87,6 +100,7 @@ def warm_start(experiment: Experiment, checkpoint: Path) -> None:
         weights = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in averaged}
         _load(checkpoint, {"ema": weights}, skip)
     fill_new_rows(experiment, checkpoint, skip)
+    return checkpoint
 
 
 def continue_optimizers(

@@ -3,7 +3,8 @@
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from hllm_torchrec.checkpoint.layout import DiskFull, checkpoints_by_step
 from hllm_torchrec.checkpoint.load import BackgroundWriter, latest_checkpoint, load_checkpoint, save_checkpoint
 from hllm_torchrec.checkpoint.save import _PendingCheckpoint, _share_out
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.launch.train import main
+from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import (
     arguments,
@@ -154,6 +158,36 @@ def test_a_run_may_go_on_without_a_checkpoint_but_not_without_the_last(
     assert [line["step"] for line in lines(small_disk / "run", "not_saved")] == [1, 2, 3]
     assert "not written, the disk is full: it needs" in capsys.readouterr().out
     assert not list((small_disk / "run" / "checkpoints").iterdir())
+
+
+class FullWhileRead(Loader):
+    """A loader in whose second batch the disk `folder` has no free byte left, and in whose fifth it has room again."""
+
+    folder = Path()
+
+    def batches(self, epoch: int, first_step: int = 0) -> Generator[HybridBatch, None, None]:
+        for number, batch in enumerate(super().batches(epoch, first_step)):
+            if number == 1:
+                with suppress(OSError), (self.folder / "filling").open("wb", buffering=0) as file:
+                    while file.write(bytes(4096)):
+                        pass
+            if number == 4:
+                (self.folder / "filling").unlink()
+            yield batch
+
+
+def test_a_run_that_may_go_on_goes_on_without_a_free_byte_and_loses_no_line(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"reliability__disk_full": "go_on", "evaluation__checkpoint_every": 2, "max_steps": 6}
+    trainer = build_trainer(config(small_disk / "run", **options), init_distributed())
+    loader = trainer._loader(trainer.schedule.segments[0].stage)
+    loader.__class__, loader.prefetch, loader.folder = FullWhileRead, 0, small_disk  # not ahead, on a thread
+    trainer.run()
+    assert len(losses(small_disk / "run")) == 6 and len(lines(small_disk / "run", "end")) == 1
+    assert [line["step"] for line in lines(small_disk / "run", "not_saved")] == [2, 4]
+    assert [path.name[-1] for path in checkpoints_by_step(small_disk / "run" / "checkpoints")] == ["6"]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def fill_on_rank_one(folder: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hllm_torchrec.common.urls import CACHE, list_files, read_text, upload_files
+from hllm_torchrec.common.urls import CACHE, create_file, list_files, read_text, upload_files
 from hllm_torchrec.data.remote_datasets import publish_dataset
 from hllm_torchrec.store import EmbeddingStore
 from tests.helpers import fixtures
@@ -131,3 +131,9 @@ def test_prepare_train_resume_evaluate_and_embed_in_a_bucket(shop: None, root: P
     assert len(store.snapshot()) == items and store.verify() == []
     assert len(EmbeddingStore.open("s3://shop/stores/users").snapshot()) > 0
     assert not (tmp_path / "s3:").exists()
+
+
+@pytest.mark.slow
+def test_a_file_is_created_by_one_job_only(shop: None) -> None:
+    assert create_file("s3://shop/commits/1.json", "one") and not create_file("s3://shop/commits/1.json", "two")
+    assert read_text("s3://shop/commits/1.json") == "one"

@@ -6,7 +6,7 @@ import pytest
 
 from hllm_torchrec.common import atomic_files
 from hllm_torchrec.common.atomic_files import atomic_folder, recover_folder
-from tests.helpers.schedules import acting_before, schedules
+from tests.helpers.schedules import acting_before, schedules, without_syncs
 
 
 def test_a_folder_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -64,8 +64,9 @@ def test_a_file_in_the_way_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("replace", "exchanges"), [(True, True), (True, False), (False, True)])
 def test_after_a_kill_at_any_file_access_the_old_or_the_new_is_there(tmp_path, monkeypatch, replace, exchanges):
+    without_syncs(monkeypatch)
     if not exchanges:  # a file system that cannot exchange two folders
-        monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_files, "exchange_folders", lambda one, other: False)
     for k in count(1):
         place = tmp_path / str(k)
         target = place / "data"
@@ -119,7 +120,8 @@ def test_a_target_without_its_marker_is_unfinished_and_replaced(tmp_path):
     assert (target / "done").read_text() == ""
 
 
-def test_at_no_moment_of_a_replacement_is_there_nothing_to_read(tmp_path):
+def test_at_no_moment_of_a_replacement_is_there_nothing_to_read(tmp_path, monkeypatch):
+    without_syncs(monkeypatch)
     target, seen = tmp_path / "target", []
     _write(target, replace=False)
     done = [
@@ -134,14 +136,11 @@ def _read(target):
 
 
 def test_an_error_of_the_disk_names_the_folder(tmp_path):
-    with (
-        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/target'"),
-        atomic_folder(tmp_path / "target"),
+    target = tmp_path / "target"
+    for error, text in (
+        (OSError(errno.ENOSPC, ""), "No space left on device"),
+        (MemoryError(), "Cannot allocate memory"),
     ):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with (
-        pytest.raises(OSError, match=f"Cannot allocate memory: '{tmp_path}/target'"),
-        atomic_folder(tmp_path / "target"),
-    ):
-        raise MemoryError
+        with pytest.raises(OSError, match=f"{text}: '{target}'"), atomic_folder(target):
+            raise error
     assert not list(tmp_path.iterdir())

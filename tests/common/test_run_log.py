@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,61 @@ def test_what_the_log_cannot_hold_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="eval: the name 'time' is reserved by the log"):
             log.write("eval", 1, time=2.0)
     assert read_log(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB without a free byte but what its file `filling` takes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is refused here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    filling = folder / "filling"
+    with pytest.raises(OSError, match="No space left"), filling.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return filling
+
+
+def test_lines_of_a_full_disk_are_written_once_there_is_room(small_disk: Path) -> None:
+    run = small_disk / "run"
+    with RunLog(run, rank=0, bears_full_disk=True) as log:
+        log.write("step", 1, loss=1.0)
+        filling = fill(small_disk)
+        for step in range(2, 100):  # more than the rest of the last block of either file
+            log.write("step", step, loss=float(step), note="x" * 100)
+        filling.unlink()
+        log.write("step", 100, loss=100.0)
+    assert [line["step"] for line in read_log(run)] == list(range(1, 101))
+    in_tensorboard = dict(scalars(run)["step/loss"])
+    assert {1, 100} <= in_tensorboard.keys() and all(step == loss for step, loss in in_tensorboard.items())
+
+
+def test_a_full_disk_is_an_error_that_names_the_log(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match=f"No space left on device: '{small_disk}/run/log.jsonl'"):
+        with RunLog(small_disk / "run", rank=0) as log:
+            fill(small_disk)
+            for step in range(100):
+                log.write("step", step, note="x" * 1000)
+    assert all(line["step"] == number for number, line in enumerate(read_log(small_disk / "run")))
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_full_disk_has_not_taken_at_the_end_is_said(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(small_disk / "run", rank=0, bears_full_disk=True) as log:
+        fill(small_disk)
+        for step in range(100):
+            log.write("step", step, note="x" * 1000)
+    written = len(read_log(small_disk / "run"))
+    said = f"{small_disk}/run/log.jsonl: the disk is full: the last {100 - written} lines are missing\n"
+    assert capsys.readouterr().err == said
 
 
 def test_closing_twice_is_allowed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM: the step is finished, the state saved, and the run that continues equals one that was left alone."""
+"""SIGTERM and Ctrl-C: the step is finished, the state saved, and the run that continues equals an uninterrupted one."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.distributed.preemption import PreemptionHandler, raise_if_preempted
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.launch.entry import PREEMPTED
+from hllm_torchrec.launch.entry import INTERRUPTED, PREEMPTED
 from hllm_torchrec.launch.train import main
 from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import forks, run_ranks
@@ -34,35 +34,50 @@ def own_process_group() -> Iterator[None]:
 # --- one process -----------------------------------------------------------------------------------------
 
 
-def test_a_request_is_noted_and_the_handler_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_is_noted_and_the_handler_given_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with PreemptionHandler() as request:
         assert not request.requested
         raise_if_preempted()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         assert request.requested
-        with pytest.raises(Preempted, match="asked to leave"):
+        with pytest.raises(Preempted, match=f"asked to leave .{number.name}.") as asked:
             raise_if_preempted()
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert asked.value.interrupted == (number == signal.SIGINT)
+    assert signal.getsignal(number) is before
     raise_if_preempted()  # nobody listens: nothing
 
 
-def ask_twice_then_again(said: Path) -> None:
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with PreemptionHandler() as request:
+            signal.raise_signal(signal.SIGINT)
+            assert not request.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ask_twice_then_again(said: Path, number: signal.Signals) -> None:
     with PreemptionHandler():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
+        signal.raise_signal(number)
         said.write_text("noted")
         time.sleep(1.1)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         said.write_text("still here")
 
 
 @pytest.mark.slow
-def test_a_second_request_ends_the_process_but_the_first_may_come_twice(tmp_path: Path) -> None:
-    process = forks().Process(target=ask_twice_then_again, args=(tmp_path / "said",))
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, INTERRUPTED)])
+def test_a_second_request_ends_the_process_but_the_first_may_come_twice(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    process = forks().Process(target=ask_twice_then_again, args=(tmp_path / "said", number))
     process.start()
     process.join()
-    assert (process.exitcode, (tmp_path / "said").read_text()) == (-signal.SIGTERM, "noted")
+    assert (process.exitcode, (tmp_path / "said").read_text()) == (status, "noted")
 
 
 class AskedWhileRead(Loader):
@@ -136,19 +151,20 @@ def test_ranks_leave_together_when_one_of_them_is_asked(tmp_path: Path) -> None:
 LONG = {"stages": [{"name": "long", "epochs": 1000}], "data__batch_users": 2, "evaluation__every": 1000}
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)])
 def test_the_command_says_so_in_one_line_and_has_a_status_of_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def ask() -> None:
         while not (tmp_path / "run" / "log.jsonl").exists() or len(lines(tmp_path / "run", "step")) < 2:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    assert main(arguments(tmp_path / "run", **LONG)) == PREEMPTED
+    assert main(arguments(tmp_path / "run", **LONG)) == status
     last = lines(tmp_path / "run", "step")[-1]["step"]
-    said = f"train: asked to leave (SIGTERM) after step {last}, which is saved: continue with resume: true"
+    said = f"train: asked to leave ({number.name}) after step {last}, which is saved: continue with resume: true"
     assert said in capsys.readouterr().err.splitlines()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
