@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from hllm_torchrec.common.errors import Preempted
+from hllm_torchrec.config.extensions import code_is_allowed
 
 PREEMPTED = 75
 """Exit status of a run that stopped on request (sysexits.h: EX_TEMPFAIL, try again)."""
@@ -60,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
         self._output_may_be_url = output_may_be_url
 
     def add_run(self, *, required: bool = True, checkpoint: bool = True) -> None:
-        """Add `--run` and `--checkpoint`.
+        """Add `--run`, `--allow-code` and `--checkpoint`.
 
         `--run-dir` is an alias, because torchrun takes --run for an abbreviation of its own options.
 
@@ -70,6 +71,8 @@ class CommandParser(argparse.ArgumentParser):
             "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
         )
         self.add_argument("--run", "--run-dir", dest="run", type=Path, required=required, metavar="DIR", help=run_help)
+        code_help = "import the code of its own (module:Name) that the run's configuration names: it is executed"
+        self.add_argument("--allow-code", action="store_true", help=code_help)
         if checkpoint:
             given = "best" if required else None
             self.add_argument("--checkpoint", default=given, help="best (the default), latest, or a directory")
@@ -108,9 +111,10 @@ def entry_point(
         parser = build_parser()
         if takes_options:
             args, options = parser.parse_known_args(argv)
-            return run_job(parser.prog, lambda: run(args, options))
-        args = parser.parse_args(argv)
-        return run_job(parser.prog, lambda: run(args))
+        else:
+            args, options = parser.parse_args(argv), None
+        with code_is_allowed(getattr(args, "allow_code", False)):
+            return run_job(parser.prog, lambda: run(args) if options is None else run(args, options))
 
     return main
 

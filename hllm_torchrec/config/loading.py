@@ -23,6 +23,7 @@ from hllm_torchrec.config.checking import (
     option_problems,
     split_arguments,
 )
+from hllm_torchrec.config.extensions import check_permission, code_needs_permission, is_extension
 from hllm_torchrec.config.inheritance import read_resolved
 from hllm_torchrec.config.schema import Config
 
@@ -130,13 +131,23 @@ def to_yaml(config: Any) -> str:
 def load_config(arguments: list[str]) -> Config:
     """Parse `--config FILE` and dotted overrides: ["--config", "configs/quickstart.yaml", "--seed", "1"].
 
-    `--print_config` prints the resolved configuration and exits.
+    `--print_config` prints the resolved configuration and exits. The file of a run, which may come from elsewhere, may
+    import only code that is allowed (`config.extensions`).
 
     Raises:
         ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
             broken rules.
     """
-    return load_dataclass(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
+    files = [Path(text) for name, text in split_arguments(arguments) if name == "config"]
+    with code_needs_permission(any((file.parent / "checkpoints").exists() for file in files)):
+        return _load(arguments)
+
+
+def _load(arguments: list[str]) -> Config:
+    config = load_dataclass(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
+    for name in filter(is_extension, config.data.numeric_features):  # imported later, where the rule is not known
+        check_permission(name, "data.numeric_features")
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -146,5 +157,6 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def config_from_file(path: Path) -> Config:
-    """Read a resolved configuration (written by `save_config`)."""
-    return load_config(["--config", str(path)])
+    """Read the resolved configuration of a run (written by `save_config`); raises as `load_config`."""
+    with code_needs_permission():
+        return _load(["--config", str(path)])
