@@ -143,6 +143,7 @@ def test_the_configuration_of_a_run_imports_nothing_unasked(field: str, options:
 
 
 @pytest.mark.parametrize("allowed", ["my_code", " other, my_code", "*"])
+@pytest.mark.usefixtures("module")
 def test_the_code_of_a_run_is_imported_if_it_is_listed(
     allowed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
