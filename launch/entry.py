@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from hllm_torchrec.common.errors import Preempted
+from hllm_torchrec.common.terminal import say, show_logs_safely, shown
 from hllm_torchrec.config.extensions import code_is_allowed
 
 PREEMPTED = 75
@@ -79,7 +80,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, shown(f"{self.prog}: error: {message}\n"))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and reject a URL as `--output` unless the command supports it."""
@@ -134,14 +135,15 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
         another rank failed or was lost, whose messages state the cause; PREEMPTED after one line of rank 0 if the job
         was asked to stop (SIGTERM) and has saved its state.
     """
+    show_logs_safely()
     try:
         return job() or 0
     except Preempted as request:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: {request}", file=sys.stderr)
+            say(f"{prog}: {request}", sys.stderr)
         return PREEMPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        say(f"{prog}: error: {error}", sys.stderr)
         return 2
     except RuntimeError as error:
         if not is_of_another_rank(error):
@@ -149,7 +151,7 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
         # Remove the "[...] " prefix of torch's messages.
         rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)
+        say(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", sys.stderr)
         return 1
 
 

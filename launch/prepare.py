@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import ShownFormatter, say
 from hllm_torchrec.common.urls import display_url
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
@@ -104,10 +105,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the source, its files or an option are not usable.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir)
     if source.license_note and args.path is not None:  # a download has printed it already
-        print(source.license_note, file=sys.stderr)
+        say(source.license_note, sys.stderr)
     with writable_dataset(args.output) as folder:
         prepare(
             source,
@@ -121,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
             extend=args.extend,
         )
         text = summary(folder, display_url(args.output))
-    print(text)
+    say(text)
 
 
 main = entry_point(build_parser, run)

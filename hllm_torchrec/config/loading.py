@@ -8,14 +8,16 @@ together. `inheritance` merges a file with its bases.
 
 import dataclasses
 import functools
+import re
 from argparse import ArgumentError
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.errors import ConfigError, without_credentials
 from hllm_torchrec.config.checking import (
     element_type,
     file_problems,
@@ -140,7 +142,23 @@ def load_config(arguments: list[str]) -> Config:
     """
     files = [Path(text) for name, text in split_arguments(arguments) if name == "config"]
     with code_needs_permission(any((file.parent / "checkpoints").exists() for file in files)):
-        return _load(arguments)
+        config = _load(arguments)
+    problems = list(_secrets(to_dict(config), ""))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _secrets(value: Any, name: str) -> Iterator[str]:
+    """Messages for the URLs with credentials in plain values: the configuration is saved, logged and reported."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _secrets(part, f"{name}.{key}".lstrip("."))
+    if isinstance(value, str) and re.fullmatch(r"[\w+.-]+:/+\S+", value) and value != without_credentials(value):
+        yield (
+            f"{name}: {without_credentials(value)}: a URL here must have no credentials, because the run saves it: set "
+            "them in the environment (such as AWS_PROFILE), or in ~/.config/fsspec/conf.json"
+        )
 
 
 def _load(arguments: list[str]) -> Config:

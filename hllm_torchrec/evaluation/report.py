@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.errors import without_credentials
 from hllm_torchrec.evaluation.metrics_schema import read_metrics
 from hllm_torchrec.evaluation.model_comparison import by_users, format_interval, format_number
 from hllm_torchrec.evaluation.report_figures import Series
@@ -79,7 +80,7 @@ def write_report(run_dir: str | Path) -> Path:
         "retrieval_table": _retrieval_table(metrics.get("retrieval") or {}),
     }
     path = run_dir / "report.html"
-    replace_file(path, _template().render(shown | _model_parts(metrics)))
+    replace_file(path, without_credentials(_template().render(shown | _model_parts(metrics))))
     return path
 
 

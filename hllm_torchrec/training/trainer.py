@@ -17,6 +17,7 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.common.run_log import RunLog
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.loading import save_config, to_dict
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import StageConfig
@@ -134,7 +135,7 @@ class Trainer:
                 "end", self.step, **peak_memory_bytes(), weights_moved=moved, live_steps=self._item_llm_steps()
             )
         if self.rank == 0:
-            print(self._summary_line(moved), flush=True)
+            say(self._summary_line(moved))
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:
