@@ -130,6 +130,26 @@ def test_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
         load_config(["--config", str(tmp_path / "c.yaml")])
 
 
+@pytest.mark.parametrize("quoted", [False, True])
+def test_merge_keys_do_not_fill_the_memory(quoted: bool, tmp_path: Path) -> None:
+    lines = ["a0: &a0 {k: 1}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    text = "\n".join(lines)
+    (tmp_path / "c.yaml").write_text(f"output: {json.dumps(text)}" if quoted else text)
+    if quoted:  # jsonargparse reads texts as YAML
+        assert "<<" in load_config([*training_fixtures.arguments(tmp_path), "--output", text]).output
+        return
+    with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML: more than 100000 merged values: correct its merge"):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{"])
+def test_brackets_do_not_overflow_the_stack(opening: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"output: '{opening * 50_000}'\n")
+    for arguments in (["--config", str(tmp_path / "c.yaml")], ["--stages", opening * 50_000]):
+        with pytest.raises(ValueError, match=r"(c\.yaml|--stages): .*not valid YAML"):
+            load_config(arguments)
+
+
 # --- names that lead out -----------------------------------------------------------------------------------
 
 
