@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     storage = RunStorage(local_run(args.run, "latest"), url_of(args.run))
     marks = adopt(storage.folder, args.dataset)
     storage.publish()
-    print(f"{args.run}: {', '.join(f'{mark.count:,} {name}' for name, mark in marks.items())}")
+    say(f"{args.run}: {', '.join(f'{mark.count:,} {name}' for name, mark in marks.items())}")
 
 
 main = entry_point(build_parser, run)

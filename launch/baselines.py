@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hllm_torchrec import configs
 from hllm_torchrec.baselines.settings import BaselinesConfig
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.loading import load_dataclass
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace, options: list[str]) -> None:
 def say_done(directory: Path, is_new: bool) -> None:
     """Print the directory of a model's predictions; it has the name of the model."""
     what = "predictions written" if is_new else "reused, same data and settings"
-    print(f"{directory.name}: {what}: {directory}", flush=True)
+    say(f"{directory.name}: {what}: {directory}")
 
 
 def print_tables(output: Path, names: Sequence[str]) -> None:
@@ -94,7 +95,7 @@ def print_tables(output: Path, names: Sequence[str]) -> None:
         directories = {name: output / name / "predictions" / split for name in names}
         metrics = compare(directories, split=split, draws=200)
         if rank() == 0:
-            print(metrics_table(metrics), end="\n\n")
+            say(metrics_table(metrics) + "\n")
 
 
 main = entry_point(build_parser, run, takes_options=True)

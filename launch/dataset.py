@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.compaction import compact
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import chain_base, listed_files
@@ -94,12 +95,12 @@ def run(args: argparse.Namespace) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.action == "info":
-        print(info(args.dataset))
+        say(info(args.dataset))
     elif args.action == "prune":
-        print(prune(args.dataset))
+        say(prune(args.dataset))
     else:
         version = compact(args.dataset)
-        print("nothing to fold: there are no appends" if version is None else f"version {version} is one base")
+        say("nothing to fold: there are no appends" if version is None else f"version {version} is one base")
 
 
 main = entry_point(build_parser, run)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _say(done: str, store: Path, version: int) -> None:
     from hllm_torchrec.distributed.coordination import rank
 
     if rank() == 0:
-        print(f"{done}; {display_url(store)} is at version {version}")
+        say(f"{done}; {display_url(store)} is at version {version}")
 
 
 main = entry_point(build_parser, run)

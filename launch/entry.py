@@ -11,6 +11,8 @@ from typing import Any, NoReturn, Protocol
 
 from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.machine_errors import is_disk_full
+from hllm_torchrec.common.terminal import say, show_logs_safely, shown
+from hllm_torchrec.config.extensions import code_is_allowed
 
 PREEMPTED = 75
 """Exit status of a run that stopped on request (sysexits.h: EX_TEMPFAIL, try again)."""
@@ -64,7 +66,7 @@ class CommandParser(argparse.ArgumentParser):
         self._output_may_be_url = output_may_be_url
 
     def add_run(self, *, required: bool = True, checkpoint: bool = True) -> None:
-        """Add `--run`, `--checkpoint` and `--dataset`.
+        """Add `--run`, `--allow-code`, `--checkpoint` and `--dataset`.
 
         `--run-dir` is an alias, because torchrun takes --run for an abbreviation of its own options.
 
@@ -75,6 +77,8 @@ class CommandParser(argparse.ArgumentParser):
             "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
         )
         self.add_argument("--run", "--run-dir", dest="run", type=Path, required=required, metavar="DIR", help=run_help)
+        code_help = "import the code of its own (module:Name) that the run's configuration names: it is executed"
+        self.add_argument("--allow-code", action="store_true", help=code_help)
         if checkpoint:
             given = "best" if required else None
             self.add_argument("--checkpoint", default=given, help="best (the default), latest, or a directory")
@@ -83,7 +87,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, shown(f"{self.prog}: error: {message}\n"))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse, and reject a URL as `--output` unless the command supports it."""
@@ -115,9 +119,10 @@ def entry_point(
         parser = build_parser()
         if takes_options:
             args, options = parser.parse_known_args(argv)
-            return run_job(parser.prog, lambda: run(args, options))
-        args = parser.parse_args(argv)
-        return run_job(parser.prog, lambda: run(args))
+        else:
+            args, options = parser.parse_args(argv), None
+        with code_is_allowed(getattr(args, "allow_code", False)):
+            return run_job(parser.prog, lambda: run(args) if options is None else run(args, options))
 
     return main
 
@@ -137,6 +142,7 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
         another rank failed or was lost, whose messages state the cause; PREEMPTED after one line of rank 0 if the job
         was asked to stop (SIGTERM) and has saved its state; INTERRUPTED after one of rank 0 for Ctrl-C.
     """
+    show_logs_safely()
     try:
         return job() or 0
     except Preempted as request:
@@ -144,18 +150,18 @@ def run_job(prog: str, job: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return report_interruption(prog)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        say(f"{prog}: error: {error}", sys.stderr)
         return 2
     except Exception as error:
         if (lack := _lack_of_machine(error)) is not None:
-            print(f"{prog}: error: {lack}", file=sys.stderr)
+            say(f"{prog}: error: {lack}", sys.stderr)
             return 2
         if not isinstance(error, RuntimeError) or not is_of_another_rank(error):
             raise
         # Remove the "[...] " prefix of torch's messages.
         rank, cause = os.environ.get("RANK", "0"), re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0])
         where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-        print(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", file=sys.stderr)
+        say(f"{prog}: rank {rank} stops{where} because of another rank, see its messages: {cause}", sys.stderr)
         return 1
 
 
@@ -174,7 +180,7 @@ def _lack_of_machine(error: Exception) -> str | None:
 def report_interruption(prog: str, reason: str = "interrupted (Ctrl-C)", status: int = INTERRUPTED) -> int:
     """Print one line on rank 0 and return the exit status."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: {reason}", file=sys.stderr)
+        say(f"{prog}: {reason}", sys.stderr)
     return status
 
 

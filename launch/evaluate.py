@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, run_job
 from hllm_torchrec.launch.evaluate_options import (
     add_arguments,
@@ -255,7 +256,7 @@ def write_results(
     metrics["cautions"] = metric_warnings(metrics, overlap)
     metrics["overlap"] = None if overlap is None else vars(overlap)
     metrics["gate"] = None if verdict is None else verdict.as_json(args.baseline, max_drop)
-    print(summary(metrics), flush=True)
+    say(summary(metrics))
     if output is not None:
         name = "metrics.json" if args.split == "test" else f"metrics-{args.split}.json"
         write_json(metrics, output / name)
@@ -265,10 +266,10 @@ def write_results(
         if not args.no_tensorboard:
             write_tensorboard(metrics, output / "tensorboard", int(metrics["provenance"].get("step", 0)))
     for kind, path in artifacts.items():
-        print(f"{kind}: {path}")
+        say(f"{kind}: {path}")
     track_metrics(metrics, artifacts)
     if verdict is not None:
-        print(f"gate: {verdict.text}", flush=True)
+        say(f"gate: {verdict.text}")
     return verdict
 
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     with distributed_device() as device:
         export_huggingface(args.run, args.checkpoint, args.output, device, args.dataset)
-    print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+    say(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
 
 main = entry_point(build_parser, run)

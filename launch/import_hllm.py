@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dataset is not None:
         Dataset.open(args.dataset).text(text.text_keys)  # report errors before writing gigabytes
     import_public(args.checkpoint, args.item_llm, args.user_llm, args.output, text, str(args.dataset or "data/hllm"))
-    print(f"{args.output}: item_llm, user_llm and config.yaml are written")
+    say(f"{args.output}: item_llm, user_llm and config.yaml are written")
     if args.dataset is not None:
         _make_run(args.output)
 
@@ -62,7 +63,7 @@ def _make_run(output: Path) -> None:
     with distributed_device() as device:
         found = build_trainer(config_from_file(output / "config.yaml"), device).save_untrained()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if "@" in name)
-    print(f"{output}: is a run now; on its validation part {shown}")
+    say(f"{output}: is a run now; on its validation part {shown}")
 
 
 main = entry_point(build_parser, run)

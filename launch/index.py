@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             args.run, args.output, args.checkpoint, device, args.kind, args.cells, dataset=args.dataset
         )
         if rank() == 0:
-            print(f"{number:,} items: {args.output}")
+            say(f"{number:,} items: {args.output}")
 
 
 main = entry_point(build_parser, run)

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 STEPS = ("append", "train", "evaluate", "gate", "embed", "publish")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     with distributed_device() as device:
         show = rank() == 0
         state = run_night(
-            config, args.night, device, args.steps, lambda text: print(text, flush=True) if show else None
+            config, args.night, device, args.steps, lambda text: say(text) if show else None
         )
     return REJECTED if state.is_rejected else 0
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point, positive, positive_number
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     work, tables = workload(args, config)
     found = estimate(config, work, machine, tables)
     if args.json:
-        print(json.dumps(dataclasses.asdict(found) | {"peak": found.peak, "machine": dataclasses.asdict(machine)}))
+        say(json.dumps(dataclasses.asdict(found) | {"peak": found.peak, "machine": dataclasses.asdict(machine)}))
     else:
-        print(as_text(config, work, machine, found))
-        print("\n".join(advice(config, found, machine)))
+        say(as_text(config, work, machine, found))
+        say("\n".join(advice(config, found, machine)))
     return int(found.peak > FILLED * machine.memory)
 
 

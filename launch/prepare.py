@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.seconds import second_of
+from hllm_torchrec.common.terminal import ShownFormatter, say
 from hllm_torchrec.common.urls import display_url
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
@@ -144,13 +145,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the source, its files or an option are not usable.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     given = [f"--{name}" for name in ("append", "extend", "overwrite") if getattr(args, name) not in (None, False)]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
     source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir, args.append)
     if source.license_note and args.path is not None:  # a download has printed it already
-        print(source.license_note, file=sys.stderr)
+        say(source.license_note, sys.stderr)
     policy = build_policy(source, args.bad_rows)
     with writable_dataset(args.output) as folder:
         if args.append is not None:
@@ -158,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
             split = split_of(args) if moves_cuts else None
             entry = append_events(source, folder, policy=policy, split=split)
             text = summary(folder, display_url(args.output))
-            print(text if entry is None else f"{text}\n{describe_append(entry)}")
+            say(text if entry is None else f"{text}\n{describe_append(entry)}")
             return
         prepare(
             source,
@@ -173,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
             allow_fewer=args.allow_fewer,
         )
         text = summary(folder, display_url(args.output))
-    print(text)
+    say(text)
 
 
 main = entry_point(build_parser, run)

@@ -7,6 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.terminal import printable, say
 from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 if TYPE_CHECKING:
@@ -50,13 +51,13 @@ def run(args: argparse.Namespace) -> None:
             include_seen=args.seen_too,
             dataset=args.dataset,
         )
-    print(as_text(args.user, found, args.history))
+    say(as_text(args.user, found, args.history))
 
 
 def as_text(user: str, found: "Recommendations", history: int) -> str:
     """Format both lists, one line per item."""
     latest = found.history[-history:] if history else []
-    lines = [f"user {user}, {len(found.history)} events, the latest {len(latest)}:"]
+    lines = [f"user {printable(user)}, {len(found.history)} events, the latest {len(latest)}:"]
     lines += [f"     {_line(item)}" for item in latest]
     lines.append(f"recommended, with {found.scored_by}:")
     lines += [f"{place:>4} {item.score:.3f}  {_line(item)}" for place, item in enumerate(found.items, 1)]
@@ -64,8 +65,8 @@ def as_text(user: str, found: "Recommendations", history: int) -> str:
 
 
 def _line(item: "RecommendedItem") -> str:
-    text = " ".join(item.text.split())
-    return f"{item.raw_id:<8} {text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}"
+    raw_id, text = printable(item.raw_id), printable(" ".join(item.text.split()))
+    return f"{raw_id:<8} {text if len(text) <= WIDTH else text[: WIDTH - 1] + '…'}"
 
 
 main = entry_point(build_parser, run)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, run_job
 
 
@@ -22,7 +23,7 @@ def write(run: Path) -> None:
     """
     from hllm_torchrec.evaluation.report import write_report  # matplotlib and torch: not for --help
 
-    print(f"report: {write_report(run)}")
+    say(f"report: {write_report(run)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.loading import load_dataclass
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
@@ -96,7 +97,7 @@ def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, conf
     shown = ", ".join(
         f"{key} {value:.4f}" for key, value in found["test"].items() if key.startswith(("recall", "ndcg"))
     )
-    print(f"{name} {found['settings']}: test, {found['test']['rows']} targets: {shown}", flush=True)
+    say(f"{name} {found['settings']}: test, {found['test']['rows']} targets: {shown}")
 
 
 main = entry_point(build_parser, run, takes_options=True)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.lifecycle.releases import rollback
 
     before, after = rollback(args.folder, args.to)
-    print(f"{args.folder / 'current'}: {after} (was {before})")
+    say(f"{args.folder / 'current'}: {after} (was {before})")
 
 
 main = entry_point(build_parser, run)

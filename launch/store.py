@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.terminal import printable, say
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:  # `--help` needs no torch
@@ -54,23 +55,23 @@ def run(args: argparse.Namespace) -> int:
 
     store = EmbeddingStore.open(args.store)
     if args.command == "info":
-        print(describe(store))
+        say(describe(store))
     elif args.command == "verify":
         damage = store.verify()
-        print("\n".join(damage) or f"{args.store}: every file is intact")
+        say("\n".join(damage) or f"{args.store}: every file is intact")
         return int(bool(damage))
     elif args.command == "compact":
         store.compact()
-        print(describe(store))
+        say(describe(store))
     elif args.command == "export":
         snapshot = store.snapshot()
         write, target = (export_parquet, args.parquet) if args.parquet else (export_faiss, args.faiss)
-        print(f"{write(snapshot, target):,} vectors: {target}")
+        say(f"{write(snapshot, target):,} vectors: {target}")
     else:
         ids = [*args.id, *(read_ids(args.ids) if args.ids else [])]
         if not ids:
             raise ValueError("delete: no ids: give --id or --ids FILE")
-        print(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; all are deleted")
+        say(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; all are deleted")
     return 0
 
 
@@ -82,7 +83,7 @@ def describe(store: "EmbeddingStore") -> str:
         "vectors": f"{len(snapshot):,} of {store.width} x {store.dtype}, keys {store.kind}",
         "on disk": f"{size / 1e6:,.1f} MB in {len(snapshot.segments)} segments, version {snapshot.version}",
         "made by": f"{store.fingerprint[:16]}",
-    } | {f"  {name}": str(value) for name, value in store.facts.items()}
+    } | {f"  {name}": printable(str(value)) for name, value in store.facts.items()}
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 

@@ -1,7 +1,9 @@
 """Files from others run nothing and lead nowhere; what is temporary is private; secrets stay where they are."""
 
 import ast
+import dataclasses
 import json
+import logging
 import re
 import shutil
 import stat
@@ -18,13 +20,17 @@ from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.errors import without_credentials
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.common.run_log import RunLog
-from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.common.terminal import printable, say
+from hllm_torchrec.config.loading import config_from_file, load_config, save_config
 from hllm_torchrec.data import quickstart_files
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.item_factors import item_vectors
+from hllm_torchrec.evaluation.report import write_report
+from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.train import main as train
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.store import EmbeddingStore
-from tests.helpers import fixtures
+from tests.helpers import fixtures, training_fixtures
 
 # --- the source ----------------------------------------------------------------------------------------
 
@@ -122,6 +128,26 @@ def test_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML: more than 100000 values.*correct its aliases"):
         load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_merge_keys_do_not_fill_the_memory(quoted: bool, tmp_path: Path) -> None:
+    lines = ["a0: &a0 {k: 1}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    text = "\n".join(lines)
+    (tmp_path / "c.yaml").write_text(f"output: {json.dumps(text)}" if quoted else text)
+    if quoted:  # jsonargparse reads texts as YAML
+        assert "<<" in load_config([*training_fixtures.arguments(tmp_path), "--output", text]).output
+        return
+    with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML: more than 100000 merged values: correct its merge"):
+        load_config(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[{"])
+def test_brackets_do_not_overflow_the_stack(opening: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"output: '{opening * 50_000}'\n")
+    for arguments in (["--config", str(tmp_path / "c.yaml")], ["--stages", opening * 50_000]):
+        with pytest.raises(ValueError, match=r"(c\.yaml|--stages): .*not valid YAML"):
+            load_config(arguments)
 
 
 # --- names that lead out -----------------------------------------------------------------------------------
@@ -254,10 +280,76 @@ def test_no_source_logs_the_whole_environment(root: Path) -> None:
         ("no match for https://user:token@host/here", "no match for https://***@host/here"),
         ("https://token@host/x and http://a:b@c", "https://***@host/x and http://***@c"),
         ("mail user@host, https://host/a@b", "mail user@host, https://host/a@b"),
+        ("s3://host:8080/a@b", "s3://host:8080/a@b"),
+        ("sftp://user:pa@ss@host/x", "sftp://***@host/x"),
+        ("smb://user:pa/ss@host: down", "smb://***@host: down"),
+        ("webdav:/user:pass@host/x", "webdav:/***@host/x"),  # as a Path shows it
+        ("https://host/x?X-Amz-Signature=1f&y=2, is", "https://host/x?*** is"),
+        ('href="https://host/x" title="a?b@c"', 'href="https://host/x" title="a?b@c"'),
     ],
 )
 def test_credentials_in_addresses_are_not_shown(text: str, shown: str) -> None:
     assert without_credentials(text) == shown
+
+
+def test_a_url_of_a_configuration_has_no_credentials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(training_fixtures.arguments(tmp_path / "run", data__dataset="https://me:s3cr3t@host/data")) == 2
+    said = capsys.readouterr().err
+    assert "data.dataset: https://***@host/data: a URL here must have no credentials" in said and "s3cr3t" not in said
+    with pytest.raises(ValueError, match=r"start_from: s3://host/x\?\*\*\*: .* set them in the environment"):
+        training_fixtures.config(tmp_path, start_from="s3://host/x?sig=s3cr3t")
+    saved = config_from_file(_saved_with(tmp_path, "https://me:s3cr3t@host/data"))  # a run of an earlier version
+    assert saved.data.dataset == "https://me:s3cr3t@host/data"
+
+
+def _saved_with(folder: Path, dataset: str) -> Path:
+    config = fixtures.config()
+    save_config(dataclasses.replace(config, data=dataclasses.replace(config.data, dataset=dataset)), folder / "c.yaml")
+    return folder / "c.yaml"
+
+
+def test_a_report_shows_no_credentials(tmp_path: Path) -> None:
+    _saved_with(tmp_path, "https://me:s3cr3t@host/data").rename(tmp_path / "config.yaml")
+    (tmp_path / "log.jsonl").write_text('{"event": "step", "step": 1, "loss": 1.0}\n')
+    text = write_report(tmp_path).read_text()
+    assert "https://***@host/data" in text and "s3cr3t" not in text
+
+
+# --- terminals -----------------------------------------------------------------------------------------
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b1mred\r\u202egnp.exe\u2028\ud800"
+
+
+def test_text_from_elsewhere_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"a\tb\n{HOSTILE} é 木 👩\u200d🚀 https://me:s3cr3t@host")
+    said = capsys.readouterr().out
+    assert said.startswith("a\tb\n\\x1b]0;title\\x07\\x1b[2J\\x9b1mred\\r\\u202egnp.exe\\u2028\\ud800 é 木 👩\u200d🚀")
+    assert said.endswith(" https://***@host\n") and said.count("\n") == 2
+    assert printable("one\ntwo") == "one\\ntwo"
+
+
+def test_errors_warnings_and_usage_are_shown_safely(capsys: pytest.CaptureFixture[str]) -> None:
+    def job() -> None:
+        logging.getLogger("hllm_torchrec.test").warning("warned: %s", HOSTILE)
+        raise ValueError(f"https://me:s3cr3t@host: {HOSTILE}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # pytest's own: nobody has configured logging in a job
+        assert run_job("job", job) == 2
+    with pytest.raises(SystemExit):
+        CommandParser(prog="job").error(HOSTILE)
+    said = capsys.readouterr().err
+    assert said.count("\\x1b]0;title") == 3 and not re.search(r"[\x00-\x09\x0b-\x1f\x80-\x9f]", said)
+    assert "s3cr3t" not in said
+
+
+def test_jobs_print_by_one_function(root: Path) -> None:
+    own = {"hllm_torchrec/common/terminal.py", "hllm_torchrec/config/loading.py", "hllm_torchrec/_versions.py"}
+    for folder in ("hllm_torchrec", "launch", "modules"):
+        for file in (root / folder).rglob("*.py"):
+            calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            prints = [node.lineno for node in calls if ast.unparse(node.func) in ("print", "sys.stdout.write")]
+            assert not prints or file.relative_to(root).as_posix() in own, f"{file}: {prints}: use common.terminal.say"
 
 
 # --- the default install -----------------------------------------------------------------------------------

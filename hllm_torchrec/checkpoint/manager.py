@@ -11,6 +11,7 @@ from hllm_torchrec.checkpoint.layout import DiskFull
 from hllm_torchrec.checkpoint.load import BackgroundWriter, rng_state, save_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import RunStorage
 from hllm_torchrec.common.run_log import RunLog
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed import coordination
 
@@ -100,7 +101,7 @@ class CheckpointManager:
                     self._writer.finish()
                 except Exception as error:  # printed only: the error that ends the run must not be replaced
                     reason = next(iter(str(error).splitlines()), type(error).__name__)
-                    print(f"the checkpoint in flight was not written: {reason}", file=sys.stderr, flush=True)
+                    say(f"the checkpoint in flight was not written: {reason}", sys.stderr)
             raise
 
     def close(self, log: RunLog) -> None:
@@ -118,4 +119,4 @@ class CheckpointManager:
         self.last_error = error
         log.write("not_saved", step, reason=str(error))
         if coordination.rank() == 0:
-            print(f"step {step}: {error}; training goes on", flush=True)
+            say(f"step {step}: {error}; training goes on")

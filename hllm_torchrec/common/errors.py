@@ -50,9 +50,15 @@ class Preempted(Exception):
         self.interrupted = interrupted
 
 
+# The host of a URL may follow user names and passwords, which end with the last @ before the path. A password with
+# slashes, which should have been quoted, is recognized by a colon that no port follows.
+_CREDENTIALS = re.compile(r"(?<=:/)(/?)(?:[^\s/'\"]*|[^\s/:'\"]*:(?!\d+/)[^\s'\"]*)@")
+_QUERY = re.compile(r"(?<=:/)(/?[^\s?'\"]*\?)[^\s'\"]+")
+
+
 def without_credentials(text: str) -> str:
-    """Replace the part between `//` and `@` of URLs in `text` (user names, passwords, tokens) by `***`."""
-    return re.sub(r"(?<=://)[^\s/@]+@", "***@", text)
+    """Replace user names, passwords and tokens of URLs in `text`, before an @ or after a ?, by `***`."""
+    return _QUERY.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", text))
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from hllm_torchrec.common.locks import hold_lock, lock_wait
+from hllm_torchrec.common.terminal import say
 
 CACHE = "HLLM_CACHE"
 """Environment variable with the folder of local copies."""
@@ -196,7 +197,7 @@ def print_transfer(what: str, url: str, sizes: Mapping[str, int]) -> None:
     """Announce a transfer on standard error if it is large enough to take noticeable time."""
     total = sum(sizes.values())
     if total >= _SHOWN_BYTES:
-        print(f"{what} {url}: {len(sizes):,} files, {total / 1e9:,.1f} GB", file=sys.stderr, flush=True)
+        say(f"{what} {url}: {len(sizes):,} files, {total / 1e9:,.1f} GB", sys.stderr)
 
 
 def _side_by_side(work: Callable[[Any], None], parts: Iterable[Any]) -> None:

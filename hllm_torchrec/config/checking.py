@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from hllm_torchrec.common.errors import did_you_mean
-from hllm_torchrec.common.yaml_files import abbreviate
+from hllm_torchrec.common.yaml_files import abbreviate, limited, parse_yaml
 from hllm_torchrec.config.inheritance import read_with_bases
+
+# jsonargparse reads every text value as YAML, by a parser in C.
+set_loader("yaml", limited(get_loader("yaml")), (yaml.YAMLError,))
 
 
 def file_problems(path: str, cls: type) -> list[str]:
@@ -51,8 +54,8 @@ def _option_value_problems(name: str, text: str, kind: Any) -> list[str]:
     if not is_dataclass_type(kind) and not is_dataclass_type(element_type(kind)):
         return [] if _fits(kind, text, is_text=True) else [_wrong(name, text, kind)]
     try:
-        return _value_problems(yaml.safe_load(text), kind, name)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return _value_problems(parse_yaml(text), kind, name)
+    except ValueError:
         return [f"{name}: {abbreviate(text)}: not valid YAML"]
 
 

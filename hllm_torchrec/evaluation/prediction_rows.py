@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.evaluation.prediction_files import (
@@ -28,6 +29,9 @@ MEMORY = 1 << 30
 """Default of `memory`: bytes for rows per rank."""
 
 DAY = 86_400
+MOST_EXACT = (1 << 53) - 1
+"""float64 distinguishes all whole numbers up to this magnitude."""
+
 HISTORY_BUCKETS = {
     "0": (0.0, 0.0),
     "1-9": (1.0, 9.0),
@@ -90,6 +94,7 @@ class PredictionRows:
         self._paired, self._memory, self._folder = paired, memory, folder
         self._tables: PairedTables | None = None
         self.files = {model.name: find_files(model.files) for model in models}
+        self._ids = {model.name: self._shared_ids(model.name) for model in models[1:]}
         self.readers = {}
         for place, model in enumerate(models):
             columns = [name for name in (model.score, model.probability) if name]
@@ -97,10 +102,9 @@ class PredictionRows:
                 *columns,
                 *(name for name in (layout.label, layout.weight, layout.history_length, layout.timestamp) if name),
             ]
-            # Shared columns are read from the first model only; labels from all, to check that they agree.
-            columns = [*columns, *(layout.all if place == 0 else [layout.label]), *(PAIR_COLUMNS if paired else ())]
-            if paired and layout.item in column_names(self.files[model.name][0]):
-                columns.append(layout.item)
+            # Shared columns are read from the first model only; labels and ids from all, to check that they agree.
+            columns += layout.all if place == 0 else [layout.label, *self._ids[model.name]]
+            columns += PAIR_COLUMNS if paired else ()
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
         for name, reader in self.readers.items():
@@ -112,8 +116,16 @@ class PredictionRows:
         self.rows = first.rows
         self.weighted, self.has_users = layout.weight is not None, layout.user is not None
 
+    def _shared_ids(self, name: str) -> list[str]:
+        """Columns of ids in a model's files that must equal the first model's, row by row."""
+        files, first = self.files[name], self.files[self.models[0].name]
+        columns = [self.layout.item] if self._paired else [self.layout.user, self.layout.item]
+        if files == first:
+            return []
+        return [column for column in columns if column and all(column in column_names(file) for file in files)]
+
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """float32 if every file stores at most 32-bit floats, else float64."""
+        """float32 if every file stores at most 32-bit floats, else float64: a type that keeps the order of scores."""
         kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
         small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)
         return np.dtype(np.float32 if small else np.float64)
@@ -155,9 +167,7 @@ class PredictionRows:
         is_positive = self._labels(tables, rows)
         weights = self._weights(table, rows) if layout.weight else None
         scores = {
-            model.name: self._numbers(model.name, tables[model.name], model.score, rows).astype(
-                self.score_type(model), copy=False
-            )
+            model.name: self._scores(model, tables[model.name], rows).astype(self.score_type(model), copy=False)
             for model in self.models
         }
         probabilities = {
@@ -167,7 +177,7 @@ class PredictionRows:
         }
         users = self._identities(table, layout.user)
         items = self._identities(table, layout.item)
-        self._check_items(tables, items, rows)
+        self._check_ids(tables, {layout.user: users, layout.item: items}, rows)
         # Keys come from the shared columns, not from the scores: runs on the same exposures have the same fingerprint.
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, rows, items)
@@ -199,14 +209,22 @@ class PredictionRows:
             return "predict with each on the same dataset and split"
         return "models are compared row by row: write both in one order"
 
-    def _check_items(self, tables: Mapping[str, pa.Table], items: np.ndarray | None, rows: Rows) -> None:
-        """Raise ValueError if paired files have an item column that differs from the first model's."""
-        column, (first, *others) = self.layout.item, self.readers
-        for name in others if self._paired and items is not None and column else ():
-            if column in tables[name].column_names:
-                own = identities(tables[name][column])
-                rule = f"it differs from the files of {first!r}; {self._mend}"
-                self._check(name, str(column), own, own == items, rows, rule)
+    def _check_ids(
+        self, tables: Mapping[str, pa.Table], ids: Mapping[str | None, np.ndarray | None], rows: Rows
+    ) -> None:
+        """Raise ValueError if ids in the files of another model differ from the first model's."""
+        first, *others = self.readers
+        for name in others:
+            for column in self._ids[name]:
+                same = identities(tables[name][column]) == ids[column]
+                if not same.all():
+                    row = int((~same).argmax())
+                    place = self.readers[name].locate(int(rows[name][row]))
+                    own, expected = (abbreviate(tables[model][column][row].as_py()) for model in (name, first))
+                    raise ValueError(
+                        f"{place}: column {column!r} is {own}, not {expected}; it differs from the files of {first!r}; "
+                        f"{self._mend}"
+                    )
 
     def _weights(self, table: pa.Table, rows: Rows) -> np.ndarray:
         assert self.layout.weight
@@ -216,6 +234,18 @@ class PredictionRows:
         rule = f"a weight is 0 (the row is skipped) or lies in {low:g}..{high:g}; correct the row"
         self._check(self.models[0].name, self.layout.weight, weights, good, rows, rule)
         return weights
+
+    def _scores(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
+        scores = self._numbers(model.name, table, model.score, rows)
+        # Whole numbers beyond become equal to their neighbors as float64, and their order would be lost. CSV files
+        # have been read as float64 already; numbers above any 64-bit integer can only be floats.
+        is_text = any(file.suffix != ".parquet" for file in self.files[model.name])
+        if scores.dtype.kind in "iu" or is_text:
+            size = np.abs(scores.astype(np.float64))
+            exact = (size <= MOST_EXACT) | ((size > 2 * float(1 << 63)) & is_text)
+            rule = "whole numbers from 2^53 on are not exact as float64: write ranks, or subtract the smallest score"
+            self._check(model.name, model.score, scores, exact, rows, rule)
+        return scores
 
     def _probabilities(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
         assert model.probability

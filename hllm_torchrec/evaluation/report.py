@@ -14,7 +14,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from hllm_torchrec.common.atomic_files import replace_file
-from hllm_torchrec.evaluation.metrics_schema import read_metrics
+from hllm_torchrec.common.errors import without_credentials
+from hllm_torchrec.evaluation.metrics_schema import read_fields, read_metrics
 from hllm_torchrec.evaluation.model_comparison import by_users, format_interval, format_number
 from hllm_torchrec.evaluation.report_figures import Series
 from hllm_torchrec.evaluation.report_sections import (
@@ -74,12 +75,14 @@ def write_report(run_dir: str | Path) -> Path:
         "metrics": metrics,
         "training": training_figures(losses, aucs),
         "training_note": _training_note(log, aucs),
-        "configuration": config.read_text(encoding="utf-8") if config.is_file() else None,
-        "provenance": _flatten(metrics.get("provenance") or {}),
-        "retrieval_table": _retrieval_table(metrics.get("retrieval") or {}),
+        "configuration": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
     }
+    with read_fields(file):
+        shown["provenance"] = _flatten(metrics.get("provenance") or {})
+        shown["retrieval_table"] = _retrieval_table(metrics.get("retrieval") or {})
+        page = _template().render(shown | _model_parts(metrics))
     path = run_dir / "report.html"
-    replace_file(path, _template().render(shown | _model_parts(metrics)))
+    replace_file(path, without_credentials(page))
     return path
 
 
@@ -100,7 +103,7 @@ def read_training_log(path: Path) -> TrainingLog:
         try:
             entry = json.loads(line)
             event, step = entry["event"], int(entry.get("step", 0))
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             log.unreadable.append(line_number)  # reported on the page
             continue
         if event == "step":

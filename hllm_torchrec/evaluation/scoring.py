@@ -4,6 +4,7 @@ The rows are written to `predictions/<split>/part-<rank>.parquet`. The offline j
 model, a baseline and predictions of other programs are evaluated by the same code.
 """
 
+from collections import OrderedDict
 from contextlib import closing
 from typing import Literal
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.events import Sequences
+from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed.collectives import global_sum, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
@@ -22,7 +24,7 @@ from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
 from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
-from hllm_torchrec.modules.jagged import offsets_from_lengths, position_in_sequence
+from hllm_torchrec.modules.jagged import offsets_from_lengths
 
 RETRIEVAL_ROWS = 512
 """Number of exposures of all ranks together that are ranked against the catalogue at a time."""
@@ -109,7 +111,7 @@ def rank_catalogue_targets(
 
     Args:
         items: this rank's share of all items, in the space of the generative loss.
-        filter_seen: items of the user's history are not candidates.
+        filter_seen: items of the user's history, the complete one whatever the model reads of it, are not candidates.
         positive_only: exposures with label 0 are not targets.
 
     Returns:
@@ -120,8 +122,9 @@ def rank_catalogue_targets(
     unit = items.normalized()  # once: dot products with normalized outputs are then cosine similarities
     at_once = max(1, RETRIEVAL_ROWS // world_size())
     parts, skipped = [torch.empty(4, 0, dtype=torch.int64)], 0
+    histories = CompleteHistories(loader)
     with progress(loader.steps(0), "retrieve", show) as bar, closing(loader.batches(0)) as batches:
-        for batch in batches:
+        for step, batch in enumerate(batches):
             raise_if_preempted()
             batch = batch.to(device)
             predicted = model(batch, want_next=True).next_items
@@ -132,7 +135,7 @@ def rank_catalogue_targets(
             skipped += int((wanted & (visible == 0)).sum())
             # Equal numbers of chunks on every rank: ranking against the sharded catalogue is collective.
             for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
-                seen, offsets = _seen_items(batch, rows) if filter_seen else (None, None)
+                seen, offsets = histories.seen_items(step, batch, rows) if filter_seen else (None, None)
                 found = distributed_target_ranks(
                     torch.nn.functional.normalize(predicted[rows].float(), dim=-1),
                     unit,
@@ -179,12 +182,35 @@ def _piece_of_query(batch: HybridBatch) -> Tensor:
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
 
 
-def _seen_items(batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Items (jagged: values, offsets) in the visible history of each exposure in `rows`."""
-    query = batch.target_query[rows]
-    # A query sees the first `visible` positions of its piece: copy these ranges of `item_ids`, one per exposure.
-    visible = batch.query_visible[query]
-    offsets = offsets_from_lengths(visible)
-    start = batch.seq_offsets[_piece_of_query(batch)[query]]
-    within = position_in_sequence(offsets, int(offsets[-1]))
-    return batch.item_ids[torch.repeat_interleave(start, visible) + within], offsets
+class CompleteHistories:
+    """Items of the users' complete sequences, of which the pieces of a loader hold the latest `max_history` at most.
+
+    What was seen does not depend on what the model reads: neither on the length of pieces, nor on `data.history`, which
+    may leave disliked items out.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._cached = loader, OrderedDict[int, Sequences]()
+        self._by_second = loader.collator.spec.visibility == "second"
+
+    def seen_items(self, step: int, batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Items (jagged: values, offsets) before each of the exposures `rows` [n] of this rank's batch of a step."""
+        pieces, loader = self._loader.pieces, self._loader
+        number = loader.rank_batches(0)[loader.rank][step][
+            _piece_of_query(batch)[batch.target_query[rows]].cpu().numpy()
+        ]
+        counts = (batch.history_lengths if self._by_second else batch.positions)[rows]
+        parts = [np.empty(0, np.int64)]
+        for group, row, count in zip(pieces.group[number], pieces.row[number], counts.tolist(), strict=True):
+            sequences = self._sequences(int(group))
+            start = int(sequences.offsets[row])
+            parts.append(sequences.item_ids[start : start + count])
+        return torch.from_numpy(np.concatenate(parts)).to(rows.device), offsets_from_lengths(counts)
+
+    def _sequences(self, group: int) -> Sequences:
+        """Items of a row group; the latest ones are kept, as the pieces of a batch lie close together."""
+        if group not in self._cached:
+            self._cached[group] = self._loader.dataset.sequences([self._loader.groups[group]], ["item_ids"])
+            if len(self._cached) > WINDOW_ROW_GROUPS:
+                self._cached.popitem(last=False)
+        return self._cached[group]

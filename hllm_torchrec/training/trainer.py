@@ -17,6 +17,7 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.common.run_log import RunLog
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.loading import save_config
 from hllm_torchrec.config.paths import with_absolute_paths
 from hllm_torchrec.config.rules import takes_stored_items
@@ -136,7 +137,7 @@ class Trainer:
                 "end", self.step, **peak_memory_bytes(), weights_moved=moved, live_steps=self._item_llm_steps()
             )
         if self.rank == 0:
-            print(summary_line(self.step, self._item_llm_steps(), moved), flush=True)
+            say(summary_line(self.step, self._item_llm_steps(), moved))
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:

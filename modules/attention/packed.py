@@ -86,7 +86,7 @@ class AttentionPlan:
                 q, own_k, own_v = (_padded(x, queries.rows) for x in (query, key, value))
                 out = _query_attention(q, own_k, own_v, k_BHND, v_BHND, queries.hidden, scaling, dropout)
                 query_outputs.append(_packed(out, queries.valid))
-        lonely = value[self.without_history]  # a softmax over one key is that key's value
+        lonely = _own_attention(*(x[self.without_history] for x in (query, key, value)), scaling)
         # The order must be that of `emitted` in `plan_attention`: all histories, all queries, then queries without
         # history.
         return torch.cat([*outputs, *query_outputs, lonely])[self.restore]
@@ -230,6 +230,14 @@ def _query_attention(
     weights = torch.cat([history, own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
     weights = apply_dropout(weights, dropout, training=dropout > 0)
     return weights[..., :-1] @ v + weights[..., -1:] * own_v
+
+
+def _own_attention(q_lHD: Tensor, k_lHD: Tensor, v_lHD: Tensor, scaling: float) -> Tensor:
+    """Attention of queries that see only themselves: their values, exactly."""
+    # A softmax over one key is 1. It is written out because it keeps the query and key projections in the graph: if all
+    # queries of a step are of this kind, DDP would wait for gradients of these projections forever.
+    weights = ((q_lHD * k_lHD).sum(-1, keepdim=True) * scaling).softmax(-1)
+    return weights * v_lHD
 
 
 def _no_mask(*_: object, **__: object) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, at any world size; what is damaged or hostile does not."""
 
+import importlib
 import json
 import logging
 import multiprocessing
@@ -22,6 +23,7 @@ from torch.distributed.tensor import init_device_mesh
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from hllm_torchrec.checkpoint import layout as files
+from hllm_torchrec.checkpoint import safe_reader
 from hllm_torchrec.checkpoint.load import (
     best_checkpoint,
     latest_checkpoint,
@@ -257,9 +259,14 @@ class Touch:
 
 
 def rewrite_metadata(path: Path, change: Callable[[Any], Any]) -> None:
-    """Replace `.metadata`, and its size in the marker, as somebody with access to the directory can."""
+    """Replace `.metadata` by a change of its contents, as somebody with access to the directory can."""
+    replace_metadata(path, pickle.dumps(change(pickle.loads((path / ".metadata").read_bytes()))))
+
+
+def replace_metadata(path: Path, contents: bytes) -> None:
+    """Replace `.metadata`, and its size in the marker."""
     file = path / ".metadata"
-    file.write_bytes(pickle.dumps(change(pickle.loads(file.read_bytes()))))
+    file.write_bytes(contents)
     marker = json.loads((path / "COMPLETE").read_text())
     marker["files"][".metadata"][0] = file.stat().st_size
     (path / "COMPLETE").write_text(json.dumps(files.with_checksum(marker)))
@@ -271,6 +278,24 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"\.metadata cannot be read: it names posix.mkdir, .*do not load"):
         load_numbers(path)
     assert not (tmp_path / "ran").exists()
+
+
+SETS_PARENT = b"N}X\x06\x00\x00\x00parentX\x04\x00\x00\x00elses\x86b."
+"""The end of a pickle: BUILD with the state (None, {"parent": "else"}), which is setattr on the object before it."""
+
+
+@pytest.mark.parametrize("name", ["PosixPath", "Size", "float32", "_get_layout", "Metadata", "_StorageInfo"])
+def test_a_pickle_sets_nothing_on_what_it_names(name: str, tmp_path: Path) -> None:
+    path = save_numbers(tmp_path, 1)
+    module = next(module for module, names in safe_reader._ALLOWED.items() if name in names)
+    named = getattr(importlib.import_module(module), name)
+    before = getattr(named, "parent", None)
+    replace_metadata(path, f"\x80\x02c{module}\n{name}\n".encode("latin-1") + SETS_PARENT)
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read: .*do not load this checkpoint"):
+        load_numbers(path)
+    assert getattr(named, "parent", None) is before and Path("a/b").parent == Path("a")
+    with pytest.raises(pickle.UnpicklingError, match="it sets 'parent' on a class"):
+        setattr(safe_reader._RECORDS[name], "parent", "else")  # noqa: B010
 
 
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.config.extensions import load_extension
-from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.config.extensions import ALLOWED_CODE, load_extension
+from hllm_torchrec.config.loading import config_from_file, load_config, save_config
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 from hllm_torchrec.models.build import build_user_encoder
 from hllm_torchrec.modules.history_cache import check_encoder
 
@@ -115,3 +117,57 @@ def test_a_numeric_feature_of_ones_own_is_a_column(module: str) -> None:
     times, labels = np.array([5, 5, 9]), np.full(3, np.nan, np.float32)
     found = numeric_columns(["history_length", f"{module}:earlier"], times, labels, np.array([1, 2]))
     np.testing.assert_array_equal(found[:, 1], [0.0, 2.0])
+
+
+ENCODER = ["--user.encoder=my_code:Linear", "--user.shape={width: 8}"]
+FEATURE = ["--user.encoder=sasrec", "--user.shape={width: 8, layers: 1}", "--data.numeric_features=[my_code:earlier]"]
+
+
+def run_from_elsewhere(folder: Path, options: list[str]) -> Path:
+    """Write the configuration of a run that names the module; returns its file."""
+    save_config(load_config([*ID_ONLY, *options]), folder / "config.yaml")
+    (folder / "checkpoints").mkdir()
+    sys.modules.pop("my_code", None)
+    return folder / "config.yaml"
+
+
+@pytest.mark.parametrize(("field", "options"), [("user.encoder", ENCODER), ("data.numeric_features", FEATURE)])
+@pytest.mark.usefixtures("module")
+def test_the_configuration_of_a_run_imports_nothing_unasked(field: str, options: list[str], tmp_path: Path) -> None:
+    file = run_from_elsewhere(tmp_path / "run", options)
+    remedy = rf"^{field}: 'my_code:\w+': .* use --allow-code or set HLLM_ALLOW_CODE=my_code$"
+    for read in (lambda: config_from_file(file), lambda: load_config(["--config", str(file)])):
+        with pytest.raises(ValueError, match=remedy):
+            read()
+    assert "my_code" not in sys.modules
+
+
+@pytest.mark.parametrize("allowed", ["my_code", " other, my_code", "*"])
+@pytest.mark.usefixtures("module")
+def test_the_code_of_a_run_is_imported_if_it_is_listed(
+    allowed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run_from_elsewhere(tmp_path / "run", ENCODER)
+    monkeypatch.setenv(ALLOWED_CODE, "my_cod,my_code.below")
+    with pytest.raises(ValueError, match="names code"):
+        config_from_file(file)
+    monkeypatch.setenv(ALLOWED_CODE, allowed)
+    assert config_from_file(file).user.encoder == "my_code:Linear"
+
+
+@pytest.mark.usefixtures("module")
+def test_the_code_of_a_run_is_imported_if_it_is_allowed_or_here_already(tmp_path: Path) -> None:
+    file = run_from_elsewhere(tmp_path / "run", ENCODER)
+
+    def read(options: Any) -> None:
+        assert config_from_file(file).user.encoder == "my_code:Linear"
+
+    def parser() -> CommandParser:
+        found = CommandParser(prog="job")
+        found.add_run()
+        return found
+
+    job = entry_point(parser, read)
+    assert job(["--run", str(file.parent)]) == 2 and "my_code" not in sys.modules
+    assert job(["--run", str(file.parent), "--allow-code"]) == 0
+    assert job(["--run", str(file.parent)]) == 0, "it is imported already"

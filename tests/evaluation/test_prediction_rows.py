@@ -115,6 +115,44 @@ def test_models_must_have_the_same_rows(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_models_must_have_the_same_ids_in_each_row(column: str, as_text: bool, tmp_path: Path) -> None:
+    def both() -> PredictionRows:
+        other = {**values, column: values[column].astype(str)} if as_text else values
+        files = write_parquet(columns(), tmp_path / "a"), write_parquet(other, tmp_path / "b", files=2)
+        models = [PredictionModel(name, (file,)) for name, file in zip("ab", files)]
+        return PredictionRows(models, ColumnLayout(user="user_id", item="item_id"), tmp_path)
+
+    values = columns()
+    assert sum(len(batch.keys) for batch in all_batches(both())) == ROWS
+    values[column][900] += 1
+    message = rf"b/1\.parquet: row 300: column '{column}' is .*, not .*; it differs from the files of 'a'; "
+    with pytest.raises(ValueError, match=message):
+        all_batches(both())
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint64, np.float16, np.float32, np.float64, bool])
+def test_scores_of_every_type_keep_their_order(kind: type, tmp_path: Path) -> None:
+    values = columns()
+    values["score"] = (np.arange(ROWS) % 97 - (0 if kind in (np.uint64, bool) else 48)).astype(kind)
+    if kind in (np.int64, np.uint64, np.float64):
+        values["score"][0] = 2**53 - 1
+    read = np.concatenate([b.scores["a"] for b in all_batches(opened(write_parquet(values, tmp_path / "a"), tmp_path))])
+    np.testing.assert_array_equal(np.argsort(read, kind="stable"), np.argsort(values["score"], kind="stable"))
+
+
+@pytest.mark.parametrize("score", [2**53, -(2**53), 2**60 + 1, 2**63 - 1])
+@pytest.mark.parametrize("is_csv", [False, True])
+def test_whole_scores_whose_order_would_be_lost_are_named(score: int, is_csv: bool, tmp_path: Path) -> None:
+    values = columns()
+    values["score"] = np.arange(ROWS)
+    values["score"][7] = score
+    path = write_csv(values, tmp_path / "a.csv") if is_csv else write_parquet(values, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*whole numbers from 2\^53 on are not exact"):
+        all_batches(opened(path, tmp_path))
+
+
 def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
     folder = write_parquet(columns(10), tmp_path / "rows")
     with pytest.raises(ValueError, match=r"0.parquet has no column 'scor' \(did you mean 'score'\?\); it has label"):

@@ -318,3 +318,37 @@ def test_a_field_that_is_missing_is_named_with_its_file(tmp_path: Path, place: s
     with pytest.raises(ValueError, match=rf"metrics.json: {re.escape(place)} is missing; evaluate again to replace it"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("models.hllm.auc", "high"),
+        ("models.hllm", 3),
+        ("models.hllm.log_loss", [1]),
+        ("models", ["hllm"]),
+        ("retrieval", ["x"]),
+        ("provenance", ["x"]),
+        ("curves", 7),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named_with_its_file(place: str, value: Any, tmp_path: Path) -> None:
+    content = write_metrics(tmp_path, ["hllm"])
+    *above, last = place.split(".")
+    block = content
+    for name in above:
+        block = block[name]
+    block[last] = value
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    try:
+        assert str(value) in write_report(tmp_path).read_text(), "shown as it is"
+    except ValueError as error:
+        assert f"{tmp_path / 'metrics.json'} has a value of a wrong type" in str(error)
+
+
+def test_files_that_nest_too_deeply_are_refused_or_counted(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("[" * 100_000 + "\n")
+    assert read_training_log(tmp_path / "log.jsonl").unreadable == [1]
+    (tmp_path / "metrics.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"metrics\.json is not JSON .*; evaluate again"):
+        write_report(tmp_path)

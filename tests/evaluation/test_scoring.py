@@ -174,6 +174,12 @@ def retrieval(settings: Config) -> dict[str, Any]:
     return score_retrieval(experiment.model, loader, CatalogueShard.of_rank(items), experiment.device, (1, 5, 20))
 
 
+def events_before(user: int, position: int) -> set[int]:
+    """The items of all events of a user before the second of an event, from the dataset."""
+    (piece,) = (piece for piece in fixtures.pieces("valid") if piece.user_id == user)
+    return set(piece.item_ids[piece.timestamps < piece.timestamps[position]].tolist())
+
+
 def naive_retrieval(settings: Config) -> dict[str, float]:
     """Rank every item for each positive exposure, one at a time."""
     experiment = build(settings)
@@ -191,7 +197,7 @@ def naive_retrieval(settings: Config) -> dict[str, float]:
                 continue
             scores = cosine_similarity(predicted[row][None], items)
             target = int(batch.target_items[row])
-            seen = set(batch.item_ids[:visible].tolist()) - {target}
+            seen = events_before(int(batch.user_ids), int(batch.positions[row])) - {target}
             rivals = [i for i in range(1, len(items)) if i != target and i not in seen]
             ranks.append(1 + sum(float(scores[i]) >= float(scores[target]) - 1e-6 for i in rivals))
     found = {"rows": len(ranks), "without_history": skipped}
@@ -206,6 +212,13 @@ def test_retrieval_equals_a_naive_loop(fusion: str, tmp_path: Path) -> None:
     settings = config(tmp_path, objective__fusion=fusion, objective__generative_weight=1, seed=2)
     found, expected = retrieval(settings), naive_retrieval(settings)
     assert expected["rows"] > 10
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("read", [{"data__max_history": 8}, {"data__history": "positive"}])
+def test_all_seen_items_are_left_out_whatever_the_model_reads(read: dict[str, Any], tmp_path: Path) -> None:
+    settings = config(tmp_path, objective__fusion="none", seed=2, **read)
+    found, expected = retrieval(settings), naive_retrieval(settings)
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 

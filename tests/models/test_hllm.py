@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hllm_torchrec.config.schema import Config
+from hllm_torchrec.config.schema import Config, ParallelConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.events import Piece
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems
 from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.modules.encoders.shapes import ENCODERS
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.naive_model import Naive, alone, config, exposures, run, some_pieces
@@ -148,31 +149,59 @@ def test_an_empty_batch_has_a_graph_to_every_parameter(fusion: str) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def step_of_this_rank(cfg: Config) -> list[float]:
-    """A step on two ranks of which the second has no users: its losses, after a backward pass."""
+def first_events() -> list[Piece]:
+    """Exposures without a history: the first event of each of two users."""
+    return [
+        dataclasses.replace(alone(piece, 0), labels=np.full(1, label, np.float32))
+        for label, piece in enumerate(fixtures.pieces("train")[1:3])
+    ]
+
+
+@pytest.mark.parametrize("encoder", ["llm", *ENCODERS])
+@pytest.mark.parametrize("fusion", ["late", "early"])
+def test_users_without_history_have_a_graph_to_every_parameter(fusion: str, encoder: str) -> None:
+    shape = {"user": {"encoder": encoder, "shape": {"width": 16, "layers": 2, "heads": 2}}}
+    cfg = config(fusion, **({} if encoder == "llm" else shape))
+    model = fixtures.model(cfg)
+    batch, output = run(model, cfg, first_events(), training=True)
+    assert batch.item_ids.numel() == 0 and output.logits.numel() == 2 and output.generative is not None
+    (output.classification + output.generative.loss_sum).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def step_of_this_rank(cfg: Config, pieces: list[Piece]) -> list[float]:
+    """A step of `pieces` on this rank: its losses, after a backward pass."""
     torch.manual_seed(0)
     tables = fixtures.recipe(cfg).tables(fixtures.dataset())
     model = build_model(cfg, tables, 0.4, torch.device("meta"))
     model.item_source = LiveItems(model.item_llm, ItemEncoder(fixtures.token_store(), torch.device("cpu")))
     sharded = parallelize(model, cfg, torch.device("cpu"))
-    rank = dist.get_rank()
-    pieces = some_pieces() if rank == 0 else []
-    output = sharded(fixtures.collator(cfg, training=True)(pieces, 0, 0, rank))
-    assert output.generative is not None
-    (output.classification + output.generative.loss_sum).backward()
+    for _ in range(2):  # DDP reports a parameter without a gradient at the next step
+        output = sharded(fixtures.collator(cfg, training=True)(pieces, 0, 0, dist.get_rank()))
+        assert output.generative is not None
+        (output.classification + output.generative.loss_sum).backward()
     return [output.classification.item(), output.generative.loss_sum.item()]
 
 
-def steps_with_an_idle_rank() -> list[list[float]]:
+def steps_beside_a_busy_rank() -> tuple[list[list[float]], list[list[float]]]:
+    """Losses of steps in which the second rank has no users, and of steps in which its users have no history."""
     shards: dict[str, Any] = {"shard_from_rows": 30}  # item ids, years and clocks are sharded
-    return [step_of_this_rank(config(fusion, features=shards)) for fusion in ("late", "early", "none")]
+    idle, without_history = ([], first_events()) if dist.get_rank() else (some_pieces(), some_pieces())
+    configs = [config(fusion, features=shards) for fusion in ("late", "early", "none")]
+    fully_sharded = [dataclasses.replace(cfg, parallel=ParallelConfig(dense="fsdp")) for cfg in configs[:2]]
+    return (
+        [step_of_this_rank(cfg, idle) for cfg in configs],
+        [step_of_this_rank(cfg, without_history) for cfg in configs[:2] + fully_sharded],
+    )
 
 
 @pytest.mark.slow
-def test_a_rank_without_users_takes_part_in_every_exchange() -> None:
-    busy, idle = run_ranks(steps_with_an_idle_rank, 2)
+def test_a_rank_without_users_or_histories_takes_part_in_every_exchange() -> None:
+    (busy, idle), (_, without_history) = zip(*run_ranks(steps_beside_a_busy_rank, 2), strict=True)
     assert idle == [[0.0, 0.0]] * 3
     assert all(generative > 1 for _, generative in busy)
+    assert all(classification > 0 and generative == 0 for classification, generative in without_history)
+    assert without_history[:2] == [pytest.approx(losses, rel=1e-5) for losses in without_history[2:]]
 
 
 # ------------------------------------------------------------------------------- next items

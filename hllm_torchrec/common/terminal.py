@@ -1,0 +1,48 @@
+"""Output to the terminal: text that comes from elsewhere cannot control it, and credentials of URLs are not shown."""
+
+import logging
+import sys
+import unicodedata
+from typing import TextIO
+
+from hllm_torchrec.common.errors import without_credentials
+
+_CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of characters that move the cursor, start an escape sequence, reorder the text or end a line."""
+_HARMLESS = "\u200c\u200d"  # joiners of letters and emoji
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line: each control character is replaced by its escape, such as \x1b or \n."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in _CONTROL and c not in _HARMLESS else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def shown(text: str) -> str:
+    """`text`, of one or more lines, without credentials, each line `printable`; tabs are kept."""
+    lines = without_credentials(text).split("\n")
+    return "\n".join("\t".join(printable(part) for part in line.split("\t")) for line in lines)
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """Print `shown(text)` to standard output, or to `stream`. All jobs print by this function."""
+    print(shown(str(text)), file=stream or sys.stdout, flush=True)
+
+
+class ShownFormatter(logging.Formatter):
+    """Formats a log message as `shown` does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return shown(super().format(record))
+
+
+def show_logs_safely() -> None:
+    """Make warnings, which Python prints if nobody has configured logging, go through `shown`."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(ShownFormatter())
