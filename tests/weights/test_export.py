@@ -13,7 +13,7 @@ from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.launch import export_hf
-from hllm_torchrec.models.backbones import trained_item_token
+from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.models.build import build_user_encoder
 from tests.helpers import fixtures
 from tests.helpers.training_fixtures import config, train
