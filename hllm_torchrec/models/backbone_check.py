@@ -36,7 +36,8 @@ TOLERANCE = 1e-3
 """Largest difference from plain transformers, relative to the largest value; float32 rounds at about 1e-6."""
 LENGTHS = (12, 1, 5, 9, 5)
 """Tokens of the compared texts; some are longer than `_WINDOW`."""
-_WINDOW, _VOCABULARY, _FIRST_WORD = 6, 96, 8
+_WINDOW, _NO_WINDOW, _VOCABULARY, _FIRST_WORD = 6, 512, 96, 8
+_PLACES, _LEAST_PLACES = "max_position_embeddings", 64
 _NARROW = {"intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 _OF_HEADS = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 _WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size")
@@ -113,15 +114,15 @@ def _text_reading(key: str, causal: bool | None) -> TextReading:
                 return reading
             problems.append(f"{arrangement.replace('_', ' ')}: {problem}")
         raise ValueError(
-            f"{config.model_type}: its embeddings are not those of transformers ({'; '.join(problems)}): choose another "
-            "model, see the table in docs/support.md"
+            f"{config.model_type}: its embeddings are not those of transformers ({'; '.join(problems)}): choose "
+            "another model, see the table in docs/support.md"
         )
 
 
 @functools.lru_cache(maxsize=64)
 def _check_user(key: str) -> None:
     with _apart():
-        wide = small_config(key, window=None)
+        wide = small_config(key, window=_NO_WINDOW)
         if not _reads_causally(_plain(wide), key):
             wide = _changed_direction(wide, True)
         problem = _user_difference(wide)
@@ -167,11 +168,8 @@ def _apart() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def small_config(key: str, window: int | None = _WINDOW) -> "PreTrainedConfig":
-    """The config of `_key` with one layer of each kind (at least two), narrow, and with short windows.
-
-    window: size of sliding windows; None: as they are.
-    """
+def small_config(key: str, window: int = _WINDOW) -> "PreTrainedConfig":
+    """The config of `_key` with one layer of each kind (at least two), narrow, and with sliding windows of `window`."""
     from transformers import AutoConfig
 
     facts = json.loads(key)
@@ -180,7 +178,8 @@ def small_config(key: str, window: int | None = _WINDOW) -> "PreTrainedConfig":
     kept = _kinds_of_layers(facts, layers)
     facts |= {name: [value[i] for i in kept] for name, value in _per_layer(facts, layers)}
     wanted: dict[str, Any] = {"num_hidden_layers": len(kept), "vocab_size": _VOCABULARY, **_NARROW}
-    wanted |= dict.fromkeys(_WINDOWS, window) if window is not None else {}
+    wanted |= dict.fromkeys(_WINDOWS, window)
+    wanted["max_position_embeddings"] = max(facts.get(names.get(_PLACES, _PLACES)) or 0, _LEAST_PLACES)
     wanted |= _fewer_heads({name: facts.get(names.get(name, name)) for name in _OF_HEADS})
     if "hidden_size" in wanted and facts.get("word_embed_proj_dim") == facts.get("hidden_size"):  # OPT's
         wanted["word_embed_proj_dim"] = wanted["hidden_size"]
@@ -385,7 +384,9 @@ def _user_difference(config: "PreTrainedConfig", refusal_is_fine: bool = False) 
     want = _Encoded.of(plain, lambda: _histories_alone(plain, x, offsets, queries, visible))
     try:
         model = UserLLM(_same_weights(config, plain, PACKED_ATTENTION, words=False)).eval()
-        asked = Queries(x[-len(visible) :], queries, torch.tensor(visible), torch.zeros(len(visible), dtype=torch.int64))
+        asked = Queries(
+            x[-len(visible) :], queries, torch.tensor(visible), torch.zeros(len(visible), dtype=torch.int64)
+        )
         history, times = x[: -len(visible)], torch.zeros(int(offsets[-1]), dtype=torch.int64)
         return want.difference(_Encoded.of(model.backbone, lambda: torch.cat(model(history, offsets, times, asked))))
     except ArgumentError as error:

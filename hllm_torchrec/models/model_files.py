@@ -36,14 +36,20 @@ def read_config(directory: str) -> "PreTrainedConfig":
     Raises:
         ValueError: the file is missing, damaged, or not the config of a model with one stack of layers.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(directory) / "config.json"
     refuse_pointers([path])
     with reading_foreign(path, _FETCH):
         # transformers would search for a missing file on the network.
-        if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
             raise ValueError("not a JSON object")
+        if "auto_map" in facts and facts.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{path}: model_type {str(facts.get('model_type'))[:40]!r} needs code of its own (auto_map), and no "
+                "custom code is run (trust_remote_code=False); choose a model that transformers knows"
+            )
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         check_config(config)
     return config

@@ -33,6 +33,7 @@ from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.lora_base import check_base_weights
 from hllm_torchrec.models.parallelize import autocast, user_attention
 from hllm_torchrec.models.stored_items import use_stored_items
+from hllm_torchrec.models.text_format import check_saved_format
 from hllm_torchrec.modules.losses.objectives import MAX_SCALE
 from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.loss import LossWeights, StepStats, describe_step, micro_batch_loss, step_counts
@@ -385,6 +386,7 @@ class Trainer:
             return
         extra = load_checkpoint(self.checkpoint, self._state())
         check_base_weights(extra, self.experiment.base_fingerprints, self.config, self.checkpoint)
+        check_saved_format(extra["config"], self.config, self.checkpoint)
         check_schedule(self.checkpoint, extra, self.schedule.segments)
         self.step = self.checkpoints.last_saved_step = extra["step"]
         self.evaluation_pending = extra.get("owed", False)

@@ -100,8 +100,8 @@ class TextPlan(Protocol):
 
 
 @runtime_checkable
-class LimitedPlan(TextPlan, Protocol):
-    """A `TextPlan` for layers with `ScoreLimits`."""
+class LimitedPlan(Protocol):
+    """A `TextPlan` that can be restricted to a layer's `ScoreLimits`."""
 
     def limited(self, limits: ScoreLimits) -> TextPlan:
         """Return the same plan with these limits."""

@@ -94,9 +94,7 @@ def register_backend(backend: AttentionBackend) -> None:
     TEXT_BACKENDS[backend.name] = backend
 
 
-def choose_text_backend(
-    name: str, device: torch.device, dtype: torch.dtype, softcap: bool = False
-) -> BackendChoice:
+def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> BackendChoice:
     """Return the backend called `name`, or for "auto" the first that can run.
 
     dtype: of the matrix products; softcap: whether the model caps its scores.
@@ -199,7 +197,9 @@ def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) 
 
 def _refuse_missing(dropout: float, limits: ScoreLimits, name: str, kernel: str) -> None:
     if limits.softcap is not None:
-        raise ArgumentError(f"attention: {name}: {kernel} cannot cap scores, as the model does; choose buckets or flash")
+        raise ArgumentError(
+            f"attention: {name}: {kernel} cannot cap scores, as the model does; choose buckets or flash"
+        )
     if dropout > 0:
         raise ArgumentError(
             f"attention: {name}: {kernel} has no dropout, and the backbone's attention_dropout is {dropout}; "

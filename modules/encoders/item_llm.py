@@ -91,7 +91,7 @@ class ItemLLM(nn.Module):
         self.first_position = _first_position(backbone)
         """Position of a text's first token: RoBERTa and its relatives count from padding_idx + 1."""
         self.attention = BackendChoice(TEXT_BACKENDS["buckets"], "runs everywhere")
-        reads_last = pooling in ("item", "last") and causal and self.arrangement == "packed"
+        reads_last = pooling in ("item", "last") and self.causal and self.arrangement == "packed"
         self.reads_rows = reads_last and supports_last_layer_rows(backbone)
         """True if the last layer computes outputs only for the last row of each text, because no others are read."""
         if self.reads_rows:
