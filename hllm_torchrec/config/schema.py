@@ -251,6 +251,9 @@ class ObjectiveConfig:
     mask_own_items: bool = True
     """Exclude the items of a user's sequence from that user's negatives. False: only the positive of a position is
     masked (plain softmax), so items that occur later in the sequence are negatives."""
+    mask_cosine_above: float | None = None
+    """Also mask negatives whose embedding has a cosine above this with the positive's (infonce only). The published
+    HLLM code masks by 0.99 alone (`mask_own_items: false`); embeddings that collapse then have no negatives left."""
     temperature: float = 0.05
     """Initial value of the learnable temperature of the similarity (bounded below by 0.01)."""
     positive_targets_only: bool = True
