@@ -234,9 +234,9 @@ SYMBOLS = {
         "Queries": "modules.encoders.base",
     },
     "modules.item_llm": {
-        "trained_item_token": "models.backbones",
+        "trained_item_token": "models.model_files",
         "build_backbone": "models.backbones",
-        "ITEM_TOKEN_FILE": "models.backbones",
+        "ITEM_TOKEN_FILE": "models.model_files",
     },
     "optim": {
         "TableOptimizer": "embedding.optimizers",

@@ -151,13 +151,17 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
     Tokens of a shared prefix are excluded if it is encoded once for all items.
     """
     from hllm_torchrec.data.token_store import TokenStore
+    from hllm_torchrec.models.text_format import text_format
+    from hllm_torchrec.planning.model_configs import with_model_configs
 
     item, found = config.item_llm, []
+    is_here = item.pretrained is not None and (Path(item.pretrained) / "config.json").is_file()
+    form = text_format("item_llm", item if is_here else with_model_configs(config).item_llm)
     for path in root.glob("tokens/*/store.json"):
         store = TokenStore.open(path.parent)
-        asked = (item.prompt, list(item.text_keys), item.separator, item.max_text_length)
+        asked = (form.prompt, list(item.text_keys), item.separator, item.max_text_length)
         as_asked = asked == tuple(store.facts[name] for name in ("prompt", "keys", "separator", "max_text_length"))
-        shared = store.begins_with_prefix.mean() * len(store.prefix) if item.share_prefix and item.causal else 0.0
+        shared = store.begins_with_prefix.mean() * len(store.prefix) if item.share_prefix and form.causal else 0.0
         found.append((as_asked, float(store.lengths.mean() - shared)))
     # True sorts after False: texts tokenised with the configured settings take precedence over longer ones.
     return max(found)[1] if found else None

@@ -51,6 +51,7 @@ BOUNDS = {
     "objective.value_weight": ">= 0",
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
+    "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
     "objective.head_dropout": ">= 0, < 1",
     "objective.collapse_above": "> 0, <= 1",
@@ -218,6 +219,11 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
 def _objective_problems(config: "Config") -> Iterator[str]:
     text, objective = config.item_llm.enabled, config.objective
     generates = objective.generates
+    if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
+        yield (
+            f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "
+            "out"
+        )
     if not text and not config.features.item_id:
         yield "features.item_id: false while item_llm.enabled is false: items would have no features"
     if not text and generates and objective.item_space == "text":

@@ -131,11 +131,14 @@ class ItemLLMConfig:
     """Hugging Face config of a model with random weights, instead of `pretrained`."""
     layers: int | None = None
     """Keep the first n layers (none given: all)."""
-    pooling: Literal["item", "mean"] = "item"
-    """Item embedding: the output at the learned [ITEM] vector, or the mean of the text outputs (the paper's Table
-    10)."""
-    causal: bool = True
-    """True for decoders, False for encoders such as BERT."""
+    pooling: Literal["item", "mean", "cls", "last"] | None = None
+    """Item embedding: the output at the learned [ITEM] vector, the mean of the text outputs (the paper's Table 10), or
+    the output at the first or last token. null: as the checkpoint's sentence-transformers files say, else item."""
+    normalize: bool | None = None
+    """Scale embeddings to an L2 norm of 1. null: as the checkpoint says if its pooling is used, else false."""
+    causal: bool | None = None
+    """True: a token sees the text before it, as in decoders; False: all of it, as in BERT. null: as transformers reads
+    the model."""
     trainable: bool = True
     """False freezes the Item LLM in every stage (the paper's Table 4)."""
     store: str | None = None
@@ -148,8 +151,8 @@ class ItemLLMConfig:
     standardized."""
     freeze_words: bool = False
     """Freeze the word embeddings, which are most of a small LLM's weights and optimizer state."""
-    prompt: str = ""
-    """Prefix of every item's text."""
+    prompt: str | None = None
+    """Prefix of every item's text. null: the checkpoint's prompt for documents, if it has one."""
     text_keys: tuple[str, ...] = ("title",)
     """Text columns, flattened to `key: value` in this order."""
     separator: str = ", "
@@ -165,7 +168,7 @@ class ItemLLMConfig:
     group by group, for a third more compute. Needed with thousands of negatives."""
     share_prefix: bool = True
     """Encode the tokens that most texts share at the start (the prompt) once per step, and let all items attend to
-    them: the same values and gradients with less computation. Not used for encoders (`causal: false`)."""
+    them: the same values and gradients with less computation. Only for causal models with packed texts."""
     attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
     """Kernel for packed texts: padded length-sorted buckets with SDPA (any device), torch's varlen or the
     flash-attn package (CUDA with `parallel.precision: bf16`); auto selects the first of these that can run. flex:
@@ -261,6 +264,9 @@ class ObjectiveConfig:
     mask_own_items: bool = True
     """Exclude the items of a user's sequence from that user's negatives. False: only the positive of a position is
     masked (plain softmax), so items that occur later in the sequence are negatives."""
+    mask_cosine_above: float | None = None
+    """Also mask negatives whose embedding has a cosine above this with the positive's (infonce only). The published
+    HLLM code masks by 0.99 alone (`mask_own_items: false`); embeddings that collapse then have no negatives left."""
     temperature: float = 0.05
     """Initial value of the learnable temperature of the similarity (bounded below by 0.01)."""
     positive_targets_only: bool = True

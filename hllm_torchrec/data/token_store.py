@@ -5,8 +5,8 @@ item, and items without text have the prompt only; with an empty prompt this can
 encoded from the [ITEM] vector only.
 
 Special tokens: those that the tokenizer puts before a text (BOS, [CLS]) are kept. Those that it puts after a text
-([SEP]) are kept only together with a [CLS], that is for encoders; decoder texts are followed by the [ITEM] vector
-instead. The maximum length includes them.
+([SEP]) are kept together with a [CLS], that is for encoders, and if asked for (`keep_end`), that is for embeddings
+pooled from the text; else decoder texts are followed by the [ITEM] vector instead. The maximum length includes them.
 """
 
 import json
@@ -21,6 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
 from hllm_torchrec.common.hashing import hash_file, hash_texts
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
@@ -170,11 +171,13 @@ def build_token_store(
     keys: Sequence[str],
     max_text_length: int,
     separator: str = ", ",
+    keep_end: bool = False,
 ) -> Path:
     """The folder of the token store of `dataset` for a tokenizer and a text layout; builds it if it does not exist.
 
-    `keys` are text columns of the dataset; the text is cut to `max_text_length` tokens. Safe to call from several
-    processes at once. Raises ValueError for an unknown key, a length below 1 or a folder without a tokenizer.
+    `keys` are text columns of the dataset; the text is cut to `max_text_length` tokens; keep_end: see the module
+    docstring. Safe to call from several processes at once. Raises ValueError for an unknown key, a length below 1 or a
+    folder without a tokenizer or with a damaged one.
     """
     if max_text_length < 1:
         raise ValueError(f"max_text_length={max_text_length} must be at least 1")
@@ -182,6 +185,7 @@ def build_token_store(
     files = [root / name for name in TOKENIZER_FILES if (root / name).is_file()]
     if not files:
         raise ValueError(f"{root} has no tokenizer (no tokenizer.json or similar); give a Hugging Face directory")
+    refuse_pointers(files)
     dataset.text(keys)  # raises for an unknown key before anything is written
     # Everything that the tokens depend on; its hash names the folder, so that stores of other settings coexist.
     request = {
@@ -192,14 +196,13 @@ def build_token_store(
         "separator": separator,
         "max_text_length": max_text_length,
         "items_sha256": dataset.items_fingerprint,
+        **({"keep_end": True} if keep_end else {}),
     }
     path = dataset.root / "tokens" / hash_texts([json.dumps(request, sort_keys=True)])[:16]
     if (path / "store.json").is_file():
         return path
-    from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
-
+    tokenizer = read_tokenizer(root)
     with atomic_folder(path) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
         _write_store(folder, dataset, tokenizer, request, _earlier_store(path.parent, request))
     return path
 
@@ -212,10 +215,21 @@ def _earlier_store(parent: Path, request: dict[str, Any]) -> tuple["TokenStore",
             store, digests = TokenStore.open(folder), _read_array(folder / _DIGESTS, np.uint64)
         except (ValueError, OSError):
             continue  # of an earlier release, without digests, or damaged: its texts are tokenized again
-        is_same = all(store.facts.get(name) == value for name, value in request.items() if name != "items_sha256")
+        settings = {*request, "keep_end"} - {"items_sha256"}
+        is_same = all(store.facts.get(name) == request.get(name) for name in settings)
         if is_same and len(digests) == len(store) and (found is None or len(store) > len(found[0])):
             found = store, digests
     return found
+
+
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Read the tokenizer of a Hugging Face directory. Raises ValueError if it is damaged."""
+    from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
+
+    with reading_foreign(f"{directory}: its tokenizer (tokenizer.json or similar)", "fetch the directory again"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        special_tokens(tokenizer)
+    return tokenizer
 
 
 def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
@@ -233,21 +247,32 @@ def laid_out_texts(texts: pa.Table, prompt: str, keys: Sequence[str], separator:
         ]
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """(ids before a text, ids after a text) that are kept in an item's tokens (see the module docstring)."""
+def special_tokens(tokenizer: "PreTrainedTokenizerBase", keep_end: bool = False) -> tuple[list[int], list[int]]:
+    """(ids before a text, ids after a text) that are kept in an item's tokens (see the module docstring).
+
+    Raises:
+        ValueError: the tokenizer knows none of the texts that are tried.
+    """
     # Tokenizers do not list these tokens: compare the tokens of a text with and without special tokens.
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a", add_special_tokens=True)["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    before, after = whole[:start], whole[start + len(plain) :]
+    for text in ("a", "the", "1", "title", *tokenizer.get_vocab()):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(text, add_special_tokens=True)["input_ids"]
+        starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+        if plain and len(starts) == 1:  # a text of unknown words may have no tokens
+            break
+    else:
+        raise ValueError("its special tokens cannot be told from a text's")
+    before, after = whole[: starts[0]], whole[starts[0] + len(plain) :]
     is_encoder = tokenizer.cls_token_id is not None and tokenizer.cls_token_id in before
-    return before, after if is_encoder else []
+    return before, after if is_encoder or keep_end else []
 
 
-def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_length: int) -> list[list[int]]:
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_length: int, keep_end: bool = False
+) -> list[list[int]]:
     """Token ids of each text with special tokens (see the module docstring), cut to `max_text_length`."""
     # The text is cut before the special tokens are added, so that a trailing [SEP] survives the cut.
-    before, after = special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer, keep_end)
     room = max(max_text_length - len(before) - len(after), 0)
     plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
@@ -271,7 +296,7 @@ def _write_store(
     ):
         for texts in _with_unknown_item(prompt, item_texts(dataset, prompt, keys, separator)):
             digests.append(_digests(texts))
-            values, offsets = _tokens(tokenizer, texts, request["max_text_length"], digests[-1], first, earlier)
+            values, offsets = _tokens(tokenizer, texts, request, digests[-1], first, earlier)
             lengths.append(np.diff(offsets))
             largest = max(largest, int(values.max(initial=-1)))
             values.tofile(raw)
@@ -297,7 +322,7 @@ def _digests(texts: list[str]) -> np.ndarray:
 def _tokens(
     tokenizer: "PreTrainedTokenizerBase",
     texts: list[str],
-    max_text_length: int,
+    request: dict[str, Any],
     digests: np.ndarray,
     first: int,
     earlier: tuple[TokenStore, np.ndarray] | None,
@@ -308,7 +333,8 @@ def _tokens(
         old = earlier[1][first : first + len(texts)]
         known[: old.size] = old == digests[: old.size]
     new = np.flatnonzero(~known)
-    ids = tokenize(tokenizer, [texts[i] for i in new], max_text_length) if new.size else []
+    length, keep_end = request["max_text_length"], request.get("keep_end", False)
+    ids = tokenize(tokenizer, [texts[i] for i in new], length, keep_end) if new.size else []
     if earlier is None or not known.any():
         return np.fromiter((token for row in ids for token in row), np.int32), offsets_from_lengths(list(map(len, ids)))
     # New tokens behind the old ones, then every item's range of both.

@@ -26,7 +26,7 @@ from hllm_torchrec.config.schema import ItemLLMConfig
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal
-from hllm_torchrec.data.token_store import TokenStore, laid_out_texts, tokenize
+from hllm_torchrec.data.token_store import TokenStore, laid_out_texts, read_tokenizer, tokenize
 from hllm_torchrec.data.validation import read_table
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.inference.raw_ids import RawIds
@@ -213,12 +213,8 @@ def tokens_of(section: ItemLLMConfig, texts: pa.Table, facts: dict[str, Any]) ->
 
     texts: the text columns of the section, one row per item.
     """
-    from transformers import AutoTokenizer  # the import takes seconds
-
-    directory = section.tokenizer or section.pretrained
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    rows: list[list[int]] = []
-    for some in laid_out_texts(texts, section.prompt, list(section.text_keys), section.separator):
-        rows += tokenize(tokenizer, some, section.max_text_length)
+    tokenizer, rows = read_tokenizer(Path(str(section.tokenizer or section.pretrained))), list[list[int]]()
+    for some in laid_out_texts(texts, facts["prompt"], facts["keys"], facts["separator"]):
+        rows += tokenize(tokenizer, some, facts["max_text_length"], facts.get("keep_end", False))
     values = np.array([token for row in rows for token in row], np.int32)
     return TokenStore(Path("new items"), values, offsets_from_lengths([len(row) for row in rows]), facts)

@@ -47,6 +47,7 @@ from hllm_torchrec.models.lora_base import base_fingerprints, check_base_weights
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
+from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -251,14 +252,15 @@ def build_experiment(
     ]
     if problems:
         raise ConfigError(problems)
-    encoders = {
-        name: _text_encoder(name, section, open_token_store(section, dataset, name), device)
-        for name, section in text_sections(config)
-    }
+    tokens = {name: open_token_store(section, dataset, name) for name, section in text_sections(config)}
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
+    encoders = {
+        name: _text_encoder(name, section, tokens[name], getattr(model, name), device)
+        for name, section in text_sections(config)
+    }
     share, encoder, live = config.item_llm.trained_share, encoders.get("item_llm"), None
     if encoder is not None and model.item_llm is not None:
         sampled = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed) if share < 1 else None
@@ -275,8 +277,10 @@ def build_experiment(
     return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors)
 
 
-def _text_encoder(name: str, section: ItemLLMConfig, tokens: TokenStore, device: torch.device) -> ItemEncoder:
-    return ItemEncoder(tokens, device, section.share_prefix and section.causal, section.items_at_once, name)
+def _text_encoder(
+    name: str, section: ItemLLMConfig, tokens: TokenStore, llm: ItemLLM, device: torch.device
+) -> ItemEncoder:
+    return ItemEncoder(tokens, device, section.share_prefix and llm.shares_prefix, section.items_at_once, name)
 
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
@@ -351,14 +355,17 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
     if tokenizer is None:
         raise ConfigError(f"{name}.tokenizer: none: an Item LLM from scratch still needs a tokeniser directory")
 
+    form = text_format(name, item)
+
     def build() -> Path:
         return build_token_store(
             dataset,
             tokenizer,
-            prompt=item.prompt,
+            prompt=form.prompt,
             keys=list(item.text_keys),
             max_text_length=item.max_text_length,
             separator=item.separator,
+            keep_end=form.keeps_end,
         )
 
     first = run_on_each_host(build)
@@ -376,7 +383,7 @@ def _vocabulary_problems(model: HLLM, name: str, encoder: ItemEncoder) -> Iterat
             "the tokeniser of that model, or a shape with a larger vocab_size"
         )
     learned = getattr(getattr(llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
-    places = math.inf if learned is None else learned.num_embeddings
+    places = math.inf if learned is None else learned.num_embeddings - llm.first_position
     own = int(llm.pooling == "item")
     longest = int(encoder.tokens.lengths.max())
     if longest + own > places:

@@ -1,26 +1,15 @@
-"""Loads or builds the Hugging Face backbones of the LLMs, with packed attention."""
+"""Builds the Hugging Face backbones of the LLMs: from a directory or a shape, checked against plain transformers."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
+from hllm_torchrec.common.errors import ArgumentError
+from hllm_torchrec.common.foreign_files import first_line
+from hllm_torchrec.models.backbone_check import check_user_backbone, directed, text_reading
+from hllm_torchrec.models.model_files import check_config, load_weights, read_config
 from hllm_torchrec.modules.attention.packed import PACKED_ATTENTION, register_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-ITEM_TOKEN_FILE = "item_token.safetensors"
-"""File next to a backbone's weights: the [ITEM] vector that was trained with them, `item_token` [D]."""
-
-
-def trained_item_token(pretrained: str | None) -> Tensor | None:
-    """The [ITEM] vector [D] of an exported or imported Item LLM; None if the directory has none."""
-    path = Path(pretrained or "") / ITEM_TOKEN_FILE
-    return load_file(str(path))["item_token"].float() if pretrained is not None and path.is_file() else None
 
 
 def build_backbone(
@@ -29,34 +18,40 @@ def build_backbone(
     layers: int | None = None,
     *,
     word_embeddings: bool = True,
-    attention: str = PACKED_ATTENTION,
+    attention: str | None = None,
+    causal: bool | None = None,
 ) -> "PreTrainedModel":
-    """A bare Hugging Face model with packed attention.
+    """A bare Hugging Face model with packed attention, or as it is if its attention cannot be replaced.
 
     Args:
         pretrained: a Hugging Face directory (its weights are loaded), or None for random weights.
         shape: keyword arguments of the config when nothing is pretrained, with "model_type".
         layers: keep the first n layers (None: all).
         word_embeddings: False drops them, as the User LLM does (they would be unused parameters).
-        attention: name in transformers' attention registry.
+        attention: name in transformers' attention registry; None: packed, where a small copy of the model then equals
+            plain transformers (see `backbone_check`).
+        causal: True or False makes the model read so; None: as its config says. A User LLM is causal.
 
     Raises:
-        ValueError: neither or both of `pretrained` and `shape`, or `layers` exceeds the model's layers.
+        ValueError: neither or both of `pretrained` and `shape`; `layers` exceeds the model's layers; a file is
+            damaged; or the model cannot be read as transformers reads it.
     """
-    if (pretrained is None) == (shape is None):
-        raise ValueError(
-            f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
-            "weights, or a shape for random ones"
-        )
-    from transformers import AutoConfig, AutoModel  # takes seconds, and an ID-only model has no backbone
-
+    config = backbone_config(pretrained, shape, layers)
+    reading = None
+    if attention is None:
+        if word_embeddings:
+            reading = text_reading(config, causal)
+            attention = PACKED_ATTENTION if reading.arrangement == "packed" else None
+        else:
+            causal, attention = True, PACKED_ATTENTION
+            check_user_backbone(config)
+    config = directed(config, causal)
     register_packed_attention()
-    if pretrained is not None:
-        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
-        model = _load(pretrained, _adapted(config, layers, attention))
-    else:
-        config = AutoConfig.for_model(**(shape or {}))
-        model = AutoModel.from_config(_adapted(config, layers, attention), trust_remote_code=False)
+    if attention is not None:
+        config._attn_implementation = attention
+    model = _random(config) if pretrained is None else load_weights(pretrained, config)
+    if reading is not None:
+        model.hllm_reading = reading
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's pooler serves sentence pairs; unused parameters would stall DDP
     if not word_embeddings:
@@ -64,40 +59,36 @@ def build_backbone(
     return model
 
 
-def _adapted(config: "PreTrainedConfig", layers: int | None, attention: str) -> "PreTrainedConfig":
-    """Set the number of layers and the attention implementation in the config; returns it."""
+def backbone_config(pretrained: str | None, shape: dict | None, layers: int | None = None) -> "PreTrainedConfig":
+    """The config of a backbone, with `layers` layers. Raises like `build_backbone`."""
+    if (pretrained is None) == (shape is None):
+        raise ValueError(
+            f"pretrained={pretrained!r}, shape={shape!r}: a backbone needs one of them: the directory of its "
+            "weights, or a shape for random ones"
+        )
+    if pretrained is not None:
+        config = read_config(pretrained)
+    else:
+        config = _config_of_shape(shape or {})
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
         config.num_hidden_layers = layers
-    config._attn_implementation = attention
     return config
 
 
-def _load(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Load the weights as fp32 master weights, without remote code; a missing weight is an error."""
-    from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
+def _config_of_shape(shape: dict) -> "PreTrainedConfig":
+    from transformers import AutoConfig  # takes seconds, and an ID-only model has no backbone
 
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # layers left out on purpose would fill a page with warnings
     try:
-        model, report = AutoModel.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation=config._attn_implementation,
-            output_loading_info=True,
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    model.train()  # from_pretrained leaves it in evaluation mode: no dropout, no activation checkpointing
-    # The pooler is removed afterwards (`build_backbone`), so it may be missing.
-    missing = [key for key in report["missing_keys"] if "pooler" not in key]
-    if missing:
-        raise ValueError(
-            f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: not a complete checkpoint"
-        )
-    return model
+        config = AutoConfig.for_model(**shape)
+        check_config(config)
+    except Exception as error:  # configs check their fields by exceptions of several libraries
+        raise ArgumentError(f"shape: {first_line(error)}: give a config that transformers knows") from error
+    return config
+
+
+def _random(config: "PreTrainedConfig") -> "PreTrainedModel":
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config, trust_remote_code=False)

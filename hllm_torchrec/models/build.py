@@ -1,5 +1,6 @@
 """Builds `HLLM` and its parts from a configuration."""
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +9,10 @@ from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
-from hllm_torchrec.models.backbones import build_backbone, trained_item_token
+from hllm_torchrec.models.backbones import build_backbone
+from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.models.model_files import trained_item_token
+from hllm_torchrec.models.text_format import format_warnings, text_format
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
@@ -17,7 +21,8 @@ from hllm_torchrec.modules.lora import add_lora, freeze_base_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from hllm_torchrec.models.hllm import HLLM
+
+_logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -64,7 +69,8 @@ def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
         ValueError: the shape is invalid for that encoder.
     """
     if user.has_backbone:
-        backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
+        with configured_by("user"):
+            backbone = build_backbone(user.pretrained, user.shape, user.layers, word_embeddings=False)
         _adapt(backbone, user.lora, "user.lora")
         return UserLLM(backbone, user.dropout)
     with configured_by("user.shape"):
@@ -87,10 +93,14 @@ def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM |
     """
     if not section.enabled:
         return None
-    backbone = build_backbone(section.pretrained, section.shape, section.layers)
+    for warning in format_warnings(name, section):
+        _logger.warning(warning)
+    form = text_format(name, section)
+    with configured_by(name):
+        backbone = build_backbone(section.pretrained, section.shape, section.layers, causal=section.causal)
     _adapt(backbone, section.lora, f"{name}.lora")
-    model = ItemLLM(backbone, section.pooling, section.causal)
-    trained = trained_item_token(section.pretrained)
+    model = ItemLLM(backbone, form.pooling, normalize=form.normalize)
+    trained = trained_item_token(section.pretrained, model.item_token.numel())
     if trained is not None:
         model.item_token.data.copy_(trained)
     trains = trains and section.trainable

@@ -25,6 +25,7 @@ def item_facts(experiment: Experiment) -> dict[str, Any]:
         "part": "items",
         "weights": hash_weights(item_llm),
         "pooling": item_llm.pooling,
+        **({"normalize": True} if item_llm.normalize else {}),
         **{name: encoder.tokens.facts[name] for name in layout},
     }
 

@@ -14,6 +14,7 @@ S feature slots (T, Q, then X for late fusion, then U for the item space of feat
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,8 @@ class HLLM(nn.Module):
             straight = same or self.compares_features
             self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
             self.generative_loss = GENERATIVE_LOSSES[objective.generative_loss]
+            if objective.mask_cosine_above is not None:
+                self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
             self.logit_scale = LogitScale(objective.temperature)
             self.mask_own_items = objective.mask_own_items
         self.interleaved = config.user.actions == "interleaved"

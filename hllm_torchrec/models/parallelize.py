@@ -4,6 +4,7 @@ TorchRec's planner places the tables by their row counts: small ones are replica
 the others are sharded and updated inside the backward pass. DDP or FSDP2 covers the dense parts.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,11 +38,12 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         problems.append(
             f"parallel.dense: fsdp: torch {torch.__version__} fails at it on a CPU; take 2.12 or later, or ddp"
         )
+    problems += _padded_problems(model, config)
     if problems:
         raise ConfigError(problems)
     for part in model.named_backbones():
         if isinstance(part.module, ItemLLM) and isinstance(part.section, ItemLLMConfig):
-            part.module.attention = choose_attention(part.name, part.section, config, device)
+            part.module.attention = choose_attention(part.name, part.section, config, device, part.module.caps_scores)
     user_attention(model.user, device)
     if config.parallel.activation_checkpointing:
         for part in model.named_backbones():
@@ -65,15 +67,31 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     return distribute(model, plan, sharder, device, ddp=ddp, find_unused_parameters=some_unused)
 
 
-def choose_attention(name: str, section: ItemLLMConfig, config: Config, device: torch.device) -> BackendChoice:
+def _padded_problems(model: HLLM, config: Config) -> Iterator[str]:
+    """Yield a message for an LLM that runs once per bucket of texts: under FSDP2 all ranks must run equally often."""
+    for part in model.named_backbones():
+        llm = part.module
+        if isinstance(llm, ItemLLM) and llm.arrangement != "packed" and config.parallel.dense == "fsdp":
+            yield (
+                f"parallel.dense: fsdp: {llm.backbone.config.model_type} as {part.name} cannot be packed, and its "
+                "padded batches differ in number between ranks: write ddp, or choose a model that can be packed "
+                "(docs/support.md)"
+            )
+
+
+def choose_attention(
+    name: str, section: ItemLLMConfig, config: Config, device: torch.device, caps_scores: bool = False
+) -> BackendChoice:
     """Choose the attention kernel of an LLM that reads text, with the reason; name: name of its section.
+
+    caps_scores: see `ItemLLM.caps_scores`.
 
     Raises:
         ConfigError: the configured kernel cannot run on this device or in this dtype.
     """
     try:
         with configured_by(name):
-            return choose_text_backend(section.attention, device, compute_dtype(config))
+            return choose_text_backend(section.attention, device, compute_dtype(config), caps_scores)
     except ValueError as error:
         raise ConfigError(f"{error}; parallel.precision is {config.parallel.precision}") from None
 

@@ -177,7 +177,7 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
     unique = work.unique(positions * machine.world_size, negatives)
     trains = config.item_llm.enabled and stage.item_embeddings == "trained"
     encoded = unique / machine.world_size if trains else 0.0
-    tokens = work.item_tokens + (config.item_llm.pooling == "item")
+    tokens = work.item_tokens + (config.item_llm.pooling in ("item", None))
     return {
         "pieces": pieces,
         "history": history,

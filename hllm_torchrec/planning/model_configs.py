@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.models.model_files import read_config
 from hllm_torchrec.models.named_backbones import backbone_sections
 
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
@@ -62,9 +63,7 @@ def with_model_configs(config: Config) -> Config:
 
 def _shape_of(part: str, directory: str) -> dict[str, Any]:
     if (Path(directory) / "config.json").is_file():
-        from transformers import AutoConfig
-
-        shape: dict[str, Any] = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        shape: dict[str, Any] = read_config(directory).to_dict()
         return shape
     name = Path(directory).name.lower()
     for known, shape in MODEL_CONFIGS.items():

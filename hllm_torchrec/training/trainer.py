@@ -35,6 +35,7 @@ from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.new_rows import fill_new_rows
 from hllm_torchrec.models.parallelize import autocast, user_attention
 from hllm_torchrec.models.stored_items import use_stored_items
+from hllm_torchrec.models.text_format import check_saved_format
 from hllm_torchrec.modules.losses.objectives import MAX_SCALE
 from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.loss import LossWeights, StepStats, describe_step, micro_batch_loss, step_counts
@@ -379,6 +380,7 @@ class Trainer:
             return
         self.experiment.check_origin(self.checkpoint)
         extra = load_checkpoint(self.checkpoint, self.state())
+        check_saved_format(extra["config"], self.config, self.checkpoint)
         fill_new_rows(self.experiment, self.checkpoint, averages=self.ema.state_dict() if self.ema else None)
         check_schedule(self.checkpoint, extra, self.schedule.segments)
         self.step = self.checkpoints.last_saved_step = extra["step"]

@@ -27,6 +27,7 @@ from hllm_torchrec.data.token_store import TOKENIZER_FILES
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
 from hllm_torchrec.models.named_backbones import NamedBackbone, Section
+from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.lora import merged_state
 from hllm_torchrec.weights.huggingface import save_backbone, without_word_embeddings
 
@@ -87,14 +88,20 @@ def _copy_tokenizer(section: ItemLLMConfig, target: Path) -> None:
 
 def _pretrained(section: Section, directory: str) -> Section:
     """The section of a run that begins with the exported model."""
-    section = dataclasses.replace(section, pretrained=directory, shape=None, layers=None, lora=LoRAConfig())
-    return dataclasses.replace(section, tokenizer=None) if isinstance(section, ItemLLMConfig) else section
+    onward = dataclasses.replace(section, pretrained=directory, shape=None, layers=None, lora=LoRAConfig())
+    if not isinstance(section, ItemLLMConfig) or not isinstance(onward, ItemLLMConfig):
+        return onward
+    # What came from the checkpoint's sentence-transformers files, which are not in the new directory.
+    form = text_format("item_llm", section)
+    resolved = {"pooling": form.pooling, "normalize": form.normalize, "causal": form.causal, "prompt": form.prompt}
+    return dataclasses.replace(onward, tokenizer=None, **resolved)
 
 
 def model_card(run: Path, loaded: LoadedRun) -> str:
     """Write the README of an exported model, in Markdown with Hugging Face's header."""
     config, experiment = loaded.experiment.config, loaded.experiment
     item, user = config.item_llm, config.user
+    prompt = text_format("item_llm", item).prompt if item.enabled else ""
     info = machine_info()
     rows = {
         "dataset": f"{experiment.dataset.name}, fingerprint {experiment.dataset.fingerprint[:16]}",
@@ -102,7 +109,7 @@ def model_card(run: Path, loaded: LoadedRun) -> str:
         "Item LLM": _origin(item.pretrained, item.lora) if item.enabled else "none",
         "user encoder": f"{user.encoder}, {_origin(user.pretrained, user.lora)}",
         "objective": f"fusion {config.objective.fusion}, lambda {config.objective.generative_weight}",
-        "item text": f"{item.prompt!r} + {', '.join(item.text_keys)}, at most {item.max_text_length} tokens",
+        "item text": f"{prompt!r} + {', '.join(item.text_keys)}, at most {item.max_text_length} tokens",
         "made with": f"hllm_torchrec {info['hllm_torchrec']}, "
         + ", ".join(f"{name} {info['packages'][name]}" for name in ("torch", "transformers")),
     }

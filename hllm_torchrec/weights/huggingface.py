@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hllm_torchrec.models.backbones import ITEM_TOKEN_FILE
+from hllm_torchrec.models.model_files import ITEM_TOKEN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -32,6 +32,9 @@ from hllm_torchrec.weights.huggingface import WORDS, save_backbone, without_word
 PROMPT = "Compress the following sentence into embedding: "
 """Prompt before every item's text in the published code."""
 
+NCE_THRESHOLD = 0.99
+"""Cosine with the positive above which the published code masks a negative (`nce_thres`)."""
+
 
 @dataclass(frozen=True)
 class PublicHLLM:
@@ -189,6 +192,9 @@ def _settings(output: Path, temperature: float, text: TextOptions, dataset: str)
             "fusion": "none",
             "negatives": 512,
             "positive_targets_only": False,
+            # The published loss masks negatives by their cosine with the positive, and no others.
+            "mask_own_items": False,
+            "mask_cosine_above": NCE_THRESHOLD,
             "temperature": temperature,
         },
         "stages": [{"name": "end to end", "epochs": 5}],

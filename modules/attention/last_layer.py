@@ -7,12 +7,12 @@ A forward pre-hook does it, so no modeling code is copied: it runs the layer's o
 and values, and then lets the layer run over the read rows alone, which attend to the captured keys and values.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from hllm_torchrec.modules.attention.text import WholeTextPlan
+from hllm_torchrec.modules.attention.text import ScoreLimits, WholeTextPlan
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class LastLayerRows:
         """See `TextPlan`."""
         return self.plan.longest
 
+    def limited(self, limits: ScoreLimits) -> "LastLayerRows":
+        """See `LimitedPlan`."""
+        return replace(self, plan=self.plan.limited(limits))
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`; used by all layers but the last."""
         return self.plan.attend(query, key, value, scaling, dropout)
@@ -43,6 +47,9 @@ class _CaptureKeysValues:
 
     longest: int
     captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def limited(self, limits: ScoreLimits) -> "_CaptureKeysValues":
+        return self
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         self.captured.append((key, value))
@@ -60,6 +67,9 @@ class _AttendToCaptured:
     @property
     def longest(self) -> int:
         return self.plan.longest
+
+    def limited(self, limits: ScoreLimits) -> "_AttendToCaptured":
+        return replace(self, plan=self.plan.limited(limits))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         return self.plan.attend_last(query, self.key, self.value, scaling, dropout)

@@ -23,7 +23,7 @@ from torch.nn.functional import dropout as apply_dropout
 from torch.nn.functional import scaled_dot_product_attention
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.modules.attention.text import TextPlan
+from hllm_torchrec.modules.attention.text import LimitedPlan, ScoreLimits, TextPlan
 from hllm_torchrec.modules.jagged import (
     MOST_SCORES,
     Bucket,
@@ -170,26 +170,34 @@ def packed_attention(
     G divides H (grouped-query attention). `attention_mask` is ignored: the plan defines the mask.
 
     Raises:
-        ValueError: the model needs capped logits or attention sinks, which are not supported, or has a
+        ValueError: the model has attention sinks, which are not supported; or, with query tokens, capped logits or a
             sliding window that is shorter than a sequence.
     """
     del module, attention_mask
-    _check_supported(hllm_plan, options)
+    plan = _within_limits(hllm_plan, options)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
-    return hllm_plan.attend(query, key, value, scaling, dropout)[None], None
+    return plan.attend(query, key, value, scaling, dropout)[None], None
 
 
-def _check_supported(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> None:
-    """Refuse options of the model that would be ignored here: results would differ from those it was trained with."""
-    for name, wanted in (("softcap", "caps its attention logits"), ("s_aux", "has attention sinks")):
-        if options.get(name) is not None:
-            raise ValueError(f"the backbone {wanted}, which packed attention lacks: choose another model")
-    sliding_window = options.get("sliding_window")
-    if sliding_window is not None and plan.longest > sliding_window:
-        raise ArgumentError(
-            f"length: a sequence has {plan.longest} positions, beyond the backbone's sliding window of "
-            f"{sliding_window}, which packed attention lacks: lower it"
+def _within_limits(plan: AttentionPlan | TextPlan, options: dict[str, Any]) -> AttentionPlan | TextPlan:
+    """The plan with the limits of the layer; what would be ignored is refused, as results would be others."""
+    if options.get("s_aux") is not None:
+        raise ValueError("the backbone has attention sinks, which packed attention lacks: choose another model")
+    window, softcap = options.get("sliding_window"), options.get("softcap")
+    if window is not None and plan.longest <= window:
+        window = None
+    if window is None and softcap is None:
+        return plan
+    if isinstance(plan, LimitedPlan):
+        return plan.limited(ScoreLimits(window, softcap))
+    if softcap is not None:
+        raise ValueError(
+            "the backbone caps its attention logits, which attention with query tokens lacks: choose another model"
         )
+    raise ArgumentError(
+        f"length: a sequence has {plan.longest} positions, beyond the backbone's sliding window of "
+        f"{window}, which attention with query tokens lacks: lower it"
+    )
 
 
 def _padded(x_SHD: Tensor, rows_BN: Tensor) -> Tensor:

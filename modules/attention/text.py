@@ -13,11 +13,12 @@ Legend: U texts, S packed rows, P prefix rows, b texts in a bucket, N padded len
 D width of a head.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout as apply_dropout
 from torch.nn.functional import scaled_dot_product_attention
 
 from hllm_torchrec.modules.jagged import bucket_bounds
@@ -72,6 +73,17 @@ class TextLayout:
         return (torch.arange(shift.numel()) + shift)[None].to(device)
 
 
+@dataclass(frozen=True)
+class ScoreLimits:
+    """Limits of a layer's attention that its model adds to the mask.
+
+    window: a row sees keys at a distance below this; None: at any. softcap: c of c * tanh(score / c); None: no cap.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+
+
 class TextPlan(Protocol):
     """The attention mask of a batch, prepared for a kernel: built once per batch, used by every layer."""
 
@@ -87,8 +99,19 @@ class TextPlan(Protocol):
         """query [S, H, D], key and value [S, G, D] -> [S, H, D]; G divides H."""
 
 
+@runtime_checkable
+class LimitedPlan(Protocol):
+    """A `TextPlan` that can be restricted to a layer's `ScoreLimits`."""
+
+    def limited(self, limits: ScoreLimits) -> TextPlan:
+        """Return the same plan with these limits."""
+
+
 class WholeTextPlan(TextPlan, Protocol):
     """A `TextPlan` that can also compute attention for the last position of each text only."""
+
+    def limited(self, limits: ScoreLimits) -> "WholeTextPlan":
+        """See `LimitedPlan`."""
 
     def attend_last(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """Attend for the last position of each text: query [U, H, D], key and value [S, G, D] of all rows -> [U, H, D].
@@ -130,6 +153,11 @@ class BucketPlan:
     position_ids: Tensor
     longest: int
     causal: bool
+    limits: ScoreLimits = ScoreLimits()
+
+    def limited(self, limits: ScoreLimits) -> "BucketPlan":
+        """See `LimitedPlan`."""
+        return replace(self, limits=limits)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
@@ -139,12 +167,13 @@ class BucketPlan:
         prefix = rows[1][0], rows[2][0]
         outputs = []
         for bucket, *parts in zip(self.buckets, *rows, strict=True):
-            q, k, v = (_grid(part, bucket) for part in parts)
+            q, k, v = (padded_rows(part, bucket) for part in parts)
             k, v = _behind(prefix, k, v, bucket)
+            mask = _mask_within(bucket, self.causal, self.limits.window, q.device)
             # is_causal of SDPA aligns queries and keys at the top left, which is wrong behind a prefix: there the mask
             # is explicit.
-            out = grouped_attention(q, k, v, bucket.mask, self.causal and not bucket.seen, scaling, dropout)
-            # One query per text, which sees its complete text: not causal, only padding is hidden.
+            is_causal = self.causal and mask is None
+            out = grouped_attention(q, k, v, mask, is_causal, scaling, dropout, self.limits.softcap)
             outputs.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
         return torch.cat(outputs)
 
@@ -156,14 +185,19 @@ class BucketPlan:
         asked = query.split([bucket.texts for bucket in self.buckets[first:]])
         outputs = []
         for bucket, q, k, v in zip(self.buckets[first:], asked, keys[first:], values[first:], strict=True):
-            k, v = _behind((keys[0], values[0]), _grid(k, bucket), _grid(v, bucket), bucket)
-            outputs.append(grouped_attention(q[:, None], k, v, bucket.last_mask, False, scaling, dropout))
+            k, v = _behind((keys[0], values[0]), padded_rows(k, bucket), padded_rows(v, bucket), bucket)
+            # One query per text, which sees its complete text: not causal, only padding is hidden.
+            mask = _last_mask_within(bucket, self.limits.window, q.device)
+            outputs.append(grouped_attention(q[:, None], k, v, mask, False, scaling, dropout, self.limits.softcap))
         return torch.cat(outputs)
 
 
-def plan_buckets(layout: TextLayout, device: torch.device) -> BucketPlan:
-    """Plan buckets for the layout's texts; if there is a prefix, it is the first bucket."""
-    waste, floor = WASTE.get(device.type, WASTE["cuda"])
+def plan_buckets(layout: TextLayout, device: torch.device, padding: bool = True) -> BucketPlan:
+    """Plan buckets for the layout's texts; if there is a prefix, it is the first bucket.
+
+    padding: False: only texts of equal length share a bucket.
+    """
+    waste, floor = WASTE.get(device.type, WASTE["cuda"]) if padding else (0.0, 0)
     buckets = [_bucket([layout.prefix], 0, layout.causal, device)] if layout.prefix else []
     for group, seen in zip(layout.groups(), layout.seen(), strict=True):
         lengths = [length for length in group if length]
@@ -193,6 +227,30 @@ def _bucket(lengths: list[int], seen: int, causal: bool, device: torch.device) -
     return TextBucket(len(lengths), longest, count, cells, kept, seen, mask, last_mask)
 
 
+def _mask_within(bucket: TextBucket, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """The bucket's mask, restricted to keys at a distance below `window`; broadcastable to [b, 1, N, seen + N]."""
+    if window is None or bucket.seen + bucket.longest <= window:
+        return bucket.mask
+    column = torch.arange(bucket.seen + bucket.longest, device=device)
+    row = column[bucket.seen :, None]
+    near = (row - column).abs() < window
+    if causal:
+        return near & (column <= row)
+    # Padding rows may have no valid key in their window: they see themselves, as a row without keys would be NaN.
+    return near if bucket.mask is None else near & bucket.mask | (row == column)
+
+
+def _last_mask_within(bucket: TextBucket, window: int | None, device: torch.device) -> Tensor | None:
+    """`last_mask`, restricted to the last `window` keys of each text."""
+    longest = bucket.seen + bucket.longest
+    if window is None or longest <= window:
+        return bucket.last_mask
+    column = torch.arange(longest, device=device)
+    if bucket.last_mask is None:
+        return (column >= longest - window)[None, None, None]
+    return bucket.last_mask & (column >= bucket.last_mask.sum(-1, keepdim=True) - window)
+
+
 def _behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bucket: TextBucket) -> tuple[Tensor, Tensor]:
     """Put the prefix's keys and values [P, G, D] in front of a bucket's [b, N, G, D], if its texts see the prefix."""
     if not bucket.seen:
@@ -201,23 +259,45 @@ def _behind(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bucket: TextBuc
     return torch.cat([before_k, k], 1), torch.cat([before_v, v], 1)
 
 
-def _grid(rows: Tensor, bucket: TextBucket) -> Tensor:
-    """Reshape packed rows [count, heads, D] to [b, N, heads, D]; a view if nothing is padded."""
+def padded_rows(rows: Tensor, bucket: TextBucket) -> Tensor:
+    """Reshape the packed rows [count, ...] of a bucket to [b, N, ...]; a view if nothing is padded."""
     if bucket.cells is not None:
         rows = rows.index_select(0, bucket.cells)
     return rows.view(bucket.texts, bucket.longest, *rows.shape[1:])
 
 
 def grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Run SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H."""
+    """Run SDPA of q [b, N, H, D] over k and v [b, M, G, D] -> [b * N, H, D]; G divides H, and causal means M = N."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    shares = groups > 1 and q.device.type == "cpu"  # on CUDA not every kernel of SDPA has grouped queries
+    shares = groups > 1 and q.device.type == "cpu" and softcap is None  # on CUDA not every kernel has grouped queries
     if groups > 1 and not shares:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if softcap is not None:
+        return _capped_attention(q, k, v, mask, causal, scaling, dropout, softcap).transpose(1, 2).flatten(0, 1)
     out = scaled_dot_product_attention(
         q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=shares
     )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float, dropout: float, softcap: float
+) -> Tensor:
+    """Attention with capped scores [b, H, N, D], written out: SDPA has no cap."""
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scaling / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return apply_dropout(weights, dropout, training=dropout > 0) @ v

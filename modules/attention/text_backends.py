@@ -19,14 +19,14 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.modules.attention.text import TextLayout, WholeTextPlan, plan_buckets
+from hllm_torchrec.modules.attention.text import ScoreLimits, TextLayout, WholeTextPlan, plan_buckets
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
 
@@ -34,7 +34,8 @@ class Sequences(NamedTuple):
     """Packed sequences without padding; the first four fields are positional arguments of every kernel.
 
     cu_q and cu_k: int32 [n + 1], offsets of each sequence's queries and keys; longest_q and longest_k: largest number
-    in one sequence. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i.
+    in one sequence. causal: query i of a sequence with q queries and k keys sees its keys up to k - q + i. limits: of
+    the layer; distances count from k - q + i, too.
     """
 
     cu_q: Tensor
@@ -42,6 +43,12 @@ class Sequences(NamedTuple):
     longest_q: int
     longest_k: int
     causal: bool
+    limits: ScoreLimits = ScoreLimits()
+
+    def window(self) -> tuple[int, int]:
+        """(left, right) distances that a query sees, as FlashAttention counts them; -1: no limit."""
+        reach = -1 if self.limits.window is None else self.limits.window - 1
+        return reach, 0 if self.causal else reach
 
 
 class VarlenKernel(Protocol):
@@ -58,12 +65,13 @@ class AttentionBackend:
     """An entry of the registry.
 
     kernel: None for padded buckets. unavailable_reason: (device, dtype of the matrix products) -> why the kernel
-    cannot run there, or None.
+    cannot run there, or None. has_softcap: whether it can cap scores.
     """
 
     name: str
     kernel: VarlenKernel | None
     unavailable_reason: Callable[[torch.device, torch.dtype], str | None]
+    has_softcap: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +94,10 @@ def register_backend(backend: AttentionBackend) -> None:
     TEXT_BACKENDS[backend.name] = backend
 
 
-def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    """Return the backend called `name`, or for "auto" the first that can run; `dtype`: of the matrix products.
+def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> BackendChoice:
+    """Return the backend called `name`, or for "auto" the first that can run.
+
+    dtype: of the matrix products; softcap: whether the model caps its scores.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run on this device in this dtype.
@@ -98,6 +108,8 @@ def choose_text_backend(name: str, device: torch.device, dtype: torch.dtype) -> 
     for tried in TEXT_BACKENDS if name == "auto" else [name]:
         # The reasons against earlier backends explain the choice of "auto" in the log.
         problem = TEXT_BACKENDS[tried].unavailable_reason(device, dtype)
+        if problem is None and softcap and not TEXT_BACKENDS[tried].has_softcap:
+            problem = "cannot cap scores, as the model does"
         if problem is None:
             default = "asked for" if name != "auto" else "the first choice here"
             return BackendChoice(TEXT_BACKENDS[tried], ", ".join(passed) or default)
@@ -127,6 +139,10 @@ class VarlenPlan:
         """Number of keys that the last position of the longest text sees."""
         return self.sequences.longest_k
 
+    def limited(self, limits: ScoreLimits) -> "VarlenPlan":
+        """See `LimitedPlan`."""
+        return replace(self, sequences=self.sequences._replace(limits=limits))
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See `TextPlan`."""
         return self._run(query, key, value, self.key_rows, self.sequences, scaling, dropout)
@@ -138,7 +154,7 @@ class VarlenPlan:
             rows, cu_k = rows[cu_k[1] :], cu_k[1:] - cu_k[1]
         # One query per sequence. It may see all keys of its text, so the kernel runs without a causal mask.
         cu_q = torch.arange(query.shape[0] + 1, device=query.device, dtype=torch.int32)
-        last = Sequences(cu_q, cu_k, 1, self.longest, causal=False)
+        last = Sequences(cu_q, cu_k, 1, self.longest, causal=False, limits=self.sequences.limits)
         return self._run(query, key, value, rows, last, scaling, dropout)
 
     def _run(
@@ -179,7 +195,11 @@ def plan_varlen(layout: TextLayout, kernel: VarlenKernel, device: torch.device) 
     return VarlenPlan(kernel, sequences, key_rows, layout.position_ids(device))
 
 
-def _refuse_dropout(dropout: float, name: str, kernel: str) -> None:
+def _refuse_missing(dropout: float, limits: ScoreLimits, name: str, kernel: str) -> None:
+    if limits.softcap is not None:
+        raise ArgumentError(
+            f"attention: {name}: {kernel} cannot cap scores, as the model does; choose buckets or flash"
+        )
     if dropout > 0:
         raise ArgumentError(
             f"attention: {name}: {kernel} has no dropout, and the backbone's attention_dropout is {dropout}; "
@@ -193,15 +213,13 @@ def _torch_varlen(
     """Run torch.nn.attention.varlen; raises ValueError for dropout, which it does not support."""
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse_dropout(dropout, "varlen", "torch's kernel")
-    # (left, right) with -1 for no limit: causal is a window that ends at the row itself.
-    window = (-1, 0) if sequences.causal else (-1, -1)
+    _refuse_missing(dropout, sequences.limits, "varlen", "torch's kernel")
     groups, shares = query.shape[1] // key.shape[1], dict[str, Any]()
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         shares["enable_gqa"] = True
     elif groups > 1:  # the first releases of varlen_attn lack it
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out: Any = varlen_attn(query, key, value, *sequences[:4], scale=scaling, window_size=window, **shares)
+    out: Any = varlen_attn(query, key, value, *sequences[:4], scale=scaling, window_size=sequences.window(), **shares)
     assert isinstance(out, Tensor)
     return out
 
@@ -211,7 +229,15 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scal
     # Imported by name: the package is optional, and needs CUDA to build.
     kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
     out: Tensor = kernel(
-        query, key, value, *sequences[:4], dropout_p=dropout, softmax_scale=scaling, causal=sequences.causal
+        query,
+        key,
+        value,
+        *sequences[:4],
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=sequences.causal,
+        window_size=sequences.window(),
+        softcap=sequences.limits.softcap or 0.0,
     )
     return out
 
@@ -221,16 +247,18 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scali
 
     On a CPU, where only tests call it, it is not compiled.
     """
-    _refuse_dropout(dropout, "flex", "FlexAttention")
+    _refuse_missing(dropout, sequences.limits, "flex", "FlexAttention")
     attention, blocks = _flex_functions(query.is_cuda)
-    cu_q, cu_k, causal = sequences.cu_q, sequences.cu_k, sequences.causal
+    cu_q, cu_k, causal, window = sequences.cu_q, sequences.cu_k, sequences.causal, sequences.limits.window
     of_query, of_key = _sequence_of_row(query.shape[0], cu_q), _sequence_of_row(key.shape[0], cu_k)
     # Row r and column c are packed; this shift aligns the last query of a sequence with its last key.
     behind = (cu_k[1:] - cu_q[1:])[of_query.long()]
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        same = of_query[row] == of_key[column]
-        return same & (column <= row + behind[row]) if causal else same
+        seen, distance = of_query[row] == of_key[column], row + behind[row] - column
+        if window is not None:
+            seen = seen & (distance.abs() < window)
+        return seen & (distance >= 0) if causal else seen
 
     mask = blocks(sees, None, None, query.shape[0], key.shape[0], device=str(query.device))
     heads_first = (x.transpose(0, 1)[None] for x in (query, key, value))
@@ -275,6 +303,6 @@ def _flash_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 register_backend(AttentionBackend("varlen", _torch_varlen, _needs_tensor_cores))
-register_backend(AttentionBackend("flash", _flash, _flash_problem))
-register_backend(AttentionBackend("buckets", None, lambda device, dtype: None))
+register_backend(AttentionBackend("flash", _flash, _flash_problem, has_softcap=True))
+register_backend(AttentionBackend("buckets", None, lambda device, dtype: None, has_softcap=True))
 register_backend(AttentionBackend("flex", _flex, _needs_cuda))  # after buckets: "auto" never gets here

@@ -1,6 +1,7 @@
 """Hugging Face models as backbones: layers, activation checkpointing and FLOPs."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -8,11 +9,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class TextReading:
+    """How a text model reads a batch of texts.
+
+    arrangement: "packed": one row, with the library's attention; "padded": the unpatched model on batches of similar
+    lengths, padded on the right; "equal_lengths": the unpatched model on batches of equal lengths, which every model
+    reads as it reads a text alone. causal: a token sees the text up to itself (a decoder).
+    """
+
+    arrangement: Literal["packed", "padded", "equal_lengths"] = "packed"
+    causal: bool = True
+
+
 def backbone_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The layers of a decoder, or of an encoder of BERT's kind, first to last."""
-    layers = backbone.get_submodule("layers" if hasattr(backbone, "layers") else "encoder.layer")
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+    """The layers of a model, first to last: its outermost list with as many modules as the config has layers."""
+    number = backbone.config.num_hidden_layers
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return next((layers for layers in lists if len(layers) == number), nn.ModuleList())
 
 
 def checkpoint_layers(backbone: "PreTrainedModel") -> None:
@@ -25,12 +39,13 @@ def backbone_flops(backbone: "PreTrainedModel", tokens: int, keys: int) -> float
     if tokens == 0:
         return 0.0
     config = backbone.config
+    heads = getattr(config, "num_attention_heads", None) or 1
     per_token = transformer_flops_per_token(
         config.hidden_size,
-        config.intermediate_size,
+        getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         config.num_hidden_layers,
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
         keys / tokens,
         head_dim=getattr(config, "head_dim", None),
         gated=any("gate" in name for name, _ in backbone.named_modules()),

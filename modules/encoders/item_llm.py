@@ -1,8 +1,10 @@
 """Item LLM: encodes an item's text as one embedding E (HLLM, section "Item LLM").
 
 The input is {t_1, ..., t_m, [ITEM]}: the tokens of the text, then one learned vector. E is the last hidden
-state at [ITEM], or the mean over the text's tokens (the paper's Table 10). Items are packed into one sequence without
-padding; `hllm_torchrec.modules.attention.text` masks attention between them. There is no vocabulary head. Tokens with
+state at [ITEM], or the mean over the text's tokens (the paper's Table 10), or the state at the first or last token, as
+text embedding models have it. Items are packed into one sequence without
+padding; `hllm_torchrec.modules.attention.text` masks attention between them. Models whose attention cannot be replaced
+read padded batches instead (`TextReading`). There is no vocabulary head. Tokens with
 which many texts begin (the prompt) can be given once, as a prefix that those items attend to: a causal model computes
 the same hidden states for the prefix of each of them.
 
@@ -11,7 +13,7 @@ one [ITEM] per item that has one, D width.
 """
 
 import operator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -19,16 +21,16 @@ from torch import Tensor, nn
 
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, enable_last_layer_rows, supports_last_layer_rows
-from hllm_torchrec.modules.attention.text import TextLayout, TextPlan
+from hllm_torchrec.modules.attention.text import TextLayout, TextPlan, padded_rows, plan_buckets
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
-from hllm_torchrec.modules.encoders.backbone import backbone_flops, backbone_layers, checkpoint_layers
+from hllm_torchrec.modules.encoders.backbone import TextReading, backbone_flops, backbone_layers, checkpoint_layers
 from hllm_torchrec.modules.jagged import lengths_from_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Pooling = Literal["item", "mean"]
+Pooling = Literal["item", "mean", "cls", "last"]
 
 
 @dataclass(frozen=True)
@@ -56,30 +58,60 @@ class ItemLLM(nn.Module):
 
     Args:
         backbone: a bare model (`AutoModel`, no head) built by `build_backbone`.
-        pooling: "item": the last hidden state at the learned [ITEM] vector; "mean": the mean over the text's tokens
-            (with both, an item without text consists of [ITEM] only).
-        causal: decoders True, encoders such as BERT False.
+        pooling: "item": the last hidden state at the learned [ITEM] vector; of the text's tokens "mean": the mean,
+            "cls": the first, "last": the last (with all, an item without text consists of [ITEM] only).
+        causal: decoders True, encoders such as BERT False; None: as `build_backbone` found the backbone to be.
+        normalize: scale E to an L2 norm of 1.
     """
 
     reads_text: ClassVar[bool] = True
     """True: inputs are tokens, so no gradients are propagated further; outputs may be cached, so EMA excludes it."""
 
-    def __init__(self, backbone: "PreTrainedModel", pooling: Pooling = "item", causal: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: "PreTrainedModel",
+        pooling: Pooling = "item",
+        causal: bool | None = None,
+        *,
+        normalize: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
-        self.causal = causal
+        self.normalize = normalize
+        reading: TextReading = getattr(backbone, "hllm_reading", TextReading())
+        self.arrangement = reading.arrangement
+        self.causal = reading.causal if causal is None else causal
+        if self.causal != reading.causal and self.arrangement != "packed":
+            raise ArgumentError(
+                f"causal: {causal}: {backbone.config.model_type} cannot be packed, and by itself it reads with causal: "
+                f"{reading.causal}; leave the option out"
+            )
         self.width: int = backbone.config.hidden_size
+        self.first_position = _first_position(backbone)
+        """Position of a text's first token: RoBERTa and its relatives count from padding_idx + 1."""
         self.attention = BackendChoice(TEXT_BACKENDS["buckets"], "runs everywhere")
-        self.reads_rows = pooling == "item" and causal and supports_last_layer_rows(backbone)
-        """True if the last layer computes outputs only for the [ITEM] rows, because no others are read."""
+        reads_last = pooling in ("item", "last") and self.causal and self.arrangement == "packed"
+        self.reads_rows = reads_last and supports_last_layer_rows(backbone)
+        """True if the last layer computes outputs only for the last row of each text, because no others are read."""
         if self.reads_rows:
             enable_last_layer_rows(backbone)
-        words = backbone.get_input_embeddings().weight
-        # Start at the mean word embedding: a vector of another scale would dominate the first layer's norm.
-        self.item_token = nn.Parameter(
-            words.detach().float().mean(0) if not words.is_meta else words.new_zeros(self.width)
-        )
+        words = backbone.get_input_embeddings()
+        start = words.weight.new_zeros(words.weight.shape[1])
+        if not words.weight.is_meta:
+            # Start at the mean word embedding: a vector of another scale would dominate the first layer's norm.
+            start = words.weight.detach().float().mean(0) * getattr(words, "scalar_embed_scale", 1.0)
+        self.item_token = nn.Parameter(start)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """True if a prefix can be given once: a causal model that reads packed texts."""
+        return self.causal and self.arrangement == "packed"
+
+    @property
+    def caps_scores(self) -> bool:
+        """True if the backbone's attention caps its scores, as Gemma 2's does."""
+        return getattr(self.backbone.config, "attn_logit_softcapping", None) is not None
 
     def forward(
         self,
@@ -94,14 +126,15 @@ class ItemLLM(nn.Module):
         has_prefix: [U] bool, True for those texts (None: all).
 
         Raises:
-            ValueError: a prefix is given and the model is not causal.
+            ValueError: a prefix is given, and the model is not causal or its texts are not packed.
         """
         if prefix_ids is None:
             prefix_ids = token_ids[:0]
-        if prefix_ids.numel() and not self.causal:
+        if prefix_ids.numel() and not self.shares_prefix:
             raise ArgumentError(
-                f"causal: False: a shared prefix of {prefix_ids.numel()} tokens needs a causal Item LLM: an encoder's "
-                "prefix sees the text after it; give complete texts, or set causal for a decoder"
+                f"causal: {self.causal}: a shared prefix of {prefix_ids.numel()} tokens needs a causal Item LLM with "
+                "packed texts: an encoder's prefix sees the text after it; give complete texts, or set causal for a "
+                "decoder"
             )
         lengths = lengths_from_offsets(cu_seqlens)
         if has_prefix is None:
@@ -117,11 +150,20 @@ class ItemLLM(nn.Module):
         embedded = self._embed(token_ids, cu_seqlens, lengths, packing)
         if self.reads_rows:
             in_order = packing.last_rows[packing.order]
-            return self._encode(embedded, packing.layout, in_order).index_select(0, packing.order.argsort())
-        hidden = self._encode(embedded, packing.layout)
-        if self.pooling == "item":
-            return hidden.index_select(0, packing.last_rows)
-        return self._sums_of_rows(hidden, in_front > 0, packing) / (lengths + is_item + in_front)[:, None]
+            rows = self._encode(embedded, packing.layout, in_order).index_select(0, packing.order.argsort())
+        else:
+            hidden = self._encode(embedded, packing.layout)
+            rows = self._pooled(hidden, lengths + is_item + in_front, in_front > 0, packing)
+        return nn.functional.normalize(rows, dim=-1) if self.normalize else rows
+
+    def _pooled(self, hidden: Tensor, lengths: Tensor, has_prefix: Tensor, packing: "_Packing") -> Tensor:
+        """E [U, D] of the items from the hidden states [P + R, D]; lengths: [U] of texts with prefix and [ITEM]."""
+        if self.pooling == "mean":
+            return self._sums_of_rows(hidden, has_prefix, packing) / lengths[:, None]
+        if self.pooling == "cls":
+            first = packing.last_rows - (lengths - has_prefix * packing.layout.prefix) + 1
+            return hidden.index_select(0, first * ~has_prefix)  # a text with the prefix begins with the prefix's row 0
+        return hidden.index_select(0, packing.last_rows)
 
     def blocks(self) -> nn.ModuleList:
         """The backbone's layers: the units of compilation, sharding (FSDP2) and recomputation."""
@@ -166,12 +208,30 @@ class ItemLLM(nn.Module):
 
     def _encode(self, embedded: Tensor, layout: TextLayout, read: Tensor | None = None) -> Tensor:
         """Last hidden states [P + R, D], or only those of the rows `read` [U], the last of each text."""
+        if self.arrangement != "packed":
+            return self._encode_padded(embedded, layout)
         full_plan = plan_text(layout, self.attention.backend, embedded.device)
         plan: TextPlan = full_plan if read is None else LastLayerRows(full_plan, read)
-        output = self.backbone(
-            inputs_embeds=embedded[None], position_ids=plan.position_ids, use_cache=False, hllm_plan=plan
-        )
+        positions = plan.position_ids + self.first_position
+        output = self.backbone(inputs_embeds=embedded[None], position_ids=positions, use_cache=False, hllm_plan=plan)
         return output.last_hidden_state[0]
+
+    def _encode_padded(self, embedded: Tensor, layout: TextLayout) -> Tensor:
+        """Last hidden states [R, D] by the unpatched model, in batches of texts of similar or equal lengths."""
+        plan = plan_buckets(replace(layout, causal=False), embedded.device, padding=self.arrangement == "padded")
+        hidden = []
+        for bucket, rows in zip(plan.buckets, embedded.split([b.count for b in plan.buckets]), strict=True):
+            mask = None if bucket.mask is None else bucket.mask[:, 0, 0].long()
+            output = self.backbone(inputs_embeds=padded_rows(rows, bucket), attention_mask=mask)
+            states = output.last_hidden_state.flatten(0, 1)
+            hidden.append(states if bucket.kept is None else states.index_select(0, bucket.kept))
+        return torch.cat(hidden)
+
+
+def _first_position(backbone: "PreTrainedModel") -> int:
+    learned = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    padding = getattr(learned, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 @dataclass(frozen=True)

@@ -101,13 +101,15 @@ def info_nce(
     target_ids: Tensor,
     negative_ids: Tensor,
     exclude: Exclusion | None = None,
+    cosine_above: float | None = None,
     chunk_size: int | None = None,
 ) -> InfoNceOutput:
     """Eq. (1): -log(exp(s+) / (exp(s+) + sum_k exp(s_k))), s = scale * cosine, summed over the predictions.
 
     A negative is masked if its id is the target's or is in the user's own sequence. HLLM's public code masks by
-    cosine > 0.99 instead: once embeddings collapse it masks everything and reports a loss of 0. If no negative is
-    left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative drawn twice counts twice, as in Eq. (1).
+    cosine > 0.99 instead (`cosine_above`, without `exclude`): once embeddings collapse it masks everything and reports
+    a loss of 0. If no negative is left the loss is 0 (see `InfoNceOutput.effective_negatives`). A negative drawn twice
+    counts twice, as in Eq. (1).
 
     Memory beyond the inputs is that of their gradients and O(T D + K chunk_size): logits and masks exist for
     `chunk_size` predictions at a time. Gradients are computed in the forward pass, while the logits exist, so the
@@ -122,6 +124,7 @@ def info_nce(
         target_ids: int64 [T], ids of the positives.
         negative_ids: int64 [K].
         exclude: ids of the users' own sequences, or None to mask the targets alone.
+        cosine_above: also mask negatives whose cosine with the positive is above this; None: by ids alone.
         chunk_size: predictions per chunk, >= 1; None: the most that `MOST_LOGITS` allows.
 
     Raises:
@@ -134,7 +137,7 @@ def info_nce(
         chunk_size = max(1, MOST_LOGITS // n_negatives)
     if chunk_size < 1:
         raise ValueError(f"InfoNCE chunk size is {chunk_size}: must be at least 1")
-    masker = NegativeMask(target_ids, negative_ids, exclude)
+    masker = NegativeMask(target_ids, negative_ids, exclude, cosine_above)
     # In bfloat16 a cosine has 8 significant bits: positive and negatives would tie.
     with torch.autocast(device_type=predictions.device.type, enabled=False):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (predictions, positives, negatives, scale)))
@@ -190,7 +193,14 @@ def embedding_spread(x: Tensor) -> Tensor:
 class NegativeMask:
     """Mask of the (prediction, negative) pairs that are not used, for one chunk of predictions at a time."""
 
-    def __init__(self, target_ids: Tensor, negative_ids: Tensor, exclude: Exclusion | None) -> None:
+    def __init__(
+        self,
+        target_ids: Tensor,
+        negative_ids: Tensor,
+        exclude: Exclusion | None,
+        cosine_above: float | None = None,
+    ) -> None:
+        self.cosine_above = cosine_above
         self.n_negatives = negative_ids.shape[0]
         # The same id may be drawn several times. Excluded ids are looked up by bisection, which finds the first copy
         # only; `chunk` then copies that column of the mask to the others.
@@ -314,6 +324,8 @@ def _chunked(
         query, target = unit * scale, positives[rows] * inverse_t[rows, None]
         logits = torch.mm(query, negatives.T, out=space[: unit.shape[0]]).mul_(inverse_n)
         masked = masker.chunk(rows.start, rows.stop)
+        if masker.cosine_above is not None:
+            masked |= torch.mm(target, negatives.T).mul_(inverse_n) > masker.cosine_above
         n_left -= masked.count_nonzero()
         losses, slopes, is_right = _softmax_(logits.masked_fill_(masked, -torch.inf), (query * target).sum(dim=-1))
         del masked  # frees it before the next chunk's mask is made

@@ -55,12 +55,11 @@ def test_a_wrong_shape_is_told_by_its_field(shape: dict[str, Any], message: str)
 
 
 def test_what_a_batch_has_too_much_of_is_told_by_its_field() -> None:
-    """Positions of HSTU's table, and the sliding windows of both LLMs."""
+    """Positions of HSTU's table, and the sliding window of the User LLM."""
     mistral = {"model_type": "mistral", "sliding_window": 3}
     cases = {
         r"^user\.shape\.max_positions: 3: a row stands at position": {"user": {"encoder": "hstu", "shape": HSTU}},
         r"^data\.max_history: a sequence has": {"user": {"shape": {**fixtures.USER, **mistral}}},
-        r"^item_llm\.max_text_length: a sequence has": {"item_llm": {"shape": {**fixtures.LLAMA, **mistral}}},
     }
     for message, sections in cases.items():
         cfg = fixtures.config(**sections)

@@ -13,8 +13,8 @@ from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.launch import export_hf
-from hllm_torchrec.models.backbones import trained_item_token
 from hllm_torchrec.models.build import build_user_encoder
+from hllm_torchrec.models.model_files import trained_item_token
 from tests.helpers import fixtures
 from tests.helpers.training_fixtures import config, train
 
@@ -81,7 +81,7 @@ def test_another_run_can_begin_with_the_export() -> None:
     _, output = exported()
     onward = config_from_file(output / "config.yaml")
     assert onward.item_llm.pretrained == str(output / "item_llm")
-    assert trained_item_token(onward.item_llm.pretrained) is not None
+    assert trained_item_token(onward.item_llm.pretrained, fixtures.LLAMA["hidden_size"]) is not None
     user = build_user_encoder(onward.user)
     assert torch.equal(user.backbone.norm.weight, load_file(output / "user_llm" / "model.safetensors")["norm.weight"])
 

@@ -138,6 +138,7 @@ def test_the_configuration_has_the_checkpoints_temperature_and_text(tmp_path: Pa
     assert config.objective.temperature == pytest.approx(1 / 20)
     assert (config.item_llm.separator, config.item_llm.text_keys) == ("", ("title", "brand"))
     assert config.data.max_history == 21  # 20 events and their target
+    assert (config.objective.mask_own_items, config.objective.mask_cosine_above) == (False, 0.99)  # the published loss
 
 
 def test_baichuans_packed_matrices_become_llamas(tmp_path: Path) -> None:

@@ -284,12 +284,16 @@ def test_an_encoder_refuses_a_shared_prefix() -> None:
         item_llm("bert")(*behind_prefix(BEGIN["some do not"]))
 
 
-def test_a_sliding_window_counts_the_prefix() -> None:
-    shape = {**LLAMA, "model_type": "mistral", "sliding_window": 7}
-    model = ItemLLM(build_backbone(None, shape)).eval()
-    model(*behind_prefix([[*PREFIX, 1, 2, 3]]))  # with [ITEM] seven
-    with pytest.raises(ValueError, match="a sequence has 8 positions, beyond the backbone's sliding window of 7"):
-        model(*behind_prefix([[*PREFIX, 1, 2, 3, 4]]))
+@pytest.mark.parametrize("pooling", ["item", "mean"])
+def test_a_sliding_window_counts_the_prefix(pooling: Pooling) -> None:
+    shape = {**LLAMA, "model_type": "mistral", "sliding_window": 4}
+    model = ItemLLM(enlarge(build_backbone(None, shape)), pooling).eval()
+    stock = build_backbone(None, shape, attention="eager").eval()
+    stock.load_state_dict(model.backbone.state_dict())
+    texts = [[*PREFIX, *text] for text in TEXTS]  # with [ITEM] up to eleven tokens, of which a row sees four
+    expected = one_by_one(stock, model.item_token, texts, pooling)
+    torch.testing.assert_close(model(*behind_prefix(texts)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(*packed(texts)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_words_get_no_gradient_behind_a_prefix() -> None:

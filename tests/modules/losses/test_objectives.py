@@ -95,6 +95,38 @@ def test_info_nce_equals_the_loop(dtype: torch.dtype, chunk_size: int, with_excl
         torch.testing.assert_close(a, b)
 
 
+def by_published_code(inputs: dict[str, Any], threshold: float) -> Tensor:
+    """The published `nce_loss`: negatives like the positive are masked, whatever their ids."""
+    cosine, negatives = torch.nn.functional.cosine_similarity, inputs["negatives"][None]
+    logits = cosine(inputs["predictions"][:, None], negatives, dim=-1)
+    alike = cosine(inputs["positives"][:, None], negatives, dim=-1)
+    logits = logits.masked_fill(alike > threshold, torch.finfo(logits.dtype).min)
+    positive = cosine(inputs["predictions"], inputs["positives"])[:, None]
+    logits = torch.cat([positive, logits], dim=-1) * inputs["scale"]
+    return torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_a_cosine_mask_alone_is_the_published_loss(chunk_size: int) -> None:
+    inputs = example()
+    inputs["exclude"] = None
+    for row, column in (
+        (0, 0),
+        (0, 3),
+        (1, 2),
+        (2, 5),
+    ):  # a target that is drawn as a negative has the positive's embedding
+        inputs["negatives"].data[column] = inputs["positives"].data[row]
+    inputs["negatives"].data[1] = 1.5 * inputs["positives"].data[1] + 0.01  # another item, nearly the same text
+    got, expected = info_nce(**inputs, cosine_above=0.99, chunk_size=chunk_size), by_published_code(inputs, 0.99)
+    assert got.effective_negatives.item() == (4 * 7 - 5) / 4
+    torch.testing.assert_close(got.loss_sum, expected)
+    leaves = [inputs[name] for name in ("predictions", "positives", "negatives", "scale")]
+    for mine, theirs in zip(gradients(got, inputs), torch.autograd.grad(expected * 0.5, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not torch.isclose(got.loss_sum, info_nce(**inputs).loss_sum)
+
+
 def test_info_nce_passes_gradcheck() -> None:
     inputs = example()
     leaves = [inputs.pop(name) for name in ("predictions", "positives", "negatives", "scale")]

@@ -1,0 +1,164 @@
+"""Reading of Hugging Face directories: config and weights. A damaged or foreign file is one line that names it."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ITEM_TOKEN_FILE = "item_token.safetensors"
+"""File next to a backbone's weights: the [ITEM] vector that was trained with them, `item_token` [D]."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FETCH = "fetch the directory again"
+_LARGEST = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 4_096,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**28,
+}
+"""Field of a config -> largest value: a wrong digit would otherwise build layers for hours."""
+
+
+def read_config(directory: str) -> "PreTrainedConfig":
+    """Read `config.json`; no code that comes with it is run.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not the config of a model with one stack of layers.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(directory) / "config.json"
+    refuse_pointers([path])
+    with reading_foreign(path, _FETCH):
+        # transformers would search for a missing file on the network.
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("not a JSON object")
+        if "auto_map" in facts and facts.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{path}: model_type {str(facts.get('model_type'))[:40]!r} needs code of its own (auto_map), and no "
+                "custom code is run (trust_remote_code=False); choose a model that transformers knows"
+            )
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        check_config(config)
+    return config
+
+
+def check_config(config: "PreTrainedConfig") -> None:
+    """Refuse sizes that no model has, and models of several parts. Raises ValueError."""
+    parts = sorted(getattr(config, "sub_configs", None) or {})
+    if parts:
+        raise ValueError(
+            f"{config.model_type} has several parts ({', '.join(parts)}); save its text model alone, e.g. "
+            "AutoModel.from_pretrained(DIRECTORY).language_model.save_pretrained(NEW)"
+        )
+    for name, largest in _LARGEST.items():
+        value = getattr(config, name, 1)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
+            raise ValueError(f"{name} is {str(value)[:40]}, it must be a number from 1 to {largest}")
+
+
+def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Load the weights as fp32 master weights, without remote code.
+
+    Raises:
+        ValueError: a file is damaged, or a weight is missing or of another shape than the config's.
+    """
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    _check_weight_files(Path(directory))
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # layers left out on purpose would fill a page with warnings
+    try:
+        with reading_foreign(directory, f"its config.json and weights do not fit together: {_FETCH}"):
+            model, report = AutoModel.from_pretrained(
+                directory,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation=config._attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with a message of one line
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _check_report(directory, report)
+    model.train()  # from_pretrained leaves it in evaluation mode: no dropout, no activation checkpointing
+    return model
+
+
+def _check_report(directory: str, report: dict) -> None:
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{directory}: config.json wants {tuple(wanted)} for the weight {name}, and the file has {tuple(found)}: "
+            f"they are of two models; {_FETCH}"
+        )
+    # The pooler is removed afterwards (`build_backbone`), so it may be missing.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: not a complete checkpoint; {_FETCH}"
+        )
+
+
+def trained_item_token(pretrained: str | None, width: int) -> Tensor | None:
+    """The [ITEM] vector [width] of an exported or imported Item LLM; None if the directory has none.
+
+    Raises:
+        ValueError: the file is damaged, or its vector has another width.
+    """
+    if pretrained is None or not (path := Path(pretrained) / ITEM_TOKEN_FILE).is_file():
+        return None
+    refuse_pointers([path])
+    with reading_foreign(path, "export or import the model again"), safe_open(str(path), "pt") as file:
+        token: Tensor = file.get_tensor("item_token").float()
+        if token.shape != (width,):
+            raise ValueError(f"item_token has shape {tuple(token.shape)}, the model is {width} wide")
+    return token
+
+
+def _check_weight_files(directory: Path) -> None:
+    """Check that the safetensors files exist and are whole, by their headers. Raises ValueError."""
+    for path in _weight_files(directory):
+        refuse_pointers([path])
+        with reading_foreign(path, "the download was cut or the file is another kind: fetch it again"):
+            if not path.is_file():
+                raise ValueError("no such file, though the index names it")
+            with safe_open(str(path), "pt"):
+                pass
+
+
+def _weight_files(directory: Path) -> Iterator[Path]:
+    index = directory / INDEX
+    if (directory / WEIGHTS).is_file():
+        yield directory / WEIGHTS
+    elif index.is_file():
+        refuse_pointers([index])
+        with reading_foreign(index, _FETCH):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]
+            if wrong:
+                raise ValueError(f"names {wrong[0]!r}, it must be a safetensors file in the same directory")
+        yield from (directory / name for name in sorted(names))
+    else:
+        others = sorted(p.name for p in directory.glob("*") if re.search(r"\.(bin|gguf|pt|pth|h5|msgpack)$", p.name))
+        found = f"only {', '.join(others[:3])}" if others else "none"
+        raise ValueError(
+            f"{directory}: no {WEIGHTS} ({found}): weights are read from safetensors files, as others can hold code; "
+            "convert them once where you trust them: AutoModel.from_pretrained(DIRECTORY"
+            f"{', gguf_file=NAME' if any(name.endswith('gguf') for name in others) else ''}).save_pretrained(NEW), and "
+            "the tokenizer likewise"
+        )
