@@ -36,7 +36,7 @@ _VALUE = re.compile(
     rb"\s*(?:[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\d{4}-\d\d-\d\d(?:[T ][\d:.]+)?(?:Z|UTC|[-+]\d\d:?\d\d)?"
     rb"|true|false|True|False|TRUE|FALSE)\s*"
 )
-_LITERAL_BACKSLASH = re.compile(rb"(?<!\\)(?:\\\\)*\\(?![\\ntr0bfv\t\r\n])")
+_LITERAL_BACKSLASH = re.compile(rb"(?<!\\)(?:\\\\)*\\(?![\\ntr0bfvN\t\r\n])")
 BARE_RETURN = re.compile(rb"\r(?!\n|\Z)")
 NULL = b"\\N"
 _WORD = re.compile(rb"[A-Za-z0-9_.:+-]*")
@@ -380,9 +380,12 @@ class _Choice:
             return self._marked(marked, other)
         if self._all_in_apostrophes():
             return "'", "", True
-        if has_nulls:
+        is_tabbed = self.separator == b"\t"
+        if has_nulls and (is_tabbed or plain is None):
             return "", "\\", True
-        if escaped and plain is not None and self.separator == b"\t" and not _LITERAL_BACKSLASH.search(self.body):
+        # Backslashes that could all be escapes, where nothing else tells.
+        undecided = is_tabbed or (has_nulls and re.search(rb"\\[^N]", self.body))
+        if escaped and plain is not None and undecided and not _LITERAL_BACKSLASH.search(self.body):
             raise ValueError(
                 f"{self.path}: backslashes may be escapes or part of the texts. Say which in the mapping: format: "
                 "{escape: none} or format: {quote: none, escape: '\\'}"
@@ -405,6 +408,9 @@ class _Choice:
                 f"{self.path}, line {line}: a quotation mark opens a cell of several lines, each of which is a row of "
                 "its own without quoting. Say which in the mapping: format: {quote: none} or format: {quote: '\"'}"
             )
+        cells = [cell for row in marked for cell in row]
+        if all(cell.quoted == (_WORD.fullmatch(cell.value) is None) for cell in cells):  # as SQLite quotes
+            return '"', "", True
         if self.separator == b",":  # quoting is the rule there
             return '"', "", True
         # Excel, in files separated by tabs, quotes cells with commas too; other writers would not have quoted these
@@ -418,11 +424,8 @@ class _Choice:
         return "", other, True
 
     def _has_evidence(self, rows: list[list[Cell]]) -> bool:
-        """True if a cell holds doubled marks, a column's cells are all quoted, or all that are not plain words are."""
-        cells = [cell for row in rows for cell in row]
-        if any(cell.quoted and b'"' in cell.value for cell in cells):
-            return True
-        if all(cell.quoted == (_WORD.fullmatch(cell.value) is None) for cell in cells):  # SQLite
+        """True if a cell holds doubled marks, or a column's cells are all quoted."""
+        if any(cell.quoted and b'"' in cell.value for row in rows for cell in row):
             return True
         return _has_quoted_column(rows)
 
