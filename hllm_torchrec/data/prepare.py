@@ -205,7 +205,7 @@ def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Pa
     users.write(target / "users.parquet", user_files, user_words)
     _write_features(target, item_words | user_words)
     counts = _counts(users, num_items, writer, log, catalogue)
-    return _manifest(source, options, cuts, counts, writer.facts, item_words, user_words)
+    return _manifest(source, options, cuts, counts, writer.facts, item_words, user_words) | {"notes": log.notes()}
 
 
 def _partitions_for(source: Source) -> int:

@@ -71,7 +71,9 @@ def as_mysql(rows: Sequence[Row]) -> bytes:
 
 def as_postgres(rows: Sequence[Row]) -> bytes:
     """COPY in text format: tabs, letters after a backslash, \\N for null."""
-    special = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f", "\v": "\\v"})
+    special = str.maketrans(
+        {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f", "\v": "\\v"}
+    )
     return "".join(
         "\t".join("\\N" if v is None else str(v).translate(special) for v in row) + "\n" for row in [NAMES, *rows]
     ).encode()

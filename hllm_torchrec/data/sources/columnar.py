@@ -119,7 +119,7 @@ def _reason(error: Exception, dialect: Dialect) -> str:
     before = dialect.first_row - 1
     text = re.sub(r"Row #(\d+)", lambda m: f"Row #{int(m[1]) + before}", str(error)[:300])
     if "invalid UTF8" in text:
-        return f"{text}. Set format: {{encoding: cp1252}} (or the one it is written in) in the mapping"
+        return f"{text}. Set format: {{encoding: cp1252}} (or whichever it is) in the mapping, or fetch it again"
     if "straddling" in text:
         return f"a row of more than {MAX_ROW_BYTES:,} bytes; correct it"
     return f"{text}. Correct the row; the file is read with {dialect}, which `format` in the mapping can change"

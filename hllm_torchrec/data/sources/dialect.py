@@ -435,7 +435,7 @@ class _Choice:
         return rows is not None and _has_quoted_column(rows)
 
     def _line_of_break(self) -> int:
-        match = re.search(rb'(?:^|[\r\n]|' + re.escape(self.separator) + rb')"[^"\r\n]*[\r\n]', self.body)
+        match = re.search(rb"(?:^|[\r\n]|" + re.escape(self.separator) + rb')"[^"\r\n]*[\r\n]', self.body)
         return self.line + count_lines(self.body[: match.start() + 1 if match else 0])
 
 

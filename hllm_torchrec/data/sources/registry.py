@@ -27,6 +27,8 @@ class SourceKind:
     """Meaning of --items, for the help text; None: the source does not accept it."""
     takes_time_unit: bool = False
     """True if the source accepts --time-unit."""
+    takes_html: bool = False
+    """True if the source accepts --html."""
     fetch: Callable[[Path | None], Path] | None = None
     """Downloads the files into the given cache folder and returns their path; used if --path is not given."""
 
@@ -43,10 +45,11 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "amazon": SourceKind(
         amazon,
-        "rating CSV",
+        "ratings or reviews",
         "--path ratings_Books.csv --items meta_Books.json.gz --split leave_one_out --core published \\\n"
         "      --output data/books",
         items="metadata JSON lines",
+        takes_html=True,
     ),
     "table": SourceKind(table, "mapping YAML", "--path my_shop.yaml --bad-rows bad_time=drop --output data/shop"),
 }
@@ -59,6 +62,7 @@ def build_source(
     items: Path | None = None,
     time_unit: str | None = None,
     cache_dir: Path | None = None,
+    html: str | None = None,
 ) -> Source:
     """Build the source that the arguments name.
 
@@ -69,6 +73,9 @@ def build_source(
     if time_unit is not None and not kind.takes_time_unit:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.takes_time_unit)
         raise ValueError(f"--time-unit belongs to {others}, not to {name} (table: set it in the mapping)")
+    if html is not None and not kind.takes_html:
+        others = " and ".join(other for other, entry in SOURCES.items() if entry.takes_html)
+        raise ValueError(f"--html belongs to {others}, not to {name} (table: set items.html in the mapping)")
     if items is not None and kind.items is None:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.items)
         raise ValueError(f"--items belongs to {others}, not to {name}")
@@ -78,4 +85,5 @@ def build_source(
         raise ValueError(f"--path is missing: {name} cannot be fetched; see --help for what it names")
     if items is None and kind.items is not None:
         raise ValueError(f"--items is missing: {name} needs the file with the items' texts")
-    return kind.build(path, *([items] if items else []), **({"time_unit": time_unit} if time_unit else {}))
+    options = {key: value for key, value in (("time_unit", time_unit), ("html", html)) if value is not None}
+    return kind.build(path, *([items] if items else []), **options)

@@ -56,14 +56,18 @@ class RowStream(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:  # type: ignore[override]
-        """At most `size` bytes; b"" at the end only."""
+        """`size` bytes, fewer at the end only: Arrow takes what one call returns for a block."""
         assert size >= 0
-        while not self._out and not self._at_end:
+        parts = [self._out]
+        count = len(self._out)
+        while count < size and not self._at_end:
             block = self._file.read(_READ)
             self._at_end = not block
-            self._out = self._next(block)
-        given, self._out = self._out[:size], self._out[size:]
-        return given
+            parts.append(self._next(block))
+            count += len(parts[-1])
+        whole = b"".join(parts)
+        self._out = whole[size:]
+        return whole[:size]
 
     def _next(self, block: bytes) -> bytes:
         """What is passed on once `block` is read; b"" is the end of the file."""
@@ -153,7 +157,7 @@ def _quoted(cell: Cell, special: re.Pattern[bytes]) -> bytes:
 @cache
 def _opening(separator: bytes) -> re.Pattern[bytes]:
     """Pattern of a mark that opens a cell."""
-    return re.compile(rb'(?:\A|[\r\n]|' + re.escape(separator) + rb')"')
+    return re.compile(rb"(?:\A|[\r\n]|" + re.escape(separator) + rb')"')
 
 
 @cache
