@@ -107,11 +107,12 @@ class TableFacts:
     def _time_notes(self) -> Iterator[str]:
         if self._first is None or self._last is None:
             return
-        yield f"times: {_moment(self._first)} to {_moment(self._last)} UTC"
+        first, last = _moment(self._first), _moment(self._last)
+        yield f"times: {first} to {last} UTC"
         if self._last < EARLY:
-            yield f"caution: all times lie in {_moment(self._first)[:4]} to {_moment(self._last)[:4]}; is the time unit right?"
+            yield f"caution: all times lie in {first[:4]} to {last[:4]}; is the time unit right?"
         elif self._first < EARLY:
-            yield f"caution: some times lie before 1980, the first in {_moment(self._first)[:4]}"
+            yield f"caution: some times lie before 1980, the first in {first[:4]}"
         if self._rounded:
             yield "caution: times have an exponent (1.7E+09): a spreadsheet has rounded them"
         if self._whole_days and self.rows > 1 and self._last >= EARLY:

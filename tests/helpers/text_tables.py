@@ -22,7 +22,9 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_ca
 TITLES = st.one_of(
     WORDS,
     st.text(st.sampled_from('ab "\',;\t|\n\\-'), max_size=12),
-    st.sampled_from(['"Heroes"', '"Weird Al" in concert', 'Low"', "a\nb, c", "it's", "\\N", "\\n", "C:\\new\\x", "a\r\nb"]),
+    st.sampled_from(
+        ['"Heroes"', '"Weird Al" in concert', 'Low"', "a\nb, c", "it's", "\\N", "\\n", "C:\\new\\x", "a\r\nb"]
+    ),
 )  # fmt: skip
 TABLES = st.lists(st.tuples(TITLES, st.one_of(st.none(), st.integers(-9, 10**6))), min_size=1, max_size=8).map(
     lambda rows: [(f"i{k}", title, n) for k, (title, n) in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""Streaming of columns of large tables (text, Parquet, Arrow, JSON lines), with row numbers and errors that name both."""
+"""Streaming of columns of large tables: text, Parquet, Arrow and JSON lines; errors name file and row."""
 
 import json
 import re
@@ -198,16 +198,17 @@ def _batches(path: Path, file: Utf8File) -> Iterator[tuple[list[int], list[dict[
 
 def text_lines(path: Path, file: Utf8File) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank with their numbers from 1, without line ends."""
-    row, rest = 0, b""
+    before, rest = 0, b""
     while block := file.read(1 << 20):
         *lines, rest = (rest + block).split(b"\n")
-        for row, line in enumerate(lines, start=row + 1):
+        for row, line in enumerate(lines, start=before + 1):
             if line.strip():
                 yield row, line
+        before += len(lines)
         if len(rest) > 1 << 28:
-            raise ValueError(f"{path}, row {row + 1}: a line of more than {1 << 28:,} bytes; write one object per line")
+            raise ValueError(f"{path}, row {before + 1}: a line of more than {1 << 28:,} bytes; write one object per line")
     if rest.strip():
-        yield row + 1, rest
+        yield before + 1, rest
 
 
 def _require_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:

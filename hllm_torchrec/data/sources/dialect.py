@@ -17,11 +17,20 @@ A sample that fits two readings with different values is refused, with the optio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from hllm_torchrec.common.text_files import Utf8File
+from hllm_torchrec.data.sources.cells import (
+    BARE_RETURN,
+    NULL,
+    Cell,
+    Rows,
+    cell_pattern,
+    count_lines,
+    matches,
+    split_rows,
+)
 
 SEPARATORS = (",", "\t", ";", "|", "\x01")
 NULL_WORDS = ("NULL", "null", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaN", "nan", "NaT")
@@ -37,8 +46,6 @@ _VALUE = re.compile(
     rb"|true|false|True|False|TRUE|FALSE)\s*"
 )
 _LITERAL_BACKSLASH = re.compile(rb"(?<!\\)(?:\\\\)*\\(?![\\ntr0bfvN\t\r\n])")
-BARE_RETURN = re.compile(rb"\r(?!\n|\Z)")
-NULL = b"\\N"
 _WORD = re.compile(rb"[A-Za-z0-9_.:+-]*")
 
 
@@ -96,94 +103,6 @@ class Dialect:
         parts += [] if self.first_row > 1 else ["no header"]
         parts += [f"missing: {', '.join(self.nulls)}"] if self.nulls else []
         return ", ".join(parts)
-
-
-class Cell(NamedTuple):
-    """A cell of the sample: its bytes without quotation marks and escapes, and whether it was quoted."""
-
-    value: bytes
-    quoted: bool
-
-
-class Rows(NamedTuple):
-    """The complete rows of a text, and the bytes that they take (fewer than the text: the rest is not a row)."""
-
-    rows: list[list[Cell]]
-    size: int
-
-
-@cache
-def cell_pattern(separator: bytes, quote: bytes, escape: bytes, line_end: bytes) -> re.Pattern[bytes]:
-    """Pattern of a cell (group `quoted` with its marks, or `plain`) and what ends it (group `end`).
-
-    line_end: CR in a file whose first line ends so. Otherwise rows end at LF or CR LF, and a CR alone is a character.
-    """
-    end, mark, slash = re.escape(separator), re.escape(quote), re.escape(escape)
-    # Possessive: a cell that does not fit is not tried in another way, which would take quadratic time.
-    plain = b"[^" + re.escape(b"\r\n" + separator[:1] + (b"" if quote else escape)) + b"]"
-    if len(separator) > 1:
-        plain += b"|(?!" + end + b")" + re.escape(separator[:1])
-    if line_end != b"\r":
-        plain += rb"|\r(?!\n|\Z)"
-    quoted = b"(?!)"
-    if quote:
-        inner = b"[^" + mark + slash + b"]++|" + mark * 2 + (b"|" + slash + b"." if escape else b"")
-        quoted = mark + b"(?:" + inner + b")*+" + mark
-        plain = b"(?!" + mark + b")(?:" + plain + b")*+"
-    else:
-        plain = b"(?:" + plain + (b"|" + slash + b"(?:\r\n|.)" if escape else b"") + b")*+"
-    ends = rb"\r" if line_end == b"\r" else rb"\r?\n|\r\Z"
-    return re.compile(
-        b"(?:(?P<quoted>" + quoted + b")|(?P<plain>" + plain + b"))(?P<end>" + end + b"|" + ends + b"|\\Z)", re.DOTALL
-    )
-
-
-def split_rows(
-    text: bytes, separator: bytes, quote: bytes, escape: bytes, line_end: bytes = b"\n", *, final: bool
-) -> Rows:
-    """The rows of `text`, blank lines left out. final: the text ends with its last row, also without a line break."""
-    rows: list[list[Cell]] = []
-    row: list[Cell] = []
-    size = 0
-    for match in _matches(cell_pattern(separator, quote, escape, line_end), text):
-        end = match["end"]
-        if end not in (separator, line_end) and not end.endswith(b"\n") and not (final and match.end() == len(text)):
-            break
-        if match["quoted"] is not None:
-            row.append(Cell(_unquoted(match["quoted"], quote, escape), True))
-        else:
-            plain = match["plain"]
-            # A cell with escapes counts as quoted: two backslashes and N are a text.
-            is_text = bool(escape) and not quote and escape in plain and plain != NULL
-            row.append(Cell(_unescaped(plain), True) if is_text else Cell(plain, False))
-        if end != separator:
-            if len(row) > 1 or row[0].value or row[0].quoted:
-                rows.append(row)
-            row, size = [], match.end()
-    return Rows(rows, size)
-
-
-def _matches(pattern: re.Pattern[bytes], text: bytes) -> "list[re.Match[bytes]]":
-    """Consecutive matches from the start, until one does not fit or the text is over."""
-    found, at = [], 0
-    while at < len(text) and (match := pattern.match(text, at)):
-        found.append(match)
-        at = match.end()
-    return found
-
-
-_ESCAPES = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
-
-
-def _unescaped(cell: bytes) -> bytes:
-    """A cell that is not quoted, with its escapes replaced."""
-    return re.sub(rb"\\(\r\n|.)", lambda m: _ESCAPES.get(m[1], m[1]), cell, flags=re.DOTALL)
-
-
-def _unquoted(cell: bytes, quote: bytes, escape: bytes) -> bytes:
-    inner = cell[1:-1].replace(quote * 2, quote)
-    # Spark and csv write a backslash before marks and backslashes only: before anything else it is itself.
-    return re.sub(rb"\\([\\" + quote + rb"])", rb"\1", inner) if escape else inner
 
 
 def detect_dialect(path: Path, columns: Sequence[str], given: Format | None = None) -> Dialect:
@@ -274,7 +193,7 @@ class _Sample:
         size = len(line[0])
         if quoted and any(b"\n" in cell.value or b"\r" in cell.value for cell in cells):
             pattern, size = cell_pattern(separator.encode(), b'"', b"", self.line_end), 0
-            for match in _matches(pattern, self.text):
+            for match in matches(pattern, self.text):
                 size = match.end()
                 if match["end"] != separator.encode():
                     break
@@ -319,7 +238,7 @@ class _Sample:
 
     def _is_consistent(self, found: Rows, cells: int, skip: int) -> bool:
         rest = len(self.text) - skip - found.size
-        whole = rest == 0 if self.complete else rest < min(MAX_ROW_BYTES, len(self.text) // 2 + 1)
+        whole = rest == 0 if self.complete else not found.is_broken and rest < min(MAX_ROW_BYTES, len(self.text))
         return whole and all(len(row) == cells for row in found.rows)
 
     def null_words(self, separator: str, quote: str, escape: str, skip: int) -> tuple[str, ...]:
@@ -443,11 +362,6 @@ def _has_quoted_column(rows: list[list[Cell]]) -> bool:
     """True if the cells of some column are all quoted, and are more than one."""
     columns = ([cell for cell in column if cell.value or cell.quoted] for column in zip(*rows))
     return any(len(column) > 1 and all(cell.quoted for cell in column) for column in columns)
-
-
-def count_lines(text: bytes) -> int:
-    """Number of line ends (LF, CR LF or CR) in a text."""
-    return text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
 
 
 def check_format(given: Format) -> str | None:

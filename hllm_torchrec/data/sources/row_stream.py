@@ -10,15 +10,8 @@ import re
 from functools import cache
 
 from hllm_torchrec.common.text_files import Utf8File
-from hllm_torchrec.data.sources.dialect import (
-    BARE_RETURN,
-    MAX_ROW_BYTES,
-    Cell,
-    Dialect,
-    count_lines,
-    requoted,
-    split_rows,
-)
+from hllm_torchrec.data.sources.cells import BARE_RETURN, Cell, count_lines, split_rows
+from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, requoted
 
 _READ = 1 << 20
 _CLOSED = re.compile(rb'"(?:[^"]++|"")*+"')
@@ -140,7 +133,7 @@ class RowStream(io.RawIOBase):
         found = split_rows(text, self._separator, quote, escape, self._dialect.line_end.encode(), final=final)
         self._rest = text[found.size :]
         self._line += count_lines(text[: found.size])
-        if self._rest and final:
+        if found.is_broken or (self._rest and final):
             raise self._malformed(self._rest, self._line)
         self._require_short(self._rest, self._line)
         delimiter = self.delimiter.encode()

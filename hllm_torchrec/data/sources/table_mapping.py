@@ -181,7 +181,7 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
         for name in join.columns:
             if name not in own:
                 raise ValueError(
-                    f"{path}: items.join[{i}].columns has {abbreviate(name)}; list it in items.text or items.features, too"
+                    f"{path}: items.join[{i}].columns has {abbreviate(name)}; list it in items.text or items.features"
                 )
     users = mapping.users.features if mapping.users else {}
     for name in (*mapping.items.text, *mapping.items.features, *users):
