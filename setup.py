@@ -46,6 +46,7 @@ DOCS = [  # the site (scripts/docs.sh); neither the library nor its tests need t
 ]
 DEV = [
     *S3,
+    "duckdb>=2.0,<3",  # a second reader of tables, which tests compare with
     "faiss-cpu>=1.15,<2",
     "flask-cors>=6,<7",
     "hypothesis>=6.170,<7",
@@ -53,6 +54,7 @@ DEV = [
     "kubernetes>=36,<37",
     "moto[s3]>=5.2,<6",
     "mypy>=2.4,<3",
+    "pandas>=3.1,<4",  # writes the tables of tests
     PEFT,
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.remote_datasets import writable_dataset
-from hllm_torchrec.data.sources.base import TIME_UNITS, Source
+from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.sources.registry import SOURCES, build_source
+from hllm_torchrec.data.sources.values import TIME_UNITS
 from hllm_torchrec.data.split import RULES, Split
+from hllm_torchrec.data.table_facts import user_notes
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 EXAMPLES = "\n".join(
@@ -65,7 +68,15 @@ def build_parser() -> CommandParser:
         metavar="KIND=error|drop|keep",
         help="handling of a kind of bad row (repeatable); kinds: " + ", ".join(BadRows().to_dict()),
     )
+    parser.add_argument(
+        "--bad-share",
+        type=float,
+        metavar="SHARE",
+        help="a kind of bad rows that is more than this share of a table is an error even if it is dropped or kept, "
+        "unless the mapping chooses so (default: 0.2)",
+    )
     parser.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
+    parser.add_argument("--html", choices=("clean", "keep"), help="amazon: HTML in texts (default: clean)")
     parser.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
     parser.add_argument(
         "--core",
@@ -88,15 +99,18 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def build_policy(source: Source, settings: list[str]) -> BadRows:
-    """Apply `KIND=choice` settings to the source's policy. Raises ValueError for an unknown kind or choice."""
-    choices = source.policy.to_dict()
+def build_policy(source: Source, settings: list[str], share: float | None = None) -> BadRows:
+    """Apply `KIND=choice` settings and the largest share of bad rows to the source's policy.
+
+    Raises ValueError for an unknown kind or choice."""
+    choices: dict[str, str] = {}
+    kinds = source.policy.to_dict()
     for setting in settings:
         kind, _, choice = setting.partition("=")
-        if kind not in choices:
-            raise ValueError(f"--bad-rows {setting}: no kind {kind!r}; kinds: {', '.join(choices)}")
+        if kind not in kinds:
+            raise ValueError(f"--bad-rows {setting}: no kind {kind!r}; kinds: {', '.join(kinds)}")
         choices[kind] = choice
-    return BadRows(**choices)
+    return replace(source.policy, **choices, **({} if share is None else {"largest_share": share}))
 
 
 def moment(text: str) -> int:
@@ -126,6 +140,7 @@ def summary(path: Path, name: str = "") -> str:
     for what in ("dropped", "kept"):
         if counts[what] and "version" not in manifest:
             lines.append(f"  {what}: {json.dumps(counts[what])}")
+    lines += [f"  {note}" for note in (*user_notes(manifest), *manifest.get("notes", ()))]
     return "\n".join(lines)
 
 
@@ -151,10 +166,10 @@ def run(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("append", "extend", "overwrite") if getattr(args, name) not in (None, False)]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
-    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir, args.append)
+    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir, args.append, args.html)
     if source.license_note and args.path is not None:  # a download has printed it already
         say(source.license_note, sys.stderr)
-    policy = build_policy(source, args.bad_rows)
+    policy = build_policy(source, args.bad_rows, args.bad_share)
     with writable_dataset(args.output) as folder:
         if args.append is not None:
             moves_cuts = (args.train_until, args.valid_until) != (None, None)

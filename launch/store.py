@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import printable, say
+from hllm_torchrec.common.text_files import read_list
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 if TYPE_CHECKING:  # `--help` needs no torch
@@ -45,7 +46,7 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, print its result, and return 1 if `verify` finds damage, else 0.
+    """Run the command and print its result; 1 if `verify` finds damage or `delete` an id without a vector, else 0.
 
     Raises:
         ValueError: no store, a damaged store, or arguments that do not fit.
@@ -68,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
         write, target = (export_parquet, args.parquet) if args.parquet else (export_faiss, args.faiss)
         say(f"{write(snapshot, target):,} vectors: {target}")
     else:
-        ids = [*args.id, *(read_ids(args.ids) if args.ids else [])]
+        ids = list(dict.fromkeys([*args.id, *(read_list(args.ids) if args.ids else [])]))
         if not ids:
             raise ValueError("delete: no ids: give --id or --ids FILE")
-        say(f"{delete(store, ids):,} of {len(set(ids)):,} ids had a vector; all are deleted")
+        missing = delete(store, ids)
+        say(f"{len(ids) - len(missing):,} of {len(ids):,} ids had a vector; all are deleted")
+        if missing:
+            say(f"{len(missing):,} had none: {', '.join(map(repr, missing[:20]))}{', ...' * (len(missing) > 20)}")
+        return int(bool(missing))
     return 0
 
 
@@ -87,27 +92,16 @@ def describe(store: "EmbeddingStore") -> str:
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 
-def delete(store: "EmbeddingStore", ids: list[str]) -> int:
-    """Delete ids and compact; returns how many had a vector."""
+def delete(store: "EmbeddingStore", ids: list[str]) -> list[str]:
+    """Delete ids and compact; returns those that had no vector."""
     keys = [_number(store, i) for i in ids] if store.kind == "int64" else ids
-    before = len(store.snapshot())
+    _, has_vector = store.snapshot().content_hashes(keys)
+    missing = [name for name, has in zip(ids, has_vector, strict=True) if not has]
     with store.writer() as writer:
         writer.delete(keys)
         writer.commit()
     store.compact()
-    return before - len(store.snapshot())
-
-
-def read_ids(path: Path) -> list[str]:
-    """Non-empty lines of a file.
-
-    Raises:
-        ValueError: not UTF-8 text.
-    """
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one per line") from None
+    return missing
 
 
 def _number(store: "EmbeddingStore", text: str) -> int:

@@ -1,11 +1,15 @@
 """Handling of bad rows: an error that names file and row, or a count in the manifest; never silent."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+
+from hllm_torchrec.data.table_facts import TableFacts
 
 MAX_SECOND = 4_102_444_799
 """2099-12-31 23:59:59 UTC, the last second that the split-timestamp tables cover."""
@@ -19,6 +23,20 @@ _ALLOWED = {
     "unknown_item": ("error", "drop", "keep"),
     "duplicate_event": ("error", "drop", "keep"),
 }
+_CAUSES = {
+    "missing_id": "another column may hold the ids, or these are visitors who were not logged in",
+    "nan_label": "another column may hold the labels, or the mapping lacks positive_from",
+    "bad_time": "another column may hold the times, or they are in another unit",
+    "duplicate_item": "the file may have a row for each category, language or seller of an item",
+    "item_without_text": "other columns may hold the texts",
+    "unknown_item": "users and items may have changed places, the item file may be another one, or its ids may be "
+    "written differently (12 and 12.0, leading zeros, blanks, case)",
+    "duplicate_event": "a file may be read twice, or the times may be days",
+    "event_of_dropped_item": "items without text are dropped",
+}
+"""Likely cause of many bad rows of a kind."""
+_TABLES = {"duplicate_item": "items", "item_without_text": "items", "missing_id": ""}
+"""The table of a kind's rows, if not the events; "": the one that is being read."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +57,26 @@ class BadRows:
     """An event of an item that is not in the item file. "keep": the item is added without text."""
     duplicate_event: str = "keep"
     """The same user and item in the same second again. "drop": the first stays."""
+    largest_share: float = 0.2
+    """Share of a table's rows above which a kind that is dropped or kept is an error all the same."""
+    chosen: frozenset[str] = frozenset()
+    """Kinds that may cover any share, because the description of the data (a mapping) chooses their handling."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value not in _ALLOWED[f.name]:
-                raise ValueError(f"policy {f.name}={value!r}: choose one of {', '.join(_ALLOWED[f.name])}")
+        for name, allowed in _ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"policy {name}={value!r}: choose one of {', '.join(allowed)}")
+        if not 0 <= self.largest_share <= 1:
+            raise ValueError(f"largest share of bad rows {self.largest_share:g}: choose one in 0..1")
 
     def to_dict(self) -> dict[str, str]:
-        """The policy as JSON values."""
-        return asdict(self)
+        """The handling of each kind, as JSON values: what determines the dataset."""
+        return {name: getattr(self, name) for name in _ALLOWED}
 
 
 class BadRowLog:
-    """Applies a `BadRows` policy and counts dropped and kept rows.
+    """Applies a `BadRows` policy, counts dropped and kept rows, and collects what is to be said about the tables.
 
     `dropped` and `kept` count rows by reason. Reasons that are not fields of the policy, such as
     "event_of_dropped_item", are consequences of other choices.
@@ -62,6 +86,46 @@ class BadRowLog:
         self.policy = policy
         self.dropped: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
+        self.rows: Counter[str] = Counter()
+        """Rows read, by table: "items", "events", "users"."""
+        self.table = "events"
+        """The table that is being read."""
+        self.facts: dict[str, TableFacts] = {}
+        self.hints: dict[str, str] = {}
+        """Likely causes that the values themselves show, by reason."""
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def read(self, table: str, path: Path, rows: pa.Table, dialect: str) -> None:
+        """Note that these rows of a table were read."""
+        self.table = table
+        self.rows[table] += len(rows)
+        self.facts.setdefault(table, TableFacts(table)).add(path, rows, dialect)
+
+    def count(self, reason: str, count: int, choice: str = "drop") -> None:
+        """Count rows that are dropped or kept for a reason."""
+        if count:
+            (self.dropped if choice == "drop" else self.kept)[reason] += count
+            self._counts[_TABLES.get(reason, "events") or self.table, reason] += count
+
+    def check_shares(self) -> None:
+        """Raise ValueError if rows of a kind are more than the policy's largest share of their table."""
+        for (table, reason), count in self._counts.items():
+            total, limit = self.rows[table], self.policy.largest_share
+            if reason in _CAUSES and reason not in self.policy.chosen and count > limit * total > 0:
+                cause = self.hints.get(reason, _CAUSES[reason])
+                choice = getattr(self.policy, reason, "drop")
+                raise ValueError(
+                    f"{reason}: {count:,} of {total:,} rows of the {table} ({count / total:.0%}), more than "
+                    f"{limit:.0%}: {cause}. If they are right, choose it in the mapping (bad_rows: {{{reason}: "
+                    f"{choice}}}), or allow a larger share (--bad-share {min(1.0, -(-count * 100 // total) / 100):g})"
+                )
+
+    def notes(self) -> list[str]:
+        """What is to be said about the tables, a line each. Raises ValueError like `check_shares`."""
+        self.check_shares()
+        return [
+            note for name in ("events", "items", "users") if name in self.facts for note in self.facts[name].notes()
+        ]
 
     def handle(
         self,
@@ -87,14 +151,15 @@ class BadRowLog:
                 f"{path}, row {int(rows[first])}: {problem(first)}. Correct the row, or set the policy "
                 f"{reason} to {' or '.join(others)} (--bad-rows {reason}={others[0]}), to count it and go on"
             )
-        (self.dropped if choice == "drop" else self.kept)[reason] += count
+        self.count(reason, count, choice)
         return bool(choice == "drop")
 
 
 def describe_time(text: str | None, second: int | None) -> str:
     """Describe the problem with a time: `text` is the value in the file, `second` the parsed value or None."""
     if second is None:
-        return f"the time {text!r} is not a number or date of the stated unit"
+        hint = ": set the time unit to iso8601" if text and re.match(r"\s*\d{4}-\d\d-\d\d", text) else ""
+        return f"the time {text!r} is not a number or date of the stated unit{hint}"
     # A value that would be in range in a finer unit most likely is in that unit: suggest it.
     for unit, scale in (("milliseconds", 1_000), ("microseconds", 1_000_000), ("nanoseconds", 1_000_000_000)):
         if MAX_SECOND < second <= MAX_SECOND * scale:

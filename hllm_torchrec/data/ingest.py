@@ -1,10 +1,12 @@
 """First pass of `prepare`: streams items, events and users from the source to disk and handles bad rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND, BadRowLog, describe_time
@@ -24,29 +26,43 @@ def file_bar(files: tuple[Path, ...], what: str) -> tqdm:
 
 def read_items(source: Source, catalogue: ItemCatalogue) -> None:
     """Add all items of the source to the catalogue."""
+    log, features = catalogue.log, RepeatedFeatures(source.item_features)
     with file_bar(source.other_files, "reading items") as bar:
         for chunk in source.items():
-            catalogue.add(chunk)
+            log.read("items", chunk.path, chunk.table, chunk.dialect)
+            catalogue.add(features.checked(chunk, log))
             bar.update(chunk.size)
+    log.check_shares()
 
 
 def read_events(
     source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator, writer: PartitionWriter
 ) -> list[Path]:
     """Write all accepted events, partitioned by user; return the partitions' paths."""
+    known, seen = len(catalogue), np.zeros(0, bool)
     with file_bar(source.event_files, "reading events") as bar:
         for chunk in source.events():
-            writer.write(_checked(chunk, source, catalogue, log, locate))
+            log.read("events", chunk.path, chunk.table, chunk.dialect)
+            log.facts["events"].is_labelled = source.is_labelled
+            table = _checked(chunk, source, catalogue, known, log, locate)
+            seen = np.concatenate([seen, np.zeros(len(catalogue) - len(seen), bool)])
+            seen[table["item"].to_numpy()] = True
+            writer.write(table)
             bar.update(chunk.size)
+    if "events" in log.facts and (idle := len(catalogue) - int(seen.sum())):
+        log.facts["events"].extra.append(f"{idle:,} of {len(catalogue):,} items have no event")
+    log.check_shares()
     return writer.close()
 
 
 def read_users(source: Source, log: BadRowLog, writer: PartitionWriter) -> list[Path]:
     """Write the rows of the user file, partitioned by user; return the partitions' paths."""
     for chunk in source.users():
+        log.read("users", chunk.path, chunk.table, chunk.dialect)
         blank = blank_mask(chunk.table["raw_user_id"])
         table = _handled(log, "missing_id", blank, chunk.table, chunk.path, lambda _: "the user id is missing")
         writer.write(table.drop_columns("row"))
+    log.check_shares()
     return writer.close()
 
 
@@ -59,8 +75,10 @@ def _handled(
     return table
 
 
-def _checked(chunk: Chunk, source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator) -> pa.Table:
-    """The accepted events of a chunk, with item numbers, seconds and orders."""
+def _checked(
+    chunk: Chunk, source: Source, catalogue: ItemCatalogue, known: int, log: BadRowLog, locate: RowLocator
+) -> pa.Table:
+    """The accepted events of a chunk, with item numbers, seconds and orders; known: number of items of the item file."""
     path, table = chunk.path, chunk.table
     # Orders are given before any row is dropped, so that an order maps back to its row in the file.
     table = table.append_column("order", pa.array(locate.orders(path, table["row"].to_numpy())))
@@ -71,12 +89,14 @@ def _checked(chunk: Chunk, source: Source, catalogue: ItemCatalogue, log: BadRow
     )
     # null and NaN differ here: null is an event without a label, NaN a label that could not be read.
     unreadable = np.isnan(table["label"].fill_null(0).to_numpy())
-    problem = f"the label ({source.label_rule}) is not a number in its range"
-    table = _handled(log, "nan_label", unreadable, table, path, lambda _: problem)
+    texts, problem = table["label_text"], f"the label ({source.label_rule}) is not a number in its range"
+    table = _handled(
+        log, "nan_label", unreadable, table, path, lambda i: problem + (f": {texts[i]}" if texts[i].is_valid else "")
+    )
     # Unreadable labels that the policy keeps become null: the event stays in the history without a label.
     label = table["label"].to_numpy()
     table = _replaced(table, "label", pa.array(label, pa.float32(), mask=np.isnan(label)))
-    return _with_item_numbers(table, path, catalogue, log).select(_WRITTEN)
+    return _with_item_numbers(table, path, catalogue, known, log).select(_WRITTEN)
 
 
 def _replaced(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -90,20 +110,80 @@ def _with_good_times(table: pa.Table, path: Path, log: BadRowLog) -> pa.Table:
     return _handled(log, "bad_time", bad, table, path, lambda i: describe_time(text[i].as_py(), second[i].as_py()))
 
 
-def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, log: BadRowLog) -> pa.Table:
+def _with_item_numbers(table: pa.Table, path: Path, catalogue: ItemCatalogue, known: int, log: BadRowLog) -> pa.Table:
     """Add the column `item`; handle events of unknown items and of dropped items."""
     # Items dropped by the policy are not unknown: their events follow the item's choice, not `unknown_item`.
     refused = catalogue.was_refused(table["raw_item_id"])
     if refused.any():
-        log.dropped["event_of_dropped_item"] += int(refused.sum())
+        log.count("event_of_dropped_item", int(refused.sum()))
         table = table.filter(pa.array(~refused))
     raw, number = table["raw_item_id"], catalogue.look_up(table["raw_item_id"])
-    unknown = number < 0
+    # From `known` on are items that an earlier chunk added: their events are counted, too.
+    unknown = (number < 0) | (number >= known)
+    if unknown.any() and "unknown_item" not in log.hints:
+        log.hints |= _unknown_hint(raw, unknown, table["raw_user_id"], catalogue)
     text = "item {!r} is not in the item file"
     table = _handled(log, "unknown_item", unknown, table, path, lambda i: text.format(raw[i].as_py()))
     if len(table) < len(number):
         number = number[~unknown]
-    elif unknown.any():  # the policy is "keep"
-        catalogue.add_without_text(raw.filter(pa.array(unknown)).to_pylist())
+    elif (number < 0).any():  # the policy is "keep"
+        catalogue.add_without_text(raw.filter(pa.array(number < 0)).to_pylist())
         number = catalogue.look_up(raw)
     return table.append_column("item", pa.array(number))
+
+
+def _unknown_hint(
+    raw: pa.ChunkedArray, unknown: np.ndarray, users: pa.ChunkedArray, catalogue: ItemCatalogue
+) -> dict[str, str]:
+    """The likely cause of unknown items, if the ids themselves show it."""
+    some = raw.filter(pa.array(unknown)).slice(0, 1000)
+    if (catalogue.look_up(users.slice(0, 1000)) >= 0).mean() > 0.5:
+        return {"unknown_item": "users and items have changed places: the ids of the users are in the item file"}
+    for what, other in _SPELLINGS.items():
+        ids = other(some)
+        found = np.flatnonzero(catalogue.look_up(ids) >= 0)
+        if len(found) > 0.5 * len(some):
+            first = int(found[0])
+            return {
+                "unknown_item": f"{what}: {some[first].as_py()!r} in the events, {ids[first].as_py()!r} in the items"
+            }
+    return {}
+
+
+_SPELLINGS: dict[str, Callable[[pa.ChunkedArray], pa.ChunkedArray]] = {
+    "ids became floats": lambda ids: pc.replace_substring_regex(ids, r"\.0+$", ""),
+    "the items' ids became floats": lambda ids: pc.binary_join_element_wise(ids, ".0", ""),
+    "ids have blanks around them": pc.utf8_trim_whitespace,
+    "ids lost or gained leading zeros": lambda ids: pc.utf8_ltrim(ids, "0"),
+    "ids are in another case": pc.utf8_lower,
+    "ids are in another case ": pc.utf8_upper,
+}
+"""Ways in which two tables spell the same ids differently."""
+
+
+class RepeatedFeatures:
+    """Notices rows of an item whose features differ from those of its first row, as in a file with a row per genre.
+
+    They are bad rows of the kind `duplicate_item`: one of the values would be lost.
+    """
+
+    def __init__(self, features: tuple[str, ...]) -> None:
+        self._columns = [f"feature_{name}" for name in features]
+        self._digests: dict[str, int] = {}
+
+    def checked(self, chunk: Chunk, log: BadRowLog) -> Chunk:
+        """The chunk without the rows that the policy drops. Raises ValueError if the policy is "error"."""
+        if not self._columns:
+            return chunk
+        table = chunk.table
+        values = zip(*(table[name].to_pylist() for name in self._columns), strict=True)
+        # Digests are compared within this process only, so Python's salted hash is enough.
+        digests = [hash(tuple(tuple(cell or ()) for cell in row)) for row in values]
+        ids = table["raw_item_id"].to_pylist()
+        differs = np.array([self._digests.setdefault(i, d) != d for i, d in zip(ids, digests)], bool)
+        problem = f"came before with other values of {' or '.join(n.removeprefix('feature_') for n in self._columns)}"
+        kept = _handled(
+            log, "duplicate_item", differs, table, chunk.path,
+            lambda i: f"item {ids[i]!r} {problem}; write one row per item, with all values in it",
+        )  # fmt: skip
+        return replace(chunk, table=kept)

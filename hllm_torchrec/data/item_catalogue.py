@@ -90,6 +90,11 @@ class ItemCatalogue:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def log(self) -> BadRowLog:
+        """The log that handles the bad rows."""
+        return self._log
+
     def load(self, old: Dataset) -> None:
         """Add the items of an existing dataset, with features decoded from ids to values."""
         assert not self._numbers, "existing items come first"

@@ -257,7 +257,7 @@ def _run(
     users.write(target / "users.parquet", staged.user_files, staged.user_words)
     _write_features(target, staged.item_words | staged.user_words)
     counts = _counts(users, num_items, writer, log, catalogue)
-    return _manifest(source, options, cuts, counts, writer, staged)
+    return _manifest(source, options, cuts, counts, writer, staged) | {"notes": log.notes()}
 
 
 def _filter(

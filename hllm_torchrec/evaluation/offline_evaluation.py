@@ -114,6 +114,7 @@ class _Evaluation:
             "rows": statistics[reference].rows,
             "rows_without_weight": self.source.rows - statistics[reference].rows,
             "users": users.users if users else None,
+            **({"rows_without_user": users.rows_without_user} if users and users.rows_without_user else {}),
             "exposures": f"{sum(gather_objects(ordered.keys, self.group)) % 2**64:016x}",
             "weighted": self.source.weighted,
             "models": models,

@@ -24,6 +24,7 @@ from hllm_torchrec.evaluation.prediction_files import (
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
 from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
+from hllm_torchrec.metrics.user_statistics import NO_USER
 
 MEMORY = 1 << 30
 """Default of `memory`: bytes for rows per rank."""
@@ -58,7 +59,7 @@ class RowBatch:
     probabilities: dict[str, np.ndarray]
     """model → probabilities float64 [n], for models that have them."""
     users: np.ndarray | None
-    """int64 [n]: the number itself, or a 64-bit hash of the text."""
+    """int64 [n]: the number itself, or a 64-bit hash of the text; one of its own (`NO_USER`) for a row without user."""
     keys: np.ndarray
     """uint64 [n]: hash of the label and, if present, of weight, user and item; identifies the evaluated exposures."""
     slices: list[tuple[list[str], np.ndarray]] = field(default_factory=list)
@@ -181,6 +182,8 @@ class PredictionRows:
         # Keys come from the shared columns, not from the scores: runs on the same exposures have the same fingerprint.
         keys = row_keys(is_positive, weights, users, items)
         slices = self._slices(table, rows, items)
+        if users is not None and (null := table[layout.user].is_null().to_numpy()).any():
+            users = np.where(null, NO_USER + rows[first.name], users)
         batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
 

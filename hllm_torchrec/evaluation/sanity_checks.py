@@ -60,6 +60,8 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
     if metrics.get("users") and metrics["users"] < FEW_USERS:
         found.append(f"Only {metrics['users']} users: intervals over users are rough.")
     found += _tiny_slices(metrics)
+    if metrics.get("rows_without_user"):
+        found.append(f"{metrics['rows_without_user']:,} rows without a user count for the AUC, not within users.")
     if metrics.get("rows_without_weight"):
         found.append(f"{metrics['rows_without_weight']:,} rows of weight 0 were left out.")
     return found

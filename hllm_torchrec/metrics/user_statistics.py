@@ -19,6 +19,8 @@ from hllm_torchrec.metrics.score_chunks import MemoryPool
 
 GROUPING_BYTES = 12
 """Memory for grouping a bucket's rows, as a multiple of their size."""
+NO_USER = -(1 << 63)
+"""Ids from here on, up to 2^40 more, are of rows without a user: each is a unit of its own, and no user."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class UserStatistics:
     """Standard error of the AUC with users as the independent units; `nan` with fewer than two users."""
     difference_error: list[float]
     """Standard error of the AUC minus the first model's."""
+    rows_without_user: int = 0
 
 
 @dataclass
@@ -43,6 +46,7 @@ class _Sums:
     difference_squares: np.ndarray
     users: int = 0
     counted: int = 0
+    rows_without_user: int = 0
     ratios: dict[str, np.ndarray] = field(default_factory=dict)
     """Key of a `UserMetric` → its numerators and denominators [2, M]."""
 
@@ -113,6 +117,7 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
     unique, users = np.unique(records["user"], return_inverse=True)
     is_positive = records["positive"] == 1
     sums.users += len(unique)
+    sums.rows_without_user += int((unique < NO_USER + (1 << 40)).sum())
     # A user's influence is the sum over its rows, so correlated rows add up before squaring.
     influences = np.stack([np.bincount(users, records["influence"][:, m], len(unique)) for m in range(models)])
     sums.squares += (influences**2).sum(axis=1)
@@ -134,4 +139,6 @@ def _finish(parts: Sequence[_Sums]) -> UserStatistics:
         numerators, denominators = np.sum([part.ratios[metric.key] for part in parts], axis=0)
         metrics[metric.key] = (numerators / (denominators if counted else math.nan)).tolist()
     squares = (np.sum([getattr(part, name) for part in parts], axis=0) for name in ("squares", "difference_squares"))
-    return UserStatistics(users, metrics, counted, *(np.sqrt(square * correction).tolist() for square in squares))
+    errors = (np.sqrt(square * correction).tolist() for square in squares)
+    without = sum(part.rows_without_user for part in parts)
+    return UserStatistics(users - without, metrics, counted, *errors, without)

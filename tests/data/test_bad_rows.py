@@ -88,10 +88,12 @@ def test_an_item_without_text_is_an_error_kept_or_dropped_with_its_events(tmp_pa
     source = item_source(tmp_path, rows)
     with pytest.raises(ValueError, match=r"items\.csv, row 2: item 'i1' has no text in \('title',\)"):
         prepare(source, tmp_path / "out", policy=BadRows(item_without_text="error"))
-    kept = Dataset.open(prepare(source, tmp_path / "kept"))
+    kept = Dataset.open(prepare(source, tmp_path / "kept", policy=BadRows(largest_share=0.5)))
     assert kept.items["title"].to_pylist() == ["a", "", "", "d"]
     assert kept.manifest["counts"]["kept"] == {"item_without_text": 2}
-    dropped = Dataset.open(prepare(source, tmp_path / "out", policy=BadRows(item_without_text="drop")))
+    dropped = Dataset.open(
+        prepare(source, tmp_path / "out", policy=BadRows(item_without_text="drop", largest_share=1.0))
+    )
     assert dropped.items["raw_item_id"].to_pylist() == ["i0", "i3"]
     assert dropped.manifest["counts"]["dropped"] == {"event_of_dropped_item": 20, "item_without_text": 2}
     assert dropped.manifest["counts"]["events"] == 10

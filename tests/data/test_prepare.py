@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_partitions import hash_strings
 from hllm_torchrec.data.prepare import prepare
@@ -41,7 +42,8 @@ def test_the_time_cut_falls_inside_a_second_by_source_row(tmp_path):
 
 def test_ties_keep_the_order_of_the_source(tmp_path):
     events = [("u", f"i{n % 15}", 5, 7 if n % 3 else 8) for n in range(30)]
-    dataset = Dataset.open(prepare(memory_source(tmp_path, events, ITEMS), tmp_path / "out", split="leave_one_out"))
+    source, policy = memory_source(tmp_path, events, ITEMS), BadRows(largest_share=0.5)
+    dataset = Dataset.open(prepare(source, tmp_path / "out", split="leave_one_out", policy=policy))
     _, history = sequences(dataset, "test")["u"]
     assert [e[0] for e in history] == [f"i{n % 15}" for n in [*(n for n in range(30) if n % 3), *range(0, 30, 3)]]
 

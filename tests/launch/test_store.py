@@ -69,8 +69,9 @@ def test_delete_takes_ids_away_for_good(
     store: EmbeddingStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gone.txt").write_text("b\nnobody\n\n")
-    assert main(["delete", str(store.root), "--ids", str(tmp_path / "gone.txt")]) == 0
-    assert "1 of 2 ids had a vector; all are deleted" in capsys.readouterr().out
+    assert main(["delete", str(store.root), "--ids", str(tmp_path / "gone.txt")]) == 1, "one was not found"
+    said = capsys.readouterr().out
+    assert "1 of 2 ids had a vector; all are deleted" in said
     raw = b"".join(path.read_bytes() for path in store.root.rglob("*.bin"))
     assert raw == np.array([3, 4, 0], np.float16).tobytes()
 
@@ -79,10 +80,14 @@ def test_ids_that_the_store_cannot_have_are_one_line(tmp_path: Path, capsys: pyt
     EmbeddingStore.create(tmp_path / "numbers", 3, keys="int64")
     assert main(["delete", str(tmp_path / "numbers"), "--id", "4711", "--id", "u4711"]) == 2
     assert "delete: id 'u4711': the ids of " in capsys.readouterr().err
-    (tmp_path / "ids.bin").write_bytes(b"\xff\xfe\x00")
-    assert main(["delete", str(tmp_path / "numbers"), "--ids", str(tmp_path / "ids.bin")]) == 2
-    err = capsys.readouterr().err
-    assert "ids.bin: 'utf-8' codec" in err and "one per line" in err and err.count("\n") == 1
+    for data, problem in (
+        (b"\xff\x00", "ids.bin: 'utf-8' codec"),
+        (b"\xff\xfe\x00", "ids.bin, after line 1: not utf-16"),
+    ):
+        (tmp_path / "ids.bin").write_bytes(data)
+        assert main(["delete", str(tmp_path / "numbers"), "--ids", str(tmp_path / "ids.bin")]) == 2
+        err = capsys.readouterr().err
+        assert problem in err and "UTF-8" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["info", "compact", "verify", "delete"])

@@ -1,50 +1,71 @@
-"""Amazon product reviews of 2014, for example Books: `ratings_Books.csv` and `meta_Books.json.gz`.
+"""Amazon reviews of 2014, 2018 and 2023, for example Books; the edition is told by the contents of the files.
 
-Ratings: `user,item,rating,timestamp` without a header. Metadata: one product per line, as JSON or as the Python
-literal of the published files (read with `ast.literal_eval`, which executes no code). Label: rating >= 4. Action:
-the rating, 1..5. Text: title, description. Items and users are filtered by a 5-core; an item without metadata stays,
-without text, as in the published protocol.
+Events are ratings as CSV or reviews as JSON lines:
+
+| edition | ratings | reviews |
+|---|---|---|
+| 2014 | `user,item,rating,timestamp`, no header | `reviewerID`, `asin`, `overall`, `unixReviewTime` |
+| 2018 | `item,user,rating,timestamp`, no header | the same |
+| 2023 | header, `user_id,parent_asin,rating,timestamp` | `user_id`, `parent_asin`, `rating`, `timestamp` |
+
+Times are seconds, or milliseconds (2023, told by their size). Metadata: one product per line, as JSON or as the Python
+literal of the 2014 files (read with `ast.literal_eval`, which executes no code). Label: rating >= 4. Action: the
+rating, 1..5. Text: title, description, by default without HTML. Items and users are filtered by a 5-core; an item
+without metadata stays, without text, as in the published protocol. Files may be compressed.
 """
 
 import ast
-import gzip
 import json
-import zlib
+import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from hllm_torchrec.common.text_files import Utf8File
 from hllm_torchrec.data.bad_rows import BadRows
-from hllm_torchrec.data.sources.base import (
-    Chunk,
-    Source,
-    event_table,
-    parse_seconds,
-    rating_labels,
-    require_files,
-)
-from hllm_torchrec.data.sources.columnar import read_csv
+from hllm_torchrec.data.sources.base import Chunk, Source, event_table, require_files
+from hllm_torchrec.data.sources.columnar import read_csv, text_lines
+from hllm_torchrec.data.sources.dialect import Format
+from hllm_torchrec.data.sources.values import parse_float, parse_seconds, rating_labels, without_html
 from hllm_torchrec.data.validation import error_location
 
-_RATING_COLUMNS = ["user", "item", "rating", "timestamp"]
 _ROWS_PER_CHUNK = 16_384
+_SAMPLE_ROWS = 1000
+_MILLISECONDS_FROM = 1e11
+"""Seconds are smaller until the year 5138, milliseconds larger since 1973."""
+_ITEM_ID = re.compile(r"B[0-9A-Z]{9}|[0-9]{9}[0-9X]")
+"""An ASIN: of a product, or the ISBN of a book."""
+_HEADERS = {"user_id": "user", "parent_asin": "item", "asin": "item", "item_id": "item"}
+_KEYS = {
+    "user": ("user_id", "reviewerID"),
+    "item": ("parent_asin", "asin"),
+    "rating": ("rating", "overall"),
+    "timestamp": ("timestamp", "unixReviewTime"),
+}
+"""Column -> the keys that reviews have for it, the newest edition's first."""
 POLICY = BadRows(unknown_item="keep", duplicate_item="drop")
 
 
-def amazon(ratings: str | Path, metadata: str | Path) -> Source:
-    """One category of the Amazon reviews: its rating file and its metadata file (`.json` or `.json.gz`)."""
+def amazon(ratings: str | Path, metadata: str | Path, *, html: str = "clean") -> Source:
+    """One category of the Amazon reviews: its file of ratings or reviews and its metadata file.
+
+    html: "clean" removes tags and entities from texts, "keep" leaves them.
+    """
     event_file, item_file = Path(ratings), Path(metadata)
     require_files([event_file, item_file], "Amazon reviews")
+    if html not in ("clean", "keep"):
+        raise ValueError(f"html={html!r} is not one of clean, keep; choose one of them")
     return Source(
         name="amazon-" + event_file.stem.removeprefix("ratings_").lower(),
         event_files=(event_file,),
         other_files=(item_file,),
-        events=partial(_events, event_file),
-        items=partial(_items, item_file),
+        events=partial(_events, event_file, item_file),
+        items=partial(_items, item_file, html),
         text_columns=("title", "description"),
         item_features=("categories",),
         label_rule="rating >= 4",
@@ -52,43 +73,107 @@ def amazon(ratings: str | Path, metadata: str | Path) -> Source:
         keep_items_without_events=False,
         min_events=5,
         policy=POLICY,
+        options={"html": "clean"} if html == "clean" else {},
         license_note="Amazon review data (c) J. McAuley, UCSD: for research; cite its papers.",
     )
 
 
-def _events(path: Path) -> Iterator[Chunk]:
-    for rows, table, size in read_csv(path, _RATING_COLUMNS, names=_RATING_COLUMNS):
+class _Layout(NamedTuple):
+    """Where an event file has what: the CSV's columns, or None for JSON lines, and the unit of its times."""
+
+    columns: dict[str, str] | None
+    """"user", "item", "rating", "timestamp" -> the column's name."""
+    names: list[str] | None
+    """Columns of a file without a header."""
+    time_unit: str
+
+
+def _events(path: Path, item_file: Path) -> Iterator[Chunk]:
+    layout = _detect(path, item_file)
+    read = _read_reviews(path) if layout.columns is None else _read_ratings(path, layout)
+    said = f"users in {layout.columns['user']}, items in {layout.columns['item']}, " if layout.columns else ""
+    for rows, table, size, dialect in read:
         time = table["timestamp"].combine_chunks()
         label, action = rating_labels(table["rating"])
-        seconds = parse_seconds(time, "seconds")
-        yield Chunk(path, event_table(rows, table["user"], table["item"], seconds, time, label, action), size)
+        seconds = parse_seconds(time, layout.time_unit)
+        text = table["rating"].cast(pa.string())
+        events = event_table(rows, table["user"], table["item"], seconds, time, label, action, text)
+        yield Chunk(path, events, size, f"{dialect}; {said}times in {layout.time_unit}")
 
 
-def _items(path: Path) -> Iterator[Chunk]:
+def _detect(path: Path, item_file: Path) -> _Layout:
+    """The layout of an event file. Raises ValueError for a file of another kind."""
+    with Utf8File(path) as file:
+        lines = [line.decode(errors="replace").strip() for _, line in islice(text_lines(path, file), _SAMPLE_ROWS)]
+    if not lines:
+        raise ValueError(f"{path} has no rows; fetch it again")
+    if lines[0].startswith("{"):
+        record = parse_record(lines[0].encode(), path, 1)
+        times = [record.get(key) for key in _KEYS["timestamp"]]
+        return _Layout(None, None, _time_unit(pa.array([str(t) for t in times if t is not None], pa.string())))
+    cells = [line.replace('"', "").split(",") for line in lines]
+    header = [_HEADERS.get(name, name) for name in cells[0]]
+    if set(_KEYS) <= set(header):
+        named = dict(zip(header, cells[0]))
+        times = [row[header.index("timestamp")] for row in cells[1:] if len(row) == len(header)]
+        return _Layout({name: named[name] for name in _KEYS}, None, _time_unit(pa.array(times, pa.string())))
+    if len(cells[0]) != 4 or any(name in cells[0] for name in ("rating", "timestamp")):
+        raise ValueError(
+            f"{path}: its first line is {lines[0][:80]!r}; an Amazon rating file has user, item, rating and timestamp, "
+            "or a header with user_id, parent_asin, rating, timestamp. Give such a file, or use --source table"
+        )
+    rows = [row for row in cells if len(row) == 4]
+    names = list(_KEYS) if _users_are_first(rows, item_file) else ["item", "user", "rating", "timestamp"]
+    return _Layout({name: name for name in _KEYS}, names, _time_unit(pa.array([row[3] for row in rows], pa.string())))
+
+
+def _users_are_first(rows: list[list[str]], item_file: Path) -> bool:
+    """True for the column order of 2014, by the form of the ids, else by the metadata."""
+    of_item = [sum(_ITEM_ID.fullmatch(row[column]) is not None for row in rows) for column in (0, 1)]
+    if of_item[0] == of_item[1]:
+        with Utf8File(item_file) as file:
+            lines = islice(text_lines(item_file, file), 20 * _SAMPLE_ROWS)
+            known = {_item_id(parse_record(line, item_file, row)) for row, line in lines}
+        of_item = [sum(row[column] in known for row in rows) for column in (0, 1)]
+    return of_item[0] <= of_item[1]
+
+
+def _time_unit(times: pa.Array) -> str:
+    number = parse_float(times)
+    number = number[~np.isnan(number)]
+    return "milliseconds" if len(number) and np.median(number) > _MILLISECONDS_FROM else "seconds"
+
+
+def _read_ratings(path: Path, layout: _Layout) -> Iterator[tuple[np.ndarray, pa.Table, int, str]]:
+    assert layout.columns is not None
+    for chunk in read_csv(path, list(layout.columns.values()), Format(separator=",", header=layout.names)):
+        table = chunk.table.select(list(layout.columns.values())).rename_columns(list(layout.columns))
+        yield chunk.rows, table, chunk.size, chunk.dialect
+
+
+def _read_reviews(path: Path) -> Iterator[tuple[np.ndarray, pa.Table, int, str]]:
+    for rows, records, size in _records(path):
+        columns = {}
+        for name, keys in _KEYS.items():
+            found = (next((record[key] for key in keys if record.get(key) is not None), None) for record in records)
+            columns[name] = pa.array([None if value is None else str(value) for value in found], pa.string())
+        yield np.array(rows, np.int64), pa.table(columns), size, "JSON lines"
+
+
+def _records(path: Path) -> Iterator[tuple[list[int], list[dict[str, Any]], int]]:
+    """Yield (rows, records, bytes of the file) in chunks of lines."""
     rows: list[int] = []
-    items: list[tuple[str | None, str, str, list[str]]] = []
+    records: list[dict[str, Any]] = []
     done = 0
-    with path.open("rb") as raw:
-        for row, line in _lines(path, raw):
+    with Utf8File(path) as file:
+        for row, line in text_lines(path, file):
             rows.append(row)
-            with error_location(f"{path}, row {row}", "fetch it again"):
-                items.append(_fields(parse_record(line, path, row)))
+            records.append(parse_record(line, path, row))
             if len(rows) == _ROWS_PER_CHUNK:
-                yield Chunk(path, _item_table(path, rows, items), raw.tell() - done)
-                rows, items, done = [], [], raw.tell()
+                yield rows, records, file.tell() - done
+                rows, records, done = [], [], file.tell()
     if rows:
-        yield Chunk(path, _item_table(path, rows, items), path.stat().st_size - done)
-
-
-def _lines(path: Path, raw: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank with their numbers from 1. Raises ValueError for a damaged gzip file."""
-    row = 0
-    try:
-        for row, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, start=1):
-            if line.strip():
-                yield row, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}, after row {row}: {error}. The file is damaged: fetch it again") from error
+        yield rows, records, path.stat().st_size - done
 
 
 def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
@@ -107,12 +192,29 @@ def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
     return record
 
 
-def _fields(record: dict[str, Any]) -> tuple[str | None, str, str, list[str]]:
+def _item_id(record: dict[str, Any]) -> str | None:
+    """The item that reviews refer to: since 2023 the product that all variants belong to."""
+    found = record.get("parent_asin") or record.get("asin")
+    return None if found is None else str(found)
+
+
+def _items(path: Path, html: str) -> Iterator[Chunk]:
+    for rows, records, size in _records(path):
+        items = []
+        for row, record in zip(rows, records, strict=True):
+            with error_location(f"{path}, row {row}", "fetch it again"):
+                items.append(_fields(record, html))
+        yield Chunk(path, _item_table(path, rows, items), size, "JSON lines" + "; without HTML" * (html == "clean"))
+
+
+def _fields(record: dict[str, Any], html: str) -> tuple[str | None, str, str, list[str]]:
     """(raw id, title, description, categories); `description` and `categories` are lists in some editions."""
-    asin = record.get("asin")
     categories = _flat(record.get("categories", record.get("category")))
     title, description = (" ".join(_flat(record.get(key))) for key in ("title", "description"))
-    return None if asin is None else str(asin), title, description, list(dict.fromkeys(categories))
+    if html == "clean":
+        title, description = without_html(title), without_html(description)
+        categories = [plain for category in categories if (plain := without_html(category))]
+    return _item_id(record), title, description, list(dict.fromkeys(categories))
 
 
 def _flat(value: Any) -> list[str]:

@@ -1,19 +1,24 @@
-"""Streaming of columns of large CSV and Parquet files, with row numbers and errors that name file and row."""
+"""Streaming of columns of large tables: text, Parquet, Arrow and JSON lines; errors name file and row."""
 
-import csv
+import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.common.text_files import Utf8File
+from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, Format, detect_dialect
+from hllm_torchrec.data.sources.row_stream import RowStream
 from hllm_torchrec.data.validation import error_location
 
-_BLOCK_BYTES = 4 << 20
 _ROWS_PER_BATCH = 131_072
+_DAMAGED = "the file is damaged: fetch or write it again"
 
 
 class ColumnChunk(NamedTuple):
@@ -22,51 +27,107 @@ class ColumnChunk(NamedTuple):
     rows: np.ndarray
     table: pa.Table
     size: int
+    dialect: str = ""
+    """How the file is read, for the summary."""
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a `.parquet` file, or of a CSV file with a header (`.tsv`: separated by tabs)."""
-    if path.suffix == ".parquet":
-        return read_parquet(path, columns)
-    return read_csv(path, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
+def read_columns(path: Path, columns: Sequence[str], given: Format | None = None) -> Iterator[ColumnChunk]:
+    """Stream `columns` of a Parquet, Arrow (Feather) or JSON lines file, or of a text table; told by its first bytes.
 
-
-def read_csv(
-    path: Path, columns: Sequence[str], *, delimiter: str = ",", names: Sequence[str] | None = None
-) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a UTF-8 CSV file as strings (an empty cell is ""); line breaks in quotes are allowed.
-
-    `names` are the columns of a file without a header. Raises ValueError naming the file and, if known, the row for a
-    missing column, another number of cells, or bytes that are not UTF-8.
+    Columns that the file lacks are taken from its folders (`day=2024-01-31/part-0.parquet`).
     """
-    present = list(names) if names is not None else _header(path, delimiter)
-    _require_columns(path, columns, present)
+    folders = _values_of_folders(path)
+    inside = [name for name in columns if name not in folders]
+    for chunk in _read(path, inside, given):
+        table = chunk.table
+        for name in columns:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.array([folders[name]] * len(table), pa.string()))
+        yield chunk._replace(table=table.select(list(dict.fromkeys(columns))))
+
+
+def _values_of_folders(path: Path) -> dict[str, str | None]:
+    """The values that the names of a file's folders state, as Spark and Hive write them."""
+    found = [re.fullmatch(r"([^=]+)=(.*)", part) for part in path.parent.parts]
+    return {m[1]: None if m[2] == "__HIVE_DEFAULT_PARTITION__" else m[2] for m in found if m}
+
+
+def _read(path: Path, columns: Sequence[str], given: Format | None) -> Iterator[ColumnChunk]:
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head[:4] == b"PAR1":
+        return read_parquet(path, columns)
+    if head == b"ARROW1":
+        return _read_arrow(path, columns)
+    if path.suffix in (".parquet", ".feather", ".arrow"):
+        raise ValueError(f"{path} is not a {path.suffix[1:]} file by its first bytes; {_DAMAGED}")
+    if given is None or given == Format():
+        with Utf8File(path) as text:
+            first = text.read(4096).lstrip()[:1]
+        if first == b"{":
+            return read_json_lines(path, columns)
+    return read_csv(path, columns, given)
+
+
+def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) -> Iterator[ColumnChunk]:
+    """Stream `columns` of a text table as strings; a missing value is null, and an empty cell in quotes "".
+
+    Raises ValueError naming the file and, if known, the row for a missing column, another number of cells, quotation
+    marks that do not close, or bytes that are not text.
+    """
+    dialect = detect_dialect(path, columns, given)
     wanted = list(dict.fromkeys(columns))
-    read = pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=present, skip_rows=names is None)
-    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    words = ["", *dialect.nulls] if given and given.nulls is not None else ["", "\\N", *dialect.nulls]
     # Strings: a type that Arrow guesses from the first block would change ids ("007") or fail in a later block.
-    types = {name: pa.string() for name in wanted}
-    convert = pa.csv.ConvertOptions(column_types=types, include_columns=wanted, strings_can_be_null=False)
-    next_row, done = (1 if names is not None else 2), 0
-    with pa.OSFile(str(path)) as file:
+    convert = pa.csv.ConvertOptions(
+        column_types={name: pa.string() for name in wanted},
+        include_columns=wanted,
+        null_values=words,
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    next_row, done = dialect.first_row, 0
+    with Utf8File(path, given.encoding if given else None) as file:
         try:
-            with pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert) as reader:
+            with _arrow_reader(RowStream(file, dialect), dialect, convert) as reader:
                 for batch in reader:
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)
                     size, done = file.tell() - done, file.tell()
-                    yield ColumnChunk(rows, pa.Table.from_batches([batch]), size)
-        except (pa.ArrowException, OSError) as error:
+                    yield ColumnChunk(rows, pa.Table.from_batches([batch]), size, str(dialect))
+        except pa.ArrowException as error:
             if "Empty CSV file" in str(error):  # no rows, which is not an error here
                 return
-            raise ValueError(
-                f"{path}, after row {next_row - 1}: {str(error)[:300]}. The file is damaged: fetch it again"
-            ) from error
+            raise ValueError(f"{path}, after row {next_row - 1}: {_reason(error, dialect)}") from error
+
+
+def _arrow_reader(stream: RowStream, dialect: Dialect, convert: pa.csv.ConvertOptions) -> pa.csv.CSVStreamingReader:
+    read = pa.csv.ReadOptions(use_threads=False, block_size=MAX_ROW_BYTES, column_names=_unique(dialect.names))
+    parse = pa.csv.ParseOptions(
+        delimiter=stream.delimiter, quote_char='"' if stream.quote else False, newlines_in_values=stream.quote
+    )
+    return pa.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names with a number for those that came before: columns that are not read may share a name."""
+    return [name if names.index(name) == i else f"{name}\0{i}" for i, name in enumerate(names)]
+
+
+def _reason(error: Exception, dialect: Dialect) -> str:
+    """Arrow's message with the file's row numbers, and the remedy."""
+    before = dialect.first_row - 1
+    text = re.sub(r"Row #(\d+)", lambda m: f"Row #{int(m[1]) + before}", str(error)[:300])
+    if "invalid UTF8" in text:
+        return f"{text}. Set format: {{encoding: cp1252}} (or whichever it is) in the mapping, or fetch it again"
+    if "straddling" in text:
+        return f"a row of more than {MAX_ROW_BYTES:,} bytes; correct it"
+    return f"{text}. Correct the row; the file is read with {dialect}, which `format` in the mapping can change"
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
     """Stream `columns` of a Parquet file in their own types. Raises ValueError for a missing column or damage."""
-    with error_location(path, "the file is damaged: fetch or write it again"), pq.ParquetFile(path) as file:
+    with error_location(path, _DAMAGED), pq.ParquetFile(path) as file:
         _require_columns(path, columns, file.schema_arrow.names)
         wanted = list(dict.fromkeys(columns))
         per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
@@ -78,15 +139,81 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
             yield ColumnChunk(rows, pa.Table.from_batches([batch]).select(wanted), int(per_row * len(batch)))
 
 
-def _header(path: Path, delimiter: str) -> list[str]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+def _read_arrow(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
+    """Stream `columns` of an Arrow IPC (Feather) file in their own types."""
+    with error_location(path, _DAMAGED), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
+        _require_columns(path, columns, file.schema.names)
+        wanted, next_row = list(dict.fromkeys(columns)), 1
+        for index in range(file.num_record_batches):
+            batch = file.get_batch(index)
+            batch.validate(full=True)
+            table = pa.Table.from_batches([batch]).select(wanted)
+            for start in range(0, len(table), _ROWS_PER_BATCH):
+                part = table.slice(start, _ROWS_PER_BATCH)
+                yield ColumnChunk(np.arange(next_row, next_row + len(part)), part, part.nbytes)
+                next_row += len(part)
+
+
+def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
+    """Stream `columns` of a file with a JSON object in every line; a key that a line lacks is null.
+
+    Raises ValueError naming file and row for a line that is not a JSON object, a column that no line of the first
+    batch has, or values of several types in one column.
+    """
+    wanted, done, seen = list(dict.fromkeys(columns)), 0, False
+    with Utf8File(path) as file:
+        for rows, records in _batches(path, file):
+            if not seen:
+                _require_columns(path, wanted, list(dict.fromkeys(key for record in records for key in record)))
+                seen = True
+            with error_location(f"{path}, rows {rows[0]}..{rows[-1]}", "write one type of value per column"):
+                table = pa.table({name: _column([record.get(name) for record in records]) for name in wanted})
+            size, done = file.tell() - done, file.tell()
+            yield ColumnChunk(np.array(rows, np.int64), table, size, "JSON lines")
+
+
+def _column(values: list[Any]) -> pa.Array:
+    kinds = {type(value) for value in values} - {type(None)}
+    return pa.array([float(v) if v is not None else None for v in values] if kinds == {int, float} else values)
+
+
+def _batches(path: Path, file: Utf8File) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    rows: list[int] = []
+    records: list[dict[str, Any]] = []
+    for row, line in text_lines(path, file):
         try:
-            return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter), [])]
-        except csv.Error as error:
-            raise ValueError(f"{path}, row 1: {error}. A line with the columns' names must be there") from error
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, row {row}: not JSON ({error}); write one object per line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, row {row}: a {type(record).__name__}; write one object per line")
+        rows.append(row)
+        records.append(record)
+        if len(rows) == _ROWS_PER_BATCH // 8:
+            yield rows, records
+            rows, records = [], []
+    if rows:
+        yield rows, records
+
+
+def text_lines(path: Path, file: Utf8File) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank with their numbers from 1, without line ends."""
+    before, rest = 0, b""
+    while block := file.read(1 << 20):
+        *lines, rest = (rest + block).split(b"\n")
+        for row, line in enumerate(lines, start=before + 1):
+            if line.strip():
+                yield row, line
+        before += len(lines)
+        if len(rest) > 1 << 28:
+            raise ValueError(f"{path}, row {before + 1}: a line of more than {1 << 28:,} bytes; write one object per line")
+    if rest.strip():
+        yield before + 1, rest
 
 
 def _require_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
-    missing = [name for name in wanted if name not in present]
+    missing = [name for name in dict.fromkeys(wanted) if name not in present]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; it has {', '.join(present) or 'none'}")
+        near = did_you_mean(missing[0], present) if len(missing) == 1 else ""
+        shown = ", ".join(present[:50])[:500] or "none"
+        raise ValueError(f"{path}: no column {', '.join(missing)}{near}; it has {shown}")

@@ -15,10 +15,9 @@ from hllm_torchrec.data.sources.base import (
     Chunk,
     Source,
     event_table,
-    parse_seconds,
-    rating_labels,
     require_files,
 )
+from hllm_torchrec.data.sources.values import parse_seconds, rating_labels
 
 LICENSE_NOTE = (
     "MovieLens data (c) GroupLens, University of Minnesota: for research use; not to be redistributed "

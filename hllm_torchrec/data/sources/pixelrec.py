@@ -19,11 +19,10 @@ from hllm_torchrec.data.sources.base import (
     Chunk,
     Source,
     event_table,
-    parse_seconds,
     require_files,
-    require_time_unit,
 )
 from hllm_torchrec.data.sources.columnar import read_csv
+from hllm_torchrec.data.sources.values import as_id_strings, parse_seconds, require_time_unit
 
 TEXT_COLUMNS = ("title", "tag", "description")
 
@@ -43,6 +42,7 @@ def pixelrec(interactions: str | Path, items: str | Path, *, time_unit: str = "s
         item_features=("tag",),
         label_rule="every event is positive (implicit feedback)",
         action_names={1: "interaction"},
+        is_labelled=False,
         keep_items_without_events=False,
         options={"time_unit": time_unit},
         license_note="PixelRec (c) Westlake University: for research; terms: its repository.",
@@ -50,17 +50,19 @@ def pixelrec(interactions: str | Path, items: str | Path, *, time_unit: str = "s
 
 
 def _events(path: Path, time_unit: str) -> Iterator[Chunk]:
-    for rows, table, size in read_csv(path, ["item_id", "user_id", "timestamp"]):
+    for rows, table, size, dialect in read_csv(path, ["item_id", "user_id", "timestamp"]):
         time = table["timestamp"].combine_chunks()
         ones = np.ones(len(rows))
         users, items = table["user_id"], table["item_id"]
         seconds = parse_seconds(time, time_unit)
-        yield Chunk(path, event_table(rows, users, items, seconds, time, ones.astype(np.float32), ones), size)
+        events = event_table(rows, users, items, seconds, time, ones.astype(np.float32), ones)
+        yield Chunk(path, events, size, dialect)
 
 
 def _items(path: Path) -> Iterator[Chunk]:
-    for rows, table, size in read_csv(path, ["item_id", *TEXT_COLUMNS]):
-        columns = {"raw_item_id": table["item_id"], **{name: table[name] for name in TEXT_COLUMNS}}
-        tags = [[tag.strip()] if tag.strip() else [] for tag in table["tag"].to_pylist()]
+    for rows, table, size, dialect in read_csv(path, ["item_id", *TEXT_COLUMNS]):
+        columns = {"raw_item_id": as_id_strings(table["item_id"], "item")}
+        columns |= {name: table[name] for name in TEXT_COLUMNS}
+        tags = [[tag.strip()] if tag and tag.strip() else [] for tag in table["tag"].to_pylist()]
         columns["feature_tag"] = pa.array(tags, pa.list_(pa.string()))
-        yield Chunk(path, pa.table({**columns, "row": rows}), size)
+        yield Chunk(path, pa.table({**columns, "row": rows}), size, dialect)

@@ -30,6 +30,8 @@ class SourceKind:
     """True if the source accepts --time-unit."""
     takes_event_files: bool = False
     """True if the source accepts event files of new data, as `append`."""
+    takes_html: bool = False
+    """True if the source accepts --html."""
     fetch: Callable[[Path | None], Path] | None = None
     """Downloads the files into the given cache folder and returns their path; used if --path is not given."""
 
@@ -46,10 +48,11 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "amazon": SourceKind(
         amazon,
-        "rating CSV",
+        "ratings or reviews",
         "--path ratings_Books.csv --items meta_Books.json.gz --split leave_one_out --core published \\\n"
         "      --output data/books",
         items="metadata JSON lines",
+        takes_html=True,
     ),
     "table": SourceKind(
         table,
@@ -68,6 +71,7 @@ def build_source(
     time_unit: str | None = None,
     cache_dir: Path | None = None,
     append: Sequence[Path] | None = None,
+    html: str | None = None,
 ) -> Source:
     """Build the source that the arguments name.
 
@@ -80,6 +84,9 @@ def build_source(
     if time_unit is not None and not kind.takes_time_unit:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.takes_time_unit)
         raise ValueError(f"--time-unit belongs to {others}, not to {name} (table: set it in the mapping)")
+    if html is not None and not kind.takes_html:
+        others = " and ".join(other for other, entry in SOURCES.items() if entry.takes_html)
+        raise ValueError(f"--html belongs to {others}, not to {name} (table: set items.html in the mapping)")
     if items is not None and kind.items is None:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.items)
         raise ValueError(f"--items belongs to {others}, not to {name}")
@@ -91,7 +98,6 @@ def build_source(
         raise ValueError(f"--path is missing: {name} cannot be fetched; see --help for what it names")
     if items is None and kind.items is not None:
         raise ValueError(f"--items is missing: {name} needs the file with the items' texts")
-    options: dict[str, Any] = {"time_unit": time_unit} if time_unit else {}
-    if append is not None and kind.takes_event_files:
-        options["append"] = append
+    given = (("time_unit", time_unit), ("html", html), ("append", append if kind.takes_event_files else None))
+    options: dict[str, Any] = {key: value for key, value in given if value is not None}
     return kind.build(path, *([items] if items else []), **options)

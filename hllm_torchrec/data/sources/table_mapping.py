@@ -28,67 +28,22 @@ An event whose label is null (Parquet) or an empty cell (CSV) is not an exposure
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest_schema import is_inside
-from hllm_torchrec.data.sources.base import (
-    Chunk,
-    Source,
-    as_id_strings,
-    event_table,
-    parse_float,
-    parse_seconds,
-    require_time_unit,
-)
-from hllm_torchrec.data.sources.columnar import read_columns
-from hllm_torchrec.data.validation import error_location
-
-_CONVERT = "convert the column, or correct the mapping"
-
-
-@dataclass(frozen=True)
-class EventColumns:
-    """The `events` part of the mapping."""
-
-    path: str
-    user: str
-    item: str
-    time: str | None = None
-    time_unit: str = "seconds"
-    label: str | None = None
-    positive_from: float | None = None
-    action: str | None = None
-    actions: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ItemColumns:
-    """The `items` part of the mapping."""
-
-    path: str
-    item: str
-    text: list[str]
-    features: dict[str, str | None] = field(default_factory=dict)
-    created_at: str | None = None
-    time_unit: str = "seconds"
-
-
-@dataclass(frozen=True)
-class UserColumns:
-    """The `users` part of the mapping."""
-
-    path: str
-    user: str
-    features: dict[str, str | None] = field(default_factory=dict)
+from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.sources.dialect import Format, check_format
+from hllm_torchrec.data.sources.joined_items import JoinedItems
+from hllm_torchrec.data.sources.table_columns import EventColumns, ItemColumns, Join, UserColumns
+from hllm_torchrec.data.sources.table_rows import read_event_rows, read_item_rows, read_user_rows
+from hllm_torchrec.data.sources.values import require_time_unit
 
 
 @dataclass(frozen=True)
@@ -101,6 +56,8 @@ class TableMapping:
     users: UserColumns | None = None
     keep_items_without_events: bool = True
     min_events: int = 0
+    bad_rows: dict[str, str] = field(default_factory=dict)
+    """Handling of kinds of bad rows, see `BadRows`; what is chosen here may cover any share of the rows."""
 
 
 def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> Source:
@@ -113,8 +70,12 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
     mapping = read_mapping(path)
     events, items, users = mapping.events, mapping.items, mapping.users
     event_files = existing_files(append) if append else _find(path, events.path, "events.path")
-    item_files = _find(path, items.path, "items.path", append is not None)
-    user_files = _find(path, users.path, "users.path", append is not None) if users else ()
+    new_only = append is not None  # the items and users of new events may all be known
+    item_files = _find(path, items.path, "items.path", new_only)
+    user_files = _find(path, users.path, "users.path", new_only) if users else ()
+    joined = [
+        (_find(path, join.path, f"items.join[{i}].path", new_only), join) for i, join in enumerate(items.join)
+    ]
     names = dict(enumerate(map(str, events.actions), start=1)) if events.action else {1: "event"}
     rule = "every event is positive" if events.label is None else f"{events.label}, 0 or 1"
     if events.label is not None and events.positive_from is not None:
@@ -122,18 +83,20 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
     return Source(
         name=mapping.name,
         event_files=event_files,
-        other_files=(*item_files, *user_files),
-        events=partial(_events, event_files, events),
-        items=partial(_items, item_files, items),
-        users=partial(_users, user_files, users),
+        other_files=(*item_files, *(file for files, _ in joined for file in files), *user_files),
+        events=partial(read_event_rows, event_files, events),
+        items=partial(read_item_rows, item_files, items, JoinedItems(joined)),
+        users=partial(read_user_rows, user_files, users),
         text_columns=tuple(items.text),
         item_features=tuple(items.features),
         user_features=tuple(users.features) if users else (),
         label_rule=rule,
         action_names=names,
+        is_labelled=events.label is not None,
         has_timestamps=events.time is not None,
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
+        policy=BadRows(**mapping.bad_rows, chosen=frozenset(mapping.bad_rows)),
         options={"mapping": read_yaml(path)},
     )
 
@@ -150,10 +113,22 @@ def read_mapping(path: Path) -> TableMapping:
     top = _checked(raw, TableMapping, path, "")
     for name, kind in parts.items():
         if top.get(name) is not None:
-            top[name] = kind(**_checked(top[name], kind, path, f"{name}."))
+            top[name] = _part(top[name], kind, path, f"{name}.")
     mapping = TableMapping(**top)
     _check_values(mapping, path)
     return mapping
+
+
+def _part(raw: Any, kind: type, path: Path, prefix: str) -> Any:
+    """The dataclass `kind` of a part of the mapping, with the parts inside it."""
+    given = _checked(raw, kind, path, prefix)
+    if "format" in given:
+        given["format"] = Format(**_checked(given["format"], Format, path, f"{prefix}format."))
+        if problem := check_format(given["format"]):
+            raise ValueError(f"{path}: {prefix}format.{problem}")
+    if "join" in given:
+        given["join"] = [_part(join, Join, path, f"{prefix}join[{i}].") for i, join in enumerate(given["join"])]
+    return kind(**given)
 
 
 def _checked(raw: Any, kind: type, path: Path, prefix: str) -> dict[str, Any]:
@@ -187,6 +162,9 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     int: (int, "a whole number"),
     float | None: ((int, float), "a number"),
     list[str]: (list, "a list of names"),
+    list[str] | None: (list, "a list of names"),
+    list[Join]: (list, "a list of files, each with path, item and columns"),
+    dict[str, str]: (dict, "a mapping of kinds of bad rows to error, drop or keep"),
     dict[str, str | None]: (dict, "a mapping of columns to separators"),
 }
 """Type annotation of a field -> the accepted types of its YAML value, and their description for messages."""
@@ -199,6 +177,19 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
         raise ValueError(f"{path}: items.text=[] must be a list of at least one column")
     if not all(isinstance(name, str | int | float) for name in mapping.events.actions):
         raise ValueError(f"{path}: events.actions is {abbreviate(mapping.events.actions)}, it must be a list of names")
+    if mapping.items.html not in ("keep", "clean"):
+        raise ValueError(f"{path}: items.html is {abbreviate(mapping.items.html)}; choose one of keep, clean")
+    unknown = [kind for kind in mapping.bad_rows if kind not in BadRows().to_dict()]
+    if unknown:
+        known = ", ".join(BadRows().to_dict())
+        raise ValueError(f"{path}: bad_rows has no kind {abbreviate(unknown[0])}; known: {known}")
+    own = (*mapping.items.text, *mapping.items.features)
+    for i, join in enumerate(mapping.items.join):
+        for name in join.columns:
+            if name not in own:
+                raise ValueError(
+                    f"{path}: items.join[{i}].columns has {abbreviate(name)}; list it in items.text or items.features"
+                )
     users = mapping.users.features if mapping.users else {}
     for name in (*mapping.items.text, *mapping.items.features, *users):
         # The name becomes a file name of the dataset (`features/<name>.parquet`).
@@ -222,98 +213,32 @@ def existing_files(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _find(mapping_file: Path, pattern: str, field_name: str, may_be_none: bool = False) -> tuple[Path, ...]:
+    """The files of a pattern in natural order (`day-2` before `day-10`); of a folder, all files in it.
+
+    Hidden files and those that begin with `_`, as Spark writes beside its parts, are left out.
+    """
     given = Path(pattern)
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent
     relative = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
     try:
-        found = tuple(sorted(p for p in root.glob(relative) if p.is_file()))
+        found = sorted(root.glob(relative), key=natural_key)
+        files = [file for path in found for file in _files_of(path, is_named=path.name == given.name)]
     except (ValueError, NotImplementedError, IndexError, RecursionError) as error:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} is not a path ({error}); correct it") from error
-    if not found and not may_be_none:
+    if not files and not may_be_none:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} matches no file under {root}; correct the path")
-    return found
+    return tuple(dict.fromkeys(files))
 
 
-def _events(files: tuple[Path, ...], columns: EventColumns) -> Iterator[Chunk]:
-    wanted = [columns.user, columns.item, columns.time, columns.label, columns.action]
-    for path in files:
-        for rows, data, size in read_columns(path, [name for name in wanted if name is not None]):
-            with error_location(path, _CONVERT):
-                seconds = text = None
-                if columns.time is not None:
-                    time = data[columns.time].combine_chunks()
-                    seconds, text = parse_seconds(time, columns.time_unit), time
-                label = _labels(data, columns)
-                action = _actions(data, columns, path, rows)
-                events = event_table(rows, data[columns.user], data[columns.item], seconds, text, label, action)
-            yield Chunk(path, events, size)
+def _files_of(path: Path, *, is_named: bool) -> list[Path]:
+    if path.is_file():
+        return [path] if is_named or not path.name.startswith((".", "_")) else []
+    inside = (file for file in path.rglob("*") if file.is_file())
+    shown = [file for file in inside if not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)]
+    return sorted(shown, key=natural_key)
 
 
-def _labels(data: pa.Table, columns: EventColumns) -> pa.Array:
-    """float32 labels; null without a label (not an exposure), NaN if it is not a number or not 0 or 1."""
-    if columns.label is None:
-        return pa.array(np.ones(len(data), np.float32))
-    raw = data[columns.label]
-    absent = pc.is_null(raw)
-    if pa.types.is_string(raw.type) or pa.types.is_large_string(raw.type):
-        absent = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(raw), ""), True)
-    value = parse_float(pc.cast(raw, pa.float64()) if pa.types.is_boolean(raw.type) else raw)
-    if columns.positive_from is not None:
-        value = np.where(np.isnan(value), np.nan, value >= columns.positive_from)
-    value = np.where((value == 0) | (value == 1), value, np.nan)
-    return pa.array(value.astype(np.float32), mask=absent.to_numpy(zero_copy_only=False))
-
-
-def _actions(data: pa.Table, columns: EventColumns, path: Path, rows: np.ndarray) -> np.ndarray:
-    """int32 ids by the mapping's list; 0 for null or blank. Raises ValueError for a value that is not listed."""
-    if columns.action is None:
-        return np.ones(len(data), np.int32)
-    raw = pc.utf8_trim_whitespace(pc.fill_null(data[columns.action].cast(pa.string()), ""))
-    listed = pa.array([str(name) for name in columns.actions], pa.string())
-    ids = pc.add(pc.fill_null(pc.index_in(raw, value_set=listed), -1), 1).to_numpy().astype(np.int32)
-    unlisted = (ids == 0) & pc.not_equal(raw, "").to_numpy(zero_copy_only=False)
-    if unlisted.any():
-        first = int(np.flatnonzero(unlisted)[0])
-        raise ValueError(
-            f"{path}, row {rows[first]}: {columns.action}={raw[first].as_py()!r} is not in events.actions "
-            f"({', '.join(map(str, columns.actions))}); add it there"
-        )
-    return ids
-
-
-def _items(files: tuple[Path, ...], columns: ItemColumns) -> Iterator[Chunk]:
-    dates = [columns.created_at] if columns.created_at is not None else []
-    for path in files:
-        for rows, data, size in read_columns(path, [columns.item, *columns.text, *columns.features, *dates]):
-            with error_location(path, _CONVERT):
-                out = {"raw_item_id": as_id_strings(data[columns.item], "item")}
-                out |= {name: data[name].cast(pa.string()) for name in columns.text}
-                if columns.created_at is not None:
-                    out["created_at"] = parse_seconds(data[columns.created_at].combine_chunks(), columns.time_unit)
-                items = pa.table({**out, **_features(data, columns.features), "row": rows})
-            yield Chunk(path, items, size)
-
-
-def _users(files: tuple[Path, ...], columns: UserColumns | None) -> Iterator[Chunk]:
-    if columns is None:
-        return
-    for path in files:
-        for rows, data, size in read_columns(path, [columns.user, *columns.features]):
-            with error_location(path, _CONVERT):
-                ids = as_id_strings(data[columns.user], "user")
-                users = pa.table({"raw_user_id": ids, **_features(data, columns.features), "row": rows})
-            yield Chunk(path, users, size)
-
-
-def _features(data: pa.Table, features: Mapping[str, str | None]) -> dict[str, pa.Array]:
-    """Each feature column as list<string>: split by its separator, without blanks."""
-    out = {}
-    for name, separator in features.items():
-        column = data[name].combine_chunks()
-        if pa.types.is_list(column.type):
-            cells = [[str(v) for v in cell or []] for cell in column.to_pylist()]
-        else:
-            texts = column.cast(pa.string()).to_pylist()
-            cells = [(text or "").split(separator) if separator else [text or ""] for text in texts]
-        out[f"feature_{name}"] = pa.array([[v.strip() for v in c if v.strip()] for c in cells], pa.list_(pa.string()))
-    return out
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """Sort key of a path: numbers in it by their value."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]

@@ -1,0 +1,202 @@
+"""Text files of users: compressed or not, in UTF-8 or with a byte order mark, read as a stream or as a short list.
+
+Compression and encoding are recognized by the first bytes, not by the name of the file.
+"""
+
+import bz2
+import codecs
+import gzip
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+LARGEST_LIST = 1 << 28
+"""Maximum size of a list of ids, in bytes."""
+
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+}
+_MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowException, OSError)
+_HEAD = 4096
+
+
+class PlainFile:
+    """The decompressed bytes of a file; a context manager.
+
+    `compression` is "gzip", "bzip2", "xz", "zstd", "lz4", "zip" or "". A zip archive must hold one file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`. Raises ValueError for a damaged archive or one of several files."""
+        self.path = path
+        self._raw: BinaryIO = path.open("rb")
+        head = self._raw.read(8)
+        self._raw.seek(0)
+        self.compression = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), "")
+        try:
+            with self._damage():
+                self._data = self._decompressed()
+        except BaseException:
+            self._raw.close()
+            raise
+
+    def _decompressed(self) -> BinaryIO:
+        match self.compression:
+            case "":
+                return self._raw
+            case "gzip":
+                return gzip.open(self._raw)
+            case "bzip2":
+                return bz2.open(self._raw)
+            case "xz":
+                return lzma.open(self._raw)
+            case "zip":
+                return self._member()
+        stream: BinaryIO = pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), self.compression)
+        return stream
+
+    def _member(self) -> BinaryIO:
+        archive = zipfile.ZipFile(self._raw)
+        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+        if "[Content_Types].xml" in names:
+            raise ValueError(f"{self.path} is a workbook or a document, not a table; write it as CSV or Parquet")
+        if len(names) != 1:
+            some = ", ".join(names[:5])
+            raise ValueError(f"{self.path} holds {len(names)} files ({some}); give an archive of one, or unpack it")
+        stream: BinaryIO = archive.open(names[0])  # type: ignore[assignment]
+        return stream
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Errors of decompression as ValueError; those of the machine (an OSError with a number) pass unchanged."""
+        try:
+            yield
+        except _DAMAGE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            kind = f"{self.compression} file" if self.compression else "file"
+            raise ValueError(f"{self.path} is a damaged {kind} ({error}); fetch or write it again") from error
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; b"" at the end. Raises ValueError for damage."""
+        with self._damage():
+            return self._data.read(size)
+
+    def tell(self) -> int:
+        """Number of bytes of the file that have been read, compressed ones if it is compressed."""
+        return self._raw.tell()
+
+    def __enter__(self) -> "PlainFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+
+class Utf8File:
+    """The text of a file as UTF-8 bytes without a byte order mark; a context manager.
+
+    Bytes that should be UTF-8 are passed on unchecked, because the readers of tables check them with row and column.
+    """
+
+    def __init__(self, path: Path, encoding: str | None = None) -> None:
+        """Open `path`. encoding: None for UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
+        self._plain = PlainFile(path)
+        self.path, self.compression = path, self._plain.compression
+        try:
+            self._waiting = self._plain.read(_HEAD)
+            self.encoding = encoding or _encoding(self._waiting)
+            plain = self.encoding in ("utf-8", "ascii", "us-ascii", "utf8")
+            self._decoder = None if plain else codecs.getincrementaldecoder(self.encoding)()
+        except LookupError as error:
+            self._plain.__exit__()
+            raise ValueError(f"{path}: {encoding!r} is not an encoding; choose one like utf-8, cp1252") from error
+        except BaseException:
+            self._plain.__exit__()
+            raise
+        self._lines = 1
+
+    def read(self, size: int) -> bytes:
+        """About `size` bytes; b"" at the end only. Raises ValueError naming the line of bytes without a meaning."""
+        while True:
+            data, self._waiting = self._waiting or self._plain.read(size), b""
+            if self._decoder is None:
+                return data
+            try:
+                text = self._decoder.decode(data, final=not data).encode()
+            except UnicodeError as error:
+                raise ValueError(
+                    f"{self.path}, after line {self._lines}: not {self.encoding} ({error}); set the encoding, or "
+                    "write the file as UTF-8"
+                ) from error
+            self._lines += text.count(b"\n")
+            if text or not data:
+                return text
+
+    def tell(self) -> int:
+        """Number of bytes of the file that have been read."""
+        return self._plain.tell()
+
+    def __enter__(self) -> "Utf8File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._plain.__exit__()
+
+
+def _encoding(head: bytes) -> str:
+    """The encoding that a byte order mark states, else UTF-16 if every second byte is 0, else UTF-8."""
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    for first, name in ((1, "utf-16-le"), (0, "utf-16-be")):
+        half, other = head[first::2], head[1 - first :: 2]
+        if len(head) >= 4 and half.count(0) > 0.9 * len(half) and other.count(0) < 0.1 * len(other):
+            return name
+    return "utf-8"
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a small text file that are not blank, without the line ends: ids, one a line.
+
+    Blanks inside a line, at its ends too, belong to it. The file may be compressed, in UTF-8 or UTF-16.
+
+    Raises:
+        ValueError: the file is not text, has no line, or is larger than `LARGEST_LIST`.
+    """
+    with Utf8File(path) as file:
+        blocks, size = [], 0
+        while block := file.read(1 << 20):
+            blocks.append(block)
+            size += len(block)
+            if size > LARGEST_LIST:
+                raise ValueError(f"{path} is larger than {LARGEST_LIST:,} bytes; give a text file of ids, one per line")
+    try:
+        text = b"".join(blocks).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}: write the ids as UTF-8 text, one per line") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not text; write the ids as UTF-8 text, one per line")
+    # Not splitlines, which also divides at characters that an id may contain (U+0085, U+2028).
+    lines = [line for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} has no lines; write the ids as UTF-8 text, one per line")
+    return lines

@@ -1,0 +1,117 @@
+"""Division of a text table's bytes into rows and cells, for any separator, quoting and escapes."""
+
+import re
+from functools import cache
+from typing import NamedTuple
+
+BARE_RETURN = re.compile(rb"\r(?!\n|\Z)")
+"""A carriage return that ends no line, in a file whose lines end otherwise."""
+NULL = b"\\N"
+"""Null in the exports of MySQL and PostgreSQL."""
+
+
+class Cell(NamedTuple):
+    """A cell of the sample: its bytes without quotation marks and escapes, and whether it was quoted."""
+
+    value: bytes
+    quoted: bool
+
+
+class Rows(NamedTuple):
+    """The complete rows of a text, and the bytes that they take (fewer than the text: the rest is not a whole row)."""
+
+    rows: list[list[Cell]]
+    size: int
+    is_broken: bool
+    """True if the rest cannot become a row: a quoted cell goes on after its mark."""
+
+
+@cache
+def cell_pattern(separator: bytes, quote: bytes, escape: bytes, line_end: bytes) -> re.Pattern[bytes]:
+    """Pattern of a cell (group `quoted` with its marks, or `plain`) and what ends it (group `end`).
+
+    line_end: CR in a file whose first line ends so. Otherwise rows end at LF or CR LF, and a CR alone is a character.
+    """
+    end, mark, slash = re.escape(separator), re.escape(quote), re.escape(escape)
+    # Possessive: a cell that does not fit is not tried in another way, which would take quadratic time.
+    plain = b"[^" + re.escape(b"\r\n" + separator[:1] + (b"" if quote else escape)) + b"]"
+    if len(separator) > 1:
+        plain += b"|(?!" + end + b")" + re.escape(separator[:1])
+    if line_end != b"\r":
+        plain += rb"|\r(?!\n|\Z)"
+    quoted = b"(?!)"
+    if quote:
+        inner = b"[^" + mark + slash + b"]++|" + mark * 2 + (b"|" + slash + b"." if escape else b"")
+        quoted = mark + b"(?:" + inner + b")*+" + mark
+        plain = b"(?!" + mark + b")(?:" + plain + b")*+"
+    else:
+        plain = b"(?:" + plain + (b"|" + slash + b"(?:\r\n|.)" if escape else b"") + b")*+"
+    ends = rb"\r" if line_end == b"\r" else rb"\r?\n|\r\Z"
+    return re.compile(
+        b"(?:(?P<quoted>" + quoted + b")|(?P<plain>" + plain + b"))(?P<end>" + end + b"|" + ends + b"|\\Z)", re.DOTALL
+    )
+
+
+def split_rows(
+    text: bytes, separator: bytes, quote: bytes, escape: bytes, line_end: bytes = b"\n", *, final: bool
+) -> Rows:
+    """The rows of `text`, blank lines left out. final: the text ends with its last row, also without a line break."""
+    rows: list[list[Cell]] = []
+    row: list[Cell] = []
+    size = 0
+    found = matches(cell_pattern(separator, quote, escape, line_end), text)
+    for match in found:
+        end = match["end"]
+        if end not in (separator, line_end) and not end.endswith(b"\n") and not (final and match.end() == len(text)):
+            break
+        if match["quoted"] is not None:
+            row.append(Cell(_unquoted(match["quoted"], quote, escape), True))
+        else:
+            plain = match["plain"]
+            # A cell with escapes counts as quoted: two backslashes and N are a text.
+            is_text = bool(escape) and not quote and escape in plain and plain != NULL
+            row.append(Cell(_unescaped(plain), True) if is_text else Cell(plain, False))
+        if end != separator:
+            if len(row) > 1 or row[0].value or row[0].quoted:
+                rows.append(row)
+            row, size = [], match.end()
+    at = found[-1].end() if found else 0
+    return Rows(rows, size, at < len(text) and not _open_cell(quote, escape).fullmatch(text, at))
+
+
+@cache
+def _open_cell(quote: bytes, escape: bytes) -> re.Pattern[bytes]:
+    """Pattern of a quoted cell whose end is not there yet, or of an escape without its character."""
+    if not quote:
+        return re.compile(b"(?!)" if not escape else b".*" + re.escape(escape), re.DOTALL)
+    mark, slash = re.escape(quote), re.escape(escape)
+    inner = b"[^" + mark + slash + b"]++|" + mark * 2 + (b"|" + slash + b"(?:.|\\Z)" if escape else b"")
+    return re.compile(mark + b"(?:" + inner + b")*+" + mark + b"?", re.DOTALL)
+
+
+def matches(pattern: re.Pattern[bytes], text: bytes) -> "list[re.Match[bytes]]":
+    """Consecutive matches from the start, until one does not fit or the text is over."""
+    found, at = [], 0
+    while at < len(text) and (match := pattern.match(text, at)):
+        found.append(match)
+        at = match.end()
+    return found
+
+
+_ESCAPES = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"0": b"\0", b"b": b"\b", b"f": b"\f", b"v": b"\v"}
+
+
+def _unescaped(cell: bytes) -> bytes:
+    """A cell that is not quoted, with its escapes replaced."""
+    return re.sub(rb"\\(\r\n|.)", lambda m: _ESCAPES.get(m[1], m[1]), cell, flags=re.DOTALL)
+
+
+def _unquoted(cell: bytes, quote: bytes, escape: bytes) -> bytes:
+    inner = cell[1:-1].replace(quote * 2, quote)
+    # Spark and csv write a backslash before marks and backslashes only: before anything else it is itself.
+    return re.sub(rb"\\([\\" + quote + rb"])", rb"\1", inner) if escape else inner
+
+
+def count_lines(text: bytes) -> int:
+    """Number of line ends (LF, CR LF or CR) in a text."""
+    return text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
