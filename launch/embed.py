@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
     with distributed_device() as device:
         # The run's store may lack new items; it is not checked here, because this job embeds them.
-        loaded = load_run(args.run, args.checkpoint, device, use_items=args.items is None)
+        loaded = load_run(args.run, args.checkpoint, device, dataset=args.dataset, use_items=args.items is None)
         with loaded.weights:
             if args.items is not None:
                 _embed_items(loaded, args)

@@ -60,11 +60,12 @@ class CommandParser(argparse.ArgumentParser):
         self._output_may_be_url = output_may_be_url
 
     def add_run(self, *, required: bool = True, checkpoint: bool = True) -> None:
-        """Add `--run` and `--checkpoint`.
+        """Add `--run`, `--checkpoint` and `--dataset`.
 
         `--run-dir` is an alias, because torchrun takes --run for an abbreviation of its own options.
 
         required: if False, `--run` is optional and the default of `--checkpoint` is None, which means best.
+        checkpoint: if False, the job does not load the model: `--run` alone.
         """
         run_help = (
             "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
@@ -73,6 +74,8 @@ class CommandParser(argparse.ArgumentParser):
         if checkpoint:
             given = "best" if required else None
             self.add_argument("--checkpoint", default=given, help="best (the default), latest, or a directory")
+            dataset_help = "dataset with the ids of the run's, or more (default: the newest version of the run's own)"
+            self.add_argument("--dataset", type=Path, metavar="DIR", help=dataset_help)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""

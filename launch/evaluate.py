@@ -4,6 +4,7 @@
     hllm evaluate --predictions new=new.parquet old=old.parquet --slices country --output runs/comparison
     hllm evaluate --predictions both=scores.csv --score both=score_new --memory 4G --output runs/new
     hllm evaluate --run-dir runs/nightly --baseline accepted/metrics.json --max-drop 0.001
+    hllm evaluate --run-dir runs/yesterday --dataset data/today --output runs/yesterday/on-today
     torchrun --nproc_per_node 2 -m hllm_torchrec.launch.evaluate --run-dir runs/quickstart
 
 Into the run directory it writes predictions/<split>/, metrics.json (metrics-valid.json for the validation part),
@@ -129,11 +130,11 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
     from hllm_torchrec.evaluation.metrics_schema import retrieval_alone
     from hllm_torchrec.evaluation.run_loader import run_config, score_run, training_overlap
 
-    config = run_config(args.run)  # report errors before the ranks connect
+    config = run_config(args.run, args.dataset)  # report errors before the ranks connect
     refuse_without_effect(args, ranks_exposures=config.objective.fusion != "none" or bool(others))
     storage = RunStorage(local_run(args.run), url_of(args.run))
     with distributed_device() as device:
-        scores = score_run(args.run, args.split, args.checkpoint or "best", device)
+        scores = score_run(args.run, args.split, args.checkpoint or "best", device, args.dataset)
         own = {storage.folder.resolve().name: scores.predictions} if scores.predictions else {}
         overlap = None
         if own or others:

@@ -101,8 +101,10 @@ def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> No
 
     ranks_exposures: True if there are predictions; a generative run without models to compare has none.
     """
-    if args.checkpoint is not None and args.run is None:
-        raise ValueError(f"--checkpoint {args.checkpoint} is of a run; name it with --run-dir, or leave it out")
+    for option in ("checkpoint", "dataset"):
+        if getattr(args, option) is not None and args.run is None:
+            given = f"--{option} {getattr(args, option)}"
+            raise ValueError(f"{given} is of a run; name it with --run-dir, or leave it out")
     for option in ("max_drop", "on_unsure"):
         if getattr(args, option) is not None and args.baseline is None:
             raise ValueError(

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.weights.export import export_huggingface
 
     with distributed_device() as device:
-        export_huggingface(args.run, args.checkpoint, args.output, device)
+        export_huggingface(args.run, args.checkpoint, args.output, device, args.dataset)
     print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
 

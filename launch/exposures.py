@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     lines: list[str] = []
     with distributed_device() as device:
-        loaded = load_run(args.run, args.checkpoint, device)
+        loaded = load_run(args.run, args.checkpoint, device, dataset=args.dataset)
         with loaded.weights, open_embedder(loaded.experiment):  # prepare item embeddings once
             if args.items is not None:
                 items = embed_item_features(loaded, args.items)

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise ValueError(f"--output {args.output}: already exists: choose another folder, or remove it")
     with distributed_device() as device:
-        number = export_item_index(args.run, args.output, args.checkpoint, device, args.kind, args.cells)
+        number = export_item_index(
+            args.run, args.output, args.checkpoint, device, args.kind, args.cells, dataset=args.dataset
+        )
         if rank() == 0:
             print(f"{number:,} items: {args.output}")
 

@@ -5,8 +5,11 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
+from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import display_url
+from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
 from hllm_torchrec.data.prepare import prepare
@@ -34,7 +37,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--items", type=Path, help="; ".join(f"{name}: {kind.items}" for name, kind in SOURCES.items() if kind.items)
     )
-    parser.add_argument("--split", default="time", choices=RULES, help="default: time")
+    parser.add_argument("--split", choices=RULES, help="default: time, or date if dates are given")
     parser.add_argument(
         "--fractions",
         nargs=3,
@@ -43,6 +46,9 @@ def build_parser() -> CommandParser:
         metavar=("TRAIN", "VALID", "TEST"),
         help="shares of the parts (default: 0.8 0.1 0.1)",
     )
+    for name, what in (("--train-until", "train"), ("--valid-until", "valid")):
+        text = f"split by date: events before it are {what} (UTC: 2023-11-22, 2023-11-22T18:00)"
+        parser.add_argument(name, type=moment, metavar="DATE", help=text)
     parser.add_argument(
         "--hold-out-items",
         type=float,
@@ -68,6 +74,13 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--users-per-row-group", type=int, default=256)
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
+    parser.add_argument(
+        "--append",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="add a version with new events, keep all that is there; table: the new event files (default: the mapping's)",
+    )
     parser.add_argument("--extend", action="store_true", help="prepare again, keep all ids, append the new ones")
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser
@@ -84,17 +97,43 @@ def build_policy(source: Source, settings: list[str]) -> BadRows:
     return BadRows(**choices)
 
 
+def moment(text: str) -> int:
+    """Second UTC of a date or date-time, for argparse."""
+    try:
+        return second_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def split_of(args: argparse.Namespace) -> Split:
+    """The split that the options name. Raises ValueError if they do not fit together."""
+    dates = (args.train_until, args.valid_until)
+    rule = args.split or ("time" if dates == (None, None) else "date")
+    return Split(rule, tuple(args.fractions), args.hold_out_items, args.seed, *dates)
+
+
 def summary(path: Path, name: str = "") -> str:
     """Printed summary of a prepared dataset; name: shown instead of its path."""
     manifest = read_manifest(path)
     counts = manifest["counts"]
-    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"]
+    version = f", version {manifest['version']}" if "version" in manifest else ""
+    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items{version}"]
     for part, facts in manifest["parts"].items():
         share = facts["positives"] / max(facts["exposures"], 1)
         lines.append(f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive")
     for what in ("dropped", "kept"):
-        if counts[what]:
+        if counts[what] and "version" not in manifest:
             lines.append(f"  {what}: {json.dumps(counts[what])}")
+    return "\n".join(lines)
+
+
+def describe_append(entry: dict[str, Any]) -> str:
+    """Lines about an appended version: what it added."""
+    late = f", {entry['late_events']:,} of them late" if entry["late_events"] else ""
+    lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
+    for what in ("items", "users"):
+        lines.append(f"  {what}: {entry[f'new_{what}']:,} new, {entry[f'changed_{what}']:,} changed")
+    lines += [f"  {what}: {json.dumps(entry[what])}" for what in ("dropped", "kept") if entry[what]]
     return "\n".join(lines)
 
 
@@ -105,15 +144,26 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError: the source, its files or an option are not usable.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir)
+    given = [f"--{name}" for name in ("append", "extend", "overwrite") if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir, args.append)
     if source.license_note and args.path is not None:  # a download has printed it already
         print(source.license_note, file=sys.stderr)
+    policy = build_policy(source, args.bad_rows)
     with writable_dataset(args.output) as folder:
+        if args.append is not None:
+            moves_cuts = (args.train_until, args.valid_until) != (None, None)
+            split = split_of(args) if moves_cuts else None
+            entry = append_events(source, folder, policy=policy, split=split)
+            text = summary(folder, display_url(args.output))
+            print(text if entry is None else f"{text}\n{describe_append(entry)}")
+            return
         prepare(
             source,
             folder,
-            split=Split(args.split, tuple(args.fractions), args.hold_out_items, args.seed),
-            policy=build_policy(source, args.bad_rows),
+            split=split_of(args),
+            policy=policy,
             min_events=args.min_events,
             core=args.core,
             users_per_row_group=args.users_per_row_group,

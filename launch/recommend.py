@@ -41,7 +41,14 @@ def run(args: argparse.Namespace) -> None:
 
     with distributed_device() as device:
         found = recommend(
-            args.run, args.user, args.top, device, which=args.checkpoint, time=args.time, include_seen=args.seen_too
+            args.run,
+            args.user,
+            args.top,
+            device,
+            which=args.checkpoint,
+            time=args.time,
+            include_seen=args.seen_too,
+            dataset=args.dataset,
         )
     print(as_text(args.user, found, args.history))
 

@@ -119,3 +119,22 @@ def test_other_users_of_the_batch_do_not_matter() -> None:
         batch, together = run(model, cfg, [*fixtures.pieces("train")[:3], piece])
     mine = batch.user_ids[torch.repeat_interleave(batch.query_offsets.diff())] == piece.user_id
     torch.testing.assert_close(together.logits[mine], single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["late", "early"])
+@pytest.mark.parametrize("training", [False, True])
+def test_events_younger_than_the_feedback_delay_are_not_seen(fusion: str, training: bool) -> None:
+    piece, target = busiest(fixtures.pieces("train"))
+    second = piece.timestamps[target]
+    before = np.unique(piece.timestamps[piece.timestamps < second])
+    delay = int(second - before[-2])  # the last two seconds before the request are too young
+    cfg = config(fusion, data={"feedback_delay": delay})
+    model = fixtures.model(cfg)
+    others = np.arange(len(piece)) != target
+    young = flipped(piece, (piece.timestamps >= second - delay) & others, items=True)
+    known = flipped(piece, piece.timestamps < second - delay)
+    expected, found, control = (logit_of(model, cfg, p, target, training) for p in (piece, young, known))
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert abs(control - expected) > 1e-3
+    without = config(fusion)
+    assert abs(logit_of(model, without, young, target, training) - expected) > 1e-3, "the delay is what hides them"

@@ -39,7 +39,7 @@ def score_running_bias(histories: Histories, labels: ItemLabels, config: Running
 
 
 def run_bias(
-    dataset: Dataset, config: ItemMeanConfig | RunningBiasConfig, splits: tuple[str, ...]
+    dataset: Dataset, config: ItemMeanConfig | RunningBiasConfig, splits: tuple[str, ...], feedback_delay: int = 0
 ) -> dict[str, PredictionColumns]:
     """Return this rank's predictions of each split. Collective.
 
@@ -58,4 +58,4 @@ def run_bias(
             scores = score_running_bias(histories, labels, config)
         return scores, scores.clip(0, 1)
 
-    return {split: score_by_group(dataset, split, cold, score) for split in splits}
+    return {split: score_by_group(dataset, split, cold, score, feedback_delay) for split in splits}

@@ -25,7 +25,9 @@ from hllm_torchrec.data.predictions import PredictionColumns
 Doubles = NDArray[np.floating[Any]]
 
 
-def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ...]) -> dict[str, PredictionColumns]:
+def run_gaussian(
+    dataset: Dataset, options: FactorOptions, splits: tuple[str, ...], feedback_delay: int = 0
+) -> dict[str, PredictionColumns]:
     """Return this rank's predictions of each split. Collective.
 
     Raises:
@@ -40,7 +42,7 @@ def run_gaussian(dataset: Dataset, options: FactorOptions, splits: tuple[str, ..
         deviations = torch.from_numpy((expected - threshold) / np.sqrt(model.noise))
         return expected, torch.special.ndtr(deviations).numpy()
 
-    return {split: score_by_group(dataset, split, cold, score_histories) for split in splits}
+    return {split: score_by_group(dataset, split, cold, score_histories, feedback_delay) for split in splits}
 
 
 def positive_threshold(dataset: Dataset) -> float:

@@ -28,19 +28,22 @@ def run_baseline(name: str, config: BaselinesConfig, dataset: Dataset, device: t
     Raises:
         ValueError: a split is empty, or the settings do not fit the dataset.
     """
-    settings = getattr(config, name)
+    settings, delay = getattr(config, name), config.feedback_delay
+    if name == "dlrm":
+        settings = dataclasses.replace(settings, feedback_delay=delay)
     made_of = {
         "baseline": name,
         "config": to_dict(settings),
         "dataset": dataset.fingerprint,
         "hllm_torchrec": hllm_torchrec.__version__,
+        **({"feedback_delay": delay} if delay else {}),
     }
 
     def make() -> tuple[dict[str, PredictionColumns], dict[str, float]]:
         if name == "dlrm":
             return run_dlrm(dataset, settings, device, directory, SPLITS)
         if name == "gaussian":
-            return run_gaussian(dataset, settings, SPLITS), {}
-        return run_bias(dataset, settings, SPLITS), {}
+            return run_gaussian(dataset, settings, SPLITS, delay), {}
+        return run_bias(dataset, settings, SPLITS, delay), {}
 
     return run_if_changed(directory / RECORD, made_of, make)

@@ -27,6 +27,7 @@ class RunningBiasConfig:
 
 
 BASELINE_BOUNDS = {
+    "feedback_delay": ">= 0",
     "item_mean.shrinkage": ">= 0",
     "running_bias.item_shrinkage": ">= 0",
     "running_bias.user_shrinkage": ">= 0",
@@ -48,6 +49,8 @@ class BaselinesConfig:
         ConfigError: values out of range, all of them.
     """
 
+    feedback_delay: int = 0
+    """Seconds from an event until a baseline may see it, as `data.feedback_delay` of a model; that of `dlrm` too."""
     item_mean: ItemMeanConfig = field(default_factory=ItemMeanConfig)
     """Mean training label of the item."""
     running_bias: RunningBiasConfig = field(default_factory=RunningBiasConfig)

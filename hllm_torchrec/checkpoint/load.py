@@ -23,15 +23,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hllm_torchrec.checkpoint import growth
 from hllm_torchrec.checkpoint import layout as files
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
 from hllm_torchrec.checkpoint.save import BackgroundWriter, first_error, save_checkpoint
-from hllm_torchrec.checkpoint.state import flatten, rng_state, set_rng_state
+from hllm_torchrec.checkpoint.state import flatten, is_under, rng_state, set_rng_state
 from hllm_torchrec.distributed import coordination
-from hllm_torchrec.embedding.tables import local_shards
 
 __all__ = [
     "BackgroundWriter",
@@ -46,22 +45,29 @@ __all__ = [
 ]
 
 _NAMES_SHOWN = 5
+_REMEDY = (
+    "Build the model from the configuration saved with the checkpoint, or choose another checkpoint (allow_missing "
+    "keeps the present values under given prefixes)"
+)
 _logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = ()) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, state: Mapping[str, Any], *, allow_missing: Sequence[str] = (), remedy: str = _REMEDY
+) -> dict[str, Any]:
     """Copy a checkpoint into the tensors of `state`, in place, and return its `extra`. Collective.
 
-    The world size and the sharding plan may differ from those of the save, and dtypes are converted. Row-wise
-    optimizer state (one value for each row and column shard) is averaged over the saved shards if the new plan has
-    fewer, which is exact for equal shards, and copied to each if it has more. Groups of the checkpoint that `state`
-    does not contain (for example the optimizers, when evaluating) are not read.
+    The world size and the sharding plan may differ from those of the save, and dtypes are converted. Embedding tables
+    may have more rows than in the checkpoint: these keep their present values, and one line for each such table is
+    logged (see `growth`). Groups of the checkpoint that `state` does not contain (for example the optimizers, when
+    evaluating) are not read.
 
     Args:
         path: a checkpoint's directory, as from `latest_checkpoint`.
         state: as in `save_checkpoint`. Optimizer state must exist already: see `optim.materialize_state`.
         allow_missing: prefixes of keys, such as `"dense"`, which keep their present values if the checkpoint
-            has no tensor of that key and shape; the keys are logged.
+            does not have them, and may be in the checkpoint only; the former are logged.
+        remedy: what to do about a checkpoint of another model, for the error.
 
     Raises:
         ValueError: the checkpoint is damaged, was made by another model (names the keys), or contains a pickle
@@ -70,10 +76,12 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, allow_missing: Sequ
     """
     path = Path(path)
     # All ranks compare before any of them reads: on an error no tensor has been changed, on any rank.
-    kept = _raise_mismatches(
-        path, coordination.run_on_all_ranks(lambda: _compare(path, state)), list(state), allow_missing
-    )
+    reports = coordination.run_on_all_ranks(lambda: _compare(path, state))
+    kept = _raise_mismatches(path, reports, list(state), allow_missing, remedy)
     _load_tensors({key: tensor for key, tensor in flatten(state).items() if key not in kept}, path)
+    if coordination.rank() == 0:
+        for rows in _grown(reports).values():
+            _logger.warning("%s: %s", path, rows)
     return files.read_checkpoint_json(path / "extra.json")
 
 
@@ -131,22 +139,6 @@ def _damage(path: Path) -> str | None:
     return next(filter(None, coordination.run_on_all_ranks(lambda: files.find_damage(path, share=share))), None)
 
 
-def _size(tensor: torch.Tensor) -> torch.Size:
-    """Return the global size (`ShardedTensor.size()` warns at each call)."""
-    return torch.Size(tensor.metadata().size) if isinstance(tensor, ShardedTensor) else tensor.size()
-
-
-def _is_replanned(tensor: torch.Tensor, saved: torch.Size) -> bool:
-    """Return whether a saved size is that of the same row-wise state under another plan.
-
-    Such state is a vector of rows x column shards, so its size depends on the number of column shards.
-    """
-    if not isinstance(tensor, ShardedTensor) or len(_size(tensor)) != 1 or len(saved) != 1:
-        return False
-    large, small = max(saved[0], _size(tensor)[0]), min(saved[0], _size(tensor)[0])
-    return large != small and small > 0 and large % small == 0
-
-
 def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Compare this rank's tensors (without tables that only other ranks have) with the checkpoint's.
 
@@ -157,17 +149,24 @@ def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     if damage:
         raise ValueError(f"{path} {damage}; load the checkpoint before it")
     tensors, saved = flatten(state), SafeReader(path).read_tensors()
+    rows = {key: growth.table_rows(key, tensors, saved) for key in tensors}
     reshaped = {
-        key: f"{key} (checkpoint {list(saved[key].size)}, model {list(_size(tensor))})"
+        key: f"{key} (checkpoint {list(saved[key].size)}, model {list(growth.global_size(tensor))})"
         for key, tensor in tensors.items()
-        if key in saved and saved[key].size != _size(tensor) and not _is_replanned(tensor, saved[key].size)
+        if key in saved and not growth.fits(tensor, saved[key].size, rows[key])
     }
     missing = [key for key in tensors if key not in saved]
-    return {"keys": list(tensors), "saved": list(saved), "missing": missing, "reshaped": reshaped}
+    grown = {table.table: table for table in rows.values() if table is not None and table.has_grown}
+    return {"keys": list(tensors), "saved": list(saved), "missing": missing, "reshaped": reshaped, "grown": grown}
+
+
+def _grown(reports: list[dict[str, Any]]) -> dict[str, growth.TableRows]:
+    """Table -> rows, of the tables that have grown, from all ranks' `_compare`."""
+    return {name: rows for report in reports for name, rows in sorted(report["grown"].items())}
 
 
 def _raise_mismatches(
-    path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str]
+    path: Path, reports: list[dict[str, Any]], groups: Sequence[str], allow_missing: Sequence[str], remedy: str
 ) -> set[str]:
     """Raise one error for all ranks' mismatches; return the keys that may keep their values."""
     # A rank has only its own tables, so a key is unexpected only if no rank has it.
@@ -175,26 +174,22 @@ def _raise_mismatches(
     missing = {key for report in reports for key in report["missing"]}
     reshaped: dict[str, str] = {key: text for report in reports for key, text in report["reshaped"].items()}
     # Groups that `state` leaves out (such as the optimizers) are skipped on purpose: their keys are not unexpected.
-    unexpected = {key for key in reports[0]["saved"] if _is_under(key, groups) and key not in wanted}
-    kept = {key for key in missing | reshaped.keys() if _is_under(key, allow_missing)}
+    unexpected = {key for key in reports[0]["saved"] if is_under(key, groups) and key not in wanted}
+    grown = _grown(reports)
+    # State of another kind of optimizer than before: see `starts_anew`.
+    moved = {key for key in missing | unexpected if growth.starts_anew(key, grown)}
+    kept = {key for key in missing if key in moved or is_under(key, allow_missing)}
+    unexpected = {key for key in unexpected - moved if not is_under(key, allow_missing)}
     parts = [
         _name_some("missing from the checkpoint", missing - kept),
-        _name_some("in the checkpoint only", {key for key in unexpected if not _is_under(key, allow_missing)}),
-        _name_some("of another shape", {text for key, text in reshaped.items() if key not in kept}),
+        _name_some("in the checkpoint only", unexpected),
+        _name_some("of another shape", set(reshaped.values())),
     ]
     if any(parts):
-        raise ValueError(
-            f"{path} is not of this model: {'; '.join(part for part in parts if part)}. Build the model from "
-            "the configuration saved with the checkpoint, or choose another checkpoint (allow_missing keeps "
-            "the present values under given prefixes)"
-        )
+        raise ValueError(f"{path} is not of this model: {'; '.join(part for part in parts if part)}. {remedy}")
     if kept and coordination.rank() == 0:
         _logger.warning("%s: %s; they keep their present values", path, _name_some("not loaded", kept))
     return kept
-
-
-def _is_under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _name_some(what: str, names: set[str]) -> str:
@@ -210,27 +205,23 @@ def _load_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     saved = SafeReader(path).read_tensors()
     # DCP reads slices of the saved tensor by offset. Row-wise state has other offsets under another plan, so it is read
     # into a temporary of its saved size.
-    replanned = {key: t for key, t in tensors.items() if _is_replanned(t, saved[key].size)}
-    whole = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in replanned}
+    wanted: dict[str, torch.Tensor] = {}
+    spread: dict[str, growth.TableRows] = {}
+    for key, tensor in tensors.items():
+        rows = growth.table_rows(key, tensors, saved)
+        view: torch.Tensor | None = tensor
+        if rows is not None and growth.is_spread(tensor, saved[key].size, rows):
+            spread[key], view = rows, torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        elif growth.global_size(tensor) != saved[key].size:
+            view = growth.first_rows(tensor, saved[key].size[0])
+        if view is not None:
+            wanted[key] = view
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load({**tensors, **whole}, storage_reader=SafeReader(path))
+            dcp.load(wanted, storage_reader=SafeReader(path))
     except CheckpointException as error:
         reason = f"{path} could not be read: {first_error(error)}; load the checkpoint before it"
         raise ValueError(reason) from error
-    for key, target in replanned.items():
-        _spread_rowwise(whole[key], target)
-
-
-def _spread_rowwise(values: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy row-wise state of a column shards into the shards of b: the mean of the a vectors, or copies of them."""
-    assert isinstance(target, ShardedTensor)
-    size = _size(target)[0]
-    # The saved vector is one column shard after the other, each with a value for every row of the table.
-    if len(values) > size:
-        values = values.view(-1, size).mean(0)
-    values = values.repeat(size // len(values))
-    with torch.no_grad():
-        for shard, start, _ in local_shards(target):
-            shard.copy_(values[start : start + len(shard)])
+    for key, rows in spread.items():
+        growth.spread_rowwise(wanted[key], tensors[key], rows)

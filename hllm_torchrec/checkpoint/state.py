@@ -90,6 +90,11 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{prefix}.{key}" if prefix else str(key), child)
 
 
+def is_under(key: str, prefixes: Iterable[str]) -> bool:
+    """True if a dotted key is one of the prefixes or below it."""
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
 def check_json(name: str, value: Any) -> None:
     """Check that a value survives a round trip through JSON unchanged.
 

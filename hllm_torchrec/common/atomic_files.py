@@ -1,51 +1,103 @@
-"""Atomic writes of folders and files: readers see the complete content or none."""
+"""Atomic writes of folders and files: readers see the complete content or none, also after a kill or a power loss."""
 
+import ctypes
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hllm_torchrec.common.machine_errors import path_in_errors
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_LOCK = "lock"
+_TOKEN = 8
+"""Length of the random part of the names that `tempfile` makes."""
+_OLD_AGE = 24 * 3600.0
+"""Seconds after which scratch without a lock (of a file system without locks, or an earlier version) is a leftover."""
+
 
 @contextmanager
-def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder, which is renamed to `target` when the block ends without an exception.
+def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder, which becomes `target` when the block ends without an exception.
 
     On an exception the folder is removed and an existing `target` is unchanged. The parent of the yielded folder is
-    scratch space that is removed in either case. Without `replace`, a `target` that another process has created in
-    the meantime is retained, because both are assumed to have the same content.
+    scratch space that is removed in either case; after a kill, the next call for the same target removes it. With
+    `replace` there is no moment without a `target`, where the file system can exchange two folders; elsewhere a kill
+    between two renames is mended by `recover_folder`. Without `replace`, a `target` that another process has created
+    in the meantime is retained, because both are assumed to have the same content.
+
+    Args:
+        marker: name of a file that every complete `target` has; a `target` without it is replaced in any case.
+
+    Raises:
+        OSError: `target` is a file, the disk is full, ...; names a path.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = work / "new", work / "old"
-    try:
-        new.mkdir()
+    recover_folder(target)
+    with path_in_errors(target), _scratch(target) as work:
+        new = work / "new"
         yield new
-        # A rename cannot replace a folder that is not empty, so the old one is moved away first.
-        if replace and target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            # Another process was first: its folder is as good as this one.
-            if replace or not target.is_dir():
-                raise
-    finally:
-        # The second rename failed: restore the old folder.
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(work, ignore_errors=True)
+        # The contents must be on the disk before their name; otherwise a power loss could leave the name without them.
+        _sync_tree(new)
+        unfinished = marker is not None and target.is_dir() and not (target / marker).exists()
+        if (replace or unfinished) and target.exists():
+            _replace_folder(new, target, work / "old")
+        else:
+            try:
+                new.rename(target)
+            except OSError:
+                # Another process was first: its folder is as good as this one.
+                if replace or not target.is_dir():
+                    raise
+        sync_folder(target.parent)
+
+
+def recover_folder(target: Path) -> None:
+    """Restore a `target` whose replacement was killed, and remove the scratch of killed calls of `atomic_folder`.
+
+    Call it before looking whether `target` exists. The scratch of a process that is alive is not touched.
+    """
+    if not target.parent.is_dir():
+        return
+    name = re.compile(rf"\.{re.escape(target.name)}-(new-)?[a-z0-9_]{{{_TOKEN}}}")
+    for work in sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name)):
+        if _is_abandoned(work):
+            if (work / "old").is_dir() and not target.exists():
+                (work / "old").rename(target)
+                sync_folder(target.parent)
+            _remove_scratch(work)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Make the folder `new`, on the same file system, the folder `target`, and remove the one that was there.
+
+    No process sees a mixture; readers keep the files that they have open. Contents are synced first.
+    """
+    _sync_tree(new)
+    if target.exists():
+        # A hidden name that `recover_folder` knows, for the case that the process is killed before it is removed.
+        with _scratch(target) as work:
+            _replace_folder(new, target, work / "old")
+    else:
+        new.rename(target)
+    sync_folder(target.parent)
 
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file atomically, also with respect to crashes: write a temporary file, sync it, rename it."""
     beside = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    _remove_old_temporaries(path)
     try:
         # The content must be on the disk before the rename; otherwise a crash could leave the name without content.
-        write_synced(beside, text)
-        beside.replace(path)
+        with path_in_errors(path):
+            write_synced(beside, text)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -53,7 +105,7 @@ def replace_file(path: Path, text: str) -> None:
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
+    with path_in_errors(path), path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -61,6 +113,99 @@ def write_synced(path: Path, text: str) -> None:
 
 def sync_folder(path: Path) -> None:
     """Wait until the directory entries of a folder are on the disk."""
+    _sync(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with its contents, if it exists."""
+    if path.exists():
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `target`, with an empty folder `new` and a lock of this process; removed at the end."""
+    # It gets the name that `recover_folder` looks for only once it is locked, so that it is never taken for abandoned.
+    unlocked = Path(tempfile.mkdtemp(prefix=f".{target.name}-new-", dir=target.parent))
+    work = unlocked.with_name(f".{target.name}-{unlocked.name[-_TOKEN:]}")
+    handle = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if not _lock(handle):  # a file system without locks: by its age only
+            (unlocked / _LOCK).unlink()
+        (unlocked / "new").mkdir()
+        unlocked.rename(work)
+        yield work
+    finally:
+        # The second rename of a replacement failed, or the process was interrupted before it: restore the old folder.
+        if (work / "old").exists() and not target.exists():
+            (work / "old").rename(target)
+        for folder in (work, unlocked):
+            _remove_scratch(folder)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file without waiting; the system releases it when the process ends."""
+    # Not by filelock: its locks are bound to a path, and the folder of this one is renamed while it is held.
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_abandoned(work: Path) -> bool:
+    """Return whether the process that made this scratch folder is gone."""
+    try:
+        if work.name[:-_TOKEN].endswith("-new-"):  # not locked yet
+            return time.time() - work.stat().st_mtime > _OLD_AGE
+        handle = os.open(work / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if not any(work.iterdir()):  # killed while it was removed
+            return True
+        return (work / "new").is_dir() and time.time() - work.stat().st_mtime > _OLD_AGE
+    except OSError:
+        return False  # of another user, or no folder
+    try:
+        return _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_scratch(work: Path) -> None:
+    """Remove a scratch folder; its lock last, without which it is not known as one."""
+    for name in os.listdir(work) if work.is_dir() else ():
+        if name != _LOCK:
+            shutil.rmtree(work / name, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace_folder(new: Path, target: Path, old: Path) -> None:
+    """Put `new` in the place of the folder `target`, which moves into the scratch folder of `old`."""
+    if target.is_dir() and not target.is_symlink() and _exchange(new, target):
+        new.rename(old)
+        return
+    # A rename cannot replace a folder that is not empty, so the old one is moved away first.
+    target.rename(old)
+    new.rename(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step; False if the system or the file system cannot."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until a folder and everything in it are on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(path := os.path.join(parent, name)):
+                _sync(path)
+        _sync(parent)
+
+
+def _sync(path: str | Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,7 +213,9 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder with its contents, if it exists."""
-    if path.exists():
-        shutil.rmtree(path)
+def _remove_old_temporaries(path: Path) -> None:
+    """Remove the temporary files of killed calls of `replace_file`, by their age."""
+    name = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{8}}")
+    for beside in path.parent.iterdir() if path.parent.is_dir() else ():
+        if name.fullmatch(beside.name) and time.time() - beside.lstat().st_mtime > _OLD_AGE:
+            beside.unlink(missing_ok=True)

@@ -10,7 +10,13 @@ MAX_VALUES = 100_000
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that a key given twice in a mapping is an error: PyYAML silently keeps the last."""
+    """PyYAML's safe loader, except that a key given twice in a mapping is an error (PyYAML silently keeps the last),
+    and that a date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:timestamp"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Construct a mapping of distinct keys.

@@ -50,9 +50,18 @@ def protocol_problems(config: "Config") -> Iterator[str]:
             )
 
 
-def dataset_problems(config: "Config", manifest: dict[str, Any]) -> Iterator[str]:
-    """Violations of the configuration's protocol by its dataset."""
+def delay_problems(feedback_delay: int, manifest: dict[str, Any]) -> Iterator[str]:
+    """A feedback delay, in seconds, where requests do not see by seconds."""
     rule = manifest["split"]["rule"]
+    why = "has no timestamps" if not manifest.get("has_timestamps", True) else f"is split by {rule!r}"
+    if feedback_delay and (rule == SPLIT_RULE or not manifest.get("has_timestamps", True)):
+        yield f"feedback_delay: {feedback_delay}: the dataset {why}, so events are seen by position; write 0"
+
+
+def dataset_problems(config: "Config", manifest: dict[str, Any]) -> Iterator[str]:
+    """Violations of the configuration's protocol by its dataset, and fields that the dataset cannot serve."""
+    rule = manifest["split"]["rule"]
+    yield from (f"data.{problem}" for problem in delay_problems(config.data.feedback_delay, manifest))
     if config.evaluation.protocol is not None and rule != SPLIT_RULE:
         yield (
             f"data.dataset: {config.data.dataset}: split by {rule!r}; evaluation.protocol "

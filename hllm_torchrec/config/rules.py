@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.config.checking import dataclass_problems
 from hllm_torchrec.config.eval_protocols import protocol_problems
@@ -25,12 +26,14 @@ LORA_BOUNDS = {
 BOUNDS = {
     "seed": ">= 0",
     "max_steps": ">= 0",
+    "data.version": ">= 1",
     "data.max_history": ">= 2",
     "data.batch_users": ">= 1",
     "data.batch_item_tokens": ">= 0",
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
     "data.train_users": "> 0, <= 1",
+    "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
     "item_llm.layers": ">= 1",
     "item_llm.max_text_length": ">= 1",
@@ -81,7 +84,9 @@ def config_problems(config: "Config") -> list[str]:
     return [
         *out_of_bounds(config, BOUNDS),
         *_stage_problems(config.stages),
+        *_start_problems(config),
         *_length_problems(config),
+        *_moment_problems(config),
         *_optimizer_problems(config),
         *_store_problems(config),
         *_backbone_problems(config),
@@ -99,10 +104,25 @@ def _stage_problems(stages: "tuple[StageConfig, ...]") -> Iterator[str]:
         yield from out_of_bounds(stage, STAGE_BOUNDS, f"stages[{number}].")
 
 
+def _start_problems(config: "Config") -> Iterator[str]:
+    for name in ("start_from_optimizer", "start_from_skip"):
+        if getattr(config, name) and config.start_from is None:
+            yield f"{name}: {getattr(config, name)}: no run to start from; name it in start_from, or leave it out"
+    if config.features.new_rows == "neighbors" and not (config.item_llm.enabled or config.data.item_features):
+        yield "features.new_rows: 'neighbors': items have neither text nor features to compare; choose noise or unknown"
+
+
 def _length_problems(config: "Config") -> Iterator[str]:
     alpha = config.data.stochastic_length
     if alpha != 0 and not 1 < alpha <= 2:
         yield f"data.stochastic_length: {alpha}: must be 0 (off), or above 1 and at most 2; the paper has 1.6 to 1.9"
+
+
+def _moment_problems(config: "Config") -> Iterator[str]:
+    try:
+        second_of(config.data.train_since or 0)
+    except ValueError as error:
+        yield f"data.train_since: {error}"
 
 
 def _optimizer_problems(config: "Config") -> Iterator[str]:

@@ -66,6 +66,9 @@ class DataConfig:
 
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
+    version: int | None = None
+    """Version of the dataset; none given: the newest one at the start of a run, with which a resumed run continues,
+    while jobs on the run read the newest one of their day."""
     history: Literal["all", "positive"] = "all"
     """Earlier events that form the history: all events with their actions, or only those with label 1, as in the
     paper."""
@@ -101,6 +104,12 @@ class DataConfig:
     train_part: Literal["train", "train_and_valid"] = "train"
     """Events used for training: those of the training part, or of the training and validation parts. Use the second
     only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
+    train_since: int | str | None = None
+    """Train on exposures and targets from this moment on (a date, a date-time in UTC, or seconds); older events are
+    their history. None: on all of them. For nightly increments on what is new."""
+    feedback_delay: int = 0
+    """Seconds from an event until it may be seen: a request sees only events more than this long before it, in
+    training, evaluation, embedding jobs and the scorer alike. The delay of the event feed in production."""
     train_users: float = 1.0
     """Share of the users used for training, selected by a hash of the user, so that a smaller share is a subset of a
     larger one: for learning curves. Item counts, `factors` and numeric features still use the complete dataset."""
@@ -218,6 +227,10 @@ class FeatureConfig:
     """Width of each component's table."""
     init_scale: float = 0.02
     """Table entries are initialized uniformly in +-init_scale."""
+    new_rows: Literal["noise", "unknown", "neighbors"] = "noise"
+    """Rows of ids that came after a checkpoint was saved. noise: their initialization; unknown: the row of the unknown
+    id 0; neighbors (items, others as `unknown`): the mean ID embedding of the known items most similar in text, or in
+    item features without an Item LLM."""
     shard_from_rows: int = 1024
     """Tables with fewer rows are replicated (data parallel) and belong to the dense optimizer."""
     sharding: Literal["table_wise", "column_wise", "row_wise", "auto"] = "table_wise"
@@ -384,8 +397,15 @@ class Config:
     """Continue from the last complete checkpoint of `output`, or start a new run if there is none: for jobs that are
     restarted after failures."""
     start_from: str | None = None
-    """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. The
-    Item LLM and the user encoder must be the same; other parts that it lacks keep their initial values."""
+    """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. Tables
+    may have more rows now: known ids keep theirs. The Item LLM and the user encoder must be the same; other parts that
+    it lacks keep their initial values."""
+    start_from_optimizer: bool = False
+    """Also start with the state of its optimizers (means of gradients, Adagrad's sums): for a run that continues
+    training on newer events. The steps, and with them the learning rate schedule, begin at 0."""
+    start_from_skip: tuple[str, ...] = ()
+    """Parts of the model, such as [features, head], that keep their initial values instead of those of `start_from`:
+    needed if they have another shape, or if the run's ids are not those of the dataset."""
     max_steps: int = 0
     """Stop after this many steps; 0: run all stages."""
     data: DataConfig = field(default_factory=DataConfig)

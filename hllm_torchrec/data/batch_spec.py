@@ -15,6 +15,7 @@ class BatchSpec:
 
     history: "all" earlier events, or only the "positive" ones (label 1);
     visibility: an exposure sees earlier "second"s (ranking) or "position"s (leave-one-out retrieval);
+    feedback_delay: seconds from an event until it may be seen; only with visibility by second;
     negatives: number of items sampled per step (0: no negatives and no generative targets);
     item_slots: every unique item has its own slot in training, for a generative loss over item features;
     positive_targets_only: an item with label 0 is not a generative target;
@@ -29,6 +30,7 @@ class BatchSpec:
     fusion: Fusion
     history: Literal["all", "positive"] = "all"
     visibility: Literal["second", "position"] = "second"
+    feedback_delay: int = 0
     negatives: int = 0
     item_slots: bool = False
     positive_targets_only: bool = True

@@ -166,7 +166,8 @@ class Collator:
         eligible = np.flatnonzero(piece.labels == 1) if spec.history == "positive" else np.arange(len(piece))
         targets = piece.exposures
         order = times if spec.visibility == "second" else np.arange(len(piece))
-        visible = visible_before(order[eligible], order[targets])
+        delay = spec.feedback_delay
+        visible = visible_before(order[eligible], order[targets] - delay)
         next_rows, next_items = self._generative(piece, eligible)
         # Drop the events after the last one that a query sees or that predicts a next item: no output depends on them.
         seen = eligible[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
@@ -183,11 +184,11 @@ class Collator:
             targets=piece[targets],
             target_values=scaled_values(piece.labels[targets], piece.actions[targets], self._value_scale),
             positions=targets + piece.offset,
-            history_lengths=visible_before(times, times[targets]) + piece.offset,
+            history_lengths=visible_before(times, times[targets] - delay) + piece.offset,
             # The last read event at or before the row; there is one, because `read` always contains event 0.
             next_rows=np.searchsorted(read, next_rows, side="right") - 1,
             next_items=next_items,
-            numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets)[queries],
+            numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets, delay)[queries],
             full_history_items=piece.item_ids[seen],
         )
         return _interleaved(view) if spec.interleaved else view
@@ -215,7 +216,8 @@ class Collator:
     def _generative(self, piece: Piece, eligible: Ints) -> tuple[Ints, Ints]:
         """(rows [G] of the eligible history, next items [G]): the generative targets of this piece.
 
-        A row's next item is the item of the eligible event after it.
+        A row's next item is the item of the eligible event after it. With a feedback delay it is that of every event
+        for which the row is the last one that may be seen; an event that may see nothing is no target.
         """
         if not self.spec.negatives or eligible.size < 2 or not self.training:
             return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -226,7 +228,12 @@ class Collator:
         if self.spec.positive_targets_only:
             # NaN: an event without a label is not a rejected exposure, so it stays a target.
             wanted &= (piece.labels[following] > 0) | np.isnan(piece.labels[following])
-        return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
+        if not self.spec.feedback_delay:
+            return np.flatnonzero(wanted), piece.item_ids[following[wanted]]
+        limits = piece.timestamps[following] - self.spec.feedback_delay
+        seen = visible_before(piece.timestamps[eligible], limits)
+        wanted &= seen > 0
+        return seen[wanted] - 1, piece.item_ids[following[wanted]]
 
     def _features(
         self, view: _View, query_users: Ints, items: Ints, rng: np.random.Generator, unknown: Ints

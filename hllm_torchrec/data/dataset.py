@@ -9,11 +9,15 @@ Layout (written by `prepare`):
     training_item_counts.npy          int64 [num_items], events of each item in train
     sequences/<part>/part-*.parquet   one row per user with an event in the part: user_id, target_start, and the
                                       lists item_ids, timestamps, labels, actions of the history to the part's end
+    events/part-*.arrow               the same events once per user, which appended ones are merged with
+                                      (`event_files.EventFile`)
     tokens/<fingerprint>/             token stores (`token_store.TokenStore`)
+
+Files that later versions add: `data.versions`. Only files that the opened version's manifest lists are read.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +27,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.hashing import hash_texts
 from hllm_torchrec.common.urls import url_of
-from hllm_torchrec.data.events import Sequences, decode_sequences
-from hllm_torchrec.data.manifest import ITEM_COUNTS, read_manifest
+from hllm_torchrec.data.event_files import EventFile
+from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences, decode_sequences
+from hllm_torchrec.data.manifest import ITEM_COUNTS, chain_base, read_manifest, version_of
+from hllm_torchrec.data.merged_sequences import Cuts, MergedSequences
 from hllm_torchrec.data.remote_datasets import local_dataset
+from hllm_torchrec.data.sequences import GROUPS_AT_LEAST
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.validation import REMEDY, TableRows, error_location, read_sequences, read_table
 
@@ -34,31 +43,54 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """A unit of reading of a part's sequences: file, index of the row group in it, its number of rows (users)."""
+class FileGroup:
+    """A unit of reading of a part's sequences in Parquet files: file, index of the row group in it, its number of rows (users)."""
 
     path: Path
     index: int
     rows: int
 
 
+@dataclass(frozen=True)
+class UserGroup:
+    """A unit of reading of merged sequences: users number `first` to `first` + `rows` - 1 of a part.
+
+    since: only users with an event in the part from this second on are counted.
+    """
+
+    part: str
+    since: int | None
+    first: int
+    rows: int
+
+
+RowGroup = FileGroup | UserGroup
+"""What `Dataset.row_groups` returns and `Dataset.sequences` reads."""
+
+
 class Dataset:
-    """Reads a dataset directory with the layout in the module docstring. Create one with `Dataset.open`."""
+    """Reads one version of a dataset directory with the layout in the module docstring; see `Dataset.open`."""
 
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root = root
         self.manifest = manifest
+        self._users_of_part: dict[tuple[str, int | None], Ints] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> "Dataset":
-        """Open `path`, which may be a URL.
+    def open(cls, path: str | Path, version: int | None = None) -> "Dataset":
+        """Open a version (None: the newest) of the dataset at `path`, which may be a URL.
 
         Raises:
-            ValueError: `path` is not a dataset, has another schema version, or has damaged files.
+            ValueError: `path` is not a dataset, lacks this version, has another schema version, or has damaged files.
         """
         url = url_of(path)
         root = Path(path) if url is None else local_dataset(url)
-        return cls(root, read_manifest(root))
+        return cls(root, read_manifest(root, version))
+
+    @property
+    def version(self) -> int:
+        """Number of the opened version, from 1 on."""
+        return version_of(self.manifest)
 
     @property
     def name(self) -> str:
@@ -101,27 +133,44 @@ class Dataset:
 
     @cached_property
     def items(self) -> pa.Table:
-        """`items.parquet`; row i is item i + 1."""
+        """The columns of `items.parquet`; row i is item i + 1."""
         return self._rows_by_id("items.parquet", "item_id", self.num_items)
 
     @cached_property
     def users(self) -> pa.Table:
-        """`users.parquet`; row i is user i + 1."""
+        """The columns of `users.parquet`; row i is user i + 1."""
         return self._rows_by_id("users.parquet", "user_id", self.num_users)
 
-    def _rows_by_id(self, name: str, key: str, rows: int) -> pa.Table:
-        """A table whose row i has id i + 1; raises ValueError naming the file and the row if it does not."""
-        path = self.root / name
-        table = read_table(path)
-        with error_location(path):
+    @property
+    def items_fingerprint(self) -> str:
+        """Hash of the files with the items' rows; it changes with any text."""
+        names = [path.relative_to(self.root).as_posix() for path in self._files("items.parquet")]
+        hashes = [str(self.manifest["files"][name]["sha256"]) for name in names]
+        return hashes[0] if len(hashes) == 1 else hash_texts(hashes)
+
+    def _files(self, name: str) -> list[Path]:
+        """The files of this name: the base's, then those of the appends that have one."""
+        parts = (self.manifest.get("base", {"folder": ""}), *self.manifest.get("appends", ()))
+        names = [f"{one['folder']}/{name}".lstrip("/") for one in parts]
+        return [self.root / one for number, one in enumerate(names) if number == 0 or one in self.manifest["files"]]
+
+    def _rows_by_id(self, name: str, key: str, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A table whose row i has id i + 1, the newest of its rows; raises ValueError naming a file and row if not."""
+        paths = self._files(name)
+        base, size = paths[0], rows - 1
+        wanted = None if columns is None else [key, *columns]
+        table = read_table(base, wanted)
+        with error_location(base):
             ids = table[key].to_numpy()
         # Readers index rows by id - 1 without looking at the id column, so a permuted file would give wrong texts.
         wrong = np.flatnonzero(ids != np.arange(1, ids.size + 1))
         if wrong.size:
-            raise ValueError(f"{path}, row {wrong[0]}: {key} is {ids[wrong[0]]}, it must be {wrong[0] + 1}; {REMEDY}")
-        if ids.size != rows - 1:
-            raise ValueError(f"{path} has {ids.size} rows, the manifest says {rows - 1}; {REMEDY}")
-        return table
+            raise ValueError(f"{base}, row {wrong[0]}: {key} is {ids[wrong[0]]}, it must be {wrong[0] + 1}; {REMEDY}")
+        if len(paths) > 1:
+            table = _newest_rows([table, *(read_table(path, wanted) for path in paths[1:])], key, size, paths)
+        if len(table) != size:
+            raise ValueError(f"{base} has {len(table)} rows, the manifest says {size}; {REMEDY}")
+        return table if columns is None else table.select(list(columns))
 
     def text(self, columns: Sequence[str]) -> pa.Table:
         """The named text columns, one row per item from id 1 on; missing text is "".
@@ -133,7 +182,7 @@ class Dataset:
         unknown = [name for name in columns if name not in known]
         if unknown:
             raise ValueError(f"{self.root}: no text column {', '.join(unknown)}; it has {', '.join(known)}")
-        return read_table(self.root / "items.parquet", columns)
+        return self._rows_by_id("items.parquet", "item_id", self.num_items, columns)
 
     def sequence_files(self, split: str) -> list[Path]:
         """The files of a part ("train", "valid" or "test"), in order.
@@ -143,33 +192,101 @@ class Dataset:
         """
         if split not in SPLITS:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
-        return sorted((self.root / "sequences" / split).glob("part-*.parquet"))
+        return [self.root / name for name in sorted(self.manifest["files"]) if name.startswith(f"sequences/{split}/part-")]
 
-    def row_groups(self, split: str) -> list[RowGroup]:
-        """All row groups of a part, in order of file and of position in it."""
-        groups = []
+    def row_groups(self, split: str, since: int | None = None) -> list[RowGroup]:
+        """All row groups of a part, in order of file and of position in it.
+
+        since: leave out groups without an event of the part from this second on, where that is known without reading.
+        """
+        if self._is_merged:
+            return list(self._user_groups(split, since))
+        groups: list[RowGroup] = []
         for path in self.sequence_files(split):
             with error_location(path):
                 facts = pq.ParquetFile(path).metadata
-                groups += [RowGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
+                groups += [FileGroup(path, i, facts.row_group(i).num_rows) for i in range(facts.num_row_groups)]
         return groups
+
+    def _user_groups(self, split: str, since: int | None) -> Iterator[UserGroup]:
+        if split not in SPLITS:
+            raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
+        count = self._part_users(split, since).size
+        # As in files that `prepare` writes: small datasets get smaller groups, so that every rank has some to read.
+        size = max(1, min(self.manifest["request"]["users_per_row_group"], -(-count // GROUPS_AT_LEAST)))
+        for first in range(0, count, size):
+            yield UserGroup(split, since, first, min(size, count - first))
+
+    def _part_users(self, split: str, since: int | None) -> Ints:
+        if (split, since) not in self._users_of_part:
+            self._users_of_part[split, since] = self.merged.users(split, since)
+        return self._users_of_part[split, since]
+
+    @property
+    def _is_merged(self) -> bool:
+        """False if the sequences of the parts are in Parquet files, as in a dataset without appends."""
+        return "base" in self.manifest
+
+    @cached_property
+    def merged(self) -> MergedSequences:
+        """Sequences by user.
+
+        Raises:
+            ValueError: a dataset of an earlier release, without event files; or one of them is damaged.
+        """
+        rows, split, base = self._table_rows, self.manifest["split"], chain_base(self.manifest)
+        if base is None:
+            raise ValueError(f"{self.root}: it has no event files; append to it, or compact it, to have them written")
+        files = [
+            [EventFile.open(self.root / name, rows) for name in one["event_files"]]
+            for one in (base, *self.manifest.get("appends", ()))
+        ]
+        seconds, orders = split.get("cut_timestamps", []), split.get("cut_orders", [])
+        cuts = Cuts(split["rule"], split.get("fractions"), seconds, [seconds, orders] == base["cuts"])
+        return MergedSequences(files[0], [file for one in files[1:] for file in one], cuts, rows)
+
+    @property
+    def _table_rows(self) -> TableRows:
+        return TableRows(self.num_items, self.num_users, self.num_actions)
 
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The validated sequences (`events.SEQUENCE_SCHEMA`, or its named columns) of one row group.
 
         Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
-        return read_sequences(path, index, columns, TableRows(self.num_items, self.num_users, self.num_actions))
+        return read_sequences(path, index, columns, self._table_rows)
 
     def sequences(self, groups: Sequence[RowGroup], columns: Sequence[str] | None = None) -> Sequences:
         """The decoded rows of the row groups (no groups: no rows); columns that are not named hold "unknown".
 
         Raises ValueError like `read_row_group`.
         """
-        return decode_sequences([self.read_row_group(group.path, group.index, columns) for group in groups])
+        if not self._is_merged or not groups:
+            return decode_sequences(
+                [self.read_row_group(one.path, one.index, columns) for one in groups if isinstance(one, FileGroup)]
+            )
+        kept = [one for one in groups if isinstance(one, UserGroup)]
+        split = kept[0].part
+        assert len(kept) == len(groups) and {one.part for one in kept} == {split}, "groups of this dataset and one part"
+        users = np.concatenate([self._part_users(split, one.since)[one.first : one.first + one.rows] for one in kept])
+        return self.merged.read(users, split, columns or [column.name for column in EVENT_COLUMNS])
+
+    def user_events(self, user_id: int) -> Events:
+        """All events of one user, sorted by time; none for a user without events."""
+        if chain_base(self.manifest) is not None:
+            return self.merged.events_of(np.array([user_id]))[0]
+        for split in reversed(SPLITS):  # a row holds the history up to the end of its part
+            for path in self.sequence_files(split):
+                with error_location(path):
+                    rows = pq.read_table(path, filters=[("user_id", "=", user_id)])
+                if len(rows):
+                    return decode_sequences([rows])[:]
+        return Events.at([])
 
     def training_item_counts(self) -> np.ndarray:
         """Events of each item in train, int64 [num_items]; 0 marks a cold item."""
+        if self._is_merged:
+            return self.merged.item_counts("train")
         path = self.root / ITEM_COUNTS
         with error_location(path):
             counts = np.load(path, allow_pickle=False)
@@ -200,12 +317,43 @@ class Dataset:
         lengths = np.diff(lists.offsets.to_numpy())
         return values, np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
 
+    def feature_values(self, name: str) -> pa.ChunkedArray:
+        """The values of an item or user feature in the order of their ids, from id 1 on.
+
+        Raises ValueError for a feature that this dataset does not have.
+        """
+        known = self.manifest["item_features"] | self.manifest["user_features"]
+        if name not in known:
+            raise ValueError(f"{self.root}: no item or user feature {name!r}; it has {', '.join(known) or 'none'}")
+        tables = [read_table(path, ["value"]) for path in self._files(f"features/{name}.parquet")]
+        return pa.concat_tables(tables)["value"]
+
     def _check_feature(self, kind: str, name: str) -> None:
         if kind not in ("item", "user"):
             raise ValueError(f"kind {kind!r} is not one of item, user")
         known = self.manifest[f"{kind}_features"]
         if name not in known:
             raise ValueError(f"{self.root}: no {kind} feature {name!r}; it has {', '.join(known) or 'none'}")
+
+
+def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Path]) -> pa.Table:
+    """One row for each id 1..size: the one of the last table that has it.
+
+    Raises:
+        ValueError: an id is missing or beyond `size`; names the file that should have it.
+    """
+    base, added = len(tables[0]), np.concatenate([table[key].to_numpy() for table in tables[1:]])
+    # Appends hold few changed rows, and new ones in order: then the tables follow each other.
+    if np.array_equal(added, np.arange(base + 1, size + 1)):
+        return pa.concat_tables(tables)
+    if added.size and not 1 <= added.min() <= added.max() <= size:
+        raise ValueError(f"{paths[-1]}: {key} must lie in 1..{size}; {REMEDY}")
+    row = np.full(size, -1, np.int64)
+    row[:base] = np.arange(base)
+    row[added - 1] = base + np.arange(added.size)  # of repeated ids, the assignment keeps the last
+    if (row < 0).any():
+        raise ValueError(f"{paths[-1]}: {key} {int((row < 0).argmax()) + 1} is missing; {REMEDY}")
+    return pa.concat_tables(tables).take(pa.array(row))
 
 
 def base_rate(dataset: Dataset) -> float:

@@ -138,6 +138,11 @@ class Sequences(Events):
         """[R] number of events of each row."""
         return np.diff(self.offsets)
 
+    def events_before(self, second: int) -> Ints:
+        """[R] number of events of each row before a second UTC."""
+        before = np.concatenate([[0], np.cumsum(self.timestamps < second)])
+        return before[self.offsets[1:]] - before[self.offsets[:-1]]
+
     def piece(self, row: int) -> Piece:
         """A row as one piece with the user's complete sequence."""
         return self.cut(row, 0, int(self.offsets[row + 1] - self.offsets[row]), int(self.target_start[row]))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.common.progress import progress
+from hllm_torchrec.config.eval_protocols import delay_problems
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.events import Sequences
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
@@ -25,9 +26,13 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Histories(Sequences):
-    """Rows of a part's sequences with the visibility rule of their exposures: earlier "second"s or "position"s."""
+    """Rows of a part's sequences with the visibility rule of their exposures: earlier "second"s or "position"s.
+
+    feedback_delay: seconds from an event until it may be seen.
+    """
 
     visibility: str = field(kw_only=True)
+    feedback_delay: int = field(kw_only=True, default=0)
 
     @cached_property
     def row_of_event(self) -> Ints:
@@ -41,8 +46,8 @@ class Histories(Sequences):
 
     @cached_property
     def events_of_earlier_seconds(self) -> Ints:
-        """[T] number of events of the same user at strictly earlier seconds."""
-        return visible_at_each_event(self.timestamps, self.offsets)
+        """[T] number of events of the same user more than the feedback delay earlier."""
+        return visible_at_each_event(self.timestamps, self.offsets, self.feedback_delay)
 
     @cached_property
     def seen(self) -> Ints:
@@ -99,10 +104,17 @@ def rank_row_groups(dataset: Dataset, split: str) -> list[RowGroup]:
     return groups[coordination.rank() :: coordination.world_size()]
 
 
-def read_histories(dataset: Dataset, groups: Sequence[RowGroup]) -> Histories:
-    """The rows of the row groups as `Histories` (no groups: no rows)."""
+def read_histories(dataset: Dataset, groups: Sequence[RowGroup], feedback_delay: int = 0) -> Histories:
+    """The rows of the row groups as `Histories` (no groups: no rows).
+
+    Raises:
+        ValueError: a feedback delay in a dataset without seconds to compare.
+    """
+    for problem in delay_problems(feedback_delay, dataset.manifest):
+        raise ValueError(problem)
     rows = dataset.sequences(groups)
-    return Histories(**{f.name: getattr(rows, f.name) for f in fields(rows)}, visibility=dataset.visibility)
+    columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
+    return Histories(**columns, visibility=dataset.visibility, feedback_delay=feedback_delay)
 
 
 def score_by_group(
@@ -110,6 +122,7 @@ def score_by_group(
     split: str,
     cold: NDArray[np.bool_],
     score: Callable[[Histories], tuple[NDArray, NDArray]],
+    feedback_delay: int = 0,
 ) -> PredictionColumns:
     """This rank's predictions of a split, one row group in memory at a time.
 
@@ -125,7 +138,7 @@ def score_by_group(
     with progress(len(groups), f"score {split}", coordination.rank() == 0) as bar:
         # A rank without row groups still scores once without rows, which gives its predictions every column.
         for share in [[group] for group in groups] or [[]]:
-            histories = read_histories(dataset, share)
+            histories = read_histories(dataset, share, feedback_delay)
             parts.append(histories.prediction_columns(*score(histories), cold))
             bar.update(len(share))
     return join_columns(parts)

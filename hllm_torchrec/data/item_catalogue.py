@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.data.bad_rows import BadRowLog
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.sources.base import Chunk, Source
 from hllm_torchrec.data.split import Split
-from hllm_torchrec.data.validation import read_table
 
 FEATURE_TYPE = pa.list_(pa.int32())
 _ROWS_PER_BATCH = 16_384
@@ -48,14 +48,13 @@ class Vocabulary:
         return pa.table({"id": pa.array(self._ids.values(), pa.int32()), "value": pa.array(self._ids, pa.string())})
 
 
-def load_vocabularies(root: Path | None, names: Iterable[str]) -> dict[str, Vocabulary]:
-    """The vocabularies of `names`; those that the dataset in `root` (if any) has are continued."""
-    found = {}
-    for name in names:
-        path = root / "features" / f"{name}.parquet" if root is not None else None
-        known = read_table(path, ["value"])["value"].to_pylist() if path is not None and path.is_file() else ()
-        found[name] = Vocabulary(known)
-    return found
+def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vocabulary]:
+    """The vocabularies of `names`; those that the existing dataset (if any) has are continued."""
+    known = {} if old is None else old.manifest["item_features"] | old.manifest["user_features"]
+    return {
+        name: Vocabulary(old.feature_values(name).to_pylist() if old is not None and name in known else ())
+        for name in names
+    }
 
 
 class ItemCatalogue:
@@ -91,14 +90,14 @@ class ItemCatalogue:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def load(self, items: pa.Table, vocabularies: dict[str, pa.Table]) -> None:
+    def load(self, old: Dataset) -> None:
         """Add the items of an existing dataset, with features decoded from ids to values."""
         assert not self._numbers, "existing items come first"
-        columns = {"raw_item_id": items["raw_item_id"]}
+        items, columns = old.items, {"raw_item_id": old.items["raw_item_id"]}
         for name in self._columns:
             column = items[name] if name in items.column_names else None
             if column is not None and name.startswith("feature_"):
-                column = decode_feature(column.combine_chunks(), vocabularies[name.removeprefix("feature_")])
+                column = decode_feature(column.combine_chunks(), old.feature_values(name.removeprefix("feature_")))
             columns[name] = pa.nulls(len(items), self._schema.field(name).type) if column is None else column
         if "created_at" in items.column_names:
             self.has_created_at = True
@@ -249,15 +248,25 @@ class ItemCatalogue:
             batches = (pa.Table.from_batches([batch]) for batch in batches)
         writer: pq.ParquetWriter | None = None
         for table in batches:
-            for name, vocabulary in vocabularies.items():
-                column = f"feature_{name}"
-                encoded = vocabulary.encode(table[column])
-                table = table.set_column(table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded)
+            table = encode_features(table, vocabularies)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
             writer.write_table(table)
         if writer is None:
             raise ValueError("no item is left: the item file is empty, or every item was filtered out or dropped")
         writer.close()
+
+    def source_rows(self, final_ids: np.ndarray) -> pa.Table:
+        """The rows of the items that this source has and that have a final id; features as values."""
+        self._writer.close()
+        tables = list(self._final_batches(final_ids))
+        whole = pa.concat_tables(tables) if tables else self._schema.empty_table().rename_columns(
+            ["item_id", *self._schema.names[1:]]
+        )
+        seen = np.frombuffer(self._seen, np.uint8).astype(bool)
+        of_source = np.zeros(int(final_ids.max(initial=0)) + 1, bool)
+        of_source[final_ids[seen]] = True
+        of_source[0] = False
+        return whole.filter(pa.array(of_source[whole["item_id"].to_numpy()]))
 
     def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:
         """The rows of the spool, batch by batch, that are the latest of their item and have a final id."""
@@ -274,9 +283,18 @@ class ItemCatalogue:
                 yield table if self.has_created_at else table.drop_columns("created_at")
 
 
-def decode_feature(ids: pa.ListArray, vocabulary: pa.Table) -> pa.ListArray:
-    """Decode list<int32> ids to list<string> values by the columns of `Vocabulary.table`."""
-    values = vocabulary["value"].combine_chunks().take(pc.subtract(ids.flatten(), 1))
+def encode_features(table: pa.Table, vocabularies: dict[str, Vocabulary]) -> pa.Table:
+    """The table with the values of its columns `feature_<name>` as ids; new values are added to the vocabularies."""
+    for name, vocabulary in vocabularies.items():
+        column = f"feature_{name}"
+        encoded = vocabulary.encode(table[column])
+        table = table.set_column(table.column_names.index(column), pa.field(column, FEATURE_TYPE), encoded)
+    return table
+
+
+def decode_feature(ids: pa.ListArray, vocabulary: pa.ChunkedArray) -> pa.ListArray:
+    """Decode list<int32> ids to list<string> by the values of a feature, see `Dataset.feature_values`."""
+    values = vocabulary.combine_chunks().take(pc.subtract(ids.flatten(), 1))
     offsets = offsets_from_lengths(pc.list_value_length(ids).to_numpy())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
 

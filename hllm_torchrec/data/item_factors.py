@@ -23,6 +23,8 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
 
+FACTORS = "factors"
+"""Name of the fitted item vectors in `data.item_vectors`."""
 MEAN_LOADING = 0.45
 """v_0[0]: the standard deviation of users' means, in standard deviations of the values."""
 
@@ -90,13 +92,24 @@ class ItemFactors:
         """Expected values [m] of `items` [m] for a user with factors z [J]."""
         return self.mean + self.bias[items] + self.loadings[items] @ z
 
-    def vectors(self) -> NDArray[np.float32]:
-        """[N, J + 1] float32: loadings and bias, each column standardized over known items; row 0 is 0."""
-        raw = np.concatenate([self.loadings, self.bias[:, None]], axis=1)
-        spread = raw[1:].std(axis=0)
-        scaled = (raw - raw[1:].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    def scaling(self) -> tuple[AnyFloats, AnyFloats]:
+        """([J + 1], [J + 1]) mean and standard deviation (1 for a constant) of loadings and bias over known items."""
+        raw = self._columns()[1:]
+        spread = raw.std(axis=0)
+        return raw.mean(axis=0), np.where(spread > 0, spread, 1.0)
+
+    def vectors(self, scaling: tuple[AnyFloats, AnyFloats] | None = None) -> NDArray[np.float32]:
+        """[N, J + 1] float32: loadings and bias, each column standardized; row 0 is 0.
+
+        scaling: mean and standard deviation of each column; None: those of these items.
+        """
+        center, spread = scaling or self.scaling()
+        scaled = (self._columns() - center) / spread
         scaled[0] = 0
         return scaled.astype(np.float32)
+
+    def _columns(self) -> AnyFloats:
+        return np.concatenate([self.loadings, self.bias[:, None]], axis=1)
 
 
 def event_values(labels: NDArray[np.float32], actions: Ints, action_values: AnyFloats) -> AnyFloats:
@@ -126,7 +139,10 @@ def _are_graded(action_values: AnyFloats) -> bool:
 
 
 def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
-    """Dense item features [N, V] float32 from <dataset>/vectors/<name>.npy; `factors` is fitted if it does not exist.
+    """Dense item features [N, V] float32 from <dataset>/vectors/<name>.npy.
+
+    `factors` is fitted if it does not exist, and has zeros for items that came later: only runs that do not have their
+    own (`run_factors`) read it.
 
     Raises:
         ValueError: the file does not exist, or its number of rows differs from the dataset's number of items.
@@ -134,7 +150,7 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
         raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
     path = dataset.root / "vectors" / f"{name}.npy"
-    if name == "factors" and not path.is_file():
+    if name == FACTORS and not path.is_file():
         path.parent.mkdir(exist_ok=True)
         # Written under another name and renamed, so that a file of the final name is complete.
         temporary = path.with_suffix(".tmp.npy")
@@ -150,6 +166,8 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     if not np.isfinite(vectors).all():
         row = int(np.argwhere(~np.isfinite(vectors))[0][0])
         raise ValueError(f"{path}: row {row} is not finite; save a number for every item and feature")
+    if name == FACTORS and vectors.ndim == 2:
+        vectors = np.pad(vectors, ((0, max(0, dataset.num_items - len(vectors))), (0, 0)))
     if vectors.ndim != 2 or vectors.shape[0] != dataset.num_items:
         raise ValueError(
             f"{path}: shape {vectors.shape}: must be [{dataset.num_items}, V], row i for item i, row 0 unknown"

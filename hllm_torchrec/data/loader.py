@@ -12,10 +12,12 @@ the middle of an epoch without reading the batches before.
 from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.data.background import prefetch
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
@@ -50,6 +52,9 @@ class LoaderSpec:
     all_events: bool = False
     """Treat every event as part of the split, including those of earlier parts, and include the training users
     without an event in the split."""
+    since: int = 0
+    """Second UTC: only events from then on are exposures and targets, and users without one are left out; earlier
+    events are history."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
     user_share: float = 1.0
@@ -76,26 +81,31 @@ class Loader:
     ) -> None:
         self.dataset, self.collator, self.spec = dataset, collator, spec
         self.rank, self.world_size = rank, world_size
-        self._groups = dataset.row_groups(spec.split)
+        self._groups = dataset.row_groups(spec.split, spec.since or None)
         own = len(self._groups)
         if spec.all_events and spec.split != "train":
-            self._groups += dataset.row_groups("train")
+            self._groups += dataset.row_groups("train", spec.since or None)
         if not self._groups:
-            raise ValueError(
-                f"{dataset.root}: split {spec.split!r} is empty: prepare the dataset with another split rule"
-            )
+            self._refuse_empty()
         self.pieces = self._index(own)
         if not len(self.pieces):
-            raise ValueError(
-                f"{dataset.root}: no user of split {spec.split!r} is among a share of {spec.user_share}: raise the "
-                "share"
-            )
+            self._refuse_empty()
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
         self._rows = _RowCache(dataset, self._groups, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
         self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
+
+    def _refuse_empty(self) -> NoReturn:
+        """Raise ValueError with the reason why there are no pieces."""
+        split, share = f"{self.dataset.root}: split {self.spec.split!r}", self.spec.user_share
+        if not self._groups and not self.spec.since:
+            raise ValueError(f"{split} is empty: prepare the dataset with another split rule")
+        if self.spec.since:
+            since = f"no event since {text_of(self.spec.since)} (data.train_since)"
+            raise ValueError(f"{split} has {since} of the users in a share of {share}: name an earlier moment")
+        raise ValueError(f"{split}: no user is among a share of {share}: raise the share")
 
     def _index(self, num_own_groups: int) -> Pieces:
         """The pieces of the selected share of users in all row groups.
@@ -104,17 +114,21 @@ class Loader:
         have are taken from them.
         """
         columns: list[tuple[Ints, Ints, Ints, Ints]] = []
-        users_of_split: list[Ints] = []
+        users_of_split: list[Ints] = [np.empty(0, np.int64)]
         for number, group in enumerate(self._groups):
-            # Only the lengths of the lists are needed; actions are the smallest column to read.
-            rows = self.dataset.sequences([group], ["user_id", "target_start", "actions"])
+            # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
+            column = "timestamps" if self.spec.since else "actions"
+            rows = self.dataset.sequences([group], ["user_id", "target_start", column])
             wanted = in_user_sample(rows.user_ids, self.spec.user_share)
             if number < num_own_groups:
                 users_of_split.append(rows.user_ids)
             else:
                 wanted &= ~np.isin(rows.user_ids, np.concatenate(users_of_split))
-            chosen = np.flatnonzero(wanted)
             first_targets = np.zeros_like(rows.target_start) if self.spec.all_events else rows.target_start
+            if self.spec.since:
+                first_targets = np.maximum(first_targets, rows.events_before(self.spec.since))
+                wanted &= first_targets < rows.lengths
+            chosen = np.flatnonzero(wanted)
             columns.append((np.full(chosen.size, number), chosen, rows.lengths[chosen], first_targets[chosen]))
         numbers, all_rows, lengths, starts = (np.concatenate(column) for column in zip(*columns, strict=True))
         return cut_into_pieces(numbers, all_rows, lengths, starts, self.spec.max_history, self.spec.extend_history)

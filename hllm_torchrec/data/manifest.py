@@ -1,6 +1,8 @@
 """`manifest.json`: the description of a prepared dataset, and a cheap check of its files by presence and size."""
 
 import json
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,14 @@ from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.manifest_schema import find_manifest_problem
 
 SCHEMA_VERSION = 1
+"""Of a dataset without appended versions."""
+SCHEMA_VERSION_CHAIN = 2
+"""Of a version that is more than one base with its sequences (`data.versions`)."""
+VERSIONS = "versions"
+"""Folder of the manifests of all versions."""
 MANIFEST = "manifest.json"
+EVENTS = "events"
+"""Folder of a base's event files."""
 ITEM_COUNTS = "training_item_counts.npy"
 
 
@@ -21,26 +30,82 @@ def data_files(root: Path) -> list[Path]:
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json` and add the schema version, the files (size, hash) and the fingerprint of all contents."""
-    files = {
+    """Write `manifest.json` and add the schema version, the files (size, hash) and the fingerprint of all contents.
+
+    Event files (`data.event_files`) hold the same events as the sequences, in another form: they are listed by
+    themselves, and the fingerprint does not depend on them.
+    """
+    facts = {
         path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
         for path, sha256 in hash_files(data_files(root), "checksums").items()
     }
-    fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in files.items())
+    files = {name: one for name, one in facts.items() if not name.startswith(f"{EVENTS}/")}
+    fingerprint = hash_texts(f"{name} {one['sha256']}" for name, one in files.items())
     whole = {"schema_version": SCHEMA_VERSION, **manifest, "fingerprint": fingerprint, "files": files}
+    whole["event_files"] = {name: one for name, one in facts.items() if name not in files}
     (root / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """Read the manifest of the dataset in `root`; check its schema version and its files' presence and sizes.
+def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file that belongs to a version, by its name."""
+    return {**manifest["files"], **manifest.get("event_files", {})}
+
+
+def version_of(manifest: Mapping[str, Any]) -> int:
+    """Number of the version that a manifest describes."""
+    return int(manifest.get("version", 1))
+
+
+def chain_base(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The base of a version: `folder` ("": the dataset itself), `event_files`, `cuts` and `seconds`.
+
+    cuts: seconds and source rows at which a split by time divided it. None: a dataset of an earlier release, without
+    event files.
+    """
+    if "base" in manifest:
+        return dict(manifest["base"])
+    if not manifest.get("event_files"):
+        return None
+    split = manifest["split"]
+    return {
+        "folder": "",
+        "event_files": sorted(manifest["event_files"]),
+        "cuts": [split.get("cut_timestamps", []), split.get("cut_orders", [])],
+        "seconds": manifest["seconds"],
+    }
+
+
+def manifest_path(root: Path, version: int | None = None) -> Path:
+    """Path of the manifest of a version (None: the newest).
+
+    Raises:
+        ValueError: there is no such version; names those that there are.
+    """
+    path = root / MANIFEST
+    if version is None or not path.is_file():
+        return path
+    kept = root / VERSIONS / f"{version:05d}.json"
+    if kept.is_file():
+        return kept
+    if not (root / VERSIONS).is_dir() and version == 1:  # nothing was appended yet
+        return path
+    known = sorted(int(file.stem) for file in (root / VERSIONS).glob("*.json") if file.stem.isdigit())
+    raise ValueError(
+        f"{root}: no version {version}; it has {', '.join(map(str, known)) or '1'} (older ones were pruned). Choose one "
+        "of them"
+    )
+
+
+def read_manifest(root: Path, version: int | None = None, *, check_files: bool = True) -> dict[str, Any]:
+    """Read the manifest of a version (None: the newest) of the dataset in `root`; check its files' presence and sizes.
 
     Hashes are not checked: that would read the complete dataset at each start.
 
     Raises:
-        ValueError: `root` is not a dataset or has another schema version, or a file is missing or has another size.
-            The message names the folder or file, and the remedy.
+        ValueError: `root` is not a dataset or has another schema version, or a file is missing, a link or no regular
+            file, or has another size. The message names the folder or file, and the remedy.
     """
-    path = root / MANIFEST
+    path = manifest_path(root, version)
     if not path.is_file():
         raise ValueError(
             f"{root} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {root}`"
@@ -49,20 +114,42 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ValueError(f"{path} is damaged ({error}); prepare the dataset again") from error
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version is not None and version != SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema_version {version}, this program reads {SCHEMA_VERSION}; prepare it again")
+    known = (SCHEMA_VERSION, SCHEMA_VERSION_CHAIN)
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if found is not None and found not in known:
+        raise ValueError(
+            f"{path}: schema_version {found}, this program reads {' and '.join(map(str, known))}; prepare it again"
+        )
     problem = find_manifest_problem(manifest)
     if problem is not None:
         raise ValueError(f"{path} is damaged ({problem}); prepare the dataset again")
-    for name, facts in manifest["files"].items():
-        # The schema refuses ".." in names; a symbolic link can still lead out.
-        if not (root / name).resolve().is_relative_to(root.resolve()):
+    if check_files:
+        _check_files(root, path, listed_files(manifest))
+    return dict(manifest)
+
+
+def _check_files(root: Path, path: Path, files: Mapping[str, Any]) -> None:
+    """Check that the listed files are regular ones within the dataset, of their sizes."""
+    folders: dict[Path, bool] = {root: True}
+
+    def is_folder(folder: Path) -> bool:
+        if folder not in folders:
+            folders[folder] = is_folder(folder.parent) and not folder.is_symlink()
+        return folders[folder]
+
+    for name, facts in files.items():
+        try:
+            found = (root / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        # The schema refuses ".." in names; a link can still lead out, and a pipe would be waited for.
+        if not is_folder((root / name).parent) or (found is not None and stat.S_ISLNK(found.st_mode)):
             raise ValueError(f"{path}: {name!r} leads out of the dataset; copy the file there, or prepare again")
-        size = (root / name).stat().st_size if (root / name).is_file() else None
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{root / name} is no regular file; copy the file there, or prepare again")
+        size = None if found is None else found.st_size
         if size != facts["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(
                 f"{root / name} {state}, the manifest says {facts['bytes']}; prepare again with --overwrite"
             )
-    return dict(manifest)

@@ -66,6 +66,29 @@ def _is_files(value: Any) -> bool:
     )
 
 
+def _is_event_files(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and is_inside(name) for name in value)
+
+
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, str) and (value == "" or is_inside(value))
+
+
+def _is_base(value: Any) -> bool:
+    return isinstance(value, dict) and _is_folder(value.get("folder")) and _is_event_files(value.get("event_files"))
+
+
+def _is_appends(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_base(one) and _is_count(one.get("version"), 1) for one in value)
+
+
+_CHAIN_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "version": (lambda value: _is_count(value, 1), "a number from 1 on"),
+    "base": (_is_base, "a folder and its event files, within the dataset"),
+    "appends": (_is_appends, "folders and their event files, within the dataset"),
+}
+"""Fields of a version with appends (`data.versions`), which must have all of them or none."""
+
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schema_version": (_is_count, "a number"),
     "name": (_is_text, "text"),
@@ -85,9 +108,15 @@ def find_manifest_problem(manifest: Any) -> str | None:
     """The first problem of a manifest's fields ("counts is ...; it must be ..."), or None."""
     if not isinstance(manifest, dict):
         return f"it holds a {type(manifest).__name__}, not an object"
-    for name, (holds, rule) in _FIELDS.items():
+    chain = _CHAIN_FIELDS if any(name in manifest for name in _CHAIN_FIELDS) else {}
+    optional = {"event_files": _FIELDS["files"]} if "event_files" in manifest else {}
+    for name, (holds, rule) in {**_FIELDS, **optional, **chain}.items():
         if name not in manifest:
             return f"{name} is missing; it must be {rule}"
         if not holds(manifest[name]):
             return f"{name} is {str(manifest[name])[:100]!r}; it must be {rule}"
+    if chain:
+        read = {name for one in (manifest["base"], *manifest["appends"]) for name in one["event_files"]}
+        if not read <= manifest["files"].keys():
+            return f"files lacks {sorted(read - manifest['files'].keys())[0][:100]!r}; it must list every event file"
     return None

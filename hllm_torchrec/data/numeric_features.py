@@ -7,7 +7,7 @@ A custom feature, `module:name` in the configuration, is called with the events 
 returns [X] float32, one number per request:
 
     timestamps [n] int64 seconds; labels [n] float32, NaN without a label; targets [X] int64, indices of the requests'
-    events; seen [X] int64, number of events, from the first, at strictly earlier seconds: read only those.
+    events; seen [X] int64, number of events, from the first, that each request may see: read only those.
 """
 
 import functools
@@ -26,15 +26,15 @@ SHRINKAGE = 5.0
 """Pseudo-exposures at 0.5 in the running mean."""
 
 
-def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targets: Ints) -> Floats:
+def numeric_columns(names: Sequence[str], timestamps: Ints, labels: Floats, targets: Ints, delay: int = 0) -> Floats:
     """The features `names` [X, F] float32 of the exposures `targets` of one user's sorted events.
 
-    timestamps: [n] seconds; labels: [n], NaN without a label; targets: [X] indices of events. Features depend on
-    events of strictly earlier seconds only.
+    timestamps: [n] seconds; labels: [n], NaN without a label; targets: [X] indices of events. Features depend only on
+    events more than `delay` seconds earlier.
     """
     if not names:
         return np.empty((targets.size, 0), np.float32)
-    seen = visible_before(timestamps, timestamps[targets])
+    seen = visible_before(timestamps, timestamps[targets] - delay)
     columns = [numeric_feature(name)(timestamps, labels, targets, seen) for name in names]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -12,25 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
-from hllm_torchrec.data.event_partitions import (
-    PartitionWriter,
-    RowLocator,
-    SortedPartitions,
-    core_filter,
-    partition_count,
-    read_stream,
-    sort_partition,
-    write_sorted,
-)
-from hllm_torchrec.data.ingest import read_events, read_items, read_users
-from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_partitions import SortedPartitions, core_filter
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary
 from hllm_torchrec.data.manifest import (
     ITEM_COUNTS,
     MANIFEST,
@@ -40,9 +30,10 @@ from hllm_torchrec.data.manifest import (
 )
 from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
-from hllm_torchrec.data.split import Cut, Split, check_not_empty, time_cuts
+from hllm_torchrec.data.split import Cut, Split, check_not_empty, cut_facts, cuts_of
+from hllm_torchrec.data.staging import Staged, default_partitions, stage
 from hllm_torchrec.data.user_table import UserTable
-from hllm_torchrec.data.validation import read_table
+from hllm_torchrec.data.vocabulary import compute_marks
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +101,7 @@ def prepare(
         min_events=source.min_events if min_events is None else min_events,
         core=core,
         users_per_row_group=users_per_row_group,
-        partitions=_partitions_for(source) if partitions is None else partitions,
+        partitions=default_partitions(source) if partitions is None else partitions,
     )
     output = Path(output_dir).absolute()
     request = _request(source, options)
@@ -121,8 +112,10 @@ def prepare(
     with atomic_folder(output, replace=True) as target:
         scratch = target.parent / "scratch"
         scratch.mkdir()
-        manifest = _run(source, options, target, scratch, output if extend and existing else None)
-        write_manifest(target, {**manifest, "request": request})
+        manifest = _run(source, options, target, scratch, Dataset.open(output) if extend and existing else None)
+        manifest["request"] = request
+        marks = compute_marks(Dataset(target, manifest))
+        write_manifest(target, {**manifest, "vocabulary": {name: mark.to_json() for name, mark in marks.items()}})
     logger.info("%s: prepared", output)
     return output
 
@@ -166,66 +159,30 @@ def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: 
     )
 
 
-def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Path | None) -> dict[str, Any]:
+def _run(source: Source, options: _Options, target: Path, scratch: Path, old: Dataset | None) -> dict[str, Any]:
     """Run all steps from the source to the files in `target`; return the manifest without its fingerprint."""
-    clash = set(source.item_features) & set(source.user_features)
-    if clash:  # both kinds share the folder `features/` and the batch's keys
-        raise ValueError(f"{source.name}: {sorted(clash)} names both an item and a user feature; rename one")
-    log, locate, users = BadRowLog(options.policy), RowLocator(), UserTable(old)
-    item_words = load_vocabularies(old, source.item_features)
-    user_words = load_vocabularies(old, source.user_features)
-    catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
-    if old is not None:
-        catalogue.load(read_table(old / "items.parquet"), {n: v.table() for n, v in item_words.items()})
-    # Items first: an event of an item that is not in the catalogue is a bad row.
-    read_items(source, catalogue)
-    count = options.partitions
-    events = PartitionWriter(scratch, "events", count, "raw_user_id")
-    event_files = read_events(source, catalogue, log, locate, events)
-    # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
-    user_files = read_users(source, log, PartitionWriter(scratch, "users", count, "raw_user_id"))
-    partitions = _sort(event_files, users, log, locate)
+    staged = stage(source, options.policy, options.partitions, scratch, old)
+    partitions, users, catalogue, log = staged.partitions, staged.users, staged.catalogue, staged.log
     user_counts, item_counts = _filter(partitions, options, len(users), len(catalogue), log)
     total = int(user_counts.sum())
     if total == 0:
         raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
     users.assign_ids(user_counts)
     item_ids = catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
-    cuts = time_cuts(options.split, total, partitions.times) if options.split.rule == "time" else []
+    cuts = cuts_of(options.split, total, partitions.times)
     num_items = int(item_ids.max())
-    group = options.users_per_row_group
     held_out = catalogue.held_out(options.split, item_ids)
-    writer = SequenceWriter(target / "sequences", options.split, cuts, held_out, group)
+    writer = SequenceWriter(target, options.split, cuts, held_out, options.users_per_row_group)
     for table in tqdm(partitions, total=len(partitions.paths), desc="writing sequences", delay=5):
         writer.write(table, users.final_ids, item_ids)
     log.dropped.update({"held_out_of_train": writer.held_out_events} if options.split.hold_out_items else {})
     check_not_empty({part: facts["events"] for part, facts in writer.facts.items()}, options.split)
     np.save(target / ITEM_COUNTS, writer.item_counts)
-    catalogue.write(target / "items.parquet", item_ids, item_words)
-    users.write(target / "users.parquet", user_files, user_words)
-    _write_features(target, item_words | user_words)
+    catalogue.write(target / "items.parquet", item_ids, staged.item_words)
+    users.write(target / "users.parquet", staged.user_files, staged.user_words)
+    _write_features(target, staged.item_words | staged.user_words)
     counts = _counts(users, num_items, writer, log, catalogue)
-    return _manifest(source, options, cuts, counts, writer.facts, item_words, user_words)
-
-
-def _partitions_for(source: Source) -> int:
-    size = sum(path.stat().st_size for path in source.event_files)
-    return partition_count(size, any(path.suffix in (".gz", ".parquet") for path in source.event_files))
-
-
-def _sort(event_files: list[Path], users: UserTable, log: BadRowLog, locate: RowLocator) -> SortedPartitions:
-    """Sort each partition in place and number its users."""
-    paths = []
-    for path in tqdm(event_files, desc="sorting", delay=5):
-        table = read_stream(path)
-        if table is None:
-            users.raw_ids.append(pa.array([], pa.string()))  # keeps raw_ids aligned with the user files
-            continue
-        table, raw_ids = sort_partition(table, len(users), log, locate)
-        users.raw_ids.append(raw_ids)
-        write_sorted(path, table)
-        paths.append(path)
-    return SortedPartitions(paths)
+    return _manifest(source, options, cuts, counts, writer, staged)
 
 
 def _filter(
@@ -273,26 +230,22 @@ def _manifest(
     options: _Options,
     cuts: list[Cut],
     counts: dict[str, Any],
-    parts: dict[str, dict[str, int]],
-    item_words: dict[str, Vocabulary],
-    user_words: dict[str, Vocabulary],
+    writer: SequenceWriter,
+    staged: Staged,
 ) -> dict[str, Any]:
     last_action = max(source.action_names, default=0)
     return {
         "name": source.name,
         "counts": counts,
-        "parts": parts,
-        "split": {
-            **options.split.to_dict(),
-            "cut_timestamps": [cut.timestamp for cut in cuts],
-            "cut_orders": [cut.order for cut in cuts],
-        },
+        "parts": writer.facts,
+        "seconds": list(writer.seconds),
+        "split": cut_facts(options.split, cuts),
         "label_rule": source.label_rule,
         "has_timestamps": source.has_timestamps,
         "actions": {"number": last_action + 1, "names": {str(k): v for k, v in source.action_names.items()}},
         "text_columns": list(source.text_columns),
-        "item_features": {name: {"size": vocabulary.size} for name, vocabulary in item_words.items()},
-        "user_features": {name: {"size": vocabulary.size} for name, vocabulary in user_words.items()},
+        "item_features": {name: {"size": vocabulary.size} for name, vocabulary in staged.item_words.items()},
+        "user_features": {name: {"size": vocabulary.size} for name, vocabulary in staged.user_words.items()},
         "source": {
             "name": source.name,
             "files": [path.name for path in (*source.event_files, *source.other_files)],

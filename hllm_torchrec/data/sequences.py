@@ -1,4 +1,5 @@
-"""`SequenceWriter`: writes `sequences/{train,valid,test}/part-*.parquet`, per user the history to the part's end.
+"""`SequenceWriter`: writes the sequences of a base: `sequences/{train,valid,test}/part-*.parquet`, per user the history
+to the part's end, and `events/part-*.arrow`, each user once.
 
 Legend: N events of a partition, sorted by (user, timestamp, source row); U its users.
 """
@@ -10,32 +11,44 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA
+from hllm_torchrec.data.bad_rows import MAX_SECOND
+from hllm_torchrec.data.event_files import write_event_file
+from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA, Events
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.manifest import EVENTS
 from hllm_torchrec.data.split import SPLITS, Cut, Split, assign_splits
 
-_GROUPS_AT_LEAST = 32
+GROUPS_AT_LEAST = 32
 
 
 class SequenceWriter:
-    """Writes the sequences partition by partition and counts the contents of each part.
+    """Writes the sequences partition by partition below `root` and counts the contents of each part.
+
+    parquet: False leaves out the Parquet files, for a base of a later version, which is read by its event files.
 
     `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events with a
-    label) and `positives` (label > 0.5). `item_counts` (int64 [items + 1]) counts training events by item id. Training
+    label) and `positives` (label > 0.5). `seconds` are those of the first and the last event. `item_counts` (int64 [items + 1]) counts training events by item id. Training
     events whose item is in `held_out` (bool [items + 1]) are removed from all parts, and counted in
     `held_out_events`.
     """
 
     def __init__(
-        self, root: Path, split: Split, cuts: Sequence[Cut], held_out: np.ndarray, users_per_row_group: int
+        self,
+        root: Path,
+        split: Split,
+        cuts: Sequence[Cut],
+        held_out: np.ndarray,
+        users_per_row_group: int,
+        parquet: bool = True,
     ) -> None:
+        self._parquet, self.seconds = parquet, (MAX_SECOND, 0)
         self._root, self._split, self._cuts, self._held_out = root, split, cuts, held_out
-        self.held_out_events = 0
+        self.held_out_events = self.event_files = 0
         self._users_per_row_group = users_per_row_group
         self.facts = {p: {"users": 0, "events": 0, "exposures": 0, "positives": 0, "files": 0} for p in SPLITS}
         self.item_counts = np.zeros(len(held_out), np.int64)
-        for part in SPLITS:
-            (root / part).mkdir(parents=True)
+        for part in SPLITS if parquet else ():
+            (root / "sequences" / part).mkdir(parents=True)
 
     def write(self, table: pa.Table, user_ids: np.ndarray, item_ids: np.ndarray) -> None:
         """Write one partition of `SortedPartitions`; `user_ids` and `item_ids` map numbers to final ids."""
@@ -62,13 +75,23 @@ class SequenceWriter:
         for p, name in enumerate(SPLITS):
             chosen = np.flatnonzero(in_part[p])
             self._count(name, len(chosen), columns["labels"].filter(pa.array(part == p)))
-            if len(chosen) == 0:
+            if len(chosen) == 0 or not self._parquet:
                 continue
             # A row is the history from the user's first event; `target_start` separates earlier parts from this one.
             lengths = ends[p][chosen]
             head = {"user_id": user_ids[user[starts[chosen]]], "target_start": lengths - in_part[p][chosen]}
             self._write_file(name, head, columns, starts[chosen], lengths)
+        self._write_events(user_ids[user[starts]], ends, columns)
         self.item_counts += np.bincount(items[part == 0], minlength=len(self.item_counts))
+
+    def _write_events(self, user_ids: np.ndarray, ends: np.ndarray, columns: dict[str, pa.Array]) -> None:
+        """Write the event file of a partition; ends: [parts, U] events of each user up to the end of each part."""
+        events = Events(**{name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()})
+        path = self._root / EVENTS / f"part-{self.event_files:05d}.arrow"
+        write_event_file(path, user_ids, ends[-1], events, ends[:-1].T)
+        self.event_files += 1
+        times = events.timestamps
+        self.seconds = (min(self.seconds[0], int(times.min())), max(self.seconds[1], int(times.max())))
 
     def _count(self, name: str, users: int, labels: pa.Array) -> None:
         values = labels.fill_null(0).to_numpy(zero_copy_only=False)
@@ -91,9 +114,9 @@ class SequenceWriter:
         index, limits = pa.array(concat_ranges(starts, lengths)), pa.array(offsets_from_lengths(lengths), pa.int32())
         lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
         table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
-        path = self._root / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
+        path = self._root / "sequences" / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
         # Small datasets get smaller row groups, so that every rank and worker has some to read.
-        group = min(self._users_per_row_group, -(-len(starts) // _GROUPS_AT_LEAST))
+        group = min(self._users_per_row_group, -(-len(starts) // GROUPS_AT_LEAST))
         pq.write_table(table, path, row_group_size=group, compression="zstd", use_dictionary=False)
 
 

@@ -1,4 +1,4 @@
-"""Splitting of events into train, valid and test: by global time, last two events, or each user's last shares.
+"""Splitting of events into train, valid and test: by global time, dates, last two events, or users' last shares.
 
 Legend: N events of one partition, sorted by (user, timestamp, order), with `order` the source row; U its
 users.
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from hllm_torchrec.common.seconds import text_of
+
 SPLITS = ("train", "valid", "test")
-RULES = ("time", "leave_one_out", "leave_last")
+RULES = ("time", "date", "leave_one_out", "leave_last")
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
 _KEY_BITS = 48
@@ -25,20 +27,34 @@ class Split:
     """Rule that divides events into train, valid and test."""
 
     rule: str = "time"
-    """"time": all events in the order of (timestamp, source row), cut by position (ranking). "leave_one_out":
-    a user's last event is test, the second to last valid (retrieval). "leave_last": each user's last shares
-    are valid and test, by position (ranking over all users)."""
+    """"time": all events in the order of (timestamp, source row), cut by position (ranking). "date": the same order,
+    cut by seconds. "leave_one_out": a user's last event is test, the second to last valid (retrieval). "leave_last":
+    each user's last shares are valid and test, by position (ranking over all users)."""
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of train, valid and test; ignored by "leave_one_out"."""
+    """Shares of train, valid and test; ignored by "date" and "leave_one_out"."""
     hold_out_items: float = 0.0
     """If above 0, this share of the items has no event in train, as if they appeared later: their training events are
     removed, also from the history of the later parts. For the evaluation of cold start."""
     hold_out_seed: int = 0
     """Selects the items to hold out: a function of this seed and an item's raw id only."""
+    train_until: int | None = None
+    """Second UTC of "date": events before it are train."""
+    valid_until: int | None = None
+    """Second UTC of "date": later events before it are valid, those from it on test."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"split.rule={self.rule!r} is not one of {', '.join(RULES)}; choose one of them")
+        dates = (self.train_until, self.valid_until)
+        if self.rule == "date" and (None in dates or not 0 < self.train_until < self.valid_until):  # type: ignore[operator]
+            raise ValueError(
+                f"split date: train until {_moment(self.train_until)}, valid until {_moment(self.valid_until)}: give "
+                "both (--train-until, --valid-until), the second later"
+            )
+        if self.rule != "date" and dates != (None, None):
+            raise ValueError(
+                f"split.rule={self.rule!r} with dates: --train-until and --valid-until are of --split date"
+            )
         if len(self.fractions) != 3 or min(self.fractions) < 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(
                 f"split.fractions={self.fractions} must be three shares (train, valid, test), none negative, "
@@ -51,11 +67,18 @@ class Split:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON values."""
-        uses_fractions = self.rule != "leave_one_out"
+        uses_fractions = self.rule not in ("date", "leave_one_out")
         found: dict[str, Any] = {"rule": self.rule, "fractions": list(self.fractions) if uses_fractions else None}
+        if self.rule == "date":
+            found |= {"train_until": self.train_until, "valid_until": self.valid_until}
         if self.hold_out_items:
             found |= {"hold_out_items": self.hold_out_items, "hold_out_seed": self.hold_out_seed}
         return found
+
+    @property
+    def is_by_time(self) -> bool:
+        """True if two cuts in the order of (timestamp, source row) divide all events."""
+        return self.rule in ("time", "date")
 
     def held_out(self, raw_item_ids: Iterable[str]) -> np.ndarray:
         """Mask (bool [n]) of the items that are held out of train."""
@@ -105,12 +128,38 @@ def find_cut(stream: Callable[[], Pairs], position: int) -> Cut:
     return Cut(second, order)
 
 
+def date_cuts(split: Split) -> list[Cut]:
+    """The two cuts of a split by dates: no source row is below 0, so a cut's own second comes after it."""
+    assert split.train_until is not None and split.valid_until is not None
+    return [Cut(split.train_until, 0), Cut(split.valid_until, 0)]
+
+
 def time_cuts(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut]:
-    """The two cuts of the time split of `total` events. Raises ValueError if a part would be empty."""
+    """The two cuts of the time split of `total` events. Raises ValueError if a part would be empty.
+
+    stream: see `find_cut`.
+    """
     first = round(total * split.fractions[0])
     second = round(total * (split.fractions[0] + split.fractions[1]))
     check_not_empty(dict(zip(SPLITS, (first, second - first, total - second), strict=True)), split)
     return [find_cut(stream, first), find_cut(stream, second)]
+
+
+def cuts_of(split: Split, total: int, stream: Callable[[], Pairs]) -> list[Cut]:
+    """The two cuts of a split by time or dates, as `time_cuts`; none of the rules by user."""
+    if split.rule == "date":
+        return date_cuts(split)
+    return time_cuts(split, total, stream) if split.rule == "time" else []
+
+
+def cut_facts(split: Split, cuts: Sequence[Cut]) -> dict[str, Any]:
+    """The entry of a split with its cuts in the manifest."""
+    seconds, orders = [cut.timestamp for cut in cuts], [cut.order for cut in cuts]
+    return {**split.to_dict(), "cut_timestamps": seconds, "cut_orders": orders}
+
+
+def _moment(second: int | None) -> str:
+    return "none" if second is None else text_of(second)
 
 
 def check_not_empty(events: dict[str, int], split: Split) -> None:
@@ -118,8 +167,8 @@ def check_not_empty(events: dict[str, int], split: Split) -> None:
     empty = [part for part, count in events.items() if count == 0]
     if empty:
         raise ValueError(
-            f"the {' and '.join(empty)} part of the {split.rule} split is empty (events: {events}). Give "
-            "more events, other split.fractions, or another split.rule"
+            f"the {' and '.join(empty)} part of the {split.rule} split is empty (events: {events}). Give more events, "
+            f"other {'dates' if split.rule == 'date' else 'split.fractions'}, or another split.rule"
         )
 
 
@@ -131,7 +180,7 @@ def assign_splits(
     `user_counts` [U] are the users' numbers of events. In the two per-user rules, all events of users with fewer than
     three events are in train, since these users cannot have an event in each part.
     """
-    if split.rule == "time":
+    if split.is_by_time:
         part = np.zeros(len(timestamps), np.int8)
         # The part is the number of cuts at or before the event.
         for cut in cuts:
@@ -140,14 +189,20 @@ def assign_splits(
     # position: index of each event in its user's sequence.
     first = np.cumsum(user_counts) - user_counts
     position = np.arange(len(timestamps)) - np.repeat(first, user_counts)
-    if split.rule == "leave_one_out":
-        held_test = held_valid = np.ones_like(user_counts)
-    else:
-        held_test = np.maximum(np.rint(user_counts * split.fractions[2]).astype(np.int64), 1)
-        held_valid = np.maximum(np.rint(user_counts * split.fractions[1]).astype(np.int64), 1)
-    # Without enough events both starts are the user's end, which no position reaches: everything is train.
-    enough = user_counts >= 3
-    start_test = np.where(enough, user_counts - held_test, user_counts)
-    start_valid = np.where(enough, start_test - held_valid, user_counts)
+    start_valid, start_test = per_user_starts(split.rule, split.fractions, user_counts)
     in_valid = position >= np.repeat(start_valid, user_counts)
     return in_valid.astype(np.int8) + (position >= np.repeat(start_test, user_counts))
+
+
+def per_user_starts(rule: str, fractions: Sequence[float] | None, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions ([U], [U]) at which valid and test begin in sequences of `counts` [U] events, in the per-user rules."""
+    if rule == "leave_one_out":
+        held_test = held_valid = np.ones_like(counts)
+    else:
+        assert fractions is not None, "leave_last has fractions"
+        held_test = np.maximum(np.rint(counts * fractions[2]).astype(np.int64), 1)
+        held_valid = np.maximum(np.rint(counts * fractions[1]).astype(np.int64), 1)
+    # Without enough events both starts are the user's end, which no position reaches: everything is train.
+    enough = counts >= 3
+    start_test = np.where(enough, np.maximum(counts - held_test, 0), counts)
+    return np.where(enough, np.maximum(start_test - held_valid, 0), counts), start_test

@@ -12,6 +12,7 @@ instead. The maximum length includes them.
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ TOKENIZER_FILES = (
 )
 """Files of a Hugging Face directory that make up its tokenizer."""
 _FORMAT = "1"
+_DIGESTS = "digests.arrow"
+"""Digest of each item's text, by which a store of later texts takes over tokens."""
 _REMEDY = "delete the folder and build it again"
 _BATCH = 4_096
 
@@ -188,7 +191,7 @@ def build_token_store(
         "keys": list(keys),
         "separator": separator,
         "max_text_length": max_text_length,
-        "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
+        "items_sha256": dataset.items_fingerprint,
     }
     path = dataset.root / "tokens" / hash_texts([json.dumps(request, sort_keys=True)])[:16]
     if (path / "store.json").is_file():
@@ -197,8 +200,22 @@ def build_token_store(
 
     with atomic_folder(path) as folder:
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
-        _write_store(folder, dataset, tokenizer, request)
+        _write_store(folder, dataset, tokenizer, request, _earlier_store(path.parent, request))
     return path
+
+
+def _earlier_store(parent: Path, request: dict[str, Any]) -> tuple["TokenStore", np.ndarray] | None:
+    """The largest store of the same settings, of other texts, and its text digests (uint64 [n]); None without one."""
+    found = None
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        try:
+            store, digests = TokenStore.open(folder), _read_array(folder / _DIGESTS, np.uint64)
+        except (ValueError, OSError):
+            continue  # of an earlier release, without digests, or damaged: its texts are tokenized again
+        is_same = all(store.facts.get(name) == value for name, value in request.items() if name != "items_sha256")
+        if is_same and len(digests) == len(store) and (found is None or len(store) > len(found[0])):
+            found = store, digests
+    return found
 
 
 def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
@@ -231,32 +248,72 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_text_le
     return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
 
 
-def _write_store(folder: Path, dataset: Dataset, tokenizer: "PreTrainedTokenizerBase", request: dict[str, Any]) -> None:
+def _write_store(
+    folder: Path,
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    request: dict[str, Any],
+    earlier: tuple[TokenStore, np.ndarray] | None,
+) -> None:
+    """Write the store's files; items whose text is that of the `earlier` store take their tokens from it."""
     prompt, keys, separator = request["prompt"], request["keys"], request["separator"]
-    length = request["max_text_length"]
-    lengths: list[np.ndarray] = []
-    largest = -1
+    lengths, digests = [], []
+    largest, first = -1, 0
     with (
         # Arrow needs the number of values first, so the tokens go to a raw file that is mapped and rewritten below.
         (folder / "values.raw").open("wb") as raw,
         tqdm(total=dataset.num_items, desc="tokenizing", delay=5) as bar,
     ):
         for texts in _with_unknown_item(prompt, item_texts(dataset, prompt, keys, separator)):
-            ids = tokenize(tokenizer, texts, length)
-            lengths.append(np.array([len(row) for row in ids], np.int64))
-            values = np.fromiter((token for row in ids for token in row), np.int32)
+            digests.append(_digests(texts))
+            values, offsets = _tokens(tokenizer, texts, request["max_text_length"], digests[-1], first, earlier)
+            lengths.append(np.diff(offsets))
             largest = max(largest, int(values.max(initial=-1)))
             values.tofile(raw)
+            first += len(texts)
             bar.update(len(texts))
     offsets = offsets_from_lengths(np.concatenate(lengths))
     total = int(offsets[-1])
     values = np.memmap(folder / "values.raw", np.int32, "r") if total else np.zeros(0, np.int32)
     _write_array(folder / "values.arrow", values)
     _write_array(folder / "offsets.arrow", offsets)
+    _write_array(folder / _DIGESTS, np.concatenate(digests))
     del values  # releases the mapping, without which the file cannot be removed on every system
     (folder / "values.raw").unlink()
     facts = {**request, "items": len(offsets) - 1, "tokens": total, "vocab_size": largest + 1}
     (folder / "store.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _digests(texts: list[str]) -> np.ndarray:
+    """Digest of each text, uint64 [n]."""
+    return np.array([int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) for text in texts], np.uint64)
+
+
+def _tokens(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    max_text_length: int,
+    digests: np.ndarray,
+    first: int,
+    earlier: tuple[TokenStore, np.ndarray] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Packed tokens int32 and offsets of the items from `first` on, whose texts and digests are given."""
+    known = np.zeros(len(texts), bool)
+    if earlier is not None:
+        old = earlier[1][first : first + len(texts)]
+        known[: old.size] = old == digests[: old.size]
+    new = np.flatnonzero(~known)
+    ids = tokenize(tokenizer, [texts[i] for i in new], max_text_length) if new.size else []
+    if earlier is None or not known.any():
+        return np.fromiter((token for row in ids for token in row), np.int32), offsets_from_lengths(list(map(len, ids)))
+    # New tokens behind the old ones, then every item's range of both.
+    values, bounds = earlier[0].gather(first + np.flatnonzero(known))
+    lengths = np.zeros(len(texts), np.int64)
+    lengths[known], lengths[new] = np.diff(bounds), [len(row) for row in ids]
+    starts = np.zeros(len(texts), np.int64)
+    starts[known], starts[new] = bounds[:-1], len(values) + np.cumsum(lengths[new]) - lengths[new]
+    every = np.concatenate([values, np.fromiter((token for row in ids for token in row), np.int32)])
+    return every[concat_ranges(starts, lengths)], offsets_from_lengths(lengths)
 
 
 def _with_unknown_item(prompt: str, batches: Iterator[list[str]]) -> Iterator[list[str]]:

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_partitions import read_stream
 from hllm_torchrec.data.item_catalogue import FEATURE_TYPE, Vocabulary, decode_feature
-from hllm_torchrec.data.validation import read_table
 
 
 class UserTable:
@@ -19,10 +19,10 @@ class UserTable:
     partitions.
     """
 
-    def __init__(self, old: Path | None) -> None:
+    def __init__(self, old: Dataset | None) -> None:
         self.raw_ids: list[pa.Array] = []
-        self._old = read_table(old / "users.parquet") if old is not None else None
-        self._old_root = old
+        self._old = None if old is None else old.users
+        self._dataset = old
         self.final_ids = np.zeros(0, np.int64)
         self.without_features = 0
         self.without_events = 0
@@ -45,9 +45,7 @@ class UserTable:
         """Assign final ids (int64 by user number; 0: dropped); `event_counts` are by user number after all filters."""
         known = np.zeros(len(self), np.int64)
         if self._old is not None:
-            old_ids = self._old["raw_user_id"].combine_chunks()
-            found = [pc.fill_null(pc.index_in(raw, value_set=old_ids), -1).to_numpy() for raw in self.raw_ids]
-            known = np.concatenate(found).astype(np.int64) + 1  # id i is row i - 1; -1 (not found) becomes 0
+            known = known_ids(self._old["raw_user_id"], pa.chunked_array(self.raw_ids, pa.string()))
         new = (known == 0) & (event_counts > 0)
         self.final_ids = np.where(new, self.existing + np.cumsum(new), known)
         return self.final_ids
@@ -98,16 +96,30 @@ class UserTable:
 
     def _old_tables(self, vocabularies: dict[str, Vocabulary]) -> list[pa.Table]:
         """The existing users in the columns of the new dataset, with features encoded by its vocabularies."""
-        if self._old is None or self._old_root is None:
+        if self._old is None or self._dataset is None:
             return []
         columns = {"user_id": self._old["user_id"], "raw_user_id": self._old["raw_user_id"]}
         for name, vocabulary in vocabularies.items():
             column, values = f"feature_{name}", pa.nulls(len(self._old), pa.list_(pa.string()))
             if column in self._old.column_names:
-                words = read_table(self._old_root / "features" / f"{name}.parquet")
-                values = decode_feature(self._old[column].combine_chunks(), words)
+                values = decode_feature(self._old[column].combine_chunks(), self._dataset.feature_values(name))
             columns[column] = vocabulary.encode(values)
         return [pa.table(columns)]
+
+
+def known_ids(known: pa.ChunkedArray, raw_ids: pa.ChunkedArray) -> np.ndarray:
+    """Ids (int64 [n]; 0: unknown) of the distinct `raw_ids` in the list `known`, whose entry i has id i + 1.
+
+    The list, which may be long, is streamed past a hash table of the ids that are looked for, which are few.
+    """
+    found = np.zeros(len(raw_ids), np.int64)
+    wanted, first = raw_ids.combine_chunks(), 1
+    for chunk in known.chunks:
+        at = pc.index_in(chunk, value_set=wanted)
+        rows = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
+        found[at.take(pa.array(rows)).to_numpy()] = first + rows
+        first += len(chunk)
+    return found
 
 
 def _latest_by_id(tables: list[pa.Table], features: list[str]) -> pa.Table:

@@ -137,15 +137,23 @@ def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
 def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray[np.int64], rows: TableRows) -> None:
     """Check the concatenated elements of one list column; lengths: [n] elements of each row."""
     ends = np.cumsum(lengths)
+    if name != "labels" and flat.null_count:
+        _refuse(place, name, flat.is_null().to_numpy(), np.full(len(flat), np.nan), ends, "it must not be null")
+    check_values(place, name, (flat.fill_null(0) if name == "labels" else flat).to_numpy(), ends, rows)
+
+
+def check_values(
+    place: str, name: str, values: NDArray[np.generic], ends: NDArray[np.int64], rows: TableRows
+) -> None:
+    """Check the concatenated elements of one event column; ends: [n] end of each row's elements.
+
+    Raises:
+        ValueError: see `read_sequences`; an absent label is given as 0.
+    """
     if name == "labels":
-        values = flat.fill_null(0).to_numpy()
         rule = "a label is 0 or 1, or null where the event is not an exposure"
         _refuse(place, name, (values != 0) & (values != 1), values, ends, rule)
         return
-    if flat.null_count:
-        values = np.zeros(len(flat))
-        _refuse(place, name, flat.is_null().to_numpy(), np.full(len(flat), np.nan), ends, "it must not be null")
-    values = flat.to_numpy()
     if name == "timestamps":
         bad = (values < 0) | (values > MAX_SECOND)
         if bad.any():

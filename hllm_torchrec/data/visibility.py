@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_SECOND_BITS = 33
+"""Bits of a second: those of 2099 have 32."""
 
 
 @overload
@@ -27,14 +29,15 @@ def visible_before(times: Ints, at: int | Ints) -> int | Ints:
     return found if isinstance(at, np.ndarray) else int(found)
 
 
-def visible_at_each_event(times: Ints, offsets: Ints) -> Ints:
-    """[T] `visible_before` at every event among the events of its own user, for many users at once.
+def visible_at_each_event(times: Ints, offsets: Ints, delay: int = 0) -> Ints:
+    """[T] `visible_before` of (its second - delay) at every event among its own user's, for many users at once.
 
     times: [T] seconds UTC, sorted within a user; offsets: [R + 1] start of each user's events, then the end of the
-    last.
+    last; delay: seconds from an event until it may be seen.
     """
-    index, row = np.arange(times.size), np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
-    same = np.concatenate([[False], (np.diff(times) == 0) & (np.diff(row) == 0)])[: times.size]
-    # The running maximum carries the index of a second's first event to the other events of that second.
-    first_of_second = np.maximum.accumulate(np.where(same, 0, index))
-    return first_of_second - offsets[row]
+    row = np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
+    # Users one after the other are one ascending array if the row is the upper part of the key. No second is below 0,
+    # so a limit below 0 finds what the limit 0 finds: nothing of this row.
+    first_key = row << _SECOND_BITS
+    limits = first_key | np.maximum(times - delay, 0)
+    return np.searchsorted(first_key | times, limits, side="left") - offsets[row]

@@ -35,6 +35,8 @@ class DLRMConfig:
     """Categorical user features of the dataset."""
     numeric_features: tuple[str, ...] = ("history_length", "user_mean", "log_gap")
     """Names of `hllm_torchrec.data.numeric_features`; at least one."""
+    feedback_delay: int = 0
+    """Seconds from an event until it may be seen, as `data.feedback_delay` of the model whose vectors are used."""
     time: bool = True
     """Add the hour and the day of the week (UTC), if the dataset has timestamps."""
     item_dropout: float = 0.1
@@ -64,6 +66,7 @@ DLRM_BOUNDS = {
     "dlrm.width": ">= 1",
     "dlrm.init_scale": ">= 0",
     "dlrm.max_bag": ">= 1",
+    "dlrm.feedback_delay": ">= 0",
     "dlrm.item_dropout": ">= 0, < 1",
     "dlrm.user_dropout": ">= 0, < 1",
     "dlrm.epochs": ">= 1",

@@ -92,8 +92,7 @@ class DLRMData:
         self.item_is_known = dataset.training_item_counts() > 0
         self._user_is_known = np.zeros(dataset.num_users, dtype=bool)
         for group in dataset.row_groups("train"):
-            users = dataset.read_row_group(group.path, group.index, columns=["user_id"])["user_id"]
-            self._user_is_known[users.to_numpy()] = True
+            self._user_is_known[dataset.sequences([group], ["user_id", "actions"]).user_ids] = True
         self._user_bags = {name: dataset.feature_ids("user", name) for name in config.user_features}
         self._window_cache: dict[str, Window] = {}
 
@@ -174,7 +173,7 @@ class DLRMData:
         )
 
     def _read(self, groups: Sequence[RowGroup]) -> Window:
-        histories = read_histories(self.dataset, groups)
+        histories = read_histories(self.dataset, groups, self.config.feedback_delay)
         return Window(
             histories,
             liked=self._stretches(histories, histories.labels >= 0.5),
@@ -213,7 +212,7 @@ def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
         first, end = histories.offsets[row : row + 2]
         targets = histories.exposures[bounds[row] : bounds[row + 1]] - first
         labels = histories.labels[first:end]
-        parts.append(numeric_columns(names, histories.timestamps[first:end], labels, targets))
+        parts.append(numeric_columns(names, histories.timestamps[first:end], labels, targets, histories.feedback_delay))
     return np.concatenate(parts)
 
 

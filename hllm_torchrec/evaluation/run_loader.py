@@ -15,20 +15,24 @@ import torch.distributed as dist
 from hllm_torchrec.checkpoint.layout import read_marker
 from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
+from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.machine import machine_info
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.loading import config_from_file
+from hllm_torchrec.config.paths import DATASET, missing_paths, set_value, with_found_paths
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.events import decode_sequences
 from hllm_torchrec.data.predictions import save_predictions
+from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
 from hllm_torchrec.evaluation.scoring import score_split
 from hllm_torchrec.models.assembly import Experiment, build_experiment
 from hllm_torchrec.models.ema import EmaWeights
-from hllm_torchrec.models.lora_base import check_base_weights
+from hllm_torchrec.models.new_rows import fill_new_rows
 from hllm_torchrec.models.stored_items import use_stored_items
 
 OVERLAP_MEMORY = 1 << 30
@@ -49,17 +53,28 @@ class RunScores:
     """Directory of the dataset."""
 
 
-def run_config(run: Path) -> Config:
-    """The resolved configuration of a run directory.
+def run_config(run: Path, dataset: Path | None = None) -> Config:
+    """The resolved configuration of a run directory, with the paths of what exists here: see `with_found_paths`.
+
+    Args:
+        dataset: another dataset to read, in its newest version; None: the run's.
 
     Raises:
-        ValueError: `run` is not a run directory.
+        ValueError: `run` is not a run directory, or a directory that its configuration names does not exist.
     """
     run = local_run(run)
     path = run / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{run} is not a run directory: it has no config.yaml; train into it first")
-    return config_from_file(path)
+    config = with_found_paths(config_from_file(path), run)
+    if dataset is not None:
+        if url_of(dataset) is None and not dataset.is_dir():
+            raise ValueError(f"--dataset {dataset}: no such directory; name one that `hllm prepare` wrote")
+        config = set_value(set_value(config, DATASET, str(dataset)), "data.version", None)
+    problems = missing_paths(config, path)
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
@@ -95,37 +110,46 @@ class LoadedRun:
 
 
 def load_run(
-    run: Path, which: str, device: torch.device, config: Config | None = None, *, use_items: bool = True
+    run: Path,
+    which: str,
+    device: torch.device,
+    config: Config | None = None,
+    *,
+    dataset: Path | None = None,
+    use_items: bool = True,
 ) -> LoadedRun:
     """Load the model of a run at a checkpoint (see `find_checkpoint`). Collective.
 
     Args:
         config: configuration; None: the run's. A configuration that changes only the parallelization also loads.
+        dataset: dataset to read instead of the run's; its ids must continue those of the run.
         use_items: fill the table of a run with stored item embeddings; without it the model can only embed items.
 
     Raises:
-        ValueError: the run, checkpoint or dataset does not exist, the checkpoint is of another model, or the item
-            store does not have all items.
+        ValueError: the run, checkpoint or dataset does not exist, the checkpoint is of another model or has other ids
+            than the dataset, or the item store does not have all items.
     """
-    config = config or run_config(run)
+    config = config or run_config(run, dataset)
     checkpoint = find_checkpoint(run, which)
-    experiment = build_experiment(config, device)
+    experiment = build_experiment(config, device, factors=RunFactors.load(checkpoint.parent.parent))
     loaded = LoadedRun(experiment, checkpoint, *_load(experiment, checkpoint))
     if use_items and takes_stored_items(config):
         use_stored_items(experiment)
     return loaded
 
 
-def score_run(run: Path, split: str, which: str, device: torch.device) -> RunScores:
+def score_run(run: Path, split: str, which: str, device: torch.device, dataset: Path | None = None) -> RunScores:
     """Score every exposure of a split with a checkpoint's weights; writes predictions to the run. Collective.
 
     Averaged weights (`optim.ema`) are used if the run has them, as in the evaluation during training.
 
+    Args:
+        dataset: dataset whose split is scored; None: the newest version of the run's.
+
     Raises:
-        ValueError: the run, checkpoint or dataset does not exist, the split is empty, or the checkpoint is of another
-            model.
+        ValueError: as `load_run`, or the split is empty.
     """
-    loaded, run = load_run(run, which, device), local_run(run)
+    loaded, run = load_run(run, which, device, dataset=dataset), local_run(run)
     experiment, hllm, predictions, retrieval = loaded.experiment, loaded.experiment.hllm, None, None
     loader = experiment.loader(split, experiment.config.evaluation.batch_users)
     show = dist.get_rank() == 0
@@ -165,8 +189,9 @@ def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextMana
         ema = EmaWeights(experiment.averaged_parameters(), experiment.config.optim.ema)
         state["ema"] = ema.state_dict()
         weights = ema.swapped()
+    experiment.check_origin(checkpoint)
     extra = load_checkpoint(checkpoint, state)
-    check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
+    fill_new_rows(experiment, checkpoint, averages=state.get("ema"))
     return weights, int(extra["step"])
 
 
@@ -177,7 +202,12 @@ def _provenance(loaded: LoadedRun) -> dict[str, Any]:
         "weights": {"fingerprint": weights_fingerprint(checkpoint)},
         "step": loaded.step,
         "seed": loaded.experiment.config.seed,
-        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "dataset": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "path": str(dataset.root),
+            "version": dataset.version,
+        },
         "world": dist.get_world_size(),
         "machine": machine_info(),
     }

@@ -86,29 +86,32 @@ def exposure_vectors(experiment: Experiment, split: str, mode: Mode) -> Iterator
     Raises:
         ValueError: the split is empty.
     """
-    limit = experiment.config.data.max_history
+    limit, delay = experiment.config.data.max_history, experiment.config.data.feedback_delay
     requests_of = REQUESTS_BY_MODE[mode]
     rows = (experiment.dataset.sequences([group]) for group in rank_row_groups(experiment.dataset, split))
-    requests = (unit for of_group in rows for piece in of_group.pieces() for unit in requests_of(piece, limit))
+    requests = (unit for of_group in rows for piece in of_group.pieces() for unit in requests_of(piece, limit, delay))
     with open_embedder(experiment) as embedder:
         batches = _request_batches(requests, item_embedding.CATALOGUE_TOKENS)
         while any_rank((batch := next(batches, None)) is not None, experiment.device):
             yield embed_requests(embedder, batch or [])  # a finished rank still joins collectives
 
 
-def daily_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
-    """Group a user's exposures (of a complete sequence) by the number of events of earlier days: each group shares a
-    vector."""
+def daily_requests(piece: Piece, max_history: int, delay: int = 0) -> Iterator[VectorRequest]:
+    """Group a user's exposures (of a complete sequence) by the number of events that the last nightly job before
+    them may see (`delay`: seconds until it may see an event): each group shares a vector."""
     exposures = piece.exposures
     midnights = piece.timestamps[exposures] // DAY * DAY
-    seen = visible_before(piece.timestamps, midnights)  # number of events before the exposure's day
+    seen = visible_before(piece.timestamps, midnights - delay)
     for count in np.unique(seen):
-        history = nightly_request(piece, int(count), max_history) if count else None
+        history = nightly_request(piece, int(count), max_history, delay) if count else None
         yield VectorRequest(piece, exposures[seen == count], history, per_exposure=False)
 
 
-def nearline_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]:
-    """Group a user's exposures (of a complete sequence) by pieces of at most max_history events, as in training."""
+def nearline_requests(piece: Piece, max_history: int, delay: int = 0) -> Iterator[VectorRequest]:
+    """Group a user's exposures (of a complete sequence) by pieces of at most max_history events, as in training.
+
+    delay: not read, since the collator of the pieces applies it.
+    """
     one, length = np.zeros(1, np.int64), np.array([len(piece)])
     cut = cut_into_pieces(one, one, length, np.array([piece.first_target]), max_history)
     exposures = piece.exposures
@@ -119,7 +122,7 @@ def nearline_requests(piece: Piece, max_history: int) -> Iterator[VectorRequest]
             yield VectorRequest(piece, inside, piece.cut(start, end, first), per_exposure=True)
 
 
-REQUESTS_BY_MODE: dict[Mode, Callable[[Piece, int], Iterator[VectorRequest]]] = {
+REQUESTS_BY_MODE: dict[Mode, Callable[[Piece, int, int], Iterator[VectorRequest]]] = {
     "daily": daily_requests,
     "nearline": nearline_requests,
 }

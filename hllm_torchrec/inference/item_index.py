@@ -140,7 +140,14 @@ def normalize_rows(vectors: Floats) -> Floats:
 
 
 def export_item_index(
-    run: Path, target: Path, which: str, device: torch.device, kind: Kind = "flat", cells: int = 0
+    run: Path,
+    target: Path,
+    which: str,
+    device: torch.device,
+    kind: Kind = "flat",
+    cells: int = 0,
+    *,
+    dataset: Path | None = None,
 ) -> int:
     """Write the index of a run's items at a checkpoint ("best", "latest" or a directory), by raw id. Collective.
 
@@ -150,7 +157,7 @@ def export_item_index(
     Raises:
         ValueError: as `load_run` and `ItemIndex`; a model whose users and items do not share a vector space.
     """
-    loaded = load_run(run, which, device)
+    loaded = load_run(run, which, device, dataset=dataset)
     experiment = loaded.experiment
     if not experiment.hllm.generates:
         raise ValueError(

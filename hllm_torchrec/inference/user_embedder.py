@@ -75,6 +75,8 @@ def next_midnight(second: int) -> int:
     return (second // DAY + 1) * DAY
 
 
-def nightly_request(piece: Piece, num_events: int, max_history: int) -> Piece:
-    """Request of the nightly job after the last of the first `num_events` >= 1 events; depends only on these."""
-    return history_request(piece, num_events, next_midnight(int(piece.timestamps[num_events - 1])), max_history)
+def nightly_request(piece: Piece, num_events: int, max_history: int, delay: int = 0) -> Piece:
+    """Request of the first nightly job that may see the last of the first `num_events` >= 1 events; depends only on
+    these. delay: seconds from an event until it may be seen."""
+    seen_from = int(piece.timestamps[num_events - 1]) + delay
+    return history_request(piece, num_events, next_midnight(seen_from), max_history)

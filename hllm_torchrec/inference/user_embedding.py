@@ -84,7 +84,7 @@ def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "
     dataset, limit = experiment.dataset, experiment.config.data.max_history
     store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, user_facts(loaded))
     started = time.perf_counter()
-    groups = _index(dataset, store, since)
+    groups, delay = _index(dataset, store, since), experiment.config.data.feedback_delay
     windows = _windows(groups, item_embedding.COMMIT_TOKENS * coordination.world_size(), limit)
     version = store.snapshot().version
     # Opening an embedder encodes the catalogue, so it is skipped without work. All ranks index the complete dataset and
@@ -99,7 +99,7 @@ def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "
             users = np.array([pieces[row].user_id for row in rows], np.int64)
             return raw_user_ids(dataset, users), vectors.cpu()[rows], marks[rows]
 
-        rounds = (one for window in windows for one in _rounds(window, dataset, limit))
+        rounds = (one for window in windows for one in _rounds(window, dataset, limit, delay))
         if windows:
             version = write_rounds(store, rounds, encode, "embed users", len(windows))
     counts = [(len(g.rows), int(g.active.sum()), int(g.todo.sum())) for g in groups]
@@ -153,13 +153,15 @@ def _windows(groups: list[_Group], budget: int, max_history: int) -> list[list[_
     return windows
 
 
-def _rounds(window: list[_Group], dataset: Dataset, max_history: int) -> Iterator[list[tuple[list[Piece], Hashes]]]:
+def _rounds(
+    window: list[_Group], dataset: Dataset, max_history: int, delay: int
+) -> Iterator[list[tuple[list[Piece], Hashes]]]:
     """This rank's share of a window: rounds of chunks of (requests, content hashes)."""
     asked: list[Piece] = []
     for one in window:
         rows = dataset.sequences([one.group])
         pieces = (rows.piece(row) for row in one.rows[one.todo])
-        asked += [nightly_request(piece, len(piece), max_history) for piece in pieces]
+        asked += [nightly_request(piece, len(piece), max_history, delay) for piece in pieces]
     marks = np.concatenate([one.marks[one.todo] for one in window])
     costs = np.array([len(piece) for piece in asked], np.int64)
     for chunks in rank_chunks(np.arange(len(asked)), costs):

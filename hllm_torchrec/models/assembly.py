@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from hllm_torchrec.checkpoint.layout import read_checkpoint_json
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.eval_protocols import dataset_problems
+from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, base_rate
-from hllm_torchrec.data.item_factors import item_vectors
+from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.loader import Loader, LoaderSpec
+from hllm_torchrec.data.run_factors import FILE, RunFactors
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
 from hllm_torchrec.distributed.collectives import all_gather_variable
@@ -39,9 +43,10 @@ from hllm_torchrec.models.hllm import HLLM, item_space
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
 from hllm_torchrec.models.item_subsampling import SubsampledEncoder
-from hllm_torchrec.models.lora_base import base_fingerprints, without_base_weights
+from hllm_torchrec.models.lora_base import base_fingerprints, check_base_weights, without_base_weights
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -66,6 +71,8 @@ class Experiment:
     item_vectors: NDArray[np.float32] | None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
     """Fingerprints of weights that checkpoints leave out: see `lora_base`."""
+    factors: RunFactors | None = None
+    """Item factors of the run, without those of new items; None: it has none of its own."""
 
     @property
     def hllm(self) -> HLLM:
@@ -73,6 +80,32 @@ class Experiment:
         inner = unwrap_model(self.model)
         assert isinstance(inner, HLLM)
         return inner
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """JSON values that checkpoints record of the model's origin and inputs. Collective at the first use."""
+        return {
+            "config": to_dict(self.config),
+            "bases": self.base_fingerprints,
+            "dataset": {"version": self.dataset.version, "fingerprint": self.dataset.fingerprint},
+            FACTORS_KEY: None if self.factors is None else self.factors.fingerprint,
+            VOCABULARY: experiment_marks(self.config, self.dataset),
+        }
+
+    def check_origin(self, checkpoint: Path) -> None:
+        """Check that a checkpoint of the same run fits the dataset's ids and the other inputs. Collective.
+
+        Raises:
+            ValueError: it was trained with other ids, item factors or base weights (LoRA).
+        """
+        check_vocabulary(self.config, self.dataset, checkpoint)
+        extra = read_checkpoint_json(checkpoint / "extra.json")
+        check_base_weights(extra, self.base_fingerprints, self.config, checkpoint)
+        own = None if self.factors is None else self.factors.fingerprint
+        if FACTORS in self.config.data.item_vectors and extra.get(FACTORS_KEY) != own:
+            raise ValueError(
+                f"{checkpoint} was trained with other item factors than the run's {FILE}: restore that file"
+            )
 
     @property
     def item_encoder(self) -> ItemEncoder | None:
@@ -123,6 +156,7 @@ class Experiment:
             item_costs=costs,
             all_events=whole,
             extend_history=not training and self.batch_spec.visibility == "position",
+            since=second_of(data.train_since or 0) if training else 0,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,
             timeout=self.config.parallel.timeout,
@@ -196,13 +230,19 @@ class Experiment:
         return torch.cat(rows)
 
 
-def build_experiment(config: Config, device: torch.device) -> Experiment:
+def build_experiment(
+    config: Config, device: torch.device, *, factors: RunFactors | None = None, version: int | None = None
+) -> Experiment:
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
+
+    Args:
+        factors: item factors of the run; None: those beside the dataset, if the configuration has any.
+        version: version of the dataset to read; None: `data.version`.
 
     Raises:
         ConfigError: the configuration does not fit the dataset or the device.
     """
-    dataset = Dataset.open(Path(config.data.dataset))
+    dataset = Dataset.open(Path(config.data.dataset), version or config.data.version)
     spec = batch_spec_of(config, dataset)
     problems = [
         *check_batch_spec(spec, dataset),
@@ -216,7 +256,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
         for name, section in text_sections(config)
     }
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
-    vectors = _item_vectors(config, dataset)
+    vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
     model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
     share, encoder, live = config.item_llm.trained_share, encoders.get("item_llm"), None
@@ -232,7 +272,7 @@ def build_experiment(config: Config, device: torch.device) -> Experiment:
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases)
+    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors)
 
 
 def _text_encoder(name: str, section: ItemLLMConfig, tokens: TokenStore, device: torch.device) -> ItemEncoder:
@@ -246,6 +286,7 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,
         visibility=dataset.visibility,
+        feedback_delay=config.data.feedback_delay,
         negatives=config.objective.negatives if generates else 0,
         item_slots=generates and item_space(config) == "features",
         positive_targets_only=config.objective.positive_targets_only,
@@ -262,14 +303,20 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     )
 
 
-def _item_vectors(config: Config, dataset: Dataset) -> NDArray[np.float32] | None:
+def _item_vectors(config: Config, dataset: Dataset, factors: RunFactors | None) -> NDArray[np.float32] | None:
     """[N, V] all dense item features, concatenated, or None; fitted if they do not exist yet. Collective."""
     names = config.data.item_vectors
+
+    def read(name: str) -> NDArray[np.float32]:
+        if name == FACTORS and factors is not None:
+            return factors.fold_in(dataset).vectors()
+        return item_vectors(dataset, name)
+
     # One process of each host fits the missing ones; the others then read its files.
-    run_on_each_host(lambda: [item_vectors(dataset, name).shape for name in names])
+    run_on_each_host(lambda: [item_vectors(dataset, name).shape for name in names if name != FACTORS or not factors])
     if not names:
         return None
-    vectors = np.concatenate([item_vectors(dataset, name) for name in names], axis=1)
+    vectors = np.concatenate([read(name) for name in names], axis=1)
     if config.data.cold_dropout:
         vectors[dataset.training_item_counts() == 0] = 0
     return vectors

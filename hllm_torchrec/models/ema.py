@@ -53,6 +53,12 @@ class EmaWeights:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin again from the current weights."""
+        for name, parameter in self._parameters.items():
+            self._averages[name].copy_(parameter.detach())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages themselves: loading into them in place restores this object."""
         return dict(self._averages)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
@@ -19,9 +18,6 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.events import decode_sequences
-from hllm_torchrec.data.split import SPLITS
-from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
@@ -56,6 +52,7 @@ def recommend(
     which: str = "best",
     time: int | None = None,
     include_seen: bool = False,
+    dataset: Path | None = None,
 ) -> Recommendations:
     """Return the `top` items for a user, from a checkpoint of a run. Runs in one process.
 
@@ -63,27 +60,28 @@ def recommend(
         user: raw id.
         time: second (UTC) of the request; None: now. Events at or after it are excluded.
         include_seen: also recommend items of the history.
+        dataset: dataset with the catalogue and the user's events; None: the newest version of the run's.
 
     Raises:
         ValueError: no such run, checkpoint or user; a user without events before `time`; `top` below 1.
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")
-    config = run_config(run)
-    dataset = Dataset.open(config.data.dataset)
+    config = run_config(run, dataset)
+    opened = Dataset.open(config.data.dataset, config.data.version)
     moment = int(clock.time()) if time is None else time
-    history = history_before(dataset, user, moment)
+    history = history_before(opened, user, moment - config.data.feedback_delay)
     if config.objective.has_head:
-        scores, scored_by = _probabilities(run, which, device, history, moment), "probability"
+        scores, scored_by = _probabilities(run, which, device, history, moment, dataset), "probability"
     else:
-        scores, scored_by = _similarities(run, which, device, history, moment), "similarity"
+        scores, scored_by = _similarities(run, which, device, history, moment, dataset), "similarity"
     scores[0] = -np.inf  # the unknown item
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
     # Excluded items have the score -inf; after the exclusions fewer than `top` items may remain.
     best = best[np.isfinite(scores[best])]
-    read = _reader(dataset, config)
+    read = _reader(opened, config)
     return Recommendations(
         [RecommendedItem(*read(item)) for item in history.item_ids.tolist()],
         [RecommendedItem(*read(item), score) for item, score in zip(best.tolist(), scores[best].tolist(), strict=True)],
@@ -101,28 +99,27 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
     if user not in raw:
         raise ValueError(f"user {user!r}: not in {dataset.root}{did_you_mean(user, raw)}; it has {len(raw):,} users")
     dense = raw.index(user) + 1
-    for part in reversed(SPLITS):  # a row contains the history up to the end of its part
-        for file in dataset.sequence_files(part):
-            with error_location(file):
-                rows = pq.read_table(file, filters=[("user_id", "=", dense)])
-            if rows.num_rows:
-                sequence = decode_sequences([rows])
-                events = visible_before(sequence.timestamps, time)
-                if events:
-                    return UserHistory(dense, **sequence[:events].columns)
+    sequence = dataset.user_events(dense)
+    events = visible_before(sequence.timestamps, time)
+    if events:
+        return UserHistory(dense, **sequence[:events].columns)
     raise ValueError(f"user {user!r}: no event before {time}; name a later time")
 
 
-def _probabilities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
+def _probabilities(
+    run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
+) -> NDArray[np.float64]:
     """Probabilities [N] of all items of the catalogue, from the ranking head."""
-    with Scorer.of_run(run, which, device) as scorer:
+    with Scorer.of_run(run, which, device, dataset=dataset) as scorer:
         logits = scorer.score(history, np.arange(scorer.experiment.dataset.num_items), time)
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def _similarities(run: Path, which: str, device: torch.device, history: UserHistory, time: int) -> NDArray[np.float64]:
+def _similarities(
+    run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
+) -> NDArray[np.float64]:
     """Cosines [N] between the predicted next item and all items of the catalogue."""
-    loaded = load_run(run, which, device)
+    loaded = load_run(run, which, device, dataset=dataset)
     experiment = loaded.experiment
     piece = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
     experiment.model.eval()

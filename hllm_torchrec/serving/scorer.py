@@ -159,8 +159,12 @@ class Scorer:
         device: torch.device | None = None,
         micro_batch: int = MICRO_BATCH,
         table_dtype: str | None = None,
+        *,
+        dataset: Path | None = None,
     ) -> Self:
         """Build the scorer of a run directory from its checkpoint "best" or "latest", or from a given checkpoint.
+
+        dataset: dataset with the catalogue; None: the newest version of the run's.
 
         Averaged weights (`optim.ema`) are used if the run has them, until `close`.
 
@@ -168,7 +172,7 @@ class Scorer:
             ValueError: as `load_run` and the class.
         """
         device = device or init_distributed()
-        loaded = load_run(run, which, device, _in_one_process(run_config(run)))
+        loaded = load_run(run, which, device, _in_one_process(run_config(run, dataset)))
         # pop_all moves the contexts to the scorer: they stay open until `close`, but end here if the constructor fails.
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
@@ -225,8 +229,8 @@ class Scorer:
         Args:
             user: a history, or the result of `read` or `extend`.
             candidates: [m] item ids of the dataset; 0 is the unknown item.
-            time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds are
-                visible; with a leave-one-out dataset all events are.
+            time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
+                older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
 
         Raises:
             ValueError: as `read`; candidates outside the dataset's ids, or a leave-one-out request before the
@@ -265,7 +269,7 @@ class Scorer:
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         """Append `events` to the cache."""
         # The collator drops history after the last exposure: one exposure after all events retains all of them.
-        after = int(events.timestamps[-1]) + 1 if len(events) else 0
+        after = int(events.timestamps[-1]) + 1 + self.experiment.batch_spec.feedback_delay if len(events) else 0
         exposure = Events.at([after], labels=[0])
         whole = events.followed_by(UserHistory(events.user_id, **exposure.columns))
         batch = self._collator([whole.as_piece(len(events))], 0, 0).to(self.experiment.device)
@@ -282,7 +286,7 @@ class Scorer:
             return batch
         # The request is an additional event without a label: its numbers come from the visible events before it.
         window = user.history.since(user.start)
-        earlier = visible_before(window.timestamps, time)
+        earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
         times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
         numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
         assert batch.numeric is not None
@@ -294,7 +298,8 @@ class Scorer:
     def _visible(self, user: UserState, time: int) -> int:
         """Number of cached events visible to a request at `time`."""
         if self.experiment.batch_spec.visibility == "second":
-            return visible_before(user.cache.times.cpu().numpy(), time)
+            limit = time - self.experiment.batch_spec.feedback_delay
+            return visible_before(user.cache.times.cpu().numpy(), limit)
         last = int(user.history.timestamps[-1]) if len(user.history) else time
         if time < last:
             raise ValueError(

@@ -154,3 +154,10 @@ def snapshot_weights(model: HLLM, item_encoder: ItemEncoder | None = None) -> We
         matrices["item_embeddings"] = model.embed_items(sample, LiveItems(model.item_llm, item_encoder)).float()
         model.item_llm.train(was_training)
     return WeightSnapshot(matrices)
+
+
+def summary_line(steps: int, live: int, moved: dict[str, float]) -> str:
+    """Summary of a training: steps, those in which the Item LLM learned, and relative changes of the weights."""
+    shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
+    share = live / max(steps, 1)
+    return f"trained {steps} steps, {live} of them ({share:.0%}) end to end through the Item LLM; moved: {shown}"

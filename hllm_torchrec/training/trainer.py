@@ -17,7 +17,8 @@ from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.machine import machine_info, peak_memory_bytes
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.common.run_log import RunLog
-from hllm_torchrec.config.loading import save_config, to_dict
+from hllm_torchrec.config.loading import save_config
+from hllm_torchrec.config.paths import with_absolute_paths
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import StageConfig
 from hllm_torchrec.data.batch import HybridBatch
@@ -30,7 +31,7 @@ from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, mea
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.ema import EmaWeights
-from hllm_torchrec.models.lora_base import check_base_weights
+from hllm_torchrec.models.new_rows import fill_new_rows
 from hllm_torchrec.models.parallelize import autocast, user_attention
 from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.modules.losses.objectives import MAX_SCALE
@@ -45,7 +46,7 @@ from hllm_torchrec.training.optim import (
 from hllm_torchrec.training.resume import check_schedule
 from hllm_torchrec.training.stage_schedule import EpochSegment, RunSchedule
 from hllm_torchrec.training.step_guard import StepGuard
-from hllm_torchrec.training.throughput import StepMeter, snapshot_weights
+from hllm_torchrec.training.throughput import StepMeter, snapshot_weights, summary_line
 from hllm_torchrec.training.wandb_sink import open_run_log
 
 
@@ -94,6 +95,7 @@ class Trainer:
         self.loaders: dict[StageConfig, Loader] = {}
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
+        self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
         self.guard = StepGuard(self.config, self.rank, self.output)
         self.evaluation_pending = False  # True if the evaluation of the current step has not been done yet
         self.preemption, self.should_stop = PreemptionHandler(), False
@@ -134,7 +136,7 @@ class Trainer:
                 "end", self.step, **peak_memory_bytes(), weights_moved=moved, live_steps=self._item_llm_steps()
             )
         if self.rank == 0:
-            print(self._summary_line(moved), flush=True)
+            print(summary_line(self.step, self._item_llm_steps(), moved), flush=True)
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:
@@ -157,15 +159,6 @@ class Trainer:
         """Number of steps so far in which gradients reached the Item LLM."""
         learns = self.config.item_llm.enabled and self.config.item_llm.trainable
         return self.schedule.end_to_end_steps(self.step) if learns else 0
-
-    def _summary_line(self, moved: dict[str, float]) -> str:
-        """Summary of what was trained: relative changes of weights and of item embeddings."""
-        live = self._item_llm_steps()
-        shown = ", ".join(f"{part} {change:.2%}" for part, change in moved.items())
-        return (
-            f"trained {self.step} steps, {live} of them ({live / max(self.step, 1):.0%}) end to end through the "
-            f"Item LLM; moved: {shown}"
-        )
 
     def _train_segment(self, segment: EpochSegment) -> None:
         meter = StepMeter(self.hllm, self.experiment.text_encoders, self.peak_flops)
@@ -214,7 +207,7 @@ class Trainer:
         norm = math.nan if refused else dense_step(self.dense_optim, self.config.optim.clip_norm)
         self.step += 1
         if self.ema is not None and math.isfinite(norm):
-            self.ema.update(self.step)
+            self.ema.update(self.earlier_steps + self.step)
         numbers = self._describe(stats, norm, batches)
         if not numbers:
             return {}
@@ -294,7 +287,7 @@ class Trainer:
 
     def _log_start(self) -> None:
         if self.rank == 0:
-            save_config(self.config, self.output / "config.yaml")
+            save_config(with_absolute_paths(self.config), self.output / "config.yaml")
         self.log.write(
             "start",
             self.step,
@@ -359,7 +352,8 @@ class Trainer:
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in retrieval.items()}
         return metrics
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """All tensors of a checkpoint: loading into them in place restores the trainer's. Collective."""
         materialize_state(self.dense_optim)
         state: dict[str, Any] = {
             "model": self.experiment.model_state(),
@@ -374,23 +368,28 @@ class Trainer:
             "stale": self.early_stopping.stale,
             "owed": self.evaluation_pending,
             "leg_steps": [segment.steps for segment in self.schedule.segments],
-            "config": to_dict(self.config),
-            "bases": self.experiment.base_fingerprints,
+            "earlier_steps": self.earlier_steps,
         }
-        self.checkpoints.save(self.step, self._state(), extra, score, self.log)
+        self.checkpoints.save(self.step, self.state(), extra | self.experiment.facts, score, self.log)
 
     def _resume(self) -> None:
         """Load the checkpoint `resume_from`, if there is one. Collective."""
         if self.checkpoint is None:
             return
-        extra = load_checkpoint(self.checkpoint, self._state())
-        check_base_weights(extra, self.experiment.base_fingerprints, self.config, self.checkpoint)
+        self.experiment.check_origin(self.checkpoint)
+        extra = load_checkpoint(self.checkpoint, self.state())
+        fill_new_rows(self.experiment, self.checkpoint, averages=self.ema.state_dict() if self.ema else None)
         check_schedule(self.checkpoint, extra, self.schedule.segments)
         self.step = self.checkpoints.last_saved_step = extra["step"]
         self.evaluation_pending = extra.get("owed", False)
         self.early_stopping.stale = extra["stale"]
         self.early_stopping.best = -math.inf if extra["best"] is None else extra["best"]
-        # The tables are updated in every micro-batch, the dense weights once a step.
-        self.table_optim.set_step(self.step * self.config.optim.accumulate)
+        self.set_earlier_steps(extra.get("earlier_steps", 0))
         if (rank_extra := load_rank_extra(self.checkpoint)) is not None:
             set_rng_state(rank_extra["rng"])
+
+    def set_earlier_steps(self, steps: int) -> None:
+        """Count `steps` optimizer steps before the first one of this run, for bias corrections and averages."""
+        self.earlier_steps = steps
+        # The tables are updated in every micro-batch, the dense weights once a step.
+        self.table_optim.set_step((steps + self.step) * self.config.optim.accumulate)

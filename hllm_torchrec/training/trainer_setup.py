@@ -1,18 +1,28 @@
 """Construction of a `Trainer` from a configuration: all collective work before training, in order."""
 
+import logging
 from pathlib import Path
 
 import torch
 
+from hllm_torchrec.checkpoint.layout import read_checkpoint_json
 from hllm_torchrec.checkpoint.manager import CheckpointManager
 from hllm_torchrec.checkpoint.remote_runs import open_run_storage
+from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.item_factors import FACTORS
+from hllm_torchrec.data.run_factors import RunFactors
+from hllm_torchrec.distributed.coordination import rank, run_on_each_host
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.parallelize import compute_dtype
+from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
 from hllm_torchrec.training.resume import checkpoint_to_resume
 from hllm_torchrec.training.throughput import global_matmul_peak
 from hllm_torchrec.training.trainer import Trainer
-from hllm_torchrec.training.warm_start import warm_start
+from hllm_torchrec.training.warm_start import continue_optimizers, start_checkpoint, warm_start
+
+_logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: Config, device: torch.device) -> Trainer:
@@ -23,11 +33,75 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     """
     storage = open_run_storage(config.output)  # if `output` is a URL: downloads the existing files of the run
     resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
+    begin_from = start_checkpoint(config) if resume_from is None else None
     # Draws random numbers, so it comes before `build_experiment`, which seeds.
     peak_flops = global_matmul_peak(device, compute_dtype(config))
+    version = version_to_resume(config, resume_from)
+    factors = own_factors(config, storage.folder, resume_from, begin_from)
     # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
-    experiment = build_experiment(config, device)
-    if config.start_from is not None:
-        warm_start(experiment, Path(config.start_from))
+    experiment = build_experiment(config, device, factors=factors, version=version)
+    if begin_from is not None:
+        warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
-    return Trainer(experiment, checkpoints, resume_from, peak_flops)
+    trainer = Trainer(experiment, checkpoints, resume_from, peak_flops)
+    if begin_from is not None and config.start_from_optimizer:
+        trainer.set_earlier_steps(continue_optimizers(experiment, trainer.state(), trainer.ema, begin_from))
+    return trainer
+
+
+def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
+    """Version of the dataset with which a resumed run began; None for a new one, and if the checkpoint has none.
+
+    Raises:
+        ConfigError: the configuration names another version.
+    """
+    began = read_checkpoint_json(resume_from / "extra.json").get("dataset") if resume_from is not None else None
+    if began is None:
+        return None
+    version, wanted = int(began["version"]), config.data.version
+    if wanted not in (None, version):
+        raise ConfigError(f"data.version: {wanted}: the resumed run began with version {version}; leave the field out")
+    newest = Dataset.open(config.data.dataset).version
+    if newest != version and rank() == 0:
+        _logger.warning(
+            "%s: continues with version %d of %s, with which it began (the newest is %d)",
+            config.output,
+            version,
+            config.data.dataset,
+            newest,
+        )
+    return version
+
+
+def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from: Path | None) -> RunFactors | None:
+    """The item factors of a run, from its folder; None if it has none or reads those beside the dataset. Collective.
+
+    A new run fits them, or takes over those of the run that it starts from, and saves them. Runs of earlier versions,
+    and those that start from them, read the dataset's.
+
+    Raises:
+        ValueError: the factors of the run to start from are missing or damaged.
+    """
+    if FACTORS not in config.data.item_vectors:
+        return None
+
+    def make() -> None:
+        dataset = Dataset.open(config.data.dataset, config.data.version)
+        if begin_from is None:
+            RunFactors.fit(dataset).save(run)
+            return
+        extra = read_checkpoint_json(begin_from / "extra.json")
+        source = RunFactors.load(begin_from.parent.parent)
+        if extra.get(FACTORS_KEY) != (source and source.fingerprint):
+            raise ValueError(
+                f"start_from: {begin_from} was trained with item factors that are not in {begin_from.parent.parent}: "
+                "restore its factors.npz"
+            )
+        if source is not None:
+            source.fold_in(dataset).save(run)
+        elif FACTORS not in extra.get("config", {}).get("data", {}).get("item_vectors", ()):
+            RunFactors.fit(dataset).save(run)
+
+    if resume_from is None:
+        run_on_each_host(make)
+    return RunFactors.load(run)

@@ -1,16 +1,26 @@
-"""Warm start: initializes a run with the weights of another, as stage II of HLLM starts from stage I."""
+"""Warm start: initializes a run with the weights of another, as stage II of HLLM starts from stage I.
+
+The same is done every night with yesterday's run: tables may have grown, and the optimizers may go on.
+"""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hllm_torchrec.checkpoint.layout import MARKER
 from hllm_torchrec.checkpoint.load import best_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
-from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.checkpoint.state import flatten, is_under
+from hllm_torchrec.common.errors import ConfigError, did_you_mean
+from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.lora_base import check_base_weights
+from hllm_torchrec.models.new_rows import fill_new_rows
+from hllm_torchrec.models.run_vocabulary import check_vocabulary
 
 OPTIONAL_PARTS = (
     "adapter",
@@ -26,32 +36,19 @@ OPTIONAL_PARTS = (
 )
 """Parts of the model that the other run may lack; it must have the Item LLM and the user encoder."""
 
+_REMEDY = "Choose another run, or parts that keep their initial values (start_from_skip: [PART, ...])"
 
-def warm_start(experiment: Experiment, source: Path) -> None:
-    """Load the weights of a run's best checkpoint, or of a checkpoint, into a newly built model. Collective.
 
-    Averaged weights (`optim.ema`) are used if the other run has them, because they were the ones evaluated to select
-    the best checkpoint. Weights of OPTIONAL_PARTS that the checkpoint lacks, or has in another shape, keep their
-    initial values, with a warning. Optimizer state is not loaded.
+def start_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `start_from` names, or the best one of the run that it names; None without it. Collective.
 
     Raises:
-        ConfigError: the checkpoint does not exist.
-        ValueError: its Item LLM or user encoder differ, or its files are damaged.
+        ConfigError: it does not exist.
+        ValueError: its files are damaged.
     """
-    checkpoint = _find(source)
-    keep = [f"{group}.{part}" for group in ("model", "ema") for part in OPTIONAL_PARTS]
-    extra = load_checkpoint(checkpoint, {"model": experiment.model_state()}, allow_missing=keep)
-    check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
-    averaged = run_on_rank_zero(
-        lambda: [key for key in SafeReader(checkpoint).read_tensors() if key.startswith("ema.")]
-    )
-    if averaged:
-        # Averages exist for a part of the weights only; they overwrite, in place, the weights loaded above.
-        weights = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in set(averaged)}
-        load_checkpoint(checkpoint, {"ema": weights}, allow_missing=keep)
-
-
-def _find(source: Path) -> Path:
+    if config.start_from is None:
+        return None
+    source = Path(config.start_from)
     if re.search(r"step-\d+$", source.name):
         source = local_checkpoint(source)
     if (source / MARKER).is_file():
@@ -65,3 +62,76 @@ def _find(source: Path) -> Path:
             ]
         )
     return best
+
+
+def warm_start(experiment: Experiment, checkpoint: Path) -> None:
+    """Load the weights of another run's checkpoint into a newly built model. Collective.
+
+    Averaged weights (`optim.ema`) are used if the other run has them, because they were the ones evaluated to select
+    the best checkpoint. Tables may have grown: see `checkpoint.growth`. Weights of OPTIONAL_PARTS that the checkpoint
+    lacks keep their initial values, with a warning, as do those of `start_from_skip`.
+
+    Raises:
+        ValueError: the checkpoint's ids are not those of the dataset; its Item LLM or user encoder differ, or a part
+            has another shape; its files are damaged.
+    """
+    skip = experiment.config.start_from_skip
+    check_vocabulary(experiment.config, experiment.dataset, checkpoint, skip)
+    state = {"model": experiment.model_state()}
+    _check_parts(skip, state["model"])
+    extra = _load(checkpoint, state, skip)
+    check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
+    averaged = _averaged(checkpoint)
+    if averaged:
+        # Averages exist for a part of the weights only; they overwrite, in place, the weights loaded above.
+        weights = {name: p.detach() for name, p in experiment.hllm.named_parameters() if f"ema.{name}" in averaged}
+        _load(checkpoint, {"ema": weights}, skip)
+    fill_new_rows(experiment, checkpoint, skip)
+
+
+def continue_optimizers(
+    experiment: Experiment, state: Mapping[str, Any], ema: EmaWeights | None, checkpoint: Path
+) -> int:
+    """Load a checkpoint's weights (not averaged), averages and optimizer state: `start_from_optimizer`. Collective.
+
+    Args:
+        state: the trainer's, as it is saved.
+        ema: its averages, which start from the loaded weights if the checkpoint has none.
+
+    Returns:
+        Number of optimizer steps done until then.
+    """
+    skip = experiment.config.start_from_skip
+    averaged = bool(_averaged(checkpoint))
+    extra = _load(checkpoint, {name: group for name, group in state.items() if name != "ema" or averaged}, skip)
+    fill_new_rows(experiment, checkpoint, skip, state.get("ema"))
+    if ema is not None and not averaged:
+        ema.restart()
+    return int(extra["step"]) + int(extra.get("earlier_steps", 0))
+
+
+def _averaged(checkpoint: Path) -> set[str]:
+    """Keys of the averages in a checkpoint. Collective."""
+    return run_on_rank_zero(lambda: {key for key in SafeReader(checkpoint).read_tensors() if key.startswith("ema.")})
+
+
+def _load(checkpoint: Path, state: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
+    """Load all but the parts of `skip`; parts that one of both lacks may be missing."""
+    optional = [f"{group}.{part}" for group in state for part in (*OPTIONAL_PARTS, *skip)]
+    left_out = [f"{group}.{part}" for group in state for part in skip]
+    wanted: dict[str, dict[str, Any]] = {group: {} for group in state}
+    for key, tensor in flatten(state).items():
+        if not is_under(key, left_out):
+            group, _, name = key.partition(".")
+            wanted[group][name] = tensor
+    return load_checkpoint(checkpoint, wanted, allow_missing=optional, remedy=_REMEDY)
+
+
+def _check_parts(skip: tuple[str, ...], weights: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an entry of `start_from_skip` that is no part of the model."""
+    parts = sorted({name.split(".")[0] for name in weights})
+    for part in skip:
+        if not any(is_under(name, [part]) for name in weights):
+            raise ConfigError(
+                f"start_from_skip: {part!r}: no part of the model{did_you_mean(part, parts)}; it has {', '.join(parts)}"
+            )

@@ -34,7 +34,7 @@ FOLDERS = {"user": "user_llm"}
 """Part of the model -> its directory, where that is not its name."""
 
 
-def export_huggingface(run: Path, which: str, output: Path, device: torch.device) -> None:
+def export_huggingface(run: Path, which: str, output: Path, device: torch.device, dataset: Path | None = None) -> None:
     """Write the model of a run into `output`, from its checkpoint "best", "latest" or one by name.
 
     Uses averaged weights (`optim.ema`) if the run has them. Runs in one process; the checkpoint may be of any number.
@@ -44,7 +44,7 @@ def export_huggingface(run: Path, which: str, output: Path, device: torch.device
     """
     if output.exists():
         raise ValueError(f"{output}: already exists; name another folder, or remove it")
-    loaded = load_run(run, which, device, use_items=False)
+    loaded = load_run(run, which, device, dataset=dataset, use_items=False)
     with loaded.weights, atomic_folder(output) as folder:
         state = full_state_dict(loaded)
         exported: dict[str, Any] = {}

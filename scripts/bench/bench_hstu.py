@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from bench_candidates import peak_bytes
 from benchmarking import add_dataset, alternate, arguments, keep_large_buffers, matmul_peak, medians, report, say
@@ -62,8 +61,7 @@ class Batch:
 
 def history_lengths(dataset: Dataset) -> np.ndarray:
     """How many events each user of the training part has."""
-    groups = [dataset.read_row_group(group.path, group.index, ["item_ids"]) for group in dataset.row_groups("train")]
-    return np.concatenate([pc.list_value_length(group["item_ids"]).to_numpy() for group in groups])
+    return np.concatenate([dataset.sequences([group], ["item_ids"]).lengths for group in dataset.row_groups("train")])
 
 
 def lengths_of(distribution: str, longest: int, users: int, histories: np.ndarray) -> list[int]:

@@ -54,12 +54,12 @@ def pieces_of(dataset: Dataset, history: int) -> Iterator[tuple[int, Ints, Ints]
     """
     size = history + 1
     for group in dataset.row_groups("train"):
-        for row in dataset.read_row_group(group.path, group.index).to_pylist():
-            items, times = (np.array(row[name], np.int64) for name in ("item_ids", "timestamps"))
+        for row in dataset.sequences([group]).pieces():
+            items, times = row.item_ids, row.timestamps
             for end in range(len(items), 0, -size):
                 start = max(0, end - size)
                 if end - start >= max(2, size / 2):
-                    yield row["user_id"], items[start:end], times[start:end]
+                    yield row.user_id, items[start:end], times[start:end]
 
 
 def draw_samples(dataset: Dataset, history: int, users: int, seed: int = 0) -> list[Sample]:

@@ -94,14 +94,19 @@ def test_without_training_labels_the_mean_is_one_half() -> None:
     assert nothing.mean == 0.5 and not nothing.bias(0.0).any()
 
 
-def histories_of(dataset: Dataset, split: str = "test") -> Histories:
-    return read_histories(dataset, rank_row_groups(dataset, split))
+def histories_of(dataset: Dataset, split: str = "test", delay: int = 0) -> Histories:
+    return read_histories(dataset, rank_row_groups(dataset, split), delay)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_label_changes_later_scores_only(rule: str) -> None:
+def test_a_feedback_delay_needs_seconds() -> None:
+    with pytest.raises(ValueError, match="feedback_delay: 60: the dataset is split by 'leave_one_out', so events are"):
+        histories_of(fixtures.dataset("leave_one_out"), delay=60)
+
+
+@pytest.mark.parametrize(("rule", "delay"), [("time", 0), ("time", 80_000), ("leave_one_out", 0)])
+def test_a_label_changes_later_scores_only(rule: str, delay: int) -> None:
     dataset = fixtures.dataset(rule)
-    labels, histories = training_labels(dataset), histories_of(dataset, "valid")
+    labels, histories = training_labels(dataset), histories_of(dataset, "valid", delay)
     before = score_running_bias(histories, labels, RunningBiasConfig())
     exposures = histories.exposures
     rng, reached = np.random.default_rng(0), 0
@@ -112,6 +117,8 @@ def test_a_label_changes_later_scores_only(rule: str) -> None:
         same_user = histories.row_of_event[exposures] == histories.row_of_event[event]
         sees = same_user & (histories.seen[exposures] > histories.position[event])
         assert np.array_equal(np.abs(after - before) > 1e-9, sees)
+        age = histories.timestamps[exposures] - histories.timestamps[event]
+        assert rule != "time" or np.array_equal(sees, same_user & (age > delay))
         reached += int(sees.sum())
     assert reached > 0
 

@@ -1,6 +1,12 @@
+import errno
+import os
+from itertools import count
+
 import pytest
 
-from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common import atomic_files
+from hllm_torchrec.common.atomic_files import atomic_folder, recover_folder
+from tests.helpers.schedules import acting_before, schedules
 
 
 def test_a_folder_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -51,3 +57,91 @@ def test_a_file_in_the_way_is_an_error(tmp_path):
     with pytest.raises(OSError, match="target"), atomic_folder(tmp_path / "target") as folder:
         (folder / "x").touch()
     assert (tmp_path / "target").read_text() == "precious"
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("replace", "exchanges"), [(True, True), (True, False), (False, True)])
+def test_after_a_kill_at_any_file_access_the_old_or_the_new_is_there(tmp_path, monkeypatch, replace, exchanges):
+    if not exchanges:  # a file system that cannot exchange two folders
+        monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
+    for k in count(1):
+        place = tmp_path / str(k)
+        target = place / "data"
+        target.mkdir(parents=True)
+        if replace:
+            (target / "file").write_text("old")
+        pid = os.fork()
+        if pid == 0:
+            with acting_before(k, lambda: os._exit(9), place):
+                _write(target, replace)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        recover_folder(target)
+        content = (target / "file").read_text() if (target / "file").exists() else "nothing"
+        assert content in ("new", "old" if replace else "nothing"), k
+        _write(target, replace=True)
+        assert (target / "file").read_text() == "new"
+        left = [path.name for path in place.iterdir() if path != target]
+        assert not [name for name in left if "-new-" not in name], (k, left)  # those go by their age
+        if status == 0:
+            break
+    assert k > 10
+
+
+def _write(target, replace):
+    with atomic_folder(target, replace=replace) as folder:
+        (folder / "file").write_text("new")
+
+
+def test_scratch_of_a_process_that_lives_stays_and_old_scratch_goes(tmp_path):
+    target = tmp_path / "data"
+    old, foreign = tmp_path / ".data-new-0123abcd", tmp_path / ".data-x-0123abcd"
+    for folder in (old, foreign):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    with atomic_folder(target) as folder:
+        recover_folder(target)
+        (folder / "file").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".data-x-0123abcd", "data"]
+
+
+def test_a_target_without_its_marker_is_unfinished_and_replaced(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "half").touch()
+    with atomic_folder(target, marker="done") as folder:
+        (folder / "done").touch()
+    assert [path.name for path in target.iterdir()] == ["done"]
+    with atomic_folder(target, marker="done") as folder:
+        (folder / "done").write_text("second")
+    assert (target / "done").read_text() == ""
+
+
+def test_at_no_moment_of_a_replacement_is_there_nothing_to_read(tmp_path):
+    target, seen = tmp_path / "target", []
+    _write(target, replace=False)
+    done = [
+        result for _, result in schedules(lambda: _write(target, True), lambda: seen.append(_read(target)), tmp_path)
+    ]
+    assert set(done) == {None} and len(seen) == len(done) > 10
+    assert set(seen) == {"new"}
+
+
+def _read(target):
+    return (target / "file").read_text()
+
+
+def test_an_error_of_the_disk_names_the_folder(tmp_path):
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/target'"),
+        atomic_folder(tmp_path / "target"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(OSError, match=f"Cannot allocate memory: '{tmp_path}/target'"),
+        atomic_folder(tmp_path / "target"),
+    ):
+        raise MemoryError
+    assert not list(tmp_path.iterdir())

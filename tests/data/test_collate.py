@@ -487,3 +487,16 @@ def test_items_held_out_of_train_are_no_negatives(tmp_path: Any) -> None:
     assert (counts[1:] == 0).sum() > 8
     every = Collator(dataset, recipe(negatives=99)).negatives(0, 0)
     assert sorted(every.tolist()) == np.flatnonzero(counts).tolist()
+
+
+def test_with_a_feedback_delay_an_item_is_predicted_where_its_request_would_have_been() -> None:
+    users, delay = some_pieces(), 80_000
+    batch = collate(recipe("none", negatives=4, feedback_delay=delay), users, training=True)
+    expected, at = [], 0
+    for p, length in zip(users, batch.seq_offsets.diff().tolist(), strict=True):
+        for i in range(max(1, p.first_target), len(p)):
+            seen = int((p.timestamps < p.timestamps[i] - delay).sum())
+            if seen and p.labels[i] != 0:
+                expected.append((at + seen - 1, int(p.item_ids[i])))
+        at += length
+    assert list(zip(batch.next_rows.tolist(), batch.next_items.tolist(), strict=True)) == expected and expected

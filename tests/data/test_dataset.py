@@ -97,7 +97,7 @@ def test_what_is_no_sound_dataset_is_an_error_with_a_remedy(dataset, tmp_path):
     path = dataset.root / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "schema_version": 99}))
-    with pytest.raises(ValueError, match=r"schema_version 99, this program reads 1; prepare it again"):
+    with pytest.raises(ValueError, match=r"schema_version 99, this program reads 1 and 2; prepare it again"):
         Dataset.open(dataset.root)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged .*; prepare the dataset again"):

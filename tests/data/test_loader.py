@@ -103,6 +103,32 @@ def test_a_rank_without_users_gets_empty_batches_that_hold_the_negatives() -> No
     assert empty.unique_items.tolist() == sorted(empty.negative_items.tolist())
 
 
+def test_exposures_since_a_moment_come_once_with_their_whole_history(mode: str) -> None:
+    every = [
+        (piece.timestamps[at], piece.user_id, at)
+        for piece in fixtures.pieces()
+        for at in np.flatnonzero(~np.isnan(piece.labels)).tolist()
+    ]
+    since = int(np.median([second for second, _, _ in every]))
+    ranks = loaders(2, since=since, max_history=1000)
+    batches = [batch for one in ranks for batch in one.batches(0)]
+    found = sorted(pair for batch in batches for pair in exposures(batch))
+    assert found == sorted((user, at) for second, user, at in every if second >= since) and 0 < len(found) < len(every)
+    whole = {
+        pair: batch for one in loaders(1, max_history=1000) for batch in one.batches(0) for pair in exposures(batch)
+    }
+    for batch in batches:
+        lengths = dict(zip(exposures(batch), batch.history_lengths.tolist(), strict=True))
+        for pair in lengths:
+            other = dict(zip(exposures(whole[pair]), whole[pair].history_lengths.tolist(), strict=True))
+            assert lengths[pair] == other[pair]
+
+
+def test_a_moment_without_later_events_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"split .train. has no event since 2065-01-24T05:20:00Z"):
+        make(since=3_000_000_000)
+
+
 # --- order -----------------------------------------------------------------------------------------------
 
 
@@ -294,7 +320,7 @@ def _count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 class _Unprepared(Dataset):
     """A dataset whose split has no file."""
 
-    def row_groups(self, part: str) -> list[RowGroup]:
+    def row_groups(self, part: str, since: int | None = None) -> list[RowGroup]:
         return []
 
 
@@ -313,7 +339,7 @@ def test_a_share_of_many_users_is_as_large_as_it_says() -> None:
 
 
 def test_a_share_without_a_user_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no user of split 'train' is among a share of 1e-09: raise the share"):
+    with pytest.raises(ValueError, match="split 'train': no user is among a share of 1e-09: raise the share"):
         make(user_share=1e-9)
 
 

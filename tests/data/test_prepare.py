@@ -219,7 +219,7 @@ def test_no_event_left_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "random"}, r"split\.rule='random' is not one of time, leave_one_out, leave_last"),
+        ({"split": "random"}, r"split\.rule='random' is not one of time, date, leave_one_out, leave_last"),
         ({"core": "deep"}, r"core='deep' is not one of iterative, published"),
         ({"users_per_row_group": 0}, r"users_per_row_group=0 must be at least 1"),
     ],

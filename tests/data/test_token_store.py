@@ -1,16 +1,19 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hllm_torchrec.data import token_store
+from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.movielens import movielens_100k
-from hllm_torchrec.data.token_store import TokenStore, build_token_store, special_tokens
-from tests.helpers.source_files import MOVIES, memory_source, recbole_100k
+from hllm_torchrec.data.token_store import TokenStore, build_token_store, special_tokens, tokenize
+from tests.helpers.source_files import ITEMS, MOVIES, memory_source, recbole_100k
 
 SPECIAL = {"bos": "<s>", "eos": "</s>", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]", "pad": "[PAD]"}
 PROMPT = "Compress this: "
@@ -197,3 +200,24 @@ def test_mistakes_are_named(dataset, tmp_path):
     (path / "store.json").write_text(json.dumps({**facts, "items": 7}))
     with pytest.raises(ValueError, match=r"is damaged: its files and store\.json differ"):
         TokenStore.open(path)
+
+
+def test_a_later_version_tokenizes_new_and_changed_texts_only(tmp_path, monkeypatch):
+    folder, options = tiny_tokenizer(tmp_path / "tokenizer"), {"keys": ["title"], "max_text_length": 64}
+    root = prepare(memory_source(tmp_path / "1", [(f"u{n}", f"i{n % 5}", 5, n) for n in range(20)], ITEMS), tmp_path / "d")
+    first = build_token_store(Dataset.open(root), folder, **options)
+    new = [("i3", "another title"), "i99"]
+    append_events(memory_source(tmp_path / "2", [("u1", "i99", 5, 30)], new), root)
+    asked = []
+    monkeypatch.setattr(token_store, "tokenize", lambda *given: asked.extend(given[1]) or tokenize(*given))
+    dataset = Dataset.open(root)
+    second = TokenStore.open(build_token_store(dataset, folder, **options))
+    assert asked == ["title: another title", "title: title i99"]
+    assert second.path != first and TokenStore.open(first).facts["items"] == 16
+    monkeypatch.undo()
+    shutil.rmtree(root / "tokens")
+    whole = TokenStore.open(build_token_store(dataset, folder, **options))
+    assert np.array_equal(whole.values, second.values) and np.array_equal(whole.offsets, second.offsets)
+    # A version without new texts has the same store.
+    append_events(memory_source(tmp_path / "3", [("u1", "i3", 5, 31)], ["i1"]), root)
+    assert build_token_store(Dataset.open(root), folder, **options) == second.path

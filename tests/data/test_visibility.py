@@ -18,7 +18,7 @@ SEARCHES = {
     "hllm_torchrec/data/loader.py": 2,  # of costs, of row groups
     "hllm_torchrec/data/split.py": 1,  # of digits
     "hllm_torchrec/data/validation.py": 1,  # of rows
-    "hllm_torchrec/data/visibility.py": 1,
+    "hllm_torchrec/data/visibility.py": 2,
     "hllm_torchrec/downstream/dlrm_data.py": 1,  # of exposures by row
     "hllm_torchrec/store/segment.py": 2,  # of hashes, of files
 }
@@ -36,11 +36,11 @@ def test_only_events_strictly_before_the_request_are_visible(times: list[int], r
     assert [visible_before(array, request) for request in requests] == expected
 
 
-@given(USERS)
-def test_many_users_at_once_see_what_each_sees_alone(users: list[list[int]]) -> None:
+@given(USERS, st.integers(0, 7))
+def test_many_users_at_once_see_what_each_sees_alone(users: list[list[int]], delay: int) -> None:
     times, offsets = np.array(sum(users, []), np.int64), offsets_from_lengths([len(user) for user in users])
-    alone = [visible_before(np.array(user, np.int64), np.array(user, np.int64)) for user in users]
-    assert visible_at_each_event(times, offsets).tolist() == np.concatenate([*alone, []]).tolist()
+    alone = [visible_before(np.array(user, np.int64), np.array(user, np.int64) - delay) for user in users]
+    assert visible_at_each_event(times, offsets, delay).tolist() == np.concatenate([*alone, []]).tolist()
 
 
 def searches(source: str) -> Iterator[ast.Call]:

@@ -165,11 +165,11 @@ def sequences(dataset: Dataset, part: str) -> dict[str, tuple[int, list[tuple]]]
     users = dict(zip(dataset.users["user_id"].to_pylist(), dataset.users["raw_user_id"].to_pylist(), strict=True))
     found = {}
     for group in dataset.row_groups(part):
-        for row in dataset.read_row_group(group.path, group.index).to_pylist():
-            columns = (row["timestamps"], row["labels"], row["actions"])
-            history = [(items[i], *rest) for i, *rest in zip(row["item_ids"], *columns, strict=True)]
-            assert users[row["user_id"]] not in found, "one row a user and part"
-            found[users[row["user_id"]]] = (row["target_start"], history)
+        for row in dataset.sequences([group]).pieces():
+            columns = (row.timestamps.tolist(), row.labels.tolist(), row.actions.tolist())
+            history = [(items[i], *rest) for i, *rest in zip(row.item_ids.tolist(), *columns, strict=True)]
+            assert users[row.user_id] not in found, "one row a user and part"
+            found[users[row.user_id]] = (row.first_target, history)
     return found
 
 

@@ -45,9 +45,9 @@ def build(tmp_path: Path, fusion: str = "late", **options: Any) -> Experiment:
     return experiment
 
 
-def of_piece(embedder: UserEmbedder, piece: Piece, mode: Mode) -> dict[int, tuple[torch.Tensor, bool]]:
+def of_piece(embedder: UserEmbedder, piece: Piece, mode: Mode, delay: int = 0) -> dict[int, tuple[torch.Tensor, bool]]:
     """(vector, whether there is one) by the exposure's position."""
-    found = embed_requests(embedder, list(REQUESTS_BY_MODE[mode](piece, LIMIT)))
+    found = embed_requests(embedder, list(REQUESTS_BY_MODE[mode](piece, LIMIT, delay)))
     return dict(zip(found.position.tolist(), zip(found.users, found.has_user.tolist(), strict=True), strict=True))
 
 
@@ -60,6 +60,21 @@ def perturbed(piece: Piece, where: np.ndarray) -> Piece:
     last = where & (times == times[-1]) & (times != times[where].min())
     times[last] += 3600
     return dataclasses.replace(piece, item_ids=items, actions=actions, labels=labels, timestamps=times)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vectors_see_an_event_after_its_feedback_delay_only(mode: Mode, tmp_path: Path) -> None:
+    unit, delay, checked = DAY if mode == "daily" else 1, 80_000, 0
+    with open_embedder(build(tmp_path, data__feedback_delay=delay)) as embedder:
+        for piece in fixtures.pieces()[:6]:
+            before = of_piece(embedder, piece, mode, delay)
+            for position in list(before)[::5]:
+                young = piece.timestamps >= piece.timestamps[position] // unit * unit - delay
+                vector, known = of_piece(embedder, perturbed(piece, young), mode, delay)[position]
+                assert known == before[position][1] == bool((~young).any())
+                torch.testing.assert_close(vector, before[position][0], atol=1e-5, rtol=0)
+                checked += known
+    assert checked > 5
 
 
 @pytest.mark.parametrize("fusion", ["late", "early", "none"])
@@ -139,7 +154,7 @@ def test_a_long_user_in_many_stretches_still_has_each_exposure_once(tmp_path: Pa
     assert longest.item_ids.size > 30
     with open_embedder(build(tmp_path, data__max_history=8)) as embedder:
         for mode in MODES:
-            units = list(REQUESTS_BY_MODE[mode](longest, 8))
+            units = list(REQUESTS_BY_MODE[mode](longest, 8, 0))
             assert all(unit.history is None or unit.history.item_ids.size <= 8 for unit in units)
             found = sorted(embed_requests(embedder, units).position.tolist())
             assert (

@@ -1,5 +1,6 @@
 import pytest
 
+from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.sources.registry import SOURCES
 from hllm_torchrec.launch.prepare import main
@@ -45,6 +46,21 @@ def test_every_source_is_prepared_from_the_command_line(tmp_path, capsys, source
     printed = capsys.readouterr().out
     assert f"{dataset.manifest['counts']['events']:,} events" in printed
     assert "test: " in printed
+
+
+def test_dates_divide_the_events(tmp_path, capsys):
+    folder = recbole_100k(tmp_path)
+    words = ["--source", "ml-100k", "--path", folder, "--output", tmp_path / "out"]
+    seconds = sorted(second for *_, second in RATINGS)
+    first, second = seconds[len(seconds) // 3], seconds[2 * len(seconds) // 3]
+    assert run(*words, "--train-until", text_of(first), "--valid-until", second) == 0
+    manifest = Dataset.open(tmp_path / "out").manifest
+    assert manifest["split"]["rule"] == "date" and manifest["split"]["cut_timestamps"] == [first, second]
+    assert manifest["parts"]["train"]["events"] == sum(at < first for at in seconds)
+    assert manifest["parts"]["test"]["events"] == sum(at >= second for at in seconds)
+    with pytest.raises(SystemExit):
+        run(*words, "--train-until", "yesterday")
+    assert "--train-until: 'yesterday' is not a moment: write 2023-11-22" in capsys.readouterr().err
 
 
 def test_options_reach_the_dataset(tmp_path):

@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "user__shape": HSTU,
         "data__history": "positive",
     },
+    "delayed": {**RICH, "objective__fusion": "early", "data__feedback_delay": 80_000},
     "leave one out": {**RICH, "objective__fusion": "early"},
 }
 

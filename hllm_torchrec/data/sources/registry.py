@@ -1,9 +1,10 @@
 """Registry of the sources of `hllm prepare --source NAME`; a new source is a module in this folder and an entry of
 `SOURCES`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hllm_torchrec.data.quickstart_files import fetch_movielens_100k
 from hllm_torchrec.data.sources.amazon import amazon
@@ -27,6 +28,8 @@ class SourceKind:
     """Meaning of --items, for the help text; None: the source does not accept it."""
     takes_time_unit: bool = False
     """True if the source accepts --time-unit."""
+    takes_event_files: bool = False
+    """True if the source accepts event files of new data, as `append`."""
     fetch: Callable[[Path | None], Path] | None = None
     """Downloads the files into the given cache folder and returns their path; used if --path is not given."""
 
@@ -48,7 +51,12 @@ SOURCES: dict[str, SourceKind] = {
         "      --output data/books",
         items="metadata JSON lines",
     ),
-    "table": SourceKind(table, "mapping YAML", "--path my_shop.yaml --bad-rows bad_time=drop --output data/shop"),
+    "table": SourceKind(
+        table,
+        "mapping YAML",
+        "--path my_shop.yaml --bad-rows bad_time=drop --output data/shop",
+        takes_event_files=True,
+    ),
 }
 """Sources by their name in `--source`."""
 
@@ -59,8 +67,11 @@ def build_source(
     items: Path | None = None,
     time_unit: str | None = None,
     cache_dir: Path | None = None,
+    append: Sequence[Path] | None = None,
 ) -> Source:
     """Build the source that the arguments name.
+
+    append: event files of new data only (none: those that `path` names), which are read in the place of `path`'s.
 
     Raises:
         ValueError: an argument is missing or belongs to another source, or a file is missing.
@@ -72,10 +83,15 @@ def build_source(
     if items is not None and kind.items is None:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.items)
         raise ValueError(f"--items belongs to {others}, not to {name}")
+    if append and not kind.takes_event_files:
+        raise ValueError(f"--append {append[0]}: {name} has its events in --path; give no files, and the new ones as --path")
     if path is None and kind.fetch is not None:
         path = kind.fetch(cache_dir)
     if path is None:
         raise ValueError(f"--path is missing: {name} cannot be fetched; see --help for what it names")
     if items is None and kind.items is not None:
         raise ValueError(f"--items is missing: {name} needs the file with the items' texts")
-    return kind.build(path, *([items] if items else []), **({"time_unit": time_unit} if time_unit else {}))
+    options: dict[str, Any] = {"time_unit": time_unit} if time_unit else {}
+    if append is not None and kind.takes_event_files:
+        options["append"] = append
+    return kind.build(path, *([items] if items else []), **options)

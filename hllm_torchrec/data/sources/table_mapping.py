@@ -28,7 +28,7 @@ An event whose label is null (Parquet) or an empty cell (CSV) is not an exposure
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -103,14 +103,18 @@ class TableMapping:
     min_events: int = 0
 
 
-def table(mapping_file: str | Path) -> Source:
-    """Build the source that a YAML mapping describes. Raises ValueError naming the field of a mistake in it."""
+def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> Source:
+    """Build the source that a YAML mapping describes. Raises ValueError naming the field of a mistake in it.
+
+    append: event files to read instead of those of the mapping (none: its own), for a source of new data only: then
+    there may be no files of items and users.
+    """
     path = Path(mapping_file)
     mapping = read_mapping(path)
     events, items, users = mapping.events, mapping.items, mapping.users
-    event_files = _find(path, events.path, "events.path")
-    item_files = _find(path, items.path, "items.path")
-    user_files = _find(path, users.path, "users.path") if users else ()
+    event_files = existing_files(append) if append else _find(path, events.path, "events.path")
+    item_files = _find(path, items.path, "items.path", append is not None)
+    user_files = _find(path, users.path, "users.path", append is not None) if users else ()
     names = dict(enumerate(map(str, events.actions), start=1)) if events.action else {1: "event"}
     rule = "every event is positive" if events.label is None else f"{events.label}, 0 or 1"
     if events.label is not None and events.positive_from is not None:
@@ -209,7 +213,15 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
         raise ValueError(f"{path}: events.positive_from needs events.label, the column that it compares")
 
 
-def _find(mapping_file: Path, pattern: str, field_name: str) -> tuple[Path, ...]:
+def existing_files(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """The paths of files. Raises ValueError for one that is no file."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file; correct the path")
+    return tuple(paths)
+
+
+def _find(mapping_file: Path, pattern: str, field_name: str, may_be_none: bool = False) -> tuple[Path, ...]:
     given = Path(pattern)
     root = Path(given.anchor) if given.is_absolute() else mapping_file.absolute().parent
     relative = str(given.relative_to(given.anchor)) if given.is_absolute() else pattern
@@ -217,7 +229,7 @@ def _find(mapping_file: Path, pattern: str, field_name: str) -> tuple[Path, ...]
         found = tuple(sorted(p for p in root.glob(relative) if p.is_file()))
     except (ValueError, NotImplementedError, IndexError, RecursionError) as error:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} is not a path ({error}); correct it") from error
-    if not found:
+    if not found and not may_be_none:
         raise ValueError(f"{mapping_file}: {field_name}={pattern!r} matches no file under {root}; correct the path")
     return found
 

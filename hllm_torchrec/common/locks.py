@@ -1,0 +1,97 @@
+"""Locks between processes, with messages that name the holder; the system releases them when a process dies."""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hllm_torchrec.common.atomic_files import replace_file
+
+WAIT = "HLLM_LOCK_WAIT"
+"""Environment variable with the most seconds that a process waits for another one's lock."""
+_DEFAULT_WAIT = 3600.0
+_FIRST_NOTICE, _NOTICES = 3.0, 60.0
+"""Seconds after which a wait is announced, and seconds between further announcements."""
+
+
+class Locked(ValueError):
+    """Another process holds the lock; the message names it."""
+
+
+@contextmanager
+def hold_lock(file: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Context manager that holds the lock `file`, in an existing folder.
+
+    The holder describes itself in a file beside it, for the messages of others.
+
+    Args:
+        what: subject of the message, such as "runs/a: another process is training into this folder".
+        wait: seconds to wait for the holder.
+
+    Raises:
+        Locked: another process still holds it after `wait` seconds; names `what`, process, host and since when.
+    """
+    lock, begun, notice = FileLock(file), time.monotonic(), _FIRST_NOTICE
+    while True:
+        left = begun + wait - time.monotonic()
+        try:
+            held = lock.acquire(timeout=max(0.0, min(left, notice)), poll_interval=0.05)
+            break
+        except Timeout:
+            if left <= notice:
+                hint = f"; it was waited for {wait:.0f} seconds ({WAIT})" if wait else ""
+                raise Locked(f"{what} ({_holder(file)}): wait for it, or stop it{hint}") from None
+            print(f"waiting: {what} ({_holder(file)})", file=sys.stderr, flush=True)
+            notice = _NOTICES
+    with held:
+        _describe_self(file)
+        try:
+            yield
+        finally:
+            _description(file).unlink(missing_ok=True)
+
+
+def lock_wait() -> float:
+    """Seconds that a process waits for another one's lock: HLLM_LOCK_WAIT, by default an hour.
+
+    Raises:
+        ValueError: the variable holds no number of seconds.
+    """
+    text = os.environ.get(WAIT, str(_DEFAULT_WAIT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise ValueError(f"{WAIT}: {text!r} is not a number of seconds")
+    return seconds
+
+
+def _description(file: Path) -> Path:
+    return file.with_name(f"{file.name}.holder")
+
+
+def _describe_self(file: Path) -> None:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        replace_file(
+            _description(file), json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
+        )
+    except OSError:  # a full disk must not keep anybody from working: only messages lack the name then
+        pass
+
+
+def _holder(file: Path) -> str:
+    """Return "process 12 on host a since 2026-01-01T00:00:00+00:00", or what is known of it."""
+    try:
+        found = json.loads(_description(file).read_text(encoding="utf-8"))
+        return f"process {int(found['process'])} on {str(found['host'])[:100]} since {str(found['since'])[:40]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its lock is {file}"

@@ -1,0 +1,303 @@
+"""`append_events`: adds a version to a dataset from a source that holds only what is new.
+
+Nothing that is there is written again: a version is a folder with the new events by user, new and changed rows of
+items and users, and new values of features. The cost follows the source, apart from a scan over the known raw ids.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.hashing import hash_files, hash_texts
+from hllm_torchrec.common.seconds import text_of
+from hllm_torchrec.data.bad_rows import BadRows
+from hllm_torchrec.data.base_events import write_base_events
+from hllm_torchrec.data.changed_rows import changed_items, changed_users
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_files import write_event_file
+from hllm_torchrec.data.events import EVENT_COLUMNS, Events
+from hllm_torchrec.data.manifest import EVENTS, chain_base, listed_files
+from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.split import Split, cut_facts, date_cuts
+from hllm_torchrec.data.staging import Staged, default_partitions, stage
+from hllm_torchrec.data.versions import (
+    APPENDS,
+    BASES,
+    commit_version,
+    draft_folder,
+    file_facts,
+    version_name,
+    write_lock,
+)
+from hllm_torchrec.data.vocabulary import dataset_marks, mark_ids
+
+logger = logging.getLogger(__name__)
+_NAMED_FILES = 10
+"""Most files of a source that the manifest names."""
+
+
+def append_events(
+    source: Source,
+    root: Path,
+    *,
+    policy: BadRows | None = None,
+    partitions: int | None = None,
+    split: Split | None = None,
+) -> dict[str, Any] | None:
+    """Add the source's events, items and users to the dataset in `root` as a new version; all ids are kept.
+
+    Events of earlier versions (same user, second and item) are left out and counted. Rows of known items and users are
+    left out, or are newer versions of these rows if a text or a feature differs.
+
+    Args:
+        policy: handling of bad rows; None: the source's default.
+        partitions: number of partitions on disk; None: derived from the size of the event files.
+        split: a split by date, by which the version divides all events; None: that of the version before.
+
+    Returns:
+        The version's entry of `appends` in the manifest; None if the source holds nothing new: no version is written.
+
+    Raises:
+        ValueError: a bad row; a source of another kind than the dataset's; a dataset that cannot grow event by event.
+            Nothing is written then.
+    """
+    with write_lock(root):
+        dataset = Dataset.open(root)
+        fingerprint = source_fingerprint(source)
+        known = next((one for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint), None)
+        if known is not None:
+            logger.info("%s: version %d was made from the same files: nothing to append", root, known["version"])
+            return None
+        _check_fits(source, dataset)
+        _check_split(split, dataset)
+        dataset = _with_event_files(dataset)
+        version = dataset.version + 1
+        with draft_folder(root, APPENDS, version) as folder:
+            count = partitions or default_partitions(source)
+            staged = stage(source, policy or source.policy, count, folder.parent / "scratch", dataset)
+            entry, changes = _write(dataset, source, staged, folder)
+            name = f"{APPENDS}/{version_name(version)}"
+            entry = {"version": version, "folder": name, **entry}
+            entry["event_files"] = [f"{name}/{one}" for one in entry["event_files"]]
+            changes["files"] = {**listed_files(dataset.manifest), **file_facts(folder, name)}
+            is_new = any(folder.iterdir())
+        if not is_new:
+            logger.info("%s: the source holds nothing new: no version is written", root)
+            return None
+        sources = [*dataset_sources(dataset), {"version": version, "fingerprint": fingerprint}]
+        commit_version(root, dataset.manifest, _manifest(dataset, entry, changes, sources, split))
+    logger.info("%s: version %d: %d events of %d users", root, version, entry["events"], entry["users"])
+    return entry
+
+
+def source_fingerprint(source: Source) -> str:
+    """Hash of the names and contents of a source's files."""
+    hashes = hash_files([*source.event_files, *source.other_files], "checking files")
+    return hash_texts(f"{path.name} {sha256}" for path, sha256 in hashes.items())
+
+
+def dataset_sources(dataset: Dataset) -> list[dict[str, Any]]:
+    """Version and fingerprint of each source that the dataset was made from."""
+    first = {"version": 1, "fingerprint": dataset.manifest["request"]["source_fingerprint"]}
+    return list(dataset.manifest.get("sources", [first]))
+
+
+def _check_fits(source: Source, dataset: Dataset) -> None:
+    """Raise ValueError if the source's events cannot be added to the dataset."""
+    manifest, where = dataset.manifest, f"{dataset.root}: --append"
+    names = {int(number): name for number, name in manifest["actions"]["names"].items()}
+    same = {
+        "text columns": (list(source.text_columns), manifest["text_columns"]),
+        "item features": (sorted(source.item_features), sorted(manifest["item_features"])),
+        "user features": (sorted(source.user_features), sorted(manifest["user_features"])),
+        "label rule": (source.label_rule, manifest["label_rule"]),
+        "actions": ({k: v for k, v in source.action_names.items() if k in names}, names),
+    }
+    for what, (new, old) in same.items():
+        if new != old:
+            raise ValueError(
+                f"{where}: the {what} of the source are {new or 'none'}, those of the dataset {old or 'none'}; give the "
+                "source with which it was prepared, or prepare the whole again (--extend)"
+            )
+    if not (source.has_timestamps and manifest["has_timestamps"]):
+        raise ValueError(f"{where}: events without timestamps have no order across files; prepare all again (--extend)")
+    if manifest["request"]["min_events"] > 1:
+        raise ValueError(f"{where}: a k-core is one of all events; prepare all again (--extend), or without --min-events")
+    if "hold_out_items" in manifest["split"]:
+        raise ValueError(f"{where}: held-out items measure cold start on fixed events; prepare all again (--extend)")
+
+
+def _check_split(split: Split | None, dataset: Dataset) -> None:
+    """Raise ValueError if a new split is not by date, or the dataset's is not by time."""
+    rule = dataset.manifest["split"]["rule"]
+    if split is not None and (split.rule != "date" or rule not in ("time", "date")):
+        raise ValueError(
+            f"{dataset.root}: --append with split {split.rule}: the dataset is split by {rule}; only dates can move, of a "
+            "dataset split by time or date; leave the split out"
+        )
+
+
+def _with_event_files(dataset: Dataset) -> Dataset:
+    """The dataset, or for one of an earlier release a new version of it with event files."""
+    if chain_base(dataset.manifest) is not None:
+        return dataset
+    root, version = dataset.root, dataset.version + 1
+    logger.info("%s: writing the events once in the form that appends are merged with", root)
+    with draft_folder(root, BASES, version) as folder:
+        found = write_base_events(dataset, folder)
+        name = f"{BASES}/{version_name(version)}"
+        files = {**dataset.manifest["files"], **file_facts(folder, name)}
+    split = dataset.manifest["split"]
+    base = {
+        "folder": "",
+        "event_files": [f"{name}/{one}" for one in found["event_files"]],
+        "cuts": [split.get("cut_timestamps", []), split.get("cut_orders", [])],
+        "seconds": found["seconds"],
+    }
+    manifest = {**dataset.manifest, "base": base, "appends": [], "files": files, "seconds": found["seconds"]}
+    commit_version(root, dataset.manifest, manifest)
+    return Dataset.open(root)
+
+
+def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the version's files; returns its entry of the manifest, and new values of the manifest's fields.
+
+    Nothing is written if nothing is new.
+    """
+    user_counts, item_counts = staged.partitions.counts(len(staged.users), len(staged.catalogue))
+    staged.users.assign_ids(user_counts)
+    item_ids = staged.catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
+    entry = _write_events(dataset, staged, item_ids, folder)
+    items = changed_items(dataset, staged.catalogue, item_ids, staged.item_words)
+    users = changed_users(dataset, staged.users, staged.user_files, staged.user_words)
+    for name, rows in (("items", items), ("users", users)):
+        if len(rows):
+            folder.mkdir(exist_ok=True)
+            pq.write_table(rows, folder / f"{name}.parquet", compression="zstd")
+    marks = dataset_marks(dataset)
+    changes: dict[str, Any] = {"item_features": {}, "user_features": {}}
+    for kind, words in (("item_features", staged.item_words), ("user_features", staged.user_words)):
+        for name, vocabulary in words.items():
+            known = dataset.feature_size(kind.removesuffix("_features"), name) - 1
+            new = vocabulary.table().slice(known)
+            changes[kind][name] = {"size": vocabulary.size}
+            marks[f"feature/{name}"] = mark_ids(new["value"].to_pylist(), marks[f"feature/{name}"])
+            if len(new):
+                (folder / "features").mkdir(exist_ok=True)
+                pq.write_table(new, folder / "features" / f"{name}.parquet")
+    new_items = items.filter(pa.array(items["item_id"].to_numpy() >= dataset.num_items))
+    new_users = users.filter(pa.array(users["user_id"].to_numpy() >= dataset.num_users))
+    marks["items"] = mark_ids(new_items["raw_item_id"].to_pylist(), marks["items"])
+    marks["users"] = mark_ids(new_users["raw_user_id"].to_pylist(), marks["users"])
+    entry |= {
+        "new_items": len(new_items),
+        "changed_items": len(items) - len(new_items),
+        "new_users": len(new_users),
+        "changed_users": len(users) - len(new_users),
+        "dropped": dict(sorted(staged.log.dropped.items())),
+        "kept": dict(sorted(staged.log.kept.items())),
+        "source_files": [path.name for path in source.event_files[:_NAMED_FILES]],
+    }
+    names = dataset.manifest["actions"]["names"] | {str(k): v for k, v in source.action_names.items()}
+    changes["actions"] = {"number": max(map(int, names), default=0) + 1, "names": names}
+    added = [name for name in changes["actions"]["names"] if int(name) >= dataset.num_actions]
+    marks["actions"] = mark_ids([names[name] for name in sorted(added, key=int)], marks["actions"])
+    changes["vocabulary"] = {name: mark.to_json() for name, mark in marks.items()}
+    return entry, changes
+
+
+def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path) -> dict[str, Any]:
+    """Write the version's event files without events of earlier versions; returns their names and numbers."""
+    last = dataset.manifest["seconds"][1]
+    names: list[str] = []
+    found = {"events": 0, "late_events": 0, "exposures": 0, "positives": 0, "users": 0}
+    seconds: list[int] = []
+    for table in staged.partitions:
+        user_ids = staged.users.final_ids[table["user"].to_numpy()]
+        columns = {c.name: table[c.single].to_numpy() for c in EVENT_COLUMNS}
+        events = Events(**columns | {"item_ids": item_ids[columns["item_ids"]]}).as_arrays()
+        known = _known_events(dataset, user_ids, events, last)
+        if known.any():
+            _report_known(staged, table, known)
+            user_ids, events = user_ids[~known], events[~known]
+        if not len(events):
+            continue
+        names.append(f"{EVENTS}/part-{len(names):05d}.arrow")
+        starts = np.flatnonzero(np.diff(user_ids, prepend=-1))
+        write_event_file(folder / names[-1], user_ids[starts], np.diff(starts, append=user_ids.size), events)
+        labelled = ~np.isnan(events.labels)
+        found["events"] += len(events)
+        found["late_events"] += int((events.timestamps <= last).sum())
+        found["exposures"] += int(labelled.sum())
+        found["positives"] += int((events.labels > 0.5).sum())
+        found["users"] += starts.size
+        seconds += [int(events.timestamps.min()), int(events.timestamps.max())]
+    return {**found, "event_files": names, "seconds": [min(seconds), max(seconds)] if seconds else None}
+
+
+def _known_events(dataset: Dataset, user_ids: Ints, events: Events, last: int) -> np.ndarray:
+    """Mask (bool [n]) of the events that an earlier version has: same user, second and item.
+
+    Only events that are not later than the dataset's last second can be; only their users' histories are read.
+    """
+    late = np.flatnonzero((events.timestamps <= last) & (user_ids < dataset.num_users))
+    found = np.zeros(len(events), bool)
+    if not late.size:
+        return found
+    users = np.unique(user_ids[late])
+    old, lengths = dataset.merged.events_of(users)
+    before = _keys(np.repeat(users, lengths), old)
+    found[late] = np.isin(_keys(user_ids[late], events[late]), before)
+    return found
+
+
+def _keys(user_ids: Ints, events: Events) -> np.ndarray:
+    """[n] (user, second, item) as records, which compare as wholes."""
+    columns = np.stack([user_ids, events.timestamps, events.item_ids], axis=1)
+    return np.ascontiguousarray(columns).view([("", np.int64)] * 3).ravel()
+
+
+def _report_known(staged: Staged, table: pa.Table, known: np.ndarray) -> None:
+    """Count known events; raise ValueError naming the first one's file and row if the policy is "error"."""
+    if staged.log.policy.duplicate_event == "error":
+        path, row = staged.locate(int(table["order"].to_numpy()[known].min()))
+        rows = np.full(known.size, row)
+        staged.log.handle("duplicate_event", known, path, rows, lambda _: "an earlier version has this event already")
+    staged.log.dropped["known_event"] += int(known.sum())
+
+
+def _manifest(
+    dataset: Dataset, entry: dict[str, Any], changes: dict[str, Any], sources: list[dict[str, Any]], split: Split | None
+) -> dict[str, Any]:
+    """The manifest of the version, see `commit_version`. Raises ValueError if `split` leaves no event for a part."""
+    old = {name: value for name, value in dataset.manifest.items() if name != "event_files"}
+    counts = dict(old["counts"])
+    for name in ("events", "exposures", "positives"):
+        counts[name] += entry[name]
+    counts["items"] += entry["new_items"]
+    counts["users"] += entry["new_users"]
+    seconds = [*old["seconds"], *(entry["seconds"] or ())]
+    if split is not None:
+        cuts = date_cuts(split)
+        if not min(seconds) < cuts[0].timestamp <= cuts[1].timestamp <= max(seconds):
+            raise ValueError(
+                f"{dataset.root}: its events are from {text_of(min(seconds))} to {text_of(max(seconds))}: train until "
+                f"{text_of(cuts[0].timestamp)} and valid until {text_of(cuts[1].timestamp)} leave a part without events; "
+                "give dates between them"
+            )
+        changes["split"] = cut_facts(split, cuts)
+    return {
+        **old,
+        **changes,
+        "counts": counts,
+        "parts": {},
+        "base": chain_base(dataset.manifest),
+        "appends": [*old.get("appends", ()), entry],
+        "seconds": [min(seconds), max(seconds)],
+        "sources": sources,
+    }

@@ -1,0 +1,170 @@
+"""Sequences of a dataset with appended events: base and appends are merged by user when they are read.
+
+A user's events are in the order of (second, version, row in the version), so a late event stands where it belongs. The
+parts are ranges of this sequence, given by the number of events before each cut: for the time split a count by second,
+for the per-user splits a function of the sequence's length. No event is moved or written again when a cut moves.
+
+Legend: U users of the dataset, with the unknown one; R rows that are read; T events of all rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.event_files import EventFile, consolidate
+from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.split import SPLITS, per_user_starts
+from hllm_torchrec.data.validation import TableRows
+
+_USERS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The split of a version.
+
+    rule: of `split.RULES`; fractions: shares of the parts, for "leave_last"; seconds: first second of valid and of
+    test, for a split by time; of_base: True if the base was divided at the same cuts, so that its own starts hold,
+    also within the second of a cut.
+    """
+
+    rule: str
+    fractions: Sequence[float] | None
+    seconds: Sequence[int]
+    of_base: bool
+
+
+class MergedSequences:
+    """Reads the merged sequences of the parts; see the module docstring.
+
+    Args:
+        base: event files with each user at most once.
+        appended: event files of the appends, in the order of the versions.
+        cuts: the split.
+        rows: sizes of the tables that ids index.
+    """
+
+    def __init__(self, base: Sequence[EventFile], appended: Sequence[EventFile], cuts: Cuts, rows: TableRows) -> None:
+        self._base, self._appended, self._cuts, self._rows = base, appended, cuts, rows
+
+    def users(self, part: str, since: int | None = None) -> Ints:
+        """Ascending ids of the users with an event in a part, with `since` only those with one from this second on."""
+        p = SPLITS.index(part)
+        start, end = self._starts[p], self._starts[p + 1]
+        if since is not None:
+            start = np.maximum(start, self._before(since))
+        return np.flatnonzero(end > start)
+
+    def read(self, user_ids: Ints, part: str, columns: Sequence[str]) -> Sequences:
+        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown."""
+        p = SPLITS.index(part)
+        users = np.asarray(user_ids, np.int64)
+        lengths, target_start = self._starts[p + 1][users].astype(np.int64), self._starts[p][users].astype(np.int64)
+        whole = self._merged(users)
+        total = self._totals[users].astype(np.int64)
+        if (total != lengths).any():
+            whole = whole[concat_ranges(np.cumsum(total) - total, lengths)]
+        offsets = offsets_from_lengths(lengths)
+        found = {
+            column.name: getattr(whole, column.name)
+            if column.name in columns
+            else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
+            for column in EVENT_COLUMNS
+        }
+        return Sequences(**found, user_ids=users, target_start=target_start, offsets=offsets)
+
+    def events_of(self, user_ids: Ints) -> tuple[Events, Ints]:
+        """All events of `user_ids` [R], one user after the other, and their numbers [R]."""
+        users = np.asarray(user_ids, np.int64)
+        return self._merged(users), self._totals[users].astype(np.int64)
+
+    def item_counts(self, part: str) -> Ints:
+        """Events of each item in a part, int64 [items]."""
+        p, counts = SPLITS.index(part), np.zeros(self._rows.items, np.int64)
+        users = self.users(part)
+        for first in range(0, users.size, _USERS_AT_ONCE):
+            rows = self.read(users[first : first + _USERS_AT_ONCE], part, ["item_ids"])
+            own = rows.item_ids if p == 0 else rows.item_ids[concat_ranges(rows.offsets[:-1] + rows.target_start, rows.lengths - rows.target_start)]
+            counts += np.bincount(own, minlength=self._rows.items)
+        return counts
+
+    # ------------------------------------------------------------------ files
+
+    @cached_property
+    def _overlay(self) -> EventFile:
+        return consolidate(self._appended, self._rows)
+
+    @cached_property
+    def _places(self) -> tuple[Ints, Ints]:
+        """([U] number of each user's base file, -1 without one; [U] row in it)."""
+        file = np.full(self._rows.users, -1, np.int32)
+        row = np.zeros(self._rows.users, np.int32)
+        for number, one in enumerate(self._base):
+            file[one.user_ids] = number
+            row[one.user_ids] = np.arange(len(one))
+        return file, row
+
+    def _merged(self, users: Ints) -> Events:
+        """All events of the users, one user after the other."""
+        file, row = (column[users] for column in self._places)
+        parts, owners = [], []
+        for number in np.unique(file[file >= 0]):
+            own = np.flatnonzero(file == number)
+            rows = row[own].astype(np.int64)
+            parts.append(self._base[number].read(rows, self._rows))
+            owners.append(np.repeat(own, self._base[number].lengths[rows]))
+        late = self._overlay
+        if len(late):
+            at = np.searchsorted(late.user_ids, users)
+            own = np.flatnonzero(late.user_ids[np.minimum(at, len(late) - 1)] == users)
+            if own.size:
+                starts, lengths = late.offsets[at[own]], late.lengths[at[own]]
+                parts.append(late.events[concat_ranges(starts, lengths)])
+                owners.append(np.repeat(own, lengths))
+        if not parts:
+            return Events.at([])
+        if len(parts) == 1:  # a file has its rows in the order of the users, which ascend as well
+            return parts[0]
+        events, owner = Events.concat(parts), np.concatenate(owners)
+        # Stable: at the same second the base's events stand before those of later versions.
+        return events[np.lexsort((events.timestamps, owner))]
+
+    # ------------------------------------------------------------------ parts
+
+    @cached_property
+    def _starts(self) -> list[Ints]:
+        """Four arrays [U] int32: each user's number of events before train (0), before valid, before test, and in all."""
+        total = self._totals
+        if self._cuts.seconds:
+            if self._cuts.of_base:
+                starts = [
+                    self._sums(lambda one, k=k: one.starts[:, k], self._base)
+                    + self._before(second, [self._overlay])
+                    for k, second in enumerate(self._cuts.seconds)
+                ]
+            else:
+                starts = [self._before(second) for second in self._cuts.seconds]
+        else:
+            starts = [column.astype(np.int32) for column in per_user_starts(self._cuts.rule, self._cuts.fractions, total)]
+        return [np.zeros_like(total), *starts, total]
+
+    @cached_property
+    def _totals(self) -> Ints:
+        """[U] int32 number of each user's events."""
+        return self._sums(lambda one: one.lengths)
+
+    def _before(self, second: int, files: Sequence[EventFile] | None = None) -> Ints:
+        """[U] number of each user's events before a second."""
+        return self._sums(lambda one: np.add.reduceat(one.events.timestamps < second, one.offsets[:-1], dtype=np.int64), files)
+
+    def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile] | None = None) -> Ints:
+        """[U] int32: sum over the files of `count(file)` [R] by user."""
+        found = np.zeros(self._rows.users, np.int32)
+        for one in (*self._base, self._overlay) if files is None else files:
+            if len(one):
+                found[one.user_ids] += count(one).astype(np.int32)
+        return found

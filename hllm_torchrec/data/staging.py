@@ -1,0 +1,83 @@
+"""First half of every preparation: a source is read to disk, its bad rows are handled, its events sorted by user."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from hllm_torchrec.data.bad_rows import BadRowLog, BadRows
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_partitions import (
+    PartitionWriter,
+    RowLocator,
+    SortedPartitions,
+    partition_count,
+    read_stream,
+    sort_partition,
+    write_sorted,
+)
+from hllm_torchrec.data.ingest import read_events, read_items, read_users
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.user_table import UserTable
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A source on disk: sorted events by user and item number, and everything that gives the numbers their ids."""
+
+    partitions: SortedPartitions
+    catalogue: ItemCatalogue
+    users: UserTable
+    user_files: list[Path]
+    item_words: dict[str, Vocabulary]
+    user_words: dict[str, Vocabulary]
+    log: BadRowLog
+    locate: RowLocator
+
+
+def stage(source: Source, policy: BadRows, partitions: int, scratch: Path, old: Dataset | None) -> Staged:
+    """Read a source into the folder `scratch`; items, users and feature values of `old`, if any, keep their ids.
+
+    Raises:
+        ValueError: a bad row (see `bad_rows.BadRows`), or a feature of both items and users.
+    """
+    clash = set(source.item_features) & set(source.user_features)
+    if clash:  # both kinds share the folder `features/` and the batch's keys
+        raise ValueError(f"{source.name}: {sorted(clash)} names both an item and a user feature; rename one")
+    log, locate, users = BadRowLog(policy), RowLocator(), UserTable(old)
+    item_words, user_words = load_vocabularies(old, source.item_features), load_vocabularies(old, source.user_features)
+    catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
+    if old is not None:
+        catalogue.load(old)
+    # Items first: an event of an item that is not in the catalogue is a bad row.
+    read_items(source, catalogue)
+    event_files = read_events(
+        source, catalogue, log, locate, PartitionWriter(scratch, "events", partitions, "raw_user_id")
+    )
+    # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
+    user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions, "raw_user_id"))
+    sorted_events = _sort(event_files, users, log, locate)
+    return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, log, locate)
+
+
+def default_partitions(source: Source) -> int:
+    """Number of partitions for a source; see `partition_count`."""
+    size = sum(path.stat().st_size for path in source.event_files)
+    return partition_count(size, any(path.suffix in (".gz", ".parquet") for path in source.event_files))
+
+
+def _sort(event_files: list[Path], users: UserTable, log: BadRowLog, locate: RowLocator) -> SortedPartitions:
+    """Sort each partition in place and number its users."""
+    paths = []
+    for path in tqdm(event_files, desc="sorting", delay=5):
+        table = read_stream(path)
+        if table is None:
+            users.raw_ids.append(pa.array([], pa.string()))  # keeps raw_ids aligned with the user files
+            continue
+        table, raw_ids = sort_partition(table, len(users), log, locate)
+        users.raw_ids.append(raw_ids)
+        write_sorted(path, table)
+        paths.append(path)
+    return SortedPartitions(paths)

@@ -1,0 +1,135 @@
+"""Versions of a dataset: immutable files, of which `manifest.json` says which are read.
+
+    manifest.json            manifest of the newest version; its replacement is the commit
+    versions/00002.json      manifest of every version that is kept
+    items.parquet, ...       base of version 1 (layout: `data.dataset`)
+    appends/00002/           files that version 2 added (`data.append`)
+    bases/00009/             a base that version 9 wrote (`data.compaction`, or `prepare --extend`)
+
+A writer holds the dataset's lock, writes its files into a hidden draft, syncs and renames it, and then replaces
+`manifest.json`. A process that is killed at any moment leaves the version before or the new one; what else it left is
+removed by the next writer. Readers take files by the manifest that they opened, so they never see another version.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hllm_torchrec.common.atomic_files import replace_file, sync_folder
+from hllm_torchrec.common.hashing import hash_files, hash_texts
+from hllm_torchrec.common.locks import hold_lock, lock_wait
+from hllm_torchrec.common.machine_errors import path_in_errors
+from hllm_torchrec.data.manifest import MANIFEST, SCHEMA_VERSION_CHAIN, VERSIONS, read_manifest, version_of
+
+APPENDS, BASES = "appends", "bases"
+_DRAFT = ".draft-"
+_NUMBERED = re.compile(r"\d{5,}")
+_LOCK = ".lock"
+
+
+@contextmanager
+def write_lock(root: Path) -> Iterator[None]:
+    """Context manager that holds the lock of the dataset in `root`, and removes what a killed writer has left.
+
+    Raises:
+        ValueError: another process holds it for longer than HLLM_LOCK_WAIT seconds; names it.
+    """
+    with hold_lock(root / _LOCK, f"{root}: another process is writing to this dataset", wait=lock_wait()):
+        _sweep(root)
+        yield
+
+
+def _sweep(root: Path) -> None:
+    """Remove drafts, and files of versions that were not committed."""
+    newest = version_of(read_manifest(root, check_files=False))
+    for parent in (root / APPENDS, root / BASES):
+        for folder in parent.iterdir() if parent.is_dir() else ():
+            unfinished = _NUMBERED.fullmatch(folder.name) and int(folder.name) > newest
+            if unfinished or folder.name.startswith(_DRAFT):
+                shutil.rmtree(folder)
+    for file in (root / VERSIONS).glob("*.json"):
+        if _NUMBERED.fullmatch(file.stem) and int(file.stem) > newest:
+            file.unlink()
+
+
+@contextmanager
+def draft_folder(root: Path, parent: str, version: int) -> Iterator[Path]:
+    """Context manager with an empty folder that becomes `root`/`parent`/`version` at the end of the block.
+
+    `scratch` beside it is removed. If the folder stays empty, or on an exception, nothing is left.
+    """
+    (root / parent).mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=root / parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        (work / "scratch").mkdir()
+        yield new
+        target = root / parent / version_name(version)
+        if any(new.iterdir()):
+            with path_in_errors(target):
+                _sync_tree(new)
+                new.rename(target)
+                sync_folder(target.parent)
+                sync_folder(root)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until a folder and everything in it are on the disk."""
+    for parent, _, names in os.walk(folder):
+        for path in [parent, *(os.path.join(parent, name) for name in names)]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def version_name(version: int) -> str:
+    """Name of a version's folder and of its manifest."""
+    return f"{version:05d}"
+
+
+def file_facts(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file below `folder`, which the dataset will have as the folder `name`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = hash_files(paths, "checksums")
+    return {
+        f"{name}/{path.relative_to(folder).as_posix()}": {"bytes": path.stat().st_size, "sha256": hashes[path]}
+        for path in paths
+    }
+
+
+def commit_version(root: Path, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Make `manifest` the newest version, in one step; `before` is the manifest of the version before.
+
+    The manifest's `files` are complete; version numbers, fingerprint and schema version are set here.
+    """
+    (root / VERSIONS).mkdir(exist_ok=True)
+    name = root / VERSIONS / f"{version_name(version_of(before))}.json"
+    if not name.is_file():  # version 1 was written by `prepare`, which knows of no others
+        replace_file(name, _text(before))
+    fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
+    whole = {
+        **manifest,
+        "schema_version": SCHEMA_VERSION_CHAIN,
+        "version": version_of(before) + 1,
+        "parent": {"version": version_of(before), "fingerprint": before["fingerprint"]},
+        "fingerprint": fingerprint,
+    }
+    text = _text(whole)
+    replace_file(root / VERSIONS / f"{version_name(whole['version'])}.json", text)
+    sync_folder(root)
+    replace_file(root / MANIFEST, text)
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"

@@ -1,0 +1,78 @@
+"""State of a night: what each step has done, in one file that is replaced after each step.
+
+A step is repeated if it was killed before its entry was written, so every step can be repeated without harm.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from hllm_torchrec.common.atomic_files import replace_file
+
+STEPS = ("append", "train", "evaluate", "gate", "embed", "publish")
+NIGHTS = "nights"
+
+
+@dataclass(frozen=True)
+class NightState:
+    """What the steps of a night have done: `done` maps a step to its facts (JSON values)."""
+
+    path: Path
+    night: str
+    done: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, night: str) -> Self:
+        """Read a night's state; without a file, nothing is done.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = folder / NIGHTS / night / "state.json"
+        if not path.is_file():
+            return cls(path, night)
+        try:
+            done = json.loads(path.read_text(encoding="utf-8"))["done"]
+            unknown = sorted(set(done) - set(STEPS))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); delete it to repeat the night's steps") from error
+        if unknown:
+            raise ValueError(f"{path} is damaged (no step {unknown[0]}); delete it to repeat the night's steps")
+        return cls(path, night, done)
+
+    def with_step(self, step: str, facts: Mapping[str, Any]) -> "NightState":
+        """Write that a step is done; returns the new state."""
+        facts = {**facts, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        after = NightState(self.path, self.night, {**self.done, step: facts})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path, json.dumps({"night": self.night, "done": after.done}, indent=1) + "\n")
+        return after
+
+    def facts(self, step: str) -> Mapping[str, Any]:
+        """What a step has done.
+
+        Raises:
+            ValueError: it is not done yet.
+        """
+        if step not in self.done:
+            raise ValueError(f"night {self.night}: step {step} is not done; run it first (--steps {step})")
+        return self.done[step]
+
+    @property
+    def is_rejected(self) -> bool:
+        """True if the gate has refused the night's model."""
+        return "gate" in self.done and self.done["gate"]["status"] != "pass"
+
+    @property
+    def is_finished(self) -> bool:
+        """True if no step is left."""
+        return self.is_rejected or STEPS[-1] in self.done
+
+
+def unfinished_nights(folder: Path) -> list[str]:
+    """Names of the nights that were begun and not finished, in their order."""
+    names = sorted(path.parent.name for path in (folder / NIGHTS).glob("*/state.json"))
+    return [name for name in names if not NightState.read(folder, name).is_finished]

@@ -1,0 +1,52 @@
+"""`run_night`: the steps of a night in order, each once; what is done already is left out."""
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.lifecycle.night_config import NightConfig, check_night
+from hllm_torchrec.lifecycle.night_state import STEPS, NightState, unfinished_nights
+from hllm_torchrec.lifecycle.steps import RUN_STEP, Night
+
+
+def run_night(
+    config: NightConfig,
+    night: str | None,
+    device: torch.device,
+    steps: Sequence[str] = STEPS,
+    report: Callable[[str], None] = print,
+) -> NightState:
+    """Run the steps of a night that are not done, and return its state. Collective.
+
+    Args:
+        night: its name; None: the oldest one that was begun and not finished, else today's date (UTC).
+        steps: steps to run; a step whose predecessors are not done is an error.
+
+    Raises:
+        ValueError: a step cannot be done; its predecessors stay done.
+    """
+    folder = Path(config.folder)
+    name = run_on_rank_zero(lambda: check_night(night or _next_night(folder)))
+    for step in STEPS:
+        state = run_on_rank_zero(lambda: NightState.read(folder, name))
+        if step not in steps or step in state.done:
+            continue
+        if state.is_rejected and len(steps) > 1:  # a single step that cannot be done says so itself
+            break
+        facts = RUN_STEP[step](Night(config, state, device))
+        state = run_on_rank_zero(lambda state=state, step=step, facts=facts: state.with_step(step, facts))
+        report(f"{name}: {step}: {describe(facts)}")
+    return run_on_rank_zero(lambda: NightState.read(folder, name))
+
+
+def _next_night(folder: Path) -> str:
+    begun = unfinished_nights(folder)
+    return begun[0] if begun else datetime.now(UTC).date().isoformat()
+
+
+def describe(facts: dict[str, object]) -> str:
+    """The facts of a step in one line."""
+    return str(facts["text"]) if "text" in facts else ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,0 +1,322 @@
+"""The steps of a night, in order; each can be repeated, and returns the facts that the later ones read.
+
+A step is a function of (`Night`) on all ranks; what only one process may do runs on rank 0.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hllm_torchrec.common.seconds import text_of
+from hllm_torchrec.config.rules import takes_stored_items
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.predictions import save_predictions
+from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.sources.registry import build_source
+from hllm_torchrec.data.split import Split
+from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.evaluation.model_comparison import compare
+from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
+from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run, run_config
+from hllm_torchrec.evaluation.scoring import score_split
+from hllm_torchrec.evaluation.sinks import write_json
+from hllm_torchrec.inference.item_embedding import embed_items
+from hllm_torchrec.inference.user_embedding import embed_users, user_facts
+from hllm_torchrec.lifecycle.night_config import PLACE, NightConfig
+from hllm_torchrec.lifecycle.night_state import NIGHTS, NightState
+from hllm_torchrec.lifecycle.releases import RELEASES, Release, named_releases, publish, read_alias
+from hllm_torchrec.models.fingerprint import item_facts
+from hllm_torchrec.models.stored_items import use_stored_items
+from hllm_torchrec.training.trainer_setup import build_trainer
+
+RUNS, STORES = "runs", "stores"
+SPLIT = "test"
+"""Part of the new exposures that decides the gate."""
+
+
+@dataclass(frozen=True)
+class Night:
+    """A night on this rank: its configuration, its state, and the device."""
+
+    config: NightConfig
+    state: NightState
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        """Folder of all nights."""
+        return Path(self.config.folder)
+
+    @property
+    def work(self) -> Path:
+        """Folder of this night's state and evaluation."""
+        return self.folder / NIGHTS / self.state.night
+
+    @property
+    def run(self) -> Path:
+        """This night's run."""
+        return self.folder / RUNS / self.state.night
+
+
+# ------------------------------------------------------------------ append
+
+
+def append(night: Night) -> dict[str, Any]:
+    """Append the night's files as a new version whose last events by time are held out."""
+    return run_on_rank_zero(lambda: _append(night))
+
+
+def _append(night: Night) -> dict[str, Any]:
+    config, source = night.config, _source(night.config, night.state.night)
+    dataset = Dataset.open(config.dataset)
+    version = version_of_source(dataset, source)
+    if version is None:
+        split = held_out_split(new_seconds(source, dataset), config.held_out)
+        append_events(source, dataset.root, split=split)
+        version = version_of_source(Dataset.open(config.dataset), source)
+        assert version is not None, "events after the last one are new"
+    # The run that this night starts from is the published one; without one, that of the configuration, which was
+    # trained on the version before.
+    last = read_alias(night.folder, "current")
+    return {
+        "version": version,
+        "start_from": config.start_from if last is None else last.run,
+        "checkpoint": "best" if last is None else last.checkpoint,
+        "train_since": train_cut(dataset, version - 1) if last is None else last.trained_until,
+        "train_until": train_cut(dataset, version),
+    }
+
+
+def _source(config: NightConfig, night: str) -> Source:
+    append = config.append
+    path, items = (None if text is None else Path(text.replace(PLACE, night)) for text in (append.path, append.items))
+    return build_source(append.source, path, items)
+
+
+def new_seconds(source: Source, dataset: Dataset) -> np.ndarray:
+    """Sorted seconds (int64) of the source's events that are later than every event of the dataset.
+
+    Raises:
+        ValueError: there are fewer than three seconds: too few to divide.
+    """
+    last = int(dataset.manifest["seconds"][1])
+    parts = [chunk.table["timestamp"].drop_null().to_numpy() for chunk in source.events()]
+    found = np.concatenate([np.empty(0, np.int64), *parts])
+    later = np.sort(found[found > last])
+    if np.unique(later).size < 3:
+        raise ValueError(
+            f"{', '.join(map(str, source.event_files))}: {later.size} events after {text_of(last)}, the last one of "
+            f"{dataset.root}: a night needs three seconds with events, to train on, select by and evaluate on"
+        )
+    return later
+
+
+def held_out_split(seconds: np.ndarray, held_out: float) -> Split:
+    """The split by date that holds out the last share of the sorted `seconds`: half of it valid, half of it test.
+
+    Each part has at least one second; a second is never divided.
+    """
+    distinct = np.unique(seconds)
+    cuts = seconds[(np.array([1 - held_out, 1 - held_out / 2]) * seconds.size).astype(np.int64)]
+    first = min(max(int(np.searchsorted(distinct, cuts[0])), 1), distinct.size - 2)
+    second = min(max(int(np.searchsorted(distinct, cuts[1])), first + 1), distinct.size - 1)
+    return Split("date", train_until=int(distinct[first]), valid_until=int(distinct[second]))
+
+
+def version_of_source(dataset: Dataset, source: Source) -> int | None:
+    """The version that was made from the source's files; None if there is none yet."""
+    fingerprint = source_fingerprint(source)
+    found = (one["version"] for one in dataset_sources(dataset) if one["fingerprint"] == fingerprint)
+    return next(found, None)
+
+
+def train_cut(dataset: Dataset, version: int) -> int:
+    """The first second that is not of the training part of a version.
+
+    Raises:
+        ValueError: the dataset is not divided by time.
+    """
+    split = Dataset.open(dataset.root, version).manifest["split"]
+    if not split.get("cut_timestamps"):
+        raise ValueError(
+            f"{dataset.root}: split by {split['rule']!r}: nights need a dataset divided by time (--split time or date)"
+        )
+    return int(split["cut_timestamps"][0])
+
+
+# ------------------------------------------------------------------ train
+
+
+def train(night: Night) -> dict[str, Any]:
+    """Train from the run before on what is new, or the first model on everything; goes on where it was killed."""
+    config = training_config(night)
+    trainer = build_trainer(config, night.device)
+    trainer.run()
+    return {"run": str(night.run), "steps": trainer.step, "metrics": trainer.metrics}
+
+
+def training_config(night: Night) -> Config:
+    """The configuration of the night's training."""
+    facts = night.state.facts("append")
+    options: dict[str, Any] = {
+        "output": str(night.run),
+        "resume": True,
+        "data.dataset": night.config.dataset,
+        "data.version": facts["version"],
+    }
+    if facts["start_from"] is None:
+        return night.config.training(options, increment=False)
+    options |= {
+        "start_from": facts["start_from"] if facts["checkpoint"] == "best" else facts["checkpoint"],
+        "start_from_optimizer": True,
+        "data.train_since": facts["train_since"],
+    }
+    return night.config.training(options, increment=True)
+
+
+# ------------------------------------------------------------------ evaluate, gate
+
+
+def evaluate(night: Night) -> dict[str, Any]:
+    """Score the new exposures with the night's model and with the one before, and compare them."""
+    facts = night.state.facts("append")
+    night.state.facts("train")
+    runs = {"new": (night.run, "best")}
+    if facts["start_from"] is not None:
+        runs["last"] = (Path(facts["start_from"]), facts["checkpoint"])
+    predictions = {name: _score(night, name, run, which) for name, (run, which) in runs.items()}
+    metrics = compare(predictions, split=SPLIT, draws=night.config.gate.draws)
+    run_on_rank_zero(lambda: write_json(metrics, night.work / "metrics.json"))
+    return {"auc": {name: metrics["models"][name]["auc"] for name in runs}, "rows": metrics["rows"]}
+
+
+def _score(night: Night, name: str, run: Path, which: str) -> Path:
+    """Directory of a run's predictions of the new exposures, in the version of the night."""
+    loaded = _load(night, run, which)
+    experiment = loaded.experiment
+    if not experiment.hllm.fusion.has_queries:
+        raise ValueError(f"{run}: objective.fusion none ranks no exposures; nights compare models by AUC")
+    target = night.work / "predictions" / name
+    loader = experiment.loader(SPLIT, experiment.config.evaluation.batch_users)
+    with loaded.weights, experiment.evaluation_items():
+        columns = score_split(experiment.model, loader, night.device, cold=experiment.cold_items())
+        save_predictions(columns, target)
+    return target
+
+
+def _load(night: Night, run: Path, which: str, *, use_items: bool = True) -> LoadedRun:
+    """A run's model on the night's version of the dataset, which may have more ids than it was trained with."""
+    config = run_config(run, Path(night.config.dataset))
+    config = replace(config, data=replace(config.data, version=night.state.facts("append")["version"]))
+    return load_run(run, which, night.device, config, use_items=use_items)
+
+
+def gate(night: Night) -> dict[str, Any]:
+    """Compare the AUC with the published model's and with the smallest allowed one; the status is pass or fail."""
+    return run_on_rank_zero(lambda: _gate(night))
+
+
+def _gate(night: Night) -> dict[str, Any]:
+    settings, auc = night.config.gate, night.state.facts("evaluate")["auc"]
+    if auc["new"] is None or auc["new"] < settings.least_auc:
+        return {"status": "fail", "text": f"FAIL: AUC {auc['new']}, at least {settings.least_auc:g} is required"}
+    if "last" not in auc:
+        return {"status": "pass", "text": f"PASS: AUC {auc['new']:.5f}, the first model"}
+    metrics = json.loads((night.work / "metrics.json").read_text(encoding="utf-8"))
+    verdict = compare_with_baseline(metrics, "last", settings.max_drop)
+    unsure_passes = verdict.status == "unsure" and settings.on_unsure == "pass"
+    return {"status": "pass" if unsure_passes else verdict.status, "text": verdict.text, "drop": verdict.drop}
+
+
+# ------------------------------------------------------------------ embed, publish
+
+
+def embed(night: Night) -> dict[str, Any]:
+    """Embed what changed into stores that the model's fingerprint names: a store is never of two models."""
+    _require_pass(night)
+    wanted = night.config.stores
+    facts: dict[str, Any] = {"items": None, "users": None}
+    loaded = _load(night, night.run, "best", use_items=not wanted.items)
+    experiment = loaded.experiment
+    with loaded.weights:
+        if wanted.items and experiment.item_encoder is not None:
+            path = _store(night, "items", item_facts(experiment))
+            report = embed_items(experiment, path, wanted.dtype)
+            facts |= {"items": str(path), "embedded_items": report.encoded}
+            if wanted.users and takes_stored_items(experiment.config):
+                use_stored_items(experiment, path)
+        if wanted.users:
+            path = _store(night, "users", user_facts(loaded))
+            users = embed_users(loaded, path, dtype=wanted.dtype)
+            facts |= {"users": str(path), "embedded_users": users.encoded}
+    return facts
+
+
+def _store(night: Night, kind: str, facts: Mapping[str, Any]) -> Path:
+    """Folder of the store of these facts: the same one while the model's part is the same."""
+    text = json.dumps({**facts, "dtype": night.config.stores.dtype}, sort_keys=True)
+    return night.folder / STORES / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def publish_release(night: Night) -> dict[str, Any]:
+    """Move the aliases to this night's release, and remove runs and stores of nights that nothing names any more."""
+    return run_on_rank_zero(lambda: _publish(night))
+
+
+def _publish(night: Night) -> dict[str, Any]:
+    _require_pass(night)
+    appended, embedded = night.state.facts("append"), night.state.facts("embed")
+    release = Release(
+        name=night.state.night,
+        run=str(night.run),
+        dataset=str(Path(night.config.dataset).resolve()),
+        version=appended["version"],
+        trained_until=appended["train_until"],
+        items=embedded["items"],
+        users=embedded["users"],
+        auc=night.state.facts("evaluate")["auc"]["new"],
+    )
+    publish(night.folder, release)
+    return {"release": release.name, "removed": remove_old(night.folder, night.config.keep)}
+
+
+def remove_old(folder: Path, keep: int) -> list[str]:
+    """Remove releases and runs beyond the newest `keep` that no alias names, and stores that no release links to."""
+    releases = sorted(path.parent.name for path in (folder / RELEASES).glob("*/release.json"))
+    kept = {*releases[-keep:], *named_releases(folder)}
+    removed = [name for name in releases if name not in kept]
+    for name in removed:
+        for path in (folder / RELEASES / name, folder / RUNS / name):
+            shutil.rmtree(path, ignore_errors=True)
+    linked = {Release.read(folder / RELEASES / name) for name in kept}
+    stores = {path for release in linked for path in (release.items, release.users)}
+    for path in (folder / STORES).glob("*-*"):
+        if str(path.resolve()) not in stores:
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path.name)
+    return removed
+
+
+def _require_pass(night: Night) -> None:
+    found = night.state.facts("gate")
+    if found["status"] != "pass":
+        raise ValueError(f"night {night.state.night}: the gate has refused its model: {found['text']}")
+
+
+RUN_STEP: dict[str, Callable[[Night], dict[str, Any]]] = {
+    "append": append,
+    "train": train,
+    "evaluate": evaluate,
+    "gate": gate,
+    "embed": embed,
+    "publish": publish_release,
+}

@@ -1,0 +1,66 @@
+"""`hllm nightly`: the night as one job. Appends the day, trains on what is new, compares, and publishes.
+
+    hllm nightly --config night.yaml
+    hllm nightly --config night.yaml --night 2023-11-22 --steps train evaluate
+    torchrun --nproc_per_node 2 -m hllm_torchrec.launch.nightly --config night.yaml
+
+Steps, in order: append (a new version of the dataset; its last events by time are held out), train (from the published
+run, on what came since), evaluate (both models on the same new exposures), gate, embed (what changed, into stores),
+publish (the alias FOLDER/current moves). A step that is done is not repeated; a job that was killed is started again
+with the same command. `hllm rollback` takes a release back.
+
+exit status: 0; 2 after a user error; 3 if the gate has refused the night's model, which is not published then.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.launch.entry import CommandParser, entry_point
+
+STEPS = ("append", "train", "evaluate", "gate", "embed", "publish")
+REJECTED = 3
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser, without the fields of the configuration."""
+    parser = CommandParser(prog="hllm nightly", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, type=Path, help="YAML of the night; --a.b options override it")
+    night_help = "its name (default: the oldest one that was begun and not finished, else today's date, UTC)"
+    parser.add_argument("--night", metavar="NAME", help=night_help)
+    parser.add_argument(
+        "--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, options: list[str]) -> int:
+    """Run what is left of the night; returns the exit status.
+
+    Raises:
+        ValueError: the configuration, or what a step reads, is not usable.
+    """
+    from hllm_torchrec.config.loading import load_dataclass
+    from hllm_torchrec.lifecycle.night_config import NightConfig
+
+    given = [f"--config={args.config}", *options]
+    config = load_dataclass(NightConfig, given, prog="hllm nightly", description="Run a night.")
+    for increment in (False, True):
+        config.training({}, increment=increment)  # report errors before large imports
+
+    from hllm_torchrec.distributed.coordination import rank
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.lifecycle.nightly import run_night
+
+    with distributed_device() as device:
+        show = rank() == 0
+        state = run_night(
+            config, args.night, device, args.steps, lambda text: print(text, flush=True) if show else None
+        )
+    return REJECTED if state.is_rejected else 0
+
+
+main = entry_point(build_parser, run, takes_options=True)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""A shop that lives: days of impressions with new items and users every day, as one CSV of each table and day.
+
+    python scripts/experiments/shop.py --output data/shop-files [--days 14] [--seed 0] [--active 430]
+
+Every day some users see a page: up to `slots` items in one second, of which some are clicked, of these some liked, and
+all clicked ones watched. A click depends on the item's genres (which its title tells), on what the user likes, on the
+item's own quality and on the position on the page; likes and watch seconds depend on the quality and the match. Half of
+the pages show an item of the day. `mapping` is what `hllm prepare --source table` reads.
+
+Columns of events: user, item, second, click (0 or 1), action (click or skip), like (0 or 1), watch_seconds (0 without a
+click), position (from 1).
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import yaml
+
+DAY = 86_400
+START = 1_700_006_400
+"""2023-11-15 00:00:00 UTC."""
+GENRES = {
+    "crime": ["murder", "inspector", "alibi", "witness", "shadow", "night"],
+    "romance": ["heart", "letters", "promise", "wedding", "kiss", "summer"],
+    "space": ["orbit", "colony", "engine", "signal", "comet", "star"],
+    "history": ["empire", "siege", "queen", "war", "river", "crown"],
+    "garden": ["roses", "soil", "orchard", "herbs", "pond", "seed"],
+    "kitchen": ["bread", "salt", "oven", "soup", "feast", "spice"],
+}
+NAMES = tuple(GENRES)
+WORDS = tuple(word for words in GENRES.values() for word in words)
+COUNTRIES = ("de", "fr", "jp", "us")
+ACTIONS = ("click", "skip")
+MATCH, OFFSET, POSITION = 1.6, -1.3, 0.1
+"""Logits of a click: of a liked genre, of an item without one, and per position on the page (subtracted)."""
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Sizes of a shop; the defaults are those of the experiments."""
+
+    days: int = 14
+    first_items: int = 344
+    daily_items: int = 12
+    first_users: int = 1350
+    daily_users: int = 50
+    active: int = 430
+    """Users of a page each day, besides the day's new ones."""
+    slots: int = 6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ShopDay:
+    """What a day adds: its events (sorted by second), its new items and its new users."""
+
+    number: int
+    events: pa.Table
+    items: pa.Table
+    users: pa.Table
+
+    @property
+    def start(self) -> int:
+        """Its first second, UTC."""
+        return START + (self.number - 1) * DAY
+
+
+def days(shop: Shop) -> Iterator[ShopDay]:
+    """The days of a shop, from 1 on: a function of its sizes and seed."""
+    rng = np.random.default_rng(shop.seed)
+    has_genre, likes = np.empty((0, len(NAMES)), bool), np.empty((0, len(NAMES)), bool)
+    quality = np.empty(0)
+    for number in range(1, shop.days + 1):
+        count = shop.first_items if number == 1 else shop.daily_items
+        has_genre = np.concatenate([has_genre, _marked(rng, count, rng.choice([1, 1, 2], count))])
+        quality = np.concatenate([quality, rng.normal(0, 0.8, count)])
+        joined = shop.first_users if number == 1 else shop.daily_users
+        likes = np.concatenate([likes, _marked(rng, joined, np.full(joined, 2))])
+        new = np.arange(len(likes) - joined, len(likes)) if number > 1 else np.empty(0, np.int64)
+        users = np.union1d(rng.choice(len(likes), min(shop.active, len(likes)), replace=False), new)
+        items = _items(rng, has_genre, len(has_genre) - count)
+        events = _events(rng, shop, number, users, has_genre, likes, quality, count)
+        yield ShopDay(number, events, items, _users(rng, len(likes) - joined, joined))
+
+
+def _marked(rng: np.random.Generator, rows: int, marks: np.ndarray) -> np.ndarray:
+    """bool [rows, genres] with `marks` [rows] random genres each."""
+    return rng.random((rows, len(NAMES))).argsort(axis=1).argsort(axis=1) < marks[:, None]
+
+
+def _items(rng: np.random.Generator, has_genre: np.ndarray, first: int) -> pa.Table:
+    titles, genres = [], []
+    for row in has_genre[first:]:
+        own = [name for name, has in zip(NAMES, row, strict=True) if has]
+        one, two, three = (rng.choice(GENRES[rng.choice(own)]) for _ in range(3))
+        titles.append(f"The {one} and the {two} of {three}")
+        genres.append("|".join(own))
+    return pa.table({"item": _ids("i", np.arange(first, len(has_genre))), "title": titles, "genres": genres})
+
+
+def _users(rng: np.random.Generator, first: int, count: int) -> pa.Table:
+    ids = _ids("u", np.arange(first, first + count))
+    return pa.table({"user": ids, "country": [str(rng.choice(COUNTRIES)) for _ in range(count)]})
+
+
+def _events(
+    rng: np.random.Generator,
+    shop: Shop,
+    number: int,
+    users: np.ndarray,
+    has_genre: np.ndarray,
+    likes: np.ndarray,
+    quality: np.ndarray,
+    new_items: int,
+) -> pa.Table:
+    """A page of each of `users` [U]: events sorted by second, then user, then position."""
+    page = rng.integers(0, len(quality), (len(users), shop.slots))
+    if number > 1:
+        shows_new = rng.random(len(users)) < 0.5
+        page[shows_new, -1] = rng.integers(len(quality) - new_items, len(quality), int(shows_new.sum()))
+    second = START + (number - 1) * DAY + rng.integers(6 * 3600, 86_000, len(users))
+    order = np.argsort(second, kind="stable")
+    users, page, second = users[order], page[order], second[order]
+    # An item stands on a page once: of the same items in a row, the first stays.
+    by_item = np.argsort(page, axis=1, kind="stable")
+    repeated = np.zeros_like(page, bool)
+    again = np.diff(np.take_along_axis(page, by_item, axis=1), axis=1) == 0
+    np.put_along_axis(repeated, by_item[:, 1:], again, axis=1)
+    position = np.cumsum(~repeated, axis=1)
+    match = (has_genre[page] & likes[users][:, None, :]).any(axis=2)
+    logit = OFFSET + MATCH * match + quality[page] - POSITION * position
+    click = rng.random(page.shape) < 1 / (1 + np.exp(-logit))
+    like = click & (rng.random(page.shape) < 1 / (1 + np.exp(1.2 - quality[page] - match)))
+    watch = np.where(click, rng.exponential(40 * np.exp(0.4 * quality[page] + 0.5 * match)), 0)
+    kept = ~repeated
+    columns = {
+        "user": _ids("u", np.repeat(users, shop.slots).reshape(page.shape)[kept]),
+        "item": _ids("i", page[kept]),
+        "second": np.repeat(second, shop.slots).reshape(page.shape)[kept],
+        "click": click[kept].astype(np.int64),
+        "action": np.where(click[kept], *ACTIONS),
+        "like": like[kept].astype(np.int64),
+        "watch_seconds": watch[kept].round(1),
+        "position": position[kept],
+    }
+    return pa.table(columns)
+
+
+def _ids(letter: str, numbers: np.ndarray) -> list[str]:
+    return [f"{letter}{number + 1}" for number in numbers.tolist()]
+
+
+def mapping(events: str, items: str, users: str) -> dict[str, Any]:
+    """Mapping of the columns for `hllm prepare --source table`, of files relative to it."""
+    return {
+        "name": "shop",
+        "events": {
+            "path": events,
+            "user": "user",
+            "item": "item",
+            "time": "second",
+            "label": "click",
+            "action": "action",
+            "actions": list(ACTIONS),
+        },
+        "items": {"path": items, "item": "item", "text": ["title"], "features": {"genres": "|"}},
+        "users": {"path": users, "user": "user", "features": {"country": None}},
+    }
+
+
+def write_day(day: ShopDay, folder: Path) -> None:
+    """Write a day's tables: `folder`/{events,items,users}/day-NN.csv."""
+    for kind in ("events", "items", "users"):
+        target = folder / kind / f"day-{day.number:02d}.csv"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pa.csv.write_csv(getattr(day, kind), target)
+
+
+def write_mapping(folder: Path, name: str, pattern: str) -> Path:
+    """Write `folder`/`name`.yaml, the mapping of the files of `pattern`, such as day-0[1-7].csv; returns its path."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(mapping(*(f"{kind}/{pattern}" for kind in ("events", "items", "users")))))
+    return path
+
+
+def main() -> None:
+    """Write the files of all days, and the mapping of each day and of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    for name in ("days", "seed", "active"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Shop, name))
+    options = parser.parse_args()
+    for day in days(Shop(days=options.days, seed=options.seed, active=options.active)):
+        write_day(day, options.output)
+        write_mapping(options.output, f"day-{day.number:02d}", f"day-{day.number:02d}.csv")
+        share = np.mean(day.events["click"].to_numpy())
+        print(f"day {day.number}: {len(day.events):,} events, {share:.1%} clicks")
+    write_mapping(options.output, "all", "day-*.csv")
+
+
+if __name__ == "__main__":
+    main()
