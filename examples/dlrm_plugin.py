@@ -3,19 +3,22 @@
     torchrun --nproc_per_node 2 examples/dlrm_plugin.py --clicks clicks.parquet --items ITEM_STORE --users USER_STORE
 
 clicks.parquet has the columns user, item (raw ids), label, and any number of numeric ones. Without --items and --users
-it is the script that its owner had.
+it is the script that its owner had. --output DIR saves the sharded model, and exports it for serving as one program.
 """
 
 import argparse
+import json
 import os
 import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
@@ -98,14 +101,14 @@ class Clicks:
         return Batch(dense, sparse, self.labels[rows])
 
 
-def build(args: argparse.Namespace, clicks: Clicks, device: torch.device) -> DistributedModelParallel:
-    """The model, planned and sharded."""
+def build(args: argparse.Namespace, clicks: Clicks, device: torch.device) -> DLRMTrain:
+    """The model; `device`: that of its tables, "meta" before sharding."""
     tables = EmbeddingBagCollection(
         [
             EmbeddingBagConfig(name=f"t_{name}", embedding_dim=WIDTH, num_embeddings=ROWS, feature_names=[name])
             for name in clicks.ids
         ],
-        device=torch.device("meta"),
+        device=device,
     )
     apply_optimizer_in_backward(RowWiseAdagrad, tables.parameters(), {"lr": args.lr})
     kind, options = KINDS[args.model]
@@ -116,13 +119,59 @@ def build(args: argparse.Namespace, clicks: Clicks, device: torch.device) -> Dis
         dlrm = plug_into(kind, tables, clicks.dense.shape[1], widths, args.way, **options)
     else:  # hllm <
         dlrm = kind(tables, clicks.dense.shape[1], **options)
-    model, sharder = DLRMTrain(dlrm), EmbeddingBagCollectionSharder()
+    return DLRMTrain(dlrm)
+
+
+def shard(model: DLRMTrain, device: torch.device) -> DistributedModelParallel:
+    """The model, planned and sharded."""
+    sharder = EmbeddingBagCollectionSharder()
     topology = TopologyFactory.create_topology(
         TrainerConfig(world_size=dist.get_world_size(), local_world_size=dist.get_world_size()),
         kernel_config=KernelConfig(compute_device=device.type),
     )
     plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, [sharder], dist.group.WORLD)
     return DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
+
+
+class Served(torch.nn.Module):
+    """A trained model as it is served: one id per feature, probabilities out."""
+
+    def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, dense_features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Map dense features [B, n] and ids [features, B] to probabilities [B]."""
+        ones = torch.ones(ids.numel(), dtype=torch.int32, device=ids.device)
+        features = KeyedJaggedTensor(self.names, ids.reshape(-1), lengths=ones)
+        return torch.sigmoid(self.model(dense_features, features)).squeeze(1)
+
+
+def save(model: DistributedModelParallel, args: argparse.Namespace, clicks: Clicks, device: torch.device) -> None:
+    """Write OUTPUT/checkpoint from all ranks' shards; rank 0 exports OUTPUT/model.pt2 from it and checks it."""
+    output = Path(args.output)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=output / "checkpoint")
+    batch = clicks.batch(slice(0, args.batch_size))
+    model.eval()
+    with torch.no_grad():
+        _, (_, logits, _) = model(batch.to(device))  # collective
+    if dist.get_rank():
+        return
+    # hllm >
+    identities = {name: lookup.identity for name, lookup in clicks.lookups.items()}  # for VectorLookup, where it serves
+    (output / "stores.json").write_text(json.dumps(identities))
+    # hllm <
+    whole = build(args, clicks, torch.device("cpu"))
+    dcp.load({"model": whole.state_dict()}, checkpoint_id=output / "checkpoint", no_dist=True)
+    served = Served(whole.model.eval(), list(clicks.ids))
+    inputs = (batch.dense_features, batch.sparse_features.values().reshape(len(clicks.ids), -1))
+    sizes = ({0: torch.export.Dim.AUTO}, {1: torch.export.Dim.AUTO})
+    torch.export.save(torch.export.export(served, inputs, dynamic_shapes=sizes, strict=False), output / "model.pt2")
+    program = torch.export.load(output / "model.pt2").module()
+    off = (program(*inputs) - torch.sigmoid(logits.cpu())).abs().max().item()
+    if off > 1e-5:
+        raise RuntimeError(f"{output / 'model.pt2'}: its scores differ from those of the sharded model by {off}")
+    print(f"{output / 'model.pt2'}: scores as the sharded model, largest difference {off:.1e}")
 
 
 def main(argv: list[str]) -> float:
@@ -133,6 +182,7 @@ def main(argv: list[str]) -> float:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--output", metavar="DIR", help="save and export the trained model there")
     # hllm >
     parser.add_argument("--items")
     parser.add_argument("--users")
@@ -151,7 +201,7 @@ def main(argv: list[str]) -> float:
     stores = {"item": args.items, "user": args.users}
     clicks.lookups = {name: VectorLookup(path) for name, path in stores.items() if path}
     # hllm <
-    model = build(args, clicks, device)
+    model = shard(build(args, clicks, torch.device("meta")), device)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
     optimizer = KeyedOptimizerWrapper(dense, lambda parameters: torch.optim.Adagrad(parameters, lr=args.lr))
     pipeline = TrainPipelineSparseDist(model, optimizer, device)
@@ -165,6 +215,9 @@ def main(argv: list[str]) -> float:
                 break
         mean = float(torch.stack(losses).mean())
         print(f"rank {dist.get_rank()}, epoch {epoch}: mean loss {mean:.4f}")
+    if args.output:
+        pipeline.detach()  # its forward pass wants batches that the pipeline has sent ahead
+        save(model, args, clicks, device)
     # hllm >
     for name, lookup in clicks.lookups.items():
         print(

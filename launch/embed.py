@@ -31,6 +31,11 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="data type of a new store (default: fp16)"
     )
+    parser.add_argument(
+        "--keys",
+        choices=("string", "int64"),
+        help="type of the keys of a new store: raw ids as texts (default), or as numbers, if all of them are",
+    )
     return parser
 
 
@@ -72,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 def _embed_items(loaded: "LoadedRun", args: argparse.Namespace) -> None:
     from hllm_torchrec.inference.item_embedding import embed_items
 
-    report = embed_items(loaded.experiment, args.items, args.dtype)
+    report = embed_items(loaded.experiment, args.items, args.dtype, args.keys)
     _say(f"embedded {report.encoded:,} of {report.items:,} items in {report.seconds:.1f} s", args.items, report.version)
 
 
@@ -82,7 +87,7 @@ def _embed_users(loaded: "LoadedRun", args: argparse.Namespace) -> None:
 
     if args.items is not None:
         use_stored_items(loaded.experiment, args.items)
-    report = embed_users(loaded, args.users, since=args.since, dtype=args.dtype)
+    report = embed_users(loaded, args.users, since=args.since, dtype=args.dtype, keys=args.keys)
     done = f"embedded {report.encoded:,} of {report.active:,} active users ({report.users:,} in all)"
     _say(f"{done} in {report.seconds:.1f} s", args.users, report.version)
 

@@ -259,6 +259,7 @@ class Collator:
         if spec.item_id:
             ids = np.concatenate([self._drop_ids(of_events, rng), items])
             ids = np.where(np.isin(ids, unknown), 0, ids) if unknown.size else ids
+            ids = np.where(ids < self.dataset.num_table_items, ids, 0)
             bags["item_id"] = ids[ids >= 0], (ids >= 0).astype(np.int64)  # -1: a slot without an item, an empty bag
         if spec.action:
             # A query's own action is the label to predict, so it must not leak: the query reads the unknown action 0.

@@ -108,6 +108,11 @@ class Dataset:
         return int(self.manifest["counts"]["items"]) + 1
 
     @property
+    def num_table_items(self) -> int:
+        """Rows of an ID table; ids from there on (`inference.new_items`) read the row of the unknown item."""
+        return self.num_items
+
+    @property
     def num_users(self) -> int:
         """Rows of a user table: the largest user id + 1, the unknown user 0 included."""
         return int(self.manifest["counts"]["users"]) + 1

@@ -220,7 +220,12 @@ def _earlier_store(parent: Path, request: dict[str, Any]) -> tuple["TokenStore",
 
 def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
     """Yield the texts of the items 1, 2, ... in batches: prompt + "key: value" of each non-empty value."""
-    for batch in dataset.text(keys).to_batches(max_chunksize=_BATCH):
+    return laid_out_texts(dataset.text(keys), prompt, keys, separator)
+
+
+def laid_out_texts(texts: pa.Table, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:
+    """Yield what `item_texts` does, of a table of the text columns."""
+    for batch in texts.to_batches(max_chunksize=_BATCH):
         columns = [batch.column(key).to_pylist() for key in keys]
         yield [
             prompt + separator.join(f"{key}: {value}" for key, value in zip(keys, values, strict=True) if value)

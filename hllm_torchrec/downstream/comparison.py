@@ -27,6 +27,7 @@ from hllm_torchrec.downstream.dlrm_data import DLRMBatch, DLRMData, Window
 from hllm_torchrec.downstream.plugin import VectorLookup, append_vectors
 from hllm_torchrec.evaluation.cached_predictions import SPLITS, run_if_changed
 from hllm_torchrec.inference.exposure_store import ExposureLookup
+from hllm_torchrec.store.keys import raw_keys
 from hllm_torchrec.store.store import EmbeddingStore
 
 RECORD = "downstream.json"
@@ -75,7 +76,7 @@ class VectorData(DLRMData):
 def _item_vectors(dataset: Dataset, store: str) -> Tensor:
     """Item vectors [N, E + 1] in the format of `plugin.VectorLookup`; the store does not contain the unknown item 0."""
     lookup = VectorLookup(store)
-    found = lookup(dataset.items["raw_item_id"].cast("large_string").combine_chunks())
+    found = lookup(raw_keys(dataset.items["raw_item_id"], lookup.store.kind))
     unknown = torch.zeros(1, found.shape[1])  # row of item 0, so that item ids index the result directly
     unknown[:, -1] = 1
     return torch.cat([unknown, found])

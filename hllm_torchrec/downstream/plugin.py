@@ -3,10 +3,12 @@
     items = VectorLookup("stores/items")                                  # in the data loader
     dense = append_vectors(dense, items(raw_item_ids))                    # [B, n] -> [B, n + E + 1]
     model = plug_into(DLRM, tables, n, [items.width], "slots", ...)       # in place of DLRM(tables, n, ...)
+    VectorLookup("stores/items", items.identity)                          # where the model is served
 
 The vectors are columns of `dense_features`, so `DLRMTrain` and `TrainPipelineSparseDist` need no change. The model
 splits these columns off, normalizes the vectors, and either appends them to the dense features ("dense") or projects
-them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default.
+them to the tables' width as additional slots of the interaction ("slots"). Missing ids get a learned default. A model
+of your own reads the columns through `StoredVectors` (docs/tutorials/dlrm_plugin.md).
 
 Legend: B rows, n dense features, E width of a stored vector, D width of the tables, F sparse features.
 """
@@ -19,32 +21,61 @@ import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM, SparseArch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.downstream.dlrm_config import VectorPlacement
+from hllm_torchrec.modules.features.sum_pooling import SumPooledCollection
 from hllm_torchrec.store.keys import Keys
 from hllm_torchrec.store.store import EmbeddingStore
 
 
 class VectorLookup:
-    """Looks up ids in the snapshot of a store taken at construction, and counts missing ids.
+    """Looks up ids in a committed state of a store, and counts missing ids.
 
     Args:
         path: folder or URL of the store.
+        identity: `identity` of the lookup with which a model was trained, saved beside its weights; None: any store.
 
     Raises:
-        ValueError: the store does not exist.
+        ValueError: the store does not exist, or has the vectors of another model.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, identity: str | None = None) -> None:
+        self._path = path
         self.store = EmbeddingStore.open(path)
+        if identity is not None:
+            self._require(self.store, identity)
+        self.identity = self.store.identity_hash
+        """Names the model that made the vectors, their width and the type of keys; the same for all versions of a
+        store."""
         self._snapshot = self.store.snapshot()
         self.width = self.store.width
         self.num_requested = self.num_unknown = 0
 
-    def __call__(self, ids: Keys | np.ndarray) -> Tensor:
-        """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros if unknown); the last column is 1 if unknown, else 0."""
+    def refresh(self) -> bool:
+        """Go on with the store's present state; return whether it has changed. May run beside lookups on other threads.
+
+        Raises:
+            ValueError: the path has vectors of another model now; lookups then go on with the old ones.
+        """
+        store = EmbeddingStore.open(self._path)
+        self._require(store, self.identity)
+        before, self.store, self._snapshot = self._snapshot.version, store, store.snapshot()
+        return self._snapshot.version != before
+
+    def _require(self, store: EmbeddingStore, identity: str) -> None:
+        if store.identity_hash != identity:
+            raise ValueError(
+                f"{self._path}: its vectors were made by another model ({store.identity_hash}) than those that this "
+                f"lookup is for ({identity}): give the store of that model, or train the model on these vectors"
+            )
+
+    def __call__(self, ids: Keys) -> Tensor:
+        """Raw ids [B] -> float32 [B, E + 1]: vectors (zeros if unknown); the last column is 1 if unknown, else 0.
+
+        ids: texts or numbers, as the store's keys are; numbers in an array, a tensor or a list.
+        """
         vectors, known = self._snapshot.gather(ids)
         self.num_requested += known.numel()
         self.num_unknown += int((~known).sum())
@@ -118,7 +149,7 @@ class PluggedDLRM(nn.Module):
 
 def plug_into(
     kind: type[DLRM],
-    tables: EmbeddingBagCollection,
+    tables: EmbeddingBagCollection | EmbeddingCollection,
     dense_in_features: int,
     widths: list[int],
     way: VectorPlacement,
@@ -129,7 +160,8 @@ def plug_into(
 
     Args:
         kind: DLRM, DLRM_DCN or DLRM_Projection.
-        tables, dense_in_features, options: arguments of `kind` without stored vectors.
+        tables, dense_in_features, options: arguments of `kind` without stored vectors; the tables may also be an
+            `EmbeddingCollection`, whose rows are then summed for each feature.
         widths: E of each store, in the order of `append_vectors`.
         way: "dense": among the dense features; "slots": as slots of the interaction, one per store.
         dropout: see `StoredVectors`.
@@ -139,6 +171,8 @@ def plug_into(
     """
     if not widths or way not in ("dense", "slots"):
         raise ValueError(f"plug_into: widths={widths}, way={way!r}: give the width of each store, and dense or slots")
+    if isinstance(tables, EmbeddingCollection):
+        tables = SumPooledCollection(tables)
     if way == "dense":
         return PluggedDLRM(
             kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way, dropout

@@ -15,7 +15,7 @@ from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks, rank_catalogue_targets
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, shard_bounds
 from hllm_torchrec.models.assembly import Experiment
-from hllm_torchrec.models.item_source import CachedItems, StoredItems
+from hllm_torchrec.models.item_source import CachedItems, JoinedItems, StoredItems
 
 ITEMS_AT_ONCE = 8192
 """Number of catalogue items whose features all ranks together look up at a time."""
@@ -71,7 +71,7 @@ def catalogue_shard(experiment: Experiment) -> CatalogueShard:
     already (`CachedItems`), or if the Item LLM encodes the catalogue here.
     """
     hllm, source = experiment.hllm, experiment.hllm.item_source
-    if not hllm.compares_features and not isinstance(source, StoredItems):
+    if not hllm.compares_features and not isinstance(source, StoredItems | JoinedItems):
         items = source.vectors if isinstance(source, CachedItems) else experiment.encode_catalogue()
         assert items is not None, "without an Item LLM items are compared by their features"
         return CatalogueShard.of_rank(items)

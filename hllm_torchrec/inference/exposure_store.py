@@ -40,7 +40,7 @@ from hllm_torchrec.inference.item_embedding import (
     write_rounds,
 )
 from hllm_torchrec.inference.user_embedder import open_embedder
-from hllm_torchrec.store.keys import Hashes, hash_numbers
+from hllm_torchrec.store.keys import Hashes, hash_numbers, raw_keys
 from hllm_torchrec.store.store import EmbeddingStore
 
 BATCHES = 4
@@ -129,14 +129,15 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
         raise ConfigError("item_llm.enabled: false: a model without an Item LLM has no item vectors to give")
     facts = {"part": "item_features", "weights": weights_fingerprint(loaded.checkpoint)}
     store = open_or_create_store(path, experiment.hllm.user.width, dtype, facts)
-    raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(experiment.item_encoder.tokens)
+    raw_ids = raw_keys(experiment.dataset.items["raw_item_id"], store.kind)
+    marks = item_content_hashes(experiment.item_encoder.tokens)
     todo, started = changed_items(store, raw_ids, marks), time.perf_counter()
     rounds = rank_chunks(todo, np.full(experiment.dataset.num_items, 1, np.int64))
     collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
 
     def encode(ids: Ints) -> NewRows:
         embedded = vectors_by_features(experiment, collator, ids)
-        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), embedded, marks[ids]
+        return raw_ids.take(pa.array(ids - 1)), embedded, marks[ids]
 
     with open_embedder(experiment) if rounds else nullcontext():
         version = write_rounds(store, rounds, encode, "embed item features", len(rounds))

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,7 +28,7 @@ from hllm_torchrec.models.item_encoder import CATALOGUE_TOKENS, length_sorted_ch
 from hllm_torchrec.models.parallelize import autocast
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.store.files import SegmentFacts
-from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes
+from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes, raw_keys
 from hllm_torchrec.store.remote_store import RemoteStore, writable_store
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
@@ -58,19 +57,22 @@ def item_content_hashes(tokens: TokenStore) -> Hashes:
 
 
 @torch.no_grad()
-def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> EmbedReport:
+def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16", keys: KeyKind | None = None) -> EmbedReport:
     """Update the item store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw item ids. Work is divided among the ranks by tokens; each writes its rows, and rank 0 commits them.
+    Keys are raw item ids, as texts or (`keys`: "int64") as numbers; None: as in the store. Work is divided among the
+    ranks by tokens; each writes its rows, and rank 0 commits them.
 
     Raises:
-        ValueError: the store was made by another model, or another process is writing to it.
+        ValueError: the store was made by another model, another process is writing to it, or raw ids are not numbers.
     """
-    facts = item_facts(experiment)
-    store = open_or_create_store(path, experiment.hllm.item_llm.width, dtype, facts)  # type: ignore[union-attr]
+    facts, raw_items = item_facts(experiment), experiment.dataset.items["raw_item_id"]
+    raw_keys(raw_items, keys or "string")  # before a store is made
+    store = open_or_create_store(path, experiment.hllm.item_llm.width, dtype, facts, keys)  # type: ignore[union-attr]
     encoder = experiment.item_encoder
     assert encoder is not None
-    raw_ids, marks = experiment.dataset.items["raw_item_id"], item_content_hashes(encoder.tokens)
+    raw_ids = raw_keys(raw_items, store.kind)
+    marks = item_content_hashes(encoder.tokens)
     todo = changed_items(store, raw_ids, marks)
     rounds = rank_chunks(todo, encoder.tokens.lengths + 1)  # + 1: the [ITEM] vector
     started, model = time.perf_counter(), experiment.hllm.eval()
@@ -78,7 +80,7 @@ def embed_items(experiment: Experiment, path: Path, dtype: str = "fp16") -> Embe
     def encode(ids: NDArray[np.int64]) -> NewRows:
         with autocast(experiment.config, experiment.device):
             vectors = model.embed_items(torch.from_numpy(ids).to(experiment.device), experiment.live_items)
-        return raw_ids.take(ids - 1).cast("large_string").combine_chunks(), vectors.float(), marks[ids]
+        return raw_ids.take(pa.array(ids - 1)), vectors.float(), marks[ids]
 
     with merged(model):
         version = write_rounds(store, rounds, encode, "embed items", len(rounds))
@@ -125,12 +127,14 @@ def _commit(writer: list[StoreWriter], written: list[SegmentFacts], published: R
 
 
 def open_or_create_store(
-    path: Path, width: int, dtype: str, facts: dict[str, Any], keys: KeyKind = "string"
+    path: Path, width: int, dtype: str, facts: dict[str, Any], keys: KeyKind | None = None
 ) -> EmbeddingStore:
     """Open or create this model's store at `path` for writing; for a URL, a copy on each host. Collective.
 
+    keys: type of its keys; None: as it is, and "string" for a new one.
+
     Raises:
-        ValueError: the store was made by another model, or cannot be reached.
+        ValueError: the store was made by another model, has keys of another type, or cannot be reached.
     """
     url = url_of(path)
 
@@ -138,10 +142,13 @@ def open_or_create_store(
         root = path if url is None else writable_store(url)
         if not (root / "store.json").is_file():
             published = None if url is None else RemoteStore(url, root)
-            EmbeddingStore.create(root, width, dtype, keys, facts)
+            EmbeddingStore.create(root, width, dtype, keys or "string", facts)
             if published is not None:
                 published.publish()
-        EmbeddingStore.open(root).require(facts)
+        store = EmbeddingStore.open(root)
+        store.require(facts)
+        if keys not in (None, store.kind):
+            raise ValueError(f"{root}: its keys are of type {store.kind}, not {keys}: embed into a new store")
 
     coordination.run_on_rank_zero(on_one)
     if url is None:
@@ -151,12 +158,13 @@ def open_or_create_store(
     return store
 
 
-def changed_items(store: EmbeddingStore, raw_ids: Any, content_hashes: Hashes) -> NDArray[np.int64]:
+def changed_items(store: EmbeddingStore, raw_ids: pa.Array, content_hashes: Hashes) -> NDArray[np.int64]:
     """Ids [k] int64 (from 1, ascending) whose vector is missing in the store or was made from other content.
 
-    raw_ids: [N - 1] for ids from 1; content_hashes: [N] uint64 of the current content, for ids from 0.
+    raw_ids: [N - 1] keys of the store (`raw_keys`) for ids from 1; content_hashes: [N] uint64 of the current content,
+    for ids from 0.
     """
-    stored, known = store.snapshot().content_hashes(pc.cast(raw_ids, "large_string").combine_chunks())
+    stored, known = store.snapshot().content_hashes(raw_ids)
     return 1 + np.flatnonzero(~known | (stored != content_hashes[1:]))
 
 

@@ -26,6 +26,7 @@ from hllm_torchrec.data.validation import error_location, read_table
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.store.export_formats import import_faiss, write_index
 
 Kind = Literal["flat", "ivf"]
@@ -151,6 +152,8 @@ def export_item_index(
 ) -> int:
     """Write the index of a run's items at a checkpoint ("best", "latest" or a directory), by raw id. Collective.
 
+    It has the dataset's items, and those that came after it (`inference.new_items`).
+
     Returns:
         Number of items.
 
@@ -164,6 +167,7 @@ def export_item_index(
             f"{run}: objective.generative_weight: 0: users and items share no space; train with a generative loss"
         )
     with loaded.weights, experiment.evaluation_items():
+        NewItems(experiment)
         vectors = catalogue_vectors(experiment).cpu().float().numpy()
     ids = experiment.dataset.items["raw_item_id"].combine_chunks()
     run_on_rank_zero(lambda: ItemIndex.build(vectors[1:], ids, kind, cells).save(target))

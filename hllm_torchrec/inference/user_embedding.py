@@ -23,7 +23,7 @@ from hllm_torchrec.evaluation.run_loader import LoadedRun, weights_fingerprint
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import NewRows, open_or_create_store, rank_chunks, write_rounds
 from hllm_torchrec.inference.user_embedder import nightly_request, open_embedder
-from hllm_torchrec.store.keys import Hashes, hash_numbers
+from hllm_torchrec.store.keys import Hashes, KeyKind, hash_numbers, raw_keys
 from hllm_torchrec.store.store import EmbeddingStore
 
 
@@ -67,22 +67,26 @@ def user_facts(loaded: LoadedRun) -> dict[str, Any]:
     }
 
 
-def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "fp16") -> UserReport:
+def embed_users(
+    loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "fp16", keys: KeyKind | None = None
+) -> UserReport:
     """Update the user store at `path` (created if missing) to the dataset. Collective.
 
-    Keys are raw user ids; a vector is computed from all events of the user, as of the midnight (UTC) after the last
-    one. Must be called within `loaded.weights`. Users who have events but no history under the configuration
-    (`data.history: positive`) get no vector.
+    Keys are raw user ids, as texts or (`keys`: "int64") as numbers; None: as in the store. A vector is computed from
+    all events of the user, as of the midnight (UTC) after the last one. Must be called within `loaded.weights`. Users
+    who have events but no history under the configuration (`data.history: positive`) get no vector.
 
     Args:
         since: second UTC; users without an event at or after it are not updated.
 
     Raises:
-        ValueError: the store was made by another checkpoint, or another process is writing to it.
+        ValueError: the store was made by another checkpoint, another process is writing to it, or raw ids are not
+            numbers.
     """
     experiment = loaded.experiment
     dataset, limit = experiment.dataset, experiment.config.data.max_history
-    store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, user_facts(loaded))
+    raw_keys(dataset.users["raw_user_id"], keys or "string")  # before a store is made
+    store = open_or_create_store(path, experiment.hllm.user_vector_width, dtype, user_facts(loaded), keys)
     started = time.perf_counter()
     groups, delay = _index(dataset, store, since), experiment.config.data.feedback_delay
     windows = _windows(groups, item_embedding.COMMIT_TOKENS * coordination.world_size(), limit)
@@ -97,7 +101,7 @@ def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "
             vectors, known = embedder(pieces)
             rows = np.flatnonzero(known.cpu().numpy())
             users = np.array([pieces[row].user_id for row in rows], np.int64)
-            return raw_user_ids(dataset, users), vectors.cpu()[rows], marks[rows]
+            return user_keys(dataset, users, store.kind), vectors.cpu()[rows], marks[rows]
 
         rounds = (one for window in windows for one in _rounds(window, dataset, limit, delay))
         if windows:
@@ -107,9 +111,9 @@ def embed_users(loaded: LoadedRun, path: Path, *, since: int = 0, dtype: str = "
     return UserReport(users, active, encoded, version, time.perf_counter() - started)
 
 
-def raw_user_ids(dataset: Dataset, user_ids: Ints) -> pa.Array:
-    """Raw ids of users [n], large_string."""
-    return dataset.users["raw_user_id"].take(pa.array(user_ids - 1)).cast("large_string").combine_chunks()
+def user_keys(dataset: Dataset, user_ids: Ints, kind: KeyKind) -> pa.Array:
+    """Keys of users [n] in a store."""
+    return raw_keys(dataset.users["raw_user_id"].take(pa.array(user_ids - 1)), kind)
 
 
 def user_content_hashes(last_seconds: Ints, lengths: Ints) -> Hashes:
@@ -130,7 +134,7 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
             # offsets[1:] - 1: index of the last event of each row, which has at least one.
             last = all_rows.timestamps[all_rows.offsets[1:] - 1][rows]
             marks = user_content_hashes(last, lengths[rows])
-            stored, known = snapshot.content_hashes(raw_user_ids(dataset, users[rows]))
+            stored, known = snapshot.content_hashes(user_keys(dataset, users[rows], store.kind))
             active = last >= since
             todo = active & (~known | (stored != marks))
             found.append(_Group(group, rows, lengths[rows], active, marks, todo))

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -75,3 +76,18 @@ class StoredItems(ItemSource):
         """The stored embeddings, before the adapter."""
         vectors: Tensor = self.table(item_ids)
         return vectors
+
+
+class JoinedItems(ItemSource):
+    """A source of the items below `first`, followed by the vectors [n, E] of the items from there on."""
+
+    def __init__(self, source: ItemSource, first: int, vectors: Tensor) -> None:
+        self.source, self.first, self.vectors = source, first, vectors
+
+    def __call__(self, item_ids: Tensor) -> Tensor:
+        """item_ids [n] -> [n, E]. Collective if the source is."""
+        found = self.source(item_ids.clamp(max=self.first - 1))
+        later = item_ids >= self.first
+        if not later.any():
+            return found
+        return torch.where(later[:, None], self.vectors[(item_ids - self.first).clamp(min=0)], found)

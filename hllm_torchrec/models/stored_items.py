@@ -1,5 +1,6 @@
 """Frozen item table filled from an embedding store; each rank reads the rows of its own shards."""
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -13,6 +14,7 @@ from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
+from hllm_torchrec.store.keys import raw_keys
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
 
 _ROWS = 65_536
@@ -74,7 +76,7 @@ def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> N
         )
 
 
-def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: object) -> int:
+def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: pa.ChunkedArray) -> int:
     """Fill a shard in place; returns the number of its items that the store lacks (the unknown item is not counted).
 
     row, column: position of the shard in the table.
@@ -83,7 +85,7 @@ def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: ob
     for at in range(0, target.shape[0], _ROWS):
         end = min(at + _ROWS, target.shape[0])
         first = max(row + at, 1)  # item i is row i of the table and row i - 1 of the dataset's items
-        ids = raw_ids.slice(first - 1, max(0, row + end - first)).cast("large_string").combine_chunks()  # type: ignore[attr-defined]
+        ids = raw_keys(raw_ids.slice(first - 1, max(0, row + end - first)), snapshot.store.kind)
         vectors, known = snapshot.gather(ids)
         missing += int((~known).sum())
         # Empty except in the shard and block that contain row 0, the unknown item.

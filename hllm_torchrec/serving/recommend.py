@@ -21,8 +21,11 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
+from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.user_embedder import history_request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
+
+_Scored = tuple[NDArray[np.float64], Dataset]
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ def recommend(
     moment = int(clock.time()) if time is None else time
     history = history_before(opened, user, moment - config.data.feedback_delay)
     if config.objective.has_head:
-        scores, scored_by = _probabilities(run, which, device, history, moment, dataset), "probability"
+        scores, opened = _probabilities(run, which, device, history, moment, dataset)
     else:
-        scores, scored_by = _similarities(run, which, device, history, moment, dataset), "similarity"
+        scores, opened = _similarities(run, which, device, history, moment, dataset)
     scores[0] = -np.inf  # the unknown item
     if not include_seen:
         scores[history.item_ids] = -np.inf
@@ -85,7 +88,7 @@ def recommend(
     return Recommendations(
         [RecommendedItem(*read(item)) for item in history.item_ids.tolist()],
         [RecommendedItem(*read(item), score) for item, score in zip(best.tolist(), scores[best].tolist(), strict=True)],
-        scored_by,
+        "probability" if config.objective.has_head else "similarity",
     )
 
 
@@ -108,28 +111,30 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
 
 def _probabilities(
     run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
-) -> NDArray[np.float64]:
-    """Probabilities [N] of all items of the catalogue, from the ranking head."""
+) -> _Scored:
+    """Probabilities [N] of all items from the ranking head, and the dataset with the items that came after it."""
     with Scorer.of_run(run, which, device, dataset=dataset) as scorer:
-        logits = scorer.score(history, np.arange(scorer.experiment.dataset.num_items), time)
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))
+        read = scorer.experiment.dataset
+        logits = scorer.score(history, np.arange(read.num_items), time)
+    return 1 / (1 + np.exp(-logits.astype(np.float64))), read
 
 
 def _similarities(
     run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
-) -> NDArray[np.float64]:
-    """Cosines [N] between the predicted next item and all items of the catalogue."""
+) -> _Scored:
+    """Cosines [N] between the predicted next item and all items, and the dataset with those that came after it."""
     loaded = load_run(run, which, device, dataset=dataset)
     experiment = loaded.experiment
     piece = history_request(history.as_piece(), len(history), time, experiment.config.data.max_history)
     experiment.model.eval()
     with loaded.weights, experiment.evaluation_items(), torch.no_grad():
+        NewItems(experiment)
         catalogue = catalogue_vectors(experiment)
         batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([piece], 0, 0)
         predicted = experiment.model(batch.to(device), want_next=True).next_items
     assert predicted is not None, "a model without a prediction head has a generative loss"
     cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)
-    return cosines.double().cpu().numpy()
+    return cosines.double().cpu().numpy(), experiment.dataset
 
 
 def _reader(dataset: Dataset, config: Config) -> Callable[[int], tuple[str, str]]:

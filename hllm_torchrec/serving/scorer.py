@@ -4,6 +4,8 @@
         user = scorer.read(UserHistory(7, item_ids, timestamps, labels, actions))
         logits = scorer.score(user, candidates, time)          # any number of times for one encoding of the history
         user = scorer.extend(user, UserHistory(7, ...))        # later events; only these are computed
+        scorer.score(scorer.history("u7", ["s3", "s9"], times), ["s3", "s41"], time)    # by raw ids
+        scorer.add_items(["s41"], {"title": ["A new book"]})   # an item that came after `hllm prepare`
 
 Features come from the collator and the model of training, and the scores equal those of `hllm evaluate` for the same
 exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
@@ -12,13 +14,17 @@ Legend: n events, T history events that the model uses, m candidates, D width.
 """
 
 import time as clock
+import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
@@ -26,85 +32,27 @@ from torch import Tensor
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
+from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
+from hllm_torchrec.data.new_item_journal import new_items
 from hllm_torchrec.data.numeric_features import numeric_columns
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
-from hllm_torchrec.evaluation.run_loader import load_run, run_config
+from hllm_torchrec.evaluation.run_loader import load_run, run_config, weights_fingerprint
+from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
+from hllm_torchrec.inference.raw_ids import raw_texts
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
+from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
+from hllm_torchrec.serving.user_state import UserHistory, UserState, window_start
 
-
-@dataclass(frozen=True, init=False)
-class UserHistory(Events):
-    """Events of one user, oldest first; ids are dense ids of the dataset.
-
-    Raises:
-        ValueError: columns of different lengths, or decreasing times.
-    """
-
-    user_id: int = field(kw_only=True)
-
-    def __init__(self, user_id: int, *columns: ArrayLike, **named: ArrayLike) -> None:
-        """Accept the columns of `Events`: item_ids, timestamps, labels, actions, in this order or by name."""
-        super().__init__(**Events(*columns, **named).as_arrays().columns)  # type: ignore[arg-type]  # not yet arrays
-        object.__setattr__(self, "user_id", user_id)
-        sizes = {name: values.size for name, values in self.columns.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
-        back = np.flatnonzero(np.diff(self.timestamps) < 0)
-        if back.size:
-            row = int(back[0]) + 1
-            raise ValueError(
-                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before that of the previous event "
-                f"({self.timestamps[row - 1]}): sort events by time"
-            )
-
-    def as_piece(self, first: int = 0) -> Piece:
-        """The events as an input of the collator; the exposures are those from index `first` on."""
-        return Piece(**self.columns, user_id=self.user_id, first_target=first)
-
-    def since(self, start: int) -> "UserHistory":
-        """The events from index `start` on."""
-        return UserHistory(self.user_id, **self[start:].columns)
-
-    def followed_by(self, later: "UserHistory") -> "UserHistory":
-        """The concatenation of both histories.
-
-        Raises:
-            ValueError: events of another user, or before the last event of this history.
-        """
-        if later.user_id != self.user_id:
-            raise ValueError(f"events of user {later.user_id} after those of user {self.user_id}: give one user's")
-        return UserHistory(self.user_id, **Events.concat([self, later]).columns)
-
-
-@dataclass(frozen=True)
-class UserState:
-    """Encoded history: all events, the index of the first one that the model uses, and the cache from there on."""
-
-    history: UserHistory
-    start: int
-    cache: HistoryCache
-
-
-def window_start(events: int, max_history: int) -> int:
-    """Index of the first event used of a history of `events` events, such that at most max_history - 1 are used.
-
-    It moves in steps of max_history / 2, so a new event usually extends the cache, and a long history is encoded
-    again only every max_history / 2 events. A request sees at least half of max_history events, as in evaluation,
-    although evaluation cuts long histories at other indices (relative to the start of the split).
-    """
-    # Events above the limit, rounded up to a multiple of the step.
-    over = events - (max_history - 1)
-    step = max(1, max_history // 2)
-    return max(0, -(-over // step) * step)
+__all__ = ["Scorer", "UserHistory", "UserState", "window_start"]
 
 
 class Scorer:
@@ -118,13 +66,21 @@ class Scorer:
         micro_batch: candidates computed at a time; it bounds memory and does not change scores beyond rounding.
         table_dtype: data type of tables and item embeddings, "int8" or "fp16", see `inference.quantization`; the
             model can then not be trained. None: as trained.
+        journal: file of the items that came after `hllm prepare`, read and written by all processes that serve this
+            dataset; None: the dataset's own.
 
     Raises:
         ValueError: a model without a ranking head, more than one process, FSDP, an encoder without a cache, a
-            micro-batch below 1, or an unknown type.
+            micro-batch below 1, an unknown type, or a damaged journal.
     """
 
-    def __init__(self, experiment: Experiment, micro_batch: int = MICRO_BATCH, table_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        micro_batch: int = MICRO_BATCH,
+        table_dtype: str | None = None,
+        journal: Path | None = None,
+    ) -> None:
         if micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
         if table_dtype is not None:
@@ -146,6 +102,16 @@ class Scorer:
             quantize_tables(experiment, table_dtype)
             quantize_items(experiment, table_dtype)
         self._weights = ExitStack()
+        # A state fits the scorer that made it; `of_run` knows what other scorers it fits as well.
+        self._mark = uuid.uuid4().hex[:16]
+        self._lock = Lock()
+        self.new_items = NewItems(experiment, journal)
+        """Items that came after `hllm prepare`."""
+        self._raw_ids = RawHistories(experiment.dataset)
+        self._make_collator()
+
+    def _make_collator(self) -> None:
+        experiment = self.experiment
         # All candidates of a request have the same time, and visibility by second hides events of the same second:
         # so candidates do not see each other.
         spec = replace(experiment.batch_spec, visibility="second")
@@ -159,6 +125,7 @@ class Scorer:
         device: torch.device | None = None,
         micro_batch: int = MICRO_BATCH,
         table_dtype: str | None = None,
+        journal: Path | None = None,
         *,
         dataset: Path | None = None,
     ) -> Self:
@@ -177,7 +144,9 @@ class Scorer:
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
             stack.enter_context(merged(loaded.experiment.hllm))
-            scorer = cls(loaded.experiment, micro_batch, table_dtype)
+            known = loaded.experiment.dataset.num_items
+            scorer = cls(loaded.experiment, micro_batch, table_dtype, journal)
+            scorer._mark = hash_json([weights_fingerprint(loaded.checkpoint), table_dtype, known])[:16]
             scorer._weights = stack.pop_all()
         return scorer
 
@@ -193,6 +162,94 @@ class Scorer:
     ) -> None:
         self.close()
 
+    def add_items(
+        self,
+        raw_ids: Sequence[str],
+        texts: Mapping[str, Sequence[str]],
+        features: Mapping[str, Sequence[str | Sequence[str]]] | None = None,
+    ) -> int:
+        """Make items that came after `hllm prepare` known, to every process that serves this dataset.
+
+        They are written to the journal and encoded. Their ID is unknown to the model; text and features are not. Items
+        of the dataset, and items that are known as given, stay as they are.
+
+        Args:
+            raw_ids: [n], as in the source.
+            texts: text column -> [n] texts; a column that is not given is empty.
+            features: item feature -> [n] values, each a text or several; a value that the dataset lacks is the
+                unknown one.
+
+        Returns:
+            Number of items that are new, or have another text or features than before.
+
+        Raises:
+            ValueError: an id that is no text, or is given twice; an unknown column; a journal that cannot be written.
+        """
+        items = new_items(self.experiment.dataset, raw_ids, texts, features)
+        with self._lock:
+            added = self._refresh()  # what other processes have added meanwhile is not added again
+            missing = self.new_items.missing(items)
+            if missing:
+                self.new_items.journal.append(missing)
+                added += self._refresh()
+            return added
+
+    def refresh(self) -> int:
+        """Read the items that other processes have added; return their number. Unknown raw ids do the same."""
+        with self._lock:
+            return self._refresh()
+
+    def _refresh(self) -> int:
+        found = self.new_items.refresh()
+        if found:
+            self._make_collator()
+        return found
+
+    def item_ids(self, items: Any, what: str = "candidates") -> Ints:
+        """Dense ids [n] of raw ids (texts) or dense ids (whole numbers; 0: unknown).
+
+        Raises:
+            ValueError: an id that is not known, named by its place; or both kinds.
+        """
+        raw = raw_texts(items, what)
+        if raw is None:
+            ids = np.asarray(items, np.int64)
+            check_ids(what, ids, self.experiment.dataset.num_items)
+            return ids
+        ids = self.new_items.find(raw)
+        if (ids < 0).any() and self.refresh():
+            ids = self.new_items.find(raw)
+        check_found(what, ids, raw, "add_items makes an item known that came after `hllm prepare`")
+        return ids
+
+    def raw_item_ids(self, ids: Ints) -> list[str]:
+        """Raw ids of dense ids [n], from 1 on."""
+        raw: list[str] = self.experiment.dataset.items["raw_item_id"].take(pa.array(ids - 1)).to_pylist()
+        return raw
+
+    def history(
+        self,
+        user: str | None,
+        items: Sequence[str],
+        timestamps: ArrayLike,
+        labels: ArrayLike | None = None,
+        actions: Sequence[str] | None = None,
+    ) -> UserHistory:
+        """A history from raw ids.
+
+        Args:
+            user: raw id; None: a user who came after `hllm prepare`.
+            items: [n] raw ids.
+            timestamps: [n] seconds UTC, ascending.
+            labels: [n], NaN for events that are no exposures; None: none is.
+            actions: [n] names of actions, as in the source; None: unknown.
+
+        Raises:
+            ValueError: ids or actions that are not known, and as `UserHistory`.
+        """
+        ids = self.item_ids(items, f"items of user {user!r}") if len(items) else np.zeros(0, np.int64)
+        return self._raw_ids.history(user, ids, timestamps, labels, actions)
+
     @torch.no_grad()
     def read(self, history: UserHistory) -> UserState:
         """Encode a history (of any length, also empty).
@@ -202,7 +259,7 @@ class Scorer:
         """
         self._check(history)
         start = window_start(len(history), self.experiment.config.data.max_history)
-        return UserState(history, start, self._read(history.since(start), None))
+        return self._state(history, start, self._read(history.since(start), None))
 
     @torch.no_grad()
     def extend(self, user: UserState, events: UserHistory) -> UserState:
@@ -211,6 +268,7 @@ class Scorer:
         Raises:
             ValueError: as `read`; events of another user, or before the last one.
         """
+        self._check_state(user)
         history = user.history.followed_by(events)
         start = window_start(len(history), self.experiment.config.data.max_history)
         # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
@@ -218,27 +276,44 @@ class Scorer:
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
-        return UserState(history, start, self._read(events, user.cache))
+        return self._state(history, start, self._read(events, user.cache))
+
+    def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
+        return UserState(history, start, cache, self._mark_of(history))
+
+    def _mark_of(self, history: UserHistory) -> str:
+        """The mark of a state: the model's and, if the history has new items, that of the journal that numbers them."""
+        known = self.experiment.dataset.num_table_items
+        return f"{self._mark}/{self.new_items.name}" if (history.item_ids >= known).any() else self._mark
+
+    def _check_state(self, user: UserState) -> None:
+        mark = self._mark_of(user.history)
+        if user.mark != mark:
+            raise ValueError(
+                f"user {user.history.user_id}: this state was made by another model, or from another dataset or "
+                f"journal (mark {user.mark}, here {mark}): read the history again"
+            )
 
     @torch.no_grad()
     def score(
-        self, user: UserHistory | UserState, candidates: NDArray[np.integer], time: int | None = None
+        self, user: UserHistory | UserState, candidates: NDArray[np.integer] | Sequence[str], time: int | None = None
     ) -> NDArray[np.float32]:
         """Return logits [m] of candidates: the `score` of `hllm evaluate`, in the same order as the probabilities.
 
         Args:
             user: a history, or the result of `read` or `extend`.
-            candidates: [m] item ids of the dataset; 0 is the unknown item.
+            candidates: [m] raw ids, or dense ids of the dataset (whole numbers; 0 is the unknown item). "242" is not
+                242.
             time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
                 older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
 
         Raises:
-            ValueError: as `read`; candidates outside the dataset's ids, or a leave-one-out request before the
-                last event.
+            ValueError: as `read`; candidates that are not known, a state of another model, or a leave-one-out request
+                before the last event.
         """
         state = self.read(user) if isinstance(user, UserHistory) else user
-        items = np.asarray(candidates, np.int64)
-        _check_ids("candidates", items, self.experiment.dataset.num_items)
+        self._check_state(state)
+        items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
         with configured_by("user.shape", length="data.max_history"):
             return self._score(state, items, moment)
@@ -310,18 +385,9 @@ class Scorer:
 
     def _check(self, history: UserHistory) -> None:
         dataset = self.experiment.dataset
-        _check_ids("user_id", np.array([history.user_id]), dataset.num_users)
-        _check_ids(f"item_ids of user {history.user_id}", history.item_ids, dataset.num_items)
-        _check_ids(f"actions of user {history.user_id}", history.actions, dataset.num_actions)
-
-
-def _check_ids(name: str, ids: Ints, number: int) -> None:
-    wrong = np.flatnonzero((ids < 0) | (ids >= number))
-    if wrong.size:
-        raise ValueError(
-            f"{name}, entry {int(wrong[0])}: {int(ids[wrong[0]])}: the dataset's ids go from 1 to {number - 1}, and "
-            "0 is unknown; give 0 for ids added after `hllm prepare`, or prepare again"
-        )
+        check_ids("user_id", np.array([history.user_id]), dataset.num_users)
+        check_ids(f"item_ids of user {history.user_id}", history.item_ids, dataset.num_items)
+        check_ids(f"actions of user {history.user_id}", history.actions, dataset.num_actions)
 
 
 def _in_one_process(config: Config) -> Config:

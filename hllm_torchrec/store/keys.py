@@ -9,12 +9,14 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hllm_torchrec.common.hashing import mix_bits
 
 KeyKind = Literal["string", "int64"]
-Keys: TypeAlias = pa.Array | NDArray[np.int64] | Sequence[str] | Sequence[int]
+Keys: TypeAlias = pa.Array | NDArray[np.int64] | Tensor | Sequence[str] | Sequence[int]
 Hashes = NDArray[np.uint64]
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -23,12 +25,14 @@ _KEPT = np.array([2 ** (8 * kept) - 1 for kept in range(9)], np.uint64)
 
 
 def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
-    """Convert keys to an Arrow array of int64 or large strings.
+    """Convert keys to an Arrow array of int64 or large strings; a tensor of whole numbers may be on any device.
 
     Raises:
         ValueError: another type, or a null.
     """
     wanted = pa.int64() if kind == "int64" else pa.large_string()
+    if isinstance(keys, Tensor):
+        keys = keys.detach().cpu().numpy()
     try:
         array = keys if isinstance(keys, pa.Array) else pa.array(keys)
         if len(array) and pa.types.is_integer(array.type) != (kind == "int64"):
@@ -39,6 +43,30 @@ def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
     if array.null_count:
         raise ValueError(f"keys: {array.null_count} of {len(array)} are null: every vector needs a key")
     return array
+
+
+def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
+    """Convert the raw ids of a dataset, which are texts, to keys of a store.
+
+    Raises:
+        ValueError: int64 keys, and an id that is not a whole number as it is usually written ("7", not "007").
+    """
+    texts = raw_ids.cast(pa.large_string())
+    texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+    if kind == "string":
+        return texts
+    # 20 characters are the most of an int64; the pattern leaves out "007" and "+7", which would be the key of "7".
+    plain = pc.match_substring_regex(texts, r"^(0|-?[1-9][0-9]{0,18})$")
+    wrong = np.flatnonzero(~pc.fill_null(plain, False).to_numpy(zero_copy_only=False))
+    try:
+        if not wrong.size:
+            return texts.cast(pa.int64())
+    except pa.ArrowInvalid:  # beyond int64
+        numbers = [int(text) for text in texts.to_pylist()]
+        wrong = np.flatnonzero([not -(2**63) <= number < 2**63 for number in numbers])
+    raise ValueError(
+        f"keys int64: raw id {texts[int(wrong[0])].as_py()!r} is not a whole number of 64 bits: use keys of type string"
+    )
 
 
 def hash_keys(keys: pa.Array) -> Hashes:

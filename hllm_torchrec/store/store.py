@@ -77,6 +77,11 @@ class EmbeddingStore:
         """SHA-256 of the facts."""
         return hash_json(self.facts)
 
+    @property
+    def identity_hash(self) -> str:
+        """Names the model of the vectors, their width and the type of keys: sixteen hexadecimal digits."""
+        return hash_json([self.facts, self.width, self.kind])[:16]
+
     @classmethod
     def create(
         cls, path: str | Path, width: int, dtype: str = "fp16", keys: KeyKind = "string", facts: Any = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import EmbedReport, embed_items, item_content_hashes
 from hllm_torchrec.launch.embed import main
 from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.store.segment import SegmentWriter
 from tests.helpers import fixtures
@@ -42,6 +44,31 @@ def test_every_item_has_the_vector_that_the_model_gives_it(tmp_path: Path) -> No
     found, known = EmbeddingStore.open(tmp_path / "s").snapshot().gather(RAW_IDS)
     assert known.all()
     torch.testing.assert_close(found, experiment.encode_catalogue()[1:], atol=1e-6, rtol=0)
+
+
+def test_keys_are_numbers_where_the_raw_ids_are(tmp_path: Path) -> None:
+    experiment = build(tmp_path)
+    with pytest.raises(
+        ValueError, match="keys int64: raw id 's0' is not a whole number of 64 bits: use keys of type str"
+    ):
+        embed_items(experiment, tmp_path / "s", "fp32", "int64")
+    assert not (tmp_path / "s").exists()
+    numbers = [7 * 10**17 + 13 * i if i % 2 else -i for i in range(len(RAW_IDS))]
+    raw = pa.chunked_array([[str(number) for number in numbers]])
+    table = experiment.dataset.items
+    experiment.dataset.__dict__["items"] = table.set_column(table.column_names.index("raw_item_id"), "raw_item_id", raw)
+    try:
+        assert embed_items(experiment, tmp_path / "s", "fp32", "int64").encoded == len(RAW_IDS)
+        assert embed_items(experiment, tmp_path / "s").encoded == 0  # the store's own keys
+        found, known = EmbeddingStore.open(tmp_path / "s").snapshot().gather(torch.tensor(numbers))
+        assert known.all()
+        torch.testing.assert_close(found, experiment.encode_catalogue()[1:], atol=1e-6, rtol=0)
+        with pytest.raises(ValueError, match="its keys are of type int64, not string: embed into a new store"):
+            embed_items(experiment, tmp_path / "s", "fp32", "string")
+        use_stored_items(experiment, str(tmp_path / "s"))
+        torch.testing.assert_close(experiment.encode_catalogue()[1:], found, atol=1e-2, rtol=1e-2)  # fp16
+    finally:
+        experiment.dataset.__dict__["items"] = table
 
 
 def test_a_job_in_many_commits_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

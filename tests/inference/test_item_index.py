@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_shard
 from hllm_torchrec.evaluation.run_loader import load_run
@@ -88,6 +89,15 @@ def test_the_index_of_a_run_ranks_targets_as_the_evaluation_does(tmp_path: Path)
             (ids,), _ = index.search(predicted[number : number + 1], fixtures.ITEMS, [seen])
             assert 1 + ids.index(raw[target - 1]) == by_target.pop(key)
     assert not by_target
+    destroy_distributed()
+    journal = NewItemJournal(experiment.dataset.root / JOURNAL)
+    journal.append([NewItem("n1", {"title": "word1"})])
+    try:
+        assert main(["--run", str(tmp_path / "run"), "--output", str(tmp_path / "later")]) == 0
+    finally:
+        journal.path.unlink()
+    later = ItemIndex.open(tmp_path / "later")
+    assert later.ids.to_pylist() == [*raw, "n1"] and len(later) == len(raw) + 1
 
 
 def test_a_saved_index_opens_and_is_not_overwritten(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The store holds what was committed: against a dict, over crashes, collisions, damage and other processes."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.store import segment as run_module
 from hllm_torchrec.store import snapshot as snapshot_module
 from hllm_torchrec.store import store as store_module
-from hllm_torchrec.store.keys import as_keys, hash_keys
+from hllm_torchrec.store.keys import as_keys, hash_keys, raw_keys
 from hllm_torchrec.store.segment import DTYPES, all_finite
 
 WIDTH = 4
@@ -310,3 +311,14 @@ def test_vectors_of_another_model_are_refused_with_the_remedy(tmp_path: Path) ->
         ValueError, match=r"made by another model \(weights differ\).* embed everything into a new store"
     ):
         store.require(FACTS | {"weights": "ef56"})
+
+
+@pytest.mark.parametrize(
+    "wrong", ["007", "+7", "7.0", "", "-0", "9223372036854775808", "-9223372036854775809", "x7", "1e3"]
+)
+def test_raw_ids_that_are_no_numbers_are_refused_as_int64_keys(wrong: str) -> None:
+    limits = pa.chunked_array([["-9223372036854775808", "9223372036854775807", "0", "-7"]])
+    assert raw_keys(limits, "int64").to_pylist() == [-(2**63), 2**63 - 1, 0, -7]
+    assert raw_keys(limits, "string").to_pylist() == limits.to_pylist()
+    with pytest.raises(ValueError, match=re.escape(f"keys int64: raw id {wrong!r} is not a whole number of 64 bits")):
+        raw_keys(pa.chunked_array([["1", wrong]]), "int64")

@@ -1,0 +1,80 @@
+"""Histories of users from raw ids and names of actions, and the checks of ids that a request names."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.inference.raw_ids import RawIds, raw_texts
+from hllm_torchrec.serving.user_state import UserHistory
+
+
+class RawHistories:
+    """Users and actions of a dataset by their raw ids and names."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._actions = {name: int(number) for number, name in dataset.manifest["actions"]["names"].items()}
+
+    @cached_property
+    def _users(self) -> RawIds:
+        return RawIds(self._dataset.users["raw_user_id"], "user")
+
+    def user(self, raw_id: str | None) -> int:
+        """Dense id of a user; None: 0, a user who came after `hllm prepare`.
+
+        Raises:
+            ValueError: an unknown id, or one that is no text.
+        """
+        if raw_id is None:
+            return 0
+        if raw_texts([raw_id], "user") is None:
+            raise ValueError(f"user: {raw_id!r}: a raw id is a text; UserHistory takes dense ids")
+        found = self._users.find([raw_id])
+        check_found("user", found, [raw_id], "give None for a user who came after `hllm prepare`")
+        return int(found[0])
+
+    def history(
+        self,
+        user: str | None,
+        item_ids: Ints,
+        timestamps: ArrayLike,
+        labels: ArrayLike | None,
+        actions: Sequence[str] | None,
+    ) -> UserHistory:
+        """See `Scorer.history`; item_ids: [n] dense ids."""
+        numbers = np.zeros(item_ids.size, np.int64)
+        if actions is not None:
+            numbers = np.array([self._actions.get(name, -1) for name in actions], np.int64)
+            check_found(f"actions of user {user!r}", numbers, list(actions), f"it has {', '.join(self._actions)}")
+        given = np.full(item_ids.size, np.nan) if labels is None else labels
+        return UserHistory(self.user(user), item_ids, timestamps, given, numbers)
+
+
+def check_ids(name: str, ids: Ints, number: int) -> None:
+    """Check dense ids [n]: 0 to `number` - 1.
+
+    Raises:
+        ValueError: an id beyond; names its place.
+    """
+    wrong = np.flatnonzero((ids < 0) | (ids >= number))
+    if wrong.size:
+        raise ValueError(
+            f"{name}, entry {int(wrong[0])}: {int(ids[wrong[0]])}: the dataset's ids go from 1 to {number - 1}, and "
+            "0 is unknown; give 0 for ids added after `hllm prepare`, or prepare again"
+        )
+
+
+def check_found(what: str, ids: Ints, raw: Sequence[str], remedy: str) -> None:
+    """Check that raw ids [n] were found: no dense id is negative.
+
+    Raises:
+        ValueError: some were not; names the first ones and the remedy.
+    """
+    wrong = np.flatnonzero(ids < 0)
+    if wrong.size:
+        shown = ", ".join(repr(raw[row]) for row in wrong[:5]) + (", ..." if wrong.size > 5 else "")
+        raise ValueError(f"{what}: {wrong.size} of {len(raw)} are not in the dataset: {shown}; {remedy}")

@@ -1,0 +1,86 @@
+"""A user's events as a request gives them, and their encoding by one model."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hllm_torchrec.data.events import Events, Piece
+from hllm_torchrec.inference.raw_ids import raw_texts
+from hllm_torchrec.modules.attention.keys_values import HistoryCache
+
+
+@dataclass(frozen=True, init=False)
+class UserHistory(Events):
+    """Events of one user, oldest first; ids are dense ids of the dataset (`Scorer.history` takes raw ones).
+
+    Raises:
+        ValueError: columns of different lengths, decreasing times, or raw ids.
+    """
+
+    user_id: int = field(kw_only=True)
+
+    def __init__(self, user_id: int, *columns: ArrayLike, **named: ArrayLike) -> None:
+        """Accept the columns of `Events`: item_ids, timestamps, labels, actions, in this order or by name."""
+        # numpy would read the raw ids "242" and "302" as numbers.
+        items = named.get("item_ids", columns[0] if columns else ())
+        if isinstance(user_id, str) or raw_texts(items, f"item_ids of user {user_id}") is not None:
+            raise ValueError(
+                f"user {user_id!r}: raw ids: make the history with Scorer.history, which knows the dataset"
+            )
+        super().__init__(**Events(*columns, **named).as_arrays().columns)  # type: ignore[arg-type]  # not yet arrays
+        object.__setattr__(self, "user_id", user_id)
+        sizes = {name: values.size for name, values in self.columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
+        back = np.flatnonzero(np.diff(self.timestamps) < 0)
+        if back.size:
+            row = int(back[0]) + 1
+            raise ValueError(
+                f"user {self.user_id}, event {row}: time {self.timestamps[row]} is before that of the previous event "
+                f"({self.timestamps[row - 1]}): sort events by time"
+            )
+
+    def as_piece(self, first: int = 0) -> Piece:
+        """The events as an input of the collator; the exposures are those from index `first` on."""
+        return Piece(**self.columns, user_id=self.user_id, first_target=first)
+
+    def since(self, start: int) -> "UserHistory":
+        """The events from index `start` on."""
+        return UserHistory(self.user_id, **self[start:].columns)
+
+    def followed_by(self, later: "UserHistory") -> "UserHistory":
+        """The concatenation of both histories.
+
+        Raises:
+            ValueError: events of another user, or before the last event of this history.
+        """
+        if later.user_id != self.user_id:
+            raise ValueError(f"events of user {later.user_id} after those of user {self.user_id}: give one user's")
+        return UserHistory(self.user_id, **Events.concat([self, later]).columns)
+
+
+@dataclass(frozen=True)
+class UserState:
+    """Encoded history: all events, the index of the first one that the model uses, and the cache from there on.
+
+    mark: names the model and the item numbers that it was made with; other scorers refuse it.
+    """
+
+    history: UserHistory
+    start: int
+    cache: HistoryCache
+    mark: str
+
+
+def window_start(events: int, max_history: int) -> int:
+    """Index of the first event used of a history of `events` events, such that at most max_history - 1 are used.
+
+    It moves in steps of max_history / 2, so a new event usually extends the cache, and a long history is encoded
+    again only every max_history / 2 events. A request sees at least half of max_history events, as in evaluation,
+    although evaluation cuts long histories at other indices (relative to the start of the split).
+    """
+    # Events above the limit, rounded up to a multiple of the step.
+    over = events - (max_history - 1)
+    step = max(1, max_history // 2)
+    return max(0, -(-over // step) * step)

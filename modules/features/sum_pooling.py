@@ -1,0 +1,61 @@
+"""Sum pooling over the rows of a TorchRec collection that returns one row per id.
+
+`EmbeddingCollection` and the collections with managed collisions look ids up one by one; a bag's vector is the sum of
+its ids' rows, as in an `EmbeddingBagCollection` with sum pooling, whose interface these modules have.
+
+Legend: S bags, V ids of all bags of a key, D width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+
+class SumPooledCollection(nn.Module):
+    """An `EmbeddingCollection` used as bags with sum pooling.
+
+    The collection, which TorchRec shards, is the child `collection`. Every feature must belong to one table.
+    """
+
+    def __init__(self, collection: EmbeddingCollection) -> None:
+        super().__init__()
+        self.collection = collection
+        self._configs = as_bag_configs(collection.embedding_configs())
+        self._names = [name for table in self._configs for name in table.feature_names]
+        self._widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The tables, as those of an `EmbeddingBagCollection`."""
+        return self._configs
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Bags -> their sums, one [S, D] per key."""
+        rows = self.collection(features)
+        pooled = [sum_bags(rows[name].values(), rows[name].lengths()) for name in self._names]
+        return KeyedTensor(self._names, self._widths, torch.cat(pooled, dim=1))
+
+
+def as_bag_configs(tables: Sequence[EmbeddingConfig]) -> list[EmbeddingBagConfig]:
+    """The configurations of tables of bags with sum pooling."""
+    return [
+        EmbeddingBagConfig(
+            name=table.name,
+            embedding_dim=table.embedding_dim,
+            num_embeddings=table.num_embeddings,
+            feature_names=table.feature_names,
+            data_type=table.data_type,
+            pooling=PoolingType.SUM,
+        )
+        for table in tables
+    ]
+
+
+def sum_bags(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Sum rows [V, D] of bags of `lengths` [S]: [S, D]; an empty bag is zero."""
+    bags = torch.arange(lengths.numel(), device=rows.device)
+    of_row = torch.repeat_interleave(bags, lengths.to(bags.dtype), output_size=rows.shape[0])
+    return rows.new_zeros(lengths.numel(), rows.shape[1]).index_add(0, of_row, rows)
