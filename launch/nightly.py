@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     given = [f"--config={args.config}", *options]
     config = load_dataclass(NightConfig, given, prog="hllm nightly", description="Run a night.")
     for increment in (False, True):
-        config.training({}, increment=increment)  # report errors before large imports
+        config.train_config({}, increment=increment)  # report errors before large imports
 
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device

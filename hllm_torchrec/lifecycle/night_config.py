@@ -65,7 +65,7 @@ class NightConfig:
     """One night: append, train, evaluate, gate, embed, publish.
 
     Raises:
-        ConfigError: values out of range, or a training configuration that is not one, all of them.
+        ConfigError: values out of range, or fields of increments that a night sets, all of them.
     """
 
     folder: str = "nights"
@@ -74,7 +74,7 @@ class NightConfig:
     """Dataset that grows, made once by `hllm prepare`."""
     append: AppendConfig = field(default_factory=AppendConfig)
     """The new data of a night."""
-    config: str = "configs/quickstart.yaml"
+    training: str = "configs/quickstart.yaml"
     """Configuration of `hllm train`, for the first model and, with `increment`, for every night's."""
     increment: dict[str, Any] = field(default_factory=dict)
     """Dotted fields of that configuration that differ in a night's increment, such as {optim.lr: 5.0e-4}. Without
@@ -98,20 +98,20 @@ class NightConfig:
         if problems:
             raise ConfigError(problems)
 
-    def training(self, options: dict[str, Any], *, increment: bool) -> Config:
+    def train_config(self, options: dict[str, Any], *, increment: bool) -> Config:
         """The configuration of a night's training: of an increment, or of the first model.
 
         Raises:
-            ConfigError: `config` or `increment` are not of `hllm train`.
+            ConfigError: `training` or `increment` are not of `hllm train`.
         """
         given = dict(options)
         if increment:
             given = {"stages": [self._increment_stage()], **self.increment, **options}
         words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
-        return load_config(["--config", self.config, *words])
+        return load_config(["--config", self.training, *words])
 
     def _increment_stage(self) -> dict[str, Any]:
-        last = load_config(["--config", self.config]).stages[-1]
+        last = load_config(["--config", self.training]).stages[-1]
         return {"name": "increment", "epochs": 1, "item_embeddings": last.item_embeddings}
 
 

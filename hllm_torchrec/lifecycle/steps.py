@@ -174,13 +174,13 @@ def training_config(night: Night) -> Config:
         "data.version": facts["version"],
     }
     if facts["start_from"] is None:
-        return night.config.training(options, increment=False)
+        return night.config.train_config(options, increment=False)
     options |= {
         "start_from": facts["start_from"] if facts["checkpoint"] == "best" else facts["checkpoint"],
         "start_from_optimizer": True,
         "data.train_since": facts["train_since"],
     }
-    return night.config.training(options, increment=True)
+    return night.config.train_config(options, increment=True)
 
 
 # ------------------------------------------------------------------ evaluate, gate
