@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -79,7 +79,7 @@ def _description(file: Path) -> Path:
 
 
 def _describe_self(file: Path) -> None:
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         replace_file(
             _description(file), json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})

@@ -20,7 +20,10 @@ well: they are predicted by a fit without their user's fold (cross-fitting), all
 Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
 """
 
-from dataclasses import dataclass
+import secrets
+from copy import copy
+from dataclasses import dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,8 @@ GROUPS = {
     "neighbors": ("neighbors_wide", "neighbors_sharp"),
 }
 """Columns of each group that `data.evidence` may name."""
+FILE = "evidence.npz"
+"""Name of the file in a run directory."""
 FOLDS = 5
 SHRINKAGE, RECENT_SHRINKAGE = 5.0, 3.0
 """Pseudo-residuals of 0 in means over all, and over the last RECENT, events."""
@@ -55,42 +60,62 @@ _EXPOSURES_AT_ONCE = 1024
 class EvidenceModel:
     """The fitted part of evidence; belongs to a run and does not change during it.
 
-    factors: FOLDS fits, each without the users of its fold, then the fit of all users; fitted_until: last second of the
-    events of the fit; center, spread: float64 [F], mean and standard deviation of each column over training exposures.
+    loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the users
+    of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]: mean and
+    standard deviation of each column over training exposures; weights [F], intercept: logistic regression of the labels
+    on the columns; text_center [E]: mean text embedding, empty without neighbors. All float64.
     """
 
-    factors: tuple[ItemFactors, ...]
+    loadings: Doubles
+    bias: Doubles
+    mean: Doubles
+    noise: Doubles
     fitted_until: int
     center: Doubles
     spread: Doubles
+    weights: Doubles
+    intercept: float
+    text_center: Doubles
 
-    def save(self, path: Path) -> None:
-        """Write the arrays to an .npz file."""
-        folds = self.factors
-        np.savez(
-            path,
-            loadings=np.stack([fit.loadings for fit in folds]),
-            bias=np.stack([fit.bias for fit in folds]),
-            mean=np.array([fit.mean for fit in folds]),
-            noise=np.array([fit.noise for fit in folds]),
-            fitted_until=self.fitted_until,
-            center=self.center,
-            spread=self.spread,
-        )
+    def fit_without(self, fold: int | None) -> ItemFactors:
+        """The factors fitted without the users of a fold, or to all users (None)."""
+        k = FOLDS if fold is None else fold
+        return ItemFactors(self.loadings[k], self.bias[k], float(self.mean[k]), float(self.noise[k]))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all arrays."""
+        digest = blake2b(digest_size=16)
+        for value in vars(self).values():
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write `evidence.npz` into a run directory."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{secrets.token_hex(4)}-{FILE}"  # renamed: a file of the final name is complete
+        np.savez(temporary, **vars(self))
+        temporary.replace(folder / FILE)
 
     @classmethod
-    def load(cls, path: Path) -> "EvidenceModel":
-        """Read a file of `save`. Raises ValueError naming the file if it cannot be read."""
-        with error_location(path, "start the run again"), np.load(path, allow_pickle=False) as saved:
-            fits = zip(saved["loadings"], saved["bias"], saved["mean"], saved["noise"], strict=True)
-            factors = tuple(ItemFactors(v, b, float(mean), float(noise)) for v, b, mean, noise in fits)
-            return cls(factors, int(saved["fitted_until"]), saved["center"], saved["spread"])
+    def load(cls, folder: Path) -> "EvidenceModel | None":
+        """Read the file of a run directory; None if it has none.
 
-    def grown(self, num_items: int) -> "EvidenceModel":
-        """The model for a catalogue of `num_items` rows: new items have the mean loadings of the prior and no bias."""
-        return EvidenceModel(
-            tuple(fit.grown(num_items) for fit in self.factors), self.fitted_until, self.center, self.spread
-        )
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        with error_location(path, "restore it from a copy of the run"), np.load(path, allow_pickle=False) as saved:
+            arrays = {field.name: saved[field.name] for field in fields(cls)}
+            numbers = {"fitted_until": int(arrays["fitted_until"]), "intercept": float(arrays["intercept"])}
+            return cls(**(arrays | numbers))
+
+
+def evidence_width(names: tuple[str, ...]) -> int:
+    """Number of columns F of the groups `names`."""
+    return sum(len(GROUPS[name]) for name in names)
 
 
 def fold_of_users(user_ids: Ints) -> Ints:
@@ -105,7 +130,7 @@ class Evidence:
         model: fitted to the run's training part.
         statistics: of all events of the dataset.
         action_values: `Dataset.action_values`.
-        item_text: [N, E] text embeddings of unit length after centering (`unit_rows`), for "neighbors"; else None.
+        text: [N, E] text embeddings of all items, for "neighbors"; else None.
         delay: seconds after which an event may be seen (`data.feedback_delay`).
     """
 
@@ -115,17 +140,24 @@ class Evidence:
         model: EvidenceModel,
         statistics: ItemStatistics,
         action_values: AnyFloats,
-        item_text: Floats | None,
+        text: Floats | None,
         delay: int = 0,
     ) -> None:
-        assert "neighbors" not in names or item_text is not None
         self.names, self.model, self.statistics = names, model, statistics
-        self.action_values, self.item_text, self.delay = action_values, item_text, delay
+        self.action_values, self.delay = action_values, delay
+        self._text = None if text is None else unit_rows(text, model.text_center)
+
+    def with_new_items(self, text: Floats | None) -> "Evidence":
+        """The evidence of a catalogue followed by new items with text embeddings `text` [n, E]."""
+        found = copy(self)
+        if text is not None and self._text is not None:
+            found._text = np.concatenate([self._text, unit_rows(text, self.model.text_center)])
+        return found
 
     @property
     def width(self) -> int:
         """Number of columns F."""
-        return sum(len(GROUPS[name]) for name in self.names)
+        return evidence_width(self.names)
 
     def columns(self, events: Events, seen: Ints, items: Ints, seconds: Ints, user: int, fitted: bool) -> Floats:
         """[X, F] float32 standardized columns of exposures of `items` [X] at `seconds` [X] to one user.
@@ -137,8 +169,9 @@ class Evidence:
         found = np.empty((items.size, self.width), np.float32)
         held_out = fitted & (seconds <= self.model.fitted_until)
         fold = int(fold_of_users(np.array([user]))[0])
-        for chosen, fit in ((held_out, self.model.factors[fold]), (~held_out, self.model.factors[-1])):
+        for chosen, without in ((held_out, fold), (~held_out, None)):
             if chosen.any():
+                fit = self.model.fit_without(without)
                 raw = self._raw(events, seen[chosen], items[chosen], seconds[chosen], fit)
                 found[chosen] = (raw - self.model.center) / self.model.spread
         return found
@@ -148,12 +181,14 @@ class Evidence:
         values = event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # of the seen events, those with a value
-        past = _Past(events.item_ids[known], values[known], rated, fit)
+        past, fitted = _Past(events.item_ids[known], values[known], rated, fit), _known(items, fit)
         groups = {
-            "factors": lambda: past.expected(items),
+            "factors": lambda: past.expected(fitted),
             "items": lambda: self._of_items(items, seconds, fit.mean),
-            "users": lambda: np.column_stack([past.means(), np.log1p(seen), _log_gap(events.timestamps, seen, seconds)]),
-            "neighbors": lambda: past.neighbors(items, self.item_text),
+            "users": lambda: np.column_stack(
+                [past.means(), np.log1p(seen), _log_gap(events.timestamps, seen, seconds)]
+            ),
+            "neighbors": lambda: past.neighbors(items, self._text),
         }
         return np.concatenate([groups[name]() for name in self.names], axis=1)
 
@@ -167,12 +202,13 @@ class _Past:
 
     def __init__(self, items: Ints, values: Doubles, rated: Ints, fit: ItemFactors) -> None:
         self.items, self.values, self.rated, self.fit = items, values, rated, fit
-        self.residuals = values - fit.mean - fit.bias[items]
+        self._fitted = _known(items, fit)
+        self.residuals = values - fit.mean - fit.bias[self._fitted]
         self._sums = np.concatenate([[0.0], np.cumsum(self.residuals)])
 
     def expected(self, items: Ints) -> Doubles:
         """[X, 2]: expected value of each item for the user; the item's bias."""
-        z = self.fit.running_posterior(self.items, self.values, self.rated)
+        z = self.fit.running_posterior(self._fitted, self.values, self.rated)
         bias = self.fit.bias[items]
         return np.stack([self.fit.mean + bias + (self.fit.loadings[items] * z).sum(1), bias], axis=1)
 
@@ -203,6 +239,11 @@ class _Past:
         return found
 
 
+def _known(items: Ints, fit: ItemFactors) -> Ints:
+    """Items that came after the fit as the unknown item 0: the mean loadings of the prior, and no bias."""
+    return np.where(items < fit.bias.size, items, 0)
+
+
 def _log_gap(timestamps: Ints, seen: Ints, seconds: Ints) -> Doubles:
     """[X] log(1 + seconds since the last seen event); 0 without one."""
     if timestamps.size == 0:
@@ -211,12 +252,22 @@ def _log_gap(timestamps: Ints, seen: Ints, seconds: Ints) -> Doubles:
     return np.log1p(np.where(seen > 0, np.maximum(seconds - last, 0), 0))
 
 
-def unit_rows(embeddings: NDArray[np.floating]) -> Floats:
-    """Embeddings [N, E] of all items less their mean, each of unit length; row 0, the unknown item, is 0."""
-    centered = embeddings - embeddings[1:].mean(0)
-    centered[0] = 0
-    length = np.linalg.norm(centered, axis=1, keepdims=True)
-    return (centered / np.maximum(length, 1e-6)).astype(np.float32)
+def unit_rows(embeddings: NDArray[np.floating], center: Doubles) -> Floats:
+    """Embeddings [n, E] less `center` [E], each of unit length."""
+    centered = embeddings - center
+    return (centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+
+
+def run_evidence(names: tuple[str, ...], folder: Path) -> EvidenceModel | None:
+    """The evidence of the run in `folder`; None if its configuration names no groups.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    found = EvidenceModel.load(folder) if names else None
+    if names and found is None:
+        raise ValueError(f"{folder / FILE}: no such file, but data.evidence is {list(names)}: restore it from a copy")
+    return found
 
 
 def evidence_problems(names: tuple[str, ...]) -> list[str]:

@@ -4,14 +4,14 @@ Legend: X training exposures, F columns.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from hllm_torchrec.common.arrays import Doubles, Floats, Ints
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.evidence import FOLDS, Evidence, EvidenceModel, fold_of_users
 from hllm_torchrec.data.events import Events
+from hllm_torchrec.data.evidence import FOLDS, Evidence, EvidenceModel, evidence_width, fold_of_users
 from hllm_torchrec.data.item_factors import FactorOptions, fit_factors, training_ratings
 from hllm_torchrec.data.item_statistics import ItemStatistics
 from hllm_torchrec.data.visibility import visible_before
@@ -21,19 +21,19 @@ MAX_EXPOSURES = 200_000
 RIDGE, NEWTON_STEPS = 1.0, 12
 
 
-@dataclass(frozen=True)
-class FittedEvidence:
-    """Evidence of a training part and the logistic regression on it: weights float64 [F], bias."""
-
-    evidence: Evidence
-    weights: Doubles
-    bias: float
-
-
 def fit_evidence(
-    dataset: Dataset, names: tuple[str, ...], item_text: Floats | None, delay: int = 0, options: FactorOptions | None = None
-) -> FittedEvidence:
+    dataset: Dataset,
+    names: tuple[str, ...],
+    text: Floats | None,
+    delay: int = 0,
+    options: FactorOptions | None = None,
+) -> EvidenceModel:
     """Fit evidence to the training part of `dataset`.
+
+    Args:
+        names: groups of columns, see `evidence.GROUPS`.
+        text: [N, E] text embeddings of all items, for neighbors; else None.
+        delay: seconds from an event until it may be seen.
 
     Raises:
         ValueError: all training values are equal.
@@ -43,25 +43,40 @@ def fit_evidence(
     folds = fold_of_users(ratings.user_ids)
     fits = [fit_factors(ratings.of_users(folds != k), dataset.num_items, options) for k in range(FOLDS)]
     fits.append(fit_factors(ratings, dataset.num_items, options))
+    width = evidence_width(names)
+    unscaled = EvidenceModel(
+        loadings=np.stack([fit.loadings for fit in fits]),
+        bias=np.stack([fit.bias for fit in fits]),
+        mean=np.array([fit.mean for fit in fits]),
+        noise=np.array([fit.noise for fit in fits]),
+        fitted_until=_last_training_second(dataset),
+        center=np.zeros(width),
+        spread=np.ones(width),
+        weights=np.zeros(width),
+        intercept=0.0,
+        text_center=np.zeros(0) if text is None else text[1:].mean(0, dtype=np.float64),
+    )
     statistics = ItemStatistics.of_dataset(dataset)
-    width = Evidence(names, None, statistics, dataset.action_values, item_text).width  # type: ignore[arg-type]
-    model = EvidenceModel(tuple(fits), np.iinfo(np.int64).max, np.zeros(width), np.ones(width))
-    raw = Evidence(names, model, statistics, dataset.action_values, item_text, delay)
-    columns, labels, last = [], [], 0
-    for events, targets, user in _training_users(dataset):
-        last = max(last, int(events.timestamps[-1]))
-        seconds = events.timestamps[targets]
-        seen = visible_before(events.timestamps, seconds - delay)
-        columns.append(raw.columns(events, seen, events.item_ids[targets], seconds, user, fitted=True))
-        labels.append(events.labels[targets])
-        if sum(map(len, labels)) > MAX_EXPOSURES:
-            break
-    x, y = np.concatenate(columns).astype(np.float64), np.concatenate(labels).astype(np.float64)
+    raw = Evidence(names, unscaled, statistics, dataset.action_values, text, delay)
+    x, y = _training_columns(dataset, raw)
     center, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
-    weights = _logistic_regression((x - center) / spread, y)
-    fitted = replace(model, fitted_until=_last_training_second(dataset), center=center, spread=spread)
-    evidence = Evidence(names, fitted, statistics, dataset.action_values, item_text, delay)
-    return FittedEvidence(evidence, weights[1:], float(weights[0]))
+    beta = _logistic_regression((x - center) / spread, y)
+    return replace(unscaled, center=center, spread=spread, weights=beta[1:], intercept=float(beta[0]))
+
+
+def _training_columns(dataset: Dataset, evidence: Evidence) -> tuple[Doubles, Doubles]:
+    """Columns [X, F] and labels [X] of training exposures: those of the first users, about MAX_EXPOSURES at most."""
+    by_second = dataset.visibility == "second"
+    columns, labels, count = [], [], 0
+    for events, targets, user in _training_users(dataset):
+        seconds = events.timestamps[targets]
+        seen = visible_before(events.timestamps, seconds - evidence.delay) if by_second else targets
+        columns.append(evidence.columns(events, seen, events.item_ids[targets], seconds, user, fitted=True))
+        labels.append(events.labels[targets])
+        count += targets.size
+        if count >= MAX_EXPOSURES:
+            break
+    return np.concatenate(columns).astype(np.float64), np.concatenate(labels).astype(np.float64)
 
 
 def _training_users(dataset: Dataset) -> Iterator[tuple[Events, Ints, int]]:

@@ -81,13 +81,6 @@ class ItemFactors:
         means: AnyFloats = np.linalg.solve(precision, weighted[..., None])[which, :, 0]
         return means
 
-    def grown(self, num_items: int) -> "ItemFactors":
-        """The factors of `num_items` items: those of new items are the unknown item's."""
-        new = num_items - len(self.bias)
-        assert new >= 0, "items are never removed"
-        loadings = np.concatenate([self.loadings, np.repeat(self.loadings[:1], new, axis=0)])
-        return ItemFactors(loadings, np.concatenate([self.bias, np.zeros(new)]), self.mean, self.noise)
-
     def predict(self, z: AnyFloats, items: Ints) -> AnyFloats:
         """Expected values [m] of `items` [m] for a user with factors z [J]."""
         return self.mean + self.bias[items] + self.loadings[items] @ z
