@@ -133,7 +133,9 @@ def summary(path: Path, name: str = "") -> str:
     manifest = read_manifest(path)
     counts = manifest["counts"]
     version = f", version {manifest['version']}" if "version" in manifest else ""
-    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items{version}"]
+    lines = [
+        f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items{version}"
+    ]
     for part, facts in manifest["parts"].items():
         share = facts["positives"] / max(facts["exposures"], 1)
         lines.append(f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive")

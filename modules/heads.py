@@ -30,7 +30,12 @@ class PredictionHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int | Sequence[int], dropout: float = 0.0, fusion: str = Fusion.LATE
+        self,
+        width: int,
+        hidden: int | Sequence[int],
+        dropout: float = 0.0,
+        fusion: str = Fusion.LATE,
+        evidence: int = 0,
     ) -> None:
         """Build the head.
 
@@ -39,6 +44,7 @@ class PredictionHead(nn.Module):
             hidden: width of the MLP's hidden layer, or of each of several; empty makes a linear head.
             dropout: probability after each hidden layer's SiLU.
             fusion: "early" or "late".
+            evidence: F, number of evidence columns per exposure (0: none).
 
         Raises:
             ValueError: another fusion.
@@ -59,20 +65,27 @@ class PredictionHead(nn.Module):
             layers += [nn.Linear(n_in, n_out), nn.SiLU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers)
         self.out = nn.Linear(widths[-1], 1)
+        # Wide and deep: evidence adds a linear term to the logit, and to what the MLP reads of the user.
+        self.wide = nn.Linear(evidence, 1) if evidence else None
+        self.read_evidence = nn.Linear(evidence, width, bias=False) if evidence else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the scale of the dot product to 1; the layers inside reset themselves."""
+        """Set the scale of the dot product to 1, the linear term to 0; the other layers inside reset themselves."""
         if self.fusion.query_is_user:
             nn.init.ones_(self.dot_scale)
+        if self.wide is not None:
+            nn.init.zeros_(self.wide.weight)
+            nn.init.zeros_(self.wide.bias)
 
-    def forward(self, query: Tensor, item: Tensor | None = None) -> Tensor:
+    def forward(self, query: Tensor, item: Tensor | None = None, evidence: Tensor | None = None) -> Tensor:
         """Return logits [Q], at least float32.
 
         Args:
             query: [Q, D], the User LLM's output at the exposures' queries (late fusion: the user embedding,
                 repeated for each exposure of the request).
             item: [Q, D], the target's item embedding; late fusion only.
+            evidence: [Q, F] of the exposures, of a head that was built for it; else None.
 
         Raises:
             ValueError: an item in early fusion, or none in late fusion.
@@ -83,6 +96,15 @@ class PredictionHead(nn.Module):
                 f"the {self.fusion} fusion head was given {given}: early fusion takes the query's output "
                 "alone, late fusion the user's output and the target's item embedding"
             )
+        if self.wide is None or self.read_evidence is None:
+            return self._combine(query, item)
+        assert evidence is not None, "the head was built for evidence"
+        logits = self._combine(query + self.read_evidence(evidence), item)
+        with torch.autocast(device_type=query.device.type, enabled=False):
+            return logits + self.wide(widen(evidence)).squeeze(-1)
+
+    def _combine(self, query: Tensor, item: Tensor | None) -> Tensor:
+        """Logits [Q] of the network alone."""
         user = self.user_norm(query)
         if item is None:
             return self._score(user)
@@ -112,6 +134,14 @@ class PredictionHead(nn.Module):
                 "the classification loss: check the label rule, or train the generative loss alone"
             )
         self.out.bias.fill_(math.log(base_rate / (1.0 - base_rate)))
+
+    @torch.no_grad()
+    def initialize_evidence(self, weights: Tensor, bias: float) -> None:
+        """Start from a logistic regression on evidence alone: weights [F] and bias; the network adds 0 on average."""
+        assert self.wide is not None
+        self.wide.weight.copy_(weights[None])
+        self.wide.bias.fill_(bias)
+        self.out.bias.zero_()
 
     def _score(self, features: Tensor) -> Tensor:
         """Run the MLP on [Q, n] and its last layer in at least float32: [Q]."""

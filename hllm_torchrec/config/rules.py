@@ -90,6 +90,7 @@ def config_problems(config: "Config") -> list[str]:
         *_moment_problems(config),
         *_optimizer_problems(config),
         *_store_problems(config),
+        *_evidence_problems(config),
         *_backbone_problems(config),
         *lora_problems(config),
         *_encoder_problems(config),
@@ -130,6 +131,22 @@ def _optimizer_problems(config: "Config") -> Iterator[str]:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         yield f"optim.betas: {list(config.optim.betas)}: each must be at least 0 and less than 1, such as [0.9, 0.98]"
     yield from table_optimizer_problems(config.optim.table_optimizer, config.optim.table_options)
+
+
+def _evidence_problems(config: "Config") -> Iterator[str]:
+    """Evidence without a head that reads it, and neighbors without fixed text embeddings."""
+    names, item = config.data.evidence, config.item_llm
+    if names and not config.objective.has_head:
+        yield f"data.evidence: {list(names)}: objective.fusion 'none' has no head that reads it; leave it out"
+    if "neighbors" not in names:
+        return
+    if not item.enabled:
+        yield "data.evidence: 'neighbors' compares texts, and item_llm.enabled is false; leave it out"
+    elif item.trainable or takes_stored_items(config):
+        yield (
+            "data.evidence: 'neighbors' needs text embeddings that do not change: set item_llm.trainable to false, "
+            "without item_embeddings: stored, or leave it out"
+        )
 
 
 def takes_stored_items(config: "Config") -> bool:

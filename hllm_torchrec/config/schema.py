@@ -95,6 +95,10 @@ class DataConfig:
     item_vectors: tuple[str, ...] = ()
     """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
     the training part at first use) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
+    evidence: tuple[str, ...] = ()
+    """What simple predictors say about each exposure from strictly earlier events, added to its logit and read by the
+    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors (the last needs a frozen Item
+    LLM)."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0

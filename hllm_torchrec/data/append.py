@@ -127,7 +127,9 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
     if not (source.has_timestamps and manifest["has_timestamps"]):
         raise ValueError(f"{where}: events without timestamps have no order across files; prepare all again (--extend)")
     if manifest["request"]["min_events"] > 1:
-        raise ValueError(f"{where}: a k-core is one of all events; prepare all again (--extend), or without --min-events")
+        raise ValueError(
+            f"{where}: a k-core is one of all events; prepare all again (--extend), or without --min-events"
+        )
     if "hold_out_items" in manifest["split"]:
         raise ValueError(f"{where}: held-out items measure cold start on fixed events; prepare all again (--extend)")
 

@@ -77,6 +77,8 @@ class HybridBatch(Pipelineable):
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
     """[S, F] float32, or None."""
+    evidence: Tensor | None
+    """[X, F] float32 columns of `data.evidence` of each exposure, or None."""
     item_vectors: Tensor | None
     """[U, V] float32 dense features of unique_items, or None."""
     target_values: Tensor

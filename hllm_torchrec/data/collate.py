@@ -18,6 +18,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Events, Piece
+from hllm_torchrec.data.evidence import Evidence
 from hllm_torchrec.data.item_factors import scaled_values, value_scale
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.numeric_features import numeric_columns
@@ -35,7 +36,7 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]. The other names are those of `HybridBatch`; `target_query` and
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. The other names are those of `HybridBatch`; `target_query` and
     `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
@@ -51,11 +52,14 @@ class _View:
     next_rows: Ints
     next_items: Ints
     numeric: Floats
+    evidence: Floats
     full_history_items: Ints
 
 
 class Collator:
     """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
+
+    evidence, of_fit: evidence of the exposures, and whether they are those of the training part to which it was fitted.
 
     stochastic_length: in training, selects the events of a long history that are read; every exposure and generative
     target stays (see `_view`).
@@ -69,9 +73,12 @@ class Collator:
         training: bool = False,
         item_vectors: Floats | None = None,
         stochastic_length: StochasticLength | None = None,
+        evidence: Evidence | None = None,
+        of_fit: bool = False,
     ) -> None:
         self.dataset, self.spec, self.seed, self.training = dataset, spec, seed, training
         self.item_vectors, self.stochastic_length = item_vectors, stochastic_length if training else None
+        self.evidence, self.of_fit = evidence, of_fit
         self._value_scale = value_scale(dataset.action_values)
         self._cold = dataset.training_item_counts() == 0 if spec.cold_dropout else None
         self._negatives = _items_of_train(dataset) if "hold_out_items" in dataset.manifest["split"] else None
@@ -136,6 +143,7 @@ class Collator:
             **{name: torch.from_numpy(array) for name, array in arrays.items()},
             features=self._features(view, np.repeat(users, np.diff(query_offsets)), slots, rng, unique[unknown]),
             numeric=self._numeric(view, slots.size),
+            evidence=None if self.evidence is None else torch.from_numpy(view.evidence),
             item_vectors=None if vectors is None else torch.from_numpy(vectors),
         )
 
@@ -189,9 +197,21 @@ class Collator:
             next_rows=np.searchsorted(read, next_rows, side="right") - 1,
             next_items=next_items,
             numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets, delay)[queries],
+            evidence=self._evidence(piece, targets),
             full_history_items=piece.item_ids[seen],
         )
         return _interleaved(view) if spec.interleaved else view
+
+    def _evidence(self, piece: Piece, targets: Ints) -> Floats:
+        """[X, F] evidence of the exposures `targets` [X] of a piece, from the user's complete sequence."""
+        if self.evidence is None:
+            return np.empty((targets.size, 0), np.float32)
+        events, seconds = piece.complete or piece, piece.timestamps[targets]
+        if self.spec.visibility == "second":
+            seen = visible_before(events.timestamps, seconds - self.spec.feedback_delay)
+        else:
+            seen = targets + piece.offset
+        return self.evidence.columns(events, seen, piece.item_ids[targets], seconds, piece.user_id, self.of_fit)
 
     def _read(self, piece: Piece, times: Ints, epoch: int) -> Ints:
         """Sorted indices of the history events, at `times` [n], that are read."""

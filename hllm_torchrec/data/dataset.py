@@ -201,7 +201,9 @@ class Dataset:
         """
         if split not in SPLITS:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
-        return [self.root / name for name in sorted(self.manifest["files"]) if name.startswith(f"sequences/{split}/part-")]
+        return [
+            self.root / name for name in sorted(self.manifest["files"]) if name.startswith(f"sequences/{split}/part-")
+        ]
 
     def row_groups(self, split: str, since: int | None = None) -> list[RowGroup]:
         """All row groups of a part, in order of file and of position in it.

@@ -103,12 +103,14 @@ SEQUENCE_SCHEMA = pa.schema(
 class Piece(Events):
     """A contiguous range of one user's events; `first_target` is the index in it of the first possible exposure.
 
-    offset: index of the range's first event in the user's complete sequence.
+    offset: index of the range's first event in the user's complete sequence; complete: that sequence, up to the end of
+    the part; None: the range itself.
     """
 
     user_id: int = field(kw_only=True)
     offset: int = field(kw_only=True, default=0)
     first_target: int = field(kw_only=True)
+    complete: Events | None = field(kw_only=True, default=None, repr=False)
 
     @property
     def exposures(self) -> Ints:
@@ -157,7 +159,9 @@ class Sequences(Events):
         first = int(self.offsets[row])
         inside = slice(first + start, first + end)
         columns = [getattr(self, name)[inside] for name in _NAMES]
-        return Piece(*columns, user_id=int(self.user_ids[row]), offset=start, first_target=first_target - start)
+        whole = Events(*[getattr(self, name)[first : int(self.offsets[row + 1])] for name in _NAMES])
+        named = {"offset": start, "first_target": first_target - start, "complete": whole}
+        return Piece(*columns, user_id=int(self.user_ids[row]), **named)
 
     def pieces(self) -> Iterable[Piece]:
         """Iterate over all rows as pieces."""

@@ -264,8 +264,10 @@ class ItemCatalogue:
         """The rows of the items that this source has and that have a final id; features as values."""
         self._writer.close()
         tables = list(self._final_batches(final_ids))
-        whole = pa.concat_tables(tables) if tables else self._schema.empty_table().rename_columns(
-            ["item_id", *self._schema.names[1:]]
+        whole = (
+            pa.concat_tables(tables)
+            if tables
+            else self._schema.empty_table().rename_columns(["item_id", *self._schema.names[1:]])
         )
         seen = np.frombuffer(self._seen, np.uint8).astype(bool)
         of_source = np.zeros(int(final_ids.max(initial=0)) + 1, bool)

@@ -7,18 +7,20 @@ integrated out (probabilistic PCA with missing entries), a solution that stochas
 do not reach. Given any history, z_u has a closed-form posterior: `hllm_torchrec.baselines.gaussian` predicts with
 it, and `data.item_vectors: [factors]` passes (v_i, b_i) to the model as dense item features.
 
-Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n events of a user.
+Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n events of a user, T events of R users.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from hllm_torchrec.common.arrays import AnyFloats, Ints
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
 
 FACTORS = "factors"
@@ -66,6 +68,18 @@ class ItemFactors:
         precision = v.T @ v / self.noise + np.eye(v.shape[1])
         mean: AnyFloats = np.linalg.solve(precision, v.T @ (values - self.mean - self.bias[items]) / self.noise)
         return mean
+
+    def running_posterior(self, items: Ints, values: AnyFloats, counts: Ints) -> AnyFloats:
+        """`posterior_mean` [X, J] of a user after the first counts[x] of the ratings `items` [n], `values` [n]."""
+        v, width = self.loadings[items], self.loadings.shape[1]
+        centred = (values - self.mean - self.bias[items])[:, None]
+        # Running sums over the events, with the sum of none first; exposures with equal counts share a solution.
+        outer = np.cumsum(v[:, :, None] * v[:, None, :], axis=0)
+        distinct, which = np.unique(counts, return_inverse=True)
+        precision = np.concatenate([np.zeros((1, width, width)), outer])[distinct] / self.noise + np.eye(width)
+        weighted = np.concatenate([np.zeros((1, width)), np.cumsum(v * centred, axis=0)])[distinct] / self.noise
+        means: AnyFloats = np.linalg.solve(precision, weighted[..., None])[which, :, 0]
+        return means
 
     def predict(self, z: AnyFloats, items: Ints) -> AnyFloats:
         """Expected values [m] of `items` [m] for a user with factors z [J]."""
@@ -161,62 +175,122 @@ def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> 
         ValueError: all values are equal (implicit feedback), so there is nothing to factorize.
     """
     options = options or FactorOptions()
-    users = _training_users(dataset, options.max_users)
-    every = np.concatenate([values for _, values in users])
+    return fit_factors(training_ratings(dataset, options.max_users), dataset.num_items, options)
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Values of users' events, one user after the other: items [T], values [T], user_ids [R], offsets [R + 1]."""
+
+    items: Ints
+    values: AnyFloats
+    user_ids: Ints
+    offsets: Ints
+
+    def of_users(self, chosen: NDArray[np.bool_]) -> "Ratings":
+        """The ratings of some users; chosen: bool [R]."""
+        lengths = np.diff(self.offsets)
+        kept = np.repeat(chosen, lengths)
+        offsets = offsets_from_lengths(lengths[chosen])
+        return Ratings(self.items[kept], self.values[kept], self.user_ids[chosen], offsets)
+
+
+def training_ratings(dataset: Dataset, max_users: int) -> Ratings:
+    """The events with a value of the training part, of at most `max_users` users with such an event.
+
+    Raises:
+        ValueError: all values are equal.
+    """
+    items, values, user_ids, lengths = [], [], [], []
+    found = 0
+    for group in dataset.row_groups("train"):
+        rows = dataset.sequences([group], ["user_id", "item_ids", "labels", "actions"])
+        value = event_values(rows.labels, rows.actions, dataset.action_values)
+        known = ~np.isnan(value)
+        count = np.add.reduceat(np.append(known, False).astype(np.int64), rows.offsets[:-1]) if len(known) else known
+        rated = np.flatnonzero(count)[: max_users - found]
+        found += rated.size
+        kept = known & np.repeat(np.isin(np.arange(count.size), rated), np.diff(rows.offsets))
+        items.append(rows.item_ids[kept])
+        values.append(value[kept])
+        user_ids.append(rows.user_ids[rated])
+        lengths.append(count[rated])
+        if found == max_users:
+            break
+    every = np.concatenate(values) if values else np.empty(0)
     if every.size == 0 or np.ptp(every) == 0:
         raise ValueError(
             f"{dataset.root}: all training values are equal: item factors need ratings or two labels; "
             "drop `factors` from data.item_vectors"
         )
-    scale, mean = float(every.std()), float(every.mean())
+    offsets = offsets_from_lengths(np.concatenate(lengths))
+    return Ratings(np.concatenate(items), every, np.concatenate(user_ids), offsets)
+
+
+def fit_factors(ratings: Ratings, num_items: int, options: FactorOptions) -> ItemFactors:
+    """Fit the model to `ratings` by EM; `num_items` is N."""
+    scale, mean = float(ratings.values.std()), float(ratings.values.mean())
     rng = np.random.default_rng(options.seed)
     v_0 = np.zeros(options.factors + 1)
     v_0[0] = MEAN_LOADING * scale
     # Small random loadings break the symmetry between the factors; the user-mean factor starts at its prior.
-    loadings = np.tile(v_0, (dataset.num_items, 1))
-    loadings[:, 1:] = rng.normal(scale=0.1 * scale, size=(dataset.num_items, options.factors))
-    model = ItemFactors(loadings, np.zeros(dataset.num_items), mean, options.noise * scale**2)
+    loadings = np.tile(v_0, (num_items, 1))
+    loadings[:, 1:] = rng.normal(scale=0.1 * scale, size=(num_items, options.factors))
+    model = ItemFactors(loadings, np.zeros(num_items), mean, options.noise * scale**2)
+    matrix = _Sparse(ratings, num_items)
     for _ in tqdm(range(options.iterations), desc="item factors", delay=5):
-        model = _em_step(model, users, v_0, options)
+        model = _em_step(model, matrix, v_0, options)
     return model
 
 
-def _em_step(
-    model: ItemFactors, users: list[tuple[Ints, AnyFloats]], v_0: AnyFloats, options: FactorOptions
-) -> ItemFactors:
-    """One EM step.
+def _em_step(model: ItemFactors, ratings: "_Sparse", v_0: AnyFloats, options: FactorOptions) -> ItemFactors:
+    """One EM step, in products of the sparse matrix of ratings with per-item and per-user moments.
 
     E: the Gaussian posterior of every user's z. M: the ridge solution of every item's loading from the expected
     moments sum(E[z z']) and sum(value * E[z]), and every item's shrunk bias.
     """
     items, width = model.loadings.shape
-    second = np.zeros((items, width, width))
-    first, residual, count = np.zeros((items, width)), np.zeros(items), np.zeros(items)
-    eye = np.eye(width)
-    for rated, values in users:
-        v = model.loadings[rated]
-        covariance = np.linalg.inv(v.T @ v / model.noise + eye)
-        centred = values - model.mean - model.bias[rated]
-        z = covariance @ (v.T @ centred) / model.noise
-        # E[z z'] = covariance + mean mean'. np.add.at, because a user may have rated an item more than once.
-        np.add.at(second, rated, covariance + np.outer(z, z))
-        np.add.at(first, rated, np.outer(centred, z))
-        np.add.at(residual, rated, values - model.mean - v @ z)
-        np.add.at(count, rated, 1.0)
+    v, eye = model.loadings, np.eye(width)
+    # Sums over a user's events of v v' and of v * (value - mean - bias).
+    precision = ratings.sum_by_user(_outer(v)).reshape(-1, width, width) / model.noise + eye
+    weighted = ratings.sum_by_user(v, values=True) - ratings.sum_by_user(v * (model.mean + model.bias)[:, None])
+    covariance = np.linalg.inv(precision)
+    z = (covariance @ weighted[..., None])[..., 0] / model.noise
+    # E[z z'] = covariance + mean mean'; then sums over an item's events of E[z z'] and of z * (value - mean - bias).
+    second = ratings.sum_by_item(covariance.reshape(-1, width**2) + _outer(z)).reshape(-1, width, width)
+    sum_z = ratings.sum_by_item(z)
+    first = ratings.sum_by_item(z, values=True) - sum_z * (model.mean + model.bias)[:, None]
+    residual = ratings.item_total - ratings.item_count * model.mean - (v * sum_z).sum(1)
     # The prior's precision is per unit of squared factor, as the second moments are.
-    weighted = (first + options.prior * v_0)[..., None]
-    loadings: AnyFloats = np.linalg.solve(second + options.prior * eye, weighted)[..., 0]
-    return ItemFactors(loadings, residual / (count + options.bias_shrinkage), model.mean, model.noise)
+    right = (first + options.prior * v_0)[..., None]
+    loadings: AnyFloats = np.linalg.solve(second + options.prior * eye, right)[..., 0]
+    bias = residual / (ratings.item_count + options.bias_shrinkage)
+    return ItemFactors(loadings, bias, model.mean, model.noise)
 
 
-def _training_users(dataset: Dataset, max_users: int) -> list[tuple[Ints, AnyFloats]]:
-    """(items, values) of each training user, without events that have no value."""
-    users: list[tuple[Ints, AnyFloats]] = []
-    for group in dataset.row_groups("train"):
-        for events in dataset.sequences([group], ["item_ids", "labels", "actions"]).pieces():
-            values = event_values(events.labels, events.actions, dataset.action_values)
-            known = ~np.isnan(values)
-            users.append((events.item_ids[known], values[known]))
-            if len(users) == max_users:
-                return users
-    return users
+def _outer(rows: AnyFloats) -> AnyFloats:
+    """Outer product of each row with itself: [n, J] to [n, J * J]."""
+    return (rows[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
+
+
+class _Sparse:
+    """Ratings as sparse matrices [R, N], of ones and of the values, and their transposes."""
+
+    def __init__(self, ratings: Ratings, num_items: int) -> None:
+        shape = ratings.offsets.size - 1, num_items
+        cells = ratings.items, ratings.offsets
+        self._ones = sp.csr_matrix((np.ones(ratings.items.size), *cells), shape)
+        self._values = sp.csr_matrix((ratings.values.astype(np.float64), *cells), shape)
+        self._ones_of_item, self._values_of_item = self._ones.T.tocsr(), self._values.T.tocsr()
+        self.item_count = np.bincount(ratings.items, minlength=num_items).astype(np.float64)
+        self.item_total = np.bincount(ratings.items, ratings.values, num_items)
+
+    def sum_by_user(self, of_items: AnyFloats, values: bool = False) -> AnyFloats:
+        """[R, w] sum of rows of `of_items` [N, w] over each user's events, times their values if wanted."""
+        found: AnyFloats = (self._values if values else self._ones) @ of_items
+        return found
+
+    def sum_by_item(self, of_users: AnyFloats, values: bool = False) -> AnyFloats:
+        """[N, w] sum of rows of `of_users` [R, w] over each item's events, times their values if wanted."""
+        found: AnyFloats = (self._values_of_item if values else self._ones_of_item) @ of_users
+        return found

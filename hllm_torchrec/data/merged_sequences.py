@@ -146,14 +146,15 @@ class MergedSequences:
         if self._cuts.seconds:
             if self._cuts.of_base:
                 starts = [
-                    self._sums(lambda one, k=k: one.starts[:, k], self._base)
-                    + self._before(second, [self._overlay])
+                    self._sums(lambda one, k=k: one.starts[:, k], self._base) + self._before(second, [self._overlay])
                     for k, second in enumerate(self._cuts.seconds)
                 ]
             else:
                 starts = [self._before(second) for second in self._cuts.seconds]
         else:
-            starts = [column.astype(np.int32) for column in per_user_starts(self._cuts.rule, self._cuts.fractions, total)]
+            starts = [
+                column.astype(np.int32) for column in per_user_starts(self._cuts.rule, self._cuts.fractions, total)
+            ]
         return [np.zeros_like(total), *starts, total]
 
     @cached_property
@@ -163,7 +164,9 @@ class MergedSequences:
 
     def _before(self, second: int, files: Sequence[EventFile] | None = None) -> Ints:
         """[U] number of each user's events before a second."""
-        return self._sums(lambda one: np.add.reduceat(one.events.timestamps < second, one.offsets[:-1], dtype=np.int64), files)
+        return self._sums(
+            lambda one: np.add.reduceat(one.events.timestamps < second, one.offsets[:-1], dtype=np.int64), files
+        )
 
     def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile] | None = None) -> Ints:
         """[U] int32: sum over the files of `count(file)` [R] by user."""

@@ -145,9 +145,7 @@ def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray
     check_values(place, name, (flat.fill_null(0) if name == "labels" else flat).to_numpy(), ends, rows)
 
 
-def check_values(
-    place: str, name: str, values: NDArray[np.generic], ends: NDArray[np.int64], rows: TableRows
-) -> None:
+def check_values(place: str, name: str, values: NDArray[np.generic], ends: NDArray[np.int64], rows: TableRows) -> None:
     """Check the concatenated elements of one event column; ends: [n] end of each row's elements.
 
     Raises:

@@ -25,6 +25,7 @@ from hllm_torchrec.config.paths import DATASET, missing_paths, set_value, with_f
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.events import decode_sequences
+from hllm_torchrec.data.evidence import run_evidence
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
@@ -133,7 +134,9 @@ def load_run(
     """
     config = config or run_config(run, dataset)
     checkpoint = find_checkpoint(run, which)
-    experiment = build_experiment(config, device, factors=RunFactors.load(checkpoint.parent.parent))
+    folder = checkpoint.parent.parent
+    saved = {"factors": RunFactors.load(folder), "evidence": run_evidence(config.data.evidence, folder)}
+    experiment = build_experiment(config, device, **saved)
 
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))

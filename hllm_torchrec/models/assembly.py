@@ -29,6 +29,8 @@ from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, base_rate
+from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
+from hllm_torchrec.data.evidence import Evidence, EvidenceModel, evidence_problems
 from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.run_factors import FILE, RunFactors
@@ -46,6 +48,7 @@ from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.models.lora_base import base_fingerprints, check_base_weights, without_base_weights
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
+from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, open_evidence
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -74,6 +77,7 @@ class Experiment:
     """Fingerprints of weights that checkpoints leave out: see `lora_base`."""
     factors: RunFactors | None = None
     """Item factors of the run, without those of new items; None: it has none of its own."""
+    evidence: Evidence | None = None
 
     @property
     def hllm(self) -> HLLM:
@@ -90,6 +94,7 @@ class Experiment:
             "bases": self.base_fingerprints,
             "dataset": {"version": self.dataset.version, "fingerprint": self.dataset.fingerprint},
             FACTORS_KEY: None if self.factors is None else self.factors.fingerprint,
+            EVIDENCE_KEY: None if self.evidence is None else self.evidence.model.fingerprint,
             VOCABULARY: experiment_marks(self.config, self.dataset),
         }
 
@@ -106,6 +111,10 @@ class Experiment:
         if FACTORS in self.config.data.item_vectors and extra.get(FACTORS_KEY) != own:
             raise ValueError(
                 f"{checkpoint} was trained with other item factors than the run's {FILE}: restore that file"
+            )
+        if self.evidence is not None and extra.get(EVIDENCE_KEY) != self.evidence.model.fingerprint:
+            raise ValueError(
+                f"{checkpoint} was trained with other evidence than the run's {EVIDENCE_FILE}: restore that file"
             )
 
     @property
@@ -146,7 +155,16 @@ class Experiment:
         shortening = None
         if training and data.stochastic_length:
             shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
-        collator = Collator(self.dataset, self.batch_spec, self.config.seed, training, self.item_vectors, shortening)
+        collator = Collator(
+            self.dataset,
+            self.batch_spec,
+            self.config.seed,
+            training,
+            self.item_vectors,
+            shortening,
+            self.evidence,
+            of_fit=split == "train",
+        )
         spec = LoaderSpec(
             split="valid" if whole else split,
             batch_users=batch_users,
@@ -232,12 +250,18 @@ class Experiment:
 
 
 def build_experiment(
-    config: Config, device: torch.device, *, factors: RunFactors | None = None, version: int | None = None
+    config: Config,
+    device: torch.device,
+    *,
+    factors: RunFactors | None = None,
+    evidence: EvidenceModel | None = None,
+    version: int | None = None,
 ) -> Experiment:
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
 
     Args:
         factors: item factors of the run; None: those beside the dataset, if the configuration has any.
+        evidence: fitted evidence of the run; None: fitted here, if the configuration has any.
         version: version of the dataset to read; None: `data.version`.
 
     Raises:
@@ -247,6 +271,7 @@ def build_experiment(
     spec = batch_spec_of(config, dataset)
     problems = [
         *check_batch_spec(spec, dataset),
+        *evidence_problems(config.data.evidence),
         *_missing_models(config),
         *dataset_problems(config, dataset.manifest),
     ]
@@ -270,11 +295,14 @@ def build_experiment(
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
+    found = open_evidence(config, dataset, model, encoder, live, evidence, device)
+    if found is not None and evidence is None:
+        model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
     bases = base_fingerprints(model, config)  # before FSDP shards the weights
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors)
+    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found)
 
 
 def _text_encoder(

@@ -9,6 +9,7 @@ from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
+from hllm_torchrec.data.evidence import evidence_width
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.model_files import trained_item_token
@@ -59,7 +60,10 @@ def build_model(
         half_from_rows=config.features.shard_from_rows if config.features.table_dtype == "fp16" else None,
         device=table_device,
     )
-    return HLLM(item_llm, 0 if item_llm is None else item_llm.width, features, user, config, base_rate, vector_width)
+    evidence = evidence_width(config.data.evidence)
+    return HLLM(
+        item_llm, 0 if item_llm is None else item_llm.width, features, user, config, base_rate, vector_width, evidence
+    )
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:

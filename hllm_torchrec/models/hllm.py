@@ -68,6 +68,7 @@ class HLLM(nn.Module):
         config: the experiment.
         base_rate: share of positive labels in training; initializes the head's bias.
         vector_width: V, width of the dense item features; 0 if there are none.
+        evidence: F, number of evidence columns per exposure.
     """
 
     def __init__(
@@ -79,9 +80,13 @@ class HLLM(nn.Module):
         config: Config,
         base_rate: float,
         vector_width: int = 0,
+        evidence: int = 0,
     ) -> None:
         super().__init__()
         objective = config.objective
+        build_head = partial(
+            PredictionHead, user.width, objective.head_hidden, objective.head_dropout, objective.fusion, evidence
+        )
         self.config = config
         self.fusion = Fusion(objective.fusion)
         self.generates = objective.generates
@@ -95,11 +100,11 @@ class HLLM(nn.Module):
         if self.fusion.query_is_user:
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
-            self.head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
+            self.head = build_head()
             self.head.initialize_bias(base_rate)
         self.value_head: PredictionHead | None = None
         if self.fusion.has_queries and objective.value_weight > 0:
-            self.value_head = PredictionHead(user.width, objective.head_hidden, objective.head_dropout, self.fusion)
+            self.value_head = build_head()
         if self.generates:
             straight = same or self.compares_features
             self.project_next = nn.Identity() if straight else nn.Linear(user.width, item_width)
@@ -262,7 +267,7 @@ class HLLM(nn.Module):
         """Logits [X], the sum of Eq. (2), and the sum of squared errors of the auxiliary value head."""
         if not self.fusion.has_queries:
             return batch.labels.new_empty(0), q_QD.new_zeros(()), None
-        inputs = (q_QD[batch.target_query],) if target_XD is None else (q_QD[batch.target_query], target_XD)
+        inputs = q_QD[batch.target_query], target_XD, batch.evidence
         logits = self.head(*inputs)
         classification = binary_cross_entropy(logits, batch.labels, batch.weights)
         if self.value_head is None:

@@ -330,16 +330,36 @@ class Scorer:
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
-            logits = self._logits(ask, x_QD, target_XD, user_vector)
+            evidence = self._evidence(state.history, part, moment)
+            logits = self._logits(ask, x_QD, target_XD, user_vector, evidence)
             found[start : start + part.size] = logits.float().cpu().numpy()
         return found
 
-    def _logits(self, ask: ScoreCandidates, x_QD: Tensor, target_XD: Tensor, user_vector: Tensor | None) -> Tensor:
+    def _logits(
+        self,
+        ask: ScoreCandidates,
+        x_QD: Tensor,
+        target_XD: Tensor,
+        user_vector: Tensor | None,
+        evidence: Tensor | None,
+    ) -> Tensor:
         if user_vector is None:
-            logits: Tensor = self.hllm.head(ask(x_QD))
+            logits: Tensor = self.hllm.head(ask(x_QD), None, evidence)
         else:
-            logits = self.hllm.head(user_vector.expand(target_XD.shape[0], -1), target_XD)
+            logits = self.hllm.head(user_vector.expand(target_XD.shape[0], -1), target_XD, evidence)
         return logits
+
+    def _evidence(self, history: UserHistory, candidates: Ints, time: int) -> Tensor | None:
+        """[m, F] evidence of the candidates at `time`, or None; the history is the user's complete one."""
+        evidence = self.experiment.evidence
+        if evidence is None:
+            return None
+        seen, limit = len(history), time - self.experiment.batch_spec.feedback_delay
+        if self.experiment.batch_spec.visibility == "second":
+            seen = visible_before(history.timestamps, limit)
+        at = np.full(candidates.size, time)
+        columns = evidence.columns(history, np.full_like(at, seen), candidates, at, history.user_id, fitted=False)
+        return torch.from_numpy(columns).to(self.experiment.device)
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         """Append `events` to the cache."""

@@ -12,6 +12,7 @@ from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.evidence import EvidenceModel, run_evidence
 from hllm_torchrec.data.item_factors import FACTORS
 from hllm_torchrec.data.manifest import chain_base
 from hllm_torchrec.data.pins import pin_version
@@ -41,9 +42,13 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     peak_flops = global_matmul_peak(device, compute_dtype(config))
     version = version_to_resume(config, resume_from)
     factors = own_factors(config, storage.folder, resume_from, begin_from)
+    evidence = evidence_to_continue(config, resume_from, begin_from)
     # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
-    experiment = build_experiment(config, device, factors=factors, version=version)
+    experiment = build_experiment(config, device, factors=factors, evidence=evidence, version=version)
     _pin_dataset(experiment.dataset, config)
+    if experiment.evidence is not None:
+        fitted = experiment.evidence.model
+        run_on_each_host(lambda: fitted.save(storage.folder))
     if begin_from is not None:
         begin_from = warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
@@ -75,6 +80,21 @@ def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
             newest,
         )
     return version
+
+
+def evidence_to_continue(config: Config, resume_from: Path | None, begin_from: Path | None) -> EvidenceModel | None:
+    """Fitted evidence of the run that is resumed, or from which this one starts; None: it is to be fitted.
+
+    Raises:
+        ValueError: the file of the run is missing or damaged.
+    """
+    names = config.data.evidence
+    if resume_from is not None:
+        return run_evidence(names, resume_from.parent.parent)
+    if begin_from is None or not names:
+        return None
+    earlier = read_checkpoint_json(begin_from / "extra.json").get("config", {}).get("data", {}).get("evidence", ())
+    return run_evidence(names, begin_from.parent.parent) if list(earlier) == list(names) else None
 
 
 def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from: Path | None) -> RunFactors | None:

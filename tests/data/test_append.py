@@ -88,7 +88,9 @@ def test_appended_days_are_what_preparing_everything_gives(tmp_path, rule):
 
 def test_an_append_moves_the_cuts_of_a_split_by_time_for_all_events(tmp_path):
     events = [("u1", "i1", 5, 10), ("u2", "i2", 4, 20), ("u1", "i3", 1, 30), ("u2", "i1", 5, 40), ("u1", "i2", 5, 50)]
-    root = prepare(memory_source(tmp_path / "0", events, ITEMS), tmp_path / "out", split=Split(fractions=(0.6, 0.2, 0.2)))
+    root = prepare(
+        memory_source(tmp_path / "0", events, ITEMS), tmp_path / "out", split=Split(fractions=(0.6, 0.2, 0.2))
+    )
     day = [("u3", "i1", 5, 60), ("u1", "i1", 2, 70), ("u2", "i3", 3, 80)]
     late = [("u3", "i2", 1, 45)]
     split = Split("date", train_until=60, valid_until=80)
@@ -105,9 +107,17 @@ def test_an_append_moves_the_cuts_of_a_split_by_time_for_all_events(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "split", "message"),
     [
-        ("leave_one_out", Split("date", train_until=2, valid_until=4), "only dates can move, of a dataset split by time"),
+        (
+            "leave_one_out",
+            Split("date", train_until=2, valid_until=4),
+            "only dates can move, of a dataset split by time",
+        ),
         ("time", Split(), r"--append with split time: .* only dates can move"),
-        ("time", Split("date", train_until=2, valid_until=10**6), "leave a part without events; give dates between them"),
+        (
+            "time",
+            Split("date", train_until=2, valid_until=10**6),
+            "leave a part without events; give dates between them",
+        ),
     ],
 )
 def test_cuts_that_cannot_move_are_refused_and_nothing_is_written(tmp_path, rule, split, message):

@@ -1,0 +1,275 @@
+"""Evidence: what the log says about an exposure before its second, as a few numbers per exposure.
+
+A user encoder has to learn from gradients what simple predictors compute in closed form. Evidence hands it their
+results: a linear layer on these numbers is already a strong ranking model, and the network adds to its logit.
+
+Groups of columns (`data.evidence` names them):
+
+- factors: the expected value of the item for this user by the linear-Gaussian model (`item_factors`), given the user's
+  visible events; and the item's bias in it.
+- items: mean value of the item's earlier events of all users, less the overall mean and shrunk; log of their number.
+- users: mean residual of the user's visible events, shrunk, and of the last ten of them; log of their number; log of the
+  seconds since the last one. A residual is value - mean - item bias.
+- neighbors: mean residual of the user's visible events, weighted by the similarity of their item's text embedding to
+  the candidate's, less the user's own mean; for two sharpnesses of the weights.
+
+Training, evaluation, embedding and serving call one function, `Evidence.columns`, which reads events of strictly earlier
+seconds only. The factors are fitted to the training part, so the training exposures themselves would be predicted too
+well: they are predicted by a fit without their user's fold (cross-fitting), all later ones by the fit of all users.
+
+Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
+"""
+
+import secrets
+from copy import copy
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.data.events import Events
+from hllm_torchrec.data.item_factors import ItemFactors, event_values
+from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.validation import error_location
+
+GROUPS = {
+    "factors": ("expected", "item_bias"),
+    "items": ("item_mean", "item_count"),
+    "users": ("user_mean", "user_recent", "user_count", "log_gap"),
+    "neighbors": ("neighbors_wide", "neighbors_sharp"),
+}
+"""Columns of each group that `data.evidence` may name."""
+FILE = "evidence.npz"
+"""Name of the file in a run directory."""
+FOLDS = 5
+SHRINKAGE, RECENT_SHRINKAGE = 5.0, 3.0
+"""Pseudo-residuals of 0 in means over all, and over the last RECENT, events."""
+RECENT = 10
+SHARPNESS = (5.0, 10.0)
+"""Weight of a neighbor: exp(sharpness * cosine)."""
+TYPICAL_COSINE = 0.2
+"""The neighbors' mean is shrunk by SHRINKAGE pseudo-events of this cosine."""
+_EXPOSURES_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class EvidenceModel:
+    """The fitted part of evidence; belongs to a run and does not change during it.
+
+    loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the users
+    of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]: mean and
+    standard deviation of each column over training exposures; weights [F], intercept: logistic regression of the labels
+    on the columns; text_center [E]: mean text embedding, empty without neighbors. All float64.
+    """
+
+    loadings: Doubles
+    bias: Doubles
+    mean: Doubles
+    noise: Doubles
+    fitted_until: int
+    center: Doubles
+    spread: Doubles
+    weights: Doubles
+    intercept: float
+    text_center: Doubles
+
+    def fit_without(self, fold: int | None) -> ItemFactors:
+        """The factors fitted without the users of a fold, or to all users (None)."""
+        k = FOLDS if fold is None else fold
+        return ItemFactors(self.loadings[k], self.bias[k], float(self.mean[k]), float(self.noise[k]))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all arrays."""
+        digest = blake2b(digest_size=16)
+        for value in vars(self).values():
+            digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write `evidence.npz` into a run directory."""
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{secrets.token_hex(4)}-{FILE}"  # renamed: a file of the final name is complete
+        np.savez(temporary, **vars(self))
+        temporary.replace(folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "EvidenceModel | None":
+        """Read the file of a run directory; None if it has none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        with error_location(path, "restore it from a copy of the run"), np.load(path, allow_pickle=False) as saved:
+            arrays = {field.name: saved[field.name] for field in fields(cls)}
+            numbers = {"fitted_until": int(arrays["fitted_until"]), "intercept": float(arrays["intercept"])}
+            return cls(**(arrays | numbers))
+
+
+def evidence_width(names: tuple[str, ...]) -> int:
+    """Number of columns F of the groups `names`."""
+    return sum(len(GROUPS[name]) for name in names)
+
+
+def fold_of_users(user_ids: Ints) -> Ints:
+    """Fold [n] of each user, a function of its id alone."""
+    return (hash_columns(user_ids) % np.uint64(FOLDS)).astype(np.int64)
+
+
+class Evidence:
+    """Computes the columns of the groups `names`.
+
+    Args:
+        model: fitted to the run's training part.
+        statistics: of all events of the dataset.
+        action_values: `Dataset.action_values`.
+        text: [N, E] text embeddings of all items, for "neighbors"; else None.
+        delay: seconds after which an event may be seen (`data.feedback_delay`).
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        model: EvidenceModel,
+        statistics: ItemStatistics,
+        action_values: AnyFloats,
+        text: Floats | None,
+        delay: int = 0,
+    ) -> None:
+        self.names, self.model, self.statistics = names, model, statistics
+        self.action_values, self.delay = action_values, delay
+        self._text = None if text is None else unit_rows(text, model.text_center)
+
+    def with_new_items(self, text: Floats | None) -> "Evidence":
+        """The evidence of a catalogue followed by new items with text embeddings `text` [n, E]."""
+        found = copy(self)
+        if text is not None and self._text is not None:
+            found._text = np.concatenate([self._text, unit_rows(text, self.model.text_center)])
+        return found
+
+    @property
+    def width(self) -> int:
+        """Number of columns F."""
+        return evidence_width(self.names)
+
+    def columns(self, events: Events, seen: Ints, items: Ints, seconds: Ints, user: int, fitted: bool) -> Floats:
+        """[X, F] float32 standardized columns of exposures of `items` [X] at `seconds` [X] to one user.
+
+        events: the user's complete sequence; seen: [X] number of its events, from the first, that each exposure may
+        see; fitted: the exposures are of the training part (those up to `fitted_until` are then predicted without the
+        user's fold).
+        """
+        found = np.empty((items.size, self.width), np.float32)
+        held_out = fitted & (seconds <= self.model.fitted_until)
+        fold = int(fold_of_users(np.array([user]))[0])
+        for chosen, without in ((held_out, fold), (~held_out, None)):
+            if chosen.any():
+                fit = self.model.fit_without(without)
+                raw = self._raw(events, seen[chosen], items[chosen], seconds[chosen], fit)
+                found[chosen] = (raw - self.model.center) / self.model.spread
+        return found
+
+    def _raw(self, events: Events, seen: Ints, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
+        """[X, F] columns before standardization."""
+        values = event_values(events.labels, events.actions, self.action_values)
+        known = ~np.isnan(values)
+        rated = np.concatenate([[0], np.cumsum(known)])[seen]  # of the seen events, those with a value
+        past, fitted = _Past(events.item_ids[known], values[known], rated, fit), _known(items, fit)
+        groups = {
+            "factors": lambda: past.expected(fitted),
+            "items": lambda: self._of_items(items, seconds, fit.mean),
+            "users": lambda: np.column_stack(
+                [past.means(), np.log1p(seen), _log_gap(events.timestamps, seen, seconds)]
+            ),
+            "neighbors": lambda: past.neighbors(items, self._text),
+        }
+        return np.concatenate([groups[name]() for name in self.names], axis=1)
+
+    def _of_items(self, items: Ints, seconds: Ints, mean: float) -> Doubles:
+        count, total = self.statistics.before(items, seconds - self.delay)
+        return np.stack([(total - count * mean) / (count + SHRINKAGE), np.log1p(count)], axis=1)
+
+
+class _Past:
+    """One user's events with a value, of which exposure x sees the first rated[x]."""
+
+    def __init__(self, items: Ints, values: Doubles, rated: Ints, fit: ItemFactors) -> None:
+        self.items, self.values, self.rated, self.fit = items, values, rated, fit
+        self._fitted = _known(items, fit)
+        self.residuals = values - fit.mean - fit.bias[self._fitted]
+        self._sums = np.concatenate([[0.0], np.cumsum(self.residuals)])
+
+    def expected(self, items: Ints) -> Doubles:
+        """[X, 2]: expected value of each item for the user; the item's bias."""
+        z = self.fit.running_posterior(self._fitted, self.values, self.rated)
+        bias = self.fit.bias[items]
+        return np.stack([self.fit.mean + bias + (self.fit.loadings[items] * z).sum(1), bias], axis=1)
+
+    def means(self) -> Doubles:
+        """[X, 2]: shrunk mean residual of all seen events, and of the last RECENT of them."""
+        first = np.maximum(self.rated - RECENT, 0)
+        recent = (self._sums[self.rated] - self._sums[first]) / (self.rated - first + RECENT_SHRINKAGE)
+        return np.stack([self._user_mean, recent], axis=1)
+
+    @property
+    def _user_mean(self) -> Doubles:
+        return self._sums[self.rated] / (self.rated + SHRINKAGE)
+
+    def neighbors(self, items: Ints, text: Floats | None) -> Doubles:
+        """[X, 2] similarity-weighted mean residuals, less the user's mean, for both values of SHARPNESS."""
+        assert text is not None
+        found = np.zeros((items.size, len(SHARPNESS)))
+        history, user_mean = text[self.items], self._user_mean
+        for start in range(0, items.size, _EXPOSURES_AT_ONCE):
+            some = slice(start, start + _EXPOSURES_AT_ONCE)
+            cosine = text[items[some]] @ history.T
+            visible = np.arange(self.items.size) < self.rated[some, None]
+            for column, sharpness in enumerate(SHARPNESS):
+                weight = np.exp(sharpness * cosine) * visible
+                total = weight.sum(1)
+                surplus = weight @ self.residuals - user_mean[some] * total
+                found[some, column] = surplus / (total + SHRINKAGE * np.exp(sharpness * TYPICAL_COSINE))
+        return found
+
+
+def _known(items: Ints, fit: ItemFactors) -> Ints:
+    """Items that came after the fit as the unknown item 0: the mean loadings of the prior, and no bias."""
+    return np.where(items < fit.bias.size, items, 0)
+
+
+def _log_gap(timestamps: Ints, seen: Ints, seconds: Ints) -> Doubles:
+    """[X] log(1 + seconds since the last seen event); 0 without one."""
+    if timestamps.size == 0:
+        return np.zeros(seen.size)
+    last = timestamps[np.maximum(seen - 1, 0)]
+    return np.log1p(np.where(seen > 0, np.maximum(seconds - last, 0), 0))
+
+
+def unit_rows(embeddings: NDArray[np.floating], center: Doubles) -> Floats:
+    """Embeddings [n, E] less `center` [E], each of unit length."""
+    centered = embeddings - center
+    return (centered / np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+
+
+def run_evidence(names: tuple[str, ...], folder: Path) -> EvidenceModel | None:
+    """The evidence of the run in `folder`; None if its configuration names no groups.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    found = EvidenceModel.load(folder) if names else None
+    if names and found is None:
+        raise ValueError(f"{folder / FILE}: no such file, but data.evidence is {list(names)}: restore it from a copy")
+    return found
+
+
+def evidence_problems(names: tuple[str, ...]) -> list[str]:
+    """Messages for names of `data.evidence` that are no group."""
+    return [f"data.evidence: {name!r}: unknown; there are {', '.join(GROUPS)}" for name in names if name not in GROUPS]

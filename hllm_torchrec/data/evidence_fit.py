@@ -1,0 +1,104 @@
+"""Fit of evidence to the training part: item factors with and without each fold, the columns' scales, and the weights.
+
+Legend: X training exposures, F columns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from hllm_torchrec.common.arrays import Doubles, Floats, Ints
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import Events
+from hllm_torchrec.data.evidence import FOLDS, Evidence, EvidenceModel, evidence_width, fold_of_users
+from hllm_torchrec.data.item_factors import FactorOptions, fit_factors, training_ratings
+from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.visibility import visible_before
+
+MAX_EXPOSURES = 200_000
+"""Training exposures, of the first users, to which scales and weights are fitted."""
+RIDGE, NEWTON_STEPS = 1.0, 12
+
+
+def fit_evidence(
+    dataset: Dataset,
+    names: tuple[str, ...],
+    text: Floats | None,
+    delay: int = 0,
+    options: FactorOptions | None = None,
+) -> EvidenceModel:
+    """Fit evidence to the training part of `dataset`.
+
+    Args:
+        names: groups of columns, see `evidence.GROUPS`.
+        text: [N, E] text embeddings of all items, for neighbors; else None.
+        delay: seconds from an event until it may be seen.
+
+    Raises:
+        ValueError: all training values are equal.
+    """
+    options = options or FactorOptions()
+    ratings = training_ratings(dataset, options.max_users)
+    folds = fold_of_users(ratings.user_ids)
+    fits = [fit_factors(ratings.of_users(folds != k), dataset.num_items, options) for k in range(FOLDS)]
+    fits.append(fit_factors(ratings, dataset.num_items, options))
+    width = evidence_width(names)
+    unscaled = EvidenceModel(
+        loadings=np.stack([fit.loadings for fit in fits]),
+        bias=np.stack([fit.bias for fit in fits]),
+        mean=np.array([fit.mean for fit in fits]),
+        noise=np.array([fit.noise for fit in fits]),
+        fitted_until=_last_training_second(dataset),
+        center=np.zeros(width),
+        spread=np.ones(width),
+        weights=np.zeros(width),
+        intercept=0.0,
+        text_center=np.zeros(0) if text is None else text[1:].mean(0, dtype=np.float64),
+    )
+    statistics = ItemStatistics.of_dataset(dataset)
+    raw = Evidence(names, unscaled, statistics, dataset.action_values, text, delay)
+    x, y = _training_columns(dataset, raw)
+    center, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
+    beta = _logistic_regression((x - center) / spread, y)
+    return replace(unscaled, center=center, spread=spread, weights=beta[1:], intercept=float(beta[0]))
+
+
+def _training_columns(dataset: Dataset, evidence: Evidence) -> tuple[Doubles, Doubles]:
+    """Columns [X, F] and labels [X] of training exposures: those of the first users, about MAX_EXPOSURES at most."""
+    by_second = dataset.visibility == "second"
+    columns, labels, count = [], [], 0
+    for events, targets, user in _training_users(dataset):
+        seconds = events.timestamps[targets]
+        seen = visible_before(events.timestamps, seconds - evidence.delay) if by_second else targets
+        columns.append(evidence.columns(events, seen, events.item_ids[targets], seconds, user, fitted=True))
+        labels.append(events.labels[targets])
+        count += targets.size
+        if count >= MAX_EXPOSURES:
+            break
+    return np.concatenate(columns).astype(np.float64), np.concatenate(labels).astype(np.float64)
+
+
+def _training_users(dataset: Dataset) -> Iterator[tuple[Events, Ints, int]]:
+    """(complete training sequence, indices of its exposures, user id) of every training user with an exposure."""
+    for group in dataset.row_groups("train"):
+        for piece in dataset.sequences([group]).pieces():
+            if piece.exposures.size:
+                yield piece, piece.exposures, piece.user_id
+
+
+def _last_training_second(dataset: Dataset) -> int:
+    seconds = (dataset.sequences([group], ["timestamps"]).timestamps for group in dataset.row_groups("train"))
+    return max(int(some.max()) for some in seconds if some.size)
+
+
+def _logistic_regression(x: Doubles, y: Doubles) -> Doubles:
+    """[F + 1] bias and weights on standardized columns [X, F] of labels [X] in [0, 1]: Newton steps, ridge on weights."""
+    with_bias = np.column_stack([np.ones(len(x)), x])
+    ridge = np.diag([1e-9, *np.full(x.shape[1], RIDGE)])
+    beta = np.zeros(with_bias.shape[1])
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-with_bias @ beta))
+        hessian = with_bias.T @ (with_bias * (p * (1 - p))[:, None]) + ridge
+        beta = beta + np.linalg.solve(hessian, with_bias.T @ (y - p) - ridge @ beta)
+    return beta

@@ -1,0 +1,54 @@
+"""`ItemStatistics`: number and sum of the values of an item's events before any second, over all users.
+
+Legend: T events with a value, of all users and parts; N items; X questions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hllm_torchrec.common.arrays import AnyFloats, Doubles, Ints
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.item_factors import event_values
+from hllm_torchrec.data.split import SPLITS
+
+_SECOND_BITS = 34
+"""Bits of a second in a key: all seconds that a dataset may hold are below 2^33."""
+
+
+@dataclass(frozen=True)
+class ItemStatistics:
+    """Running totals of every item; holds 16 bytes per event in memory.
+
+    keys: int64 [T], item and second of each event in one number, ascending; totals: float64 [T + 1], sum of the first
+    values in that order.
+    """
+
+    keys: Ints
+    totals: Doubles
+
+    @classmethod
+    def of_dataset(cls, dataset: Dataset) -> "ItemStatistics":
+        """The statistics of all events of a dataset, whatever their part: a question sees earlier seconds only."""
+        keys, values = [np.empty(0, np.int64)], [np.empty(0)]
+        for part in SPLITS:
+            for group in dataset.row_groups(part):
+                rows = dataset.sequences([group])
+                value = event_values(rows.labels, rows.actions, dataset.action_values)
+                # A row repeats the history before its part; these events are counted in their own part.
+                counted = rows.own_events & ~np.isnan(value)
+                keys.append(_key(rows.item_ids[counted], rows.timestamps[counted]))
+                values.append(value[counted])
+        every, value = np.concatenate(keys), np.concatenate(values)
+        order = np.argsort(every, kind="stable")
+        return cls(every[order], np.concatenate([[0.0], np.cumsum(value[order])]))
+
+    def before(self, items: Ints, seconds: Ints) -> tuple[Ints, AnyFloats]:
+        """(count [X], sum of values [X]) of the events of each of `items` [X] strictly before each of `seconds` [X]."""
+        first = np.searchsorted(self.keys, _key(items, np.zeros_like(items)))
+        end = np.maximum(np.searchsorted(self.keys, _key(items, np.maximum(seconds, 0))), first)
+        return end - first, self.totals[end] - self.totals[first]
+
+
+def _key(items: Ints, seconds: Ints) -> Ints:
+    return (items << _SECOND_BITS) + seconds
