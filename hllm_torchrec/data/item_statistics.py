@@ -36,7 +36,7 @@ class ItemStatistics:
                 rows = dataset.sequences([group])
                 value = event_values(rows.labels, rows.actions, dataset.action_values)
                 # A row repeats the history before its part; these events are counted in their own part.
-                counted = rows.own_events & ~np.isnan(value)
+                counted = rows.own_events[~np.isnan(value[rows.own_events])]
                 keys.append(_key(rows.item_ids[counted], rows.timestamps[counted]))
                 values.append(value[counted])
         every, value = np.concatenate(keys), np.concatenate(values)
