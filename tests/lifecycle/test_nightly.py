@@ -140,7 +140,7 @@ def test_a_night_that_is_killed_again_and_again_ends_as_one_that_is_not(
         found, due = (EmbeddingStore.open(one.nights / "current" / store).snapshot() for one in (world, after_two))
         assert len(found) == len(due)
     assert [line["step"] for line in lines(world.nights / "runs" / "day-04", "step")] == [1, 2, 3]
-    left = [path for path in world.root.rglob(".*") if path.name not in (".lock", ".cache") and not path.is_dir()]
+    left = [path for path in world.root.rglob(".*") if path.name not in (".lock", ".metadata") and not path.is_dir()]
     assert not left, left
 
 
@@ -156,4 +156,6 @@ def test_mistakes_of_a_night_are_one_line(begun: Path, tmp_path: Path, capsys: p
     refused("held_out: 1.5: must be > 0 and < 1", held_out=1.5)
     refused("increment: output: is set by `hllm nightly`; leave it out", increment={"output": "runs/x"})
     refused("--optim.lrr: unknown option (did you mean 'optim.lr'?)", increment={"optim.lrr": 1})
-    refused("matches no file under", append={"path": str(world.root / "first.yaml")}, dataset=str(world.root / "none"))
+    refused("world/none is not a prepared dataset", dataset=str(world.root / "none"))
+    refused("day-03.csv: no such mapping file", append={"path": str(world.root / "{night}.csv")})
+    refused("day-02.csv: 0 events after", append={"path": str(world.root / "day-02.yaml")})
