@@ -73,7 +73,8 @@ def append_events(
         version = dataset.version + 1
         with draft_folder(root, APPENDS, version) as folder:
             count = partitions or default_partitions(source)
-            staged = stage(source, policy or source.policy, count, folder.parent / "scratch", dataset)
+            scratch = folder.parent / "scratch"
+            staged = stage(source, policy or source.policy, count, scratch, dataset, with_rows=False)
             own = folder.parent / "own"
             own.mkdir()
             added, changes = _write(dataset, source, staged, own)
