@@ -16,6 +16,8 @@ COMMANDS = {
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
     "baselines": "fit and score the baselines on the same exposures",
     "embed": "write new and changed item and user embeddings into stores",
+    "nightly": "append a day, train on it, compare with the published model, embed and publish, as one job",
+    "rollback": "make the release before the published one current again",
     "exposures": "write the user vector of every exposure into a store, for training a ranking model",
     "downstream": "train a DLRM without and with stored vectors, and compare them",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",

@@ -4,6 +4,7 @@
     train         train a configuration, on one or more ranks
     evaluate      evaluate a checkpoint or prediction files
     embed         write new and changed item and user embeddings into stores
+    nightly       append a day, train on it, evaluate, embed and publish
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
     job           any other job of hllm that runs as ranks
 
@@ -178,6 +179,18 @@ def embed(
     """
     given = _embed_arguments(run_dir, items, users, since, checkpoint)
     return _on_ranks("embed", [*given, *arguments], **machine)
+
+
+@_component
+def nightly(*arguments: str, config: str, night: str = "", **machine: Any) -> specs.AppDef:
+    """The night as one job: `hllm nightly`, on one or more ranks; a restarted job goes on where it stopped.
+
+    Args:
+        arguments: further arguments of `hllm nightly`, after `--`, such as --steps train evaluate
+        config: a YAML of the night
+        night: its name, instead of the oldest unfinished one or today's date
+    """
+    return _on_ranks("nightly", ["--config", config, *_option("--night", night), *arguments], **machine)
 
 
 @_component

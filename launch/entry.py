@@ -23,7 +23,7 @@ STATUSES = {
     0: "done",
     1: "another rank failed or was lost; store verify: a file is damaged; plan: it does not fit",
     2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
-    3: "evaluate --baseline: the AUC dropped by more than --max-drop",
+    3: "evaluate --baseline: the AUC dropped by more than --max-drop; nightly: the gate refused the night's model",
     4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",
     PREEMPTED: "asked to stop (SIGTERM); the state is saved, resume: true continues",
     INTERRUPTED: "interrupted (Ctrl-C); training saves its state first, resume: true continues",

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.lifecycle.nightly import run_night
 
-    with distributed_device() as device:
+    with distributed_device(config.timeout) as device:
         show = rank() == 0
         state = run_night(
             config, args.night, device, args.steps, lambda text: say(text) if show else None

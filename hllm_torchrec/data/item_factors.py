@@ -22,6 +22,7 @@ from hllm_torchrec.common.arrays import AnyFloats, Ints
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.data.versions import newest_version
 
 FACTORS = "factors"
 """Name of the fitted item vectors in `data.item_vectors`."""
@@ -161,6 +162,8 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
         raise ValueError(f"{path}: row {row} is not finite; save a number for every item and feature")
     if name == FACTORS and vectors.ndim == 2:
         vectors = np.pad(vectors, ((0, max(0, dataset.num_items - len(vectors))), (0, 0)))
+    if vectors.ndim == 2 and dataset.version < newest_version(dataset.root):
+        vectors = vectors[: dataset.num_items]  # the file also has the items of later versions
     if vectors.ndim != 2 or vectors.shape[0] != dataset.num_items:
         raise ValueError(
             f"{path}: shape {vectors.shape}: must be [{dataset.num_items}, V], row i for item i, row 0 unknown"

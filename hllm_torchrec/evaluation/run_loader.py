@@ -24,10 +24,11 @@ from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.paths import DATASET, missing_paths, set_value, with_found_paths
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.events import decode_sequences
+from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.evidence import run_evidence
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.data.run_factors import RunFactors
+from hllm_torchrec.distributed import coordination
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
@@ -51,8 +52,8 @@ class RunScores:
     """Result of `evaluate_retrieval`; None if `measures_retrieval` is False."""
     provenance: dict[str, Any]
     """Checkpoint, weights, dataset and machine that the scores come from."""
-    dataset: Path
-    """Directory of the dataset."""
+    dataset: Dataset
+    """Dataset of the scored exposures."""
 
 
 def run_config(run: Path, dataset: Path | None = None) -> Config:
@@ -171,22 +172,22 @@ def score_run(run: Path, split: str, which: str, device: torch.device, dataset: 
             save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
         if measures_retrieval(experiment):
             retrieval = evaluate_retrieval(experiment, loader, show, run / "retrieval" / split)
-    return RunScores(predictions, retrieval, _provenance(loaded), experiment.dataset.root)
+    return RunScores(predictions, retrieval, _provenance(loaded), experiment.dataset)
 
 
-def training_overlap(predictions: Path, dataset: Path) -> Overlap:
+def training_overlap(predictions: Path, dataset: Dataset) -> Overlap:
     """Overlap of predictions with the dataset's training events, by (user, item, second). Collective."""
     columns, folder = ["user_id", "item_id", "timestamp"], Path()  # Parquet files are not rewritten
     test = RowReader(find_files([predictions]), columns, folder)
-    train = RowReader(find_files([dataset / "sequences" / "train"]), ["user_id", "item_ids", "timestamps"], folder)
+    train = dataset.row_groups("train")[coordination.rank() :: coordination.world_size()]
 
     def exposures() -> Iterator[np.ndarray]:
         for table in test.batches(*own_rows(test.rows), READ_ROWS):
             yield hash_columns(*(table[name].to_numpy().astype(np.int64) for name in columns))
 
     def events() -> Iterator[np.ndarray]:
-        for batch in train.batches(*own_rows(train.rows), 4096):
-            rows = decode_sequences([batch])
+        for group in train:
+            rows = dataset.sequences([group], ["user_id", "item_ids", "timestamps"])
             yield hash_columns(np.repeat(rows.user_ids, rows.lengths), rows.item_ids, rows.timestamps)
 
     return count_overlap(exposures(), events(), test.rows, OVERLAP_MEMORY, "user, item, time")

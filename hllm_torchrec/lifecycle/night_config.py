@@ -19,6 +19,7 @@ NIGHT_BOUNDS = {
     "gate.draws": ">= 0",
     "gate.least_auc": ">= 0, < 1",
     "keep": ">= 1",
+    "timeout": "> 0",
 }
 
 
@@ -88,6 +89,8 @@ class NightConfig:
     """Condition of publishing."""
     stores: StoresConfig = field(default_factory=StoresConfig)
     """Stores that are published with the run."""
+    timeout: float = 3600.0
+    """Seconds that ranks wait for one that appends or publishes."""
     keep: int = 7
     """Nights whose runs and stores are kept, besides those that an alias names."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def run_night(
         if state.is_rejected and len(steps) > 1:  # a single step that cannot be done says so itself
             break
         facts = RUN_STEP[step](Night(config, state, device))
-        state = run_on_rank_zero(lambda state=state, step=step, facts=facts: state.with_step(step, facts))
+        run_on_rank_zero(partial(state.with_step, step, facts))
         report(f"{name}: {step}: {describe(facts)}")
     return run_on_rank_zero(lambda: NightState.read(folder, name))
 

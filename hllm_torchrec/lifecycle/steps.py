@@ -253,7 +253,7 @@ def embed(night: Night) -> dict[str, Any]:
             report = embed_items(experiment, path, wanted.dtype)
             facts |= {"items": str(path), "embedded_items": report.encoded}
             if wanted.users and takes_stored_items(experiment.config):
-                use_stored_items(experiment, path)
+                use_stored_items(experiment, str(path))
         if wanted.users:
             path = _store(night, "users", user_facts(loaded))
             users = embed_users(loaded, path, dtype=wanted.dtype)

@@ -2,13 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix, hstack
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.functional import normalize
@@ -21,6 +20,9 @@ from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.run_vocabulary import TABLES
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 NEIGHBORS = 10
 """Number of known items whose mean a new item starts from."""
@@ -104,8 +106,10 @@ def nearest_known(experiment: Experiment, known: int) -> NDArray[np.int64]:
     return np.concatenate(nearest).astype(np.int64) + 1  # column 0 is item 1
 
 
-def feature_bags(dataset: Dataset, names: Collection[str]) -> csr_matrix:
+def feature_bags(dataset: Dataset, names: Collection[str]) -> "csr_matrix":
     """[N, values of all features] sparse: bags of the items' values, rare values weigh more, rows of length 1."""
+    from scipy.sparse import csr_matrix, hstack  # its import is slow, and most runs do without
+
     parts = []
     for name in names:
         values, offsets = dataset.feature_ids("item", name)

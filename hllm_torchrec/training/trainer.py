@@ -98,6 +98,7 @@ class Trainer:
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
+        self.origin: dict[str, Any] | None = None  # checkpoint from which the run starts, and its ids, for the log
         self.guard = StepGuard(self.config, self.rank, self.output)
         self.evaluation_pending = False  # True if the evaluation of the current step has not been done yet
         self.preemption, self.should_stop = PreemptionHandler(), False
@@ -297,6 +298,8 @@ class Trainer:
             total_steps=self.schedule.total_steps,
             parameters=sum(p.numel() for p in self.hllm.parameters()),
             matmul_peak=self.peak_flops,
+            dataset=self.experiment.facts["dataset"],
+            start_from=self.origin,
             item_attention=None if self.hllm.item_llm is None else str(self.hllm.item_llm.attention),
             user_attention=user_attention(self.hllm.user, self.device),
             machine=machine_info(),

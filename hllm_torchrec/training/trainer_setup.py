@@ -24,7 +24,7 @@ from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
 from hllm_torchrec.training.resume import checkpoint_to_resume
 from hllm_torchrec.training.throughput import global_matmul_peak
 from hllm_torchrec.training.trainer import Trainer
-from hllm_torchrec.training.warm_start import continue_optimizers, start_checkpoint, warm_start
+from hllm_torchrec.training.warm_start import continue_optimizers, describe_start, start_checkpoint, warm_start
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
         begin_from = warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
     trainer = Trainer(experiment, checkpoints, resume_from, peak_flops)
+    trainer.origin = None if begin_from is None else describe_start(experiment, begin_from)
     if begin_from is not None and config.start_from_optimizer:
         trainer.set_earlier_steps(continue_optimizers(experiment, trainer.state(), trainer.ema, begin_from))
     return trainer

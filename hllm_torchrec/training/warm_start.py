@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hllm_torchrec.checkpoint.growth import saved_table_rows
 from hllm_torchrec.checkpoint.layout import MARKER
 from hllm_torchrec.checkpoint.load import load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import local_checkpoint
@@ -101,6 +102,14 @@ def _load_weights(experiment: Experiment, checkpoint: Path) -> Path:
         _load(checkpoint, {"ema": weights}, skip)
     fill_new_rows(experiment, checkpoint, skip)
     return checkpoint
+
+
+def describe_start(experiment: Experiment, checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint that a run starts from, and of each table that grows the numbers of known and new ids."""
+    saved = saved_table_rows(SafeReader(checkpoint).read_tensors())
+    present = experiment.batch_spec.tables(experiment.dataset).items()
+    grown = {name: [saved[name] - 1, rows - saved[name]] for name, rows in present if saved.get(name, rows) < rows}
+    return {"checkpoint": str(checkpoint), "known_and_new_ids": grown}
 
 
 def continue_optimizers(

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.embedding.tables import local_shards
+from hllm_torchrec.models.new_rows import read_rows, write_rows
 from hllm_torchrec.training.optim import dense_optimizer, materialize_state, named_optimizer_state
 from tests.helpers.distributed import run_ranks
 from tests.helpers.small_models import ROWS, WIDTH, TwoTables, batch, shard
@@ -186,6 +188,18 @@ def shards_of(training: Training) -> dict[str, Any]:
     return found
 
 
+def check_reading_and_writing(training: Training) -> None:
+    """Rows written by every rank to its shards are read on every rank."""
+    state, rows = training.model.state_dict(), torch.arange(5.0)[:, None].expand(5, WIDTH) + torch.arange(WIDTH) / 10
+    for number, size in enumerate(GROWN):
+        table = state.get(TABLE.format(f"t{number}"))
+        before = read_rows(table, np.arange(size), WIDTH, torch.device("cpu"))
+        if table is not None:
+            write_rows(table, size - 5, rows)
+        after = read_rows(table, np.arange(size)[::-1].copy(), WIDTH, torch.device("cpu")).flip(0)
+        assert torch.equal(after, torch.cat([before[:-5], rows])) and before.any(1).all()
+
+
 def save_each_plan(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Plan -> outputs at the checkpoint, and after two more steps without a break."""
     outputs = {}
@@ -207,6 +221,7 @@ def load_each_plan(directory: Path) -> tuple[int, dict[tuple[str, str], tuple[Te
         load_checkpoint(path, training.state())
         compared += check_rows(before, shards_of(training), path)
         outputs[saved, present] = training.run(0), training.run(2)
+        check_reading_and_writing(training)
     return compared, outputs
 
 

@@ -96,6 +96,7 @@ def options(name: str) -> frozenset[str]:
     if hasattr(module, "build_parser"):
         found = {"--help", *parser_options(module.build_parser())}
     for kind in configurations(name):
+        found.add("--print_config")
         found |= {f"--{field}" for field in dotted_fields(kind)}
     if name in ("fetch", "report"):  # whose parsers are made where they are used
         found |= set(re.findall(r'"(--[a-z-]+)"', Path(module.__file__ or "").read_text(encoding="utf-8")))
@@ -117,8 +118,10 @@ def configurations(name: str) -> list[type]:
     from hllm_torchrec.baselines.settings import BaselinesConfig
     from hllm_torchrec.config.schema import Config
     from hllm_torchrec.downstream.dlrm_config import DownstreamConfig
+    from hllm_torchrec.lifecycle.night_config import NightConfig
 
     kinds = {"train": Config, "plan": Config, "baselines": BaselinesConfig, "downstream": DownstreamConfig}
+    kinds["nightly"] = NightConfig
     return [kinds[name]] if name in kinds else []
 
 

@@ -22,6 +22,7 @@ MOUNTS = ["--mounts", "type=bind,src=/data,dst=/data,readonly,type=bind,src=/run
 JOBS = {
     "train": (["--config", "c.yaml", "--output", "/runs/one"], "--config c.yaml --output /runs/one --resume true"),
     "evaluate": (["--run_dir", "/runs/one"], "--run-dir /runs/one"),
+    "nightly": (["--config", "n.yaml", "--night", "2023-11-22"], "--config n.yaml --night 2023-11-22"),
     "embed": (
         ["--run_dir", "/runs/one", "--items", "/runs/i", "--users", "/runs/u", "--since", "1998-04-01"],
         "--run-dir /runs/one --items /runs/i --users /runs/u --since 1998-04-01 --checkpoint best",

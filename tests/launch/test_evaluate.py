@@ -138,7 +138,7 @@ def test_a_generative_run_has_retrieval_only(run: Path, capsys: pytest.CaptureFi
 def test_exposures_of_the_training_part_are_found(run: Path) -> None:
     assert main(["--run", str(run), "--draws", "0", "--no-tensorboard", "--split", "train"]) == 0
     predictions, dataset = run / "predictions" / "train", fixtures.dataset()
-    found = training_overlap(predictions, dataset.root)
+    found = training_overlap(predictions, dataset)
     assert found.seen == found.exposures > 0 and metrics_of(run, "metrics-train.json")["overlap"] is None
 
 

@@ -120,6 +120,15 @@ LINES = {
         "--run {root}/run",
         "--run {root}/run --since yesterday --items {new}",
     ],
+    "nightly": [
+        "",
+        "--config {missing}",
+        "--config {empty}",
+        "--config {root}/half.yaml",
+        "--config {root}/half.yaml --night a/b",
+        "--config {root}/half.yaml --steps sleep",
+    ],
+    "rollback": ["", "--folder {missing}", "--folder {empty} --to x"],
     "exposures": [
         "--run {missing} --users {new}",
         "--run {root}/half-run --users {new}",

@@ -20,13 +20,17 @@ from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.evaluation.adoption import adopt
 from hllm_torchrec.evaluation.run_loader import load_run, score_run
+from hllm_torchrec.launch.adopt import main as adopt_command
+from hllm_torchrec.launch.evaluate import main as evaluate
 from hllm_torchrec.models.run_vocabulary import VOCABULARY
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
+from tests.helpers.distributed import run_ranks
 from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
-from tests.helpers.training_fixtures import assert_equal_weights, config, interrupted, losses, train, weights
+from tests.helpers.training_fixtures import assert_equal_weights, config, interrupted, lines, losses, train, weights
 
 TABLES = "features.tables.embedding_bags."
 FACTORS = {"data__item_vectors": ["factors"]}
@@ -139,6 +143,10 @@ def test_a_resumed_run_stays_with_its_version(night: Path, caplog: pytest.LogCap
 def test_the_next_night_resumes_exactly_too(night: Path) -> None:
     options = {"start_from": night / "one", "start_from_optimizer": True}
     undisturbed = train(settings(night, "next", **options))
+    (start,) = lines(night / "next", "start")
+    grown = start["start_from"]["known_and_new_ids"]
+    assert grown == {"item_id": [40, NEW_ITEMS], "genres": [4, 1], "country": [3, 1]}
+    assert start["dataset"]["version"] == 2 and Path(start["start_from"]["checkpoint"]).parent.parent == night / "one"
     interrupted(night / "next", night / "next-again", 2)
     resumed = train(settings(night, "next-again", resume=True, **options | {"start_from": night / "gone"}))
     assert resumed.earlier_steps == undisturbed.earlier_steps > 0
@@ -277,3 +285,45 @@ def test_rows_of_new_ids_start_from_the_unknown_one_or_from_neighbors(night: Pat
     low, high = near[1:-NEW_ITEMS].min(0).values, near[1:-NEW_ITEMS].max(0).values
     assert ((near[-NEW_ITEMS:] >= low) & (near[-NEW_ITEMS:] <= high)).all()
     assert not torch.equal(near[-1], near[0]) and not torch.equal(near[-1], rows(noise, "item_id")[-1])
+
+
+def shards_on_rank(settings: Config) -> list[tuple[str, torch.Tensor, int, int]]:
+    """(name, values, first row, first column) of this rank's shards of tables, and of Adagrad's sums."""
+    trainer, found = build(settings), []
+    for key, value in trainer.model.state_dict().items():
+        if TABLES in key:
+            found += [(key, *shard) for shard in local_shards(value)]
+    for key, sums in trainer.table_optim.state().items():
+        found += [(f"{key}.sum", *shard) for value in sums.values() for shard in local_shards(value)]
+    return [(name, values.clone(), row, column) for name, values, row, column in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("new_rows", ["unknown", "neighbors"])
+def test_two_ranks_start_with_the_tables_of_one(night: Path, new_rows: str) -> None:
+    options = {"start_from": night / "one", "start_from_optimizer": True, "features__new_rows": new_rows}
+    whole = {name: values for name, values, _, _ in shards_on_rank(settings(night, "two", **options))}
+    destroy_distributed()
+    both = run_ranks(shards_on_rank, 2, settings(night, "two", **options))
+    assert {name for rank in both for name, *_ in rank} == whole.keys()
+    assert {name for name, *_ in both[0]} != {name for name, *_ in both[1]}
+    for name, values, row, _ in [shard for rank in both for shard in rank]:
+        torch.testing.assert_close(values, whole[name][row : row + len(values)], rtol=0, atol=1e-6)
+
+
+def test_new_events_are_scored_by_the_command(night: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, output = str(night / "one"), night / "measured"
+    options = ["--draws", "0", "--no-tensorboard"]
+    assert evaluate(["--run-dir", run, "--dataset", str(night / "data"), "--output", str(output), *options]) == 0
+    assert json.loads((output / "metrics.json").read_text())["provenance"]["dataset"]["version"] == 2
+    assert evaluate(["--dataset", str(night / "data"), "--predictions", f"a={night / 'one'}", *options]) == 2
+    assert "--dataset" in capfd.readouterr().err
+    assert adopt_command(["--run", run, "--dataset", str(night / "data")]) == 2
+    assert f"error: {run} knows its ids already; nothing to adopt" in capfd.readouterr().err
+
+
+def test_a_run_is_adopted_by_the_command(night: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(night / "one", tmp_path / "old")
+    forget_vocabulary(run)
+    assert adopt_command(["--run", str(run), "--dataset", str(night / "data")]) == 0
+    assert f"{run}: 40 items, 6 actions, 4 feature/genres, 3 feature/country" in capfd.readouterr().out
