@@ -46,7 +46,7 @@ def info(root: Path) -> str:
         size = sum(facts["bytes"] for facts in listed_files(manifest).values())
         what = f"{counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"
         if appends and appends[-1]["version"] == version:
-            what += f"; +{appends[-1]['events']:,} events"
+            what += f"; +{manifest['added']['events']:,} events"
         runs = "".join(f"; pinned by {run}" for run in pins.get(version, ()))
         lines.append(f"version {version}: {what}; {len(appends)} appends, {size / 1e6:,.1f} MB{runs}")
     lines.append(f"of version {dataset.version}:")

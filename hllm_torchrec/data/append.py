@@ -20,9 +20,11 @@ from hllm_torchrec.data.changed_rows import changed_items, changed_users
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_files import write_event_file
 from hllm_torchrec.data.events import EVENT_COLUMNS, Events
-from hllm_torchrec.data.manifest import EVENTS, chain_base, listed_files
+from hllm_torchrec.data.folding import Append, appends_to_fold, fold_appends
+from hllm_torchrec.data.manifest import EVENTS, chain_base, files_of_chain
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.staging import Staged, default_partitions, stage
+from hllm_torchrec.data.validation import TableRows
 from hllm_torchrec.data.versions import (
     APPENDS,
     BASES,
@@ -52,7 +54,8 @@ def append_events(
         partitions: number of partitions on disk; None: derived from the size of the event files.
 
     Returns:
-        The version's entry of `appends` in the manifest; None if the source holds nothing new: no version is written.
+        What the version adds (`added` of its manifest) and its number; None if the source holds nothing new: no version
+        is written.
 
     Raises:
         ValueError: a bad row; a source of another kind than the dataset's; a dataset that cannot grow event by event.
@@ -70,20 +73,20 @@ def append_events(
         version = dataset.version + 1
         with draft_folder(root, APPENDS, version) as folder:
             count = partitions or default_partitions(source)
-            staged = stage(source, policy or source.policy, count, folder.parent / "scratch", dataset)
-            entry, changes = _write(dataset, source, staged, folder)
-            name = f"{APPENDS}/{version_name(version)}"
-            entry = {"version": version, "folder": name, **entry}
-            entry["event_files"] = [f"{name}/{one}" for one in entry["event_files"]]
-            changes["files"] = {**listed_files(dataset.manifest), **file_facts(folder, name)}
-            is_new = any(folder.iterdir())
-        if not is_new:
+            scratch = folder.parent / "scratch"
+            staged = stage(source, policy or source.policy, count, scratch, dataset, with_rows=False)
+            own = folder.parent / "own"
+            own.mkdir()
+            added, changes = _write(dataset, source, staged, own)
+            if any(own.iterdir()):
+                changes |= _fold(dataset, version, added, changes, own, folder)
+        if "appends" not in changes:
             logger.info("%s: the source holds nothing new: no version is written", root)
             return None
         sources = [*dataset_sources(dataset), {"version": version, "fingerprint": fingerprint}]
-        commit_version(root, version, _manifest(dataset, entry, changes, sources))
-    logger.info("%s: version %d: %d events of %d users", root, version, entry["events"], entry["users"])
-    return entry
+        commit_version(root, version, _manifest(dataset, added, changes, sources))
+    logger.info("%s: version %d: %d events of %d users", root, version, added["events"], added["users"])
+    return {"version": version, **added}
 
 
 def source_fingerprint(source: Source) -> str:
@@ -132,7 +135,7 @@ def _with_event_files(dataset: Dataset) -> Dataset:
     with draft_folder(root, BASES, version) as folder:
         found = write_base_events(dataset, folder)
         name = f"{BASES}/{version_name(version)}"
-        files = {**dataset.manifest["files"], **file_facts(folder, name)}
+        files = {**files_of_chain(dataset.manifest), **file_facts(folder, name)}
     split = dataset.manifest["split"]
     base = {
         "folder": "",
@@ -145,15 +148,49 @@ def _with_event_files(dataset: Dataset) -> Dataset:
     return Dataset.open(root)
 
 
+def _fold(
+    dataset: Dataset, version: int, added: dict[str, Any], changes: dict[str, Any], own: Path, folder: Path
+) -> dict[str, Any]:
+    """Move the version's files from `own` to `folder`, folded with earlier appends if it is time to.
+
+    Returns `appends` and `files` of the manifest.
+    """
+    old, name = dataset.manifest.get("appends", []), f"{APPENDS}/{version_name(version)}"
+    number, level = appends_to_fold(old, added["events"])
+    kept, folded = old[: len(old) - number], old[len(old) - number :]
+    event_files, rows = changes.pop("event_files"), changes.pop("rows")
+    if folded:
+        parts = [
+            Append(dataset.root / one["folder"], [file.removeprefix(f"{one['folder']}/") for file in one["event_files"]])
+            for one in folded
+        ]
+        event_files = fold_appends([*parts, Append(own, event_files)], folder, rows)
+    else:
+        folder.rmdir()
+        own.rename(folder)
+    seconds = [second for one in (*folded, added) for second in one["seconds"] or ()]
+    entry = {
+        "version": version,
+        "level": level,
+        "folder": name,
+        "event_files": [f"{name}/{one}" for one in event_files],
+        "events": added["events"] + sum(one["events"] for one in folded),
+        "seconds": [min(seconds), max(seconds)] if seconds else None,
+    }
+    gone = tuple(f"{one['folder']}/" for one in folded)
+    files = {file: facts for file, facts in files_of_chain(dataset.manifest).items() if not file.startswith(gone)}
+    return {"appends": [*kept, entry], "files": {**files, **file_facts(folder, name)}}
+
+
 def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the version's files; returns its entry of the manifest, and new values of the manifest's fields.
+    """Write the version's files; returns what it adds, and new values of the manifest's fields.
 
     Nothing is written if nothing is new.
     """
     user_counts, item_counts = staged.partitions.counts(len(staged.users), len(staged.catalogue))
     staged.users.assign_ids(user_counts)
     item_ids = staged.catalogue.final_ids(item_counts > 0, source.keep_items_without_events)
-    entry = _write_events(dataset, staged, item_ids, folder)
+    added = _write_events(dataset, staged, item_ids, folder)
     items = changed_items(dataset, staged.catalogue, item_ids, staged.item_words)
     users = changed_users(dataset, staged.users, staged.user_files, staged.user_words)
     for name, rows in (("items", items), ("users", users)):
@@ -175,7 +212,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     new_users = users.filter(pa.array(users["user_id"].to_numpy() >= dataset.num_users))
     marks["items"] = mark_ids(new_items["raw_item_id"].to_pylist(), marks["items"])
     marks["users"] = mark_ids(new_users["raw_user_id"].to_pylist(), marks["users"])
-    entry |= {
+    added |= {
         "new_items": len(new_items),
         "changed_items": len(items) - len(new_items),
         "new_users": len(new_users),
@@ -186,10 +223,14 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     }
     names = dataset.manifest["actions"]["names"] | {str(k): v for k, v in source.action_names.items()}
     changes["actions"] = {"number": max(map(int, names), default=0) + 1, "names": names}
-    added = [name for name in changes["actions"]["names"] if int(name) >= dataset.num_actions]
-    marks["actions"] = mark_ids([names[name] for name in sorted(added, key=int)], marks["actions"])
+    new_actions = sorted(int(number) for number in names if int(number) >= dataset.num_actions)
+    marks["actions"] = mark_ids([names[str(number)] for number in new_actions], marks["actions"])
     changes["vocabulary"] = {name: mark.to_json() for name, mark in marks.items()}
-    return entry, changes
+    changes["event_files"] = added.pop("event_files")
+    changes["rows"] = TableRows(
+        dataset.num_items + len(new_items), dataset.num_users + len(new_users), changes["actions"]["number"]
+    )
+    return added, changes
 
 
 def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path) -> dict[str, Any]:
@@ -253,23 +294,23 @@ def _report_known(staged: Staged, table: pa.Table, known: np.ndarray) -> None:
 
 
 def _manifest(
-    dataset: Dataset, entry: dict[str, Any], changes: dict[str, Any], sources: list[dict[str, Any]]
+    dataset: Dataset, added: dict[str, Any], changes: dict[str, Any], sources: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The manifest of the version, see `commit_version`."""
     old = {name: value for name, value in dataset.manifest.items() if name != "event_files"}
     counts = dict(old["counts"])
     for name in ("events", "exposures", "positives"):
-        counts[name] += entry[name]
-    counts["items"] += entry["new_items"]
-    counts["users"] += entry["new_users"]
-    seconds = [*old["seconds"], *(entry["seconds"] or ())]
+        counts[name] += added[name]
+    counts["items"] += added["new_items"]
+    counts["users"] += added["new_users"]
+    seconds = [*old["seconds"], *(added["seconds"] or ())]
     return {
         **old,
         **changes,
         "counts": counts,
         "parts": {},
         "base": chain_base(dataset.manifest),
-        "appends": [*old.get("appends", ()), entry],
+        "added": added,
         "seconds": [min(seconds), max(seconds)],
         "sources": sources,
     }

@@ -52,7 +52,8 @@ def compact(root: Path) -> int | None:
             "seconds": dataset.manifest["seconds"],
             "items_fingerprint": dataset.items_fingerprint,
         }
-        commit_version(root, version, {**dataset.manifest, "base": base, "appends": [], "files": files})
+        old = {key: value for key, value in dataset.manifest.items() if key != "added"}
+        commit_version(root, version, {**old, "base": base, "appends": [], "files": files})
     logger.info("%s: version %d holds everything in one base", root, version)
     return version
 

@@ -10,6 +10,7 @@ Legend: R rows (users), T events of all rows.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class EventFile:
     def __len__(self) -> int:
         return self.user_ids.size
 
-    @property
+    @cached_property
     def lengths(self) -> Ints:
         """[R] number of events of each row, at least 1."""
         return np.diff(self.offsets)
@@ -95,16 +96,15 @@ class EventFile:
         Raises:
             ValueError: a value is not allowed; names file, row, column and value.
         """
-        lengths = self.lengths[rows]
-        contiguous = rows.size > 0 and rows[-1] - rows[0] == rows.size - 1 and (np.diff(rows) == 1).all()
-        inside: slice | Ints = (
-            slice(int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1]))
-            if contiguous
-            else concat_ranges(self.offsets[rows], lengths)
-        )
-        events = self.events[inside]
-        check_events(self.path, events, lengths, table_rows)
+        events = self.rows(rows)
+        check_events(self.path, events, self.lengths[rows], table_rows)
         return events.as_arrays()
+
+    def rows(self, rows: Ints) -> Events:
+        """The events of `rows` [k] as they are stored, unchecked; views of the file if the rows follow each other."""
+        if rows.size and rows[-1] - rows[0] == rows.size - 1 and (rows[1:] > rows[:-1]).all():
+            return self.events[int(self.offsets[rows[0]]) : int(self.offsets[rows[-1] + 1])]
+        return self.events[concat_ranges(self.offsets[rows], self.lengths[rows])]
 
 
 def check_events(place: object, events: Events, lengths: Ints, rows: TableRows) -> None:
@@ -112,7 +112,9 @@ def check_events(place: object, events: Events, lengths: Ints, rows: TableRows) 
     ends = np.cumsum(lengths)
     for column in EVENT_COLUMNS:
         values = getattr(events, column.name)
-        check_values(str(place), column.name, np.nan_to_num(values) if column.name == "labels" else values, ends, rows)
+        if column.name == "labels":  # NaN: no label
+            values = np.where(np.isnan(values), np.float32(0), values)
+        check_values(str(place), column.name, values, ends, rows)
 
 
 def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, starts: Ints | None = None) -> None:
@@ -138,13 +140,23 @@ def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, 
         writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
 
 
+def stable_order(owner: Ints, timestamps: Ints) -> Ints:
+    """Order of events by (owner, second), both below 2^32; ties keep their order.
+
+    The input is a few sorted runs, one a file, which a stable sort of one key merges in nearly linear time.
+    """
+    return np.argsort((owner << 32) | timestamps, kind="stable")
+
+
 def consolidate(files: Iterable[EventFile], rows: TableRows) -> EventFile:
     """The events of several files as one in memory: by user, in the order of (second, file, row)."""
     kept = list(files)
     read = [file.read(np.arange(len(file)), rows) for file in kept]
     events = Events.concat([Events.at([]), *read])
     user = np.concatenate([np.zeros(0, np.int64), *(np.repeat(file.user_ids, file.lengths) for file in kept)])
-    order = np.lexsort((events.timestamps, user))  # stable: ties keep the order of the files, and the rows in them
-    users, counts = np.unique(user, return_counts=True)
+    order = stable_order(user, events.timestamps)
+    user = user[order]
+    first = np.flatnonzero(np.diff(user, prepend=-1))
+    users, counts = user[first], np.diff(first, append=user.size)
     path = kept[0].path if kept else Path()
     return EventFile(path, users, np.zeros((users.size, 2), np.int64), offsets_from_lengths(counts), events[order])

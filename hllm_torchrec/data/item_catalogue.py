@@ -3,7 +3,6 @@
 Ids are dense from 1 in order of first appearance, 0 is unknown. A dataset that is extended keeps its existing ids.
 """
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.data.bad_rows import BadRowLog
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.id_map import IdMap, grown
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.sources.base import Chunk, Source
 from hllm_torchrec.data.split import Split
@@ -58,7 +58,7 @@ def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vo
 
 
 class ItemCatalogue:
-    """Collects the items of a source; only their raw ids are in memory, the rest is in a file, the spool.
+    """Collects the items of a source; only their raw ids are in memory (`id_map.IdMap`), the rest is in a spool file.
 
     Each item has a *number* from 0 in order of first appearance. Existing items come first, so that their number is
     their id - 1. `write` maps numbers to final ids and drops the items without one.
@@ -75,14 +75,13 @@ class ItemCatalogue:
         self._schema = pa.schema(fields)
         self._spool = spool
         self._writer = pa.ipc.new_stream(str(spool), self._schema)
-        self._numbers: dict[str, int] = {}
-        # By item number; compact arrays, because catalogues have millions of items.
-        self._digests = array("q")
-        self._seen = bytearray()
-        self._current_row = array("q")
+        self._numbers = IdMap()
+        # By item number, with room for more: hash of the text, whether this source has the item, and row of its latest
+        # text in the spool.
+        self._digests, self._seen, self._current_row = np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0, np.int64)
         self._rows = 0
         self._refused: set[str] = set()
-        self._id_set: pa.Array | None = None
+        self._old: Dataset | None = None
         self.existing = 0
         self.updated = 0
         self.has_created_at = False
@@ -90,26 +89,38 @@ class ItemCatalogue:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def load(self, old: Dataset) -> None:
-        """Add the items of an existing dataset, with features decoded from ids to values."""
-        assert not self._numbers, "existing items come first"
-        items, columns = old.items, {"raw_item_id": old.items["raw_item_id"]}
-        for name in self._columns:
-            column = items[name] if name in items.column_names else None
-            if column is not None and name.startswith("feature_"):
-                column = decode_feature(column.combine_chunks(), old.feature_values(name.removeprefix("feature_")))
-            columns[name] = pa.nulls(len(items), self._schema.field(name).type) if column is None else column
-        if "created_at" in items.column_names:
-            self.has_created_at = True
-            columns["created_at"] = items["created_at"]
-        table = self._completed(pa.table(columns))
-        self._append(table, range(len(items)))
-        self._numbers = {raw: i for i, raw in enumerate(table["raw_item_id"].to_pylist())}
-        # Digests are compared within this process only, so Python's salted hash is enough.
-        self._digests = array("q", (hash(text) for text in self._texts(table)))
-        self._seen = bytearray(len(items))
-        self._current_row = array("q", range(len(items)))
-        self.existing = len(items)
+    def load(self, old: Dataset, *, with_rows: bool) -> None:
+        """Add the items of an existing dataset; with_rows: its rows too, with features decoded from ids to values."""
+        assert not len(self._numbers), "existing items come first"
+        self._old, self.existing = old, len(old.items)
+        for chunk in old.items["raw_item_id"].chunks:
+            self._numbers.add(chunk)
+        assert len(self._numbers) == self.existing, "raw ids of a dataset are distinct"
+        self._grow()
+        if with_rows:
+            self.has_created_at = "created_at" in old.items.column_names
+            every = np.arange(self.existing)
+            self._append(self._known_rows(every, [*self._columns, "created_at"]), every)
+
+    def _known_rows(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Rows of existing items in the columns of the spool, of which those that are not named are null."""
+        assert self._old is not None, "existing items are those of a dataset"
+        items = self._old.items.take(pa.array(numbers))
+        found = {"raw_item_id": items["raw_item_id"]}
+        for name in columns:
+            if name in items.column_names:
+                found[name] = items[name]
+                if name.startswith("feature_"):
+                    values = self._old.feature_values(name.removeprefix("feature_"))
+                    found[name] = decode_feature(items[name].combine_chunks(), values)
+        return self._completed(pa.table(found))
+
+    def _grow(self) -> None:
+        """Make room in the arrays by item number for all items."""
+        size = len(self._numbers)
+        self._digests, self._seen, self._current_row = (
+            grown(array, size) for array in (self._digests, self._seen, self._current_row)
+        )
 
     def add(self, chunk: Chunk) -> None:
         """Add the items of one chunk. Raises ValueError for a bad row whose policy is "error"."""
@@ -119,27 +130,22 @@ class ItemCatalogue:
         table = self._completed(table)
         texts = self._texts(table)
         empty = np.array([not any(text) for text in texts], bool)
-        raw_ids = table["raw_item_id"].to_pylist()
+        raw_ids = table["raw_item_id"]
         drop_empty = self._log.handle(
             "item_without_text",
             empty,
             chunk.path,
             rows,
-            lambda i: f"item {raw_ids[i]!r} has no text in {self._text}",
+            lambda i: f"item {raw_ids[i].as_py()!r} has no text in {self._text}",
         )
-        take, numbers = [], []
-        for i, raw in enumerate(raw_ids):
-            if drop_empty and empty[i]:
-                if raw not in self._numbers:
-                    self._refused.add(raw)
-                continue
-            # A later row of the same item may have text: the item is then no longer refused.
-            self._refused.discard(raw)
-            number = self._place(raw, hash(texts[i]), chunk.path, int(rows[i]))
-            if number is not None:
-                take.append(i)
-                numbers.append(number)
-        self._append(table.take(pa.array(take, pa.int64())), numbers)
+        accepted = np.flatnonzero(~empty) if drop_empty else np.arange(len(table))
+        table, digests = table.take(pa.array(accepted)), _digests([texts[i] for i in accepted])
+        numbers, take = self._place(table["raw_item_id"], digests, chunk.path, rows[accepted])
+        self._append(table.take(pa.array(take)), numbers[take])
+        if drop_empty and (empty.any() or self._refused):
+            # A row of the same item with text, earlier or later, counts.
+            refused = pa.array([*self._refused, *raw_ids.filter(pa.array(empty)).to_pylist()], pa.string())
+            self._refused = set(refused.filter(pa.array(self._numbers.find(refused) < 0)).to_pylist())
 
     def _without_bad_ids(self, chunk: Chunk) -> pa.Table:
         blank = blank_mask(chunk.table["raw_item_id"])
@@ -148,29 +154,38 @@ class ItemCatalogue:
             return chunk.table.filter(pa.array(~blank))
         return chunk.table
 
-    def _place(self, raw: str, digest: int, path: Path, row: int) -> int | None:
-        """The number of an item if its row must be stored; None for a repetition.
+    def _place(
+        self, raw_ids: pa.ChunkedArray, digests: np.ndarray, path: Path, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of items [n], new ones for new items, and the indices of the rows that must be stored.
 
-        Assigns a number to a new item. An existing item's first row in this source replaces its stored row.
+        These are the first rows of this source of each item, which replace those of existing items; others repeat them.
         """
-        number = self._numbers.get(raw)
-        if number is None:
-            number = self._numbers[raw] = len(self._numbers)
-            self._digests.append(digest)
-            self._seen.append(1)
-            self._current_row.append(0)
-            return number
-        if not self._seen[number]:
-            self._seen[number] = 1
-            self.updated += self._digests[number] != digest
-            self._digests[number] = digest
-            return number
-        if self._digests[number] != digest:
-            problem = f"item {raw!r} came before with another text"
-            self._log.handle("duplicate_item", np.ones(1, bool), path, [row], lambda _: problem)
-        else:
-            self._log.dropped["repeated_item_row"] += 1
-        return None
+        known = len(self._numbers)
+        numbers = self._numbers.add(raw_ids)
+        self._grow()
+        first = np.zeros(len(numbers), bool)
+        first[np.unique(numbers, return_index=True)[1]] = True
+        take = np.flatnonzero(first & ~self._seen[numbers])
+        old = take[numbers[take] < min(known, self.existing)]
+        if old.size:
+            texts = self._texts(self._known_rows(numbers[old], self._text))
+            self.updated += int(np.count_nonzero(_digests(texts) != digests[old]))
+        self._digests[numbers[take]] = digests[take]
+        self._seen[numbers] = True
+        repeated = np.ones(len(numbers), bool)
+        repeated[take] = False
+        differs = repeated & (self._digests[numbers] != digests)
+        self._log.handle(
+            "duplicate_item",
+            differs,
+            path,
+            rows,
+            lambda i: f"item {raw_ids[i].as_py()!r} came before with another text",
+        )
+        if (repeated & ~differs).any():
+            self._log.dropped["repeated_item_row"] += int(np.count_nonzero(repeated & ~differs))
+        return numbers, take
 
     def _completed(self, table: pa.Table) -> pa.Table:
         """`table` with all columns of the spool except `number`, in order; missing texts are "" instead of null."""
@@ -187,25 +202,18 @@ class ItemCatalogue:
     def _texts(self, table: pa.Table) -> list[tuple[str, ...]]:
         return list(zip(*(table[name].to_pylist() for name in self._text), strict=True))
 
-    def _append(self, table: pa.Table, numbers: Iterable[int]) -> None:
+    def _append(self, table: pa.Table, numbers: np.ndarray) -> None:
         """Write the rows to the spool and record the latest row of each number."""
-        column = np.fromiter(numbers, np.int64)
-        if len(column) == 0:
+        if len(numbers) == 0:
             return
         # The spool is append-only: an updated item has two rows, and `_final_batches` takes the latest.
-        for offset, number in enumerate(column):
-            if number < len(self._current_row):
-                self._current_row[number] = self._rows + offset
-        self._rows += len(column)
-        self._writer.write_table(table.add_column(0, "number", pa.array(column)))
-        self._id_set = None  # built again by the next `look_up`
+        self._current_row[numbers] = self._rows + np.arange(len(numbers))
+        self._rows += len(numbers)
+        self._writer.write_table(table.add_column(0, "number", pa.array(numbers, pa.int64())))
 
     def look_up(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
         """The numbers (int64 [n]) of raw ids; -1 for ids that are not in the catalogue."""
-        if self._id_set is None:
-            self._id_set = pa.array(self._numbers, pa.string())
-        found = pc.index_in(raw_ids, value_set=self._id_set)
-        return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+        return self._numbers.find(raw_ids)
 
     def was_refused(self, raw_ids: pa.ChunkedArray) -> np.ndarray:
         """Mask (bool [n]) of the ids of items that the policy dropped."""
@@ -216,13 +224,17 @@ class ItemCatalogue:
 
     def add_without_text(self, raw_ids: Iterable[str]) -> None:
         """Add items that occur in events only, with empty texts."""
-        new = [raw for raw in dict.fromkeys(raw_ids) if raw not in self._numbers]
-        numbers = [self._place(raw, hash(("",) * len(self._text)), self._spool, 0) for raw in new]
-        table = self._completed(pa.table({"raw_item_id": pa.array(new, pa.string())}))
+        new = pa.array(dict.fromkeys(raw_ids), pa.string())
+        new = new.filter(pa.array(self._numbers.find(new) < 0))
+        numbers = self._numbers.add(new)
+        self._grow()
+        self._seen[numbers] = True
+        self._digests[numbers] = _digests([("",) * len(self._text)])
+        table = self._completed(pa.table({"raw_item_id": new}))
         for name in self._text:
             blank = pa.array([""] * len(new), pa.string())
             table = table.set_column(table.column_names.index(name), name, blank)
-        self._append(table, [n for n in numbers if n is not None])
+        self._append(table, numbers)
 
     def final_ids(self, has_event: np.ndarray, keep_all: bool) -> np.ndarray:
         """The final id (int64; 0: dropped) of each number; `has_event` is bool [len(self)]."""
@@ -234,7 +246,7 @@ class ItemCatalogue:
         """Mask (bool [largest final id + 1]) of the final ids whose items are held out of train; False for id 0."""
         found = np.zeros(int(final_ids.max()) + 1, bool)
         if split.hold_out_items:
-            found[final_ids] = split.held_out(self._numbers)
+            found[final_ids] = split.held_out(self._numbers.ids().to_pylist())
             found[0] = False
         return found
 
@@ -262,25 +274,28 @@ class ItemCatalogue:
         whole = pa.concat_tables(tables) if tables else self._schema.empty_table().rename_columns(
             ["item_id", *self._schema.names[1:]]
         )
-        seen = np.frombuffer(self._seen, np.uint8).astype(bool)
         of_source = np.zeros(int(final_ids.max(initial=0)) + 1, bool)
-        of_source[final_ids[seen]] = True
+        of_source[final_ids[self._seen[: len(self)]]] = True
         of_source[0] = False
         return whole.filter(pa.array(of_source[whole["item_id"].to_numpy()]))
 
     def _final_batches(self, final_ids: np.ndarray) -> Iterator[pa.Table]:
         """The rows of the spool, batch by batch, that are the latest of their item and have a final id."""
-        current = np.frombuffer(self._current_row, np.int64)
         row = 0
         with pa.OSFile(str(self._spool)) as file, pa.ipc.open_stream(file) as reader:
             for batch in reader:
                 number = batch.column("number").to_numpy()
-                latest = current[number] == np.arange(row, row + len(number))
+                latest = self._current_row[number] == np.arange(row, row + len(number))
                 row += len(number)
                 ids = final_ids[number]
                 keep = pa.array(latest & (ids > 0))
                 table = pa.Table.from_batches([batch]).set_column(0, "item_id", pa.array(ids)).filter(keep)
                 yield table if self.has_created_at else table.drop_columns("created_at")
+
+
+def _digests(texts: list[tuple[str, ...]]) -> np.ndarray:
+    """Hash of each item's texts, int64 [n]; of this process, since Python's hash of a text differs between processes."""
+    return np.fromiter((hash(text) for text in texts), np.int64, len(texts))
 
 
 def encode_features(table: pa.Table, vocabularies: dict[str, Vocabulary]) -> pa.Table:

@@ -51,6 +51,15 @@ def listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {**manifest["files"], **manifest.get("event_files", {})}
 
 
+def files_of_chain(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of `listed_files` that a version with appends reads: not the sequences in Parquet."""
+    return {
+        name: facts
+        for name, facts in listed_files(manifest).items()
+        if not name.startswith("sequences/") and name != ITEM_COUNTS
+    }
+
+
 def version_of(manifest: Mapping[str, Any]) -> int:
     """Number of the version that a manifest describes."""
     return int(manifest.get("version", 1))

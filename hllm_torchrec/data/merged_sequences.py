@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.data.event_files import EventFile, consolidate
+from hllm_torchrec.data.event_files import EventFile, consolidate, stable_order
 from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.split import SPLITS, per_user_starts
@@ -126,16 +126,15 @@ class MergedSequences:
             at = np.searchsorted(late.user_ids, users)
             own = np.flatnonzero(late.user_ids[np.minimum(at, len(late) - 1)] == users)
             if own.size:
-                starts, lengths = late.offsets[at[own]], late.lengths[at[own]]
-                parts.append(late.events[concat_ranges(starts, lengths)])
-                owners.append(np.repeat(own, lengths))
+                parts.append(late.rows(at[own]))
+                owners.append(np.repeat(own, late.lengths[at[own]]))
         if not parts:
             return Events.at([])
         if len(parts) == 1:  # a file has its rows in the order of the users, which ascend as well
             return parts[0]
         events, owner = Events.concat(parts), np.concatenate(owners)
         # Stable: at the same second the base's events stand before those of later versions.
-        return events[np.lexsort((events.timestamps, owner))]
+        return events[stable_order(owner, events.timestamps)]
 
     # ------------------------------------------------------------------ parts
 

@@ -37,8 +37,12 @@ class Staged:
     locate: RowLocator
 
 
-def stage(source: Source, policy: BadRows, partitions: int, scratch: Path, old: Dataset | None) -> Staged:
+def stage(
+    source: Source, policy: BadRows, partitions: int, scratch: Path, old: Dataset | None, *, with_rows: bool = True
+) -> Staged:
     """Read a source into the folder `scratch`; items, users and feature values of `old`, if any, keep their ids.
+
+    with_rows: the catalogue holds the rows of the items of `old`, too.
 
     Raises:
         ValueError: a bad row (see `bad_rows.BadRows`), or a feature of both items and users.
@@ -50,7 +54,7 @@ def stage(source: Source, policy: BadRows, partitions: int, scratch: Path, old: 
     item_words, user_words = load_vocabularies(old, source.item_features), load_vocabularies(old, source.user_features)
     catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
     if old is not None:
-        catalogue.load(old)
+        catalogue.load(old, with_rows=with_rows)
     # Items first: an event of an item that is not in the catalogue is a bad row.
     read_items(source, catalogue)
     event_files = read_events(

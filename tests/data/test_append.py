@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from hllm_torchrec.data import folding
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
@@ -61,12 +62,14 @@ def time_oracle(base, later):
     return found
 
 
+@pytest.mark.parametrize("factor", [8, 2])
 @pytest.mark.parametrize("rule", ["time", "leave_one_out", "leave_last"])
-def test_appended_days_are_what_preparing_everything_gives(tmp_path, rule):
+def test_appended_days_are_what_preparing_everything_gives(tmp_path, rule, factor, monkeypatch):
+    monkeypatch.setattr(folding, "FACTOR", factor)
     events = [*random_events(), ("short", "i1", 5, 3), ("new", "i2", 5, 3), *random_events(200, users=40, seed=1)]
     # Known events would be left out: every (user, second, item) once.
     events = list({(e[0], e[1], e[3]): e for e in events}.values())
-    base, later = days(events, 300, 4)
+    base, later = days(events, 300, 4)  # with a factor of 2: folded to levels 1, 0, 2, so that all are one
     root = prepare(memory_source(tmp_path / "0", base, ITEMS), tmp_path / "out", split=rule, partitions=3)
     for n, day in enumerate(later):
         entry = append(root, tmp_path / str(n + 1), day, [f"extra{n}"])
@@ -76,6 +79,7 @@ def test_appended_days_are_what_preparing_everything_gives(tmp_path, rule):
     expected = time_oracle(base, [e for day in later for e in day]) if rule == "time" else oracle(every, rule)
     for part in PARTS:
         assert sequences(dataset, part) == expected[part], part
+    assert [one["version"] for one in dataset.manifest["appends"]] == ([2, 3, 4, 5] if factor == 8 else [5])
     assert dataset.version == 5 and dataset.num_items == len(ITEMS) + 5
     counts = np.zeros(dataset.num_items, np.int64)
     raw = dataset.items["raw_item_id"].to_pylist()
@@ -322,3 +326,22 @@ def test_a_damaged_event_file_is_named(tmp_path):
         spoiled = good[cut] + bytes(len(good) - len(good[cut]))
         with pytest.raises(ValueError, match=r"part-00000\.arrow cannot be read"):
             opened(spoiled)
+
+
+def test_appends_are_folded_by_level_and_earlier_versions_keep_theirs(tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "FACTOR", 3)
+    root, seen, levels = shop(tmp_path), {}, []
+    for n in range(10):
+        append(root, tmp_path / str(n), [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)], [f"x{n}", ("i2", f"t{n}")])
+        seen[n + 2] = everything(Dataset.open(root))
+        levels.append([one["level"] for one in Dataset.open(root).manifest["appends"]])
+    assert levels[:4] == [[0], [0, 0], [1], [1, 0]] and levels[8] == [2] and levels[9] == [2, 0]
+    assert Dataset.open(root).items["title"].to_pylist()[2:5].count("t9") <= 1
+    for version, expected in seen.items():
+        assert everything(Dataset.open(root, version)) == expected
+    marks = dataset_marks(Dataset.open(root))
+    assert marks == compute_marks(Dataset.open(root))
+    monkeypatch.setattr(folding, "MOST_EVENTS", 5)
+    for n in range(10, 13):
+        append(root, tmp_path / str(n), [(f"new{n}", "i1", 5, 60 + n), ("u1", "i1", 5, 13 + n)])
+    assert [one["level"] for one in Dataset.open(root).manifest["appends"]] == [2, 0, 0, 0, 0]

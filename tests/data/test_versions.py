@@ -59,11 +59,12 @@ def test_pruning_keeps_the_newest_and_what_runs_pin_and_touches_nothing_else(tmp
     shutil.rmtree(tmp_path / "gone")
     seen = {version: everything(Dataset.open(root, version)) for version in (2, 5)}
     assert main(["info", str(root)]) == 0
-    assert f"version 2: 102 events, 25 users, 16 items; +2 events; 1 appends, 0.0 MB; pinned by {tmp_path / 'kept'}" in (
-        capsys.readouterr().out
-    )
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("version 2:")]
+    assert line.startswith("version 2: 102 events, 25 users, 16 items; +2 events; 1 appends, ")
+    assert line.endswith(f" MB; pinned by {tmp_path / 'kept'}")
     assert main(["prune", str(root)]) == 0
-    assert f"removed 3 versions, 0.0 MB; pinned: 2 ({tmp_path / 'kept'})" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("removed 3 versions, ") and printed.endswith(f"; pinned: 2 ({tmp_path / 'kept'})\n")
     assert list(kept_versions(root)) == [2, 5]
     assert {version: everything(Dataset.open(root, version)) for version in (2, 5)} == seen
     assert (root / "vectors" / "mine.npy").is_file() and (root / "appends" / "notes.txt").is_file()

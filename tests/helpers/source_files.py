@@ -166,7 +166,8 @@ def sequences(dataset: Dataset, part: str) -> dict[str, tuple[int, list[tuple]]]
     found = {}
     for group in dataset.row_groups(part):
         for row in dataset.sequences([group]).pieces():
-            columns = (row.timestamps.tolist(), row.labels.tolist(), row.actions.tolist())
+            labels = [None if np.isnan(label) else label for label in row.labels.tolist()]
+            columns = (row.timestamps.tolist(), labels, row.actions.tolist())
             history = [(items[i], *rest) for i, *rest in zip(row.item_ids.tolist(), *columns, strict=True)]
             assert users[row.user_id] not in found, "one row a user and part"
             found[users[row.user_id]] = (row.first_target, history)

@@ -1,0 +1,178 @@
+"""Appending a day beside preparing that day alone, and reading a year of appends beside one compacted base.
+
+    python scripts/bench/bench_appends.py [--quick] [--out FILE]
+
+A shop with invented events (1.5 million of 60,000 users on 20,000 items) gets days of new events, items and users.
+`append_after_<events>` is the time of `prepare --append` of a day / the time of preparing a dataset of that day alone,
+with so many events before it. `read_train` and `read_test` are the times of opening the dataset and reading a part
+after the year of appends / after `dataset compact`; the cuts have moved along, as they do in nightly training.
+Seconds are CPU seconds of the process, because the machine may be shared; wall seconds are beside them.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmarking import alternate, arguments, medians, report, say
+
+from hllm_torchrec.data.append import append_events
+from hllm_torchrec.data.compaction import compact
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.manifest import MANIFEST, manifest_path
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.sources.base import Source
+
+START = 1_700_000_000
+DAY = 86_400
+
+
+class Shop:
+    """Writes the tables of an invented shop.
+
+    users, items: number of each before the first day; 10 items and 50 users come every day.
+    """
+
+    def __init__(self, folder: Path, users: int, items: int) -> None:
+        self.folder, self.users, self.items = folder, users, items
+        self._rng = np.random.default_rng(0)
+
+    def write(self, name: str, events: int, day: int, whole: bool) -> Source:
+        """The source of a day's events; whole: its item and user tables hold all that its events have, not the new."""
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        first_item, first_user = (0, 0) if whole else (self.items, self.users)
+        if not whole:
+            self.items, self.users = self.items + 10, self.users + 50
+        users, items = self._rng.integers(self.users, size=events), self._rng.integers(self.items, size=events)
+        seconds = np.sort(START + day * DAY + self._rng.integers(DAY if not whole else DAY * max(day, 1), size=events))
+        rows = zip(users.tolist(), items.tolist(), seconds.tolist(), (items % 2).tolist(), strict=True)
+        self._table(folder / "events.csv", "user,item,time,label", (f"u{u},i{i},{t},{y}" for u, i, t, y in rows))
+        titles = (f"i{i},The title of item number {i},g{i % 20}" for i in range(first_item, self.items))
+        self._table(folder / "items.csv", "item,title,genre", titles)
+        self._table(folder / "users.csv", "user,country", (f"u{u},c{u % 30}" for u in range(first_user, self.users)))
+        return source_of(folder)
+
+    @staticmethod
+    def _table(path: Path, header: str, rows: Any) -> None:
+        path.write_text("\n".join([header, *rows]) + "\n")
+
+
+def source_of(folder: Path) -> Source:
+    """The source of the tables in a folder."""
+    mapping = {
+        "name": "shop",
+        "events": {"path": "events.csv", "user": "user", "item": "item", "time": "time", "label": "label"},
+        "items": {"path": "items.csv", "item": "item", "text": ["title"], "features": {"genre": None}},
+        "users": {"path": "users.csv", "user": "user", "features": {"country": None}},
+    }
+    (folder / "shop.yaml").write_text(json.dumps(mapping))
+    return table(folder / "shop.yaml")
+
+
+def alone(folder: Path) -> Source:
+    """The source of a day's events with the items that occur in them, so that it can be prepared by itself."""
+    other = folder.with_name(f"{folder.name}-alone")
+    other.mkdir()
+    shutil.copy(folder / "events.csv", other)
+    rows = [line.split(",") for line in (folder / "events.csv").read_text().splitlines()[1:]]
+    items, users = sorted({row[1] for row in rows}), sorted({row[0] for row in rows})
+    Shop._table(other / "items.csv", "item,title,genre", (f"{i},The title of item number {i},g{i[-1]}" for i in items))
+    Shop._table(other / "users.csv", "user,country", (f"{u},c{u[-1]}" for u in users))
+    return source_of(other)
+
+
+def cpu_seconds(run: Callable[[], object]) -> Callable[[], float]:
+    """A side for `alternate` that returns the CPU seconds of `run`."""
+
+    def timed() -> float:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    return timed
+
+
+def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of appending a day of `size` events after `before` events, and of preparing it alone."""
+    shop = Shop(folder / f"tables-{before}-{size}", min(60_000, before // 10), min(20_000, before // 20))
+    root = prepare(shop.write("base", before, 30, whole=True), folder / f"data-{before}-{size}")
+    days = [shop.write(f"day{n}", size, 60 + n, whole=False) for n in range(repeats + 1)]
+    single = [alone(source.event_files[0].parent) for source in days]
+    at = {"append": 0, "alone": 0}
+
+    def one(side: str) -> None:
+        number, at[side] = at[side], at[side] + 1
+        if side == "append":
+            append_events(days[number], root)
+        else:
+            prepare(single[number], folder / f"alone-{before}-{size}-{number}")
+
+    return medians(alternate({side: cpu_seconds(lambda side=side: one(side)) for side in at}, repeats))
+
+
+def year(folder: Path, before: int, days: int, size: int) -> Path:
+    """A dataset with `days` appends of `size` events, whose cuts are at the beginning of the last two days."""
+    shop = Shop(folder / "tables-year", min(60_000, before // 10), min(20_000, before // 20))
+    root = prepare(shop.write("base", before, 30, whole=True), folder / "data-year")
+    for n in range(days):
+        append_events(shop.write(f"day{n}", size, 60 + n, whole=False), root)
+    move_cuts(root, [START + (60 + days - 2) * DAY, START + (60 + days - 1) * DAY])
+    return root
+
+
+def move_cuts(root: Path, seconds: list[int]) -> None:
+    """Set the cuts of the newest version."""
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["split"] |= {"cut_timestamps": seconds, "cut_orders": [0, 0]}
+    for path in (root / MANIFEST, manifest_path(root, manifest["version"])):
+        path.write_text(json.dumps(manifest))
+
+
+def read(root: Path, part: str, version: int) -> int:
+    """Open a version and read a part; returns its number of events."""
+    dataset, events = Dataset.open(root, version), 0
+    for group in dataset.row_groups(part):
+        events += len(dataset.sequences([group]))
+    return events
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print and write the result."""
+    options = arguments(__doc__).parse_args(argv)
+    repeats = 1 if options.tiny else 3 if options.quick else 7
+    sizes = [(2_000, 400)] if options.tiny else [(100_000, 4_000), (1_500_000, 4_000), (1_500_000, 100_000)]
+    before, days, size = (2_000, 5, 100) if options.tiny else (1_500_000, 60 if options.quick else 365, 4_000)
+    ratios, seconds = {}, {}
+    with tempfile.TemporaryDirectory(prefix="bench-appends-") as scratch:
+        for events, day in sizes:
+            say(f"a day of {day:,} events after {events:,}")
+            found = append_cost(Path(scratch), events, day, repeats)
+            seconds[f"day_of_{day}_after_{events}"] = found
+            ratios[f"append_{day}_after_{events}"] = found["append"] / found["alone"]
+        say(f"{days} appends")
+        root = year(Path(scratch), before, days, size)
+        appended = Dataset.open(root).version
+        folded = compact(root)
+        assert folded is not None
+        for part in ("train", "test"):
+            assert read(root, part, appended) == read(root, part, folded)
+            sides = {"appends": appended, "folded": folded}
+            found = medians(
+                alternate({k: cpu_seconds(lambda v=v: read(root, part, v)) for k, v in sides.items()}, repeats)
+            )
+            seconds[f"read_{part}"] = found
+            ratios[f"read_{part}"] = found["appends"] / found["folded"]
+    shapes = {"before": before, "days": days, "events_a_day": size}
+    nothing = {"matmul_peak": 0.0, "matmul_share": {}}
+    return report("appends", options, {"ratios": ratios, "shapes": shapes, "cpu_seconds": seconds, **nothing})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
