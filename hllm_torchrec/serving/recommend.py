@@ -120,7 +120,7 @@ def _probabilities(run: Path, which: str, device: torch.device, history: UserHis
     """Probabilities [N] of all items from the ranking head, and the dataset with the items that came after it."""
     with Scorer.of_run(run, which, device) as scorer:
         dataset = scorer.experiment.dataset
-        logits = scorer.score(history, np.arange(dataset.num_items), time)
+        logits = scorer.score(history, np.arange(scorer.num_items), time)
     return 1 / (1 + np.exp(-logits.astype(np.float64))), dataset
 
 
