@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.config.checking import dataclass_problems
@@ -89,6 +90,7 @@ def config_problems(config: "Config") -> list[str]:
         *_length_problems(config),
         *_moment_problems(config),
         *_optimizer_problems(config),
+        *_open_table_problems(config),
         *_store_problems(config),
         *_evidence_problems(config),
         *_backbone_problems(config),
@@ -125,6 +127,23 @@ def _moment_problems(config: "Config") -> Iterator[str]:
         second_of(config.data.train_since or 0)
     except ValueError as error:
         yield f"data.train_since: {error}"
+
+
+OPEN_TABLE_BOUNDS = {"rows": ">= 1", "evict_after": ">= 1"}
+
+
+def _open_table_problems(config: "Config") -> Iterator[str]:
+    from hllm_torchrec.config.schema import OpenTableConfig
+
+    features, data = config.features, config.data
+    own = {"item_id": features.item_id, "action": features.action}
+    known = [*(name for name, used in own.items() if used), *data.item_features, *data.user_features]
+    for name, content in features.tables.items():
+        place = f"features.tables.{name}"
+        if name not in known:
+            yield f"{place}: no feature of this model{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
+        problems = list(dataclass_problems(content, OpenTableConfig, place))
+        yield from problems or out_of_bounds(OpenTableConfig(**content), OPEN_TABLE_BOUNDS, f"{place}.")
 
 
 def _optimizer_problems(config: "Config") -> Iterator[str]:

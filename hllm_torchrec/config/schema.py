@@ -220,6 +220,18 @@ class UserEncoderConfig:
 
 
 @dataclass(frozen=True)
+class OpenTableConfig:
+    """Table of an open vocabulary: any number of ids in a fixed number of rows (docs/retrieval.md)."""
+
+    kind: Literal["hash"]
+    """hash: TorchRec's managed collisions (ZCH); an id has a row of its own until others need it more."""
+    rows: int
+    """At least this many rows, rounded up to a multiple of 15,360; about 1.5 times the number of ids in use."""
+    evict_after: int = 10_000
+    """An id that no training step has read for this many steps may lose its row to a new one."""
+
+
+@dataclass(frozen=True)
 class FeatureConfig:
     """ID and time features, sum-pooled with the item embedding."""
 
@@ -245,6 +257,14 @@ class FeatureConfig:
     """Sharding of the larger tables; `auto` lets TorchRec's planner choose."""
     table_dtype: Literal["fp32", "fp16"] = "fp32"
     """Data type of the larger tables' weights; their optimizer state is always float32 (bytes: docs/retrieval.md)."""
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tables of open vocabularies, by feature: {item_id: {kind: hash, rows: 1000000, evict_after: 10000}}. Features:
+    item_id, action, and those of data.item_features and data.user_features; float32, sharded by rows."""
+
+    @property
+    def open_tables(self) -> dict[str, OpenTableConfig]:
+        """`tables`, checked by the rules."""
+        return {name: OpenTableConfig(**content) for name, content in self.tables.items()}
 
 
 @dataclass(frozen=True)

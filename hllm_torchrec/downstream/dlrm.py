@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -96,8 +95,7 @@ def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.devi
     """Shard the tables over the ranks, replicate the other parameters, and initialize the tables. Collective."""
     settings = TableSettings(config.table_lr, config.shard_from_rows)
     apply_table_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
-    sharder = EmbeddingBagCollectionSharder()
-    wrapped = distribute(model, plan_table_sharding(model, settings, device, sharder), sharder, device)
+    wrapped = distribute(model, plan_table_sharding(model, settings, device), device)
     initialize_tables(wrapped, config.seed, config.init_scale)
     return wrapped
 

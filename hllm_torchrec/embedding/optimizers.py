@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.nn import Parameter
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
+from hllm_torchrec.modules.features.sum_pooling import SumPooledCollection
 
 
 class TableOptimizer:
@@ -60,9 +62,17 @@ class TableSettings:
 
 def apply_table_optimizer(tables: EmbeddingBagCollection, settings: TableSettings) -> None:
     """Set the in-backward optimizer of each table, except data parallel ones, which belong to the dense optimizer."""
-    chosen = TABLE_OPTIMIZERS[settings.optimizer].optimizer
-    options = {"lr": settings.learning_rate, **settings.options}
     for table in tables.embedding_bag_configs():
         if table.num_embeddings >= settings.shard_from_rows:
-            weight = tables.embedding_bags[table.name].weight
-            apply_optimizer_in_backward(chosen, [weight], dict(options))
+            _apply(tables.embedding_bags[table.name].weight, settings)
+
+
+def apply_hash_table_optimizer(tables: SumPooledCollection, settings: TableSettings) -> None:
+    """Set the in-backward optimizer of each table of kind hash."""
+    for weight in tables.collection.parameters():
+        _apply(weight, settings)
+
+
+def _apply(weight: Parameter, settings: TableSettings) -> None:
+    options = {"lr": settings.learning_rate, **settings.options}
+    apply_optimizer_in_backward(TABLE_OPTIMIZERS[settings.optimizer].optimizer, [weight], options)

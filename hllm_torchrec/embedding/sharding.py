@@ -1,7 +1,7 @@
 """Sharding of embedding tables by TorchRec's planner, and DistributedModelParallel (DMP) around the model."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,16 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan, ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.table_optimizers import TABLE_OPTIMIZERS
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
+from hllm_torchrec.embedding.hash_tables import HashTableSharder
 from hllm_torchrec.embedding.memory import TableEnumerator
 from hllm_torchrec.embedding.optimizers import TableSettings
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
+from hllm_torchrec.modules.features.hash_tables import HashTable, hash_ranks_problem
 
 RESERVED_MEMORY_SHARE = 0.4
 """Share of each device's memory that the planner leaves to the dense parts and activations."""
@@ -51,10 +54,20 @@ def check_tables(settings: TableSettings, device: torch.device) -> list[str]:
     return problems
 
 
+def check_hash_tables(tables: Mapping[str, HashTable], ranks: int) -> list[str]:
+    """Return problems of tables of kind hash on a number of ranks, one line each."""
+    wrong = ((name, table) for name, table in tables.items() if table.sets % ranks)
+    return [f"features.tables.{name}: {hash_ranks_problem(ranks, table)}" for name, table in wrong]
+
+
+def table_sharders() -> list[ModuleSharder]:
+    """Return TorchRec's sharders of a model's tables: bags, and tables of kind hash."""
+    return [EmbeddingBagCollectionSharder(), HashTableSharder()]
+
+
 def distribute(
     model: nn.Module,
     plan: ShardingPlan,
-    sharder: ModuleSharder,
     device: torch.device,
     *,
     ddp: bool = True,
@@ -71,7 +84,7 @@ def distribute(
         env=ShardingEnv.from_process_group(dist.group.WORLD),
         device=device,
         plan=plan,
-        sharders=[sharder],
+        sharders=table_sharders(),
         init_data_parallel=ddp,
         data_parallel_wrapper=wrapper,
     )
@@ -83,36 +96,36 @@ def shard_frozen_items(items: FrozenItems, device: torch.device) -> DistributedM
     constraint = ParameterConstraints(
         sharding_types=kinds, compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=FROZEN_COLUMNS
     )
-    sharder: ModuleSharder = EmbeddingBagCollectionSharder()
-    plan = _plan(items, {FROZEN_ITEMS: constraint}, device, sharder)
-    return distribute(items, plan, sharder, device, ddp=False)
+    return distribute(items, _plan(items, {FROZEN_ITEMS: constraint}, device), device, ddp=False)
 
 
-def plan_table_sharding(
-    model: nn.Module, settings: TableSettings, device: torch.device, sharder: ModuleSharder
-) -> ShardingPlan:
+def plan_table_sharding(model: nn.Module, settings: TableSettings, device: torch.device) -> ShardingPlan:
     """Plan all tables: data parallel below `features.shard_from_rows` rows, sharded otherwise. Collective.
+
+    Tables of kind hash are sharded by rows, whatever their size.
 
     Raises:
         ConfigError: the tables do not fit into the memory of the ranks.
     """
-    return _plan(model, table_constraints(model, settings, device.type), device, sharder)
+    return _plan(model, table_constraints(model, settings, device.type), device)
 
 
 def table_constraints(model: nn.Module, settings: TableSettings, device: str) -> dict[str, ParameterConstraints]:
     """Return the planner's constraints of each table on a kind of device ("cpu" or "cuda")."""
-    return {name: _constraint(rows, settings, device) for name, rows in _tables(model)}
+    bags = {name: _constraint(rows, settings, device) for name, rows in _tables(model)}
+    by_rows = ParameterConstraints(
+        sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+    )
+    return bags | dict.fromkeys(_hash_tables(model), by_rows)
 
 
-def _plan(
-    model: nn.Module, constraints: dict[str, ParameterConstraints], device: torch.device, sharder: ModuleSharder
-) -> ShardingPlan:
+def _plan(model: nn.Module, constraints: dict[str, ParameterConstraints], device: torch.device) -> ShardingPlan:
     world = dist.get_world_size()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     hardware = planner_hardware(device, local_world)
     # Planned on rank 0 alone: hosts may report different memory, and all ranks must have the same plan.
     return run_on_rank_zero(
-        lambda: plan_sharding(model, constraints, device.type, sharder, TrainerConfig(world, local_world), hardware)
+        lambda: plan_sharding(model, constraints, device.type, TrainerConfig(world, local_world), hardware)
     )
 
 
@@ -128,7 +141,6 @@ def plan_sharding(
     model: nn.Module,
     constraints: dict[str, ParameterConstraints],
     device: str,
-    sharder: ModuleSharder,
     trainer: TrainerConfig,
     hardware: HardwareConfig,
 ) -> ShardingPlan:
@@ -146,7 +158,7 @@ def plan_sharding(
         debug=False,
     )
     try:
-        return planner.plan(model, [sharder])
+        return planner.plan(model, table_sharders())
     except PlannerError as error:
         memory = (hardware.hbm_cap_bytes if device == "cuda" else hardware.ddr_cap_bytes) or 0
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
@@ -162,6 +174,13 @@ def _tables(model: nn.Module) -> Iterable[tuple[str, int]]:
         if isinstance(module, EmbeddingBagCollection):
             for table in module.embedding_bag_configs():
                 yield table.name, table.num_embeddings
+
+
+def _hash_tables(model: nn.Module) -> Iterable[str]:
+    for module in model.modules():
+        if isinstance(module, ManagedCollisionEmbeddingCollection):
+            for table in module._embedding_collection.embedding_configs():
+                yield table.name
 
 
 def _constraint(rows: int, settings: TableSettings, device: str) -> ParameterConstraints:

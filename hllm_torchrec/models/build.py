@@ -17,6 +17,7 @@ from hllm_torchrec.models.text_format import format_warnings, text_format
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
+from hllm_torchrec.modules.features.hash_tables import HashTable
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE, HybridFeatures
 from hllm_torchrec.modules.lora import add_lora, freeze_base_weights
 
@@ -58,6 +59,9 @@ def build_model(
         gate_rows=tables.get(ACTION_GATE, 0),
         scale=config.features.init_scale,
         half_from_rows=config.features.shard_from_rows if config.features.table_dtype == "fp16" else None,
+        hash_tables={
+            name: HashTable(table.rows, table.evict_after) for name, table in config.features.open_tables.items()
+        },
         device=table_device,
     )
     evidence = evidence_width(config.data.evidence)

@@ -12,14 +12,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ModuleSharder
 
 from hllm_torchrec.common.errors import ConfigError, configured_by
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
-from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
-from hllm_torchrec.embedding.sharding import check_tables, distribute, plan_table_sharding
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
+from hllm_torchrec.embedding.sharding import check_hash_tables, check_tables, distribute, plan_table_sharding
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
 from hllm_torchrec.modules.encoders.base import UserEncoder
@@ -33,7 +31,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
         ConfigError: the device or the optimizer does not support the configured parallelism.
     """
     settings = TableSettings.of(config)
-    problems = check_tables(settings, device)
+    problems = check_tables(settings, device) + check_hash_tables(model.features.hash_tables, dist.get_world_size())
     if config.parallel.dense == "fsdp" and device.type == "cpu" and torch.__version__.startswith("2.11."):
         problems.append(
             f"parallel.dense: fsdp: torch {torch.__version__} fails at it on a CPU; take 2.12 or later, or ddp"
@@ -55,8 +53,9 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     tables = model.features.tables
     if tables is not None:
         apply_table_optimizer(tables, settings)
-    sharder: ModuleSharder = EmbeddingBagCollectionSharder()
-    plan = plan_table_sharding(model, settings, device, sharder)
+    if model.features.hashed is not None:
+        apply_hash_table_optimizer(model.features.hashed, settings)
+    plan = plan_table_sharding(model, settings, device)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
     # In a stage with cached items the Item LLM gets no gradients; DDP would wait for them without this option.
@@ -64,7 +63,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     learns = any(p.requires_grad for module in readers for p in module.parameters())
     some_unused = learns and any(stage.item_embeddings == "cached" for stage in config.stages)
     ddp = config.parallel.dense == "ddp"
-    return distribute(model, plan, sharder, device, ddp=ddp, find_unused_parameters=some_unused)
+    return distribute(model, plan, device, ddp=ddp, find_unused_parameters=some_unused)
 
 
 def _padded_problems(model: HLLM, config: Config) -> Iterator[str]:
@@ -123,7 +122,8 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in llm_layers(model):
         fully_shard(layer, mesh=mesh)
-    tables = set() if model.features.tables is None else set(model.features.tables.parameters())
+    kinds = (model.features.tables, model.features.hashed)
+    tables = {parameter for kind in kinds if kind is not None for parameter in kind.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
     # These are called outside of forward() and need the same hooks to gather the weights.
     for name in ("embed_items", "embed_in_feature_space", "embed_users"):

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, StageConfig
 from hllm_torchrec.embedding.memory import bytes_per_row
-from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
+from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import plan_sharding, table_constraints
 from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.hllm import HLLM
@@ -196,7 +195,8 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
 
 
 def _dense(model: HLLM) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if ".embedding_bags." not in name)
+    tables = ("features.tables.", "features.hashed.")
+    return ((name, p) for name, p in model.named_parameters() if not name.startswith(tables))
 
 
 def _weights(model: HLLM, config: Config, world: int) -> dict[str, float]:
@@ -219,18 +219,20 @@ def _weights(model: HLLM, config: Config, world: int) -> dict[str, float]:
 
 def _place_tables(model: HLLM, config: Config, machine: Machine) -> tuple[ShardingPlan, dict[str, str]]:
     """Plan the tables for all ranks; also return the placement of each table as text."""
-    tables = model.features.tables
-    if tables is None:
+    tables, hashed = model.features.tables, model.features.hashed
+    if tables is None and hashed is None:
         return ShardingPlan({}), {}
     device = "cuda" if machine.is_gpu else "cpu"
     settings = TableSettings.of(config)
-    apply_table_optimizer(tables, settings)
+    if tables is not None:
+        apply_table_optimizer(tables, settings)
+    if hashed is not None:
+        apply_hash_table_optimizer(hashed, settings)
     memory = round(machine.memory)
     plan = plan_sharding(
         model,
         table_constraints(model, settings, device),
         device,
-        EmbeddingBagCollectionSharder(),
         TrainerConfig(machine.world_size, machine.ranks),
         HardwareConfig(hbm_cap_bytes=memory if machine.is_gpu else 0, ddr_cap_bytes=memory),
     )
@@ -295,7 +297,8 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 
 def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, float]:
     """Estimate the memory of feature rows, exchanged item embeddings and the loss, with gradients."""
-    number_of_tables = len(model.features.tables.embedding_bag_configs()) if model.features.tables is not None else 0
+    kinds = (model.features.tables, model.features.hashed)
+    number_of_tables = sum(len(kind.embedding_bag_configs()) for kind in kinds if kind is not None)
     slots = counts["positions"] + counts["queries"]
     width = model.user.width
     found = {"features": 4.0 * slots * width * (2 * number_of_tables + 4)}

@@ -115,7 +115,7 @@ def _probabilities(
     """Probabilities [N] of all items from the ranking head, and the dataset with the items that came after it."""
     with Scorer.of_run(run, which, device, dataset=dataset) as scorer:
         read = scorer.experiment.dataset
-        logits = scorer.score(history, np.arange(read.num_items), time)
+        logits = scorer.score(history, np.arange(scorer.num_items), time)
     return 1 / (1 + np.exp(-logits.astype(np.float64))), read
 
 

@@ -116,6 +116,9 @@ class Scorer:
         # so candidates do not see each other.
         spec = replace(experiment.batch_spec, visibility="second")
         self._collator = Collator(experiment.dataset, spec, item_vectors=experiment.item_vectors)
+        # Last: other threads take an id from here on.
+        self.num_items = experiment.dataset.num_items
+        """Dense ids are below it: the dataset's, and those of items that came after it."""
 
     @classmethod
     def of_run(
@@ -214,13 +217,18 @@ class Scorer:
         raw = raw_texts(items, what)
         if raw is None:
             ids = np.asarray(items, np.int64)
-            check_ids(what, ids, self.experiment.dataset.num_items)
+            check_ids(what, ids, self.num_items)
             return ids
-        ids = self.new_items.find(raw)
-        if (ids < 0).any() and self.refresh():
-            ids = self.new_items.find(raw)
+        ids = self._find(raw)
+        if (ids < 0).any():
+            self.refresh()
+            ids = self._find(raw)
         check_found(what, ids, raw, "add_items makes an item known that came after `hllm prepare`")
         return ids
+
+    def _find(self, raw: list[str]) -> Ints:
+        ids = self.new_items.find(raw)
+        return np.where(ids < self.num_items, ids, -1)
 
     def raw_item_ids(self, ids: Ints) -> list[str]:
         """Raw ids of dense ids [n], from 1 on."""
@@ -406,7 +414,7 @@ class Scorer:
     def _check(self, history: UserHistory) -> None:
         dataset = self.experiment.dataset
         check_ids("user_id", np.array([history.user_id]), dataset.num_users)
-        check_ids(f"item_ids of user {history.user_id}", history.item_ids, dataset.num_items)
+        check_ids(f"item_ids of user {history.user_id}", history.item_ids, self.num_items)
         check_ids(f"actions of user {history.user_id}", history.actions, dataset.num_actions)
 
 

@@ -26,6 +26,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.distributed.preemption import PreemptionHandler
 from hllm_torchrec.distributed.wrappers import full_tensor
+from hllm_torchrec.embedding.hash_tables import take_hash_counts
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
@@ -326,7 +327,8 @@ class Trainer:
         score = float(self.metrics[metric])
         self.early_stopping.improves(score)
         self.evaluation_pending = False
-        self.log.write("eval", self.step, split="valid", **self.metrics)
+        hashed = {"hash_tables": take_hash_counts(self.hllm)} if self.hllm.features.hash_tables else {}
+        self.log.write("eval", self.step, split="valid", **self.metrics, **hashed)
         self._save(score)
         self.guard.check_leakage(self.step, self.metrics.get("auc"))
 

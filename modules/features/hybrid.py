@@ -7,7 +7,8 @@ similar films, which a sum cannot express.
 
     x_i = (P(E_i) + ID_i) * (1 + g(action_i)) + action_i + MLP(...) + W n_i
 
-All tables are in one TorchRec `EmbeddingBagCollection`, which TorchRec shards; this module uses its interface only.
+All tables are in one TorchRec `EmbeddingBagCollection`, and those of open vocabularies (`hash_tables`) in another
+collection; TorchRec shards both, and this module uses their interface only.
 The jagged features have one bag per *slot*: history positions, then query tokens, then
 (late fusion) the target items, then (item space of features) the unique items.
 A bag may be empty (adds zero) or have several values (genres: their vectors are summed).
@@ -15,7 +16,7 @@ A bag may be empty (adds zero) or have several values (genres: their vectors are
 Legend: S slots, D width of the user encoder, C time components, F numeric features.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from hllm_torchrec.modules.features.hash_tables import HashTable, hash_collection
+from hllm_torchrec.modules.features.sum_pooling import SumPooledCollection
 from hllm_torchrec.modules.features.timestamps import TABLE_SIZES, TIME_FEATURES, TimestampMLP
 
 ACTION_GATE = "action_gate"
@@ -55,6 +58,8 @@ class HybridFeatures(nn.Module):
         gate_rows: number of actions of the gate (0: no gate).
         scale: table entries are initialized uniform in +-scale.
         half_from_rows: tables of at least this many rows are in float16 (lookups return float32); None: no table is.
+        hash_tables: {feature: settings} of the features in `tables` with an open vocabulary; their number of rows there
+            is not used.
         device: of the tables ("meta" before sharding).
     """
 
@@ -70,6 +75,7 @@ class HybridFeatures(nn.Module):
         gate_rows: int = 0,
         scale: float = 0.02,
         half_from_rows: int | None = None,
+        hash_tables: Mapping[str, HashTable] | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +84,8 @@ class HybridFeatures(nn.Module):
         self.event_features: Sequence[str] = tuple(name for name in tables if name not in item_features)
         self.gated = gate_rows > 0
         self.time_features: Sequence[str] = TIME_FEATURES[:time_depth]
-        sizes = [(name, rows, width) for name, rows in tables.items()]
+        self.hash_tables = dict(hash_tables or {})
+        sizes = [(name, rows, width) for name, rows in tables.items() if name not in self.hash_tables]
         if self.gated:
             sizes.append((ACTION_GATE, gate_rows, width))
         times = zip(self.time_features, TABLE_SIZES[:time_depth], strict=True)
@@ -88,6 +95,9 @@ class HybridFeatures(nn.Module):
             for name, rows, columns in sizes
         ]
         self.tables = EmbeddingBagCollection(tables=configs, device=device) if configs else None
+        self.hashed: SumPooledCollection | None = None
+        if self.hash_tables:
+            self.hashed = SumPooledCollection(hash_collection(self.hash_tables, width, scale, device))
         self.merge_time = TimestampMLP(time_width, width, time_depth) if time_depth else None
         self.numeric = nn.Linear(numeric, width, bias=False) if numeric else None
 
@@ -107,6 +117,8 @@ class HybridFeatures(nn.Module):
         zeros = torch.zeros(slots, self.width, device=features.device())
         features = pad_empty_batch(features)
         pooled = {} if self.tables is None else self.tables(features).to_dict()
+        if self.hashed is not None:
+            pooled |= self.hashed(features).to_dict()
         pooled = {name: rows[:slots].float() for name, rows in pooled.items()}
         # Item features and the item's embedding are summed first, as the gate scales them together.
         described = _sum([pooled[name] for name in self.item_features] + ([] if items is None else [items]), zeros)

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
 class SumPooledCollection(nn.Module):
-    """An `EmbeddingCollection` used as bags with sum pooling.
+    """An `EmbeddingCollection`, with managed collisions or without, used as bags with sum pooling.
 
     The collection, which TorchRec shards, is the child `collection`. Every feature must belong to one table.
     """
 
-    def __init__(self, collection: EmbeddingCollection) -> None:
+    def __init__(self, collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection) -> None:
         super().__init__()
         self.collection = collection
-        self._configs = as_bag_configs(collection.embedding_configs())
+        plain = collection if isinstance(collection, EmbeddingCollection) else collection._embedding_collection
+        self._configs = as_bag_configs(plain.embedding_configs())
         self._names = [name for table in self._configs for name in table.feature_names]
         self._widths = [table.embedding_dim for table in self._configs for _ in table.feature_names]
 
@@ -35,6 +37,8 @@ class SumPooledCollection(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Bags -> their sums, one [S, D] per key."""
         rows = self.collection(features)
+        if isinstance(rows, tuple):  # of managed collisions: rows, and the ids' places in the tables
+            rows = rows[0]
         pooled = [sum_bags(rows[name].values(), rows[name].lengths()) for name in self._names]
         return KeyedTensor(self._names, self._widths, torch.cat(pooled, dim=1))
 

@@ -64,10 +64,8 @@ def one_table(rows: int, cfg: Config) -> HybridFeatures:
 
 def allocated(rows: int, cfg: Config, device: torch.device) -> np.ndarray:
     """Bytes of (weights, optimizer state) that FBGEMM holds of a table; what it has not got is a few bytes."""
-    one, sharder = one_table(rows, cfg), EmbeddingBagCollectionSharder()
-    model = distribute(
-        one, plan_table_sharding(one, TableSettings.of(cfg), device, sharder), sharder, device, ddp=False
-    )
+    one = one_table(rows, cfg)
+    model = distribute(one, plan_table_sharding(one, TableSettings.of(cfg), device), device, ddp=False)
     found = {"weights": 0, "momentum1": 0, "momentum2": 0}
     sharded = (m for m in model.modules() if isinstance(m, ShardedEmbeddingBagCollection))
     inside = (m for tables in sharded for lookup in tables._lookups for m in lookup.modules())

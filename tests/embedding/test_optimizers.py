@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -31,11 +30,11 @@ def step(optimizer: str, options: dict[str, float]) -> tuple[torch.Tensor, torch
     """A table's weights before and after a step whose gradient is the third."""
     optim = {"table_optimizer": optimizer, "table_lr": LR, "table_options": options}
     settings = TableSettings.of(fixtures.config(features={"shard_from_rows": 1}, optim=optim))
-    device, sharder = init_distributed(), EmbeddingBagCollectionSharder()
+    device = init_distributed()
     table = EmbeddingBagConfig(name="t", num_embeddings=ROWS, embedding_dim=WIDTH, feature_names=["t"])
     one = torch.nn.Sequential(EmbeddingBagCollection(tables=[table], device=torch.device("meta")))
     apply_table_optimizer(one[0], settings)
-    model = distribute(one, plan_table_sharding(one, settings, device, sharder), sharder, device, ddp=False)
+    model = distribute(one, plan_table_sharding(one, settings, device), device, ddp=False)
     initialize_tables(model, seed=0, scale=1.0)
     ((weights, _, _),) = [part for value in model.state_dict().values() for part in local_shards(value)]
     before, gradient = weights.clone(), torch.arange(1.0, WIDTH + 1).expand(ROWS, -1)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchrec.distributed import collective_utils
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner.types import HardwareConfig, TrainerConfig
 
 from hllm_torchrec.config.loading import load_config
@@ -57,13 +56,13 @@ def built(config: Config, tables: dict[str, int]) -> HLLM:
 
 def local_shards(config: Config, world: int) -> list[tuple[str, int, int]]:
     """(table, rows, columns) of what TorchRec makes on this rank of the tables that it shards."""
-    model, sharder = built(config, TABLES), EmbeddingBagCollectionSharder()
+    model = built(config, TABLES)
     settings = optimizers.TableSettings.of(config)
     optimizers.apply_table_optimizer(model.features.tables, settings)
     constraints = sharding.table_constraints(model, settings, "cuda")
     hardware = HardwareConfig(hbm_cap_bytes=round(H100["memory"]), ddr_cap_bytes=round(H100["memory"]))
-    plan = sharding.plan_sharding(model, constraints, "cuda", sharder, TrainerConfig(world, 8), hardware)
-    sharded = sharding.distribute(model, plan, sharder, torch.device("meta"), ddp=False)
+    plan = sharding.plan_sharding(model, constraints, "cuda", TrainerConfig(world, 8), hardware)
+    sharded = sharding.distribute(model, plan, torch.device("meta"), ddp=False)
     kernels = [kernel for lookup in sharded.module.features.tables._lookups for kernel in _kernels(lookup)]
     return sorted(
         (table.name, *weight.shape)

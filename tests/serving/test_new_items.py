@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal
+from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal, new_items
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.inference.new_items import DatasetWithNewItems
@@ -219,13 +221,9 @@ def test_items_of_the_dataset_come_before_the_new_ones(tmp_path: Path) -> None:
         (["n1"], {}, {"genre": ["a"]}, "features.genre: unknown"),
     ],
 )
-def test_wrong_items_are_an_error_and_nothing_is_written(
-    ids: Any, texts: Any, features: Any, message: str, tmp_path: Path
-) -> None:
-    scorer = Scorer(experiment(tmp_path), journal=tmp_path / "noon.jsonl")
+def test_wrong_items_are_an_error(ids: Any, texts: Any, features: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        scorer.add_items(ids, texts, features)
-    assert not (tmp_path / "noon.jsonl").exists()
+        new_items(fixtures.dataset(), ids, texts, features)
 
 
 def test_a_line_that_was_cut_off_is_not_read_and_the_next_writer_removes_it(tmp_path: Path) -> None:
@@ -246,6 +244,42 @@ def test_a_line_that_was_cut_off_is_not_read_and_the_next_writer_removes_it(tmp_
     journal.path.write_text("")
     with pytest.raises(ValueError, match="deleted or cut while in use: start this process again"):
         journal.read(first.end)
+
+
+def test_appends_at_once_lose_nothing_and_number_the_items_alike(tmp_path: Path) -> None:
+    path = tmp_path / "noon.jsonl"
+
+    def add(writer: int) -> None:
+        for number in range(10):
+            NewItemJournal(path).append([NewItem(f"w{writer}-{number}"), NewItem("shared", {"title": str(writer)})])
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(add, range(6)))
+    items = NewItemJournal(path).read().items
+    assert {item.id for item in items} == {"shared", *(f"w{w}-{n}" for w in range(6) for n in range(10))}
+    assert len(items) == 120
+
+
+def test_other_threads_score_while_items_are_added(tmp_path: Path) -> None:
+    scorer, past = Scorer(experiment(tmp_path), journal=tmp_path / "noon.jsonl"), history(longest(), 20)
+    state, stop = scorer.read(past), Event()
+    expected = scorer.score(state, [1, 2, 3], LATER)
+
+    def ask() -> int:
+        asked = 0
+        while not stop.is_set() or not asked:
+            np.testing.assert_array_equal(scorer.score(state, [1, 2, 3], LATER), expected)
+            newest = scorer.num_items - 1
+            assert np.isfinite(scorer.score(state, [newest], LATER)).all()
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(ask) for _ in range(3)]
+        for number in range(8):
+            scorer.add_items([f"n{number}"], {"title": ["word1"]}, {"genres": [["noir"]]})
+        stop.set()
+        assert all(one.result() for one in waiting)
 
 
 def test_a_dataset_at_a_url_needs_a_journal_of_its_own(tmp_path: Path) -> None:
