@@ -142,12 +142,22 @@ def _scratch(target: Path) -> Iterator[Path]:
         unlocked.rename(work)
         yield work
     finally:
-        # The second rename of a replacement failed, or the process was interrupted before it: restore the old folder.
-        if (work / "old").exists() and not target.exists():
-            (work / "old").rename(target)
-        for folder in (work, unlocked):
-            _remove_scratch(folder)
-        os.close(handle)
+        try:
+            _leave(work, unlocked, target)
+        except KeyboardInterrupt:
+            _leave(work, unlocked, target)
+            raise
+        finally:
+            os.close(handle)
+
+
+def _leave(work: Path, unlocked: Path, target: Path) -> None:
+    """Remove the scratch folder, under either of its names."""
+    # The second rename of a replacement failed, or the process was interrupted before it: restore the old folder.
+    if (work / "old").exists() and not target.exists():
+        (work / "old").rename(target)
+    for folder in (work, unlocked):
+        _remove_scratch(folder)
 
 
 def _lock(handle: int) -> bool:
