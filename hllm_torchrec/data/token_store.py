@@ -195,7 +195,7 @@ def build_token_store(
         return path
     from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
 
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, marker="store.json") as folder:
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), trust_remote_code=False)
         _write_store(folder, dataset, tokenizer, request)
     return path

@@ -197,3 +197,14 @@ def test_mistakes_are_named(dataset, tmp_path):
     (path / "store.json").write_text(json.dumps({**facts, "items": 7}))
     with pytest.raises(ValueError, match=r"is damaged: its files and store\.json differ"):
         TokenStore.open(path)
+
+
+def test_a_store_that_was_never_finished_is_built_again(dataset, tmp_path):
+    folder = tiny_tokenizer(tmp_path / "tokenizer", **PLAIN)
+    path = build_token_store(dataset, folder, keys=KEYS, max_text_length=8)
+    tokens = (path / "values.arrow").read_bytes()
+    (path / "store.json").unlink()
+    (path / "values.arrow").write_bytes(b"half")
+    assert build_token_store(dataset, folder, keys=KEYS, max_text_length=8) == path
+    assert (path / "values.arrow").read_bytes() == tokens
+    assert TokenStore.open(path)
