@@ -102,7 +102,7 @@ def replace_file(path: Path, text: str) -> None:
     try:
         # The content must be on the disk before the rename; otherwise a crash could leave the name without content.
         with path_in_errors(path):
-            write_synced(beside, text)
+            _write_synced(beside, text)
             beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -111,7 +111,12 @@ def replace_file(path: Path, text: str) -> None:
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file and wait until it is on the disk."""
-    with path_in_errors(path), path.open("w", encoding="utf-8") as file:
+    with path_in_errors(path):
+        _write_synced(path, text)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -142,12 +147,22 @@ def _scratch(target: Path) -> Iterator[Path]:
         unlocked.rename(work)
         yield work
     finally:
-        # The second rename of a replacement failed, or the process was interrupted before it: restore the old folder.
-        if (work / "old").exists() and not target.exists():
-            (work / "old").rename(target)
-        for folder in (work, unlocked):
-            _remove_scratch(folder)
-        os.close(handle)
+        try:
+            _leave(work, unlocked, target)
+        except KeyboardInterrupt:
+            _leave(work, unlocked, target)
+            raise
+        finally:
+            os.close(handle)
+
+
+def _leave(work: Path, unlocked: Path, target: Path) -> None:
+    """Remove the scratch folder, under either of its names."""
+    # The second rename of a replacement failed, or the process was interrupted before it: restore the old folder.
+    if (work / "old").exists() and not target.exists():
+        (work / "old").rename(target)
+    for folder in (work, unlocked):
+        _remove_scratch(folder)
 
 
 def _lock(handle: int) -> bool:

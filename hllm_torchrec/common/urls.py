@@ -168,15 +168,11 @@ def create_file(url: str, text: str) -> bool:
 def _link_new(path: Path, data: bytes) -> None:
     """Create a local file with its content in one step; FileExistsError if it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(beside, path)
-    finally:
-        os.unlink(beside)
+    with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.link(file.name, path)
 
 
 def remove_files(url: str, names: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.common.errors import ConfigError, without_credentials
 from hllm_torchrec.config.checking import (
     element_type,
@@ -171,7 +172,7 @@ def _load(arguments: list[str]) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(config))
+    replace_file(path, to_yaml(config))
 
 
 def config_from_file(path: Path) -> Config:

@@ -202,7 +202,7 @@ def build_token_store(
     if (path / "store.json").is_file():
         return path
     tokenizer = read_tokenizer(root)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, marker="store.json") as folder:
         _write_store(folder, dataset, tokenizer, request, _earlier_store(path.parent, request))
     return path
 

@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on, and disks without room for them: nothing is lost silently."""
 
+import re
 import shutil
 import subprocess
 import threading
@@ -158,6 +159,16 @@ def test_a_run_may_go_on_without_a_checkpoint_but_not_without_the_last(
     assert [line["step"] for line in lines(small_disk / "run", "not_saved")] == [1, 2, 3]
     assert "not written, the disk is full: it needs" in capsys.readouterr().out
     assert not list((small_disk / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("free", [0, 8192])
+def test_a_start_on_a_full_disk_is_one_line_that_names_a_path(
+    free: int, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (small_disk / "filling").write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
+    assert main(arguments(small_disk / "run", max_steps=2)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
+    assert re.fullmatch(rf"train: error: \[Errno 28\] No space left on device: '{small_disk}/run/[\w./]+'", line)
 
 
 class FullWhileRead(Loader):

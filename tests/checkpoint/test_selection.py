@@ -145,6 +145,31 @@ def test_an_error_of_the_machine_passes_no_checkpoint_over(
     assert "passed over" not in caplog.text and "damaged" not in caplog.text
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("what", ["load", "save"])
+def test_ctrl_c_is_no_failure_of_a_checkpoint(made: Path, tmp_path: Path, what: str) -> None:
+    run = Run(made, tmp_path / "checkpoints")
+    run.start()
+
+    def work() -> str:
+        try:
+            if what == "load":
+                _read(lambda: latest_checkpoint(run.folder))
+            else:
+                _save(run.folder, 7, 7.0, 0.5)
+        except KeyboardInterrupt:
+            return "interrupted"
+        return "done"
+
+    results = [result for _, result in schedules(work, _interrupt, run.folder)]
+    assert len(results) > 30 and set(results) <= {"interrupted", "done"} and results.count("interrupted") > 20
+    assert latest_checkpoint(run.folder)
+    assert not [path.name for path in run.folder.iterdir() if "tmp" in path.name]
+
+
 # --- copies of a URL -------------------------------------------------------------------------------------
 
 

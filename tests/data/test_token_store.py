@@ -223,3 +223,14 @@ def test_a_later_version_tokenizes_new_and_changed_texts_only(tmp_path, monkeypa
     # A version without new texts has the same store.
     append_events(memory_source(tmp_path / "3", [("u1", "i3", 5, 31)], ["i1"]), root)
     assert build_token_store(Dataset.open(root), folder, **options) == second.path
+
+
+def test_a_store_that_was_never_finished_is_built_again(dataset, tmp_path):
+    folder = tiny_tokenizer(tmp_path / "tokenizer", **PLAIN)
+    path = build_token_store(dataset, folder, keys=KEYS, max_text_length=8)
+    tokens = (path / "values.arrow").read_bytes()
+    (path / "store.json").unlink()
+    (path / "values.arrow").write_bytes(b"half")
+    assert build_token_store(dataset, folder, keys=KEYS, max_text_length=8) == path
+    assert (path / "values.arrow").read_bytes() == tokens
+    assert TokenStore.open(path)
