@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from hllm_torchrec.common.terminal import ShownFormatter, say
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.common.urls import display_url
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest import read_manifest
@@ -105,9 +105,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the source, its files or an option are not usable.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(ShownFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir)
     if source.license_note and args.path is not None:  # a download has printed it already
         say(source.license_note, sys.stderr)

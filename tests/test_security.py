@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -333,9 +334,13 @@ def test_errors_warnings_and_usage_are_shown_safely(capsys: pytest.CaptureFixtur
         logging.getLogger("hllm_torchrec.test").warning("warned: %s", HOSTILE)
         raise ValueError(f"https://me:s3cr3t@host: {HOSTILE}")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger(), "handlers", [])  # pytest's own: nobody has configured logging in a job
+    root, before, printing = logging.getLogger(), logging.getLogRecordFactory(), logging.StreamHandler(sys.stderr)
+    root.addHandler(printing)  # a library has configured logging
+    try:
         assert run_job("job", job) == 2
+    finally:
+        root.removeHandler(printing)
+        logging.setLogRecordFactory(before)
     with pytest.raises(SystemExit):
         CommandParser(prog="job").error(HOSTILE)
     said = capsys.readouterr().err

@@ -325,9 +325,9 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         self.metrics = self.evaluate()
-        metric = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
-        score = float(self.metrics[metric])
-        self.early_stopping.improves(score)
+        score = self.guard.selection_score(self.step, self.metrics)
+        if score is not None:
+            self.early_stopping.improves(score)
         self.evaluation_pending = False
         self.log.write("eval", self.step, split="valid", **self.metrics)
         self._save(score)
