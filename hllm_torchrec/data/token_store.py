@@ -22,6 +22,7 @@ from tqdm import tqdm
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.hashing import hash_file, hash_texts
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
 
@@ -190,7 +191,7 @@ def build_token_store(
         "max_text_length": max_text_length,
         "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
     }
-    path = dataset.root / "tokens" / hash_texts([json.dumps(request, sort_keys=True)])[:16]
+    path = derived_path(dataset, "tokens", hash_texts([json.dumps(request, sort_keys=True)])[:16])
     if (path / "store.json").is_file():
         return path
     from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
