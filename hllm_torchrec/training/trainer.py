@@ -43,7 +43,7 @@ from hllm_torchrec.training.optim import (
     materialize_state,
     named_optimizer_state,
 )
-from hllm_torchrec.training.resume import check_schedule
+from hllm_torchrec.training.resume import changed_settings, check_schedule
 from hllm_torchrec.training.stage_schedule import EpochSegment, RunSchedule
 from hllm_torchrec.training.step_guard import StepGuard
 from hllm_torchrec.training.throughput import StepMeter, snapshot_weights
@@ -387,6 +387,8 @@ class Trainer:
         extra = load_checkpoint(self.checkpoint, self._state())
         check_base_weights(extra, self.experiment.base_fingerprints, self.config, self.checkpoint)
         check_schedule(self.checkpoint, extra, self.schedule.segments)
+        if self.rank == 0 and (changed := changed_settings(extra, self.config)):
+            say(f"resume: {self.checkpoint} goes on with other settings than it was trained with: {'; '.join(changed)}")
         self.step = self.checkpoints.last_saved_step = extra["step"]
         self.evaluation_pending = extra.get("owed", False)
         self.early_stopping.stale = extra["stale"]
