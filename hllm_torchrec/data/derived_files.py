@@ -14,9 +14,10 @@ def derived_path(dataset: Dataset, *names: str) -> Path:
     fingerprint. A dataset can be shared and read-only.
 
     Raises:
-        ValueError: the file exists in neither, and neither can be written.
+        ValueError: the file exists in neither, and neither can be written; or it is a link.
     """
     own = dataset.root.joinpath(*names)
+    refuse_links(dataset.root, own)
     if own.exists() or _is_writable(own):
         return own
     cached = cache_folder(f"derived from {dataset.fingerprint}").joinpath(*names)
@@ -26,6 +27,19 @@ def derived_path(dataset: Dataset, *names: str) -> Path:
             "folder for files that are computed from datasets"
         )
     return cached
+
+
+def refuse_links(root: Path, path: Path) -> None:
+    """Check that `path`, below `root` and not named by the manifest, leads nowhere else; if it is a folder, its files.
+
+    Raises:
+        ValueError: it is a link, in a linked folder, or has one; or a file in it is not a plain one.
+    """
+    steps = [path, *(folder for folder in path.parents if folder.is_relative_to(root) and folder != root)]
+    inside = list(path.iterdir()) if path.is_dir() else []
+    for file in (*steps, *inside):
+        if file.is_symlink() or (file.exists() and not (file.is_file() or file.is_dir())):
+            raise ValueError(f"{file}: is a link or no plain file, which may lead out of the dataset; copy it there")
 
 
 def _is_writable(path: Path) -> bool:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hllm_torchrec.common.arrays import AnyFloats, Ints
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.derived_files import derived_path
+from hllm_torchrec.data.derived_files import derived_path, refuse_links
 from hllm_torchrec.data.validation import error_location
 
 MEAN_LOADING = 0.45
@@ -114,6 +114,7 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
         raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
     path = dataset.root / "vectors" / f"{name}.npy"
+    refuse_links(dataset.root, path)
     if name == "factors":
         path = derived_path(dataset, "vectors", f"{name}.npy")
     if name == "factors" and not path.is_file():

@@ -193,6 +193,9 @@ def build_token_store(
     }
     path = derived_path(dataset, "tokens", hash_texts([json.dumps(request, sort_keys=True)])[:16])
     if (path / "store.json").is_file():
+        facts = _read_facts(path / "store.json")
+        if any(facts.get(name) != value for name, value in request.items()):
+            raise ValueError(f"{path}: its store.json is of other items or settings than its name; {_REMEDY}")
         return path
     from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
 
