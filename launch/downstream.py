@@ -48,15 +48,12 @@ def run(arguments: list[str]) -> None:
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.distributed.coordination import run_on_rank_zero
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.downstream.comparison import run_row
+    from hllm_torchrec.downstream.comparison import check_stores, run_row
     from hllm_torchrec.downstream.dlrm_config import IDS_ONLY
-    from hllm_torchrec.store import EmbeddingStore
 
-    for store in (settings.item_store, *settings.user_stores):
-        if store is not None:
-            EmbeddingStore.open(store)  # report errors before training
     rows = settings.rows or tuple(settings.possible_rows())
     dataset, output = Dataset.open(settings.dataset), Path(settings.output)
+    check_stores(settings, dataset)
     with distributed_device() as device:
         for row in rows:
             is_new = run_row(settings, row, dataset, device)

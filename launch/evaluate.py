@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.launch.entry import CommandParser, run_job
+from hllm_torchrec.launch.entry import CommandParser, entry_point
 from hllm_torchrec.launch.evaluate_options import (
     add_arguments,
     check_paths,
@@ -66,16 +66,10 @@ def build_parser() -> CommandParser:
     gate = parser.add_argument_group("regression gate")
     gate.add_argument("--baseline", metavar="FILE", help="a metrics.json of the same rows, or the name of a model here")
     gate.add_argument("--max-drop", type=float, help="largest drop of AUC allowed (default: 0)")
+    gate.add_argument("--max-gauc-drop", type=float, help="judge GAUC, too: largest drop allowed (default: AUC alone)")
     gate.add_argument("--on-unsure", choices=("fail", "pass"), help="if chance may explain the drop (default: fail)")
     add_arguments(parser)
     return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 after the message of a user error, or the gate's."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    return run_job(parser.prog, lambda: _status_of(run(args), args.on_unsure))
 
 
 def _status_of(verdict: "Verdict | None", on_unsure: str | None) -> int:
@@ -246,16 +240,17 @@ def write_results(
     args: argparse.Namespace, output: Path | None, metrics: dict[str, Any], overlap: "Overlap | None"
 ) -> "Verdict | None":
     """Compute the gate's verdict, print, and write metrics and report into the output directory, if any."""
-    from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
+    from hllm_torchrec.evaluation.regression_gate import judge
     from hllm_torchrec.evaluation.report import write_report
     from hllm_torchrec.evaluation.sanity_checks import metric_warnings
     from hllm_torchrec.evaluation.sinks import track_metrics, write_json, write_tensorboard
 
-    max_drop, artifacts = args.max_drop or 0.0, {}
-    verdict = compare_with_baseline(metrics, args.baseline, max_drop) if args.baseline else None
+    artifacts: dict[str, Path] = {}
+    limits = {"auc": args.max_drop or 0.0, "gauc": args.max_gauc_drop}
+    verdict = judge(metrics, args.baseline, limits) if args.baseline else None
     metrics["cautions"] = metric_warnings(metrics, overlap)
     metrics["overlap"] = None if overlap is None else vars(overlap)
-    metrics["gate"] = None if verdict is None else verdict.as_json(args.baseline, max_drop)
+    metrics["gate"] = None if verdict is None else verdict.as_json()
     say(summary(metrics))
     if output is not None:
         name = "metrics.json" if args.split == "test" else f"metrics-{args.split}.json"
@@ -287,6 +282,8 @@ def summary(metrics: dict[str, Any]) -> str:
     lines += [f"caution: {text}" for text in metrics.get("cautions", [])]
     return "\n".join(lines)
 
+
+main = entry_point(build_parser, lambda args: _status_of(run(args), args.on_unsure))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.seconds import second_of
-from hllm_torchrec.common.terminal import ShownFormatter, say
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.common.urls import display_url
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
@@ -162,9 +162,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: the source, its files or an option are not usable.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(ShownFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     given = [f"--{name}" for name in ("append", "extend", "overwrite") if getattr(args, name) not in (None, False)]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")

@@ -4,13 +4,16 @@ import ast
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +28,7 @@ from hllm_torchrec.config.loading import config_from_file, load_config, save_con
 from hllm_torchrec.data import quickstart_files
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.item_factors import item_vectors
+from hllm_torchrec.data.token_store import build_token_store
 from hllm_torchrec.evaluation.report import write_report
 from hllm_torchrec.launch.entry import CommandParser, run_job
 from hllm_torchrec.launch.train import main as train
@@ -172,6 +176,40 @@ def test_no_link_in_a_dataset_leads_out_of_it(tmp_path: Path) -> None:
     linked = tmp_path / "linked"
     linked.symlink_to(fixtures.dataset().root)  # the folder itself may be a link
     assert Dataset.open(linked).num_items == fixtures.dataset().num_items
+
+
+@pytest.mark.parametrize("place", ["vectors", "vectors/mine.npy"])
+def test_no_link_beside_the_manifest_leads_out(place: str, tmp_path: Path) -> None:
+    root = shutil.copytree(fixtures.dataset().root, tmp_path / "d", ignore=shutil.ignore_patterns("tokens", "vectors"))
+    (root / "vectors").mkdir()
+    np.save(root / "vectors" / "mine.npy", np.ones((fixtures.ITEMS + 1, 2), np.float32))
+    assert item_vectors(Dataset.open(root), "mine").shape == (fixtures.ITEMS + 1, 2)
+    (root / place).rename(tmp_path / "elsewhere")
+    (root / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"{place}: is a link or no plain file, .*; copy it there"):
+        item_vectors(Dataset.open(root), "mine")
+
+
+def test_tokens_that_are_links_pipes_or_of_other_items_are_refused(tmp_path: Path) -> None:
+    root = shutil.copytree(fixtures.dataset().root, tmp_path / "d", ignore=shutil.ignore_patterns("tokens", "vectors"))
+
+    def tokens() -> Path:
+        return build_token_store(Dataset.open(root), fixtures.tokenizer_dir(), keys=["title"], max_text_length=8)
+
+    facts = tokens() / "store.json"
+    assert tokens() == facts.parent
+    text = facts.read_text()
+    facts.write_text(text.replace('"title"', '"brand"'))
+    with pytest.raises(ValueError, match=r"its store\.json is of other items or settings than its name; "):
+        tokens()
+    facts.rename(tmp_path / "store.json")
+    facts.symlink_to(tmp_path / "store.json")
+    with pytest.raises(ValueError, match=r"store\.json: is a link or no plain file"):
+        tokens()
+    facts.unlink()
+    os.mkfifo(facts)
+    with pytest.raises(ValueError, match=r"store\.json: is a link or no plain file"):
+        tokens()
 
 
 def test_the_name_of_item_vectors_is_a_plain_one() -> None:
@@ -333,9 +371,13 @@ def test_errors_warnings_and_usage_are_shown_safely(capsys: pytest.CaptureFixtur
         logging.getLogger("hllm_torchrec.test").warning("warned: %s", HOSTILE)
         raise ValueError(f"https://me:s3cr3t@host: {HOSTILE}")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger(), "handlers", [])  # pytest's own: nobody has configured logging in a job
+    root, before, printing = logging.getLogger(), logging.getLogRecordFactory(), logging.StreamHandler(sys.stderr)
+    root.addHandler(printing)  # a library has configured logging
+    try:
         assert run_job("job", job) == 2
+    finally:
+        root.removeHandler(printing)
+        logging.setLogRecordFactory(before)
     with pytest.raises(SystemExit):
         CommandParser(prog="job").error(HOSTILE)
     said = capsys.readouterr().err

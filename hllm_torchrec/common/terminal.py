@@ -34,15 +34,14 @@ def say(text: object, stream: TextIO | None = None) -> None:
     print(shown(str(text)), file=stream or sys.stdout, flush=True)
 
 
-class ShownFormatter(logging.Formatter):
-    """Formats a log message as `shown` does."""
+class _ShownRecord(logging.LogRecord):
+    """A log record whose message is `shown`, whichever handler prints it."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter.format`."""
-        return shown(super().format(record))
+    def getMessage(self) -> str:  # noqa: N802 (logging's name)
+        """See `logging.LogRecord.getMessage`."""
+        return shown(super().getMessage())
 
 
 def show_logs_safely() -> None:
-    """Make warnings, which Python prints if nobody has configured logging, go through `shown`."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(ShownFormatter())
+    """Make the messages of all loggers go through `shown`."""
+    logging.setLogRecordFactory(_ShownRecord)

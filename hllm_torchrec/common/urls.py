@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.registry import known_implementations
 
+from hllm_torchrec.common.errors import without_credentials
 from hllm_torchrec.common.locks import hold_lock, lock_wait
 from hllm_torchrec.common.terminal import say
 
@@ -25,6 +27,7 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
 _AT_ONCE = 8
 _SHOWN_BYTES = 100_000_000
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp")
+_NETWORK = (socket.gaierror, ConnectionError, TimeoutError)
 
 
 def url_of(path: str | Path) -> str | None:
@@ -219,33 +222,46 @@ def open_filesystem(url: str) -> Iterator[tuple[Any, str]]:
         OSError: no such bucket, no permission, or the server does not answer; one line, with the URL.
     """
     options = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}  # object stores have no folders
+    shown = without_credentials(url)
     try:
-        system, path = fsspec.core.url_to_fs(url, **options)
+        system, path = _connect(url, options)
         system.invalidate_cache()  # fsspec caches listings, but other processes write at the same URLs
         yield system, path
     except ImportError as error:
         remedy = EXTRAS.get(url.partition(":")[0], str(error))
-        raise ValueError(f"{url}: a package that reads such URLs is not installed: {remedy}") from error
+        raise ValueError(f"{shown}: a package that reads such URLs is not installed: {remedy}") from error
     except PermissionError as error:
         raise PermissionError(
-            f"{url}: access is denied ({_line(error)}): check the credentials' permissions"
+            f"{shown}: access is denied ({_line(error)}): check the credentials' permissions"
         ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{url}: not found ({_line(error)}): check that the bucket exists and its name is correct"
+            f"{shown}: not found ({_line(error)}): check that the bucket exists and its name is correct"
         ) from error
     except Exception as error:
         # Errors of HTTP and S3 clients are not OSErrors; other exceptions are not about the URL and pass through.
-        if not type(error).__module__.startswith(_CLIENTS):
+        if not (type(error).__module__.startswith(_CLIENTS) or isinstance(error, _NETWORK)):
             raise
         if "Credentials" in type(error).__name__:
             raise ValueError(
-                f"{url}: no credentials ({_line(error)}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                f"{shown}: no credentials ({_line(error)}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
                 "AWS_PROFILE"
             ) from error
-        raise ConnectionError(f"{url}: {type(error).__name__}: {_line(error)}") from error
+        raise ConnectionError(f"{shown}: {type(error).__name__}: {_line(error)}") from error
+
+
+def _connect(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """File system and path of a URL; options: arguments of the file system."""
+    try:
+        system, path = fsspec.core.url_to_fs(url, **options)
+    except (TypeError, ValueError, AttributeError, IsADirectoryError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{without_credentials(url)}: such a URL cannot be opened by itself ({_line(error)}): give one "
+            "of a server, such as s3://bucket/path or https://host/path"
+        ) from error
+    return system, path
 
 
 def _line(error: Exception) -> str:
-    """Error message in one line."""
-    return " ".join(str(error).split())
+    """Error message in one line; clients repeat the URL in it."""
+    return without_credentials(" ".join(str(error).split()))

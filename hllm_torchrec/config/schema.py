@@ -396,8 +396,8 @@ class EvaluationConfig:
     checkpoint_every: int = 0
     """Steps between additional checkpoints without an evaluation; 0: none."""
     patience: int = 0
-    """Stop after this many evaluations without a better AUC (fusion `none`: NDCG at the first of `ks`); 0:
-    never."""
+    """Stop after this many evaluations without a better AUC (log loss if the validation labels are of one class;
+    fusion `none`: NDCG at the first of `ks`); 0: never."""
     batch_users: int = 16
     """User pieces per rank and step."""
     auc: Literal["exact", "approximate"] = "exact"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.data.bad_rows import MAX_SECOND
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.dataset import Dataset
@@ -294,7 +295,10 @@ class Collator:
         for name in spec.user_features:
             bags[name] = gather_bags(*self._bags[name], user_of_slot)
         if spec.time_depth:
-            stamps = np.concatenate([view.history.timestamps[is_item], view.queries.timestamps[:queries]])
+            # The midnight after the last day of the time tables, at which a nightly job asks, is read as its end.
+            asked = view.queries.timestamps[:queries]
+            asked = np.where(asked == MAX_SECOND + 1, MAX_SECOND, asked)
+            stamps = np.concatenate([view.history.timestamps[is_item], asked])
             timed = np.concatenate([is_item, asks])
             parts = split_timestamps(torch.from_numpy(stamps), spec.time_depth).numpy()
             for column, name in enumerate(TIME_FEATURES[: spec.time_depth]):

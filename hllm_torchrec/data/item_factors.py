@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from hllm_torchrec.common.arrays import AnyFloats, Ints
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.derived_files import derived_path, refuse_links
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.data.versions import newest_version
@@ -144,8 +145,11 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
     if Path(f"{name}.npy").name != f"{name}.npy" or "\0" in name:
         raise ValueError(f"data.item_vectors: {name!r}: must be a plain name, of a file in {dataset.root / 'vectors'}")
     path = dataset.root / "vectors" / f"{name}.npy"
+    refuse_links(dataset.root, path)
+    if name == FACTORS:
+        path = derived_path(dataset, "vectors", f"{name}.npy")
     if name == FACTORS and not path.is_file():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Written under another name and renamed, so that a file of the final name is complete.
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, fit_item_factors(dataset).vectors())

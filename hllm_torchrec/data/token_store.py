@@ -24,6 +24,7 @@ from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
 from hllm_torchrec.common.hashing import hash_file, hash_texts
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
 
@@ -198,8 +199,11 @@ def build_token_store(
         "items_sha256": dataset.items_fingerprint,
         **({"keep_end": True} if keep_end else {}),
     }
-    path = dataset.root / "tokens" / hash_texts([json.dumps(request, sort_keys=True)])[:16]
+    path = derived_path(dataset, "tokens", hash_texts([json.dumps(request, sort_keys=True)])[:16])
     if (path / "store.json").is_file():
+        facts = _read_facts(path / "store.json")
+        if any(facts.get(name) != value for name, value in request.items()):
+            raise ValueError(f"{path}: its store.json is of other items or settings than its name; {_REMEDY}")
         return path
     tokenizer = read_tokenizer(root)
     with atomic_folder(path, marker="store.json") as folder:

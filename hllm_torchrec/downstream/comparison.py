@@ -31,6 +31,8 @@ from hllm_torchrec.store.keys import raw_keys
 from hllm_torchrec.store.store import EmbeddingStore
 
 RECORD = "downstream.json"
+SAMPLE = 10_000
+"""Items that are looked up to see whether a store is of the dataset's items."""
 
 
 class VectorData(DLRMData):
@@ -80,6 +82,28 @@ def _item_vectors(dataset: Dataset, store: str) -> Tensor:
     unknown = torch.zeros(1, found.shape[1])  # row of item 0, so that item ids index the result directly
     unknown[:, -1] = 1
     return torch.cat([unknown, found])
+
+
+def check_stores(config: DownstreamConfig, dataset: Dataset) -> None:
+    """Open every store as the rows will read it, so that errors come before training.
+
+    Raises:
+        ValueError: a store does not exist or is of another kind.
+    """
+    for users in config.user_stores:
+        ExposureLookup(users)
+    if config.item_store is None:
+        return
+    lookup = VectorLookup(config.item_store)
+    part = lookup.store.facts.get("part")
+    if part not in (None, "items", "item_features"):
+        raise ValueError(f"item_store: {config.item_store}: a store of {part}, not of items: see hllm embed --items")
+    lookup(dataset.items["raw_item_id"][:SAMPLE].cast("large_string").combine_chunks())
+    if lookup.num_requested and lookup.unknown_share == 1:
+        raise ValueError(
+            f"item_store: {config.item_store}: it has none of the first {lookup.num_requested:,} items of "
+            f"{config.dataset}: give the store that hllm embed --items made from a run on this dataset"
+        )
 
 
 def run_row(config: DownstreamConfig, row: str, dataset: Dataset, device: torch.device) -> bool:

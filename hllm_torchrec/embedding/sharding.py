@@ -1,5 +1,6 @@
 """Sharding of embedding tables by TorchRec's planner, and DistributedModelParallel (DMP) around the model."""
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 
@@ -31,6 +32,8 @@ from hllm_torchrec.embedding.memory import TableEnumerator
 from hllm_torchrec.embedding.optimizers import TableSettings
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.modules.features.hash_tables import HashTable, hash_ranks_problem
+
+_logger = logging.getLogger(__name__)
 
 RESERVED_MEMORY_SHARE = 0.4
 """Share of each device's memory that the planner leaves to the dense parts and activations."""
@@ -108,6 +111,18 @@ def plan_table_sharding(model: nn.Module, settings: TableSettings, device: torch
         ConfigError: the tables do not fit into the memory of the ranks.
     """
     return _plan(model, table_constraints(model, settings, device.type), device)
+
+
+def warn_without_effect(plan: ShardingPlan, settings: TableSettings) -> None:
+    """Warn, on rank 0, of a table optimizer that no table has, as all are replicated."""
+    kinds = {parameter.sharding_type for module in plan.plan.values() for parameter in module.values()}
+    chosen = settings.options or settings.optimizer != TableSettings.optimizer
+    if chosen and kinds <= {ShardingType.DATA_PARALLEL.value} and dist.get_rank() == 0:
+        _logger.warning(
+            "optim.table_optimizer, table_options and table_lr have no effect: no table has features.shard_from_rows "
+            "(%d) rows or more, and smaller ones are updated by the dense optimizer; lower it, or leave them out",
+            settings.shard_from_rows,
+        )
 
 
 def table_constraints(model: nn.Module, settings: TableSettings, device: str) -> dict[str, ParameterConstraints]:

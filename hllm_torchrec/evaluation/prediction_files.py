@@ -248,6 +248,8 @@ def _only_nulls(parquet: pq.ParquetFile, column: str) -> bool:
 
 def _check_columns(file: Path, found: Sequence[str], wanted: Sequence[str]) -> None:
     for name in wanted:
+        if found.count(name) > 1:
+            raise ValueError(f"{file} has {found.count(name)} columns {name!r}: remove or rename all but one")
         if name not in found:
             raise ValueError(f"{file} has no column {name!r}{did_you_mean(name, found)}; it has {', '.join(found)}")
 

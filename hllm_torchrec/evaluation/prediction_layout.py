@@ -52,7 +52,7 @@ class ColumnLayout:
     def all(self) -> list[str]:
         """Names of all columns that are set."""
         single = (self.label, self.weight, self.user, self.item, self.timestamp, self.history_length, self.item_is_cold)
-        return [name for name in (*single, *self.slices) if name]
+        return [*filter(None, single), *self.slices]
 
 
 def describe_predictions(

@@ -315,7 +315,9 @@ class PredictionRows:
                 self._check_seconds(layout.timestamp, seconds, rows)
             found += time_slices(seconds_of(table[layout.timestamp]))
         for column in layout.slices:
-            values, codes = encoded(table[column])
+            place = f"column {column!r} of {self.files[self.models[0].name][0]}"
+            with error_location(place, "its values must be numbers or text"):
+                values, codes = encoded(table[column])
             found.append(([f"{column}={value}" for value in values], codes))
         return found
 

@@ -1,30 +1,38 @@
-"""Regression gate for a model repository: tests whether the AUC is worse than a baseline's by more than chance."""
+"""Regression gate for a model repository: tests whether AUC or GAUC is worse than a baseline's by more than chance."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.errors import did_you_mean
-from hllm_torchrec.evaluation.metrics_schema import finite_or_none, read_metrics
+from hllm_torchrec.evaluation.metrics_schema import finite_or_none, read_fields, read_metrics
 from hllm_torchrec.metrics.intervals import normal_quantile
 
 EXIT_STATUS = {"pass": 0, "fail": 3, "unsure": 4}
 """Exit status by verdict; 2 is for usage errors, such as a baseline of other rows, 1 for a crash."""
 
 
+_NAMES = {"auc": "AUC", "gauc": "GAUC"}
+_SEVERITY = ("pass", "unsure", "fail")
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Result of the gate."""
+    """Result of the gate for one metric, or the worst of several."""
 
+    baseline: str
+    max_drop: float
+    """The allowed drop."""
     status: str
     """`pass`: the drop is at most the allowed one. `fail`: it is larger, and its interval lies above 0.
-    `unsure`: it is larger, but its interval contains 0."""
+    `unsure`: it is larger, but its interval contains 0, or there is none."""
     drop: float
     low: float
     high: float
-    """95% interval of the drop."""
+    """95% interval of the drop; NaN without one."""
     text: str
 
     @property
@@ -32,73 +40,105 @@ class Verdict:
         """Exit status of the process (`EXIT_STATUS`)."""
         return EXIT_STATUS[self.status]
 
-    def as_json(self, baseline: str, max_drop: float) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The verdict as an entry of `metrics.json`."""
         low, high = (finite_or_none(bound) for bound in (self.low, self.high))
-        content = {"baseline": baseline, "max_drop": max_drop, "status": self.status, "text": self.text}
+        content = {"baseline": self.baseline, "max_drop": self.max_drop, "status": self.status, "text": self.text}
         return content | {"drop": self.drop, "drop_low": low, "drop_high": high}
 
 
-def compare_with_baseline(metrics: Mapping[str, Any], baseline: str | Path, max_drop: float) -> Verdict:
-    """Compare the AUC of the reference model of `metrics` with a baseline's.
+def judge(metrics: Mapping[str, Any], baseline: str, limits: Mapping[str, float | None]) -> Verdict:
+    """The worst verdict of `compare_with_baseline` over metrics, with the texts of all.
+
+    limits: "auc" or "gauc" -> largest allowed drop; None: the metric is not judged.
+
+    Raises:
+        ValueError: as `compare_with_baseline`.
+    """
+    found = [compare_with_baseline(metrics, baseline, limit, key) for key, limit in limits.items() if limit is not None]
+    worst = max(found, key=lambda verdict: _SEVERITY.index(verdict.status))  # the first of equals
+    return replace(worst, text="; ".join(verdict.text for verdict in found))
+
+
+def compare_with_baseline(
+    metrics: Mapping[str, Any], baseline: str | Path, max_drop: float, key: str = "auc"
+) -> Verdict:
+    """Compare the AUC or GAUC of the reference model of `metrics` with a baseline's.
 
     Args:
         metrics: the content of a `metrics.json` (`offline_evaluation.evaluate_predictions`).
         baseline: a `metrics.json`, whose interval is combined with the new one as if the samples were independent
             (too wide, because both must have scored the same rows); or the name of another model in `metrics`,
             whose rows are paired.
-        max_drop: maximum allowed drop of the AUC (in 0..1: 0.001 is a tenth of a percentage point), >= 0.
+        max_drop: maximum allowed drop (in 0..1: 0.001 is a tenth of a percentage point), >= 0.
+        key: "auc", or "gauc", which has no interval: a drop above the allowed one is never more than unsure.
 
     Raises:
-        ValueError: max_drop is negative or NaN, the baseline does not exist or has other rows, or an AUC is
+        ValueError: max_drop is negative or NaN, the baseline does not exist or has other rows, or a metric is
             undefined.
     """
     if not max_drop >= 0:  # also refuses NaN
-        raise ValueError(f"--max-drop {max_drop}: must be 0 or more, in AUC, e.g. 0.001")
-    name = metrics["reference"]
-    own = _auc(metrics["models"].get(name), f"the model {name!r}")
-    if str(baseline) in metrics["models"]:
-        if str(baseline) == name:
-            raise ValueError(f"--baseline {baseline} is the model to be judged itself; name another of the comparison")
-        pair = metrics["paired"][str(baseline)]
-        other = _auc(metrics["models"][str(baseline)], f"the model {baseline!r}")
-        kind = "clustered" if pair.get("clustered_low") is not None else "delong"
-        low, high = (_number(pair[f"{kind}_{end}"]) for end in ("low", "high"))
-        how = "paired on the same rows, " + _UNITS[kind]
-    else:
-        block = _baseline_block(metrics, Path(baseline))
-        other = _auc(block, f"{baseline}")
-        key = "clustered_se" if own.get("clustered_se") and other.get("clustered_se") else "auc_se"
-        # Standard errors of independent estimates add in squares.
-        half = normal_quantile(0.95) * math.hypot(_number(own[key]), _number(other[key]))
-        low, high = other["auc"] - own["auc"] - half, other["auc"] - own["auc"] + half
-        how = "not paired, " + _UNITS["clustered" if key == "clustered_se" else "delong"]
-    return _verdict(name, own["auc"], str(baseline), other["auc"], (low, high), max_drop, how)
+        option = "--max-drop" if key == "auc" else "--max-gauc-drop"
+        raise ValueError(f"{option} {max_drop}: must be 0 or more, in {_NAMES[key]}, e.g. 0.001")
+    name, other_name = metrics["reference"], str(baseline)
+    own = _defined(metrics["models"].get(name), key, f"the model {name!r}")
+    paired = other_name in metrics["models"]
+    if other_name == name:
+        raise ValueError(f"--baseline {baseline} is the model to be judged itself; name another of the comparison")
+    with nullcontext() if paired else read_fields(Path(baseline)):
+        block = metrics["models"][other_name] if paired else _baseline_block(metrics, Path(baseline))
+        other = _defined(block, key, f"the model {other_name!r}" if paired else other_name)
+        interval, how = (math.nan, math.nan), ""
+        if key == "auc":
+            interval, how = _paired_interval(metrics["paired"][other_name]) if paired else _interval(own, other)
+        return _verdict(key, (name, own[key]), (other_name, other[key]), interval, max_drop, how)
+
+
+def _paired_interval(pair: Mapping[str, Any]) -> tuple[tuple[float, float], str]:
+    """95% interval of the drop of the AUC on the same rows, and how it was found."""
+    kind = "clustered" if pair.get("clustered_low") is not None else "delong"
+    return (_number(pair[f"{kind}_low"]), _number(pair[f"{kind}_high"])), f"paired on the same rows, {_UNITS[kind]}"
+
+
+def _interval(own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[float, float], str]:
+    """95% interval of the drop of the AUC of independent samples, and how it was found."""
+    kind = "clustered" if own.get("clustered_se") and other.get("clustered_se") else "auc"
+    # Standard errors of independent estimates add in squares.
+    half = normal_quantile(0.95) * math.hypot(_number(own[f"{kind}_se"]), _number(other[f"{kind}_se"]))
+    drop = other["auc"] - own["auc"]
+    return (drop - half, drop + half), f"not paired, {_UNITS['clustered' if kind == 'clustered' else 'delong']}"
 
 
 _UNITS = {"clustered": "users as independent", "delong": "rows as independent"}
 
 
 def _verdict(
-    name: str, auc: float, baseline: str, other: float, interval: tuple[float, float], max_drop: float, how: str
+    key: str,
+    judged: tuple[str, float],
+    baseline: tuple[str, float],
+    interval: tuple[float, float],
+    max_drop: float,
+    how: str,
 ) -> Verdict:
-    drop, (low, high) = other - auc, interval
+    """Verdict on (name, metric) of two models."""
+    drop, (low, high) = baseline[1] - judged[1], interval
     if drop <= max_drop:
         status = "pass"
         reason = f"at most the {max_drop:g} allowed"
-        if not high <= max_drop:
+        if not math.isnan(low) and not high <= max_drop:
             reason += f", though these rows cannot rule out a drop of up to {high:.5f}"
     elif low > 0:
         status, reason = "fail", f"more than the {max_drop:g} allowed, and the interval lies above 0"
     else:
         status = "unsure"
-        reason = f"more than the {max_drop:g} allowed, but the interval holds 0: evaluate on more rows, or pair them"
+        unknown = "the interval holds 0" if low <= 0 else "there is no interval"
+        reason = f"more than the {max_drop:g} allowed, but {unknown}: evaluate on more rows, or pair them"
     bounds = "no interval" if math.isnan(low) else f"95% [{low:+.5f}, {high:+.5f}], {how}"
     text = (
-        f"{status.upper()}: AUC of {name} {auc:.5f}, of {baseline} {other:.5f}; the drop is {drop:+.5f} ({bounds}), "
-        f"{reason}"
+        f"{status.upper()}: {_NAMES[key]} of {judged[0]} {judged[1]:.5f}, of {baseline[0]} {baseline[1]:.5f}; the drop "
+        f"is {drop:+.5f} ({bounds}), {reason}"
     )
-    return Verdict(status, drop, low, high, text)
+    return Verdict(baseline[0], max_drop, status, drop, low, high, text)
 
 
 def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
@@ -117,9 +157,11 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Mapping[str, Any]
     return (baseline.get("models") or {}).get(baseline.get("reference"))
 
 
-def _auc(block: Mapping[str, Any] | None, what: str) -> Mapping[str, Any]:
-    if not block or block.get("auc") is None:
-        raise ValueError(f"{what} has no AUC to compare: it needs rows of both classes")
+def _defined(block: Mapping[str, Any] | None, key: str, what: str) -> Mapping[str, Any]:
+    """The block, which must have the metric."""
+    if not block or block.get(key) is None:
+        needs = "rows of both classes" if key == "auc" else "users (--user) with rows of both classes"
+        raise ValueError(f"{what} has no {_NAMES[key]} to compare: it needs {needs}")
     return block
 
 

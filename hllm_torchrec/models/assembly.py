@@ -29,6 +29,7 @@ from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, base_rate
+from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
 from hllm_torchrec.data.evidence import Evidence, EvidenceModel, evidence_problems
 from hllm_torchrec.data.item_factors import FACTORS, item_vectors
@@ -397,7 +398,7 @@ def open_token_store(item: ItemLLMConfig, dataset: Dataset, name: str = "item_ll
         )
 
     first = run_on_each_host(build)
-    own = dataset.root / "tokens" / first.name  # hosts that share no disk may have the dataset elsewhere
+    own = derived_path(dataset, "tokens", first.name)  # hosts that share no disk may have the dataset elsewhere
     return TokenStore.open(own if own.is_dir() else first)
 
 

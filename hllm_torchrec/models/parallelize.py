@@ -17,7 +17,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from hllm_torchrec.common.errors import ConfigError, configured_by
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
-from hllm_torchrec.embedding.sharding import check_hash_tables, check_tables, distribute, plan_table_sharding
+from hllm_torchrec.embedding.sharding import (
+    check_hash_tables,
+    check_tables,
+    distribute,
+    plan_table_sharding,
+    warn_without_effect,
+)
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
 from hllm_torchrec.modules.encoders.base import UserEncoder
@@ -56,6 +62,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     if model.features.hashed is not None:
         apply_hash_table_optimizer(model.features.hashed, settings)
     plan = plan_table_sharding(model, settings, device)
+    warn_without_effect(plan, settings)
     if config.parallel.dense == "fsdp":
         _shard_dense(model, device)
     # In a stage with cached items the Item LLM gets no gradients; DDP would wait for them without this option.

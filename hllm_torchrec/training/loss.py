@@ -131,7 +131,8 @@ def describe_step(stats: StepStats, norm: float, config: Config, alarm: bool) ->
             f"the norm of the gradients is {norm} at a loss of {found['loss']:.6g}: lower optim.lr or optim.table_lr"
         )
     if stats.similarities:
-        found["item_similarity"] = stats.item_similarity / stats.similarities
+        # A cosine: rounding must not carry it above 1, which `collapse_above: 1.0` allows.
+        found["item_similarity"] = min(stats.item_similarity / stats.similarities, 1.0)
         if alarm and weights.generative > 0 and found["item_similarity"] > objective.collapse_above:
             raise FloatingPointError(
                 f"item embeddings have collapsed: their mean cosine similarity is {found['item_similarity']:.4f} > "

@@ -7,6 +7,8 @@ from typing import Any
 from hllm_torchrec.checkpoint.layout import checkpoints_by_step, finish_interrupted_renames
 from hllm_torchrec.checkpoint.load import latest_checkpoint
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.common.yaml_files import abbreviate
+from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.training.stage_schedule import EpochSegment
@@ -37,6 +39,29 @@ def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | N
             ]
         )
     return path
+
+
+def changed_settings(extra: dict[str, Any], config: Config) -> list[str]:
+    """Settings that the checkpoint with `extra` was trained with and that are others now, as 'name: before -> now'.
+
+    Settings of where and how long a run runs are left out.
+    """
+    before, now = _flat(extra["config"]), _flat(to_dict(config))
+    differs = [name for name in before if name in now and before[name] != now[name] and not _is_of_this_start(name)]
+    return [f"{name}: {abbreviate(before[name], 80)} -> {abbreviate(now[name], 80)}" for name in differs]
+
+
+def _is_of_this_start(name: str) -> bool:
+    section = name.partition(".")[0]
+    return name in ("output", "resume", "max_steps", "start_from") or section in ("reliability", "logs")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return found
 
 
 def check_schedule(checkpoint: Path, extra: dict[str, Any], segments: Sequence[EpochSegment]) -> None:

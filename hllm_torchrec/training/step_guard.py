@@ -1,8 +1,9 @@
-"""Handling of non-finite steps (stop or skip) and of implausibly high validation AUC (label leakage)."""
+"""Handling of non-finite steps (stop or skip), and of implausibly high or undefined validation metrics."""
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,38 @@ class StepGuard:
         self._max_skipped = config.reliability.max_skipped
         self._folder, self._rank = (output or Path(config.output)) / "bad_batches", rank
         self._leakage, self._leakage_above = config.reliability.leakage, config.reliability.leakage_above
+        self._ndcg = f"ndcg@{config.evaluation.ks[0]}"
         self._consecutive_failures, self.reason = 0, ""
+        self._says_undefined = rank == 0
+
+    def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
+        """Score by which validation compares checkpoints, larger is better: AUC, or without a head NDCG.
+
+        With labels of one class AUC is undefined: then it is the log loss, negated. None: there is nothing to score.
+        The first undefined score is reported, on rank 0.
+        """
+        name = "auc" if "auc" in metrics else self._ndcg
+        score = metrics[name]
+        if score is not None and not math.isnan(score):
+            return float(score)
+        if name == "auc" and metrics["rows"]:
+            problem = "has labels of one class: its AUC is undefined, and checkpoints are compared by log loss"
+            score = -float(metrics["log_loss"])
+        else:
+            problem, score = "has nothing to score: no checkpoint is the best; use --checkpoint latest", None
+        if self._says_undefined:
+            _logger.warning("step %d: the validation part %s", step, problem)
+            self._says_undefined = False
+        return score
 
     def check_leakage(self, step: int, auc: float | None) -> None:
-        """Warn, on rank 0, of a validation AUC above `leakage_above`; None if the model has no classification head.
+        """Warn, on rank 0, of a validation AUC above `leakage_above`; None without a classification head, NaN without
+        exposures of both classes.
 
         Raises:
             ValueError: the AUC is above it and `reliability.leakage` is "stop".
         """
-        if auc is None or auc <= self._leakage_above:
+        if auc is None or not auc > self._leakage_above:
             return
         problem = (
             f"step {step}: validation AUC {auc:.4f} is above reliability.leakage_above {self._leakage_above}: look for "

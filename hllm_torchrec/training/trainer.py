@@ -46,7 +46,7 @@ from hllm_torchrec.training.optim import (
     materialize_state,
     named_optimizer_state,
 )
-from hllm_torchrec.training.resume import check_schedule
+from hllm_torchrec.training.resume import changed_settings, check_schedule
 from hllm_torchrec.training.stage_schedule import EpochSegment, RunSchedule
 from hllm_torchrec.training.step_guard import StepGuard
 from hllm_torchrec.training.throughput import StepMeter, snapshot_weights, summary_line
@@ -323,9 +323,9 @@ class Trainer:
 
     def _evaluate_and_save(self) -> None:
         self.metrics = self.evaluate()
-        metric = "auc" if "auc" in self.metrics else f"ndcg@{self.config.evaluation.ks[0]}"
-        score = float(self.metrics[metric])
-        self.early_stopping.improves(score)
+        score = self.guard.selection_score(self.step, self.metrics)
+        if score is not None:
+            self.early_stopping.improves(score)
         self.evaluation_pending = False
         hashed = {"hash_tables": take_hash_counts(self.hllm)} if self.hllm.features.hash_tables else {}
         self.log.write("eval", self.step, split="valid", **self.metrics, **hashed)
@@ -388,6 +388,8 @@ class Trainer:
         check_saved_format(extra["config"], self.config, self.checkpoint)
         fill_new_rows(self.experiment, self.checkpoint, averages=self.ema.state_dict() if self.ema else None)
         check_schedule(self.checkpoint, extra, self.schedule.segments)
+        if self.rank == 0 and (changed := changed_settings(extra, self.config)):
+            say(f"resume: {self.checkpoint} goes on with other settings than it was trained with: {'; '.join(changed)}")
         self.step = self.checkpoints.last_saved_step = extra["step"]
         self.evaluation_pending = extra.get("owed", False)
         self.early_stopping.stale = extra["stale"]

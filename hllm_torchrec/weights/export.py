@@ -131,10 +131,10 @@ def _metrics(run: Path) -> str:
     lines = [
         f"- {name}: AUC {figures['auc']:.4f}"
         for name, figures in (found.get("models") or {}).items()
-        if isinstance(figures, dict) and "auc" in figures
+        if isinstance(figures, dict) and figures.get("auc") is not None  # null: rows of one class
     ]
     retrieval = found.get("retrieval") or {}
-    lines += [f"- {name}: {value:.4f}" for name, value in retrieval.items() if "@" in name]
+    lines += [f"- {name}: {value:.4f}" for name, value in retrieval.items() if "@" in name and value is not None]
     return f"On the {found.get('split', 'evaluated')} part:\n\n" + "\n".join(lines)
 
 

@@ -86,7 +86,8 @@ class AttentionPlan:
                 q, own_k, own_v = (_padded(x, queries.rows) for x in (query, key, value))
                 out = _query_attention(q, own_k, own_v, k_BHND, v_BHND, queries.hidden, scaling, dropout)
                 query_outputs.append(_packed(out, queries.valid))
-        lonely = _own_attention(*(x[self.without_history] for x in (query, key, value)), scaling)
+        rows = self.without_history
+        lonely = _own_attention(query[rows], key[rows], value[rows], scaling)
         # The order must be that of `emitted` in `plan_attention`: all histories, all queries, then queries without
         # history.
         return torch.cat([*outputs, *query_outputs, lonely])[self.restore]

@@ -18,7 +18,7 @@ from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.downstream.comparison import VectorData
+from hllm_torchrec.downstream.comparison import VectorData, check_stores
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig, DownstreamConfig
 from hllm_torchrec.downstream.plugin import VectorLookup
 from hllm_torchrec.evaluation.run_loader import load_run
@@ -225,6 +225,28 @@ def test_the_packaged_stage_three_is_the_tuned_dlrm(root: Path) -> None:
     settings = downstream.load_settings(["--config", str(root / "configs" / "stages" / "3.yaml")])
     assert not settings.dlrm.user_id and settings.dlrm.item_dropout == 0.1
     assert list(settings.possible_rows())[-1] == "both_daily"
+
+
+def test_a_store_of_another_kind_is_refused_before_training(tmp_path: Path) -> None:
+    dataset, stores = fixtures.dataset(), {}
+    for name, part in (("items", None), ("users", None), ("exposures", "exposures")):
+        ids = dataset.items["raw_item_id"] if name == "items" else dataset.users["raw_user_id"]
+        facts = {"part": part} if part else {"weights": "w"}
+        stores[name] = str(tmp_path / name)
+        with EmbeddingStore.create(tmp_path / name, 2, facts=facts).writer() as writer:
+            writer.upsert(ids.to_pylist(), torch.ones(len(ids), 2))
+            writer.commit()
+
+    def check(items: str | None, users: tuple[str, ...] = ()) -> None:
+        check_stores(DownstreamConfig(dataset=str(dataset.root), item_store=items, user_stores=users), dataset)
+
+    check(stores["items"])
+    with pytest.raises(ValueError, match=r"exposures: a store of exposures, not of items: see hllm embed --items"):
+        check(stores["exposures"])
+    with pytest.raises(ValueError, match=r"users: it has none of the first 40 items of .*: give the store that"):
+        check(stores["users"])
+    with pytest.raises(ValueError, match="items: a store of None, not of exposures"):
+        check(stores["items"], (stores["items"],))
 
 
 def test_commands_name_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hllm_torchrec.common.hashing import hash_columns
@@ -16,8 +18,8 @@ EVERY = ColumnLayout(weight="weight", user="user_id", item="item_id", slices=("c
 MODEL = ("score", "probability")
 
 
-def opened(path: Path, scratch: Path, layout: ColumnLayout = EVERY) -> PredictionRows:
-    return PredictionRows([PredictionModel("a", (path,), *MODEL)], layout, scratch)
+def opened(path: Path, scratch: Path, layout: ColumnLayout = EVERY, model: Sequence[str] = MODEL) -> PredictionRows:
+    return PredictionRows([PredictionModel("a", (path,), *model)], layout, scratch)
 
 
 def all_batches(rows: PredictionRows, ranks: int = 1, size: int = 100) -> list[RowBatch]:
@@ -195,6 +197,23 @@ def test_what_a_column_may_not_hold_is_named(column: str, values: Any, message: 
     layout = ColumnLayout(user="user_id", timestamp="timestamp", item_is_cold="item_is_cold")
     with pytest.raises(ValueError, match=message):
         all_batches(PredictionRows([PredictionModel("a", (folder,))], layout, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "column", "message"),
+    [
+        ([{"a": 1}], "x", "column 'x' of .* its values must be numbers or text"),
+        ([[1]], "x", "column 'x' of .* its values must be numbers or text"),
+        ([1], "", "has no column ''; it has label"),
+        ([1], "label", "has 2 columns 'label': remove or rename all but one"),
+    ],
+)
+def test_slices_of_odd_columns_are_named(values: list[Any], column: str, message: str, tmp_path: Path) -> None:
+    name = column or "other"
+    table = pa.table([pa.array([0.0, 1.0]), pa.array([0.0, 1.0]), pa.array(values * 2)], ["label", "score", name])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=message):
+        all_batches(opened(tmp_path / "rows.parquet", tmp_path, ColumnLayout(slices=(column,)), ("score",)))
 
 
 def test_a_column_of_many_values_makes_no_slices(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows
-from hllm_torchrec.evaluation.regression_gate import compare_with_baseline
+from hllm_torchrec.evaluation.regression_gate import compare_with_baseline, judge
 from tests.helpers.prediction_rows import columns, write_parquet
 
 LAYOUT = ColumnLayout(user="user_id", item="item_id")
@@ -67,6 +68,24 @@ def test_an_allowed_drop_passes_and_a_gain_too(tmp_path: Path) -> None:
     assert compare_with_baseline(metrics, "old", 0.5).status == "pass"
     turned = metrics | {"reference": "old", "paired": {"new": metrics["paired"]["old"]}}
     assert compare_with_baseline(turned, alone(metrics, "new", tmp_path / "base.json"), 0.0).status == "pass"
+
+
+def test_gauc_is_judged_on_demand_and_the_worst_verdict_counts(tmp_path: Path) -> None:
+    metrics = measured(tmp_path, 0.0)
+    metrics["models"]["new"]["gauc"] = metrics["models"]["old"]["gauc"] - 0.25
+    for baseline in ("old", str(alone(metrics, "old", tmp_path / "base.json"))):
+        assert judge(metrics, baseline, {"auc": 0.0, "gauc": None}).exit_status == 0
+        worst = judge(metrics, baseline, {"auc": 0.0, "gauc": 0.125})
+        assert (worst.status, worst.exit_status, worst.max_drop) == ("unsure", 4, 0.125)
+        assert re.search(r"^PASS: AUC of new .*; UNSURE: GAUC of new .* \+0\.25000 \(no interval\)", worst.text)
+        assert "more than the 0.125 allowed, but there is no interval: evaluate on more rows" in worst.text
+        assert worst.as_json()["drop"] == pytest.approx(0.25) and worst.as_json()["drop_low"] is None
+        assert judge(metrics, baseline, {"auc": 0.0, "gauc": 0.5}).status == "pass"
+    metrics["models"]["old"]["gauc"] = None
+    with pytest.raises(ValueError, match=r"'old' has no GAUC to compare: it needs users \(--user\) with rows of both"):
+        judge(metrics, "old", {"gauc": 0.1})
+    with pytest.raises(ValueError, match="--max-gauc-drop -1: must be 0 or more, in GAUC"):
+        judge(metrics, "old", {"gauc": -1})
 
 
 def test_baselines_that_do_not_compare_are_refused(tmp_path: Path) -> None:

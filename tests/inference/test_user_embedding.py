@@ -1,6 +1,8 @@
 """The embedding job for users: what the model says, only who did something new, on any number of ranks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,16 @@ def test_every_user_has_the_vector_of_the_whole_history(run_dir: Path, tmp_path:
             limit = loaded.experiment.config.data.max_history
             vectors, _ = embedder([nightly_request(piece, piece.item_ids.size, limit)])
             torch.testing.assert_close(found[row], vectors[0], atol=1e-5, rtol=0)
+
+
+def test_a_history_on_the_last_day_of_the_time_tables_is_embedded(run_dir: Path) -> None:
+    piece = fixtures.pieces("train")[1]
+    end = datetime(2099, 12, 31, 23, 59, 59, tzinfo=UTC)
+    moved = replace(piece, timestamps=piece.timestamps - piece.timestamps[-1] + int(end.timestamp()))
+    with open_embedder(load(run_dir).experiment) as embedder:
+        vectors, known = embedder([nightly_request(moved, len(moved), 64)])
+        earlier, _ = embedder([nightly_request(moved, len(moved) - 1, 64)])
+    assert known.all() and vectors.isfinite().all() and not torch.equal(vectors, earlier), "the last second is read"
 
 
 def test_only_users_with_something_new_since_the_date_are_embedded(run_dir: Path, tmp_path: Path) -> None:

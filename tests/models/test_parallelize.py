@@ -99,6 +99,18 @@ def test_small_tables_are_replicated_and_large_ones_sharded(tmp_path: Path) -> N
     assert in_backward == sharded
 
 
+def test_a_table_optimizer_that_no_table_has_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = {"optim__table_optimizer": "adagrad", "optim__table_options": {"eps": 1e-6}}
+    for more in (chosen, {"features__shard_from_rows": 10_000}):
+        build_trainer(config(tmp_path / "run", **more), init_distributed())
+        destroy_distributed()
+    assert "have no effect" not in caplog.text
+    build_trainer(config(tmp_path / "run", features__shard_from_rows=10_000, **chosen), init_distributed())
+    assert (
+        "table_options and table_lr have no effect: no table has features.shard_from_rows (10000) rows" in caplog.text
+    )
+
+
 @pytest.mark.parametrize("rate", ["table", "dense"])
 def test_each_kind_of_table_is_moved_by_its_own_optimizer_only(rate: str, tmp_path: Path) -> None:
     rates = {"optim__lr": 0.0, "optim__item_llm_lr": 0.0, "optim__table_lr": 0.0, "optim__weight_decay": 0.0}

@@ -121,6 +121,11 @@ def test_collapsed_items_are_an_error_after_the_warm_up(tmp_path: Path) -> None:
     assert described(without, *numbers)["item_similarity"] == 0.95  # frozen text in a classifier may be alike
 
 
+def test_a_collapse_limit_of_one_is_never_exceeded_by_rounding(tmp_path: Path) -> None:
+    settings = config(tmp_path, objective__generative_weight=1, objective__collapse_above=1.0)
+    assert described(settings, 0.7, 2.0, 0.0, 6.5, 0.25, 2.000_000_2, 2.0)["item_similarity"] == 1.0
+
+
 # --- statistics of a step --------------------------------------------------------------------------------
 
 

@@ -171,6 +171,18 @@ def test_resume_with_other_batches_is_refused(tmp_path: Path) -> None:
         train(config(tmp_path / "run", resume=True, data__batch_users=2))
 
 
+def test_resume_says_which_settings_are_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(tmp_path / "run", max_steps=1, optim__betas=[0.9, 0.99]))
+    capsys.readouterr()
+    same = {"resume": True, "optim__betas": [0.9, 0.99], "reliability__max_skipped": 3}
+    train(config(tmp_path / "run", max_steps=2, **same))
+    assert "other settings" not in capsys.readouterr().out
+    train(config(tmp_path / "run", max_steps=3, optim__lr=0.5, data__history="positive", **same))
+    said = capsys.readouterr().out
+    assert "goes on with other settings than it was trained with: data.history: 'all' -> 'positive'; " in said
+    assert "optim.lr: 0.01 -> 0.5\n" in said
+
+
 def test_resume_with_another_architecture_is_refused(tmp_path: Path) -> None:
     train(config(tmp_path / "run", max_steps=1))
     with pytest.raises(ValueError, match="is not of this model"):

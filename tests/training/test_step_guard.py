@@ -1,20 +1,28 @@
 """A batch that makes the loss or the gradients NaN, a validation AUC too good to be true: the run stops, or says so."""
 
 import json
+import math
+import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hllm_torchrec.checkpoint.layout import checkpoints_by_step
+from hllm_torchrec.checkpoint.load import best_checkpoint
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.training.step_guard import StepGuard
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
+from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import config, lines, losses, weights
 
@@ -100,6 +108,7 @@ def test_an_auc_above_the_limit_is_warned_of(tmp_path: Path, caplog: pytest.LogC
     guard = StepGuard(config(tmp_path), rank=0)
     guard.check_leakage(1, 0.99)
     guard.check_leakage(2, None)
+    guard.check_leakage(2, math.nan)
     assert not caplog.records
     guard.check_leakage(3, 0.9901)
     assert "step 3: validation AUC 0.9901 is above reliability.leakage_above 0.99: look for a feature" in caplog.text
@@ -113,6 +122,52 @@ def test_a_run_may_stop_at_an_auc_above_the_limit_with_its_checkpoint_saved(tmp_
         build_trainer(config(tmp_path / "run", **options), init_distributed()).run()
     assert [path.name for path in checkpoints_by_step(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
     assert lines(tmp_path / "run", "eval")[0]["auc"] > 0.5001
+
+
+ONE_CLASS = {"auc": math.nan, "log_loss": 0.25, "rows": 7.0}
+NO_TARGETS = {"ndcg@5": None, "retrieval_rows": 0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "score", "message"),
+    [
+        ({"auc": 0.75, "log_loss": 0.5, "rows": 7.0}, 0.75, None),
+        ({"ndcg@5": 0.25}, 0.25, None),
+        (
+            ONE_CLASS,
+            -0.25,
+            "step 3: the validation part has labels of one class: its AUC is undefined, and checkpoints",
+        ),
+        (ONE_CLASS | {"log_loss": 0.0, "rows": 0.0}, None, "the validation part has nothing to score: .*latest"),
+        (
+            NO_TARGETS,
+            None,
+            "the validation part has nothing to score: no checkpoint is the best; use --checkpoint latest",
+        ),
+    ],
+)
+def test_checkpoints_are_compared_by_what_is_defined(
+    metrics: dict[str, Any], score: float | None, message: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = StepGuard(config(tmp_path, evaluation__ks=[5, 10]), rank=0)
+    assert [guard.selection_score(step, metrics) for step in (3, 4)] == [score, score]
+    assert len(caplog.records) == (message is not None) and re.search(message or "", caplog.text)
+    assert StepGuard(config(tmp_path, evaluation__ks=[5, 10]), rank=1).selection_score(3, metrics) == score
+    assert len(caplog.records) == (message is not None)
+
+
+def test_a_run_without_both_classes_in_validation_trains_and_has_a_best_checkpoint(tmp_path: Path) -> None:
+    source = fixtures.write_shop(tmp_path / "shop")
+    mapping = yaml.safe_load(source.read_text())
+    for name in ("label", "positive_from"):  # implicit feedback: every event is positive
+        del mapping["events"][name]
+    source.write_text(yaml.safe_dump(mapping))
+    dataset = prepare(table(source), tmp_path / "data", split="time")
+    options = {"reliability__leakage": "stop", "data__dataset": dataset, "item_llm__enabled": False, "max_steps": 2}
+    trainer = build_trainer(config(tmp_path / "run", **options), init_distributed())
+    trainer.run()
+    assert math.isnan(trainer.metrics["auc"]) and trainer.early_stopping.best == -trainer.metrics["log_loss"]
+    assert best_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
 def run_dirty_on_rank_one(settings: Config) -> list[int]:

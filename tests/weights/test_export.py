@@ -1,5 +1,6 @@
 """An exported run is what plain transformers reads, and what the run itself computes."""
 
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.launch import export_hf
 from hllm_torchrec.models.build import build_user_encoder
 from hllm_torchrec.models.model_files import trained_item_token
+from hllm_torchrec.weights.export import _metrics
 from tests.helpers import fixtures
 from tests.helpers.training_fixtures import config, train
 
@@ -91,6 +93,12 @@ def test_the_model_card_says_what_it_is_and_how_to_read_it() -> None:
     card = (output / "README.md").read_text()
     assert "library_name: transformers" in card and "tiny-shop" in card
     assert "Not evaluated yet" in card and "item_token.safetensors" in card
+
+
+def test_metrics_that_are_undefined_are_left_out_of_the_card(tmp_path: Path) -> None:
+    found = {"models": {"one class": {"auc": None}, "run": {"auc": 0.75}}, "retrieval": {"ndcg@5": None, "mrr": 0.1}}
+    (tmp_path / "metrics.json").write_text(json.dumps(found))
+    assert _metrics(tmp_path) == "On the evaluated part:\n\n- run: AUC 0.7500"
 
 
 def test_a_folder_that_is_there_is_not_touched(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,48 @@
+"""Files that are computed from a dataset, such as tokens and item factors: within it, or in this host's cache."""
+
+import os
+from pathlib import Path
+
+from hllm_torchrec.common.urls import CACHE, cache_folder
+from hllm_torchrec.data.dataset import Dataset
+
+
+def derived_path(dataset: Dataset, *names: str) -> Path:
+    """Path at which a derived file or folder of the dataset is, or is to be written.
+
+    It is within the dataset if it is there already or can be written there, else in the cache, under the dataset's
+    fingerprint. A dataset can be shared and read-only.
+
+    Raises:
+        ValueError: the file exists in neither, and neither can be written; or it is a link.
+    """
+    own = dataset.root.joinpath(*names)
+    refuse_links(dataset.root, own)
+    if own.exists() or _is_writable(own):
+        return own
+    cached = cache_folder(f"derived from {dataset.fingerprint}").joinpath(*names)
+    if not cached.exists() and not _is_writable(cached):
+        raise ValueError(
+            f"{own}: the dataset cannot be written to, and neither can the cache {cached.parent}: set {CACHE} to a "
+            "folder for files that are computed from datasets"
+        )
+    return cached
+
+
+def refuse_links(root: Path, path: Path) -> None:
+    """Check that `path`, below `root` and not named by the manifest, leads nowhere else; if it is a folder, its files.
+
+    Raises:
+        ValueError: it is a link, in a linked folder, or has one; or a file in it is not a plain one.
+    """
+    steps = [path, *(folder for folder in path.parents if folder.is_relative_to(root) and folder != root)]
+    inside = list(path.iterdir()) if path.is_dir() else []
+    for file in (*steps, *inside):
+        if file.is_symlink() or (file.exists() and not (file.is_file() or file.is_dir())):
+            raise ValueError(f"{file}: is a link or no plain file, which may lead out of the dataset; copy it there")
+
+
+def _is_writable(path: Path) -> bool:
+    """True if `path`, which may lack folders, can be created; false also for root on a read-only file system."""
+    existing = next(folder for folder in path.parents if folder.exists())
+    return os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -1,0 +1,120 @@
+"""What messages tell people to do can be done: commands, options, settings with their values, and extras exist."""
+
+import ast
+import re
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hllm_torchrec.baselines.settings import RetrievalBaselinesConfig
+from hllm_torchrec.config.checking import dotted_fields
+from hllm_torchrec.config.schema import Config, StageConfig
+from hllm_torchrec.downstream.dlrm_config import DownstreamConfig
+from hllm_torchrec.launch.cli import COMMANDS
+from tests.docs.test_pages import options
+
+FOLDERS = ("hllm_torchrec", "launch", "modules")
+ROOT = Path(__file__).parents[2]
+GAP = "\N{WHITE SQUARE}"
+"""Stands for a value that a message contains."""
+
+COMMAND = re.compile(r"\bhllm ([a-z][\w-]+)((?: +(?:--?[a-z][\w.-]*|\[?[^\s`,;:()]+))*)")
+OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9_.-]*[a-z0-9])")
+OTHER_PROGRAMS = re.compile(r"torchrun|torchx|install\.sh")
+SETTING = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)+)(?:: ([a-z_]+)\b)?")
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """(file:line, text) of every text in the source that is no documentation, with GAP for values."""
+    for folder in FOLDERS:
+        for file in sorted({*(ROOT / folder).rglob("*.py")} - {ROOT / "hllm_torchrec" / "_moved.py"}):
+            tree = ast.parse(file.read_text())
+            inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+            for node in ast.walk(tree):
+                place = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+                if isinstance(node, ast.JoinedStr):
+                    yield place, "".join(str(p.value) if isinstance(p, ast.Constant) else GAP for p in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                    if not _is_documentation(node, tree):
+                        yield place, node.value
+
+
+@cache
+def _documentation(tree: ast.Module) -> frozenset[int]:
+    """Texts that are statements: docstrings of modules, classes, functions and fields."""
+    return frozenset(id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr))
+
+
+def _is_documentation(node: ast.AST, tree: ast.Module) -> bool:
+    return id(node) in _documentation(tree)
+
+
+@cache
+def settings() -> dict[str, Any]:
+    """Dotted names of all settings of all jobs, and their types."""
+    found: dict[str, Any] = {}
+    for cls in (Config, DownstreamConfig, RetrievalBaselinesConfig):
+        found |= dotted_fields(cls)
+    return found | {f"stages.{name}": kind for name, kind in dotted_fields(StageConfig).items()}
+
+
+@cache
+def all_options() -> frozenset[str]:
+    return frozenset().union(*(options(name) for name in COMMANDS), (f"--{name}" for name in settings()))
+
+
+def takes_any_name(kind: Any) -> bool:
+    """True for a mapping, or a mapping or None."""
+    return any(typing.get_origin(part) is dict for part in (kind, *typing.get_args(kind)))
+
+
+def problems(text: str) -> Iterator[str]:
+    """Remedies in a sentence that do not exist."""
+    if " " not in text:
+        return
+    for name, rest in COMMAND.findall(text):
+        if name not in COMMANDS:
+            yield f"hllm {name}: no such command"
+            continue
+        yield from (f"hllm {name} has no {option}" for option in OPTION.findall(rest) if option not in options(name))
+    if not OTHER_PROGRAMS.search(text):
+        yield from (f"no command has {option}" for option in OPTION.findall(text) if option not in all_options())
+    sections = {name.partition(".")[0] for name in settings() if "." in name}
+    for name, value in SETTING.findall(text):
+        if name.partition(".")[0] not in sections:
+            continue
+        above = name.rpartition(".")[0]
+        kind = settings().get(name)
+        if kind is None and not takes_any_name(settings().get(above)):
+            yield f"no setting {name}"
+        choices = [part for part in typing.get_args(kind) if isinstance(part, str)]
+        if value and choices and value not in choices:
+            yield f"{name} is never {value}"
+    for extra in re.findall(r"hllm_torchrec\[([a-z0-9]+)\]", text):
+        if f'"{extra}":' not in (ROOT / "setup.py").read_text():
+            yield f"no extra {extra}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "make one with `hllm prepair`",
+        "use hllm store export --parqet DIR",
+        "leave --no-such-option out",
+        "set optim.clip_nrom above 0",
+        "start again (reliability.no_checkpoint_left: start)",
+        "pip install 'hllm_torchrec[s4]'",
+    ],
+)
+def test_the_search_finds_what_it_is_for(text: str) -> None:
+    assert list(problems(text))
+
+
+def test_every_remedy_exists() -> None:
+    found = list(messages())
+    assert len(found) > 3000
+    assert [f"{place}: {problem}" for place, text in found for problem in problems(text)] == []
