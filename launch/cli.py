@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "estimate memory, traffic and time of a configuration on given hardware, which need not be available",
     "recommend": "print a user's history and the items recommended by a run",
     "import-hllm": "convert the published HLLM weights to models of this library, or to a run",
+    "check-model": "check that a Hugging Face directory gives the embeddings of plain transformers",
     "export-hf": "write a run's LLMs as Hugging Face directories, with a model card",
 }
 

@@ -16,9 +16,9 @@ from typing import Any, cast
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
-from hllm_torchrec.models.backbone_check import is_causal
 from hllm_torchrec.models.backbones import backbone_config
 from hllm_torchrec.models.named_backbones import text_sections
+from hllm_torchrec.models.small_models import is_causal
 from hllm_torchrec.modules.encoders.item_llm import Pooling
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
