@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.foreign_files import first_line
 from hllm_torchrec.models.backbone_check import check_user_backbone, text_reading
-from hllm_torchrec.models.model_files import check_config, load_weights, read_config
+from hllm_torchrec.models.model_files import check_config, load_weights, naming_directory, read_config
 from hllm_torchrec.models.small_models import directed
 from hllm_torchrec.modules.attention.packed import PACKED_ATTENTION, register_packed_attention
 
@@ -39,14 +39,14 @@ def build_backbone(
     """
     config = backbone_config(pretrained, shape, layers)
     reading = None
-    if attention is None:
-        if word_embeddings:
+    with naming_directory(pretrained):
+        if attention is None and word_embeddings:
             reading = text_reading(config, causal)
             attention = PACKED_ATTENTION if reading.arrangement == "packed" else None
-        else:
+        elif attention is None:
             causal, attention = True, PACKED_ATTENTION
             check_user_backbone(config)
-    config = directed(config, causal)
+        config = directed(config, causal)
     register_packed_attention()
     if attention is not None:
         config._attn_implementation = attention
