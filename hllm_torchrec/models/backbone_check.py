@@ -188,7 +188,7 @@ def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
     offsets = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
     rows = []
     for pooling in ("mean", "last", "item"):
-        llm = ItemLLM(model, pooling).eval()  # type: ignore[arg-type]
+        llm = ItemLLM(model, pooling).eval()
         llm.item_token = nn.Parameter(token)
         rows.append(llm(torch.cat(texts), offsets))
     if llm.shares_prefix:

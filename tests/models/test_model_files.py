@@ -71,7 +71,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pointer as config": (lambda m: (m / "config.json").write_bytes(POINTER), r"config\.json: a pointer of git-lfs"),
     "weights of another size": (
         lambda m: edit(m / "config.json", intermediate_size=48),
-        r"model: config\.json wants \(24, 48\) for the weight layers\.0\.mlp\.down_proj.weight, and the file has \(24, 40\)",
+        r"config\.json wants \(24, 48\) for the weight layers\.0\.mlp\.down_proj.weight, and the file has \(24, 40\)",
     ),
     "more layers than weights": (
         lambda m: edit(m / "config.json", num_hidden_layers=3),
