@@ -259,8 +259,10 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase", keep_end: bool = False)
     """
     # Tokenizers do not list these tokens: compare the tokens of a text with and without special tokens.
     for text in ("a", "the", "1", "title", *tokenizer.get_vocab()):
-        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-        whole = tokenizer(text, add_special_tokens=True)["input_ids"]
+        try:
+            plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        except Exception:  # noqa: S112  # tokenizers without a token for unknown words raise just this
+            continue
         starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
         if plain and len(starts) == 1:  # a text of unknown words may have no tokens
             break
@@ -278,7 +280,8 @@ def tokenize(
     # The text is cut before the special tokens are added, so that a trailing [SEP] survives the cut.
     before, after = special_tokens(tokenizer, keep_end)
     room = max(max_text_length - len(before) - len(after), 0)
-    plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    with reading_foreign(f"{tokenizer.name_or_path}: its tokenizer", "give one that has a token for unknown words"):
+        plain = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [(before + ids[:room] + after)[:max_text_length] for ids in plain]
 
 

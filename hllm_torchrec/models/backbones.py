@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.foreign_files import first_line
-from hllm_torchrec.models.backbone_check import check_user_backbone, directed, text_reading
-from hllm_torchrec.models.model_files import check_config, load_weights, read_config
+from hllm_torchrec.models.backbone_check import check_user_backbone, text_reading
+from hllm_torchrec.models.model_files import check_config, load_weights, naming_directory, read_config
+from hllm_torchrec.models.small_models import directed
 from hllm_torchrec.modules.attention.packed import PACKED_ATTENTION, register_packed_attention
 
 if TYPE_CHECKING:
@@ -38,14 +39,14 @@ def build_backbone(
     """
     config = backbone_config(pretrained, shape, layers)
     reading = None
-    if attention is None:
-        if word_embeddings:
+    with naming_directory(pretrained):
+        if attention is None and word_embeddings:
             reading = text_reading(config, causal)
             attention = PACKED_ATTENTION if reading.arrangement == "packed" else None
-        else:
+        elif attention is None:
             causal, attention = True, PACKED_ATTENTION
             check_user_backbone(config)
-    config = directed(config, causal)
+        config = directed(config, causal)
     register_packed_attention()
     if attention is not None:
         config._attn_implementation = attention
@@ -73,6 +74,10 @@ def backbone_config(pretrained: str | None, shape: dict | None, layers: int | No
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise ValueError(f"layers: {layers}: the backbone has {config.num_hidden_layers}; ask for 1 to that many")
+        # Lists with an entry for each layer (its kind of attention) are cut with them.
+        for name, value in config.to_dict().items():
+            if isinstance(value, list) and len(value) == config.num_hidden_layers:
+                setattr(config, name, value[:layers])
         config.num_hidden_layers = layers
     return config
 

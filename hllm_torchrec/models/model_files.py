@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
 
 if TYPE_CHECKING:
@@ -67,6 +69,19 @@ def check_config(config: "PreTrainedConfig") -> None:
         value = getattr(config, name, 1)
         if value is not None and not (isinstance(value, int) and 1 <= value <= largest):
             raise ValueError(f"{name} is {str(value)[:40]}, it must be a number from 1 to {largest}")
+
+
+@contextmanager
+def naming_directory(pretrained: str | None) -> Iterator[None]:
+    """Context manager: a ValueError about a model names the directory that it came from, if there is one."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        if pretrained is None or str(error).startswith(pretrained):
+            raise
+        raise ValueError(f"{pretrained}: {error}") from error
 
 
 def load_weights(directory: str, config: "PreTrainedConfig") -> "PreTrainedModel":

@@ -16,9 +16,10 @@ from typing import Any, cast
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
-from hllm_torchrec.models.backbone_check import is_causal
 from hllm_torchrec.models.backbones import backbone_config
+from hllm_torchrec.models.model_files import naming_directory
 from hllm_torchrec.models.named_backbones import text_sections
+from hllm_torchrec.models.small_models import is_causal
 from hllm_torchrec.modules.encoders.item_llm import Pooling
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
@@ -76,8 +77,7 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
                 f"{name}.pooling: null: {sentences.file} says {sentences.says!r}, which is not one of item, mean, cls, "
                 "last; name one of them"
             )
-    own = is_causal(backbone_config(section.pretrained, section.shape))
-    causal = own if section.causal is None else section.causal
+    causal = _reads_causally(section) if section.causal is None else section.causal
     normalize = section.normalize
     if normalize is None:
         normalize = section.pooling is None and sentences is not None and sentences.normalize
@@ -96,7 +96,7 @@ def text_format(name: str, section: ItemLLMConfig) -> TextFormat:
 
 def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
     """Yield what the configuration sets otherwise than the checkpoint, one line each."""
-    own = is_causal(backbone_config(section.pretrained, section.shape))
+    own = _reads_causally(section)
     if section.causal is not None and section.causal != own:
         yield (
             f"{name}.causal: {str(section.causal).lower()}, though {section.pretrained or 'the shape'} reads "
@@ -116,6 +116,12 @@ def format_warnings(name: str, section: ItemLLMConfig) -> Iterator[str]:
             f"{name}.pretrained: {section.pretrained}: its layers after the pooling ({', '.join(sentences.left_out)}) "
             "are left out: embeddings are the pooled states"
         )
+
+
+def _reads_causally(section: ItemLLMConfig) -> bool:
+    """The direction in which transformers reads the model of a section."""
+    with naming_directory(section.pretrained):
+        return is_causal(backbone_config(section.pretrained, section.shape))
 
 
 def check_saved_format(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> None:

@@ -93,8 +93,14 @@ def _pretrained(section: Section, directory: str) -> Section:
         return onward
     # What came from the checkpoint's sentence-transformers files, which are not in the new directory.
     form = text_format("item_llm", section)
-    resolved = {"pooling": form.pooling, "normalize": form.normalize, "causal": form.causal, "prompt": form.prompt}
-    return dataclasses.replace(onward, tokenizer=None, **resolved)
+    return dataclasses.replace(
+        onward,
+        tokenizer=None,
+        pooling=form.pooling,
+        normalize=form.normalize,
+        causal=form.causal,
+        prompt=form.prompt,
+    )
 
 
 def model_card(run: Path, loaded: LoadedRun) -> str:

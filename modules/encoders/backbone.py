@@ -22,7 +22,7 @@ class TextReading:
     causal: bool = True
 
 
-def backbone_layers(backbone: nn.Module) -> nn.ModuleList:
+def backbone_layers(backbone: "PreTrainedModel") -> nn.ModuleList:
     """The layers of a model, first to last: its outermost list with as many modules as the config has layers."""
     number = backbone.config.num_hidden_layers
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.modules.attention import text_backends
-from hllm_torchrec.modules.attention.text import TextLayout
+from hllm_torchrec.modules.attention.text import ScoreLimits, TextLayout
 from hllm_torchrec.modules.attention.text_backends import (
     TEXT_BACKENDS,
     AttentionBackend,
@@ -93,6 +93,70 @@ def test_every_backend_attends_as_texts_that_are_read_alone(name: str, backend: 
     starts = [(0, layout.prefix), *((first, length) for first, length in zip(in_front, layout.lengths, strict=True))]
     assert plan.position_ids.tolist() == [[first + i for first, length in starts for i in range(length)]]
     assert plan.longest == max(layout.prefix, *(f + n for f, n in zip(in_front, layout.lengths, strict=True)))
+
+
+def limited_oracle(layout: TextLayout, q: Tensor, k: Tensor, v: Tensor, limits: ScoreLimits) -> Tensor:
+    """Like `oracle`, with a window and capped scores, one row and head at a time."""
+    groups = q.shape[1] // k.shape[1]
+    out, start = torch.empty_like(q), 0
+    for number, length in enumerate([layout.prefix, *layout.lengths]):
+        seen = layout.prefix if number > layout.num_without_prefix else 0
+        keys = [*range(seen), *range(start, start + length)]
+        for place in range(length):
+            at = seen + place
+            near = [j for j in range(len(keys)) if limits.window is None or abs(at - j) < limits.window]
+            near = [keys[j] for j in near if not layout.causal or j <= at]
+            for head in range(q.shape[1]):
+                scores = k[near, head // groups] @ q[start + place, head] * 0.3
+                if limits.softcap is not None:
+                    scores = limits.softcap * torch.tanh(scores / limits.softcap)
+                out[start + place, head] = scores.softmax(-1) @ v[near, head // groups]
+        start += length
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("backend", "limits"),
+    [
+        ("buckets", ScoreLimits(window=3)),
+        ("buckets", ScoreLimits(softcap=0.7)),
+        ("buckets", ScoreLimits(window=2, softcap=0.7)),
+        ("flex", ScoreLimits(window=3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_windows_and_caps_of_a_layer_are_those_of_texts_that_are_read_alone(
+    name: str, backend: str, limits: ScoreLimits
+) -> None:
+    layout = LAYOUTS[name]
+    rows = layout.prefix + sum(layout.lengths)
+    generator = torch.Generator().manual_seed(0)
+    # FlexAttention has no backward pass on a CPU.
+    q, k, v = (torch.randn(rows, heads, 16, generator=generator) for heads in (4, 2, 2))
+    q, k, v = (x.requires_grad_(backend == "buckets") for x in (q, k, v))
+    plan = plan_text(layout, TEXT_BACKENDS[backend], CPU).limited(limits)
+    ours, theirs = plan.attend(q, k, v, 0.3, 0.0), limited_oracle(layout, q, k, v, limits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if backend == "buckets":
+        weights = torch.randn(ours.shape, generator=generator)
+        mine = torch.autograd.grad((ours * weights).sum(), (q, k, v))
+        expected = torch.autograd.grad((theirs * weights).sum(), (q, k, v))
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    if layout.causal and all(layout.lengths):
+        last = layout.prefix + torch.tensor(layout.lengths).cumsum(0) - 1
+        torch.testing.assert_close(plan.attend_last(q[last], k, v, 0.3, 0.0), theirs[last], rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_without_a_cap_is_not_chosen_for_a_model_that_caps_its_scores() -> None:
+    assert choose_text_backend("auto", CPU, torch.float32, softcap=True).backend.name == "buckets"
+    with pytest.raises(ValueError, match="attention: flex .*runs on CUDA only"):
+        choose_text_backend("flex", CPU, torch.float32, softcap=True)
+    plan = plan_text(TextLayout([2]), TEXT_BACKENDS["flex"], CPU).limited(ScoreLimits(softcap=1.0))
+    x = torch.zeros(2, 1, 16)
+    with pytest.raises(ValueError, match="attention: flex: .* cannot cap scores, .*; choose buckets or flash"):
+        plan.attend(x, x, x, 1.0, 0.0)
 
 
 def test_queries_and_keys_run_in_the_dtype_of_the_values() -> None:

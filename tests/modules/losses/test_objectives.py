@@ -110,12 +110,8 @@ def by_published_code(inputs: dict[str, Any], threshold: float) -> Tensor:
 def test_a_cosine_mask_alone_is_the_published_loss(chunk_size: int) -> None:
     inputs = example()
     inputs["exclude"] = None
-    for row, column in (
-        (0, 0),
-        (0, 3),
-        (1, 2),
-        (2, 5),
-    ):  # a target that is drawn as a negative has the positive's embedding
+    # Targets that are drawn as negatives have one embedding.
+    for row, column in ((0, 0), (0, 3), (1, 2), (2, 5)):
         inputs["negatives"].data[column] = inputs["positives"].data[row]
     inputs["negatives"].data[1] = 1.5 * inputs["positives"].data[1] + 0.01  # another item, nearly the same text
     got, expected = info_nce(**inputs, cosine_above=0.99, chunk_size=chunk_size), by_published_code(inputs, 0.99)
