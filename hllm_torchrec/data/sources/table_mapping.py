@@ -89,7 +89,7 @@ def table(mapping_file: str | Path) -> Source:
         has_timestamps=events.time is not None,
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
-        policy=BadRows(**mapping.bad_rows, chosen=frozenset(mapping.bad_rows)),
+        policy=BadRows().changed(mapping.bad_rows, chosen=True),
         options={"mapping": read_yaml(path)},
     )
 
