@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,9 @@ def build_parser() -> CommandParser:
 def build_policy(source: Source, settings: list[str], share: float | None = None) -> BadRows:
     """Apply `KIND=choice` settings and the largest share of bad rows to the source's policy.
 
-    Raises ValueError for an unknown kind or choice."""
+    Raises:
+        ValueError: an unknown kind or choice, or a share outside 0..1.
+    """
     choices: dict[str, str] = {}
     kinds = source.policy.to_dict()
     for setting in settings:
@@ -110,7 +111,7 @@ def build_policy(source: Source, settings: list[str], share: float | None = None
         if kind not in kinds:
             raise ValueError(f"--bad-rows {setting}: no kind {kind!r}; kinds: {', '.join(kinds)}")
         choices[kind] = choice
-    return replace(source.policy, **choices, **({} if share is None else {"largest_share": share}))
+    return source.policy.changed(choices, largest_share=share)
 
 
 def moment(text: str) -> int:

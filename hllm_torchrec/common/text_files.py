@@ -5,6 +5,7 @@ Compression and encoding are recognized by the first bytes, not by the name of t
 
 import bz2
 import codecs
+import errno
 import gzip
 import lzma
 import zipfile
@@ -12,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -58,7 +59,7 @@ class PlainFile:
             self._raw.close()
             raise
 
-    def _decompressed(self) -> BinaryIO:
+    def _decompressed(self) -> Any:
         match self.compression:
             case "":
                 return self._raw
@@ -70,10 +71,9 @@ class PlainFile:
                 return lzma.open(self._raw)
             case "zip":
                 return self._member()
-        stream: BinaryIO = pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), self.compression)
-        return stream
+        return pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), self.compression)
 
-    def _member(self) -> BinaryIO:
+    def _member(self) -> Any:
         archive = zipfile.ZipFile(self._raw)
         names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
         if "[Content_Types].xml" in names:
@@ -81,8 +81,7 @@ class PlainFile:
         if len(names) != 1:
             some = ", ".join(names[:5])
             raise ValueError(f"{self.path} holds {len(names)} files ({some}); give an archive of one, or unpack it")
-        stream: BinaryIO = archive.open(names[0])  # type: ignore[assignment]
-        return stream
+        return archive.open(names[0])
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
@@ -90,7 +89,8 @@ class PlainFile:
         try:
             yield
         except _DAMAGE as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            # EINVAL: the directory of a damaged zip file leads before its start.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             kind = f"{self.compression} file" if self.compression else "file"
             raise ValueError(f"{self.path} is a damaged {kind} ({error}); fetch or write it again") from error
@@ -98,7 +98,8 @@ class PlainFile:
     def read(self, size: int) -> bytes:
         """At most `size` bytes; b"" at the end. Raises ValueError for damage."""
         with self._damage():
-            return self._data.read(size)
+            data: bytes = self._data.read(size)
+            return data
 
     def tell(self) -> int:
         """Number of bytes of the file that have been read, compressed ones if it is compressed."""

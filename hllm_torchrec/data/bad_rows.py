@@ -2,9 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +71,17 @@ class BadRows:
         if not 0 <= self.largest_share <= 1:
             raise ValueError(f"largest share of bad rows {self.largest_share:g}: choose one in 0..1")
 
+    def changed(
+        self, choices: Mapping[str, str], *, chosen: bool = False, largest_share: float | None = None
+    ) -> "BadRows":
+        """The policy with other choices. chosen: they may cover any share. Raises ValueError like the constructor."""
+        fields: dict[str, Any] = dict(choices)
+        if chosen:
+            fields["chosen"] = self.chosen | choices.keys()
+        if largest_share is not None:
+            fields["largest_share"] = largest_share
+        return replace(self, **fields)
+
     def to_dict(self) -> dict[str, str]:
         """The handling of each kind, as JSON values: what determines the dataset."""
         return {name: getattr(self, name) for name in _ALLOWED}
@@ -112,12 +124,13 @@ class BadRowLog:
         for (table, reason), count in self._counts.items():
             total, limit = self.rows[table], self.policy.largest_share
             if reason in _CAUSES and reason not in self.policy.chosen and count > limit * total > 0:
-                cause = self.hints.get(reason, _CAUSES[reason])
                 choice = getattr(self.policy, reason, "drop")
+                enough = min(1.0, -(-count * 100 // total) / 100)
                 raise ValueError(
-                    f"{reason}: {count:,} of {total:,} rows of the {table} ({count / total:.0%}), more than "
-                    f"{limit:.0%}: {cause}. If they are right, choose it in the mapping (bad_rows: {{{reason}: "
-                    f"{choice}}}), or allow a larger share (--bad-share {min(1.0, -(-count * 100 // total) / 100):g})"
+                    f"{self.facts[table].place}: {reason}: {count:,} of {total:,} rows of the {table} "
+                    f"({count / total:.0%}), more than {limit:.0%}: {self.hints.get(reason, _CAUSES[reason])}. If they "
+                    f"are right, choose it in the mapping (bad_rows: {{{reason}: {choice}}}), or allow a larger share "
+                    f"(--bad-share {enough:g})"
                 )
 
     def notes(self) -> list[str]:

@@ -78,7 +78,7 @@ def _handled(
 def _checked(
     chunk: Chunk, source: Source, catalogue: ItemCatalogue, known: int, log: BadRowLog, locate: RowLocator
 ) -> pa.Table:
-    """The accepted events of a chunk, with item numbers, seconds and orders; known: number of items of the item file."""
+    """The accepted events of a chunk, with item numbers, seconds and orders; known: number of the item file's items."""
     path, table = chunk.path, chunk.table
     # Orders are given before any row is dropped, so that an order maps back to its row in the file.
     table = table.append_column("order", pa.array(locate.orders(path, table["row"].to_numpy())))

@@ -1,7 +1,7 @@
 """`TableFacts`: what the rows of a source's tables show while they are read, and what is to be said about it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class TableFacts:
     def __init__(self, table: str) -> None:
         self.table = table
         self.rows = 0
-        self.dialects: dict[str, list[str]] = {}
+        self._files: dict[str, list[Path]] = {}
         self._filled: Counter[str] = Counter()
         self._words: dict[str, Counter[str]] = {}
         self._labels: Counter[str] = Counter()
@@ -38,9 +38,9 @@ class TableFacts:
     def add(self, path: Path, rows: pa.Table, dialect: str) -> None:
         """Add a chunk's rows, in the layout of `sources.base.Chunk`."""
         self.rows += len(rows)
-        files = self.dialects.setdefault(dialect, [])
-        if not files or files[-1] != path.name:
-            files.append(path.name)
+        files = self._files.setdefault(dialect, [])
+        if not files or files[-1] != path:
+            files.append(path)
         for name in rows.column_names:
             if name not in _NOT_VALUES:
                 self._add_column(name, rows[name])
@@ -82,12 +82,17 @@ class TableFacts:
             written = texts.drop_null()
             self._rounded = len(written) > 0 and bool(pc.all(pc.match_substring_regex(written, r"\d[eE]\+?\d")).as_py())
 
+    @property
+    def place(self) -> str:
+        """The files of the table, for messages."""
+        files = [file for files in self._files.values() for file in files]
+        return f"{files[0]}{_others(files)}"
+
     def notes(self) -> Iterator[str]:
         """Lines for the summary."""
-        for dialect, files in self.dialects.items():
+        for dialect, files in self._files.items():
             if dialect:
-                others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
-                yield f"{files[0]}{others}: {dialect}"
+                yield f"{files[0].name}{_others(files)}: {dialect}"
         yield from self._time_notes()
         labels = [value for value, count in self._labels.items() if count]
         if len(labels) == 1 and self.is_labelled:
@@ -117,6 +122,10 @@ class TableFacts:
             yield "caution: times have an exponent (1.7E+09): a spreadsheet has rounded them"
         if self._whole_days and self.rows > 1 and self._last >= EARLY:
             yield "times are days: events of one day are not history of each other"
+
+
+def _others(files: Sequence[Path]) -> str:
+    return f" and {len(files) - 1:,} more" if len(files) > 1 else ""
 
 
 def _moment(second: int) -> str:

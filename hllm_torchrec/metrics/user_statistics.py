@@ -139,6 +139,6 @@ def _finish(parts: Sequence[_Sums]) -> UserStatistics:
         numerators, denominators = np.sum([part.ratios[metric.key] for part in parts], axis=0)
         metrics[metric.key] = (numerators / (denominators if counted else math.nan)).tolist()
     squares = (np.sum([getattr(part, name) for part in parts], axis=0) for name in ("squares", "difference_squares"))
-    errors = (np.sqrt(square * correction).tolist() for square in squares)
+    error, difference = (np.sqrt(square * correction).tolist() for square in squares)
     without = sum(part.rows_without_user for part in parts)
-    return UserStatistics(users - without, metrics, counted, *errors, without)
+    return UserStatistics(users - without, metrics, counted, error, difference, without)

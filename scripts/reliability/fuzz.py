@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-READERS = ("manifest", "sequences", "sources", "tokens", "config", "predictions", "store", "checkpoint")
+READERS = (
+    "manifest", "sequences", "sources", "tables", "lists", "tokens", "config", "predictions", "store", "checkpoint",
+)  # fmt: skip
 GRACE = 120
 """Seconds that a reader's process may take to start, and to end with its last input."""
 

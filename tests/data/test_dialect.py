@@ -146,7 +146,7 @@ def test_dialects_are_told_apart_and_said(tmp_path, text, rows, said):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("item\ttitle\ni1\t\"Heroes\ni2\tLow\"\n", r"line 2: a quotation mark opens a cell of several lines.*Say which"),
+        ("item\ttitle\ni1\t\"Heroes\ni2\tLow\"\n", r"line 2: a quotation mark opens a cell of several lines.*Say"),
         ('item\ttitle\ni1\t"a, b"\ni2\tx y\n', r"the quotation marks around 'a, b' may be part of the text.*Say which"),
         ("item\ttitle\ni1\ta\\nb\n", r"backslashes may be escapes or part of the texts\. Say which"),
         ('item,title\ni1,"a, b" c\n', r"line 2: .*goes on after it \(' c'\)\. Correct it.*quote: none"),
@@ -154,7 +154,7 @@ def test_dialects_are_told_apart_and_said(tmp_path, text, rows, said):
         ("item,title\ni1,a,b\n", r"Row #2: Expected 2 columns, got 3.*separated by comma.*`format` in the mapping"),
         ("item,name\ni1,a\n", r"no column title; it has item, name \(separated by comma\): correct the mapping"),
         ("item,title,title\ni1,a,b\n", r"column title is there twice; rename one of them"),
-        ("item,title\ni1,\u00e9\n".encode("latin-1"), r"Row #2: .*invalid UTF8 data\. Set format: \{encoding: cp1252\}"),
+        ("item,title\ni1,é\n".encode("latin-1"), r"Row #2: .*invalid UTF8.*Set format: \{encoding: cp1252"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_by_line_and_remedy(tmp_path, text, message):
@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_named_by_line_and_remedy(tmp_path, text, message
         ("i1::a, \"b\"::3\n", Format(separator="::", header=NAMES), [("i1", 'a, "b"', "3")]),
         ("i1,NA,3\n", Format(header=NAMES, nulls=[]), [("i1", "NA", "3")]),
         ("item,title,n\ni1,-,3\n", Format(nulls=["-"]), [("i1", None, "3")]),
-        ("item,title,n\ni1,\u00e9\u20ac,3\n".encode("cp1252"), Format(encoding="cp1252"), [("i1", "\u00e9\u20ac", "3")]),
+        ("item,title,n\ni1,é€,3\n".encode("cp1252"), Format(encoding="cp1252"), [("i1", "é€", "3")]),
         ('item\ttitle\tn\ni1\t"x"\t3\n', Format(quote='"'), [("i1", "x", "3")]),
         ('item,title,n\ni1,"x",3\n', Format(quote="none"), [("i1", '"x"', "3")]),
     ],

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hllm_torchrec.data import token_store
 from hllm_torchrec.data.append import append_events
+from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.movielens import movielens_100k
@@ -154,7 +155,8 @@ def test_the_prompt_and_the_first_key_are_the_prefix(dataset, tmp_path):
 def test_missing_texts_leave_no_key_behind(tmp_path):
     items = [("i1", "a"), ("i2", "")]
     events = [("u", f"i{n % 2 + 1}", 5, n) for n in range(20)]
-    dataset = Dataset.open(prepare(memory_source(tmp_path, events, items), tmp_path / "out"))
+    policy = BadRows(largest_share=0.5)
+    dataset = Dataset.open(prepare(memory_source(tmp_path, events, items), tmp_path / "out", policy=policy))
     folder = tiny_tokenizer(tmp_path / "tokenizer")
     path = build_token_store(dataset, folder, prompt="p", keys=["title"], max_text_length=99)
     assert TokenStore.open(path).lengths.tolist() == [1, len("ptitle: a"), 1]

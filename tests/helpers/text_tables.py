@@ -88,7 +88,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zstd": lambda data: _arrow_stream("zstd", data),
     "lz4": lambda data: _arrow_stream("lz4", data),
-    "zip": lambda data: _zipped({"table.csv": data}),
+    "zip": lambda data: zipped({"table.csv": data}),
 }
 
 
@@ -100,7 +100,7 @@ def _arrow_stream(codec: str, data: bytes) -> bytes:
     return written
 
 
-def _zipped(files: dict[str, bytes]) -> bytes:
+def zipped(files: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():

@@ -206,7 +206,7 @@ def text_lines(path: Path, file: Utf8File) -> Iterator[tuple[int, bytes]]:
                 yield row, line
         before += len(lines)
         if len(rest) > 1 << 28:
-            raise ValueError(f"{path}, row {before + 1}: a line of more than {1 << 28:,} bytes; write one object per line")
+            raise ValueError(f"{path}, row {before + 1}: more than {1 << 28:,} bytes; write one object per line")
     if rest.strip():
         yield before + 1, rest
 

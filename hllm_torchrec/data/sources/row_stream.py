@@ -48,7 +48,7 @@ class RowStream(io.RawIOBase):
         """True."""
         return True
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+    def read(self, size: int = -1) -> bytes:
         """`size` bytes, fewer at the end only: Arrow takes what one call returns for a block."""
         assert size >= 0
         parts = [self._out]

@@ -1,8 +1,8 @@
-"""Source for any CSV or Parquet files, described by a column mapping in YAML:
+"""Source for any tables (docs/tables.md), described by a column mapping in YAML:
 
     name: my_shop
     events:
-      path: events-*.parquet        # a file or a pattern, relative to the YAML file; .csv, .tsv or .parquet
+      path: events-*.parquet        # a file, a pattern or a folder, relative to the YAML file
       user: customer
       item: sku
       time: happened_at             # left out: the row order is used as time
@@ -11,18 +11,22 @@
       positive_from: 4              # label = value >= 4; left out: the value itself is the label
       action: kind                  # left out: every event has action 1, "event"
       actions: [click, skip, buy]   # the values of the action column; ids from 1 in this order
+      format: {separator: ";"}      # optional, also below: what is not left to detection (`dialect.Format`)
     items:
       path: items.csv
       item: sku
       text: [title, brand]
       features: {category: "|"}     # column: separator of several values, or null
       created_at: listed_at         # optional, in the unit of `time_unit` below
+      html: clean                   # optional: texts without tags and entities
+      join: [{path: tags.csv, item: id, columns: [tags]}]   # optional: further files by item id
     users:                          # optional
       path: users.csv
       user: customer
       features: {country: null}
     keep_items_without_events: true
     min_events: 0
+    bad_rows: {unknown_item: drop}  # optional: handling of bad rows, which may then be any share of the table
 
 An event whose label is null (Parquet) or an empty cell (CSV) is not an exposure: it is history only.
 """
@@ -96,7 +100,7 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
         has_timestamps=events.time is not None,
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
-        policy=BadRows(**mapping.bad_rows, chosen=frozenset(mapping.bad_rows)),
+        policy=BadRows().changed(mapping.bad_rows, chosen=True),
         options={"mapping": read_yaml(path)},
     )
 

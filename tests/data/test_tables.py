@@ -1,0 +1,240 @@
+"""Tables of users through `prepare`: what is read, what is refused, and what is said."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from hllm_torchrec.data.bad_rows import BadRows
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.launch.prepare import main, summary
+from tests.helpers.source_files import sequences, write_csv
+
+TIMES = range(1_700_000_000, 1_700_004_000, 100)
+EVENTS = [(f"u{n % 4}", f"i{n % 5}", time, n % 2) for n, time in enumerate(TIMES)]
+EVENT_NAMES = ("user", "item", "time", "label")
+ITEMS = [(f"i{n}", f"Title {n}", "a|b") for n in range(5)]
+
+
+def shop(folder: Path, rows=EVENTS, catalogue=ITEMS, **changes) -> Path:
+    """A mapping and its two CSV files; changes: of the mapping's parts."""
+    write_csv(folder / "e.csv", [EVENT_NAMES, *rows])
+    write_csv(folder / "i.csv", [("item", "title", "genre"), *catalogue])
+    mapping = {
+        "name": "shop",
+        "events": {"path": "e.csv", **{name: name for name in EVENT_NAMES}},
+        "items": {"path": "i.csv", "item": "item", "text": ["title"]},
+    }
+    for part, values in changes.items():
+        mapping[part] = mapping.get(part, {}) | values if isinstance(values, dict) else values
+    (folder / "m.yaml").write_text(json.dumps(mapping))
+    return folder / "m.yaml"
+
+
+def prepared(mapping: Path, **options) -> Dataset:
+    return Dataset.open(prepare(table(mapping), mapping.parent / "out", overwrite=True, **options))
+
+
+def features(dataset: Dataset, name: str) -> list[list[str]]:
+    words = pq.read_table(dataset.root / "features" / f"{name}.parquet")["value"].to_pylist()
+    return [[words[v - 1] for v in row] for row in dataset.items[f"feature_{name}"].to_pylist()]
+
+
+def test_files_are_read_in_natural_order(tmp_path):
+    for number in (1, 2, 9, 10, 11):
+        write_csv(tmp_path / f"day-{number}.csv", [EVENT_NAMES[:2], *((f"u{k}", f"i{number % 6}") for k in range(2))])
+    items = [(f"i{n}", f"Title {n}", "") for n in range(6)]
+    mapping = shop(tmp_path, catalogue=items, events={"path": "day-*.csv", "time": None, "label": None})
+    found = sequences(prepared(mapping, split="leave_one_out"), "test")
+    assert [event[0] for event in found["u0"][1]] == [f"i{n % 6}" for n in (1, 2, 9, 10, 11)]
+
+
+def test_a_folder_as_spark_writes_it_is_read_with_the_columns_in_its_names(tmp_path):
+    for label in (0, 1):
+        part = tmp_path / "events" / f"label={label}"
+        part.mkdir(parents=True)
+        rows = [event[:3] for event in EVENTS if event[3] == label]
+        pq.write_table(pa.Table.from_pylist([dict(zip(EVENT_NAMES, row)) for row in rows]), part / "part-0.parquet")
+        (part / "_SUCCESS").write_bytes(b"")
+        (part / ".part-0.parquet.crc").write_bytes(b"crc")
+    expected = sequences(prepared(shop(tmp_path)), "test")
+    assert sequences(prepared(shop(tmp_path, events={"path": "events"})), "test") == expected
+
+
+@pytest.mark.parametrize("kind", ["feather", "jsonl", "jsonl.gz"])
+def test_other_files_of_rows_give_the_same_dataset(tmp_path, kind):
+    expected = sequences(prepared(shop(tmp_path)), "test")
+    rows = [dict(zip(EVENT_NAMES, row)) for row in EVENTS]
+    if kind == "feather":
+        pa.feather.write_feather(pa.Table.from_pylist(rows), tmp_path / "e.feather")
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (tmp_path / f"e.{kind}").write_bytes(gzip.compress(text) if kind.endswith("gz") else text)
+    assert sequences(prepared(shop(tmp_path, events={"path": f"e.{kind}"})), "test") == expected
+
+
+def test_texts_of_several_files_are_joined_by_id(tmp_path):
+    write_csv(tmp_path / "tags.tsv", [("id\ttags",), *((f"i{n}\tx;y{n}",) for n in (3, 1, 0))])
+    pq.write_table(pa.table({"key": ["i0", "i1"], "plot": ["about 0", "about <b>1</b>"]}), tmp_path / "plots.parquet")
+    joined = [
+        {"path": "tags.tsv", "item": "id", "columns": ["tags"]},
+        {"path": "plots.parquet", "item": "key", "columns": ["plot"]},
+    ]
+    parts = {"text": ["title", "plot"], "features": {"tags": ";"}, "join": joined, "html": "clean"}
+    dataset = prepared(shop(tmp_path, items=parts))
+    assert dataset.text(["plot"])["plot"].to_pylist() == ["about 0", "about 1", "", "", ""]
+    assert features(dataset, "tags") == [["x", "y0"], ["x", "y1"], [], ["x", "y3"], []]
+    write_csv(tmp_path / "tags.tsv", [("id\ttags",), ("i0\tx",), ("i0\ty",)])
+    with pytest.raises(ValueError, match=r"tags\.tsv: item 'i0' came before with another tags; give one row per item"):
+        prepared(shop(tmp_path, items=parts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"events": {"format": {"quote": "`"}}}, r"events\.format\.quote is '`'; choose one of"),
+        (
+            {"events": {"format": {"seperator": ","}}},
+            r"unknown key events\.format\.seperator; did you mean .*separator",
+        ),
+        ({"items": {"format": {"nulls": [None]}}}, r"items\.format\.nulls must be a list of texts; put them in quotes"),
+        ({"items": {"html": "strip"}}, r"items\.html is 'strip'; choose one of keep, clean"),
+        ({"items": {"join": [{"path": "x", "item": "i", "columns": ["z"]}]}}, r"join\[0\]\.columns has 'z'; list it"),
+        ({"bad_rows": {"typo": "drop"}}, r"bad_rows has no kind 'typo'; known: missing_id"),
+        ({"bad_rows": {"bad_time": "keep"}}, r"policy bad_time='keep': choose one of error, drop"),
+        ({"events": {"path": "none-*.csv"}}, r"events\.path='none-\*\.csv' matches no file"),
+    ],
+)
+def test_a_mistake_in_the_mapping_names_its_field(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(shop(tmp_path, **changes))
+
+
+# --- times
+
+
+@pytest.mark.parametrize(
+    ("unit", "write", "message"),
+    [
+        (
+            "milliseconds",
+            int,
+            r"time: 1700000000 in milliseconds is in 1970; it looks like seconds\. Set the time unit",
+        ),
+        ("microseconds", lambda t: t * 1000, r"in microseconds is in 1970; it looks like milliseconds"),
+        ("seconds", lambda t: t * 1000, r"beyond 2099 if it is in seconds; it looks like milliseconds"),
+        ("seconds", lambda t: 20240101 + t % 28, r"looks like a date; set the time unit: time_unit: iso8601"),
+        ("seconds", lambda t: "2024-01-01", r"'2024-01-01' is not a number.*set the time unit to iso8601"),
+    ],
+)
+def test_times_in_another_unit_are_refused_in_both_directions(tmp_path, unit, write, message):
+    events = [(user, item, write(time), label) for user, item, time, label in EVENTS]
+    with pytest.raises(ValueError, match=message):
+        prepared(shop(tmp_path, events, events={"time_unit": unit}))
+
+
+def test_what_the_tables_show_is_said(tmp_path):
+    events = [(user, item, time // 86_400 * 86_400 + n * 86_400, 1) for n, (user, item, time, _) in enumerate(EVENTS)]
+    items = [*((item, "nan", "") for item, *_ in ITEMS), ("i9", "x", "")]
+    mapping = shop(tmp_path, events, items, items={"features": {"genre": "|"}})
+    said = summary(prepared(mapping).root)
+    for note in (
+        "e.csv: separated by comma, no quoted cell seen",
+        "times: 2023-11-14 00:00:00 to 2023-12-23 00:00:00 UTC",
+        "times are days: events of one day are not history of each other",
+        "caution: every label is 1; a model needs both",
+        "caution: items: genre is empty in every row",
+        "caution: items: title is 'nan' in 83% of the rows; if that means missing, set format: {nulls: [...]} in the "
+        "mapping",
+        "1 of 6 items have no event",
+    ):
+        assert f"  {note}" in said.splitlines()
+
+
+def test_early_times_are_said(tmp_path):
+    events = [(user, item, n + 1, label) for n, (user, item, _, label) in enumerate(EVENTS)]
+    assert "caution: all times lie in 1970 to 1970; is the time unit right?" in summary(
+        prepared(shop(tmp_path, events)).root
+    )
+
+
+def test_a_user_file_that_matches_nobody_is_said(tmp_path):
+    write_csv(tmp_path / "u.csv", [("user", "country"), *((n, "fr") for n in range(4))])
+    users = {"path": "u.csv", "user": "user", "features": {"country": None}}
+    said = summary(prepared(shop(tmp_path, users=users)).root)
+    assert "caution: no user of the events is in the user file, so that no user has a feature" in said
+    assert "4 rows of the user file are of users without events" in said
+    write_csv(tmp_path / "u.csv", [("user", "country"), ("u1", "fr")])
+    assert "3 of 4 users have no features" in summary(prepared(shop(tmp_path, users=users)).root)
+
+
+# --- shares of bad rows
+
+
+def changed(change, catalogue=ITEMS):
+    return [change(n, *event) for n, event in enumerate(EVENTS)], catalogue
+
+
+WITHOUT_LETTERS = [(item[1:], title, genre) for item, title, genre in ITEMS]
+CHANGED = {
+    "unknown_item": (*changed(lambda n, u, i, t, y: (u, f"x{i}", t, y)), "the item file may be another"),
+    "ids": (*changed(lambda n, u, i, t, y: (u, f"{i[1:]}.0", t, y), WITHOUT_LETTERS),
+            "ids became floats: '0.0' in the events, '0' in the items"),
+    "swapped": (*changed(lambda n, u, i, t, y: (i, u, t, y)), "users and items have changed places"),
+    "missing_id": (*changed(lambda n, u, i, t, y: (u if n % 3 else "nan", i, t, y)), "not logged in"),
+    "nan_label": (*changed(lambda n, u, i, t, y: (u, i, t, "3" if n % 2 else "1")), "lacks positive_from"),
+    "bad_time": (*changed(lambda n, u, i, t, y: (u, i, "soon" if n % 2 else t, y)), "another unit"),
+    "duplicate_event": ([*EVENTS, *EVENTS], ITEMS, "a file may be read twice"),
+    "item_without_text": (EVENTS, [(item, "", genre) for item, _, genre in ITEMS], "other columns may hold the texts"),
+    "duplicate_item": (EVENTS, [*ITEMS, *((i, f"{title}!", g) for i, title, g in ITEMS)], "a row for each category"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_many_bad_rows_of_a_kind_are_an_error_with_the_likely_cause(tmp_path, kind):
+    events, items, cause = CHANGED[kind]
+    reason = kind if kind in BadRows().to_dict() else "unknown_item"
+    mapping = shop(tmp_path, events, items)
+    policy = BadRows(**{reason: "drop"})
+    with pytest.raises(
+        ValueError, match=rf"[ei]\.csv: {reason}: \d+ of \d+ rows of the (events|items) .*more than 20%.*"
+    ) as error:
+        prepared(mapping, policy=policy)
+    assert cause in str(error.value) and f"bad_rows: {{{reason}: drop}}" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_share_is_allowed_by_the_mapping_or_the_command(tmp_path, capsys):
+    events, items, _ = CHANGED["duplicate_event"]
+    dataset = prepared(shop(tmp_path, events, items, bad_rows={"duplicate_event": "drop"}))
+    assert dataset.manifest["counts"]["dropped"] == {"duplicate_event": 40}
+    words = ["--source", "table", "--path", str(shop(tmp_path, events, items)), "--output", str(tmp_path / "new")]
+    assert main(words) == 2
+    assert "--bad-share 0.5)" in capsys.readouterr().err
+    assert main([*words, "--bad-share", "0.5"]) == 0
+    assert main([*words, "--overwrite", "--bad-share", "1.5"]) == 2
+    assert "largest share of bad rows 1.5: choose one in 0..1" in capsys.readouterr().err
+
+
+def test_a_row_per_category_is_an_error_and_counted_if_dropped(tmp_path):
+    items = [(item, title, genre) for item, title, _ in ITEMS for genre in ("action", "drama")]
+    mapping = shop(tmp_path, catalogue=items, items={"features": {"genre": None}})
+    with pytest.raises(
+        ValueError, match=r"i\.csv, row 3: item 'i0' came before with other values of genre; write one row"
+    ):
+        prepared(mapping)
+    chosen = BadRows(duplicate_item="drop", largest_share=0.5)
+    assert prepared(mapping, policy=chosen).manifest["counts"]["dropped"] == {"duplicate_item": 5}
+
+
+def test_the_count_of_unknown_items_does_not_depend_on_the_chunks(tmp_path):
+    rows = [(f"u{n % 50}", f"i{n % 9}", 1_700_000_000 + n, n % 2) for n in range(300_000)]
+    items = [(f"i{n}", f"Title {n}", "") for n in range(8)]
+    dataset = prepared(shop(tmp_path, rows, items), policy=BadRows(unknown_item="keep"))
+    assert dataset.manifest["counts"]["kept"] == {"unknown_item": sum(n % 9 == 8 for n in range(300_000))}
