@@ -160,8 +160,8 @@ class Sequences(Events):
         inside = slice(first + start, first + end)
         columns = [getattr(self, name)[inside] for name in _NAMES]
         whole = Events(*[getattr(self, name)[first : int(self.offsets[row + 1])] for name in _NAMES])
-        named = {"offset": start, "first_target": first_target - start, "complete": whole}
-        return Piece(*columns, user_id=int(self.user_ids[row]), **named)
+        target = first_target - start
+        return Piece(*columns, user_id=int(self.user_ids[row]), offset=start, first_target=target, complete=whole)
 
     def pieces(self) -> Iterable[Piece]:
         """Iterate over all rows as pieces."""

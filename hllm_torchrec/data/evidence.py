@@ -200,7 +200,7 @@ class Evidence:
 class _Past:
     """One user's events with a value, of which exposure x sees the first rated[x]."""
 
-    def __init__(self, items: Ints, values: Doubles, rated: Ints, fit: ItemFactors) -> None:
+    def __init__(self, items: Ints, values: AnyFloats, rated: Ints, fit: ItemFactors) -> None:
         self.items, self.values, self.rated, self.fit = items, values, rated, fit
         self._fitted = _known(items, fit)
         self.residuals = values - fit.mean - fit.bias[self._fitted]

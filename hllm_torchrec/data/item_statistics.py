@@ -30,7 +30,8 @@ class ItemStatistics:
     @classmethod
     def of_dataset(cls, dataset: Dataset) -> "ItemStatistics":
         """The statistics of all events of a dataset, whatever their part: a question sees earlier seconds only."""
-        keys, values = [np.empty(0, np.int64)], [np.empty(0)]
+        keys: list[Ints] = [np.empty(0, np.int64)]
+        values: list[AnyFloats] = [np.empty(0)]
         for part in SPLITS:
             for group in dataset.row_groups(part):
                 rows = dataset.sequences([group])

@@ -136,8 +136,8 @@ def load_run(
     config = config or run_config(run, dataset)
     checkpoint = find_checkpoint(run, which)
     folder = checkpoint.parent.parent
-    saved = {"factors": RunFactors.load(folder), "evidence": run_evidence(config.data.evidence, folder)}
-    experiment = build_experiment(config, device, **saved)
+    factors, evidence = RunFactors.load(folder), run_evidence(config.data.evidence, folder)
+    experiment = build_experiment(config, device, factors=factors, evidence=evidence)
 
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))
