@@ -4,7 +4,7 @@
     versions/00002.json      manifest of every version that is kept
     items.parquet, ...       base of version 1 (layout: `data.dataset`)
     appends/00002/           files that version 2 added (`data.append`)
-    bases/00009/             a base that version 9 wrote (`data.compaction`, or `prepare --extend`)
+    bases/00009/             a base that version 9 wrote (`data.dataset_compaction`, or `prepare --extend`)
 
 A writer holds the dataset's lock, writes its files into a hidden draft, syncs and renames it, and then replaces
 `manifest.json`. A process that is killed at any moment leaves the version before or the new one; what else it left is

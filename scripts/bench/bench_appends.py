@@ -22,7 +22,7 @@ import numpy as np
 from benchmarking import alternate, arguments, medians, report, say
 
 from hllm_torchrec.data.append import append_events
-from hllm_torchrec.data.compaction import compact
+from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.manifest import MANIFEST, manifest_path
 from hllm_torchrec.data.prepare import prepare

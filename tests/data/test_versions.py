@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hllm_torchrec.data import compaction
-from hllm_torchrec.data.compaction import compact
+from hllm_torchrec.data import dataset_compaction
+from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.pins import pin_version, pinned_versions
 from hllm_torchrec.data.prepare import prepare
@@ -28,7 +28,7 @@ def grown(tmp_path, days=3, **options):
 
 @pytest.mark.parametrize("rule", ["time", "leave_one_out", "leave_last"])
 def test_a_compacted_version_is_what_it_folds(tmp_path, rule, monkeypatch):
-    monkeypatch.setattr(compaction, "EVENTS_AT_ONCE", 40)
+    monkeypatch.setattr(dataset_compaction, "EVENTS_AT_ONCE", 40)
     root = grown(tmp_path, split=rule)
     before = Dataset.open(root)
     texts, groups = before.items_fingerprint, [before.sequences([group]).user_ids for group in before.row_groups("train")]
