@@ -2,8 +2,8 @@
 
     python scripts/bench/bench_id_map.py [--quick] [--out FILE]
 
-Ids are ten-character product numbers that come in chunks as from a table, each chunk twice: added, then looked up, as by
-items and then events. Each side runs in a process of its own, so that its peak memory is known. `memory_<ids>` and
+Ids are ten-character product numbers that come in chunks as from a table, each chunk twice: added, then looked up, as
+by items and then events. Each side runs in a process of its own, so that its peak memory is known. `memory_<ids>` and
 `seconds_<ids>` are the ratios of `IdMap` to the dict; `bytes_an_id` says what 10^8 ids take.
 """
 
