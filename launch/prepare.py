@@ -90,9 +90,11 @@ def build_parser() -> CommandParser:
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="add a version with new events, keep all that is there; table: the new event files (default: the mapping's)",
+        help="add a version with new events to what is there; table: the new event files (default: the mapping's)",
     )
-    parser.add_argument("--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones")
+    parser.add_argument(
+        "--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones"
+    )
     parser.add_argument("--allow-fewer", action="store_true", help="--extend from fewer events than there are")
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser

@@ -44,7 +44,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 @dataclass(frozen=True)
 class FileGroup:
-    """A unit of reading of a part's sequences in Parquet files: file, index of the row group in it, its number of rows (users)."""
+    """A unit of reading of a part's sequences in Parquet files: file, index of the row group, number of users."""
 
     path: Path
     index: int

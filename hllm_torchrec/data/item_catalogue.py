@@ -301,7 +301,7 @@ class ItemCatalogue:
 
 
 def _digests(texts: list[tuple[str, ...]]) -> np.ndarray:
-    """Hash of each item's texts, int64 [n]; of this process, since Python's hash of a text differs between processes."""
+    """Hash of each item's texts, int64 [n]; of this process only, because Python's hashes are salted."""
     return np.fromiter((hash(text) for text in texts), np.int64, len(texts))
 
 

@@ -238,8 +238,8 @@ def _run(
         raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
     if total < at_least:
         raise ValueError(
-            f"{source.name}: the source has {total:,} events, the dataset {at_least:,}: --extend is for a full export. For "
-            "a file of new events use --append; if events were removed on purpose, add --allow-fewer"
+            f"{source.name}: the source has {total:,} events, the dataset {at_least:,}: --extend is for a full "
+            "export. For a file of new events use --append; if events were removed on purpose, add --allow-fewer"
         )
     users.assign_ids(user_counts)
     item_ids = catalogue.final_ids(item_counts > 0, source.keep_items_without_events)

@@ -165,7 +165,9 @@ def test_an_event_of_an_earlier_version_is_left_out_and_counted(tmp_path):
     assert (entry["events"], entry["dropped"]) == (2, {"known_event": 1})
     strict = BadRows(duplicate_event="error")
     with pytest.raises(ValueError, match=r"events\.csv, row 2: an earlier version has this event already"):
-        append_events(memory_source(tmp_path / "3", [("u3", "i1", 5, 60), ("u9", "i1", 5, 50)], []), root, policy=strict)
+        append_events(
+            memory_source(tmp_path / "3", [("u3", "i1", 5, 60), ("u9", "i1", 5, 50)], []), root, policy=strict
+        )
     assert Dataset.open(root).version == 3
 
 
@@ -288,7 +290,10 @@ def test_killed_anywhere_nothing_is_lost_and_the_next_append_goes_on(tmp_path, m
 def test_two_appends_at_once_wait_for_each_other(tmp_path, monkeypatch):
     root = shop(tmp_path)
     monkeypatch.setenv("HLLM_LOCK_WAIT", "0")
-    with write_lock(root), pytest.raises(ValueError, match=r"out: another process is writing to this dataset \(process"):
+    with (
+        write_lock(root),
+        pytest.raises(ValueError, match=r"out: another process is writing to this dataset \(process"),
+    ):
         append(root, tmp_path / "1", [("u1", "i1", 5, 60)])
     monkeypatch.delenv("HLLM_LOCK_WAIT")
     with ThreadPoolExecutor(4) as pool:
@@ -357,7 +362,9 @@ def test_a_damaged_event_file_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"part-00000\.arrow, row 1: timestamps\[0\] is -1;.*outside 1970"):
         opened(spoiled_column("timestamps", 1, -1))
-    with pytest.raises(ValueError, match=r"part-00000\.arrow, row 1: item_ids\[0\] is 99; the dataset's items .*0\.\.15"):
+    with pytest.raises(
+        ValueError, match=r"part-00000\.arrow, row 1: item_ids\[0\] is 99; the dataset's items .*0\.\.15"
+    ):
         opened(spoiled_column("item_ids", 1, 99))
     with pytest.raises(ValueError, match=r"part-00000\.arrow, row 0: labels\[0\] is 0\.5; a label is 0 or 1"):
         opened(spoiled_column("labels", 0, 0.5))
@@ -373,7 +380,12 @@ def test_appends_are_folded_by_level_and_earlier_versions_keep_theirs(tmp_path, 
     monkeypatch.setattr(folding, "FACTOR", 3)
     root, seen, levels = shop(tmp_path), {}, []
     for n in range(10):
-        append(root, tmp_path / str(n), [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)], [f"x{n}", ("i2", f"t{n}")])
+        append(
+            root,
+            tmp_path / str(n),
+            [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)],
+            [f"x{n}", ("i2", f"t{n}")],
+        )
         seen[n + 2] = everything(Dataset.open(root))
         levels.append([one["level"] for one in Dataset.open(root).manifest["appends"]])
     assert levels[:4] == [[0], [0, 0], [1], [1, 0]] and levels[8] == [2] and levels[9] == [2, 0]
