@@ -13,7 +13,7 @@ Legend: N items of the dataset (with the unknown item 0), n new items, E width o
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,9 @@ from hllm_torchrec.inference.raw_ids import RawIds
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import JoinedItems, LiveItems, StoredItems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class DatasetWithNewItems(Dataset):
@@ -199,7 +202,8 @@ class NewItems:
             return None
         assert live is not None
         section = experiment.config.item_llm
-        tokens = tokens_of(section, new.new_text(section.text_keys), experiment.item_encoder.tokens.facts)
+        texts = new.new_text(section.text_keys)
+        tokens = _tokens_of(texts, section, self._tokenizer, experiment.item_encoder.tokens.facts)
         encoder = ItemEncoder(tokens, experiment.device, False, section.items_at_once)
         embed = partial(experiment.hllm.embed_items, source=LiveItems(live.item_llm, encoder))
         vectors = encoder.encode_catalogue(live.item_llm, embed, show=False)
@@ -207,16 +211,18 @@ class NewItems:
             vectors = self._source.adapter(vectors)
         return vectors
 
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer  # the import takes seconds
 
-def tokens_of(section: ItemLLMConfig, texts: pa.Table, facts: dict[str, Any]) -> TokenStore:
-    """Tokens of items that no token store has, laid out as in the store with `facts`; in memory.
+        section = self._experiment.config.item_llm
+        return AutoTokenizer.from_pretrained(str(section.tokenizer or section.pretrained), trust_remote_code=False)
 
-    texts: the text columns of the section, one row per item.
-    """
-    from transformers import AutoTokenizer  # the import takes seconds
 
-    directory = section.tokenizer or section.pretrained
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+def _tokens_of(
+    texts: pa.Table, section: ItemLLMConfig, tokenizer: "PreTrainedTokenizerBase", facts: dict[str, Any]
+) -> TokenStore:
+    """Tokens of text columns [n], laid out as in the token store with `facts`; in memory."""
     rows: list[list[int]] = []
     for some in laid_out_texts(texts, section.prompt, list(section.text_keys), section.separator):
         rows += tokenize(tokenizer, some, section.max_text_length)
