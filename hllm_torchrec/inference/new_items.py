@@ -13,7 +13,7 @@ Legend: N items of the dataset (with the unknown item 0), n new items, E width o
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,9 @@ from hllm_torchrec.inference.raw_ids import RawIds
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import JoinedItems, LiveItems, StoredItems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class DatasetWithNewItems(Dataset):
@@ -115,7 +118,7 @@ class NewItems:
 
     def __init__(self, experiment: Experiment, path: Path | None = None) -> None:
         self._experiment, self._base, self._source = experiment, experiment.dataset, experiment.hllm.item_source
-        self._base_vectors = experiment.item_vectors
+        self._base_vectors, self._base_evidence = experiment.item_vectors, experiment.evidence
         if path is None and url_of(experiment.config.data.dataset) is None:
             path = experiment.dataset.root / JOURNAL
         self._journal = None if path is None else NewItemJournal(path)
@@ -189,6 +192,9 @@ class NewItems:
             experiment.hllm.item_source = JoinedItems(self._source, first, self._vectors)
         if self._base_vectors is not None:
             experiment.item_vectors = np.pad(self._base_vectors, ((0, len(items)), (0, 0)))
+        if self._base_evidence is not None:
+            text = None if self._vectors is None else self._vectors.float().cpu().numpy()
+            experiment.evidence = self._base_evidence.with_new_items(text)
         experiment.dataset = DatasetWithNewItems(self._base, list(items.values()))
         self._items, self._numbers = items, numbers
 
@@ -199,7 +205,8 @@ class NewItems:
             return None
         assert live is not None
         section = experiment.config.item_llm
-        tokens = tokens_of(section, new.new_text(section.text_keys), experiment.item_encoder.tokens.facts)
+        texts = new.new_text(section.text_keys)
+        tokens = _tokens_of(texts, self._tokenizer, experiment.item_encoder.tokens.facts)
         encoder = ItemEncoder(tokens, experiment.device, False, section.items_at_once)
         embed = partial(experiment.hllm.embed_items, source=LiveItems(live.item_llm, encoder))
         vectors = encoder.encode_catalogue(live.item_llm, embed, show=False)
@@ -207,13 +214,15 @@ class NewItems:
             vectors = self._source.adapter(vectors)
         return vectors
 
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        section = self._experiment.config.item_llm
+        return read_tokenizer(Path(str(section.tokenizer or section.pretrained)))
 
-def tokens_of(section: ItemLLMConfig, texts: pa.Table, facts: dict[str, Any]) -> TokenStore:
-    """Tokens of items that no token store has, laid out as in the store with `facts`; in memory.
 
-    texts: the text columns of the section, one row per item.
-    """
-    tokenizer, rows = read_tokenizer(Path(str(section.tokenizer or section.pretrained))), list[list[int]]()
+def _tokens_of(texts: pa.Table, tokenizer: "PreTrainedTokenizerBase", facts: dict[str, Any]) -> TokenStore:
+    """Tokens of text columns [n], laid out as in the token store with `facts`; in memory."""
+    rows: list[list[int]] = []
     for some in laid_out_texts(texts, facts["prompt"], facts["keys"], facts["separator"]):
         rows += tokenize(tokenizer, some, facts["max_text_length"], facts.get("keep_end", False))
     values = np.array([token for row in rows for token in row], np.int32)
