@@ -15,6 +15,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.distributed.array_collectives import gather_objects
 
@@ -192,28 +193,39 @@ class RowReader:
         kinds = {name: pa.float64() if name in (*NUMBERS, *numbers) else pa.string() for name in self.columns}
         convert = pacsv.ConvertOptions(column_types=kinds, include_columns=self.columns, strings_can_be_null=True)
         target = folder / f"{id(self)}-{index}.parquet"
-        try:
+        remedy = "rows are counted from 1, the header's; correct the row, or write the file again"
+        with _readable(file, "CSV", remedy):
             with (
                 pacsv.open_csv(file, pacsv.ReadOptions(use_threads=False), convert_options=convert) as reader,
                 pq.ParquetWriter(target, reader.schema) as writer,
             ):
                 for batch in reader:
-                    writer.write_batch(batch)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = f"{str(error)[:300]}; rows are counted from 1, the header's"
-            raise ValueError(
-                f"{file} cannot be read as CSV: {reason}; correct the row, or write the file again"
-            ) from error
+                    with path_in_errors(folder):
+                        writer.write_batch(batch)
         return target
 
 
-def _open(file: Path) -> pq.ParquetFile:
+@contextmanager
+def _readable(file: Path, kind: str, remedy: str) -> Iterator[None]:
+    """Context manager that converts errors of a file's contents into a ValueError with `remedy`.
+
+    Raises:
+        OSError: an error of the machine (too many open files, too little memory, ...); names the file.
+    """
     try:
+        with path_in_errors(file):
+            yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if is_machine_error(error):
+            raise
+        raise ValueError(f"{file} cannot be read as {kind}: {str(error)[:300]}; {remedy}") from error
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    with _readable(file, "Parquet", "write it again"):
         opened = pq.ParquetFile(file, memory_map=False, pre_buffer=False)
         assert opened.schema_arrow.names is not None  # decodes the names: raises here if one is not UTF-8
         return opened
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as Parquet: {str(error)[:300]}; write it again") from error
 
 
 def column_names(file: Path) -> list[str]:
@@ -224,12 +236,8 @@ def column_names(file: Path) -> list[str]:
     """
     if file.suffix == ".parquet":
         return list(_open(file).schema_arrow.names)
-    try:
-        with pacsv.open_csv(file) as header:
-            return list(header.schema.names)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = f"{str(error)[:300]}; correct the row, or write the file again"
-        raise ValueError(f"{file} cannot be read as CSV: {reason}") from error
+    with _readable(file, "CSV", "correct the row, or write the file again"), pacsv.open_csv(file) as header:
+        return list(header.schema.names)
 
 
 def has_values(files: Sequence[Path], column: str) -> bool:

@@ -4,10 +4,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.machine_errors import path_in_errors
+from hllm_torchrec.common.tensorboard_file import ScalarFile
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -25,11 +28,8 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def write_tensorboard(metrics: Mapping[str, Any], folder: Path, step: int) -> None:
     """Write the numbers as `evaluate-<split>/<name>` at the step of the checkpoint."""
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-    with SummaryWriter(str(folder)) as writer:
-        for name, value in scalars(metrics).items():
-            writer.add_scalar(f"evaluate-{metrics['split']}/{name}", value, step)
+    with path_in_errors(folder), closing(ScalarFile(folder)) as file:
+        file.write(step, {f"evaluate-{metrics['split']}/{name}": value for name, value in scalars(metrics).items()})
 
 
 def track_metrics(metrics: Mapping[str, Any], artifacts: Mapping[str, Path]) -> bool:

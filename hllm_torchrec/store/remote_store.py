@@ -15,7 +15,7 @@ import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hllm_torchrec.common.atomic_files import remove_folder, replace_file
 from hllm_torchrec.common.urls import (
@@ -91,12 +91,7 @@ class RemoteStore:
             if not all(f"{run.name}/{name}" in there for name in run.files):
                 self._upload_segment(run)
         number = max([*commits, 0 if state is None else state.commit]) + 1
-        # The author makes the contents unlike those of any other job.
-        author = {"identity": json.loads(identity), "author": secrets.token_hex(8)}
-        if not create_file(_commit_url(self.url, number), json.dumps({**json.loads(text), "commit": number, **author})):
-            raise ValueError(taken)
-        if max(_commit_numbers(self.url)) > number:  # others have committed, and removed the file with this number
-            remove_files(f"{self.url}/{COMMITS}", [_commit_name(number)])
+        if not self._commit(number, {**json.loads(text), "commit": number, "identity": json.loads(identity)}):
             raise ValueError(taken)
         # From here on the commit stands, and what follows may be done by others: manifest.json is where readers begin.
         self._seen = _with_commit(text, number)
@@ -108,6 +103,18 @@ class RemoteStore:
         remove_files(f"{self.url}/runs", [name for name in there if name.split("/")[0] not in kept])
         old = [_commit_name(other) for other in commits if other <= number - KEPT_COMMITS]
         remove_files(f"{self.url}/{COMMITS}", old)
+
+    def _commit(self, number: int, contents: dict[str, Any]) -> bool:
+        """Create the file of a commit; False if another job was first."""
+        # The author makes the contents unlike those of any other job.
+        text = json.dumps({**contents, "author": secrets.token_hex(8)})
+        if not create_file(_commit_url(self.url, number), text):
+            return False
+        if max(_commit_numbers(self.url)) == number:
+            return True
+        # Others have committed so often meanwhile that the file with this number was removed as an old one.
+        remove_files(f"{self.url}/{COMMITS}", [_commit_name(number)])
+        return False
 
     def _upload_segment(self, segment: SegmentFacts) -> None:
         sizes = {name: size for name, (size, _) in segment.files.items()}

@@ -1,5 +1,6 @@
 """Predictions that another job replaces while they are evaluated, and while they are written."""
 
+import errno
 import os
 import re
 import shutil
@@ -69,6 +70,16 @@ def test_an_evaluation_sees_one_version_or_says_that_it_was_replaced(tmp_path: P
     assert set(results) - set(right.values()) <= {error for error in results if isinstance(error, ValueError)}
     said = "was replaced or changed while it was read, by another job: run this one again"
     assert len(errors) > 5 and all(re.search(rf"test/part-0000\d.parquet {said}$", error) for error in errors), errors
+
+
+def test_an_error_of_the_machine_is_not_called_damage(tmp_path: Path) -> None:
+    folder = write(tmp_path / "test", 1)
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a file")
+
+    results = [result for _, result in schedules(lambda: auc(folder), fail, folder) if not isinstance(result, float)]
+    assert len(results) > 5 and {getattr(result, "errno", result) for result in results} == {errno.EMFILE}
 
 
 def test_predictions_are_replaced_without_a_moment_without_them(tmp_path: Path) -> None:
