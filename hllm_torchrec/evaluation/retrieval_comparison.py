@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Doubles, Ints
+from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.metrics.bootstrap import percentile_interval
 
 
@@ -41,12 +42,13 @@ def read_target_ranks(directory: Path) -> TargetRanks:
     """Read the ranks in a directory of parts.
 
     Raises:
-        ValueError: the directory has no parts, or a target occurs twice.
+        ValueError: the directory has no parts, a part cannot be read, or a target occurs twice.
     """
     if not any(directory.glob("part-*.parquet")):
         raise ValueError(f"{directory}: no part-*.parquet: `hllm evaluate` and `hllm retrieval` write them")
-    table = pq.read_table(directory, columns=["user_id", "position", "rank"])
-    user, position, rank = (table[name].to_numpy() for name in ("user_id", "position", "rank"))
+    with error_location(directory, "remove it and evaluate again"):
+        table = pq.read_table(directory, columns=["user_id", "position", "rank"])
+        user, position, rank = (table[name].cast("int64").to_numpy() for name in ("user_id", "position", "rank"))
     order = np.lexsort((position, user))
     user, position, rank = user[order], position[order], rank[order]
     if ((np.diff(user) == 0) & (np.diff(position) == 0)).any():

@@ -69,3 +69,9 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(one / "part-00000.parquet"), one / "part-00009.parquet")
     with pytest.raises(ValueError, match="a target is there twice"):
         read_target_ranks(one)
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be read .*; remove it and evaluate again"):
+        read_target_ranks(tmp_path)
