@@ -49,6 +49,8 @@ _DIGESTS = "digests.arrow"
 """Digest of each item's text, by which a store of later texts takes over tokens."""
 _REMEDY = "delete the folder and build it again"
 _BATCH = 4_096
+_MOST_GROWTH = 1_000
+"""Largest factor by which a tokenizer's replacements may lengthen a text; real ones exchange single characters."""
 
 
 class TokenStore:
@@ -231,9 +233,24 @@ def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # the import takes seconds, and for most jobs the store exists
 
     with reading_foreign(f"{directory}: its tokenizer (tokenizer.json or similar)", "fetch the directory again"):
+        _check_growth(directory / "tokenizer.json")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         special_tokens(tokenizer)
     return tokenizer
+
+
+def _check_growth(path: Path) -> None:
+    """Refuse a normalizer whose replacements, one after the other, could multiply a text's length without end."""
+    if not path.is_file():
+        return
+    normalizer = json.loads(path.read_text(encoding="utf-8")).get("normalizer") or {}
+    growth, left = 1, [normalizer]
+    while left:
+        step = left.pop()
+        left += step.get("normalizers") or []
+        growth *= max(1, len(step.get("content") or ""))
+        if growth > _MOST_GROWTH:
+            raise ValueError(f"its normalizer can make a text more than {_MOST_GROWTH} times as long")
 
 
 def item_texts(dataset: Dataset, prompt: str, keys: Sequence[str], separator: str) -> Iterator[list[str]]:

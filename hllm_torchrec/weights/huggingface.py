@@ -35,7 +35,7 @@ def save_backbone(
 
     config = copy.deepcopy(config)
     config.dtype = next(iter(state.values())).dtype
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = "eager"  # every model has it, and config.json does not name it
     with torch.device("meta"):
         model = AutoModel.from_config(config, trust_remote_code=False)
     # BERT's pooler is not used by this library, so the state may lack it: the saved model then has none.

@@ -1,7 +1,7 @@
 """Table of the text models of transformers: how the Item LLM reads each, and whether it can be a User LLM.
 
-    python -m scripts.experiments.text_models --write docs/support.md      # replaces the table between its two marks
-    python -m scripts.experiments.text_models --only llama bert            # prints the rows of these
+    python scripts/experiments/text_models.py --write docs/support.md      # replaces the table between its two marks
+    python scripts/experiments/text_models.py --only llama bert            # prints the rows of these
 
 For every model type of AutoModel a small model is built from its default config (with the fields of `FIELDS`), and
 checked as a model is checked before training. Types with several parts (images, sound, two stacks) are left out.

@@ -1,5 +1,6 @@
 """Foreign models give the embeddings of plain transformers, or are refused in one line."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hllm_torchrec.models.backbone_check import _text_reading, check_user_backbo
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.small_models import is_causal
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
+from hllm_torchrec.weights.huggingface import save_backbone
 from tests.helpers.fixtures import BERT, LLAMA, enlarge
 
 DECODER = {**LLAMA, "vocab_size": 40, "head_dim": 6, "max_position_embeddings": 32, "pad_token_id": 1}
@@ -175,6 +177,14 @@ def test_the_check_leaves_random_numbers_alone_and_runs_once() -> None:
     misses = _text_reading.cache_info().misses
     text_reading(config)
     assert _text_reading.cache_info().misses == misses
+
+
+def test_a_model_that_cannot_be_packed_is_exported_as_a_directory_of_transformers(tmp_path: Path) -> None:
+    model = build_backbone(None, FOREIGN["mpnet"][0])
+    (tmp_path / "m").mkdir()
+    save_backbone(model.config, model.state_dict(), tmp_path / "m")
+    again = AutoModel.from_pretrained(tmp_path / "m").state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_layers_that_are_kept_keep_their_kinds() -> None:

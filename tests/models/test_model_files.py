@@ -114,6 +114,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: (m / "tokenizer.json").write_text('{"model": {"type": "Telepathy"}}'),
         r"model: its tokenizer .*; fetch the directory again",
     ),
+    "a tokenizer that multiplies texts": (
+        lambda m: edit(
+            m / "tokenizer.json",
+            normalizer={
+                "type": "Sequence",
+                "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}] * 40,
+            },
+        ),
+        r"model: its tokenizer .*: its normalizer can make a text more than 1000 times as long; fetch",
+    ),
     "no [ITEM]": (
         lambda m: save_file({"other": torch.zeros(2)}, m / ITEM_TOKEN_FILE),
         r"item_token\.safetensors: .*; export or import the model again",
