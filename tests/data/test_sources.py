@@ -10,7 +10,8 @@ import pytest
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.sources.amazon import amazon, parse_record
+from hllm_torchrec.data.sources.amazon import amazon
+from hllm_torchrec.data.sources.columnar import parse_record
 from hllm_torchrec.data.sources.movielens import age_bucket, movielens_1m, movielens_100k, split_title
 from hllm_torchrec.data.sources.pixelrec import pixelrec
 from hllm_torchrec.data.sources.table_mapping import table

@@ -79,6 +79,41 @@ def test_other_files_of_rows_give_the_same_dataset(tmp_path, kind):
     assert sequences(prepared(shop(tmp_path, events={"path": f"e.{kind}"})), "test") == expected
 
 
+def test_a_row_per_user_with_lists_is_a_row_per_event(tmp_path):
+    """SeqRecBenchmark's layout, as `pandas.read_pickle(...).to_parquet(...)` gives it."""
+    expected = sequences(prepared(shop(tmp_path)), "test")
+    rows = [
+        {"user": user, **{name: [e[k] for e in EVENTS if e[0] == user] for k, name in enumerate(EVENT_NAMES) if k}}
+        for user in ("u0", "u1", "u2", "u3")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "user2item.parquet")
+    assert sequences(prepared(shop(tmp_path, events={"path": "user2item.parquet"})), "test") == expected
+    rows[1]["time"].pop()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "user2item.parquet")
+    with pytest.raises(
+        ValueError, match=r"user2item\.parquet cannot be read \(the lists of time and item differ in length"
+    ):
+        prepared(shop(tmp_path, events={"path": "user2item.parquet"}))
+
+
+def test_the_files_of_steam_are_read_as_they_are(tmp_path):
+    games = [{"id": str(n), "title": f"Game {n}", "tags": ["Action", f"T{n}"]} for n in range(5)]
+    plays = [
+        {"username": u, "product_id": i[1:], "date": f"2017-12-{n % 28 + 1:02d}"} for n, (u, i, *_) in enumerate(EVENTS)
+    ]
+    for name, records in (("games", games), ("reviews", plays)):
+        (tmp_path / f"steam_{name}.json").write_text("".join(f"{record!r}\n" for record in records))
+    (tmp_path / "m.yaml").write_text(
+        "name: steam\n"
+        "events: {path: steam_reviews.json, user: username, item: product_id, time: date, time_unit: iso8601}\n"
+        "items: {path: steam_games.json, item: id, text: [title, tags], features: {tags: null}}\n"
+    )
+    dataset = prepared(tmp_path / "m.yaml")
+    assert dataset.text(["tags"])["tags"][3].as_py() == "Action, T3"
+    assert features(dataset, "tags")[3] == ["Action", "T3"]
+    assert dataset.manifest["counts"]["events"] == len(EVENTS)
+
+
 def test_texts_of_several_files_are_joined_by_id(tmp_path):
     write_csv(tmp_path / "tags.tsv", [("id\ttags",), *((f"i{n}\tx;y{n}",) for n in (3, 1, 0))])
     pq.write_table(pa.table({"key": ["i0", "i1"], "plot": ["about 0", "about <b>1</b>"]}), tmp_path / "plots.parquet")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, precision_recall_curve, roc_auc_score
 
@@ -183,6 +185,27 @@ def test_rows_of_weight_zero_are_left_out_and_counted(tmp_path: Path) -> None:
     )
     assert found.pop("rows_without_weight") == 100 and expected.pop("rows_without_weight") == 0
     assert found == expected
+
+
+@pytest.mark.parametrize("memory", [1 << 30, TINY])
+def test_rows_without_a_user_are_no_user(tmp_path: Path, memory: int) -> None:
+    """They count for the AUC, each by itself; GAUC and the number of users are those of the other rows."""
+    rows = columns()
+    anonymous = np.arange(ROWS) % 3 == 0
+    table = pa.table(rows | {"user_id": pa.array(rows["user_id"], mask=anonymous)})
+    pq.write_table(table, tmp_path / "some.parquet")
+    alone = np.where(anonymous, 10**9 + np.arange(ROWS), rows["user_id"])
+    pq.write_table(pa.table(rows | {"user_id": alone}), tmp_path / "alone.parquet")
+    layout = ColumnLayout(user="user_id")
+    found, expected = (
+        run(two_models(tmp_path / f"{name}.parquet"), layout, tmp_path, memory=memory) for name in ("some", "alone")
+    )
+    assert found["users"] == len(np.unique(rows["user_id"][~anonymous]))
+    assert found["rows_without_user"] == anonymous.sum() and "rows_without_user" not in expected
+    known = gauc(rows["label"][~anonymous], rows["score"][~anonymous], rows["user_id"][~anonymous])
+    assert found["models"]["a"]["gauc"] == pytest.approx(known.gauc, abs=1e-12)
+    for name in ("a", "b"):
+        assert found["models"][name] == pytest.approx(expected["models"][name], nan_ok=True), "a user of its own each"
 
 
 def test_csv_gives_what_parquet_gives(metrics: dict[str, Any], tmp_path: Path) -> None:

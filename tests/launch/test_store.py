@@ -71,7 +71,7 @@ def test_delete_takes_ids_away_for_good(
     (tmp_path / "gone.txt").write_text("b\nnobody\n\n")
     assert main(["delete", str(store.root), "--ids", str(tmp_path / "gone.txt")]) == 1, "one was not found"
     said = capsys.readouterr().out
-    assert "1 of 2 ids had a vector; all are deleted" in said
+    assert "1 of 2 ids had a vector; all are deleted\n1 had none: 'nobody'\n" in said
     raw = b"".join(path.read_bytes() for path in store.root.rglob("*.bin"))
     assert raw == np.array([3, 4, 0], np.float16).tobytes()
 

@@ -14,8 +14,6 @@ rating, 1..5. Text: title, description, by default without HTML. Items and users
 without metadata stays, without text, as in the published protocol. Files may be compressed.
 """
 
-import ast
-import json
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -29,7 +27,7 @@ import pyarrow as pa
 from hllm_torchrec.common.text_files import Utf8File
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.sources.base import Chunk, Source, event_table, require_files
-from hllm_torchrec.data.sources.columnar import read_csv, text_lines
+from hllm_torchrec.data.sources.columnar import parse_record, read_csv, text_lines
 from hllm_torchrec.data.sources.dialect import Format
 from hllm_torchrec.data.sources.values import parse_float, parse_seconds, rating_labels, without_html
 from hllm_torchrec.data.validation import error_location
@@ -174,22 +172,6 @@ def _records(path: Path) -> Iterator[tuple[list[int], list[dict[str, Any]], int]
                 rows, records, done = [], [], file.tell()
     if rows:
         yield rows, records, path.stat().st_size - done
-
-
-def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
-    """Parse one line, JSON or a Python literal, as a dict. Raises ValueError naming file and row if it is neither."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        try:
-            record = ast.literal_eval(line.decode("utf-8").strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, row {row}: neither JSON nor a Python literal ({error}); fetch it again"
-            ) from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, row {row}: a {type(record).__name__}, expected a dict with asin, title, ...")
-    return record
 
 
 def _item_id(record: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Streaming of columns of large tables: text, Parquet, Arrow and JSON lines; errors name file and row."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -155,9 +156,9 @@ def _read_arrow(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:
-    """Stream `columns` of a file with a JSON object in every line; a key that a line lacks is null.
+    """Stream `columns` of a file with an object in every line, in JSON or Python; a key that a line lacks is null.
 
-    Raises ValueError naming file and row for a line that is not a JSON object, a column that no line of the first
+    Raises ValueError naming file and row for a line that is neither, a column that no line of the first
     batch has, or values of several types in one column.
     """
     wanted, done, seen = list(dict.fromkeys(columns)), 0, False
@@ -174,19 +175,17 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]
 
 def _column(values: list[Any]) -> pa.Array:
     kinds = {type(value) for value in values} - {type(None)}
-    return pa.array([float(v) if v is not None else None for v in values] if kinds == {int, float} else values)
+    if kinds in ({int, float}, {int, str}):  # one type for all: numbers, or ids as texts
+        convert = float if float in kinds else str
+        values = [None if value is None else convert(value) for value in values]
+    return pa.array(values)
 
 
 def _batches(path: Path, file: Utf8File) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
     rows: list[int] = []
     records: list[dict[str, Any]] = []
     for row, line in text_lines(path, file):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, row {row}: not JSON ({error}); write one object per line") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, row {row}: a {type(record).__name__}; write one object per line")
+        record = parse_record(line, path, row)
         rows.append(row)
         records.append(record)
         if len(rows) == _ROWS_PER_BATCH // 8:
@@ -194,6 +193,23 @@ def _batches(path: Path, file: Utf8File) -> Iterator[tuple[list[int], list[dict[
             rows, records = [], []
     if rows:
         yield rows, records
+
+
+def parse_record(line: bytes, path: Path, row: int) -> dict[str, Any]:
+    """Parse one line, JSON or a Python literal, as a dict. Raises ValueError naming file and row if it is neither."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        try:
+            record = ast.literal_eval(line.decode("utf-8").strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, row {row}: neither JSON nor a Python literal ({error}); fetch it again, or write one object "
+                "per line"
+            ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, row {row}: a {type(record).__name__}, expected a dict; write one object per line")
+    return record
 
 
 def text_lines(path: Path, file: Utf8File) -> Iterator[tuple[int, bytes]]:

@@ -19,6 +19,7 @@ from hllm_torchrec.data.sources.values import (
     as_id_strings,
     as_lists,
     as_texts,
+    is_list,
     parse_labels,
     parse_seconds,
     without_html,
@@ -31,10 +32,18 @@ _EARLY, _PLAUSIBLE = 315_532_800, 631_152_000
 
 
 def read_event_rows(files: tuple[Path, ...], columns: EventColumns) -> Iterator[Chunk]:
-    """The events of `files`, in order. Raises ValueError naming file and column, or row, of what cannot be read."""
+    """The events of `files`, in order; where rows are users with lists, `row` counts the events of the file.
+
+    Raises ValueError naming file and column, or row, of what cannot be read.
+    """
     wanted = [columns.user, columns.item, columns.time, columns.label, columns.action]
     for path in files:
+        done = 0
         for rows, data, size, dialect in read_columns(path, [name for name in wanted if name], columns.format):
+            if is_list(data[columns.item].type):
+                with error_location(path, _CONVERT):
+                    data = _one_row_per_event(data, columns)
+                rows, done = np.arange(done + 1, done + len(data) + 1), done + len(data)
             seconds = time = label_text = None
             if columns.time is not None:
                 time = data[columns.time].combine_chunks()
@@ -51,6 +60,23 @@ def read_event_rows(files: tuple[Path, ...], columns: EventColumns) -> Iterator[
                 nulls = _id_nulls(columns.format)
                 events = event_table(rows, user, item, seconds, time, label, action, label_text, nulls)
             yield Chunk(path, events, size, dialect)
+
+
+def _one_row_per_event(data: pa.Table, columns: EventColumns) -> pa.Table:
+    """Rows of users, with a list of items and lists of as many times, labels and actions, as rows of events."""
+    lists = {name: _flat(data[name]) for name in data.column_names if is_list(data[name].type)}
+    lengths = {name: pc.fill_null(pc.list_value_length(data[name]), 0) for name in lists}
+    own = lengths[columns.item].combine_chunks()
+    for name, other in lengths.items():
+        if other.combine_chunks() != own:
+            raise ValueError(f"the lists of {name} and {columns.item} differ in length")
+    row = np.repeat(np.arange(len(data)), own.to_numpy())
+    return pa.table({name: lists[name] if name in lists else data[name].take(row) for name in data.column_names})
+
+
+def _flat(values: pa.ChunkedArray) -> pa.Array:
+    flat = pc.list_flatten(values)
+    return flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
 
 
 def _id_nulls(given: Format | None) -> tuple[str, ...]:
