@@ -258,7 +258,8 @@ def build_experiment(
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
-    model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
+    rate = base_rate(dataset, second_of(config.data.train_since or 0))
+    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width)
     share, encoder, live = config.item_llm.trained_share, encoders.get("item_llm"), None
     if encoder is not None and model.item_llm is not None:
         sampled = SubsampledEncoder(encoder, share, config.item_llm.refresh_after, config.seed) if share < 1 else None
