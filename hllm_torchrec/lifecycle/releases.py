@@ -57,7 +57,7 @@ class Release:
         path = folder / FACTS
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{part: None for part in PARTS} | facts | _resolved(folder))
+            return cls(**dict.fromkeys(PARTS) | facts | _resolved(folder))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a release ({error}); publish it again with `hllm nightly`") from error
 
