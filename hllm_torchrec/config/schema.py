@@ -94,7 +94,8 @@ class DataConfig:
     `hllm_torchrec.data.numeric_features`, or module:name of a custom function."""
     item_vectors: tuple[str, ...] = ()
     """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
-    the training part at first use) or the name of a float32 array [N, V] in <dataset>/vectors/<name>.npy."""
+    the training part when the run starts, and kept with it) or the name of a float32 array [N, V] in
+    <dataset>/vectors/<name>.npy."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0
