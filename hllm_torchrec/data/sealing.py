@@ -260,6 +260,6 @@ def _check_rule(dataset: Dataset, starts: Ints, lengths: Ints) -> None:
     if wrong.any():
         user = int(wrong.argmax())
         raise ValueError(
-            f"{dataset.root}: user {user} has {lengths[user]} events, of which valid begins at {starts[user, 1]} and test "
-            f"at {starts[user, 2]}; {split['rule']} divides at {due[user, 0]} and {due[user, 1]}; {_REMEDY}"
+            f"{dataset.root}: user {user} has {lengths[user]} events, of which valid begins at {starts[user, 1]} and "
+            f"test at {starts[user, 2]}; {split['rule']} divides at {due[user, 0]} and {due[user, 1]}; {_REMEDY}"
         )
