@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hllm_torchrec.data.compaction import compact
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.manifest import chain_base, listed_files
 from hllm_torchrec.data.pins import pinned_versions, remove_stale_pins
 from hllm_torchrec.data.split import SPLITS

@@ -79,9 +79,11 @@ def build_parser() -> CommandParser:
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="add a version with new events, keep all that is there; table: the new event files (default: the mapping's)",
+        help="add a version with new events to what is there; table: the new event files (default: the mapping's)",
     )
-    parser.add_argument("--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones")
+    parser.add_argument(
+        "--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones"
+    )
     parser.add_argument("--allow-fewer", action="store_true", help="--extend from fewer events than there are")
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser
@@ -118,7 +120,9 @@ def summary(path: Path, name: str = "") -> str:
     manifest = read_manifest(path)
     counts = manifest["counts"]
     version = f", version {manifest['version']}" if "version" in manifest else ""
-    lines = [f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items{version}"]
+    lines = [
+        f"{name or path}: {counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items{version}"
+    ]
     for part, facts in manifest["parts"].items():
         share = facts["positives"] / max(facts["exposures"], 1)
         lines.append(f"  {part}: {facts['events']:,} events of {facts['users']:,} users, {share:.1%} positive")

@@ -124,13 +124,15 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
     for what, (new, old) in same.items():
         if new != old:
             raise ValueError(
-                f"{where}: the {what} of the source are {new or 'none'}, those of the dataset {old or 'none'}; give the "
-                "source with which it was prepared, or prepare the whole again (--extend)"
+                f"{where}: the {what} of the source are {new or 'none'}, those of the dataset {old or 'none'}; give "
+                "the source with which it was prepared, or prepare the whole again (--extend)"
             )
     if not (source.has_timestamps and manifest["has_timestamps"]):
         raise ValueError(f"{where}: events without timestamps have no order across files; prepare all again (--extend)")
     if manifest["request"]["min_events"] > 1:
-        raise ValueError(f"{where}: a k-core is one of all events; prepare all again (--extend), or without --min-events")
+        raise ValueError(
+            f"{where}: a k-core is one of all events; prepare all again (--extend), or without --min-events"
+        )
     if "hold_out_items" in manifest["split"]:
         raise ValueError(f"{where}: held-out items measure cold start on fixed events; prepare all again (--extend)")
 
@@ -180,7 +182,9 @@ def _fold(
     event_files, rows = changes.pop("event_files"), changes.pop("rows")
     if folded:
         parts = [
-            Append(dataset.root / one["folder"], [file.removeprefix(f"{one['folder']}/") for file in one["event_files"]])
+            Append(
+                dataset.root / one["folder"], [file.removeprefix(f"{one['folder']}/") for file in one["event_files"]]
+            )
             for one in folded
         ]
         event_files = fold_appends([*parts, Append(own, event_files)], folder, rows)

@@ -16,7 +16,7 @@ _EVENTS_AT_ONCE = 4_000_000
 
 
 def write_base_events(dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Write the event files of a dataset without any below `folder`; returns the names and the first and last second."""
+    """Write the event files of a dataset without any below `folder`; returns names, and first and last second."""
     seen, valid_start = np.zeros(dataset.num_users, bool), np.full(dataset.num_users, -1, np.int64)
     for group in dataset.row_groups("valid"):
         heads = dataset.sequences([group], ["user_id", "target_start", "actions"])

@@ -13,9 +13,7 @@ from hllm_torchrec.data.item_catalogue import FEATURE_TYPE, ItemCatalogue, Vocab
 from hllm_torchrec.data.user_table import UserTable, known_ids
 
 
-def changed_items(
-    dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, words: dict[str, Vocabulary]
-) -> pa.Table:
+def changed_items(dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, words: dict[str, Vocabulary]) -> pa.Table:
     """New items, and known ones whose text, features or creation time differ, in the columns of `items.parquet`.
 
     item_ids: final id of each item number. New values of features are added to `words`.

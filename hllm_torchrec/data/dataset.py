@@ -44,7 +44,7 @@ _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 @dataclass(frozen=True)
 class FileGroup:
-    """A unit of reading of a part's sequences in Parquet files: file, index of the row group in it, its number of rows (users)."""
+    """A unit of reading of a part's sequences in Parquet files: file, index of the row group, number of users."""
 
     path: Path
     index: int
@@ -196,7 +196,9 @@ class Dataset:
         """
         if split not in SPLITS:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
-        return [self.root / name for name in sorted(self.manifest["files"]) if name.startswith(f"sequences/{split}/part-")]
+        return [
+            self.root / name for name in sorted(self.manifest["files"]) if name.startswith(f"sequences/{split}/part-")
+        ]
 
     def row_groups(self, split: str, since: int | None = None) -> list[RowGroup]:
         """All row groups of a part, in order of file and of position in it.

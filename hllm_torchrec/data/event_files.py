@@ -133,8 +133,8 @@ def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, 
     limits = pa.array(offsets, pa.int32())
     columns = [pa.array(user_ids, pa.int64()), *(pa.array(column, pa.int32()) for column in starts.T)]
     for column in EVENT_COLUMNS:
-        values = np.ascontiguousarray(getattr(events, column.name), column.stored.to_pandas_dtype())
-        columns.append(pa.ListArray.from_arrays(limits, pa.array(values)))
+        values = pa.array(np.ascontiguousarray(getattr(events, column.name)), column.stored)
+        columns.append(pa.ListArray.from_arrays(limits, values))
     path.parent.mkdir(parents=True, exist_ok=True)
     with pa.ipc.new_file(str(path), _SCHEMA) as writer:
         writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))

@@ -1,4 +1,4 @@
-"""`IdMap`: raw ids to numbers without Python objects, about 40 bytes and the text for each id.
+"""`IdMap`: raw ids to numbers without Python objects, at most 40 bytes and the text for each id.
 
 An open-addressing hash table in numpy arrays: slots hold numbers, the texts lie in one buffer, and equal hashes are
 compared byte by byte. All operations work on whole arrays. 10^8 ids of 10 bytes are 4 GB; a dict of str takes 15.
@@ -92,11 +92,11 @@ class IdMap:
         self._bytes[self._ends[first] : end] = data[concat_ranges(starts, lengths)]
         self._count = count
         numbers = np.arange(first, count)
-        if 2 * count > self._slots.size:
-            size = _FEWEST_SLOTS
+        if 3 * count > 2 * self._slots.size:
+            size = self._slots.size
             while size < 2 * count:
                 size *= 2
-            self._slots = np.full(2 * size, _FREE, np.int32)
+            self._slots = np.full(size, _FREE, np.int32)
             self._place(np.arange(count))
         else:
             self._place(numbers)

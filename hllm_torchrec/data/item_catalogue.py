@@ -271,8 +271,10 @@ class ItemCatalogue:
         """The rows of the items that this source has and that have a final id; features as values."""
         self._writer.close()
         tables = list(self._final_batches(final_ids))
-        whole = pa.concat_tables(tables) if tables else self._schema.empty_table().rename_columns(
-            ["item_id", *self._schema.names[1:]]
+        whole = (
+            pa.concat_tables(tables)
+            if tables
+            else self._schema.empty_table().rename_columns(["item_id", *self._schema.names[1:]])
         )
         of_source = np.zeros(int(final_ids.max(initial=0)) + 1, bool)
         of_source[final_ids[self._seen[: len(self)]]] = True
@@ -294,7 +296,7 @@ class ItemCatalogue:
 
 
 def _digests(texts: list[tuple[str, ...]]) -> np.ndarray:
-    """Hash of each item's texts, int64 [n]; of this process, since Python's hash of a text differs between processes."""
+    """Hash of each item's texts, int64 [n]; of this process only, because Python's hashes are salted."""
     return np.fromiter((hash(text) for text in texts), np.int64, len(texts))
 
 

@@ -100,8 +100,8 @@ def manifest_path(root: Path, version: int | None = None) -> Path:
         return path
     known = sorted(int(file.stem) for file in (root / VERSIONS).glob("*.json") if file.stem.isdigit())
     raise ValueError(
-        f"{root}: no version {version}; it has {', '.join(map(str, known)) or '1'} (older ones were pruned). Choose one "
-        "of them"
+        f"{root}: no version {version}; it has {', '.join(map(str, known)) or '1'} (older ones were pruned). "
+        "Choose one of them"
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.event_files import EventFile, consolidate, stable_order
@@ -21,6 +22,7 @@ from hllm_torchrec.data.split import SPLITS, per_user_starts
 from hllm_torchrec.data.validation import TableRows
 
 _USERS_AT_ONCE = 8192
+_Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class MergedSequences:
         return self._merged(users), self._totals[users].astype(np.int64)
 
     def layout(self) -> tuple[Ints, Ints, Ints]:
-        """Ascending ids of all users with events [R], their numbers of events [R], and of those before the cuts [R, 2]."""
+        """Ascending ids of the users with events [R], their numbers of events [R], and those before the cuts [R, 2]."""
         users = np.flatnonzero(self._totals)
         starts = np.stack(self._starts[1:-1], axis=1)[users]
         return users, self._totals[users].astype(np.int64), starts.astype(np.int64)
@@ -110,7 +112,7 @@ class MergedSequences:
         return consolidate(self._appended, self._rows)
 
     @cached_property
-    def _places(self) -> tuple[Ints, Ints]:
+    def _places(self) -> tuple[_Int32, _Int32]:
         """([U] number of each user's base file, -1 without one; [U] row in it)."""
         file = np.full(self._rows.users, -1, np.int32)
         row = np.zeros(self._rows.users, np.int32)
@@ -146,33 +148,34 @@ class MergedSequences:
     # ------------------------------------------------------------------ parts
 
     @cached_property
-    def _starts(self) -> list[Ints]:
-        """Four arrays [U] int32: each user's number of events before train (0), before valid, before test, and in all."""
-        total = self._totals
-        if self._cuts.seconds:
-            if self._cuts.of_base:
-                starts = [
-                    self._sums(lambda one, k=k: one.starts[:, k], self._base)
-                    + self._before(second, [self._overlay])
-                    for k, second in enumerate(self._cuts.seconds)
-                ]
-            else:
-                starts = [self._before(second) for second in self._cuts.seconds]
+    def _starts(self) -> list[_Int32]:
+        """Four arrays [U]: each user's number of events before train (0), before valid, before test, and in all."""
+        total, cuts = self._totals, self._cuts
+        if not cuts.seconds:
+            starts = [column.astype(np.int32) for column in per_user_starts(cuts.rule, cuts.fractions, total)]
+        elif cuts.of_base:
+            starts = [self._before_cut(k, second) for k, second in enumerate(cuts.seconds)]
         else:
-            starts = [column.astype(np.int32) for column in per_user_starts(self._cuts.rule, self._cuts.fractions, total)]
+            starts = [self._before(second) for second in cuts.seconds]
         return [np.zeros_like(total), *starts, total]
 
+    def _before_cut(self, k: int, second: int) -> _Int32:
+        """[U] number of each user's events before cut k: the base knows its own, which may lie within a second."""
+        return self._sums(lambda one: one.starts[:, k], self._base) + self._before(second, [self._overlay])
+
     @cached_property
-    def _totals(self) -> Ints:
-        """[U] int32 number of each user's events."""
+    def _totals(self) -> _Int32:
+        """[U] number of each user's events."""
         return self._sums(lambda one: one.lengths)
 
-    def _before(self, second: int, files: Sequence[EventFile] | None = None) -> Ints:
+    def _before(self, second: int, files: Sequence[EventFile] | None = None) -> _Int32:
         """[U] number of each user's events before a second."""
-        return self._sums(lambda one: np.add.reduceat(one.events.timestamps < second, one.offsets[:-1], dtype=np.int64), files)
+        return self._sums(
+            lambda one: np.add.reduceat(one.events.timestamps < second, one.offsets[:-1], dtype=np.int64), files
+        )
 
-    def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile] | None = None) -> Ints:
-        """[U] int32: sum over the files of `count(file)` [R] by user."""
+    def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile] | None = None) -> _Int32:
+        """[U] sum over the files of `count(file)` [R] by user."""
         found = np.zeros(self._rows.users, np.int32)
         for one in (*self._base, self._overlay) if files is None else files:
             if len(one):

@@ -27,9 +27,9 @@ class SequenceWriter:
     parquet: False leaves out the Parquet files, for a base of a later version, which is read by its event files.
 
     `facts[part]` has `users`, `events` (those of the part, without the history before), `exposures` (events with a
-    label) and `positives` (label > 0.5). `seconds` are those of the first and the last event. `item_counts` (int64 [items + 1]) counts training events by item id. Training
-    events whose item is in `held_out` (bool [items + 1]) are removed from all parts, and counted in
-    `held_out_events`.
+    label) and `positives` (label > 0.5). `seconds` are those of the first and the last event. `item_counts` (int64
+    [items + 1]) counts training events by item id. Training events whose item is in `held_out` (bool [items + 1]) are
+    removed from all parts, and counted in `held_out_events`.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -142,9 +143,7 @@ def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray
     check_values(place, name, (flat.fill_null(0) if name == "labels" else flat).to_numpy(), ends, rows)
 
 
-def check_values(
-    place: str, name: str, values: NDArray[np.generic], ends: NDArray[np.int64], rows: TableRows
-) -> None:
+def check_values(place: str, name: str, values: NDArray[Any], ends: NDArray[np.int64], rows: TableRows) -> None:
     """Check the concatenated elements of one event column; ends: [n] end of each row's elements.
 
     Raises:

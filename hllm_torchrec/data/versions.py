@@ -4,7 +4,7 @@
     versions/00002.json      manifest of every version that is kept
     items.parquet, ...       base of version 1 (layout: `data.dataset`)
     appends/00002/           files that version 2 added (`data.append`)
-    bases/00009/             a base that version 9 wrote (`data.compaction`, or `prepare --extend`)
+    bases/00009/             a base that version 9 wrote (`data.dataset_compaction`, or `prepare --extend`)
 
 A writer holds the dataset's lock, writes its files into a hidden draft, syncs and renames it, and then replaces
 `manifest.json`. A process that is killed at any moment leaves the version before or the new one; what else it left is
@@ -25,7 +25,14 @@ from hllm_torchrec.common.atomic_files import replace_file, sync_folder
 from hllm_torchrec.common.hashing import hash_files, hash_texts
 from hllm_torchrec.common.locks import hold_lock, lock_wait
 from hllm_torchrec.common.machine_errors import path_in_errors
-from hllm_torchrec.data.manifest import MANIFEST, SCHEMA_VERSION_CHAIN, VERSIONS, listed_files, read_manifest, version_of
+from hllm_torchrec.data.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION_CHAIN,
+    VERSIONS,
+    listed_files,
+    read_manifest,
+    version_of,
+)
 
 APPENDS, BASES = "appends", "bases"
 _DRAFT = ".draft-"
@@ -148,7 +155,10 @@ def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
 
 def kept_versions(root: Path) -> dict[int, dict[str, Any]]:
     """The manifest of each version that can be opened, by its number."""
-    numbers = {newest_version(root), *(int(f.stem) for f in (root / VERSIONS).glob("*.json") if _NUMBERED.fullmatch(f.stem))}
+    numbers = {
+        newest_version(root),
+        *(int(f.stem) for f in (root / VERSIONS).glob("*.json") if _NUMBERED.fullmatch(f.stem)),
+    }
     found = {}
     for version in sorted(numbers):
         try:

@@ -5,7 +5,9 @@
 A shop with invented events (1.5 million of 60,000 users on 20,000 items) gets days of new events, items and users.
 `append_after_<events>` is the time of `prepare --append` of a day / the time of preparing a dataset of that day alone,
 with so many events before it. `read_train` and `read_test` are the times of opening the dataset and reading a part
-after the year of appends / after `dataset compact`; the cuts have moved along, as they do in nightly training.
+after the year of appends / after `dataset compact`, which are memory maps without anything to merge; the cuts have
+moved along, as they do in nightly training. `..._beside_parquet` is the time an event after the year of appends / that
+of the Parquet sequences of version 1, which is how a dataset without appends is read.
 Seconds are CPU seconds of the process, because the machine may be shared; wall seconds are beside them.
 """
 
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,12 @@ import numpy as np
 from benchmarking import alternate, arguments, medians, report, say
 
 from hllm_torchrec.data.append import append_events
-from hllm_torchrec.data.compaction import compact
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.manifest import MANIFEST, manifest_path
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.sources.table_mapping import table
 
 START = 1_700_000_000
 DAY = 86_400
@@ -162,13 +165,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         folded = compact(root)
         assert folded is not None
         for part in ("train", "test"):
-            assert read(root, part, appended) == read(root, part, folded)
-            sides = {"appends": appended, "folded": folded}
-            found = medians(
-                alternate({k: cpu_seconds(lambda v=v: read(root, part, v)) for k, v in sides.items()}, repeats)
-            )
+            events = {version: read(root, part, version) for version in (1, appended, folded)}
+            assert events[appended] == events[folded]
+            sides = {
+                side: cpu_seconds(partial(read, root, part, version))
+                for side, version in (("appends", appended), ("folded", folded), ("parquet", 1))
+            }
+            found = medians(alternate(sides, repeats))
             seconds[f"read_{part}"] = found
             ratios[f"read_{part}"] = found["appends"] / found["folded"]
+            an_event = found["appends"] / events[appended], found["parquet"] / events[1]
+            ratios[f"read_{part}_beside_parquet"] = an_event[0] / an_event[1]
     shapes = {"before": before, "days": days, "events_a_day": size}
     nothing = {"matmul_peak": 0.0, "matmul_share": {}}
     return report("appends", options, {"ratios": ratios, "shapes": shapes, "cpu_seconds": seconds, **nothing})

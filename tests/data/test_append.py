@@ -18,11 +18,13 @@ from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_files import EventFile
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.registry import build_source
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.data.validation import TableRows
 from hllm_torchrec.data.versions import write_lock
 from hllm_torchrec.data.vocabulary import IdMark, compute_marks, dataset_marks, map_problems
+from hllm_torchrec.launch.prepare import main
 from tests.helpers.schedules import acting_before
 from tests.helpers.source_files import ITEMS, PARTS, memory_source, oracle, random_events, sequences, write_csv
 
@@ -155,7 +157,9 @@ def test_an_event_of_an_earlier_version_is_left_out_and_counted(tmp_path):
     assert (entry["events"], entry["dropped"]) == (2, {"known_event": 1})
     strict = BadRows(duplicate_event="error")
     with pytest.raises(ValueError, match=r"events\.csv, row 2: an earlier version has this event already"):
-        append_events(memory_source(tmp_path / "3", [("u3", "i1", 5, 60), ("u9", "i1", 5, 50)], []), root, policy=strict)
+        append_events(
+            memory_source(tmp_path / "3", [("u3", "i1", 5, 60), ("u9", "i1", 5, 50)], []), root, policy=strict
+        )
     assert Dataset.open(root).version == 3
 
 
@@ -278,7 +282,10 @@ def test_killed_anywhere_nothing_is_lost_and_the_next_append_goes_on(tmp_path, m
 def test_two_appends_at_once_wait_for_each_other(tmp_path, monkeypatch):
     root = shop(tmp_path)
     monkeypatch.setenv("HLLM_LOCK_WAIT", "0")
-    with write_lock(root), pytest.raises(ValueError, match=r"out: another process is writing to this dataset \(process"):
+    with (
+        write_lock(root),
+        pytest.raises(ValueError, match=r"out: another process is writing to this dataset \(process"),
+    ):
         append(root, tmp_path / "1", [("u1", "i1", 5, 60)])
     monkeypatch.delenv("HLLM_LOCK_WAIT")
     with ThreadPoolExecutor(4) as pool:
@@ -347,7 +354,9 @@ def test_a_damaged_event_file_is_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"part-00000\.arrow, row 1: timestamps\[0\] is -1;.*outside 1970"):
         opened(spoiled_column("timestamps", 1, -1))
-    with pytest.raises(ValueError, match=r"part-00000\.arrow, row 1: item_ids\[0\] is 99; the dataset's items .*0\.\.15"):
+    with pytest.raises(
+        ValueError, match=r"part-00000\.arrow, row 1: item_ids\[0\] is 99; the dataset's items .*0\.\.15"
+    ):
         opened(spoiled_column("item_ids", 1, 99))
     with pytest.raises(ValueError, match=r"part-00000\.arrow, row 0: labels\[0\] is 0\.5; a label is 0 or 1"):
         opened(spoiled_column("labels", 0, 0.5))
@@ -363,7 +372,12 @@ def test_appends_are_folded_by_level_and_earlier_versions_keep_theirs(tmp_path, 
     monkeypatch.setattr(folding, "FACTOR", 3)
     root, seen, levels = shop(tmp_path), {}, []
     for n in range(10):
-        append(root, tmp_path / str(n), [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)], [f"x{n}", ("i2", f"t{n}")])
+        append(
+            root,
+            tmp_path / str(n),
+            [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)],
+            [f"x{n}", ("i2", f"t{n}")],
+        )
         seen[n + 2] = everything(Dataset.open(root))
         levels.append([one["level"] for one in Dataset.open(root).manifest["appends"]])
     assert levels[:4] == [[0], [0, 0], [1], [1, 0]] and levels[8] == [2] and levels[9] == [2, 0]
@@ -376,3 +390,32 @@ def test_appends_are_folded_by_level_and_earlier_versions_keep_theirs(tmp_path, 
     for n in range(10, 13):
         append(root, tmp_path / str(n), [(f"new{n}", "i1", 5, 60 + n), ("u1", "i1", 5, 13 + n)])
     assert [one["level"] for one in Dataset.open(root).manifest["appends"]] == [2, 0, 0, 0, 0]
+
+
+def test_the_command_appends_files_to_what_is_there(tmp_path, capsys):
+    write_csv(tmp_path / "e.csv", [("user", "item", "time"), *((f"u{n % 5}", f"i{n % 4}", n) for n in range(40))])
+    write_csv(tmp_path / "i.csv", [("item", "title"), *((f"i{n}", f"title {n}") for n in range(4))])
+    write_csv(tmp_path / "day.csv", [("user", "item", "time"), ("u1", "i1", 50), ("u9", "i2", 7), ("u9", "i2", 7)])
+    mapping = {
+        "name": "t",
+        "events": {"path": "e.csv", "user": "user", "item": "item", "time": "time"},
+        "items": {"path": "i.csv", "item": "item", "text": ["title"]},
+    }
+    (tmp_path / "m.yaml").write_text(json.dumps(mapping))
+    given = ["--source", "table", "--path", str(tmp_path / "m.yaml"), "--output", str(tmp_path / "d")]
+    assert main(given) == 0
+    (tmp_path / "i.csv").unlink()  # an append needs no items
+    assert main([*given, "--append", str(tmp_path / "day.csv")]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "d: 43 events, 6 users, 4 items, version 2" in printed
+    assert "appended: 3 events of 2 users, 2 of them late" in printed and "users: 1 new, 0 changed" in printed
+    assert main([*given, "--append", str(tmp_path / "day.csv")]) == 0
+    assert Dataset.open(tmp_path / "d").version == 2
+    for options, message in (
+        (["--append", "--extend"], "--append and --extend exclude each other; give one of them"),
+        (["--append", str(tmp_path / "none.csv")], "none.csv is no file; correct the path"),
+    ):
+        assert main([*given, *options]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--append x\.csv: ml-1m has its events in --path"):
+        build_source("ml-1m", tmp_path, append=[Path("x.csv")])

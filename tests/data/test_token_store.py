@@ -204,7 +204,9 @@ def test_mistakes_are_named(dataset, tmp_path):
 
 def test_a_later_version_tokenizes_new_and_changed_texts_only(tmp_path, monkeypatch):
     folder, options = tiny_tokenizer(tmp_path / "tokenizer"), {"keys": ["title"], "max_text_length": 64}
-    root = prepare(memory_source(tmp_path / "1", [(f"u{n}", f"i{n % 5}", 5, n) for n in range(20)], ITEMS), tmp_path / "d")
+    root = prepare(
+        memory_source(tmp_path / "1", [(f"u{n}", f"i{n % 5}", 5, n) for n in range(20)], ITEMS), tmp_path / "d"
+    )
     first = build_token_store(Dataset.open(root), folder, **options)
     new = [("i3", "another title"), "i99"]
     append_events(memory_source(tmp_path / "2", [("u1", "i99", 5, 30)], new), root)

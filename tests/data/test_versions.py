@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hllm_torchrec.data import compaction
-from hllm_torchrec.data.compaction import compact
+from hllm_torchrec.data import dataset_compaction
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.pins import pin_version, pinned_versions
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.versions import kept_versions
@@ -22,16 +22,24 @@ def grown(tmp_path, days=3, **options):
     root = tmp_path / "out"
     prepare(memory_source(tmp_path / "base", random_events(100), ITEMS), root, **options)
     for n in range(days):
-        append(root, tmp_path / str(n), [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)], [f"x{n}", ("i2", f"t{n}")])
+        append(
+            root,
+            tmp_path / str(n),
+            [(f"new{n}", f"x{n}", 5, 60 + n), ("u1", "i1", 5, 3 + n)],
+            [f"x{n}", ("i2", f"t{n}")],
+        )
     return root
 
 
 @pytest.mark.parametrize("rule", ["time", "leave_one_out", "leave_last"])
 def test_a_compacted_version_is_what_it_folds(tmp_path, rule, monkeypatch):
-    monkeypatch.setattr(compaction, "EVENTS_AT_ONCE", 40)
+    monkeypatch.setattr(dataset_compaction, "EVENTS_AT_ONCE", 40)
     root = grown(tmp_path, split=rule)
     before = Dataset.open(root)
-    texts, groups = before.items_fingerprint, [before.sequences([group]).user_ids for group in before.row_groups("train")]
+    texts, groups = (
+        before.items_fingerprint,
+        [before.sequences([group]).user_ids for group in before.row_groups("train")],
+    )
     seen = everything(before)
     assert compact(root) == 5 and compact(root) is None
     after = Dataset.open(root)
@@ -85,7 +93,9 @@ def test_a_full_export_is_a_new_base_that_keeps_ids_and_readers(tmp_path):
     groups, before = old.row_groups("train"), old.sequences(old.row_groups("train"))
     events = [*random_events(100), *[(f"new{n}", f"x{n}", 5, 60 + n) for n in range(3)], *[("u1", "i1", 5, 9)] * 4]
     full = memory_source(tmp_path / "full", events, [*reversed(ITEMS), "x2", "x1", "x0", "brand-new"])
-    with pytest.raises(ValueError, match=r"the source has 3 events, the dataset 106: --extend is for a full export.*--append"):
+    with pytest.raises(
+        ValueError, match=r"the source has 3 events, the dataset 106: --extend is for a full export.*--append"
+    ):
         prepare(memory_source(tmp_path / "day", events[:3], ITEMS), root, extend=True)
     assert Dataset.open(root).version == 4
     prepare(full, root, extend=True)
@@ -114,9 +124,21 @@ def test_another_dataset_takes_the_place_in_one_step_and_the_old_files_go(tmp_pa
     dataset = Dataset.open(root)
     assert (dataset.version, dataset.items["raw_item_id"].to_pylist()) == (5, ITEMS[::-1])
     assert map_problems(old, dataset, ["items"])[0].startswith("items: ")
-    assert list(kept_versions(root)) == [5] and not (root / "appends").exists() and not (root / "items.parquet").exists()
+    assert (
+        list(kept_versions(root)) == [5] and not (root / "appends").exists() and not (root / "items.parquet").exists()
+    )
     assert [path.name for path in (root / "vectors").iterdir()] == ["mine.npy"]  # factors were fitted to other items
     assert everything(dataset)[0] == everything(Dataset.open(prepare(other, tmp_path / "alone")))[0]
+
+
+def test_the_first_source_again_is_reused_unless_it_is_to_replace_what_was_appended(tmp_path):
+    root, source = grown(tmp_path), memory_source(tmp_path / "base", random_events(100), ITEMS)
+    prepare(source, root)
+    assert Dataset.open(root).version == 4
+    with pytest.raises(ValueError, match=r"the source has 100 events, the dataset 106: --extend is for a full export"):
+        prepare(source, root, extend=True)
+    prepare(source, root, overwrite=True)
+    assert (Dataset.open(root).version, Dataset.open(root).manifest["counts"]["events"]) == (5, 100)
 
 
 def test_pins_of_a_read_only_dataset_are_left_out(tmp_path, monkeypatch):

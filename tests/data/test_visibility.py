@@ -15,7 +15,9 @@ from hllm_torchrec.data.visibility import visible_at_each_event, visible_before
 ROOT = Path(__file__).resolve().parents[2]
 SEARCHES = {
     "hllm_torchrec/data/collate.py": 2,  # of rows among those that are read
+    "hllm_torchrec/data/dataset_compaction.py": 1,  # of files
     "hllm_torchrec/data/loader.py": 2,  # of costs, of row groups
+    "hllm_torchrec/data/merged_sequences.py": 1,  # of users
     "hllm_torchrec/data/split.py": 1,  # of digits
     "hllm_torchrec/data/validation.py": 1,  # of rows
     "hllm_torchrec/data/visibility.py": 2,

@@ -144,7 +144,10 @@ def memory_source(folder: Path, events: Sequence[tuple], items: Sequence[str | t
     def item_chunks() -> Iterator[Chunk]:
         ids, titles = zip(*pairs, strict=True) if pairs else ((), ())
         rows = np.arange(1, len(ids) + 1)
-        yield Chunk(item_file, pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": pa.array(titles, pa.string()), "row": rows}))
+        yield Chunk(
+            item_file,
+            pa.table({"raw_item_id": pa.array(ids, pa.string()), "title": pa.array(titles, pa.string()), "row": rows}),
+        )
 
     facts: dict[str, object] = {
         "name": "memory",

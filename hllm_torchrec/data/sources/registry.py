@@ -84,7 +84,9 @@ def build_source(
         others = " and ".join(other for other, entry in SOURCES.items() if entry.items)
         raise ValueError(f"--items belongs to {others}, not to {name}")
     if append and not kind.takes_event_files:
-        raise ValueError(f"--append {append[0]}: {name} has its events in --path; give no files, and the new ones as --path")
+        raise ValueError(
+            f"--append {append[0]}: {name} has its events in --path; give no files, and the new ones as --path"
+        )
     if path is None and kind.fetch is not None:
         path = kind.fetch(cache_dir)
     if path is None:

@@ -71,7 +71,8 @@ def _write_tables(dataset: Dataset, folder: Path) -> None:
 
 def _write_events(dataset: Dataset, folder: Path) -> list[str]:
     """Write the event files, users in the order of their ids; returns their names."""
-    merged, names = dataset.merged, []
+    merged = dataset.merged
+    names: list[str] = []
     users, lengths, starts = merged.layout()
     for chunk in _chunks(lengths):
         events, _ = merged.events_of(users[chunk])
