@@ -367,11 +367,12 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
     return pa.concat_tables(tables).take(pa.array(row))
 
 
-def base_rate(dataset: Dataset) -> float:
-    """Share of positive labels among the training exposures; 0.5 if there is only one class."""
+def base_rate(dataset: Dataset, since: int = 0) -> float:
+    """Share of positive labels among the training exposures since a second; 0.5 if there is only one class."""
     total = positive = 0.0
-    for group in dataset.row_groups("train"):
-        labels = dataset.sequences([group], ["labels"]).labels
+    for group in dataset.row_groups("train", since or None):
+        rows = dataset.sequences([group], ["labels", "timestamps"] if since else ["labels"])
+        labels = rows.labels[rows.timestamps >= since] if since else rows.labels
         total += np.count_nonzero(~np.isnan(labels))
         positive += np.nansum(labels, dtype=np.float64)
     rate = positive / total if total else 0.5

@@ -92,7 +92,14 @@ class MergedSequences:
 
     def item_counts(self, part: str) -> Ints:
         """Events of each item in a part, int64 [items]."""
-        counts, users = np.zeros(self._rows.items, np.int64), self.users(part)
+        counts = np.zeros(self._rows.items, np.int64)
+        if part == SPLITS[0] and self._cuts.seconds and not self._cuts.of_base:
+            # The part is all events before a second: no need to merge them by user.
+            for events in (one.events for one in (*self._base, self._overlay) if len(one)):
+                before = events.item_ids[events.timestamps < self._cuts.seconds[0]]
+                counts += np.bincount(before, minlength=counts.size)
+            return counts
+        users = self.users(part)
         for first in range(0, users.size, _USERS_AT_ONCE):
             rows = self.read(users[first : first + _USERS_AT_ONCE], part, ["item_ids"])
             counts += np.bincount(rows.item_ids[rows.own_events], minlength=self._rows.items)

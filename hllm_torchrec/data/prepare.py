@@ -120,7 +120,9 @@ def prepare(
     request = _request(source, options)
     recover_folder(output)
     existing = _look_at(output, request, overwrite=overwrite, extend=extend)
-    if existing is not None and existing["request"] == request:
+    # A dataset with appends holds more than its first source, which a command without options leaves as it is.
+    replaces = (overwrite or extend) and existing is not None and bool(existing.get("appends"))
+    if existing is not None and existing["request"] == request and not replaces:
         logger.info("%s is prepared already from the same source and options: reused", output)
     elif (output / MANIFEST).is_file():
         _write_new_base(source, options, output, request, extend=extend, allow_fewer=allow_fewer)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 
 PLACE = "{night}"
@@ -105,13 +106,19 @@ class NightConfig:
         """The configuration of a night's training: of an increment, or of the first model.
 
         Raises:
-            ConfigError: `training` or `increment` are not of `hllm train`.
+            ConfigError: `training` or `increment` are not of `hllm train`, or take item embeddings from a store.
         """
         given = dict(options)
         if increment:
             given = {"stages": [self._increment_stage()], **self.increment, **options}
         words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
-        return load_config(["--config", self.training, *words])
+        config = load_config(["--config", self.training, *words])
+        if takes_stored_items(config):
+            raise ConfigError(
+                f"{self.training}: item_embeddings: stored: a night's new items are in no store before it has trained; "
+                "write cached"
+            )
+        return config
 
     def _increment_stage(self) -> dict[str, Any]:
         last = load_config(["--config", self.training]).stages[-1]

@@ -1,12 +1,14 @@
 """`run_night`: the steps of a night in order, each once; what is done already is left out."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.lifecycle.night_config import NightConfig, check_night
 from hllm_torchrec.lifecycle.night_state import STEPS, NightState, unfinished_nights
@@ -27,20 +29,27 @@ def run_night(
         steps: steps to run; a step whose predecessors are not done is an error.
 
     Raises:
-        ValueError: a step cannot be done; its predecessors stay done.
+        ValueError: a step cannot be done, or another process runs a night; what was done stays done.
     """
     folder = Path(config.folder)
-    name = run_on_rank_zero(lambda: check_night(night or _next_night(folder)))
-    for step in STEPS:
-        state = run_on_rank_zero(lambda: NightState.read(folder, name))
-        if step not in steps or step in state.done:
-            continue
-        if state.is_rejected and len(steps) > 1:  # a single step that cannot be done says so itself
-            break
-        facts = RUN_STEP[step](Night(config, state, device))
-        run_on_rank_zero(partial(state.with_step, step, facts))
-        report(f"{name}: {step}: {describe(facts)}")
-    return run_on_rank_zero(lambda: NightState.read(folder, name))
+    with ExitStack() as stack:
+        run_on_rank_zero(partial(_enter_lock, stack, folder))
+        name = run_on_rank_zero(lambda: check_night(night or _next_night(folder)))
+        for step in STEPS:
+            state = run_on_rank_zero(lambda: NightState.read(folder, name))
+            if step not in steps or step in state.done:
+                continue
+            if state.is_rejected and len(steps) > 1:  # a single step that cannot be done says so itself
+                break
+            facts = RUN_STEP[step](Night(config, state, device))
+            run_on_rank_zero(partial(state.with_step, step, facts))
+            report(f"{name}: {step}: {describe(facts)}")
+        return run_on_rank_zero(lambda: NightState.read(folder, name))
+
+
+def _enter_lock(stack: ExitStack, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(hold_lock(folder / "night.lock", f"{folder}: another process runs a night here"))
 
 
 def _next_night(folder: Path) -> str:

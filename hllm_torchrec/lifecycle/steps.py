@@ -6,7 +6,7 @@ A step is a function of (`Night`) on all ranks; what only one process may do run
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from hllm_torchrec.common.seconds import text_of
-from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
 from hllm_torchrec.data.dataset import Dataset
@@ -32,10 +31,9 @@ from hllm_torchrec.evaluation.sinks import write_json
 from hllm_torchrec.inference.item_embedding import embed_items
 from hllm_torchrec.inference.user_embedding import embed_users, user_facts
 from hllm_torchrec.lifecycle.night_config import PLACE, NightConfig
-from hllm_torchrec.lifecycle.night_state import NIGHTS, NightState
+from hllm_torchrec.lifecycle.night_state import NIGHTS, NightState, unfinished_nights
 from hllm_torchrec.lifecycle.releases import RELEASES, Release, named_releases, publish, read_alias
 from hllm_torchrec.models.fingerprint import item_facts
-from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 RUNS, STORES = "runs", "stores"
@@ -213,11 +211,11 @@ def _score(night: Night, name: str, run: Path, which: str) -> Path:
     return target
 
 
-def _load(night: Night, run: Path, which: str, *, use_items: bool = True) -> LoadedRun:
+def _load(night: Night, run: Path, which: str) -> LoadedRun:
     """A run's model on the night's version of the dataset, which may have more ids than it was trained with."""
     config = run_config(run, Path(night.config.dataset))
     config = replace(config, data=replace(config.data, version=night.state.facts("append")["version"]))
-    return load_run(run, which, night.device, config, use_items=use_items)
+    return load_run(run, which, night.device, config)
 
 
 def gate(night: Night) -> dict[str, Any]:
@@ -245,15 +243,13 @@ def embed(night: Night) -> dict[str, Any]:
     _require_pass(night)
     wanted = night.config.stores
     facts: dict[str, Any] = {"items": None, "users": None}
-    loaded = _load(night, night.run, "best", use_items=not wanted.items)
+    loaded = _load(night, night.run, "best")
     experiment = loaded.experiment
     with loaded.weights:
         if wanted.items and experiment.item_encoder is not None:
             path = _store(night, "items", item_facts(experiment))
             report = embed_items(experiment, path, wanted.dtype)
             facts |= {"items": str(path), "embedded_items": report.encoded}
-            if wanted.users and takes_stored_items(experiment.config):
-                use_stored_items(experiment, str(path))
         if wanted.users:
             path = _store(night, "users", user_facts(loaded))
             users = embed_users(loaded, path, dtype=wanted.dtype)
@@ -286,18 +282,20 @@ def _publish(night: Night) -> dict[str, Any]:
         auc=night.state.facts("evaluate")["auc"]["new"],
     )
     publish(night.folder, release)
-    return {"release": release.name, "removed": remove_old(night.folder, night.config.keep)}
+    removed = remove_old(night.folder, night.config.keep, {release.name, *unfinished_nights(night.folder)})
+    return {"release": release.name, "removed": removed}
 
 
-def remove_old(folder: Path, keep: int) -> list[str]:
-    """Remove releases and runs beyond the newest `keep` that no alias names, and stores that no release links to."""
-    releases = sorted(path.parent.name for path in (folder / RELEASES).glob("*/release.json"))
-    kept = {*releases[-keep:], *named_releases(folder)}
-    removed = [name for name in releases if name not in kept]
+def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
+    """Remove runs and releases of nights but the newest `keep`, `needed` ones and those that an alias names; and stores
+    that no release links to any more. Returns their names."""
+    nights = sorted(path.name for path in (folder / RUNS).iterdir())
+    kept = {*nights[-keep:], *needed, *named_releases(folder)}
+    removed = [name for name in nights if name not in kept]
     for name in removed:
         for path in (folder / RELEASES / name, folder / RUNS / name):
             shutil.rmtree(path, ignore_errors=True)
-    linked = {Release.read(folder / RELEASES / name) for name in kept}
+    linked = [Release.read(path.parent) for path in (folder / RELEASES).glob("*/release.json")]
     stores = {path for release in linked for path in (release.items, release.users)}
     for path in (folder / STORES).glob("*-*"):
         if str(path.resolve()) not in stores:

@@ -282,7 +282,8 @@ def build_experiment(
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
-    model = build_model(config, spec.tables(dataset), base_rate(dataset), torch.device("meta"), width)
+    rate = base_rate(dataset, second_of(config.data.train_since or 0))
+    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width)
     encoders = {
         name: _text_encoder(name, section, tokens[name], getattr(model, name), device)
         for name, section in text_sections(config)

@@ -6,8 +6,8 @@ A shop with invented events (1.5 million of 60,000 users on 20,000 items) gets d
 `append_after_<events>` is the time of `prepare --append` of a day / the time of preparing a dataset of that day alone,
 with so many events before it. `read_train` and `read_test` are the times of opening the dataset and reading a part
 after the year of appends / after `dataset compact`, which are memory maps without anything to merge; the cuts have
-moved along, as they do in nightly training. `..._beside_parquet` is the time an event after the year of appends / that of
-the Parquet sequences of version 1, which is how a dataset without appends is read.
+moved along, as they do in nightly training. `..._beside_parquet` is the time an event after the year of appends / that
+of the Parquet sequences of version 1, which is how a dataset without appends is read.
 Seconds are CPU seconds of the process, because the machine may be shared; wall seconds are beside them.
 """
 

@@ -196,7 +196,9 @@ class Fortnight:
 
     def config(self, options: Mapping[str, Any]) -> Config:
         """The configuration of a training."""
-        words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+        words = [
+            f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
+        ]
         return load_config(["--config", str(self.folder / "common.yaml"), *words])
 
     def score(self, number: int, arm: str, run: Path) -> None:
@@ -249,7 +251,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "fortnight")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--mapping", type=Path, help="mapping of a table source with times in seconds, instead of the shop")
+    parser.add_argument(
+        "--mapping", type=Path, help="mapping of a table source with times in seconds, instead of the shop"
+    )
     parser.add_argument("--period", type=int, default=7 * shop.DAY, help="seconds of a period of it (default: a week)")
     parser.add_argument("--periods", type=int, default=PERIODS, help=f"periods to score (default: {PERIODS})")
     parser.add_argument("--tiny", action="store_true", help="a tiny shop, for tests")

@@ -103,8 +103,8 @@ BREAKS = (
     ),
     Break(
         "numeric features: the same second counts as earlier",
-        "seen = visible_before(timestamps, timestamps[targets])",
-        "seen = visible_before(timestamps, timestamps[targets] + 1)",
+        "seen = visible_before(timestamps, timestamps[targets] - delay)",
+        "seen = visible_before(timestamps, timestamps[targets] - delay + 1)",
         ("tests/data/test_numeric_features.py",),
     ),
     Break(

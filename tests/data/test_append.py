@@ -18,11 +18,13 @@ from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_files import EventFile
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.registry import build_source
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.data.validation import TableRows
 from hllm_torchrec.data.versions import write_lock
 from hllm_torchrec.data.vocabulary import IdMark, compute_marks, dataset_marks, map_problems
+from hllm_torchrec.launch.prepare import main
 from tests.helpers.schedules import acting_before
 from tests.helpers.source_files import ITEMS, PARTS, memory_source, oracle, random_events, sequences, write_csv
 
@@ -398,3 +400,32 @@ def test_appends_are_folded_by_level_and_earlier_versions_keep_theirs(tmp_path, 
     for n in range(10, 13):
         append(root, tmp_path / str(n), [(f"new{n}", "i1", 5, 60 + n), ("u1", "i1", 5, 13 + n)])
     assert [one["level"] for one in Dataset.open(root).manifest["appends"]] == [2, 0, 0, 0, 0]
+
+
+def test_the_command_appends_files_to_what_is_there(tmp_path, capsys):
+    write_csv(tmp_path / "e.csv", [("user", "item", "time"), *((f"u{n % 5}", f"i{n % 4}", n) for n in range(40))])
+    write_csv(tmp_path / "i.csv", [("item", "title"), *((f"i{n}", f"title {n}") for n in range(4))])
+    write_csv(tmp_path / "day.csv", [("user", "item", "time"), ("u1", "i1", 50), ("u9", "i2", 7), ("u9", "i2", 7)])
+    mapping = {
+        "name": "t",
+        "events": {"path": "e.csv", "user": "user", "item": "item", "time": "time"},
+        "items": {"path": "i.csv", "item": "item", "text": ["title"]},
+    }
+    (tmp_path / "m.yaml").write_text(json.dumps(mapping))
+    given = ["--source", "table", "--path", str(tmp_path / "m.yaml"), "--output", str(tmp_path / "d")]
+    assert main(given) == 0
+    (tmp_path / "i.csv").unlink()  # an append needs no items
+    assert main([*given, "--append", str(tmp_path / "day.csv")]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "d: 43 events, 6 users, 4 items, version 2" in printed
+    assert "appended: 3 events of 2 users, 2 of them late" in printed and "users: 1 new, 0 changed" in printed
+    assert main([*given, "--append", str(tmp_path / "day.csv")]) == 0
+    assert Dataset.open(tmp_path / "d").version == 2
+    for options, message in (
+        (["--append", "--extend"], "--append and --extend exclude each other; give one of them"),
+        (["--append", str(tmp_path / "none.csv")], "none.csv is no file; correct the path"),
+    ):
+        assert main([*given, *options]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--append x\.csv: ml-1m has its events in --path"):
+        build_source("ml-1m", tmp_path, append=[Path("x.csv")])

@@ -131,6 +131,16 @@ def test_another_dataset_takes_the_place_in_one_step_and_the_old_files_go(tmp_pa
     assert everything(dataset)[0] == everything(Dataset.open(prepare(other, tmp_path / "alone")))[0]
 
 
+def test_the_first_source_again_is_reused_unless_it_is_to_replace_what_was_appended(tmp_path):
+    root, source = grown(tmp_path), memory_source(tmp_path / "base", random_events(100), ITEMS)
+    prepare(source, root)
+    assert Dataset.open(root).version == 4
+    with pytest.raises(ValueError, match=r"the source has 100 events, the dataset 106: --extend is for a full export"):
+        prepare(source, root, extend=True)
+    prepare(source, root, overwrite=True)
+    assert (Dataset.open(root).version, Dataset.open(root).manifest["counts"]["events"]) == (5, 100)
+
+
 def test_pins_of_a_read_only_dataset_are_left_out(tmp_path, monkeypatch):
     root = shop(tmp_path)
 

@@ -1,6 +1,5 @@
 """The night as one job: what two nights do, steps alone, a rejected model, and kills anywhere."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch import nightly, rollback
 from hllm_torchrec.lifecycle.night_state import STEPS
-from hllm_torchrec.lifecycle.releases import read_alias
-from hllm_torchrec.lifecycle.steps import held_out_split
+from hllm_torchrec.lifecycle.releases import Release, publish, read_alias
+from hllm_torchrec.lifecycle.releases import rollback as rollback_releases
+from hllm_torchrec.lifecycle.steps import held_out_split, remove_old
 from hllm_torchrec.store.store import EmbeddingStore
 from tests.helpers.distributed import forks
 from tests.helpers.schedules import acting_before
@@ -100,6 +101,32 @@ def test_a_model_that_the_gate_refuses_is_not_published(
     assert current is not None and current.name == "day-03"
 
 
+def test_old_nights_are_removed_but_what_is_published_or_unfinished(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        for kind in ("runs", "users"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        store = tmp_path / "stores" / f"users-{name}"
+        store.mkdir(parents=True)
+        if name != "c":  # whose model was refused
+            run = str(tmp_path / "runs" / name)
+            publish(tmp_path, Release(name, run, "/data", 1, 1, users=str(store)))
+    rollback_releases(tmp_path, "a")
+    assert remove_old(tmp_path, 1, {"b"}) == ["c", "d", "users-c", "users-d"]
+    left = {kind: sorted(path.name for path in (tmp_path / kind).iterdir()) for kind in ("runs", "releases", "stores")}
+    names = ["a", "b", "e"]
+    assert left == {"runs": names, "releases": names, "stores": [f"users-{name}" for name in names]}
+
+
+def test_two_processes_do_not_run_nights_of_one_folder(
+    begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(begun).copy(tmp_path / "world")
+    world.nights.mkdir()
+    with hold_lock(world.nights / "night.lock", "this test"):
+        assert nightly.main(world.words("day-03")) == 2
+    assert "nights: another process runs a night here (process" in capsys.readouterr().err
+
+
 def killed_night(words: list[str], access: int, folder: str) -> None:
     """Run a night in a process that dies before its file access of this number."""
     with acting_before(access, lambda: os._exit(9), Path(folder)):
@@ -114,7 +141,12 @@ def comparable(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         found[step] |= {name: Path(str(found[step][name])).name for name in paths if name != "metrics"}
     # A run that was killed after its last checkpoint has nothing left to measure; vectors that a store has stay there.
     # A store of users is named by its checkpoint, which holds the run's path.
-    for step, name in (("train", "metrics"), ("embed", "embedded_items"), ("embed", "embedded_users"), ("embed", "users")):
+    for step, name in (
+        ("train", "metrics"),
+        ("embed", "embedded_items"),
+        ("embed", "embedded_users"),
+        ("embed", "users"),
+    ):
         found[step].pop(name)
     return found
 

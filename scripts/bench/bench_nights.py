@@ -1,0 +1,107 @@
+"""CPU seconds of each step of a night beside the number of events that were there before it.
+
+    python scripts/bench/bench_nights.py [--quick] [--out FILE]
+
+A shop of always the same users and items has more and more history; each of three nights is one more day of 2,000
+pages. Its model is small (IDs and genres, one layer), trained from a published run with its optimizers.
+`night_<events>` is the time of a night after so many events / after the fewest; `day_<events>` that of a night without making the user
+store, which is of every user whatever happened. Seconds are the medians of CPU seconds of the process, because the
+machine may be shared.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmarking import ROOT, arguments, matmul_peak, report, say
+
+sys.path.insert(0, str(ROOT / "scripts" / "experiments"))
+import shop  # noqa: E402
+
+from hllm_torchrec.config.loading import load_config  # noqa: E402
+from hllm_torchrec.data.prepare import prepare  # noqa: E402
+from hllm_torchrec.data.sources.table_mapping import table  # noqa: E402
+from hllm_torchrec.data.split import Split  # noqa: E402
+from hllm_torchrec.distributed.process_group import distributed_device  # noqa: E402
+from hllm_torchrec.lifecycle.night_config import AppendConfig, GateConfig, NightConfig  # noqa: E402
+from hllm_torchrec.lifecycle.night_state import STEPS  # noqa: E402
+from hllm_torchrec.lifecycle.nightly import run_night  # noqa: E402
+from hllm_torchrec.training.trainer_setup import build_trainer  # noqa: E402
+
+NIGHTS = 3
+TRAINING: dict[str, Any] = {
+    "data": {"item_features": ["genres"], "user_features": ["country"], "max_history": 64, "batch_users": 32},
+    "item_llm": {"enabled": False},
+    "user": {"encoder": "sasrec", "shape": {"width": 32, "layers": 1, "heads": 2, "max_positions": 64}},
+    "features": {"time_depth": 0, "shard_from_rows": 64},
+    "objective": {"fusion": "early", "head_hidden": 32},
+    "max_steps": 5,
+}
+
+
+def night(folder: Path, history: int, pages: int, device: Any) -> dict[str, float]:
+    """CPU seconds of each step of the night after `history` days of `pages` pages; the number of events before it."""
+    sizes = {"first_users": pages, "daily_users": 0, "daily_items": 4, "active": pages}
+    days = list(shop.days(shop.Shop(days=history + 2 + NIGHTS, **sizes)))
+    for day in days:
+        shop.write_day(day, folder)
+    names = [f"day-{day.number:02d}" for day in days[-1 - NIGHTS :]]
+    for name in names:
+        shop.write_mapping(folder, name, f"{name}.csv")
+        for kind in ("events", "items", "users"):
+            (folder / kind / f"{name}.csv").rename(folder / kind / f"new-{name}.csv")
+        shop.write_mapping(folder, name, f"new-{name}.csv")
+    last = days[-2 - NIGHTS].start
+    split = Split("date", train_until=last + shop.DAY // 2, valid_until=last + 3 * shop.DAY // 4)
+    prepare(table(shop.write_mapping(folder, "first", "day-*.csv")), folder / "data", split=split)
+    (folder / "train.yaml").write_text(yaml.safe_dump(TRAINING))
+    options = ["--config", str(folder / "train.yaml"), "--data.dataset", str(folder / "data")]
+    build_trainer(load_config([*options, "--output", str(folder / "first")]), device).run()
+    config = NightConfig(
+        folder=str(folder / "nights"),
+        dataset=str(folder / "data"),
+        append=AppendConfig(path=str(folder / "{night}.yaml")),
+        training=str(folder / "train.yaml"),
+        increment={"max_steps": 0},
+        start_from=str(folder / "first"),
+        gate=GateConfig(max_drop=1.0),
+    )
+    run_night(config, names[0], device, report=lambda _: None)  # a warm-up
+    seconds: dict[str, list[float]] = {step: [] for step in STEPS}
+    for name in names[1:]:
+        for step in STEPS:
+            started = time.process_time()
+            run_night(config, name, device, [step], report=lambda _: None)
+            seconds[step].append(time.process_time() - started)
+    events = sum(len(day.events) for day in days[: -NIGHTS // 2])
+    return {"events": events, **{step: statistics.median(of_step) for step, of_step in seconds.items()}}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    options = arguments(__doc__).parse_args()
+    histories, pages = ((9, 90, 270), 2000) if not options.quick else ((9, 90), 2000)
+    if options.tiny:
+        histories, pages = (2, 4), 60
+    found = []
+    with distributed_device() as device:
+        for history in histories:
+            with tempfile.TemporaryDirectory(prefix="hllm-nights-") as folder:
+                found.append(night(Path(folder), history, pages, device))
+                say(str(found[-1]))
+    whole = {one["events"]: sum(one[step] for step in STEPS) for one in found}
+    day = {events: one - all_of["embed"] for (events, one), all_of in zip(whole.items(), found, strict=True)}
+    first = found[0]["events"]
+    ratios = {f"night_{events:.0f}": whole[events] / whole[first] for events in whole}
+    ratios |= {f"day_{events:.0f}": day[events] / day[first] for events in day}
+    nothing = {"matmul_peak": matmul_peak(seconds=0.1), "matmul_share": {}}
+    shapes = {"pages": pages, "histories": list(histories)}
+    report("nights", options, {"ratios": ratios, "shapes": shapes, "seconds": found, **nothing})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""`hllm seal`: what prepare writes is sealed to the same dataset; what breaks the contract is named."""
+
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sealing import seal
+from hllm_torchrec.launch.seal import main
+from tests.data.test_append import append, everything
+from tests.helpers.source_files import ITEMS, memory_source, random_events
+
+
+def unsealed(tmp_path, rule="time"):
+    """The files of a prepared dataset without what seal writes, and the dataset."""
+    prepared = Dataset.open(prepare(memory_source(tmp_path, random_events(), ITEMS), tmp_path / "p", split=rule))
+    root = shutil.copytree(prepared.root, tmp_path / "s")
+    for name in ("manifest.json", "training_item_counts.npy"):
+        (root / name).unlink()
+    shutil.rmtree(root / "events")
+    split = {"rule": rule, "cut_timestamps": prepared.manifest["split"]["cut_timestamps"]}
+    split |= {"fractions": [0.8, 0.1, 0.1]} if rule == "leave_last" else {}
+    contract = {
+        "name": "memory",
+        "label_rule": "rating >= 4",
+        "actions": [f"rating {n}" for n in range(1, 6)],
+        "text_columns": ["title"],
+        "has_timestamps": True,
+        "split": split,
+    }
+    (root / "contract.yaml").write_text(yaml.safe_dump(contract))
+    return root, prepared
+
+
+@pytest.mark.parametrize("rule", ["time", "leave_one_out", "leave_last"])
+def test_what_prepare_writes_is_sealed_to_the_same_dataset(tmp_path, rule, capsys):
+    root, prepared = unsealed(tmp_path, rule)
+    (root / "sequences" / "train" / "_SUCCESS").write_text("")  # as Spark leaves it
+    assert main([str(root)]) == 0, capsys.readouterr().err
+    assert "400 events, 25 users, 15 items" in capsys.readouterr().out
+    dataset = Dataset.open(root)
+    assert everything(dataset) == everything(prepared)
+    for name in ("actions", "vocabulary", "seconds", "text_columns", "item_features"):
+        assert dataset.manifest[name] == prepared.manifest[name], name
+    for name in ("users", "items", "events", "exposures", "positives"):
+        assert dataset.manifest["counts"][name] == prepared.manifest["counts"][name], name
+    for part, facts in prepared.manifest["parts"].items():
+        assert dataset.manifest["parts"][part] == {name: facts[name] for name in facts if name != "files"}
+    day = [("u1", "new", 5, 60), ("u2", "i1", 1, 3)]
+    append(root, tmp_path / "day", day, ["new"])
+    append(prepared.root, tmp_path / "day", day, ["new"])
+    assert everything(Dataset.open(root)) == everything(Dataset.open(prepared.root))
+    with pytest.raises(ValueError, match=r"has a manifest\.json already; remove it"):
+        seal(root)
+
+
+def changed(path, change):
+    table = pq.read_table(path)
+    pq.write_table(change(table), path)
+
+
+def with_column(name, values):
+    def change(table):
+        field = table.schema.field(name)
+        return table.set_column(
+            table.column_names.index(name), field, pa.array(values(table[name].to_pylist()), field.type)
+        )
+
+    return change
+
+
+BROKEN = {
+    "repeated raw id": (
+        "items.parquet",
+        with_column("raw_item_id", lambda v: [v[1], *v[1:]]),
+        r"raw_item_id '.*' is there",
+    ),
+    "empty raw id": (
+        "users.parquet",
+        with_column("raw_user_id", lambda v: ["", *v[1:]]),
+        r"row 0: raw_user_id is empty",
+    ),
+    "a gap": (
+        "items.parquet",
+        with_column("item_id", lambda v: [*v[:-1], 99]),
+        r"row 14: item_id is 99, it must be 15",
+    ),
+    "null text": ("items.parquet", with_column("title", lambda v: [None, *v[1:]]), r"title must be strings"),
+    "unsorted": (
+        "sequences/train/part-00000.parquet",
+        with_column("timestamps", lambda v: [v[0][::-1], *v[1:]]),
+        r"part-00000\.parquet, row group 0, row 0: timestamps\[\d+\] is \d+; it is earlier than the one before",
+    ),
+    "another history": (
+        "sequences/valid/part-00000.parquet",
+        with_column("item_ids", lambda v: [[v[0][0] % 15 + 1, *v[0][1:]], *v[1:]]),
+        r"valid.*row 0: user \d+ has another history in valid than in the parts before",
+    ),
+    "another start": (
+        "sequences/valid/part-00000.parquet",
+        with_column("target_start", lambda v: [v[0] - 1, *v[1:]]),
+        r"valid.*row 0: user \d+ has another target_start than its events before valid",
+    ),
+    "twice": (
+        "sequences/train/part-00000.parquet",
+        lambda table: pa.concat_tables([table, table.slice(0, 1)]),
+        r"train.*: user \d+ has a row before, in this part",
+    ),
+    "an unknown item": (
+        "sequences/test/part-00000.parquet",
+        with_column("item_ids", lambda v: [[*v[0][:-1], 77], *v[1:]]),
+        r"test.*item_ids\[\d+\] is 77; the dataset's items have the ids 0\.\.15",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_breaks_the_contract_is_named_and_nothing_is_sealed(tmp_path, kind):
+    name, change, message = BROKEN[kind]
+    root, _ = unsealed(tmp_path)
+    changed(root / name, change)
+    with pytest.raises(ValueError, match=message):
+        seal(root)
+    assert not (root / "manifest.json").exists()
+
+
+def test_a_part_that_does_not_follow_the_rule_is_named(tmp_path):
+    root, _ = unsealed(tmp_path)
+    text = (root / "contract.yaml").read_text()
+
+    def refused(match, **split):
+        contract = yaml.safe_load(text)
+        contract["split"] = split
+        (root / "contract.yaml").write_text(yaml.safe_dump(contract))
+        with pytest.raises(ValueError, match=match):
+            seal(root)
+
+    refused(r"user \d+ has \d+ events, of which valid begins at .*leave_one_out divides at", rule="leave_one_out")
+    refused(r"has an event in train on another side of cut_timestamps", rule="time", cut_timestamps=[3, 39])
+    refused(r"split\.cut_timestamps must be the first second of valid", rule="time")
+    refused(r"split\.rule is 'x'; time, leave_one_out or leave_last", rule="x")
+    (root / "contract.yaml").write_text(text.replace("text_columns", "texts"))
+    with pytest.raises(ValueError, match=r"contract\.yaml: text_columns is None, it must be a list of names"):
+        seal(root)
+    (root / "contract.yaml").unlink()
+    with pytest.raises(ValueError, match=r"contract\.yaml is missing: it describes what the files cannot say"):
+        seal(root)
