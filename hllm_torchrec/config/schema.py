@@ -228,7 +228,7 @@ class OpenTableConfig:
     rows: int
     """At least this many rows, rounded up to a multiple of 15,360; about 1.5 times the number of ids in use."""
     evict_after: int = 10_000
-    """An id that no training step has read for this many steps may lose its row to a new one."""
+    """An id that no training step (micro-batch) has read for this many steps may lose its row to a new one."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ _NONE = -1
 class HashTable:
     """Settings of a table.
 
-    rows: at least this many; rounded up to a multiple of WAYS * SETS. evict_after: training steps.
+    rows: at least this many; rounded up to a multiple of WAYS * SETS. evict_after: training steps (micro-batches).
     """
 
     rows: int

@@ -137,6 +137,10 @@ def test_the_command_embeds_items_and_users_and_refuses_another_checkpoint(
     two = [EmbeddingStore.open(tmp_path / name).snapshot().gather(RAW_IDS)[0] for name in ("users", "own")]
     torch.testing.assert_close(*two, atol=2e-2, rtol=0)
     destroy_distributed()
+    assert main(["--run", str(run_dir), "--users", str(tmp_path / "numbers"), "--keys", "int64"]) == 2
+    assert "keys int64: raw id 'u0' is not a whole number of 64 bits" in capsys.readouterr().err
+    assert not (tmp_path / "numbers").exists()
+    destroy_distributed()
     train(config(tmp_path / "other", seed=1, **STAGE))
     destroy_distributed()
     assert main(["--run", str(tmp_path / "other"), "--users", str(tmp_path / "users")]) == 2

@@ -131,3 +131,13 @@ def test_bags_are_sums_of_rows_that_begin_alike() -> None:
     pooled["a"].sum().backward()
     weight = tables.collection._embedding_collection.embeddings["a"].weight
     assert int((weight.grad.abs().sum(1) > 0).sum()) == 3
+
+
+@pytest.mark.parametrize(("filled", "without"), [(0.5, 0.002), (0.7, 0.022), (0.9, 0.085)])
+def test_few_ids_of_a_table_that_is_not_full_have_no_row_of_their_own(filled: float, without: float) -> None:
+    """The shares that docs/retrieval.md states."""
+    ids = SetAssociativeIds(HashTable(1, 10**9), torch.device("cpu"))
+    known = torch.arange(int(ids.rows * filled))
+    for part in known.split(4096):
+        ids({"x": JaggedTensor(part, lengths=torch.tensor([part.numel()]))})
+    assert 1 - ids.take_counts().filled / known.numel() == pytest.approx(without, abs=0.006)
