@@ -92,10 +92,13 @@ def _open_cell(quote: bytes, escape: bytes) -> re.Pattern[bytes]:
 
 def matches(pattern: re.Pattern[bytes], text: bytes) -> list[re.Match[bytes]]:
     """Consecutive matches from the start, until one does not fit or the text is over."""
-    scanner = pattern.scanner(text)
-    found = []
-    while match := scanner.match():
+    found: list[re.Match[bytes]] = []
+    at = 0
+    for match in pattern.finditer(text):
+        if match.start() != at:
+            break
         found.append(match)
+        at = match.end()
     # At the end of the text the pattern also matches nothing: a cell only after a separator.
     before = found[-2]["end"] if len(found) > 1 else b""
     if found and found[-1].start() == len(text) and before in (b"", b"\n", b"\r\n", b"\r"):
