@@ -9,7 +9,6 @@ import errno
 import gzip
 import lzma
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,6 @@ _MARKS = {  # UTF-32 before UTF-16, whose mark it begins with
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pa.ArrowException, OSError)
 _HEAD = 4096
 
 
@@ -88,9 +86,10 @@ class PlainFile:
         """Errors of decompression as ValueError; those of the machine (an OSError with a number) pass unchanged."""
         try:
             yield
-        except _DAMAGE as error:
+        except Exception as error:  # decoders of damaged bytes raise almost anything
             # EINVAL: the directory of a damaged zip file leads before its start.
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            is_of_the_machine = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+            if is_of_the_machine or isinstance(error, MemoryError) or str(self.path) in str(error):
                 raise
             kind = f"{self.compression} file" if self.compression else "file"
             raise ValueError(f"{self.path} is a damaged {kind} ({error}); fetch or write it again") from error

@@ -133,6 +133,8 @@ def test_duckdb_reads_the_same(folder, rows, separator, quoting):
         ("item|title\ri1|a\ri2|b", [("i1", "a"), ("i2", "b")], "separated by bar"),
         ("title,item,n\nNA,i1,NA\nx,i2,3\n", [("i1", None), ("i2", "x")], "missing: NA"),
         ("title,item,n\nNA,i1,4\nx,i2,3\n", [("i1", "NA"), ("i2", "x")], "no quoted cell seen"),
+        ('item,title\n"i1",a\n"i2",', [("i1", "a"), ("i2", None)], "cells in double quotation marks"),
+        ("item\ttitle\ni1\t\\N\ni2\t", [("i1", None), ("i2", None)], "backslash escapes"),
         ("item,title\ni1,'tis\ni2,5\" pipe\n", [("i1", "'tis"), ("i2", '5" pipe')], "no quoted cell seen"),
     ],
 )  # fmt: skip

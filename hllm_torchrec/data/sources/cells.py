@@ -60,17 +60,18 @@ def split_rows(
     row: list[Cell] = []
     size = 0
     found = matches(cell_pattern(separator, quote, escape, line_end), text)
+    ends = (separator, line_end, b"\n", b"\r\n")
     for match in found:
-        end = match["end"]
-        if end not in (separator, line_end) and not end.endswith(b"\n") and not (final and match.end() == len(text)):
+        quoted, plain, end = match.groups()
+        if end not in ends and not (final and match.end() == len(text)):
             break
-        if match["quoted"] is not None:
-            row.append(Cell(_unquoted(match["quoted"], quote, escape), True))
+        if quoted is not None:
+            row.append(Cell(_unquoted(quoted, quote, escape), True))
+        # A cell with escapes counts as quoted: two backslashes and N are a text.
+        elif escape and not quote and escape in plain and plain != NULL:
+            row.append(Cell(_unescaped(plain), True))
         else:
-            plain = match["plain"]
-            # A cell with escapes counts as quoted: two backslashes and N are a text.
-            is_text = bool(escape) and not quote and escape in plain and plain != NULL
-            row.append(Cell(_unescaped(plain), True) if is_text else Cell(plain, False))
+            row.append(Cell(plain, False))
         if end != separator:
             if len(row) > 1 or row[0].value or row[0].quoted:
                 rows.append(row)
@@ -89,12 +90,19 @@ def _open_cell(quote: bytes, escape: bytes) -> re.Pattern[bytes]:
     return re.compile(mark + b"(?:" + inner + b")*+" + mark + b"?", re.DOTALL)
 
 
-def matches(pattern: re.Pattern[bytes], text: bytes) -> "list[re.Match[bytes]]":
+def matches(pattern: re.Pattern[bytes], text: bytes) -> list[re.Match[bytes]]:
     """Consecutive matches from the start, until one does not fit or the text is over."""
-    found, at = [], 0
-    while at < len(text) and (match := pattern.match(text, at)):
+    found: list[re.Match[bytes]] = []
+    at = 0
+    for match in pattern.finditer(text):
+        if match.start() != at:
+            break
         found.append(match)
         at = match.end()
+    # At the end of the text the pattern also matches nothing: a cell only after a separator.
+    before = found[-2]["end"] if len(found) > 1 else b""
+    if found and found[-1].start() == len(text) and before in (b"", b"\n", b"\r\n", b"\r"):
+        found.pop()
     return found
 
 
@@ -107,9 +115,11 @@ def _unescaped(cell: bytes) -> bytes:
 
 
 def _unquoted(cell: bytes, quote: bytes, escape: bytes) -> bytes:
-    inner = cell[1:-1].replace(quote * 2, quote)
+    inner = cell[1:-1]
+    if quote in inner:
+        inner = inner.replace(quote * 2, quote)
     # Spark and csv write a backslash before marks and backslashes only: before anything else it is itself.
-    return re.sub(rb"\\([\\" + quote + rb"])", rb"\1", inner) if escape else inner
+    return re.sub(rb"\\([\\" + quote + rb"])", rb"\1", inner) if escape and escape in inner else inner
 
 
 def count_lines(text: bytes) -> int:

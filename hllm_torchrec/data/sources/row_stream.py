@@ -10,7 +10,7 @@ import re
 from functools import cache
 
 from hllm_torchrec.common.text_files import Utf8File
-from hllm_torchrec.data.sources.cells import BARE_RETURN, Cell, count_lines, split_rows
+from hllm_torchrec.data.sources.cells import BARE_RETURN, count_lines, split_rows
 from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, requoted
 
 _READ = 1 << 20
@@ -65,7 +65,7 @@ class RowStream(io.RawIOBase):
     def _next(self, block: bytes) -> bytes:
         """What is passed on once `block` is read; b"" is the end of the file."""
         text, final = self._rest + block, not block
-        if self._is_open and (_opening(self._separator).search(text) or self._has_return(text)):
+        if self._is_open and (self._has_quoted_cell(text) or self._has_return(text)):
             self._decide(text, final=final)
             if not self._is_rewritten:  # nothing of `_rest` was passed on yet
                 block, self._rest = text, b""
@@ -75,7 +75,10 @@ class RowStream(io.RawIOBase):
             return self._whole_rows(text, final=final)
         self._rest = self._checked(text, final=final)
         self._line += count_lines(block)
-        return block
+        return block or b"\n"  # without it, Arrow takes an empty last cell for a quoted one if another one is
+
+    def _has_quoted_cell(self, text: bytes) -> bool:
+        return b'"' in text and _opening(self._separator).search(text) is not None
 
     def _has_return(self, text: bytes) -> bool:
         """True if a carriage return ends no line; to Arrow it ends one."""
@@ -137,14 +140,14 @@ class RowStream(io.RawIOBase):
             raise self._malformed(self._rest, self._line)
         self._require_short(self._rest, self._line)
         delimiter = self.delimiter.encode()
-        special = re.compile(b'["\r\n' + re.escape(delimiter) + b"]")
-        return b"".join(delimiter.join(_quoted(cell, special) for cell in row) + b"\n" for row in found.rows)
-
-
-def _quoted(cell: Cell, special: re.Pattern[bytes]) -> bytes:
-    if cell.quoted or special.search(cell.value):
-        return b'"' + cell.value.replace(b'"', b'""') + b'"'
-    return cell.value
+        special = re.compile(b'["\r\n' + re.escape(delimiter) + b"]").search
+        lines = (
+            delimiter.join(
+                b'"' + value.replace(b'"', b'""') + b'"' if quoted or special(value) else value for value, quoted in row
+            )
+            for row in found.rows
+        )
+        return b"".join(line + b"\n" for line in lines)
 
 
 @cache
