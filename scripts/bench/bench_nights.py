@@ -4,9 +4,9 @@
 
 A shop of always the same users and items has more and more history; each of three nights is one more day of 2,000
 pages. Its model is small (IDs and genres, one layer), trained from a published run with its optimizers.
-`night_<events>` is the time of a night after so many events / after the fewest; `day_<events>` that of a night without making the user
-store, which is of every user whatever happened. Seconds are the medians of CPU seconds of the process, because the
-machine may be shared.
+`night_<events>` is the time of a night after so many events / after the fewest; `day_<events>` that of a night without
+making the user store, which is of every user whatever happened. Seconds are the medians of CPU seconds of the process,
+because the machine may be shared.
 """
 
 import statistics

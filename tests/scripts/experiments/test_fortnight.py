@@ -1,4 +1,4 @@
-"""The fortnight: its periods follow each other, its trainings are configurations, and its means are of what was kept."""
+"""The fortnight: its periods follow each other, its trainings are configurations, its means are of what was kept."""
 
 from pathlib import Path
 
