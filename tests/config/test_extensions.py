@@ -142,6 +142,13 @@ def test_the_configuration_of_a_run_imports_nothing_unasked(field: str, options:
     assert "my_code" not in sys.modules
 
 
+def test_a_run_names_no_function_of_python_itself(tmp_path: Path) -> None:
+    file = run_from_elsewhere(tmp_path / "run", ["--user.encoder=sasrec", "--user.shape={width: 8, layers: 1}"])
+    file.write_text(file.read_text().replace("numeric_features: []", "numeric_features: ['os:system']"))
+    with pytest.raises(ValueError, match=r"^data.numeric_features: 'os:system': the run's configuration names code"):
+        config_from_file(file)
+
+
 @pytest.mark.parametrize("allowed", ["my_code", " other, my_code", "*"])
 @pytest.mark.usefixtures("module")
 def test_the_code_of_a_run_is_imported_if_it_is_listed(
