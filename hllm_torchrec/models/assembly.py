@@ -52,6 +52,7 @@ from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, open_evidence
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
 from hllm_torchrec.models.text_format import text_format
+from hllm_torchrec.modules.encoders.backbone import learned_positions
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -412,8 +413,10 @@ def _vocabulary_problems(model: HLLM, name: str, encoder: ItemEncoder) -> Iterat
             f"{name}.tokenizer: makes token ids up to {tokens - 1}, but the Item LLM has {words} word vectors: give "
             "the tokeniser of that model, or a shape with a larger vocab_size"
         )
-    learned = getattr(getattr(llm.backbone, "embeddings", None), "position_embeddings", None)  # BERT's
-    places = math.inf if learned is None else learned.num_embeddings - llm.first_position
+    learned = learned_positions(llm.backbone)
+    # OPT's table has an offset that is no padding.
+    used = llm.first_position + getattr(learned, "offset", 0)
+    places = math.inf if learned is None else learned.num_embeddings - used
     own = int(llm.pooling == "item")
     longest = int(encoder.tokens.lengths.max())
     if longest + own > places:

@@ -183,7 +183,7 @@ def _same_weights(
 
 
 def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
-    """What `_one_by_one` computes, by the Item LLM on all texts at once; the means with a shared prefix if it can."""
+    """What `_one_by_one` computes, by the Item LLM on all texts at once; [ITEM] with a shared prefix if it can."""
     texts = sample_texts()
     offsets = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
     rows = []
@@ -192,12 +192,12 @@ def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
         llm.item_token = nn.Parameter(token)
         rows.append(llm(torch.cat(texts), offsets))
     if llm.shares_prefix:
-        rows[1] = _behind_prefix(ItemLLM(model, "last"), texts)
+        rows[-1] = _behind_prefix(llm, texts)
     return torch.stack(rows, dim=1)
 
 
 def _behind_prefix(llm: ItemLLM, texts: list[Tensor]) -> Tensor:
-    """The last states, the first and longest text's beginning being a prefix that it shares with nobody."""
+    """E, the first and longest text's beginning being a prefix that it shares with nobody."""
     prefix, rest = texts[0][:3], [texts[0][3:], *texts[1:]]
     offsets = torch.tensor([0, *(len(text) for text in rest)]).cumsum(0)
     return llm(torch.cat(rest), offsets, prefix, torch.tensor([True, *(False for _ in texts[1:])]))

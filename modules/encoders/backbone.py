@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions")
+
+
 @dataclass(frozen=True)
 class TextReading:
     """How a text model reads a batch of texts.
@@ -27,6 +30,14 @@ def backbone_layers(backbone: "PreTrainedModel") -> nn.ModuleList:
     number = backbone.config.num_hidden_layers
     lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
     return next((layers for layers in lists if len(layers) == number), nn.ModuleList())
+
+
+def learned_positions(backbone: "PreTrainedModel") -> nn.Embedding | None:
+    """The table of position vectors of BERT, GPT-2, OPT and the like; None if positions are not learned."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
+            return module
+    return None
 
 
 def checkpoint_layers(backbone: "PreTrainedModel") -> None:

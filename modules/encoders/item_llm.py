@@ -23,7 +23,13 @@ from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, enable_last_layer_rows, supports_last_layer_rows
 from hllm_torchrec.modules.attention.text import TextLayout, TextPlan, padded_rows, plan_buckets
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
-from hllm_torchrec.modules.encoders.backbone import TextReading, backbone_flops, backbone_layers, checkpoint_layers
+from hllm_torchrec.modules.encoders.backbone import (
+    TextReading,
+    backbone_flops,
+    backbone_layers,
+    checkpoint_layers,
+    learned_positions,
+)
 from hllm_torchrec.modules.jagged import lengths_from_offsets
 
 if TYPE_CHECKING:
@@ -105,8 +111,11 @@ class ItemLLM(nn.Module):
 
     @property
     def shares_prefix(self) -> bool:
-        """True if a prefix can be given once: a causal model that reads packed texts."""
-        return self.causal and self.arrangement == "packed"
+        """True if a prefix can be given once: a causal model that reads packed texts.
+
+        Not with pooling "last": a text that ends with the prefix has no row of its own to read.
+        """
+        return self.causal and self.arrangement == "packed" and self.pooling != "last"
 
     @property
     def caps_scores(self) -> bool:
@@ -126,15 +135,15 @@ class ItemLLM(nn.Module):
         has_prefix: [U] bool, True for those texts (None: all).
 
         Raises:
-            ValueError: a prefix is given, and the model is not causal or its texts are not packed.
+            ValueError: a prefix is given, and `shares_prefix` is False.
         """
         if prefix_ids is None:
             prefix_ids = token_ids[:0]
         if prefix_ids.numel() and not self.shares_prefix:
             raise ArgumentError(
                 f"causal: {self.causal}: a shared prefix of {prefix_ids.numel()} tokens needs a causal Item LLM with "
-                "packed texts: an encoder's prefix sees the text after it; give complete texts, or set causal for a "
-                "decoder"
+                f"packed texts and another pooling than last (this is {self.arrangement}, {self.pooling}); give "
+                "complete texts"
             )
         lengths = lengths_from_offsets(cu_seqlens)
         if has_prefix is None:
@@ -181,7 +190,8 @@ class ItemLLM(nn.Module):
             return full
         layers = config.num_hidden_layers
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        keys_and_values = 2.0 * 2 * config.hidden_size * head * config.num_key_value_heads
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        keys_and_values = 2.0 * 2 * config.hidden_size * head * groups
         # The last layer: everything for one row per item, and keys and values for all other rows.
         last_layer = backbone_flops(self.backbone, work.items, work.last_keys) / layers
         last_layer += keys_and_values * (tokens - work.items)
@@ -229,8 +239,7 @@ class ItemLLM(nn.Module):
 
 
 def _first_position(backbone: "PreTrainedModel") -> int:
-    learned = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-    padding = getattr(learned, "padding_idx", None)
+    padding = getattr(learned_positions(backbone), "padding_idx", None)
     return 0 if padding is None else padding + 1
 
 

@@ -51,12 +51,14 @@ class Row(NamedTuple):
 
 
 def small(kind: str) -> Any:
-    """A small config of a model type. Raises ValueError for one with several parts."""
+    """A small config of a model type. Raises ValueError for one with several parts, and for one that reads no text."""
     default = AutoConfig.for_model(kind)
     if getattr(default, "is_encoder_decoder", False):
         raise ValueError("has two stacks")
     check_config(default)
     names, facts = type(default).attribute_map, default.to_dict()
+    if not facts.get(names.get("vocab_size", "vocab_size")):
+        raise ValueError("has no vocabulary")
     chosen = {names.get(name, name): value for name, value in FIELDS.items() if names.get(name, name) in facts}
     layers = facts.get(names.get("num_hidden_layers", "num_hidden_layers"))
     for name, value in facts.items():  # lists with an entry for each layer: one of each kind

@@ -187,6 +187,13 @@ def test_a_model_that_cannot_be_packed_is_exported_as_a_directory_of_transformer
     assert all(torch.equal(again[name], weight) for name, weight in model.state_dict().items())
 
 
+def test_texts_that_end_with_the_prompt_do_not_share_it_if_their_last_token_is_read() -> None:
+    llm = ItemLLM(build_backbone(None, DECODER), "last")
+    assert not llm.shares_prefix and ItemLLM(llm.backbone, "item").shares_prefix
+    with pytest.raises(ValueError, match="another pooling than last .*; give complete texts"):
+        llm(torch.tensor([9]), torch.tensor([0, 0, 1]), torch.tensor([7, 8]))
+
+
 def test_layers_that_are_kept_keep_their_kinds() -> None:
     shape = FOREIGN["gemma3"][0] | {"num_hidden_layers": 3, "layer_types": [*WINDOW["layer_types"], "full_attention"]}
     model = build_backbone(None, shape, layers=2)
