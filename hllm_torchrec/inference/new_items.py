@@ -22,12 +22,10 @@ from torch import Tensor
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.urls import url_of
-from hllm_torchrec.config.schema import ItemLLMConfig
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal
 from hllm_torchrec.data.token_store import TokenStore, laid_out_texts, read_tokenizer, tokenize
-from hllm_torchrec.data.validation import read_table
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.inference.raw_ids import RawIds
 from hllm_torchrec.models.assembly import Experiment
@@ -75,8 +73,7 @@ class DatasetWithNewItems(Dataset):
 
     def _encoded(self, name: str) -> pa.Array:
         """Ids of a feature's values of the new items: list<int32> [n]; 0 for a value that the dataset lacks."""
-        vocabulary = read_table(self.root / "features" / f"{name}.parquet", ["id", "value"])
-        ids = dict(zip(vocabulary["value"].to_pylist(), vocabulary["id"].to_pylist(), strict=True))
+        ids = {value: number for number, value in enumerate(self._base.feature_values(name).to_pylist(), 1)}
         values = [[ids.get(value.strip(), 0) for value in item.features.get(name, [])] for item in self._new]
         return pa.array(values, pa.list_(pa.int32()))
 

@@ -15,7 +15,7 @@ from torchrec.distributed.types import ShardedTensor
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.dataset import Dataset, RowGroup, base_rate
+from hllm_torchrec.data.dataset import Dataset, FileGroup, RowGroup, base_rate
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.tables import INIT_ROWS, initialize_tables
@@ -135,9 +135,9 @@ class _Labels(Dataset):
         super().__init__(Path("nowhere"), {})
         self.groups = groups
 
-    def row_groups(self, part: str) -> list[RowGroup]:
+    def row_groups(self, part: str, since: int | None = None) -> list[RowGroup]:
         assert part == "train"
-        return [RowGroup(Path(str(i)), 0, len(rows)) for i, rows in enumerate(self.groups)]
+        return [FileGroup(Path(str(i)), 0, len(rows)) for i, rows in enumerate(self.groups)]
 
     def read_row_group(self, path: Path, index: int, columns: Any = None) -> pa.Table:  # type: ignore[override]
         return pa.table({"labels": pa.array(self.groups[int(str(path))], pa.list_(pa.float32()))})
