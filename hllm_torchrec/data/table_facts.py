@@ -13,7 +13,7 @@ DAY = 86_400
 EARLY = 315_532_800
 """1980-01-01 00:00:00 UTC; few logs are older."""
 _NOT_VALUES = ("raw_user_id", "raw_item_id", "row", "timestamp", "time_text", "label", "label_text")
-_NULL_WORDS = pa.array(["nan", "none", "null", "na", "n/a", "<na>", "#n/a", "nat", "\\n"], pa.string())
+_NULL_WORDS = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a", "nat", "\\n")
 _WORD_SHARE, _SPLIT_SHARE = 0.01, 0.5
 
 
@@ -61,7 +61,7 @@ class TableFacts:
             return
         lower = pc.utf8_lower(pc.utf8_trim_whitespace(values.drop_null()))
         self._filled[shown] += int(pc.sum(pc.not_equal(lower, "")).as_py() or 0)
-        words = lower.filter(pc.is_in(lower, value_set=_NULL_WORDS))
+        words = lower.filter(pc.is_in(lower, value_set=pa.array(_NULL_WORDS, pa.string())))
         if len(words):
             found = {str(v["values"]): int(v["counts"]) for v in words.value_counts().to_pylist()}
             self._words.setdefault(shown, Counter()).update(found)
