@@ -306,8 +306,8 @@ class _Choice:
         undecided = is_tabbed or (has_nulls and re.search(rb"\\[^N]", self.body))
         if escaped and plain is not None and undecided and not _LITERAL_BACKSLASH.search(self.body):
             raise ValueError(
-                f"{self.path}: backslashes may be escapes or part of the texts. Say which in the mapping: format: "
-                "{escape: none} or format: {quote: none, escape: '\\'}"
+                f"{self.path}: backslashes may be escapes or part of the texts. Say which in the mapping: give "
+                "format: {escape: none} or format: {quote: none, escape: '\\'}"
             )
         if marked is not None:  # no cell begins with a mark
             return '"', "", False
@@ -325,7 +325,7 @@ class _Choice:
             line = self._line_of_break()
             raise ValueError(
                 f"{self.path}, line {line}: a quotation mark opens a cell of several lines, each of which is a row of "
-                "its own without quoting. Say which in the mapping: format: {quote: none} or format: {quote: '\"'}"
+                "its own without quoting. Say which in the mapping: give format: {quote: none} or format: {quote: '\"'}"
             )
         cells = [cell for row in marked for cell in row]
         if all(cell.quoted == (_WORD.fullmatch(cell.value) is None) for cell in cells):  # as SQLite quotes
@@ -338,7 +338,7 @@ class _Choice:
             text = next(cell.value for row in marked for cell in row if cell.quoted).decode(errors="replace")[:50]
             raise ValueError(
                 f"{self.path}: the quotation marks around {text!r} may be part of the text or not. Say which in the "
-                "mapping: format: {quote: none} or format: {quote: '\"'}"
+                "mapping: give format: {quote: none} or format: {quote: '\"'}"
             )
         return "", other, True
 
