@@ -370,7 +370,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
 def base_rate(dataset: Dataset, since: int = 0) -> float:
     """Share of positive labels among the training exposures since a second; 0.5 if there is only one class."""
     total = positive = 0.0
-    for group in dataset.row_groups("train", since or None):
+    for group in dataset.row_groups("train", since) if since else dataset.row_groups("train"):
         rows = dataset.sequences([group], ["labels", "timestamps"] if since else ["labels"])
         labels = rows.labels[rows.timestamps >= since] if since else rows.labels
         total += np.count_nonzero(~np.isnan(labels))
