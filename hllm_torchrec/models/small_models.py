@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3
 """Largest difference from plain transformers, relative to the largest value; float32 rounds at about 1e-6."""
+ROUNDING = 1e-5
+"""Relative difference of float32 arithmetic in another order, at most."""
 LENGTHS = (12, 1, 5, 11, 3)
 """Tokens of the compared texts: some longer than the windows, two pairs that share a padded batch."""
 NO_WINDOW = 512
@@ -178,7 +180,18 @@ def reads_causally(plain: "PreTrainedModel") -> bool:
     other[-1] = _FIRST_WORD if text[-1] != _FIRST_WORD else _FIRST_WORD + 1
     with torch.no_grad():
         first, second = (last_states(plain, input_ids=t[None])[:-1] for t in (text, other))
-    return relative_difference(first, second) < TOLERANCE
+    return relative_difference(first, second) < ROUNDING
+
+
+def sensitivity(plain: "PreTrainedModel") -> float:
+    """Relative change of the state of a text's last token where the tokens before it are others.
+
+    What a text must not see can change its embedding by as much; where this is little, so is a difference that counts.
+    """
+    text = sample_texts()[0]
+    other = torch.cat([text[:-1].flip(0), text[-1:]])
+    with torch.no_grad():
+        return relative_difference(*(last_states(plain, input_ids=t[None])[-1] for t in (text, other)))
 
 
 def last_states(model: "PreTrainedModel", **inputs: Tensor) -> Tensor:
