@@ -250,6 +250,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     marks["actions"] = mark_ids([names[str(number)] for number in new_actions], marks["actions"])
     changes["vocabulary"] = {name: mark.to_json() for name, mark in marks.items()}
     changes["event_files"] = added.pop("event_files")
+    changes["notes"] = staged.log.notes()
     changes["rows"] = TableRows(
         dataset.num_items + len(new_items), dataset.num_users + len(new_users), changes["actions"]["number"]
     )
