@@ -38,6 +38,8 @@ _CAUSES = {
 """Likely cause of many bad rows of a kind."""
 _TABLES = {"duplicate_item": "items", "item_without_text": "items", "missing_id": ""}
 """The table of a kind's rows, if not the events; "": the one that is being read."""
+FEW_ROWS = 4
+"""Fewer bad rows of a kind are counted and said, but are no reason to refuse a table: in a small one they are chance."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class BadRowLog:
         """Raise ValueError if rows of a kind are more than the policy's largest share of their table."""
         for (table, reason), count in self._counts.items():
             total, limit = self.rows[table], self.policy.largest_share
-            if reason in _CAUSES and reason not in self.policy.chosen and count > limit * total > 0:
+            judged = reason in _CAUSES and reason not in self.policy.chosen and count >= FEW_ROWS
+            if judged and count > limit * total > 0:
                 choice = getattr(self.policy, reason, "drop")
                 enough = min(1.0, -(-count * 100 // total) / 100)
                 raise ValueError(
