@@ -46,8 +46,12 @@ def write_lock(root: Path) -> Iterator[None]:
     """Context manager that holds the lock of the dataset in `root`, and removes what a killed writer has left.
 
     Raises:
-        ValueError: another process holds it for longer than HLLM_LOCK_WAIT seconds; names it.
+        ValueError: `root` is no dataset, or another process holds the lock for longer than HLLM_LOCK_WAIT seconds.
     """
+    if not (root / MANIFEST).is_file():
+        raise ValueError(
+            f"{root} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {root}`"
+        )
     with hold_lock(root / _LOCK, f"{root}: another process is writing to this dataset", wait=lock_wait()):
         _sweep(root)
         yield
