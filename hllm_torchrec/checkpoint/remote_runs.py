@@ -283,7 +283,7 @@ def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, An
     Raises:
         FileNotFoundError: one was deleted since `there` was listed, perhaps for newer ones that are not in it.
     """
-    names = [found[1] for name in there if (found := _MARKER.fullmatch(name))]
+    names = _marker_names(there)
     texts = {name: read_text(f"{url}/{CHECKPOINTS}/{name}/{files.MARKER}") for name in names}
     markers = {}
     for name, text in texts.items():
@@ -294,6 +294,11 @@ def _markers(url: str, there: Mapping[str, FileFacts]) -> dict[str, dict[str, An
         except ValueError:
             _logger.warning("%s/%s/%s has no readable %s; it is passed over", url, CHECKPOINTS, name, files.MARKER)
     return dict(sorted(markers.items(), key=lambda entry: int(entry[0][5:])))
+
+
+def _marker_names(there: Mapping[str, FileFacts]) -> list[str]:
+    """Names of the checkpoints with a marker."""
+    return [found[1] for name in there if (found := _MARKER.fullmatch(name))]
 
 
 def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, which: str) -> str | None:
@@ -307,7 +312,11 @@ def _bring_checkpoint(url: str, there: Mapping[str, FileFacts], local: Path, whi
         shutil.rmtree(stale)
     for attempt in range(_ATTEMPTS):
         try:
-            markers = _markers(url, there)
+            markers, listed = _markers(url, there), there
+            # A listing may be made of moments before and after a deletion: two that agree are not.
+            there = list_files(url)
+            if sorted(_marker_names(there)) != sorted(_marker_names(listed)):
+                raise FileNotFoundError(f"{url}: its checkpoints change while they are read: start again")
             for copy in files.checkpoints_by_step(local / CHECKPOINTS):
                 if files.examine(copy, check_hashes=False) != (markers.get(copy.name), None):
                     files.remove_checkpoint(copy)
