@@ -83,7 +83,7 @@ def test_another_run_can_begin_with_the_export() -> None:
     _, output = exported()
     onward = config_from_file(output / "config.yaml")
     assert onward.item_llm.pretrained == str(output / "item_llm")
-    assert trained_item_token(onward.item_llm.pretrained, fixtures.LLAMA["hidden_size"]) is not None
+    assert trained_item_token(onward.item_llm.pretrained, 16) is not None
     user = build_user_encoder(onward.user)
     assert torch.equal(user.backbone.norm.weight, load_file(output / "user_llm" / "model.safetensors")["norm.weight"])
 
