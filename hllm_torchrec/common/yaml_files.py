@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from hllm_torchrec.common.machine_errors import is_machine_error
+
 MAX_VALUES = 100_000
 """Limit on values after expansion: aliases (`*name`) can make a short file expand beyond memory or contain itself."""
 MAX_DEPTH = 200
@@ -63,6 +65,8 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (ValueError, OSError) as error:
+        if is_machine_error(error):
+            raise
         raise ValueError(f"not valid YAML: {error}") from error
     return parse_yaml(text)
 
