@@ -102,7 +102,7 @@ def workload(args: argparse.Namespace, config: "Config") -> tuple["Workload", di
             raise ValueError(
                 f"--rows {args.rows[0]}: {config.data.dataset} is prepared and has the numbers of rows: remove it"
             )
-        dataset = Dataset.open(config.data.dataset)
+        dataset = Dataset.open(config.data.dataset, config.data.version)
         tables = batch_spec_of(config, dataset).tables(dataset)
         counts = dataset.manifest["counts"]
         items, users = args.items or counts["items"], args.users or counts["users"]

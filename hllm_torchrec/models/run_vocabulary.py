@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hllm_torchrec.checkpoint.growth import MODEL
 from hllm_torchrec.checkpoint.layout import read_checkpoint_json
+from hllm_torchrec.checkpoint.safe_reader import SafeReader
 from hllm_torchrec.checkpoint.state import is_under
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.config.schema import Config
@@ -97,10 +99,15 @@ def check_vocabulary(config: Config, dataset: Dataset, checkpoint: Path, skip: C
     Raises:
         ValueError: a map of the checkpoint is not a prefix of the dataset's; names it and the first difference.
     """
-    names = [
-        name for name, weights in maps_read(config).items() if not all(is_under(weight, skip) for weight in weights)
-    ]
-    problems = coordination.run_on_rank_zero(lambda: _problems(dataset, checkpoint, names))
+
+    def compare() -> list[str]:
+        keys = [key.removeprefix(f"{MODEL}.") for key in SafeReader(checkpoint).read_tensors()]
+        loaded = [key for key in keys if not is_under(key, skip)]
+        read = maps_read(config).items()
+        names = [name for name, weights in read if any(is_under(key, weights) for key in loaded)]
+        return _problems(dataset, checkpoint, names)
+
+    problems = coordination.run_on_rank_zero(compare)
     if problems:
         raise ValueError(
             f"{checkpoint} was trained with other ids than those of {dataset.root}: {'; '.join(problems)}. Name the "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.checkpoint.growth import saved_table_rows
+from hllm_torchrec.checkpoint.growth import MODEL, saved_table_rows
 from hllm_torchrec.checkpoint.layout import MARKER
 from hllm_torchrec.checkpoint.load import best_checkpoint, load_checkpoint, verify_checkpoint
 from hllm_torchrec.checkpoint.remote_runs import local_checkpoint, local_run
@@ -37,6 +37,8 @@ OPTIONAL_PARTS = (
 )
 """Parts of the model that the other run may lack; it must have the Item LLM and the user encoder."""
 
+OPTIMIZER_GROUPS = ("dense", "tables", "ema")
+"""Groups of a checkpoint other than the weights."""
 _REMEDY = "Choose another run, or parts that keep their initial values (start_from_skip: [PART, ...])"
 
 
@@ -78,8 +80,8 @@ def warm_start(experiment: Experiment, checkpoint: Path) -> None:
     """
     skip = experiment.config.start_from_skip
     check_vocabulary(experiment.config, experiment.dataset, checkpoint, skip)
-    state = {"model": experiment.model_state()}
-    _check_parts(skip, state["model"])
+    state = {MODEL: experiment.model_state()}
+    _check_parts(skip, state[MODEL])
     extra = _load(checkpoint, state, skip)
     check_base_weights(extra, experiment.base_fingerprints, experiment.config, checkpoint)
     averaged = _averaged(checkpoint)
@@ -126,7 +128,8 @@ def _averaged(checkpoint: Path) -> set[str]:
 
 def _load(checkpoint: Path, state: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
     """Load all but the parts of `skip`; parts that one of both lacks may be missing."""
-    optional = [f"{group}.{part}" for group in state for part in (*OPTIONAL_PARTS, *skip)]
+    # A part may be frozen now that was trained before, or the reverse: state of optimizers may be missing, weights not.
+    optional = [*OPTIMIZER_GROUPS, *(f"{MODEL}.{part}" for part in (*OPTIONAL_PARTS, *skip))]
     left_out = [f"{group}.{part}" for group in state for part in skip]
     wanted: dict[str, dict[str, Any]] = {group: {} for group in state}
     for key, tensor in flatten(state).items():

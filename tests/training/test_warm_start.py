@@ -30,7 +30,16 @@ from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
 from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
-from tests.helpers.training_fixtures import assert_equal_weights, config, interrupted, lines, losses, train, weights
+from tests.helpers.training_fixtures import (
+    USER_LLAMA,
+    assert_equal_weights,
+    config,
+    interrupted,
+    lines,
+    losses,
+    train,
+    weights,
+)
 
 TABLES = "features.tables.embedding_bags."
 FACTORS = {"data__item_vectors": ["factors"]}
@@ -138,6 +147,16 @@ def test_a_resumed_run_stays_with_its_version(night: Path, caplog: pytest.LogCap
     ):
         build(settings(night, "again", resume=True, data__version=2))
     assert yaml.safe_load((again / "config.yaml").read_text())["data"]["version"] is None
+
+
+def test_a_part_may_be_frozen_or_be_new_in_the_next_run(night: Path) -> None:
+    options = {"start_from": night / "one", "start_from_optimizer": True}
+    build(settings(night, "two", user__trainable=False, **options))
+    build(settings(night, "two", objective__value_weight=0.1, **options))
+    more = build(settings(night, "two", **options, data__item_vectors=["factors"]))
+    assert len(rows(more, "item_id")) == 41 + NEW_ITEMS
+    with pytest.raises(ValueError, match=r"of another shape: .*model\.user\..*\. Choose another run, or parts"):
+        build(settings(night, "two", user__shape={**USER_LLAMA, "intermediate_size": 32}, **options))
 
 
 def test_the_next_night_resumes_exactly_too(night: Path) -> None:
