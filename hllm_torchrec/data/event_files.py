@@ -97,7 +97,9 @@ class EventFile:
             ValueError: a value is not allowed; names file, row, column and value.
         """
         events = self.rows(rows)
-        check_events(self.path, events, self.lengths[rows], table_rows)
+        first = int(rows[0]) if rows.size else 0
+        place = f"{self.path}, from row {first} on" if first else str(self.path)
+        check_events(place, events, self.lengths[rows], table_rows)
         return events.as_arrays()
 
     def rows(self, rows: Ints) -> Events:
@@ -107,14 +109,14 @@ class EventFile:
         return self.events[concat_ranges(self.offsets[rows], self.lengths[rows])]
 
 
-def check_events(place: object, events: Events, lengths: Ints, rows: TableRows) -> None:
+def check_events(place: str, events: Events, lengths: Ints, rows: TableRows) -> None:
     """Raise ValueError for a value that is not allowed in sequences of `lengths` events (see `read_sequences`)."""
     ends = np.cumsum(lengths)
     for column in EVENT_COLUMNS:
         values = getattr(events, column.name)
         if column.name == "labels":  # NaN: no label
             values = np.where(np.isnan(values), np.float32(0), values)
-        check_values(str(place), column.name, values, ends, rows)
+        check_values(place, column.name, values, ends, rows)
 
 
 def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, starts: Ints | None = None) -> None:

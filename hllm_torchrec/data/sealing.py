@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import replace_file
@@ -96,10 +97,11 @@ def read_contract(path: Path) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]}; known: {', '.join(_FIELDS)}")
     split = dict(raw["split"])
-    cuts, fractions = split.get("cut_timestamps"), split.get("fractions")
+    cuts: Any = split.get("cut_timestamps")
+    fractions: Any = split.get("fractions")
     if split.get("rule") not in ("time", "leave_one_out", "leave_last"):
         raise ValueError(f"{path}: split.rule is {abbreviate(split.get('rule'))}; time, leave_one_out or leave_last")
-    if split["rule"] == "time" and not (_numbers(cuts, 2, int) and cuts[0] <= cuts[1]):
+    if split["rule"] == "time" and not (_numbers(cuts, 2, int) and sorted(cuts) == cuts):
         raise ValueError(f"{path}: split.cut_timestamps must be the first second of valid, and that of test")
     if split["rule"] == "leave_last" and not _numbers(fractions, 3, int | float):
         raise ValueError(f"{path}: split.fractions must be three shares (train, valid, test)")
@@ -127,7 +129,8 @@ def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{root / name} is missing or a link; {_REMEDY}")
     hashes = hash_files([root / name for name in names], "checksums")
     files = {n: {"bytes": (root / n).stat().st_size, "sha256": hashes[root / n]} for n in names}
-    sizes, features = {}, {}
+    sizes: dict[str, int] = {}
+    features: dict[str, dict[str, Any]] = {}
     for kind in ("items", "users"):
         with error_location(root / f"{kind}.parquet", _REMEDY):
             table = pq.ParquetFile(root / f"{kind}.parquet")
@@ -218,7 +221,13 @@ def _check_sequences(dataset: Dataset) -> dict[str, Any]:
 
 
 def _check_group(
-    place: str, rows: Sequences, part: str, seen: Ints, lengths: Ints, hashes: Ints, split: dict[str, Any]
+    place: str,
+    rows: Sequences,
+    part: str,
+    seen: NDArray[np.bool_],
+    lengths: Ints,
+    hashes: NDArray[np.uint64],
+    split: dict[str, Any],
 ) -> None:
     """Check the rows of a row group against the parts before; `seen`, `lengths` and `hashes` are brought up to date."""
     users = rows.user_ids

@@ -38,6 +38,7 @@ APPENDS, BASES = "appends", "bases"
 _DRAFT = ".draft-"
 _NUMBERED = re.compile(r"\d{5,}")
 _LOCK = ".lock"
+_REMOVED = ".removed-"
 
 
 @contextmanager
@@ -45,8 +46,12 @@ def write_lock(root: Path) -> Iterator[None]:
     """Context manager that holds the lock of the dataset in `root`, and removes what a killed writer has left.
 
     Raises:
-        ValueError: another process holds it for longer than HLLM_LOCK_WAIT seconds; names it.
+        ValueError: `root` is no dataset, or another process holds the lock for longer than HLLM_LOCK_WAIT seconds.
     """
+    if not (root / MANIFEST).is_file():
+        raise ValueError(
+            f"{root} is not a prepared dataset: no {MANIFEST}. Make one with `hllm prepare --output {root}`"
+        )
     with hold_lock(root / _LOCK, f"{root}: another process is writing to this dataset", wait=lock_wait()):
         _sweep(root)
         yield
@@ -66,6 +71,7 @@ def _sweep(root: Path) -> None:
     for file in (root / VERSIONS).glob("*.json"):
         if _NUMBERED.fullmatch(file.stem) and int(file.stem) > newest:
             file.unlink()
+    _finish_removal(root)
 
 
 def newest_version(root: Path) -> int:
@@ -173,20 +179,30 @@ def remove_versions(root: Path, pinned: Collection[int] = ()) -> tuple[list[int]
 
     Only files that a removed version's manifest lists are removed. Returns the versions' numbers and the freed bytes.
     """
-    versions = kept_versions(root)
-    newest = newest_version(root)
+    versions, newest = kept_versions(root), newest_version(root)
     removed = [version for version in versions if version != newest and version not in pinned]
-    needed = {name for version in versions.keys() - removed for name in listed_files(versions[version])}
-    freed = 0
     for version in removed:
-        # The manifest first: a version that is listed is complete.
-        (root / VERSIONS / f"{version_name(version)}.json").unlink(missing_ok=True)
-        for name, facts in listed_files(versions[version]).items():
+        # The manifest first: a version that is listed is complete. A killed removal is finished by the next writer.
+        name = f"{version_name(version)}.json"
+        (root / VERSIONS / name).rename(root / VERSIONS / f"{_REMOVED}{name}")
+    return removed, _finish_removal(root)
+
+
+def _finish_removal(root: Path) -> int:
+    """Remove the files of removed versions that no kept version has; returns the freed bytes."""
+    manifests = sorted((root / VERSIONS).glob(f"{_REMOVED}*.json"))
+    if not manifests:
+        return 0
+    needed = {name for manifest in kept_versions(root).values() for name in listed_files(manifest)}
+    freed = 0
+    for path in manifests:
+        for name, facts in listed_files(json.loads(path.read_text(encoding="utf-8"))).items():
             if name not in needed and (root / name).is_file() and not (root / name).is_symlink():
                 (root / name).unlink()
                 freed += facts["bytes"]
                 _remove_empty(root, (root / name).parent)
-    return removed, freed
+        path.unlink()
+    return freed
 
 
 def _remove_empty(root: Path, folder: Path) -> None:

@@ -417,5 +417,8 @@ def test_the_command_appends_files_to_what_is_there(tmp_path, capsys):
     ):
         assert main([*given, *options]) == 2
         assert message in capsys.readouterr().err
+    assert main([*given[:-1], str(tmp_path / "nowhere"), "--append", str(tmp_path / "day.csv")]) == 2
+    assert "nowhere is not a prepared dataset: no manifest.json" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ValueError, match=r"--append x\.csv: ml-1m has its events in --path"):
         build_source("ml-1m", tmp_path, append=[Path("x.csv")])

@@ -1,5 +1,6 @@
 """Compacting, pruning and pinning of a dataset's versions; new bases by --extend and --overwrite."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.pins import pin_version, pinned_versions
 from hllm_torchrec.data.prepare import prepare
-from hllm_torchrec.data.versions import kept_versions
+from hllm_torchrec.data.versions import kept_versions, remove_versions, write_lock
 from hllm_torchrec.data.vocabulary import compute_marks, dataset_marks, map_problems
 from hllm_torchrec.launch.dataset import main
-from tests.data.test_append import append, everything, shop
+from tests.data.test_append import append, everything, shop, without_cleanup
+from tests.helpers.schedules import acting_before
 from tests.helpers.source_files import ITEMS, memory_source, random_events
 
 
@@ -139,6 +141,47 @@ def test_the_first_source_again_is_reused_unless_it_is_to_replace_what_was_appen
         prepare(source, root, extend=True)
     prepare(source, root, overwrite=True)
     assert (Dataset.open(root).version, Dataset.open(root).manifest["counts"]["events"]) == (5, 100)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_compacting_and_pruning_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    saved, root = grown(tmp_path, days=2), tmp_path / "killed"
+    seen = everything(Dataset.open(saved))
+    shutil.copytree(saved, root)
+
+    def fold_and_prune():
+        compact(root)
+        with write_lock(root):
+            remove_versions(root, {2})
+
+    fold_and_prune()
+    files = {p.relative_to(root) for p in root.rglob("*")}
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        dead.append(True)
+        raise Killed
+
+    k, dead = 1, [True]
+    while dead:
+        dead.clear()
+        shutil.rmtree(root)
+        shutil.copytree(saved, root)
+        try:
+            with without_cleanup(), acting_before(k, die, root):
+                fold_and_prune()
+        except Killed:
+            pass
+        for version in kept_versions(root):
+            if version in (3, 4):
+                assert everything(Dataset.open(root, version)) == seen, k
+        fold_and_prune()
+        assert {p.relative_to(root) for p in root.rglob("*")} == files, k
+        k += 5  # every fifth access
+    assert k > 60
 
 
 def test_pins_of_a_read_only_dataset_are_left_out(tmp_path, monkeypatch):
