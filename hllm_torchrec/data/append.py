@@ -142,8 +142,8 @@ def _check_split(split: Split | None, dataset: Dataset) -> None:
     rule = dataset.manifest["split"]["rule"]
     if split is not None and (split.rule != "date" or rule not in ("time", "date")):
         raise ValueError(
-            f"{dataset.root}: --append with split {split.rule}: the dataset is split by {rule}; only dates can move, of a "
-            "dataset split by time or date; leave the split out"
+            f"{dataset.root}: --append with split {split.rule}: the dataset is split by {rule}; only dates can move, of "
+            "a dataset split by time or date; leave the split out"
         )
 
 
@@ -333,8 +333,8 @@ def _manifest(
         if not min(seconds) < cuts[0].timestamp <= cuts[1].timestamp <= max(seconds):
             raise ValueError(
                 f"{dataset.root}: its events are from {text_of(min(seconds))} to {text_of(max(seconds))}: train until "
-                f"{text_of(cuts[0].timestamp)} and valid until {text_of(cuts[1].timestamp)} leave a part without events; "
-                "give dates between them"
+                f"{text_of(cuts[0].timestamp)} and valid until {text_of(cuts[1].timestamp)} leave a part without "
+                "events; give dates between them"
             )
         changes["split"] = cut_facts(split, cuts)
     return {

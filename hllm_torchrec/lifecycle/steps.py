@@ -156,10 +156,20 @@ def train_cut(dataset: Dataset, version: int) -> int:
 
 def train(night: Night) -> dict[str, Any]:
     """Train from the run before on what is new, or the first model on everything; goes on where it was killed."""
-    config = training_config(night)
-    trainer = build_trainer(config, night.device)
+    run_on_rank_zero(lambda: _check_start(night))
+    trainer = build_trainer(training_config(night), night.device)
     trainer.run()
     return {"run": str(night.run), "steps": trainer.step, "metrics": trainer.metrics}
+
+
+def _check_start(night: Night) -> None:
+    """Raise ValueError if another release was made current since the night began, as by a rollback."""
+    begun, current = night.state.facts("append")["start_from"], read_alias(night.folder, "current")
+    if current is not None and (begun is None or Path(begun).name != Path(current.run).name):
+        raise ValueError(
+            f"night {night.state.night} began from {begun}, and {night.folder / 'current'} is {current.name} now; remove "
+            f"{night.work} and {night.run} to begin it again from there"
+        )
 
 
 def training_config(night: Night) -> Config:

@@ -83,6 +83,9 @@ def test_a_done_night_is_not_repeated_and_a_rollback_decides_where_the_next_one_
     facts = world.state("day-05")["append"]
     assert Path(facts["start_from"]).name == "day-03" and facts["version"] == 4
     assert facts["train_since"] == world.state("day-03")["append"]["train_until"]
+    rollback_releases(world.nights, "day-04")
+    assert nightly.main(world.words("day-05")) == 2
+    assert "runs/day-03, and" in (said := capsys.readouterr().err) and "current is day-04 now; remove" in said
 
 
 @pytest.mark.slow
