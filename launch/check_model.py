@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.entry import CommandParser, entry_point, positive
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.models.model_report import report_model
 
-    print("\n".join(report_model(args.model, args.max_text_length).lines()))
+    say("\n".join(report_model(args.model, args.max_text_length).lines()))
 
 
 main = entry_point(build_parser, run)

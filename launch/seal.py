@@ -4,6 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data import sealing
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 from hllm_torchrec.launch.prepare import summary
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError, OSError: a file breaks a rule, or cannot be read.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(summary(sealing.seal(args.dataset).root))
+    say(summary(sealing.seal(args.dataset).root))
 
 
 main = entry_point(build_parser, run)
