@@ -10,7 +10,7 @@ import numpy as np
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.dataset_compaction import compact
-from hllm_torchrec.data.manifest import chain_base, listed_files
+from hllm_torchrec.data.manifest import chain_base, listed_files, read_manifest
 from hllm_torchrec.data.pins import pinned_versions, remove_stale_pins
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.versions import kept_versions, remove_versions, write_lock
@@ -77,6 +77,7 @@ def _moment(second: int) -> str:
 def prune(root: Path) -> str:
     """Remove versions; returns which, in words."""
     with write_lock(root):
+        read_manifest(root, check_files=False)  # of a damaged dataset nothing is removed
         remove_stale_pins(root)
         pins = pinned_versions(root)
         first = kept_versions(root).get(1)
