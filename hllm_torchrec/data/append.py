@@ -142,8 +142,8 @@ def _check_split(split: Split | None, dataset: Dataset) -> None:
     rule = dataset.manifest["split"]["rule"]
     if split is not None and (split.rule != "date" or rule not in ("time", "date")):
         raise ValueError(
-            f"{dataset.root}: --append with split {split.rule}: the dataset is split by {rule}; only dates can move, of "
-            "a dataset split by time or date; leave the split out"
+            f"{dataset.root}: --append with split {split.rule}: the dataset is split by {rule}; only dates can move, "
+            "of a dataset split by time or date; leave the split out"
         )
 
 

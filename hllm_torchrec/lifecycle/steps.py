@@ -167,8 +167,8 @@ def _check_start(night: Night) -> None:
     begun, current = night.state.facts("append")["start_from"], read_alias(night.folder, "current")
     if current is not None and (begun is None or Path(begun).name != Path(current.run).name):
         raise ValueError(
-            f"night {night.state.night} began from {begun}, and {night.folder / 'current'} is {current.name} now; remove "
-            f"{night.work} and {night.run} to begin it again from there"
+            f"night {night.state.night} began from {begun}, and {night.folder / 'current'} is {current.name} now; "
+            f"remove {night.work} and {night.run} to begin it again from there"
         )
 
 

@@ -121,8 +121,8 @@ BREAKS = (
     ),
     Break(
         "prepare: a dataset of other options is reused",
-        'if existing is not None and existing["request"] == request:',
-        "if existing is not None:",
+        'if existing is not None and existing["request"] == request and not replaces:',
+        "if existing is not None and not replaces:",
         ("tests/data/test_prepare.py",),
     ),
     # metrics
