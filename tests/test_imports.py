@@ -15,7 +15,8 @@ from tests.helpers.prediction_rows import columns, write_parquet
 from tests.helpers.training_fixtures import config, train
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["torch", "torchrec", "torch._dynamo", "transformers", "peft", "sklearn", "scipy", "pandas", "torchx"]
+HEAVY = ["torch", "torchrec", "torch._dynamo", "transformers", "peft", "sklearn", "scipy", "torchx"]
+"""Without pandas: Arrow imports it where it is installed, as it is for the tests."""
 OWN_MODEL = {"encoder": "hstu", "shape": {"width": 16, "layers": 1, "heads": 2}}
 SAYS_WHAT_IT_HAS = """
 import contextlib, importlib, io, json, sys

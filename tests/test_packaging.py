@@ -262,7 +262,7 @@ def test_training_runs_as_a_module(root: Path) -> None:
 def test_unknown_subcommand_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["trian"])
-    assert "invalid choice: 'trian' (choose from 'fetch', 'prepare', 'train'" in capsys.readouterr().err
+    assert "invalid choice: 'trian' (choose from 'fetch', 'prepare', 'dataset', " in capsys.readouterr().err
 
 
 GOOD = {"torch": "2.13.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.terminal import say
 
 WAIT = "HLLM_LOCK_WAIT"
 """Environment variable with the most seconds that a process waits for another one's lock."""
@@ -48,7 +49,7 @@ def hold_lock(file: Path, what: str, *, wait: float = 0.0) -> Iterator[None]:
             if left <= notice:
                 hint = f"; it was waited for {wait:.0f} seconds ({WAIT})" if wait else ""
                 raise Locked(f"{what} ({_holder(file)}): wait for it, or stop it{hint}") from None
-            print(f"waiting: {what} ({_holder(file)})", file=sys.stderr, flush=True)
+            say(f"waiting: {what} ({_holder(file)})", sys.stderr)
             notice = _NOTICES
     with held:
         _describe_self(file)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.common.machine_errors import is_disk_full, path_in_errors
 from hllm_torchrec.common.tensorboard_file import ScalarFile
+from hllm_torchrec.common.terminal import say
 
 #: Events that are repeated when a run resumes from an earlier checkpoint.
 _REPEATED_EVENTS = ("step", "eval", "skipped")
@@ -135,7 +136,7 @@ class RunLog:
         self._write_lines()
         if self._unwritten:
             lost = self._unwritten.count(b"\n")
-            print(f"{self._path}: the disk is full: the last {lost} lines are missing", file=sys.stderr, flush=True)
+            say(f"{self._path}: the disk is full: the last {lost} lines are missing", sys.stderr)
         self._file.close()
         self._file = None
         if self._scalars is not None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -284,6 +283,8 @@ class _Sparse:
     """Ratings as sparse matrices [R, N], of ones and of the values, and their transposes."""
 
     def __init__(self, ratings: Ratings, num_items: int) -> None:
+        import scipy.sparse as sp  # the import takes a fifth of a second, and most jobs fit nothing
+
         shape = ratings.offsets.size - 1, num_items
         cells = ratings.items, ratings.offsets
         self._ones = sp.csr_matrix((np.ones(ratings.items.size), *cells), shape)

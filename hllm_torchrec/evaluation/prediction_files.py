@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 from hllm_torchrec.data.validation import error_location
-from hllm_torchrec.distributed.array_collectives import gather_objects
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 NUMBERS = ("label", "weight", "history_length", "timestamp")
@@ -71,6 +70,8 @@ _Versions = dict[str, tuple[int, int, int]]
 
 
 def _require_unchanged(paths: Sequence[str | Path], before: _Versions, cause: Exception | None = None) -> None:
+    from hllm_torchrec.distributed.array_collectives import gather_objects  # imports torch
+
     now = _versions(paths)
     changed = next((name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)), None)
     if name := next(filter(None, gather_objects(changed)), None):

@@ -16,12 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SEARCHES = {
     "hllm_torchrec/data/collate.py": 2,  # of rows among those that are read
     "hllm_torchrec/data/dataset_compaction.py": 1,  # of files
+    "hllm_torchrec/data/item_statistics.py": 2,  # of items, and of an item's seconds before one
     "hllm_torchrec/data/loader.py": 2,  # of costs, of row groups
     "hllm_torchrec/data/merged_sequences.py": 1,  # of users
     "hllm_torchrec/data/split.py": 1,  # of digits
     "hllm_torchrec/data/validation.py": 1,  # of rows
     "hllm_torchrec/data/visibility.py": 2,
     "hllm_torchrec/downstream/dlrm_data.py": 1,  # of exposures by row
+    "hllm_torchrec/inference/exposure_times.py": 1,  # of stored moments of a user
+    "hllm_torchrec/inference/raw_ids.py": 1,  # of hashes
     "hllm_torchrec/store/segment.py": 2,  # of hashes, of files
 }
 """Searches in sorted arrays in all packages that know users' events: a new one says here what it searches."""
