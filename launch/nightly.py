@@ -26,7 +26,7 @@ REJECTED = 3
 def build_parser() -> CommandParser:
     """Build the command line parser, without the fields of the configuration."""
     parser = CommandParser(prog="hllm nightly", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", required=True, type=Path, help="YAML of the night; an option named after a field overrides it")
+    parser.add_argument("--config", required=True, type=Path, help="YAML of the night; options override its fields")
     night_help = "its name (default: the oldest one that was begun and not finished, else today's date, UTC)"
     parser.add_argument("--night", metavar="NAME", help=night_help)
     parser.add_argument(

@@ -39,7 +39,7 @@ _CAUSES = {
 _TABLES = {"duplicate_item": "items", "item_without_text": "items", "missing_id": ""}
 """The table of a kind's rows, if not the events; "": the one that is being read."""
 FEW_ROWS = 4
-"""Fewer bad rows of a kind are counted and said, but are no reason to refuse a table: in a small one they are chance."""
+"""Fewer bad rows of a kind are counted and said, and refuse no table: in a small one they are chance."""
 
 
 @dataclass(frozen=True)

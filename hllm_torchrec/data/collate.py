@@ -37,8 +37,8 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. The other names are those of `HybridBatch`; `target_query` and
-    `next_rows` are relative to the piece's first query and row until the pieces are joined.
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. The other names are those of `HybridBatch`;
+    `target_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
     history: Events

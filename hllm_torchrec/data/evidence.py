@@ -5,16 +5,16 @@ results: a linear layer on these numbers is already a strong ranking model, and 
 
 Groups of columns (`data.evidence` names them):
 
-- factors: the expected value of the item for this user by the linear-Gaussian model (`item_factors`), given the user's
-  visible events; and the item's bias in it.
+- factors: the expected value of the item for this user by the linear-Gaussian model (`item_factors`), given the
+  user's visible events; and the item's bias in it.
 - items: mean value of the item's earlier events of all users, less the overall mean and shrunk; log of their number.
-- users: mean residual of the user's visible events, shrunk, and of the last ten of them; log of their number; log of the
-  seconds since the last one. A residual is value - mean - item bias.
+- users: mean residual of the user's visible events, shrunk, and of the last ten of them; log of their number; log of
+  the seconds since the last one. A residual is value - mean - item bias.
 - neighbors: mean residual of the user's visible events, weighted by the similarity of their item's text embedding to
   the candidate's, less the user's own mean; for two sharpnesses of the weights.
 
-Training, evaluation, embedding and serving call one function, `Evidence.columns`, which reads events of strictly earlier
-seconds only. The factors are fitted to the training part, so the training exposures themselves would be predicted too
+Training, evaluation and serving call one function, `Evidence.columns`, which reads events of strictly earlier seconds
+only. The factors are fitted to the training part, so the training exposures themselves would be predicted too
 well: they are predicted by a fit without their user's fold (cross-fitting), all later ones by the fit of all users.
 
 Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
@@ -60,9 +60,9 @@ _EXPOSURES_AT_ONCE = 1024
 class EvidenceModel:
     """The fitted part of evidence; belongs to a run and does not change during it.
 
-    loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the users
-    of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]: mean and
-    standard deviation of each column over training exposures; weights [F], intercept: logistic regression of the labels
+    loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the
+    users of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]:
+    mean and standard deviation of each column over training exposures; weights [F], intercept: logistic regression of the labels
     on the columns; text_center [E]: mean text embedding, empty without neighbors. All float64.
     """
 

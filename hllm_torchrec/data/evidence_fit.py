@@ -93,7 +93,7 @@ def _last_training_second(dataset: Dataset) -> int:
 
 
 def _logistic_regression(x: Doubles, y: Doubles) -> Doubles:
-    """[F + 1] bias and weights on standardized columns [X, F] of labels [X] in [0, 1]: Newton steps, ridge on weights."""
+    """[F + 1] bias and weights of labels [X] in [0, 1] on standardized columns [X, F]: Newton, ridge on weights."""
     with_bias = np.column_stack([np.ones(len(x)), x])
     ridge = np.diag([1e-9, *np.full(x.shape[1], RIDGE)])
     beta = np.zeros(with_bias.shape[1])
