@@ -55,9 +55,7 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
 
     with distributed_device(config.timeout) as device:
         show = rank() == 0
-        state = run_night(
-            config, args.night, device, args.steps, lambda text: say(text) if show else None
-        )
+        state = run_night(config, args.night, device, args.steps, lambda text: say(text) if show else None)
     return REJECTED if state.is_rejected else 0
 
 

@@ -96,8 +96,6 @@ def load_rank_extra(path: Path) -> dict[str, Any] | None:
     return files.read_checkpoint_json(path / f"extra-rank{coordination.rank()}.json")
 
 
-
-
 def _compare(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Compare this rank's tensors (without tables that only other ranks have) with the checkpoint's.
 

@@ -62,8 +62,8 @@ class EvidenceModel:
 
     loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the
     users of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]:
-    mean and standard deviation of each column over training exposures; weights [F], intercept: logistic regression of the labels
-    on the columns; text_center [E]: mean text embedding, empty without neighbors. All float64.
+    mean and standard deviation of each column over training exposures; weights [F], intercept: logistic regression
+    of the labels on the columns; text_center [E]: mean text embedding, empty without neighbors. All float64.
     """
 
     loadings: Doubles

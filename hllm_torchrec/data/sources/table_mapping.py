@@ -77,9 +77,7 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
     new_only = append is not None  # the items and users of new events may all be known
     item_files = _find(path, items.path, "items.path", new_only)
     user_files = _find(path, users.path, "users.path", new_only) if users else ()
-    joined = [
-        (_find(path, join.path, f"items.join[{i}].path", new_only), join) for i, join in enumerate(items.join)
-    ]
+    joined = [(_find(path, join.path, f"items.join[{i}].path", new_only), join) for i, join in enumerate(items.join)]
     names = dict(enumerate(map(str, events.actions), start=1)) if events.action else {1: "event"}
     rule = "every event is positive" if events.label is None else f"{events.label}, 0 or 1"
     if events.label is not None and events.positive_from is not None:
