@@ -221,6 +221,7 @@ def test_mistakes_of_a_night_are_one_line(begun: Path, tmp_path: Path, capsys: p
     refused("held_out: 1.5: must be > 0 and < 1", held_out=1.5)
     refused("increment: output: is set by `hllm nightly`; leave it out", increment={"output": "runs/x"})
     refused("--optim.lrr: unknown option (did you mean 'optim.lr'?)", increment={"optim.lrr": 1})
+    refused("train_part: train_and_valid: a night selects", increment={"data.train_part": "train_and_valid"})
     refused("world/none is not a prepared dataset", dataset=str(world.root / "none"))
     refused("day-03.csv: no such mapping file", append={"path": str(world.root / "{night}.csv")})
     refused("day-02.csv: 0 events after", append={"path": str(world.root / "day-02.yaml")})
