@@ -16,10 +16,16 @@ from hllm_torchrec.data.user_table import UserTable, known_ids
 def changed_items(dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, words: dict[str, Vocabulary]) -> pa.Table:
     """New items, and known ones whose text, features or creation time differ, in the columns of `items.parquet`.
 
+    A source without creation times leaves those of known items as they were.
+
     item_ids: final id of each item number. New values of features are added to `words`.
     """
-    rows = encode_features(catalogue.source_rows(item_ids), words).sort_by("item_id")
-    return _without_equal(rows, dataset.items, "item_id")
+    rows, known = encode_features(catalogue.source_rows(item_ids), words).sort_by("item_id"), dataset.items
+    if "created_at" in known.column_names and "created_at" not in rows.column_names:
+        ids = rows["item_id"].to_numpy()
+        times = known["created_at"].take(pa.array(ids - 1, mask=ids > len(known)))
+        rows = rows.append_column("created_at", times)
+    return _without_equal(rows, known, "item_id")
 
 
 def changed_users(

@@ -356,7 +356,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
     base, added = len(tables[0]), np.concatenate([table[key].to_numpy() for table in tables[1:]])
     # Appends hold few changed rows, and new ones in order: then the tables follow each other.
     if np.array_equal(added, np.arange(base + 1, size + 1)):
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables, promote_options="default")  # a source may have no creation times
     if added.size and not 1 <= added.min() <= added.max() <= size:
         raise ValueError(f"{paths[-1]}: {key} must lie in 1..{size}; {REMEDY}")
     row = np.full(size, -1, np.int64)
@@ -364,7 +364,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
     row[added - 1] = base + np.arange(added.size)  # of repeated ids, the assignment keeps the last
     if (row < 0).any():
         raise ValueError(f"{paths[-1]}: {key} {int((row < 0).argmax()) + 1} is missing; {REMEDY}")
-    return pa.concat_tables(tables).take(pa.array(row))
+    return pa.concat_tables(tables, promote_options="default").take(pa.array(row))
 
 
 def base_rate(dataset: Dataset, since: int = 0) -> float:

@@ -36,13 +36,18 @@ def fit_evidence(
         delay: seconds from an event until it may be seen.
 
     Raises:
-        ValueError: all training values are equal.
+        ValueError: all training values are equal, or are without the users of a fold.
     """
     options = options or FactorOptions()
     ratings = training_ratings(dataset, options.max_users)
     folds = fold_of_users(ratings.user_ids)
-    fits = [fit_factors(ratings.of_users(folds != k), dataset.num_items, options) for k in range(FOLDS)]
-    fits.append(fit_factors(ratings, dataset.num_items, options))
+    others = [ratings.of_users(folds != k) for k in range(FOLDS)]
+    if any(one.values.size == 0 or np.ptp(one.values) == 0 for one in others):
+        raise ValueError(
+            f"{dataset.root}: {ratings.user_ids.size} training users with values, and without a fifth of them all "
+            "values are equal: evidence needs more of both; drop data.evidence"
+        )
+    fits = [fit_factors(one, dataset.num_items, options) for one in (*others, ratings)]
     width = evidence_width(names)
     unscaled = EvidenceModel(
         loadings=np.stack([fit.loadings for fit in fits]),

@@ -26,7 +26,11 @@ def pin_version(root: Path, version: int, run: Path | str) -> bool:
 
 
 def pinned_versions(root: Path) -> dict[int, list[str]]:
-    """Runs that exist by the version that they pin. A run at a URL, or one that cannot be looked for, exists."""
+    """Runs that exist by the version that they pin.
+
+    A run that cannot be looked for exists: one at a URL, or in a folder that is not here (another machine, a disk that
+    is not mounted). If it is gone, remove its pin.
+    """
     found: dict[int, list[str]] = {}
     for _, run, version in _pins(root):
         if _exists(run):
@@ -59,6 +63,8 @@ def _exists(run: str) -> bool:
     if url_of(run) is not None:
         return True
     try:
-        return (Path(run) / "config.yaml").exists() or (Path(run).is_dir() and any(Path(run).iterdir()))
-    except OSError:  # a disk that is not there at the moment: not a reason to remove its version
+        path = Path(run)
+        found = (path / "config.yaml").exists() or (path.is_dir() and any(path.iterdir()))
+        return found or not path.parent.is_dir()
+    except OSError:  # a disk that does not answer: not a reason to remove its version
         return True

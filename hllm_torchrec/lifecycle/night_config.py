@@ -106,7 +106,8 @@ class NightConfig:
         """The configuration of a night's training: of an increment, or of the first model.
 
         Raises:
-            ConfigError: `training` or `increment` are not of `hllm train`, or take item embeddings from a store.
+            ConfigError: `training` or `increment` are not of `hllm train`, take item embeddings from a store, or train
+                on valid.
         """
         given = dict(options)
         if increment:
@@ -117,6 +118,11 @@ class NightConfig:
             raise ConfigError(
                 f"{self.training}: item_embeddings: stored: a night's new items are in no store before it has trained; "
                 "write cached"
+            )
+        if config.data.train_part != "train":
+            raise ConfigError(
+                f"{self.training}: data.train_part: {config.data.train_part}: a night selects its checkpoint on valid, "
+                "and the next one trains on it; write train"
             )
         return config
 

@@ -165,7 +165,9 @@ def train(night: Night) -> dict[str, Any]:
 def _check_start(night: Night) -> None:
     """Raise ValueError if another release was made current since the night began, as by a rollback."""
     begun, current = night.state.facts("append")["start_from"], read_alias(night.folder, "current")
-    if current is not None and (begun is None or Path(begun).name != Path(current.run).name):
+    if current is None or current.name == night.state.night:  # the latter: killed after the aliases had moved
+        return
+    if begun is None or Path(begun).name != Path(current.run).name:
         raise ValueError(
             f"night {night.state.night} began from {begun}, and {night.folder / 'current'} is {current.name} now; "
             f"remove {night.work} and {night.run} to begin it again from there"
@@ -280,6 +282,7 @@ def publish_release(night: Night) -> dict[str, Any]:
 
 def _publish(night: Night) -> dict[str, Any]:
     _require_pass(night)
+    _check_start(night)  # a later night may have been published since: this one would take its place
     appended, embedded = night.state.facts("append"), night.state.facts("embed")
     release = Release(
         name=night.state.night,
@@ -298,7 +301,7 @@ def _publish(night: Night) -> dict[str, Any]:
 
 def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
     """Remove runs and releases of nights but the newest `keep`, `needed` ones and those that an alias names; and stores
-    that no release links to any more. Returns their names."""
+    that no release links to any more and no needed night has embedded into. Returns their names."""
     nights = sorted(path.name for path in (folder / RUNS).iterdir())
     kept = {*nights[-keep:], *needed, *named_releases(folder)}
     removed = [name for name in nights if name not in kept]
@@ -307,6 +310,8 @@ def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
             shutil.rmtree(path, ignore_errors=True)
     linked = [Release.read(path.parent) for path in (folder / RELEASES).glob("*/release.json")]
     stores = {path for release in linked for path in (release.items, release.users)}
+    embedded = [NightState.read(folder, name).done.get("embed", {}) for name in needed]
+    stores |= {str(Path(one[part]).resolve()) for one in embedded for part in ("items", "users") if one.get(part)}
     for path in (folder / STORES).glob("*-*"):
         if str(path.resolve()) not in stores:
             shutil.rmtree(path, ignore_errors=True)

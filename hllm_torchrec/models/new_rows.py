@@ -89,7 +89,8 @@ def write_rows(table: Any, first: int, rows: Tensor) -> None:
 def nearest_known(experiment: Experiment, known: int) -> NDArray[np.int64]:
     """Ids [new items, up to NEIGHBORS] of the known items nearest to each item from `known` on. Collective.
 
-    Nearest by cosine: of the Item LLM's embeddings, or without one of the items' bags of features.
+    Nearest by cosine: of the Item LLM's embeddings, or without one of the items' bags of features. Items that share no
+    value are no neighbors: the unknown id 0 takes their place.
     """
     number, at_once = min(NEIGHBORS, known - 1), max(1, _SIMILARITIES // known)
     embedded = experiment.encode_catalogue()
@@ -102,7 +103,8 @@ def nearest_known(experiment: Experiment, known: int) -> NDArray[np.int64]:
         bags = feature_bags(experiment.dataset, experiment.config.data.item_features)
         for first in range(known, bags.shape[0], at_once):
             block = (bags[first : first + at_once] @ bags[1:known].T).toarray()
-            nearest.append(np.argsort(-block, axis=1, kind="stable")[:, :number])
+            rows = np.argsort(-block, axis=1, kind="stable")[:, :number]
+            nearest.append(np.where(np.take_along_axis(block, rows, axis=1) > 0, rows, -1))
     return np.concatenate(nearest).astype(np.int64) + 1  # column 0 is item 1
 
 

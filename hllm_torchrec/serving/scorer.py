@@ -295,6 +295,8 @@ class Scorer:
         return f"{self._mark}/{self.new_items.name}" if (history.item_ids >= known).any() else self._mark
 
     def _check_state(self, user: UserState) -> None:
+        if (user.history.item_ids >= self.num_items).any():
+            self.refresh()  # the scorer that made it has read more of the journal
         mark = self._mark_of(user.history)
         if user.mark != mark:
             raise ValueError(

@@ -16,6 +16,7 @@ from hllm_torchrec.data import folding
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.event_files import EventFile
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.registry import build_source
@@ -212,6 +213,31 @@ def test_changed_texts_and_features_are_new_rows_of_their_items_alone(tmp_path):
     assert marks == compute_marks(dataset)
     assert map_problems(dataset_marks(first), dataset, marks) == []
     assert first.items["title"].to_pylist() == ["zero", "one", "two"]  # opened before, read after
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_creation_times_may_come_and_go(tmp_path, first, monkeypatch):
+    monkeypatch.setattr(folding, "FACTOR", 2)
+
+    def source(name: str, times: bool, events, items):
+        write_csv(tmp_path / name / "events.csv", [("user", "item", "time"), *events])
+        rows = [(item, title, 7)[: 2 + times] for item, title in items]
+        write_csv(tmp_path / name / "items.csv", [("item", "title", "made")[: 2 + times], *rows])
+        items = {"path": "items.csv", "item": "item", "text": ["title"]} | ({"created_at": "made"} if times else {})
+        path = tmp_path / name / "shop.yaml"
+        events = {"path": "events.csv", "user": "user", "item": "item", "time": "time"}
+        path.write_text(json.dumps({"name": "shop", "events": events, "items": items}))
+        return table(path)
+
+    events = [(f"u{n % 3}", f"i{n % 4}", n) for n in range(30)]
+    root = prepare(source("0", first, events, [(f"i{n}", f"t{n}") for n in range(4)]), tmp_path / "out")
+    append_events(source("1", not first, [("u1", "new", 40)], [("new", "n"), ("i1", "changed")]), root)
+    times = {True: [7, 7, 7, 7, None], False: [None, 7, None, None, 7]}[first]
+    for step in (lambda: append_events(source("2", first, [("u2", "i1", 50)], []), root), lambda: compact(root)):
+        assert Dataset.open(root).items["created_at"].to_pylist() == times
+        assert Dataset.open(root).text(["title"])["title"].to_pylist() == ["t0", "changed", "t2", "t3", "n"]
+        step()
+    assert Dataset.open(root).items["created_at"].to_pylist() == times
 
 
 def test_a_reader_keeps_its_version_and_any_version_can_be_opened(tmp_path):

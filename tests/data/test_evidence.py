@@ -1,6 +1,7 @@
 """Evidence: every column against a plain loop over the raw events, what it may see, and who predicts whom."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from hllm_torchrec.data.evidence import FOLDS, GROUPS, Evidence, EvidenceModel, 
 from hllm_torchrec.data.evidence_fit import fit_evidence
 from hllm_torchrec.data.item_factors import FactorOptions, event_values, fit_factors, training_ratings
 from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.split import SPLITS
 from tests.helpers import fixtures
+from tests.helpers.source_files import ITEMS, memory_source
 
 NAMES = tuple(GROUPS)
 QUICK = FactorOptions(factors=2, iterations=3)
@@ -140,3 +143,14 @@ def test_the_first_weights_are_the_logistic_regression_of_scikit_learn() -> None
     expected: Any = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(x, y)
     np.testing.assert_allclose(_logistic_regression(x, y), [*expected.intercept_, *expected.coef_[0]], atol=1e-5)
     assert evidence_width(NAMES) == 10
+
+
+@pytest.mark.parametrize("users", [1, 6])
+def test_folds_whose_other_users_tell_nothing_are_refused(tmp_path: Path, users: int) -> None:
+    # User 6 is alone in a fold, and the last user is the only one with different values.
+    assert np.bincount(fold_of_users(np.arange(1, 7)))[fold_of_users(np.array([6]))] == 1
+    rated = ((user, n, n % 5 + 1 if user == users else 5) for n in range(40) for user in range(1, users + 1))
+    events = [(f"u{user}", f"i{n % 5}", value, 9 * n + user) for user, n, value in rated]
+    root = prepare(memory_source(tmp_path / "shop", events, ITEMS), tmp_path / "data")
+    with pytest.raises(ValueError, match=f"{users} training users with values, and without a fifth .* drop data.evid"):
+        fit_evidence(Dataset.open(root), NAMES[:3], None, 0, QUICK)

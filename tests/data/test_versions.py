@@ -193,7 +193,10 @@ def test_pins_of_a_read_only_dataset_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert pin_version(root, 1, tmp_path / "run") is False
     monkeypatch.undo()
-    assert pin_version(root, 1, "s3://bucket/run") and pinned_versions(root) == {1: ["s3://bucket/run"]}
+    elsewhere = str(tmp_path / "no disk" / "runs" / "run")  # of another machine, or of a disk that is not mounted
+    for run in (tmp_path / "gone", "s3://bucket/run", elsewhere):
+        assert pin_version(root, 1, run)
+    assert sorted(pinned_versions(root)[1]) == sorted(["s3://bucket/run", elsewhere])
     (next((root / "pins").iterdir())).write_text("{")
     with pytest.raises(ValueError, match=r"pins/.*\.json is damaged .*remove it if its run is gone"):
         pinned_versions(root)

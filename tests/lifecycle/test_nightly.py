@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch import nightly, rollback
-from hllm_torchrec.lifecycle.night_state import STEPS
+from hllm_torchrec.lifecycle.night_config import NightConfig
+from hllm_torchrec.lifecycle.night_state import STEPS, NightState
 from hllm_torchrec.lifecycle.releases import Release, publish, read_alias
 from hllm_torchrec.lifecycle.releases import rollback as rollback_releases
-from hllm_torchrec.lifecycle.steps import held_out_split, remove_old
+from hllm_torchrec.lifecycle.steps import Night, held_out_split, publish_release, remove_old
 from hllm_torchrec.store.store import EmbeddingStore
 from tests.helpers.distributed import forks
 from tests.helpers.schedules import acting_before
@@ -120,6 +122,34 @@ def test_old_nights_are_removed_but_what_is_published_or_unfinished(tmp_path: Pa
     assert left == {"runs": names, "releases": names, "stores": [f"users-{name}" for name in names]}
 
 
+def embedded_night(folder: Path, name: str, start: str) -> NightState:
+    """A night that began from the run `start` and has only to be published."""
+    (folder / "stores" / f"users-{name}").mkdir(parents=True)
+    (folder / "runs" / name).mkdir(parents=True)
+    state = NightState.read(folder, name)
+    for step, facts in {
+        "append": {"version": 1, "start_from": str(folder / "runs" / start), "train_until": 1},
+        "evaluate": {"auc": {"new": 0.6}},
+        "gate": {"status": "pass"},
+        "embed": {"items": None, "users": str(folder / "stores" / f"users-{name}")},
+    }.items():
+        state = state.with_step(step, facts)
+    return state
+
+
+def test_a_night_that_was_overtaken_keeps_its_stores_and_takes_no_later_ones_place(tmp_path: Path) -> None:
+    config, device = NightConfig(folder=str(tmp_path)), torch.device("cpu")
+    publish(tmp_path, Release("a", str(tmp_path / "runs" / "a"), "/data", 1, 1))
+    late, next_one = (Night(config, embedded_night(tmp_path, name, "a"), device) for name in "bc")
+    assert publish_release(next_one) == {"release": "c", "removed": []}
+    with pytest.raises(ValueError, match="night b began from .*runs/a, and .*current is c now; remove"):
+        publish_release(late)
+    assert publish_release(next_one) == {"release": "c", "removed": []}  # killed before it was noted
+    rollback_releases(tmp_path)
+    publish_release(late)
+    assert (tmp_path / "current" / "users").is_dir()
+
+
 def test_two_processes_do_not_run_nights_of_one_folder(
     begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,6 +221,7 @@ def test_mistakes_of_a_night_are_one_line(begun: Path, tmp_path: Path, capsys: p
     refused("held_out: 1.5: must be > 0 and < 1", held_out=1.5)
     refused("increment: output: is set by `hllm nightly`; leave it out", increment={"output": "runs/x"})
     refused("--optim.lrr: unknown option (did you mean 'optim.lr'?)", increment={"optim.lrr": 1})
+    refused("train_part: train_and_valid: a night selects", increment={"data.train_part": "train_and_valid"})
     refused("world/none is not a prepared dataset", dataset=str(world.root / "none"))
     refused("day-03.csv: no such mapping file", append={"path": str(world.root / "{night}.csv")})
     refused("day-02.csv: 0 events after", append={"path": str(world.root / "day-02.yaml")})

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -146,6 +147,19 @@ def test_a_state_fits_the_model_and_the_journal_that_made_it(tmp_path: Path) -> 
     stranger = Scorer(experiment(tmp_path), journal=tmp_path / "a")
     with pytest.raises(ValueError, match="user .*: this state was made by another model"):
         stranger.score(states[0], [1], LATER)
+
+
+def test_a_state_with_new_items_fits_a_scorer_that_has_not_read_the_journal_yet(tmp_path: Path) -> None:
+    run, piece, journal = trained("early"), longest(), tmp_path / "noon.jsonl"
+    with ExitStack() as stack:
+        one, other, third = (
+            stack.enter_context(Scorer.of_run(run, "best", init_distributed(), journal=journal)) for _ in range(3)
+        )
+        one.add_items(["n1"], {"title": ["word1"]})
+        past = history(piece, 20)
+        state = one.read(replace(past, item_ids=np.append(past.item_ids[1:], one.item_ids(["n1"]))))
+        np.testing.assert_array_equal(other.score(state, [1, 2], LATER), one.score(state, [1, 2], LATER))
+        assert third.extend(state, history(piece, 21, 20)).mark == state.mark
 
 
 def test_raw_ids_are_texts_and_dense_ids_numbers(tmp_path: Path) -> None:
