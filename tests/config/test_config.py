@@ -119,7 +119,8 @@ def test_broken_rules_are_reported_together() -> None:
         "parallel.timeout: 0.0: must be > 0",
         "stages[0].epochs: 0.0: must be > 0",
         "stages[1].max_history: 1: must be >= 2",
-        "item_llm: pretrained=None, shape=None: give one of them (weights, or a shape for random ones)",
+        "item_llm: pretrained=None, shape=None: give one of them (weights, or a shape for random ones), "
+        "or item_llm.enabled: false for a model without texts",
         "user: pretrained=None, shape=None: give one of them (weights, or a shape for random ones)",
         "evaluation.retrieval: true without a generative loss: set objective.generative_weight above 0, "
         "or retrieval to false",
