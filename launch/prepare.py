@@ -131,6 +131,19 @@ def split_of(args: argparse.Namespace) -> Split:
     return Split(rule, tuple(args.fractions), args.hold_out_items, args.seed, *dates)
 
 
+def check_append_options(args: argparse.Namespace, rule: str) -> None:
+    """Raise ValueError if an option asks for what an append to a dataset split by `rule` does not do."""
+    if (args.train_until, args.valid_until) == (None, None) and args.split not in (None, rule):
+        raise ValueError(
+            f"--append --split {args.split}: the dataset is split by {rule}, and only dates can move (--train-until, "
+            "--valid-until); leave --split out"
+        )
+    if args.min_events:
+        raise ValueError(f"--append --min-events {args.min_events}: a k-core is one of all events; leave it out")
+    if args.hold_out_items:
+        raise ValueError(f"--append --hold-out-items {args.hold_out_items:g}: held-out items are fixed; leave it out")
+
+
 def summary(path: Path, name: str = "") -> str:
     """Printed summary of a prepared dataset; name: shown instead of its path."""
     manifest = read_manifest(path)
@@ -145,7 +158,8 @@ def summary(path: Path, name: str = "") -> str:
     for what in ("dropped", "kept"):
         if counts[what] and "version" not in manifest:
             lines.append(f"  {what}: {json.dumps(counts[what])}")
-    lines += [f"  {note}" for note in (*user_notes(manifest), *manifest.get("notes", ()))]
+    users = () if manifest.get("appends") else user_notes(manifest)  # of an append, `describe_append` says it
+    lines += [f"  {note}" for note in (*users, *manifest.get("notes", ()))]
     return "\n".join(lines)
 
 
@@ -155,6 +169,11 @@ def describe_append(entry: dict[str, Any]) -> str:
     lines = [f"  appended: {entry['events']:,} events of {entry['users']:,} users{late}"]
     for what in ("items", "users"):
         lines.append(f"  {what}: {entry[f'new_{what}']:,} new, {entry[f'changed_{what}']:,} changed")
+    if entry["new_users_without_features"]:
+        lines.append(
+            f"  caution: {entry['new_users_without_features']:,} of the new users have no features: they are not in "
+            "the append's user file. Give one that has all users (a later append with them adds the features)"
+        )
     lines += [f"  {what}: {json.dumps(entry[what])}" for what in ("dropped", "kept") if entry[what]]
     return "\n".join(lines)
 
@@ -175,6 +194,7 @@ def run(args: argparse.Namespace) -> None:
     policy = build_policy(source, args.bad_rows, args.bad_share)
     with writable_dataset(args.output) as folder:
         if args.append is not None:
+            check_append_options(args, read_manifest(folder)["split"]["rule"])
             moves_cuts = (args.train_until, args.valid_until) != (None, None)
             split = split_of(args) if moves_cuts else None
             entry = append_events(source, folder, policy=policy, split=split)

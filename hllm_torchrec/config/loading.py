@@ -98,7 +98,7 @@ def _build(cls: type, value: Any) -> Any:
     """Convert a Namespace or dict to a dataclass, recursively."""
     if dataclasses.is_dataclass(value):
         return value
-    data = vars(value) if isinstance(value, Namespace) else dict(value)
+    data = _entries(value) if isinstance(value, Namespace) else dict(value)
     kinds = {f.name: f for f in dataclasses.fields(cls)}
     built = {}
     for name, entry in data.items():
@@ -112,9 +112,17 @@ def _build(cls: type, value: Any) -> Any:
         elif isinstance(entry, list):
             entry = tuple(entry)
         elif isinstance(entry, Namespace):
-            entry = vars(entry)
+            entry = _entries(entry)
         built[name] = entry
     return cls(**built)
+
+
+def _entries(namespace: Namespace) -> dict[str, Any]:
+    """Entries by the names of their fields.
+
+    jsonargparse marks names that are methods of Namespace, such as `items`, with a character of width zero.
+    """
+    return {name.removeprefix("\u200b"): entry for name, entry in vars(namespace).items()}
 
 
 def to_dict(config: Any) -> Any:
@@ -122,7 +130,7 @@ def to_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Namespace):
-        return {name: to_dict(value) for name, value in vars(config).items() if name != "config"}
+        return {name: to_dict(value) for name, value in _entries(config).items() if name != "config"}
     return [to_dict(entry) for entry in config] if isinstance(config, tuple | list) else config
 
 

@@ -197,9 +197,10 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
     for name in LLM_SECTIONS:
         part = getattr(config, name)
         if part.has_backbone and (part.pretrained is None) == (part.shape is None):
+            without = ", or item_llm.enabled: false for a model without texts" if name == "item_llm" else ""
             yield (
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
-                "(weights, or a shape for random ones)"
+                f"(weights, or a shape for random ones){without}"
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Ints
@@ -239,6 +240,7 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
         "new_items": len(new_items),
         "changed_items": len(items) - len(new_items),
         "new_users": len(new_users),
+        "new_users_without_features": _number_without_features(new_users),
         "changed_users": len(users) - len(new_users),
         "dropped": dict(sorted(staged.log.dropped.items())),
         "kept": dict(sorted(staged.log.kept.items())),
@@ -255,6 +257,14 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
         dataset.num_items + len(new_items), dataset.num_users + len(new_users), changes["actions"]["number"]
     )
     return added, changes
+
+
+def _number_without_features(users: pa.Table) -> int:
+    """Number of users without a value of any feature; 0 if there is no feature."""
+    lengths = [
+        pc.list_value_length(users[name]).to_numpy() for name in users.column_names if name.startswith("feature_")
+    ]
+    return int((np.stack(lengths).max(axis=0) == 0).sum()) if lengths and len(users) else 0
 
 
 def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path) -> dict[str, Any]:

@@ -39,18 +39,13 @@ def read_events(
     source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator, writer: PartitionWriter
 ) -> list[Path]:
     """Write all accepted events, partitioned by user; return the partitions' paths."""
-    known, seen = len(catalogue), np.zeros(0, bool)
+    known = len(catalogue)
     with file_bar(source.event_files, "reading events") as bar:
         for chunk in source.events():
             log.read("events", chunk.path, chunk.table, chunk.dialect)
             log.facts["events"].is_labelled = source.is_labelled
-            table = _checked(chunk, source, catalogue, known, log, locate)
-            seen = np.concatenate([seen, np.zeros(len(catalogue) - len(seen), bool)])
-            seen[table["item"].to_numpy()] = True
-            writer.write(table)
+            writer.write(_checked(chunk, source, catalogue, known, log, locate))
             bar.update(chunk.size)
-    if "events" in log.facts and (idle := len(catalogue) - int(seen.sum())):
-        log.facts["events"].extra.append(f"{idle:,} of {len(catalogue):,} items have no event")
     log.check_shares()
     return writer.close()
 

@@ -213,7 +213,8 @@ def _look_at(output: Path, request: dict[str, Any], *, overwrite: bool, extend: 
     different = [key for key in request if manifest["request"].get(key) != request[key]]
     raise ValueError(
         f"{output} holds another dataset ({manifest['name']}; different: {', '.join(different)}). Choose "
-        "another folder, or overwrite it (--overwrite), or extend it and keep its ids (--extend)"
+        "another folder, or overwrite it (--overwrite), or keep its ids and add new events (--append) or a full "
+        "export (--extend)"
     )
 
 
@@ -234,7 +235,10 @@ def _run(
     """
     staged = stage(source, options.policy, options.partitions, scratch, old)
     partitions, users, catalogue, log = staged.partitions, staged.users, staged.catalogue, staged.log
-    user_counts, item_counts = _filter(partitions, options, len(users), len(catalogue), log)
+    user_counts, item_counts = partitions.counts(len(users), len(catalogue))
+    if "events" in log.facts and (idle := int((item_counts == 0).sum())):
+        log.facts["events"].extra.append(f"{idle:,} of {len(catalogue):,} items have no event")
+    user_counts, item_counts = _filter(partitions, options, (user_counts, item_counts), log)
     total = int(user_counts.sum())
     if total == 0:
         raise ValueError(f"{source.name}: no event is left; check the event file, the policy and min_events")
@@ -265,17 +269,15 @@ def _run(
 def _filter(
     partitions: SortedPartitions,
     options: _Options,
-    num_users: int,
-    num_items: int,
+    counts: tuple[np.ndarray, np.ndarray],
     log: BadRowLog,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Apply the k-core, if any; return the remaining events per user number and per item number."""
-    counts = partitions.counts(num_users, num_items)
+    """Apply the k-core, if any, to events of these counts; return what remains per user number and item number."""
     k = options.min_events
     if k <= 1:
         return counts
     core_filter(partitions, counts, k, iterative=options.core == "iterative")
-    after = partitions.counts(num_users, num_items)
+    after = partitions.counts(len(counts[0]), len(counts[1]))
     log.dropped[f"outside_{k}_core"] += int(counts[0].sum() - after[0].sum())
     return after
 

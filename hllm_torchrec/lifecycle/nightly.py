@@ -35,6 +35,7 @@ def run_night(
     with ExitStack() as stack:
         run_on_rank_zero(partial(_enter_lock, stack, folder))
         name = run_on_rank_zero(lambda: check_night(night or _next_night(folder)))
+        is_idle = True
         for step in STEPS:
             state = run_on_rank_zero(lambda: NightState.read(folder, name))
             if step not in steps or step in state.done:
@@ -44,7 +45,11 @@ def run_night(
             facts = RUN_STEP[step](Night(config, state, device))
             run_on_rank_zero(partial(state.with_step, step, facts))
             report(f"{name}: {step}: {describe(facts)}")
-        return run_on_rank_zero(lambda: NightState.read(folder, name))
+            is_idle = False
+        state = run_on_rank_zero(lambda: NightState.read(folder, name))
+        if is_idle:
+            report(f"{name}: nothing is left to do; done before: {', '.join(state.done)}")
+        return state
 
 
 def _enter_lock(stack: ExitStack, folder: Path) -> None:

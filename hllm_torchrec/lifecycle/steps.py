@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
@@ -75,6 +76,14 @@ def append(night: Night) -> dict[str, Any]:
 
 def _append(night: Night) -> dict[str, Any]:
     config, source = night.config, _source(night.config, night.state.night)
+    # The run that this night starts from is the published one; without one, that of the configuration, which was
+    # trained on the version before.
+    last = read_alias(night.folder, "current")
+    if last is not None and not Path(last.run).is_dir():
+        raise ValueError(
+            f"{night.folder}/current: its run {last.run} is gone; publish another release: hllm rollback --folder "
+            f"{night.folder}"
+        )
     dataset = Dataset.open(config.dataset)
     version = version_of_source(dataset, source)
     if version is None:
@@ -82,9 +91,6 @@ def _append(night: Night) -> dict[str, Any]:
         append_events(source, dataset.root, split=split)
         version = version_of_source(Dataset.open(config.dataset), source)
         assert version is not None, "events after the last one are new"
-    # The run that this night starts from is the published one; without one, that of the configuration, which was
-    # trained on the version before.
-    last = read_alias(night.folder, "current")
     return {
         "version": version,
         "start_from": config.start_from if last is None else last.run,
@@ -158,7 +164,13 @@ def train(night: Night) -> dict[str, Any]:
     """Train from the run before on what is new, or the first model on everything; goes on where it was killed."""
     run_on_rank_zero(lambda: _check_start(night))
     trainer = build_trainer(training_config(night), night.device)
-    trainer.run()
+    try:
+        trainer.run()
+    except Preempted as request:
+        raise Preempted(
+            f"asked to leave after step {trainer.step}, which is saved: start the same command again",
+            interrupted=request.interrupted,
+        ) from None
     return {"run": str(night.run), "steps": trainer.step, "metrics": trainer.metrics}
 
 

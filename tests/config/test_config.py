@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from hllm_torchrec.common.errors import ConfigError
-from hllm_torchrec.config.loading import config_from_file, load_config, save_config, to_dict
+from hllm_torchrec.config.loading import config_from_file, load_config, load_dataclass, save_config, to_dict
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.lifecycle.night_config import NightConfig
 
 USER = "{model_type: llama, hidden_size: 8}"
 VALID = ["--user.shape", USER, "--item_llm.enabled", "false"]
@@ -118,7 +119,8 @@ def test_broken_rules_are_reported_together() -> None:
         "parallel.timeout: 0.0: must be > 0",
         "stages[0].epochs: 0.0: must be > 0",
         "stages[1].max_history: 1: must be >= 2",
-        "item_llm: pretrained=None, shape=None: give one of them (weights, or a shape for random ones)",
+        "item_llm: pretrained=None, shape=None: give one of them (weights, or a shape for random ones), "
+        "or item_llm.enabled: false for a model without texts",
         "user: pretrained=None, shape=None: give one of them (weights, or a shape for random ones)",
         "evaluation.retrieval: true without a generative loss: set objective.generative_weight above 0, "
         "or retrieval to false",
@@ -252,6 +254,19 @@ def test_the_printed_configuration_loads_equal(tmp_path: Path, capsys: pytest.Ca
         load_config([*FULL, "--print_config"])
     assert exited.value.code == 0
     assert load_config(write(tmp_path, capsys.readouterr().out)) == load_config(FULL)
+
+
+def test_fields_named_like_methods_of_the_parser_are_read_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "append: {items: new.csv}\nstores: {items: false}\n")
+    night = load_dataclass(NightConfig, file, prog="nightly", description="")
+    assert (night.append.items, night.stores.items) == ("new.csv", False)
+    assert load_dataclass(NightConfig, ["--stores.items=false"], prog="nightly", description="").stores.items is False
+    with pytest.raises(SystemExit):
+        load_dataclass(NightConfig, [*file, "--print_config"], prog="nightly", description="")
+    printed = write(tmp_path, capsys.readouterr().out)
+    assert load_dataclass(NightConfig, printed, prog="nightly", description="") == night
 
 
 def test_plain_form_survives_json() -> None:

@@ -445,10 +445,13 @@ def test_the_command_appends_files_to_what_is_there(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "d: 43 events, 6 users, 4 items, version 2" in printed
     assert "appended: 3 events of 2 users, 2 of them late" in printed and "users: 1 new, 0 changed" in printed
+    assert "have no event" not in printed and "no features" not in printed, "a day need not show every item"
     assert main([*given, "--append", str(tmp_path / "day.csv")]) == 0
     assert Dataset.open(tmp_path / "d").version == 2
     for options, message in (
         (["--append", "--extend"], "--append and --extend exclude each other; give one of them"),
+        (["--append", "--split", "leave_one_out"], "--append --split leave_one_out: "),
+        (["--append", "--min-events", "5"], "--append --min-events 5: a k-core is one of all events"),
         (["--append", str(tmp_path / "none.csv")], "none.csv is no file; correct the path"),
     ):
         assert main([*given, *options]) == 2
@@ -458,3 +461,37 @@ def test_the_command_appends_files_to_what_is_there(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
     with pytest.raises(ValueError, match=r"--append x\.csv: ml-1m has its events in --path"):
         build_source("ml-1m", tmp_path, append=[Path("x.csv")])
+
+
+def test_new_users_that_the_appended_user_file_lacks_are_said_and_a_later_file_adds_their_features(tmp_path, capsys):
+    write_csv(tmp_path / "e.csv", [("user", "item", "time"), *((f"u{n % 5}", f"i{n % 4}", n) for n in range(40))])
+    write_csv(tmp_path / "i.csv", [("item", "title"), *((f"i{n}", f"title {n}") for n in range(4))])
+    users = [("user", "country"), *((f"u{n}", "de") for n in range(7))]
+    write_csv(tmp_path / "u.csv", users)
+    mapping = {
+        "name": "t",
+        "events": {"path": "e.csv", "user": "user", "item": "item", "time": "time"},
+        "items": {"path": "i.csv", "item": "item", "text": ["title"]},
+        "users": {"path": "u.csv", "user": "user", "features": {"country": None}},
+    }
+    (tmp_path / "m.yaml").write_text(json.dumps(mapping))
+    given = ["--source", "table", "--path", str(tmp_path / "m.yaml"), "--output", str(tmp_path / "d")]
+    assert main(given) == 0
+    assert "2 rows of the user file are of users without events" in capsys.readouterr().out
+    write_csv(tmp_path / "u.csv", [("user", "country"), ("u7", "fr")])
+    for day, (files, note) in enumerate(
+        (([("u5", 50), ("u6", 51), ("u7", 52)], "caution: 2 of"), ([("u8", 60)], "1 of"))
+    ):
+        write_csv(
+            tmp_path / f"{day}.csv", [("user", "item", "time"), *((user, "i1", second) for user, second in files)]
+        )
+        assert main([*given, "--append", str(tmp_path / f"{day}.csv")]) == 0
+        printed = capsys.readouterr().out
+        assert f"{note} the new users have no features" in printed and "without events" not in printed
+    write_csv(tmp_path / "u.csv", users)
+    write_csv(tmp_path / "2.csv", [("user", "item", "time"), ("u1", "i1", 70)])
+    assert main([*given, "--append", str(tmp_path / "2.csv")]) == 0
+    assert "users: 0 new, 2 changed" in (printed := capsys.readouterr().out) and "no features" not in printed
+    found = Dataset.open(tmp_path / "d").users
+    countries = dict(zip(found["raw_user_id"].to_pylist(), found["feature_country"].to_pylist(), strict=True))
+    assert countries["u5"] == countries["u6"] == countries["u1"] and len(countries["u5"]) == 1 and not countries["u8"]

@@ -1,6 +1,8 @@
 """The night as one job: what two nights do, steps alone, a rejected model, and kills anywhere."""
 
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,8 @@ def test_a_done_night_is_not_repeated_and_a_rollback_decides_where_the_next_one_
 ) -> None:
     world = after_two.copy(tmp_path / "world")
     capsys.readouterr()
-    assert nightly.main(world.words("day-04")) == 0 and capsys.readouterr().out == ""
+    assert nightly.main(world.words("day-04")) == 0
+    assert capsys.readouterr().out == f"day-04: nothing is left to do; done before: {', '.join(STEPS)}\n"
     assert rollback.main(["--folder", str(world.nights)]) == 0
     assert "current: day-03 (was day-04)" in capsys.readouterr().out
     assert nightly.main(world.words("day-05", "--steps", "append")) == 0
@@ -158,6 +161,32 @@ def test_two_processes_do_not_run_nights_of_one_folder(
     with hold_lock(world.nights / "night.lock", "this test"):
         assert nightly.main(world.words("day-03")) == 2
     assert "nights: another process runs a night here (process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_night_without_the_published_run_appends_nothing_and_names_the_remedy(
+    after_one: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = after_one.copy(tmp_path / "world")
+    shutil.rmtree(world.nights / "runs" / "day-03")
+    assert nightly.main(world.words("day-04")) == 2
+    assert f"runs/day-03 is gone; publish another release: hllm rollback --folder {world.nights}" in (
+        capsys.readouterr().err
+    )
+    assert Dataset.open(world.dataset).version == 2
+
+
+@pytest.mark.slow
+def test_an_interrupted_night_says_how_it_goes_on(
+    after_one: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = after_one.copy(tmp_path / "world")
+    run = world.nights / "runs" / "day-04"
+    with acting_before(12, lambda: os.kill(os.getpid(), signal.SIGINT), run):
+        assert nightly.main(world.words("day-04")) == 130
+    assert "which is saved: start the same command again" in capsys.readouterr().err
+    destroy_distributed()
+    assert nightly.main(world.words("day-04")) == 0 and list(world.state("day-04")) == list(STEPS)
 
 
 def killed_night(words: list[str], access: int, folder: str) -> None:
