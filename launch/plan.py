@@ -155,6 +155,8 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
     from hllm_torchrec.planning.model_configs import with_model_configs
 
     item, found = config.item_llm, []
+    if not item.enabled:
+        return None
     is_here = item.pretrained is not None and (Path(item.pretrained) / "config.json").is_file()
     form = text_format("item_llm", item if is_here else with_model_configs(config).item_llm)
     for path in root.glob("tokens/*/store.json"):

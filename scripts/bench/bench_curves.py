@@ -108,7 +108,7 @@ class _Sizes:
     """What a collator asks of a dataset."""
 
     def __init__(self, items: int) -> None:
-        self.num_items = items + 1
+        self.num_items = self.num_table_items = items + 1
         self.action_values = np.full(2, np.nan)  # one action, without a number
         self.manifest: dict[str, Any] = {"split": {}}  # nothing is held out
 

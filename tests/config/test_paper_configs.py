@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
@@ -86,7 +85,7 @@ def test_tables_of_the_hybrid_variant_are_planned_for_32_gpus(path, ranks_32, mo
     )
     with torch.device("meta"):
         model = build_model(config, {"item_id": 700_000}, base_rate=0.5)
-    plan = plan_table_sharding(model, TableSettings.of(config), torch.device("cuda"), EmbeddingBagCollectionSharder())
+    plan = plan_table_sharding(model, TableSettings.of(config), torch.device("cuda"))
     tables = plan.plan["features.tables"]
     assert tables["time_year"].sharding_type != "data_parallel"  # 2,100 rows: above features.shard_from_rows
     assert tables["time_second"].sharding_type == "data_parallel"

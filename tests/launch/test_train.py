@@ -89,7 +89,13 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
     output = tmp_path / "run"
     result = run([sys.executable, "-m", MODULE, *arguments(output)], root, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in output.iterdir()} == {"config.yaml", "log.jsonl", "checkpoints", "tensorboard"}
+    assert {path.name for path in output.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "log.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
     assert config_from_file(output / "config.yaml") == config(output)
     assert len(losses(output)) == 8 and "auc" in lines(output, "eval")[0]
     assert "trained 8 steps, 8 of them (100%) end to end through the Item LLM; moved: item_llm " in result.stdout
