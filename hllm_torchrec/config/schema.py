@@ -97,7 +97,7 @@ class DataConfig:
     the training part when the run starts, and kept with it) or the name of a float32 array [N, V] in
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
-    """What simple predictors say about each exposure from strictly earlier events, added to its logit and read by the
+    """Results of simple predictors for each exposure, from strictly earlier events, added to its logit and read by the
     head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors (the last needs a frozen Item
     LLM)."""
     id_dropout: float = 0.0

@@ -165,7 +165,7 @@ def _one_by_one(plain: "PreTrainedModel", token: Tensor) -> Tensor:
 def _difference(
     config: "PreTrainedConfig", plain: "PreTrainedModel", reading: TextReading, want: _Encoded
 ) -> str | None:
-    """How our embeddings differ from `want`, in words; None if they agree."""
+    """Difference of our embeddings from `want`, in words; None if they agree."""
     try:
         model = _same_weights(config, plain, PACKED_ATTENTION if reading.arrangement == "packed" else None)
         model.hllm_reading = reading
@@ -191,7 +191,7 @@ def _same_weights(
 
 
 def _by_item_llm(model: "PreTrainedModel", token: Tensor) -> Tensor:
-    """What `_one_by_one` computes, by the Item LLM on all texts at once; [ITEM] with a shared prefix if it can."""
+    """The result of `_one_by_one`, by the Item LLM on all texts at once; [ITEM] with a shared prefix if it can."""
     texts = sample_texts()
     offsets = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
     rows = []

@@ -48,7 +48,7 @@ def directed(config: "PreTrainedConfig", causal: bool | None) -> "PreTrainedConf
 
 
 def is_causal(config: "PreTrainedConfig") -> bool:
-    """Whether transformers' model reads a text from left to right. Raises like `text_reading`."""
+    """True if transformers' model reads a text from left to right. Raises like `text_reading`."""
     return _is_causal(config_key(config))
 
 
@@ -174,7 +174,7 @@ def sample_texts() -> list[Tensor]:
 
 
 def reads_causally(plain: "PreTrainedModel") -> bool:
-    """Whether the states before a text's last token are the same whatever that token is."""
+    """True if the states before a text's last token are the same whatever that token is."""
     text = sample_texts()[0]
     other = text.clone()
     other[-1] = _FIRST_WORD if text[-1] != _FIRST_WORD else _FIRST_WORD + 1

@@ -1,4 +1,4 @@
-"""How an Item LLM reads and pools an item's text: the configuration's word, else what its checkpoint says of itself.
+"""Reading and pooling of an item's text by an Item LLM: as configured, else as its checkpoint says of itself.
 
 A directory of sentence-transformers says how its vectors are made: `modules.json` names its parts, `1_Pooling` the
 pooling, `config_sentence_transformers.json` the prompts. Options of the configuration that are null follow it; an
@@ -50,7 +50,7 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class SentenceFormat:
-    """What a directory of sentence-transformers says. pooling: None if it is none of ours, `says` is then its name."""
+    """Settings of a sentence-transformers directory. pooling: None if it is none of ours, `says` is then its name."""
 
     pooling: Pooling | None
     says: str
