@@ -89,7 +89,7 @@ def install_finder() -> None:
 
 
 def is_checkout(folder: Path) -> bool:
-    """Whether a folder is the root of a checkout."""
+    """True if a folder is the root of a checkout."""
     parts = ("setup.py", "modules/__init__.py", "hllm_torchrec/__init__.py")
     return all((folder / part).is_file() for part in parts)
 

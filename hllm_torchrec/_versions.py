@@ -19,7 +19,7 @@ class Release(NamedTuple):
     torchrec: str
     fbgemm: str
     triton: str
-    """What torch's CUDA build requires; on a CPU the tests run its interpreter and its compiler."""
+    """Requirement of torch's CUDA build; on a CPU the tests run its interpreter and its compiler."""
 
 
 #: Supported releases by torch's minor version, oldest first; the last is what is installed by default.
@@ -60,7 +60,7 @@ def installed() -> dict[str, str]:
 
 
 def find_version_problem(versions: dict[str, str]) -> str | None:
-    """What is wrong with these versions, in words, or None.
+    """Problem of these versions, in words, or None.
 
     Args:
         versions: package name -> version, as `installed` gives it.

@@ -20,7 +20,6 @@ well: they are predicted by a fit without their user's fold (cross-fitting), all
 Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
 """
 
-import secrets
 from copy import copy
 from dataclasses import dataclass, fields
 from hashlib import blake2b
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints
+from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints, save_arrays
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.item_factors import ItemFactors, event_values
@@ -92,10 +91,7 @@ class EvidenceModel:
 
     def save(self, folder: Path) -> None:
         """Write `evidence.npz` into a run directory."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{secrets.token_hex(4)}-{FILE}"  # renamed: a file of the final name is complete
-        np.savez(temporary, **vars(self))
-        temporary.replace(folder / FILE)
+        save_arrays(folder / FILE, vars(self))
 
     @classmethod
     def load(cls, folder: Path) -> "EvidenceModel | None":

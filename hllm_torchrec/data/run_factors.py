@@ -5,7 +5,6 @@ that came later are folded in: their loading and bias are the closed-form ridge 
 which are computed from known items only. A run that starts from another takes its factors over, new items included.
 """
 
-import secrets
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hllm_torchrec.common.arrays import AnyFloats, Ints
+from hllm_torchrec.common.arrays import AnyFloats, Ints, save_arrays
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.item_factors import (
     MEAN_LOADING,
@@ -100,11 +99,8 @@ class RunFactors:
 
     def save(self, folder: Path) -> None:
         """Write `factors.npz` into a run directory."""
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{secrets.token_hex(4)}-{FILE}"  # renamed: a file of the final name is complete
         own: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "model"}
-        np.savez(temporary, **vars(self.model), **own)
-        temporary.replace(folder / FILE)
+        save_arrays(folder / FILE, vars(self.model) | own)
 
     @classmethod
     def load(cls, folder: Path) -> "RunFactors | None":
