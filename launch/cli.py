@@ -15,6 +15,7 @@ COMMANDS = {
     "seal": "check a dataset that another program wrote (Spark, Ray, SQL), and write its manifest",
     "train": "train a model from a configuration, as a single process or as one rank under torchrun or TorchX",
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
+    "calibrate": "fit a run's probabilities to its validation part, for evaluation and the scorer",
     "baselines": "fit and score the baselines on the same exposures",
     "embed": "write new and changed item and user embeddings into stores",
     "nightly": "append a day, train on it, compare with the published model, embed and publish, as one job",

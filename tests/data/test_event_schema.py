@@ -121,7 +121,10 @@ def test_no_source_file_names_a_declared_column() -> None:
             r"events\.labels\.like\.transform: only for kind regression; leave it out",
         ),
         ({"labels": {"click": {"kind": "binary", "colum": "x"}}}, r"unknown key 'colum'; did you mean column\?"),
-        ({"context": {"device": "category"}}, r"events\.context\.device\.kind is 'category'; choose one of categorical"),
+        (
+            {"context": {"device": "category"}},
+            r"events\.context\.device\.kind is 'category'; choose one of categorical",
+        ),
         ({"context": {"click": "categorical"}}, r"'click' names two columns of events; give each its own name"),
         ({"label": "click"}, r"events\.labels replaces events\.label and events\.positive_from; leave these out"),
     ],
