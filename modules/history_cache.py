@@ -120,3 +120,7 @@ def check_encoder(encoder: UserEncoder) -> None:
             f"{option}: a cached history would change with every new event; train with "
             f"{'event' if encoder.query_next_time else 'start'!r}"
         )
+    if encoder.context_sees_history:
+        raise ArgumentError(
+            "prefix_mask: 'history': a cached history would change with every new event; train with 'context'"
+        )

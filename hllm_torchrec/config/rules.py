@@ -246,6 +246,12 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
             "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
             "write start"
         )
+    if getattr(shape, "prefix_mask", "context") == "history":
+        yield (
+            "user.shape.prefix_mask: 'history': training and evaluation read many moments of a history in one "
+            "pass, and each would see the future through the context; write context (history is for models built in "
+            "Python)"
+        )
     if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "

@@ -135,6 +135,8 @@ class UserEncoder(nn.Module, ABC):
         """The Hugging Face model of the encoder, or None."""
         self.context_prefix = 0
         """Number of positions at the start of a history that see one another, and so must be read in one call."""
+        self.context_sees_history = False
+        """True if those positions see the whole history, so that every later position sees the future through them."""
         self.recompute = False
         """Activation checkpointing: if True, each layer runs again in the backward pass."""
 
