@@ -400,6 +400,11 @@ class EvaluationConfig:
     fusion `none`: NDCG at the first of `ks`); 0: never."""
     batch_users: int = 16
     """User pieces per rank and step."""
+    history: Literal["request", "split"] = "request"
+    """Events that an exposure of a user with more than `data.max_history` events sees in a dataset split by time.
+    request: a function of the events before it alone, as in the scorer (`window_start`); split: those from half of
+    `data.max_history` before the user's first exposure of the split on, as in runs of earlier versions, which keep
+    it."""
     auc: Literal["exact", "approximate"] = "exact"
     """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False

@@ -147,13 +147,15 @@ class Experiment:
     ) -> Loader:
         """Batches of a split on this rank; training ones of the events that `data.train_part` names.
 
-        Outside of training, where exposures see earlier positions (leave one out), they see as much as
-        `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
+        Outside of training exposures see what the scorer's requests see: see `evaluation.history`; where they see
+        earlier positions (leave one out), as much as `max_history` allows. batch_item_tokens: see
+        `data.batch_item_tokens`.
         """
         whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
         # + 1: the [ITEM] token that the Item LLM appends to each text.
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
+        by_position = self.batch_spec.visibility == "position"
         shortening = None
         if training and data.stochastic_length:
             shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
@@ -176,7 +178,8 @@ class Experiment:
             batch_cost=batch_item_tokens,
             item_costs=costs,
             all_events=whole,
-            extend_history=not training and self.batch_spec.visibility == "position",
+            extend_history=not training and by_position,
+            as_requests=not training and not by_position and self.config.evaluation.history == "request",
             since=second_of(data.train_since or 0) if training else 0,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,

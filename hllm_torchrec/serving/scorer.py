@@ -8,7 +8,7 @@
         scorer.add_items(["s41"], {"title": ["A new book"]})   # an item that came after `hllm prepare`
 
 Features come from the collator and the model of training, and the scores equal those of `hllm evaluate` for the same
-exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
+exposures up to rounding, also where a history is longer than `data.max_history` (`window_start`).
 
 Legend: n events, T history events that the model uses, m candidates, D width.
 """
@@ -39,6 +39,7 @@ from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.new_item_journal import new_items
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.run_loader import load_run, run_config, weights_fingerprint
@@ -50,7 +51,7 @@ from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandi
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
-from hllm_torchrec.serving.user_state import UserHistory, UserState, window_start
+from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 __all__ = ["Scorer", "UserHistory", "UserState", "window_start"]
 
@@ -266,7 +267,7 @@ class Scorer:
             ValueError: users, items or actions outside the dataset's ids.
         """
         self._check(history)
-        start = window_start(len(history), self.experiment.config.data.max_history)
+        start = self._start(len(history))
         return self._state(history, start, self._read(history.since(start), None))
 
     @torch.no_grad()
@@ -278,13 +279,20 @@ class Scorer:
         """
         self._check_state(user)
         history = user.history.followed_by(events)
-        start = window_start(len(history), self.experiment.config.data.max_history)
+        start = self._start(len(history))
         # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
         # positions see each other and so would change.
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
         return self._state(history, start, self._read(events, user.cache))
+
+    def _start(self, seen: int) -> int:
+        """First event that a request reads of the `seen` ones that it may see, as in evaluation."""
+        longest = self.experiment.config.data.max_history
+        if self.experiment.batch_spec.visibility == "position":
+            return max(0, seen - longest + 1)
+        return int(window_start(seen, longest))
 
     def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
         return UserState(history, start, cache, self._mark_of(history))
@@ -325,6 +333,9 @@ class Scorer:
         self._check_state(state)
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
+        seen = self._seen(state.history, moment)
+        if self._start(seen) != state.start:  # a long history goes on after the request: what it may see begins earlier
+            state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
             return self._score(state, items, moment)
 
@@ -364,10 +375,7 @@ class Scorer:
         evidence = self.experiment.evidence
         if evidence is None:
             return None
-        seen, limit = len(history), time - self.experiment.batch_spec.feedback_delay
-        if self.experiment.batch_spec.visibility == "second":
-            seen = visible_before(history.timestamps, limit)
-        at = np.full(candidates.size, time)
+        at, seen = np.full(candidates.size, time), self._seen(history, time)
         columns = evidence.columns(history, np.full_like(at, seen), candidates, at, history.user_id, fitted=False)
         return torch.from_numpy(columns).to(self.experiment.device)
 
@@ -399,6 +407,12 @@ class Scorer:
         numeric = batch.numeric.clone()
         numeric[: batch.query_times.numel()] = torch.from_numpy(numbers)
         return replace(batch, numeric=numeric)
+
+    def _seen(self, history: UserHistory, time: int) -> int:
+        """Number of events of a complete history that a request at `time` may see."""
+        if self.experiment.batch_spec.visibility == "position":
+            return len(history)
+        return visible_before(history.timestamps, time - self.experiment.batch_spec.feedback_delay)
 
     def _visible(self, user: UserState, time: int) -> int:
         """Number of cached events visible to a request at `time`."""

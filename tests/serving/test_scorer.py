@@ -11,6 +11,7 @@ import pytest
 
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.run_loader import score_run
+from hllm_torchrec.evaluation.scoring import score_split
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.scorer import Scorer, UserHistory, window_start
 from tests.helpers import fixtures
@@ -96,6 +97,40 @@ def test_scores_equal_those_of_the_evaluation(kind: str) -> None:
     ours, theirs = (np.array([scores[key] for key in sorted(evaluated)]) for scores in (found, evaluated))
     np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
     assert theirs.std() > 0.01
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "early": {"data__numeric_features": ["user_mean", "history_length"], "optim__ema": 0.0},
+    "late": {"data__item_vectors": []},
+    "hstu": {"parallel__dense": "ddp"},
+    "delayed": {},
+    "leave one out": {},
+}
+
+
+@pytest.mark.parametrize("kind", list(LONG))
+def test_histories_beyond_the_window_are_scored_as_evaluated_whatever_follows_the_request(
+    kind: str, tmp_path: Path
+) -> None:
+    built = build_experiment(settings(kind, tmp_path, data__max_history=10, **LONG[kind]), init_distributed())
+    loader = built.loader("test", 4)
+    columns = score_split(built.model, loader, built.device, cold=built.cold_items())
+    keys = zip(columns["user_id"].tolist(), columns["position"].tolist(), strict=True)
+    evaluated = dict(zip(keys, columns["score"].tolist(), strict=True))
+    assert loader.pieces.start.max() > 8
+    scorer, found, compared = Scorer(built, 7), {}, 0
+    for piece in fixtures.pieces("test", rule(kind)):
+        for at in piece.exposures.tolist():
+            request = piece.item_ids[at : at + 1], int(piece.timestamps[at])
+            (found[piece.user_id, at],) = scorer.score(history(piece, at), *request)
+            if kind != "leave one out":
+                (again,) = scorer.score(history(piece, piece.item_ids.size), *request)
+                assert again == pytest.approx(found[piece.user_id, at], abs=2e-5)
+            compared += at >= 10
+    assert found.keys() == evaluated.keys() and compared > 5
+    ours, theirs = (np.array([scores[key] for key in sorted(evaluated)]) for scores in (found, evaluated))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+    assert theirs.std() > 1e-4
 
 
 def test_appended_events_equal_a_fresh_reading_within_and_beyond_the_window(tmp_path: Path) -> None:
