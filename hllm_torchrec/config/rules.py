@@ -202,6 +202,8 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
                 f"(weights, or a shape for random ones){without}"
             )
+    if config.item_llm.whiten and config.item_llm.standardise:
+        yield "item_llm.standardise: true with item_llm.whiten, which standardises too; leave one of them out"
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:

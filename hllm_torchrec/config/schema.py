@@ -154,6 +154,9 @@ class ItemLLMConfig:
     """Center and scale each dimension of E before the projection to the user encoder's width, with mean and standard
     deviation of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space are not
     standardized."""
+    whiten: bool = False
+    """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have equal variance
+    and no correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
     freeze_words: bool = False
     """Freeze the word embeddings, which are most of a small LLM's weights and optimizer state."""
     prompt: str | None = None

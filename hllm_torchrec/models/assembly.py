@@ -58,8 +58,8 @@ from hllm_torchrec.modules.fusion import Fusion
 
 LOOKUP_CHUNK = 65_536
 """Rows of a frozen item table that all ranks together look up at a time."""
-MEASURED_ITEMS, MEASURED_CHUNK = 1024, 64
-"""Items that `measure_item_statistics` encodes, in total and per call."""
+MEASURED_ITEMS, WHITENED_ITEMS, MEASURED_CHUNK = 1024, 16_384, 64
+"""Items that `measure_item_statistics` encodes: in total, in total for a covariance, and per call."""
 
 
 @dataclass
@@ -228,15 +228,16 @@ class Experiment:
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
-        """Give the model's `Standardize` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective.
+        """Give the model's `Standardize` or `Whiten` the embeddings of items, spaced evenly over the catalogue. Collective.
 
         Returns:
             `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
         """
         assert self.hllm.standardise is not None
+        most = WHITENED_ITEMS if self.config.item_llm.whiten else MEASURED_ITEMS
         number = self.dataset.num_items - 1  # item 0 is the unknown item
         # float64: float32 cannot represent all ids above 2^24.
-        ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
+        ids = torch.linspace(1, number, min(number, most), dtype=torch.float64).long().to(self.device)
         was_training = self.hllm.training
         self.hllm.eval()
         items = torch.cat([self.hllm.embed_items(some).float() for some in ids.split(MEASURED_CHUNK)])

@@ -30,7 +30,7 @@ from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
-from hllm_torchrec.modules.features.standardize import Standardize
+from hllm_torchrec.modules.features.standardize import Standardize, Whiten
 from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
@@ -95,8 +95,9 @@ class HLLM(nn.Module):
         self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
         same = item_llm is None or item_width == user.width
         self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
-        standardises = config.item_llm.standardise and item_llm is not None
-        self.standardise = Standardize(item_width) if standardises else None
+        self.standardise: Standardize | Whiten | None = None
+        if item_llm is not None and (config.item_llm.standardise or config.item_llm.whiten):
+            self.standardise = Whiten(item_width) if config.item_llm.whiten else Standardize(item_width)
         if self.fusion.query_is_user:
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
@@ -193,7 +194,7 @@ class HLLM(nn.Module):
 
     @property
     def needs_item_statistics(self) -> bool:
-        """True if item embeddings are standardised and their statistics have not been measured yet."""
+        """True if item embeddings are standardised or whitened and their statistics have not been measured yet."""
         return self.standardise is not None and not bool(self.standardise.measured)
 
     def _encode_users(
@@ -241,15 +242,19 @@ class HLLM(nn.Module):
 
     def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
         """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
-        if items is not None and self.standardise is not None:
-            items = self.standardise(items)
-        terms = [] if items is None else [self.project_item(items)]
+        terms = [] if items is None else [self._project(items)]
         if self.project_vectors is not None:
             assert vectors is not None, "the batch has no item vectors"
             terms.append(self.project_vectors(vectors))
         if not terms:
             return None
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def _project(self, items: Tensor) -> Tensor:
+        """P(E) of E [n, E], standardised or whitened first if the configuration says so."""
+        if isinstance(self.standardise, Whiten) and isinstance(self.project_item, nn.Linear):
+            return self.standardise(items, self.project_item)
+        return self.project_item(items if self.standardise is None else self.standardise(items))
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
         history = batch.item_ids.numel()
