@@ -154,6 +154,11 @@ class Scorer:
             scorer._weights = stack.pop_all()
         return scorer
 
+    @property
+    def mark(self) -> str:
+        """Mark of the weights, their data type and the dataset's ids: equal marks give equal scores."""
+        return self._mark
+
     def close(self) -> None:
         """Restore the weights and adapters that `of_run` has replaced by averaged and merged ones."""
         self._weights.close()
@@ -242,7 +247,7 @@ class Scorer:
         items: Sequence[str],
         timestamps: ArrayLike,
         labels: ArrayLike | None = None,
-        actions: Sequence[str] | None = None,
+        actions: Sequence[str | None] | None = None,
     ) -> UserHistory:
         """A history from raw ids.
 
@@ -251,7 +256,7 @@ class Scorer:
             items: [n] raw ids.
             timestamps: [n] seconds UTC, ascending.
             labels: [n], NaN for events that are no exposures; None: none is.
-            actions: [n] names of actions, as in the source; None: unknown.
+            actions: [n] names of actions, as in the source; None, also of a single event: unknown.
 
         Raises:
             ValueError: ids or actions that are not known, and as `UserHistory`.

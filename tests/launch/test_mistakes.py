@@ -186,6 +186,22 @@ LINES = {
         "--config {root}/run/config.yaml --data.dataset {root}/half-dataset",
         "--config {root}/run/config.yaml --hardware abacus",
     ],
+    "serve": [
+        "--run {missing}",
+        "--run {root}/half-run",
+        "--run {root}/run",
+        "--run {root}/run --host 0.0.0.0",
+        "--run {root}/run --token-file {missing}",
+        "--run {root}/run --token-file {file}",
+        "--run {root}/run --deadline 0",
+    ],
+    "loadtest": [
+        "--dataset {missing}",
+        "--dataset {root}/half-dataset",
+        "--dataset {root}/dataset --url http://127.0.0.1:1",
+        "--dataset {root}/dataset --url nowhere",
+        "--dataset {root}/dataset --rates 1,0",
+    ],
     "recommend": ["--run {missing} --user u1", "--run {root}/half-run --user u1", "--run {root}/run --user u1", ""],
     "import-hllm": [
         MODEL,
