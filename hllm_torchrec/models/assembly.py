@@ -228,7 +228,7 @@ class Experiment:
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
-        """Give the model's `Standardize` or `Whiten` the embeddings of items, spaced evenly over the catalogue. Collective.
+        """Fit the model's `Standardize` or `Whiten` on items spaced evenly over the catalogue. Collective.
 
         Returns:
             `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
