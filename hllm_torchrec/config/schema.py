@@ -106,6 +106,9 @@ class DataConfig:
     """Above 0: items without a training event are treated as unknown (ID 0 and zero item_vectors). In training each
     item of a step is treated the same way with this probability, so the model learns to rely on text and item
     features."""
+    negative_rate: float = 1.0
+    """In training, share of the exposures with first label 0 that are kept, drawn anew in every epoch; the logit is
+    corrected for it, so that served probabilities hold on whole traffic. The others stay history."""
     train_part: Literal["train", "train_and_valid"] = "train"
     """Events used for training: those of the training part, or of the training and validation parts. Use the second
     only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
@@ -271,14 +274,36 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Loss of one label (docs/tasks.md)."""
+
+    loss: Literal["auto", "bce", "ordinal", "huber", "weighted_logistic"] = "auto"
+    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal one, huber for a regression.
+    weighted_logistic: the odds are the expected value of a label of at least 0, such as watch time."""
+    weight: float = 1.0
+    """Weight of its mean loss in L_cls; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
-    """L = lambda * L_gen + L_cls (Eq. 3)."""
+    """L = lambda * L_gen + L_cls (Eq. 3); with several tasks L_cls is the weighted sum of their losses."""
 
     fusion: Literal["late", "early", "none"] = "late"
     """Position of the target: in the prediction head (late) or as an input of the user encoder (early); `none`:
     generative loss only (Eq. 1)."""
     generative_weight: float = 0.0
     """lambda of Eq. (3); with fusion `none` the generative loss has weight 1."""
+    classification_weight: float = 1.0
+    """Weight of L_cls; 0 leaves it out (the head is then not trained)."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}; the first label of the
+    dataset is among them. Empty: the first label alone."""
+    task_weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """uncertainty: a learned factor exp(-s) on each task's loss, plus s (Kendall et al. 2018), besides its weight."""
+    towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
+    """What tasks share besides the user encoder: one hidden layer, or `experts` of them mixed by a gate per task."""
+    experts: int = 4
+    """Number of experts of `towers: mmoe`."""
     value_weight: float = 0.0
     """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
     item_space: Literal["auto", "text", "features"] = "auto"
@@ -306,6 +331,11 @@ class ObjectiveConfig:
     collapse_above: float = 0.98
     """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this: the embeddings
     have collapsed."""
+
+    @property
+    def task_configs(self) -> dict[str, TaskConfig]:
+        """`tasks`, checked by the rules."""
+        return {name: TaskConfig(**content) for name, content in self.tasks.items()}
 
     @property
     def generates(self) -> bool:

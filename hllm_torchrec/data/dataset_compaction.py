@@ -63,7 +63,7 @@ def _write_tables(dataset: Dataset, folder: Path) -> None:
     pq.write_table(dataset.items, folder / "items.parquet", compression="zstd")
     pq.write_table(dataset.users, folder / "users.parquet", compression="zstd")
     (folder / "features").mkdir()
-    for name in dataset.manifest["item_features"] | dataset.manifest["user_features"]:
+    for name in dataset.all_features:
         values = dataset.feature_values(name)
         ids = pa.array(np.arange(1, len(values) + 1), pa.int32())
         pq.write_table(pa.table({"id": ids, "value": values}), folder / "features" / f"{name}.parquet")

@@ -50,7 +50,7 @@ class Vocabulary:
 
 def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vocabulary]:
     """The vocabularies of `names`; those that the existing dataset (if any) has are continued."""
-    known = {} if old is None else old.manifest["item_features"] | old.manifest["user_features"]
+    known = {} if old is None else old.all_features
     return {
         name: Vocabulary(old.feature_values(name).to_pylist() if old is not None and name in known else ())
         for name in names

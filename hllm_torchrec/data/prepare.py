@@ -252,7 +252,7 @@ def _run(
     cuts = cuts_of(options.split, total, partitions.times)
     num_items = int(item_ids.max())
     held_out = catalogue.held_out(options.split, item_ids)
-    writer = SequenceWriter(target, options.split, cuts, held_out, options.users_per_row_group, is_first)
+    writer = SequenceWriter(target, options.split, cuts, held_out, options.users_per_row_group, is_first, source.schema)
     for table in tqdm(partitions, total=len(partitions.paths), desc="writing sequences", delay=5):
         writer.write(table, users.final_ids, item_ids)
     log.dropped.update({"held_out_of_train": writer.held_out_events} if options.split.hold_out_items else {})
@@ -261,7 +261,7 @@ def _run(
         np.save(target / ITEM_COUNTS, writer.item_counts)
     catalogue.write(target / "items.parquet", item_ids, staged.item_words)
     users.write(target / "users.parquet", staged.user_files, staged.user_words)
-    _write_features(target, staged.item_words | staged.user_words)
+    _write_features(target, staged.item_words | staged.user_words | staged.context_words)
     counts = _counts(users, num_items, writer, log, catalogue)
     return _manifest(source, options, cuts, counts, writer, staged) | {"notes": log.notes()}
 
@@ -313,7 +313,11 @@ def _manifest(
     staged: Staged,
 ) -> dict[str, Any]:
     last_action = max(source.action_names, default=0)
+    declared = {} if source.schema.is_default else {"event_schema": source.schema.to_json()}
+    if staged.context_words:
+        declared["context_features"] = {name: {"size": words.size} for name, words in staged.context_words.items()}
     return {
+        **declared,
         "name": source.name,
         "counts": counts,
         "parts": writer.facts,

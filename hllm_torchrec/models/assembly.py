@@ -51,6 +51,7 @@ from hllm_torchrec.models.named_backbones import backbone_sections, text_section
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, open_evidence
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
+from hllm_torchrec.models.tasks import fit_tasks, is_single, resolve_tasks, task_problems
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.encoders.backbone import learned_positions
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -276,6 +277,7 @@ def build_experiment(
     dataset = Dataset.open(Path(config.data.dataset), version or config.data.version)
     spec = batch_spec_of(config, dataset)
     problems = [
+        *task_problems(config.objective, dataset.schema),
         *check_batch_spec(spec, dataset),
         *evidence_problems(config.data.evidence),
         *_missing_models(config),
@@ -287,8 +289,12 @@ def build_experiment(
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
-    rate = base_rate(dataset, second_of(config.data.train_since or 0))
-    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width)
+    since = second_of(config.data.train_since or 0)
+    tasks = resolve_tasks(config.objective, dataset.schema)
+    if spec.tasks:
+        tasks = fit_tasks(tasks, dataset, since)
+    rate = base_rate(dataset, since)
+    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width, tasks)
     encoders = {
         name: _text_encoder(name, section, tokens[name], getattr(model, name), device)
         for name, section in text_sections(config)
@@ -320,7 +326,8 @@ def _text_encoder(
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     """Return the batch spec of a configuration: the contents of its batches."""
-    generates = config.objective.generates
+    generates, objective = config.objective.generates, config.objective
+    tasks = () if task_problems(objective, dataset.schema) else resolve_tasks(objective, dataset.schema)
     return BatchSpec(
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,
@@ -339,6 +346,8 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
         id_dropout=config.data.id_dropout,
         interleaved=config.user.actions == "interleaved",
         cold_dropout=config.data.cold_dropout,
+        tasks=() if not tasks or is_single(tasks, objective) else tuple(task.name for task in tasks),
+        negative_rate=config.data.negative_rate,
     )
 
 

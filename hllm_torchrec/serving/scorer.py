@@ -51,6 +51,7 @@ from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandi
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
+from hllm_torchrec.serving.task_scores import output_shape, predictions_by_task
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 __all__ = ["Scorer", "UserHistory", "UserState", "window_start"]
@@ -334,6 +335,24 @@ class Scorer:
             ValueError: as `read`; candidates that are not known, a state of another model, or a leave-one-out request
                 before the last event.
         """
+        outputs = self._outputs(user, candidates, time)
+        return outputs if outputs.ndim == 1 else outputs[:, 0]
+
+    @torch.no_grad()
+    def score_tasks(
+        self, user: UserHistory | UserState, candidates: NDArray[np.integer] | Sequence[str], time: int | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
+
+        The arguments are those of `score`. A task whose label is defined only where another one is 1 predicts what
+        holds there, such as a like given a click.
+        """
+        return predictions_by_task(self.hllm, self._outputs(user, candidates, time))
+
+    def _outputs(
+        self, user: UserHistory | UserState, candidates: NDArray[np.integer] | Sequence[str], time: int | None
+    ) -> NDArray[np.float32]:
+        """Logits [m], or outputs [m, O] of a model with several tasks."""
         state = self.read(user) if isinstance(user, UserHistory) else user
         self._check_state(state)
         items = self.item_ids(candidates)
@@ -345,11 +364,11 @@ class Scorer:
             return self._score(state, items, moment)
 
     def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
-        """Logits [m] of items [m], `micro_batch` at a time."""
+        """Outputs of the head for items [m], `micro_batch` at a time."""
         ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
         # With late fusion the user vector does not depend on the candidates: compute it in the first micro-batch only.
         user_vector: Tensor | None = None
-        found = np.empty(items.size, np.float32)
+        found = np.empty((items.size, *output_shape(self.hllm)), np.float32)
         for start in range(0, items.size, self.micro_batch):
             part = items[start : start + self.micro_batch]
             batch = self._request(state, part, moment).to(self.experiment.device)

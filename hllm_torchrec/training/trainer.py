@@ -223,7 +223,8 @@ class Trainer:
         totals = replace(stats, **flags).over_ranks()
         self.should_stop, self.save_failed = totals.asked_to_stop > 0, totals.failed_saves > 0
         try:
-            found = describe_step(totals, norm, self.config, alarm=self.step > self.schedule.warmup_steps)
+            names = [task.name for task in self.hllm.tasks] if totals.tasks else ()
+            found = describe_step(totals, norm, self.config, self.step > self.schedule.warmup_steps, names)
         except FloatingPointError as error:
             # A step that was refused has its earlier micro-batches' gradients.
             self.dense_optim.zero_grad(set_to_none=True)
