@@ -128,6 +128,7 @@ def _rewrite(dataset: Dataset, names: Names, report: DatasetReport, erase: bool,
         newest = changed.get(dataset.version) or rewriting.with_tombstones(
             rewriting.as_chain(dataset), dataset.version, dataset.tombstones
         )
+        rewriting.remove_unlisted((newest, *changed.values()))
     commit_version(root, version, {name: value for name, value in newest.items() if name != "added"})
     for number, manifest in changed.items():
         replace_version(root, number, manifest)
@@ -168,8 +169,10 @@ def _erase(root: Path, report: DatasetReport, dry_run: bool) -> None:
         if rows and not dry_run:
             whole = np.array(vectors)
             whole[rows] = 0
-            np.save(path.with_suffix(".tmp.npy"), whole)
-            path.with_suffix(".tmp.npy").replace(path)
+            beside = path.with_name(f"{path.name}.erasing")
+            with beside.open("wb") as file:
+                np.save(file, whole)
+            beside.replace(path)
     if items.size and (root / TOKENS).is_dir():
         report.found["token stores"] += len(list((root / TOKENS).iterdir()))
         if not dry_run:

@@ -7,7 +7,7 @@ are written again, the others are linked. Numbers stay; the row of a forgotten i
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class Rewriting:
             file = f"{old['folder']}/{name}.parquet".lstrip("/")
             if file in manifest["files"]:
                 tables[file] = _table_without(self._root / file, name, numbers[name], removed)
-        files = {name: EventFile.open(self._root / name, rows) for name in old["event_files"]}
+        files = {name: EventFile.open(self._path(name), rows) for name in old["event_files"]}
         keep = {name: _kept(file, numbers) for name, file in files.items()}
         if all(one is None for one in (*tables.values(), *keep.values())):
             return old, removed
@@ -136,14 +136,26 @@ class Rewriting:
             self._fact(f"{self.name}/{new}")
             return
         try:
-            os.link(self._root / old, path)
+            os.link(self._path(old), path)
         except OSError:  # a file system without links
-            shutil.copyfile(self._root / old, path)
+            shutil.copyfile(self._path(old), path)
         self.facts[f"{self.name}/{new}"] = manifest["files"][old]
+
+    def _path(self, name: str) -> Path:
+        """Path of a file of the dataset, which may be in the new folder."""
+        own = name.removeprefix(f"{self.name}/")
+        return self._root / name if own == name else self._folder / own
+
+    def remove_unlisted(self, manifests: Iterable[dict[str, Any]]) -> None:
+        """Remove the files of the folder that none of the manifests lists."""
+        listed = {name for manifest in manifests for name in manifest["files"]}
+        for path in [path for path in self._folder.rglob("*") if path.is_file()]:
+            if f"{self.name}/{path.relative_to(self._folder).as_posix()}" not in listed:
+                path.unlink()
 
     def _fact(self, name: str) -> dict[str, Any]:
         """Note and return size and hash of a file that was written."""
-        path = self._folder / name.removeprefix(f"{self.name}/")
+        path = self._path(name)
         self.facts[name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         return self.facts[name]
 
