@@ -39,6 +39,7 @@ from hllm_torchrec.data.merged_sequences import Cuts, MergedSequences
 from hllm_torchrec.data.remote_datasets import local_dataset
 from hllm_torchrec.data.sequences import GROUPS_AT_LEAST
 from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.data.tombstones import ITEMS, Tombstones
 from hllm_torchrec.data.validation import REMEDY, TableRows, error_location, read_sequences, read_table
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
@@ -154,6 +155,20 @@ class Dataset:
     def users(self) -> pa.Table:
         """The columns of `users.parquet`; row i is user i + 1."""
         return self._rows_by_id("users.parquet", "user_id", self.num_users)
+
+    @cached_property
+    def tombstones(self) -> Tombstones:
+        """The ids that were forgotten; their rows of `items` and `users` are empty, and no event names them."""
+        return Tombstones.read(self.root, self.manifest)
+
+    @cached_property
+    def excluded_items(self) -> Ints:
+        """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
+        forgotten = self.tombstones.numbers(ITEMS)
+        if "active" not in self.items.column_names:
+            return forgotten
+        active = self.items["active"].fill_null(True).to_numpy()
+        return np.union1d(forgotten, 1 + np.flatnonzero(~active))
 
     @property
     def items_fingerprint(self) -> str:
