@@ -428,9 +428,15 @@ class EvaluationConfig:
     """Epochs between evaluations on the validation part, each with a checkpoint; fractions are allowed."""
     checkpoint_every: int = 0
     """Steps between additional checkpoints without an evaluation; 0: none."""
+    at_start: bool = False
+    """Also evaluate before the first step: the untrained model can then be the best one. With data.evidence it is the
+    logistic regression on evidence."""
+    select_by: Literal["auc", "gauc", "auc_and_gauc"] = "auc"
+    """Metric by which checkpoints are compared, for the best one and for `patience`: AUC, GAUC (AUC within a user) or
+    the mean of both. With validation labels of one class it is the log loss, with fusion `none` NDCG at the first of
+    `ks`."""
     patience: int = 0
-    """Stop after this many evaluations without a better AUC (log loss if the validation labels are of one class;
-    fusion `none`: NDCG at the first of `ks`); 0: never."""
+    """Stop after this many evaluations that are not better by `select_by`; 0: never."""
     batch_users: int = 16
     """User pieces per rank and step."""
     history: Literal["request", "split"] = "request"
