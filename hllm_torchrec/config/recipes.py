@@ -1,0 +1,96 @@
+"""Recipes: settings of a task that follow from what is in a dataset, each with its reason.
+
+A configuration with `recipe: ranking` (configs/recipes/ranking.yaml) holds what does not depend on the data. What does
+is chosen here from `DatasetFacts`; a value that the file or an option sets stays as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+ENCODER = ".cache/models/all-minilm-l6-v2"
+"""Sentence encoder of the recipes, relative to the current folder, as `hllm fetch minilm` puts it."""
+TEXT_LENGTHS = (32, 64, 128, 256)
+"""Values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
+TOKENS_PER_WORD = 1.5
+SMALL_TABLE = 5_000
+"""Values up to which a categorical user feature is read: a feature with more is an id of the user in disguise."""
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What the choices depend on.
+
+    users, items, exposures: numbers of the training part (items: of the catalogue); labels: numbers of training
+    exposures with label 0 and 1; graded: True if actions have different numbers (ratings); words: 95th percentile of
+    an item's words, by text column; item_features, user_features: number of values of each categorical feature.
+    """
+
+    users: int
+    items: int
+    exposures: int
+    labels: tuple[int, int]
+    graded: bool
+    words: dict[str, float] = field(default_factory=dict)
+    item_features: dict[str, int] = field(default_factory=dict)
+    user_features: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Value of a dotted field of the configuration, and why."""
+
+    name: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_shown(self.value)}, chosen because {self.reason}"
+
+
+def ranking(facts: DatasetFacts) -> Iterator[Choice]:
+    """Choices for a ranking model: text, IDs and evidence of simple predictors.
+
+    Raises:
+        ValueError: all labels are equal, so there is nothing to rank.
+    """
+    if 0 in facts.labels:
+        only = int(facts.labels[0] == 0)
+        raise ValueError(
+            f"recipe: ranking: all {facts.exposures:,} training exposures have label {only}: a ranking model needs "
+            "both; use the recipe retrieval, or name the column of labels when the dataset is prepared"
+        )
+    yield from text_choices(facts)
+    yield from feature_choices(facts)
+    if facts.graded:
+        yield Choice("objective.value_weight", 0.5, "actions have different numbers (ratings), which say more")
+
+
+def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
+    """Text columns and length of an item's text; an ID-only model without texts."""
+    used = {name: words for name, words in facts.words.items() if words > 0}
+    if not used:
+        yield Choice("item_llm.enabled", False, "no item has a text")
+        return
+    yield Choice("item_llm.text_keys", list(used), f"items have text in {', '.join(used)}")
+    tokens = TOKENS_PER_WORD * (sum(used.values()) + 2 * len(used))
+    length = next((n for n in TEXT_LENGTHS if tokens <= n), TEXT_LENGTHS[-1])
+    yield Choice("item_llm.max_text_length", length, f"19 of 20 texts have at most {sum(used.values()):.0f} words")
+
+
+def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
+    """Categorical features of items and users that exist."""
+    if facts.item_features:
+        names = list(facts.item_features)
+        yield Choice("data.item_features", names, f"items have {', '.join(names)}")
+    small = [name for name, size in facts.user_features.items() if size <= SMALL_TABLE]
+    if small:
+        yield Choice("data.user_features", small, f"users have {', '.join(small)}, of at most {SMALL_TABLE:,} values")
+
+
+RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking}
+"""Choices of each value of `recipe`."""
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
