@@ -425,7 +425,7 @@ class Config:
 
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
-    recipe: Literal["ranking"] | None = None
+    recipe: Literal["ranking", "retrieval"] | None = None
     """Task whose settings `hllm train` chooses by what is in the dataset, and prints with the reason; what this file or
     an option sets stays. The run saves the choices, and null here; `hllm init` writes them into a file."""
     seed: int = 0
