@@ -33,6 +33,7 @@ OPTIONAL_PARTS = (
     "project_next",
     "project_vectors",
     "standardise",
+    "text_similarity",
     "user_token",
     "value_head",
 )
