@@ -13,6 +13,12 @@ ENCODER = ".cache/models/all-minilm-l6-v2"
 TEXT_LENGTHS = (32, 64, 128, 256)
 """Values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
 TOKENS_PER_WORD = 1.5
+WHOLE_CATALOGUE, SAMPLED_NEGATIVES = 16_384, 4_096
+"""Items up to which every one is a negative of each step of a retrieval model, and the number drawn from more."""
+MANY_USERS = 16_384
+"""Users from which a retrieval model's steps read four times as many of them."""
+EVENTS_READ = 1_600_000
+"""Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
 SMALL_TABLE = 5_000
 """Values up to which a categorical user feature is read: a feature with more is an id of the user in disguise."""
 
@@ -34,6 +40,7 @@ class DatasetFacts:
     words: dict[str, float] = field(default_factory=dict)
     item_features: dict[str, int] = field(default_factory=dict)
     user_features: dict[str, int] = field(default_factory=dict)
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,33 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
         yield Choice("objective.value_weight", 0.5, "actions have different numbers (ratings), which say more")
 
 
+def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
+    """Choices for next-item prediction over the catalogue: text and IDs, or IDs alone."""
+    yield from text_choices(facts)
+    if facts.item_features:
+        names = list(facts.item_features)
+        yield Choice("data.item_features", names, f"items have {', '.join(names)}")
+    size = 32 if facts.users < MANY_USERS else 128
+    yield Choice("data.batch_users", size, f"there are {facts.users:,} users; a step's cost is that of the catalogue")
+    events = facts.exposures / max(facts.users, 1)
+    length = 50 if events <= 25 else 200
+    yield Choice("data.max_history", length, f"a user has {events:.0f} training events on average")
+    if facts.items <= WHOLE_CATALOGUE:
+        why = f"a softmax over all {facts.items:,} items of the catalogue is affordable"
+        yield Choice("objective.negatives", max(facts.items, 1), why)
+    else:
+        yield Choice("objective.negatives", SAMPLED_NEGATIVES, f"{facts.items:,} items are too many for each step")
+    epochs = min(max(round(EVENTS_READ / max(facts.exposures, 1)), 4), 32)
+    stages = [{"name": "cached items" if any(facts.words.values()) else "ids", "epochs": epochs}]
+    if any(facts.words.values()):
+        stages[0]["item_embeddings"] = "cached"
+    yield Choice("stages", stages, f"there are {facts.exposures:,} training events; patience may end it earlier")
+    if facts.split == "leave_one_out":
+        yield Choice("evaluation.protocol", "leave_one_out", "the dataset was split so")
+    else:
+        yield Choice("evaluation.retrieval", True, f"the dataset was split by {facts.split or 'another rule'}")
+
+
 def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Text columns and length of an item's text; an ID-only model without texts."""
     used = {name: words for name, words in facts.words.items() if words > 0}
@@ -88,7 +122,7 @@ def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
         yield Choice("data.user_features", small, f"users have {', '.join(small)}, of at most {SMALL_TABLE:,} values")
 
 
-RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking}
+RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking, "retrieval": retrieval}
 """Choices of each value of `recipe`."""
 
 

@@ -55,6 +55,7 @@ BOUNDS = {
     "objective.value_weight": ">= 0",
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
+    "objective.text_similarity": ">= 0",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
     "objective.head_dropout": ">= 0, < 1",
@@ -268,6 +269,14 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
 def _objective_problems(config: "Config") -> Iterator[str]:
     text, objective = config.item_llm.enabled, config.objective
     generates = objective.generates
+    if objective.text_similarity:
+        if not text or objective.item_space != "features" or not generates:
+            yield (
+                f"objective.text_similarity: {objective.text_similarity}: needs an Item LLM, objective.item_space "
+                "features and the generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "

@@ -309,6 +309,10 @@ class ObjectiveConfig:
     item_space: Literal["auto", "text", "features"] = "auto"
     """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
     features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
+    text_similarity: float = 0.0
+    """Above 0: also compare an item's text embedding, in its full width, with the decayed mean of those of the history;
+    the initial weight of that cosine beside the learned one (`hllm_torchrec.modules.features.text_similarity`). Weight
+    and decay are learned. Needs the item space features; best with item_llm.whiten."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
@@ -466,7 +470,7 @@ class Config:
 
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
-    recipe: Literal["ranking"] | None = None
+    recipe: Literal["ranking", "retrieval"] | None = None
     """Task whose settings `hllm train` chooses by what is in the dataset, and prints with the reason; what this file or
     an option sets stays. The run saves the choices, and null here; `hllm init` writes them into a file."""
     seed: int = 0
