@@ -30,7 +30,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.config.schema import Config
@@ -418,19 +418,25 @@ class Scorer:
         """Batch of the candidates without history; numeric features are the user's at `time`."""
         asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=np.zeros(candidates.size))
         batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
-        names = self.experiment.batch_spec.numeric_features
-        if not names:
+        numbers = self._numbers(user, time)
+        if numbers is None:
             return batch
-        # The request is an additional event without a label: its numbers come from the visible events before it.
-        window = user.history.since(user.start)
-        earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
-        times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
-        numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
         assert batch.numeric is not None
         # All candidates have the same time, so the one row of numbers is broadcast to all of them.
         numeric = batch.numeric.clone()
         numeric[: batch.query_times.numel()] = torch.from_numpy(numbers)
         return replace(batch, numeric=numeric)
+
+    def _numbers(self, user: UserState, time: int) -> Floats | None:
+        """Numeric features [1, F] of a request, or None without any."""
+        names = self.experiment.batch_spec.numeric_features
+        if not names:
+            return None
+        # The request is an additional event without a label: its numbers come from the visible events before it.
+        window = user.history.since(user.start)
+        earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
+        times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
+        return numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
 
     def _seen(self, history: UserHistory, time: int) -> int:
         """Number of events of a complete history that a request at `time` may see."""
