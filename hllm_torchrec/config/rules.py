@@ -320,6 +320,11 @@ def _task_problems(config: "Config") -> Iterator[str]:
             "objective.classification_weight: 0 without a generative loss: nothing would be trained; set "
             "objective.generative_weight above 0"
         )
+    both = sorted(set(objective.position_bias) & set(config.data.context))
+    if both:
+        yield f"objective.position_bias: {both[0]!r} is in data.context too, where serving would need it; leave one out"
+    if objective.position_bias and not objective.has_head:
+        yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
     if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
         yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
 

@@ -92,6 +92,8 @@ class DataConfig:
     numeric_features: tuple[str, ...] = ()
     """Numbers computed from strictly earlier events, added to queries: names of
     `hllm_torchrec.data.numeric_features`, or module:name of a custom function."""
+    context: tuple[str, ...] = ()
+    """Context of the request that the dataset declares (docs/tasks.md), added to queries, e.g. [device, price]."""
     item_vectors: tuple[str, ...] = ()
     """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
     the training part when the run starts, and kept with it) or the name of a float32 array [N, V] in
@@ -300,6 +302,9 @@ class ObjectiveConfig:
     dataset is among them. Empty: the first label alone."""
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
     """uncertainty: a learned factor exp(-s) on each task's loss, plus s (Kendall et al. 2018), besides its weight."""
+    position_bias: tuple[str, ...] = ()
+    """Categorical context, such as [position], whose effect on the first label and the other binary ones is learned
+    beside the logit and left out at serving."""
     towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
     """What tasks share besides the user encoder: one hidden layer, or `experts` of them mixed by a gate per task."""
     experts: int = 4

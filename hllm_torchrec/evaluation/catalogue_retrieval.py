@@ -90,7 +90,9 @@ def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
         return hllm.embed_items(ids).float()
-    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+    collator = Collator(
+        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+    )
     return vectors_by_features(experiment, collator, items)
 
 
