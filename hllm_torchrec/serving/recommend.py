@@ -79,6 +79,7 @@ def recommend(
     else:
         scores, opened = _similarities(run, which, device, history, moment, dataset)
     scores[0] = -np.inf  # the unknown item
+    scores[opened.excluded_items] = -np.inf
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
