@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.evidence import Evidence, EvidenceModel
+from hllm_torchrec.data.evidence import TEXT_GROUPS, Evidence, EvidenceModel
 from hllm_torchrec.data.evidence_fit import fit_evidence
 from hllm_torchrec.data.item_statistics import ItemStatistics
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
@@ -38,8 +38,8 @@ def open_evidence(
     if not names:
         return None
     text: Floats | None = None
-    if "neighbors" in names:
-        assert encoder is not None and live is not None and model.item_llm is not None
+    if model.item_llm is not None and not set(names).isdisjoint(TEXT_GROUPS):
+        assert encoder is not None and live is not None
         model.item_llm.to(device)
         embed = partial(model.embed_items, source=live)
         catalogue = encoder.encode_catalogue(live.item_llm, embed, show=dist.get_rank() == 0)
