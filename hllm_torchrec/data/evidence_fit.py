@@ -80,8 +80,8 @@ def fit_evidence(
     center, spread = x.mean(0), _spread(x)
     scaled, ridge = (x - center) / spread, np.full(width, RIDGE)
     if CROSSES in names:
-        crossed = Evidence(names, _with_products(unscaled, center, spread, names), statistics, dataset.action_values, None)
-        products = crossed.standardize(x)[:, width:]
+        partial = _with_products(unscaled, center, spread, names)
+        products = Evidence(names, partial, statistics, dataset.action_values, None).standardize(x)[:, width:]
         center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
         scaled = np.column_stack([scaled, (products - center[width:]) / spread[width:]])
         ridge = np.append(ridge, np.full(products.shape[1], CROSS_RIDGE))
@@ -144,7 +144,7 @@ def _last_training_second(dataset: Dataset) -> int:
 
 
 def _logistic_regression(x: Doubles, y: Doubles, penalties: Doubles) -> Doubles:
-    """[F + 1] bias and weights of labels [X] in [0, 1] on standardized columns [X, F]: Newton, ridge `penalties` [F]."""
+    """[F + 1] bias and weights of labels [X] in [0, 1] on standardized columns [X, F]: Newton; ridge penalties [F]."""
     with_bias = np.column_stack([np.ones(len(x)), x])
     ridge = np.diag([1e-9, *penalties])
     beta = np.zeros(with_bias.shape[1])

@@ -16,8 +16,8 @@ from hllm_torchrec.common.arrays import AnyFloats, Doubles, Floats, Ints
 COMPONENTS = 16
 """P, principal components of the texts."""
 TEXT_SCALE, STATISTICS_SCALE = 0.25, 0.2
-"""Prior standard deviations of the effect of a typical text, and of one standard deviation of popularity and of the mean
-value, in standard deviations of the values."""
+"""Prior standard deviations of the effect of a typical text, and of one standard deviation of popularity and of the
+mean value, in standard deviations of the values."""
 _SOLVED_AT_ONCE = 1024
 
 

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.config.schema import Config
@@ -29,15 +30,18 @@ def open_evidence(
     live: LiveItems | None,
     fitted: EvidenceModel | None,
     device: torch.device,
-) -> Evidence | None:
+) -> tuple[Evidence | None, Tensor | None]:
     """The evidence that a configuration names, fitted by rank 0 if `fitted` is None; None if it names none. Collective.
 
-    model: not yet wrapped; its Item LLM, which is frozen, encodes the catalogue for neighbors.
+    Also the text embeddings [N, E] that it compares, which are those of the frozen Item LLM; None if it compares none.
+
+    model: not yet wrapped; its Item LLM, which is frozen, encodes the catalogue.
     """
     names, delay = config.data.evidence, config.data.feedback_delay
     if not names:
-        return None
+        return None, None
     text: Floats | None = None
+    catalogue: Tensor | None = None
     if model.item_llm is not None and not set(names).isdisjoint(TEXT_GROUPS):
         assert encoder is not None and live is not None
         model.item_llm.to(device)
@@ -45,4 +49,4 @@ def open_evidence(
         catalogue = encoder.encode_catalogue(live.item_llm, embed, show=dist.get_rank() == 0)
         text = catalogue.float().cpu().numpy().astype(np.float32, copy=False)
     saved = fitted or run_on_rank_zero(lambda: fit_evidence(dataset, names, text, delay))
-    return Evidence(names, saved, ItemStatistics.of_dataset(dataset), dataset.action_values, text, delay)
+    return Evidence(names, saved, ItemStatistics.of_dataset(dataset), dataset.action_values, text, delay), catalogue

@@ -169,7 +169,9 @@ def test_the_first_weights_are_the_logistic_regression_of_scikit_learn() -> None
     x = rng.normal(size=(300, 4))
     y = (rng.random(300) < 1 / (1 + np.exp(-x @ [1.0, -2.0, 0.0, 0.5] - 0.3))).astype(float)
     expected: Any = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(x, y)
-    np.testing.assert_allclose(_logistic_regression(x, y, np.ones(4)), [*expected.intercept_, *expected.coef_[0]], atol=1e-5)
+    np.testing.assert_allclose(
+        _logistic_regression(x, y, np.ones(4)), [*expected.intercept_, *expected.coef_[0]], atol=1e-5
+    )
     assert evidence_width(tuple(GROUPS)) == 11 and evidence_width(NAMES) == 11 + 8 * 9 // 2
 
 
