@@ -15,6 +15,7 @@ from hllm_torchrec.data.item_statistics import ItemStatistics
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.split import SPLITS
 from tests.helpers import fixtures
+from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
 from tests.helpers.source_files import ITEMS, memory_source
 
 NAMES = (*GROUPS, CROSSES)
@@ -150,6 +151,34 @@ def test_a_saved_model_is_read_back_and_later_items_are_unknown_to_it(tmp_path) 
     np.testing.assert_array_equal(late[:, 8:10], same_text[:, 8:10])  # neighbors read the text
     unscaled = late[0] * fitted().spread + fitted().center
     np.testing.assert_allclose(unscaled[[1, 2, 3]], 0, atol=1e-5)  # no bias, no events
+
+
+def test_a_day_that_is_appended_changes_no_earlier_column(tmp_path: Path) -> None:
+    before = Dataset.open(prepare_shop(tmp_path))
+    old = [columns_in(before, part) for part in SPLITS]
+    after = append_day(tmp_path)
+    assert after.num_items == before.num_items + NEW_ITEMS
+    for part, earlier in zip(SPLITS, old, strict=True):
+        later = columns_in(after, part)
+        assert len(earlier) > 20 and later.keys() >= earlier.keys()
+        for key, row in earlier.items():
+            np.testing.assert_array_equal(later[key], row)
+
+
+def columns_in(dataset: Dataset, part: str) -> dict[tuple[int, int, int], np.ndarray]:
+    """(user, item, second) -> columns of the exposures of a part."""
+    texts = np.random.default_rng(3).normal(size=(dataset.num_items, 5)).astype(np.float32)
+    texts[: len(text())] = text()
+    statistics = ItemStatistics.of_dataset(dataset)
+    of_run = Evidence(NAMES, fitted(), statistics, dataset.action_values, texts)
+    found = {}
+    for piece in dataset.sequences(dataset.row_groups(part)).pieces():
+        targets = piece.exposures
+        seconds, items = piece.timestamps[targets], piece.item_ids[targets]
+        seen = np.searchsorted(piece.timestamps, seconds)
+        columns = of_run.columns(piece, seen, items, seconds, piece.user_id, fitted=part == "train")
+        found |= {(piece.user_id, int(i), int(s)): row for i, s, row in zip(items, seconds, columns, strict=True)}
+    return found
 
 
 def test_without_a_file_a_run_with_evidence_is_refused(tmp_path) -> None:
