@@ -13,6 +13,7 @@ COMMANDS = {
     "prepare": "convert a source (MovieLens, PixelRec, Amazon, custom tables) to a dataset directory",
     "dataset": "show a dataset's versions, fold appended ones into one, remove old ones",
     "seal": "check a dataset that another program wrote (Spark, Ray, SQL), and write its manifest",
+    "init": "write the recipe of a task, filled in for a dataset, as a configuration",
     "train": "train a model from a configuration, as a single process or as one rank under torchrun or TorchX",
     "evaluate": "score a split with a checkpoint: AUC with intervals, slices, retrieval, predictions",
     "baselines": "fit and score the baselines on the same exposures",

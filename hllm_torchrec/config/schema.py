@@ -100,8 +100,8 @@ class DataConfig:
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
     """Results of simple predictors for each exposure, from strictly earlier events, added to its logit and read by the
-    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors (the last needs a frozen Item
-    LLM)."""
+    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors, tastes, crosses. Neighbors, and
+    tastes if there is an Item LLM, need a frozen one."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0

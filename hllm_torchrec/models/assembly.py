@@ -86,6 +86,8 @@ class Experiment:
     evidence: Evidence | None = None
     context: RequestContext | None = None
     """What requests tell; None: nothing that the model reads."""
+    frozen_catalogue: Tensor | None = None
+    """Embeddings [N, E] of all items that evidence compares, of the frozen Item LLM; None: encode them when needed."""
 
     @property
     def hllm(self) -> HLLM:
@@ -208,6 +210,8 @@ class Experiment:
         """
         if self.item_encoder is None:
             return None
+        if self.frozen_catalogue is not None:
+            return self.frozen_catalogue
         if isinstance(self.hllm.item_source, StoredItems):
             return self._look_up_catalogue()
         assert self.live_items is not None
@@ -319,14 +323,16 @@ def build_experiment(
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
-    found = open_evidence(config, dataset, model, encoder, live, evidence, device)
+    found, catalogue = open_evidence(config, dataset, model, encoder, live, evidence, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
     bases = base_fingerprints(model, config)  # before FSDP shards the weights
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, context)
+    return Experiment(
+        config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, context, catalogue
+    )
 
 
 def _context(dataset: Dataset, spec: BatchSpec, since: int) -> tuple[RequestContext, ContextInputs]:
