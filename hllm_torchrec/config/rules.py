@@ -33,6 +33,7 @@ BOUNDS = {
     "data.batch_item_tokens": ">= 0",
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
+    "data.negative_rate": "> 0, <= 1",
     "data.train_users": "> 0, <= 1",
     "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
@@ -49,6 +50,8 @@ BOUNDS = {
     "features.init_scale": ">= 0",
     "features.shard_from_rows": ">= 1",
     "objective.generative_weight": ">= 0",
+    "objective.classification_weight": ">= 0",
+    "objective.experts": ">= 2",
     "objective.value_weight": ">= 0",
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
@@ -98,6 +101,7 @@ def config_problems(config: "Config") -> list[str]:
         *lora_problems(config),
         *_encoder_problems(config),
         *_objective_problems(config),
+        *_task_problems(config),
         *protocol_problems(config),
     ]
 
@@ -249,6 +253,12 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
             "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
             "write start"
         )
+    if getattr(shape, "prefix_mask", "context") == "history":
+        yield (
+            "user.shape.prefix_mask: 'history': training and evaluation read many moments of a history in one "
+            "pass, and each would see the future through the context; write context (history is for models built in "
+            "Python)"
+        )
     if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
@@ -287,6 +297,31 @@ def _objective_problems(config: "Config") -> Iterator[str]:
     ks = config.evaluation.ks
     if (config.evaluation.retrieval or not objective.has_head) and min(ks, default=0) < 1:
         yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
+
+
+def _task_problems(config: "Config") -> Iterator[str]:
+    """Malformed entries of `objective.tasks`; their labels are checked against the dataset (`models.tasks`)."""
+    from hllm_torchrec.config.schema import TaskConfig
+
+    objective = config.objective
+    for name, content in objective.tasks.items():
+        place = f"objective.tasks.{name}"
+        problems = list(dataclass_problems(content, TaskConfig, place))
+        yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{place}.")
+    if objective.tasks and not objective.has_head:
+        yield "objective.tasks: objective.fusion 'none' has no head that predicts them; leave them out"
+    if objective.tasks and objective.value_weight:
+        yield (
+            f"objective.value_weight: {objective.value_weight}: with objective.tasks the value is a task; declare it "
+            "as an ordinal label, or leave tasks out"
+        )
+    if objective.has_head and not objective.classification_weight and not objective.generates:
+        yield (
+            "objective.classification_weight: 0 without a generative loss: nothing would be trained; set "
+            "objective.generative_weight above 0"
+        )
+    if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
+        yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
 
 
 def lora_problems(config: "Config") -> Iterator[str]:

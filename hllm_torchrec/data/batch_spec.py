@@ -24,7 +24,9 @@ class BatchSpec:
     id_dropout: probability that an ID is replaced by the unknown ID in training;
     cold_dropout: if above 0, items without a training event are read as unknown, and in training also each item of
     a step with this probability;
-    interleaved: an event is two tokens of the history, its item and then its action.
+    interleaved: an event is two tokens of the history, its item and then its action;
+    tasks: labels to predict; empty: the first label of the dataset;
+    negative_rate: in training, share of the exposures with first label 0 that are kept, drawn by exposure.
     """
 
     fusion: Fusion
@@ -44,6 +46,8 @@ class BatchSpec:
     id_dropout: float = 0.0
     interleaved: bool = False
     cold_dropout: float = 0.0
+    tasks: tuple[str, ...] = ()
+    negative_rate: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion", Fusion(self.fusion))  # callers may pass its name; the dataclass is frozen

@@ -24,6 +24,7 @@ from hllm_torchrec.data.item_factors import scaled_values, value_scale
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.numeric_features import numeric_columns
 from hllm_torchrec.data.stochastic_length import StochasticLength
+from hllm_torchrec.data.task_targets import drawn_exposures, targets_of
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.features.timestamps import TIME_FEATURES, split_timestamps
@@ -37,7 +38,8 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. The other names are those of `HybridBatch`;
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that were
+    kept where each is from. The other names are those of `HybridBatch`;
     `target_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
@@ -54,6 +56,7 @@ class _View:
     next_items: Ints
     numeric: Floats
     evidence: Floats
+    rates: Floats
     full_history_items: Ints
 
 
@@ -118,7 +121,7 @@ class Collator:
             "seq_offsets": seq_offsets,
             "query_offsets": query_offsets,
             "query_target": np.arange(len(view.targets) if early else 0),
-            "weights": np.ones(len(view.targets), np.float32),
+            **targets_of(view.targets, self.spec, self.dataset.schema, view.rates, self.training),
             "negative_items": negatives,
             "item_ids": view.history.item_ids,
             "timestamps": view.history.timestamps,
@@ -173,7 +176,7 @@ class Collator:
         # Three index spaces follow: events of the piece, `eligible` (events that can be history), and `read` (the
         # events of `eligible` that Stochastic Length keeps).
         eligible = np.flatnonzero(piece.labels == 1) if spec.history == "positive" else np.arange(len(piece))
-        targets = piece.exposures
+        targets, rates = drawn_exposures(piece, spec.negative_rate if self.training else 1.0, (self.seed, epoch))
         order = times if spec.visibility == "second" else np.arange(len(piece))
         delay = spec.feedback_delay
         visible = visible_before(order[eligible], order[targets] - delay)
@@ -199,6 +202,7 @@ class Collator:
             next_items=next_items,
             numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets, delay)[queries],
             evidence=self._evidence(piece, targets),
+            rates=rates,
             full_history_items=piece.item_ids[seen],
         )
         return _interleaved(view) if spec.interleaved else view

@@ -50,7 +50,7 @@ class Vocabulary:
 
 def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vocabulary]:
     """The vocabularies of `names`; those that the existing dataset (if any) has are continued."""
-    known = {} if old is None else old.manifest["item_features"] | old.manifest["user_features"]
+    known = {} if old is None else old.all_features
     return {
         name: Vocabulary(old.feature_values(name).to_pylist() if old is not None and name in known else ())
         for name in names
@@ -98,8 +98,10 @@ class ItemCatalogue:
         """Add the items of an existing dataset; with_rows: its rows too, with features decoded from ids to values."""
         assert not len(self._numbers), "existing items come first"
         self._old, self.existing = old, len(old.items)
+        number = 0
         for chunk in old.items["raw_item_id"].chunks:
-            self._numbers.add(chunk)
+            self._numbers.add(_placed(chunk, number))
+            number += len(chunk)
         assert len(self._numbers) == self.existing, "raw ids of a dataset are distinct"
         self._grow()
         if with_rows:
@@ -324,3 +326,11 @@ def decode_feature(ids: pa.ListArray, vocabulary: pa.ChunkedArray) -> pa.ListArr
 def blank_mask(raw_ids: pa.ChunkedArray) -> np.ndarray:
     """Mask (bool [n]) of raw ids that are null, empty or white space."""
     return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(raw_ids, "")), "").to_numpy(zero_copy_only=False)
+
+
+def _placed(raw_ids: pa.Array, first: int) -> pa.Array:
+    """The raw ids, with a text that no source has in the place of each forgotten one; first: number of the first."""
+    if not raw_ids.null_count:
+        return raw_ids
+    places = pa.array([f"\0{first + row}" for row in range(len(raw_ids))], pa.string())
+    return pc.coalesce(raw_ids.cast(pa.string()), places)

@@ -103,6 +103,8 @@ class NewItemJournal:
         data = data[: data.rfind(b"\n") + 1]
         name, items = "", []
         for number, line in enumerate(data.splitlines(), 1):
+            if not line.strip():  # a forgotten item's: it keeps its length, so that offsets hold
+                continue
             value = self._parsed(line, number, start)
             if isinstance(value, NewItem):
                 items.append(value)

@@ -51,6 +51,7 @@ from hllm_torchrec.models.named_backbones import backbone_sections, text_section
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, open_evidence
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
+from hllm_torchrec.models.tasks import fit_tasks, is_single, resolve_tasks, task_problems
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.encoders.backbone import learned_positions
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -147,13 +148,15 @@ class Experiment:
     ) -> Loader:
         """Batches of a split on this rank; training ones of the events that `data.train_part` names.
 
-        Outside of training, where exposures see earlier positions (leave one out), they see as much as
-        `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
+        Outside of training exposures see what the scorer's requests see: see `evaluation.history`; where they see
+        earlier positions (leave one out), as much as `max_history` allows. batch_item_tokens: see
+        `data.batch_item_tokens`.
         """
         whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
         # + 1: the [ITEM] token that the Item LLM appends to each text.
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
+        by_position = self.batch_spec.visibility == "position"
         shortening = None
         if training and data.stochastic_length:
             shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
@@ -176,7 +179,8 @@ class Experiment:
             batch_cost=batch_item_tokens,
             item_costs=costs,
             all_events=whole,
-            extend_history=not training and self.batch_spec.visibility == "position",
+            extend_history=not training and by_position,
+            as_requests=not training and not by_position and self.config.evaluation.history == "request",
             since=second_of(data.train_since or 0) if training else 0,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,
@@ -225,7 +229,7 @@ class Experiment:
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
-        """Give the model's `Standardize` or `Whiten` the embeddings of items, spaced evenly over the catalogue. Collective.
+        """Fit the model's `Standardize` or `Whiten` on items spaced evenly over the catalogue. Collective.
 
         Returns:
             `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
@@ -273,6 +277,7 @@ def build_experiment(
     dataset = Dataset.open(Path(config.data.dataset), version or config.data.version)
     spec = batch_spec_of(config, dataset)
     problems = [
+        *task_problems(config.objective, dataset.schema),
         *check_batch_spec(spec, dataset),
         *evidence_problems(config.data.evidence),
         *_missing_models(config),
@@ -284,8 +289,12 @@ def build_experiment(
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
-    rate = base_rate(dataset, second_of(config.data.train_since or 0))
-    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width)
+    since = second_of(config.data.train_since or 0)
+    tasks = resolve_tasks(config.objective, dataset.schema)
+    if spec.tasks:
+        tasks = fit_tasks(tasks, dataset, since)
+    rate = base_rate(dataset, since)
+    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width, tasks)
     encoders = {
         name: _text_encoder(name, section, tokens[name], getattr(model, name), device)
         for name, section in text_sections(config)
@@ -317,7 +326,8 @@ def _text_encoder(
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     """Return the batch spec of a configuration: the contents of its batches."""
-    generates = config.objective.generates
+    generates, objective = config.objective.generates, config.objective
+    tasks = () if task_problems(objective, dataset.schema) else resolve_tasks(objective, dataset.schema)
     return BatchSpec(
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,
@@ -336,6 +346,8 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
         id_dropout=config.data.id_dropout,
         interleaved=config.user.actions == "interleaved",
         cold_dropout=config.data.cold_dropout,
+        tasks=() if not tasks or is_single(tasks, objective) else tuple(task.name for task in tasks),
+        negative_rate=config.data.negative_rate,
     )
 
 

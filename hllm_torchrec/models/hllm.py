@@ -13,6 +13,7 @@ Legend: B pieces of users, T history positions, Q queries, X exposures, G genera
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,8 +25,10 @@ from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.event_schema import LabelColumn
 from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
+from hllm_torchrec.models.tasks import Task, is_single
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
@@ -37,6 +40,8 @@ from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
+from hllm_torchrec.modules.losses.task_losses import TaskLoss
+from hllm_torchrec.modules.task_towers import TaskTowers
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 
@@ -45,18 +50,26 @@ GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 class HLLMOutput:
     """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
 
-    logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
-    of squared errors of the auxiliary head, or None; generative: the sums of the generative loss, or None; next_items:
+    logits: [X] of the first label (empty without fusion); outputs: [X, O] of all tasks, or None if the first label is
+    the only one; tasks: of each task by name; value_error: [] weighted sum of squared errors of the auxiliary head, or
+    None; generative: the sums of the generative loss, or None; next_items:
     [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
     generative loss compares, otherwise the Item LLM's embeddings.
     """
 
     logits: Tensor
-    classification: Tensor
+    outputs: Tensor | None
+    tasks: dict[str, TaskLoss]
     value_error: Tensor | None
     generative: InfoNceOutput | None
     next_items: Tensor | None
     items: Tensor | None
+
+    @property
+    def classification(self) -> Tensor:
+        """[] sum of what is minimized over the tasks, each with weight 1."""
+        terms = [loss.trained for loss in self.tasks.values()]
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 class HLLM(nn.Module):
@@ -70,6 +83,7 @@ class HLLM(nn.Module):
         base_rate: share of positive labels in training; initializes the head's bias.
         vector_width: V, width of the dense item features; 0 if there are none.
         evidence: F, number of evidence columns per exposure.
+        tasks: labels to predict, the first label's first; None: it is the only one.
     """
 
     def __init__(
@@ -82,9 +96,11 @@ class HLLM(nn.Module):
         base_rate: float,
         vector_width: int = 0,
         evidence: int = 0,
+        tasks: Sequence[Task] | None = None,
     ) -> None:
         super().__init__()
         objective = config.objective
+        self.tasks = tuple(tasks or (Task(LabelColumn("label")),))
         build_head = partial(
             PredictionHead, user.width, objective.head_hidden, objective.head_dropout, objective.fusion, evidence
         )
@@ -102,8 +118,7 @@ class HLLM(nn.Module):
         if self.fusion.query_is_user:
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
-            self.head = build_head()
-            self.head.initialize_bias(base_rate)
+            self._build_heads(build_head, base_rate, user.width, evidence)
         self.value_head: PredictionHead | None = None
         if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = build_head()
@@ -123,18 +138,47 @@ class HLLM(nn.Module):
         self.item_source: ItemSource | None = None
         """Source of item embeddings; None in an ID-only model."""
 
+    def _build_heads(
+        self, build_head: Callable[[], PredictionHead], base_rate: float, width: int, evidence: int
+    ) -> None:
+        """Build the head of one binary task, or the towers of several tasks, with what belongs to these."""
+        objective = self.config.objective
+        self.head: PredictionHead | TaskTowers
+        if is_single(self.tasks, objective):
+            self.head = build_head()
+            self.head.initialize_bias(base_rate)
+            return
+        self.head = TaskTowers(
+            width,
+            objective.head_hidden,
+            [task.outputs for task in self.tasks],
+            objective.head_dropout,
+            objective.fusion,
+            evidence,
+            objective.experts if objective.towers == "mmoe" else 0,
+        )
+        self.head.initialize_bias([value for task in self.tasks for value in task.start])
+        scales = torch.tensor([[task.center, task.scale] for task in self.tasks])
+        self.register_buffer("task_scales", scales)
+        self.task_scales: Tensor
+        if objective.task_weighting == "uncertainty":
+            self.task_log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
+
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
         compared = self._with_texts(of_features, batch.unique_items, items) if self.compares_features else items
         texts_TE = self._history_texts(batch, items)
-        logits, classification, value_error = self._classify(batch, q_QD, target_XD)
+        logits, outputs, tasks, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
-        classification = classification + 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
+        nothing = 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
+        first = self.tasks[0].name
+        tasks[first] = tasks[first]._replace(trained=tasks[first].trained + nothing)
         return HLLMOutput(
             logits=logits,
-            classification=classification,
+            outputs=outputs,
+            tasks=tasks,
             value_error=value_error,
             generative=(
                 self._generate(batch, h_TD, texts_TE, compared) if self.generates and compared is not None else None
@@ -158,6 +202,11 @@ class HLLM(nn.Module):
             return None
         assert self.item_source is not None, "the model was not given a source of item embeddings"
         return self.item_source(unique_items)
+
+    @property
+    def has_one_logit(self) -> bool:
+        """True if the head has one output per exposure, [X]; False for the outputs [X, O] of several tasks."""
+        return not isinstance(getattr(self, "head", None), TaskTowers)
 
     @property
     def encodes_items(self) -> bool:
@@ -305,18 +354,49 @@ class HLLM(nn.Module):
 
     def _classify(
         self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits [X], the sum of Eq. (2), and the sum of squared errors of the auxiliary value head."""
+    ) -> tuple[Tensor, Tensor | None, dict[str, TaskLoss], Tensor | None]:
+        """Logits [X], outputs [X, O] of several tasks, their losses (Eq. 2), and the squared errors of the value head.
+
+        The offset of thinned-out negatives is added for the loss only: logits and outputs hold on whole traffic.
+        """
+        first = self.tasks[0].name
         if not self.fusion.has_queries:
-            return batch.labels.new_empty(0), q_QD.new_zeros(()), None
+            nothing = q_QD.new_zeros(())
+            return batch.labels.new_empty(0), None, {first: TaskLoss(nothing, nothing)}, None
         inputs = q_QD[batch.target_query], target_XD, batch.evidence
+        if isinstance(self.head, TaskTowers):
+            outputs = self.head(*inputs)
+            return outputs[:, 0], outputs, self._task_losses(batch, outputs), None
         logits = self.head(*inputs)
-        classification = binary_cross_entropy(logits, batch.labels, batch.weights)
+        trained = logits if batch.logit_offset is None else logits + batch.logit_offset
+        loss = binary_cross_entropy(trained, batch.labels, batch.weights)
+        tasks = {first: TaskLoss(loss.detach(), loss)}
         if self.value_head is None:
-            return logits, classification, None
+            return logits, None, tasks, None
         known = ~torch.isnan(batch.target_values)  # nan: the exposure has no value; it must not reach the gradients
         error = self.value_head(*inputs)[known] - batch.target_values[known]
-        return logits, classification, (error.square() * batch.weights[known]).sum()
+        return logits, None, tasks, (error.square() * batch.weights[known]).sum()
+
+    def _task_losses(self, batch: HybridBatch, outputs: Tensor) -> dict[str, TaskLoss]:
+        """Weighted sums of the tasks' losses over the exposures where their labels are defined."""
+        assert batch.task_labels is not None and batch.task_weights is not None, "the batch has no labels of tasks"
+        found, start = {}, 0
+        for place, task in enumerate(self.tasks):
+            own = outputs[:, start : start + task.outputs]
+            start += task.outputs
+            if place == 0 and batch.logit_offset is not None:
+                own = own + batch.logit_offset[:, None]
+            weights = batch.task_weights[:, place]
+            # NaN times a weight of 0 would be NaN: such labels must not reach the loss.
+            losses = task.losses(own, batch.task_labels[:, place].nan_to_num(), self.task_scales[place])
+            raw = (losses * weights).sum()
+            trained = raw
+            if self.config.objective.task_weighting == "uncertainty":
+                # exp(-s) * loss + s for each unit of weight: divided by the global weight, s is added once per step.
+                log_variance = self.task_log_variances[place]
+                trained = (-log_variance).exp() * raw + log_variance * weights.sum()
+            found[task.name] = TaskLoss(raw.detach(), trained)
+        return found
 
     def _generate(
         self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor

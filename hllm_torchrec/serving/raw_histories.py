@@ -43,13 +43,14 @@ class RawHistories:
         item_ids: Ints,
         timestamps: ArrayLike,
         labels: ArrayLike | None,
-        actions: Sequence[str] | None,
+        actions: Sequence[str | None] | None,
     ) -> UserHistory:
         """See `Scorer.history`; item_ids: [n] dense ids."""
         numbers = np.zeros(item_ids.size, np.int64)
         if actions is not None:
-            numbers = np.array([self._actions.get(name, -1) for name in actions], np.int64)
-            check_found(f"actions of user {user!r}", numbers, list(actions), f"it has {', '.join(self._actions)}")
+            numbers = np.array([0 if name is None else self._actions.get(name, -1) for name in actions], np.int64)
+            named = [str(name) for name in actions]
+            check_found(f"actions of user {user!r}", numbers, named, f"it has {', '.join(self._actions)}")
         given = np.full(item_ids.size, np.nan) if labels is None else labels
         return UserHistory(self.user(user), item_ids, timestamps, given, numbers)
 

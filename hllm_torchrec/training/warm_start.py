@@ -33,6 +33,8 @@ OPTIONAL_PARTS = (
     "project_next",
     "project_vectors",
     "standardise",
+    "task_log_variances",
+    "task_scales",
     "text_similarity",
     "user_token",
     "value_head",
