@@ -22,7 +22,7 @@ COMMANDS = {
     "exposures": "write the user vector of every exposure into a store, for training a ranking model",
     "downstream": "train a DLRM without and with stored vectors, and compare them",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",
-    "serve": "answer requests for scores over HTTP, with the model of a run",
+    "serve": "answer requests for scores and recommendations over HTTP, with the model of a run",
     "loadtest": "measure the latencies of a running `hllm serve` at given rates of requests",
     "index": "write a FAISS index of a run's items, for serving retrieval",
     "retrieval": "popularity, EASE and a Markov chain, tuned and evaluated on a leave-one-out dataset",

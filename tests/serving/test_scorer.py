@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.evaluation.run_loader import score_run
 from hllm_torchrec.evaluation.scoring import score_split
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.scorer import Scorer, UserHistory, window_start
