@@ -24,7 +24,7 @@ COMMANDS = {
     "downstream": "train a DLRM without and with stored vectors, and compare them",
     "forget": "make a dataset, and what was made from it, forget users and items",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",
-    "serve": "answer requests for scores over HTTP, with the model of a run",
+    "serve": "answer requests for scores and recommendations over HTTP, with the model of a run",
     "loadtest": "measure the latencies of a running `hllm serve` at given rates of requests",
     "index": "write a FAISS index of a run's items, for serving retrieval",
     "retrieval": "popularity, EASE and a Markov chain, tuned and evaluated on a leave-one-out dataset",

@@ -84,13 +84,13 @@ def catalogue_shard(experiment: Experiment) -> CatalogueShard:
     total = experiment.dataset.num_items
     first, end = shard_bounds(total)
     blocks = -(-total // ITEMS_AT_ONCE)  # the same number of collective look-ups on every rank
-    rows = [_vectors_of(experiment, block) for block in np.array_split(np.arange(first, end), blocks)]
+    rows = [vectors_of_items(experiment, block) for block in np.array_split(np.arange(first, end), blocks)]
     hllm.train(was_training)
     return CatalogueShard(torch.cat(rows), first, total)
 
 
-def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
-    """Vectors [n, V] of items [n]; n may be 0. Collective."""
+def vectors_of_items(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
+    """Vectors [n, V] of items [n] in the space of the generative loss; n may be 0. Collective."""
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
         return hllm.embed_items(ids).float()
