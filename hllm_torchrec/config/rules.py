@@ -55,6 +55,7 @@ BOUNDS = {
     "objective.value_weight": ">= 0",
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
+    "objective.text_similarity": ">= 0",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
     "objective.head_dropout": ">= 0, < 1",
@@ -161,13 +162,12 @@ def _evidence_problems(config: "Config") -> Iterator[str]:
     names, item = config.data.evidence, config.item_llm
     if names and not config.objective.has_head:
         yield f"data.evidence: {list(names)}: objective.fusion 'none' has no head that reads it; leave it out"
-    if "neighbors" not in names:
-        return
-    if not item.enabled:
+    if "neighbors" in names and not item.enabled:
         yield "data.evidence: 'neighbors' compares texts, and item_llm.enabled is false; leave it out"
-    elif item.trainable or takes_stored_items(config):
+    read = [name for name in ("neighbors", "tastes") if name in names]
+    if read and item.enabled and (item.trainable or takes_stored_items(config)):
         yield (
-            "data.evidence: 'neighbors' needs text embeddings that do not change: set item_llm.trainable to false, "
+            f"data.evidence: '{read[0]}' needs text embeddings that do not change: set item_llm.trainable to false, "
             "without item_embeddings: stored, or leave it out"
         )
 
@@ -206,6 +206,8 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
                 f"(weights, or a shape for random ones){without}"
             )
+    if config.item_llm.whiten and config.item_llm.standardise:
+        yield "item_llm.standardise: true with item_llm.whiten, which standardises too; leave one of them out"
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:
@@ -250,6 +252,12 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
             "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
             "write start"
         )
+    if getattr(shape, "prefix_mask", "context") == "history":
+        yield (
+            "user.shape.prefix_mask: 'history': training and evaluation read many moments of a history in one "
+            "pass, and each would see the future through the context; write context (history is for models built in "
+            "Python)"
+        )
     if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
@@ -260,6 +268,14 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
 def _objective_problems(config: "Config") -> Iterator[str]:
     text, objective = config.item_llm.enabled, config.objective
     generates = objective.generates
+    if objective.text_similarity:
+        if not text or objective.item_space != "features" or not generates:
+            yield (
+                f"objective.text_similarity: {objective.text_similarity}: needs an Item LLM, objective.item_space "
+                "features and the generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "

@@ -100,8 +100,8 @@ class DataConfig:
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
     """Results of simple predictors for each exposure, from strictly earlier events, added to its logit and read by the
-    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors (the last needs a frozen Item
-    LLM)."""
+    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors, tastes, crosses. Neighbors, and
+    tastes if there is an Item LLM, need a frozen one."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0
@@ -159,6 +159,9 @@ class ItemLLMConfig:
     """Center and scale each dimension of E before the projection to the user encoder's width, with mean and standard
     deviation of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space are not
     standardized."""
+    whiten: bool = False
+    """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have equal variance
+    and no correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
     freeze_words: bool = False
     """Freeze the word embeddings, which are most of a small LLM's weights and optimizer state."""
     prompt: str | None = None
@@ -311,6 +314,10 @@ class ObjectiveConfig:
     item_space: Literal["auto", "text", "features"] = "auto"
     """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
     features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
+    text_similarity: float = 0.0
+    """Above 0: also compare an item's text embedding, in its full width, with the decayed mean of those of the history;
+    the initial weight of that cosine beside the learned one (`hllm_torchrec.modules.features.text_similarity`). Weight
+    and decay are learned. Needs the item space features; best with item_llm.whiten."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
@@ -430,11 +437,22 @@ class EvaluationConfig:
     """Epochs between evaluations on the validation part, each with a checkpoint; fractions are allowed."""
     checkpoint_every: int = 0
     """Steps between additional checkpoints without an evaluation; 0: none."""
+    at_start: bool = False
+    """Also evaluate before the first step: the untrained model can then be the best one. With data.evidence it is the
+    logistic regression on evidence."""
+    select_by: Literal["auc", "gauc", "auc_and_gauc"] = "auc"
+    """Metric by which checkpoints are compared, for the best one and for `patience`: AUC, GAUC (AUC within a user) or
+    the mean of both. With validation labels of one class it is the log loss, with fusion `none` NDCG at the first of
+    `ks`."""
     patience: int = 0
-    """Stop after this many evaluations without a better AUC (log loss if the validation labels are of one class;
-    fusion `none`: NDCG at the first of `ks`); 0: never."""
+    """Stop after this many evaluations that are not better by `select_by`; 0: never."""
     batch_users: int = 16
     """User pieces per rank and step."""
+    history: Literal["request", "split"] = "request"
+    """Events that an exposure of a user with more than `data.max_history` events sees in a dataset split by time.
+    request: a function of the events before it alone, as in the scorer (`window_start`); split: those from half of
+    `data.max_history` before the user's first exposure of the split on, as in runs of earlier versions, which keep
+    it."""
     auc: Literal["exact", "approximate"] = "exact"
     """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False
@@ -457,6 +475,9 @@ class Config:
 
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
+    recipe: Literal["ranking", "retrieval"] | None = None
+    """Task whose settings `hllm train` chooses by what is in the dataset, and prints with the reason; what this file or
+    an option sets stays. The run saves the choices, and null here; `hllm init` writes them into a file."""
     seed: int = 0
     """Random seed of weights, shuffling, negatives and dropout."""
     resume: bool = False

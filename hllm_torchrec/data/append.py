@@ -84,7 +84,9 @@ def append_events(
         with draft_folder(root, APPENDS, version) as folder:
             count = partitions or default_partitions(source)
             scratch = folder.parent / "scratch"
-            staged = stage(source, policy or source.policy, count, scratch, dataset, with_rows=False)
+            staged = stage(
+                source, policy or source.policy, count, scratch, dataset, with_rows=False, forgotten=dataset.tombstones
+            )
             own = folder.parent / "own"
             own.mkdir()
             added, changes = _write(dataset, source, staged, own)

@@ -92,14 +92,15 @@ class Collator:
         self.context = context or RequestContext(dataset.schema, (), {})
         self._value_scale = value_scale(dataset.action_values)
         self._cold = dataset.training_item_counts() == 0 if spec.cold_dropout else None
-        self._negatives = _items_of_train(dataset) if "hold_out_items" in dataset.manifest["split"] else None
+        self._negatives = _possible_negatives(dataset) if spec.negatives else None
         self._bags = {name: dataset.feature_ids("item", name) for name in spec.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in spec.user_features}
 
     def negatives(self, epoch: int, step: int) -> Ints:
         """[K] distinct items, sampled uniformly from a generator seeded by (seed, epoch, step): equal on every rank.
 
-        Items that the split holds out of train are never negatives, since they do not exist yet in training.
+        Items that the split holds out of train are never negatives, since they do not exist yet in training; nor are
+        withdrawn ones (`Dataset.excluded_items`).
         """
         wanted = self.spec.negatives
         # The rank is not part of the seed: all ranks score against the same negatives, and each item is encoded once.
@@ -437,9 +438,13 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
     return values[concat_ranges(offsets[known], lengths)], lengths
 
 
-def _items_of_train(dataset: Dataset) -> Ints:
-    """Items with a training event."""
-    return np.flatnonzero(dataset.training_item_counts())
+def _possible_negatives(dataset: Dataset) -> Ints | None:
+    """The items that negatives are drawn from; None: all."""
+    holds_out, excluded = "hold_out_items" in dataset.manifest["split"], dataset.excluded_items
+    if not holds_out and not excluded.size:
+        return None
+    whole = np.flatnonzero(dataset.training_item_counts()) if holds_out else np.arange(1, dataset.num_items)
+    return np.setdiff1d(whole, excluded)
 
 
 def _present(where: NDArray[np.bool_], total: int) -> Ints:

@@ -3,7 +3,8 @@
 Layout (written by `prepare`):
 
     manifest.json                     counts, split, features, fingerprint, sizes of the files
-    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>
+    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>;
+                                      perhaps created_at int64 and active bool
     users.parquet                     user_id int64 dense from 1, raw_user_id, feature_<name> list<int32>
     features/<name>.parquet           id int32 from 1, value: the vocabulary
     training_item_counts.npy          int64 [num_items], events of each item in train
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Ints
@@ -39,8 +41,11 @@ from hllm_torchrec.data.merged_sequences import Cuts, MergedSequences
 from hllm_torchrec.data.remote_datasets import local_dataset
 from hllm_torchrec.data.sequences import GROUPS_AT_LEAST
 from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.data.tombstones import ITEMS, Tombstones
 from hllm_torchrec.data.validation import REMEDY, TableRows, error_location, read_sequences, read_table
 
+ACTIVE = "active"
+"""Column of `items.parquet`, bool: false for a withdrawn item. A dataset may lack it."""
 _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 
@@ -154,6 +159,20 @@ class Dataset:
     def users(self) -> pa.Table:
         """The columns of `users.parquet`; row i is user i + 1."""
         return self._rows_by_id("users.parquet", "user_id", self.num_users)
+
+    @cached_property
+    def tombstones(self) -> Tombstones:
+        """The ids that were forgotten; their rows of `items` and `users` are empty, and no event names them."""
+        return Tombstones.read(self.root, self.manifest)
+
+    @cached_property
+    def excluded_items(self) -> Ints:
+        """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
+        forgotten, items = self.tombstones.numbers(ITEMS), self.items
+        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column's name
+            return forgotten
+        withdrawn = pc.invert(items[ACTIVE].fill_null(True)).to_numpy()
+        return np.union1d(forgotten, 1 + np.flatnonzero(withdrawn))
 
     @property
     def items_fingerprint(self) -> str:

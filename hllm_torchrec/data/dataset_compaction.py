@@ -12,6 +12,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_files import write_event_file
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.manifest import EVENTS
+from hllm_torchrec.data.tombstones import FORGOTTEN
 from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
@@ -44,6 +45,8 @@ def compact(root: Path) -> int | None:
             _write_tables(dataset, folder)
             events = _write_events(dataset, folder)
             files = file_facts(folder, name)
+            if FORGOTTEN in dataset.manifest:
+                files[dataset.manifest[FORGOTTEN]] = dataset.manifest["files"][dataset.manifest[FORGOTTEN]]
         split = dataset.manifest["split"]
         base = {
             "folder": name,

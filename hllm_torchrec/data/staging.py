@@ -18,9 +18,11 @@ from hllm_torchrec.data.event_partitions import (
     sort_partition,
     write_sorted,
 )
+from hllm_torchrec.data.forgotten_rows import without_forgotten
 from hllm_torchrec.data.ingest import read_events, read_items, read_users
 from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
 from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.tombstones import Tombstones
 from hllm_torchrec.data.user_table import UserTable
 
 
@@ -40,11 +42,19 @@ class Staged:
 
 
 def stage(
-    source: Source, policy: BadRows, partitions: int, scratch: Path, old: Dataset | None, *, with_rows: bool = True
+    source: Source,
+    policy: BadRows,
+    partitions: int,
+    scratch: Path,
+    old: Dataset | None,
+    *,
+    with_rows: bool = True,
+    forgotten: Tombstones | None = None,
 ) -> Staged:
     """Read a source into the folder `scratch`; items, users and feature values of `old`, if any, keep their ids.
 
-    with_rows: the catalogue holds the rows of the items of `old`, too.
+    with_rows: the catalogue holds the rows of the items of `old`, too; forgotten: ids whose rows are left out and
+    counted.
 
     Raises:
         ValueError: a bad row (see `bad_rows.BadRows`), or a feature of both items and users.
@@ -55,6 +65,7 @@ def stage(
     if clash:  # all kinds share the folder `features/` and the batch's keys
         raise ValueError(f"{source.name}: {clash} names features of two kinds (item, user, context); rename one")
     log, locate, users = BadRowLog(policy), RowLocator(), UserTable(old)
+    source = without_forgotten(source, forgotten or Tombstones(), log)
     item_words, user_words = load_vocabularies(old, source.item_features), load_vocabularies(old, source.user_features)
     context_words = load_vocabularies(old, context)
     catalogue = ItemCatalogue(source, scratch / "items.arrows", log)

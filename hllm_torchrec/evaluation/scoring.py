@@ -25,6 +25,7 @@ from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
 from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
+from hllm_torchrec.metrics.gauc import gauc
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
 from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.modules.jagged import offsets_from_lengths
@@ -100,9 +101,9 @@ def task_columns(tasks: Sequence[Task], scales: Tensor, batch: HybridBatch, outp
 
 
 def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
-    """AUC and log loss of a split over all ranks during training. Collective.
+    """AUC, GAUC and log loss of a split over all ranks during training. Collective.
 
-    auc: "approximate" computes it from a histogram of scores in one pass over the rows and adds `auc_error`, its
+    auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
     maximum error.
     """
     labels, scores = columns["label"], columns["score"]
@@ -112,12 +113,14 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
     found = {"log_loss": total_loss / max(rows, 1.0), "rows": rows}
     if auc == "exact":
-        return {"auc": roc_auc(labels, scores)} | found
+        total = roc_auc(labels, scores)  # first: it raises on every rank if a score is NaN
+        return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores)} | found
     histogram = ScoreHistogram()
     histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
     histogram.all_reduce()
     bounded = histogram.auc()
-    return {"auc": bounded.auc, "auc_error": bounded.error} | found
+    within = gauc(columns["user_id"], labels, scores)
+    return {"auc": bounded.auc, "auc_error": bounded.error, "gauc": within} | found
 
 
 @torch.no_grad()

@@ -55,6 +55,11 @@ def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
     return (user_ids << 32) | positions  # positions have at most 31 bits, so the two do not overlap
 
 
+def split_exposure_keys(keys: Ints) -> tuple[Ints, Ints]:
+    """(users, positions) [n] of keys [n] of `exposure_keys`."""
+    return keys >> 32, keys & (MAX_POSITION - 1)
+
+
 def exposure_content_hashes(item_ids: Ints, seconds: Ints) -> Hashes:
     """Hash of each exposure's item and second: uint64 [n]."""
     return hash_numbers(item_ids, seconds)

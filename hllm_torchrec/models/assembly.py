@@ -62,8 +62,8 @@ CONTEXT_KEY = "context"
 """Key of the values of context that a run was trained with in a checkpoint's `extra.json`."""
 LOOKUP_CHUNK = 65_536
 """Rows of a frozen item table that all ranks together look up at a time."""
-MEASURED_ITEMS, MEASURED_CHUNK = 1024, 64
-"""Items that `measure_item_statistics` encodes, in total and per call."""
+MEASURED_ITEMS, WHITENED_ITEMS, MEASURED_CHUNK = 1024, 16_384, 64
+"""Items that `measure_item_statistics` encodes: in total, in total for a covariance, and per call."""
 
 
 @dataclass
@@ -86,6 +86,8 @@ class Experiment:
     evidence: Evidence | None = None
     context: RequestContext | None = None
     """What requests tell; None: nothing that the model reads."""
+    frozen_catalogue: Tensor | None = None
+    """Embeddings [N, E] of all items that evidence compares, of the frozen Item LLM; None: encode them when needed."""
 
     @property
     def hllm(self) -> HLLM:
@@ -156,13 +158,15 @@ class Experiment:
     ) -> Loader:
         """Batches of a split on this rank; training ones of the events that `data.train_part` names.
 
-        Outside of training, where exposures see earlier positions (leave one out), they see as much as
-        `max_history` allows. batch_item_tokens: see `data.batch_item_tokens`.
+        Outside of training exposures see what the scorer's requests see: see `evaluation.history`; where they see
+        earlier positions (leave one out), as much as `max_history` allows. batch_item_tokens: see
+        `data.batch_item_tokens`.
         """
         whole = training and split == "train" and self.config.data.train_part == "train_and_valid"
         # + 1: the [ITEM] token that the Item LLM appends to each text.
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
+        by_position = self.batch_spec.visibility == "position"
         shortening = None
         if training and data.stochastic_length:
             shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
@@ -186,7 +190,8 @@ class Experiment:
             batch_cost=batch_item_tokens,
             item_costs=costs,
             all_events=whole,
-            extend_history=not training and self.batch_spec.visibility == "position",
+            extend_history=not training and by_position,
+            as_requests=not training and not by_position and self.config.evaluation.history == "request",
             since=second_of(data.train_since or 0) if training else 0,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,
@@ -205,6 +210,8 @@ class Experiment:
         """
         if self.item_encoder is None:
             return None
+        if self.frozen_catalogue is not None:
+            return self.frozen_catalogue
         if isinstance(self.hllm.item_source, StoredItems):
             return self._look_up_catalogue()
         assert self.live_items is not None
@@ -235,15 +242,16 @@ class Experiment:
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
-        """Give the model's `Standardize` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective.
+        """Fit the model's `Standardize` or `Whiten` on items spaced evenly over the catalogue. Collective.
 
         Returns:
             `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
         """
         assert self.hllm.standardise is not None
+        most = WHITENED_ITEMS if self.config.item_llm.whiten else MEASURED_ITEMS
         number = self.dataset.num_items - 1  # item 0 is the unknown item
         # float64: float32 cannot represent all ids above 2^24.
-        ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
+        ids = torch.linspace(1, number, min(number, most), dtype=torch.float64).long().to(self.device)
         was_training = self.hllm.training
         self.hllm.eval()
         items = torch.cat([self.hllm.embed_items(some).float() for some in ids.split(MEASURED_CHUNK)])
@@ -315,14 +323,16 @@ def build_experiment(
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
-    found = open_evidence(config, dataset, model, encoder, live, evidence, device)
+    found, catalogue = open_evidence(config, dataset, model, encoder, live, evidence, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
     bases = base_fingerprints(model, config)  # before FSDP shards the weights
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, context)
+    return Experiment(
+        config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, context, catalogue
+    )
 
 
 def _context(dataset: Dataset, spec: BatchSpec, since: int) -> tuple[RequestContext, ContextInputs]:

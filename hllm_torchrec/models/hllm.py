@@ -27,14 +27,15 @@ from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.event_schema import LabelColumn
-from hllm_torchrec.models.item_source import ItemSource
+from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
 from hllm_torchrec.models.tasks import Task, is_single
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
-from hllm_torchrec.modules.features.standardize import Standardize
+from hllm_torchrec.modules.features.standardize import Standardize, Whiten
+from hllm_torchrec.modules.features.text_similarity import TextSimilarity
 from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
@@ -131,8 +132,9 @@ class HLLM(nn.Module):
         self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
         same = item_llm is None or item_width == user.width
         self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
-        standardises = config.item_llm.standardise and item_llm is not None
-        self.standardise = Standardize(item_width) if standardises else None
+        self.standardise: Standardize | Whiten | None = None
+        if item_llm is not None and (config.item_llm.standardise or config.item_llm.whiten):
+            self.standardise = Whiten(item_width) if config.item_llm.whiten else Standardize(item_width)
         if self.fusion.query_is_user:
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
@@ -151,6 +153,8 @@ class HLLM(nn.Module):
                 self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
             self.logit_scale = LogitScale(objective.temperature)
             self.mask_own_items = objective.mask_own_items
+        weight = objective.text_similarity if self.compares_features and item_llm is not None else 0.0
+        self.text_similarity = TextSimilarity(weight) if weight else None
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
@@ -187,7 +191,8 @@ class HLLM(nn.Module):
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
-        compared = of_features if self.compares_features else items
+        compared = self._with_texts(of_features, batch.unique_items, items) if self.compares_features else items
+        texts_TE = self._history_texts(batch, items)
         logits, outputs, tasks, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
         nothing = 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
@@ -198,8 +203,10 @@ class HLLM(nn.Module):
             outputs=outputs,
             tasks=tasks,
             value_error=value_error,
-            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
-            next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
+            generative=(
+                self._generate(batch, h_TD, texts_TE, compared) if self.generates and compared is not None else None
+            ),
+            next_items=self._next_items(batch, h_TD, texts_TE) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
         )
 
@@ -241,15 +248,23 @@ class HLLM(nn.Module):
     def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
         """P(E) + ID + item features of items [n, D] with the current weights, outside of a step. Collective.
 
+        [n, D + E] with `text_similarity`.
+
         features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
         """
-        return self.features(features, None, self._projected(self.item_embeddings(item_ids), vectors))
+        items = self.item_embeddings(item_ids)
+        found = self._with_texts(self.features(features, None, self._projected(items, vectors)), item_ids, items)
+        assert found is not None
+        return found
 
     @property
     def user_vector_width(self) -> int:
-        """Width of the vectors of `embed_users`: D or E."""
+        """Width of the vectors of `embed_users`: D or E, or D + E with `text_similarity`."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
-        return project.out_features if isinstance(project, nn.Linear) else self.user.width
+        texts = 0
+        if self.text_similarity is not None and self.item_llm is not None and project is not None:
+            texts = self.item_llm.width
+        return texts + (project.out_features if isinstance(project, nn.Linear) else self.user.width)
 
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
@@ -257,15 +272,17 @@ class HLLM(nn.Module):
         Late fusion: the [USER] query's output. Otherwise the hidden state of the last position that the query sees,
         projected as for the generative loss if there is one ([Q, E] in the text space); zeros if it sees no position.
         """
-        h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
+        items = self.item_embeddings(batch.unique_items)
+        h_TD, q_QD, _, _ = self._encode_users(batch, items)
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
-        return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
+        texts_TE = self._history_texts(batch, items)
+        return self._last_visible(batch, h_TD, texts_TE, every, self.project_next if self.generates else nn.Identity())
 
     @property
     def needs_item_statistics(self) -> bool:
-        """True if item embeddings are standardised and their statistics have not been measured yet."""
+        """True if item embeddings are standardised or whitened and their statistics have not been measured yet."""
         return self.standardise is not None and not bool(self.standardise.measured)
 
     def _encode_users(
@@ -343,15 +360,40 @@ class HLLM(nn.Module):
 
     def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
         """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
-        if items is not None and self.standardise is not None:
-            items = self.standardise(items)
-        terms = [] if items is None else [self.project_item(items)]
+        terms = [] if items is None else [self._project(items)]
         if self.project_vectors is not None:
             assert vectors is not None, "the batch has no item vectors"
             terms.append(self.project_vectors(vectors))
         if not terms:
             return None
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def _project(self, items: Tensor) -> Tensor:
+        """P(E) of E [n, E], standardised or whitened first if the configuration says so."""
+        if isinstance(self.standardise, Whiten) and isinstance(self.project_item, nn.Linear):
+            return self.standardise(items, self.project_item)
+        return self.project_item(items if self.standardise is None else self.standardise(items))
+
+    def _texts(self, item_ids: Tensor, items: Tensor) -> Tensor:
+        """E of items [n, E], standardised or whitened if the configuration says so, in full width."""
+        if self.standardise is None:
+            return items
+        if isinstance(self.item_source, CachedItems):
+            return self.item_source.through(self.standardise, item_ids)
+        return self.standardise(items)
+
+    def _with_texts(self, vectors: Tensor | None, item_ids: Tensor, items: Tensor | None) -> Tensor | None:
+        """Vectors of items [n, D], with their texts [n, D + E] if those are compared too; items: their E [n, E]."""
+        if self.text_similarity is None or vectors is None or items is None:
+            return vectors
+        return self.text_similarity.join(vectors, self._texts(item_ids, items))
+
+    def _history_texts(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
+        """Decayed sums [T, E] of the history's texts; None without `text_similarity`."""
+        if self.text_similarity is None or items is None:
+            return None
+        texts = self._texts(batch.unique_items, items)[batch.history_index]
+        return self.text_similarity.history(texts, batch.seq_offsets)
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
         history = batch.item_ids.numel()
@@ -409,7 +451,9 @@ class HLLM(nn.Module):
             found[task.name] = TaskLoss(raw.detach(), trained)
         return found
 
-    def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
+    def _generate(
+        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor
+    ) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
         exclude = None
         if self.mask_own_items:
@@ -417,8 +461,11 @@ class HLLM(nn.Module):
             # full history of its own piece, including events that Stochastic Length dropped.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
+        predicted = self.project_next(h_TD[batch.next_rows])
+        if self.text_similarity is not None and texts_TE is not None:
+            predicted = self.text_similarity.join(predicted, texts_TE[batch.next_rows])
         return self.generative_loss(
-            self.project_next(h_TD[batch.next_rows]),
+            predicted,
             items[batch.next_index],
             items[batch.negative_index],
             self.logit_scale(),
@@ -427,20 +474,29 @@ class HLLM(nn.Module):
             exclude=exclude,
         )
 
-    def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
+    def _next_items(self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None) -> Tensor:
         """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
-        return self._last_visible(batch, h_TD, batch.target_query, self.project_next)
+        return self._last_visible(batch, h_TD, texts_TE, batch.target_query, self.project_next)
 
-    def _last_visible(self, batch: HybridBatch, h_TD: Tensor, queries: Tensor, project: nn.Module) -> Tensor:
-        """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none."""
+    def _last_visible(
+        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, queries: Tensor, project: nn.Module
+    ) -> Tensor:
+        """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none.
+
+        With `text_similarity` it is followed by the texts' decayed sum at that position.
+        """
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         visible = batch.query_visible[queries]
         # A query sees the first `visible` positions of its piece. With visible = 0 the row is invalid (it belongs to
         # the previous piece, or is -1), so it is clamped and its result is multiplied by 0.
         row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
-            return project(h_TD.new_zeros(row.numel(), h_TD.shape[1])) * 0
-        return project(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
+            h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
+            texts_TE = None if texts_TE is None else texts_TE.new_zeros(1, texts_TE.shape[1])
+        found = project(h_TD[row.clamp(min=0)])
+        if self.text_similarity is not None and texts_TE is not None:
+            found = self.text_similarity.join(found, texts_TE[row.clamp(min=0)])
+        return found * (visible > 0)[:, None]
 
 
 def item_space(config: Config) -> str:

@@ -59,7 +59,10 @@ def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, An
     def compute() -> dict[str, dict[str, Any]]:
         marks = dataset_marks(dataset)
         names = [name for name in config.data.item_vectors if name != FACTORS]
-        marks |= {f"{VECTORS}{name}": vector_mark(item_vectors(dataset, name)) for name in names}
+        marks |= {
+            f"{VECTORS}{name}": vector_mark(item_vectors(dataset, name), dataset.tombstones.digests(f"{VECTORS}{name}"))
+            for name in names
+        }
         return {name: mark.to_json() for name, mark in marks.items()}
 
     return coordination.run_on_rank_zero(compute)
@@ -139,6 +142,6 @@ def _problems(dataset: Dataset, checkpoint: Path, names: list[str]) -> list[str]
 
 
 def _vector_problems(name: str, run: IdMark, dataset: Dataset) -> list[str]:
-    vectors = item_vectors(dataset, name.removeprefix(VECTORS))
-    found = find_difference(run, vector_mark(vectors), partial(row_digests, vectors))
+    vectors, erased = item_vectors(dataset, name.removeprefix(VECTORS)), dataset.tombstones.digests(name)
+    found = find_difference(run, vector_mark(vectors, erased), partial(row_digests, vectors, erased=erased))
     return [] if found is None else [f"{name}: rows {found.first} to {found.last - 1} have other numbers here"]

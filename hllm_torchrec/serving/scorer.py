@@ -8,7 +8,7 @@
         scorer.add_items(["s41"], {"title": ["A new book"]})   # an item that came after `hllm prepare`
 
 Features come from the collator and the model of training, and the scores equal those of `hllm evaluate` for the same
-exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
+exposures up to rounding, also where a history is longer than `data.max_history` (`window_start`).
 
 Legend: n events, T history events that the model uses, m candidates, D width.
 """
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.config.schema import Config
@@ -40,6 +40,7 @@ from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.new_item_journal import new_items
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.calibration import FILE, RunCalibration
@@ -54,7 +55,7 @@ from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.serving.raw_context import ContextValue, RawContext
 from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
 from hllm_torchrec.serving.task_scores import output_shape, predictions_by_task
-from hllm_torchrec.serving.user_state import UserHistory, UserState, window_start
+from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 __all__ = ["Scorer", "UserHistory", "UserState", "window_start"]
 
@@ -162,6 +163,11 @@ class Scorer:
         return scorer
 
     @property
+    def mark(self) -> str:
+        """Mark of the weights, their data type and the dataset's ids: equal marks give equal scores."""
+        return self._mark
+
+    @property
     def unknown_context(self) -> dict[str, int]:
         """Number of requests with a categorical value that training has not seen, by name."""
         unseen = {} if self.experiment.context is None else self.experiment.context.unseen
@@ -255,7 +261,7 @@ class Scorer:
         items: Sequence[str],
         timestamps: ArrayLike,
         labels: ArrayLike | None = None,
-        actions: Sequence[str] | None = None,
+        actions: Sequence[str | None] | None = None,
     ) -> UserHistory:
         """A history from raw ids.
 
@@ -264,7 +270,7 @@ class Scorer:
             items: [n] raw ids.
             timestamps: [n] seconds UTC, ascending.
             labels: [n], NaN for events that are no exposures; None: none is.
-            actions: [n] names of actions, as in the source; None: unknown.
+            actions: [n] names of actions, as in the source; None, also of a single event: unknown.
 
         Raises:
             ValueError: ids or actions that are not known, and as `UserHistory`.
@@ -280,7 +286,7 @@ class Scorer:
             ValueError: users, items or actions outside the dataset's ids.
         """
         self._check(history)
-        start = window_start(len(history), self.experiment.config.data.max_history)
+        start = self._start(len(history))
         return self._state(history, start, self._read(history.since(start), None))
 
     @torch.no_grad()
@@ -292,13 +298,20 @@ class Scorer:
         """
         self._check_state(user)
         history = user.history.followed_by(events)
-        start = window_start(len(history), self.experiment.config.data.max_history)
+        start = self._start(len(history))
         # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
         # positions see each other and so would change.
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
         return self._state(history, start, self._read(events, user.cache))
+
+    def _start(self, seen: int) -> int:
+        """First event that a request reads of the `seen` ones that it may see, as in evaluation."""
+        longest = self.experiment.config.data.max_history
+        if self.experiment.batch_spec.visibility == "position":
+            return max(0, seen - longest + 1)
+        return int(window_start(seen, longest))
 
     def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
         return UserState(history, start, cache, self._mark_of(history))
@@ -371,6 +384,9 @@ class Scorer:
         self._check_state(state)
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
+        seen = self._seen(state.history, moment)
+        if self._start(seen) != state.start:  # a long history goes on after the request: what it may see begins earlier
+            state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
             return self._score(state, items, moment, self._context.columns(context, 1))
 
@@ -412,10 +428,7 @@ class Scorer:
         evidence = self.experiment.evidence
         if evidence is None:
             return None
-        seen, limit = len(history), time - self.experiment.batch_spec.feedback_delay
-        if self.experiment.batch_spec.visibility == "second":
-            seen = visible_before(history.timestamps, limit)
-        at = np.full(candidates.size, time)
+        at, seen = np.full(candidates.size, time), self._seen(history, time)
         columns = evidence.columns(history, np.full_like(at, seen), candidates, at, history.user_id, fitted=False)
         return torch.from_numpy(columns).to(self.experiment.device)
 
@@ -438,19 +451,31 @@ class Scorer:
         labels = np.zeros(candidates.size)
         asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=labels, extra=extra)
         batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
-        names = self.experiment.batch_spec.numeric_features
-        if not names:
+        numbers = self._numbers(user, time)
+        if numbers is None:
             return batch
-        # The request is an additional event without a label: its numbers come from the visible events before it.
-        window = user.history.since(user.start)
-        earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
-        times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
-        numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
         assert batch.numeric is not None
         # All candidates have the same time, so the one row of numbers is broadcast to all of them.
         numeric = batch.numeric.clone()
         numeric[: batch.query_times.numel(), : numbers.shape[1]] = torch.from_numpy(numbers)
         return replace(batch, numeric=numeric)
+
+    def _numbers(self, user: UserState, time: int) -> Floats | None:
+        """Numeric features [1, F] of a request, or None without any."""
+        names = self.experiment.batch_spec.numeric_features
+        if not names:
+            return None
+        # The request is an additional event without a label: its numbers come from the visible events before it.
+        window = user.history.since(user.start)
+        earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
+        times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
+        return numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+
+    def _seen(self, history: UserHistory, time: int) -> int:
+        """Number of events of a complete history that a request at `time` may see."""
+        if self.experiment.batch_spec.visibility == "position":
+            return len(history)
+        return visible_before(history.timestamps, time - self.experiment.batch_spec.feedback_delay)
 
     def _visible(self, user: UserState, time: int) -> int:
         """Number of cached events visible to a request at `time`."""
