@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss
 from hllm_torchrec.evaluation.calibration import RunCalibration
 from hllm_torchrec.launch.calibrate import main as calibrate
 from hllm_torchrec.launch.evaluate import main as evaluate
+from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from tests.helpers import task_shop, training_fixtures
 
@@ -31,7 +32,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_each_task_is_trained_predicted_evaluated_and_served(run: Path) -> None:
-    steps = training_fixtures.lines(run, "step")
+    steps, checked = training_fixtures.lines(run, "step"), training_fixtures.lines(run, "eval")[-1]
+    assert 0 <= checked["auc_like"] <= 1 and checked["rmse_watch"] > 0 and 0 < checked["rmse_stars"] < 2
     for name in task_shop.TASKS:
         losses = [line[f"loss_{name}"] for line in steps]
         assert np.isfinite(losses).all() and losses[-1] < losses[0] * 1.5
@@ -62,6 +64,12 @@ def test_the_scorer_returns_what_evaluation_wrote_for_each_task(run: Path) -> No
             assert [found[name][0] for name in found] == pytest.approx(expected, rel=1e-4)
             logit = scorer.score(history, np.array([row["item_id"]]), row["timestamp"])
             assert logit == pytest.approx([row["score"]], abs=1e-5)
+        batched, items = BatchScorer(scorer.experiment), np.arange(1, task_shop.ITEMS)
+        first, again = (one.score_tasks(one.read(history), items, row["timestamp"]) for one in (scorer, batched))
+        for name, values in first.items():
+            assert again[name] == pytest.approx(values, rel=1e-4, abs=1e-6)
+        logits = batched.score_batch([Request(batched.read(history), items, row["timestamp"])])[0]
+        assert logits == pytest.approx(scorer.score(history, items, row["timestamp"]), abs=1e-5)
 
 
 @pytest.fixture(scope="module", params=["late", "early"])
@@ -108,6 +116,8 @@ def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
             scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
         with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
             scorer.score(state, item, row["timestamp"], context | {"price": "dear"})
+        with pytest.raises(ValueError, match=r"data\.context: \['device', 'price'\]: requests of this scorer have no"):
+            BatchScorer(scorer.experiment)
 
 
 @pytest.mark.parametrize("method", ["platt", "isotonic", "temperature"])
