@@ -156,3 +156,25 @@ def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: 
     (run / "calibration.json").write_text("{}")
     assert evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0"]) == 2
     (run / "calibration.json").unlink()
+
+
+def test_the_gate_has_a_rule_for_each_task(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if run.name != "late":
+        pytest.skip("one model is enough")
+    options = ["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"]
+    assert evaluate(options) == 0
+    before = tmp_path / "before.json"
+    before.write_text((run / "metrics.json").read_text())
+    gate = [*options, "--baseline", str(before), "--max-task-drop"]
+    assert evaluate([*gate, "like=0", "watch=0"]) == 0
+    text = capsys.readouterr().out
+    assert "PASS: AUC of like by late" in text and "PASS: XAUC of watch by late" in text
+    content = json.loads(before.read_text())
+    own = content["tasks"]["watch"]["models"][run.name]
+    own["xauc"] += 0.2
+    before.write_text(json.dumps(content))
+    assert evaluate([*gate, "watch=0.1"]) == 4, "XAUC has no interval"
+    assert evaluate([*gate, "watch=0.3"]) == 0
+    assert evaluate([*gate, "wach=0.1"]) == 2
+    assert "has no task 'wach' (did you mean 'watch'?)" in capsys.readouterr().err
+    assert evaluate([*gate, "watch"]) == 2 and "must be TASK=DROP" in capsys.readouterr().err

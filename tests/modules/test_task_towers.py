@@ -37,7 +37,7 @@ def naive(built: TaskTowers, query: torch.Tensor, item: torch.Tensor | None, evi
                 own = built.gates.weight[task * built.experts : (task + 1) * built.experts]
                 gate = torch.softmax(own @ features, dim=0)
                 shared = sum(g * h for g, h in zip(gate, hidden.split(HIDDEN), strict=True))
-            tower = silu(shared @ built.tower_weight[task] + built.tower_bias[task])
+            tower = silu(built.tower_weight[task] @ shared + built.tower_bias[task])
             for _ in range(number):
                 value = built.out_weight[place] @ tower + built.out_bias[place]
                 value = value if item is None else value + built.dot_scale[place] * dot
