@@ -3,8 +3,8 @@
     python scripts/bench/bench_serving.py --run RUN --dataset DATASET [--quick] [--out FILE]
 
 Each side scores the same requests; histories are in the cache (warm), and one thread computes. `scorer`: one request
-after the other, with the dense ids given; `engine`: batches of `--batch` requests by raw ids. The sides alternate, ratios
-are those of medians of CPU time (so that other processes count less), and the bench stops where the scores differ.
+after the other, with the dense ids given; `engine`: batches of `--batch` requests by raw ids. The sides alternate,
+ratios are those of medians of CPU time (other processes count less), and the bench stops where the scores differ.
 
 `outside` is the share of a side's CPU time that is not in the user encoder, the head or the projections (measured by
 timers around their calls, in a pass of its own).
