@@ -26,6 +26,7 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
         words=_words(dataset),
         item_features={name: int(facts["size"]) for name, facts in manifest["item_features"].items()},
         user_features={name: int(facts["size"]) for name, facts in manifest["user_features"].items()},
+        split=str(manifest["split"]["rule"]),
     )
 
 

@@ -1,5 +1,6 @@
 """Full-catalogue retrieval of an experiment, shared by training, the evaluation job and the results scripts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def evaluate_retrieval(
     """
     config = experiment.config
     positive = config.objective.positive_targets_only
+    shard, excluded = catalogue_shard(experiment), experiment.dataset.excluded_items
+    if excluded.size:
+        shard = replace(shard, excluded=torch.from_numpy(excluded).to(experiment.device))
     columns, skipped = rank_catalogue_targets(
         experiment.model,
         loader,
-        catalogue_shard(experiment),
+        shard,
         experiment.device,
         show,
         filter_seen=config.evaluation.filter_seen,
@@ -54,7 +58,7 @@ def evaluate_retrieval(
         "protocol": config.evaluation.protocol,
         "filter_seen": config.evaluation.filter_seen,
         "targets": "positive" if positive else "all",
-        "candidates": experiment.dataset.num_items - 1,
+        "candidates": experiment.dataset.num_items - 1 - excluded.size,
     }
 
 
@@ -90,7 +94,9 @@ def vectors_of_items(experiment: Experiment, items: NDArray[np.int64]) -> Tensor
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
         return hllm.embed_items(ids).float()
-    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+    collator = Collator(
+        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+    )
     return vectors_by_features(experiment, collator, items)
 
 

@@ -79,6 +79,7 @@ def recommend(
     else:
         scores, opened = _similarities(run, which, device, history, moment, dataset)
     scores[0] = -np.inf  # the unknown item
+    scores[opened.excluded_items] = -np.inf
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
@@ -130,7 +131,9 @@ def _similarities(
     with loaded.weights, experiment.evaluation_items(), torch.no_grad():
         NewItems(experiment)
         catalogue = catalogue_vectors(experiment)
-        batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([piece], 0, 0)
+        batch = Collator(
+            experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+        )([piece], 0, 0)
         predicted = experiment.model(batch.to(device), want_next=True).next_items
     assert predicted is not None, "a model without a prediction head has a generative loss"
     cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)

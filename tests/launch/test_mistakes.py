@@ -85,7 +85,15 @@ LINES = {
         "info",
     ],
     "seal": ["{missing}", "{file}", "{empty}", "{root}/dataset", "--what"],
+    "init": [
+        "",
+        "--data {missing}",
+        "--data {root}/half-dataset",
+        "--data {root}/dataset --task shopping",
+        "--data {root}/dataset --output {file}",
+    ],
     "train": [
+        "--recipe ranking --data.dataset {missing}",
         "--config {missing}",
         "--config {empty}",
         "--config {root}/half.yaml",
@@ -142,6 +150,14 @@ LINES = {
     ],
     "adopt": ["", "--run {missing} --dataset {root}/dataset", "--run {root}/run --dataset {missing}"],
     "check-model": ["", "--model {missing}", "--model {empty}", "--model {root}/dataset --max-text-length 0"],
+    "forget": [
+        "",
+        "--dataset {root}/dataset",
+        "--dataset {missing} --user a",
+        "--dataset {root}/half-dataset --user a",
+        "--dataset {root}/dataset --users-file {missing}",
+        "--dataset {root}/dataset --user a --runs {missing} --dry-run",
+    ],
     "rollback": ["", "--folder {missing}", "--folder {empty} --to x"],
     "exposures": [
         "--run {missing} --users {new}",
