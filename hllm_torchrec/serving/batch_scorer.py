@@ -116,7 +116,9 @@ class BatchScorer(Scorer):
             parts = [one.items[start : start + ROWS_AT_ONCE] for one in requests]
             counts = [part.size for part in parts]
             ids = torch.from_numpy(np.concatenate(parts)).to(x_RD.device)
-            rows = torch.arange(len(parts), device=ids.device).repeat_interleave(torch.tensor(counts, device=ids.device))
+            rows = torch.arange(len(parts), device=ids.device).repeat_interleave(
+                torch.tensor(counts, device=ids.device)
+            )
             evidence = self._evidence_of(requests, parts)
             if late:
                 logits.append(self._late(users, rows, ids, evidence))
@@ -136,9 +138,7 @@ class BatchScorer(Scorer):
     def _evidence_of(self, requests: Sequence[Request], parts: Sequence[Ints]) -> Tensor | None:
         if self.experiment.evidence is None:
             return None
-        columns = [
-            self._evidence(one.state.history, part, one.time) for one, part in zip(requests, parts, strict=True)
-        ]
+        columns = [self._evidence(one.state.history, part, one.time) for one, part in zip(requests, parts, strict=True)]
         return torch.cat([column for column in columns if column is not None])
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
