@@ -116,9 +116,7 @@ class BatchScorer(Scorer):
             parts = [one.items[start : start + ROWS_AT_ONCE] for one in requests]
             counts = [part.size for part in parts]
             ids = torch.from_numpy(np.concatenate(parts)).to(x_RD.device)
-            rows = torch.arange(len(parts), device=ids.device).repeat_interleave(
-                torch.tensor(counts, device=ids.device)
-            )
+            rows = torch.tensor(np.repeat(np.arange(len(parts)), counts), device=ids.device)
             evidence = self._evidence_of(requests, parts)
             if late:
                 logits.append(self._late(users, rows, ids, evidence))
