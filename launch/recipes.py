@@ -9,7 +9,7 @@ import yaml
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.checking import split_arguments
 from hllm_torchrec.config.inheritance import merge, read_resolved
-from hllm_torchrec.config.recipes import ENCODER, RECIPES, Choice
+from hllm_torchrec.config.recipes import ENCODER, RECIPES, Choice, DatasetFacts, has_value, recipe_choices, value_at
 from hllm_torchrec.config.schema import DataConfig
 
 
@@ -25,28 +25,28 @@ def with_recipe(arguments: list[str]) -> list[str]:
     task = given.get("recipe")
     if task not in RECIPES:  # an unknown one is reported with all other problems
         return arguments
-    choices = [choice for choice in choices_for(task, _dataset(given)) if not _has(given, choice.name)]
+    choices = recipe_choices(task, facts_of(_dataset(given)), given)
     saved = _saved_run(given)
     if saved is not None:  # the dataset may have grown since, and then a choice would be another one
-        choices = [Choice(one.name, _value(saved, one.name), "the resumed run has it") for one in choices]
+        choices = [Choice(one.name, value_at(saved, one.name), "the resumed run has it") for one in choices]
     if int(os.environ.get("RANK", "0")) == 0:
         for choice in choices:
             say(f"recipe {task}: {choice}")
-    _fetch(given)
+    fetch_encoder(given)
     options = [f"--{choice.name}={yaml.safe_dump(choice.value, default_flow_style=True)}" for choice in choices]
     return [*(option.removesuffix("\n").removesuffix("\n...") for option in options), *arguments, "--recipe=null"]
 
 
-def choices_for(task: str, dataset: str) -> list[Choice]:
-    """The choices of a recipe for the dataset at a path or URL.
+def facts_of(dataset: str) -> DatasetFacts:
+    """Facts of the dataset at a path or URL.
 
     Raises:
-        ValueError: it cannot be read, or does not fit the task.
+        ValueError: it cannot be read.
     """
     from hllm_torchrec.data.dataset import Dataset
     from hllm_torchrec.data.recipe_facts import dataset_facts
 
-    return list(RECIPES[task](dataset_facts(Dataset.open(dataset))))
+    return dataset_facts(Dataset.open(dataset))
 
 
 def _given(arguments: list[str]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _given(arguments: list[str]) -> dict[str, Any]:
 
 
 def _dataset(given: dict[str, Any]) -> str:
-    return str(_value(given, "data.dataset") if _has(given, "data.dataset") else DataConfig.dataset)
+    return str(value_at(given, "data.dataset") if has_value(given, "data.dataset") else DataConfig.dataset)
 
 
 def _saved_run(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -74,9 +74,13 @@ def _saved_run(given: dict[str, Any]) -> dict[str, Any] | None:
     return read_resolved(file) if given.get("resume") is True and file.is_file() else None
 
 
-def _fetch(given: dict[str, Any]) -> None:
-    """Fetch the recipes' encoder if the configuration names it and it is not there."""
-    name = _value(given, "item_llm.pretrained") if _has(given, "item_llm.pretrained") else None
+def fetch_encoder(given: dict[str, Any]) -> None:
+    """Fetch the recipes' encoder if the configuration `given` names it and it is not there.
+
+    Raises:
+        ValueError: it cannot be downloaded.
+    """
+    name = value_at(given, "item_llm.pretrained") if has_value(given, "item_llm.pretrained") else None
     if name != ENCODER or (Path(name) / "config.json").is_file():
         return
     from hllm_torchrec.common.locks import hold_lock
@@ -86,17 +90,3 @@ def _fetch(given: dict[str, Any]) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(parent / ".fetch.lock", f"{name}: another process fetches it", wait=600):  # ranks start together
         fetch_minilm(parent)
-
-
-def _has(given: Any, name: str) -> bool:
-    for part in name.split("."):
-        if not isinstance(given, dict) or part not in given:
-            return False
-        given = given[part]
-    return True
-
-
-def _value(given: Any, name: str) -> Any:
-    for part in name.split("."):
-        given = given[part]
-    return given

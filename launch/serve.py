@@ -1,4 +1,4 @@
-"""`hllm serve`: answers requests for scores over HTTP, with the model of a run.
+"""`hllm serve`: answers requests for scores and recommendations over HTTP, with the model of a run.
 
 hllm serve --run runs/quickstart
 curl -X POST localhost:8400/v1/score -H 'content-type: application/json' -d '{"user": "196", "candidates": ["242"]}'
@@ -36,6 +36,15 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--cache", type=positive, default=1024, metavar="MIB", help="memory of users' states (default: 1024)"
     )
+    parser.add_argument(
+        "--state", type=Path, metavar="FILE", help="SQLite file of events (default: serving/events.sqlite of the run)"
+    )
+    parser.add_argument(
+        "--index",
+        choices=("flat", "ivf", "none"),
+        default="flat",
+        help="of the items, for /v1/recommend: exact (default), in cells, or none: all items are ranked",
+    )
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="requests of a batch (default: 16)")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="MS", help="wait of a batch for more requests (default: 0)"
@@ -58,17 +67,19 @@ def run(args: argparse.Namespace) -> None:
     uvicorn = import_uvicorn()
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.serving.app import create_app
+    from hllm_torchrec.serving.batch_scorer import BatchScorer
     from hllm_torchrec.serving.engine import Engine
+    from hllm_torchrec.serving.event_log import EventLog
     from hllm_torchrec.serving.micro_batches import BatchLimits
-    from hllm_torchrec.serving.scorer import Scorer
     from hllm_torchrec.serving.service import Service
 
     limits = BatchLimits(args.batch, args.wait / 1e3, args.queue, args.deadline / 1e3)
     with (
         distributed_device() as device,
-        Scorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset) as scorer,
+        BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset) as scorer,
     ):
-        service = Service(Engine(scorer, args.cache * MIB), limits, token)
+        log = EventLog(args.state or args.run / "serving" / "events.sqlite")
+        service = Service(Engine(scorer, log, args.cache * MIB, args.index), limits, token)
         app = create_app(service, None if args.quiet else say)
         listen(uvicorn, app, service, args.host, args.port)
 

@@ -127,3 +127,14 @@ class TaskTowers(nn.Module):
     def initialize_bias(self, start: Sequence[float]) -> None:
         """Set the last biases [O]: those of a constant prediction."""
         self.out_bias.copy_(torch.tensor(start))
+
+    @torch.no_grad()
+    def initialize_evidence(self, weights: Tensor, bias: float) -> None:
+        """Start the first output from a logistic regression on evidence alone, weights [F] and bias, as in the head."""
+        assert self.wide is not None
+        self.wide.weight[0].copy_(weights)
+        self.wide.bias[0] = bias
+        self.out_weight[0].zero_()
+        self.out_bias[0] = 0.0
+        if self.fusion.query_is_user:
+            self.dot_scale[0] = 0.0

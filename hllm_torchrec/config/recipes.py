@@ -17,6 +17,10 @@ MANY_USERS = 16_384
 """Users from which a retrieval model's steps read four times as many of them."""
 EVENTS_READ = 1_600_000
 """Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
+EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
+"""Groups of data.evidence; neighbors need texts."""
+RARE_BELOW = 20
+"""Training events per item below which text and evidence stand for items, without IDs."""
 SMALL_TABLE = 5_000
 """Values up to which a categorical user feature is read: a feature with more is an id of the user in disguise."""
 
@@ -52,6 +56,13 @@ class Choice:
     def __str__(self) -> str:
         return f"{self.name}: {_shown(self.value)}, chosen because {self.reason}"
 
+    def as_mapping(self) -> dict[str, Any]:
+        """The value as the content of a configuration file."""
+        content = self.value
+        for part in reversed(self.name.split(".")):
+            content = {part: content}
+        return dict(content)
+
 
 def ranking(facts: DatasetFacts) -> Iterator[Choice]:
     """Choices for a ranking model: text, IDs and evidence of simple predictors.
@@ -67,6 +78,10 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
         )
     yield from text_choices(facts)
     yield from feature_choices(facts)
+    has_text = any(facts.words.values())
+    groups = [name for name in EVIDENCE if has_text or name != "neighbors"]
+    yield Choice("data.evidence", groups, f"items have {'texts' if has_text else 'no texts'} to compare")
+    yield from id_choices(facts, has_text)
     if facts.graded:
         yield Choice("objective.value_weight", 0.5, "actions have different numbers (ratings), which say more")
 
@@ -93,6 +108,16 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
         yield Choice("evaluation.retrieval", True, f"the dataset was split by {facts.split or 'another rule'}")
 
 
+def id_choices(facts: DatasetFacts, has_text: bool) -> Iterator[Choice]:
+    """IDs and item factors where items have enough events to learn them from."""
+    events = facts.exposures / max(facts.items, 1)
+    known = events >= RARE_BELOW
+    why = f"an item has {events:.0f} training events on average, {'enough' if known else 'too few'} to learn its ID"
+    stands_in = "" if known or has_text else "items have no texts that could stand for them"
+    yield Choice("features.item_id", known or not has_text, stands_in or why)
+    yield Choice("data.item_vectors", ["factors"] if known else [], why)
+
+
 def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Text columns and length of an item's text; an ID-only model without texts."""
     used = {name: words for name, words in facts.words.items() if words > 0}
@@ -117,6 +142,31 @@ def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking, "retrieval": retrieval}
 """Choices of each value of `recipe`."""
+
+
+def recipe_choices(task: str, facts: DatasetFacts, given: dict[str, Any]) -> list[Choice]:
+    """Choices of a recipe, without those of fields that `given`, the content of files and options, sets.
+
+    Raises:
+        ValueError: the dataset does not fit the task.
+    """
+    return [choice for choice in RECIPES[task](facts) if not has_value(given, choice.name)]
+
+
+def has_value(content: Any, name: str) -> bool:
+    """True if the content of a configuration file sets a dotted field."""
+    for part in name.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
+
+
+def value_at(content: Any, name: str) -> Any:
+    """The value of a dotted field that it sets."""
+    for part in name.split("."):
+        content = content[part]
+    return content
 
 
 def _shown(value: Any) -> str:

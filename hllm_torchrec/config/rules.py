@@ -163,13 +163,12 @@ def _evidence_problems(config: "Config") -> Iterator[str]:
     names, item = config.data.evidence, config.item_llm
     if names and not config.objective.has_head:
         yield f"data.evidence: {list(names)}: objective.fusion 'none' has no head that reads it; leave it out"
-    if "neighbors" not in names:
-        return
-    if not item.enabled:
+    if "neighbors" in names and not item.enabled:
         yield "data.evidence: 'neighbors' compares texts, and item_llm.enabled is false; leave it out"
-    elif item.trainable or takes_stored_items(config):
+    read = [name for name in ("neighbors", "tastes") if name in names]
+    if read and item.enabled and (item.trainable or takes_stored_items(config)):
         yield (
-            "data.evidence: 'neighbors' needs text embeddings that do not change: set item_llm.trainable to false, "
+            f"data.evidence: '{read[0]}' needs text embeddings that do not change: set item_llm.trainable to false, "
             "without item_embeddings: stored, or leave it out"
         )
 
@@ -321,6 +320,11 @@ def _task_problems(config: "Config") -> Iterator[str]:
             "objective.classification_weight: 0 without a generative loss: nothing would be trained; set "
             "objective.generative_weight above 0"
         )
+    both = sorted(set(objective.position_bias) & set(config.data.context))
+    if both:
+        yield f"objective.position_bias: {both[0]!r} is in data.context too, where serving would need it; leave one out"
+    if objective.position_bias and not objective.has_head:
+        yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
     if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
         yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
 

@@ -92,14 +92,16 @@ class DataConfig:
     numeric_features: tuple[str, ...] = ()
     """Numbers computed from strictly earlier events, added to queries: names of
     `hllm_torchrec.data.numeric_features`, or module:name of a custom function."""
+    context: tuple[str, ...] = ()
+    """Context of the request that the dataset declares (docs/tasks.md), added to queries, e.g. [device, price]."""
     item_vectors: tuple[str, ...] = ()
     """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
     the training part when the run starts, and kept with it) or the name of a float32 array [N, V] in
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
     """Results of simple predictors for each exposure, from strictly earlier events, added to its logit and read by the
-    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors (the last needs a frozen Item
-    LLM)."""
+    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors, tastes, crosses. Neighbors, and
+    tastes if there is an Item LLM, need a frozen one."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0
@@ -300,6 +302,9 @@ class ObjectiveConfig:
     dataset is among them. Empty: the first label alone."""
     task_weighting: Literal["fixed", "uncertainty"] = "fixed"
     """uncertainty: a learned factor exp(-s) on each task's loss, plus s (Kendall et al. 2018), besides its weight."""
+    position_bias: tuple[str, ...] = ()
+    """Categorical context, such as [position], whose effect on the first label and the other binary ones is learned
+    beside the logit and left out at serving."""
     towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
     """What tasks share besides the user encoder: one hidden layer, or `experts` of them mixed by a gate per task."""
     experts: int = 4

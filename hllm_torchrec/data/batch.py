@@ -76,7 +76,7 @@ class HybridBatch(Pipelineable):
     features: KeyedJaggedTensor
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
-    """[S, F] float32, or None."""
+    """[S, F] float32, or None: the numeric features, then the numeric context, NaN where unknown or no query."""
     evidence: Tensor | None
     """[X, F] float32 columns of `data.evidence` of each exposure, or None."""
     item_vectors: Tensor | None
@@ -87,6 +87,8 @@ class HybridBatch(Pipelineable):
     """[X, K] float32 labels of `BatchSpec.tasks`, NaN where not defined; None: the only task is the first label."""
     task_weights: Tensor | None = None
     """[X, K] float32 weight of an exposure in the loss of each task, 0 where its label is not defined; or None."""
+    bias_ids: Tensor | None = None
+    """[X, C] ids of the context of `BatchSpec.bias`, or None."""
     logit_offset: Tensor | None = None
     """[X] float32, added to the first label's logit in training only: -log of the share of negative exposures that was
     kept where the row is from; None: all were."""

@@ -3,7 +3,8 @@
 Layout (written by `prepare`):
 
     manifest.json                     counts, split, features, fingerprint, sizes of the files
-    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>
+    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>;
+                                      perhaps created_at int64 and active bool
     users.parquet                     user_id int64 dense from 1, raw_user_id, feature_<name> list<int32>
     features/<name>.parquet           id int32 from 1, value: the vocabulary
     training_item_counts.npy          int64 [num_items], events of each item in train
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Ints
@@ -42,6 +44,8 @@ from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.tombstones import ITEMS, Tombstones
 from hllm_torchrec.data.validation import REMEDY, TableRows, error_location, read_sequences, read_table
 
+ACTIVE = "active"
+"""Column of `items.parquet`, bool: false for a withdrawn item. A dataset may lack it."""
 _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 
@@ -164,11 +168,11 @@ class Dataset:
     @cached_property
     def excluded_items(self) -> Ints:
         """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
-        forgotten = self.tombstones.numbers(ITEMS)
-        if "active" not in self.items.column_names:
+        forgotten, items = self.tombstones.numbers(ITEMS), self.items
+        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column's name
             return forgotten
-        active = self.items["active"].fill_null(True).to_numpy()
-        return np.union1d(forgotten, 1 + np.flatnonzero(~active))
+        withdrawn = pc.invert(items[ACTIVE].fill_null(True)).to_numpy()
+        return np.union1d(forgotten, 1 + np.flatnonzero(withdrawn))
 
     @property
     def items_fingerprint(self) -> str:

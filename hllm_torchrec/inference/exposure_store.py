@@ -138,7 +138,9 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     marks = item_content_hashes(experiment.item_encoder.tokens)
     todo, started = changed_items(store, raw_ids, marks), time.perf_counter()
     rounds = rank_chunks(todo, np.full(experiment.dataset.num_items, 1, np.int64))
-    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+    collator = Collator(
+        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+    )
 
     def encode(ids: Ints) -> NewRows:
         embedded = vectors_by_features(experiment, collator, ids)

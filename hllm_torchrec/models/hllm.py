@@ -13,10 +13,11 @@ Legend: B pieces of users, T history positions, Q queries, X exposures, G genera
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -41,6 +42,7 @@ from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
 from hllm_torchrec.modules.losses.task_losses import TaskLoss
+from hllm_torchrec.modules.position_bias import PositionBias
 from hllm_torchrec.modules.task_towers import TaskTowers
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
@@ -72,6 +74,18 @@ class HLLMOutput:
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
+@dataclass(frozen=True)
+class ContextInputs:
+    """Numbers by which a model reads the context of requests.
+
+    scales: [C][2] mean and deviation of the numeric context in training; bias_rows: {context of the position bias:
+    number of ids}.
+    """
+
+    scales: Sequence[Sequence[float]] = ()
+    bias_rows: Mapping[str, int] = field(default_factory=dict)
+
+
 class HLLM(nn.Module):
     """Hybrid HLLM, assembled from modules by `build_model`; independent of ranks, devices and optimizers.
 
@@ -84,6 +98,7 @@ class HLLM(nn.Module):
         vector_width: V, width of the dense item features; 0 if there are none.
         evidence: F, number of evidence columns per exposure.
         tasks: labels to predict, the first label's first; None: it is the only one.
+        context: of requests; None: they have none.
     """
 
     def __init__(
@@ -97,9 +112,14 @@ class HLLM(nn.Module):
         vector_width: int = 0,
         evidence: int = 0,
         tasks: Sequence[Task] | None = None,
+        context: ContextInputs | None = None,
     ) -> None:
         super().__init__()
-        objective = config.objective
+        objective, context = config.objective, context or ContextInputs()
+        if context.scales:
+            self.register_buffer("context_scales", torch.tensor(context.scales, dtype=torch.float32))
+            self.context_scales: Tensor
+        self.numeric_context = len(context.scales)
         self.tasks = tuple(tasks or (Task(LabelColumn("label")),))
         build_head = partial(
             PredictionHead, user.width, objective.head_hidden, objective.head_dropout, objective.fusion, evidence
@@ -119,6 +139,9 @@ class HLLM(nn.Module):
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
             self._build_heads(build_head, base_rate, user.width, evidence)
+        self.position_bias: PositionBias | None = None
+        if context.bias_rows:
+            self.position_bias = PositionBias(context.bias_rows, sum(task.is_binary for task in self.tasks))
         self.value_head: PredictionHead | None = None
         if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = build_head()
@@ -280,11 +303,41 @@ class HLLM(nn.Module):
         History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
         items [U, D] (if they have slots; else [0, D]). The features of a slot depend only on the slot.
         """
-        slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
+        slots = self.features(batch.features, self._numbers(batch.numeric), self._items_of_slots(batch, items))
         x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
         if self.fusion.query_is_user:
             x_QD = x_QD + self.user_token
         return x_TD, x_QD, target_XD, item_UD
+
+    def _numbers(self, numeric: Tensor | None) -> Tensor | None:
+        """Numeric inputs [S, F] with the numeric context, which comes last, standardized; 0 where it is unknown."""
+        if numeric is None or not self.numeric_context:
+            return numeric
+        plain, context = numeric[:, : -self.numeric_context], numeric[:, -self.numeric_context :]
+        center, scale = self.context_scales.T
+        return torch.cat([plain, ((context - center) / scale).nan_to_num()], dim=1)
+
+    def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
+        """Logits [X], or outputs [X, O] of several tasks, with the position bias of binary tasks.
+
+        In training that of the batch's exposures; otherwise its mean over training.
+        """
+        if self.position_bias is None:
+            return logits
+        if self.training:
+            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            bias = self.position_bias(batch.bias_ids)
+        else:
+            bias = self.position_bias.mean
+        if self.has_one_logit:
+            return logits + bias[..., 0]
+        # The first output of each binary task: other tasks have no bias.
+        starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
+        places = [int(start) for start, task in zip(starts, self.tasks, strict=True) if task.is_binary]
+        wide = logits.new_zeros(logits.shape).index_copy(
+            1, torch.tensor(places, device=logits.device), bias.expand(len(logits), -1).to(logits)
+        )
+        return logits + wide
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
@@ -358,9 +411,9 @@ class HLLM(nn.Module):
             return batch.labels.new_empty(0), None, {first: TaskLoss(nothing, nothing)}, None
         inputs = q_QD[batch.target_query], target_XD, batch.evidence
         if isinstance(self.head, TaskTowers):
-            outputs = self.head(*inputs)
+            outputs = self.biased(self.head(*inputs), batch)
             return outputs[:, 0], outputs, self._task_losses(batch, outputs), None
-        logits = self.head(*inputs)
+        logits = self.biased(self.head(*inputs), batch)
         trained = logits if batch.logit_offset is None else logits + batch.logit_offset
         loss = binary_cross_entropy(trained, batch.labels, batch.weights)
         tasks = {first: TaskLoss(loss.detach(), loss)}

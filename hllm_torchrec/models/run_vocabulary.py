@@ -18,6 +18,7 @@ from hllm_torchrec.checkpoint.state import is_under
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, find_difference, map_problems, row_digests, vector_mark
 from hllm_torchrec.distributed import coordination
@@ -46,6 +47,9 @@ def maps_read(config: Config) -> dict[str, list[str]]:
     found = {"items": [f"{TABLES}item_id"]} if features.item_id else {}
     found |= {"actions": [TABLES + name for name in actions]} if actions else {}
     found |= {f"feature/{name}": [TABLES + name] for name in (*data.item_features, *data.user_features)}
+    found |= {f"feature/{name}": [f"{TABLES}{CONTEXT}{name}"] for name in data.context}
+    biased = config.objective.position_bias
+    found |= {f"feature/{name}": [f"position_bias.embedding_bags.bias_{name}"] for name in biased}
     return found | {f"{VECTORS}{name}": ["project_vectors"] for name in data.item_vectors if name != FACTORS}
 
 

@@ -8,10 +8,10 @@ import json
 import time as clock
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -19,13 +19,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hllm_torchrec import __version__
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.serving.engine import RawEvents, ScoreRequest
+from hllm_torchrec.serving.engine import RawEvents, RecommendRequest, ScoreRequest
+from hllm_torchrec.serving.event_log import LoggedEvent
 from hllm_torchrec.serving.micro_batches import DeadlineMissed, QueueFull
-from hllm_torchrec.serving.request_schema import MAX_BODY, Event, Problem, ScoreAnswer, ScoreBody
+from hllm_torchrec.serving.raw_histories import UnknownIdsError
+from hllm_torchrec.serving.request_schema import (
+    MAX_BODY,
+    Event,
+    EventsAnswer,
+    EventsBody,
+    ForgottenAnswer,
+    ItemsAnswer,
+    ItemsBody,
+    NewItemBody,
+    Problem,
+    RecommendAnswer,
+    RecommendBody,
+    RecommendedAnswer,
+    ScoreAnswer,
+    ScoreBody,
+)
 from hllm_torchrec.serving.service import Service
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "no bearer token, or another one"},
+    403: {"model": Problem, "description": "the service was started without a token, which this needs"},
     413: {"model": Problem, "description": "the body is too large"},
     422: {"model": Problem, "description": "the body is not of its form, or names what is not known"},
     429: {"model": Problem, "description": "the queue is full: try again later, or elsewhere"},
@@ -42,21 +60,30 @@ def create_app(service: Service, log: Callable[[object], None] | None = say) -> 
         service.close()
 
     app = FastAPI(title="hllm serve", version=__version__, lifespan=lifespan, responses=REFUSALS)
-    _add_errors(app)
+    _add_errors(app, service)
     app.add_middleware(BodyLimit)
 
     def authorized(request: Request) -> None:
+        _check_token(request, service.token)
+
+    def owned(request: Request) -> None:
+        if service.token is None:
+            raise HTTPException(403, "this needs a token, also on this machine: start the service with --token-file")
         _check_token(request, service.token)
 
     @app.middleware("http")
     async def access_log(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         started = clock.perf_counter()
         answer = await call(request)
+        # The route's template, never the path: that may name a user.
+        route = getattr(request.scope.get("route"), "path", "")
+        seconds = clock.perf_counter() - started
+        service.metrics.requests.labels(route, answer.status_code).inc()
+        if route.startswith("/v1/"):
+            service.metrics.seconds.labels("request").observe(seconds)
         if log is not None:
-            route = request.scope.get("route")
-            # The route's template, never the path: that may name a user.
-            line = {"time": round(clock.time(), 3), "method": request.method, "route": getattr(route, "path", None)}
-            log(json.dumps(line | {"status": answer.status_code, "ms": _milliseconds(started)}))
+            line = {"time": round(clock.time(), 3), "method": request.method, "route": route}
+            log(json.dumps(line | {"status": answer.status_code, "ms": round(seconds * 1e3, 2)}))
         return answer
 
     @app.get("/healthz", summary="200 while the process works")
@@ -68,20 +95,60 @@ def create_app(service: Service, log: Callable[[object], None] | None = say) -> 
     async def readyz() -> JSONResponse:
         return JSONResponse({"ready": service.ready, "model": service.engine.mark}, 200 if service.ready else 503)
 
+    @app.get("/metrics", summary="Counters in Prometheus's format")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def moment(given: int | None) -> int:
+        return int(service.now()) if given is None else given
+
     @app.post("/v1/score", dependencies=[Depends(authorized)], summary="Score candidates for a user")
     async def score(body: ScoreBody) -> ScoreAnswer:
-        moment = int(service.now()) if body.time is None else body.time
-        history = None if body.history is None else _raw_events(body.history)
-        found = await service.score(ScoreRequest(body.user, body.candidates, moment, history))
-        chances = 1 / (1 + np.exp(-found.logits.astype(np.float64)))
+        request = ScoreRequest(body.user, body.candidates, moment(body.time), _raw_events(body.history))
+        found, probabilities = await service.score(request)
         return ScoreAnswer(
-            scores=found.logits.tolist(), probabilities=chances.tolist(), events=found.events, model=found.model
+            scores=found.logits.tolist(), probabilities=probabilities, events=found.events, model=found.model
         )
+
+    @app.post("/v1/recommend", dependencies=[Depends(authorized)], summary="The best items for a user")
+    async def recommend(body: RecommendBody) -> RecommendAnswer:
+        given = body.model_dump(exclude={"time", "history"})
+        request = RecommendRequest(**given, time=moment(body.time), history=_raw_events(body.history))
+        found, probabilities = await service.score(request)
+        names = service.engine.item_texts(found.items)
+        items = [
+            RecommendedAnswer(item=raw, text=text, score=score, probability=probability)
+            for (raw, text), score, probability in zip(names, found.logits.tolist(), probabilities, strict=True)
+        ]
+        return RecommendAnswer(items=items, events=found.events, model=found.model)
+
+    @app.post("/v1/events", dependencies=[Depends(authorized)], summary="Keep events of a user")
+    def events(body: EventsBody) -> EventsAnswer:
+        kept = [LoggedEvent(event.item, event.timestamp, event.label, event.action) for event in body.events]
+        service.engine.append(body.user, kept)
+        return EventsAnswer(kept=len(kept))
+
+    @app.post("/v1/items", dependencies=[Depends(authorized)], summary="Make new items known by their text")
+    def items(body: ItemsBody) -> ItemsAnswer:
+        return ItemsAnswer(added=service.engine.add_items(*_columns(body.items)))
+
+    @app.delete("/v1/users/{user}", dependencies=[Depends(owned)], summary="Forget a user")
+    async def forget(user: Annotated[str, Path(min_length=1, max_length=256)]) -> ForgottenAnswer:
+        return ForgottenAnswer(events=await service.forget(user))
 
     return app
 
 
-def _raw_events(events: list[Event]) -> RawEvents:
+def _columns(items: list[NewItemBody]) -> tuple[list[str], dict[str, list[str]], dict[str, list[list[str]]]]:
+    """Raw ids, texts and features of items as columns; one that an item lacks is empty."""
+    texts = {name: [item.text.get(name, "") for item in items] for name in {n for item in items for n in item.text}}
+    names = {name for item in items for name in item.features}
+    return [item.item for item in items], texts, {n: [item.features.get(n, []) for item in items] for n in names}
+
+
+def _raw_events(events: list[Event] | None) -> RawEvents | None:
+    if events is None:
+        return None
     return RawEvents(
         [event.item for event in events],
         [event.timestamp for event in events],
@@ -90,17 +157,13 @@ def _raw_events(events: list[Event]) -> RawEvents:
     )
 
 
-def _milliseconds(started: float) -> float:
-    return round((clock.perf_counter() - started) * 1e3, 2)
-
-
 def _check_token(request: Request, token: str | None) -> None:
     given = request.headers.get("authorization", "")
     if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
         raise HTTPException(401, "give the service's token in the header: Authorization: Bearer TOKEN")
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, service: Service) -> None:
     """Answers of one line for all errors; a client never sees a traceback."""
 
     def answer(status: int, text: str) -> JSONResponse:
@@ -118,6 +181,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ValueError)
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
+        if isinstance(error, UnknownIdsError):
+            service.metrics.unknown.inc()
         return answer(422, str(error))
 
     @app.exception_handler(QueueFull)

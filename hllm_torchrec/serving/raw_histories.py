@@ -12,6 +12,10 @@ from hllm_torchrec.inference.raw_ids import RawIds, raw_texts
 from hllm_torchrec.serving.user_state import UserHistory
 
 
+class UnknownIdsError(ValueError):
+    """Raw ids or names that are not in the dataset."""
+
+
 class RawHistories:
     """Users and actions of a dataset by their raw ids and names."""
 
@@ -73,9 +77,9 @@ def check_found(what: str, ids: Ints, raw: Sequence[str], remedy: str) -> None:
     """Check that raw ids [n] were found: no dense id is negative.
 
     Raises:
-        ValueError: some were not; names the first ones and the remedy.
+        UnknownIdsError: some were not; names the first ones and the remedy.
     """
     wrong = np.flatnonzero(ids < 0)
     if wrong.size:
         shown = ", ".join(repr(raw[row]) for row in wrong[:5]) + (", ..." if wrong.size > 5 else "")
-        raise ValueError(f"{what}: {wrong.size} of {len(raw)} are not in the dataset: {shown}; {remedy}")
+        raise UnknownIdsError(f"{what}: {wrong.size} of {len(raw)} are not in the dataset: {shown}; {remedy}")

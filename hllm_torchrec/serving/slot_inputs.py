@@ -116,7 +116,7 @@ class SlotInputs:
         return rows[: ids.numel()].float()
 
     def _tensor(self, array: Ints) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._experiment.device)
+        return torch.tensor(array, device=self._experiment.device)  # a copy: Arrow's arrays are not writable
 
 
 def _plain_tables(experiment: Experiment) -> dict[str, Tensor]:

@@ -26,9 +26,11 @@ from hllm_torchrec.models.run_vocabulary import check_vocabulary
 
 OPTIONAL_PARTS = (
     "adapter",
+    "context_scales",
     "features",
     "head",
     "logit_scale",
+    "position_bias",
     "project_item",
     "project_next",
     "project_vectors",

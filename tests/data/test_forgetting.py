@@ -18,8 +18,7 @@ from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.data.versions import kept_versions, remove_superseded, write_lock
 from hllm_torchrec.data.vocabulary import compute_marks, dataset_marks, map_problems, vector_mark
-from tests.data.test_append import without_cleanup
-from tests.helpers.schedules import acting_before, without_syncs
+from tests.helpers.schedules import without_syncs
 from tests.helpers.source_files import ITEMS, PARTS, memory_source, random_events, sequences
 
 SPLIT = Split("date", train_until=30, valid_until=35)

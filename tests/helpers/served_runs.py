@@ -18,7 +18,7 @@ RICH: dict[str, Any] = {
     "features__action_gate": True,
     "features__init_scale": 0.3,
 }
-EVIDENCE = ["factors", "items", "users", "neighbors"]
+EVIDENCE = ["factors", "items", "users", "neighbors", "tastes", "crosses"]
 RUNS: dict[str, dict[str, Any]] = {
     "early": {**RICH, "objective__fusion": "early", "optim__ema": 0.5},
     "late": {**RICH, "objective__fusion": "late", "data__item_vectors": ["factors"]},
@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "delayed": {**RICH, "objective__fusion": "early", "data__feedback_delay": 80_000},
     "evidence": {**RICH, "objective__fusion": "early", "data__evidence": EVIDENCE, "item_llm__trainable": False},
-    "late evidence": {**RICH, "objective__fusion": "late", "data__evidence": EVIDENCE[:3]},
+    "late evidence": {**RICH, "objective__fusion": "late", "data__evidence": [*EVIDENCE[:3], "crosses"]},
     "leave one out": {**RICH, "objective__fusion": "early"},
 }
 

@@ -85,7 +85,15 @@ LINES = {
         "info",
     ],
     "seal": ["{missing}", "{file}", "{empty}", "{root}/dataset", "--what"],
+    "init": [
+        "",
+        "--data {missing}",
+        "--data {root}/half-dataset",
+        "--data {root}/dataset --task shopping",
+        "--data {root}/dataset --output {file}",
+    ],
     "train": [
+        "--recipe ranking --data.dataset {missing}",
         "--config {missing}",
         "--config {empty}",
         "--config {root}/half.yaml",

@@ -59,3 +59,49 @@ def test_the_scorer_returns_what_evaluation_wrote_for_each_task(run: Path) -> No
             assert [found[name][0] for name in found] == pytest.approx(expected, rel=1e-4)
             logit = scorer.score(history, np.array([row["item_id"]]), row["timestamp"])
             assert logit == pytest.approx([row["score"]], abs=1e-5)
+
+
+@pytest.fixture(scope="module", params=["late", "early"])
+def in_context(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("context") / request.param
+    settings: dict[str, Any] = task_shop.SETTINGS | {
+        "data__dataset": task_shop.dataset().root,
+        "data__context": ["device", "price"],
+        "objective__fusion": request.param,
+        "objective__position_bias": ["place"],
+    }
+    training_fixtures.train(training_fixtures.config(output, **settings))
+    return output
+
+
+def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
+    evaluate(["--run-dir", str(in_context), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    rows = pq.read_table(in_context / "predictions" / "test").to_pylist()
+    with Scorer.of_run(in_context) as scorer:
+        dataset = scorer.experiment.dataset
+        devices = [None, *dataset.feature_values("device").to_pylist()]
+        scored = []
+        for row in rows[:8]:
+            events = dataset.user_events(row["user_id"])
+            seen, own = events[events.timestamps < row["timestamp"]], events[[row["position"]]]
+            history = UserHistory(row["user_id"], seen.item_ids, seen.timestamps, seen.labels, seen.actions)
+            price = float(own.extra["context_price"][0])
+            context = {
+                "device": devices[int(own.extra["context_device"][0])],
+                "price": None if np.isnan(price) else price,
+            }
+            state, item = scorer.read(history), np.array([row["item_id"]])
+            scored.append(scorer.score(state, item, row["timestamp"], context)[0])
+            assert scored[-1] == pytest.approx(row["score"], abs=1e-5)
+            other = context | {"price": 100.0}
+            assert scorer.score(state, item, row["timestamp"], other)[0] != pytest.approx(scored[-1], abs=1e-6)
+        assert scorer.unknown_context.get("device", 0) > 0, "a watch is a device of the test part only"
+        before = scorer.unknown_context["device"]
+        scorer.score(state, item, row["timestamp"], context | {"device": "fridge"})
+        assert scorer.unknown_context["device"] == before + 1
+        with pytest.raises(ValueError, match=r"the request has no 'device', which the model reads; give it in context"):
+            scorer.score(state, item, row["timestamp"], {"price": 1.0})
+        with pytest.raises(ValueError, match=r"context 'devise': the dataset has none \(did you mean 'device'\?\)"):
+            scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
+        with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
+            scorer.score(state, item, row["timestamp"], context | {"price": "dear"})

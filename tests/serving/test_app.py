@@ -1,5 +1,6 @@
 """The service over HTTP, in this process: scores by raw ids are those of `hllm evaluate`; bad requests are one line."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ from starlette.testclient import TestClient
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.app import create_app
+from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import Engine
+from hllm_torchrec.serving.event_log import EventLog
 from hllm_torchrec.serving.micro_batches import BatchLimits
 from hllm_torchrec.serving.request_schema import MAX_BODY
-from hllm_torchrec.serving.scorer import Scorer
 from hllm_torchrec.serving.service import Service
 from tests.helpers import fixtures
 from tests.helpers.served_runs import RUNS, rule, settings, trained
@@ -37,7 +39,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
     def started(limits: BatchLimits | None = None, token: str | None = None, **more: Any) -> TestClient:
         changed = settings("early", tmp_path, **{"optim__ema": 0.0, **more})
-        engine = Engine(Scorer(build_experiment(changed, init_distributed())))
+        scorer = BatchScorer(build_experiment(changed, init_distributed()), journal=tmp_path / "new_items.jsonl")
+        engine = Engine(scorer, EventLog(tmp_path / "events.sqlite"))
         client = client_of(Service(engine, limits or BatchLimits(deadline=60.0), token))
         open_clients.append(client)
         return client.__enter__()
@@ -65,7 +68,7 @@ def test_scores_by_raw_ids_equal_those_of_the_evaluation(kind: str) -> None:
     run, evaluated = trained(kind)
     items, users, found = raw_ids(kind, "item"), raw_ids(kind, "user"), {}
     with (
-        Scorer.of_run(run, "latest") as scorer,
+        BatchScorer.of_run(run, "latest") as scorer,
         client_of(Service(Engine(scorer), BatchLimits(deadline=60.0))) as client,
     ):
         for piece in fixtures.pieces("test", rule(kind)):
@@ -179,3 +182,69 @@ def test_readiness_ends_before_the_service_does_and_errors_show_no_code(serve: S
     service.engine.states = None  # a fault of ours
     answer = client.post("/v1/score", json={"user": "u1", "candidates": ["s1"], "time": TIME})
     assert (answer.status_code, answer.json()) == (500, {"error": "internal error"})
+
+
+def test_events_items_recommendations_and_forgetting(serve: Serve) -> None:
+    client, secret = serve(token="a secret of ours"), {"Authorization": "Bearer a secret of ours"}
+
+    def post(path: str, **body: Any) -> Any:
+        answer = client.post(path, json=body, headers=secret)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    asked = {"user": "u3", "time": TIME + 5, "candidates": ["s1", "s2"]}
+    before = post("/v1/score", **asked)
+    event = {"item": "s4", "timestamp": TIME, "label": 1, "action": "5"}
+    assert post("/v1/events", user="u3", events=[event]) == {"kept": 1}
+    after = post("/v1/score", **asked)
+    assert after["events"] == before["events"] + 1 and after["scores"] != before["scores"]
+    item = {"item": "n1", "text": {"title": "word1 word2"}, "features": {"genres": ["noir"]}}
+    assert post("/v1/items", items=[item]) == {"added": 1} and post("/v1/items", items=[item]) == {"added": 0}
+    found = post("/v1/recommend", user="u3", time=TIME + 5, top=50, filters={"genres": ["noir"]})["items"]
+    assert {"item": "n1", "text": "word1 word2"}.items() <= next(one for one in found if one["item"] == "n1").items()
+    assert "s4" not in {one["item"] for one in found} and len(found) > 1
+    assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
+    forgotten = client.delete("/v1/users/u3", headers=secret)
+    assert (forgotten.status_code, forgotten.json()) == (200, {"events": 1})
+    assert post("/v1/score", **asked)["events"] == 0
+
+
+def test_deleting_needs_a_token_also_on_this_machine(serve: Serve) -> None:
+    answer = serve().delete("/v1/users/u3")
+    assert answer.status_code == 403 and "--token-file" in answer.json()["error"]
+
+
+def test_metrics_count_requests_stages_cache_and_unknown_ids(serve: Serve) -> None:
+    client, body = serve(), {"user": "u3", "candidates": ["s1", "s2"], "time": TIME}
+    for _ in range(3):
+        client.post("/v1/score", json=body)
+    client.post("/v1/score", json=body | {"candidates": ["nope"]})
+    text = client.get("/metrics").text
+    for line in (
+        'hllm_requests_total{route="/v1/score",status="200"} 3.0',
+        'hllm_requests_total{route="/v1/score",status="422"} 1.0',
+        "hllm_state_cache_hits_total 3.0",
+        "hllm_state_cache_misses_total 1.0",
+        "hllm_unknown_ids_total 1.0",
+        'hllm_stage_seconds_count{stage="queue"} 4.0',
+        "hllm_score_probability_count 6.0",
+        "hllm_queue_requests 0.0",
+    ):
+        assert line in text.splitlines(), text
+
+
+def test_the_log_of_requests_names_no_user_and_no_item(tmp_path: Path) -> None:
+    changed = settings("early", tmp_path, optim__ema=0.0)
+    engine, lines = Engine(BatchScorer(build_experiment(changed, init_distributed()))), []
+    app = create_app(Service(engine, BatchLimits(deadline=60.0), "a secret of ours"), log=lines.append)
+    with TestClient(app) as client:
+        client.post("/v1/score", json={"user": "u3", "candidates": ["s1"]})
+        client.delete("/v1/users/u3")
+        client.get("/u3")
+    logged = [json.loads(line) for line in lines]
+    assert [(one["method"], one["route"], one["status"]) for one in logged] == [
+        ("POST", "/v1/score", 401),
+        ("DELETE", "/v1/users/{user}", 401),
+        ("GET", "", 404),
+    ]
+    assert not any(name in line for line in lines for name in ("u3", "s1", "secret"))

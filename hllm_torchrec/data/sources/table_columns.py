@@ -49,6 +49,8 @@ class ItemColumns:
     features: dict[str, str | None] = field(default_factory=dict)
     created_at: str | None = None
     time_unit: str = "seconds"
+    active: str | None = None
+    """Column that says whether an item is offered; empty: it is. A withdrawn one is history, but no candidate."""
     html: str = "keep"
     """"clean": entities become characters, and tags are removed from the texts."""
     format: Format | None = None

@@ -20,6 +20,7 @@
       text: [title, brand]
       features: {category: "|"}     # column: separator of several values, or null
       created_at: listed_at         # optional, in the unit of `time_unit` below
+      active: on_sale               # optional: false (0, no) for items that are no candidates any more
       html: clean                   # optional: texts without tags and entities
       join: [{path: tags.csv, item: id, columns: [tags]}]   # optional: further files by item id
     users:                          # optional
@@ -188,6 +189,8 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
         raise ValueError(f"{path}: events.actions is {abbreviate(mapping.events.actions)}, it must be a list of names")
     if mapping.items.html not in ("keep", "clean"):
         raise ValueError(f"{path}: items.html is {abbreviate(mapping.items.html)}; choose one of keep, clean")
+    if mapping.items.active is not None and "active" in mapping.items.text:
+        raise ValueError(f"{path}: items.text has 'active', the name of the column that items.active writes; rename it")
     unknown = [kind for kind in mapping.bad_rows if kind not in BadRows().to_dict()]
     if unknown:
         known = ", ".join(BadRows().to_dict())

@@ -21,6 +21,7 @@ from hllm_torchrec.data.sources.values import (
     as_lists,
     as_texts,
     is_list,
+    parse_flags,
     parse_seconds,
     without_html,
 )
@@ -127,10 +128,10 @@ def _whole_numbers(texts: pa.Array) -> pa.Array | None:
 
 def read_item_rows(files: tuple[Path, ...], columns: ItemColumns, joined: JoinedItems) -> Iterator[Chunk]:
     """The items of `files`, with the columns of the files joined to them."""
-    dates = [columns.created_at] if columns.created_at is not None else []
+    others = [name for name in (columns.created_at, columns.active) if name is not None]
     own = [name for name in (*columns.text, *columns.features) if name not in joined.names]
     for path in files:
-        for rows, data, size, dialect in read_columns(path, [columns.item, *own, *dates], columns.format):
+        for rows, data, size, dialect in read_columns(path, [columns.item, *own, *others], columns.format):
             with error_location(path, _CONVERT):
                 ids = as_id_strings(data[columns.item], "item", _id_nulls(columns.format))
             found = joined.take(ids)
@@ -141,6 +142,9 @@ def read_item_rows(files: tuple[Path, ...], columns: ItemColumns, joined: Joined
             if columns.created_at is not None:
                 with error_location(f"{path}, column {columns.created_at}", _CONVERT):
                     out["created_at"] = parse_seconds(data[columns.created_at].combine_chunks(), columns.time_unit)
+            if columns.active is not None:
+                with error_location(f"{path}, column {columns.active}", _CONVERT):
+                    out["active"] = parse_flags(data[columns.active].combine_chunks())
             values = {name: found[name] if name in found else data[name] for name in columns.features}
             out |= _features(values, columns.features, path)
             yield Chunk(path, pa.table({**out, "row": rows}), size, dialect)
