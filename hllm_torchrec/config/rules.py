@@ -56,6 +56,7 @@ BOUNDS = {
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
     "objective.text_similarity": ">= 0",
+    "objective.text_decay": ">= 0, <= 1",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
     "objective.head_dropout": ">= 0, < 1",

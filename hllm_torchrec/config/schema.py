@@ -315,9 +315,11 @@ class ObjectiveConfig:
     """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
     features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
     text_similarity: float = 0.0
-    """Above 0: also compare an item's text embedding, in its full width, with the decayed mean of those of the history;
-    the initial weight of that cosine beside the learned one (`hllm_torchrec.modules.features.text_similarity`). Weight
-    and decay are learned. Needs the item space features; best with item_llm.whiten."""
+    """Above 0: retrieval also compares an item's text embedding, in its full width, with the decayed mean of those of
+    the history; the weight of that cosine beside the learned one. It is not trained and does not change training: see
+    `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with item_llm.whiten."""
+    text_decay: float = 0.7
+    """Weight of an event's text in that mean relative to the event after it."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""

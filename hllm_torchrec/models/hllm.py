@@ -153,8 +153,9 @@ class HLLM(nn.Module):
                 self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
             self.logit_scale = LogitScale(objective.temperature)
             self.mask_own_items = objective.mask_own_items
-        weight = objective.text_similarity if self.compares_features and item_llm is not None else 0.0
-        self.text_similarity = TextSimilarity(weight) if weight else None
+        self.text_similarity: TextSimilarity | None = None
+        if objective.text_similarity and item_llm is not None:
+            self.text_similarity = TextSimilarity(objective.text_similarity, objective.text_decay)
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
@@ -191,8 +192,7 @@ class HLLM(nn.Module):
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
-        compared = self._with_texts(of_features, batch.unique_items, items) if self.compares_features else items
-        texts_TE = self._history_texts(batch, items)
+        compared = of_features if self.compares_features else items
         logits, outputs, tasks, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
         nothing = 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
@@ -203,10 +203,8 @@ class HLLM(nn.Module):
             outputs=outputs,
             tasks=tasks,
             value_error=value_error,
-            generative=(
-                self._generate(batch, h_TD, texts_TE, compared) if self.generates and compared is not None else None
-            ),
-            next_items=self._next_items(batch, h_TD, texts_TE) if want_next and self.generates else None,
+            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
+            next_items=self._next_items(batch, h_TD, items) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
         )
 
@@ -253,9 +251,10 @@ class HLLM(nn.Module):
         features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
         """
         items = self.item_embeddings(item_ids)
-        found = self._with_texts(self.features(features, None, self._projected(items, vectors)), item_ids, items)
-        assert found is not None
-        return found
+        found = self.features(features, None, self._projected(items, vectors))
+        if self.text_similarity is None or items is None:
+            return found
+        return self.text_similarity.join(found, self._texts(item_ids, items))
 
     @property
     def user_vector_width(self) -> int:
@@ -382,12 +381,6 @@ class HLLM(nn.Module):
             return self.item_source.through(self.standardise, item_ids)
         return self.standardise(items)
 
-    def _with_texts(self, vectors: Tensor | None, item_ids: Tensor, items: Tensor | None) -> Tensor | None:
-        """Vectors of items [n, D], with their texts [n, D + E] if those are compared too; items: their E [n, E]."""
-        if self.text_similarity is None or vectors is None or items is None:
-            return vectors
-        return self.text_similarity.join(vectors, self._texts(item_ids, items))
-
     def _history_texts(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """Decayed sums [T, E] of the history's texts; None without `text_similarity`."""
         if self.text_similarity is None or items is None:
@@ -451,9 +444,7 @@ class HLLM(nn.Module):
             found[task.name] = TaskLoss(raw.detach(), trained)
         return found
 
-    def _generate(
-        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor
-    ) -> InfoNceOutput:
+    def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
         exclude = None
         if self.mask_own_items:
@@ -461,11 +452,8 @@ class HLLM(nn.Module):
             # full history of its own piece, including events that Stochastic Length dropped.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
-        predicted = self.project_next(h_TD[batch.next_rows])
-        if self.text_similarity is not None and texts_TE is not None:
-            predicted = self.text_similarity.join(predicted, texts_TE[batch.next_rows])
         return self.generative_loss(
-            predicted,
+            self.project_next(h_TD[batch.next_rows]),
             items[batch.next_index],
             items[batch.negative_index],
             self.logit_scale(),
@@ -474,8 +462,9 @@ class HLLM(nn.Module):
             exclude=exclude,
         )
 
-    def _next_items(self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None) -> Tensor:
+    def _next_items(self, batch: HybridBatch, h_TD: Tensor, items: Tensor | None) -> Tensor:
         """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
+        texts_TE = self._history_texts(batch, items)
         return self._last_visible(batch, h_TD, texts_TE, batch.target_query, self.project_next)
 
     def _last_visible(

@@ -37,7 +37,6 @@ OPTIONAL_PARTS = (
     "standardise",
     "task_log_variances",
     "task_scales",
-    "text_similarity",
     "user_token",
     "value_head",
 )
