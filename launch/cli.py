@@ -21,6 +21,7 @@ COMMANDS = {
     "rollback": "make the release before the published one current again",
     "exposures": "write the user vector of every exposure into a store, for training a ranking model",
     "downstream": "train a DLRM without and with stored vectors, and compare them",
+    "creatives": "make and show tables of personalized texts of items",
     "store": "inspect, verify, compact or export an embedding store, or delete vectors from it",
     "index": "write a FAISS index of a run's items, for serving retrieval",
     "retrieval": "popularity, EASE and a Markov chain, tuned and evaluated on a leave-one-out dataset",

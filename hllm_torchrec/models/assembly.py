@@ -28,6 +28,7 @@ from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
@@ -42,6 +43,7 @@ from hllm_torchrec.distributed.coordination import run_on_each_host
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
+from hllm_torchrec.models.creative_inputs import CreativeInputs
 from hllm_torchrec.models.hllm import HLLM, item_space
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
@@ -80,6 +82,7 @@ class Experiment:
     factors: RunFactors | None = None
     """Item factors of the run, without those of new items; None: it has none of its own."""
     evidence: Evidence | None = None
+    creatives: CreativeInputs | None = None
 
     @property
     def hllm(self) -> HLLM:
@@ -183,6 +186,20 @@ class Experiment:
             timeout=self.config.parallel.timeout,
         )
         return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
+
+    def creative_loader(
+        self, split: str, per_batch: int, *, training: bool = False, max_history: int | None = None
+    ) -> CreativeLoader:
+        """Batches of the creatives of a split on this rank: see `CreativeInputs.loader`."""
+        assert self.creatives is not None, "the configuration has no creatives"
+        return self.creatives.loader(
+            self.batch_spec,
+            split,
+            per_batch,
+            training=training,
+            max_history=max_history,
+            item_vectors=self.item_vectors,
+        )
 
     def cold_items(self) -> NDArray[np.bool_]:
         """[N] items without a training event."""
@@ -298,6 +315,7 @@ def build_experiment(
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
+    creatives = CreativeInputs.open(config, dataset, model)
     found = open_evidence(config, dataset, model, encoder, live, evidence, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
@@ -305,7 +323,9 @@ def build_experiment(
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found)
+    return Experiment(
+        config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, creatives
+    )
 
 
 def _text_encoder(

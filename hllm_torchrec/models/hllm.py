@@ -24,8 +24,10 @@ from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.models.creative_head import CreativeHead, CreativeLosses
 from hllm_torchrec.models.item_source import ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
@@ -47,7 +49,7 @@ class HLLMOutput:
     logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
     of squared errors of the auxiliary head, or None; generative: the sums of the generative loss, or None; next_items:
     [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
-    generative loss compares, otherwise the Item LLM's embeddings.
+    generative loss compares, otherwise the Item LLM's embeddings; creative: of a batch of creatives.
     """
 
     logits: Tensor
@@ -56,6 +58,7 @@ class HLLMOutput:
     generative: InfoNceOutput | None
     next_items: Tensor | None
     items: Tensor | None
+    creative: CreativeLosses | None = None
 
 
 class HLLM(nn.Module):
@@ -69,6 +72,7 @@ class HLLM(nn.Module):
         base_rate: share of positive labels in training; initializes the head's bias.
         vector_width: V, width of the dense item features; 0 if there are none.
         evidence: F, number of evidence columns per exposure.
+        creative: the LLM that writes texts for users; None for a model without.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class HLLM(nn.Module):
         base_rate: float,
         vector_width: int = 0,
         evidence: int = 0,
+        creative: CreativeLLM | None = None,
     ) -> None:
         super().__init__()
         objective = config.objective
@@ -116,6 +121,11 @@ class HLLM(nn.Module):
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
+        self.creative, self.creative_head = creative, None
+        if creative is not None:
+            self.creative_head = CreativeHead(
+                config.creative, self.user_vector_width, item_width, creative.width, creative.word_scale
+            )
         self.item_source: ItemSource | None = None
         """Source of item embeddings; None in an ID-only model."""
 
@@ -131,13 +141,14 @@ class HLLM(nn.Module):
             logits=logits,
             classification=classification,
             value_error=value_error,
-            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
+            generative=self._generate(batch, h_TD, compared) if compared is not None and self._has_targets(batch) else None,
             next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
+            creative=self._write(batch, h_TD, q_QD, items) if batch.creative is not None else None,
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """The model's large parts that exist: Item LLM, user encoder."""
+        """The model's large parts that exist: Item LLM, user encoder, Creative LLM."""
         modules = ((name, getattr(self, name)) for name in LLM_SECTIONS)
         return [
             NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
@@ -186,10 +197,30 @@ class HLLM(nn.Module):
         projected as for the generative loss if there is one ([Q, E] in the text space); zeros if it sees no position.
         """
         h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
+        return self._user_vectors(batch, h_TD, q_QD)
+
+    def _user_vectors(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor) -> Tensor:
+        """See `embed_users`."""
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
         return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
+
+    def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
+        """Losses of the batch's creatives, each a query of its user's pass."""
+        assert self.creative is not None and self.creative_head is not None
+        losses: CreativeLosses = self.creative_head(
+            self.creative, self._user_vectors(batch, h_TD, q_QD), items, batch
+        )
+        return losses
+
+    def score_texts(self, users: Tensor, is_null: Tensor, texts: PackedTexts) -> Tensor:
+        """Negative log-likelihoods [N] of responses given users [N, D], outside of a step. Collective.
+
+        is_null: [N] bool, the learned vector stands for the user.
+        """
+        assert self.creative is not None and self.creative_head is not None
+        return self.creative_head.write(self.creative, users, is_null, texts).nll
 
     @property
     def needs_item_statistics(self) -> bool:
@@ -275,6 +306,10 @@ class HLLM(nn.Module):
         known = ~torch.isnan(batch.target_values)  # nan: the exposure has no value; it must not reach the gradients
         error = self.value_head(*inputs)[known] - batch.target_values[known]
         return logits, classification, (error.square() * batch.weights[known]).sum()
+
+    def _has_targets(self, batch: HybridBatch) -> bool:
+        """True if the generative loss is computed: a batch of creatives has no targets, on any rank."""
+        return self.generates and batch.creative is None
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""

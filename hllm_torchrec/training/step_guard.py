@@ -36,9 +36,12 @@ class StepGuard:
     def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
         """Score by which validation compares checkpoints, larger is better: AUC, or without a head NDCG.
 
+        A run with creatives is compared by their negative log-likelihood with the right user, negated.
         With labels of one class AUC is undefined: then it is the log loss, negated. None: there is nothing to score.
         The first undefined score is reported, on rank 0.
         """
+        if metrics.get("creative_rows"):
+            return -float(metrics["creative_nll"])
         name = "auc" if "auc" in metrics else self._ndcg
         score = metrics[name]
         if score is not None and not math.isnan(score):

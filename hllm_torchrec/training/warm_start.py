@@ -26,6 +26,8 @@ from hllm_torchrec.models.run_vocabulary import check_vocabulary
 
 OPTIONAL_PARTS = (
     "adapter",
+    "creative",
+    "creative_head",
     "features",
     "head",
     "logit_scale",
