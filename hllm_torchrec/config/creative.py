@@ -89,6 +89,8 @@ class CreativeConfig:
     """A prompt beyond max_prompt_length: an error, or the creative is left out, and counted."""
     per_batch: int = 32
     """Creatives per rank and step."""
+    evaluated: int = 512
+    """Creatives of the validation part that evaluations during training score, spread evenly; 0: all."""
     soft: SoftPromptConfig = field(default_factory=SoftPromptConfig)
     """Soft tokens."""
     losses: CreativeLossConfig = field(default_factory=CreativeLossConfig)
@@ -114,6 +116,7 @@ CREATIVE_BOUNDS = {
     "creative.max_prompt_length": ">= 1",
     "creative.max_response_length": ">= 2",
     "creative.per_batch": ">= 1",
+    "creative.evaluated": ">= 0",
     "creative.soft.tokens": ">= 1",
     "creative.soft.hidden": ">= 0",
     "creative.soft.dropout": ">= 0, <= 1",

@@ -60,7 +60,9 @@ class CreativeLoader:
         self.rank, self.world_size = rank, world_size
         self._cached: OrderedDict[int, Events] = OrderedDict()
         if not len(tokens):
-            raise ValueError(f"{dataset.root}: the table of creatives has none in {spec.split}: build it with another split")
+            raise ValueError(
+                f"{dataset.root}: the table of creatives has none in {spec.split}: build it with another split"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -103,7 +105,9 @@ class CreativeLoader:
     def _window(self, first: int, last: int) -> tuple[int, int]:
         """Range of events of a pass from creative `first` to `last`."""
         end = int(self._seen[last])
-        return min(max(0, end - self.spec.max_history), max(0, int(self._seen[first]) - self.spec.max_history // 2)), end
+        return min(
+            max(0, end - self.spec.max_history), max(0, int(self._seen[first]) - self.spec.max_history // 2)
+        ), end
 
     def steps(self, epoch: int) -> int:
         """Number of steps of an epoch, the same on every rank."""

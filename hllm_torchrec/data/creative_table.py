@@ -102,7 +102,9 @@ class CreativeTable:
             marks = {kind: IdMark.from_json(manifest["vocabulary"][kind]) for kind in ("items", "users")}
             hashes = {str(one): str(manifest["files"][one]) for one in manifest["files"]}
         if problems := map_problems(marks, dataset, marks):
-            raise ValueError(f"{path}: made with other ids than those of {dataset.root}: {'; '.join(problems)}; {_REMEDY}")
+            raise ValueError(
+                f"{path}: made with other ids than those of {dataset.root}: {'; '.join(problems)}; {_REMEDY}"
+            )
         for one, digest in hashes.items():
             if not (path / one).is_file() or hash_file(path / one) != digest:
                 raise ValueError(f"{path / one}: missing or changed since the table was written; {_REMEDY}")
@@ -121,9 +123,7 @@ class CreativeTable:
         """
         path = self.path / split / "part-0.parquet"
         rows = read_table(path, SCHEMA.names).cast(SCHEMA) if path.is_file() else SCHEMA.empty_table()
-        users, items = (
-            dense_ids(rows[f"raw_{kind}_id"], self.dataset, kind, path) for kind in ("user", "item")
-        )
+        users, items = (dense_ids(rows[f"raw_{kind}_id"], self.dataset, kind, path) for kind in ("user", "item"))
         for row, text in enumerate(rows["response"].to_pylist()):
             if not (text or "").strip():
                 raise ValueError(f"{path}, row {row}: response is empty; {_REMEDY}")
@@ -219,7 +219,9 @@ def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
     for split, rows in parts.items():
         for user in pc.unique(rows["raw_user_id"]).to_pylist():
             if seen.setdefault(user, split) != split:
-                raise ValueError(f"{path}: user {user!r} is in {seen[user]} and {split}: all rows of a user go into one")
+                raise ValueError(
+                    f"{path}: user {user!r} is in {seen[user]} and {split}: all rows of a user go into one"
+                )
 
 
 def split_by_user(raw_user_ids: Sequence[str], fractions: Sequence[float], seed: int = 0) -> Iterator[str]:

@@ -92,6 +92,8 @@ class CreativeTokenizer:
         return " ".join(text.split())
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
         # split_special_tokens: a title that spells a special token is text.
         found: list[list[int]] = self.tokenizer(
             list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False

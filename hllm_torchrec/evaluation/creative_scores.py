@@ -99,6 +99,7 @@ def score_creatives(
     conditions: Sequence[str] = CONDITIONS,
     given: Mapping[str, Tensor] | None = None,
     vectors: CreativeVectors | None = None,
+    most: int = 0,
 ) -> CreativeScores:
     """Score the creatives of a part under each condition. Collective.
 
@@ -106,8 +107,13 @@ def score_creatives(
         conditions: of CONDITIONS.
         given: further conditions: name -> vectors [N, D] that stand for the users, such as centres of clusters.
         vectors: of `creative_vectors`, if they are known already.
+        most: score at most this many creatives, spread evenly over the part; 0: all.
     """
     vectors = vectors or creative_vectors(experiment, split)
+    chosen = np.arange(len(vectors.loader))
+    if 0 < most < chosen.size:
+        chosen = np.linspace(0, chosen.size - 1, most).astype(np.int64)
+    steps = [index[np.isin(index, chosen)] for index in vectors.steps]
     loader, known = vectors.loader, torch.from_numpy(vectors.known)
     named: dict[str, tuple[Tensor, Tensor]] = {
         "right": (vectors.vectors, ~known),
@@ -120,10 +126,10 @@ def score_creatives(
     wanted = [*conditions, *(given or {})]
     nll: dict[str, Doubles] = {}
     for name in wanted:
-        values = score_vectors(experiment, vectors.steps, *named[name], loader.tokens.gather)
-        nll[name] = _gathered(values, vectors.steps, experiment.device, len(loader))
+        values = score_vectors(experiment, steps, *named[name], loader.tokens.gather)
+        nll[name] = _gathered(values, steps, experiment.device, len(loader))[chosen]
     tokens = np.asarray(loader.tokens.lengths - loader.tokens.response_from)
-    return CreativeScores(np.asarray(loader.tokens.rows), vectors.user_ids, tokens, nll)
+    return CreativeScores(np.asarray(loader.tokens.rows)[chosen], vectors.user_ids[chosen], tokens[chosen], nll)
 
 
 def score_vectors(
@@ -149,7 +155,7 @@ def _gathered(values: list[Tensor], steps: Sequence[Ints], device: torch.device,
     index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *steps])).double()
     both = torch.stack([index, torch.cat([torch.empty(0, dtype=torch.float64), *values])], 1)
     rows = all_gather_variable(both.to(device)).cpu().numpy()
-    found = np.empty(number)
+    found = np.full(number, np.nan)
     found[rows[:, 0].astype(np.int64)] = rows[:, 1]
     return found
 

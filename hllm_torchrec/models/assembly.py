@@ -323,9 +323,7 @@ def build_experiment(
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(
-        config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, creatives
-    )
+    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, creatives)
 
 
 def _text_encoder(

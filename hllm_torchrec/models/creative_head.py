@@ -78,9 +78,7 @@ class CreativeHead(nn.Module):
         assert self.match is not None
         sampled = may_match.nonzero()
         everyone = torch.arange(users.shape[0], device=users.device)
-        pairs = torch.cat(
-            [torch.stack([everyone, own], 1), torch.stack([sampled[:, 0], negatives[sampled[:, 1]]], 1)]
-        )
+        pairs = torch.cat([torch.stack([everyone, own], 1), torch.stack([sampled[:, 0], negatives[sampled[:, 1]]], 1)])
         logits = self.match(users, items, pairs)
         labels = (torch.arange(logits.numel(), device=logits.device) < users.shape[0]).to(logits.dtype)
         return binary_cross_entropy_with_logits(logits, labels, reduction="sum")

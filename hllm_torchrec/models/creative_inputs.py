@@ -57,6 +57,9 @@ class CreativeInputs:
                 f"creative.tokenizer: makes token ids up to {tokens - 1}, but the Creative LLM has {words} word vectors: "
                 "give the tokenizer of that model"
             )
+        for split in ("train", "valid"):
+            if not len(self.tokens(split)):
+                yield f"creative.data: {creative.data}: {self.table.path} has no text in {split}: build it with more users"
         places = getattr(model.creative.backbone.config, "max_position_embeddings", None)
         longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
         if places is not None and longest > places:

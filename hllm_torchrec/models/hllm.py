@@ -141,7 +141,9 @@ class HLLM(nn.Module):
             logits=logits,
             classification=classification,
             value_error=value_error,
-            generative=self._generate(batch, h_TD, compared) if compared is not None and self._has_targets(batch) else None,
+            generative=self._generate(batch, h_TD, compared)
+            if compared is not None and self._has_targets(batch)
+            else None,
             next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
             creative=self._write(batch, h_TD, q_QD, items) if batch.creative is not None else None,
@@ -209,9 +211,7 @@ class HLLM(nn.Module):
     def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
         """Losses of the batch's creatives, each a query of its user's pass."""
         assert self.creative is not None and self.creative_head is not None
-        losses: CreativeLosses = self.creative_head(
-            self.creative, self._user_vectors(batch, h_TD, q_QD), items, batch
-        )
+        losses: CreativeLosses = self.creative_head(self.creative, self._user_vectors(batch, h_TD, q_QD), items, batch)
         return losses
 
     def score_texts(self, users: Tensor, is_null: Tensor, texts: PackedTexts) -> Tensor:

@@ -92,7 +92,9 @@ class StepCounts:
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
     """Counts of a step. Collective."""
     # Global counts, not this rank's: ranks and micro-batches hold different numbers of samples, and each counts once.
-    local = [[float(batch.weights.sum()), float(batch.next_rows.numel()), *_creative_counts(batch)] for batch in batches]
+    local = [
+        [float(batch.weights.sum()), float(batch.next_rows.numel()), *_creative_counts(batch)] for batch in batches
+    ]
     return StepCounts(*(max(one, 1.0) for one in global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()))
 
 

@@ -364,7 +364,9 @@ class Trainer:
                 retrieval = evaluate_retrieval(self.experiment, self.validation)
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in retrieval.items()}
             if self.config.creative.enabled:
-                metrics |= creative_metrics(score_creatives(self.experiment, "valid", ("right", "null")))
+                most = self.config.creative.evaluated
+                scores = score_creatives(self.experiment, "valid", ("right", "null"), most=most)
+                metrics |= creative_metrics(scores)
         return metrics
 
     def state(self) -> dict[str, Any]:

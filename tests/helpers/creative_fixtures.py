@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -23,7 +25,20 @@ PROMPT = "write for {user} : {title} by {brand} ,"
 @cache
 def tokenizer_dir() -> Path:
     """A word-level tokenizer of the shop's words and genres, with an end token."""
-    known = ["[UNK]", "[END]", ":", ",", "for", "fans", "of", "write", "by", *fixtures.GENRES, *fixtures.WORDS]
+    known = [
+        "[UNK]",
+        "[END]",
+        ":",
+        ",",
+        "for",
+        "fans",
+        "of",
+        "write",
+        "by",
+        *fixtures.COUNTRIES,
+        *fixtures.GENRES,
+        *fixtures.WORDS,
+    ]
     assert len(known) <= WRITER["vocab_size"]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -43,6 +58,27 @@ def shop(rule: str = "time") -> Dataset:
     parts = {split: rows.filter([one == split for one in of_row]) for split in SPLITS}
     write_table(dataset, "lines", parts, facts={"writer": "template"})
     return dataset
+
+
+@cache
+def country_table(name: str) -> None:
+    """A table whose texts name the user's country ("countries"), or any country ("random")."""
+    dataset, random = shop(), np.random.default_rng(0)
+    rows: dict[str, list[Any]] = {column: [] for column in ("raw_user_id", "raw_item_id", "timestamp", "response")}
+    raw_items = dataset.items["raw_item_id"].to_pylist()
+    values, offsets = dataset.feature_ids("user", "country")
+    countries = ["", *dataset.feature_values("country").to_pylist()]
+    for user, raw in enumerate(dataset.users["raw_user_id"].to_pylist(), start=1):
+        events = dataset.user_events(user)
+        own = values[offsets[user] : offsets[user + 1]]
+        for item, second in zip(events.item_ids[1:], events.timestamps[1:] + 1, strict=True):
+            if own.size:
+                chosen = countries[own[0]] if name == "countries" else str(random.choice(fixtures.COUNTRIES))
+                for column, value in zip(rows, (raw, raw_items[item - 1], int(second), chosen), strict=True):
+                    rows[column].append(value)
+    of_row = np.array(list(split_by_user(rows["raw_user_id"], (0.5, 0.2, 0.3))))
+    parts = {split: pa.table(rows).filter(pa.array(of_row == split)) for split in SPLITS}
+    write_table(dataset, name, parts)
 
 
 def settings(**more: Any) -> dict[str, Any]:

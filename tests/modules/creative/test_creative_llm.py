@@ -100,7 +100,7 @@ def test_a_creative_reads_neither_others_nor_what_follows() -> None:
     # Without its last response token a text's loss falls by that token's: the tokens before it do not see it.
     last = of.token_ids[: of.cu_seqlens[3]], of.cu_seqlens[:4] - torch.tensor([0, 0, 0, 1])
     shorter = PackedTexts(last[0][:-1], last[1], of.soft_at[:3], of.response_from[:3], of.prefix_ids)
-    whole, short = own(of, soft).nll[2], own(shorter, soft[:3]).nll[2]
+    whole, short = own(of, soft).nll[2].detach(), own(shorter, soft[:3]).nll[2].detach()
     assert 0 < float(short) < float(whole)
 
 
