@@ -135,8 +135,8 @@ def creative_problems(config: "Config") -> Iterator[str]:
         return
     if not re.fullmatch(r"[\w-][\w.-]*", creative.data):
         yield (
-            f"creative.data: {creative.data!r}: must be the name of a table: letters, digits, '-', '_' and '.'; make one "
-            "with `hllm creatives build`"
+            f"creative.data: {creative.data!r}: must be the name of a table: letters, digits, '-', '_' and '.'; make "
+            "one with `hllm creatives build`"
         )
     if config.objective.fusion == "early":
         yield (

@@ -34,6 +34,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
 
+RESOLVED = {"resume", "start_from", "max_steps", "data", "evaluation", "parallel", "reliability", "logs"}
+"""Sections and fields of every resolved configuration, from version 0.1 on."""
+
 
 def load_dataclass(cls: type[T], arguments: list[str], *, prog: str, description: str) -> T:
     """Parse `--config FILE` and dotted overrides into `cls`; `prog` and `description` are shown in `--help`.
@@ -83,7 +86,18 @@ def _for_jsonargparse(arguments: list[str]) -> list[str]:
 
 
 def _resolved_option(path: str) -> str:
-    return "--config=" + str(yaml.safe_dump(read_resolved(Path(path)), sort_keys=False, allow_unicode=True))
+    content = _as_saved(read_resolved(Path(path)))
+    return "--config=" + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _as_saved(content: Any) -> Any:
+    """A file's content with the fields that a run of an earlier version lacks and whose default does otherwise.
+
+    A file with all of RESOLVED was written by `save_config` or `--print_config`, with every field of its version.
+    """
+    if not isinstance(content, dict) or not RESOLVED <= content.keys() or not isinstance(content["evaluation"], dict):
+        return content
+    return content | {"evaluation": {"history": "split"} | content["evaluation"]}
 
 
 @functools.cache

@@ -43,7 +43,8 @@ class TemplateRule:
             known = ", ".join(dataset.manifest["item_features"]) or "none"
             yield f"--feature {self.feature}: no item feature of {dataset.root}; it has {known}"
         if self.name not in dataset.manifest["text_columns"]:
-            yield f"--title {self.name}: no text column of {dataset.root}; it has {', '.join(dataset.manifest['text_columns'])}"
+            known = ", ".join(dataset.manifest["text_columns"])
+            yield f"--title {self.name}: no text column of {dataset.root}; it has {known}"
         if "{value}" not in self.template:
             yield f"--template {self.template!r}: must have {{value}}: what the text is about"
 

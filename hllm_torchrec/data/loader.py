@@ -23,8 +23,9 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, RowGroup
 from hllm_torchrec.data.events import Piece, Sequences
-from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
-from hllm_torchrec.data.pieces import Pieces, assign_balanced, cut_into_pieces, in_user_sample
+from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.pieces import Pieces, assign_balanced, cut_into_pieces, in_user_sample, pieces_of_requests
+from hllm_torchrec.data.visibility import visible_at_each_event
 
 SHARED_EVENTS = 20_000_000
 """Maximum number of events of a split that every rank holds in memory: about half a gigabyte."""
@@ -57,6 +58,8 @@ class LoaderSpec:
     events are history."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
+    as_requests: bool = False
+    """Cut rows above `max_history` by what their requests would read in serving: see `pieces_of_requests`."""
     user_share: float = 1.0
     """Share of the users to load: the same users for every split; a smaller share is a subset of a larger one."""
     prefetch: int = 2
@@ -118,7 +121,7 @@ class Loader:
         Groups from number `num_own_groups` on belong to the training part: only users that the split itself does not
         have are taken from them.
         """
-        columns: list[tuple[Ints, Ints, Ints, Ints]] = []
+        parts: list[Pieces] = []
         users_of_split: list[Ints] = [np.empty(0, np.int64)]
         for number, group in enumerate(self._groups):
             # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
@@ -134,9 +137,27 @@ class Loader:
                 first_targets = np.maximum(first_targets, rows.events_before(self.spec.since))
                 wanted &= first_targets < rows.lengths
             chosen = np.flatnonzero(wanted)
-            columns.append((np.full(chosen.size, number), chosen, rows.lengths[chosen], first_targets[chosen]))
-        numbers, all_rows, lengths, starts = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return cut_into_pieces(numbers, all_rows, lengths, starts, self.spec.max_history, self.spec.extend_history)
+            parts.append(self._cut(number, chosen, rows.lengths[chosen], first_targets[chosen]))
+        return Pieces.concat(parts)
+
+    def _cut(self, number: int, rows: Ints, lengths: Ints, first_targets: Ints) -> Pieces:
+        """The pieces of some rows [n] of group `number`, with their numbers of events and first targets."""
+        group, longest = np.full(rows.size, number), self.spec.max_history
+        # A row that fits into one piece is read from its first event on by either rule.
+        long = (lengths > longest) & self.spec.as_requests
+        short = ~long
+        parts = [
+            cut_into_pieces(
+                group[short], rows[short], lengths[short], first_targets[short], longest, self.spec.extend_history
+            )
+        ]
+        if long.any():
+            events = self.dataset.sequences([self._groups[number]], ["timestamps"])
+            seen = visible_at_each_event(events.timestamps, events.offsets, self.collator.spec.feedback_delay)
+            seen = seen[concat_ranges(events.offsets[rows[long]], lengths[long])]
+            bounds = offsets_from_lengths(lengths[long])
+            parts.append(pieces_of_requests(group[long], rows[long], first_targets[long], seen, bounds, longest))
+        return Pieces.concat(parts)
 
     def _costs(self, item_costs: Ints) -> Ints:
         """int64 [number of pieces] total cost of the events of each piece."""

@@ -1,12 +1,15 @@
 """Cutting of long users into pieces, selection of a share of users, and assignment of pieces to ranks by cost."""
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.data.jagged_arrays import concat_ranges
 
 Ints = NDArray[np.int64]
 
@@ -28,6 +31,14 @@ class Pieces:
     def lengths(self) -> Ints:
         """Number of events per piece, which is its default cost."""
         return self.end - self.start
+
+    @classmethod
+    def concat(cls, parts: "Sequence[Pieces]") -> "Pieces":
+        """All pieces of `parts` (at least one), sorted by group, row and start."""
+        columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)]
+        pieces = cls(*columns)
+        order = np.lexsort((pieces.first_target, pieces.row, pieces.group))
+        return cls(*(column[order] for column in columns))
 
 
 def cut_into_pieces(
@@ -61,6 +72,39 @@ def cut_into_pieces(
     order = np.lexsort((starts, index))
     index = index[order]
     return Pieces(group[index], row[index], starts[order], firsts[order], ends[order])
+
+
+def window_start(seen: int | Ints, max_history: int) -> Any:
+    """Index of the first event that a request reads of the `seen` events that it may see: at most max_history - 1.
+
+    It moves in steps of max_history / 2, so a new event usually extends an encoded history, which is encoded again
+    only every max_history / 2 events. The rule of evaluation and serving alike. seen: a number, or int64 [n].
+    """
+    # Events above the limit, rounded up to a multiple of the step.
+    step = max(1, max_history // 2)
+    return np.maximum(0, -(-(seen - (max_history - 1)) // step) * step)
+
+
+def pieces_of_requests(
+    group: Ints, row: Ints, target_start: Ints, seen: Ints, offsets: Ints, max_history: int
+) -> Pieces:
+    """Cut rows into pieces whose exposures see what the same requests see in serving, see `window_start`.
+
+    group, row, target_start: [n] int64, one entry per row; seen: [T] number of its user's events that a request at
+    each event may see, not decreasing within a row; offsets: [n + 1] boundaries of the rows in `seen`.
+
+    A piece begins where its exposures begin to read, and has at most `max_history` of them.
+    """
+    lengths = np.diff(offsets)
+    index = np.repeat(np.arange(lengths.size), lengths - target_start)
+    position = concat_ranges(target_start, lengths - target_start)
+    start = window_start(seen[offsets[index] + position], max_history)
+    begins = np.flatnonzero((np.diff(index, prepend=-1) != 0) | (np.diff(start, prepend=-1) != 0))
+    begin_of = np.repeat(begins, np.diff(np.append(begins, index.size)))
+    first = np.flatnonzero((np.arange(index.size) - begin_of) % max_history == 0)
+    last = np.append(first[1:], index.size) - 1
+    rows = index[first]
+    return Pieces(group[rows], row[rows], start[first], position[first], position[last] + 1)
 
 
 def in_user_sample(user_ids: Ints, share: float) -> NDArray[np.bool_]:

@@ -100,7 +100,14 @@ def _text_reading(key: str, causal: bool | None) -> TextReading:
 def _check_user(key: str) -> None:
     with apart():
         wide = small_config(key, window=NO_WINDOW)
-        if not reads_causally(plain_model(wide)):
+        plain = plain_model(wide)
+        read = plain.get_input_embeddings().weight.shape[1]
+        if read != wide.hidden_size:  # ALBERT's and ELECTRA's embedding_size, OPT's word_embed_proj_dim
+            raise ValueError(
+                f"{wide.model_type} as User LLM: reads vectors of another width than it writes: give its embeddings "
+                f"the width hidden_size, or {_DECODERS}"
+            )
+        if not reads_causally(plain):
             try:
                 wide = changed_direction(wide, True)
             except ArgumentError:

@@ -17,6 +17,7 @@ from hllm_torchrec.data.creative_tokens import CreativeTokens, build_creative_to
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.loader import LoaderSpec
+from hllm_torchrec.data.request_context import RequestContext
 from hllm_torchrec.distributed.coordination import run_on_each_host
 from hllm_torchrec.models.hllm import HLLM
 
@@ -54,12 +55,14 @@ class CreativeInputs:
         words = model.creative.backbone.get_input_embeddings().num_embeddings
         if tokens > words:
             yield (
-                f"creative.tokenizer: makes token ids up to {tokens - 1}, but the Creative LLM has {words} word vectors: "
+                f"creative.tokenizer: makes token ids up to {tokens - 1}, the Creative LLM has {words} word vectors; "
                 "give the tokenizer of that model"
             )
         for split in ("train", "valid"):
             if not len(self.tokens(split)):
-                yield f"creative.data: {creative.data}: {self.table.path} has no text in {split}: build it with more users"
+                yield (
+                    f"creative.data: {creative.data}: {self.table.path} has no text in {split}: build it with more users"
+                )
         places = getattr(model.creative.backbone.config, "max_position_embeddings", None)
         longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
         if places is not None and longest > places:
@@ -81,6 +84,7 @@ class CreativeInputs:
         training: bool = False,
         max_history: int | None = None,
         item_vectors: Floats | None = None,
+        context: RequestContext | None = None,
     ) -> CreativeLoader:
         """Batches of a part's creatives on this rank; training ones are shuffled, with sampled items to match."""
         config, data = self.config, self.config.data
@@ -89,7 +93,7 @@ class CreativeInputs:
         own = replace(
             spec, visibility="second", item_slots=False, negatives=config.creative.match.negatives if matches else 0
         )
-        collator = Collator(self.dataset, own, config.seed, training, item_vectors)
+        collator = Collator(self.dataset, own, config.seed, training, item_vectors, context=context)
         loader_spec = LoaderSpec(
             split=split,
             batch_users=per_batch,

@@ -1,4 +1,4 @@
-"""Iteration over the large parts of a model (Item LLM, user encoder, Creative LLM), for code that treats them uniformly.
+"""Iteration over the large parts of a model (Item, User and Creative LLM), for code that treats them uniformly.
 
 The name of a part is used for its section of the configuration, its attribute of `HLLM`, its learning rate
 (`optim.<name>_lr`) and the prefix of its parameter names in a checkpoint. To add an LLM, add a section to

@@ -8,13 +8,14 @@
         scorer.add_items(["s41"], {"title": ["A new book"]})   # an item that came after `hllm prepare`
 
 Features come from the collator and the model of training, and the scores equal those of `hllm evaluate` for the same
-exposures (up to rounding; see `window_start` for histories longer than `data.max_history`).
+exposures up to rounding, also where a history is longer than `data.max_history` (`window_start`).
 
 Legend: n events, T history events that the model uses, m candidates, D width.
 """
 
 import time as clock
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.config.schema import Config
@@ -39,6 +40,7 @@ from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.new_item_journal import new_items
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.run_loader import load_run, run_config, weights_fingerprint
@@ -49,8 +51,10 @@ from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
+from hllm_torchrec.serving.raw_context import ContextValue, RawContext
 from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
-from hllm_torchrec.serving.user_state import UserHistory, UserState, window_start
+from hllm_torchrec.serving.task_scores import output_shape, predictions_by_task
+from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 __all__ = ["Scorer", "UserHistory", "UserState", "window_start"]
 
@@ -108,6 +112,7 @@ class Scorer:
         self.new_items = NewItems(experiment, journal)
         """Items that came after `hllm prepare`."""
         self._raw_ids = RawHistories(experiment.dataset)
+        self._context = RawContext(experiment.dataset, experiment.batch_spec.context)
         self._make_collator()
 
     def _make_collator(self) -> None:
@@ -115,7 +120,8 @@ class Scorer:
         # All candidates of a request have the same time, and visibility by second hides events of the same second:
         # so candidates do not see each other.
         spec = replace(experiment.batch_spec, visibility="second")
-        self._collator = Collator(experiment.dataset, spec, item_vectors=experiment.item_vectors)
+        vectors, context = experiment.item_vectors, experiment.context
+        self._collator = Collator(experiment.dataset, spec, item_vectors=vectors, context=context)
         # Last: other threads take an id from here on.
         self.num_items = experiment.dataset.num_items
         """Dense ids are below it: the dataset's, and those of items that came after it."""
@@ -152,6 +158,17 @@ class Scorer:
             scorer._mark = hash_json([weights_fingerprint(loaded.checkpoint), table_dtype, known])[:16]
             scorer._weights = stack.pop_all()
         return scorer
+
+    @property
+    def mark(self) -> str:
+        """Mark of the weights, their data type and the dataset's ids: equal marks give equal scores."""
+        return self._mark
+
+    @property
+    def unknown_context(self) -> dict[str, int]:
+        """Number of requests with a categorical value that training has not seen, by name."""
+        unseen = {} if self.experiment.context is None else self.experiment.context.unseen
+        return dict(self._context.unknown + Counter(unseen))
 
     def close(self) -> None:
         """Restore the weights and adapters that `of_run` has replaced by averaged and merged ones."""
@@ -241,7 +258,7 @@ class Scorer:
         items: Sequence[str],
         timestamps: ArrayLike,
         labels: ArrayLike | None = None,
-        actions: Sequence[str] | None = None,
+        actions: Sequence[str | None] | None = None,
     ) -> UserHistory:
         """A history from raw ids.
 
@@ -250,7 +267,7 @@ class Scorer:
             items: [n] raw ids.
             timestamps: [n] seconds UTC, ascending.
             labels: [n], NaN for events that are no exposures; None: none is.
-            actions: [n] names of actions, as in the source; None: unknown.
+            actions: [n] names of actions, as in the source; None, also of a single event: unknown.
 
         Raises:
             ValueError: ids or actions that are not known, and as `UserHistory`.
@@ -266,7 +283,7 @@ class Scorer:
             ValueError: users, items or actions outside the dataset's ids.
         """
         self._check(history)
-        start = window_start(len(history), self.experiment.config.data.max_history)
+        start = self._start(len(history))
         return self._state(history, start, self._read(history.since(start), None))
 
     @torch.no_grad()
@@ -278,13 +295,20 @@ class Scorer:
         """
         self._check_state(user)
         history = user.history.followed_by(events)
-        start = window_start(len(history), self.experiment.config.data.max_history)
+        start = self._start(len(history))
         # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
         # positions see each other and so would change.
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
         return self._state(history, start, self._read(events, user.cache))
+
+    def _start(self, seen: int) -> int:
+        """First event that a request reads of the `seen` ones that it may see, as in evaluation."""
+        longest = self.experiment.config.data.max_history
+        if self.experiment.batch_spec.visibility == "position":
+            return max(0, seen - longest + 1)
+        return int(window_start(seen, longest))
 
     def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
         return UserState(history, start, cache, self._mark_of(history))
@@ -306,7 +330,11 @@ class Scorer:
 
     @torch.no_grad()
     def score(
-        self, user: UserHistory | UserState, candidates: NDArray[np.integer] | Sequence[str], time: int | None = None
+        self,
+        user: UserHistory | UserState,
+        candidates: NDArray[np.integer] | Sequence[str],
+        time: int | None = None,
+        context: Mapping[str, ContextValue] | None = None,
     ) -> NDArray[np.float32]:
         """Return logits [m] of candidates: the `score` of `hllm evaluate`, in the same order as the probabilities.
 
@@ -316,27 +344,60 @@ class Scorer:
                 242.
             time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
                 older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
+            context: text or number of every value of the request that the model reads (`data.context`), by name; None:
+                unknown. A text that training has not seen is unknown, and counted.
 
         Raises:
-            ValueError: as `read`; candidates that are not known, a state of another model, or a leave-one-out request
-                before the last event.
+            ValueError: as `read`; context that is missing or of another name; candidates that are not known, a state
+                of another model, or a leave-one-out request before the last event.
         """
+        outputs = self._outputs(user, candidates, time, context)
+        return outputs if outputs.ndim == 1 else outputs[:, 0]
+
+    @torch.no_grad()
+    def score_tasks(
+        self,
+        user: UserHistory | UserState,
+        candidates: NDArray[np.integer] | Sequence[str],
+        time: int | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
+
+        The arguments are those of `score`. A task whose label is defined only where another one is 1 predicts what
+        holds there, such as a like given a click.
+        """
+        return predictions_by_task(self.hllm, self._outputs(user, candidates, time, context))
+
+    def _outputs(
+        self,
+        user: UserHistory | UserState,
+        candidates: NDArray[np.integer] | Sequence[str],
+        time: int | None,
+        context: Mapping[str, ContextValue] | None,
+    ) -> NDArray[np.float32]:
+        """Logits [m], or outputs [m, O] of a model with several tasks."""
         state = self.read(user) if isinstance(user, UserHistory) else user
         self._check_state(state)
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
+        seen = self._seen(state.history, moment)
+        if self._start(seen) != state.start:  # a long history goes on after the request: what it may see begins earlier
+            state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
-            return self._score(state, items, moment)
+            return self._score(state, items, moment, self._context.columns(context, 1))
 
-    def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
-        """Logits [m] of items [m], `micro_batch` at a time."""
+    def _score(
+        self, state: UserState, items: Ints, moment: int, context: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """Outputs of the head for items [m], `micro_batch` at a time."""
         ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
         # With late fusion the user vector does not depend on the candidates: compute it in the first micro-batch only.
         user_vector: Tensor | None = None
-        found = np.empty(items.size, np.float32)
+        found = np.empty((items.size, *output_shape(self.hllm)), np.float32)
         for start in range(0, items.size, self.micro_batch):
             part = items[start : start + self.micro_batch]
-            batch = self._request(state, part, moment).to(self.experiment.device)
+            batch = self._request(state, part, moment, context).to(self.experiment.device)
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
@@ -357,17 +418,14 @@ class Scorer:
             logits: Tensor = self.hllm.head(ask(x_QD), None, evidence)
         else:
             logits = self.hllm.head(user_vector.expand(target_XD.shape[0], -1), target_XD, evidence)
-        return logits
+        return self.hllm.biased(logits)
 
     def _evidence(self, history: UserHistory, candidates: Ints, time: int) -> Tensor | None:
         """[m, F] evidence of the candidates at `time`, or None; the history is the user's complete one."""
         evidence = self.experiment.evidence
         if evidence is None:
             return None
-        seen, limit = len(history), time - self.experiment.batch_spec.feedback_delay
-        if self.experiment.batch_spec.visibility == "second":
-            seen = visible_before(history.timestamps, limit)
-        at = np.full(candidates.size, time)
+        at, seen = np.full(candidates.size, time), self._seen(history, time)
         columns = evidence.columns(history, np.full_like(at, seen), candidates, at, history.user_id, fitted=False)
         return torch.from_numpy(columns).to(self.experiment.device)
 
@@ -382,23 +440,39 @@ class Scorer:
         with configured_by("user.shape", length="data.max_history"):
             return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
 
-    def _request(self, user: UserState, candidates: Ints, time: int) -> HybridBatch:
+    def _request(
+        self, user: UserState, candidates: Ints, time: int, context: Mapping[str, NDArray[Any]]
+    ) -> HybridBatch:
         """Batch of the candidates without history; numeric features are the user's at `time`."""
-        asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=np.zeros(candidates.size))
+        extra = {name: np.repeat(value, candidates.size) for name, value in context.items()}
+        labels = np.zeros(candidates.size)
+        asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=labels, extra=extra)
         batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
+        numbers = self._numbers(user, time)
+        if numbers is None:
+            return batch
+        assert batch.numeric is not None
+        # All candidates have the same time, so the one row of numbers is broadcast to all of them.
+        numeric = batch.numeric.clone()
+        numeric[: batch.query_times.numel(), : numbers.shape[1]] = torch.from_numpy(numbers)
+        return replace(batch, numeric=numeric)
+
+    def _numbers(self, user: UserState, time: int) -> Floats | None:
+        """Numeric features [1, F] of a request, or None without any."""
         names = self.experiment.batch_spec.numeric_features
         if not names:
-            return batch
+            return None
         # The request is an additional event without a label: its numbers come from the visible events before it.
         window = user.history.since(user.start)
         earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
         times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
-        numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
-        assert batch.numeric is not None
-        # All candidates have the same time, so the one row of numbers is broadcast to all of them.
-        numeric = batch.numeric.clone()
-        numeric[: batch.query_times.numel()] = torch.from_numpy(numbers)
-        return replace(batch, numeric=numeric)
+        return numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+
+    def _seen(self, history: UserHistory, time: int) -> int:
+        """Number of events of a complete history that a request at `time` may see."""
+        if self.experiment.batch_spec.visibility == "position":
+            return len(history)
+        return visible_before(history.timestamps, time - self.experiment.batch_spec.feedback_delay)
 
     def _visible(self, user: UserState, time: int) -> int:
         """Number of cached events visible to a request at `time`."""

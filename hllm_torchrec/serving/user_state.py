@@ -30,7 +30,7 @@ class UserHistory(Events):
             )
         super().__init__(**Events(*columns, **named).as_arrays().columns)  # type: ignore[arg-type]  # not yet arrays
         object.__setattr__(self, "user_id", user_id)
-        sizes = {name: values.size for name, values in self.columns.items()}
+        sizes = {name: values.size for name, values in (self.columns | self.extra).items() if name != "extra"}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
         back = np.flatnonzero(np.diff(self.timestamps) < 0)
@@ -71,16 +71,3 @@ class UserState:
     start: int
     cache: HistoryCache
     mark: str
-
-
-def window_start(events: int, max_history: int) -> int:
-    """Index of the first event used of a history of `events` events, such that at most max_history - 1 are used.
-
-    It moves in steps of max_history / 2, so a new event usually extends the cache, and a long history is encoded
-    again only every max_history / 2 events. A request sees at least half of max_history events, as in evaluation,
-    although evaluation cuts long histories at other indices (relative to the start of the split).
-    """
-    # Events above the limit, rounded up to a multiple of the step.
-    over = events - (max_history - 1)
-    step = max(1, max_history // 2)
-    return max(0, -(-over // step) * step)

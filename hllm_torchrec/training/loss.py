@@ -1,12 +1,15 @@
 """Loss of a step over all ranks and micro-batches, and its statistics for the log."""
 
 import math
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from hllm_torchrec.config.creative import CreativeLossConfig
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.collectives import global_sum
@@ -16,10 +19,15 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the generative, the value and the creative losses; the classification loss has weight 1."""
+    """Weights of the parts of the loss; tasks: those of the tasks within the classification loss, by name.
+
+    write, match: of the losses of creatives.
+    """
 
     generative: float
     value: float
+    classification: float = 1.0
+    tasks: Mapping[str, float] = field(default_factory=dict)
     write: float = 0.0
     match: float = 0.0
 
@@ -27,12 +35,16 @@ class LossWeights:
     def of(cls, config: Config) -> "LossWeights":
         """Weights of a configuration: lambda of Eq. (3), or 1 if the generative loss is the only one (Eq. 1)."""
         objective = config.objective
-        creative = config.creative.losses if config.creative.enabled else None
+        generative = objective.generative_weight if objective.has_head else 1.0
+        tasks = {name: task.weight for name, task in objective.task_configs.items()}
+        creative = config.creative.losses if config.creative.enabled else CreativeLossConfig(write=0.0)
         return cls(
-            objective.generative_weight if objective.has_head else 1.0,
+            generative,
             objective.value_weight,
-            creative.write if creative else 0.0,
-            creative.match if creative else 0.0,
+            objective.classification_weight,
+            tasks,
+            creative.write,
+            creative.match,
         )
 
 
@@ -60,18 +72,26 @@ class StepStats:
     user_similarity: float = 0.0
     """As `item_similarity`, of the user vectors of creatives."""
     user_similarities: float = 0.0
+    tasks: tuple[float, ...] = ()
+    """Shares of the mean loss of each task, if there are several."""
 
     def __add__(self, other: "StepStats") -> "StepStats":
-        return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        tasks = [a + b for a, b in zip_longest(self.tasks, other.tasks, fillvalue=0.0)]
+        return StepStats(*(a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)), tuple(tasks))
+
+    def _numbers(self) -> tuple[float, ...]:
+        """The values without `tasks`, in the order of the fields."""
+        return astuple(self)[:-1]
 
     def to_tensor(self) -> Tensor:
         """The values as float64, in the order of the fields."""
-        return torch.tensor(astuple(self), dtype=torch.float64)
+        return torch.tensor([*self._numbers(), *self.tasks], dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, numbers: Tensor) -> Self:
         """Inverse of `to_tensor`."""
-        return cls(*numbers.tolist())
+        values, single = numbers.tolist(), len(fields(cls)) - 1
+        return cls(*values[:single], tuple(values[single:]))
 
     def over_ranks(self) -> "StepStats":
         """Sum over all ranks. Collective."""
@@ -80,22 +100,24 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Denominators of a complete step on all ranks, at least 1 each: weight of the exposures, generative targets,
+    """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets;
     weighted tokens of responses, and pairs of users and items to match."""
 
-    exposures: float
+    tasks: tuple[float, ...]
     targets: float
     tokens: float = 1.0
     pairs: float = 1.0
 
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
-    """Counts of a step. Collective."""
+    """The counts of a step, summed over its micro-batches and all ranks. Collective."""
     # Global counts, not this rank's: ranks and micro-batches hold different numbers of samples, and each counts once.
-    local = [
-        [float(batch.weights.sum()), float(batch.next_rows.numel()), *_creative_counts(batch)] for batch in batches
-    ]
-    return StepCounts(*(max(one, 1.0) for one in global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()))
+    local = []
+    for batch in batches:
+        weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
+        local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
+    *tasks, targets, tokens, pairs = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    return StepCounts(tuple(weight or 1.0 for weight in tasks), targets or 1.0, tokens or 1.0, pairs or 1.0)
 
 
 def _creative_counts(batch: HybridBatch) -> tuple[float, float]:
@@ -112,8 +134,12 @@ def micro_batch_loss(
     Returns:
         The share [], with gradient, and the statistics of this micro-batch for `describe_step`.
     """
-    classification = output.classification / counts.exposures
-    value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts.exposures
+    means = {name: loss.trained / count for (name, loss), count in zip(output.tasks.items(), counts.tasks, strict=True)}
+    terms = [mean if (weight := weights.tasks.get(name, 1.0)) == 1.0 else weight * mean for name, mean in means.items()]
+    classification = terms[0]
+    for term in terms[1:]:
+        classification = classification + term
+    value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts.tasks[0]
     generative, effective, accuracy = (classification.new_zeros(()) for _ in range(3))
     if output.generative is not None:
         # These two are means over this micro-batch's targets, so they are weighted by its share of the targets.
@@ -131,46 +157,46 @@ def micro_batch_loss(
     spread, measured = classification.new_zeros(()), 0.0
     if encodes_items and output.items is not None and output.items.shape[0] > 1:
         spread, measured = embedding_spread(output.items), 1.0
-    numbers = [classification, generative, value, effective, accuracy, spread, write, match, user_spread]
-    loss = classification + weights.generative * generative + weights.value * value
+    numbers = [classification, generative, value, effective, accuracy, spread]
+    loss = weights.classification * classification + weights.generative * generative + weights.value * value
     if output.creative is not None:
         loss = loss + weights.write * write + weights.match * match
+    if len(means) > 1:
+        numbers += [loss.raw / count for loss, count in zip(output.tasks.values(), counts.tasks, strict=True)]
     # One copy from the device for all values, because every copy waits for the forward pass.
+    numbers = [write, match, user_spread, *numbers]
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
-    stats = StepStats(*shares[:6], similarities=measured)
-    of_creatives = dict(zip(("write", "match", "user_similarity"), shares[6:], strict=True))
+    stats = StepStats(*shares[3:9], similarities=measured, tasks=tuple(shares[9:]))
+    of_creatives = dict(zip(("write", "match", "user_similarity"), shares, strict=False))
     return loss, replace(stats, **of_creatives, user_similarities=users_measured)
 
 
-def describe_step(stats: StepStats, norm: float, config: Config, alarm: bool) -> dict[str, float]:
+def describe_step(
+    stats: StepStats, norm: float, config: Config, alarm: bool, task_names: Sequence[str] = ()
+) -> dict[str, float]:
     """Losses and statistics of a step for the log; `stats`: over all ranks.
 
     norm: gradient norm, NaN or infinite if a gradient is.
     alarm: True if collapsed items are an error. A model from scratch starts with nearly equal embeddings for all
     items, which the first steps separate.
+    task_names: of `stats.tasks`, in order.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
     """
     cls, gen, value = stats.classification, stats.generative, stats.value
     weights, objective = LossWeights.of(config), config.objective
-    found = {"loss": cls + weights.generative * gen + weights.value * value}
+    found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if config.creative.enabled:
-        found = _describe_creatives(stats, weights)
-    elif objective.has_head:
+        return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
+    if objective.has_head:
         found["loss_cls"] = cls
-    if weights.generative > 0 and not config.creative.enabled:
+    found |= {f"loss_{name}": loss for name, loss in zip(task_names, stats.tasks, strict=True)}
+    if weights.generative > 0:
         found |= {"loss_gen": gen, "effective_negatives": stats.effective_negatives, "gen_accuracy": stats.gen_accuracy}
-    if weights.value > 0 and not config.creative.enabled:
+    if weights.value > 0:
         found["loss_value"] = value
-    if not math.isfinite(found["loss"]):
-        raise FloatingPointError(
-            f"the loss is {found['loss']}: lower optim.lr or optim.table_lr, or set optim.clip_norm above 0"
-        )
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the norm of the gradients is {norm} at a loss of {found['loss']:.6g}: lower optim.lr or optim.table_lr"
-        )
+    _check_finite(found["loss"], norm)
     if stats.similarities:
         # A cosine: rounding must not carry it above 1, which `collapse_above: 1.0` allows.
         found["item_similarity"] = min(stats.item_similarity / stats.similarities, 1.0)
@@ -180,22 +206,32 @@ def describe_step(stats: StepStats, norm: float, config: Config, alarm: bool) ->
                 f"objective.collapse_above {objective.collapse_above}; lower optim.item_llm_lr or raise "
                 "objective.generative_weight"
             )
-    if alarm and found.get("user_similarity", 0.0) > objective.collapse_above:
-        raise FloatingPointError(
-            f"user vectors have collapsed: the mean cosine similarity of a step's is {found['user_similarity']:.4f} > "
-            f"objective.collapse_above {objective.collapse_above}; lower optim.user_lr, or set user.trainable to false"
-        )
     return found
 
 
-def _describe_creatives(stats: StepStats, weights: LossWeights) -> dict[str, float]:
-    """Losses of a step of creatives for the log."""
-    found = {
-        "loss": weights.write * stats.write + weights.match * stats.match,
-        "loss_write": stats.write,
-    }
+def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, collapse_above: float) -> dict[str, float]:
+    """Losses and statistics of a step of creatives, which has no other losses; raises as `describe_step`."""
+    found = {"loss": weights.write * stats.write + weights.match * stats.match, "loss_write": stats.write}
     if weights.match > 0:
         found["loss_match"] = stats.match
+    _check_finite(found["loss"], norm)
     if stats.user_similarities:
         found["user_similarity"] = min(stats.user_similarity / stats.user_similarities, 1.0)
+        if found["user_similarity"] > collapse_above:
+            raise FloatingPointError(
+                f"user vectors have collapsed: their mean cosine similarity is {found['user_similarity']:.4f} > "
+                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set user.trainable to false"
+            )
     return found
+
+
+def _check_finite(loss: float, norm: float) -> None:
+    """Raise FloatingPointError if the loss or the norm of the gradients is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss}: lower optim.lr or optim.table_lr, or set optim.clip_norm above 0"
+        )
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the norm of the gradients is {norm} at a loss of {loss:.6g}: lower optim.lr or optim.table_lr"
+        )

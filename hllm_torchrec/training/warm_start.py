@@ -26,15 +26,20 @@ from hllm_torchrec.models.run_vocabulary import check_vocabulary
 
 OPTIONAL_PARTS = (
     "adapter",
+    "context_scales",
     "creative",
     "creative_head",
     "features",
     "head",
     "logit_scale",
+    "position_bias",
     "project_item",
     "project_next",
     "project_vectors",
     "standardise",
+    "task_log_variances",
+    "task_scales",
+    "text_similarity",
     "user_token",
     "value_head",
 )

@@ -2,12 +2,14 @@
 
     python scripts/experiments/text_models.py --write docs/support.md      # replaces the table between its two marks
     python scripts/experiments/text_models.py --only llama bert            # prints the rows of these
+    python scripts/experiments/text_models.py --rows rows.jsonl            # goes on where it was stopped
 
 For every model type of AutoModel a small model is built from its default config (with the fields of `FIELDS`), and
 checked as a model is checked before training. Types with several parts (images, sound, two stacks) are left out.
 """
 
 import argparse
+import json
 import signal
 import sys
 import warnings
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="only these model types")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines of the rows: each type once, then kept")
     parser.add_argument("--write", type=Path, metavar="FILE", help="page whose table is replaced")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -135,11 +138,15 @@ def main(argv: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGALRM, too_late)
     known = sorted({config.model_type for config in MODEL_MAPPING if config.model_type})
-    found: list[Row | tuple[str, str]] = []
-    for row in rows(args.only or known):
-        found.append(row)
+    lines = args.rows.read_text().splitlines() if args.rows and args.rows.exists() else []
+    kept = {row[0]: Row(*row) if len(row) == len(Row._fields) else tuple(row) for row in map(json.loads, lines)}
+    for row in rows([kind for kind in args.only or known if kind not in kept]):
+        kept[row[0]] = row
         print(*row, sep="\t", file=sys.stderr, flush=True)
-    text = table(found)
+        if args.rows:
+            with args.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    text = table([kept[kind] for kind in args.only or known])
     if args.write is None:
         print(text)
         return 0

@@ -1,28 +1,36 @@
-"""Fuzzes the readers of files: each for a while, with new inputs every time unless --seed says which.
+"""Fuzzes the readers of files, the metrics and the models, with new inputs every time unless --seed says which.
 
     python scripts/reliability/fuzz.py --seconds 60                     # all readers, one after the other
     python scripts/reliability/fuzz.py --seconds 600 --reader store
+    python scripts/reliability/fuzz.py --inputs 20000 --reader tables --log fuzz.jsonl    # goes on where it was stopped
 
 Prints a JSON line for each reader: inputs tried, distinct failures, and where. Exit status 1 if there is a failure.
-Each reader runs in a process of its own, so that a crash of a decoder counts as a failure and ends nothing else. What
-is done to the files, and what is demanded of the readers, is in tests/fuzz/ (hypothesis).
+Inputs come in rounds of ROUND, one round per seed; with --log a line of the file has the result of each round, and
+rounds that it has are not repeated. Each reader runs in a process of its own, so that a crash of a decoder counts as a
+failure and ends nothing else. What is done to the files, and what is demanded of the readers, is in tests/fuzz/
+(hypothesis); values are compared with those of other programs: DuckDB, scikit-learn and plain transformers.
 """
 
 import argparse
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 READERS = (
-    "manifest", "sequences", "sources", "tables", "lists", "tokens", "config", "predictions", "store", "checkpoint",
+    "manifest", "sequences", "sources", "tables", "lists", "tokens", "config", "predictions", "metrics", "store",
+    "checkpoint", "models",
 )  # fmt: skip
+ROUND = 200
+"""Inputs of a round, at most."""
 GRACE = 120
 """Seconds that a reader's process may take to start, and to end with its last input."""
 
@@ -31,48 +39,99 @@ def main(argv: list[str] | None = None) -> int:
     """Run; returns 0, or 1 if a reader failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each reader (default: 60)")
+    parser.add_argument("--inputs", type=int, default=0, help="for each reader, instead of --seconds")
     parser.add_argument("--reader", choices=READERS, action="append", help="may be given several times; default: all")
-    parser.add_argument("--seed", type=int, help="of the inputs (default: the time)")
+    parser.add_argument("--seed", type=int, help="of the first round (default: the time; with --log: 0)")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="JSON lines of all rounds; those in it are kept")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    seed = int(time.time()) if args.seed is None else args.seed
+    if args.seed is None:
+        args.seed = 0 if args.log else int(time.time())
     found = []
     for name in args.reader or READERS:
-        result = fuzz(name, args.seconds, seed) if args.in_process else run_apart(name, args.seconds, seed)
+        limits = Limits(args.seconds, args.inputs, args.seed, args.log)
+        result = fuzz(name, limits) if args.in_process else run_apart(name, limits)
         print(json.dumps(result), flush=True)
         found.append(result)
     return int(any(result["failures"] for result in found))
 
 
-def run_apart(name: str, seconds: float, seed: int) -> dict[str, object]:
+class Limits(NamedTuple):
+    """When a reader's fuzzing ends (after `seconds`, or with `inputs` above 0 after so many), its seed and its log."""
+
+    seconds: float = 60.0
+    inputs: int = 0
+    seed: int = 0
+    log: Path | None = None
+
+
+def run_apart(name: str, limits: Limits) -> dict[str, object]:
     """`fuzz` in a process of its own; one that dies or does not end is a failure."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--in-process"]
-    command += [f"--reader={name}", f"--seconds={seconds}", f"--seed={seed}"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--in-process", f"--reader={name}"]
+    command += [f"--seconds={limits.seconds}", f"--inputs={limits.inputs}", f"--seed={limits.seed}"]
+    command += [f"--log={limits.log}"] if limits.log else []
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+    longest = None if limits.inputs else limits.seconds + GRACE
     try:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=seconds + GRACE)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=longest)
     except subprocess.TimeoutExpired:
-        return {"reader": name, "seed": seed, "inputs": None, "failures": ["does not end"]}
+        return {"reader": name, "seed": limits.seed, "inputs": None, "failures": ["does not end"]}
     lines = done.stdout.splitlines()
     if done.returncode not in (0, 1) or not lines:
-        return {"reader": name, "seed": seed, "inputs": None, "failures": [f"died, exit status {done.returncode}"]}
+        return {"reader": name, "seed": limits.seed, "inputs": None, "failures": [f"died, status {done.returncode}"]}
     result: dict[str, object] = json.loads(lines[-1])
     return result
 
 
-def fuzz(name: str, seconds: float, seed: int, target: Any = None) -> dict[str, object]:
-    """Draw inputs and check them until the time is over; each distinct failure is shown once on stderr.
+def fuzz(name: str, limits: Limits, target: Any = None) -> dict[str, object]:
+    """Draw inputs and check them until a limit is reached; each distinct failure is shown once on stderr.
 
     target: a `tests.fuzz.mutations.Target`; None: the reader's own.
     """
-    import hypothesis
-
     sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
     target = target or importlib.import_module(f"tests.fuzz.test_{name}").TARGET
-    inputs, failures, start = 0, {}, time.monotonic()
+    failures: Counter[str] = Counter()
+    rounds, inputs, start, number = _rounds_of(limits.log, name), 0, time.monotonic(), limits.seed
+
+    def is_over() -> bool:
+        return inputs >= limits.inputs if limits.inputs else time.monotonic() - start >= limits.seconds
+
+    while not is_over():
+        found = rounds.get(number)
+        if found is None:
+            stop = start + limits.seconds if not limits.inputs else math.inf
+            found = _round(target, number, stop, failures)
+            if limits.log:
+                with limits.log.open("a") as file:
+                    file.write(json.dumps({"reader": name, "seed": number} | found) + "\n")
+        inputs += found["inputs"]
+        failures.update(found["failures"])
+        number += 1
+    return {
+        "reader": name,
+        "seed": limits.seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "inputs": inputs,
+        "failures": dict(failures),
+    }
+
+
+def _rounds_of(log: Path | None, name: str) -> dict[int, dict[str, Any]]:
+    """Seed -> result of the rounds of a reader that the log has."""
+    if log is None or not log.exists():
+        return {}
+    lines = map(json.loads, log.read_text().splitlines())
+    return {line["seed"]: line for line in lines if line["reader"] == name}
+
+
+def _round(target: Any, seed: int, stop: float, shown: Counter[str]) -> dict[str, Any]:
+    """Inputs of one seed, and failures by place; those in `shown` are not shown again."""
+    import hypothesis
+
+    inputs, failures = 0, Counter[str]()
     options = hypothesis.settings(
-        max_examples=200,
+        max_examples=ROUND,
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
@@ -81,7 +140,7 @@ def fuzz(name: str, seconds: float, seed: int, target: Any = None) -> dict[str, 
 
     def check(mutation: object) -> None:
         nonlocal inputs
-        if inputs and time.monotonic() - start >= seconds:
+        if inputs and time.monotonic() >= stop:
             return
         inputs += 1
         try:
@@ -90,22 +149,13 @@ def fuzz(name: str, seconds: float, seed: int, target: Any = None) -> dict[str, 
             if isinstance(error, KeyboardInterrupt):
                 raise
             key = _place(error)
-            if key not in failures:
-                print(f"{name}: {repr(mutation)[:2000]}\n{key}", file=sys.stderr)
+            if key not in shown and key not in failures:
+                print(f"{target.name}: {repr(mutation)[:2000]}\n{key}", file=sys.stderr)
                 traceback.print_exc()
-            failures[key] = failures.get(key, 0) + 1
+            failures[key] += 1
 
-    rounds = 0
-    while time.monotonic() - start < seconds:
-        hypothesis.seed(seed + rounds)(options(hypothesis.given(target.inputs)(check)))()
-        rounds += 1
-    return {
-        "reader": name,
-        "seed": seed,
-        "seconds": round(time.monotonic() - start, 1),
-        "inputs": inputs,
-        "failures": failures,
-    }
+    hypothesis.seed(seed)(options(hypothesis.given(target.inputs)(check)))()
+    return {"inputs": inputs, "failures": dict(failures)}
 
 
 def _place(error: BaseException) -> str:

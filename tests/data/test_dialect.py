@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-import duckdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,15 +32,6 @@ def read(path: Path, given: Format | None = None) -> list[tuple[str, str | None,
 
 def written(rows):
     return [(item, title or None, None if n is None else str(n)) for item, title, n in rows]
-
-
-def by_duckdb(path: Path, separator: str, quote: str = '"', escape: str = '"', null: str = ""):
-    text = duckdb.read_csv(
-        str(path), delimiter=separator, quotechar=quote, escapechar=escape, header=True, all_varchar=True,
-        na_values=null, strict_mode=False, max_line_size=1 << 20, auto_detect=False,
-        columns=dict.fromkeys(NAMES, "VARCHAR"),
-    )  # fmt: skip
-    return [(item, title or None, n or None) for item, title, n in text.fetchall()]
 
 
 def check(path: Path, rows, given: Format) -> None:
@@ -116,7 +106,7 @@ def test_duckdb_reads_the_same(folder, rows, separator, quoting):
     rows = [(item, "x" if title == "\\N" else title.replace("\r", ""), n) for item, title, n in rows]
     path = tables.write(folder / "duckdb.csv", tables.as_csv(rows, separator, quoting, "\n"))
     given = Format(separator=separator, quote='"', escape="none", nulls=[])
-    assert read(path, given) == by_duckdb(path, separator) == written(rows)
+    assert read(path, given) == tables.by_duckdb(path, separator) == written(rows)
 
 
 @pytest.mark.parametrize(

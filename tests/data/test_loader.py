@@ -15,8 +15,15 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader, LoaderSpec
-from hllm_torchrec.data.pieces import assign_balanced, cut_into_pieces, in_user_sample
+from hllm_torchrec.data.pieces import (
+    assign_balanced,
+    cut_into_pieces,
+    in_user_sample,
+    pieces_of_requests,
+    window_start,
+)
 from tests.helpers import fixtures
 
 RECIPE = BatchSpec(fusion="late", negatives=4)
@@ -200,6 +207,30 @@ def test_pieces_cover_every_exposure_once_and_see_enough(rows: list[tuple[int, i
 def test_a_user_who_fits_is_one_piece_with_the_whole_history() -> None:
     pieces = cut_into_pieces(np.zeros(1, int), np.zeros(1, int), np.array([20]), np.array([15]), 20)
     assert (pieces.start.tolist(), pieces.first_target.tolist(), pieces.end.tolist()) == ([0], [15], [20])
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=40), min_size=1, max_size=4),
+    st.integers(2, 9),
+    st.integers(0, 4),
+    st.data(),
+)
+def test_pieces_of_requests_begin_where_each_exposure_of_theirs_does(
+    gaps: list[list[int]], max_history: int, delay: int, data: st.DataObject
+) -> None:
+    times = [np.cumsum(row) // 4 for row in gaps]
+    starts = np.array([data.draw(st.integers(0, len(row) - 1)) for row in gaps])
+    every, offsets = np.arange(len(gaps)), offsets_from_lengths([len(row) for row in gaps])
+    seen = np.concatenate([np.searchsorted(row, row - delay) for row in times])
+    found = pieces_of_requests(every * 0, every, starts, seen, offsets, max_history)
+    covered = []
+    for row, start, first, end in zip(found.row, found.start, found.first_target, found.end, strict=True):
+        assert start <= first < end <= first + max_history
+        covered += [(row, position) for position in range(first, end)]
+        for position in range(first, end):
+            visible = sum(time < times[row][position] - delay for time in times[row])
+            assert start == window_start(visible, max_history) and visible - start < max_history
+    assert covered == [(row, position) for row in every for position in range(starts[row], len(gaps[row]))]
 
 
 def test_positions_and_history_lengths_count_from_the_start_of_the_whole_sequence() -> None:

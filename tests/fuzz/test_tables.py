@@ -31,12 +31,12 @@ FORMATS = {
 
 
 def check(mutation: Any) -> None:
-    kind, writer, rows, separator, n, compression, changes = mutation
+    kind, writer, rows, separator, n, compression, encoding, changes = mutation
     # `\N` is null in every dialect; a column of texts that are all in quotation marks reads as quoted.
     rows = [(item, "x" if title == "\\N" else title.strip('"'), number) for item, title, number in rows]
     separator = "\t" if writer in ("mysql", "postgres") else separator
     path = fixtures.folder() / "fuzz-table"
-    tables.write(path, WRITERS[writer](rows, separator, n), compression)
+    tables.write(path, WRITERS[writer](rows, separator, n), compression, encoding)
     if kind == "damaged":
         path.write_bytes(change_bytes(path.read_bytes(), changes))
         check_reader(lambda: read(path), [str(path)])
@@ -50,6 +50,9 @@ def check(mutation: Any) -> None:
         assert "Say which" in str(error), error
         found = read(path, Format(separator=separator, quote=quote, escape=escape))
     assert found == expected, f"another table: {found} for {expected}"
+    if compression == "" and encoding == "utf-8" and writer in ("csv", "pandas", "arrow"):
+        other = tables.by_duckdb(path, separator)
+        assert other == found, f"DuckDB reads {other}, not {found}"
 
 
 def read(path: Path, given: Format | None = None) -> list[tuple[str, str | None, str | None]]:
@@ -66,7 +69,8 @@ TARGET = Target(
         tables.TABLES,
         st.sampled_from(",\t;|"),
         st.integers(0, 5),
-        st.sampled_from(list(tables.COMPRESSIONS)),
+        st.sampled_from(["", "", *tables.COMPRESSIONS]),
+        st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32"]),
         byte_changes(),
     ),
     check,
@@ -74,8 +78,8 @@ TARGET = Target(
 
 
 @FEW
-@example(("damaged", "csv", [("i1", "a", 1)], ",", 0, "gzip", [("cut", 0.5, 1)]))
-@example(("damaged", "csv", [("i1", 'a, "b"', 1)], ",", 0, "", [("cut", 0.8, 1)]))
+@example(("damaged", "csv", [("i1", "a", 1)], ",", 0, "gzip", "utf-8", [("cut", 0.5, 1)]))
+@example(("damaged", "csv", [("i1", 'a, "b"', 1)], ",", 0, "", "utf-8", [("cut", 0.8, 1)]))
 @given(TARGET.inputs)
 def test_tables_are_read_as_written_or_refused_by_file(mutation: Any) -> None:
     check(mutation)

@@ -198,3 +198,11 @@ def test_layers_that_are_kept_keep_their_kinds() -> None:
     shape = FOREIGN["gemma3"][0] | {"num_hidden_layers": 3, "layer_types": [*WINDOW["layer_types"], "full_attention"]}
     model = build_backbone(None, shape, layers=2)
     assert model.config.layer_types == WINDOW["layer_types"] and len(model.layers) == 2
+
+
+@pytest.mark.parametrize("kind", ["albert", "electra"])
+def test_a_user_llm_reads_vectors_of_the_width_that_it_writes(kind: str) -> None:
+    shape = ENCODER | {"model_type": kind, "embedding_size": 16}
+    with pytest.raises(ValueError, match="reads vectors of another width than it writes: give its emb"):
+        build_backbone(None, shape, word_embeddings=False)
+    build_backbone(None, shape | {"embedding_size": ENCODER["hidden_size"]}, word_embeddings=False)

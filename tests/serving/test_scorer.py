@@ -1,71 +1,24 @@
 """Scores of a loaded run for a user's candidates are those of `hllm evaluate`; appending events equals reading anew."""
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.evaluation.run_loader import score_run
+from hllm_torchrec.evaluation.scoring import score_split
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.scorer import Scorer, UserHistory, window_start
 from tests.helpers import fixtures
-from tests.helpers.training_fixtures import config, train
-
-HSTU = {"width": 16, "layers": 2, "heads": 2, "divide_by": 20}
-RICH: dict[str, Any] = {
-    "data__max_history": 64,
-    "data__numeric_features": ["user_mean", "log_gap", "history_length"],
-    "features__action_gate": True,
-    "features__init_scale": 0.3,
-}
-EVIDENCE = ["factors", "items", "users", "neighbors"]
-RUNS: dict[str, dict[str, Any]] = {
-    "early": {**RICH, "objective__fusion": "early", "optim__ema": 0.5},
-    "late": {**RICH, "objective__fusion": "late", "data__item_vectors": ["factors"]},
-    "hstu": {
-        **RICH,
-        "objective__fusion": "early",
-        "parallel__dense": "fsdp",  # trained and evaluated so; a scorer has all weights in one process
-        "user__encoder": "hstu",
-        "user__shape": HSTU,
-        "data__history": "positive",
-    },
-    "delayed": {**RICH, "objective__fusion": "early", "data__feedback_delay": 80_000},
-    "evidence": {**RICH, "objective__fusion": "early", "data__evidence": EVIDENCE, "item_llm__trainable": False},
-    "late evidence": {**RICH, "objective__fusion": "late", "data__evidence": EVIDENCE[:3]},
-    "leave one out": {**RICH, "objective__fusion": "early"},
-}
+from tests.helpers.served_runs import RUNS, rule, settings, trained
 
 
 @pytest.fixture(autouse=True)
 def own_process_group() -> Iterator[None]:
     yield
     destroy_distributed()
-
-
-def rule(kind: str) -> str:
-    return "leave_one_out" if kind == "leave one out" else "time"
-
-
-def settings(kind: str, output: Path, **more: Any) -> Any:
-    return config(output, **{"data__dataset": fixtures.dataset(rule(kind)).root, **RUNS[kind], **more})
-
-
-@cache
-def trained(kind: str) -> tuple[Path, dict[tuple[int, int], float]]:
-    """A run, and the scores that its evaluation gave: (user, position) -> score."""
-    run = fixtures.folder() / "served" / kind
-    train(settings(kind, run))
-    predictions = score_run(run, "test", "latest", init_distributed()).predictions
-    assert predictions is not None
-    table = pq.read_table(predictions)
-    keys = zip(table["user_id"].to_pylist(), table["position"].to_pylist())
-    return run, dict(zip(keys, table["score"].to_pylist(), strict=True))
 
 
 def history(piece: Any, end: int, start: int = 0) -> UserHistory:
@@ -96,6 +49,40 @@ def test_scores_equal_those_of_the_evaluation(kind: str) -> None:
     ours, theirs = (np.array([scores[key] for key in sorted(evaluated)]) for scores in (found, evaluated))
     np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
     assert theirs.std() > 0.01
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "early": {"data__numeric_features": ["user_mean", "history_length"], "optim__ema": 0.0},
+    "late": {"data__item_vectors": []},
+    "hstu": {"parallel__dense": "ddp"},
+    "delayed": {},
+    "leave one out": {},
+}
+
+
+@pytest.mark.parametrize("kind", list(LONG))
+def test_histories_beyond_the_window_are_scored_as_evaluated_whatever_follows_the_request(
+    kind: str, tmp_path: Path
+) -> None:
+    built = build_experiment(settings(kind, tmp_path, data__max_history=10, **LONG[kind]), init_distributed())
+    loader = built.loader("test", 4)
+    columns = score_split(built.model, loader, built.device, cold=built.cold_items())
+    keys = zip(columns["user_id"].tolist(), columns["position"].tolist(), strict=True)
+    evaluated = dict(zip(keys, columns["score"].tolist(), strict=True))
+    assert loader.pieces.start.max() > 8
+    scorer, found, compared = Scorer(built, 7), {}, 0
+    for piece in fixtures.pieces("test", rule(kind)):
+        for at in piece.exposures.tolist():
+            request = piece.item_ids[at : at + 1], int(piece.timestamps[at])
+            (found[piece.user_id, at],) = scorer.score(history(piece, at), *request)
+            if kind != "leave one out":
+                (again,) = scorer.score(history(piece, piece.item_ids.size), *request)
+                assert again == pytest.approx(found[piece.user_id, at], abs=2e-5)
+            compared += at >= 10
+    assert found.keys() == evaluated.keys() and compared > 5
+    ours, theirs = (np.array([scores[key] for key in sorted(evaluated)]) for scores in (found, evaluated))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=2e-5)
+    assert theirs.std() > 1e-4
 
 
 def test_appended_events_equal_a_fresh_reading_within_and_beyond_the_window(tmp_path: Path) -> None:

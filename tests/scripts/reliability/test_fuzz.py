@@ -40,13 +40,23 @@ def test_what_fails_is_counted_by_place(script: ModuleType, capsys: pytest.Captu
 
         check_reader(read, ["file.bin"])
 
-    found = script.fuzz("none", 2, 1, Target("none", st.integers(0, 100), check))
+    found = script.fuzz("none", script.Limits(2, seed=1), Target("none", st.integers(0, 100), check))
     assert len(found["failures"]) == 2, found
     assert sorted(key.split(" at ")[0] for key in found["failures"]) == [
         "AssertionError/ValueError",
         "IndexError/IndexError",
     ]
     assert "none: " in capsys.readouterr().err
+
+
+def test_rounds_in_the_log_are_not_repeated(script: ModuleType, tmp_path: Path) -> None:
+    tried: list[int] = []
+    target, log = Target("none", st.integers(0, 10**6), tried.append), tmp_path / "fuzz.jsonl"
+    for inputs in (150, 300, 300):
+        found = script.fuzz("none", script.Limits(inputs=inputs, log=log), target)
+        assert found["inputs"] >= inputs and found["failures"] == {}
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1] and len(tried) == sum(line["inputs"] for line in lines)
 
 
 def test_mutations_change_what_they_say() -> None:
