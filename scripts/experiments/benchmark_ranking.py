@@ -2,8 +2,9 @@
 
     python scripts/experiments/benchmark_ranking.py --sets data/ml-100k data/ml_small --output runs/benchmark
 
-A set is a dataset with labels, of `hllm prepare` (splits time and leave_last). The models are configs/recipes/ranking.yaml
-(`hybrid`), the same without IDs, item factors and evidence (`text`), and all of `hllm baselines`; nothing is chosen here.
+A set is a dataset with labels, of `hllm prepare` (splits time and leave_last). The models are
+configs/recipes/ranking.yaml (`hybrid`), the same without IDs, item factors and evidence (`text`), and all of
+`hllm baselines`; nothing is chosen here.
 Every job has a directory of its own, so the script can be stopped and started again; --done runs nothing.
 
 Writes OUTPUT/ranking.json: for each set and seed, AUC, GAUC and log loss of every model, the hybrid's difference of AUC
@@ -41,7 +42,7 @@ def run_set(
     models: Sequence[str],
     baselines: Sequence[str],
     seeds: Sequence[int],
-    more: Sequence[str],
+    more: list[str],
 ) -> None:
     """Train and evaluate what is missing; more: options of the training jobs."""
     for name in baselines:
