@@ -53,7 +53,8 @@ def run_set(
             run = folder / model / f"seed-{seed}"
             common = ["--config", str(RECIPE), "--data.dataset", str(dataset), "--output", str(run), "--resume", "true"]
             done, log = run / "metrics.json", run.with_suffix(".log")
-            run_job("train", [*common, "--seed", str(seed), *MODELS[model], *more], log, done)
+            run_job("train", [*common, "--seed", str(seed), *MODELS[model], *more], log, run / "trained")
+            (run / "trained").touch()
             compared = [str(folder / name) for name in baselines] if model == "hybrid" else []
             options = ["--run-dir", str(run), *(["--compare", *compared] if compared else []), "--draws", "0"]
             run_job("evaluate", [*options, "--no-tensorboard"], log, done)
