@@ -74,13 +74,8 @@ class Rewriting:
             split = manifest["split"]
             cuts = [split.get("cut_timestamps", []), split.get("cut_orders", [])]
             base = {"folder": "", "event_files": names, "cuts": cuts, "seconds": written["seconds"]}
-        chain: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION_CHAIN,
-            "version": dataset.version,
-            "parent": None,
-            "appends": [],
-        }
-        return {**manifest, **chain, "base": base, "files": files, "seconds": base["seconds"]}
+        chain = {"schema_version": SCHEMA_VERSION_CHAIN, "version": dataset.version, "parent": None, "base": base}
+        return {**manifest, **chain, "appends": [], "files": files, "seconds": base["seconds"]}
 
     def with_tombstones(self, manifest: dict[str, Any], version: int, tombstones: Tombstones) -> dict[str, Any]:
         """The manifest of a version with its tombstones in a file."""
