@@ -270,7 +270,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("□ is of a run; name it with --run-dir, or leave it out", f"{EVALUATE} --checkpoint latest", EVALUATE),
     ("--□ belongs to the regression gate; name its reference with --baseline", f"{EVALUATE} --max-drop 1",
      f"{EVALUATE} b={{root}}/rows.parquet --max-drop 1 --baseline b"),
-    ("--baseline □ is neither a file nor a compared model; name a metrics.json", f"{EVALUATE} --baseline b",
+    ("--baseline □ is neither a file nor a compared model", f"{EVALUATE} --baseline b",
      f"{EVALUATE} b={{root}}/rows.parquet --baseline b"),
     ("--baseline □ is the model to be judged itself; name another of the comparison",
      f"{EVALUATE} b={{root}}/rows.parquet --baseline a", f"{EVALUATE} b={{root}}/rows.parquet --baseline b"),
