@@ -52,9 +52,19 @@ class _Sums:
 
 
 def record_type(models: int) -> np.dtype:
-    """Dtype of a row: user, class, weight, and each model's score and influence on the AUC."""
-    values = (np.float64, (models,))
-    return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), ("score", *values), ("influence", *values)])
+    """Dtype of a row: user, class, weight, and each model's score (its `order_keys`) and influence on the AUC."""
+    scores, influences = (np.int64, (models,)), (np.float64, (models,))
+    values = [("score", *scores), ("influence", *influences)]
+    return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), *values])
+
+
+def order_keys(scores: np.ndarray) -> np.ndarray:
+    """int64 [n] in the order of the scores [n], of floats without NaN or of int64; equal scores have equal keys."""
+    if scores.dtype == np.int64:
+        return scores
+    bits = (scores.astype(np.float64) + 0.0).view(np.int64)  # + 0 turns -0.0 into 0.0
+    # The bits of negative floats order in reverse: all but the sign bit are flipped.
+    return bits ^ ((bits >> 63) & np.int64(2**63 - 1))
 
 
 class UserBuckets:
