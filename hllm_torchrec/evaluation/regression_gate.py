@@ -97,15 +97,16 @@ def _paired_interval(pair: Mapping[str, Any], key: str) -> tuple[tuple[float, fl
     """95% interval of the drop of the metric on the same rows, and how it was found."""
     kind = "gauc" if key == "gauc" else "clustered" if pair.get("clustered_low") is not None else "delong"
     # The pair says by how much the baseline exceeds the reference model, which is the drop.
-    bounds = _number(pair.get(f"{kind}_low")), _number(pair.get(f"{kind}_high"))
-    return bounds, f"paired on the same rows, {_UNITS[kind]}"
+    return (_number(pair[f"{kind}_low"]), _number(pair[f"{kind}_high"])), f"paired on the same rows, {_UNITS[kind]}"
 
 
 def _interval(own: Mapping[str, Any], other: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
     """95% interval of the drop of the metric of independent samples, and how it was found."""
-    kind = "gauc" if key == "gauc" else "clustered" if own.get("clustered_se") and other.get("clustered_se") else "auc"
-    # Standard errors of independent estimates add in squares; a metrics.json of an earlier version has none for GAUC.
-    half = normal_quantile(0.95) * math.hypot(_number(own.get(f"{kind}_se")), _number(other.get(f"{kind}_se")))
+    kind = "clustered" if own.get("clustered_se") and other.get("clustered_se") else "auc"
+    if key == "gauc":  # a metrics.json of an earlier version has no error of it
+        kind, other = "gauc", {"gauc_se": None, **other}
+    # Standard errors of independent estimates add in squares.
+    half = normal_quantile(0.95) * math.hypot(_number(own[f"{kind}_se"]), _number(other[f"{kind}_se"]))
     drop = other[key] - own[key]
     return (drop - half, drop + half), f"not paired, {_UNITS[kind]}"
 
