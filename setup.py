@@ -37,6 +37,7 @@ REQUIREMENTS = [
 ]
 PEFT = "peft>=0.21,<1"
 S3 = ["s3fs>=2026.9,<2027"]
+SERVE = ["fastapi>=0.165,<1", "prometheus_client>=0.26,<1", "uvicorn>=0.54,<1"]
 WANDB = "wandb>=0.31,<1"
 BENCH = ["pylance>=14,<15"]  # Lance, which scripts/bench/bench_store.py compares the store with
 DOCS = [  # the site (scripts/docs.sh); neither the library nor its tests need them
@@ -46,9 +47,11 @@ DOCS = [  # the site (scripts/docs.sh); neither the library nor its tests need t
 ]
 DEV = [
     *S3,
+    *SERVE,
     "duckdb>=2.0,<3",  # a second reader of tables, which tests compare with
     "faiss-cpu>=1.15,<2",
     "flask-cors>=6,<7",
+    "httpx>=0.28,<1",  # starlette's client for tests
     "hypothesis>=6.170,<7",
     "import-linter>=2.16,<3",
     "kubernetes>=36,<37",
@@ -112,6 +115,7 @@ setup(
         "flash-attn": ["flash-attn>=2.7"],
         "lora": [PEFT],
         "s3": S3,
+        "serve": SERVE,
         "wandb": [WANDB],
     },
     entry_points={"console_scripts": ["hllm = hllm_torchrec.launch.cli:main"]},

@@ -170,7 +170,7 @@ def _measure_files(
     memory = MEMORY if args.memory is None else args.memory
     settings = EvaluationSettings(args.split, memory, args.draws, spill=args.spill)
     metrics, overlap = evaluate_files(models, layout, settings, paired=paired, train=args.train)
-    columns = {name: value for name, value in vars(layout).items() if value}
+    columns = {name: value for name, value in vars(layout).items() if value and name != "tasks"}
     origin = {"columns": columns, "world": world_size(), "machine": machine_info()} | dict(provenance)
     if paired:
         origin["predictions"] = {name: str(path) for name, path in paths.items()}

@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.weights.export import export_huggingface
 
     with distributed_device() as device:
-        export_huggingface(args.run, args.checkpoint, args.output, device, args.dataset)
+        left_out = export_huggingface(args.run, args.checkpoint, args.output, device, args.dataset)
+    if left_out is not None:
+        say(f"no directory for sentence-transformers: {left_out}")
     say(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
 
 

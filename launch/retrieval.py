@@ -82,7 +82,7 @@ def _write(directory: Path, name: str, found: dict[str, Any], dataset: Any, conf
         "protocol": None if config.positive_only or not config.filter_seen else "leave_one_out",
         "filter_seen": config.filter_seen,
         "targets": "positive" if config.positive_only else "all",
-        "candidates": dataset.num_items - 1,
+        "candidates": dataset.num_items - 1 - dataset.excluded_items.size,
     }
     provenance = {
         "settings": found["settings"],

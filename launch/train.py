@@ -4,6 +4,7 @@ import sys
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.launch.entry import run_job
+from hllm_torchrec.launch.recipes import with_recipe
 from hllm_torchrec.training.wandb_sink import check_logs
 
 
@@ -20,7 +21,7 @@ def train(arguments: list[str]) -> None:
         ValueError: the configuration, or a file that it names, is invalid; or another process trains into the output.
         ConnectionError: the ranks could not connect.
     """
-    config = load_config(arguments)  # report errors before large imports
+    config = load_config(with_recipe(arguments))  # report errors before large imports
     check_logs(config.logs)
     from hllm_torchrec.checkpoint.remote_runs import run_lock
     from hllm_torchrec.distributed.process_group import distributed_device

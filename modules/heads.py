@@ -137,11 +137,14 @@ class PredictionHead(nn.Module):
 
     @torch.no_grad()
     def initialize_evidence(self, weights: Tensor, bias: float) -> None:
-        """Start from a logistic regression on evidence alone: weights [F] and bias; the network adds 0 on average."""
+        """Start from a logistic regression on evidence alone, weights [F] and bias: the network adds exactly 0."""
         assert self.wide is not None
         self.wide.weight.copy_(weights[None])
         self.wide.bias.fill_(bias)
+        self.out.weight.zero_()
         self.out.bias.zero_()
+        if self.fusion.query_is_user:
+            self.dot_scale.zero_()
 
     def _score(self, features: Tensor) -> Tensor:
         """Run the MLP on [Q, n] and its last layer in at least float32: [Q]."""

@@ -15,11 +15,13 @@ Supported are HSTU (`hstu.cached_pointwise`) and all softmax encoders (`attentio
 Legend: N history positions, Q candidates, m of a micro-batch, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates, ScoreRequests
 from hllm_torchrec.modules.encoders.base import UserEncoder
 
 MICRO_BATCH = 256
@@ -79,6 +81,24 @@ def begin_request(encoder: UserEncoder, cache: HistoryCache, time: int, visible:
     return encoder.begin_request(cache, time, seen)
 
 
+@torch.no_grad()
+def begin_requests(
+    encoder: UserEncoder, caches: Sequence[HistoryCache], times: Sequence[int], visible: Sequence[int]
+) -> ScoreRequests:
+    """Prepare several requests, of one user each; the returned function scores the candidates of all in one pass.
+
+    Its results are those of `begin_request`, up to rounding. times, visible: as there, of each request.
+
+    Raises:
+        ValueError: as `begin_request`.
+    """
+    check_encoder(encoder)
+    for cache, seen in zip(caches, visible, strict=True):
+        if not 0 <= seen <= cache.length:
+            raise ValueError(f"visible is {seen}: the cache has {cache.length} events; give 0 to {cache.length}")
+    return encoder.begin_requests(caches, times, visible)
+
+
 def answer(
     encoder: UserEncoder,
     cache: HistoryCache,
@@ -119,4 +139,8 @@ def check_encoder(encoder: UserEncoder) -> None:
         raise ArgumentError(
             f"{option}: a cached history would change with every new event; train with "
             f"{'event' if encoder.query_next_time else 'start'!r}"
+        )
+    if encoder.context_sees_history:
+        raise ArgumentError(
+            "prefix_mask: 'history': a cached history would change with every new event; train with 'context'"
         )

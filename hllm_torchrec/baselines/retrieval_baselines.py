@@ -39,6 +39,7 @@ MOST_DENSE_ITEMS = 30_000
 """Maximum N for EASE, which inverts an N x N matrix: 7 GB in float64 at this size."""
 SCORE_CHUNK = 2**25
 """Number of scores in memory at a time: 128 MiB."""
+NO_ITEMS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,12 @@ def fit(name: str, train: Histories, items: int, config: RetrievalBaselinesConfi
 
 
 def rank_baseline_targets(
-    model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig
+    model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig, excluded: Ints
 ) -> tuple[dict[str, Ints], int]:
     """Rank the targets of this rank's exposures; returns their columns and the number of targets without history.
 
-    Targets, candidates and columns are those of `evaluation.scoring.rank_catalogue_targets` for a model.
+    Targets, candidates (all items but `excluded`) and columns are those of
+    `evaluation.scoring.rank_catalogue_targets` for a model.
     """
     labels = histories.labels[histories.exposures]
     wanted = labels > 0 if config.positive_only else np.ones(labels.size, bool)
@@ -169,6 +171,9 @@ def rank_baseline_targets(
         seen = (torch.from_numpy(items), torch.from_numpy(offsets)) if config.filter_seen else (None, None)
         targets = torch.from_numpy(histories.item_ids[histories.exposures[part]])
         scores = torch.from_numpy(model.scores(histories, part))
+        own = scores[torch.arange(len(targets)), targets]
+        scores[:, excluded] = -torch.inf
+        scores[torch.arange(len(targets)), targets] = own  # a withdrawn target still ranks among the candidates
         ranks.append(target_ranks(scores, targets, seen_items_S=seen[0], seen_offsets=seen[1]))
     events = histories.exposures[rows]
     columns = {
@@ -180,9 +185,11 @@ def rank_baseline_targets(
     return columns, int((wanted & ~visible).sum())
 
 
-def measure_baseline(model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig) -> dict[str, Any]:
+def measure_baseline(
+    model: ItemToItem, histories: Histories, config: RetrievalBaselinesConfig, excluded: Ints = NO_ITEMS
+) -> dict[str, Any]:
     """Metrics of `rank_baseline_targets` over all ranks. Collective."""
-    return metrics_of_target_ranks(*rank_baseline_targets(model, histories, config), config.ks)
+    return metrics_of_target_ranks(*rank_baseline_targets(model, histories, config, excluded), config.ks)
 
 
 def _parts(rows: Ints, size: int) -> Iterator[Ints]:
@@ -208,12 +215,12 @@ def run_retrieval_baseline(
     ks = tuple(dict.fromkeys((CHOSEN_BY, *config.ks)))
     for settings in candidate_settings(name, config):
         model = fit(name, train, dataset.num_items, config, **settings)
-        found = measure_baseline(model, parts["valid"], dataclasses.replace(config, ks=ks))
+        found = measure_baseline(model, parts["valid"], dataclasses.replace(config, ks=ks), dataset.excluded_items)
         report(f"{name} {settings}: validation {key} {found[key] or 0:.4f}")
         by_settings.append((found[key] or 0.0, settings, found))
     _, chosen, valid = max(by_settings, key=lambda entry: entry[0])
     columns, skipped = rank_baseline_targets(
-        fit(name, train, dataset.num_items, config, **chosen), parts["test"], config
+        fit(name, train, dataset.num_items, config, **chosen), parts["test"], config, dataset.excluded_items
     )
     test = metrics_of_target_ranks(columns, skipped, config.ks)
     tried = [{**settings, key: score} for score, settings, _ in by_settings]

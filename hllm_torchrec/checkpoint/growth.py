@@ -20,7 +20,7 @@ from hllm_torchrec.embedding.tables import local_shards
 
 MODEL = "model"
 """Group of the weights in a checkpoint."""
-_TABLE_KEY = re.compile(r"\w+\.(?P<parameter>(.+\.)?embedding_bags\.(?P<table>[^.]+)\.weight)(\..+)?")
+TABLE_KEY = re.compile(r"\w+\.(?P<parameter>(.+\.)?embedding_bags\.(?P<table>[^.]+)\.weight)(\..+)?")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def saved_table_rows(saved: Mapping[str, TensorStorageMetadata]) -> dict[str, in
     """Table -> number of its rows in a checkpoint, of whose tensors `saved` is the description."""
     found = {}
     for key, tensor in saved.items():
-        match = _TABLE_KEY.fullmatch(key)
+        match = TABLE_KEY.fullmatch(key)
         if match and key == f"{MODEL}.{match['parameter']}":
             found[match["table"]] = int(tensor.size[0])
     return found
@@ -58,7 +58,7 @@ def table_rows(
 
     tensors: the state by its dotted keys; saved: the checkpoint's tensors.
     """
-    match = _TABLE_KEY.fullmatch(key)
+    match = TABLE_KEY.fullmatch(key)
     weight = f"{MODEL}.{match['parameter']}" if match else ""
     if match is None or weight not in saved:
         return None
@@ -162,6 +162,6 @@ def starts_anew(key: str, rows: Mapping[str, TableRows]) -> bool:
 
     rows: table -> its rows.
     """
-    match = _TABLE_KEY.fullmatch(key)
+    match = TABLE_KEY.fullmatch(key)
     table = rows.get(match["table"]) if match else None
     return match is not None and table is not None and table.has_grown and key != f"{MODEL}.{match['parameter']}"

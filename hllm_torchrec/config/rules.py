@@ -33,6 +33,7 @@ BOUNDS = {
     "data.batch_item_tokens": ">= 0",
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
+    "data.negative_rate": "> 0, <= 1",
     "data.train_users": "> 0, <= 1",
     "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
@@ -49,9 +50,12 @@ BOUNDS = {
     "features.init_scale": ">= 0",
     "features.shard_from_rows": ">= 1",
     "objective.generative_weight": ">= 0",
+    "objective.classification_weight": ">= 0",
+    "objective.experts": ">= 2",
     "objective.value_weight": ">= 0",
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
+    "objective.text_similarity": ">= 0",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
     "objective.head_dropout": ">= 0, < 1",
@@ -97,6 +101,7 @@ def config_problems(config: "Config") -> list[str]:
         *lora_problems(config),
         *_encoder_problems(config),
         *_objective_problems(config),
+        *_task_problems(config),
         *protocol_problems(config),
     ]
 
@@ -157,13 +162,12 @@ def _evidence_problems(config: "Config") -> Iterator[str]:
     names, item = config.data.evidence, config.item_llm
     if names and not config.objective.has_head:
         yield f"data.evidence: {list(names)}: objective.fusion 'none' has no head that reads it; leave it out"
-    if "neighbors" not in names:
-        return
-    if not item.enabled:
+    if "neighbors" in names and not item.enabled:
         yield "data.evidence: 'neighbors' compares texts, and item_llm.enabled is false; leave it out"
-    elif item.trainable or takes_stored_items(config):
+    read = [name for name in ("neighbors", "tastes") if name in names]
+    if read and item.enabled and (item.trainable or takes_stored_items(config)):
         yield (
-            "data.evidence: 'neighbors' needs text embeddings that do not change: set item_llm.trainable to false, "
+            f"data.evidence: '{read[0]}' needs text embeddings that do not change: set item_llm.trainable to false, "
             "without item_embeddings: stored, or leave it out"
         )
 
@@ -202,6 +206,8 @@ def _backbone_problems(config: "Config") -> Iterator[str]:
                 f"{name}: pretrained={part.pretrained!r}, shape={part.shape!r}: give one of them "
                 f"(weights, or a shape for random ones){without}"
             )
+    if config.item_llm.whiten and config.item_llm.standardise:
+        yield "item_llm.standardise: true with item_llm.whiten, which standardises too; leave one of them out"
 
 
 def _encoder_problems(config: "Config") -> Iterator[str]:
@@ -246,6 +252,12 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
             "user.shape.count_from: 'end': only with objective.fusion none: queries see histories of many lengths; "
             "write start"
         )
+    if getattr(shape, "prefix_mask", "context") == "history":
+        yield (
+            "user.shape.prefix_mask: 'history': training and evaluation read many moments of a history in one "
+            "pass, and each would see the future through the context; write context (history is for models built in "
+            "Python)"
+        )
     if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
             "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
@@ -256,6 +268,14 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
 def _objective_problems(config: "Config") -> Iterator[str]:
     text, objective = config.item_llm.enabled, config.objective
     generates = objective.generates
+    if objective.text_similarity:
+        if not text or objective.item_space != "features" or not generates:
+            yield (
+                f"objective.text_similarity: {objective.text_similarity}: needs an Item LLM, objective.item_space "
+                "features and the generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "
@@ -276,6 +296,36 @@ def _objective_problems(config: "Config") -> Iterator[str]:
     ks = config.evaluation.ks
     if (config.evaluation.retrieval or not objective.has_head) and min(ks, default=0) < 1:
         yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
+
+
+def _task_problems(config: "Config") -> Iterator[str]:
+    """Malformed entries of `objective.tasks`; their labels are checked against the dataset (`models.tasks`)."""
+    from hllm_torchrec.config.schema import TaskConfig
+
+    objective = config.objective
+    for name, content in objective.tasks.items():
+        place = f"objective.tasks.{name}"
+        problems = list(dataclass_problems(content, TaskConfig, place))
+        yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{place}.")
+    if objective.tasks and not objective.has_head:
+        yield "objective.tasks: objective.fusion 'none' has no head that predicts them; leave them out"
+    if objective.tasks and objective.value_weight:
+        yield (
+            f"objective.value_weight: {objective.value_weight}: with objective.tasks the value is a task; declare it "
+            "as an ordinal label, or leave tasks out"
+        )
+    if objective.has_head and not objective.classification_weight and not objective.generates:
+        yield (
+            "objective.classification_weight: 0 without a generative loss: nothing would be trained; set "
+            "objective.generative_weight above 0"
+        )
+    both = sorted(set(objective.position_bias) & set(config.data.context))
+    if both:
+        yield f"objective.position_bias: {both[0]!r} is in data.context too, where serving would need it; leave one out"
+    if objective.position_bias and not objective.has_head:
+        yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
+    if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
+        yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
 
 
 def lora_problems(config: "Config") -> Iterator[str]:

@@ -92,20 +92,25 @@ class DataConfig:
     numeric_features: tuple[str, ...] = ()
     """Numbers computed from strictly earlier events, added to queries: names of
     `hllm_torchrec.data.numeric_features`, or module:name of a custom function."""
+    context: tuple[str, ...] = ()
+    """Context of the request that the dataset declares (docs/tasks.md), added to queries, e.g. [device, price]."""
     item_vectors: tuple[str, ...] = ()
     """Dense item features, projected by a linear layer: `factors` (see `hllm_torchrec.data.item_factors`, fitted to
     the training part when the run starts, and kept with it) or the name of a float32 array [N, V] in
     <dataset>/vectors/<name>.npy."""
     evidence: tuple[str, ...] = ()
     """Results of simple predictors for each exposure, from strictly earlier events, added to its logit and read by the
-    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors (the last needs a frozen Item
-    LLM)."""
+    head: groups of `hllm_torchrec.data.evidence`, of factors, items, users, neighbors, tastes, crosses. Neighbors, and
+    tastes if there is an Item LLM, need a frozen one."""
     id_dropout: float = 0.0
     """Probability, in training, that an item's ID is replaced by unknown (0), the row that cold items use."""
     cold_dropout: float = 0.0
     """Above 0: items without a training event are treated as unknown (ID 0 and zero item_vectors). In training each
     item of a step is treated the same way with this probability, so the model learns to rely on text and item
     features."""
+    negative_rate: float = 1.0
+    """In training, share of the exposures with first label 0 that are kept, drawn anew in every epoch; the logit is
+    corrected for it, so that served probabilities hold on whole traffic. The others stay history."""
     train_part: Literal["train", "train_and_valid"] = "train"
     """Events used for training: those of the training part, or of the training and validation parts. Use the second
     only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
@@ -154,6 +159,9 @@ class ItemLLMConfig:
     """Center and scale each dimension of E before the projection to the user encoder's width, with mean and standard
     deviation of 1,024 items measured before the first step. Embeddings in stores and a loss in `text` space are not
     standardized."""
+    whiten: bool = False
+    """Like `standardise`, but with the covariance of up to 16,384 items: the dimensions of E then have equal variance
+    and no correlation. For frozen sentence encoders, whose embeddings vary in few directions."""
     freeze_words: bool = False
     """Freeze the word embeddings, which are most of a small LLM's weights and optimizer state."""
     prompt: str | None = None
@@ -268,19 +276,48 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Loss of one label (docs/tasks.md)."""
+
+    loss: Literal["auto", "bce", "ordinal", "huber", "weighted_logistic"] = "auto"
+    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal one, huber for a regression.
+    weighted_logistic: the odds are the expected value of a label of at least 0, such as watch time."""
+    weight: float = 1.0
+    """Weight of its mean loss in L_cls; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
-    """L = lambda * L_gen + L_cls (Eq. 3)."""
+    """L = lambda * L_gen + L_cls (Eq. 3); with several tasks L_cls is the weighted sum of their losses."""
 
     fusion: Literal["late", "early", "none"] = "late"
     """Position of the target: in the prediction head (late) or as an input of the user encoder (early); `none`:
     generative loss only (Eq. 1)."""
     generative_weight: float = 0.0
     """lambda of Eq. (3); with fusion `none` the generative loss has weight 1."""
+    classification_weight: float = 1.0
+    """Weight of L_cls; 0 leaves it out (the head is then not trained)."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Labels to predict, by name, each with its `TaskConfig`: {click: {}, like: {weight: 0.5}}; the first label of the
+    dataset is among them. Empty: the first label alone."""
+    task_weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """uncertainty: a learned factor exp(-s) on each task's loss, plus s (Kendall et al. 2018), besides its weight."""
+    position_bias: tuple[str, ...] = ()
+    """Categorical context, such as [position], whose effect on the first label and the other binary ones is learned
+    beside the logit and left out at serving."""
+    towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
+    """What tasks share besides the user encoder: one hidden layer, or `experts` of them mixed by a gate per task."""
+    experts: int = 4
+    """Number of experts of `towers: mmoe`."""
     value_weight: float = 0.0
     """Weight of an auxiliary squared error on the exposure's ordinal action (rating) scaled to [-1, 1]."""
     item_space: Literal["auto", "text", "features"] = "auto"
     """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
     features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
+    text_similarity: float = 0.0
+    """Above 0: also compare an item's text embedding, in its full width, with the decayed mean of those of the history;
+    the initial weight of that cosine beside the learned one (`hllm_torchrec.modules.features.text_similarity`). Weight
+    and decay are learned. Needs the item space features; best with item_llm.whiten."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
@@ -303,6 +340,11 @@ class ObjectiveConfig:
     collapse_above: float = 0.98
     """Stop if, after the warm-up, the mean cosine similarity between item embeddings is above this: the embeddings
     have collapsed."""
+
+    @property
+    def task_configs(self) -> dict[str, TaskConfig]:
+        """`tasks`, checked by the rules."""
+        return {name: TaskConfig(**content) for name, content in self.tasks.items()}
 
     @property
     def generates(self) -> bool:
@@ -395,9 +437,15 @@ class EvaluationConfig:
     """Epochs between evaluations on the validation part, each with a checkpoint; fractions are allowed."""
     checkpoint_every: int = 0
     """Steps between additional checkpoints without an evaluation; 0: none."""
+    at_start: bool = False
+    """Also evaluate before the first step: the untrained model can then be the best one. With data.evidence it is the
+    logistic regression on evidence."""
+    select_by: Literal["auc", "gauc", "auc_and_gauc"] = "auc"
+    """Metric by which checkpoints are compared, for the best one and for `patience`: AUC, GAUC (AUC within a user) or
+    the mean of both. With validation labels of one class it is the log loss, with fusion `none` NDCG at the first of
+    `ks`."""
     patience: int = 0
-    """Stop after this many evaluations without a better AUC (log loss if the validation labels are of one class;
-    fusion `none`: NDCG at the first of `ks`); 0: never."""
+    """Stop after this many evaluations that are not better by `select_by`; 0: never."""
     batch_users: int = 16
     """User pieces per rank and step."""
     history: Literal["request", "split"] = "request"
@@ -427,6 +475,9 @@ class Config:
 
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
+    recipe: Literal["ranking", "retrieval"] | None = None
+    """Task whose settings `hllm train` chooses by what is in the dataset, and prints with the reason; what this file or
+    an option sets stays. The run saves the choices, and null here; `hllm init` writes them into a file."""
     seed: int = 0
     """Random seed of weights, shuffling, negatives and dropout."""
     resume: bool = False

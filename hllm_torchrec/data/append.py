@@ -21,7 +21,7 @@ from hllm_torchrec.data.base_events import write_base_events
 from hllm_torchrec.data.changed_rows import changed_items, changed_users
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_files import write_event_file
-from hllm_torchrec.data.events import EVENT_COLUMNS, Events
+from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.folding import Append, appends_to_fold, fold_appends
 from hllm_torchrec.data.manifest import EVENTS, chain_base, files_of_chain
 from hllm_torchrec.data.sources.base import Source
@@ -84,7 +84,9 @@ def append_events(
         with draft_folder(root, APPENDS, version) as folder:
             count = partitions or default_partitions(source)
             scratch = folder.parent / "scratch"
-            staged = stage(source, policy or source.policy, count, scratch, dataset, with_rows=False)
+            staged = stage(
+                source, policy or source.policy, count, scratch, dataset, with_rows=False, forgotten=dataset.tombstones
+            )
             own = folder.parent / "own"
             own.mkdir()
             added, changes = _write(dataset, source, staged, own)
@@ -120,6 +122,7 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
         "item features": (sorted(source.item_features), sorted(manifest["item_features"])),
         "user features": (sorted(source.user_features), sorted(manifest["user_features"])),
         "label rule": (source.label_rule, manifest["label_rule"]),
+        "labels, weights and context": (source.schema.to_json(), dataset.schema.to_json()),
         "actions": ({k: v for k, v in source.action_names.items() if k in names}, names),
     }
     for what, (new, old) in same.items():
@@ -222,10 +225,12 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
             folder.mkdir(exist_ok=True)
             pq.write_table(rows, folder / f"{name}.parquet", compression="zstd")
     marks = dataset_marks(dataset)
-    changes: dict[str, Any] = {"item_features": {}, "user_features": {}}
-    for kind, words in (("item_features", staged.item_words), ("user_features", staged.user_words)):
+    every = {"item_features": staged.item_words, "user_features": staged.user_words}
+    every |= {"context_features": staged.context_words} if staged.context_words else {}
+    changes: dict[str, Any] = {kind: {} for kind in every}
+    for kind, words in every.items():
         for name, vocabulary in words.items():
-            known = dataset.feature_size(kind.removesuffix("_features"), name) - 1
+            known = int(dataset.manifest[kind][name]["size"]) - 1
             new = vocabulary.table().slice(known)
             changes[kind][name] = {"size": vocabulary.size}
             marks[f"feature/{name}"] = mark_ids(new["value"].to_pylist(), marks[f"feature/{name}"])
@@ -275,8 +280,8 @@ def _write_events(dataset: Dataset, staged: Staged, item_ids: Ints, folder: Path
     seconds: list[int] = []
     for table in staged.partitions:
         user_ids = staged.users.final_ids[table["user"].to_numpy()]
-        columns = {c.name: table[c.single].to_numpy() for c in EVENT_COLUMNS}
-        events = Events(**columns | {"item_ids": item_ids[columns["item_ids"]]}).as_arrays()
+        columns = {c.name: table[c.single].to_numpy() for c in dataset.schema.columns}
+        events = Events.of_columns(columns | {"item_ids": item_ids[columns["item_ids"]]})
         known = _known_events(dataset, user_ids, events, last)
         if known.any():
             _report_known(staged, table, known)

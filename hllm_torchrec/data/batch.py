@@ -52,7 +52,7 @@ class HybridBatch(Pipelineable):
     labels: Tensor
     """[X] float32 in [0, 1]."""
     weights: Tensor
-    """[X] float32, the exposure's weight in the loss."""
+    """[X] float32, the exposure's weight in the loss, and in metrics."""
     positions: Tensor
     """[X] the exposure's index in the user's complete sequence: (user, position) identifies it."""
     history_lengths: Tensor
@@ -76,13 +76,22 @@ class HybridBatch(Pipelineable):
     features: KeyedJaggedTensor
     """S bags per ID, time and categorical feature."""
     numeric: Tensor | None
-    """[S, F] float32, or None."""
+    """[S, F] float32, or None: the numeric features, then the numeric context, NaN where unknown or no query."""
     evidence: Tensor | None
     """[X, F] float32 columns of `data.evidence` of each exposure, or None."""
     item_vectors: Tensor | None
     """[U, V] float32 dense features of unique_items, or None."""
     target_values: Tensor
     """[X] float32 in [-1, 1]: the exposure's ordinal action (rating), or its label; NaN where unknown."""
+    task_labels: Tensor | None = None
+    """[X, K] float32 labels of `BatchSpec.tasks`, NaN where not defined; None: the only task is the first label."""
+    task_weights: Tensor | None = None
+    """[X, K] float32 weight of an exposure in the loss of each task, 0 where its label is not defined; or None."""
+    bias_ids: Tensor | None = None
+    """[X, C] ids of the context of `BatchSpec.bias`, or None."""
+    logit_offset: Tensor | None = None
+    """[X] float32, added to the first label's logit in training only: -log of the share of negative exposures that was
+    kept where the row is from; None: all were."""
     full_history_items: Tensor | None = None
     """[F] history items before Stochastic Length removes any; None without Stochastic Length (item_ids then)."""
     full_history_offsets: Tensor | None = None

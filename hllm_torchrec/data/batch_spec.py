@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.numeric_features import numeric_problems
+from hllm_torchrec.data.request_context import context_problems
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -24,7 +26,10 @@ class BatchSpec:
     id_dropout: probability that an ID is replaced by the unknown ID in training;
     cold_dropout: if above 0, items without a training event are read as unknown, and in training also each item of
     a step with this probability;
-    interleaved: an event is two tokens of the history, its item and then its action.
+    interleaved: an event is two tokens of the history, its item and then its action;
+    context: declared context of the request, at queries; bias: categorical context beside the logit;
+    tasks: labels to predict; empty: the first label of the dataset;
+    negative_rate: in training, share of the exposures with first label 0 that are kept, drawn by exposure.
     """
 
     fusion: Fusion
@@ -44,6 +49,10 @@ class BatchSpec:
     id_dropout: float = 0.0
     interleaved: bool = False
     cold_dropout: float = 0.0
+    context: tuple[str, ...] = ()
+    bias: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    negative_rate: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fusion", Fusion(self.fusion))  # callers may pass its name; the dataclass is frozen
@@ -56,6 +65,7 @@ class BatchSpec:
             tables["action"] = sizes["actions"]["number"]
         if self.action_gate:
             tables[ACTION_GATE] = sizes["actions"]["number"]
+        tables |= {CONTEXT + name: dataset.schema.sizes[name] for name in self.context if name in dataset.schema.sizes}
         tables |= {name: sizes["item_features"][name]["size"] for name in self.item_features}
         return tables | {name: sizes["user_features"][name]["size"] for name in self.user_features}
 
@@ -68,4 +78,11 @@ def check_batch_spec(spec: BatchSpec, dataset: Dataset) -> list[str]:
         problems += [
             f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known
         ]
+    problems += context_problems("data.context", spec.context, dataset.schema)
+    problems += context_problems("objective.position_bias", spec.bias, dataset.schema)
+    problems += [
+        f"objective.position_bias: {name!r} is numeric; only categorical context has a bias of its own: leave it out"
+        for name in spec.bias
+        if name in dataset.schema.numeric
+    ]
     return problems + numeric_problems(spec.numeric_features)

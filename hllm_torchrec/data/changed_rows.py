@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset import ACTIVE, Dataset
 from hllm_torchrec.data.event_partitions import read_stream
 from hllm_torchrec.data.item_catalogue import FEATURE_TYPE, ItemCatalogue, Vocabulary, encode_features
 from hllm_torchrec.data.user_table import UserTable, known_ids
@@ -16,16 +16,25 @@ from hllm_torchrec.data.user_table import UserTable, known_ids
 def changed_items(dataset: Dataset, catalogue: ItemCatalogue, item_ids: Ints, words: dict[str, Vocabulary]) -> pa.Table:
     """New items, and known ones whose text, features or creation time differ, in the columns of `items.parquet`.
 
-    A source without creation times leaves those of known items as they were.
+    A source without creation times, or without saying what is active, leaves those of known items as they were.
 
     item_ids: final id of each item number. New values of features are added to `words`.
     """
     rows, known = encode_features(catalogue.source_rows(item_ids), words).sort_by("item_id"), dataset.items
-    if "created_at" in known.column_names and "created_at" not in rows.column_names:
-        ids = rows["item_id"].to_numpy()
-        times = known["created_at"].take(pa.array(ids - 1, mask=ids > len(known)))
-        rows = rows.append_column("created_at", times)
+    ids = rows["item_id"].to_numpy()
+    for name in ("created_at", ACTIVE):
+        if name in known.column_names and name not in rows.column_names:
+            rows = rows.append_column(name, known[name].take(pa.array(ids - 1, mask=ids > len(known))))
+    if ACTIVE in rows.column_names:  # nothing said, as of all items before the column was there: active
+        rows, known = _with_active(rows), _with_active(known)
     return _without_equal(rows, known, "item_id")
+
+
+def _with_active(items: pa.Table) -> pa.Table:
+    """The items with a value of `active` for each."""
+    active = items[ACTIVE] if ACTIVE in items.column_names else pa.chunked_array([pa.nulls(len(items), pa.bool_())])
+    others = items.drop_columns([ACTIVE]) if ACTIVE in items.column_names else items
+    return others.append_column(ACTIVE, pc.fill_null(active, True))
 
 
 def changed_users(

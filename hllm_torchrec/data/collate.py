@@ -18,12 +18,15 @@ from hllm_torchrec.data.bad_rows import MAX_SECOND
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.evidence import Evidence
 from hllm_torchrec.data.item_factors import scaled_values, value_scale
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.request_context import RequestContext
 from hllm_torchrec.data.stochastic_length import StochasticLength
+from hllm_torchrec.data.task_targets import drawn_exposures, targets_of
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.features.timestamps import TIME_FEATURES, split_timestamps
@@ -37,7 +40,8 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. The other names are those of `HybridBatch`;
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that were
+    kept where each is from. The other names are those of `HybridBatch`;
     `target_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
@@ -54,11 +58,14 @@ class _View:
     next_items: Ints
     numeric: Floats
     evidence: Floats
+    rates: Floats
     full_history_items: Ints
 
 
 class Collator:
     """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
+
+    context: of requests; None: the spec names none.
 
     evidence, of_fit: evidence of the exposures, and whether they are those of the training part to which it was fitted.
 
@@ -76,20 +83,24 @@ class Collator:
         stochastic_length: StochasticLength | None = None,
         evidence: Evidence | None = None,
         of_fit: bool = False,
+        context: RequestContext | None = None,
     ) -> None:
         self.dataset, self.spec, self.seed, self.training = dataset, spec, seed, training
         self.item_vectors, self.stochastic_length = item_vectors, stochastic_length if training else None
         self.evidence, self.of_fit = evidence, of_fit
+        assert context is not None or not (spec.context or spec.bias), "the spec names context"
+        self.context = context or RequestContext(dataset.schema, (), {})
         self._value_scale = value_scale(dataset.action_values)
         self._cold = dataset.training_item_counts() == 0 if spec.cold_dropout else None
-        self._negatives = _items_of_train(dataset) if "hold_out_items" in dataset.manifest["split"] else None
+        self._negatives = _possible_negatives(dataset) if spec.negatives else None
         self._bags = {name: dataset.feature_ids("item", name) for name in spec.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in spec.user_features}
 
     def negatives(self, epoch: int, step: int) -> Ints:
         """[K] distinct items, sampled uniformly from a generator seeded by (seed, epoch, step): equal on every rank.
 
-        Items that the split holds out of train are never negatives, since they do not exist yet in training.
+        Items that the split holds out of train are never negatives, since they do not exist yet in training; nor are
+        withdrawn ones (`Dataset.excluded_items`).
         """
         wanted = self.spec.negatives
         # The rank is not part of the seed: all ranks score against the same negatives, and each item is encoded once.
@@ -118,7 +129,7 @@ class Collator:
             "seq_offsets": seq_offsets,
             "query_offsets": query_offsets,
             "query_target": np.arange(len(view.targets) if early else 0),
-            "weights": np.ones(len(view.targets), np.float32),
+            **targets_of(view.targets, self.spec, self.dataset.schema, view.rates, self.training),
             "negative_items": negatives,
             "item_ids": view.history.item_ids,
             "timestamps": view.history.timestamps,
@@ -146,6 +157,7 @@ class Collator:
             numeric=self._numeric(view, slots.size),
             evidence=None if self.evidence is None else torch.from_numpy(view.evidence),
             item_vectors=None if vectors is None else torch.from_numpy(vectors),
+            bias_ids=self._bias_ids(view.targets),
         )
 
     def item_features(self, items: Ints) -> KeyedJaggedTensor:
@@ -173,14 +185,14 @@ class Collator:
         # Three index spaces follow: events of the piece, `eligible` (events that can be history), and `read` (the
         # events of `eligible` that Stochastic Length keeps).
         eligible = np.flatnonzero(piece.labels == 1) if spec.history == "positive" else np.arange(len(piece))
-        targets = piece.exposures
+        targets, rates = drawn_exposures(piece, spec.negative_rate if self.training else 1.0, (self.seed, epoch))
         order = times if spec.visibility == "second" else np.arange(len(piece))
         delay = spec.feedback_delay
         visible = visible_before(order[eligible], order[targets] - delay)
         next_rows, next_items = self._generative(piece, eligible)
         # Drop the events after the last one that a query sees or that predicts a next item: no output depends on them.
         seen = eligible[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
-        queries, query_of_target = self._queries(times[targets], visible)
+        queries, query_of_target = self._queries(piece[targets], visible)
         read = self._read(piece, times[seen], epoch)
         view = _View(
             history=piece[seen[read]],
@@ -199,6 +211,7 @@ class Collator:
             next_items=next_items,
             numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets, delay)[queries],
             evidence=self._evidence(piece, targets),
+            rates=rates,
             full_history_items=piece.item_ids[seen],
         )
         return _interleaved(view) if spec.interleaved else view
@@ -220,17 +233,17 @@ class Collator:
             return np.arange(times.size)
         return self.stochastic_length.choose(times, epoch=epoch, user=piece.user_id, offset=piece.offset)
 
-    def _queries(self, request_times: Ints, visible: Ints) -> tuple[Ints, Ints]:
+    def _queries(self, targets: Events, visible: Ints) -> tuple[Ints, Ints]:
         """(representative exposure of each query [Q], query of each exposure [X]).
 
-        Early fusion: one query per exposure. Late fusion: exposures of the same second that see the same history share
-        one query.
+        Early fusion: one query per exposure. Late fusion: exposures of the same second and context that see the same
+        history share one query.
         """
         if not self.spec.fusion.query_is_user:
             every = np.arange(visible.size)
             return every, every
         # `visible` is part of the key: with visibility by position, one second has requests with different histories.
-        moments = np.stack([visible, request_times])
+        moments = np.stack([visible, targets.timestamps, *self.context.keys(targets, self.spec.context)])
         _, first, inverse = np.unique(moments, axis=1, return_index=True, return_inverse=True)
         return first, inverse.reshape(-1)
 
@@ -294,6 +307,9 @@ class Collator:
             bags[name] = gather_bags(*self._bags[name], item_of_slot)
         for name in spec.user_features:
             bags[name] = gather_bags(*self._bags[name], user_of_slot)
+        for name in (name for name in spec.context if name in self.context.categorical):
+            ids = self.context.ids(view.queries, name, count=not self.training)[:queries]
+            bags[CONTEXT + name] = ids, _present(np.concatenate([np.zeros(history, bool), asks]), slots)
         if spec.time_depth:
             # The midnight after the last day of the time tables, at which a nightly job asks, is read as its end.
             asked = view.queries.timestamps[:queries]
@@ -339,13 +355,24 @@ class Collator:
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
     def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
-        """[S, F] numeric features, zero except at queries; None without numeric features."""
-        if not self.spec.numeric_features:
+        """[S, F] numeric features, zero except at queries, and numeric context, NaN there; None without either."""
+        if not (self.spec.numeric_features or self.context.numeric):
             return None
         fusion = self.spec.fusion
-        at_queries = view.numeric if fusion.has_queries else view.numeric[:0]
-        after = item_slots + (len(view.targets) if fusion.query_is_user else 0)
-        return torch.from_numpy(np.pad(at_queries, ((len(view.history), after), (0, 0))))
+        queries = len(view.queries) if fusion.has_queries else 0
+        around = (len(view.history), item_slots + (len(view.targets) if fusion.query_is_user else 0)), (0, 0)
+        numbers = np.pad(view.numeric[:queries], around)
+        if self.context.numeric:
+            context = np.pad(self.context.numbers(view.queries)[:queries], around, constant_values=np.nan)
+            numbers = np.concatenate([numbers, context], axis=1)
+        return torch.from_numpy(numbers)
+
+    def _bias_ids(self, targets: Events) -> torch.Tensor | None:
+        """[X, C] ids of the context of the position bias, or None."""
+        if not self.spec.bias:
+            return None
+        ids = [self.context.ids(targets, name, count=False) for name in self.spec.bias]
+        return torch.from_numpy(np.stack(ids, axis=1))
 
 
 _BATCH_FIELDS = (
@@ -411,9 +438,13 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
     return values[concat_ranges(offsets[known], lengths)], lengths
 
 
-def _items_of_train(dataset: Dataset) -> Ints:
-    """Items with a training event."""
-    return np.flatnonzero(dataset.training_item_counts())
+def _possible_negatives(dataset: Dataset) -> Ints | None:
+    """The items that negatives are drawn from; None: all."""
+    holds_out, excluded = "hold_out_items" in dataset.manifest["split"], dataset.excluded_items
+    if not holds_out and not excluded.size:
+        return None
+    whole = np.flatnonzero(dataset.training_item_counts()) if holds_out else np.arange(1, dataset.num_items)
+    return np.setdiff1d(whole, excluded)
 
 
 def _present(where: NDArray[np.bool_], total: int) -> Ints:

@@ -3,12 +3,14 @@
 Layout (written by `prepare`):
 
     manifest.json                     counts, split, features, fingerprint, sizes of the files
-    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>
+    items.parquet                     item_id int64 dense from 1, raw_item_id, texts, feature_<name> list<int32>;
+                                      perhaps created_at int64 and active bool
     users.parquet                     user_id int64 dense from 1, raw_user_id, feature_<name> list<int32>
     features/<name>.parquet           id int32 from 1, value: the vocabulary
     training_item_counts.npy          int64 [num_items], events of each item in train
     sequences/<part>/part-*.parquet   one row per user with an event in the part: user_id, target_start, and the
-                                      lists item_ids, timestamps, labels, actions of the history to the part's end
+                                      lists item_ids, timestamps, labels, actions of the history to the part's end,
+                                      and those of the columns that the source declares (`event_schema`)
     events/part-*.arrow               the same events once per user, which appended ones are merged with
                                       (`event_files.EventFile`)
     tokens/<fingerprint>/             token stores (`token_store.TokenStore`)
@@ -25,20 +27,25 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.hashing import hash_texts
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.event_files import EventFile
-from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences, decode_sequences
+from hllm_torchrec.data.event_schema import EventSchema
+from hllm_torchrec.data.events import Events, Sequences, decode_sequences
 from hllm_torchrec.data.manifest import ITEM_COUNTS, chain_base, read_manifest, version_of
 from hllm_torchrec.data.merged_sequences import Cuts, MergedSequences
 from hllm_torchrec.data.remote_datasets import local_dataset
 from hllm_torchrec.data.sequences import GROUPS_AT_LEAST
 from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.data.tombstones import ITEMS, Tombstones
 from hllm_torchrec.data.validation import REMEDY, TableRows, error_location, read_sequences, read_table
 
+ACTIVE = "active"
+"""Column of `items.parquet`, bool: false for a withdrawn item. A dataset may lack it."""
 _NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 
 
@@ -133,6 +140,11 @@ class Dataset:
             values[int(action)] = float(number[0]) if number else np.nan
         return values
 
+    @cached_property
+    def schema(self) -> EventSchema:
+        """The declared columns of events."""
+        return EventSchema.from_manifest(self.manifest)
+
     @property
     def visibility(self) -> Literal["second", "position"]:
         """Visibility rule of exposures: earlier seconds (ranking), or earlier positions (leave-one-out retrieval)."""
@@ -147,6 +159,20 @@ class Dataset:
     def users(self) -> pa.Table:
         """The columns of `users.parquet`; row i is user i + 1."""
         return self._rows_by_id("users.parquet", "user_id", self.num_users)
+
+    @cached_property
+    def tombstones(self) -> Tombstones:
+        """The ids that were forgotten; their rows of `items` and `users` are empty, and no event names them."""
+        return Tombstones.read(self.root, self.manifest)
+
+    @cached_property
+    def excluded_items(self) -> Ints:
+        """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
+        forgotten, items = self.tombstones.numbers(ITEMS), self.items
+        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column's name
+            return forgotten
+        withdrawn = pc.invert(items[ACTIVE].fill_null(True)).to_numpy()
+        return np.union1d(forgotten, 1 + np.flatnonzero(withdrawn))
 
     @property
     def items_fingerprint(self) -> str:
@@ -258,10 +284,10 @@ class Dataset:
 
     @property
     def _table_rows(self) -> TableRows:
-        return TableRows(self.num_items, self.num_users, self.num_actions)
+        return TableRows(self.num_items, self.num_users, self.num_actions, self.schema)
 
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The validated sequences (`events.SEQUENCE_SCHEMA`, or its named columns) of one row group.
+        """The validated sequences (`events.sequence_schema`, or its named columns) of one row group.
 
         Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
@@ -280,7 +306,7 @@ class Dataset:
         split = kept[0].part
         assert len(kept) == len(groups) and {one.part for one in kept} == {split}, "groups of this dataset and one part"
         users = np.concatenate([self._part_users(split, one.since)[one.first : one.first + one.rows] for one in kept])
-        return self.merged.read(users, split, columns or [column.name for column in EVENT_COLUMNS])
+        return self.merged.read(users, split, columns or [column.name for column in self.schema.columns])
 
     def user_events(self, user_id: int) -> Events:
         """All events of one user, sorted by time; none for a user without events."""
@@ -328,14 +354,22 @@ class Dataset:
         lengths = np.diff(lists.offsets.to_numpy())
         return values, np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
 
+    @property
+    def all_features(self) -> dict[str, Any]:
+        """Facts of all categorical features by name: of items, users and requests."""
+        manifest = self.manifest
+        return {**manifest["item_features"], **manifest["user_features"], **manifest.get("context_features", {})}
+
     def feature_values(self, name: str) -> pa.ChunkedArray:
-        """The values of an item or user feature in the order of their ids, from id 1 on.
+        """The values of a categorical feature in the order of their ids, from id 1 on.
 
         Raises ValueError for a feature that this dataset does not have.
         """
-        known = self.manifest["item_features"] | self.manifest["user_features"]
+        known = self.all_features
         if name not in known:
-            raise ValueError(f"{self.root}: no item or user feature {name!r}; it has {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"{self.root}: no item, user or context feature {name!r}; it has {', '.join(known) or 'none'}"
+            )
         tables = [read_table(path, ["value"]) for path in self._files(f"features/{name}.parquet")]
         return pa.concat_tables(tables)["value"]
 

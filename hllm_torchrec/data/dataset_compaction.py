@@ -12,6 +12,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_files import write_event_file
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.manifest import EVENTS
+from hllm_torchrec.data.tombstones import FORGOTTEN
 from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
@@ -44,6 +45,8 @@ def compact(root: Path) -> int | None:
             _write_tables(dataset, folder)
             events = _write_events(dataset, folder)
             files = file_facts(folder, name)
+            if FORGOTTEN in dataset.manifest:
+                files[dataset.manifest[FORGOTTEN]] = dataset.manifest["files"][dataset.manifest[FORGOTTEN]]
         split = dataset.manifest["split"]
         base = {
             "folder": name,
@@ -63,7 +66,7 @@ def _write_tables(dataset: Dataset, folder: Path) -> None:
     pq.write_table(dataset.items, folder / "items.parquet", compression="zstd")
     pq.write_table(dataset.users, folder / "users.parquet", compression="zstd")
     (folder / "features").mkdir()
-    for name in dataset.manifest["item_features"] | dataset.manifest["user_features"]:
+    for name in dataset.all_features:
         values = dataset.feature_values(name)
         ids = pa.array(np.arange(1, len(values) + 1), pa.int32())
         pq.write_table(pa.table({"id": ids, "value": values}), folder / "features" / f"{name}.parquet")

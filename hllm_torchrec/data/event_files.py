@@ -2,19 +2,21 @@
 
 A file is an Arrow IPC file, uncompressed, with one record batch of one row per user, in ascending order of the user
 ids: `user_id`, `valid_start` and `test_start` (the user's events before the cuts of the base's split; in an append,
-where they have no meaning, 0), and a list column of each column of `events.EVENT_COLUMNS`. Labels have NaN for null,
-so that all columns are views of the file.
+where they have no meaning, 0), and a list column of each column of the dataset's events (`EventSchema.columns`). Labels
+have NaN for null, so that all columns are views of the file.
 
 Legend: R rows (users), T events of all rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.events import EVENT_COLUMNS, Events
@@ -22,13 +24,12 @@ from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.validation import REMEDY, TableRows, check_values, error_location
 
 STARTS = ("valid_start", "test_start")
-_SCHEMA = pa.schema(
-    [
-        pa.field("user_id", pa.int64()),
-        *(pa.field(name, pa.int32()) for name in STARTS),
-        *(pa.field(column.name, pa.list_(column.stored)) for column in EVENT_COLUMNS),
-    ]
-)
+
+
+def _file_schema(stored: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Schema of a file with event columns of these types."""
+    heads = [pa.field("user_id", pa.int64()), *(pa.field(name, pa.int32()) for name in STARTS)]
+    return pa.schema([*heads, *(pa.field(name, pa.list_(kind)) for name, kind in stored.items())])
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class EventFile:
             ValueError: the file is damaged or has another layout; names it.
         """
         with error_location(path), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-            if not reader.schema.equals(_SCHEMA) or reader.num_record_batches != 1:
+            names = [column.name for column in rows.schema.columns]
+            schema = _file_schema({column.name: column.stored for column in rows.schema.columns})
+            if not reader.schema.equals(schema) or reader.num_record_batches != 1:
                 raise ValueError("it is not one batch of the columns of an event file")
             batch = reader.get_batch(0)
             batch.validate(full=True)
-            lists = [batch.column(column.name) for column in EVENT_COLUMNS]
+            lists = [batch.column(name) for name in names]
             if any(column.null_count for column in batch.columns) or any(one.values.null_count for one in lists):
                 raise ValueError("a value is null")
             offsets = lists[0].offsets.to_numpy()
@@ -64,7 +67,10 @@ class EventFile:
                 raise ValueError("the columns have events of other rows")
         users = batch.column("user_id").to_numpy()
         starts = np.stack([batch.column(name).to_numpy() for name in STARTS], axis=1).astype(np.int64)
-        file = cls(path, users, starts, offsets.astype(np.int64), Events(*(one.values.to_numpy() for one in lists)))
+        values = [one.values.to_numpy() for one in lists]
+        base = len(EVENT_COLUMNS)
+        events = Events(*values[:base], extra=dict(zip(names[base:], values[base:], strict=True)))
+        file = cls(path, users, starts, offsets.astype(np.int64), events)
         problem = file._problem(rows)
         if problem is not None:
             raise ValueError(f"{path}: {problem}; {REMEDY}")
@@ -112,11 +118,15 @@ class EventFile:
 def check_events(place: str, events: Events, lengths: Ints, rows: TableRows) -> None:
     """Raise ValueError for a value that is not allowed in sequences of `lengths` events (see `read_sequences`)."""
     ends = np.cumsum(lengths)
-    for column in EVENT_COLUMNS:
-        values = getattr(events, column.name)
-        if column.name == "labels":  # NaN: no label
+    for name, values in _by_name(events).items():
+        if name == "labels":  # NaN: no label
             values = np.where(np.isnan(values), np.float32(0), values)
-        check_values(place, column.name, values, ends, rows)
+        check_values(place, name, values, ends, rows)
+
+
+def _by_name(events: Events) -> dict[str, NDArray[Any]]:
+    """All columns of events, the extra ones among them."""
+    return {column.name: getattr(events, column.name) for column in EVENT_COLUMNS} | events.extra
 
 
 def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, starts: Ints | None = None) -> None:
@@ -134,12 +144,14 @@ def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, 
         raise ValueError(f"{path}: {offsets[-1]:,} events are too many for one file; prepare with more partitions")
     limits = pa.array(offsets, pa.int32())
     columns = [pa.array(user_ids, pa.int64()), *(pa.array(column, pa.int32()) for column in starts.T)]
-    for column in EVENT_COLUMNS:
-        values = pa.array(np.ascontiguousarray(getattr(events, column.name)), column.stored)
-        columns.append(pa.ListArray.from_arrays(limits, values))
+    stored = {column.name: column.stored for column in EVENT_COLUMNS}
+    stored |= {name: pa.float32() if values.dtype.kind == "f" else pa.int32() for name, values in events.extra.items()}
+    for name, values in _by_name(events).items():
+        columns.append(pa.ListArray.from_arrays(limits, pa.array(np.ascontiguousarray(values), stored[name])))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.ipc.new_file(str(path), _SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    schema = _file_schema(stored)
+    with pa.ipc.new_file(str(path), schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def stable_order(owner: Ints, timestamps: Ints) -> Ints:

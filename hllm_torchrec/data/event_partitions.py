@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from hllm_torchrec.data.bad_rows import BadRowLog
-from hllm_torchrec.data.events import EVENT_COLUMNS
 
 BYTES_PER_PARTITION = 64 << 20
 MAX_PARTITIONS = 256
@@ -106,8 +105,8 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
     """Sort one partition by (user, timestamp, order) and apply the policy for duplicate events.
 
     Args:
-        table: columns `raw_user_id`, those of `events.EVENT_COLUMNS` (`item` int64 is an item number) and `order`;
-            rows by ascending order.
+        table: columns `raw_user_id`, those of the dataset's events (`item` int64 is an item number) and `order`; rows
+            by ascending order.
         first_user: number of the partition's first user.
 
     Returns:
@@ -130,7 +129,7 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
         if log.handle("duplicate_event", repeated, path, np.full(len(repeated), row), lambda _: problem):
             sort = sort[~repeated]
     columns = {"user": pa.array(user[sort] + first_user)}
-    for name in (*(column.single for column in EVENT_COLUMNS), "order"):
+    for name in table.column_names[1:]:
         columns[name] = table[name].combine_chunks().take(pa.array(sort))
     return pa.table(columns), users.dictionary
 

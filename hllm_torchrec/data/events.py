@@ -1,13 +1,12 @@
-"""Events and users' sequences of events as columns; `Events` is the single definition of an event's columns.
+"""Events and users' sequences of events as columns; `Events` is the single definition of the columns of every event.
 
-A further column (for example the device of a request) is added as a field of `Events`, with a value from each source:
-preparation writes it, and loader, embedding jobs, scorer and baselines pass it on. The batch spec and the collator
-define its use by a model. Datasets prepared before lack the column and are refused: they must be prepared again.
+Columns that a source declares (further labels, weights, context: `data.event_schema`) are carried along in `extra`, by
+name: preparation writes them, and loader, embedding jobs, scorer and baselines pass them on.
 
 Legend: n events of one user, T events of R users one after the other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -28,7 +27,8 @@ def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: 
 class Events:
     """Events of one user, or of several users one after the other, sorted by time within a user.
 
-    All columns are [n]. A field's metadata becomes its entry of `EVENT_COLUMNS`.
+    All columns are [n]. A field's metadata becomes its entry of `EVENT_COLUMNS`. extra: declared columns by name,
+    float32 (NaN: unknown) or int64 (0: unknown); empty if the dataset has none or they were not read.
     """
 
     item_ids: Ints = _column("item", pa.int64(), np.int64, 0)
@@ -39,35 +39,54 @@ class Events:
     """In [0, 1]; NaN if the event is not an exposure."""
     actions: Ints = _column("action", pa.int32(), np.int64, 0)
     """0: unknown."""
+    extra: dict[str, NDArray[Any]] = field(default_factory=dict, kw_only=True, repr=False)
 
     def __len__(self) -> int:
         return int(self.timestamps.size)
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns by name."""
-        return {name: getattr(self, name) for name in _NAMES}
+        """The columns by name, and `extra` if there are any: the arguments of the constructor."""
+        return {name: getattr(self, name) for name in _NAMES} | ({"extra": self.extra} if self.extra else {})
 
     def __getitem__(self, chosen: slice | NDArray[Any]) -> "Events":
         """The events of a slice (as views), or at indices or a mask (as copies)."""
-        return Events(*[getattr(self, name)[chosen] for name in _NAMES])
+        extra = {name: values[chosen] for name, values in self.extra.items()}
+        return Events(*[getattr(self, name)[chosen] for name in _NAMES], extra=extra)
 
     @classmethod
-    def at(cls, timestamps: ArrayLike, **known: ArrayLike) -> "Events":
+    def of_columns(cls, columns: Mapping[str, ArrayLike]) -> "Events":
+        """Events of all their columns by name, those of `extra` among them, as arrays of the columns' dtypes."""
+        extra = {name: np.asarray(values) for name, values in columns.items() if name not in _NAMES}
+        return Events(*(columns[name] for name in _NAMES), extra=extra).as_arrays()  # type: ignore[arg-type]
+
+    @classmethod
+    def at(cls, timestamps: ArrayLike, **known: Any) -> "Events":
         """Events at the given seconds; columns that are not given hold their unknown value."""
         times = np.asarray(timestamps, np.int64)
         values: dict[str, Any] = {column.name: np.full(times.size, column.unknown) for column in EVENT_COLUMNS}
         return Events(**(values | known | {"timestamps": times})).as_arrays()
 
+    def column(self, column: "EventColumn") -> NDArray[Any]:
+        """A column of `extra`; unknown if it was not read."""
+        return self.extra.get(column.name, _unknown(np.dtype(column.dtype), len(self)))
+
     def as_arrays(self) -> "Events":
         """A copy with columns, which may be any sequences of numbers, as arrays of the columns' dtypes."""
-        return Events(*(np.asarray(getattr(self, column.name), column.dtype) for column in EVENT_COLUMNS))
+        extra = {name: np.asarray(values) for name, values in self.extra.items()}
+        extra = {name: values.astype(_extra_dtype(values.dtype), copy=False) for name, values in extra.items()}
+        return Events(*(np.asarray(getattr(self, column.name), column.dtype) for column in EVENT_COLUMNS), extra=extra)
 
     @classmethod
     def concat(cls, parts: Iterable["Events"]) -> "Events":
-        """Concatenate the events of all parts (at least one)."""
+        """Concatenate the events of all parts (at least one); an extra column that a part lacks is unknown there."""
         kept = list(parts)
-        return Events(*[np.concatenate([getattr(part, name) for part in kept]) for name in _NAMES])
+        unknown = {name: values[:0] for part in kept for name, values in part.extra.items()}
+        extra = {
+            name: np.concatenate([part.extra.get(name, _unknown(empty.dtype, len(part))) for part in kept])
+            for name, empty in unknown.items()
+        }
+        return Events(*[np.concatenate([getattr(part, name) for part in kept]) for name in _NAMES], extra=extra)
 
 
 @dataclass(frozen=True)
@@ -86,17 +105,27 @@ class EventColumn:
     unknown: float
 
 
-EVENT_COLUMNS = tuple(EventColumn(column.name, **column.metadata) for column in fields(Events))
+EVENT_COLUMNS = tuple(EventColumn(column.name, **column.metadata) for column in fields(Events) if column.metadata)
 _NAMES = tuple(column.name for column in EVENT_COLUMNS)
+_HEADS = (pa.field("user_id", pa.int64()), pa.field("target_start", pa.int32()))
 
-SEQUENCE_SCHEMA = pa.schema(
-    [
-        pa.field("user_id", pa.int64()),
-        pa.field("target_start", pa.int32()),
-        *(pa.field(column.name, pa.list_(column.stored)) for column in EVENT_COLUMNS),
-    ]
-)
-"""Schema of sequence files: a row holds a user's complete history up to the end of the part."""
+
+def sequence_schema(columns: Iterable[EventColumn]) -> pa.Schema:
+    """Schema of sequence files of these event columns: a row holds a user's complete history up to the part's end."""
+    return pa.schema([*_HEADS, *(pa.field(column.name, pa.list_(column.stored)) for column in columns)])
+
+
+SEQUENCE_SCHEMA = sequence_schema(EVENT_COLUMNS)
+"""Schema of the sequence files of a dataset without declared columns."""
+
+
+def _extra_dtype(given: np.dtype[Any]) -> type[np.generic]:
+    return np.float32 if given.kind == "f" else np.int64
+
+
+def _unknown(dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """[size] the unknown value of an extra column; stride 0: one value in memory."""
+    return np.broadcast_to(np.array(np.nan if dtype.kind == "f" else 0, dtype), size)
 
 
 @dataclass(frozen=True)
@@ -158,10 +187,9 @@ class Sequences(Events):
         """The range [start, end) of a row, with exposures from `first_target` on; all three count from its start."""
         first = int(self.offsets[row])
         inside = slice(first + start, first + end)
-        columns = [getattr(self, name)[inside] for name in _NAMES]
-        whole = Events(*[getattr(self, name)[first : int(self.offsets[row + 1])] for name in _NAMES])
-        target = first_target - start
-        return Piece(*columns, user_id=int(self.user_ids[row]), offset=start, first_target=target, complete=whole)
+        part, whole = self[inside], self[first : int(self.offsets[row + 1])]
+        target, user = first_target - start, int(self.user_ids[row])
+        return Piece(**part.columns, user_id=user, offset=start, first_target=target, complete=whole)
 
     def pieces(self) -> Iterable[Piece]:
         """Iterate over all rows as pieces."""
@@ -169,12 +197,15 @@ class Sequences(Events):
 
 
 def decode_sequences(tables: Sequence[pa.Table]) -> Sequences:
-    """Concatenate and decode tables of SEQUENCE_SCHEMA, or of equal subsets of its columns; no tables: no rows.
+    """Concatenate and decode tables of `sequence_schema`, or of equal subsets of its columns; no tables: no rows.
 
-    Missing columns hold their unknown value and take no memory; at least one event column must be present.
+    Missing columns hold their unknown value and take no memory, missing extra columns are left out; at least one event
+    column must be present.
     """
     table = pa.concat_tables(tables or [SEQUENCE_SCHEMA.empty_table()]).combine_chunks()
-    first = next(name for name in _NAMES if name in table.column_names)
+    heads = [field.name for field in _HEADS]
+    extra_names = [name for name in table.column_names if name not in (*_NAMES, *heads)]
+    first = next(name for name in (*_NAMES, *extra_names) if name in table.column_names)
     # All list columns of a row have equal lengths (`validation._check_lists`), so any of them gives the offsets.
     offsets = offsets_from_lengths(pc.list_value_length(table[first]).to_numpy())
     columns = {
@@ -183,10 +214,12 @@ def decode_sequences(tables: Sequence[pa.Table]) -> Sequences:
         else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])  # stride 0: one value in memory
         for column in EVENT_COLUMNS
     }
+    flat = {name: pc.list_flatten(table[name]).to_numpy() for name in extra_names}
+    extra = {name: values.astype(_extra_dtype(values.dtype), copy=False) for name, values in flat.items()}
     user_ids, target_start = (
         table[name].to_numpy().astype(np.int64, copy=False)
         if name in table.column_names
         else np.broadcast_to(np.int64(0), len(table))
-        for name in ("user_id", "target_start")
+        for name in heads
     )
-    return Sequences(**columns, user_ids=user_ids, target_start=target_start, offsets=offsets)
+    return Sequences(**columns, extra=extra, user_ids=user_ids, target_start=target_start, offsets=offsets)

@@ -12,6 +12,9 @@ Groups of columns (`data.evidence` names them):
   the seconds since the last one. A residual is value - mean - item bias.
 - neighbors: mean residual of the user's visible events, weighted by the similarity of their item's text embedding to
   the candidate's, less the user's own mean; for two sharpnesses of the weights.
+- tastes: expected value of the item for this user by a regression on factors, texts and item statistics (`tastes`).
+- crosses: products of pairs of the CROSSED columns of the other groups, standardized first, so that a linear layer can
+  weigh a column by another one, such as a user's mean by the number of her events.
 
 Training, evaluation and serving call one function, `Evidence.columns`, which reads events of strictly earlier seconds
 only. The factors are fitted to the training part, so the training exposures themselves would be predicted too
@@ -21,9 +24,11 @@ Legend: n events of one user, X exposures, N items, E width of text embeddings, 
 """
 
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from hashlib import blake2b
+from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +38,7 @@ from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.item_factors import ItemFactors, event_values
 from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.tastes import expected_residuals
 from hllm_torchrec.data.validation import error_location
 
 GROUPS = {
@@ -40,8 +46,25 @@ GROUPS = {
     "items": ("item_mean", "item_count"),
     "users": ("user_mean", "user_recent", "user_count", "log_gap"),
     "neighbors": ("neighbors_wide", "neighbors_sharp"),
+    "tastes": ("taste",),
 }
-"""Columns of each group that `data.evidence` may name."""
+"""Columns of each group that `data.evidence` may name, but of CROSSES."""
+CROSSES = "crosses"
+"""Group of products of the others' columns, the last of all columns."""
+CROSSED = (
+    "expected",
+    "item_mean",
+    "item_count",
+    "user_mean",
+    "user_recent",
+    "user_count",
+    "log_gap",
+    "neighbors_sharp",
+)
+LARGEST_FACTOR = 4.0
+"""Bound of the factors of a product, in standard deviations."""
+TEXT_GROUPS = ("neighbors", "tastes")
+"""Groups that compare texts; tastes also exist without."""
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
 FOLDS = 5
@@ -62,7 +85,9 @@ class EvidenceModel:
     loadings [FOLDS + 1, N, J], bias [FOLDS + 1, N], mean, noise [FOLDS + 1]: fits of the factors, each without the
     users of its fold, and the last of all users; fitted_until: last second of the fit's events; center, spread [F]:
     mean and standard deviation of each column over training exposures; weights [F], intercept: logistic regression
-    of the labels on the columns; text_center [E]: mean text embedding, empty without neighbors. All float64.
+    of the labels on the columns; text_center [E]: mean text embedding, empty without texts; taste_text [E, P]:
+    projection of unit embeddings to descriptors; taste_center, taste_spread [2]: an item's shrunk mean value and log
+    count, less the center and divided by the spread, are descriptors; all three empty without tastes. All float64.
     """
 
     loadings: Doubles
@@ -75,6 +100,9 @@ class EvidenceModel:
     weights: Doubles
     intercept: float
     text_center: Doubles
+    taste_text: Doubles = field(default_factory=lambda: np.zeros(0))
+    taste_center: Doubles = field(default_factory=lambda: np.zeros(0))
+    taste_spread: Doubles = field(default_factory=lambda: np.zeros(0))
 
     def fit_without(self, fold: int | None) -> ItemFactors:
         """The factors fitted without the users of a fold, or to all users (None)."""
@@ -104,14 +132,33 @@ class EvidenceModel:
         if not path.is_file():
             return None
         with error_location(path, "restore it from a copy of the run"), np.load(path, allow_pickle=False) as saved:
-            arrays = {field.name: saved[field.name] for field in fields(cls)}
+            # Runs of earlier versions have no tastes.
+            arrays = {one.name: saved[one.name] for one in fields(cls) if one.name in saved or not _is_new(one)}
             numbers = {"fitted_until": int(arrays["fitted_until"]), "intercept": float(arrays["intercept"])}
             return cls(**(arrays | numbers))
 
 
+def _is_new(one: Field[Any]) -> bool:
+    """True for a field that files of earlier versions lack."""
+    return one.default_factory is not MISSING
+
+
 def evidence_width(names: tuple[str, ...]) -> int:
     """Number of columns F of the groups `names`."""
-    return sum(len(GROUPS[name]) for name in names)
+    return len(column_names(names)) + len(crossed_pairs(names))
+
+
+def column_names(names: tuple[str, ...]) -> list[str]:
+    """Columns of the groups `names`, in order, but for their products."""
+    return [column for name in names if name != CROSSES for column in GROUPS[name]]
+
+
+def crossed_pairs(names: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Numbers of the columns whose products are columns, each pair (and square) once."""
+    if CROSSES not in names:
+        return []
+    crossed = [number for number, column in enumerate(column_names(names)) if column in CROSSED]
+    return list(combinations_with_replacement(crossed, 2))
 
 
 def fold_of_users(user_ids: Ints) -> Ints:
@@ -169,8 +216,20 @@ class Evidence:
             if chosen.any():
                 fit = self.model.fit_without(without)
                 raw = self._raw(events, seen[chosen], items[chosen], seconds[chosen], fit)
-                found[chosen] = (raw - self.model.center) / self.model.spread
+                found[chosen] = self.standardize(raw)
         return found
+
+    def standardize(self, raw: Doubles) -> Doubles:
+        """[X, F] standardized columns, and the products of pairs of them, standardized as well."""
+        width, pairs = raw.shape[1], crossed_pairs(self.names)
+        center, spread = self.model.center, self.model.spread
+        columns: Doubles = (raw - center[:width]) / spread[:width]
+        if not pairs:
+            return columns
+        bounded = np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR)
+        first, second = np.array(pairs).T
+        products = (bounded[:, first] * bounded[:, second] - center[width:]) / spread[width:]
+        return np.concatenate([columns, products], axis=1)
 
     def _raw(self, events: Events, seen: Ints, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
         """[X, F] columns before standardization."""
@@ -185,12 +244,29 @@ class Evidence:
                 [past.means(), np.log1p(seen), _log_gap(events.timestamps, seen, seconds)]
             ),
             "neighbors": lambda: past.neighbors(items, self._text),
+            "tastes": lambda: self._tastes(events.timestamps[known], past, items, seconds),
         }
-        return np.concatenate([groups[name]() for name in self.names], axis=1)
+        return np.concatenate([groups[name]() for name in self.names if name != CROSSES], axis=1)
 
     def _of_items(self, items: Ints, seconds: Ints, mean: float) -> Doubles:
         count, total = self.statistics.before(items, seconds - self.delay)
         return np.stack([(total - count * mean) / (count + SHRINKAGE), np.log1p(count)], axis=1)
+
+    def _tastes(self, timestamps: Ints, past: "_Past", items: Ints, seconds: Ints) -> Doubles:
+        """[X, 1] expected value of the items by the user's tastes; timestamps: of the past's events."""
+        fit, known = past.fit, _known(items, past.fit)
+        of_past = self._descriptors(past.items, timestamps, fit)
+        asked = self._descriptors(items, seconds, fit)
+        residual = expected_residuals(of_past, past.residuals, past.rated, asked, fit.noise)
+        return (fit.mean + fit.bias[known] + residual)[:, None]
+
+    def _descriptors(self, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
+        """[n, J] descriptors of `items` [n] as of `seconds` [n]: see `tastes`."""
+        statistics = (self._of_items(items, seconds, fit.mean) - self.model.taste_center) / self.model.taste_spread
+        parts = [fit.loadings[_known(items, fit)], statistics]
+        if self._text is not None:
+            parts.append(self._text[items] @ self.model.taste_text)
+        return np.concatenate(parts, axis=1)
 
 
 class _Past:
@@ -268,4 +344,7 @@ def run_evidence(names: tuple[str, ...], folder: Path) -> EvidenceModel | None:
 
 def evidence_problems(names: tuple[str, ...]) -> list[str]:
     """Messages for names of `data.evidence` that are no group."""
-    return [f"data.evidence: {name!r}: unknown; there are {', '.join(GROUPS)}" for name in names if name not in GROUPS]
+    groups = [*GROUPS, CROSSES]
+    if names == (CROSSES,):
+        return [f"data.evidence: {CROSSES!r} multiplies columns of other groups: name {', '.join(GROUPS)} as well"]
+    return [f"data.evidence: {name!r}: unknown; there are {', '.join(groups)}" for name in names if name not in groups]

@@ -11,14 +11,24 @@ import numpy as np
 from hllm_torchrec.common.arrays import Doubles, Floats, Ints
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Events
-from hllm_torchrec.data.evidence import FOLDS, Evidence, EvidenceModel, evidence_width, fold_of_users
+from hllm_torchrec.data.evidence import (
+    CROSSES,
+    FOLDS,
+    Evidence,
+    EvidenceModel,
+    evidence_width,
+    fold_of_users,
+    unit_rows,
+)
 from hllm_torchrec.data.item_factors import FactorOptions, fit_factors, training_ratings
 from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.tastes import STATISTICS_SCALE, TEXT_SCALE, principal_components
 from hllm_torchrec.data.visibility import visible_before
 
 MAX_EXPOSURES = 200_000
 """Training exposures, of the first users, to which scales and weights are fitted."""
-RIDGE, NEWTON_STEPS = 1.0, 12
+RIDGE, CROSS_RIDGE, NEWTON_STEPS = 1.0, 30.0, 12
+"""Penalties of the squared weights of columns and of their products; steps of the regression."""
 
 
 def fit_evidence(
@@ -48,7 +58,8 @@ def fit_evidence(
             "values are equal: evidence needs more of both; drop data.evidence"
         )
     fits = [fit_factors(one, dataset.num_items, options) for one in (*others, ratings)]
-    width = evidence_width(names)
+    plain = tuple(name for name in names if name != CROSSES)
+    width = evidence_width(plain)
     unscaled = EvidenceModel(
         loadings=np.stack([fit.loadings for fit in fits]),
         bias=np.stack([fit.bias for fit in fits]),
@@ -62,11 +73,46 @@ def fit_evidence(
         text_center=np.zeros(0) if text is None else text[1:].mean(0, dtype=np.float64),
     )
     statistics = ItemStatistics.of_dataset(dataset)
-    raw = Evidence(names, unscaled, statistics, dataset.action_values, text, delay)
+    if "tastes" in names:
+        unscaled = _with_tastes(unscaled, dataset, statistics, text, delay, float(ratings.values.std()))
+    raw = Evidence(plain, unscaled, statistics, dataset.action_values, text, delay)
     x, y = _training_columns(dataset, raw)
-    center, spread = x.mean(0), np.maximum(x.std(0), 1e-6)
-    beta = _logistic_regression((x - center) / spread, y)
+    center, spread = x.mean(0), _spread(x)
+    scaled, ridge = (x - center) / spread, np.full(width, RIDGE)
+    if CROSSES in names:
+        partial = _with_products(unscaled, center, spread, names)
+        products = Evidence(names, partial, statistics, dataset.action_values, None).standardize(x)[:, width:]
+        center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
+        scaled = np.column_stack([scaled, (products - center[width:]) / spread[width:]])
+        ridge = np.append(ridge, np.full(products.shape[1], CROSS_RIDGE))
+    beta = _logistic_regression(scaled, y, ridge)
     return replace(unscaled, center=center, spread=spread, weights=beta[1:], intercept=float(beta[0]))
+
+
+def _spread(x: Doubles) -> Doubles:
+    return np.maximum(x.std(0), 1e-6)
+
+
+def _with_products(model: EvidenceModel, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> EvidenceModel:
+    """The model with scales of the plain columns, and products that are not scaled yet."""
+    more = evidence_width(names) - center.size
+    return replace(model, center=np.append(center, np.zeros(more)), spread=np.append(spread, np.ones(more)))
+
+
+def _with_tastes(
+    model: EvidenceModel, dataset: Dataset, statistics: ItemStatistics, text: Floats | None, delay: int, scale: float
+) -> EvidenceModel:
+    """The model with descriptors of tastes; scale: standard deviation of the values."""
+    items = Evidence(("items",), _without_scales(model, 2), statistics, dataset.action_values, None, delay)
+    x, _ = _training_columns(dataset, items)
+    found = replace(model, taste_center=x.mean(0), taste_spread=_spread(x) / (STATISTICS_SCALE * scale))
+    if text is None:
+        return found
+    return replace(found, taste_text=principal_components(unit_rows(text, model.text_center)) * TEXT_SCALE * scale)
+
+
+def _without_scales(model: EvidenceModel, width: int) -> EvidenceModel:
+    return replace(model, center=np.zeros(width), spread=np.ones(width))
 
 
 def _training_columns(dataset: Dataset, evidence: Evidence) -> tuple[Doubles, Doubles]:
@@ -97,10 +143,10 @@ def _last_training_second(dataset: Dataset) -> int:
     return max(int(some.max()) for some in seconds if some.size)
 
 
-def _logistic_regression(x: Doubles, y: Doubles) -> Doubles:
-    """[F + 1] bias and weights of labels [X] in [0, 1] on standardized columns [X, F]: Newton, ridge on weights."""
+def _logistic_regression(x: Doubles, y: Doubles, penalties: Doubles) -> Doubles:
+    """[F + 1] bias and weights of labels [X] in [0, 1] on standardized columns [X, F]: Newton; ridge penalties [F]."""
     with_bias = np.column_stack([np.ones(len(x)), x])
-    ridge = np.diag([1e-9, *np.full(x.shape[1], RIDGE)])
+    ridge = np.diag([1e-9, *penalties])
     beta = np.zeros(with_bias.shape[1])
     for _ in range(NEWTON_STEPS):
         p = 1 / (1 + np.exp(-with_bias @ beta))

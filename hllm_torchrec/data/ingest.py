@@ -1,6 +1,6 @@
 """First pass of `prepare`: streams items, events and users from the source to disk and handles bad rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND, BadRowLog, describe_time
 from hllm_torchrec.data.event_partitions import PartitionWriter, RowLocator
-from hllm_torchrec.data.events import EVENT_COLUMNS
-from hllm_torchrec.data.item_catalogue import ItemCatalogue, blank_mask
+from hllm_torchrec.data.event_schema import CONTEXT, LABEL, SAMPLING_RATE, WEIGHT, EventSchema
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, blank_mask
 from hllm_torchrec.data.sources.base import Chunk, Source
 
-_WRITTEN = ["raw_user_id", *(column.single for column in EVENT_COLUMNS), "order"]
+_EVERY = pa.list_(pa.string())
 
 
 def file_bar(files: tuple[Path, ...], what: str) -> tqdm:
@@ -36,17 +36,28 @@ def read_items(source: Source, catalogue: ItemCatalogue) -> None:
 
 
 def read_events(
-    source: Source, catalogue: ItemCatalogue, log: BadRowLog, locate: RowLocator, writer: PartitionWriter
+    source: Source,
+    catalogue: ItemCatalogue,
+    log: BadRowLog,
+    locate: RowLocator,
+    writer: PartitionWriter,
+    context_words: Mapping[str, Vocabulary],
 ) -> list[Path]:
-    """Write all accepted events, partitioned by user; return the partitions' paths."""
-    known = len(catalogue)
+    """Write all accepted events, partitioned by user; return the partitions' paths.
+
+    New values of categorical context are added to `context_words`.
+    """
+    known, rates = len(catalogue), SamplingRates()
     with file_bar(source.event_files, "reading events") as bar:
         for chunk in source.events():
             log.read("events", chunk.path, chunk.table, chunk.dialect)
             log.facts["events"].is_labelled = source.is_labelled
-            writer.write(_checked(chunk, source, catalogue, known, log, locate))
+            table = _checked(chunk, source, catalogue, known, log, locate)
+            rates.add(table)
+            writer.write(_with_context_ids(table, context_words))
             bar.update(chunk.size)
     log.check_shares()
+    rates.check(source)
     return writer.close()
 
 
@@ -91,7 +102,99 @@ def _checked(
     # Unreadable labels that the policy keeps become null: the event stays in the history without a label.
     label = table["label"].to_numpy()
     table = _replaced(table, "label", pa.array(label, pa.float32(), mask=np.isnan(label)))
-    return _with_item_numbers(table, path, catalogue, known, log).select(_WRITTEN)
+    table = _with_defined_labels(table, path, source.schema, log)
+    names = ["raw_user_id", *(column.single for column in source.schema.columns), "order"]
+    return _with_item_numbers(table, path, catalogue, known, log).select(names)
+
+
+def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: BadRowLog) -> pa.Table:
+    """The events with their declared columns checked, and labels only where they are defined.
+
+    A label that cannot be read, or is given where the first label is not, is a bad row of the kind `nan_label`; weights
+    and rates outside their range too, but these cannot be kept.
+    """
+    categories = [f"{CONTEXT}{name}" for name in schema.categorical]
+    for column in (one for one in schema.extra if one.name not in categories):
+        values, absent = table[column.single].fill_null(0).to_numpy(), table[column.single].is_null().to_numpy()
+        bad, rule = schema.broken_rule(column.name, np.where(absent, np.float32(1), values))
+        if column.name in (WEIGHT, SAMPLING_RATE):
+            bad = bad | absent
+            table = _required(table, path, column.name, bad, rule, log)
+            continue
+        bad = (bad | np.isnan(values)) & ~absent
+        table = _handled(log, "nan_label", bad, table, path, lambda i, rule=rule: f"{rule}; it is another value")
+        table = _replaced(table, column.single, _without(table[column.single], np.isnan))
+    for label in schema.labels[1:]:
+        first, values = table["label"], table[label.column]
+        undefined = first.is_null().to_numpy() & values.is_valid().to_numpy()
+        problem = f"the label {label.name} is given, and the first label, {schema.labels[0].name}, is not"
+        table = _handled(log, "nan_label", undefined, table, path, lambda _, problem=problem: problem)
+        defined = table["label"].is_valid()
+        if label.given is not None:
+            condition = table["label" if label.given == schema.labels[0].name else f"{LABEL}{label.given}"]
+            defined = pc.fill_null(pc.equal(condition, 1), False)
+        table = _replaced(table, label.column, pc.if_else(defined, table[label.column], pa.scalar(None, pa.float32())))
+    return table
+
+
+def _without(values: pa.ChunkedArray, bad: Callable[[np.ndarray], np.ndarray]) -> pa.Array:
+    """Float values with null for those that `bad` marks."""
+    numbers = values.to_numpy()
+    return pa.array(numbers, values.type, mask=bad(numbers))
+
+
+def _required(table: pa.Table, path: Path, name: str, bad: np.ndarray, rule: str, log: BadRowLog) -> pa.Table:
+    """`table` without the rows whose weight or rate is bad if the policy drops them. Raises ValueError if not."""
+    if not bad.any():
+        return table
+    if log.policy.nan_label != "drop":
+        row = int(bad.argmax())
+        value = table[name][row].as_py()
+        shown = "empty" if value is None else f"{value:g}"
+        raise ValueError(
+            f"{path}, row {table['row'][row].as_py()}: {name} is {shown}; {rule}. Correct the row, or drop such rows "
+            "(--bad-rows nan_label=drop)"
+        )
+    log.count("nan_label", int(bad.sum()))
+    return table.filter(pa.array(~bad))
+
+
+def _with_context_ids(table: pa.Table, words: Mapping[str, Vocabulary]) -> pa.Table:
+    """Ids instead of the values of categorical context; null becomes 0."""
+    for name, vocabulary in words.items():
+        values = table[f"{CONTEXT}{name}"].combine_chunks()
+        known = values.is_valid().to_numpy(zero_copy_only=False)
+        lists = pa.ListArray.from_arrays(np.append(0, np.cumsum(known)).astype(np.int32), values.drop_null())
+        ids = np.zeros(len(values), np.int32)
+        ids[known] = vocabulary.encode(lists.cast(_EVERY)).flatten().to_numpy()
+        table = _replaced(table, f"{CONTEXT}{name}", pa.array(ids))
+    return table
+
+
+class SamplingRates:
+    """Refuses sampling rates of single rows, 1 for each positive one and less for each other one.
+
+    The rate corrects a row's logit, so on such a file it would tell the label.
+    """
+
+    def __init__(self) -> None:
+        self._lowest_of_positive, self._highest_of_negative = np.inf, -np.inf
+
+    def add(self, table: pa.Table) -> None:
+        """Note the rates of a chunk of events."""
+        if SAMPLING_RATE in table.column_names:
+            label, rate = table["label"].fill_null(np.nan).to_numpy(), table[SAMPLING_RATE].to_numpy()
+            self._lowest_of_positive = rate[label == 1].min(initial=self._lowest_of_positive)
+            self._highest_of_negative = rate[label == 0].max(initial=self._highest_of_negative)
+
+    def check(self, source: Source) -> None:
+        """Raise ValueError if they are those of single rows."""
+        if self._lowest_of_positive == 1 and -np.inf < self._highest_of_negative < 1:
+            raise ValueError(
+                f"{source.event_files[0]}: {SAMPLING_RATE} is 1 on every positive exposure and below 1 on every other: "
+                "it must be the share of negative exposures that was kept where a row comes from, on its positive rows "
+                "too; correct the column"
+            )
 
 
 def _replaced(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:

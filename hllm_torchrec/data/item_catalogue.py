@@ -12,13 +12,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.data.bad_rows import BadRowLog
-from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset import ACTIVE, Dataset
 from hllm_torchrec.data.id_map import IdMap, grown
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.sources.base import Chunk, Source
 from hllm_torchrec.data.split import Split
 
 FEATURE_TYPE = pa.list_(pa.int32())
+_OPTIONAL = {"created_at": pa.int64(), ACTIVE: pa.bool_()}
+"""Columns that a source may have, beside texts and features."""
 _ROWS_PER_BATCH = 16_384
 
 
@@ -50,7 +52,7 @@ class Vocabulary:
 
 def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vocabulary]:
     """The vocabularies of `names`; those that the existing dataset (if any) has are continued."""
-    known = {} if old is None else old.manifest["item_features"] | old.manifest["user_features"]
+    known = {} if old is None else old.all_features
     return {
         name: Vocabulary(old.feature_values(name).to_pylist() if old is not None and name in known else ())
         for name in names
@@ -70,7 +72,7 @@ class ItemCatalogue:
         self._columns = [*source.text_columns, *(f"feature_{name}" for name in source.item_features)]
         fields = [pa.field("number", pa.int64()), pa.field("raw_item_id", pa.string())]
         fields += [pa.field(name, pa.string()) for name in source.text_columns]
-        fields += [pa.field("created_at", pa.int64())]
+        fields += [pa.field(name, kind) for name, kind in _OPTIONAL.items()]
         fields += [pa.field(f"feature_{name}", pa.list_(pa.string())) for name in source.item_features]
         self._schema = pa.schema(fields)
         self._spool = spool
@@ -84,7 +86,7 @@ class ItemCatalogue:
         self._old: Dataset | None = None
         self.existing = 0
         self.updated = 0
-        self.has_created_at = False
+        self._has: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -98,14 +100,16 @@ class ItemCatalogue:
         """Add the items of an existing dataset; with_rows: its rows too, with features decoded from ids to values."""
         assert not len(self._numbers), "existing items come first"
         self._old, self.existing = old, len(old.items)
+        number = 0
         for chunk in old.items["raw_item_id"].chunks:
-            self._numbers.add(chunk)
+            self._numbers.add(_placed(chunk, number))
+            number += len(chunk)
         assert len(self._numbers) == self.existing, "raw ids of a dataset are distinct"
         self._grow()
         if with_rows:
-            self.has_created_at = "created_at" in old.items.column_names
+            self._has |= _OPTIONAL.keys() & set(old.items.column_names)
             every = np.arange(self.existing)
-            self._append(self._known_rows(every, [*self._columns, "created_at"]), every)
+            self._append(self._known_rows(every, [*self._columns, *_OPTIONAL]), every)
 
     def _known_rows(self, numbers: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Rows of existing items in the columns of the spool, of which those that are not named are null."""
@@ -130,7 +134,7 @@ class ItemCatalogue:
     def add(self, chunk: Chunk) -> None:
         """Add the items of one chunk. Raises ValueError for a bad row whose policy is "error"."""
         table = self._without_bad_ids(chunk)
-        self.has_created_at |= "created_at" in table.column_names
+        self._has |= _OPTIONAL.keys() & set(table.column_names)
         rows = table["row"].to_numpy()
         table = self._completed(table)
         texts = self._texts(table)
@@ -297,7 +301,7 @@ class ItemCatalogue:
                 ids = final_ids[number]
                 keep = pa.array(latest & (ids > 0))
                 table = pa.Table.from_batches([batch]).set_column(0, "item_id", pa.array(ids)).filter(keep)
-                yield table if self.has_created_at else table.drop_columns("created_at")
+                yield table.drop_columns([name for name in _OPTIONAL if name not in self._has])
 
 
 def _digests(texts: list[tuple[str, ...]]) -> np.ndarray:
@@ -324,3 +328,11 @@ def decode_feature(ids: pa.ListArray, vocabulary: pa.ChunkedArray) -> pa.ListArr
 def blank_mask(raw_ids: pa.ChunkedArray) -> np.ndarray:
     """Mask (bool [n]) of raw ids that are null, empty or white space."""
     return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(raw_ids, "")), "").to_numpy(zero_copy_only=False)
+
+
+def _placed(raw_ids: pa.Array, first: int) -> pa.Array:
+    """The raw ids, with a text that no source has in the place of each forgotten one; first: number of the first."""
+    if not raw_ids.null_count:
+        return raw_ids
+    places = pa.array([f"\0{first + row}" for row in range(len(raw_ids))], pa.string())
+    return pc.coalesce(raw_ids.cast(pa.string()), places)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from hllm_torchrec.data.event_schema import EventSchema, schema_problems
 from hllm_torchrec.data.split import RULES
 
 LARGEST = 2**31 - 2
@@ -70,6 +71,13 @@ def _is_event_files(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and is_inside(name) for name in value)
 
 
+def _is_event_schema(value: Any) -> bool:
+    try:
+        return not schema_problems(EventSchema.from_manifest({"event_schema": value}))
+    except (ValueError, TypeError, IndexError):
+        return False
+
+
 def _is_folder(value: Any) -> bool:
     return isinstance(value, str) and (value == "" or is_inside(value))
 
@@ -103,13 +111,20 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "files": (_is_files, "bytes and sha256 of files within the dataset"),
 }
 
+_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "event_files": _FIELDS["files"],
+    "event_schema": (_is_event_schema, "labels, weight, sampling rate and context of events"),
+    "context_features": _FIELDS["item_features"],
+}
+"""Fields that a manifest may lack."""
+
 
 def find_manifest_problem(manifest: Any) -> str | None:
     """The first problem of a manifest's fields ("counts is ...; it must be ..."), or None."""
     if not isinstance(manifest, dict):
         return f"it holds a {type(manifest).__name__}, not an object"
     chain = _CHAIN_FIELDS if any(name in manifest for name in _CHAIN_FIELDS) else {}
-    optional = {"event_files": _FIELDS["files"]} if "event_files" in manifest else {}
+    optional = {name: check for name, check in _OPTIONAL.items() if name in manifest}
     for name, (holds, rule) in {**_FIELDS, **optional, **chain}.items():
         if name not in manifest:
             return f"{name} is missing; it must be {rule}"

@@ -77,7 +77,8 @@ class MergedSequences:
             else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
             for column in EVENT_COLUMNS
         }
-        return Sequences(**found, user_ids=users, target_start=target_start, offsets=offsets)
+        extra = {name: values for name, values in whole.extra.items() if name in columns}
+        return Sequences(**found, extra=extra, user_ids=users, target_start=target_start, offsets=offsets)
 
     def events_of(self, user_ids: Ints) -> tuple[Events, Ints]:
         """All events of `user_ids` [R], one user after the other, and their numbers [R]."""

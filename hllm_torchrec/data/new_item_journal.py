@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.tombstones import ITEMS
 
 JOURNAL = "new_items.jsonl"
 """Name of the journal in a dataset's folder."""
@@ -103,6 +104,8 @@ class NewItemJournal:
         data = data[: data.rfind(b"\n") + 1]
         name, items = "", []
         for number, line in enumerate(data.splitlines(), 1):
+            if not line.strip():  # a forgotten item's: it keeps its length, so that offsets hold
+                continue
             value = self._parsed(line, number, start)
             if isinstance(value, NewItem):
                 items.append(value)
@@ -163,6 +166,8 @@ def new_items(
     seen: set[str] = set()
     for row, item in enumerate(items):
         problem = item_problem(item) or ("it is given twice" if item.id in seen else "")
+        if not problem and dataset.tombstones.find(ITEMS, item.id) is not None:
+            problem = "it was forgotten (hllm forget)"
         if problem:
             raise ValueError(f"raw_ids, entry {row}: {item.id!r}: {problem}")
         seen.add(item.id)

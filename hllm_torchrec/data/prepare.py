@@ -33,6 +33,7 @@ from hllm_torchrec.data.sequences import SequenceWriter
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Cut, Split, check_not_empty, cut_facts, cuts_of
 from hllm_torchrec.data.staging import Staged, default_partitions, stage
+from hllm_torchrec.data.tombstones import FILE, FORGOTTEN, Tombstones
 from hllm_torchrec.data.user_table import UserTable
 from hllm_torchrec.data.versions import (
     BASES,
@@ -148,15 +149,22 @@ def _write_new_base(
         ValueError: see `prepare`.
     """
     with write_lock(root):
-        old = Dataset.open(root) if extend else None
+        old, forgotten = Dataset.open(root) if extend else None, _forgotten(root, extend)
         version = newest_version(root) + 1
         name = f"{BASES}/{version_name(version)}"
         with draft_folder(root, BASES, version) as target:
             at_least = 0 if old is None or allow_fewer else old.manifest["counts"]["events"]
             scratch = target.parent / "scratch"
-            manifest = _run(source, options, target, scratch, old, at_least=at_least, is_first=False)
+            manifest = _run(
+                source, options, target, scratch, old, at_least=at_least, is_first=False, forgotten=forgotten
+            )
+            if forgotten:
+                manifest[FORGOTTEN] = FILE.format(version)
+                forgotten.write(target / FILE.format(version))
             files = file_facts(target, name)
             manifest = _with_marks(target, {**manifest, "request": request})
+            if forgotten:
+                manifest[FORGOTTEN] = f"{name}/{FILE.format(version)}"
         split = manifest["split"]
         base = {
             "folder": name,
@@ -170,6 +178,15 @@ def _write_new_base(
         if not extend:
             (root / "vectors" / "factors.npy").unlink(missing_ok=True)  # fitted to the items of the dataset before
             remove_versions(root)
+
+
+def _forgotten(root: Path, extend: bool) -> Tombstones:
+    """The tombstones of the dataset before: a new export may still have what was forgotten."""
+    try:
+        before = Tombstones.read(root, read_manifest(root, check_files=False))
+    except ValueError:  # damaged, and overwritten for it
+        return Tombstones()
+    return before if extend else before.without_numbers()
 
 
 def _with_marks(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -227,13 +244,14 @@ def _run(
     *,
     at_least: int = 0,
     is_first: bool = True,
+    forgotten: Tombstones | None = None,
 ) -> dict[str, Any]:
     """Run all steps from the source to the files in `target`; return the manifest without its files.
 
     at_least: number of events below which the source is refused.
     is_first: write the sequences as Parquet files, too, and the counts of items: a dataset without other versions.
     """
-    staged = stage(source, options.policy, options.partitions, scratch, old)
+    staged = stage(source, options.policy, options.partitions, scratch, old, forgotten=forgotten)
     partitions, users, catalogue, log = staged.partitions, staged.users, staged.catalogue, staged.log
     user_counts, item_counts = partitions.counts(len(users), len(catalogue))
     if "events" in log.facts and (idle := int((item_counts == 0).sum())):
@@ -252,7 +270,7 @@ def _run(
     cuts = cuts_of(options.split, total, partitions.times)
     num_items = int(item_ids.max())
     held_out = catalogue.held_out(options.split, item_ids)
-    writer = SequenceWriter(target, options.split, cuts, held_out, options.users_per_row_group, is_first)
+    writer = SequenceWriter(target, options.split, cuts, held_out, options.users_per_row_group, is_first, source.schema)
     for table in tqdm(partitions, total=len(partitions.paths), desc="writing sequences", delay=5):
         writer.write(table, users.final_ids, item_ids)
     log.dropped.update({"held_out_of_train": writer.held_out_events} if options.split.hold_out_items else {})
@@ -261,7 +279,7 @@ def _run(
         np.save(target / ITEM_COUNTS, writer.item_counts)
     catalogue.write(target / "items.parquet", item_ids, staged.item_words)
     users.write(target / "users.parquet", staged.user_files, staged.user_words)
-    _write_features(target, staged.item_words | staged.user_words)
+    _write_features(target, staged.item_words | staged.user_words | staged.context_words)
     counts = _counts(users, num_items, writer, log, catalogue)
     return _manifest(source, options, cuts, counts, writer, staged) | {"notes": log.notes()}
 
@@ -313,7 +331,11 @@ def _manifest(
     staged: Staged,
 ) -> dict[str, Any]:
     last_action = max(source.action_names, default=0)
+    declared = {} if source.schema.is_default else {"event_schema": source.schema.to_json()}
+    if staged.context_words:
+        declared["context_features"] = {name: {"size": words.size} for name, words in staged.context_words.items()}
     return {
+        **declared,
         "name": source.name,
         "counts": counts,
         "parts": writer.facts,

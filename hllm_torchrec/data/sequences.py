@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND
 from hllm_torchrec.data.event_files import write_event_file
-from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA, Events
+from hllm_torchrec.data.event_schema import EventSchema
+from hllm_torchrec.data.events import Events, sequence_schema
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.manifest import EVENTS
 from hllm_torchrec.data.split import SPLITS, Cut, Split, assign_splits
@@ -23,6 +24,8 @@ GROUPS_AT_LEAST = 32
 
 class SequenceWriter:
     """Writes the sequences partition by partition below `root` and counts the contents of each part.
+
+    schema: the declared columns of events; None: there are none.
 
     parquet: False leaves out the Parquet files, for a base of a later version, which is read by its event files.
 
@@ -40,7 +43,9 @@ class SequenceWriter:
         held_out: np.ndarray,
         users_per_row_group: int,
         parquet: bool = True,
+        schema: EventSchema | None = None,
     ) -> None:
+        self._columns = (schema or EventSchema()).columns
         self._parquet, self.seconds = parquet, (MAX_SECOND, 0)
         self._root, self._split, self._cuts, self._held_out = root, split, cuts, held_out
         self.held_out_events = self.event_files = 0
@@ -67,7 +72,7 @@ class SequenceWriter:
                 return
         starts = _starts(user)
         assert items.min() > 0, "an event of an item that was left out"
-        columns = {c.name: table[c.single].combine_chunks() for c in EVENT_COLUMNS} | {"item_ids": pa.array(items)}
+        columns = {c.name: table[c.single].combine_chunks() for c in self._columns} | {"item_ids": pa.array(items)}
         # in_part[p, u]: events of user u in part p. A user's events are sorted by part, so the running sum over parts
         # is the length of the history up to the end of each part.
         in_part = np.stack([np.add.reduceat((part == p).astype(np.int64), starts) for p in range(len(SPLITS))])
@@ -86,7 +91,7 @@ class SequenceWriter:
 
     def _write_events(self, user_ids: np.ndarray, ends: np.ndarray, columns: dict[str, pa.Array]) -> None:
         """Write the event file of a partition; ends: [parts, U] events of each user up to the end of each part."""
-        events = Events(**{name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()})
+        events = Events.of_columns({name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()})
         path = self._root / EVENTS / f"part-{self.event_files:05d}.arrow"
         write_event_file(path, user_ids, ends[-1], events, ends[:-1].T)
         self.event_files += 1
@@ -113,7 +118,7 @@ class SequenceWriter:
         """Write one Parquet file of len(starts) rows; row i holds `lengths[i]` events from starts[i] on."""
         index, limits = pa.array(concat_ranges(starts, lengths)), pa.array(offsets_from_lengths(lengths), pa.int32())
         lists = {name: pa.ListArray.from_arrays(limits, column.take(index)) for name, column in columns.items()}
-        table = pa.table({**head, **lists}).cast(SEQUENCE_SCHEMA)
+        table = pa.table({**head, **lists}).cast(sequence_schema(self._columns))
         path = self._root / "sequences" / part / f"part-{self.facts[part]['files'] - 1:05d}.parquet"
         # Small datasets get smaller row groups, so that every rank and worker has some to read.
         group = min(self._users_per_row_group, -(-len(starts) // GROUPS_AT_LEAST))

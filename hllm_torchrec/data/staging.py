@@ -1,5 +1,6 @@
 """First half of every preparation: a source is read to disk, its bad rows are handled, its events sorted by user."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from hllm_torchrec.data.event_partitions import (
     sort_partition,
     write_sorted,
 )
+from hllm_torchrec.data.forgotten_rows import without_forgotten
 from hllm_torchrec.data.ingest import read_events, read_items, read_users
 from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
 from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.tombstones import Tombstones
 from hllm_torchrec.data.user_table import UserTable
 
 
@@ -33,37 +36,49 @@ class Staged:
     user_files: list[Path]
     item_words: dict[str, Vocabulary]
     user_words: dict[str, Vocabulary]
+    context_words: dict[str, Vocabulary]
     log: BadRowLog
     locate: RowLocator
 
 
 def stage(
-    source: Source, policy: BadRows, partitions: int, scratch: Path, old: Dataset | None, *, with_rows: bool = True
+    source: Source,
+    policy: BadRows,
+    partitions: int,
+    scratch: Path,
+    old: Dataset | None,
+    *,
+    with_rows: bool = True,
+    forgotten: Tombstones | None = None,
 ) -> Staged:
     """Read a source into the folder `scratch`; items, users and feature values of `old`, if any, keep their ids.
 
-    with_rows: the catalogue holds the rows of the items of `old`, too.
+    with_rows: the catalogue holds the rows of the items of `old`, too; forgotten: ids whose rows are left out and
+    counted.
 
     Raises:
         ValueError: a bad row (see `bad_rows.BadRows`), or a feature of both items and users.
     """
-    clash = set(source.item_features) & set(source.user_features)
-    if clash:  # both kinds share the folder `features/` and the batch's keys
-        raise ValueError(f"{source.name}: {sorted(clash)} names both an item and a user feature; rename one")
+    context = source.schema.categorical
+    names = Counter((*source.item_features, *source.user_features, *context))
+    clash = sorted(name for name, number in names.items() if number > 1)
+    if clash:  # all kinds share the folder `features/` and the batch's keys
+        raise ValueError(f"{source.name}: {clash} names features of two kinds (item, user, context); rename one")
     log, locate, users = BadRowLog(policy), RowLocator(), UserTable(old)
+    source = without_forgotten(source, forgotten or Tombstones(), log)
     item_words, user_words = load_vocabularies(old, source.item_features), load_vocabularies(old, source.user_features)
+    context_words = load_vocabularies(old, context)
     catalogue = ItemCatalogue(source, scratch / "items.arrows", log)
     if old is not None:
         catalogue.load(old, with_rows=with_rows)
     # Items first: an event of an item that is not in the catalogue is a bad row.
     read_items(source, catalogue)
-    event_files = read_events(
-        source, catalogue, log, locate, PartitionWriter(scratch, "events", partitions, "raw_user_id")
-    )
+    writer = PartitionWriter(scratch, "events", partitions, "raw_user_id")
+    event_files = read_events(source, catalogue, log, locate, writer, context_words)
     # The same number of partitions and the same hash as the events: a user's rows are in partitions of equal number.
     user_files = read_users(source, log, PartitionWriter(scratch, "users", partitions, "raw_user_id"))
     sorted_events = _sort(event_files, users, log, locate)
-    return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, log, locate)
+    return Staged(sorted_events, catalogue, users, user_files, item_words, user_words, context_words, log, locate)
 
 
 def default_partitions(source: Source) -> int:

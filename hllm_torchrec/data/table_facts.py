@@ -55,7 +55,9 @@ class TableFacts:
             values = pc.list_flatten(values)
         elif not pa.types.is_string(values.type):
             filled = (
-                len(values) - values.null_count if name == "created_at" else pc.sum(pc.not_equal(values, 0)).as_py()
+                len(values) - values.null_count
+                if name in ("created_at", "active")
+                else pc.sum(pc.not_equal(values, 0)).as_py()
             )
             self._filled[shown] += filled or 0
             return

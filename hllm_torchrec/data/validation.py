@@ -6,7 +6,7 @@ table or a time in milliseconds would otherwise cause an index error in a kernel
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
 from hllm_torchrec.data.bad_rows import MAX_SECOND, describe_time
-from hllm_torchrec.data.events import EVENT_COLUMNS, SEQUENCE_SCHEMA
+from hllm_torchrec.data.event_schema import EventSchema
+from hllm_torchrec.data.events import sequence_schema
 
 REMEDY = "prepare the dataset again"
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """Number of rows of the tables that ids index, the unknown id 0 included."""
+    """Number of rows of the tables that ids index, the unknown id 0 included, and the declared event columns."""
 
     items: int
     users: int
     actions: int
+    schema: EventSchema = field(default_factory=EventSchema)
 
 
 @contextmanager
@@ -78,21 +80,21 @@ def _require_columns(wanted: Sequence[str], present: Sequence[str]) -> None:
 
 
 def read_sequences(path: Path, index: int, columns: Sequence[str] | None, rows: TableRows) -> pa.Table:
-    """Read and check the named columns (None: all) of one row group of sequences, in `SEQUENCE_SCHEMA`'s types.
+    """Read and check the named columns (None: all) of one row group of sequences, in `sequence_schema`'s types.
 
     Raises:
         ValueError: the file is damaged or has another layout, or a value is not allowed: an id outside its table, a
-            time outside 1970..2099 or before the previous one, a label other than 0 or 1.
+            time outside 1970..2099 or before the previous one, a label outside its kind.
     """
-    place = f"{path}, row group {index}"
-    wanted = list(columns or SEQUENCE_SCHEMA.names)
+    place, schema = f"{path}, row group {index}", sequence_schema(rows.schema.columns)
+    wanted = list(columns or schema.names)
     with error_location(place):
         with pq.ParquetFile(path) as file:
             _require_columns(wanted, file.schema_arrow.names)
             table = file.read_row_group(index, columns=wanted, use_threads=False)
         table.validate(full=True)
     for name in wanted:
-        found, due = table.schema.field(name).type, SEQUENCE_SCHEMA.field(name).type
+        found, due = table.schema.field(name).type, schema.field(name).type
         if not _require_length(found, due):
             raise ValueError(f"{place}: column {name} is {found}, it must be {due}; {REMEDY}")
     _check_heads(place, table, rows)
@@ -119,7 +121,7 @@ def _check_heads(place: str, table: pa.Table, rows: TableRows) -> None:
 
 
 def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
-    names = [column.name for column in EVENT_COLUMNS if column.name in table.column_names]
+    names = [column.name for column in rows.schema.columns if column.name in table.column_names]
     lengths: NDArray[np.int64] | None = None
     for name in names:
         if table[name].null_count:
@@ -141,6 +143,9 @@ def _check_lists(place: str, table: pa.Table, rows: TableRows) -> None:
 def _check_values(place: str, name: str, flat: pa.ChunkedArray, lengths: NDArray[np.int64], rows: TableRows) -> None:
     """Check the concatenated elements of one list column; lengths: [n] elements of each row."""
     ends = np.cumsum(lengths)
+    if pa.types.is_floating(flat.type) and name != "labels":
+        check_values(place, name, flat.to_numpy(), ends, rows)  # null: NaN
+        return
     if name != "labels" and flat.null_count:
         _refuse(place, name, flat.is_null().to_numpy(), np.full(len(flat), np.nan), ends, "it must not be null")
     check_values(place, name, (flat.fill_null(0) if name == "labels" else flat).to_numpy(), ends, rows)
@@ -155,6 +160,10 @@ def check_values(place: str, name: str, values: NDArray[Any], ends: NDArray[np.i
     if name == "labels":
         rule = "a label is 0 or 1, or null where the event is not an exposure"
         _refuse(place, name, (values != 0) & (values != 1), values, ends, rule)
+        return
+    if name in (column.name for column in rows.schema.extra):
+        bad, rule = rows.schema.broken_rule(name, values)
+        _refuse(place, name, bad, values, ends, rule)
         return
     if name == "timestamps":
         bad = (values < 0) | (values > MAX_SECOND)

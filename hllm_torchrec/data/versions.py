@@ -38,7 +38,7 @@ APPENDS, BASES = "appends", "bases"
 _DRAFT = ".draft-"
 _NUMBERED = re.compile(r"\d{5,}")
 _LOCK = ".lock"
-_REMOVED = ".removed-"
+_REMOVED, _SUPERSEDED = ".removed-", ".superseded-"
 
 
 @contextmanager
@@ -151,12 +151,42 @@ def commit_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
         kept = root / VERSIONS / f"{version_name(version_of(before))}.json"
         if not kept.is_file():  # version 1 was written by `prepare`, which knows of no others
             replace_file(kept, (root / MANIFEST).read_text(encoding="utf-8"))
-    fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
-    numbers = {"schema_version": SCHEMA_VERSION_CHAIN, "version": version, "parent": parent, "fingerprint": fingerprint}
-    text = json.dumps({**manifest, **numbers}, indent=1) + "\n"
+    text = _manifest_text({**manifest, "version": version, "parent": parent})
     replace_file(root / VERSIONS / f"{version_name(version)}.json", text)
     sync_folder(root)
     replace_file(root / MANIFEST, text)
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    """Text of a version's manifest, with its fingerprint."""
+    fingerprint = hash_texts(f"{name} {facts['sha256']}" for name, facts in sorted(manifest["files"].items()))
+    whole = {**manifest, "schema_version": SCHEMA_VERSION_CHAIN, "fingerprint": fingerprint}
+    return json.dumps(whole, indent=1) + "\n"
+
+
+def replace_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
+    """Make a kept version, not the newest, one of other files, in one step; `remove_superseded` removes its old ones.
+
+    Only for contents that must not be read any more (`data.forgetting`).
+    """
+    kept = root / VERSIONS / f"{version_name(version)}.json"
+    old = kept.read_text(encoding="utf-8")
+    fingerprint = json.loads(old)["fingerprint"][:16]
+    replace_file(kept.with_name(f"{_SUPERSEDED}{version_name(version)}-{fingerprint}.json"), old)
+    replace_file(kept, _manifest_text(manifest))
+
+
+def superseded_fingerprints(root: Path) -> list[str]:
+    """Fingerprints of what replaced versions were, as long as their old files are here."""
+    manifests = sorted((root / VERSIONS).glob(f"{_SUPERSEDED}*.json"))
+    return [str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"]) for path in manifests]
+
+
+def remove_superseded(root: Path) -> int:
+    """Remove the old files of replaced versions that no kept version has; hold the lock. Returns the freed bytes."""
+    for path in (root / VERSIONS).glob(f"{_SUPERSEDED}*.json"):
+        path.rename(path.with_name(path.name.replace(_SUPERSEDED, _REMOVED, 1)))
+    return _finish_removal(root)
 
 
 def kept_versions(root: Path) -> dict[int, dict[str, Any]]:

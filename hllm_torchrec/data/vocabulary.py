@@ -146,24 +146,30 @@ def dataset_marks(dataset: "Dataset") -> dict[str, IdMark]:
 
 def compute_marks(dataset: "Dataset") -> dict[str, IdMark]:
     """Mark of each map that `prepare` writes, computed from all ids: about 2 seconds for a million of them."""
-    features = [*dataset.manifest["item_features"], *dataset.manifest["user_features"]]
+    features = dataset.all_features
     names = ["items", "users", "actions", *(f"feature/{name}" for name in features)]
     return {name: mark_ids(map_ids(dataset, name)) for name in names}
 
 
-def vector_mark(vectors: np.ndarray) -> IdMark:
-    """Mark of dense item features, float32 [N, V], whose rows are the ids of the map."""
-    return mark_ids(row_digests(vectors))
+def vector_mark(vectors: np.ndarray, erased: Mapping[int, bytes] | None = None) -> IdMark:
+    """Mark of dense item features, float32 [N, V], whose rows are the ids of the map; erased: as in `row_digests`."""
+    return mark_ids(row_digests(vectors, erased=erased))
 
 
-def row_digests(vectors: np.ndarray, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """Digests of rows start..stop - 1 (None: to the end) of dense item features, float32 [N, V]."""
-    for row in np.ascontiguousarray(vectors[start:stop], np.float32):
-        yield blake2b(row.tobytes(), digest_size=_DIGEST).digest()
+def row_digests(
+    vectors: np.ndarray, start: int = 0, stop: int | None = None, *, erased: Mapping[int, bytes] | None = None
+) -> Iterator[bytes]:
+    """Digests of rows start..stop - 1 (None: to the end) of dense item features, float32 [N, V].
+
+    erased: row -> the digest that it had, of rows that were erased.
+    """
+    for number, row in enumerate(np.ascontiguousarray(vectors[start:stop], np.float32), start):
+        kept = (erased or {}).get(number)
+        yield blake2b(row.tobytes(), digest_size=_DIGEST).digest() if kept is None else kept
 
 
-def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Ids of positions start..stop - 1 (None: to the end) of a map of the dataset, in order.
+def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = None) -> Iterator[Id]:
+    """Ids of positions start..stop - 1 (None: to the end) of a map of the dataset, in order; forgotten ones as digests.
 
     Raises:
         ValueError: the dataset has no such map.
@@ -178,8 +184,10 @@ def map_ids(dataset: "Dataset", name: str, start: int = 0, stop: int | None = No
     else:
         column = dataset.feature_values(name.removeprefix("feature/"))
     column = column.slice(start, len(column) if stop is None else stop - start)
+    erased = dataset.tombstones.digests(name) if column.null_count else {}
     for first in range(0, len(column), _AT_ONCE):
-        yield from column.slice(first, _AT_ONCE).to_pylist()
+        for number, value in enumerate(column.slice(first, _AT_ONCE).to_pylist(), start + first + 1):
+            yield erased[number] if value is None else value
 
 
 def map_problems(run: Mapping[str, IdMark], dataset: "Dataset", names: Iterable[str]) -> list[str]:

@@ -98,7 +98,7 @@ def check_stores(config: DownstreamConfig, dataset: Dataset) -> None:
     part = lookup.store.facts.get("part")
     if part not in (None, "items", "item_features"):
         raise ValueError(f"item_store: {config.item_store}: a store of {part}, not of items: see hllm embed --items")
-    lookup(dataset.items["raw_item_id"][:SAMPLE].cast("large_string").combine_chunks())
+    lookup(dataset.items["raw_item_id"][:SAMPLE].drop_null().cast("large_string").combine_chunks())
     if lookup.num_requested and lookup.unknown_share == 1:
         raise ValueError(
             f"item_store: {config.item_store}: it has none of the first {lookup.num_requested:,} items of "

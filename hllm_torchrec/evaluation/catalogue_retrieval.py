@@ -1,5 +1,6 @@
 """Full-catalogue retrieval of an experiment, shared by training, the evaluation job and the results scripts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def evaluate_retrieval(
     """
     config = experiment.config
     positive = config.objective.positive_targets_only
+    shard, excluded = catalogue_shard(experiment), experiment.dataset.excluded_items
+    if excluded.size:
+        shard = replace(shard, excluded=torch.from_numpy(excluded).to(experiment.device))
     columns, skipped = rank_catalogue_targets(
         experiment.model,
         loader,
-        catalogue_shard(experiment),
+        shard,
         experiment.device,
         show,
         filter_seen=config.evaluation.filter_seen,
@@ -54,7 +58,7 @@ def evaluate_retrieval(
         "protocol": config.evaluation.protocol,
         "filter_seen": config.evaluation.filter_seen,
         "targets": "positive" if positive else "all",
-        "candidates": experiment.dataset.num_items - 1,
+        "candidates": experiment.dataset.num_items - 1 - excluded.size,
     }
 
 
@@ -80,17 +84,19 @@ def catalogue_shard(experiment: Experiment) -> CatalogueShard:
     total = experiment.dataset.num_items
     first, end = shard_bounds(total)
     blocks = -(-total // ITEMS_AT_ONCE)  # the same number of collective look-ups on every rank
-    rows = [_vectors_of(experiment, block) for block in np.array_split(np.arange(first, end), blocks)]
+    rows = [vectors_of_items(experiment, block) for block in np.array_split(np.arange(first, end), blocks)]
     hllm.train(was_training)
     return CatalogueShard(torch.cat(rows), first, total)
 
 
-def _vectors_of(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
-    """Vectors [n, V] of items [n]; n may be 0. Collective."""
+def vectors_of_items(experiment: Experiment, items: NDArray[np.int64]) -> Tensor:
+    """Vectors [n, V] of items [n] in the space of the generative loss; n may be 0. Collective."""
     hllm, ids = experiment.hllm, torch.from_numpy(items).to(experiment.device)
     if not hllm.compares_features:
         return hllm.embed_items(ids).float()
-    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+    collator = Collator(
+        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+    )
     return vectors_by_features(experiment, collator, items)
 
 

@@ -12,6 +12,10 @@ from hllm_torchrec.evaluation.prediction_files import unchanged_files
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, describe_predictions
 from hllm_torchrec.evaluation.prediction_rows import PredictionRows, known_items
 from hllm_torchrec.evaluation.sanity_checks import Overlap, file_overlap
+from hllm_torchrec.evaluation.task_evaluation import evaluate_tasks
+
+SHOWN = {"mae": "MAE", "rmse": "RMSE", "spearman": "Spearman", "xauc": "XAUC"}
+"""Metric of a predicted number -> its name."""
 
 
 def compare(
@@ -63,6 +67,8 @@ def evaluate_files(
         warm = known_items(train, layout.item, folder) if train and layout.item else None
         rows = PredictionRows(models, layout, folder, warm, paired=paired, memory=settings.memory)
         metrics = evaluate_predictions(rows, settings)
+        if layout.tasks:
+            metrics["tasks"] = evaluate_tasks(rows, settings)
         overlap = file_overlap(models[0].files, train, layout, settings.memory, folder) if train else None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     metrics["memory"]["peak"] = max(gather_objects(peak))
@@ -94,8 +100,26 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     lines.insert(1, tuple("-" * width for width in widths))
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     users = "" if metrics["users"] is None else f" of {metrics['users']:,} users"
+    text += _task_lines(metrics.get("tasks", {}))
     caption = f"{metrics['split']}: {metrics['rows']:,} exposures{users}"
     return "\n".join([caption, *text])
+
+
+def _task_lines(tasks: Mapping[str, Any]) -> list[str]:
+    """A line for each further task and model."""
+    lines = []
+    for task, block in tasks.items():
+        for name, model in block["models"].items():
+            if block["kind"] == "binary":
+                interval = format_with_interval(model["auc"], model["auc_low"], model["auc_high"])
+                numbers = (
+                    f"AUC {interval}, GAUC {format_number(model['gauc'])}, log loss {format_number(model['log_loss'])}"
+                )
+            else:
+                shown = ("mae", "rmse", "spearman", "xauc")
+                numbers = ", ".join(f"{SHOWN[key]} {format_number(model[key])}" for key in shown)
+            lines.append(f"task {task}, {name}: {numbers} ({block['rows']:,} rows)")
+    return lines
 
 
 def format_number(value: float | None, signed: bool = False) -> str:

@@ -1,8 +1,9 @@
 """Mapping of the columns of prediction files to their meaning, by options or by their standard names."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from hllm_torchrec.evaluation.prediction_files import column_names, find_files, has_values
 
@@ -47,12 +48,36 @@ class ColumnLayout:
     item_is_cold: str | None = None
     slices: tuple[str, ...] = ()
     """Further columns; each of their values is a slice."""
+    tasks: dict[str, Literal["binary", "number"]] = field(default_factory=dict)
+    """Further tasks that the first model predicts, with columns `label_<task>` and `score_<task>`."""
 
     @property
     def all(self) -> list[str]:
         """Names of all columns that are set."""
         single = (self.label, self.weight, self.user, self.item, self.timestamp, self.history_length, self.item_is_cold)
-        return [*filter(None, single), *self.slices]
+        return [*filter(None, single), *self.slices, *map(label_of, self.tasks)]
+
+
+def label_of(task: str) -> str:
+    """Column of a further task's label."""
+    return f"label_{task}"
+
+
+def task_columns(task: str, kind: str) -> tuple[str, str]:
+    """Columns of a further task's score and of its prediction."""
+    return f"score_{task}", f"{'probability' if kind == 'binary' else 'prediction'}_{task}"
+
+
+def find_tasks(columns: Sequence[str]) -> dict[str, Literal["binary", "number"]]:
+    """The further tasks whose columns prediction files have, and their kinds."""
+    found: dict[str, Literal["binary", "number"]] = {}
+    kinds: tuple[Literal["binary", "number"], ...] = ("binary", "number")
+    for column in columns:
+        task = column.removeprefix("label_")
+        for kind in kinds:
+            if column != task and {*task_columns(task, kind)} <= set(columns):
+                found[task] = kind
+    return found
 
 
 def describe_predictions(
@@ -86,4 +111,4 @@ def describe_predictions(
     named = {field: column for field, column in (usual | dict(columns or {})).items() if column != NONE}
     if "label" not in named:
         raise ValueError(f"no column 'label'; it has {', '.join(found)}; name the column of labels with --label")
-    return models, ColumnLayout(**named, slices=tuple(slices))
+    return models, ColumnLayout(**named, slices=tuple(slices), tasks=find_tasks(found))

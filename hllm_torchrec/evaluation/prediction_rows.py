@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from hllm_torchrec.evaluation.prediction_files import (
     identities,
     seconds_of,
 )
-from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
+from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, label_of, task_columns
 from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
 from hllm_torchrec.metrics.user_statistics import NO_USER
@@ -94,6 +95,7 @@ class PredictionRows:
         self.models, self.layout, self._known_items = list(models), layout, known_items
         self._paired, self._memory, self._folder = paired, memory, folder
         self._tables: PairedTables | None = None
+        self._task: str | None = None
         self.files = {model.name: find_files(model.files) for model in models}
         self._ids = {model.name: self._shared_ids(model.name) for model in models[1:]}
         self.readers = {}
@@ -106,6 +108,9 @@ class PredictionRows:
             # Shared columns are read from the first model only; labels and ids from all, to check that they agree.
             columns += layout.all if place == 0 else [layout.label, *self._ids[model.name]]
             columns += PAIR_COLUMNS if paired else ()
+            for task, kind in layout.tasks.items():
+                if self._predicts(model.name, task):
+                    columns += [label_of(task), *task_columns(task, kind)]
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
         for name, reader in self.readers.items():
@@ -116,6 +121,43 @@ class PredictionRows:
                 )
         self.rows = first.rows
         self.weighted, self.has_users = layout.weight is not None, layout.user is not None
+
+    def _predicts(self, model: str, task: str) -> bool:
+        """True if a model's files have the columns of a further task."""
+        wanted = {label_of(task), *task_columns(task, self.layout.tasks[task])}
+        return all(wanted <= set(column_names(file)) for file in self.files[model])
+
+    def of_task(self, task: str) -> "PredictionRows":
+        """The rows of a further task, of the models that predict it: those whose label is defined.
+
+        They share the files that are open, and the pairing: call it after `batches` of these rows.
+        """
+        own, kind = copy(self), self.layout.tasks[task]
+        score, prediction = task_columns(task, kind)
+        own._task, own.layout = task, replace(self.layout, label=label_of(task), slices=())
+        own.models = [
+            replace(model, score=score, probability=prediction if kind == "binary" else None)
+            for model in self.models
+            if self._predicts(model.name, task)
+        ]
+        return own
+
+    def numbers(self, rank: int, world_size: int, size: int) -> Iterator[np.ndarray]:
+        """Label, weight (1 without weights) and each model's prediction of a task that predicts numbers: [n, 2 + m].
+
+        As `batches`: of the rank's share, without rows whose label is not defined or whose weight is 0.
+        """
+        assert self._task is not None
+        prediction = task_columns(self._task, "number")[1]
+        for read in self._read(rank, world_size, size):
+            tables = {name: table for name, (table, _) in read.items()}
+            rows = {name: numbers for name, (_, numbers) in read.items()}
+            table = tables[self.models[0].name]
+            labels = table[self.layout.label].to_numpy()
+            weights = self._weights(table, rows) if self.layout.weight else np.ones(len(labels))
+            columns = [self._numbers(model.name, tables[model.name], prediction, rows) for model in self.models]
+            kept = ~np.isnan(labels) & (weights > 0)
+            yield np.stack([labels, weights, *columns], axis=1).astype(np.float64)[kept]
 
     def _shared_ids(self, name: str) -> list[str]:
         """Columns of ids in a model's files that must equal the first model's, row by row."""
@@ -142,11 +184,15 @@ class PredictionRows:
         Raises:
             ValueError: a bad value, with its file and row.
         """
+        return map(self._batch, self._read(rank, world_size, size))
+
+    def _read(self, rank: int, world_size: int, size: int) -> Iterator[Tables]:
+        """The tables of `batches`."""
         if not self._paired:
-            return map(self._batch, self._stretches(rank, world_size, size))
+            return self._stretches(rank, world_size, size)
         if self._tables is None:
             self._tables = PairedTables(self.readers, self._memory, self._folder)
-        return map(self._batch, self._tables.batches(size))
+        return self._tables.batches(size)
 
     @property
     def spilled(self) -> int:
@@ -167,6 +213,10 @@ class PredictionRows:
         tables = {name: table for name, (table, _) in read.items()}
         rows = {name: numbers for name, (_, numbers) in read.items()}
         table = tables[first.name]
+        if self._task is not None:
+            read = self._defined(read)
+            tables = {name: table for name, (table, _) in read.items()}
+            rows, table = {name: numbers for name, (_, numbers) in read.items()}, tables[first.name]
         is_positive = self._labels(tables, rows)
         weights = self._weights(table, rows) if layout.weight else None
         scores = {model.name: self._scores(model, tables[model.name], rows) for model in self.models}
@@ -185,6 +235,14 @@ class PredictionRows:
             users = np.where(null, NO_USER + rows[first.name], users)
         batch = RowBatch(is_positive, weights, scores, probabilities, users, keys, slices)
         return batch if weights is None or weights.all() else _without(batch, weights > 0)
+
+    def _defined(self, read: Tables) -> Tables:
+        """The rows where the task's label is a number in the first model's files, of the models that predict it."""
+        first = read[self.models[0].name][0]
+        kept = ~np.isnan(first[self.layout.label].to_numpy())
+        mask = pa.array(kept)
+        names = [model.name for model in self.models]
+        return {name: (read[name][0].filter(mask), read[name][1][kept]) for name in names}
 
     def _identities(self, table: pa.Table, column: str | None) -> np.ndarray | None:
         if not column:
@@ -215,7 +273,7 @@ class PredictionRows:
         self, tables: Mapping[str, pa.Table], ids: Mapping[str | None, np.ndarray | None], rows: Rows
     ) -> None:
         """Raise ValueError if ids in the files of another model differ from the first model's."""
-        first, *others = self.readers
+        first, *others = tables
         for name in others:
             for column in self._ids[name]:
                 same = identities(tables[name][column]) == ids[column]

@@ -5,6 +5,7 @@ model, a baseline and predictions of other programs are evaluated by the same co
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Literal
 
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.data.events import Sequences
+from hllm_torchrec.data.events import Sequences as UserSequences
 from hllm_torchrec.data.loader import WINDOW_ROW_GROUPS, Loader
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed.collectives import global_sum, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
+from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
 from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
+from hllm_torchrec.metrics.gauc import gauc
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
+from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
 RETRIEVAL_ROWS = 512
@@ -45,12 +49,17 @@ def score_split(
     cold: bool [N], True for items without a training event.
     """
     model.eval()
-    parts: list[PredictionColumns] = []
+    hllm, schema = unwrap_model(model), loader.dataset.schema
+    weighted, parts = schema.weighted or schema.sampled, []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:
             raise_if_preempted()
             output = model(batch.to(device))
-            parts.append(_columns(batch, output.logits.float().cpu().numpy(), cold))
+            columns = _columns(batch, output.logits.float().cpu().numpy(), cold)
+            columns |= {"weight": batch.weights.numpy()} if weighted else {}
+            if output.outputs is not None:
+                columns |= task_columns(hllm.tasks, hllm.task_scales.cpu(), batch, output.outputs.float().cpu())
+            parts.append(columns)
             bar.update(1)
     model.train()
     return join_columns(parts)
@@ -73,10 +82,28 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Pr
     }
 
 
-def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
-    """AUC and log loss of a split over all ranks during training. Collective.
+def task_columns(tasks: Sequence[Task], scales: Tensor, batch: HybridBatch, outputs: Tensor) -> PredictionColumns:
+    """Label, score and prediction [X] of every task; labels are NaN where they are not defined.
 
-    auc: "approximate" computes it from a histogram of scores in one pass over the rows and adds `auc_error`, its
+    The first task's are `label`, `score` and `probability`; those of others have the task's name at the end, and the
+    prediction of a number is in the label's unit.
+    """
+    assert batch.task_labels is not None and batch.task_weights is not None
+    found: PredictionColumns = {}
+    parts = outputs.split([task.outputs for task in tasks], dim=1)
+    for place, (task, own) in enumerate(zip(tasks[1:], parts[1:], strict=True), start=1):
+        labels = task.units(batch.task_labels[:, place].numpy())
+        kind = "probability" if task.is_binary else "prediction"
+        found[f"label_{task.name}"] = labels.astype(np.float32)
+        found[f"score_{task.name}"] = task.scores(own).numpy().astype(np.float32)
+        found[f"{kind}_{task.name}"] = task.predictions(own, scales[place]).numpy().astype(np.float32)
+    return found
+
+
+def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate"] = "exact") -> dict[str, float]:
+    """AUC, GAUC and log loss of a split over all ranks during training. Collective.
+
+    auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
     maximum error.
     """
     labels, scores = columns["label"], columns["score"]
@@ -86,12 +113,14 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
     found = {"log_loss": total_loss / max(rows, 1.0), "rows": rows}
     if auc == "exact":
-        return {"auc": roc_auc(labels, scores)} | found
+        total = roc_auc(labels, scores)  # first: it raises on every rank if a score is NaN
+        return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores)} | found
     histogram = ScoreHistogram()
     histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
     histogram.all_reduce()
     bounded = histogram.auc()
-    return {"auc": bounded.auc, "auc_error": bounded.error} | found
+    within = gauc(columns["user_id"], labels, scores)
+    return {"auc": bounded.auc, "auc_error": bounded.error, "gauc": within} | found
 
 
 @torch.no_grad()
@@ -190,7 +219,7 @@ class CompleteHistories:
     """
 
     def __init__(self, loader: Loader) -> None:
-        self._loader, self._cached = loader, OrderedDict[int, Sequences]()
+        self._loader, self._cached = loader, OrderedDict[int, UserSequences]()
         self._by_second = loader.collator.spec.visibility == "second"
 
     def seen_items(self, step: int, batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +236,7 @@ class CompleteHistories:
             parts.append(sequences.item_ids[start : start + count])
         return torch.from_numpy(np.concatenate(parts)).to(rows.device), offsets_from_lengths(counts)
 
-    def _sequences(self, group: int) -> Sequences:
+    def _sequences(self, group: int) -> UserSequences:
         """Items of a row group; the latest ones are kept, as the pieces of a batch lie close together."""
         if group not in self._cached:
             self._cached[group] = self._loader.dataset.sequences([self._loader.groups[group]], ["item_ids"])

@@ -55,6 +55,11 @@ def exposure_keys(user_ids: Ints, positions: Ints) -> Ints:
     return (user_ids << 32) | positions  # positions have at most 31 bits, so the two do not overlap
 
 
+def split_exposure_keys(keys: Ints) -> tuple[Ints, Ints]:
+    """(users, positions) [n] of keys [n] of `exposure_keys`."""
+    return keys >> 32, keys & (MAX_POSITION - 1)
+
+
 def exposure_content_hashes(item_ids: Ints, seconds: Ints) -> Hashes:
     """Hash of each exposure's item and second: uint64 [n]."""
     return hash_numbers(item_ids, seconds)
@@ -133,7 +138,9 @@ def embed_item_features(loaded: LoadedRun, path: Path, dtype: str = "fp16") -> E
     marks = item_content_hashes(experiment.item_encoder.tokens)
     todo, started = changed_items(store, raw_ids, marks), time.perf_counter()
     rounds = rank_chunks(todo, np.full(experiment.dataset.num_items, 1, np.int64))
-    collator = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)
+    collator = Collator(
+        experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+    )
 
     def encode(ids: Ints) -> NewRows:
         embedded = vectors_by_features(experiment, collator, ids)

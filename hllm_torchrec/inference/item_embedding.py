@@ -28,7 +28,7 @@ from hllm_torchrec.models.item_encoder import CATALOGUE_TOKENS, length_sorted_ch
 from hllm_torchrec.models.parallelize import autocast
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.store.files import SegmentFacts
-from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes, raw_keys
+from hllm_torchrec.store.keys import Hashes, KeyKind, hash_bytes, is_key, raw_keys
 from hllm_torchrec.store.remote_store import RemoteStore, writable_store
 from hllm_torchrec.store.store import EmbeddingStore, StoreWriter
 
@@ -165,7 +165,7 @@ def changed_items(store: EmbeddingStore, raw_ids: pa.Array, content_hashes: Hash
     for ids from 0.
     """
     stored, known = store.snapshot().content_hashes(raw_ids)
-    return 1 + np.flatnonzero(~known | (stored != content_hashes[1:]))
+    return 1 + np.flatnonzero((~known | (stored != content_hashes[1:])) & is_key(raw_ids))
 
 
 def rank_chunks(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[NDArray[np.int64]]]:

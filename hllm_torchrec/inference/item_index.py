@@ -152,7 +152,7 @@ def export_item_index(
 ) -> int:
     """Write the index of a run's items at a checkpoint ("best", "latest" or a directory), by raw id. Collective.
 
-    It has the dataset's items, and those that came after it (`inference.new_items`).
+    It has the dataset's items that are candidates, and those that came after it (`inference.new_items`).
 
     Returns:
         Number of items.
@@ -169,6 +169,7 @@ def export_item_index(
     with loaded.weights, experiment.evaluation_items():
         NewItems(experiment)
         vectors = catalogue_vectors(experiment).cpu().float().numpy()
-    ids = experiment.dataset.items["raw_item_id"].combine_chunks()
-    run_on_rank_zero(lambda: ItemIndex.build(vectors[1:], ids, kind, cells).save(target))
+    items = np.setdiff1d(np.arange(1, len(vectors)), experiment.dataset.excluded_items)
+    ids = experiment.dataset.items["raw_item_id"].combine_chunks().take(pa.array(items - 1))
+    run_on_rank_zero(lambda: ItemIndex.build(vectors[items], ids, kind, cells).save(target))
     return len(ids)

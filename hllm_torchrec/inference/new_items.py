@@ -26,6 +26,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal
 from hllm_torchrec.data.token_store import TokenStore, laid_out_texts, read_tokenizer, tokenize
+from hllm_torchrec.data.tombstones import ITEMS
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.inference.raw_ids import RawIds
 from hllm_torchrec.models.assembly import Experiment
@@ -151,9 +152,13 @@ class NewItems:
         return found
 
     def missing(self, items: Sequence[NewItem]) -> list[NewItem]:
-        """Those of `items` that are not in the dataset, and are new or changed."""
+        """Those of `items` that are not in the dataset nor forgotten, and are new or changed."""
         unknown = self._known.find([item.id for item in items]) < 0
-        return [item for item, new in zip(items, unknown) if new and self._items.get(item.id) != item]
+        return [
+            item
+            for item, new in zip(items, unknown)
+            if new and self._items.get(item.id) != item and self._base.tombstones.find(ITEMS, item.id) is None
+        ]
 
     @torch.no_grad()
     def refresh(self) -> int:

@@ -30,7 +30,9 @@ class UserEmbedder:
         self.experiment = experiment
         self.width = experiment.hllm.user_vector_width
         spec = replace(experiment.batch_spec, visibility="second", negatives=0, item_slots=False)
-        self._collator = Collator(experiment.dataset, spec, item_vectors=experiment.item_vectors)
+        self._collator = Collator(
+            experiment.dataset, spec, item_vectors=experiment.item_vectors, context=experiment.context
+        )
 
     @torch.no_grad()
     def __call__(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,15 @@ from hllm_torchrec.metrics.retrieval_metrics import (
 
 @dataclass(frozen=True)
 class CatalogueShard:
-    """Vectors [n, D] of the items `first` to `first + n - 1`, of `total` items (including the unknown item 0)."""
+    """Vectors [n, D] of the items `first` to `first + n - 1`, of `total` items (including the unknown item 0).
+
+    excluded: ids that are no candidates; as a target one still ranks among the candidates.
+    """
 
     vectors: Tensor
     first: int
     total: int
+    excluded: Tensor | None = None
 
     @classmethod
     def of_rank(cls, vectors: Tensor) -> "CatalogueShard":
@@ -96,7 +100,7 @@ def distributed_target_ranks(
         seen = all_gather_variable(rows + before), all_gather_variable(ids)
     # The shard's items from 1 on: the unknown item 0 is not ranked.
     ahead_A = count_ahead(
-        lambda start, stop: queries_AD @ items.vectors[start - items.first : stop - items.first].float().T,
+        lambda start, stop: _scores(queries_AD, items, start, stop),
         _scores_to_beat(queries_AD, items, target_A, tie_tolerance),
         target_A,
         (max(items.first, 1), items.end),
@@ -104,6 +108,15 @@ def distributed_target_ranks(
         block_size,
     )
     return 1 + global_sum(ahead_A)[before : before + len(target_B)]
+
+
+def _scores(queries_AD: Tensor, items: CatalogueShard, start: int, stop: int) -> Tensor:
+    """Scores [A, stop - start] of the items from `start` to before `stop`; -inf of those that are no candidates."""
+    scores = queries_AD @ items.vectors[start - items.first : stop - items.first].float().T
+    if items.excluded is not None:
+        here = items.excluded[(items.excluded >= start) & (items.excluded < stop)]
+        scores[:, here - start] = -torch.inf
+    return scores
 
 
 def _scores_to_beat(queries_AD: Tensor, items: CatalogueShard, target_A: Tensor, tie_tolerance: float) -> Tensor:

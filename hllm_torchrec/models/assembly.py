@@ -34,6 +34,7 @@ from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
 from hllm_torchrec.data.evidence import Evidence, EvidenceModel, evidence_problems
 from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.loader import Loader, LoaderSpec
+from hllm_torchrec.data.request_context import RequestContext, fit_context
 from hllm_torchrec.data.run_factors import FILE, RunFactors
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
@@ -42,7 +43,7 @@ from hllm_torchrec.distributed.coordination import run_on_each_host
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
-from hllm_torchrec.models.hllm import HLLM, item_space
+from hllm_torchrec.models.hllm import HLLM, ContextInputs, item_space
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
 from hllm_torchrec.models.item_subsampling import SubsampledEncoder
@@ -51,15 +52,18 @@ from hllm_torchrec.models.named_backbones import backbone_sections, text_section
 from hllm_torchrec.models.parallelize import parallelize
 from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, open_evidence
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
+from hllm_torchrec.models.tasks import fit_tasks, is_single, resolve_tasks, task_problems
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.encoders.backbone import learned_positions
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.fusion import Fusion
 
+CONTEXT_KEY = "context"
+"""Key of the values of context that a run was trained with in a checkpoint's `extra.json`."""
 LOOKUP_CHUNK = 65_536
 """Rows of a frozen item table that all ranks together look up at a time."""
-MEASURED_ITEMS, MEASURED_CHUNK = 1024, 64
-"""Items that `measure_item_statistics` encodes, in total and per call."""
+MEASURED_ITEMS, WHITENED_ITEMS, MEASURED_CHUNK = 1024, 16_384, 64
+"""Items that `measure_item_statistics` encodes: in total, in total for a covariance, and per call."""
 
 
 @dataclass
@@ -80,6 +84,10 @@ class Experiment:
     factors: RunFactors | None = None
     """Item factors of the run, without those of new items; None: it has none of its own."""
     evidence: Evidence | None = None
+    context: RequestContext | None = None
+    """What requests tell; None: nothing that the model reads."""
+    frozen_catalogue: Tensor | None = None
+    """Embeddings [N, E] of all items that evidence compares, of the frozen Item LLM; None: encode them when needed."""
 
     @property
     def hllm(self) -> HLLM:
@@ -98,6 +106,7 @@ class Experiment:
             FACTORS_KEY: None if self.factors is None else self.factors.fingerprint,
             EVIDENCE_KEY: None if self.evidence is None else self.evidence.model.fingerprint,
             VOCABULARY: experiment_marks(self.config, self.dataset),
+            **({} if self.context is None else {CONTEXT_KEY: self.context.state()}),
         }
 
     def check_origin(self, checkpoint: Path) -> None:
@@ -109,6 +118,8 @@ class Experiment:
         check_vocabulary(self.config, self.dataset, checkpoint)
         extra = read_checkpoint_json(checkpoint / "extra.json")
         check_base_weights(extra, self.base_fingerprints, self.config, checkpoint)
+        if self.context is not None:
+            self.context.restore(extra.get(CONTEXT_KEY, {}))
         own = None if self.factors is None else self.factors.fingerprint
         if FACTORS in self.config.data.item_vectors and extra.get(FACTORS_KEY) != own:
             raise ValueError(
@@ -168,6 +179,7 @@ class Experiment:
             shortening,
             self.evidence,
             of_fit=split == "train",
+            context=self.context,
         )
         spec = LoaderSpec(
             split="valid" if whole else split,
@@ -198,6 +210,8 @@ class Experiment:
         """
         if self.item_encoder is None:
             return None
+        if self.frozen_catalogue is not None:
+            return self.frozen_catalogue
         if isinstance(self.hllm.item_source, StoredItems):
             return self._look_up_catalogue()
         assert self.live_items is not None
@@ -228,15 +242,16 @@ class Experiment:
 
     @torch.no_grad()
     def measure_item_statistics(self) -> dict[str, float]:
-        """Give the model's `Standardize` the embeddings of up to MEASURED_ITEMS items, spaced evenly. Collective.
+        """Fit the model's `Standardize` or `Whiten` on items spaced evenly over the catalogue. Collective.
 
         Returns:
             `length`, the mean L2 norm, and `common`, the L2 norm of the mean embedding (the part shared by all).
         """
         assert self.hllm.standardise is not None
+        most = WHITENED_ITEMS if self.config.item_llm.whiten else MEASURED_ITEMS
         number = self.dataset.num_items - 1  # item 0 is the unknown item
         # float64: float32 cannot represent all ids above 2^24.
-        ids = torch.linspace(1, number, min(number, MEASURED_ITEMS), dtype=torch.float64).long().to(self.device)
+        ids = torch.linspace(1, number, min(number, most), dtype=torch.float64).long().to(self.device)
         was_training = self.hllm.training
         self.hllm.eval()
         items = torch.cat([self.hllm.embed_items(some).float() for some in ids.split(MEASURED_CHUNK)])
@@ -275,6 +290,7 @@ def build_experiment(
     dataset = Dataset.open(Path(config.data.dataset), version or config.data.version)
     spec = batch_spec_of(config, dataset)
     problems = [
+        *task_problems(config.objective, dataset.schema),
         *check_batch_spec(spec, dataset),
         *evidence_problems(config.data.evidence),
         *_missing_models(config),
@@ -286,8 +302,14 @@ def build_experiment(
     torch.manual_seed(config.seed)  # the same initial dense weights on all ranks
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
-    rate = base_rate(dataset, second_of(config.data.train_since or 0))
-    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width)
+    since = second_of(config.data.train_since or 0)
+    tasks = resolve_tasks(config.objective, dataset.schema)
+    if spec.tasks:
+        tasks = fit_tasks(tasks, dataset, since)
+    rate, context, inputs = base_rate(dataset, since), None, None
+    if spec.context or spec.bias:
+        context, inputs = _context(dataset, spec, since)
+    model = build_model(config, spec.tables(dataset), rate, torch.device("meta"), width, tasks, inputs)
     encoders = {
         name: _text_encoder(name, section, tokens[name], getattr(model, name), device)
         for name, section in text_sections(config)
@@ -301,14 +323,22 @@ def build_experiment(
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
-    found = open_evidence(config, dataset, model, encoder, live, evidence, device)
+    found, catalogue = open_evidence(config, dataset, model, encoder, live, evidence, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
     bases = base_fingerprints(model, config)  # before FSDP shards the weights
     wrapped = parallelize(model, config, device)
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
-    return Experiment(config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found)
+    return Experiment(
+        config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, context, catalogue
+    )
+
+
+def _context(dataset: Dataset, spec: BatchSpec, since: int) -> tuple[RequestContext, ContextInputs]:
+    """The context that a batch spec names, and the numbers by which a model reads it."""
+    context, scales = fit_context(dataset, spec.context + spec.bias, since)
+    return context, ContextInputs(scales.tolist(), {name: dataset.schema.sizes[name] for name in spec.bias})
 
 
 def _text_encoder(
@@ -319,7 +349,8 @@ def _text_encoder(
 
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     """Return the batch spec of a configuration: the contents of its batches."""
-    generates = config.objective.generates
+    generates, objective = config.objective.generates, config.objective
+    tasks = () if task_problems(objective, dataset.schema) else resolve_tasks(objective, dataset.schema)
     return BatchSpec(
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,
@@ -338,6 +369,10 @@ def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
         id_dropout=config.data.id_dropout,
         interleaved=config.user.actions == "interleaved",
         cold_dropout=config.data.cold_dropout,
+        context=config.data.context,
+        bias=objective.position_bias,
+        tasks=() if not tasks or is_single(tasks, objective) else tuple(task.name for task in tasks),
+        negative_rate=config.data.negative_rate,
     )
 
 

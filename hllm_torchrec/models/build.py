@@ -1,6 +1,7 @@
 """Builds `HLLM` and its parts from a configuration."""
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,9 @@ from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
 from hllm_torchrec.data.evidence import evidence_width
 from hllm_torchrec.models.backbones import build_backbone
-from hllm_torchrec.models.hllm import HLLM
+from hllm_torchrec.models.hllm import HLLM, ContextInputs
 from hllm_torchrec.models.model_files import trained_item_token
+from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.models.text_format import format_warnings, text_format
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -33,6 +35,8 @@ def build_model(
     base_rate: float,
     table_device: torch.device | None = None,
     vector_width: int = 0,
+    tasks: Sequence[Task] | None = None,
+    context: ContextInputs | None = None,
 ) -> HLLM:
     """Assemble the model of a configuration, on the CPU (or the default device).
 
@@ -41,6 +45,8 @@ def build_model(
         base_rate: share of positive training labels.
         table_device: "meta" when TorchRec will shard the tables.
         vector_width: V, width of the dense item features; 0 if there are none.
+        context: what is read of requests; None: nothing.
+        tasks: of the dataset's labels, see `models.tasks`; None: the first label alone, with this base rate.
     """
     # With stored embeddings the Item LLM is built (for its fingerprint and width) but never trained.
     item_llm = build_text_llm("item_llm", config.item_llm, trains=not takes_stored_items(config))
@@ -54,7 +60,7 @@ def build_model(
         user.width,
         time_depth=config.features.time_depth,
         time_width=config.features.time_width,
-        numeric=len(config.data.numeric_features),
+        numeric=len(config.data.numeric_features) + (0 if context is None else len(context.scales)),
         item_features=("item_id", *config.data.item_features),
         gate_rows=tables.get(ACTION_GATE, 0),
         scale=config.features.init_scale,
@@ -65,9 +71,8 @@ def build_model(
         device=table_device,
     )
     evidence = evidence_width(config.data.evidence)
-    return HLLM(
-        item_llm, 0 if item_llm is None else item_llm.width, features, user, config, base_rate, vector_width, evidence
-    )
+    width = 0 if item_llm is None else item_llm.width
+    return HLLM(item_llm, width, features, user, config, base_rate, vector_width, evidence, tasks, context)
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:

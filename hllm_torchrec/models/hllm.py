@@ -13,9 +13,11 @@ Legend: B pieces of users, T history positions, Q queries, X exposures, G genera
 S feature slots (T, Q, then X for late fusion, then U for the item space of features), D user width, E item width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -24,18 +26,24 @@ from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
-from hllm_torchrec.models.item_source import ItemSource
+from hllm_torchrec.data.event_schema import LabelColumn
+from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
+from hllm_torchrec.models.tasks import Task, is_single
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
-from hllm_torchrec.modules.features.standardize import Standardize
+from hllm_torchrec.modules.features.standardize import Standardize, Whiten
+from hllm_torchrec.modules.features.text_similarity import TextSimilarity
 from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
 from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, LogitScale, binary_cross_entropy, info_nce
 from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
+from hllm_torchrec.modules.losses.task_losses import TaskLoss
+from hllm_torchrec.modules.position_bias import PositionBias
+from hllm_torchrec.modules.task_towers import TaskTowers
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 
@@ -44,18 +52,38 @@ GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
 class HLLMOutput:
     """Output of a step. Losses are sums, not means, because ranks hold different numbers of exposures.
 
-    logits: [X] (empty without fusion); classification: [] weighted sum of the BCE; value_error: [] weighted sum
-    of squared errors of the auxiliary head, or None; generative: the sums of the generative loss, or None; next_items:
+    logits: [X] of the first label (empty without fusion); outputs: [X, O] of all tasks, or None if the first label is
+    the only one; tasks: of each task by name; value_error: [] weighted sum of squared errors of the auxiliary head, or
+    None; generative: the sums of the generative loss, or None; next_items:
     [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
     generative loss compares, otherwise the Item LLM's embeddings.
     """
 
     logits: Tensor
-    classification: Tensor
+    outputs: Tensor | None
+    tasks: dict[str, TaskLoss]
     value_error: Tensor | None
     generative: InfoNceOutput | None
     next_items: Tensor | None
     items: Tensor | None
+
+    @property
+    def classification(self) -> Tensor:
+        """[] sum of what is minimized over the tasks, each with weight 1."""
+        terms = [loss.trained for loss in self.tasks.values()]
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+
+
+@dataclass(frozen=True)
+class ContextInputs:
+    """Numbers by which a model reads the context of requests.
+
+    scales: [C][2] mean and deviation of the numeric context in training; bias_rows: {context of the position bias:
+    number of ids}.
+    """
+
+    scales: Sequence[Sequence[float]] = ()
+    bias_rows: Mapping[str, int] = field(default_factory=dict)
 
 
 class HLLM(nn.Module):
@@ -69,6 +97,8 @@ class HLLM(nn.Module):
         base_rate: share of positive labels in training; initializes the head's bias.
         vector_width: V, width of the dense item features; 0 if there are none.
         evidence: F, number of evidence columns per exposure.
+        tasks: labels to predict, the first label's first; None: it is the only one.
+        context: of requests; None: they have none.
     """
 
     def __init__(
@@ -81,9 +111,16 @@ class HLLM(nn.Module):
         base_rate: float,
         vector_width: int = 0,
         evidence: int = 0,
+        tasks: Sequence[Task] | None = None,
+        context: ContextInputs | None = None,
     ) -> None:
         super().__init__()
-        objective = config.objective
+        objective, context = config.objective, context or ContextInputs()
+        if context.scales:
+            self.register_buffer("context_scales", torch.tensor(context.scales, dtype=torch.float32))
+            self.context_scales: Tensor
+        self.numeric_context = len(context.scales)
+        self.tasks = tuple(tasks or (Task(LabelColumn("label")),))
         build_head = partial(
             PredictionHead, user.width, objective.head_hidden, objective.head_dropout, objective.fusion, evidence
         )
@@ -95,13 +132,16 @@ class HLLM(nn.Module):
         self.project_vectors = nn.Linear(vector_width, user.width, bias=False) if vector_width else None
         same = item_llm is None or item_width == user.width
         self.project_item = nn.Identity() if same else nn.Linear(item_width, user.width)
-        standardises = config.item_llm.standardise and item_llm is not None
-        self.standardise = Standardize(item_width) if standardises else None
+        self.standardise: Standardize | Whiten | None = None
+        if item_llm is not None and (config.item_llm.standardise or config.item_llm.whiten):
+            self.standardise = Whiten(item_width) if config.item_llm.whiten else Standardize(item_width)
         if self.fusion.query_is_user:
             self.user_token = nn.Parameter(torch.randn(user.width) * 0.02)
         if self.fusion.has_queries:
-            self.head = build_head()
-            self.head.initialize_bias(base_rate)
+            self._build_heads(build_head, base_rate, user.width, evidence)
+        self.position_bias: PositionBias | None = None
+        if context.bias_rows:
+            self.position_bias = PositionBias(context.bias_rows, sum(task.is_binary for task in self.tasks))
         self.value_head: PredictionHead | None = None
         if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = build_head()
@@ -113,26 +153,60 @@ class HLLM(nn.Module):
                 self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
             self.logit_scale = LogitScale(objective.temperature)
             self.mask_own_items = objective.mask_own_items
+        weight = objective.text_similarity if self.compares_features and item_llm is not None else 0.0
+        self.text_similarity = TextSimilarity(weight) if weight else None
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
         self.item_source: ItemSource | None = None
         """Source of item embeddings; None in an ID-only model."""
 
+    def _build_heads(
+        self, build_head: Callable[[], PredictionHead], base_rate: float, width: int, evidence: int
+    ) -> None:
+        """Build the head of one binary task, or the towers of several tasks, with what belongs to these."""
+        objective = self.config.objective
+        self.head: PredictionHead | TaskTowers
+        if is_single(self.tasks, objective):
+            self.head = build_head()
+            self.head.initialize_bias(base_rate)
+            return
+        self.head = TaskTowers(
+            width,
+            objective.head_hidden,
+            [task.outputs for task in self.tasks],
+            objective.head_dropout,
+            objective.fusion,
+            evidence,
+            objective.experts if objective.towers == "mmoe" else 0,
+        )
+        self.head.initialize_bias([value for task in self.tasks for value in task.start])
+        scales = torch.tensor([[task.center, task.scale] for task in self.tasks])
+        self.register_buffer("task_scales", scales)
+        self.task_scales: Tensor
+        if objective.task_weighting == "uncertainty":
+            self.task_log_variances = nn.Parameter(torch.zeros(len(self.tasks)))
+
     def forward(self, batch: HybridBatch, want_next: bool = False) -> HLLMOutput:
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
-        compared = of_features if self.compares_features else items
-        logits, classification, value_error = self._classify(batch, q_QD, target_XD)
+        compared = self._with_texts(of_features, batch.unique_items, items) if self.compares_features else items
+        texts_TE = self._history_texts(batch, items)
+        logits, outputs, tasks, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
-        classification = classification + 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
+        nothing = 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
+        first = self.tasks[0].name
+        tasks[first] = tasks[first]._replace(trained=tasks[first].trained + nothing)
         return HLLMOutput(
             logits=logits,
-            classification=classification,
+            outputs=outputs,
+            tasks=tasks,
             value_error=value_error,
-            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
-            next_items=self._next_items(batch, h_TD) if want_next and self.generates else None,
+            generative=(
+                self._generate(batch, h_TD, texts_TE, compared) if self.generates and compared is not None else None
+            ),
+            next_items=self._next_items(batch, h_TD, texts_TE) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
         )
 
@@ -153,6 +227,11 @@ class HLLM(nn.Module):
         return self.item_source(unique_items)
 
     @property
+    def has_one_logit(self) -> bool:
+        """True if the head has one output per exposure, [X]; False for the outputs [X, O] of several tasks."""
+        return not isinstance(getattr(self, "head", None), TaskTowers)
+
+    @property
     def encodes_items(self) -> bool:
         """True if a step computes item vectors with the current weights (of the Item LLM, else of the features)."""
         return self.item_source is None or self.item_source.is_live
@@ -169,15 +248,23 @@ class HLLM(nn.Module):
     def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
         """P(E) + ID + item features of items [n, D] with the current weights, outside of a step. Collective.
 
+        [n, D + E] with `text_similarity`.
+
         features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
         """
-        return self.features(features, None, self._projected(self.item_embeddings(item_ids), vectors))
+        items = self.item_embeddings(item_ids)
+        found = self._with_texts(self.features(features, None, self._projected(items, vectors)), item_ids, items)
+        assert found is not None
+        return found
 
     @property
     def user_vector_width(self) -> int:
-        """Width of the vectors of `embed_users`: D or E."""
+        """Width of the vectors of `embed_users`: D or E, or D + E with `text_similarity`."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
-        return project.out_features if isinstance(project, nn.Linear) else self.user.width
+        texts = 0
+        if self.text_similarity is not None and self.item_llm is not None and project is not None:
+            texts = self.item_llm.width
+        return texts + (project.out_features if isinstance(project, nn.Linear) else self.user.width)
 
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
@@ -185,15 +272,17 @@ class HLLM(nn.Module):
         Late fusion: the [USER] query's output. Otherwise the hidden state of the last position that the query sees,
         projected as for the generative loss if there is one ([Q, E] in the text space); zeros if it sees no position.
         """
-        h_TD, q_QD, _, _ = self._encode_users(batch, self.item_embeddings(batch.unique_items))
+        items = self.item_embeddings(batch.unique_items)
+        h_TD, q_QD, _, _ = self._encode_users(batch, items)
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
-        return self._last_visible(batch, h_TD, every, self.project_next if self.generates else nn.Identity())
+        texts_TE = self._history_texts(batch, items)
+        return self._last_visible(batch, h_TD, texts_TE, every, self.project_next if self.generates else nn.Identity())
 
     @property
     def needs_item_statistics(self) -> bool:
-        """True if item embeddings are standardised and their statistics have not been measured yet."""
+        """True if item embeddings are standardised or whitened and their statistics have not been measured yet."""
         return self.standardise is not None and not bool(self.standardise.measured)
 
     def _encode_users(
@@ -215,11 +304,41 @@ class HLLM(nn.Module):
         History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
         items [U, D] (if they have slots; else [0, D]). The features of a slot depend only on the slot.
         """
-        slots = self.features(batch.features, batch.numeric, self._items_of_slots(batch, items))
+        slots = self.features(batch.features, self._numbers(batch.numeric), self._items_of_slots(batch, items))
         x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
         if self.fusion.query_is_user:
             x_QD = x_QD + self.user_token
         return x_TD, x_QD, target_XD, item_UD
+
+    def _numbers(self, numeric: Tensor | None) -> Tensor | None:
+        """Numeric inputs [S, F] with the numeric context, which comes last, standardized; 0 where it is unknown."""
+        if numeric is None or not self.numeric_context:
+            return numeric
+        plain, context = numeric[:, : -self.numeric_context], numeric[:, -self.numeric_context :]
+        center, scale = self.context_scales.T
+        return torch.cat([plain, ((context - center) / scale).nan_to_num()], dim=1)
+
+    def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
+        """Logits [X], or outputs [X, O] of several tasks, with the position bias of binary tasks.
+
+        In training that of the batch's exposures; otherwise its mean over training.
+        """
+        if self.position_bias is None:
+            return logits
+        if self.training:
+            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            bias = self.position_bias(batch.bias_ids)
+        else:
+            bias = self.position_bias.mean
+        if self.has_one_logit:
+            return logits + bias[..., 0]
+        # The first output of each binary task: other tasks have no bias.
+        starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
+        places = [int(start) for start, task in zip(starts, self.tasks, strict=True) if task.is_binary]
+        wide = logits.new_zeros(logits.shape).index_copy(
+            1, torch.tensor(places, device=logits.device), bias.expand(len(logits), -1).to(logits)
+        )
+        return logits + wide
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
@@ -241,15 +360,40 @@ class HLLM(nn.Module):
 
     def _projected(self, items: Tensor | None, vectors: Tensor | None) -> Tensor | None:
         """P(E) + W v of items [n, D] by E [n, E] and dense features [n, V]; None where they have neither."""
-        if items is not None and self.standardise is not None:
-            items = self.standardise(items)
-        terms = [] if items is None else [self.project_item(items)]
+        terms = [] if items is None else [self._project(items)]
         if self.project_vectors is not None:
             assert vectors is not None, "the batch has no item vectors"
             terms.append(self.project_vectors(vectors))
         if not terms:
             return None
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    def _project(self, items: Tensor) -> Tensor:
+        """P(E) of E [n, E], standardised or whitened first if the configuration says so."""
+        if isinstance(self.standardise, Whiten) and isinstance(self.project_item, nn.Linear):
+            return self.standardise(items, self.project_item)
+        return self.project_item(items if self.standardise is None else self.standardise(items))
+
+    def _texts(self, item_ids: Tensor, items: Tensor) -> Tensor:
+        """E of items [n, E], standardised or whitened if the configuration says so, in full width."""
+        if self.standardise is None:
+            return items
+        if isinstance(self.item_source, CachedItems):
+            return self.item_source.through(self.standardise, item_ids)
+        return self.standardise(items)
+
+    def _with_texts(self, vectors: Tensor | None, item_ids: Tensor, items: Tensor | None) -> Tensor | None:
+        """Vectors of items [n, D], with their texts [n, D + E] if those are compared too; items: their E [n, E]."""
+        if self.text_similarity is None or vectors is None or items is None:
+            return vectors
+        return self.text_similarity.join(vectors, self._texts(item_ids, items))
+
+    def _history_texts(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
+        """Decayed sums [T, E] of the history's texts; None without `text_similarity`."""
+        if self.text_similarity is None or items is None:
+            return None
+        texts = self._texts(batch.unique_items, items)[batch.history_index]
+        return self.text_similarity.history(texts, batch.seq_offsets)
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
         history = batch.item_ids.numel()
@@ -263,20 +407,53 @@ class HLLM(nn.Module):
 
     def _classify(
         self, batch: HybridBatch, q_QD: Tensor, target_XD: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits [X], the sum of Eq. (2), and the sum of squared errors of the auxiliary value head."""
+    ) -> tuple[Tensor, Tensor | None, dict[str, TaskLoss], Tensor | None]:
+        """Logits [X], outputs [X, O] of several tasks, their losses (Eq. 2), and the squared errors of the value head.
+
+        The offset of thinned-out negatives is added for the loss only: logits and outputs hold on whole traffic.
+        """
+        first = self.tasks[0].name
         if not self.fusion.has_queries:
-            return batch.labels.new_empty(0), q_QD.new_zeros(()), None
+            nothing = q_QD.new_zeros(())
+            return batch.labels.new_empty(0), None, {first: TaskLoss(nothing, nothing)}, None
         inputs = q_QD[batch.target_query], target_XD, batch.evidence
-        logits = self.head(*inputs)
-        classification = binary_cross_entropy(logits, batch.labels, batch.weights)
+        if isinstance(self.head, TaskTowers):
+            outputs = self.biased(self.head(*inputs), batch)
+            return outputs[:, 0], outputs, self._task_losses(batch, outputs), None
+        logits = self.biased(self.head(*inputs), batch)
+        trained = logits if batch.logit_offset is None else logits + batch.logit_offset
+        loss = binary_cross_entropy(trained, batch.labels, batch.weights)
+        tasks = {first: TaskLoss(loss.detach(), loss)}
         if self.value_head is None:
-            return logits, classification, None
+            return logits, None, tasks, None
         known = ~torch.isnan(batch.target_values)  # nan: the exposure has no value; it must not reach the gradients
         error = self.value_head(*inputs)[known] - batch.target_values[known]
-        return logits, classification, (error.square() * batch.weights[known]).sum()
+        return logits, None, tasks, (error.square() * batch.weights[known]).sum()
 
-    def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
+    def _task_losses(self, batch: HybridBatch, outputs: Tensor) -> dict[str, TaskLoss]:
+        """Weighted sums of the tasks' losses over the exposures where their labels are defined."""
+        assert batch.task_labels is not None and batch.task_weights is not None, "the batch has no labels of tasks"
+        found, start = {}, 0
+        for place, task in enumerate(self.tasks):
+            own = outputs[:, start : start + task.outputs]
+            start += task.outputs
+            if place == 0 and batch.logit_offset is not None:
+                own = own + batch.logit_offset[:, None]
+            weights = batch.task_weights[:, place]
+            # NaN times a weight of 0 would be NaN: such labels must not reach the loss.
+            losses = task.losses(own, batch.task_labels[:, place].nan_to_num(), self.task_scales[place])
+            raw = (losses * weights).sum()
+            trained = raw
+            if self.config.objective.task_weighting == "uncertainty":
+                # exp(-s) * loss + s for each unit of weight: divided by the global weight, s is added once per step.
+                log_variance = self.task_log_variances[place]
+                trained = (-log_variance).exp() * raw + log_variance * weights.sum()
+            found[task.name] = TaskLoss(raw.detach(), trained)
+        return found
+
+    def _generate(
+        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor
+    ) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
         exclude = None
         if self.mask_own_items:
@@ -284,8 +461,11 @@ class HLLM(nn.Module):
             # full history of its own piece, including events that Stochastic Length dropped.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
+        predicted = self.project_next(h_TD[batch.next_rows])
+        if self.text_similarity is not None and texts_TE is not None:
+            predicted = self.text_similarity.join(predicted, texts_TE[batch.next_rows])
         return self.generative_loss(
-            self.project_next(h_TD[batch.next_rows]),
+            predicted,
             items[batch.next_index],
             items[batch.negative_index],
             self.logit_scale(),
@@ -294,20 +474,29 @@ class HLLM(nn.Module):
             exclude=exclude,
         )
 
-    def _next_items(self, batch: HybridBatch, h_TD: Tensor) -> Tensor:
+    def _next_items(self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None) -> Tensor:
         """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
-        return self._last_visible(batch, h_TD, batch.target_query, self.project_next)
+        return self._last_visible(batch, h_TD, texts_TE, batch.target_query, self.project_next)
 
-    def _last_visible(self, batch: HybridBatch, h_TD: Tensor, queries: Tensor, project: nn.Module) -> Tensor:
-        """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none."""
+    def _last_visible(
+        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, queries: Tensor, project: nn.Module
+    ) -> Tensor:
+        """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none.
+
+        With `text_similarity` it is followed by the texts' decayed sum at that position.
+        """
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         visible = batch.query_visible[queries]
         # A query sees the first `visible` positions of its piece. With visible = 0 the row is invalid (it belongs to
         # the previous piece, or is -1), so it is clamped and its result is multiplied by 0.
         row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
-            return project(h_TD.new_zeros(row.numel(), h_TD.shape[1])) * 0
-        return project(h_TD[row.clamp(min=0)]) * (visible > 0)[:, None]
+            h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
+            texts_TE = None if texts_TE is None else texts_TE.new_zeros(1, texts_TE.shape[1])
+        found = project(h_TD[row.clamp(min=0)])
+        if self.text_similarity is not None and texts_TE is not None:
+            found = self.text_similarity.join(found, texts_TE[row.clamp(min=0)])
+        return found * (visible > 0)[:, None]
 
 
 def item_space(config: Config) -> str:

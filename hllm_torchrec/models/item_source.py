@@ -51,10 +51,20 @@ class CachedItems(ItemSource):
 
     def __init__(self, vectors: Tensor) -> None:
         self.vectors = vectors
+        self._transformed: tuple[tuple[int, ...], Tensor] | None = None
 
     def __call__(self, item_ids: Tensor) -> Tensor:
         """item_ids [n] -> [n, E]."""
         return self.vectors[item_ids]
+
+    def through(self, module: nn.Module, item_ids: Tensor) -> Tensor:
+        """`module`, which has buffers only, of the embeddings: item_ids [n] -> [n, E]. Computed once for all items."""
+        # In-place changes of a buffer (measuring, loading) raise its version.
+        state = (id(module), *(buffer._version for buffer in module.buffers()))
+        if self._transformed is None or self._transformed[0] != state:
+            with torch.no_grad():
+                self._transformed = state, module(self.vectors)
+        return self._transformed[1][item_ids]
 
 
 class StoredItems(ItemSource):

@@ -18,6 +18,7 @@ from hllm_torchrec.checkpoint.state import is_under
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, find_difference, map_problems, row_digests, vector_mark
 from hllm_torchrec.distributed import coordination
@@ -46,6 +47,9 @@ def maps_read(config: Config) -> dict[str, list[str]]:
     found = {"items": [f"{TABLES}item_id"]} if features.item_id else {}
     found |= {"actions": [TABLES + name for name in actions]} if actions else {}
     found |= {f"feature/{name}": [TABLES + name] for name in (*data.item_features, *data.user_features)}
+    found |= {f"feature/{name}": [f"{TABLES}{CONTEXT}{name}"] for name in data.context}
+    biased = config.objective.position_bias
+    found |= {f"feature/{name}": [f"position_bias.embedding_bags.bias_{name}"] for name in biased}
     return found | {f"{VECTORS}{name}": ["project_vectors"] for name in data.item_vectors if name != FACTORS}
 
 
@@ -55,7 +59,10 @@ def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, An
     def compute() -> dict[str, dict[str, Any]]:
         marks = dataset_marks(dataset)
         names = [name for name in config.data.item_vectors if name != FACTORS]
-        marks |= {f"{VECTORS}{name}": vector_mark(item_vectors(dataset, name)) for name in names}
+        marks |= {
+            f"{VECTORS}{name}": vector_mark(item_vectors(dataset, name), dataset.tombstones.digests(f"{VECTORS}{name}"))
+            for name in names
+        }
         return {name: mark.to_json() for name, mark in marks.items()}
 
     return coordination.run_on_rank_zero(compute)
@@ -135,6 +142,6 @@ def _problems(dataset: Dataset, checkpoint: Path, names: list[str]) -> list[str]
 
 
 def _vector_problems(name: str, run: IdMark, dataset: Dataset) -> list[str]:
-    vectors = item_vectors(dataset, name.removeprefix(VECTORS))
-    found = find_difference(run, vector_mark(vectors), partial(row_digests, vectors))
+    vectors, erased = item_vectors(dataset, name.removeprefix(VECTORS)), dataset.tombstones.digests(name)
+    found = find_difference(run, vector_mark(vectors, erased), partial(row_digests, vectors, erased=erased))
     return [] if found is None else [f"{name}: rows {found.first} to {found.last - 1} have other numbers here"]

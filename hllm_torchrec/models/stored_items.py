@@ -14,7 +14,7 @@ from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
-from hllm_torchrec.store.keys import raw_keys
+from hllm_torchrec.store.keys import is_key, raw_keys
 from hllm_torchrec.store.store import EmbeddingStore, Snapshot
 
 _ROWS = 65_536
@@ -87,7 +87,7 @@ def _fill(target: Tensor, row: int, column: int, snapshot: Snapshot, raw_ids: pa
         first = max(row + at, 1)  # item i is row i of the table and row i - 1 of the dataset's items
         ids = raw_keys(raw_ids.slice(first - 1, max(0, row + end - first)), snapshot.store.kind)
         vectors, known = snapshot.gather(ids)
-        missing += int((~known).sum())
+        missing += int((~known & is_key(ids)).sum())
         # Empty except in the shard and block that contain row 0, the unknown item.
         target[at : first - row].zero_()
         target[first - row : end].copy_(vectors[:, column : column + target.shape[1]])

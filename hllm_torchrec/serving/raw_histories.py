@@ -12,6 +12,10 @@ from hllm_torchrec.inference.raw_ids import RawIds, raw_texts
 from hllm_torchrec.serving.user_state import UserHistory
 
 
+class UnknownIdsError(ValueError):
+    """Raw ids or names that are not in the dataset."""
+
+
 class RawHistories:
     """Users and actions of a dataset by their raw ids and names."""
 
@@ -43,13 +47,14 @@ class RawHistories:
         item_ids: Ints,
         timestamps: ArrayLike,
         labels: ArrayLike | None,
-        actions: Sequence[str] | None,
+        actions: Sequence[str | None] | None,
     ) -> UserHistory:
         """See `Scorer.history`; item_ids: [n] dense ids."""
         numbers = np.zeros(item_ids.size, np.int64)
         if actions is not None:
-            numbers = np.array([self._actions.get(name, -1) for name in actions], np.int64)
-            check_found(f"actions of user {user!r}", numbers, list(actions), f"it has {', '.join(self._actions)}")
+            numbers = np.array([0 if name is None else self._actions.get(name, -1) for name in actions], np.int64)
+            named = [str(name) for name in actions]
+            check_found(f"actions of user {user!r}", numbers, named, f"it has {', '.join(self._actions)}")
         given = np.full(item_ids.size, np.nan) if labels is None else labels
         return UserHistory(self.user(user), item_ids, timestamps, given, numbers)
 
@@ -72,9 +77,9 @@ def check_found(what: str, ids: Ints, raw: Sequence[str], remedy: str) -> None:
     """Check that raw ids [n] were found: no dense id is negative.
 
     Raises:
-        ValueError: some were not; names the first ones and the remedy.
+        UnknownIdsError: some were not; names the first ones and the remedy.
     """
     wrong = np.flatnonzero(ids < 0)
     if wrong.size:
         shown = ", ".join(repr(raw[row]) for row in wrong[:5]) + (", ..." if wrong.size > 5 else "")
-        raise ValueError(f"{what}: {wrong.size} of {len(raw)} are not in the dataset: {shown}; {remedy}")
+        raise UnknownIdsError(f"{what}: {wrong.size} of {len(raw)} are not in the dataset: {shown}; {remedy}")

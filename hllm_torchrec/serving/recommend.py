@@ -79,12 +79,13 @@ def recommend(
     else:
         scores, opened = _similarities(run, which, device, history, moment, dataset)
     scores[0] = -np.inf  # the unknown item
+    scores[opened.excluded_items] = -np.inf
     if not include_seen:
         scores[history.item_ids] = -np.inf
     best = np.argsort(-scores, kind="stable")[:top]
     # Excluded items have the score -inf; after the exclusions fewer than `top` items may remain.
     best = best[np.isfinite(scores[best])]
-    read = _reader(opened, config)
+    read = item_reader(opened, config)
     return Recommendations(
         [RecommendedItem(*read(item)) for item in history.item_ids.tolist()],
         [RecommendedItem(*read(item), score) for item, score in zip(best.tolist(), scores[best].tolist(), strict=True)],
@@ -130,14 +131,16 @@ def _similarities(
     with loaded.weights, experiment.evaluation_items(), torch.no_grad():
         NewItems(experiment)
         catalogue = catalogue_vectors(experiment)
-        batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([piece], 0, 0)
+        batch = Collator(
+            experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
+        )([piece], 0, 0)
         predicted = experiment.model(batch.to(device), want_next=True).next_items
     assert predicted is not None, "a model without a prediction head has a generative loss"
     cosines = normalize(catalogue.float(), dim=-1) @ normalize(predicted[0].float(), dim=-1)
     return cosines.double().cpu().numpy(), experiment.dataset
 
 
-def _reader(dataset: Dataset, config: Config) -> Callable[[int], tuple[str, str]]:
+def item_reader(dataset: Dataset, config: Config) -> Callable[[int], tuple[str, str]]:
     """Return a function: dense item id -> raw id and text, from the text columns of the Item LLM if any, else all."""
     known = dataset.manifest["text_columns"]
     keys = [key for key in config.item_llm.text_keys if key in known] or known

@@ -15,6 +15,7 @@ Legend: n events, T history events that the model uses, m candidates, D width.
 
 import time as clock
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.config.schema import Config
@@ -50,7 +51,9 @@ from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
+from hllm_torchrec.serving.raw_context import ContextValue, RawContext
 from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
+from hllm_torchrec.serving.task_scores import output_shape, predictions_by_task
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 __all__ = ["Scorer", "UserHistory", "UserState", "window_start"]
@@ -109,6 +112,7 @@ class Scorer:
         self.new_items = NewItems(experiment, journal)
         """Items that came after `hllm prepare`."""
         self._raw_ids = RawHistories(experiment.dataset)
+        self._context = RawContext(experiment.dataset, experiment.batch_spec.context)
         self._make_collator()
 
     def _make_collator(self) -> None:
@@ -116,7 +120,8 @@ class Scorer:
         # All candidates of a request have the same time, and visibility by second hides events of the same second:
         # so candidates do not see each other.
         spec = replace(experiment.batch_spec, visibility="second")
-        self._collator = Collator(experiment.dataset, spec, item_vectors=experiment.item_vectors)
+        vectors, context = experiment.item_vectors, experiment.context
+        self._collator = Collator(experiment.dataset, spec, item_vectors=vectors, context=context)
         # Last: other threads take an id from here on.
         self.num_items = experiment.dataset.num_items
         """Dense ids are below it: the dataset's, and those of items that came after it."""
@@ -153,6 +158,17 @@ class Scorer:
             scorer._mark = hash_json([weights_fingerprint(loaded.checkpoint), table_dtype, known])[:16]
             scorer._weights = stack.pop_all()
         return scorer
+
+    @property
+    def mark(self) -> str:
+        """Mark of the weights, their data type and the dataset's ids: equal marks give equal scores."""
+        return self._mark
+
+    @property
+    def unknown_context(self) -> dict[str, int]:
+        """Number of requests with a categorical value that training has not seen, by name."""
+        unseen = {} if self.experiment.context is None else self.experiment.context.unseen
+        return dict(self._context.unknown + Counter(unseen))
 
     def close(self) -> None:
         """Restore the weights and adapters that `of_run` has replaced by averaged and merged ones."""
@@ -242,7 +258,7 @@ class Scorer:
         items: Sequence[str],
         timestamps: ArrayLike,
         labels: ArrayLike | None = None,
-        actions: Sequence[str] | None = None,
+        actions: Sequence[str | None] | None = None,
     ) -> UserHistory:
         """A history from raw ids.
 
@@ -251,7 +267,7 @@ class Scorer:
             items: [n] raw ids.
             timestamps: [n] seconds UTC, ascending.
             labels: [n], NaN for events that are no exposures; None: none is.
-            actions: [n] names of actions, as in the source; None: unknown.
+            actions: [n] names of actions, as in the source; None, also of a single event: unknown.
 
         Raises:
             ValueError: ids or actions that are not known, and as `UserHistory`.
@@ -314,7 +330,11 @@ class Scorer:
 
     @torch.no_grad()
     def score(
-        self, user: UserHistory | UserState, candidates: NDArray[np.integer] | Sequence[str], time: int | None = None
+        self,
+        user: UserHistory | UserState,
+        candidates: NDArray[np.integer] | Sequence[str],
+        time: int | None = None,
+        context: Mapping[str, ContextValue] | None = None,
     ) -> NDArray[np.float32]:
         """Return logits [m] of candidates: the `score` of `hllm evaluate`, in the same order as the probabilities.
 
@@ -324,11 +344,39 @@ class Scorer:
                 242.
             time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
                 older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
+            context: text or number of every value of the request that the model reads (`data.context`), by name; None:
+                unknown. A text that training has not seen is unknown, and counted.
 
         Raises:
-            ValueError: as `read`; candidates that are not known, a state of another model, or a leave-one-out request
-                before the last event.
+            ValueError: as `read`; context that is missing or of another name; candidates that are not known, a state
+                of another model, or a leave-one-out request before the last event.
         """
+        outputs = self._outputs(user, candidates, time, context)
+        return outputs if outputs.ndim == 1 else outputs[:, 0]
+
+    @torch.no_grad()
+    def score_tasks(
+        self,
+        user: UserHistory | UserState,
+        candidates: NDArray[np.integer] | Sequence[str],
+        time: int | None = None,
+        context: Mapping[str, ContextValue] | None = None,
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
+
+        The arguments are those of `score`. A task whose label is defined only where another one is 1 predicts what
+        holds there, such as a like given a click.
+        """
+        return predictions_by_task(self.hllm, self._outputs(user, candidates, time, context))
+
+    def _outputs(
+        self,
+        user: UserHistory | UserState,
+        candidates: NDArray[np.integer] | Sequence[str],
+        time: int | None,
+        context: Mapping[str, ContextValue] | None,
+    ) -> NDArray[np.float32]:
+        """Logits [m], or outputs [m, O] of a model with several tasks."""
         state = self.read(user) if isinstance(user, UserHistory) else user
         self._check_state(state)
         items = self.item_ids(candidates)
@@ -337,17 +385,19 @@ class Scorer:
         if self._start(seen) != state.start:  # a long history goes on after the request: what it may see begins earlier
             state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
-            return self._score(state, items, moment)
+            return self._score(state, items, moment, self._context.columns(context, 1))
 
-    def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
-        """Logits [m] of items [m], `micro_batch` at a time."""
+    def _score(
+        self, state: UserState, items: Ints, moment: int, context: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """Outputs of the head for items [m], `micro_batch` at a time."""
         ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
         # With late fusion the user vector does not depend on the candidates: compute it in the first micro-batch only.
         user_vector: Tensor | None = None
-        found = np.empty(items.size, np.float32)
+        found = np.empty((items.size, *output_shape(self.hllm)), np.float32)
         for start in range(0, items.size, self.micro_batch):
             part = items[start : start + self.micro_batch]
-            batch = self._request(state, part, moment).to(self.experiment.device)
+            batch = self._request(state, part, moment, context).to(self.experiment.device)
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
@@ -368,7 +418,7 @@ class Scorer:
             logits: Tensor = self.hllm.head(ask(x_QD), None, evidence)
         else:
             logits = self.hllm.head(user_vector.expand(target_XD.shape[0], -1), target_XD, evidence)
-        return logits
+        return self.hllm.biased(logits)
 
     def _evidence(self, history: UserHistory, candidates: Ints, time: int) -> Tensor | None:
         """[m, F] evidence of the candidates at `time`, or None; the history is the user's complete one."""
@@ -390,23 +440,33 @@ class Scorer:
         with configured_by("user.shape", length="data.max_history"):
             return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
 
-    def _request(self, user: UserState, candidates: Ints, time: int) -> HybridBatch:
+    def _request(
+        self, user: UserState, candidates: Ints, time: int, context: Mapping[str, NDArray[Any]]
+    ) -> HybridBatch:
         """Batch of the candidates without history; numeric features are the user's at `time`."""
-        asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=np.zeros(candidates.size))
+        extra = {name: np.repeat(value, candidates.size) for name, value in context.items()}
+        labels = np.zeros(candidates.size)
+        asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=labels, extra=extra)
         batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
+        numbers = self._numbers(user, time)
+        if numbers is None:
+            return batch
+        assert batch.numeric is not None
+        # All candidates have the same time, so the one row of numbers is broadcast to all of them.
+        numeric = batch.numeric.clone()
+        numeric[: batch.query_times.numel(), : numbers.shape[1]] = torch.from_numpy(numbers)
+        return replace(batch, numeric=numeric)
+
+    def _numbers(self, user: UserState, time: int) -> Floats | None:
+        """Numeric features [1, F] of a request, or None without any."""
         names = self.experiment.batch_spec.numeric_features
         if not names:
-            return batch
+            return None
         # The request is an additional event without a label: its numbers come from the visible events before it.
         window = user.history.since(user.start)
         earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
         times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
-        numbers = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
-        assert batch.numeric is not None
-        # All candidates have the same time, so the one row of numbers is broadcast to all of them.
-        numeric = batch.numeric.clone()
-        numeric[: batch.query_times.numel()] = torch.from_numpy(numbers)
-        return replace(batch, numeric=numeric)
+        return numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
 
     def _seen(self, history: UserHistory, time: int) -> int:
         """Number of events of a complete history that a request at `time` may see."""

@@ -30,7 +30,7 @@ class UserHistory(Events):
             )
         super().__init__(**Events(*columns, **named).as_arrays().columns)  # type: ignore[arg-type]  # not yet arrays
         object.__setattr__(self, "user_id", user_id)
-        sizes = {name: values.size for name, values in self.columns.items()}
+        sizes = {name: values.size for name, values in (self.columns | self.extra).items() if name != "extra"}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"user {self.user_id}: columns of different lengths {sizes}: give one entry per event")
         back = np.flatnonzero(np.diff(self.timestamps) < 0)

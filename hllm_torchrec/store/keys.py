@@ -19,6 +19,8 @@ KeyKind = Literal["string", "int64"]
 Keys: TypeAlias = pa.Array | NDArray[np.int64] | Tensor | Sequence[str] | Sequence[int]
 Hashes = NDArray[np.uint64]
 
+NO_KEY = -(2**63)
+"""Key of a forgotten id, whose raw id is null, in a store of int64 keys; in one of strings "". No vector has it."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _KEPT = np.array([2 ** (8 * kept) - 1 for kept in range(9)], np.uint64)
 """Masks of the first 0 to 8 bytes of a word."""
@@ -46,7 +48,7 @@ def as_keys(keys: Keys, kind: KeyKind) -> pa.Array:
 
 
 def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
-    """Convert the raw ids of a dataset, which are texts, to keys of a store.
+    """Convert the raw ids of a dataset, which are texts, to keys of a store; null, a forgotten id, becomes no key.
 
     Raises:
         ValueError: int64 keys, and an id that is not a whole number as it is usually written ("7", not "007").
@@ -54,19 +56,31 @@ def raw_keys(raw_ids: pa.Array | pa.ChunkedArray, kind: KeyKind) -> pa.Array:
     texts = raw_ids.cast(pa.large_string())
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     if kind == "string":
-        return texts
+        return pc.fill_null(texts, "")
     # 20 characters are the most of an int64; the pattern leaves out "007" and "+7", which would be the key of "7".
     plain = pc.match_substring_regex(texts, r"^(0|-?[1-9][0-9]{0,18})$")
-    wrong = np.flatnonzero(~pc.fill_null(plain, False).to_numpy(zero_copy_only=False))
+    wrong = np.flatnonzero(~pc.fill_null(plain, True).to_numpy(zero_copy_only=False))
     try:
         if not wrong.size:
-            return texts.cast(pa.int64())
+            return pc.fill_null(texts.cast(pa.int64()), NO_KEY)
     except pa.ArrowInvalid:  # beyond int64
-        numbers = [int(text) for text in texts.to_pylist()]
-        wrong = np.flatnonzero([not -(2**63) <= number < 2**63 for number in numbers])
+        numbers = [int(text or 0) for text in texts.to_pylist()]
+        wrong = np.flatnonzero([not NO_KEY < number < 2**63 for number in numbers])
     raise ValueError(
         f"keys int64: raw id {texts[int(wrong[0])].as_py()!r} is not a whole number of 64 bits: use keys of type string"
     )
+
+
+def plain_numbers(raw_ids: Sequence[str]) -> list[int]:
+    """The raw ids that are whole numbers as they are usually written, as numbers."""
+    return [int(raw) for raw in raw_ids if raw.lstrip("-").isdecimal() and str(int(raw)) == raw]
+
+
+def is_key(keys: pa.Array) -> NDArray[np.bool_]:
+    """Mask [n] of the keys made by `raw_keys` that are not of forgotten ids."""
+    other = pc.not_equal(keys, pa.scalar(NO_KEY if pa.types.is_integer(keys.type) else "", keys.type))
+    found: NDArray[np.bool_] = other.to_numpy(zero_copy_only=False)
+    return found
 
 
 def hash_keys(keys: pa.Array) -> Hashes:

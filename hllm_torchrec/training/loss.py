@@ -1,7 +1,9 @@
 """Loss of a step over all ranks and micro-batches, and its statistics for the log."""
 
 import math
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from itertools import zip_longest
 from typing import Self
 
 import torch
@@ -16,16 +18,20 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the generative and the value loss in the sum; the classification loss has weight 1."""
+    """Weights of the parts of the loss; tasks: those of the tasks within the classification loss, by name."""
 
     generative: float
     value: float
+    classification: float = 1.0
+    tasks: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config) -> "LossWeights":
         """Weights of a configuration: lambda of Eq. (3), or 1 if the generative loss is the only one (Eq. 1)."""
         objective = config.objective
-        return cls(objective.generative_weight if objective.has_head else 1.0, objective.value_weight)
+        generative = objective.generative_weight if objective.has_head else 1.0
+        tasks = {name: task.weight for name, task in objective.task_configs.items()}
+        return cls(generative, objective.value_weight, objective.classification_weight, tasks)
 
 
 @dataclass(frozen=True)
@@ -46,34 +52,53 @@ class StepStats:
     """Number of ranks that received SIGTERM: all ranks stop after the same step."""
     failed_saves: float = 0.0
     """Number of ranks on which the pending checkpoint has failed: all ranks raise at the same step."""
+    tasks: tuple[float, ...] = ()
+    """Shares of the mean loss of each task, if there are several."""
 
     def __add__(self, other: "StepStats") -> "StepStats":
-        return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        tasks = [a + b for a, b in zip_longest(self.tasks, other.tasks, fillvalue=0.0)]
+        return StepStats(*(a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)), tuple(tasks))
+
+    def _numbers(self) -> tuple[float, ...]:
+        """The values without `tasks`, in the order of the fields."""
+        return astuple(self)[:-1]
 
     def to_tensor(self) -> Tensor:
         """The values as float64, in the order of the fields."""
-        return torch.tensor(astuple(self), dtype=torch.float64)
+        return torch.tensor([*self._numbers(), *self.tasks], dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, numbers: Tensor) -> Self:
         """Inverse of `to_tensor`."""
-        return cls(*numbers.tolist())
+        values, single = numbers.tolist(), len(fields(cls)) - 1
+        return cls(*values[:single], tuple(values[single:]))
 
     def over_ranks(self) -> "StepStats":
         """Sum over all ranks. Collective."""
         return StepStats.from_tensor(global_sum(self.to_tensor()))
 
 
-def step_counts(batches: list[HybridBatch]) -> tuple[float, float]:
-    """(weight of the exposures, generative targets) of a complete step on all ranks; at least 1 each. Collective."""
+@dataclass(frozen=True)
+class StepCounts:
+    """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets."""
+
+    tasks: tuple[float, ...]
+    targets: float
+
+
+def step_counts(batches: list[HybridBatch]) -> StepCounts:
+    """The counts of a step, summed over its micro-batches and all ranks. Collective."""
     # Global counts, not this rank's: ranks and micro-batches hold different numbers of samples, and each counts once.
-    local = [[float(batch.weights.sum()), float(batch.next_rows.numel())] for batch in batches]
-    exposures, targets = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
-    return max(exposures, 1.0), max(targets, 1.0)
+    local = []
+    for batch in batches:
+        weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
+        local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel())])
+    *tasks, targets = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    return StepCounts(tuple(weight or 1.0 for weight in tasks), targets or 1.0)
 
 
 def micro_batch_loss(
-    output: HLLMOutput, counts: tuple[float, float], weights: LossWeights, encodes_items: bool
+    output: HLLMOutput, counts: StepCounts, weights: LossWeights, encodes_items: bool
 ) -> tuple[Tensor, StepStats]:
     """Share of Eq. (3) of this rank and micro-batch: local sums over global counts, so that shares add up.
 
@@ -82,13 +107,17 @@ def micro_batch_loss(
     Returns:
         The share [], with gradient, and the statistics of this micro-batch for `describe_step`.
     """
-    classification = output.classification / counts[0]
-    value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts[0]
+    means = {name: loss.trained / count for (name, loss), count in zip(output.tasks.items(), counts.tasks, strict=True)}
+    terms = [mean if (weight := weights.tasks.get(name, 1.0)) == 1.0 else weight * mean for name, mean in means.items()]
+    classification = terms[0]
+    for term in terms[1:]:
+        classification = classification + term
+    value = classification.new_zeros(()) if output.value_error is None else output.value_error / counts.tasks[0]
     generative, effective, accuracy = (classification.new_zeros(()) for _ in range(3))
     if output.generative is not None:
         # These two are means over this micro-batch's targets, so they are weighted by its share of the targets.
-        share = output.generative.count / counts[1]
-        generative = output.generative.loss_sum / counts[1]
+        share = output.generative.count / counts.targets
+        generative = output.generative.loss_sum / counts.targets
         effective, accuracy = (
             output.generative.effective_negatives * share,
             output.generative.accuracy * share,
@@ -97,27 +126,33 @@ def micro_batch_loss(
     if encodes_items and output.items is not None and output.items.shape[0] > 1:
         spread, measured = embedding_spread(output.items), 1.0
     numbers = [classification, generative, value, effective, accuracy, spread]
-    loss = classification + weights.generative * generative + weights.value * value
+    loss = weights.classification * classification + weights.generative * generative + weights.value * value
+    if len(means) > 1:
+        numbers += [loss.raw / count for loss, count in zip(output.tasks.values(), counts.tasks, strict=True)]
     # One copy from the device for all values, because every copy waits for the forward pass.
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
-    return loss, replace(StepStats(*shares), similarities=measured)
+    return loss, replace(StepStats(*shares[:6]), similarities=measured, tasks=tuple(shares[6:]))
 
 
-def describe_step(stats: StepStats, norm: float, config: Config, alarm: bool) -> dict[str, float]:
+def describe_step(
+    stats: StepStats, norm: float, config: Config, alarm: bool, task_names: Sequence[str] = ()
+) -> dict[str, float]:
     """Losses and statistics of a step for the log; `stats`: over all ranks.
 
     norm: gradient norm, NaN or infinite if a gradient is.
     alarm: True if collapsed items are an error. A model from scratch starts with nearly equal embeddings for all
     items, which the first steps separate.
+    task_names: of `stats.tasks`, in order.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
     """
     cls, gen, value = stats.classification, stats.generative, stats.value
     weights, objective = LossWeights.of(config), config.objective
-    found = {"loss": cls + weights.generative * gen + weights.value * value}
+    found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if objective.has_head:
         found["loss_cls"] = cls
+    found |= {f"loss_{name}": loss for name, loss in zip(task_names, stats.tasks, strict=True)}
     if weights.generative > 0:
         found |= {"loss_gen": gen, "effective_negatives": stats.effective_negatives, "gen_accuracy": stats.gen_accuracy}
     if weights.value > 0:

@@ -30,20 +30,26 @@ class StepGuard:
         self._folder, self._rank = (output or Path(config.output)) / "bad_batches", rank
         self._leakage, self._leakage_above = config.reliability.leakage, config.reliability.leakage_above
         self._ndcg = f"ndcg@{config.evaluation.ks[0]}"
+        self._metrics = config.evaluation.select_by.split("_and_")
         self._consecutive_failures, self.reason = 0, ""
         self._says_undefined = rank == 0
 
     def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
-        """Score by which validation compares checkpoints, larger is better: AUC, or without a head NDCG.
+        """Score by which validation compares checkpoints, larger is better: `select_by`, or without a head NDCG.
 
-        With labels of one class AUC is undefined: then it is the log loss, negated. None: there is nothing to score.
-        The first undefined score is reported, on rank 0.
+        A metric of `select_by` that is undefined is replaced: AUC, with labels of one class, by the negated log loss,
+        GAUC, without a user of both labels, by AUC. None: there is nothing to score. The first undefined score is
+        reported, on rank 0.
         """
-        name = "auc" if "auc" in metrics else self._ndcg
-        score = metrics[name]
-        if score is not None and not math.isnan(score):
-            return float(score)
-        if name == "auc" and metrics["rows"]:
+        has_head = "auc" in metrics
+        found = [metrics[name] for name in (self._metrics if has_head else [self._ndcg])]
+        if not any(score is None or math.isnan(score) for score in found):
+            return float(sum(found) / len(found))
+        score: float | None
+        if has_head and metrics["rows"] and not math.isnan(metrics["auc"]):
+            problem = "has no user with both labels: its GAUC is undefined, and checkpoints are compared by AUC"
+            score = float(metrics["auc"])
+        elif has_head and metrics["rows"]:
             problem = "has labels of one class: its AUC is undefined, and checkpoints are compared by log loss"
             score = -float(metrics["log_loss"])
         else:

@@ -101,7 +101,8 @@ class Trainer:
         self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
         self.origin: dict[str, Any] | None = None  # checkpoint from which the run starts, and its ids, for the log
         self.guard = StepGuard(self.config, self.rank, self.output)
-        self.evaluation_pending = False  # True if the evaluation of the current step has not been done yet
+        # True if the evaluation of the current step has not been done yet
+        self.evaluation_pending = self.config.evaluation.at_start
         self.preemption, self.should_stop = PreemptionHandler(), False
         self.save_failed = False  # True if the pending checkpoint has failed on some rank
         self.metrics: dict[str, Any] = {}
@@ -144,12 +145,14 @@ class Trainer:
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:
-        if self.evaluation_pending:  # the resumed checkpoint was saved before the evaluation of its step
+        if self.evaluation_pending and self.step:  # the resumed checkpoint was saved before the evaluation of its step
             self._evaluate_and_save()
         for segment in self.schedule.from_step(self.step):
             if self.early_stopping.is_over:
                 break
             self._begin_segment(segment)
+            if self.evaluation_pending:  # `evaluation.at_start`, with the item source of the first stage
+                self._evaluate_and_save()
             self._train_segment(segment)
 
     def _save_and_raise_preempted(self) -> NoReturn:
@@ -223,7 +226,8 @@ class Trainer:
         totals = replace(stats, **flags).over_ranks()
         self.should_stop, self.save_failed = totals.asked_to_stop > 0, totals.failed_saves > 0
         try:
-            found = describe_step(totals, norm, self.config, alarm=self.step > self.schedule.warmup_steps)
+            names = [task.name for task in self.hllm.tasks] if totals.tasks else ()
+            found = describe_step(totals, norm, self.config, self.step > self.schedule.warmup_steps, names)
         except FloatingPointError as error:
             # A step that was refused has its earlier micro-batches' gradients.
             self.dense_optim.zero_grad(set_to_none=True)

@@ -35,6 +35,8 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     Raises:
         ConfigError: the configuration does not fit the dataset, the device, or the existing contents of `output`.
     """
+    if config.recipe is not None:
+        raise ConfigError(f"recipe: {config.recipe}: not filled in for a dataset; `hllm init` writes it filled in")
     storage = open_run_storage(config.output)  # if `output` is a URL: downloads the existing files of the run
     resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
     begin_from = start_checkpoint(config) if resume_from is None else None

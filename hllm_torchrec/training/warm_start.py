@@ -26,13 +26,18 @@ from hllm_torchrec.models.run_vocabulary import check_vocabulary
 
 OPTIONAL_PARTS = (
     "adapter",
+    "context_scales",
     "features",
     "head",
     "logit_scale",
+    "position_bias",
     "project_item",
     "project_next",
     "project_vectors",
     "standardise",
+    "task_log_variances",
+    "task_scales",
+    "text_similarity",
     "user_token",
     "value_head",
 )

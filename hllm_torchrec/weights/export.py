@@ -1,6 +1,7 @@
 """Export of a trained run to files that can be used without this library.
 
     item_llm/            the Item LLM: a Hugging Face directory with tokenizer, and item_token.safetensors
+    sentence_transformers/  the same, as sentence-transformers loads it: see `weights.sentence_transformers`
     user_llm/            the User LLM, without word embeddings (other user encoders are in parts.safetensors)
     parts.safetensors    all other weights by their names in the model: projections, heads, tables, logit scale
     config.yaml          the run's configuration, with the two directories as its pretrained models
@@ -20,25 +21,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.machine import machine_info
 from hllm_torchrec.config.loading import save_config
 from hllm_torchrec.config.schema import ItemLLMConfig, LoRAConfig
 from hllm_torchrec.data.token_store import TOKENIZER_FILES
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
+from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.models.named_backbones import NamedBackbone, Section
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.lora import merged_state
 from hllm_torchrec.weights.huggingface import save_backbone, without_word_embeddings
+from hllm_torchrec.weights.sentence_transformers import FOLDER, write_sentence_transformers
 
 FOLDERS = {"user": "user_llm"}
 """Part of the model -> its directory, where that is not its name."""
 
 
-def export_huggingface(run: Path, which: str, output: Path, device: torch.device, dataset: Path | None = None) -> None:
+def export_huggingface(
+    run: Path, which: str, output: Path, device: torch.device, dataset: Path | None = None
+) -> str | None:
     """Write the model of a run into `output`, from its checkpoint "best", "latest" or one by name.
 
     Uses averaged weights (`optim.ema`) if the run has them. Runs in one process; the checkpoint may be of any number.
+
+    Returns:
+        The reason why there is no directory for sentence-transformers; None: there is one, or no Item LLM.
 
     Raises:
         ValueError: the run or checkpoint does not exist, or the output does.
@@ -49,16 +58,30 @@ def export_huggingface(run: Path, which: str, output: Path, device: torch.device
     with loaded.weights, atomic_folder(output) as folder:
         state = full_state_dict(loaded)
         exported: dict[str, Any] = {}
+        left_out: str | None = None
         for part in loaded.experiment.hllm.named_backbones():
             if part.module.backbone is not None:
                 name = FOLDERS.get(part.name, part.name)
                 _export_part(part, state, folder / name)
                 exported[part.name] = _pretrained(part.section, str(output / name))
+        if (folder / "item_llm").is_dir():
+            left_out = _export_sentences(loaded, folder)
         save_file({key: value.contiguous() for key, value in state.items()}, str(folder / "parts.safetensors"))
         config = loaded.experiment.config
         onward = dataclasses.replace(config, output=f"{config.output}-on", start_from=None, **exported)
         save_config(onward, folder / "config.yaml")
-        (folder / "README.md").write_text(model_card(run, loaded), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(run, loaded, left_out), encoding="utf-8")
+    return left_out
+
+
+def _export_sentences(loaded: LoadedRun, folder: Path) -> str | None:
+    """Write the directory for sentence-transformers; returns why there is none, or None."""
+    token = trained_item_token(str(folder / "item_llm"), loaded.experiment.hllm.item_llm.width)
+    try:
+        write_sentence_transformers(loaded.experiment, folder / "item_llm", token, folder / FOLDER)
+    except ArgumentError as error:
+        return str(error)
+    return None
 
 
 def full_state_dict(loaded: LoadedRun) -> dict[str, Tensor]:
@@ -103,8 +126,11 @@ def _pretrained(section: Section, directory: str) -> Section:
     )
 
 
-def model_card(run: Path, loaded: LoadedRun) -> str:
-    """Write the README of an exported model, in Markdown with Hugging Face's header."""
+def model_card(run: Path, loaded: LoadedRun, left_out: str | None = None) -> str:
+    """Write the README of an exported model, in Markdown with Hugging Face's header.
+
+    left_out: why there is no directory for sentence-transformers.
+    """
     config, experiment = loaded.experiment.config, loaded.experiment
     item, user = config.item_llm, config.user
     prompt = text_format("item_llm", item).prompt if item.enabled else ""
@@ -120,7 +146,10 @@ def model_card(run: Path, loaded: LoadedRun) -> str:
         + ", ".join(f"{name} {info['packages'][name]}" for name in ("torch", "transformers")),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return _CARD.format(name=run.name, table=table, metrics=_metrics(run))
+    sentences = _SENTENCES.format(folder=FOLDER) if left_out is None else f"None for this model: {left_out}."
+    if not item.enabled:
+        sentences = "None: the model has no Item LLM."
+    return _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences)
 
 
 def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
@@ -144,6 +173,15 @@ def _metrics(run: Path) -> str:
     return f"On the {found.get('split', 'evaluated')} part:\n\n" + "\n".join(lines)
 
 
+_SENTENCES = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{folder}")
+embeddings = model.encode(["title: Red kettle, brand: Aroma"])  # `key: value` pairs, as in the table's "item text"
+```
+
+vLLM serves the same directory as a pooling model: `vllm serve {folder} --runner pooling`."""
+
 _CARD = """---
 library_name: transformers
 tags: [recommendation, hllm, hllm_torchrec]
@@ -161,6 +199,10 @@ encoder a history of them into an interest.
 ## Measured
 
 {metrics}
+
+## Reading it with sentence-transformers
+
+{sentences}
 
 ## Reading it with plain transformers
 

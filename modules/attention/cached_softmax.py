@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues
 from hllm_torchrec.modules.attention.text import grouped_attention
@@ -68,6 +69,42 @@ class RequestPlan:
         output = _attention(extended.transpose(0, 1)[None], keys, values, scaling, dropout)[0].transpose(0, 1)
         weight = output[..., value.shape[2]].view(number, groups, -1, 1)
         return output[..., : value.shape[2]] + (weight * value[:, :, None]).reshape(number, heads, -1)
+
+
+class RequestsPlan:
+    """`TextPlan` for the candidates of several requests; each sees its own request's history, and itself.
+
+    Linear layers compute the rows of all requests at once, attention one request after the other; requests of one
+    candidate each (late fusion) share one padded call instead.
+
+    layers: of each layer the visible keys and values of each request. counts: candidates of each request.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[KeysValues]], counts: Sequence[int], device: torch.device) -> None:
+        self.remaining, self.counts = iter(layers), list(counts)
+        seen = torch.tensor([one.keys.shape[0] for one in layers[0]])
+        self.position_ids = seen.repeat_interleave(torch.tensor(self.counts))[None].to(device)
+        self.longest = int(seen.max()) + 1
+        self.single, self.mask = max(self.counts) == min(self.counts) == 1, None
+        if self.single and int(seen.min()) < int(seen.max()):
+            # [R, 1, 1, 1 + N]: column 0 is the own key.
+            self.mask = (torch.arange(self.longest) <= seen[:, None])[:, None, None].to(device)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+        """See `TextPlan`; called once per layer, in layer order."""
+        layer = next(self.remaining)
+        if self.single:
+            keys, values = (
+                torch.cat([own[:, None], pad_sequence([getattr(one, name) for one in layer], batch_first=True)], 1)
+                for own, name in ((key, "keys"), (value, "values"))
+            )
+            return grouped_attention(query[:, None], keys, values, self.mask, False, scaling, dropout)
+        parts = zip(layer, *(x.split(self.counts) for x in (query, key, value)), strict=True)
+        found = []
+        for one, q, k, v in parts:
+            plan = RequestPlan([with_own_key(one, q.dtype)], q.shape[0], one.keys.shape[0])
+            found.append(plan.attend(q, k, v, scaling, dropout))
+        return torch.cat(found)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float) -> Tensor:

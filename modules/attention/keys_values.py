@@ -4,7 +4,7 @@ Legend: N history positions, n new ones, m candidates of a micro-batch, G key-va
 keys and values, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 ScoreCandidates = Callable[[Tensor], Tensor]
 """Function of the inputs x [m, D] of a micro-batch of candidates that returns their outputs q [m, D]."""
+ScoreRequests = Callable[[Tensor, Sequence[int]], Tensor]
+"""Function of the inputs x [m, D] of the candidates of several requests, one request after the other, and of their
+numbers, that returns the outputs q [m, D]."""
 
 
 @dataclass(frozen=True)

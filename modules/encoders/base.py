@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates, ScoreRequests
 from hllm_torchrec.modules.jagged import lengths_from_offsets, position_in_sequence, sequence_of_position
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ class UserEncoder(nn.Module, ABC):
         """The Hugging Face model of the encoder, or None."""
         self.context_prefix = 0
         """Number of positions at the start of a history that see one another, and so must be read in one call."""
+        self.context_sees_history = False
+        """True if those positions see the whole history, so that every later position sees the future through them."""
         self.recompute = False
         """Activation checkpointing: if True, each layer runs again in the backward pass."""
 
@@ -202,6 +204,17 @@ class UserEncoder(nn.Module, ABC):
     def begin_request(self, cache: HistoryCache, time: int, visible: int) -> ScoreCandidates:
         """Outputs of candidates that see the first `visible` events: see `history_cache.begin_request`."""
         raise NotImplementedError(f"{type(self).__name__} keeps no keys and values of a history")
+
+    def begin_requests(
+        self, caches: Sequence[HistoryCache], times: Sequence[int], visible: Sequence[int]
+    ) -> ScoreRequests:
+        """Outputs of the candidates of several requests: see `history_cache.begin_requests`."""
+        asks = [self.begin_request(*one) for one in zip(caches, times, visible, strict=True)]
+
+        def ask(x_mD: Tensor, counts: Sequence[int]) -> Tensor:
+            return torch.cat([one(part) for one, part in zip(asks, x_mD.split(list(counts)), strict=True)])
+
+        return ask
 
     def run_layer(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """Run a layer, with activation checkpointing if `recompute` is set."""

@@ -36,12 +36,16 @@ class HSTUShape:
     """Application of SiLU: to u, v, q and k (all), or to u only."""
     scaled_scores: bool | None = None
     """q . k is divided by sqrt(qk_width)."""
+    alpha: float | None = None
+    """Factor of q . k; None: 1 / sqrt(qk_width) with scaled_scores, else 1."""
     relative_bias: bool | None = None
     """Add the relative bias rab to the scores: a learned number per distance in positions and per bucket of time."""
     absolute_positions: bool | None = None
     """Add a learned vector for the position to the input."""
-    output: Literal["gated", "concat"] | None = None
-    """gated: u * LN(a); concat: [u, a, u * LN(a)]."""
+    output: Literal["gated", "concat", "concat_norm"] | None = None
+    """gated: u * LN(a); concat: [u, a, u * LN(a)]; concat_norm: [u, LN(a), u * LN(a)]."""
+    group_norm: bool = False
+    """LN(a) normalizes each head on its own, with one weight and one bias per head if affine_norm."""
     divide_by: int | Literal["length"] = MAX_POSITIONS
     """Divisor of a position's sum over keys: a constant (in the published code the maximum history), or the number of
     keys that the position sees. It never depends on the batch."""
@@ -56,6 +60,10 @@ class HSTUShape:
     """Number of latest positions that a position sees, including itself; None: all."""
     prefix: int = 0
     """Number of context positions at the start of each sequence: they see one another, and all positions see them."""
+    prefix_mask: Literal["context", "history"] = "context"
+    """history: context positions see the whole history, a window hides the context too, and all context positions count
+    as one in distances, as in the public code. Every later position then sees the future through the context, so
+    configurations refuse it, and a model built in Python takes only queries at the end of a history."""
     dropout: float = 0.0
     """Dropout before each layer's output projection, a probability."""
     stochastic_depth: float = 0.0

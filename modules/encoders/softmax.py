@@ -3,12 +3,14 @@
 Legend: S packed rows, D width, H heads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from hllm_torchrec.common.errors import ArgumentError
-from hllm_torchrec.modules.attention.cached_softmax import ReadPlan, RequestPlan, with_own_key
-from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates
+from hllm_torchrec.modules.attention.cached_softmax import ReadPlan, RequestPlan, RequestsPlan, with_own_key
+from hllm_torchrec.modules.attention.keys_values import HistoryCache, KeysValues, ScoreCandidates, ScoreRequests
 from hllm_torchrec.modules.attention.packed import AttentionPlan, packed_attention, plan_attention
 from hllm_torchrec.modules.attention.text import TextPlan
 from hllm_torchrec.modules.encoders.base import PackedRows, UserEncoder, dense_flops
@@ -84,6 +86,22 @@ class SoftmaxEncoder(UserEncoder):
         @torch.no_grad()
         def ask(x_mD: Tensor) -> Tensor:
             plan = RequestPlan(layers, x_mD.shape[0], visible)
+            return self.run_layers(self.add_positions(x_mD, plan.position_ids[0]), plan)
+
+        return ask
+
+    def begin_requests(
+        self, caches: Sequence[HistoryCache], times: Sequence[int], visible: Sequence[int]
+    ) -> ScoreRequests:
+        """Outputs of the candidates of several requests: see `UserEncoder.begin_requests`."""
+        of_request = [
+            [layer.first(seen) for layer in cache.layers] for cache, seen in zip(caches, visible, strict=True)
+        ]
+        layers = list(zip(*of_request, strict=True))
+
+        @torch.no_grad()
+        def ask(x_mD: Tensor, counts: Sequence[int]) -> Tensor:
+            plan = RequestsPlan(layers, counts, x_mD.device)
             return self.run_layers(self.add_positions(x_mD, plan.position_ids[0]), plan)
 
         return ask

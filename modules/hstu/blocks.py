@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hllm_torchrec.modules.encoders.base import PackedRows
-from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, divisor, time_bucket
+from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, divisor, place_after_context, time_bucket
 from hllm_torchrec.modules.jagged import length_buckets, lengths_from_offsets
 
 FEWEST_ROWS = 128
@@ -128,7 +128,8 @@ def _chunks(bucket: PaddedBucket, rules: AttentionRules) -> Iterator[Chunk]:
         # With a context prefix the keys begin at 0 even under a window, as every row sees the context.
         seen_from = 0 if rules.window is None or rules.prefix else max(0, first - rules.window + 1)
         # Rows end at their own position. A chunk that starts inside the prefix sees all of the prefix.
-        seen_to = end if first >= rules.prefix else min(longest, max(end, rules.prefix))
+        last_of_context = longest if rules.context_sees_all else rules.prefix
+        seen_to = end if first >= rules.prefix else min(longest, max(end, last_of_context))
         yield Chunk(True, (first, end), (seen_from, seen_to))
     # Queries are in no order of position, so their chunks see all keys and the mask does the rest.
     number = 0 if bucket.queries is None else bucket.queries.shape[1]
@@ -151,6 +152,8 @@ def _pair_mask(
 ) -> PairMask:
     """Compute the mask of packed rows `asking` [b, M] against `keys` [b, N]; keys_valid: [b, N] or None."""
     columns = torch.arange(*chunk.keys, device=keys.device)
+    if rules.context_sees_all:
+        return _mask_with_seeing_context(rows, rules, asking, keys, chunk, keys_valid)
     if chunk.is_history and not rules.prefix:
         # Row i of each sequence is its position i, so one mask serves all; right padding is always in the future.
         place = torch.arange(*chunk.rows, device=keys.device)[None, :, None]
@@ -174,11 +177,39 @@ def _pair_mask(
     hidden = hidden[..., first_hidden:]
     if rules.last_bucket is None:
         return PairMask(hidden, first_hidden, None, None)
+    bucket = _time_buckets(rows, rules.last_bucket, asking, keys)
+    return PairMask(hidden, first_hidden, None if chunk.is_history else distance.clamp(min=0), bucket)
+
+
+def _mask_with_seeing_context(
+    rows: PackedRows, rules: AttentionRules, asking: Tensor, keys: Tensor, chunk: Chunk, keys_valid: Tensor | None
+) -> PairMask:
+    """`_pair_mask` for the public code's mask of a prefix (`HSTUShape.prefix_mask`)."""
+    position = rows.positions[asking][:, :, None]
+    columns = torch.arange(*chunk.keys, device=keys.device)
+    place = place_after_context(position, chunk.is_history, rules.prefix)
+    distance = place - place_after_context(columns, True, rules.prefix)
+    hidden = distance <= 0
+    if rules.window is not None:
+        hidden = hidden | (distance >= rules.window)
+    if chunk.is_history:
+        hidden = hidden & (position != columns) & (place > 0)
+        if keys_valid is not None:
+            hidden = hidden | ~keys_valid[:, None, :]
+    else:
+        # A history shorter than the context has padding at place 0, which a query would take for context.
+        hidden = hidden | (columns >= position)
+    if rules.last_bucket is None:
+        return PairMask(hidden, 0, None, None)
+    return PairMask(hidden, 0, distance.clamp(min=0), _time_buckets(rows, rules.last_bucket, asking, keys))
+
+
+def _time_buckets(rows: PackedRows, last: int, asking: Tensor, keys: Tensor) -> Tensor:
+    """Compute the bucket of each pair's time difference, in `COPIES` tables: [b, M, N] int16."""
     gap = rows.asked_at[asking][:, :, None] - rows.times[keys][:, None, :]
     # Neighboring columns use different copies of the table (see `COPIES`); at most 8 x 1,025 fits in int16.
-    copy = torch.arange(keys.shape[1], device=keys.device) % COPIES * (rules.last_bucket + 1)
-    bucket = time_bucket(gap, rules.last_bucket).add_(copy.to(torch.int16))
-    return PairMask(hidden, first_hidden, None if chunk.is_history else distance.clamp(min=0), bucket)
+    copy = torch.arange(keys.shape[1], device=keys.device) % COPIES * (last + 1)
+    return time_bucket(gap, last).add_(copy.to(torch.int16))
 
 
 class Pairs(NamedTuple):

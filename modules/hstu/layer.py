@@ -2,7 +2,7 @@
 
     [u, v, q, k] = phi(f1(LN(x)))                          phi: SiLU, on all four or on u alone
     a_i          = sum_j silu(alpha q_i . k_j + rab_ij) v_j / n_i
-    y            = x + f2(dropout(u * LN(a)))              or of [u, a, u * LN(a)]
+    y            = x + f2(dropout(u * LN(a)))              or of [u, a, u * LN(a)], [u, LN(a), u * LN(a)]
 
 Two published parameterizations are presets (`modules.encoders.shapes.PRESETS`): "research" (retrieval) and "ranking".
 Deliberate differences from the public code: n_i is a constant or the row's own number of keys, never the batch's
@@ -13,6 +13,7 @@ Legend: S packed rows (history, then queries), D width, H heads, E width of a he
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hllm_torchrec.modules.encoders.shapes import PRESETS, HSTUShape
 from hllm_torchrec.modules.hstu.attention import choose_hstu_backend, known_backend, plan_layout, pointwise_attention
 from hllm_torchrec.modules.hstu.cached_pointwise import begin_pointwise, read_pointwise
 from hllm_torchrec.modules.hstu.layout import AttentionRules, Layout, RelativeBias, score_scale
+from hllm_torchrec.modules.jagged import lengths_from_offsets
 
 NORM_EPS = 1e-6
 MOST_BUCKETS = 1024
@@ -50,6 +52,12 @@ def resolve_preset(shape: HSTUShape) -> HSTUShape:
         raise ArgumentError(f"divide_by: {shape.divide_by!r}: must be 'length' or an integer of at least 1")
     if shape.window is not None and shape.window < 1:
         raise ArgumentError(f"window: {shape.window}: must be at least 1, or null for all positions")
+    if shape.alpha is not None and not (math.isfinite(shape.alpha) and shape.alpha > 0):
+        raise ArgumentError(f"alpha: {shape.alpha}: must be a number above 0, or null for the preset's")
+    if shape.prefix_mask == "history" and shape.prefix < 1:
+        raise ArgumentError("prefix_mask: 'history': needs context positions: give prefix, or write context")
+    if shape.prefix_mask == "history" and shape.backend == "triton":
+        raise ArgumentError("prefix_mask: 'history': the backend 'triton' has no such mask; choose 'eager'")
     if not 0 <= shape.time_buckets <= MOST_BUCKETS:
         raise ArgumentError(
             f"time_buckets: {shape.time_buckets}: must be 0 to {MOST_BUCKETS}; 146 hold every int64 second"
@@ -69,7 +77,7 @@ class HSTULayer(nn.Module):
         super().__init__()
         assert shape.qk_width and shape.value_width and shape.affine_norm is not None, "an unresolved shape"
         self.heads, self.qk_width, self.value_width = shape.heads, shape.qk_width, shape.value_width
-        self.silu_on_all, self.concat = shape.silu == "all", shape.output == "concat"
+        self.silu_on_all, self.output = shape.silu == "all", shape.output
         self.backend, self.dropout, self.skip = shape.backend, shape.dropout, skip
         inner = shape.heads * shape.value_width
         self.norm = nn.LayerNorm(shape.width, NORM_EPS, elementwise_affine=shape.affine_norm)
@@ -77,8 +85,13 @@ class HSTULayer(nn.Module):
             shape.width, 2 * inner + 2 * shape.heads * shape.qk_width, bias=bool(shape.projection_bias)
         )
         self.bias = RelativeBias(shape.max_positions, shape.time_buckets) if shape.relative_bias else None
-        self.attention_norm = nn.LayerNorm(inner, NORM_EPS, elementwise_affine=shape.affine_norm)
-        self.out = nn.Linear(3 * inner if self.concat else inner, shape.width, bias=not shape.projection_bias)
+        self.attention_norm: nn.LayerNorm | nn.GroupNorm = (
+            nn.GroupNorm(shape.heads, shape.heads, NORM_EPS, affine=shape.affine_norm)
+            if shape.group_norm
+            else nn.LayerNorm(inner, NORM_EPS, elementwise_affine=shape.affine_norm)
+        )
+        joined = inner if self.output == "gated" else 3 * inner
+        self.out = nn.Linear(joined, shape.width, bias=not shape.projection_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -109,8 +122,10 @@ class HSTULayer(nn.Module):
 
     def combine(self, x_SD: Tensor, u: Tensor, attended: Tensor, sequences: Tensor) -> Tensor:
         """Gate and project `attended` [S, H x V], and add it to x; sequences [S]: the user of each row."""
-        gated = u * self.attention_norm(attended)
-        joined = torch.cat([u, attended, gated], dim=-1) if self.concat else gated
+        normed = self._normalize(attended)
+        joined = u * normed
+        if self.output != "gated":
+            joined = torch.cat([u, attended if self.output == "concat" else normed, joined], dim=-1)
         change = self.out(F.dropout(joined, self.dropout, self.training))
         if self.training and self.skip > 0:
             # One draw per user, not per row: a sequence skips the layer as one. Dividing by the probability of keeping
@@ -119,6 +134,13 @@ class HSTULayer(nn.Module):
             kept = torch.rand(users, device=x_SD.device) >= self.skip
             change = change * (kept[sequences].to(change.dtype) / (1 - self.skip))[:, None]
         return x_SD + change
+
+    def _normalize(self, attended: Tensor) -> Tensor:
+        """LN(a) of [S, H x V]; a group norm reads heads as channels, so that each has one weight."""
+        if isinstance(self.attention_norm, nn.GroupNorm):
+            normed: Tensor = self.attention_norm(attended.unflatten(1, (self.heads, self.value_width)))
+            return normed.flatten(1)
+        return self.attention_norm(attended)
 
 
 class HSTU(UserEncoder):
@@ -142,20 +164,35 @@ class HSTU(UserEncoder):
         positions = shape.max_positions if shape.absolute_positions else 0
         super().__init__(shape.width, dropout, positions, query_next_time=shape.time_of == "next")
         assert shape.qk_width is not None
+        if shape.prefix_mask == "history" and shape.backend == "auto":
+            shape = dataclasses.replace(shape, backend="eager")  # the only one with this mask
         self.shape, self.context_prefix = shape, shape.prefix
+        self.context_sees_history = shape.prefix_mask == "history"
         self.rules = AttentionRules(
             window=shape.window,
             prefix=shape.prefix,
             divide_by=None if shape.divide_by == "length" else int(shape.divide_by),
-            alpha=score_scale(shape.qk_width, bool(shape.scaled_scores)),
+            alpha=score_scale(shape.qk_width, bool(shape.scaled_scores), shape.alpha),
             last_bucket=shape.time_buckets if shape.relative_bias else None,
+            context_sees_all=self.context_sees_history,
         )
         # Linear schedule: deeper layers are skipped more often, up to `stochastic_depth` at the last.
         skips = [shape.stochastic_depth * (number + 1) / shape.layers for number in range(shape.layers)]
         self.layers = nn.ModuleList(HSTULayer(shape, skip) for skip in skips)
 
     def encode(self, x_SD: Tensor, rows: PackedRows) -> Tensor:
-        """Run all layers: [S, D] -> [S, D]."""
+        """Run all layers: [S, D] -> [S, D].
+
+        Raises:
+            ValueError: the context sees the whole history, and a query stands inside one.
+        """
+        if self.rules.context_sees_all:
+            lengths = lengths_from_offsets(rows.seq_offsets)[rows.sequences[rows.history :]]
+            if not torch.equal(rows.visible, lengths):
+                raise ArgumentError(
+                    "prefix_mask: 'history': a query inside a history would see the events after it through the "
+                    "context; write context"
+                )
         layout = plan_layout(rows, self.rules, self.shape.backend)
         for layer in self.layers:
             x_SD = self.run_layer(layer, x_SD, layout)

@@ -25,6 +25,7 @@ class AttentionRules:
 
     window, prefix: positions, see `modules/hstu/attention.py`. divide_by: n_i, or None for the number of keys seen.
     alpha: factor of q . k. last_bucket: index of the last time bucket, or None without a relative bias.
+    context_sees_all: the public code's mask of a prefix, see `HSTUShape.prefix_mask`.
     """
 
     window: int | None
@@ -32,6 +33,7 @@ class AttentionRules:
     divide_by: int | None
     alpha: float
     last_bucket: int | None
+    context_sees_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,28 @@ def time_bucket(seconds: Tensor, last: int) -> Tensor:
 def keys_seen(rows: PackedRows, rules: AttentionRules) -> Tensor:
     """Count the keys that each packed row sees, its own included: [S] int64."""
     position = rows.positions
-    prefix = torch.full_like(position, rules.prefix)
+    is_history = torch.arange(position.numel(), device=position.device) < rows.history
+    lengths = lengths_from_offsets(rows.seq_offsets)[rows.sequences]
     window = rules.window if rules.window is not None else torch.iinfo(torch.int64).max
+    if rules.context_sees_all:
+        place = place_after_context(position, is_history, rules.prefix)
+        # Itself, the places in the window before it, and the context, which is at place 0, if the window reaches it.
+        context = torch.where(place < window, position.clamp(max=rules.prefix), 0)
+        return torch.where(place == 0, lengths, 1 + (place - 1).clamp(max=window - 1) + context)
+    prefix = torch.full_like(position, rules.prefix)
     # At position p >= prefix: all of the context, and the p - prefix + 1 positions after it up to p, at most `window`.
     # A query's position is the number of events before it, so the same sum counts those and its own key.
     seen = torch.minimum(position, prefix) + (position - prefix).clamp(min=0).add(1).clamp(max=window)
     inside = position < prefix
     # A context position sees all of the context (of its length); a query inside it what comes before, and itself.
-    lengths = lengths_from_offsets(rows.seq_offsets)[rows.sequences]
-    is_history = torch.arange(position.numel(), device=position.device) < rows.history
     context = torch.where(is_history, torch.minimum(prefix, lengths), position + 1)
     return torch.where(inside, context, seen)
+
+
+def place_after_context(position: Tensor, is_history: Tensor | bool, prefix: int) -> Tensor:
+    """Number positions with the context as place 0, as the public code does; a query is never a part of the context."""
+    place = (position - prefix + 1).clamp(min=0)
+    return torch.where(torch.as_tensor(is_history, device=place.device), place, place.clamp(min=1))
 
 
 class RelativeBias(nn.Module):
@@ -122,6 +135,8 @@ def own_keys(q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: RelativeBias
     return torch.cat([own.new_zeros(history, *own.shape[1:]), own])
 
 
-def score_scale(qk_width: int, scaled: bool) -> float:
-    """Return alpha: 1 / sqrt(qk_width) if scaled, else 1."""
+def score_scale(qk_width: int, scaled: bool, alpha: float | None) -> float:
+    """Return alpha if it is given, else 1 / sqrt(qk_width) if scaled, else 1."""
+    if alpha is not None:
+        return alpha
     return 1.0 / math.sqrt(qk_width) if scaled else 1.0

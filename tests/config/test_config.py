@@ -163,6 +163,10 @@ HSTU = ["--user.encoder=hstu", "--user.shape", "{width: 8, layers: 1}", "--item_
             "user.shape.time_of: 'next': only with objective.fusion none",
         ),
         (
+            ["--user.shape", "{width: 8, layers: 1, prefix: 1, prefix_mask: history}"],
+            "user.shape.prefix_mask: 'history': training and evaluation read many moments",
+        ),
+        (
             [
                 "--user.encoder=ligr",
                 "--user.shape",

@@ -77,4 +77,4 @@ def test_no_rows_are_decoded_as_none() -> None:
 
 
 def test_every_column_of_events_is_written_to_sequences() -> None:
-    assert SEQUENCE_SCHEMA.names[2:] == [field.name for field in dataclasses.fields(Events)]
+    assert SEQUENCE_SCHEMA.names[2:] == [field.name for field in dataclasses.fields(Events) if field.metadata]

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.evidence import FOLDS, GROUPS, Evidence, EvidenceModel, evidence_width, fold_of_users
+from hllm_torchrec.data.evidence import CROSSES, FOLDS, GROUPS, Evidence, EvidenceModel, evidence_width, fold_of_users
 from hllm_torchrec.data.evidence_fit import fit_evidence
 from hllm_torchrec.data.item_factors import FactorOptions, event_values, fit_factors, training_ratings
 from hllm_torchrec.data.item_statistics import ItemStatistics
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.split import SPLITS
 from tests.helpers import fixtures
+from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
 from tests.helpers.source_files import ITEMS, memory_source
 
-NAMES = tuple(GROUPS)
+NAMES = (*GROUPS, CROSSES)
 QUICK = FactorOptions(factors=2, iterations=3)
 
 
@@ -37,6 +38,7 @@ def evidence(delay: int = 0, dataset: Dataset | None = None) -> Evidence:
     return Evidence(NAMES, fitted(delay), statistics, dataset.action_values, text(), delay)
 
 
+@cache
 def all_events() -> list[tuple[int, int, int, float]]:
     """(user, item, second, value) of every event of the shop once."""
     dataset, found = fixtures.dataset(), []
@@ -66,7 +68,8 @@ def by_loops(user: int, item: int, second: int, delay: int, without: int | None)
         weights = [np.exp(sharpness * unit[item] @ unit[e[1]]) for e in rated]
         surplus = sum(w * (r - user_mean) for w, r in zip(weights, residuals, strict=True))
         neighbors.append(surplus / (sum(weights) + 5 * np.exp(sharpness * 0.2)))
-    return [
+    taste = _taste(item, second, rated, residuals, delay, without)
+    columns = [
         float(fit.predict(z, np.array([item]))[0]),
         fit.bias[item],
         sum(of_item) / (len(of_item) + 5),
@@ -76,7 +79,33 @@ def by_loops(user: int, item: int, second: int, delay: int, without: int | None)
         np.log1p(len(mine)),
         np.log1p(second - mine[-1][2]) if mine else 0.0,
         *neighbors,
+        taste,
     ]
+    scaled = [(x - c) / s for x, c, s in zip(columns, fitted(delay).center, fitted(delay).spread, strict=False)]
+    crossed = [min(max(scaled[k], -4.0), 4.0) for k in (0, 2, 3, 4, 5, 6, 7, 9)]
+    return columns + [a * b for n, a in enumerate(crossed) for b in crossed[n:]]
+
+
+def _taste(
+    item: int, second: int, rated: list[tuple[int, int, int, float]], residuals: list[float], delay: int, without: Any
+) -> float:
+    """Posterior mean of the value by a regression whose rows are written out one by one."""
+    fit, model = fitted(delay).fit_without(without), fitted(delay)
+    unit = text() - text()[1:].mean(0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+
+    def describe(item: int, second: int) -> np.ndarray:
+        of_item = [e[3] - fit.mean for e in all_events() if e[1] == item and e[2] < second - delay and e[3] == e[3]]
+        statistics = np.array([sum(of_item) / (len(of_item) + 5), np.log1p(len(of_item))])
+        statistics = (statistics - model.taste_center) / model.taste_spread
+        return np.concatenate([fit.loadings[item], statistics, unit[item] @ model.taste_text])
+
+    precision, weighted = np.eye(describe(item, second).size), 0.0
+    for event, residual in zip(rated, residuals, strict=True):
+        d = describe(event[1], event[2])
+        precision, weighted = precision + np.outer(d, d) / fit.noise, weighted + d * residual / fit.noise
+    z = np.linalg.solve(precision, weighted * np.ones(len(precision)))
+    return float(fit.mean + fit.bias[item] + z @ describe(item, second))
 
 
 def columns_of(part: str, delay: int = 0) -> dict[tuple[int, int, int], np.ndarray]:
@@ -96,7 +125,7 @@ def columns_of(part: str, delay: int = 0) -> dict[tuple[int, int, int], np.ndarr
 def test_columns_are_those_of_a_plain_loop_over_the_events(part: str, delay: int) -> None:
     found = columns_of(part, delay)
     assert len(found) > 20
-    for (user, item, second), row in list(found.items())[::5]:
+    for (user, item, second), row in list(found.items())[::9]:
         without = int(fold_of_users(np.array([user]))[0]) if part == "train" else None
         np.testing.assert_allclose(row, by_loops(user, item, second, delay, without), rtol=2e-4, atol=2e-4)
 
@@ -119,9 +148,37 @@ def test_a_saved_model_is_read_back_and_later_items_are_unknown_to_it(tmp_path) 
     seen, more = np.array([len(piece)]), evidence().with_new_items(text()[3:4])
     late = more.columns(piece, seen, new, at, piece.user_id, False)
     same_text = more.columns(piece, seen, np.array([3]), at, piece.user_id, False)
-    np.testing.assert_array_equal(late[:, -2:], same_text[:, -2:])  # neighbors read the text
+    np.testing.assert_array_equal(late[:, 8:10], same_text[:, 8:10])  # neighbors read the text
     unscaled = late[0] * fitted().spread + fitted().center
     np.testing.assert_allclose(unscaled[[1, 2, 3]], 0, atol=1e-5)  # no bias, no events
+
+
+def test_a_day_that_is_appended_changes_no_earlier_column(tmp_path: Path) -> None:
+    before = Dataset.open(prepare_shop(tmp_path))
+    old = [columns_in(before, part) for part in SPLITS]
+    after = append_day(tmp_path)
+    assert after.num_items == before.num_items + NEW_ITEMS
+    for part, earlier in zip(SPLITS, old, strict=True):
+        later = columns_in(after, part)
+        assert len(earlier) > 20 and later.keys() >= earlier.keys()
+        for key, row in earlier.items():
+            np.testing.assert_array_equal(later[key], row)
+
+
+def columns_in(dataset: Dataset, part: str) -> dict[tuple[int, int, int], np.ndarray]:
+    """(user, item, second) -> columns of the exposures of a part."""
+    texts = np.random.default_rng(3).normal(size=(dataset.num_items, 5)).astype(np.float32)
+    texts[: len(text())] = text()
+    statistics = ItemStatistics.of_dataset(dataset)
+    of_run = Evidence(NAMES, fitted(), statistics, dataset.action_values, texts)
+    found = {}
+    for piece in dataset.sequences(dataset.row_groups(part)).pieces():
+        targets = piece.exposures
+        seconds, items = piece.timestamps[targets], piece.item_ids[targets]
+        seen = np.searchsorted(piece.timestamps, seconds)
+        columns = of_run.columns(piece, seen, items, seconds, piece.user_id, fitted=part == "train")
+        found |= {(piece.user_id, int(i), int(s)): row for i, s, row in zip(items, seconds, columns, strict=True)}
+    return found
 
 
 def test_without_a_file_a_run_with_evidence_is_refused(tmp_path) -> None:
@@ -141,8 +198,10 @@ def test_the_first_weights_are_the_logistic_regression_of_scikit_learn() -> None
     x = rng.normal(size=(300, 4))
     y = (rng.random(300) < 1 / (1 + np.exp(-x @ [1.0, -2.0, 0.0, 0.5] - 0.3))).astype(float)
     expected: Any = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(x, y)
-    np.testing.assert_allclose(_logistic_regression(x, y), [*expected.intercept_, *expected.coef_[0]], atol=1e-5)
-    assert evidence_width(NAMES) == 10
+    np.testing.assert_allclose(
+        _logistic_regression(x, y, np.ones(4)), [*expected.intercept_, *expected.coef_[0]], atol=1e-5
+    )
+    assert evidence_width(tuple(GROUPS)) == 11 and evidence_width(NAMES) == 11 + 8 * 9 // 2
 
 
 @pytest.mark.parametrize("users", [1, 6])

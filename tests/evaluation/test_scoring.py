@@ -124,6 +124,11 @@ def test_quick_metrics_equal_scikit_learn(tmp_path: Path) -> None:
     labels, probability = columns["label"], 1 / (1 + np.exp(-columns["score"].astype(np.float64)))
     assert metrics["auc"] == pytest.approx(roc_auc_score(labels, columns["score"]))
     assert metrics["log_loss"] == pytest.approx(log_loss(labels, probability))
+    users = [columns["user_id"] == user for user in np.unique(columns["user_id"])]
+    ranked = [mine for mine in users if 0 < labels[mine].sum() < mine.sum()]
+    within = [roc_auc_score(labels[mine], columns["score"][mine]) for mine in ranked]
+    assert len(ranked) > 1
+    assert metrics["gauc"] == pytest.approx(np.average(within, weights=[mine.sum() for mine in ranked]))
     assert metrics["rows"] == len(labels)
 
 
@@ -131,22 +136,25 @@ def test_the_approximate_auc_of_training_keeps_its_bound(tmp_path: Path) -> None
     rng = np.random.default_rng(0)
     labels = (rng.random(5000) < 0.3).astype(np.float32)
     columns = {"label": labels, "score": (rng.normal(size=5000) + labels).astype(np.float32)}
+    columns["user_id"] = np.arange(5000) % 50
     exact, found = quick_metrics(columns), quick_metrics(columns, "approximate")
     assert 0 < abs(found["auc"] - exact["auc"]) <= found["auc_error"] < 1e-3
     assert found["log_loss"] == exact["log_loss"] and found["rows"] == 5000
+    assert found["gauc"] == exact["gauc"] != pytest.approx(exact["auc"], abs=1e-6)
 
 
 def test_quick_metrics_survive_large_scores_and_ties() -> None:
     labels = np.array([1, 0, 1, 0], np.float32)
     scores = np.array([800, -800, 3, 3], np.float32)
-    found = quick_metrics({"label": labels, "score": scores})
+    found = quick_metrics({"user_id": np.zeros(4, np.int64), "label": labels, "score": scores})
     assert found["auc"] == pytest.approx(0.875)
     assert found["log_loss"] == pytest.approx((math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 4)
 
 
 def test_quick_metrics_of_one_class_have_no_auc() -> None:
-    found = quick_metrics({"label": np.ones(3, np.float32), "score": np.zeros(3, np.float32)})
-    assert math.isnan(found["auc"]) and found["log_loss"] == pytest.approx(math.log(2))
+    columns = {"user_id": np.arange(3), "label": np.ones(3, np.float32), "score": np.zeros(3, np.float32)}
+    found = quick_metrics(columns)
+    assert math.isnan(found["auc"]) and math.isnan(found["gauc"]) and found["log_loss"] == pytest.approx(math.log(2))
 
 
 # --- predictions -----------------------------------------------------------------------------------------

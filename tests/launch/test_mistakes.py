@@ -85,7 +85,15 @@ LINES = {
         "info",
     ],
     "seal": ["{missing}", "{file}", "{empty}", "{root}/dataset", "--what"],
+    "init": [
+        "",
+        "--data {missing}",
+        "--data {root}/half-dataset",
+        "--data {root}/dataset --task shopping",
+        "--data {root}/dataset --output {file}",
+    ],
     "train": [
+        "--recipe ranking --data.dataset {missing}",
         "--config {missing}",
         "--config {empty}",
         "--config {root}/half.yaml",
@@ -142,6 +150,14 @@ LINES = {
     ],
     "adopt": ["", "--run {missing} --dataset {root}/dataset", "--run {root}/run --dataset {missing}"],
     "check-model": ["", "--model {missing}", "--model {empty}", "--model {root}/dataset --max-text-length 0"],
+    "forget": [
+        "",
+        "--dataset {root}/dataset",
+        "--dataset {missing} --user a",
+        "--dataset {root}/half-dataset --user a",
+        "--dataset {root}/dataset --users-file {missing}",
+        "--dataset {root}/dataset --user a --runs {missing} --dry-run",
+    ],
     "rollback": ["", "--folder {missing}", "--folder {empty} --to x"],
     "exposures": [
         "--run {missing} --users {new}",
@@ -185,6 +201,22 @@ LINES = {
         "--config {root}/run/config.yaml --data.dataset {missing}",
         "--config {root}/run/config.yaml --data.dataset {root}/half-dataset",
         "--config {root}/run/config.yaml --hardware abacus",
+    ],
+    "serve": [
+        "--run {missing}",
+        "--run {root}/half-run",
+        "--run {root}/run",
+        "--run {root}/run --host 0.0.0.0",
+        "--run {root}/run --token-file {missing}",
+        "--run {root}/run --token-file {file}",
+        "--run {root}/run --deadline 0",
+    ],
+    "loadtest": [
+        "--dataset {missing}",
+        "--dataset {root}/half-dataset",
+        "--dataset {root}/dataset --url http://127.0.0.1:1",
+        "--dataset {root}/dataset --url nowhere",
+        "--dataset {root}/dataset --rates 1,0",
     ],
     "recommend": ["--run {missing} --user u1", "--run {root}/half-run --user u1", "--run {root}/run --user u1", ""],
     "import-hllm": [

@@ -51,6 +51,11 @@ class World:
         done: dict[str, dict[str, Any]] = json.loads(text)["done"]
         return done
 
+    def run(self, night: str) -> None:
+        """Run a night, which must pass."""
+        status = nightly.main(self.words(night))
+        assert status == 0, f"{night}: exit status {status}"
+
     def configure(self, **sections: Any) -> Path:
         """Write night.yaml, with values that replace the standard ones."""
         night = {
@@ -86,7 +91,12 @@ TRAINING = {
 @pytest.fixture(scope="session")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a world before its first night."""
-    root = tmp_path_factory.mktemp("world")
+    return begin(tmp_path_factory.mktemp("world"))
+
+
+def begin(root: Path) -> Path:
+    """Write the files of a world before its first night into a folder, and return it."""
+    root.mkdir(parents=True, exist_ok=True)
     for day in shop.days(SHOP):
         shop.write_day(day, root)
         shop.write_mapping(root, f"day-{day.number:02d}", f"day-{day.number:02d}.csv")

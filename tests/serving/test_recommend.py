@@ -1,5 +1,6 @@
 """Recommendations are the run's own scores of the whole catalogue, seen items left out."""
 
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval
 from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.inference.item_index import ItemIndex, export_item_index
 from hllm_torchrec.launch import recommend as command
 from hllm_torchrec.serving.recommend import history_before, recommend
 from hllm_torchrec.serving.scorer import Scorer
+from tests.data.test_withdrawn_items import GONE, withdraw
 from tests.helpers import fixtures
 from tests.helpers.training_fixtures import config, train
 
@@ -93,3 +96,22 @@ def test_the_command_prints_history_and_items(capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("user u7, ") and printed[0].endswith("the latest 2:")
     assert printed[3] == "recommended, with probability:" and len(printed) == 7
+
+
+@pytest.mark.slow
+def test_withdrawn_items_are_no_candidates(tmp_path: Path) -> None:
+    roots = {rule: shutil.copytree(fixtures.dataset(rule).root, tmp_path / rule) for rule in ("time", "leave_one_out")}
+    gone = {withdraw(root, tmp_path / f"{rule}-shop").items["raw_item_id"][number - 1].as_py()
+            for rule, root in roots.items() for number in GONE}  # fmt: skip
+    for fusion, rule in (("early", "time"), ("none", "leave_one_out")):
+        options = {"time": LATER, "include_seen": True}
+        whole = recommend(trained(fusion), "u7", 99, init_distributed(), **options)
+        fewer = recommend(trained(fusion), "u7", 99, init_distributed(), dataset=roots[rule], **options)
+        left = [item.raw_id for item in whole.items if item.raw_id not in gone]
+        assert [item.raw_id for item in fewer.items] == left and len(left) == len(whole.items) - len(GONE)
+    loaded = load_run(trained("none"), "best", init_distributed(), dataset=roots["leave_one_out"])
+    with loaded.weights:
+        found = evaluate_retrieval(loaded.experiment, loaded.experiment.loader("test", 8))
+    assert found["candidates"] == fixtures.ITEMS - len(GONE)
+    count = export_item_index(trained("none"), tmp_path / "index", "best", init_distributed(), dataset=roots[rule])
+    assert count == fixtures.ITEMS - len(GONE) and not gone & set(ItemIndex.open(tmp_path / "index").ids.to_pylist())

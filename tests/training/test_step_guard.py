@@ -156,6 +156,18 @@ def test_checkpoints_are_compared_by_what_is_defined(
     assert len(caplog.records) == (message is not None)
 
 
+@pytest.mark.parametrize(
+    ("select_by", "gauc", "score"),
+    [("auc", 0.5, 0.75), ("gauc", 0.5, 0.5), ("auc_and_gauc", 0.5, 0.625), ("gauc", math.nan, 0.75)],
+)
+def test_checkpoints_are_compared_by_the_metric_that_is_wanted(
+    select_by: str, gauc: float, score: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = StepGuard(config(tmp_path, evaluation__select_by=select_by), rank=0)
+    assert guard.selection_score(1, {"auc": 0.75, "gauc": gauc, "log_loss": 0.5, "rows": 7.0}) == score
+    assert ("has no user with both labels" in caplog.text) == math.isnan(gauc)
+
+
 def test_a_run_without_both_classes_in_validation_trains_and_has_a_best_checkpoint(tmp_path: Path) -> None:
     source = fixtures.write_shop(tmp_path / "shop")
     mapping = yaml.safe_load(source.read_text())

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sklearn.metrics import roc_auc_score
 
 from hllm_torchrec.checkpoint.layout import checkpoints_by_step
+from hllm_torchrec.checkpoint.selection import best_checkpoint
 from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.schema import Config
@@ -392,6 +395,34 @@ def test_fractions_of_epochs_are_evaluated(tmp_path: Path) -> None:
     evaluated = [line["step"] for line in lines(tmp_path / "run", "eval")]
     epoch = trainer.schedule.segments[0].steps
     assert evaluated == [math.ceil(epoch / 2), epoch, trainer.schedule.total_steps]
+
+
+def test_before_the_first_step_the_model_is_the_regression_on_evidence_and_may_be_the_best(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "objective__fusion": "late",
+        "data__evidence": ["factors", "items", "users", "crosses"],
+        "evaluation__at_start": True,
+        "evaluation__select_by": "auc_and_gauc",
+        "max_steps": 1,
+        "optim__lr": 0.0,
+        "optim__item_llm_lr": 0.0,
+        "optim__table_lr": 0.0,
+    }
+    trainer = train(config(tmp_path / "run", **options))
+    first, last = lines(tmp_path / "run", "eval")
+    assert (first["step"], last["step"]) == (0, 1)
+    assert trainer.experiment.evidence is not None
+    fitted, scores, labels = trainer.experiment.evidence.model, [], []
+    for batch in trainer.validation.batches(0):
+        assert batch.evidence is not None
+        scores.append(batch.evidence.numpy() @ fitted.weights + fitted.intercept)
+        labels.append(batch.labels.numpy())
+    assert first["auc"] == pytest.approx(roc_auc_score(np.concatenate(labels), np.concatenate(scores)), abs=1e-6)
+    assert trainer.early_stopping.best == pytest.approx((first["auc"] + first["gauc"]) / 2)
+    best = best_checkpoint(tmp_path / "run" / "checkpoints")
+    assert best is not None and best.name == "step-00000000"
+    train(config(tmp_path / "run", resume=True, **options))
+    assert len(lines(tmp_path / "run", "eval")) == 2
 
 
 @pytest.mark.slow

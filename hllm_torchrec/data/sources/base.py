@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from hllm_torchrec.data.bad_rows import BadRows
+from hllm_torchrec.data.event_schema import EventSchema
 from hllm_torchrec.data.sources.dialect import NULL_WORDS
 from hllm_torchrec.data.sources.values import as_id_strings
 
@@ -25,7 +26,9 @@ class Chunk:
 
     - events: `raw_user_id`, `raw_item_id` string (null or empty: missing); `timestamp` int64, seconds UTC (null:
       unparsable, or no timestamps in this source); `time_text` string, the value in the file; `label` float32 (null:
-      not an exposure; NaN: unreadable); `label_text` likewise; `action` int32 (0: unknown); `row` int64;
+      not an exposure; NaN: unreadable); `label_text` likewise; `action` int32 (0: unknown); `row` int64; and the
+      columns of the source's schema: numbers as float32 (null: not defined or unknown; NaN: unreadable), categorical
+      context as string;
     - items: `raw_item_id`, the source's text columns (string), optional `created_at` int64 seconds, its features
       (list<string>), `row`;
     - users: `raw_user_id`, its features (list<string>), `row`.
@@ -65,6 +68,8 @@ class Source:
     users: Callable[[], Iterator[Chunk]] = _nothing
     item_features: tuple[str, ...] = ()
     user_features: tuple[str, ...] = ()
+    schema: EventSchema = field(default_factory=EventSchema)
+    """Labels of several kinds, weight, sampling rate and context; by default one binary label."""
     is_labelled: bool = True
     """False: every event is positive."""
     has_timestamps: bool = True

@@ -1,6 +1,7 @@
 """The parts of a table mapping: which file and which columns hold what."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hllm_torchrec.data.sources.dialect import Format
 
@@ -29,6 +30,12 @@ class EventColumns:
     positive_from: float | None = None
     action: str | None = None
     actions: list[str] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
+    """Instead of `label`: several labels by name, see `declared_columns`."""
+    weight: str | None = None
+    sampling_rate: str | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+    """Values of the request by name, see `declared_columns`."""
     format: Format | None = None
 
 
@@ -42,6 +49,8 @@ class ItemColumns:
     features: dict[str, str | None] = field(default_factory=dict)
     created_at: str | None = None
     time_unit: str = "seconds"
+    active: str | None = None
+    """Column that says whether an item is offered; empty: it is. A withdrawn one is history, but no candidate."""
     html: str = "keep"
     """"clean": entities become characters, and tags are removed from the texts."""
     format: Format | None = None

@@ -11,6 +11,8 @@
       positive_from: 4              # label = value >= 4; left out: the value itself is the label
       action: kind                  # left out: every event has action 1, "event"
       actions: [click, skip, buy]   # the values of the action column; ids from 1 in this order
+      labels: {click: binary}       # instead of `label`: several; also weight, sampling_rate and context, all in
+                                    # `declared_columns`
       format: {separator: ";"}      # optional, also below: what is not left to detection (`dialect.Format`)
     items:
       path: items.csv
@@ -18,6 +20,7 @@
       text: [title, brand]
       features: {category: "|"}     # column: separator of several values, or null
       created_at: listed_at         # optional, in the unit of `time_unit` below
+      active: on_sale               # optional: false (0, no) for items that are no candidates any more
       html: clean                   # optional: texts without tags and entities
       join: [{path: tags.csv, item: id, columns: [tags]}]   # optional: further files by item id
     users:                          # optional
@@ -43,6 +46,7 @@ from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
 from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.manifest_schema import is_inside
 from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.sources.declared_columns import read_declarations
 from hllm_torchrec.data.sources.dialect import Format, check_format
 from hllm_torchrec.data.sources.joined_items import JoinedItems
 from hllm_torchrec.data.sources.table_columns import EventColumns, ItemColumns, Join, UserColumns
@@ -79,14 +83,16 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
     user_files = _find(path, users.path, "users.path", new_only) if users else ()
     joined = [(_find(path, join.path, f"items.join[{i}].path", new_only), join) for i, join in enumerate(items.join)]
     names = dict(enumerate(map(str, events.actions), start=1)) if events.action else {1: "event"}
-    rule = "every event is positive" if events.label is None else f"{events.label}, 0 or 1"
-    if events.label is not None and events.positive_from is not None:
-        rule = f"{events.label} >= {events.positive_from:g}"
+    declared = read_declarations(events, path)
+    positive_from = declared.positive_from.get(declared.schema.labels[0].name)
+    rule = "every event is positive" if declared.first is None else f"{declared.first}, 0 or 1"
+    if declared.first is not None and positive_from is not None:
+        rule = f"{declared.first} >= {positive_from:g}"
     return Source(
         name=mapping.name,
         event_files=event_files,
         other_files=(*item_files, *(file for files, _ in joined for file in files), *user_files),
-        events=partial(read_event_rows, event_files, events),
+        events=partial(read_event_rows, event_files, events, declared),
         items=partial(read_item_rows, item_files, items, JoinedItems(joined)),
         users=partial(read_user_rows, user_files, users),
         text_columns=tuple(items.text),
@@ -94,7 +100,8 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
         user_features=tuple(users.features) if users else (),
         label_rule=rule,
         action_names=names,
-        is_labelled=events.label is not None,
+        schema=declared.schema,
+        is_labelled=declared.first is not None,
         has_timestamps=events.time is not None,
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
@@ -166,6 +173,7 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     list[str]: (list, "a list of names"),
     list[str] | None: (list, "a list of names"),
     list[Join]: (list, "a list of files, each with path, item and columns"),
+    dict[str, Any]: (dict, "a mapping of names to kinds"),
     dict[str, str]: (dict, "a mapping of kinds of bad rows to error, drop or keep"),
     dict[str, str | None]: (dict, "a mapping of columns to separators"),
 }
@@ -181,6 +189,8 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
         raise ValueError(f"{path}: events.actions is {abbreviate(mapping.events.actions)}, it must be a list of names")
     if mapping.items.html not in ("keep", "clean"):
         raise ValueError(f"{path}: items.html is {abbreviate(mapping.items.html)}; choose one of keep, clean")
+    if mapping.items.active is not None and "active" in mapping.items.text:
+        raise ValueError(f"{path}: items.text has 'active', the name of the column that items.active writes; rename it")
     unknown = [kind for kind in mapping.bad_rows if kind not in BadRows().to_dict()]
     if unknown:
         known = ", ".join(BadRows().to_dict())

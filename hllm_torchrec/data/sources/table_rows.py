@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from hllm_torchrec.data.sources.base import Chunk, event_table
 from hllm_torchrec.data.sources.columnar import read_columns
+from hllm_torchrec.data.sources.declared_columns import DeclaredColumns
 from hllm_torchrec.data.sources.dialect import NULL_WORDS, Format
 from hllm_torchrec.data.sources.joined_items import JoinedItems
 from hllm_torchrec.data.sources.table_columns import EventColumns, ItemColumns, UserColumns
@@ -20,7 +21,7 @@ from hllm_torchrec.data.sources.values import (
     as_lists,
     as_texts,
     is_list,
-    parse_labels,
+    parse_flags,
     parse_seconds,
     without_html,
 )
@@ -31,12 +32,12 @@ _EARLY, _PLAUSIBLE = 315_532_800, 631_152_000
 """1980 and 1990: what lies before 1980 in one unit and after 1990 in another most likely is in the other."""
 
 
-def read_event_rows(files: tuple[Path, ...], columns: EventColumns) -> Iterator[Chunk]:
+def read_event_rows(files: tuple[Path, ...], columns: EventColumns, declared: DeclaredColumns) -> Iterator[Chunk]:
     """The events of `files`, in order; where rows are users with lists, `row` counts the events of the file.
 
     Raises ValueError naming file and column, or row, of what cannot be read.
     """
-    wanted = [columns.user, columns.item, columns.time, columns.label, columns.action]
+    wanted = [columns.user, columns.item, columns.time, columns.action, *declared.names]
     for path in files:
         done = 0
         for rows, data, size, dialect in read_columns(path, [name for name in wanted if name], columns.format):
@@ -44,21 +45,20 @@ def read_event_rows(files: tuple[Path, ...], columns: EventColumns) -> Iterator[
                 with error_location(path, _CONVERT):
                     data = _one_row_per_event(data, columns)
                 rows, done = np.arange(done + 1, done + len(data) + 1), done + len(data)
-            seconds = time = label_text = None
+            seconds = time = None
             if columns.time is not None:
                 time = data[columns.time].combine_chunks()
                 with error_location(f"{path}, column {columns.time}", _CONVERT):
                     seconds = parse_seconds(time, columns.time_unit)
                 _check_unit(time, seconds, columns, path)
-            with error_location(f"{path}, column {columns.label}", _CONVERT):
-                label = np.ones(len(data), np.float32)
-                if columns.label is not None:
-                    label, label_text = parse_labels(data[columns.label], columns.positive_from), data[columns.label]
+            label, label_text = declared.first_label(data, path)
             action = _actions(data, columns, path, rows)
             with error_location(path, _CONVERT):
                 user, item = data[columns.user], data[columns.item]
                 nulls = _id_nulls(columns.format)
                 events = event_table(rows, user, item, seconds, time, label, action, label_text, nulls)
+            for name, values in declared.extra(data, path).items():
+                events = events.append_column(name, values)
             yield Chunk(path, events, size, dialect)
 
 
@@ -128,10 +128,10 @@ def _whole_numbers(texts: pa.Array) -> pa.Array | None:
 
 def read_item_rows(files: tuple[Path, ...], columns: ItemColumns, joined: JoinedItems) -> Iterator[Chunk]:
     """The items of `files`, with the columns of the files joined to them."""
-    dates = [columns.created_at] if columns.created_at is not None else []
+    others = [name for name in (columns.created_at, columns.active) if name is not None]
     own = [name for name in (*columns.text, *columns.features) if name not in joined.names]
     for path in files:
-        for rows, data, size, dialect in read_columns(path, [columns.item, *own, *dates], columns.format):
+        for rows, data, size, dialect in read_columns(path, [columns.item, *own, *others], columns.format):
             with error_location(path, _CONVERT):
                 ids = as_id_strings(data[columns.item], "item", _id_nulls(columns.format))
             found = joined.take(ids)
@@ -142,6 +142,9 @@ def read_item_rows(files: tuple[Path, ...], columns: ItemColumns, joined: Joined
             if columns.created_at is not None:
                 with error_location(f"{path}, column {columns.created_at}", _CONVERT):
                     out["created_at"] = parse_seconds(data[columns.created_at].combine_chunks(), columns.time_unit)
+            if columns.active is not None:
+                with error_location(f"{path}, column {columns.active}", _CONVERT):
+                    out["active"] = parse_flags(data[columns.active].combine_chunks())
             values = {name: found[name] if name in found else data[name] for name in columns.features}
             out |= _features(values, columns.features, path)
             yield Chunk(path, pa.table({**out, "row": rows}), size, dialect)

@@ -248,6 +248,26 @@ def parse_seconds(values: Column, unit: str) -> pa.Array:
     return pa.array(np.nan_to_num(seconds).astype(np.int64), mask=np.isnan(seconds))
 
 
+def parse_flags(values: Column) -> pa.Array:
+    """Flags as bool [n]: of a bool column, or of numbers or texts as in `_FLAGS`; null where nothing is said.
+
+    Raises:
+        ValueError: another value.
+    """
+    if pa.types.is_boolean(values.type):
+        return values
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(as_texts(values)))
+    texts = pc.replace_substring_regex(texts, r"^([01])\.0*$", r"\1")
+    at = pc.index_in(texts, value_set=pa.array(_FLAGS, pa.string()))
+    unknown = pc.and_(pc.and_(texts.is_valid(), at.is_null()), pc.not_equal(texts, ""))
+    if pc.any(unknown).as_py():
+        raise ValueError(f"{texts.filter(unknown)[0].as_py()!r} is none of {', '.join(_FLAGS)}")
+    return pa.array(_FLAGS.values(), pa.bool_()).take(at)
+
+
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
 def are_dates_as_numbers(times: Column) -> bool:
     """True if all numbers of a time column are dates like 20240131."""
     values = _plain(times)

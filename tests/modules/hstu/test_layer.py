@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hllm_torchrec.modules.encoders.base import Queries
 from hllm_torchrec.modules.encoders.shapes import HSTUShape
+from hllm_torchrec.modules.history_cache import check_encoder
 from hllm_torchrec.modules.hstu import attention, blocks, eager
 from hllm_torchrec.modules.hstu.layer import HSTU, HSTULayer, resolve_preset
 from hllm_torchrec.modules.hstu.layout import time_bucket
@@ -25,6 +26,16 @@ VARIANTS = {
     "prefix and window": replace(RANKING, prefix=2, window=2, divide_by="length"),
     "next event's time": replace(RESEARCH, time_of="next"),
     "bias table shorter than the history": replace(RANKING, relative_bias=True, max_positions=3),
+    "normalized outputs beside": replace(RESEARCH, output="concat_norm"),
+    "group norm and alpha": replace(RANKING, group_norm=True, alpha=0.7),
+    "group norm without weights": replace(RESEARCH, group_norm=True, alpha=1.3),
+}
+PUBLIC_MASKS = {
+    "public prefix": replace(RESEARCH, prefix=2, prefix_mask="history", divide_by="length"),
+    "public prefix and window": replace(RANKING, prefix=2, window=2, prefix_mask="history", relative_bias=True),
+    "public prefix and window, own length": replace(
+        RANKING, prefix=3, window=3, prefix_mask="history", divide_by="length"
+    ),
 }
 LENGTHS = [4, 0, 7, 1, 1]
 VISIBLE: list[list[int]] = [[4, 1, 1], [0], [3, 7], [0, 1], []]
@@ -58,6 +69,11 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Queries, Tensor]:
     return x, offsets, times, queries, following
 
 
+def at_the_end(queries: Queries) -> Queries:
+    """The queries after the whole history of their users."""
+    return replace(queries, visible=torch.tensor(LENGTHS).repeat_interleave(queries.offsets.diff()))
+
+
 def naive_layer(
     layer: HSTULayer, shape: HSTUShape, x: Tensor, place: list[int], history: int, ask: Tensor, now: Tensor
 ) -> Tensor:
@@ -72,10 +88,15 @@ def naive_layer(
             total = torch.zeros(shape.value_width, dtype=x.dtype)
             for j in keys:
                 score = torch.dot(q[i, h], k[j, h])
-                if shape.scaled_scores:
+                if shape.alpha is not None:
+                    score = score * shape.alpha
+                elif shape.scaled_scores:
                     score = score / math.sqrt(shape.qk_width)
                 if layer.bias is not None:
-                    apart = min(max(place[i] - place[j], 0), shape.max_positions - 1)
+                    apart = place[i] - place[j]
+                    if shape.prefix_mask == "history":
+                        apart = public_id(shape, place, i, history) - public_id(shape, place, j, history)
+                    apart = min(max(apart, 0), shape.max_positions - 1)
                     seconds = abs(int(ask[i]) - int(now[j])) if i != j or i < history else 0
                     bucket = min(math.floor(math.log(max(seconds, 1)) / 0.301), shape.time_buckets)
                     score = score + layer.bias.of_position[apart] + layer.bias.of_time[bucket]
@@ -83,11 +104,20 @@ def naive_layer(
             out.append(total / (len(keys) if shape.divide_by == "length" else shape.divide_by))
         rows.append(torch.cat(out))
     a = torch.stack(rows)
-    norm = (a - a.mean(-1, keepdim=True)) / (a.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    groups = a.view(len(rows), shape.heads if shape.group_norm else 1, -1)
+    norm = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     if shape.affine_norm:
-        norm = norm * layer.attention_norm.weight + layer.attention_norm.bias
+        per_group = (-1, 1) if shape.group_norm else (1, -1)
+        norm = norm * layer.attention_norm.weight.view(per_group) + layer.attention_norm.bias.view(per_group)
+    norm = norm.flatten(1)
     y = u * norm
-    return x + layer.out(torch.cat([u, a, y], -1) if shape.output == "concat" else y)
+    joined = {"gated": [y], "concat": [u, a, y], "concat_norm": [u, norm, y]}[str(shape.output)]
+    return x + layer.out(torch.cat(joined, -1))
+
+
+def public_id(shape: HSTUShape, place: list[int], i: int, history: int) -> int:
+    """Position in the public code: the context counts as one; a target stands behind all history."""
+    return max(place[i] - shape.prefix + 1, 0 if i < history else 1)
 
 
 def sees(shape: HSTUShape, place: list[int], i: int, j: int, history: int) -> bool:
@@ -95,6 +125,9 @@ def sees(shape: HSTUShape, place: list[int], i: int, j: int, history: int) -> bo
         return True
     if j >= history:
         return False
+    if shape.prefix_mask == "history":
+        row, column = public_id(shape, place, i, history), public_id(shape, place, j, history)
+        return row == 0 or 0 < row - column < (shape.window or 10**9)
     if place[i] < shape.prefix and i < history:
         return place[j] < shape.prefix
     if place[j] >= place[i]:
@@ -128,10 +161,12 @@ def naive(model: HSTU, x: Tensor, offsets: Tensor, times: Tensor, queries: Queri
     return torch.cat(h), torch.stack(q)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *PUBLIC_MASKS])
 def test_values_and_gradients_equal_a_loop_written_from_the_equations(name: str) -> None:
-    model = build(VARIANTS[name])
+    model = build((VARIANTS | PUBLIC_MASKS)[name])
     x, offsets, times, queries, following = batch()
+    if name in PUBLIC_MASKS:
+        queries = at_the_end(queries)
     x.requires_grad_()
     queries.x_QD.requires_grad_()
     inputs = [x, queries.x_QD, *model.parameters()]
@@ -190,6 +225,15 @@ def test_queries_do_not_see_one_another_and_history_does_not_see_them() -> None:
     assert torch.equal(h, h_after)
     changed = ((q_after - q).abs().amax(-1) > 0).nonzero().flatten().tolist()
     assert changed == [1]
+
+
+def test_a_query_inside_a_history_that_the_context_sees_is_refused() -> None:
+    model = build(PUBLIC_MASKS["public prefix"])
+    x, offsets, times, queries, _ = batch()
+    with pytest.raises(ValueError, match="^prefix_mask: 'history': a query inside a history would see the events"):
+        model(x, offsets, times, queries)
+    with pytest.raises(ValueError, match="^prefix_mask: 'history': a cached history would change"):
+        check_encoder(model)
 
 
 @pytest.mark.parametrize("divide_by", [10, "length"])
@@ -269,13 +313,14 @@ def test_the_compiled_backend_equals_the_eager_one() -> None:
 
 def test_chunks_and_what_is_kept_of_them_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, offsets, times, queries, following = batch()
-    for name in ("prefix and window", "next event's time"):
-        found = []
+    for name in ("prefix and window", "next event's time", "public prefix and window"):
+        shape, found = (VARIANTS | PUBLIC_MASKS)[name], []
+        queries = at_the_end(queries) if name in PUBLIC_MASKS else queries
         for most_scores, kept in ((2**20, 2**24), (4, 0), (16, 30)):
             monkeypatch.setattr(blocks, "MOST_SCORES", most_scores)
             monkeypatch.setattr(eager, "CACHED_SCORES", kept)
             monkeypatch.setattr(blocks, "CACHED_CELLS", kept)
-            model = build(replace(VARIANTS[name], relative_bias=True))
+            model = build(replace(shape, relative_bias=True))
             h, q = model(x, offsets, times, queries, following)
             loss = h.square().sum() + q.square().sum()
             found.append((h, q, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
@@ -323,6 +368,10 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         ({"divide_by": 0}, "^divide_by: 0: must be 'length' or an integer of at least 1"),
         ({"window": 0}, "^window: 0: must be at least 1"),
         ({"time_buckets": 5000}, "^time_buckets: 5000: must be 0 to 1024"),
+        ({"alpha": 0.0}, "^alpha: 0.0: must be a number above 0"),
+        ({"alpha": math.nan}, "^alpha: nan: must be a number above 0"),
+        ({"prefix_mask": "history"}, "^prefix_mask: 'history': needs context positions"),
+        ({"prefix_mask": "history", "prefix": 1, "backend": "triton"}, "^prefix_mask: 'history': the backend 'triton'"),
     ],
 )
 def test_a_wrong_shape_is_an_error(changes: dict, message: str) -> None:

@@ -1,0 +1,183 @@
+"""`forget`: takes users and items out of every version of a dataset; their numbers stay, as tombstones.
+
+Files of a version are never changed. What holds an event or a row of a forgotten id is written again without it, below
+`bases/<version>` of a new version, and the manifests of all kept versions name the new files (`data.rewriting`). So no
+reader of any version finds the events, and no number changes. `prune` removes the old files, `erase` does at once.
+
+A process that is killed leaves each version as it was or without the ids; the same call finishes the rest.
+"""
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.atomic_files import remove_folder
+from hllm_torchrec.common.urls import cache_folder, url_of
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.rewriting import TABLES, Rewriting
+from hllm_torchrec.data.tombstones import ITEMS, USERS, Row
+from hllm_torchrec.data.user_table import known_ids
+from hllm_torchrec.data.versions import (
+    BASES,
+    commit_version,
+    draft_folder,
+    kept_versions,
+    newest_version,
+    remove_superseded,
+    replace_version,
+    superseded_fingerprints,
+    version_name,
+    write_lock,
+)
+from hllm_torchrec.data.vocabulary import id_digest, row_digests
+
+logger = logging.getLogger(__name__)
+TOKENS, VECTORS = "tokens", "vectors"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Raw ids of users and items to forget."""
+
+    users: Sequence[str] = ()
+    items: Sequence[str] = ()
+
+    def of(self, name: str) -> Sequence[str]:
+        """The raw ids of a map."""
+        return self.users if name == USERS else self.items
+
+
+@dataclass
+class DatasetReport:
+    """What `forget` did, or would do.
+
+    numbers: map -> raw id -> number (0: the dataset never had it); found: number of what was found, by kind; version:
+    the new version, None if nothing was left to do; freed: bytes.
+    """
+
+    numbers: dict[str, dict[str, int]] = field(default_factory=dict)
+    found: Counter[str] = field(default_factory=Counter)
+    version: int | None = None
+    freed: int = 0
+
+    def ids(self, name: str) -> Ints:
+        """Ascending numbers of a map's ids that the dataset has."""
+        return np.array(sorted({number for number in self.numbers[name].values() if number}), np.int64)
+
+
+def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = False) -> DatasetReport:
+    """Forget ids in every kept version of the dataset in `root`; also ids that only a later source may have.
+
+    Args:
+        erase: also remove the old files, tokens of items and rows of item vectors, so that no byte of the ids is left.
+        dry_run: only find out what would be done.
+
+    Raises:
+        ValueError: `root` is no dataset in a folder, it is damaged, or another process is writing to it.
+    """
+    if url_of(root) is not None:
+        raise ValueError(f"{root}: hllm forget works in folders: forget in a copy, and upload the copy in its place")
+    with write_lock(root):
+        dataset = Dataset.open(root)
+        report = DatasetReport({name: _numbers(dataset, name, names.of(name)) for name in TABLES})
+        _rewrite(dataset, names, report, erase, dry_run)
+        if erase:
+            _erase(root, report, dry_run)
+    return report
+
+
+def _numbers(dataset: Dataset, name: str, raw_ids: Sequence[str]) -> dict[str, int]:
+    """Raw id -> number, forgotten or not; 0 if the dataset does not have it."""
+    table, raw = dataset.users if name == USERS else dataset.items, TABLES[name][1]
+    known = known_ids(table[raw].cast(pa.string()), pa.chunked_array([list(dict.fromkeys(raw_ids))], pa.string()))
+    found = dict(zip(dict.fromkeys(raw_ids), known.tolist()))
+    return {one: number or dataset.tombstones.find(name, one) or 0 for one, number in found.items()}
+
+
+def _rewrite(dataset: Dataset, names: Names, report: DatasetReport, erase: bool, dry_run: bool) -> None:
+    """Commit a version without the ids, and then replace the manifests of the other versions that have them."""
+    root, version, changed = dataset.root, newest_version(dataset.root) + 1, {}
+    vectors = list(_vector_tombstones(dataset, report)) if erase else []
+    with draft_folder(root, BASES, version) as folder:
+        rewriting = Rewriting(root, folder, f"{BASES}/{version_name(version)}")
+        for number in sorted(kept_versions(root), reverse=True):
+            one = Dataset.open(root, number)
+            # By version: an older one may be of another dataset (`--overwrite`), with other numbers.
+            numbers = {name: _numbers(one, name, names.of(name)) for name in TABLES}
+            rows = [(name, n, id_digest(raw)) for name, own in numbers.items() for raw, n in own.items()]
+            tombstones = one.tombstones.with_rows(rows + vectors)
+            is_newest, has_any = number == dataset.version, any(n for own in numbers.values() for n in own.values())
+            found = rewriting.without(one, {name: np.array([*own.values()], np.int64) for name, own in numbers.items()})
+            report.found["versions"] += found is not None
+            if found is None and (is_newest or has_any) and tombstones != one.tombstones:
+                found = rewriting.as_chain(one)
+            if found is not None:
+                changed[number] = rewriting.with_tombstones(_without_notes(found, names), number, tombstones)
+        report.found += rewriting.removed
+        if dry_run or not changed:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return
+        newest = changed.get(dataset.version) or rewriting.with_tombstones(
+            rewriting.as_chain(dataset), dataset.version, dataset.tombstones
+        )
+        rewriting.remove_unlisted((newest, *changed.values()))
+    commit_version(root, version, {name: value for name, value in newest.items() if name != "added"})
+    for number, manifest in changed.items():
+        replace_version(root, number, manifest)
+    report.version = version
+    logger.info("%s: version %d", root, version)
+
+
+def _vector_tombstones(dataset: Dataset, report: DatasetReport) -> Iterator[Row]:
+    """Tombstones of the items' rows in files of vectors."""
+    for path, vectors in _vector_files(dataset.root):
+        erased = dataset.tombstones.digests(f"{VECTORS}/{path.stem}")
+        for number in report.ids(ITEMS).tolist():
+            if number < len(vectors) and number not in erased:
+                yield f"{VECTORS}/{path.stem}", number, next(row_digests(vectors, number, number + 1))
+
+
+def _without_notes(manifest: dict, names: Names) -> dict:
+    """The manifest without the notes that name one of the raw ids."""
+    raw_ids = [*names.users, *names.items]
+    notes = [note for note in manifest.get("notes", ()) if not any(raw in str(note) for raw in raw_ids)]
+    return {**manifest, "notes": notes} if "notes" in manifest else manifest
+
+
+def _vector_files(root: Path) -> Iterator[tuple[Path, np.ndarray]]:
+    """The files of item vectors beside a dataset, mapped."""
+    for path in sorted((root / VECTORS).glob("*.npy")):
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        if vectors.ndim == 2:
+            yield path, vectors
+
+
+def _erase(root: Path, report: DatasetReport, dry_run: bool) -> None:
+    """Remove old files, tokens, cached files, and rows of vectors."""
+    items = report.ids(ITEMS)
+    for path, vectors in _vector_files(root):
+        rows = [row for row in items[items < len(vectors)].tolist() if np.asarray(vectors[row]).any()]
+        report.found["rows of vectors"] += len(rows)
+        if rows and not dry_run:
+            whole = np.array(vectors)
+            whole[rows] = 0
+            beside = path.with_name(f"{path.name}.erasing")
+            with beside.open("wb") as file:
+                np.save(file, whole)
+            beside.replace(path)
+    if items.size and (root / TOKENS).is_dir():
+        report.found["token stores"] += len(list((root / TOKENS).iterdir()))
+        if not dry_run:
+            remove_folder(root / TOKENS)
+    if not dry_run:
+        for fingerprint in superseded_fingerprints(root):
+            remove_folder(cache_folder(f"derived from {fingerprint}"))
+        report.freed = remove_superseded(root)

@@ -1,0 +1,44 @@
+"""What a recipe needs to know of a dataset (`config.recipes.DatasetFacts`), read from it in seconds."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hllm_torchrec.config.recipes import DatasetFacts
+from hllm_torchrec.data.dataset import Dataset
+
+SAMPLED_ITEMS = 10_000
+"""Items, spaced evenly, whose texts are measured."""
+
+
+def dataset_facts(dataset: Dataset) -> DatasetFacts:
+    """Measure a dataset: sizes, labels, texts and features."""
+    manifest, train = dataset.manifest, dataset.manifest["parts"]["train"]
+    positives = int(train.get("positives", 0))
+    exposures = int(train.get("exposures", train.get("events", 0)))
+    values = dataset.action_values
+    return DatasetFacts(
+        users=int(train.get("users", 0)),
+        items=dataset.num_items - 1,
+        exposures=exposures,
+        labels=(exposures - positives, positives),
+        graded=np.unique(values[~np.isnan(values)]).size > 1,
+        words=_words(dataset),
+        item_features={name: int(facts["size"]) for name, facts in manifest["item_features"].items()},
+        user_features={name: int(facts["size"]) for name, facts in manifest["user_features"].items()},
+        split=str(manifest["split"]["rule"]),
+    )
+
+
+def _words(dataset: Dataset) -> dict[str, float]:
+    """95th percentile of the number of words of each text column over SAMPLED_ITEMS items."""
+    names = dataset.manifest["text_columns"]
+    if not names or dataset.num_items < 2:
+        return {}
+    texts = dataset.text(names)
+    texts = texts.take(np.unique(np.linspace(0, len(texts) - 1, SAMPLED_ITEMS).astype(np.int64)))
+    return {name: _percentile(texts[name]) for name in names}
+
+
+def _percentile(texts: pa.ChunkedArray) -> float:
+    return float(np.percentile(pc.count_substring_regex(pc.fill_null(texts, ""), r"\S+").to_numpy(), 95))

@@ -1,0 +1,92 @@
+"""Labels, weights and sampling rates of a batch's exposures, by task.
+
+Negatives (exposures whose first label is 0) may have been thinned out, before `prepare` (`sampling_rate`) or at load
+(`data.negative_rate`): of them a share r was kept. A model trained on what is left learns odds that are 1 / r too
+large. The first label's logit is corrected by an offset in training, z_train = z - log r, so that z, which is served,
+holds on whole traffic. Other labels that are defined on negatives get these weighted by 1 / r, which is exact in the
+mean for any label; labels that are defined only where the first one is 1 do not depend on r.
+
+Legend: X exposures, K tasks.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.data.batch_spec import BatchSpec
+from hllm_torchrec.data.event_schema import SAMPLING_RATE, WEIGHT, EventSchema
+from hllm_torchrec.data.events import Events, Piece
+
+
+def drawn_exposures(piece: Piece, rate: float, seeds: Iterable[int]) -> tuple[Ints, Floats]:
+    """(indices [X] of the exposures that are kept, float32 share of the negatives that were kept for each).
+
+    rate: probability of a negative exposure, drawn by (seeds, user, position): the same on any rank and in any batch.
+    """
+    targets = piece.exposures
+    before = piece.extra.get(SAMPLING_RATE)
+    rates = np.full(targets.size, rate, np.float32) if before is None else (before[targets] * rate).astype(np.float32)
+    if rate == 1.0:
+        return targets, rates
+    seed = np.array(list(seeds), np.int64)
+    keys = (np.full(targets.size, one) for one in (*seed, piece.user_id))
+    drawn = hash_columns(*keys, targets + piece.offset) / 2.0**64 < rate
+    kept = drawn | (piece.labels[targets] > 0)
+    return targets[kept], rates[kept]
+
+
+def exposure_weights(targets: Events) -> Floats:
+    """float32 [X] declared weights; 1 without a declaration."""
+    return targets.extra.get(WEIGHT, np.ones(len(targets), np.float32))
+
+
+def traffic_weights(targets: Events, rates: Floats) -> Floats:
+    """float32 [X] weights that make kept exposures stand for those of whole traffic: 1 / rate for a negative."""
+    return np.where(targets.labels > 0, np.float32(1), 1 / rates).astype(np.float32)
+
+
+def targets_of(
+    targets: Events, spec: BatchSpec, schema: EventSchema, rates: Floats, training: bool
+) -> dict[str, NDArray[Any]]:
+    """The fields `weights`, `task_labels`, `task_weights` and `logit_offset` of a batch.
+
+    rates: [X] share of the negatives that were kept for each exposure. Outside of training the weights of thinned-out
+    negatives make all metrics those of whole traffic, and there is no offset.
+    """
+    weights = exposure_weights(targets)
+    thinned = schema.sampled or (training and spec.negative_rate < 1)
+    if thinned and not training:
+        weights = weights * traffic_weights(targets, rates)
+    found: dict[str, NDArray[Any]] = {"weights": weights}
+    if thinned and training:
+        found["logit_offset"] = -np.log(rates)
+    if not spec.tasks:
+        return found
+    labels = np.stack([_label(targets, schema, name) for name in spec.tasks], axis=1)
+    columns = np.repeat(weights[:, None], len(spec.tasks), axis=1)
+    if thinned and training:
+        corrected = [schema.labels[0].name != name and not _needs_first(schema, name) for name in spec.tasks]
+        columns[:, corrected] *= traffic_weights(targets, rates)[:, None]
+    defined = ~np.isnan(labels)
+    return found | {
+        "task_labels": labels.astype(np.float32),
+        "task_weights": np.where(defined, columns, 0).astype(np.float32),
+    }
+
+
+def _label(targets: Events, schema: EventSchema, name: str) -> Floats:
+    """[X] values of a label; NaN where it is not defined, or was not read."""
+    if name == schema.labels[0].name:
+        return targets.labels
+    column = next(one for one in schema.extra if one.name == schema.label(name).column)
+    return targets.column(column)
+
+
+def _needs_first(schema: EventSchema, name: str) -> bool:
+    """True if a label is defined only where the first label is 1."""
+    given = schema.label(name).given
+    return given is not None and (given == schema.labels[0].name or _needs_first(schema, given))

@@ -1,0 +1,105 @@
+"""Tombstones: the ids that a dataset has forgotten. What is left of one is its number and the digest of its raw id.
+
+The digest keeps the place of the id in the chain of its map (`data.vocabulary`), so that runs still fit the dataset,
+and recognizes the raw id when a later source names it. The map `vectors/<name>` has the digests of rows that were
+erased from files of item vectors.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.validation import error_location, read_table
+from hllm_torchrec.data.vocabulary import id_digest
+
+FORGOTTEN = "forgotten"
+"""Field of a manifest: the name of the file of tombstones."""
+FILE = "forgotten-{:05d}.parquet"
+"""Name of a file of tombstones, by version."""
+USERS, ITEMS = "users", "items"
+_SCHEMA = pa.schema([("map", pa.string()), ("number", pa.int64()), ("digest", pa.binary(16))])
+
+Row = tuple[str, int, bytes]
+"""(map, number, digest); the number is 0 if the dataset never had the id."""
+
+
+@dataclass(frozen=True)
+class Tombstones:
+    """All tombstones of a version, each once."""
+
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def read(cls, root: Path, manifest: dict[str, Any]) -> "Tombstones":
+        """The tombstones of a version; none if its manifest names no file.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        name = manifest.get(FORGOTTEN)
+        if name is None:
+            return cls()
+        with error_location(root / name):
+            table = read_table(root / name).cast(_SCHEMA)
+            return cls(tuple(zip(*(table[column].to_pylist() for column in _SCHEMA.names), strict=True)))
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        columns = list(zip(*self.rows)) or [[], [], []]
+        pq.write_table(pa.table([pa.array(one, f.type) for one, f in zip(columns, _SCHEMA)], schema=_SCHEMA), path)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def with_rows(self, rows: Iterable[Row]) -> "Tombstones":
+        """These and further ones."""
+        return Tombstones(tuple(dict.fromkeys((*self.rows, *rows))))
+
+    def without_numbers(self) -> "Tombstones":
+        """Those of raw ids, for a dataset that numbers its ids anew."""
+        return Tombstones(tuple((name, 0, digest) for name, _, digest in self.rows if name in (USERS, ITEMS)))
+
+    def numbers(self, name: str) -> Ints:
+        """Ascending numbers of the forgotten ids of a map."""
+        return np.array(sorted(self._by_number.get(name, {})), np.int64)
+
+    def digests(self, name: str) -> dict[int, bytes]:
+        """Number -> digest of the forgotten ids of a map."""
+        return self._by_number.get(name, {})
+
+    def find(self, name: str, raw_id: str) -> int | None:
+        """Number of a forgotten raw id (0: the dataset never had it); None if it is not forgotten."""
+        return self._by_digest.get(name, {}).get(id_digest(raw_id))
+
+    def mask(self, name: str, raw_ids: pa.ChunkedArray) -> np.ndarray:
+        """Mask (bool [n]) of the raw ids that are forgotten."""
+        known = self._by_digest.get(name)
+        if not known or not len(raw_ids):
+            return np.zeros(len(raw_ids), bool)
+        encoded = raw_ids.combine_chunks().dictionary_encode()
+        found = [value is not None and id_digest(value) in known for value in encoded.dictionary.to_pylist()]
+        at = encoded.indices
+        return np.array([*found, False])[at.fill_null(len(found)).to_numpy()]
+
+    @cached_property
+    def _by_number(self) -> dict[str, dict[int, bytes]]:
+        found: dict[str, dict[int, bytes]] = {}
+        for name, number, digest in self.rows:
+            if number:
+                found.setdefault(name, {})[number] = digest
+        return found
+
+    @cached_property
+    def _by_digest(self) -> dict[str, dict[bytes, int]]:
+        found: dict[str, dict[bytes, int]] = {}
+        for name, number, digest in self.rows:
+            if name in (USERS, ITEMS):
+                found.setdefault(name, {})[digest] = number
+        return found

@@ -1,0 +1,87 @@
+"""Erasing of ids from a run: rows of its item table with their optimizer state, and of its fitted statistics."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hllm_torchrec.checkpoint.erased_rows import checkpoints_of, erase_rows
+from hllm_torchrec.checkpoint.remote_runs import run_lock
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.evidence import EvidenceModel
+from hllm_torchrec.data.run_factors import RunFactors
+from hllm_torchrec.lifecycle.traces import RUN, Place, Target, Trace
+from hllm_torchrec.models.assembly import EVIDENCE_KEY
+from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
+
+_TABLES = ("item_id", "frozen_items")
+BAD_BATCHES = "bad_batches"
+
+
+def forget_in_run(place: Place, target: Target) -> Trace:
+    """Remove records of bad batches with the ids, and with `erase` the items' rows of tables and statistics.
+
+    A row of a table becomes 0; a row of factors that of the unknown item. Other rows keep their bits.
+
+    Raises:
+        ValueError: a process trains into the run, or a checkpoint is damaged.
+    """
+    if not place.fits:
+        return Trace(place.path, f"{RUN} on another dataset", 0)
+    found = sum(_remove_record(path, target) for path in sorted((place.path / BAD_BATCHES).glob("*.json")))
+    if not target.erase or not target.items.size:
+        return Trace(place.path, RUN, found)
+    with run_lock(str(place.path)):
+        fingerprints = {}
+        for key, load, reset in _STATISTICS:
+            model = load(place.path)
+            if model is None:
+                continue
+            new, rows = reset(model, target.items)
+            found += rows
+            if rows and not target.dry_run:
+                new.save(place.path)
+            fingerprints[key] = new.fingerprint
+        for checkpoint in checkpoints_of(place.path):
+            for table in _TABLES:
+                found += erase_rows(checkpoint, table, target.items, fingerprints, dry_run=target.dry_run)
+    return Trace(place.path, RUN, found)
+
+
+def _remove_record(path: Path, target: Target) -> bool:
+    """Remove a record of bad batches (`training.step_guard`) that names one of the ids."""
+    batches = json.loads(path.read_text(encoding="utf-8")).get("batches", [])
+    users = [user for batch in batches for user in batch["user_ids"]]
+    items = [item for batch in batches for name in ("unique_items", "target_items") for item in batch[name]]
+    named = bool(np.isin(users, target.users).any() or np.isin(items, target.items).any())
+    if named and not target.dry_run:
+        path.unlink()
+    return named
+
+
+def _reset_factors(factors: RunFactors, items: Ints) -> tuple[RunFactors, int]:
+    loadings, bias, rows = _reset(factors.model.loadings[None], factors.model.bias[None], items)
+    return replace(factors, model=replace(factors.model, loadings=loadings[0], bias=bias[0])), rows
+
+
+def _reset_evidence(model: EvidenceModel, items: Ints) -> tuple[EvidenceModel, int]:
+    loadings, bias, rows = _reset(model.loadings, model.bias, items)
+    return replace(model, loadings=loadings, bias=bias), rows
+
+
+def _reset(loadings: np.ndarray, bias: np.ndarray, items: Ints) -> tuple[np.ndarray, np.ndarray, int]:
+    """Loadings [k, N, J] and bias [k, N] with the rows of the unknown item for `items`, and how many were others."""
+    items = items[items < bias.shape[1]]
+    rows = int(((loadings[:, items] != loadings[:, :1]).any((0, 2)) | (bias[:, items] != bias[:, :1]).any(0)).sum())
+    loadings, bias = loadings.copy(), bias.copy()
+    loadings[:, items], bias[:, items] = loadings[:, :1], bias[:, :1]
+    return loadings, bias, rows
+
+
+_STATISTICS: tuple[tuple[str, Callable[[Path], Any], Callable[[Any, Ints], tuple[Any, int]]], ...] = (
+    (FACTORS_KEY, RunFactors.load, _reset_factors),
+    (EVIDENCE_KEY, EvidenceModel.load, _reset_evidence),
+)

@@ -1,0 +1,99 @@
+"""Forgetting as one job: the dataset first, then everything that was made from it below the given folders."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.forgetting import DatasetReport, Names, forget
+from hllm_torchrec.data.new_item_journal import JOURNAL as JOURNAL_FILE
+from hllm_torchrec.data.tombstones import ITEMS, USERS
+from hllm_torchrec.lifecycle.erased_runs import forget_in_run
+from hllm_torchrec.lifecycle.remaining_bytes import files_with
+from hllm_torchrec.lifecycle.traces import (
+    INDEX,
+    JOURNAL,
+    PREDICTIONS,
+    RUN,
+    STORE,
+    Place,
+    Target,
+    Trace,
+    forget_in_journal,
+    forget_in_predictions,
+    forget_in_store,
+    places,
+)
+
+
+@dataclass
+class JobReport:
+    """What was found in the dataset and in every place that was looked into; remaining: files that still have an id."""
+
+    dataset: DatasetReport
+    traces: list[Trace] = field(default_factory=list)
+    remaining: list[Path] = field(default_factory=list)
+
+    @property
+    def left(self) -> list[Trace]:
+        """Places that somebody has to look into."""
+        return [trace for trace in self.traces if trace.left]
+
+
+def forget_everywhere(
+    dataset: Path,
+    names: Names,
+    folders: Sequence[Path] = (),
+    predictions: Sequence[Path] = (),
+    *,
+    erase: bool = False,
+    dry_run: bool = False,
+) -> JobReport:
+    """Forget ids in a dataset, and in runs, nights, stores, predictions and journals below `folders`.
+
+    Repeated after a kill, it does what is left. The dataset is first, so that no job brings an id back meanwhile.
+
+    Args:
+        predictions: folders whose files of `hllm evaluate` have the numbers of this dataset, outside of its runs.
+        erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
+
+    Raises:
+        ValueError: as the functions named; a folder does not exist.
+    """
+    for folder in (*folders, *predictions):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; name those that may hold the ids")
+    report = JobReport(forget(dataset, names, erase=erase, dry_run=dry_run))
+    opened = Dataset.open(dataset)
+    target = Target(names, opened, report.dataset.ids(USERS), report.dataset.ids(ITEMS), erase, dry_run)
+    report.traces.append(forget_in_journal(dataset / JOURNAL_FILE, target))
+    for place in _all_places(opened, folders, predictions):
+        report.traces.append(_forget_in(place, target))
+    if erase and not dry_run:
+        searched = [dataset, *folders, *predictions]
+        report.remaining = list(files_with(searched, [*names.users, *names.items]))
+    return report
+
+
+def _all_places(dataset: Dataset, folders: Sequence[Path], predictions: Sequence[Path]) -> Iterator[Place]:
+    """Each place once."""
+    seen: set[Path] = set()
+    for folder, fits in (*((one, True) for one in predictions), *((one, None) for one in folders)):
+        for place in places(folder, dataset, fits):
+            if place.path.resolve() not in seen:
+                seen.add(place.path.resolve())
+                yield place
+
+
+def _forget_in(place: Place, target: Target) -> Trace:
+    if place.kind == STORE:
+        return forget_in_store(place.path, target)
+    if place.kind == PREDICTIONS:
+        return forget_in_predictions(place, target)
+    if place.kind == JOURNAL:
+        return forget_in_journal(place.path, target)
+    if place.kind == RUN:
+        return forget_in_run(place, target)
+    assert place.kind == INDEX
+    found = any(files_with([place.path], target.names.items))
+    return Trace(place.path, INDEX, int(found), "write the index again (hllm index)" if found else "")

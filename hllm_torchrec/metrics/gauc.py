@@ -1,0 +1,32 @@
+"""Exact GAUC of rows in memory, on one rank or many: AUC within a user, users weighted by their rows."""
+
+import math
+
+import numpy as np
+
+from hllm_torchrec.common.hashing import hash_columns
+from hllm_torchrec.distributed.array_collectives import Group, all_to_all, gather_objects, world_size
+from hllm_torchrec.metrics.group_auc import grouped_auc
+from hllm_torchrec.metrics.user_metrics import GAUC
+
+
+def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, group: Group = None) -> float:
+    """GAUC of the rows of all ranks; a user's rows may be on several. Collective.
+
+    Args:
+        users: int64 [n]; labels: 0 or 1, [n]; scores: [n] without NaN. Ranks may have different numbers of rows.
+
+    Returns:
+        The mean over users with rows of both classes, as `hllm evaluate` computes it; `nan` without such a user.
+    """
+    rows = np.stack([users, labels > 0.5, scores.astype(np.float64).view(np.int64)], axis=1)
+    ranks = world_size(group)
+    owner = (hash_columns(rows[:, 0]) % np.uint64(ranks)).astype(np.int64)
+    order = np.argsort(owner, kind="stable")
+    rows = all_to_all(rows[order], np.bincount(owner, minlength=ranks).tolist(), group)
+    total = [0.0, 0.0]
+    if len(rows):
+        _, of_row = np.unique(rows[:, 0], return_inverse=True)
+        total = list(GAUC.ratio(grouped_auc(of_row, rows[:, 1] == 1, rows[:, 2].copy().view(np.float64))))
+    numerator, denominator = np.sum(gather_objects(total, group), axis=0)
+    return float(numerator / denominator) if denominator else math.nan

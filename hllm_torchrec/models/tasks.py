@@ -1,0 +1,180 @@
+"""Tasks of a model: labels to predict, each with a loss, a weight and the meaning of its outputs.
+
+`resolve_tasks` combines `objective.tasks` with the labels that the dataset declares. Numbers of a task that come from
+the training part (mean and deviation of a regression) are buffers of the model, so that they travel with its weights.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.errors import ConfigError, did_you_mean
+from hllm_torchrec.config.schema import ObjectiveConfig
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_schema import EventSchema, LabelColumn
+from hllm_torchrec.modules.losses.task_losses import ROW_LOSSES, expected_class
+
+LOSSES_OF_KIND = {"binary": ("bce",), "ordinal": ("ordinal",), "regression": ("huber", "weighted_logistic")}
+"""Kind of a label -> losses that can be trained on it, the usual one first."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A label, its loss and its weight in L_cls.
+
+    start: initial values of the outputs [O]; center, scale: see `standardized`.
+    """
+
+    label: LabelColumn
+    loss: str = "bce"
+    weight: float = 1.0
+    start: tuple[float, ...] = (0.0,)
+    center: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The label's name."""
+        return self.label.name
+
+    @property
+    def is_binary(self) -> bool:
+        """True if the output is the logit of a probability."""
+        return self.loss == "bce"
+
+    @property
+    def outputs(self) -> int:
+        """Number O of outputs of the head."""
+        return len(self.label.values) if self.loss == "ordinal" else 1
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Numbers of an ordinal label's classes: their own, or their places if they are texts."""
+        own = self.label.values
+        return tuple(map(float, own)) if all(type(value) in (int, float) for value in own) else tuple(range(len(own)))
+
+    def losses(self, outputs: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """Loss of each exposure [X]; scale: [2], the model's center and scale of this task."""
+        if self.label.kind == "regression":
+            labels = (_transformed(labels, self.label) - scale[0]) / scale[1]
+        return ROW_LOSSES[self.loss](outputs, labels)
+
+    def predictions(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """What the outputs [X, O] predict [X]: a probability, or a number in the label's unit."""
+        if self.is_binary:
+            return torch.sigmoid(outputs[:, 0])
+        if self.loss == "ordinal":
+            return expected_class(outputs, torch.tensor(self.values))
+        found = outputs[:, 0].exp() if self.loss == "weighted_logistic" else outputs[:, 0]
+        found = found * scale[1] + scale[0]
+        return torch.expm1(found) if self.label.transform == "log1p" else found
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Numbers [X] in the order of the predictions, which do not saturate."""
+        return expected_class(outputs, torch.tensor(self.values)) if self.loss == "ordinal" else outputs[:, 0]
+
+    def units(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Labels [X] as they are stored, in the unit of the predictions."""
+        if self.loss != "ordinal":
+            return labels
+        known = np.isfinite(labels)
+        return np.where(known, np.array(self.values)[np.where(known, labels, 0).astype(np.int64)], np.nan)
+
+
+def _transformed(labels: Tensor, label: LabelColumn) -> Tensor:
+    return torch.log1p(labels) if label.transform == "log1p" else labels
+
+
+def task_problems(objective: ObjectiveConfig, schema: EventSchema) -> list[str]:
+    """Entries of `objective.tasks` that the dataset's labels do not allow, one message each."""
+    problems, known = [], schema.label_names
+    for name, task in objective.task_configs.items():
+        place = f"objective.tasks.{name}"
+        if name not in known:
+            problems.append(f"{place}: no label of the dataset{did_you_mean(name, known)}; it has {', '.join(known)}")
+            continue
+        kind = schema.label(name).kind
+        if task.loss not in ("auto", *LOSSES_OF_KIND[kind]):
+            allowed = ", ".join(LOSSES_OF_KIND[kind])
+            problems.append(f"{place}.loss: {task.loss!r}: the label is {kind}; choose {allowed}, or leave it out")
+        if task.loss == "weighted_logistic" and schema.label(name).transform is not None:
+            problems.append(
+                f"{place}.loss: 'weighted_logistic' predicts the mean of the label itself, which the dataset declares "
+                "with a transform; prepare it without one, or choose huber"
+            )
+    if objective.tasks and known[0] not in objective.tasks:
+        problems.append(
+            f"objective.tasks: {known[0]!r} is missing, the label that defines exposures and selects the checkpoint; "
+            "add it (weight: 0 leaves its loss out)"
+        )
+    return problems
+
+
+def resolve_tasks(objective: ObjectiveConfig, schema: EventSchema) -> tuple[Task, ...]:
+    """The tasks of a configuration on a dataset with this schema, the first label's first.
+
+    Raises:
+        ConfigError: see `task_problems`.
+    """
+    if problems := task_problems(objective, schema):
+        raise ConfigError(problems)
+    if not objective.tasks:
+        return (Task(schema.labels[0]),)
+    found = []
+    for name, config in objective.task_configs.items():
+        label = schema.label(name)
+        loss = LOSSES_OF_KIND[label.kind][0] if config.loss == "auto" else config.loss
+        task = Task(label, loss, config.weight)
+        found.append(replace(task, start=(0.0,) * task.outputs))
+    return tuple(sorted(found, key=lambda task: task.name != schema.labels[0].name))
+
+
+def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0) -> tuple[Task, ...]:
+    """The tasks with start, center and scale from the training exposures since a second.
+
+    Raises:
+        ConfigError: a weighted logistic regression of labels below 0.
+    """
+    schema, columns = dataset.schema, ["labels", "timestamps"]
+    columns += [task.label.column for task in tasks if task.name != schema.labels[0].name]
+    parts: list[list[NDArray[Any]]] = [[] for _ in tasks]
+    for group in dataset.row_groups("train", since) if since else dataset.row_groups("train"):
+        rows = dataset.sequences([group], columns)
+        recent = rows.timestamps >= since
+        for part, task in zip(parts, tasks, strict=True):
+            values = schema.label_values(task.name, rows.labels, rows.extra)[recent]
+            part.append(values[~np.isnan(values)])
+    return tuple(_fitted(task, np.concatenate([np.zeros(0), *part])) for task, part in zip(tasks, parts, strict=True))
+
+
+def _fitted(task: Task, values: NDArray[Any]) -> Task:
+    """The task with the numbers of its training labels [n]."""
+    if not values.size:
+        return task
+    if task.is_binary:
+        rate = float(values.mean())
+        return replace(task, start=(math.log(rate / (1 - rate)) if 0 < rate < 1 else 0.0,))
+    if task.loss == "ordinal":
+        counts = np.bincount(values.astype(np.int64), minlength=task.outputs) + 1.0
+        return replace(task, start=tuple(np.log(counts / counts.sum()).tolist()))
+    if task.loss == "weighted_logistic":
+        if values.min() < 0:
+            raise ConfigError(
+                f"objective.tasks.{task.name}.loss: 'weighted_logistic': a label is {values.min():g}, below 0, which "
+                "no odds are; choose huber"
+            )
+        return replace(task, scale=float(values.mean()) or 1.0)
+    numbers = np.log1p(values) if task.label.transform == "log1p" else values
+    return replace(task, center=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
+
+
+def is_single(tasks: Sequence[Task], objective: ObjectiveConfig) -> bool:
+    """True if the only task is a binary one on a plain head, as without `objective.tasks`."""
+    only = tasks[0]
+    return len(tasks) == 1 and only.is_binary and only.weight == 1.0 and objective.towers == "shared_bottom"

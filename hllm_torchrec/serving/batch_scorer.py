@@ -1,0 +1,159 @@
+"""`BatchScorer`: the scores of `Scorer` for many requests at once, from prepared inputs.
+
+    scorer = BatchScorer.of_run(Path("runs/early"))
+    logits = scorer.score_batch([Request(state, items, time), ...])
+
+The items' inputs are computed once for the catalogue (`SlotInputs`), the linear layers of the user encoder run over the
+candidates of all requests, and with late fusion the target's side of the head is stored (`PreparedHead`).
+
+Legend: R requests, M candidates of all of them, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.errors import configured_by
+from hllm_torchrec.modules.attention.keys_values import HistoryCache
+from hllm_torchrec.modules.history_cache import begin_requests, read_history
+from hllm_torchrec.modules.prepared_head import PreparedHead, can_prepare
+from hllm_torchrec.serving.scorer import Scorer
+from hllm_torchrec.serving.slot_inputs import SlotInputs
+from hllm_torchrec.serving.user_state import UserHistory, UserState
+
+ROWS_AT_ONCE = 8192
+"""Candidates of all requests that are computed at a time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Candidates of a user at a second: a state that this scorer made, dense item ids [m], seconds UTC."""
+
+    state: UserState
+    items: Ints
+    time: int
+
+
+class BatchScorer(Scorer):
+    """A `Scorer` whose `score_batch` takes many requests. One thread scores; others may add items meanwhile."""
+
+    _inputs: SlotInputs | None = None
+
+    def _make_collator(self) -> None:
+        known = 0 if self._inputs is None else self.experiment.dataset.num_table_items
+        if self._inputs is None:
+            self._inputs = SlotInputs(self.experiment)
+            self._head = PreparedHead(self.hllm.head) if can_prepare(self.hllm.head) else None
+        else:
+            self._inputs.extend(known)  # a new item may also have been given another text
+        if self._head is not None:
+            self._prepared = self._head.items(self._inputs.items)
+        super()._make_collator()  # last: it makes the new ids known to other threads
+
+    @property
+    def inputs(self) -> SlotInputs:
+        """Prepared inputs of the user encoder."""
+        assert self._inputs is not None
+        return self._inputs
+
+    @property
+    def catalogue_bytes(self) -> int:
+        """Bytes of what is stored of the items."""
+        prepared = self._prepared if self._head is not None else ()
+        return self.inputs.items.nbytes + sum(part.nbytes for part in prepared)
+
+    def seen_part(self, history: UserHistory, time: int) -> UserHistory:
+        """The events that a request at `time` may see."""
+        count = self._seen(history, time)
+        return history if count == len(history) else UserHistory(history.user_id, **history[:count].columns)
+
+    @torch.no_grad()
+    def score_batch(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        """Logits [m] of each request, as by `score`.
+
+        Raises:
+            ValueError: a state of another model, or a leave-one-out request before the last event.
+        """
+        found = [np.empty(0, np.float32)] * len(requests)
+        asked = [number for number, request in enumerate(requests) if request.items.size]
+        kept = [self._with_its_state(requests[number]) for number in asked]
+        with configured_by("user.shape", length="data.max_history"):
+            scores = [logits for group in _groups(kept) for logits in self._score_group(group)]
+        for number, logits in zip(asked, scores, strict=True):
+            found[number] = logits
+        return found
+
+    def _with_its_state(self, request: Request) -> Request:
+        """The request with the state of what it may see, where its state goes beyond."""
+        state, seen = request.state, self._seen(request.state.history, request.time)
+        self._check_state(state)
+        if self._start(seen) == state.start:
+            return request
+        return Request(self.read(self.seen_part(state.history, request.time)), request.items, request.time)
+
+    def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
+        return self.score_batch([Request(state, items, moment)])[0]
+
+    def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        """Logits of requests with ROWS_AT_ONCE candidates together, or of a single request."""
+        states, times = [one.state for one in requests], [one.time for one in requests]
+        visible = [self._visible(state, time) for state, time in zip(states, times, strict=True)]
+        ask = begin_requests(self.hllm.user, [state.cache for state in states], times, visible)
+        numbers = [self._numbers(state, time) for state, time in zip(states, times, strict=True)]
+        numeric = np.concatenate([one for one in numbers if one is not None]) if numbers[0] is not None else None
+        x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric)
+        # More than one part only for a single request, whose user is the same in all of them.
+        sizes = [one.items.size for one in requests]
+        late = self.hllm.fusion.query_is_user
+        users = ask(x_RD, [1] * len(requests)) if late else x_RD
+        logits = []
+        for start in range(0, sum(sizes), ROWS_AT_ONCE):
+            parts = [one.items[start : start + ROWS_AT_ONCE] for one in requests]
+            counts = [part.size for part in parts]
+            ids = torch.from_numpy(np.concatenate(parts)).to(x_RD.device)
+            rows = torch.tensor(np.repeat(np.arange(len(parts)), counts), device=ids.device)
+            evidence = self._evidence_of(requests, parts)
+            if late:
+                logits.append(self._late(users, rows, ids, evidence))
+            else:
+                x_MD = self.inputs.items.index_select(0, ids) + users.index_select(0, rows)
+                logits.append(self.hllm.head(ask(x_MD, counts), None, evidence))
+        values = torch.cat(logits).float().cpu().numpy()
+        return np.split(values, np.cumsum(sizes)[:-1])
+
+    def _late(self, users_RD: Tensor, rows: Tensor, ids: Tensor, evidence: Tensor | None) -> Tensor:
+        if self._head is None:
+            targets = self.inputs.items.index_select(0, ids)
+            logits: Tensor = self.hllm.head(users_RD.index_select(0, rows), targets, evidence)
+            return logits
+        return self._head.score(users_RD, rows, *(part.index_select(0, ids) for part in self._prepared))
+
+    def _evidence_of(self, requests: Sequence[Request], parts: Sequence[Ints]) -> Tensor | None:
+        if self.experiment.evidence is None:
+            return None
+        columns = [self._evidence(one.state.history, part, one.time) for one, part in zip(requests, parts, strict=True)]
+        return torch.cat([column for column in columns if column is not None])
+
+    def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
+        x_TD, times = self.inputs.history(events)
+        with configured_by("user.shape", length="data.max_history"):
+            return read_history(self.hllm.user, x_TD, times, cache)
+
+
+def _groups(requests: Sequence[Request]) -> list[list[Request]]:
+    """Requests in order, in groups of at most ROWS_AT_ONCE candidates, or of one request."""
+    groups: list[list[Request]] = []
+    rows = 0
+    for request in requests:
+        size = request.items.size
+        if not groups or rows + size > ROWS_AT_ONCE:
+            groups.append([])
+            rows = 0
+        groups[-1].append(request)
+        rows += size
+    return groups

@@ -1,0 +1,252 @@
+"""Scores and states of many users: the part of the service without HTTP.
+
+    engine = Engine(BatchScorer.of_run(run), EventLog(run / "serving" / "events.sqlite"), cache_bytes=1 << 30)
+    engine.score([ScoreRequest("u7", ["s3", "s41"], time), ...])     # one micro-batch
+    engine.append("u7", [LoggedEvent("s3", time, 1.0, "5")])         # seen by requests of later seconds
+
+A state in the cache holds the events that the latest request could see; a later request extends it by those that came
+since, and one of an earlier time than the state's is computed without the cache, so its scores are those of that time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
+from hllm_torchrec.serving.event_log import EventLog, LoggedEvent
+from hllm_torchrec.serving.raw_histories import check_found
+from hllm_torchrec.serving.recommend import item_reader
+from hllm_torchrec.serving.retrieval import IndexKind, Retrieval
+from hllm_torchrec.serving.service_histories import KnownHistory, ServiceHistories
+from hllm_torchrec.serving.state_cache import StateCache
+from hllm_torchrec.serving.user_state import UserHistory, UserState
+
+Features = Mapping[str, Sequence[str | Sequence[str]]]
+"""Item feature -> values of each item."""
+
+
+@dataclass(frozen=True)
+class RawEvents:
+    """Events as a request gives them: raw ids and names of actions (None: unknown), labels (NaN: none), [n] each."""
+
+    items: Sequence[str]
+    timestamps: Sequence[int]
+    labels: Sequence[float]
+    actions: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Candidates of one user at a second.
+
+    user: raw id; a user whom neither the dataset nor an event names has the unknown user's features and no history.
+    candidates: raw ids. time: seconds UTC. history: events of the request alone, which are scored instead of the
+    user's and not kept; None: the user's.
+    """
+
+    user: str | None
+    candidates: Sequence[str]
+    time: int
+    history: RawEvents | None = None
+
+
+@dataclass(frozen=True)
+class RecommendRequest:
+    """The best items of the catalogue for a user at a second.
+
+    user, time, history: as in `ScoreRequest`. top: number of items. candidates: number of items that are retrieved and
+    then ranked. seen_too: whether items of the history are recommended. filters: item feature -> values; an item has at
+    least one of each.
+    """
+
+    user: str | None
+    top: int
+    time: int
+    history: RawEvents | None = None
+    candidates: int = 200
+    seen_too: bool = False
+    filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+AnyRequest = ScoreRequest | RecommendRequest
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Result of a request.
+
+    logits: [m] float32, as by `Scorer.score`; of recommendations, descending. items: [m] dense ids. events: number of
+    events that the request could see. model: mark of the weights and the dataset.
+    """
+
+    logits: NDArray[np.float32]
+    items: Ints
+    events: int
+    model: str
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A user in the cache: all events known so far, and the state, which may hold fewer."""
+
+    known: KnownHistory
+    state: UserState
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.cache.nbytes + 2 * sum(column.nbytes for column in self.known.events.columns.values())
+
+
+class Engine:
+    """Histories, states and scores of one model. `score` and `forget_state` are called by one thread, the rest by any.
+
+    Args:
+        scorer: its catalogue is encoded.
+        log: of the events; None: the service takes none.
+        cache_bytes: bytes of states and histories that are kept.
+        index: of the items, see `Retrieval`.
+    """
+
+    def __init__(
+        self,
+        scorer: BatchScorer,
+        log: EventLog | None = None,
+        cache_bytes: int = 1 << 30,
+        index: IndexKind = "flat",
+    ) -> None:
+        self.scorer, self.log = scorer, log
+        self.retrieval = Retrieval(scorer, index)
+        self.histories = ServiceHistories(scorer, log)
+        self.states: StateCache[_Cached] = StateCache(cache_bytes)
+        self._appended: set[str] = set()
+        self._texts: tuple[Dataset, Callable[[int], tuple[str, str]]] | None = None
+
+    @property
+    def mark(self) -> str:
+        """Mark of the weights and the dataset."""
+        return self.scorer.mark
+
+    def score(self, requests: Sequence[AnyRequest]) -> list[Scores | Exception]:
+        """Scores of each request, or the error that it has alone."""
+        asked: list[Request | Exception] = []
+        for request in requests:
+            try:
+                state = self._state(request)
+                asked.append(Request(state, self._items(request, state), request.time))
+            except ValueError as error:
+                asked.append(error)
+        logits = iter(self._logits([one for one in asked if isinstance(one, Request)]))
+        return [
+            self._result(request, one, next(logits)) if isinstance(one, Request) else one
+            for request, one in zip(requests, asked, strict=True)
+        ]
+
+    def _items(self, request: AnyRequest, state: UserState) -> Ints:
+        """Dense ids of the candidates."""
+        if isinstance(request, ScoreRequest):
+            return self.scorer.item_ids(request.candidates)
+        seen = np.empty(0, np.int64) if request.seen_too else state.history.item_ids
+        allowed = self.retrieval.allowed(seen, request.filters)
+        return self.retrieval.candidates(state, allowed, max(request.candidates, request.top))
+
+    def _result(
+        self, request: AnyRequest, asked: Request, logits: NDArray[np.float32] | Exception
+    ) -> Scores | Exception:
+        if isinstance(logits, Exception):
+            return logits
+        items = asked.items
+        if isinstance(request, RecommendRequest):
+            best = np.argsort(-logits, kind="stable")[: request.top]
+            items, logits = items[best], logits[best]
+        return Scores(logits, items, len(asked.state.history), self.mark)
+
+    def add_items(self, raw_ids: Sequence[str], texts: Mapping[str, Sequence[str]], features: Features) -> int:
+        """See `Scorer.add_items`."""
+        return self.scorer.add_items(raw_ids, texts, features)
+
+    def item_texts(self, items: Ints) -> list[tuple[str, str]]:
+        """Raw id and text of items [m] by their dense ids."""
+        dataset = self.scorer.experiment.dataset
+        if self._texts is None or self._texts[0] is not dataset:
+            self._texts = dataset, item_reader(dataset, self.scorer.experiment.config)
+        return [self._texts[1](item) for item in items.tolist()]
+
+    def append(self, user: str, events: Sequence[LoggedEvent]) -> None:
+        """Keep events of a user; when this returns, they are on the disk and seen by requests of later seconds.
+
+        Raises:
+            ValueError: items or actions that are not known.
+        """
+        assert self.log is not None, "a service without a log"
+        self.scorer.item_ids([event.item for event in events], "events")
+        known = self.histories.actions
+        numbers = np.array([0 if event.action is None else known.get(event.action, -1) for event in events])
+        names = [str(event.action) for event in events]
+        check_found("actions of events", numbers, names, f"the dataset has {', '.join(known)}")
+        self.log.append(user, events)
+        self._appended.add(user)
+
+    def forget_state(self, user: str) -> None:
+        """Forget a user's state and history in memory."""
+        self.states.remove(user)
+        self._appended.discard(user)
+
+    def _logits(self, asked: Sequence[Request]) -> Sequence[NDArray[np.float32] | Exception]:
+        try:
+            return self.scorer.score_batch(asked)
+        except ValueError:
+            return [self._logits_of_one(request) for request in asked]
+
+    def _logits_of_one(self, request: Request) -> NDArray[np.float32] | Exception:
+        try:
+            return self.scorer.score_batch([request])[0]
+        except ValueError as error:
+            return error
+
+    def _state(self, request: AnyRequest) -> UserState:
+        """The state of the events that a request may see."""
+        if request.history is not None or request.user is None:
+            history = self._given(request.user, request.history or RawEvents([], [], [], []))
+            return self.scorer.read(self.scorer.seen_part(history, request.time))
+        cached = self.states.get(request.user)
+        if cached is None:
+            known = self.histories.read(request.user)
+            state = self.scorer.read(self.scorer.seen_part(known.events, request.time))
+            return self._keep(request.user, known, state)
+        if request.user in self._appended:
+            self._appended.discard(request.user)  # before the log is read: what comes later is read by a later request
+            known = self.histories.after(cached.known, request.user)
+            if not _continues(known.events, cached.state.history):
+                cached = _Cached(known, self.scorer.read(self.scorer.seen_part(known.events, request.time)))
+            cached = _Cached(known, cached.state)
+            self._keep(request.user, known, cached.state)
+        return self._at(request.user, cached, request.time)
+
+    def _at(self, user: str, cached: _Cached, time: int) -> UserState:
+        """The state at `time` of a user in the cache."""
+        seen, held = self.scorer.seen_part(cached.known.events, time), len(cached.state.history)
+        if len(seen) == held:
+            return cached.state
+        if len(seen) < held:
+            return self.scorer.read(seen)  # a request of an earlier second than the last one
+        return self._keep(user, cached.known, self.scorer.extend(cached.state, seen.since(held)))
+
+    def _keep(self, user: str, known: KnownHistory, state: UserState) -> UserState:
+        cached = _Cached(known, state)
+        self.states.put(user, cached, cached.nbytes)
+        return state
+
+    def _given(self, user: str | None, events: RawEvents) -> UserHistory:
+        """The events of a request as a history."""
+        found = self.scorer.history(None, events.items, events.timestamps, events.labels, events.actions)
+        return UserHistory(self.histories.dense_user(user), **found.columns)
+
+
+def _continues(events: UserHistory, held: UserHistory) -> bool:
+    """True if a state's events are the first ones of `events`: nothing came late, before one of them."""
+    first = events[: len(held)]
+    return np.array_equal(first.timestamps, held.timestamps) and np.array_equal(first.item_ids, held.item_ids)

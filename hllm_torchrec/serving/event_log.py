@@ -1,0 +1,112 @@
+"""Events that a service was given, by user, in SQLite: what is appended is on the disk when `append` returns.
+
+The file is in write-ahead mode with full synchronization, so a kill or a power failure loses nothing that was
+acknowledged. It holds raw ids; a forgotten user's events are overwritten, and of the user a keyed hash stays, so that
+the history of an older dataset is not read again.
+
+Events that the dataset has gained meanwhile are in both; `ServiceHistories` counts them once.
+"""
+
+import hashlib
+import secrets
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, user TEXT NOT NULL, item TEXT NOT NULL, timestamp INTEGER NOT NULL,
+    label REAL, action TEXT
+);
+CREATE INDEX IF NOT EXISTS events_of_user ON events (user, number);
+CREATE TABLE IF NOT EXISTS forgotten (user TEXT PRIMARY KEY);
+"""
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class LoggedEvent:
+    """An event by raw ids. label: None if it is no exposure; action: its name, or None."""
+
+    item: str
+    timestamp: int
+    label: float | None = None
+    action: str | None = None
+
+
+class EventLog:
+    """Opens (or makes) the file; any thread may use it. One process at a time.
+
+    Raises:
+        ValueError: it cannot be opened, or another process has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=1, check_same_thread=False, isolation_level=None)
+            # The lock of the first write is kept: a second service of the same file would not see these events.
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
+                self._connection.execute(f"PRAGMA {pragma}")
+            self._connection.executescript(_TABLES)
+            facts = {"format": FORMAT, "key": secrets.token_hex(16)}
+            self._connection.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", facts.items())
+            found = dict(self._connection.execute("SELECT name, value FROM facts").fetchall())
+        except (sqlite3.Error, OSError) as error:
+            is_open = " another service has it open: stop that one, or" if "locked" in str(error) else ""
+            raise ValueError(f"{path}: {error}:{is_open} give --state another file") from None
+        if found["format"] != FORMAT:
+            raise ValueError(f"{path}: format {found['format']}, not {FORMAT}: give --state another file")
+        self._key = bytes.fromhex(found["key"])
+
+    def append(self, user: str, events: Sequence[LoggedEvent]) -> None:
+        """Append events of a user; they are on the disk when this returns."""
+        rows = [(user, event.item, event.timestamp, event.label, event.action) for event in events]
+        with self._lock, self._connection:
+            self._connection.execute("BEGIN")
+            self._connection.executemany(
+                "INSERT INTO events (user, item, timestamp, label, action) VALUES (?, ?, ?, ?, ?)", rows
+            )
+
+    def of_user(self, user: str, after: int = 0) -> tuple[list[LoggedEvent], int]:
+        """A user's events with a number above `after`, in the order of their arrival, and the highest number."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT item, timestamp, label, action, number FROM events WHERE user = ? AND number > ? "
+                "ORDER BY number",
+                (user, after),
+            ).fetchall()
+        return [LoggedEvent(*row[:4]) for row in rows], rows[-1][4] if rows else after
+
+    def forget(self, user: str) -> int:
+        """Delete a user's events, and remember by a hash that the user was forgotten; returns the number of events."""
+        with self._lock:
+            with self._connection:
+                self._connection.execute("BEGIN")
+                deleted = self._connection.execute("DELETE FROM events WHERE user = ?", (user,)).rowcount
+                self._connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (self._hash(user),))
+            # What was deleted would stay in the write-ahead file until it is written over.
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return int(deleted)
+
+    def is_forgotten(self, user: str) -> bool:
+        """True if `forget` was called for the user: what a dataset has of the user is not to be read."""
+        with self._lock:
+            found = self._connection.execute("SELECT 1 FROM forgotten WHERE user = ?", (self._hash(user),)).fetchone()
+        return found is not None
+
+    def __len__(self) -> int:
+        with self._lock:
+            return int(self._connection.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def _hash(self, user: str) -> str:
+        return hashlib.blake2b(user.encode(), key=self._key, digest_size=16).hexdigest()

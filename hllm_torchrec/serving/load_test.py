@@ -1,0 +1,198 @@
+"""Open-loop load test of a service: arrivals do not wait for answers.
+
+Requests arrive at the times of a Poisson process, whatever the service does, and a latency is the time from the
+*scheduled* arrival to the answer: a service that stalls is charged for all who would have come meanwhile (a closed loop
+would not send them: coordinated omission). Users are drawn from a Zipf distribution, as caches are only as good as
+users are unequal.
+"""
+
+import asyncio
+import json
+import time as clock
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import h11
+import numpy as np
+
+from hllm_torchrec.common.arrays import Floats, Ints
+
+Send = Callable[[bytes], Awaitable[int]]
+"""Sends the body of a request to /v1/score and returns the status of its answer."""
+QUANTILES = (50, 95, 99, 99.9)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Requests of a load test. seconds: [n] from its start, ascending; users: [n] indices, the most active first."""
+
+    seconds: Floats
+    users: Ints
+
+
+def draw_arrivals(rate: float, seconds: float, users: int, zipf: float, seed: int) -> Arrivals:
+    """Draw a Poisson process of `rate` requests per second.
+
+    zipf: user k of `users` asks in proportion to (k + 1)^-zipf; 0: all alike.
+    """
+    rng = np.random.default_rng(seed)
+    times = rng.exponential(1 / rate, size=int(rate * seconds + 10 * (rate * seconds) ** 0.5) + 10).cumsum()
+    times = times[times < seconds]
+    shares = (1 + np.arange(users)) ** -zipf
+    return Arrivals(times, rng.choice(users, size=times.size, p=shares / shares.sum()))
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """Result of a load test.
+
+    rate: asked for, requests per second; latency_ms: quantile -> milliseconds of the answered ones (status 200);
+    throughput: answered requests per second; statuses: status -> number (0: no answer); late_ms: 99% quantile of the
+    delay between a scheduled arrival and its sending, which is the client's own (it is part of the latency).
+    """
+
+    rate: float
+    requests: int
+    throughput: float
+    latency_ms: dict[str, float]
+    late_ms: float
+    statuses: dict[str, int]
+
+
+async def run_load(send: Send, bodies: Sequence[bytes], arrivals: Arrivals, rate: float) -> LoadResult:
+    """Send `bodies[i]` at `arrivals.seconds[i]`; wait for all answers."""
+    total = arrivals.seconds.size
+    latency, late, statuses = np.full(total, np.nan), np.zeros(total), np.zeros(total, int)
+    start = clock.perf_counter()
+
+    async def one(number: int) -> None:
+        late[number] = clock.perf_counter() - start - arrivals.seconds[number]
+        try:
+            statuses[number] = await send(bodies[number])
+        except (OSError, EOFError, h11.RemoteProtocolError):
+            return  # no answer: status 0
+        latency[number] = clock.perf_counter() - start - arrivals.seconds[number]
+
+    tasks = []
+    for number in range(total):
+        await asyncio.sleep(max(0.0, start + arrivals.seconds[number] - clock.perf_counter()))
+        tasks.append(asyncio.create_task(one(number)))
+    await asyncio.gather(*tasks)
+    elapsed = clock.perf_counter() - start
+    answered = latency[statuses == 200] * 1e3
+    found = np.percentile(answered, QUANTILES).tolist() if answered.size else [float("nan")] * len(QUANTILES)
+    values, counts = np.unique(statuses, return_counts=True)
+    return LoadResult(
+        rate,
+        total,
+        answered.size / elapsed,
+        {f"p{quantile:g}": round(value, 3) for quantile, value in zip(QUANTILES, found, strict=True)},
+        round(float(np.percentile(late, 99)) * 1e3, 3) if total else 0.0,
+        {str(value): int(count) for value, count in zip(values, counts, strict=True)},
+    )
+
+
+def score_bodies(
+    users: Sequence[str], items: Sequence[str], arrivals: Arrivals, candidates: int, seed: int
+) -> list[bytes]:
+    """Bodies for /v1/score: the arrivals' users (in the order of activity) with candidates drawn uniformly."""
+    rng = np.random.default_rng([seed, 1])
+    order = rng.permutation(len(users))  # which users are the active ones
+    found = []
+    for user in arrivals.users:
+        chosen = rng.choice(len(items), size=min(candidates, len(items)), replace=False)
+        body = {"user": users[order[user]], "candidates": [items[item] for item in chosen]}
+        found.append(json.dumps(body).encode())
+    return found
+
+
+_Connection = tuple[h11.Connection, asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class HttpClient:
+    """Kept connections to one server, as many as requests are open at a time. For plain HTTP.
+
+    Raises:
+        ValueError: a URL that is not of the form http://HOST:PORT.
+    """
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or parts.hostname is None:
+            raise ValueError(f"--url {url}: must be http://HOST:PORT")
+        self._host, self._port = parts.hostname, parts.port or 80
+        self._headers = [("host", f"{self._host}:{self._port}"), ("content-type", "application/json")]
+        if token is not None:
+            self._headers.append(("authorization", f"Bearer {token}"))
+        self._idle: list[_Connection] = []
+
+    async def post_score(self, body: bytes) -> int:
+        """Send a body to /v1/score; return the status."""
+        return (await self.request("POST", "/v1/score", body))[0]
+
+    async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """The status and the body of an answer.
+
+        Raises:
+            OSError, EOFError, h11.RemoteProtocolError: no answer, or none that is HTTP.
+        """
+        if self._idle:
+            try:
+                return await self._exchange(self._idle.pop(), method, path, body)
+            except EOFError:
+                pass  # the server had closed the idle connection before it read anything
+        return await self._exchange(await self._connect(), method, path, body)
+
+    async def _exchange(self, connection: "_Connection", method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        link, reader, writer = connection
+        headers = [*self._headers, ("content-length", str(len(body)))]
+        events = (h11.Request(method=method, target=path, headers=headers), h11.Data(body), h11.EndOfMessage())
+        status, content = 0, b""
+        try:
+            writer.write(b"".join(link.send(event) or b"" for event in events))
+            while not isinstance(event := link.next_event(), h11.EndOfMessage):
+                if event is h11.NEED_DATA:
+                    data = await reader.read(1 << 16)
+                    if not data:
+                        raise EOFError
+                    link.receive_data(data)
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    content += event.data
+        except ConnectionError:
+            writer.close()
+            raise EOFError from None
+        except BaseException:
+            writer.close()
+            raise
+        if link.our_state is h11.DONE and link.their_state is h11.DONE:
+            link.start_next_cycle()
+            self._idle.append(connection)
+        else:
+            writer.close()
+        return status, content
+
+    async def _connect(self) -> "_Connection":
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        return h11.Connection(h11.CLIENT), reader, writer
+
+    def close(self) -> None:
+        """Close the connections."""
+        for _, _, writer in self._idle:
+            writer.close()
+        self._idle.clear()
+
+
+def capacity(results: Sequence[LoadResult], p99_ms: float) -> float | None:
+    """The largest rate whose p99 is at most `p99_ms` and whose requests were all answered; None: there is none."""
+    good = [r.rate for r in results if r.latency_ms["p99"] <= p99_ms and set(r.statuses) <= {"200"}]
+    return max(good, default=None)
+
+
+def as_json(results: Sequence[LoadResult], facts: dict[str, Any], p99_ms: float) -> dict[str, Any]:
+    """The results of several rates, with the facts of the test."""
+    best = {"p99_ms": p99_ms, "rate": capacity(results, p99_ms)}
+    return {**facts, "capacity": best, "results": [asdict(result) for result in results]}

@@ -1,0 +1,165 @@
+"""Requests of many users, collected into micro-batches that one thread computes.
+
+The queue is bounded: what does not fit is refused at once (`QueueFull`), and what waited past its deadline is not
+computed (`DeadlineMissed`). Other work of the same thread, such as the swap of a model, runs between two batches.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Request = TypeVar("Request")
+Result = TypeVar("Result")
+
+
+class QueueFull(Exception):
+    """More requests wait than the queue holds."""
+
+
+class DeadlineMissed(Exception):
+    """A request waited past its deadline."""
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Limits of a batch and of its queue.
+
+    requests: of a batch, at most; wait: seconds that a batch waits for more requests after its first; queue: requests
+    that may wait; deadline: seconds from the arrival of a request until it is given up.
+    """
+
+    requests: int = 16
+    wait: float = 0.0
+    queue: int = 256
+    deadline: float = 1.0
+
+
+@dataclass
+class _Waiting:
+    request: Any
+    answer: "Future[Any]"
+    arrived: float
+
+
+class MicroBatcher(Generic[Request, Result]):
+    """Calls `compute(requests)` in a thread of its own; it returns a result, or an exception, for each request.
+
+    observe: called after each batch with the number of its requests, the seconds that each waited, and the seconds
+    that the batch took.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Sequence[Request]], Sequence[Result | Exception]],
+        limits: BatchLimits,
+        observe: Callable[[int, Sequence[float], float], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._compute, self.limits, self._observe, self._clock = compute, limits, observe, clock
+        self._queue: queue.Queue[_Waiting | tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="hllm-batches", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that were accepted and have no answer yet."""
+        return self._waiting
+
+    @property
+    def alive(self) -> bool:
+        """False once the thread has ended."""
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> "Future[Result]":
+        """Queue a request.
+
+        Raises:
+            QueueFull: `limits.queue` requests wait already.
+        """
+        with self._lock:
+            if self._waiting >= self.limits.queue:
+                raise QueueFull
+            self._waiting += 1
+        answer: Future[Result] = Future()
+        answer.add_done_callback(self._answered)
+        self._queue.put(_Waiting(request, answer, self._clock()))
+        return answer
+
+    def between_batches(self, work: Callable[[], Any]) -> "Future[Any]":
+        """Run `work` in the thread of the batches, after those that wait now."""
+        done: Future[Any] = Future()
+        self._queue.put((work, done))
+        return done
+
+    def close(self) -> None:
+        """Answer what waits, then end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _answered(self, _: "Future[Any]") -> None:
+        with self._lock:
+            self._waiting -= 1
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            if isinstance(first, tuple):
+                _settle(first[1], first[0])
+                continue
+            batch, then = self._collect(first)
+            self._answer(batch)
+            if isinstance(then, tuple):
+                _settle(then[1], then[0])
+            elif then is None:
+                return
+
+    def _collect(self, first: _Waiting) -> tuple[list[_Waiting], Any]:
+        """Requests after `first` up to the limits, and what ended them: other work, None for the end, or `first`."""
+        batch, until = [first], self._clock() + self.limits.wait
+        while len(batch) < self.limits.requests:
+            try:
+                left = until - self._clock()
+                one = self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if not isinstance(one, _Waiting):
+                return batch, one
+            batch.append(one)
+        return batch, first
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        started = self._clock()
+        kept = []
+        for one in batch:
+            # A cancelled future is that of a client who went away.
+            if not one.answer.set_running_or_notify_cancel():
+                continue
+            if started - one.arrived > self.limits.deadline:
+                one.answer.set_exception(DeadlineMissed())
+            else:
+                kept.append(one)
+        if not kept:
+            return
+        try:
+            results: Sequence[Any] = self._compute([one.request for one in kept])
+        except Exception as error:  # of the batch as a whole: each of its requests fails with it
+            results = [error] * len(kept)
+        for one, result in zip(kept, results, strict=True):
+            if isinstance(result, Exception):
+                one.answer.set_exception(result)
+            else:
+                one.answer.set_result(result)
+        if self._observe is not None:
+            self._observe(len(kept), [started - one.arrived for one in kept], self._clock() - started)
+
+
+def _settle(done: "Future[Any]", work: Callable[[], Any]) -> None:
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)

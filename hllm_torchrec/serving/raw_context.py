@@ -1,0 +1,66 @@
+"""Context of a request by raw values, for serving: texts and numbers as columns of events."""
+
+from collections import Counter
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_schema import ContextColumn
+
+ContextValue = str | float | None
+"""Of a categorical context its text, of a numeric one its number; None: unknown."""
+
+
+class RawContext:
+    """Converts the context that a model reads.
+
+    unknown: number of requests with a categorical value that the dataset does not have, by name.
+    """
+
+    def __init__(self, dataset: Dataset, names: tuple[str, ...]) -> None:
+        self._read = [one for one in dataset.schema.context if one.name in names]
+        self._known = [one.name for one in dataset.schema.context]
+        self._ids = {
+            one.name: {str(value): i for i, value in enumerate(dataset.feature_values(one.name).to_pylist(), start=1)}
+            for one in self._read
+            if one.kind == "categorical"
+        }
+        self.unknown: Counter[str] = Counter()
+
+    def columns(self, given: Mapping[str, ContextValue] | None, rows: int) -> dict[str, NDArray[Any]]:
+        """Columns of `Events.extra` [rows] of one request.
+
+        Raises:
+            ValueError: a value that the model reads is missing (None says that it is unknown); a name that is no
+                context of the dataset; a number that is none.
+        """
+        given = given or {}
+        for name in given:
+            if name not in self._known:
+                has = ", ".join(self._known) or "none"
+                raise ValueError(
+                    f"context {name!r}: the dataset has none{did_you_mean(name, self._known)}; it has {has}"
+                )
+        return {one.column: np.full(rows, self._value(one, given)) for one in self._read}
+
+    def _value(self, one: ContextColumn, given: Mapping[str, ContextValue]) -> Any:
+        """The id, or the number as float32, of one value."""
+        if one.name not in given:
+            raise ValueError(
+                f"the request has no {one.name!r}, which the model reads; give it in context (None: unknown)"
+            )
+        value = given[one.name]
+        if one.kind == "categorical":
+            found = 0 if value is None else self._ids[one.name].get(str(value), 0)
+            self.unknown[one.name] += value is not None and not found
+            return np.int64(found)
+        if value is None:
+            return np.float32(np.nan)
+        if not isinstance(value, Real) or isinstance(value, bool) or not np.isfinite(value):
+            raise ValueError(f"context {one.name!r} is {value!r}; it must be a finite number, or None")
+        return np.float32(value)

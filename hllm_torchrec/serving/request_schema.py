@@ -1,0 +1,129 @@
+"""Bodies of the service's requests and answers, with their limits: what the OpenAPI document shows.
+
+Ids are raw ids (texts, as in the source of the dataset), times are seconds UTC.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hllm_torchrec.data.bad_rows import MAX_SECOND
+
+MAX_CANDIDATES, MAX_EVENTS = 10_000, 10_000
+"""Candidates, and events, of one request."""
+MAX_BODY = 4 << 20
+"""Bytes of the body of a request."""
+
+RawId = Annotated[str, Field(min_length=1, max_length=256, examples=["242"])]
+Second = Annotated[int, Field(ge=0, le=MAX_SECOND, description="seconds UTC", examples=[893_286_638])]
+
+
+class _Body(BaseModel):
+    """Body of a request: a key that is not known is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Event(_Body):
+    """An event of a user."""
+
+    item: RawId
+    timestamp: Second
+    label: float | None = Field(None, ge=0, le=1, description="of an exposure: 1 positive, 0 negative; null: none")
+    action: str | None = Field(None, max_length=256, description="name of the action, as in the source; null: unknown")
+
+
+class ScoreBody(_Body):
+    """Candidates to score for a user, or for the events of the request."""
+
+    user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
+    candidates: list[RawId] = Field(min_length=1, max_length=MAX_CANDIDATES)
+    time: Second | None = Field(None, description="of the request: only earlier events count; null: now")
+    history: list[Event] | None = Field(
+        None, max_length=MAX_EVENTS, description="scored instead of the user's events, and not kept; null: the user's"
+    )
+
+
+class ScoreAnswer(BaseModel):
+    """Scores in the order of the candidates. model: mark of the weights and the dataset that gave them."""
+
+    scores: list[float] = Field(description="logits: the `score` of `hllm evaluate`")
+    probabilities: list[float]
+    events: int = Field(description="events of the history that the scores were computed from")
+    model: str
+
+
+class RecommendBody(_Body):
+    """The best items of the catalogue for a user, or for the events of the request."""
+
+    user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
+    top: int = Field(10, ge=1, le=1000)
+    time: Second | None = Field(None, description="of the request: only earlier events count; null: now")
+    history: list[Event] | None = Field(None, max_length=MAX_EVENTS, description="as in /v1/score")
+    candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="items that are retrieved, then ranked")
+    seen_too: bool = Field(False, description="whether items of the history are recommended")
+    filters: dict[str, list[str]] = Field(
+        {}, max_length=16, description="item feature -> values: an item has at least one of each feature's"
+    )
+
+
+class RecommendedAnswer(BaseModel):
+    """A recommended item. text: its text columns, joined."""
+
+    item: str
+    text: str
+    score: float
+    probability: float
+
+
+class RecommendAnswer(BaseModel):
+    """Items, the best first; fewer than asked for if no more are allowed."""
+
+    items: list[RecommendedAnswer]
+    events: int
+    model: str
+
+
+class EventsBody(_Body):
+    """Events of a user, which are kept."""
+
+    user: RawId
+    events: list[Event] = Field(min_length=1, max_length=MAX_EVENTS)
+
+
+class EventsAnswer(BaseModel):
+    """The events are on the disk; requests of later seconds see them."""
+
+    kept: int
+
+
+class NewItemBody(_Body):
+    """An item that came after the dataset was prepared."""
+
+    item: RawId
+    text: dict[str, Annotated[str, Field(max_length=10_000)]] = Field(description="text column -> text")
+    features: dict[str, list[Annotated[str, Field(max_length=256)]]] = Field({}, description="item feature -> values")
+
+
+class ItemsBody(_Body):
+    """New items; their texts are encoded before the answer."""
+
+    items: list[NewItemBody] = Field(min_length=1, max_length=100)
+
+
+class ItemsAnswer(BaseModel):
+    """added: number of items that were not known as given."""
+
+    added: int
+
+
+class ForgottenAnswer(BaseModel):
+    """events: number of the user's events that were deleted here."""
+
+    events: int
+
+
+class Problem(BaseModel):
+    """Answer of a request that was refused."""
+
+    error: str

@@ -1,0 +1,120 @@
+"""Candidates of a user from the whole catalogue: the nearest items to the predicted next one, or all items.
+
+A model with a generative loss predicts the next item from the last event that a request may see; its nearest items by
+cosine are found by FAISS, exactly (flat) or in the nearest cells (ivf). Without that loss, or without FAISS, all items
+are candidates, and the head ranks them: exact, and as slow as the catalogue is large.
+
+Legend: N items, V width of an item's vector in the space of the generative loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors, vectors_of_items
+from hllm_torchrec.inference.item_index import ItemIndex, normalize_rows
+from hllm_torchrec.modules.history_cache import begin_request
+from hllm_torchrec.serving.batch_scorer import BatchScorer
+from hllm_torchrec.serving.user_state import UserState
+from hllm_torchrec.store.export_formats import import_faiss
+
+Mask = NDArray[np.bool_]
+NPROBE = 16
+"""Cells of an ivf index that are searched."""
+IndexKind = Literal["flat", "ivf", "none"]
+
+
+class Retrieval:
+    """Candidates for the users of a scorer. kind: of the index; "none": all items are candidates."""
+
+    def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat") -> None:
+        experiment = scorer.experiment
+        self._scorer, self._masks = scorer, lru_cache(maxsize=256)(self._mask_of)
+        self._base, self._index = experiment.dataset.num_table_items, None
+        if kind != "none" and scorer.hllm.generates:
+            vectors = catalogue_vectors(experiment).float().cpu().numpy()[: self._base]
+            vectors[0] = 0  # the unknown item
+            self._index = ItemIndex.build(vectors, np.arange(self._base), kind).index
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Take in the items that came after the dataset; they are few, and compared one by one."""
+        self._of = self._scorer.experiment.dataset  # another object after each change
+        self._masks.cache_clear()
+        if self._index is not None:
+            later = np.arange(self._base, self._scorer.experiment.dataset.num_items)
+            found = vectors_of_items(self._scorer.experiment, later) if later.size else torch.empty(0, self._index.d)
+            self._later = normalize_rows(found.cpu().numpy())
+
+    def allowed(self, exclude: Ints, filters: Mapping[str, Sequence[str]]) -> Mask:
+        """Mask [N] of the items that may be recommended: known, not in `exclude`, and with one of each filter's values.
+
+        Raises:
+            ValueError: a feature that the dataset does not have.
+        """
+        if self._scorer.experiment.dataset is not self._of:
+            self._refresh()
+        mask = np.ones(self._scorer.num_items, bool)
+        for name, values in filters.items():
+            of_values = np.zeros(self._scorer.num_items, bool)
+            for value in values:
+                found = self._masks(name, value)
+                of_values[: found.size] |= found[: of_values.size]
+            mask &= of_values
+        mask[0] = False
+        mask[exclude[exclude < mask.size]] = False
+        return mask
+
+    @torch.no_grad()
+    def candidates(self, state: UserState, allowed: Mask, number: int) -> Ints:
+        """Dense ids of at most `number` allowed items, nearest first; of all, for a user without events or an index."""
+        vector = None if self._index is None else self._next_item(state)
+        if vector is None:
+            return np.flatnonzero(allowed)
+        faiss = import_faiss()
+        selector = faiss.IDSelectorBitmap(np.packbits(allowed[: self._base], bitorder="little"))
+        parameters = faiss.SearchParameters(sel=selector)
+        if isinstance(self._index, faiss.IndexIVF):
+            parameters = faiss.SearchParametersIVF(sel=selector, nprobe=NPROBE)
+        (scores,), (ids,) = self._index.search(vector[None], number, params=parameters)
+        later = np.flatnonzero(allowed[self._base : self._base + len(self._later)])
+        scores = np.concatenate([scores, self._later[later] @ vector])
+        ids = np.concatenate([ids, self._base + later])
+        best = np.argsort(-scores, kind="stable")
+        found: Ints = ids[best][ids[best] >= 0][:number]  # -1: the index has fewer
+        return found
+
+    def _next_item(self, state: UserState) -> Floats | None:
+        """Predicted next item [V], of length 1, from the state's last position; None without events."""
+        cache, hllm = state.cache, self._scorer.hllm
+        if not cache.length:
+            return None
+        # The last position is asked as a query that sees those before it, and itself: its inputs are the last event's.
+        read = self._scorer.experiment.batch_spec.history
+        rows = np.flatnonzero(state.history.labels == 1) if read == "positive" else np.arange(len(state.history))
+        x_TD, times = self._scorer.inputs.history(state.history[rows[-1:]])
+        hidden = begin_request(hllm.user, cache, int(times[-1]), cache.length - 1)(x_TD[-1:])
+        vector: Floats = normalize_rows(hllm.project_next(hidden).float().cpu().numpy())[0]
+        return vector
+
+    def _mask_of(self, name: str, value: str) -> Mask:
+        """Items with a value of an item feature."""
+        dataset = self._scorer.experiment.dataset
+        known = dataset.manifest["item_features"]
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ValueError(f"filters.{name}: no item feature{hint}; there are {', '.join(known) or 'none'}")
+        values = dataset.feature_values(name).to_pylist()
+        if value not in values:
+            return np.zeros(dataset.num_items, bool)
+        ids, offsets = dataset.feature_ids("item", name)
+        hits = np.concatenate([[0], np.cumsum(ids == values.index(value) + 1)])
+        found: Mask = hits[offsets[1:]] > hits[offsets[:-1]]
+        return found

@@ -1,0 +1,68 @@
+"""The service around an engine: its thread and queue, its metrics, and whether it is ready."""
+
+import asyncio
+import time as clock
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hllm_torchrec.serving.engine import AnyRequest, Engine, Scores
+from hllm_torchrec.serving.micro_batches import BatchLimits, DeadlineMissed, MicroBatcher
+from hllm_torchrec.serving.service_metrics import ServiceMetrics
+
+
+@dataclass
+class Service:
+    """What the endpoints call.
+
+    now: seconds UTC; token: the bearer token that requests need, None: none (and then nothing that deletes).
+    """
+
+    engine: Engine
+    limits: BatchLimits = field(default_factory=BatchLimits)
+    token: str | None = None
+    now: Callable[[], float] = clock.time
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.metrics = ServiceMetrics(lambda: self.engine, lambda: self.batches.waiting)
+        self.batches: MicroBatcher[AnyRequest, Scores] = MicroBatcher(
+            lambda requests: self.engine.score(requests), self.limits, self.metrics.observe_batch
+        )
+
+    @property
+    def ready(self) -> bool:
+        """True if requests are answered."""
+        return not self.draining and self.batches.alive
+
+    async def score(self, request: AnyRequest) -> tuple[Scores, list[float]]:
+        """Result of a request, from its micro-batch, and the probabilities of its logits.
+
+        Raises:
+            ValueError: ids or times that are not known.
+            QueueFull: too many requests wait.
+            DeadlineMissed: no answer within the deadline.
+        """
+        answer = asyncio.wrap_future(self.batches.submit(request))
+        try:
+            found = await asyncio.wait_for(answer, self.limits.deadline)
+        except TimeoutError:
+            raise DeadlineMissed from None
+        probabilities = 1 / (1 + np.exp(-found.logits.astype(np.float64)))
+        self.metrics.observe_scores(probabilities)
+        return found, probabilities.tolist()
+
+    async def forget(self, user: str) -> int:
+        """Forget a user: events and state; returns the number of events. What the dataset has is read no more."""
+        log = self.engine.log
+        deleted = 0 if log is None else await asyncio.to_thread(log.forget, user)
+        await asyncio.wrap_future(self.batches.between_batches(lambda: self.engine.forget_state(user)))
+        return deleted
+
+    def close(self) -> None:
+        """Answer what waits, and end the thread."""
+        self.draining = True
+        self.batches.close()
+        if self.engine.log is not None:
+            self.engine.log.close()

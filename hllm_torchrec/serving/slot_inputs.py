@@ -1,0 +1,137 @@
+"""Inputs of the user encoder for serving, without the collator and TorchRec's tables for training.
+
+What depends on the item alone, P(E) + ID + item features, is computed once for the whole catalogue by the model itself.
+The rest is looked up in plain tensors: action and gate by event, user features and time by request. The definitions are
+those of `data.collate` and `HybridFeatures`; a test compares every slot with theirs.
+
+    x_i = c(item_i) * (1 + g(action_i)) + action_i + MLP(time_i)          history
+    x_q = c(item_q) + [USER] + action_0 + user features + MLP(time_q) + W n_q       query; late fusion: without c(item)
+
+Legend: N items, T history positions, R requests, D width, F numeric features.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.data.bad_rows import MAX_SECOND
+from hllm_torchrec.data.collate import Collator, gather_bags
+from hllm_torchrec.data.events import Events
+from hllm_torchrec.embedding.tables import assemble_tensor
+from hllm_torchrec.evaluation.catalogue_retrieval import ITEMS_AT_ONCE, vectors_by_features
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.modules.features.hybrid import ACTION_GATE, pad_empty_batch
+from hllm_torchrec.modules.features.sum_pooling import sum_bags
+from hllm_torchrec.modules.features.timestamps import split_timestamps
+
+_TABLES = "features.tables.embedding_bags."
+
+
+class SlotInputs:
+    """Input vectors of histories and requests for one model, which has its weights and a source of all items.
+
+    The rows of new items follow after `extend`.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment, self._spec, self._hllm = experiment, experiment.batch_spec, experiment.hllm
+        self._tables = _plain_tables(experiment)
+        self._user_bags = {name: experiment.dataset.feature_ids("user", name) for name in self._spec.user_features}
+        self.items = torch.empty(0, self._hllm.user.width, device=experiment.device)
+        """c [N, D] float32 of every item, the unknown one first."""
+        self.extend()
+
+    @torch.no_grad()
+    def extend(self, changed_from: int = 0) -> None:
+        """Compute the rows of items that the dataset has gained, and again those from `changed_from` on."""
+        dataset = self._experiment.dataset
+        kept = self.items[: changed_from or len(self.items)]
+        collator = Collator(dataset, self._spec, item_vectors=self._experiment.item_vectors)
+        self._keys = collator.item_features(np.empty(0, np.int64)).keys()
+        missing = np.arange(len(kept), dataset.num_items)
+        blocks = np.split(missing, range(ITEMS_AT_ONCE, missing.size, ITEMS_AT_ONCE))
+        rows = [vectors_by_features(self._experiment, collator, block) for block in blocks if block.size]
+        self.items = torch.cat([kept, *rows])
+
+    def history(self, events: Events) -> tuple[Tensor, Tensor]:
+        """Inputs x [T, D] and times [T] of a user's events; with interleaved actions an event has two positions."""
+        if self._spec.history == "positive":
+            events = events[events.labels == 1]
+        actions = self._tensor(events.actions)
+        x_TD = self.items[self._tensor(events.item_ids)]
+        if ACTION_GATE in self._tables:
+            x_TD = x_TD * (1 + self._rows(ACTION_GATE, actions))
+        times = self._tensor(events.timestamps)
+        x_TD = x_TD + self._time(times)
+        if not self._spec.action:
+            return x_TD, times
+        of_action = self._rows("action", actions)
+        if self._spec.interleaved:
+            return torch.stack([x_TD, of_action], dim=1).flatten(0, 1), times.repeat_interleave(2)
+        return x_TD + of_action, times
+
+    def requests(self, users: Sequence[int], times: Sequence[int], numeric: Floats | None) -> Tensor:
+        """What all queries of a request share [R, D]: everything but the candidate's item. numeric: [R, F]."""
+        asked = self._tensor(np.minimum(np.array(times, np.int64), MAX_SECOND))
+        x_RD = self._time(asked) + self._user_features(np.array(users, np.int64))
+        if self._spec.action and not self._spec.interleaved:
+            x_RD = x_RD + self._rows("action", asked.new_zeros(len(times)))
+        if self._spec.fusion.query_is_user:
+            x_RD = x_RD + self._hllm.user_token
+        if numeric is not None and self._hllm.features.numeric is not None:
+            x_RD = x_RD + self._hllm.features.numeric(torch.from_numpy(numeric).to(x_RD.device))
+        return x_RD
+
+    def _time(self, times: Tensor) -> Tensor:
+        """MLP(time) [T, D], or zeros."""
+        merge, names = self._hllm.features.merge_time, self._hllm.features.time_features
+        if merge is None:
+            return self.items.new_zeros(times.numel(), self.items.shape[1])
+        parts = split_timestamps(times, len(names))
+        rows = [self._rows(name, parts[:, column]) for column, name in enumerate(names)]
+        merged: Tensor = merge(torch.cat(rows, dim=1))
+        return merged
+
+    def _user_features(self, users: Ints) -> Tensor:
+        """Sum of the features of users [R]: [R, D]."""
+        total = self.items.new_zeros(users.size, self.items.shape[1])
+        for name, bags in self._user_bags.items():
+            values, lengths = (self._tensor(part) for part in gather_bags(*bags, users))
+            total = total + sum_bags(self._rows(name, values), lengths)
+        return total
+
+    def _rows(self, table: str, ids: Tensor) -> Tensor:
+        """Rows [n, D] float32 of ids [n]."""
+        if table not in self._hllm.features.hash_tables:
+            return self._tables[table].index_select(0, ids).float()
+        assert self._hllm.features.hashed is not None
+        # TorchRec's sharded tables expect the keys of their first batch.
+        lengths = torch.cat([torch.full_like(ids, int(key == table)) for key in self._keys])
+        jagged = KeyedJaggedTensor(self._keys, ids, lengths=lengths, stride=ids.numel())
+        rows: Tensor = self._hllm.features.hashed(pad_empty_batch(jagged)).to_dict()[table]
+        return rows[: ids.numel()].float()
+
+    def _tensor(self, array: Ints) -> Tensor:
+        return torch.tensor(array, device=self._experiment.device)  # a copy: Arrow's arrays are not writable
+
+
+def _plain_tables(experiment: Experiment) -> dict[str, Tensor]:
+    """The weights of the tables that are read by request, as they are in the model.
+
+    Raises:
+        ValueError: the tables are quantized.
+    """
+    names = {*experiment.batch_spec.user_features, "action", ACTION_GATE, *experiment.hllm.features.time_features}
+    found = {
+        name.removeprefix(_TABLES).removesuffix(".weight"): assemble_tensor(value).detach().to(experiment.device)
+        for name, value in experiment.model.state_dict().items()
+        if name.startswith(_TABLES) and name.removeprefix(_TABLES).removesuffix(".weight") in names
+    }
+    missing = {name for name in experiment.batch_spec.user_features if name not in experiment.hllm.features.hash_tables}
+    if missing - found.keys():
+        raise ValueError("table_dtype: a scorer of batches reads the tables as trained: leave it out")
+    return found

@@ -1,0 +1,22 @@
+"""Predictions of each task from the outputs of a model's head, for serving. Legend: m candidates, O outputs."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hllm_torchrec.models.hllm import HLLM
+
+
+def output_shape(hllm: HLLM) -> tuple[int, ...]:
+    """Shape of a candidate's outputs: () of a model with one logit, else (O,)."""
+    return () if hllm.has_one_logit else (sum(task.outputs for task in hllm.tasks),)
+
+
+def predictions_by_task(hllm: HLLM, outputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """What each task predicts [m] by name, from logits [m] or outputs [m, O]."""
+    parts = torch.from_numpy(outputs.reshape(len(outputs), -1)).split([task.outputs for task in hllm.tasks], dim=1)
+    scales = hllm.task_scales.cpu() if not hllm.has_one_logit else torch.tensor([[0.0, 1.0]])
+    return {
+        task.name: task.predictions(own, scale).numpy().astype(np.float32)
+        for task, own, scale in zip(hllm.tasks, parts, scales, strict=True)
+    }

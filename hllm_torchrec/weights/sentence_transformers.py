@@ -1,0 +1,175 @@
+"""Export of an Item LLM as a directory that sentence-transformers loads as it is (and vLLM's pooling from the same files).
+
+    modules.json                      Transformer, Pooling and, if embeddings are normalized, Normalize
+    1_Pooling/config.json             mean, cls or lasttoken
+    sentence_bert_config.json         maximum length in tokens
+    config_sentence_transformers.json the prompt, applied to every text
+    config.json, model.safetensors, tokenizer files
+
+With pooling "item" the learned [ITEM] vector becomes the word embedding of a new token, which the tokenizer puts after
+every text, and the pooling reads the last token. What was written is compared with the run: where transformers by itself
+reads texts otherwise (a tokenizer that cannot be changed, a model with a reading of its own here), nothing is written.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hllm_torchrec.common.errors import ArgumentError
+from hllm_torchrec.config.schema import ItemLLMConfig
+from hllm_torchrec.data.token_store import TokenStore, item_texts, read_tokenizer
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.text_format import TextFormat, text_format
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FOLDER = "sentence_transformers"
+ITEM_TOKEN = "[ITEM]"
+COMPARED = 8
+"""Items whose tokens and embeddings are compared with the run's."""
+_MODES = {"item": "lasttoken", "last": "lasttoken", "mean": "mean", "cls": "cls"}
+_PACKAGE = "sentence_transformers"
+
+
+def write_sentence_transformers(experiment: Experiment, item_llm: Path, item_token: Tensor, target: Path) -> None:
+    """Write the Item LLM of a run, exported to the directory `item_llm`, into the new folder `target`.
+
+    item_token: [D] the [ITEM] vector.
+
+    Raises:
+        ArgumentError: sentence-transformers would compute other embeddings; `target` is then removed.
+    """
+    section, form = experiment.config.item_llm, text_format("item_llm", experiment.config.item_llm)
+    shutil.copytree(item_llm, target, ignore=shutil.ignore_patterns("item_token.safetensors"))
+    try:
+        tokenizer, model = _read(target)
+        longest = section.max_text_length
+        if form.pooling == "item":
+            _append_item_token(tokenizer, model, item_token)
+            longest += 1
+        elif not form.keeps_end:
+            _close_texts(tokenizer, [])
+        tokenizer.model_max_length, tokenizer.padding_side = longest, "right"
+        if tokenizer.pad_token is None:  # any token: the mask leaves it out
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.save_pretrained(str(target))
+        model.save_pretrained(str(target))
+        _write_modules(target, form, model.config.hidden_size, longest)
+        _compare(experiment, section, form, target)
+    except ArgumentError:
+        shutil.rmtree(target)
+        raise
+
+
+def _read(directory: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
+    from transformers import AutoModel
+
+    return read_tokenizer(directory), AutoModel.from_pretrained(str(directory), trust_remote_code=False).eval()
+
+
+def _append_item_token(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", item_token: Tensor) -> None:
+    """Give [ITEM] a row of the word embeddings, and make the tokenizer put it after every text."""
+    if ITEM_TOKEN in tokenizer.get_vocab():
+        raise ArgumentError(f"the tokenizer already has a token {ITEM_TOKEN}")
+    tokenizer.add_special_tokens({"additional_special_tokens": [ITEM_TOKEN]})
+    row = tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
+    words = model.get_input_embeddings()
+    if row >= words.num_embeddings:
+        model.resize_token_embeddings(row + 1, mean_resizing=False)
+        words = model.get_input_embeddings()
+    # Some models (Gemma) scale word embeddings after the lookup; the vector was trained behind that scale.
+    with torch.no_grad():
+        words.weight[row] = item_token / getattr(words, "scalar_embed_scale", 1.0)
+    _close_texts(tokenizer, [ITEM_TOKEN])
+
+
+def _close_texts(tokenizer: "PreTrainedTokenizerBase", after: Sequence[str]) -> None:
+    """Make the tokenizer put the tokens `after` behind a text, in the place of those that it puts there by itself."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ArgumentError("the tokenizer is not a fast one (tokenizer.json), whose template could be changed")
+    before = _tokens_before(tokenizer)
+    single = " ".join([*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)])
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys([*before, *after])]
+    backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=special)
+
+
+def _tokens_before(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    from hllm_torchrec.data.token_store import special_tokens
+
+    return list(tokenizer.convert_ids_to_tokens(special_tokens(tokenizer)[0]))
+
+
+def _write_modules(target: Path, form: TextFormat, width: int, longest: int) -> None:
+    """Write the files by which sentence-transformers knows how embeddings are made."""
+    mode = _MODES[form.pooling]
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), *([("Normalize", "2_Normalize")] * form.normalize)]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"{_PACKAGE}.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds)
+    ]
+    pooling = {f"pooling_mode_{name}": name == {"cls": "cls_token", "mean": "mean_tokens"}.get(mode, mode)
+               for name in ("cls_token", "mean_tokens", "lasttoken")}  # fmt: skip
+    files: dict[str, Any] = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": width, **pooling, "include_prompt": True},
+        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": {"document": form.prompt} if form.prompt else {},
+            "default_prompt_name": "document" if form.prompt else None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+    for name, content in files.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _compare(experiment: Experiment, section: ItemLLMConfig, form: TextFormat, target: Path) -> None:
+    """Compare tokens and embeddings of a few items with the run's. Raises ArgumentError if they differ."""
+    assert experiment.item_encoder is not None
+    tokenizer, model = _read(target)
+    texts = next(item_texts(experiment.dataset, form.prompt, section.text_keys, section.separator))[:COMPARED]
+    store, items = experiment.item_encoder.tokens, np.arange(1, len(texts) + 1)
+    ids = [tokenizer(text, truncation=True, max_length=tokenizer.model_max_length)["input_ids"] for text in texts]
+    _compare_tokens(store, items, ids, tokenizer.convert_tokens_to_ids(ITEM_TOKEN) if form.pooling == "item" else None)
+    ours = _embeddings_of_run(experiment, items)
+    theirs = torch.stack([_pooled(model, row, form) for row in ids if row])
+    kept = torch.tensor([bool(row) for row in ids])
+    error = (ours[kept] - theirs).norm(dim=1) / ours[kept].norm(dim=1)
+    if error.max() > 1e-4:
+        raise ArgumentError(
+            f"transformers by itself computes other embeddings than the run, by {error.max():.1%} of their length"
+        )
+
+
+def _compare_tokens(store: TokenStore, items: np.ndarray, ids: list[list[int]], last: int | None) -> None:
+    values, offsets = store.gather(items)
+    for number, row in enumerate(ids):
+        own = [*values[offsets[number] : offsets[number + 1]].tolist(), *([] if last is None else [last])]
+        if row != own:
+            raise ArgumentError(f"its tokenizer by itself reads the text of item {items[number]} as other tokens")
+
+
+@torch.no_grad()
+def _embeddings_of_run(experiment: Experiment, items: np.ndarray) -> Tensor:
+    assert experiment.item_encoder is not None and experiment.live_items is not None
+    experiment.hllm.eval()
+    ids = torch.from_numpy(items).to(experiment.device)
+    return experiment.item_encoder.encode(experiment.live_items.item_llm, ids).float().cpu()
+
+
+@torch.no_grad()
+def _pooled(model: "PreTrainedModel", ids: list[int], form: TextFormat) -> Tensor:
+    hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    pooled = {"mean": hidden.mean(0), "cls": hidden[0]}.get(form.pooling, hidden[-1])
+    return torch.nn.functional.normalize(pooled, dim=-1) if form.normalize else pooled

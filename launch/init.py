@@ -1,0 +1,65 @@
+"""`hllm init`: writes the recipe of a task, filled in for a dataset, as a configuration of your own.
+
+hllm init --data data/shop                      # ranking.yaml
+hllm train --config ranking.yaml
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hllm_torchrec import configs
+from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.config.inheritance import merge, read_resolved
+from hllm_torchrec.config.recipes import RECIPES, Choice, recipe_choices
+from hllm_torchrec.launch.entry import CommandParser, entry_point
+from hllm_torchrec.launch.recipes import facts_of, fetch_encoder
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser."""
+    parser = CommandParser(prog="hllm init", description=__doc__)
+    parser.add_argument("--data", required=True, metavar="DIR", help="dataset directory written by hllm prepare")
+    parser.add_argument("--task", choices=list(RECIPES), default="ranking", help="default: ranking")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: TASK.yaml here)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the configuration.
+
+    Raises:
+        ValueError: the dataset cannot be read or does not fit the task, the file exists, or the encoder cannot be
+            downloaded.
+    """
+    target = args.output or Path(f"{args.task}.yaml")
+    if target.exists():
+        raise ValueError(f"--output {target}: exists; name another file, or delete it first")
+    content = read_resolved(Path(configs.__file__).parent / "recipes" / f"{args.task}.yaml")
+    choices = recipe_choices(args.task, facts_of(args.data), content)
+    del content["recipe"]
+    content = merge(content, {"data": {"dataset": str(args.data)}})
+    for choice in choices:
+        content = merge(content, choice.as_mapping())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(target, _text(args, choices, content))
+    for choice in choices:
+        say(str(choice))
+    fetch_encoder(content)
+    say(f"{target}: written; train with `hllm train --config {target}`")
+
+
+def _text(args: argparse.Namespace, choices: list[Choice], content: dict[str, Any]) -> str:
+    reasons = "".join(f"#   {choice}\n" for choice in choices)
+    head = f"# The recipe {args.task} for {args.data}, as `hllm init` wrote it.\n{reasons}"
+    return head + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+main = entry_point(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""`hllm loadtest`: measures latencies of a running `hllm serve` at given rates of requests.
+
+hllm loadtest --url http://127.0.0.1:8400 --dataset data/ml-100k --rates 20,50,100 --seconds 20 --output runs/load
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural, positive, positive_number
+
+if TYPE_CHECKING:
+    from hllm_torchrec.serving.load_test import LoadResult
+
+
+def rates(text: str) -> list[float]:
+    """Parse rates separated by commas, for argparse."""
+    return [positive_number(part) for part in text.split(",")]
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser."""
+    parser = CommandParser(prog="hllm loadtest", description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8400", help="of the service")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="as of hllm serve")
+    parser.add_argument(
+        "--dataset", type=Path, required=True, metavar="DIR", help="its users ask, its items are candidates"
+    )
+    parser.add_argument("--rates", type=rates, default=[20.0], metavar="R,R", help="requests per second (default: 20)")
+    parser.add_argument("--seconds", type=positive_number, default=20.0, help="of each rate (default: 20)")
+    parser.add_argument("--candidates", type=positive, default=200, metavar="N", help="of a request (default: 200)")
+    parser.add_argument("--users", type=positive, metavar="N", help="users who ask (default: all)")
+    parser.add_argument(
+        "--zipf", type=float, default=1.0, metavar="S", help="user k asks in proportion to k^-S (default: 1)"
+    )
+    parser.add_argument("--p99", type=positive_number, default=50.0, metavar="MS", help="that the capacity keeps")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for loadtest.json and loadtest.png")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Warm up, load the service at each rate, print, and write the files.
+
+    Raises:
+        ValueError: no dataset, or no service answers at the URL.
+    """
+    from hllm_torchrec.common.machine import machine_info
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.launch.serve import import_uvicorn, read_token
+
+    import_uvicorn()
+    from hllm_torchrec.serving.load_test import as_json
+
+    token = read_token(args.token_file, "localhost")
+    dataset = Dataset.open(args.dataset)
+    users, items = dataset.users["raw_user_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist()
+    results = asyncio.run(_load(args, users[: args.users], items, token))
+    facts = {name: getattr(args, name) for name in ("seconds", "candidates", "zipf", "seed")}
+    facts |= {"users": len(users[: args.users]), "dataset": dataset.name, "machine": machine_info()}
+    report = as_json(results, facts, args.p99)
+    say(f"capacity, at a p99 of {args.p99:g} ms: {report['capacity']['rate']} requests/s")
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "loadtest.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _plot(results, args.output / "loadtest.png")
+
+
+async def _load(args: argparse.Namespace, users: list[str], items: list[str], token: str | None) -> list["LoadResult"]:
+    from hllm_torchrec.serving.load_test import HttpClient, draw_arrivals, run_load, score_bodies
+
+    client, results = HttpClient(args.url, token), []
+    try:
+        status, _ = await client.request("GET", "/readyz")
+    except (OSError, EOFError):
+        status = 0
+    if status != 200:
+        raise ValueError(f"--url {args.url}: no service is ready there (status {status}); start one with `hllm serve`")
+    for number, rate in enumerate(args.rates):
+        arrivals = draw_arrivals(rate, args.seconds, len(users), args.zipf, args.seed + number)
+        bodies = score_bodies(users, items, arrivals, args.candidates, args.seed)
+        if number == 0:  # the first requests of a process compile and allocate
+            for body in bodies[:20]:
+                await client.post_score(body)
+        results.append(await run_load(client.post_score, bodies, arrivals, rate))
+        say(_line(results[-1]))
+    client.close()
+    return results
+
+
+def _line(result: "LoadResult") -> str:
+    latencies = ", ".join(f"{name} {value:.1f}" for name, value in result.latency_ms.items())
+    return f"{result.rate:g}/s: {result.throughput:.1f} answered/s, ms: {latencies}; statuses {result.statuses}"
+
+
+def _plot(results: list["LoadResult"], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name in results[0].latency_ms:
+        axes.plot([r.rate for r in results], [r.latency_ms[name] for r in results], marker="o", label=name)
+    axes.set(xlabel="requests per second (Poisson arrivals)", ylabel="latency in ms", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+main = entry_point(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

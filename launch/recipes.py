@@ -1,0 +1,92 @@
+"""Recipes on the command line: `recipe: ranking` of a configuration becomes the settings for its dataset."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.config.checking import split_arguments
+from hllm_torchrec.config.inheritance import merge, read_resolved
+from hllm_torchrec.config.recipes import ENCODER, RECIPES, Choice, DatasetFacts, has_value, recipe_choices, value_at
+from hllm_torchrec.config.schema import DataConfig
+
+
+def with_recipe(arguments: list[str]) -> list[str]:
+    """Arguments of `load_config` with the choices of their recipe, below all that they set; unchanged without one.
+
+    Prints each choice with its reason, and fetches the recipes' encoder if it is the one to use and is not there.
+
+    Raises:
+        ValueError: the dataset cannot be read, or does not fit the task.
+    """
+    given = _given(arguments)
+    task = given.get("recipe")
+    if task not in RECIPES:  # an unknown one is reported with all other problems
+        return arguments
+    choices = recipe_choices(task, facts_of(_dataset(given)), given)
+    saved = _saved_run(given)
+    if saved is not None:  # the dataset may have grown since, and then a choice would be another one
+        choices = [Choice(one.name, value_at(saved, one.name), "the resumed run has it") for one in choices]
+    if int(os.environ.get("RANK", "0")) == 0:
+        for choice in choices:
+            say(f"recipe {task}: {choice}")
+    fetch_encoder(given)
+    options = [f"--{choice.name}={yaml.safe_dump(choice.value, default_flow_style=True)}" for choice in choices]
+    return [*(option.removesuffix("\n").removesuffix("\n...") for option in options), *arguments, "--recipe=null"]
+
+
+def facts_of(dataset: str) -> DatasetFacts:
+    """Facts of the dataset at a path or URL.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from hllm_torchrec.data.dataset import Dataset
+    from hllm_torchrec.data.recipe_facts import dataset_facts
+
+    return dataset_facts(Dataset.open(dataset))
+
+
+def _given(arguments: list[str]) -> dict[str, Any]:
+    """All that files and options set, the later over the earlier; what cannot be read is left to the parser."""
+    found: dict[str, Any] = {}
+    for name, text in split_arguments(arguments):
+        try:
+            content = read_resolved(Path(text)) if name == "config" else yaml.safe_load(text)
+        except (ValueError, OSError, yaml.YAMLError):
+            continue
+        if name != "config":
+            for part in reversed(name.split(".")):
+                content = {part: content}
+        found = merge(found, content if isinstance(content, dict) else {})
+    return found
+
+
+def _dataset(given: dict[str, Any]) -> str:
+    return str(value_at(given, "data.dataset") if has_value(given, "data.dataset") else DataConfig.dataset)
+
+
+def _saved_run(given: dict[str, Any]) -> dict[str, Any] | None:
+    """Configuration of the run that is resumed; None if there is none."""
+    file = Path(str(given.get("output"))) / "config.yaml"
+    return read_resolved(file) if given.get("resume") is True and file.is_file() else None
+
+
+def fetch_encoder(given: dict[str, Any]) -> None:
+    """Fetch the recipes' encoder if the configuration `given` names it and it is not there.
+
+    Raises:
+        ValueError: it cannot be downloaded.
+    """
+    name = value_at(given, "item_llm.pretrained") if has_value(given, "item_llm.pretrained") else None
+    if name != ENCODER or (Path(name) / "config.json").is_file():
+        return
+    from hllm_torchrec.common.locks import hold_lock
+    from hllm_torchrec.data.quickstart_files import fetch_minilm
+
+    parent = Path(name).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(parent / ".fetch.lock", f"{name}: another process fetches it", wait=600):  # ranks start together
+        fetch_minilm(parent)

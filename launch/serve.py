@@ -1,0 +1,150 @@
+"""`hllm serve`: answers requests for scores and recommendations over HTTP, with the model of a run.
+
+hllm serve --run runs/quickstart
+curl -X POST localhost:8400/v1/score -H 'content-type: application/json' -d '{"user": "196", "candidates": ["242"]}'
+"""
+
+import argparse
+import ipaddress
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural, positive, positive_number
+
+if TYPE_CHECKING:
+    from hllm_torchrec.serving.service import Service
+
+MIB = 1 << 20
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser."""
+    parser = CommandParser(prog="hllm serve", description=__doc__)
+    parser.add_run()
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=natural, default=8400, help="port; 0: a free one, which is printed")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the bearer token that requests need; required for another --host, and to delete or reload",
+    )
+    parser.add_argument(
+        "--cache", type=positive, default=1024, metavar="MIB", help="memory of users' states (default: 1024)"
+    )
+    parser.add_argument(
+        "--state", type=Path, metavar="FILE", help="SQLite file of events (default: serving/events.sqlite of the run)"
+    )
+    parser.add_argument(
+        "--index",
+        choices=("flat", "ivf", "none"),
+        default="flat",
+        help="of the items, for /v1/recommend: exact (default), in cells, or none: all items are ranked",
+    )
+    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="requests of a batch (default: 16)")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="MS", help="wait of a batch for more requests (default: 0)"
+    )
+    parser.add_argument("--queue", type=positive, default=256, metavar="N", help="requests that wait (default: 256)")
+    parser.add_argument(
+        "--deadline", type=positive_number, default=1000.0, metavar="MS", help="of a request (default: 1000)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print no line for each request")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, then answer until SIGTERM or Ctrl-C, after which what was accepted is still answered.
+
+    Raises:
+        ValueError: no such run or checkpoint, a model that cannot score, no token, or a package that is missing.
+    """
+    token = read_token(args.token_file, args.host)
+    uvicorn = import_uvicorn()
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.serving.app import create_app
+    from hllm_torchrec.serving.batch_scorer import BatchScorer
+    from hllm_torchrec.serving.engine import Engine
+    from hllm_torchrec.serving.event_log import EventLog
+    from hllm_torchrec.serving.micro_batches import BatchLimits
+    from hllm_torchrec.serving.service import Service
+
+    limits = BatchLimits(args.batch, args.wait / 1e3, args.queue, args.deadline / 1e3)
+    with (
+        distributed_device() as device,
+        BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset) as scorer,
+    ):
+        log = EventLog(args.state or args.run / "serving" / "events.sqlite")
+        service = Service(Engine(scorer, log, args.cache * MIB, args.index), limits, token)
+        app = create_app(service, None if args.quiet else say)
+        listen(uvicorn, app, service, args.host, args.port)
+
+
+def listen(uvicorn, app, service: "Service", host: str, port: int) -> None:  # type: ignore[no-untyped-def]
+    """Answer until a signal; print the address when requests are accepted."""
+    config = uvicorn.Config(app, host=host, port=port, access_log=False, log_level="warning", server_header=False)
+    server = uvicorn.Server(config)
+    end, start = server.handle_exit, server.startup
+
+    def handle_exit(number: int, frame: object) -> None:
+        service.draining = True  # /readyz says so, while what was accepted is answered
+        end(number, frame)
+
+    async def startup(sockets: object = None) -> None:
+        await start(sockets)
+        if server.started:
+            place = server.servers[0].sockets[0].getsockname()
+            say(f"hllm serve: http://{host}:{place[1]}, model {service.engine.mark}")
+
+    server.handle_exit, server.startup = handle_exit, startup
+    # uvicorn raises the signal again once it is done: SIGTERM is then no reason for a status of failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    server.run()
+
+
+def read_token(file: Path | None, host: str) -> str | None:
+    """The token of a file, or None without one.
+
+    Raises:
+        ValueError: it is needed for this host, or not readable, or blank.
+    """
+    if file is None:
+        if not is_loopback(host):
+            raise ValueError(f"--host {host}: others can reach it: give --token-file, a file with a secret of your own")
+        return None
+    token = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    if len(token) < 16 or not token.isascii() or not token.isprintable():
+        raise ValueError(f"--token-file {file}: must be a file with one line of at least 16 printable ASCII characters")
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine reaches the address."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def import_uvicorn():  # type: ignore[no-untyped-def]
+    """Import uvicorn and FastAPI.
+
+    Raises:
+        ValueError: they are not installed.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f'{error.name} is not installed: pip install "hllm_torchrec[serve]"') from None
+    return uvicorn
+
+
+main = entry_point(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Recipes: what is chosen from the facts of a dataset, and what a file or an option sets stays."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hllm_torchrec.config.recipes import DatasetFacts, recipe_choices
+
+FILMS = DatasetFacts(
+    users=900,
+    items=1_000,
+    exposures=80_000,
+    labels=(30_000, 50_000),
+    graded=True,
+    words={"title": 6.0, "plot": 50.0, "tagline": 0.0},
+    item_features={"genres": 20},
+    user_features={"age": 7, "phone": 900_000},
+)
+
+
+def chosen(given: dict[str, Any] | None = None, **facts: Any) -> dict[str, Any]:
+    return {one.name: one.value for one in recipe_choices("ranking", replace(FILMS, **facts), given or {})}
+
+
+def test_a_ranking_recipe_reads_what_is_there() -> None:
+    assert chosen() == {
+        "item_llm.text_keys": ["title", "plot"],
+        "item_llm.max_text_length": 128,
+        "data.item_features": ["genres"],
+        "data.user_features": ["age"],
+        "data.evidence": ["factors", "items", "users", "neighbors", "tastes", "crosses"],
+        "features.item_id": True,
+        "data.item_vectors": ["factors"],
+        "objective.value_weight": 0.5,
+    }
+
+
+def test_rare_items_have_no_id_and_items_without_text_no_encoder() -> None:
+    rare = chosen(items=5_000)
+    assert (rare["features.item_id"], rare["data.item_vectors"]) == (False, [])
+    without = chosen(words={"title": 0.0}, graded=False, item_features={}, user_features={})
+    assert without == {
+        "item_llm.enabled": False,
+        "data.evidence": ["factors", "items", "users", "tastes", "crosses"],
+        "features.item_id": True,
+        "data.item_vectors": ["factors"],
+    }
+    assert chosen(words={"title": 0.0}, items=5_000)["features.item_id"] is True  # else items would have no features
+    assert chosen(words={"description": 900.0})["item_llm.max_text_length"] == 256
+
+
+def test_what_is_set_is_not_chosen() -> None:
+    given = {"item_llm": {"text_keys": ["title"]}, "features": {"item_id": False}, "data": None}
+    assert chosen().keys() - chosen(given).keys() == {"item_llm.text_keys", "features.item_id"}
+
+
+def test_every_choice_says_why() -> None:
+    texts = [str(one) for one in recipe_choices("ranking", FILMS, {})]
+    assert "item_llm.max_text_length: 128, chosen because 19 of 20 texts have at most 56 words" in texts
+    assert all(", chosen because " in text for text in texts)
+
+
+@pytest.mark.parametrize(("labels", "only"), [((0, 80_000), 1), ((80_000, 0), 0)])
+def test_labels_of_one_class_are_refused(labels: tuple[int, int], only: int) -> None:
+    with pytest.raises(ValueError, match=f"recipe: ranking: all 80,000 training exposures have label {only}: a rank"):
+        chosen(labels=labels)

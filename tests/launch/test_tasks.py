@@ -1,0 +1,107 @@
+"""Several labels from CSV to the scorer: the columns of the mapping are named in YAML only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from hllm_torchrec.launch.evaluate import main as evaluate
+from hllm_torchrec.serving.scorer import Scorer, UserHistory
+from tests.helpers import task_shop, training_fixtures
+
+
+@pytest.fixture(scope="module", params=["late", "early", "mmoe"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / request.param
+    fusion, towers = ("late", "mmoe") if request.param == "mmoe" else (request.param, "shared_bottom")
+    settings: dict[str, Any] = task_shop.SETTINGS | {
+        "data__dataset": task_shop.dataset().root,
+        "objective__fusion": fusion,
+        "objective__towers": towers,
+        "objective__tasks": task_shop.TASKS,
+    }
+    training_fixtures.train(training_fixtures.config(output, **settings))
+    return output
+
+
+def test_each_task_is_trained_predicted_evaluated_and_served(run: Path) -> None:
+    steps = training_fixtures.lines(run, "step")
+    for name in task_shop.TASKS:
+        losses = [line[f"loss_{name}"] for line in steps]
+        assert np.isfinite(losses).all() and losses[-1] < losses[0] * 1.5
+    assert evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"]) == 0
+    rows = pq.read_table(run / "predictions" / "test")
+    metrics = json.loads((run / "metrics.json").read_text())
+    like = rows["label_like"].to_numpy()
+    assert np.array_equal(np.isnan(like), rows["label"].to_numpy() != 1), "a like is defined where there is a click"
+    assert metrics["tasks"]["like"]["rows"] == int((~np.isnan(like)).sum())
+    assert metrics["tasks"]["watch"]["rows"] == len(rows) and metrics["tasks"]["watch"]["kind"] == "number"
+    watch = rows["label_watch"].to_numpy(), rows["prediction_watch"].to_numpy()
+    assert metrics["tasks"]["watch"]["models"][run.name]["mae"] == pytest.approx(np.abs(watch[0] - watch[1]).mean())
+    assert 1 <= rows["prediction_stars"].to_numpy().min() <= rows["prediction_stars"].to_numpy().max() <= 3
+
+
+def test_the_scorer_returns_what_evaluation_wrote_for_each_task(run: Path) -> None:
+    evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    rows = pq.read_table(run / "predictions" / "test").to_pylist()
+    with Scorer.of_run(run) as scorer:
+        dataset = scorer.experiment.dataset
+        for row in rows[:6]:
+            events = dataset.user_events(row["user_id"])
+            seen = events[events.timestamps < row["timestamp"]]
+            history = UserHistory(row["user_id"], seen.item_ids, seen.timestamps, seen.labels, seen.actions)
+            found = scorer.score_tasks(history, np.array([row["item_id"]]), row["timestamp"])
+            assert list(found) == ["click", "like", "watch", "stars"]
+            expected = [row["probability"], row["probability_like"], row["prediction_watch"], row["prediction_stars"]]
+            assert [found[name][0] for name in found] == pytest.approx(expected, rel=1e-4)
+            logit = scorer.score(history, np.array([row["item_id"]]), row["timestamp"])
+            assert logit == pytest.approx([row["score"]], abs=1e-5)
+
+
+@pytest.fixture(scope="module", params=["late", "early"])
+def in_context(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("context") / request.param
+    settings: dict[str, Any] = task_shop.SETTINGS | {
+        "data__dataset": task_shop.dataset().root,
+        "data__context": ["device", "price"],
+        "objective__fusion": request.param,
+        "objective__position_bias": ["place"],
+    }
+    training_fixtures.train(training_fixtures.config(output, **settings))
+    return output
+
+
+def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
+    evaluate(["--run-dir", str(in_context), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    rows = pq.read_table(in_context / "predictions" / "test").to_pylist()
+    with Scorer.of_run(in_context) as scorer:
+        dataset = scorer.experiment.dataset
+        devices = [None, *dataset.feature_values("device").to_pylist()]
+        scored = []
+        for row in rows[:8]:
+            events = dataset.user_events(row["user_id"])
+            seen, own = events[events.timestamps < row["timestamp"]], events[[row["position"]]]
+            history = UserHistory(row["user_id"], seen.item_ids, seen.timestamps, seen.labels, seen.actions)
+            price = float(own.extra["context_price"][0])
+            context = {
+                "device": devices[int(own.extra["context_device"][0])],
+                "price": None if np.isnan(price) else price,
+            }
+            state, item = scorer.read(history), np.array([row["item_id"]])
+            scored.append(scorer.score(state, item, row["timestamp"], context)[0])
+            assert scored[-1] == pytest.approx(row["score"], abs=1e-5)
+            other = context | {"price": 100.0}
+            assert scorer.score(state, item, row["timestamp"], other)[0] != pytest.approx(scored[-1], abs=1e-6)
+        assert scorer.unknown_context.get("device", 0) > 0, "a watch is a device of the test part only"
+        before = scorer.unknown_context["device"]
+        scorer.score(state, item, row["timestamp"], context | {"device": "fridge"})
+        assert scorer.unknown_context["device"] == before + 1
+        with pytest.raises(ValueError, match=r"the request has no 'device', which the model reads; give it in context"):
+            scorer.score(state, item, row["timestamp"], {"price": 1.0})
+        with pytest.raises(ValueError, match=r"context 'devise': the dataset has none \(did you mean 'device'\?\)"):
+            scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
+        with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
+            scorer.score(state, item, row["timestamp"], context | {"price": "dear"})

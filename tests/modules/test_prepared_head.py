@@ -1,0 +1,27 @@
+"""A head whose side of the items is stored scores pairs as the head does."""
+
+import pytest
+import torch
+
+from hllm_torchrec.modules.heads import PredictionHead
+from hllm_torchrec.modules.prepared_head import PreparedHead, can_prepare
+
+
+@pytest.mark.parametrize("hidden", [8, (12, 5)])
+def test_pairs_are_scored_as_by_the_head(hidden: int | tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    head = PredictionHead(6, hidden, dropout=0.5, fusion="late").eval()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    users, items = torch.randn(3, 6) * 4, torch.randn(9, 6)
+    user_of_pair, item_of_pair = torch.tensor([0, 0, 2, 1, 2]), torch.tensor([4, 4, 0, 8, 3])
+    prepared = PreparedHead(head)
+    found = prepared.score(users, user_of_pair, *(part[item_of_pair] for part in prepared.items(items)))
+    torch.testing.assert_close(found, head(users[user_of_pair], items[item_of_pair]), atol=1e-5, rtol=1e-5)
+    assert found.std() > 0.1
+
+
+def test_other_heads_are_not_prepared() -> None:
+    assert not can_prepare(PredictionHead(6, 8, fusion="early"))
+    assert not can_prepare(PredictionHead(6, 8, fusion="late", evidence=2))
+    assert not can_prepare(PredictionHead(6, (), fusion="late"))
