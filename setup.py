@@ -105,6 +105,7 @@ setup(
         "hllm_torchrec": ["py.typed"],
         "hllm_torchrec.configs": ["**/*.yaml"],
         "hllm_torchrec.evaluation": ["*.j2"],
+        "hllm_torchrec.serving": ["*.html"],
     },
     install_requires=REQUIREMENTS,
     extras_require={
