@@ -30,6 +30,7 @@ from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
 from hllm_torchrec.metrics.gauc import gauc
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
+from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
@@ -53,6 +54,7 @@ def score_split(
     """
     model.eval()
     hllm, schema = unwrap_model(model), loader.dataset.schema
+    assert isinstance(hllm, HLLM)
     weighted, parts = schema.weighted or schema.sampled, []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:

@@ -77,7 +77,8 @@ class StepStats:
 
     def __add__(self, other: "StepStats") -> "StepStats":
         tasks = [a + b for a, b in zip_longest(self.tasks, other.tasks, fillvalue=0.0)]
-        return StepStats(*(a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)), tuple(tasks))
+        numbers = [a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)]
+        return replace(StepStats(*numbers), tasks=tuple(tasks))
 
     def _numbers(self) -> tuple[float, ...]:
         """The values without `tasks`, in the order of the fields."""
@@ -91,7 +92,7 @@ class StepStats:
     def from_tensor(cls, numbers: Tensor) -> Self:
         """Inverse of `to_tensor`."""
         values, single = numbers.tolist(), len(fields(cls)) - 1
-        return cls(*values[:single], tuple(values[single:]))
+        return replace(cls(*values[:single]), tasks=tuple(values[single:]))
 
     def over_ranks(self) -> "StepStats":
         """Sum over all ranks. Collective."""
@@ -166,7 +167,7 @@ def micro_batch_loss(
     # One copy from the device for all values, because every copy waits for the forward pass.
     numbers = [write, match, user_spread, *numbers]
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
-    stats = StepStats(*shares[3:9], similarities=measured, tasks=tuple(shares[9:]))
+    stats = replace(StepStats(*shares[3:9]), similarities=measured, tasks=tuple(shares[9:]))
     of_creatives = dict(zip(("write", "match", "user_similarity"), shares, strict=False))
     return loss, replace(stats, **of_creatives, user_similarities=users_measured)
 

@@ -163,6 +163,16 @@ def test_a_bad_value_is_one_line_with_its_row(tmp_path: Path, column: str, value
     dataset = Dataset.open(prepare(table(mapping), tmp_path / "dataset", policy=policy))
     assert dataset.manifest["counts"]["dropped"]["nan_label"] == 1
     assert dataset.manifest["counts"]["events"] == len(rows) - 1
+    if column in ("weight", "rate"):
+        return
+    kept = BadRows().changed({"nan_label": "keep"})
+    dataset = Dataset.open(prepare(table(mapping), tmp_path / "kept", policy=kept))
+    first = rows.slice(0, 1).to_pylist()[0]
+    own = read(dataset)[first["user"], first["item"], first["second"]]
+    unknown = (
+        own["click"] if column == "click" else own[f"context_{column}" if column == "price" else f"label_{column}"]
+    )
+    assert np.isnan(unknown), "the event stays, without what is wrong"
 
 
 def test_rates_that_tell_the_label_are_refused(tmp_path: Path) -> None:
