@@ -120,10 +120,16 @@ def create_app(
 
     @app.post("/v1/score", dependencies=[Depends(authorized)], summary="Score candidates for a user")
     async def score(body: ScoreBody) -> ScoreAnswer:
-        request = ScoreRequest(body.user, body.candidates, moment(body.time), _raw_events(body.history))
+        given = _raw_events(body.history)
+        request = ScoreRequest(body.user, body.candidates, moment(body.time), given, body.context)
         found, probabilities = await service.score(request)
+        several = {name: values.tolist() for name, values in found.tasks.items()} if len(found.tasks) > 1 else {}
         return ScoreAnswer(
-            scores=found.logits.tolist(), probabilities=probabilities, events=found.events, model=found.model
+            scores=found.logits.tolist(),
+            probabilities=probabilities,
+            tasks=several,
+            events=found.events,
+            model=found.model,
         )
 
     @app.post("/v1/recommend", dependencies=[Depends(authorized)], summary="The best items for a user")

@@ -9,8 +9,9 @@ candidates of all requests, and with late fusion the target's side of the head i
 Legend: R requests, M candidates of all of them, D width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.modules.attention.keys_values import HistoryCache
+from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.history_cache import begin_requests, read_history
 from hllm_torchrec.modules.prepared_head import PreparedHead, can_prepare
+from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.scorer import Scorer
 from hllm_torchrec.serving.slot_inputs import SlotInputs
+from hllm_torchrec.serving.task_scores import output_shape
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 ROWS_AT_ONCE = 8192
@@ -35,11 +39,15 @@ DICT_ITEMS = 2_000_000
 
 @dataclass(frozen=True)
 class Request:
-    """Candidates of a user at a second: a state that this scorer made, dense item ids [m], seconds UTC."""
+    """Candidates of a user at a second: a state that this scorer made, dense item ids [m], seconds UTC.
+
+    context: columns [1] of the request's context, from `BatchScorer.context_columns`.
+    """
 
     state: UserState
     items: Ints
     time: int
+    context: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class BatchScorer(Scorer):
@@ -52,7 +60,8 @@ class BatchScorer(Scorer):
         known = 0 if self._inputs is None else self.experiment.dataset.num_table_items
         if self._inputs is None:
             self._inputs = SlotInputs(self.experiment)
-            self._head = PreparedHead(self.hllm.head) if can_prepare(self.hllm.head) else None
+            head = self.hllm.head
+            self._head = PreparedHead(head) if isinstance(head, PredictionHead) and can_prepare(head) else None
             dataset, known = self.experiment.dataset, self.experiment.dataset.num_table_items
             if known <= DICT_ITEMS:
                 raw = dataset.items["raw_item_id"].slice(0, known - 1).to_pylist()
@@ -89,12 +98,12 @@ class BatchScorer(Scorer):
 
     @torch.no_grad()
     def score_batch(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits [m] of each request, as by `score`.
+        """Logits [m], or outputs [m, O] of a model with several tasks, of each request, as by `Scorer`.
 
         Raises:
             ValueError: a state of another model, or a leave-one-out request before the last event.
         """
-        found = [np.empty(0, np.float32)] * len(requests)
+        found = [np.empty((0, *output_shape(self.hllm)), np.float32)] * len(requests)
         asked = [number for number, request in enumerate(requests) if request.items.size]
         kept = [self._with_its_state(requests[number]) for number in asked]
         with configured_by("user.shape", length="data.max_history"):
@@ -109,10 +118,20 @@ class BatchScorer(Scorer):
         self._check_state(state)
         if self._start(seen) == state.start:
             return request
-        return Request(self.read(self.seen_part(state.history, request.time)), request.items, request.time)
+        return replace(request, state=self.read(self.seen_part(state.history, request.time)))
 
-    def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
-        return self.score_batch([Request(state, items, moment)])[0]
+    def context_columns(self, given: Mapping[str, ContextValue] | None) -> Mapping[str, NDArray[Any]]:
+        """Context of a request by raw values as `Request.context`; see `Scorer.score`.
+
+        Raises:
+            ValueError: a value is missing, has another name, or is none.
+        """
+        return self._context.columns(given, 1)
+
+    def _score(
+        self, state: UserState, items: Ints, moment: int, context: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        return self.score_batch([Request(state, items, moment, context)])[0]
 
     def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
         """Logits of requests with ROWS_AT_ONCE candidates together, or of a single request."""
@@ -121,7 +140,8 @@ class BatchScorer(Scorer):
         ask = begin_requests(self.hllm.user, [state.cache for state in states], times, visible)
         numbers = [self._numbers(state, time) for state, time in zip(states, times, strict=True)]
         numeric = np.concatenate([one for one in numbers if one is not None]) if numbers[0] is not None else None
-        x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric)
+        context = {name: np.concatenate([one.context[name] for one in requests]) for name in requests[0].context}
+        x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric, context)
         # More than one part only for a single request, whose user is the same in all of them.
         sizes = [one.items.size for one in requests]
         late = self.hllm.fusion.query_is_user
@@ -138,7 +158,7 @@ class BatchScorer(Scorer):
             else:
                 x_MD = self.inputs.items.index_select(0, ids) + users.index_select(0, rows)
                 logits.append(self.hllm.head(ask(x_MD, counts), None, evidence))
-        values = torch.cat(logits).float().cpu().numpy()
+        values = self.hllm.biased(torch.cat(logits)).float().cpu().numpy()
         return np.split(values, np.cumsum(sizes)[:-1])
 
     def _late(self, users_RD: Tensor, rows: Tensor, ids: Tensor, evidence: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import did_you_mean
@@ -69,6 +70,7 @@ class Retrieval:
                 of_values[: found.size] |= found[: of_values.size]
             mask &= of_values
         mask[0] = False
+        mask[self._of.excluded_items] = False
         mask[exclude[exclude < mask.size]] = False
         return mask
 
@@ -101,8 +103,24 @@ class Retrieval:
         rows = np.flatnonzero(state.history.labels == 1) if read == "positive" else np.arange(len(state.history))
         x_TD, times = self._scorer.inputs.history(state.history[rows[-1:]])
         hidden = begin_request(hllm.user, cache, int(times[-1]), cache.length - 1)(x_TD[-1:])
-        vector: Floats = normalize_rows(hllm.project_next(hidden).float().cpu().numpy())[0]
+        predicted = hllm.project_next(hidden)
+        if hllm.text_similarity is not None:
+            predicted = hllm.text_similarity.join(predicted, self._texts(state, rows))
+        vector: Floats = normalize_rows(predicted.float().cpu().numpy())[0]
         return vector
+
+    def _texts(self, state: UserState, rows: Ints) -> Tensor:
+        """Decayed sum [1, E] of the texts of the events `rows` that the state holds."""
+        hllm, experiment = self._scorer.hllm, self._scorer.experiment
+        assert hllm.text_similarity is not None
+        ids = torch.tensor(state.history.item_ids[rows[rows >= state.start]], device=experiment.device)
+        ids = ids.repeat_interleave(2) if experiment.batch_spec.interleaved else ids
+        items = hllm.item_embeddings(ids)
+        assert items is not None, "similarity of texts needs an Item LLM"
+        texts = hllm.text_similarity.history(
+            hllm.text_embeddings(ids, items), torch.tensor([0, ids.numel()], device=ids.device)
+        )
+        return texts[-1:]
 
     def _mask_of(self, name: str, value: str) -> Mask:
         """Items with a value of an item feature."""

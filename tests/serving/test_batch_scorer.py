@@ -15,7 +15,8 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
-from tests.helpers import fixtures
+from hllm_torchrec.serving.task_scores import predictions_by_task
+from tests.helpers import fixtures, task_shop, training_fixtures
 from tests.helpers.served_runs import HSTU, RUNS, settings
 
 SMALL: dict[str, Any] = {"optim__ema": 0.0, "parallel__dense": "ddp"}
@@ -131,3 +132,39 @@ def test_new_items_are_scored_as_by_the_scorer(tmp_path: Path) -> None:
     assert first[0] != again[0] and np.allclose(first[1:], again[1:], atol=1e-6)
     plain = Scorer(build_experiment(settings("late", tmp_path, **SMALL), init_distributed()), journal=journal)
     np.testing.assert_allclose(again, plain.score(state.history, names, time), atol=2e-5)
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+@pytest.mark.parametrize("tasks", [{}, task_shop.TASKS])
+def test_tasks_and_context_are_those_of_the_scorer(fusion: str, tasks: dict[str, Any], tmp_path: Path) -> None:
+    dataset = task_shop.dataset()
+    changed: dict[str, Any] = task_shop.SETTINGS | {
+        "data__dataset": dataset.root,
+        "data__context": ["device", "price"],
+        "objective__fusion": fusion,
+        "objective__tasks": tasks,
+        "objective__position_bias": ["place"],
+    }
+    experiment = build_experiment(training_fixtures.config(tmp_path, **changed), init_distributed())
+    torch.manual_seed(1)
+    for parameter in experiment.hllm.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain, batched = Scorer(experiment), BatchScorer(experiment)
+    contexts = [{"device": "phone", "price": 3.5}, {"device": "submarine", "price": None}, {"device": None, "price": 1}]
+    requests, expected = [], []
+    for user, context in enumerate(contexts, start=1):
+        events = dataset.user_events(user)
+        history, time = UserHistory(user, **events.columns), int(events.timestamps[-1]) + LATER
+        items = np.arange(1, 4 + user)
+        requests.append(Request(batched.read(history), items, time, batched.context_columns(context)))
+        expected.append((plain.score(history, items, time, context), plain.score_tasks(history, items, time, context)))
+        np.testing.assert_allclose(batched.score(history, items, time, context), expected[-1][0], atol=1e-5)
+    for outputs, (logits, by_task) in zip(batched.score_batch(requests), expected, strict=True):
+        np.testing.assert_allclose(outputs.reshape(len(logits), -1)[:, 0], logits, atol=1e-5)
+        found = predictions_by_task(experiment.hllm, outputs)
+        assert found.keys() == by_task.keys() and len(found) == max(1, len(tasks))
+        for name, values in found.items():
+            np.testing.assert_allclose(values, by_task[name], rtol=1e-4, atol=1e-5)
+    assert np.concatenate([logits for logits, _ in expected]).std() > 0.01
+    with pytest.raises(ValueError, match="the request has no 'price', which the model reads"):
+        batched.context_columns({"device": "phone"})
