@@ -51,6 +51,7 @@ UserId = Annotated[str, Path(min_length=1, max_length=256)]
 DEMO = FilePath(__file__).parent / "demo.html"
 DEMO_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "the body cannot be decoded"},
     401: {"model": Problem, "description": "no bearer token, or another one"},
     403: {"model": Problem, "description": "the service was started without a token, which this needs"},
     409: {"model": Problem, "description": "the model was not reloaded, and the one before stays"},

@@ -9,7 +9,7 @@ Legend: N items, V width of an item's vector in the space of the generative loss
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ class Retrieval:
     def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat") -> None:
         experiment = scorer.experiment
         self._scorer, self._masks = scorer, lru_cache(maxsize=256)(self._mask_of)
-        self._base, self._index = experiment.dataset.num_table_items, None
+        self._base = experiment.dataset.num_table_items
+        self._index: Any = None
         if kind != "none" and scorer.hllm.generates:
             vectors = catalogue_vectors(experiment).float().cpu().numpy()[: self._base]
             vectors[0] = 0  # the unknown item
