@@ -12,12 +12,14 @@ import torch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.inference.item_embedding import embed_items
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from hllm_torchrec.serving.task_scores import predictions_by_task
 from tests.helpers import fixtures, task_shop, training_fixtures
-from tests.helpers.served_runs import HSTU, RUNS, settings
+from tests.helpers.served_runs import HSTU, RUNS, settings, trained
 
 SMALL: dict[str, Any] = {"optim__ema": 0.0, "parallel__dense": "ddp"}
 OPEN = {"kind": "hash", "rows": 100}
@@ -168,3 +170,19 @@ def test_tasks_and_context_are_those_of_the_scorer(fusion: str, tasks: dict[str,
     assert np.concatenate([logits for logits, _ in expected]).std() > 0.01
     with pytest.raises(ValueError, match="the request has no 'price', which the model reads"):
         batched.context_columns({"device": "phone"})
+
+
+@pytest.mark.slow  # a training run
+def test_items_from_a_store_give_the_scores_of_encoded_ones_up_to_its_rounding(tmp_path: Path) -> None:
+    run, _ = trained("late")
+    with BatchScorer.of_run(run, "latest") as encoded:
+        state = encoded.read(past(users(3)[2]))
+        time = int(state.history.timestamps[-1]) + LATER
+        expected, mark = encoded.score(state, np.arange(20), time), encoded.mark
+    loaded = load_run(run, "latest", init_distributed())
+    embed_items(loaded.experiment, tmp_path / "items", "fp32")
+    with BatchScorer.of_run(run, "latest", store=tmp_path / "items") as stored:
+        found = stored.score(stored.read(past(users(3)[2])), np.arange(20), time)
+        assert stored.mark != mark
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert expected.std() > 0.01

@@ -1,4 +1,4 @@
-"""`hllm serve` as a process: it answers on a socket, ends on SIGTERM after what it accepted, and goes on after a kill."""
+"""`hllm serve` as a process: it answers on a socket, drains on SIGTERM, and goes on after a kill."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hllm_torchrec.distributed.process_group import destroy_distributed
+from hllm_torchrec.launch.loadtest import main as loadtest
 from hllm_torchrec.launch.serve import is_loopback, read_token
 from hllm_torchrec.serving.load_test import HttpClient
 from tests.helpers import fixtures
@@ -57,6 +58,12 @@ def test_a_service_keeps_what_it_acknowledged_and_drains_on_sigterm(tmp_path: Pa
     first = Running(run, tmp_path, "first")
     before = first.ask("/v1/score", **BODY)
     event = {"item": "s5", "timestamp": TIME - 9, "label": 1, "action": "5"}
+    load = ["--url", first.url, "--dataset", str(fixtures.dataset().root), "--rates", "40", "--seconds", "0.5"]
+    assert loadtest([*load, "--candidates", "5", "--output", str(tmp_path / "load")]) == 0
+    (result,) = json.loads((tmp_path / "load" / "loadtest.json").read_text())["results"]
+    assert result["statuses"] == {"200": result["requests"]} and 0 < result["hit_rate"] <= 1
+    assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99.9"]
+    assert (tmp_path / "load" / "loadtest.png").stat().st_size > 5000
     assert first.ask("/v1/events", user="u3", events=[event]) == {"kept": 1}
     after = first.ask("/v1/score", **BODY)
     assert after["events"] == before["events"] + 1 and after["scores"] != before["scores"]
