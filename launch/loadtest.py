@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,10 @@ async def _load(args: argparse.Namespace, users: list[str], items: list[str], to
         if number == 0:  # the first requests of a process compile and allocate
             for body in bodies[:20]:
                 await client.post_score(body)
-        results.append(await run_load(client.post_score, bodies, arrivals, rate))
+        before = await client.cache_counts()
+        result = await run_load(client.post_score, bodies, arrivals, rate)
+        hits, misses = (now - then for now, then in zip(await client.cache_counts(), before, strict=True))
+        results.append(replace(result, hit_rate=hits / max(hits + misses, 1)))
         say(_line(results[-1]))
     client.close()
     return results
@@ -94,7 +98,8 @@ async def _load(args: argparse.Namespace, users: list[str], items: list[str], to
 
 def _line(result: "LoadResult") -> str:
     latencies = ", ".join(f"{name} {value:.1f}" for name, value in result.latency_ms.items())
-    return f"{result.rate:g}/s: {result.throughput:.1f} answered/s, ms: {latencies}; statuses {result.statuses}"
+    hits = "" if result.hit_rate is None else f"; states found {result.hit_rate:.0%}"
+    return f"{result.rate:g}/s: {result.throughput:.1f} answered/s, ms: {latencies}{hits}; statuses {result.statuses}"
 
 
 def _plot(results: list["LoadResult"], file: Path) -> None:

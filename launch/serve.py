@@ -39,6 +39,9 @@ def build_parser() -> CommandParser:
         "--cache", type=positive, default=1024, metavar="MIB", help="memory of users' states (default: 1024)"
     )
     parser.add_argument(
+        "--items", type=Path, metavar="STORE", help="store of hllm embed --items: read it instead of encoding the texts"
+    )
+    parser.add_argument(
         "--state", type=Path, metavar="FILE", help="SQLite file of events (default: serving/events.sqlite of the run)"
     )
     parser.add_argument(
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     with distributed_device() as device, closing(EventLog(args.state or default_state(args.run))) as log:
 
         def load() -> Engine:
-            scorer = BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset)
+            scorer = BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset, store=args.items)
             return Engine(scorer, log, args.cache * MIB, args.index)
 
         service = Service(load(), limits, token)

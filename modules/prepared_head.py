@@ -7,7 +7,7 @@ Legend: N items, M pairs, R users, D width, H width of the first hidden layer.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hllm_torchrec.modules.heads import PredictionHead
@@ -22,14 +22,16 @@ class PreparedHead:
 
     def __init__(self, head: PredictionHead) -> None:
         assert can_prepare(head)
-        self.head, first = head, head.mlp[0]
+        self.head, self._later = head, list(head.mlp)[1:]
+        first = head.mlp[0]
+        assert isinstance(first, nn.Linear)
         self._of_user, of_item, self._of_product = first.weight.detach().split(head.user_norm.normalized_shape[0], 1)
         self._of_item, self._bias = of_item, first.bias
 
     @torch.no_grad()
     def items(self, items_ND: Tensor) -> tuple[Tensor, Tensor]:
         """What is stored of the items: normalized [N, D], and their part of the first layer [N, H]."""
-        normed = self.head.item_norm(items_ND)
+        normed: Tensor = self.head.item_norm(items_ND)
         return normed, F.linear(normed, self._of_item)
 
     @torch.no_grad()
@@ -39,9 +41,9 @@ class PreparedHead:
         product = users.index_select(0, user_of_pair) * item_MD
         of_users = F.linear(users, self._of_user, self._bias)
         hidden = torch.addmm(hidden_MH, product, self._of_product.t()) + of_users.index_select(0, user_of_pair)
-        for layer in self.head.mlp[1:]:
+        for layer in self._later:
             hidden = layer(hidden)
-        logits = self.head.out(hidden).squeeze(-1) + self.head.dot_scale * product.mean(dim=-1)
+        logits: Tensor = self.head.out(hidden).squeeze(-1) + self.head.dot_scale * product.mean(dim=-1)
         return logits
 
 

@@ -52,6 +52,28 @@ def use_stored_items(experiment: Experiment, path: str | None = None) -> None:
 
 
 @torch.no_grad()
+def read_catalogue(experiment: Experiment, path: str) -> None:
+    """Give a run that encodes items the embeddings of a store instead, for serving. Collective.
+
+    The unknown item, which no store has, is encoded.
+
+    Raises:
+        ConfigError: as `use_stored_items`.
+        ValueError: the run has no Item LLM, or reads a store already.
+    """
+    hllm, live = experiment.hllm, experiment.live_items
+    if live is None or isinstance(hllm.item_source, StoredItems):
+        has = "no Item LLM" if live is None else "a store of its own (item_llm.store)"
+        raise ValueError(f"{path}: the run has {has}: leave the store of items out")
+    use_stored_items(experiment, path)
+    vectors = experiment.encode_catalogue()
+    assert vectors is not None
+    hllm.item_source = live
+    vectors[0] = hllm.embed_items(torch.zeros(1, dtype=torch.int64, device=experiment.device), live)[0]
+    experiment.frozen_catalogue = vectors
+
+
+@torch.no_grad()
 def fill_from_store(model: Module, dataset: Dataset, store: EmbeddingStore) -> None:
     """Copy the vectors of the dataset's items into the table `FROZEN_ITEMS` of `model`; row 0 is zeros. Collective.
 

@@ -51,6 +51,7 @@ UserId = Annotated[str, Path(min_length=1, max_length=256)]
 DEMO = FilePath(__file__).parent / "demo.html"
 DEMO_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "the body cannot be decoded"},
     401: {"model": Problem, "description": "no bearer token, or another one"},
     403: {"model": Problem, "description": "the service was started without a token, which this needs"},
     409: {"model": Problem, "description": "the model was not reloaded, and the one before stays"},
@@ -120,10 +121,16 @@ def create_app(
 
     @app.post("/v1/score", dependencies=[Depends(authorized)], summary="Score candidates for a user")
     async def score(body: ScoreBody) -> ScoreAnswer:
-        request = ScoreRequest(body.user, body.candidates, moment(body.time), _raw_events(body.history))
+        given = _raw_events(body.history)
+        request = ScoreRequest(body.user, body.candidates, moment(body.time), given, body.context)
         found, probabilities = await service.score(request)
+        several = {name: values.tolist() for name, values in found.tasks.items()} if len(found.tasks) > 1 else {}
         return ScoreAnswer(
-            scores=found.logits.tolist(), probabilities=probabilities, events=found.events, model=found.model
+            scores=found.logits.tolist(),
+            probabilities=probabilities,
+            tasks=several,
+            events=found.events,
+            model=found.model,
         )
 
     @app.post("/v1/recommend", dependencies=[Depends(authorized)], summary="The best items for a user")

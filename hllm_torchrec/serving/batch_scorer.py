@@ -10,7 +10,7 @@ Legend: R requests, M candidates of all of them, D width.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from hllm_torchrec.modules.attention.keys_values import HistoryCache
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.history_cache import begin_requests, read_history
 from hllm_torchrec.modules.prepared_head import PreparedHead, can_prepare
+from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.scorer import Scorer
 from hllm_torchrec.serving.slot_inputs import SlotInputs
 from hllm_torchrec.serving.task_scores import output_shape
@@ -38,11 +39,15 @@ DICT_ITEMS = 2_000_000
 
 @dataclass(frozen=True)
 class Request:
-    """Candidates of a user at a second: a state that this scorer made, dense item ids [m], seconds UTC."""
+    """Candidates of a user at a second: a state that this scorer made, dense item ids [m], seconds UTC.
+
+    context: columns [1] of the request's context, from `BatchScorer.context_columns`.
+    """
 
     state: UserState
     items: Ints
     time: int
+    context: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class BatchScorer(Scorer):
@@ -98,15 +103,11 @@ class BatchScorer(Scorer):
 
     @torch.no_grad()
     def score_batch(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits [m] of each request, as by `score`: of the first label of a model with several tasks.
+        """Logits [m], or outputs [m, O] of a model with several tasks, of each request, as by `Scorer`.
 
         Raises:
             ValueError: a state of another model, or a leave-one-out request before the last event.
         """
-        return [found if found.ndim == 1 else found[:, 0] for found in self._outputs_of(requests)]
-
-    def _outputs_of(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits [m], or outputs [m, O] of several tasks, of each request."""
         found = [np.empty((0, *output_shape(self.hllm)), np.float32)] * len(requests)
         asked = [number for number, request in enumerate(requests) if request.items.size]
         kept = [self._with_its_state(requests[number]) for number in asked]
@@ -122,12 +123,20 @@ class BatchScorer(Scorer):
         self._check_state(state)
         if self._start(seen) == state.start:
             return request
-        return Request(self.read(self.seen_part(state.history, request.time)), request.items, request.time)
+        return replace(request, state=self.read(self.seen_part(state.history, request.time)))
+
+    def context_columns(self, given: Mapping[str, ContextValue] | None) -> Mapping[str, NDArray[Any]]:
+        """Context of a request by raw values as `Request.context`; see `Scorer.score`.
+
+        Raises:
+            ValueError: a value is missing, has another name, or is none.
+        """
+        return self._context.columns(given, 1)
 
     def _score(
         self, state: UserState, items: Ints, moment: int, context: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
-        return self._outputs_of([Request(state, items, moment)])[0]
+        return self.score_batch([Request(state, items, moment, context)])[0]
 
     def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
         """Logits of requests with ROWS_AT_ONCE candidates together, or of a single request."""
@@ -136,7 +145,8 @@ class BatchScorer(Scorer):
         ask = begin_requests(self.hllm.user, [state.cache for state in states], times, visible)
         numbers = [self._numbers(state, time) for state, time in zip(states, times, strict=True)]
         numeric = np.concatenate([one for one in numbers if one is not None]) if numbers[0] is not None else None
-        x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric)
+        context = {name: np.concatenate([one.context[name] for one in requests]) for name in requests[0].context}
+        x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric, context)
         # More than one part only for a single request, whose user is the same in all of them.
         sizes = [one.items.size for one in requests]
         late = self.hllm.fusion.query_is_user

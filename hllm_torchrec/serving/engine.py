@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import EVENT_COLUMNS
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.event_log import EventLog, LoggedEvent
+from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.raw_histories import check_found
 from hllm_torchrec.serving.recommend import item_reader
 from hllm_torchrec.serving.retrieval import IndexKind, Retrieval
@@ -45,22 +47,23 @@ class ScoreRequest:
 
     user: raw id; a user whom neither the dataset nor an event names has the unknown user's features and no history.
     candidates: raw ids. time: seconds UTC. history: events of the request alone, which are scored instead of the
-    user's and not kept; None: the user's.
+    user's and not kept; None: the user's. context: of the request, see `Scorer.score`.
     """
 
     user: str | None
     candidates: Sequence[str]
     time: int
     history: RawEvents | None = None
+    context: Mapping[str, ContextValue] | None = None
 
 
 @dataclass(frozen=True)
 class RecommendRequest:
     """The best items of the catalogue for a user at a second.
 
-    user, time, history: as in `ScoreRequest`. top: number of items. candidates: number of items that are retrieved and
-    then ranked. seen_too: whether items of the history are recommended. filters: item feature -> values; an item has at
-    least one of each.
+    user, time, history, context: as in `ScoreRequest`. top: number of items. candidates: number of items that are
+    retrieved and then ranked. seen_too: whether items of the history are recommended. filters: item feature -> values;
+    an item has at least one of each.
     """
 
     user: str | None
@@ -70,6 +73,7 @@ class RecommendRequest:
     candidates: int = 200
     seen_too: bool = False
     filters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    context: Mapping[str, ContextValue] | None = None
 
 
 AnyRequest = ScoreRequest | RecommendRequest
@@ -79,11 +83,13 @@ AnyRequest = ScoreRequest | RecommendRequest
 class Scores:
     """Result of a request.
 
-    logits: [m] float32, as by `Scorer.score`; of recommendations, descending. events: number of events that the request
-    could see. model: mark of the weights and the dataset. items: raw id and text of each recommendation.
+    logits: [m] float32, as by `Scorer.score`; of recommendations, descending. tasks: what each task predicts [m], as by
+    `Scorer.score_tasks`. events: number of events that the request could see. model: mark of the weights and the
+    dataset. items: raw id and text of each recommendation.
     """
 
     logits: NDArray[np.float32]
+    tasks: Mapping[str, NDArray[np.float32]]
     events: int
     model: str
     items: Sequence[tuple[str, str]] = ()
@@ -98,7 +104,9 @@ class _Cached:
 
     @property
     def nbytes(self) -> int:
-        return self.state.cache.nbytes + 2 * sum(column.nbytes for column in self.known.events.columns.values())
+        events = self.known.events
+        columns = [getattr(events, column.name) for column in EVENT_COLUMNS] + list(events.extra.values())
+        return self.state.cache.nbytes + 2 * sum(column.nbytes for column in columns)
 
 
 class Engine:
@@ -139,7 +147,8 @@ class Engine:
         for request in requests:
             try:
                 state = self._state(request)
-                asked.append(Request(state, self._items(request, state), request.time))
+                context = self.scorer.context_columns(request.context)
+                asked.append(Request(state, self._items(request, state), request.time, context))
             except ValueError as error:
                 asked.append(error)
         logits = iter(self._logits([one for one in asked if isinstance(one, Request)]))
@@ -161,11 +170,12 @@ class Engine:
     ) -> Scores | Exception:
         if isinstance(logits, Exception):
             return logits
-        events = len(asked.state.history)
-        if isinstance(request, ScoreRequest):
-            return Scores(logits, events, self.mark)
-        best = np.argsort(-logits, kind="stable")[: request.top]
-        return Scores(logits[best], events, self.mark, self.item_texts(asked.items[best]))
+        events, first = len(asked.state.history), logits if logits.ndim == 1 else logits[:, 0]
+        items: Sequence[tuple[str, str]] = ()
+        if isinstance(request, RecommendRequest):
+            best = np.argsort(-first, kind="stable")[: request.top]
+            logits, first, items = logits[best], first[best], self.item_texts(asked.items[best])
+        return Scores(first, self.scorer.predictions(logits), events, self.mark, items)
 
     def add_items(self, raw_ids: Sequence[str], texts: Mapping[str, Sequence[str]], features: Features) -> int:
         """See `Scorer.add_items`."""

@@ -50,7 +50,8 @@ class LoadResult:
 
     rate: asked for, requests per second; latency_ms: quantile -> milliseconds of the answered ones (status 200);
     throughput: answered requests per second; statuses: status -> number (0: no answer); late_ms: 99% quantile of the
-    delay between a scheduled arrival and its sending, which is the client's own (it is part of the latency).
+    delay between a scheduled arrival and its sending, which is the client's own (it is part of the latency); hit_rate:
+    share of the requests whose user's state the service had.
     """
 
     rate: float
@@ -59,6 +60,7 @@ class LoadResult:
     latency_ms: dict[str, float]
     late_ms: float
     statuses: dict[str, int]
+    hit_rate: float | None = None
 
 
 async def run_load(send: Send, bodies: Sequence[bytes], arrivals: Arrivals, rate: float) -> LoadResult:
@@ -174,6 +176,13 @@ class HttpClient:
         else:
             writer.close()
         return status, content
+
+    async def cache_counts(self) -> tuple[float, float]:
+        """Hits and misses of the service's states so far."""
+        _, content = await self.request("GET", "/metrics")
+        found = dict(line.rsplit(b" ", 1) for line in content.splitlines() if not line.startswith(b"#"))
+        hits, misses = (float(found[b"hllm_state_cache_" + name]) for name in (b"hits_total", b"misses_total"))
+        return hits, misses
 
     async def _connect(self) -> "_Connection":
         reader, writer = await asyncio.open_connection(self._host, self._port)

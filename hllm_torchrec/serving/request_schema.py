@@ -17,6 +17,8 @@ MAX_BODY = 4 << 20
 RawId = Annotated[str, Field(min_length=1, max_length=256, examples=["242"])]
 Second = Annotated[int, Field(ge=0, le=MAX_SECOND, description="seconds UTC", examples=[893_286_638])]
 
+Context = dict[str, str | float | None] | None
+
 
 class _Body(BaseModel):
     """Body of a request: a key that is not known is refused."""
@@ -42,13 +44,15 @@ class ScoreBody(_Body):
     history: list[Event] | None = Field(
         None, max_length=MAX_EVENTS, description="scored instead of the user's events, and not kept; null: the user's"
     )
+    context: Context = Field(None, description="value of everything about the request that the model reads")
 
 
 class ScoreAnswer(BaseModel):
     """Scores in the order of the candidates. model: mark of the weights and the dataset that gave them."""
 
-    scores: list[float] = Field(description="logits: the `score` of `hllm evaluate`")
-    probabilities: list[float]
+    scores: list[float] = Field(description="logits of the first label: the `score` of `hllm evaluate`")
+    probabilities: list[float] = Field(description="of the first label")
+    tasks: dict[str, list[float]] = Field(description="what each label's task predicts, of a model with several")
     events: int = Field(description="events of the history that the scores were computed from")
     model: str
 
@@ -60,6 +64,7 @@ class RecommendBody(_Body):
     top: int = Field(10, ge=1, le=1000)
     time: Second | None = Field(None, description="of the request: only earlier events count; null: now")
     history: list[Event] | None = Field(None, max_length=MAX_EVENTS, description="as in /v1/score")
+    context: Context = Field(None, description="as in /v1/score")
     candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="items that are retrieved, then ranked")
     seen_too: bool = Field(False, description="whether items of the history are recommended")
     filters: dict[str, list[str]] = Field(

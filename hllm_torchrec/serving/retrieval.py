@@ -9,11 +9,12 @@ Legend: N items, V width of an item's vector in the space of the generative loss
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import did_you_mean
@@ -36,7 +37,8 @@ class Retrieval:
     def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat") -> None:
         experiment = scorer.experiment
         self._scorer, self._masks = scorer, lru_cache(maxsize=256)(self._mask_of)
-        self._base, self._index = experiment.dataset.num_table_items, None
+        self._base = experiment.dataset.num_table_items
+        self._index: Any = None
         if kind != "none" and scorer.hllm.generates:
             vectors = catalogue_vectors(experiment).float().cpu().numpy()[: self._base]
             vectors[0] = 0  # the unknown item
@@ -69,6 +71,7 @@ class Retrieval:
                 of_values[: found.size] |= found[: of_values.size]
             mask &= of_values
         mask[0] = False
+        mask[self._of.excluded_items] = False
         mask[exclude[exclude < mask.size]] = False
         return mask
 
@@ -101,8 +104,24 @@ class Retrieval:
         rows = np.flatnonzero(state.history.labels == 1) if read == "positive" else np.arange(len(state.history))
         x_TD, times = self._scorer.inputs.history(state.history[rows[-1:]])
         hidden = begin_request(hllm.user, cache, int(times[-1]), cache.length - 1)(x_TD[-1:])
-        vector: Floats = normalize_rows(hllm.project_next(hidden).float().cpu().numpy())[0]
+        predicted = hllm.project_next(hidden)
+        if hllm.text_similarity is not None:
+            predicted = hllm.text_similarity.join(predicted, self._texts(state, rows))
+        vector: Floats = normalize_rows(predicted.float().cpu().numpy())[0]
         return vector
+
+    def _texts(self, state: UserState, rows: Ints) -> Tensor:
+        """Decayed sum [1, E] of the texts of the events `rows` that the state holds."""
+        hllm, experiment = self._scorer.hllm, self._scorer.experiment
+        assert hllm.text_similarity is not None
+        ids = torch.tensor(state.history.item_ids[rows[rows >= state.start]], device=experiment.device)
+        ids = ids.repeat_interleave(2) if experiment.batch_spec.interleaved else ids
+        items = hllm.item_embeddings(ids)
+        assert items is not None, "similarity of texts needs an Item LLM"
+        texts = hllm.text_similarity.history(
+            hllm.text_embeddings(ids, items), torch.tensor([0, ids.numel()], device=ids.device)
+        )
+        return texts[-1:]
 
     def _mask_of(self, name: str, value: str) -> Mask:
         """Items with a value of an item feature."""

@@ -49,6 +49,7 @@ from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
 from hllm_torchrec.inference.raw_ids import raw_texts
 from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.stored_items import read_catalogue
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
 from hllm_torchrec.modules.lora import merged
@@ -139,15 +140,18 @@ class Scorer:
         journal: Path | None = None,
         *,
         dataset: Path | None = None,
+        store: Path | None = None,
     ) -> Self:
         """Build the scorer of a run directory from its checkpoint "best" or "latest", or from a given checkpoint.
 
-        dataset: dataset with the catalogue; None: the newest version of the run's.
+        dataset: dataset with the catalogue; None: the newest version of the run's. store: item embeddings of this
+        run (`hllm embed --items`), which are read instead of encoding the catalogue; scores then differ by the store's
+        rounding. None: encode it, or read the run's own store.
 
         Averaged weights (`optim.ema`) are used if the run has them, until `close`.
 
         Raises:
-            ValueError: as `load_run` and the class.
+            ValueError: as `load_run` and the class; a store of another Item LLM, or without all items.
         """
         device = device or init_distributed()
         loaded = load_run(run, which, device, _in_one_process(run_config(run, dataset)))
@@ -156,8 +160,11 @@ class Scorer:
             stack.enter_context(loaded.weights)
             stack.enter_context(merged(loaded.experiment.hllm))
             known = loaded.experiment.dataset.num_items
+            if store is not None:
+                read_catalogue(loaded.experiment, str(store))
             scorer = cls(loaded.experiment, micro_batch, table_dtype, journal)
-            scorer._mark = hash_json([weights_fingerprint(loaded.checkpoint), table_dtype, known])[:16]
+            facts = [weights_fingerprint(loaded.checkpoint), table_dtype, known]
+            scorer._mark = hash_json(facts if store is None else [*facts, str(store)])[:16]
             scorer._calibration = _calibration_of(loaded)
             scorer._weights = stack.pop_all()
         return scorer
@@ -370,7 +377,11 @@ class Scorer:
         The arguments are those of `score`; probabilities are calibrated if the run is (`hllm calibrate`). A task whose
         label is defined only where another one is 1 predicts what holds there, such as a like given a click.
         """
-        return predictions_by_task(self.hllm, self._outputs(user, candidates, time, context), self._calibration)
+        return self.predictions(self._outputs(user, candidates, time, context))
+
+    def predictions(self, outputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """What each task predicts [m] by name, calibrated, from logits [m] or outputs [m, O]."""
+        return predictions_by_task(self.hllm, outputs, self._calibration)
 
     def _outputs(
         self,

@@ -43,7 +43,7 @@ class Service:
         return not self.draining and self.batches.alive
 
     async def score(self, request: AnyRequest) -> tuple[Scores, list[float]]:
-        """Result of a request, from its micro-batch, and the probabilities of its logits.
+        """Result of a request, from its micro-batch, and the probabilities of its first label.
 
         Raises:
             ValueError: ids or times that are not known.

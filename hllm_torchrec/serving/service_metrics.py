@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.serving.engine import Engine
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -36,7 +37,7 @@ class ServiceMetrics:
         self.reloads = Counter("hllm_reloads", "Models that were loaded beside", ["result"], registry=self.registry)
         waiting_gauge = Gauge("hllm_queue_requests", "Accepted requests without an answer", registry=self.registry)
         waiting_gauge.set_function(waiting)
-        self.registry.register(_EngineCollector(engine))  # type: ignore[arg-type]  # a Collector by its method
+        self.registry.register(_EngineCollector(engine))
 
     def observe_batch(self, size: int, waited: Sequence[float], seconds: float) -> None:
         """Count a batch; see `MicroBatcher`."""
@@ -45,7 +46,7 @@ class ServiceMetrics:
         for one in waited:
             self.seconds.labels("queue").observe(one)
 
-    def observe_scores(self, probabilities: Floats) -> None:
+    def observe_scores(self, probabilities: NDArray[np.float64]) -> None:
         """Count a request's probabilities: the highest, the lowest and eight between, so that none costs much."""
         step = max(1, probabilities.size // 10)
         for one in probabilities[::step].tolist():

@@ -5,21 +5,24 @@ The rest is looked up in plain tensors: action and gate by event, user features 
 those of `data.collate` and `HybridFeatures`; a test compares every slot with theirs.
 
     x_i = c(item_i) * (1 + g(action_i)) + action_i + MLP(time_i)          history
-    x_q = c(item_q) + [USER] + action_0 + user features + MLP(time_q) + W n_q       query; late fusion: without c(item)
+    x_q = c(item_q) + [USER] + action_0 + user features + context + MLP(time_q) + W n_q     query; late: no c(item)
 
 Legend: N items, T history positions, R requests, D width, F numeric features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.data.bad_rows import MAX_SECOND
 from hllm_torchrec.data.collate import Collator, gather_bags
+from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.catalogue_retrieval import ITEMS_AT_ONCE, vectors_by_features
@@ -28,6 +31,7 @@ from hllm_torchrec.modules.features.hybrid import ACTION_GATE, pad_empty_batch
 from hllm_torchrec.modules.features.sum_pooling import sum_bags
 from hllm_torchrec.modules.features.timestamps import split_timestamps
 
+Extra = Mapping[str, NDArray[Any]]
 _TABLES = "features.tables.embedding_bags."
 
 
@@ -50,9 +54,8 @@ class SlotInputs:
         """Compute the rows of items that the dataset has gained, and again those from `changed_from` on."""
         dataset = self._experiment.dataset
         kept = self.items[: changed_from or len(self.items)]
-        collator = Collator(
-            dataset, self._spec, item_vectors=self._experiment.item_vectors, context=self._experiment.context
-        )
+        experiment = self._experiment
+        collator = Collator(dataset, self._spec, item_vectors=experiment.item_vectors, context=experiment.context)
         self._keys = collator.item_features(np.empty(0, np.int64)).keys()
         missing = np.arange(len(kept), dataset.num_items)
         blocks = np.split(missing, range(ITEMS_AT_ONCE, missing.size, ITEMS_AT_ONCE))
@@ -76,16 +79,29 @@ class SlotInputs:
             return torch.stack([x_TD, of_action], dim=1).flatten(0, 1), times.repeat_interleave(2)
         return x_TD + of_action, times
 
-    def requests(self, users: Sequence[int], times: Sequence[int], numeric: Floats | None) -> Tensor:
-        """What all queries of a request share [R, D]: everything but the candidate's item. numeric: [R, F]."""
+    def requests(
+        self, users: Sequence[int], times: Sequence[int], numeric: Floats | None, context: Extra | None = None
+    ) -> Tensor:
+        """What all queries of a request share [R, D]: everything but the candidate's item.
+
+        numeric: [R, F]; context: columns [R] of `Events.extra` by name.
+        """
         asked = self._tensor(np.minimum(np.array(times, np.int64), MAX_SECOND))
         x_RD = self._time(asked) + self._user_features(np.array(users, np.int64))
         if self._spec.action and not self._spec.interleaved:
             x_RD = x_RD + self._rows("action", asked.new_zeros(len(times)))
         if self._spec.fusion.query_is_user:
             x_RD = x_RD + self._hllm.user_token
-        if numeric is not None and self._hllm.features.numeric is not None:
-            x_RD = x_RD + self._hllm.features.numeric(torch.from_numpy(numeric).to(x_RD.device))
+        numbers = [] if numeric is None else [numeric]
+        known = self._experiment.context
+        if known is not None and self._spec.context:
+            queries = Events.at(times, labels=np.zeros(len(times)), extra=context or {})
+            for name in (name for name in self._spec.context if name in known.categorical):
+                x_RD = x_RD + self._rows(CONTEXT + name, self._tensor(known.ids(queries, name, count=True)))
+            numbers += [known.numbers(queries)] if known.numeric else []
+        if numbers and self._hllm.features.numeric is not None:
+            given = torch.from_numpy(np.concatenate(numbers, axis=1)).to(x_RD.device)
+            x_RD = x_RD + self._hllm.features.numeric(self._hllm.standardized_numbers(given))
         return x_RD
 
     def _time(self, times: Tensor) -> Tensor:
@@ -127,13 +143,15 @@ def _plain_tables(experiment: Experiment) -> dict[str, Tensor]:
     Raises:
         ValueError: the tables are quantized.
     """
-    names = {*experiment.batch_spec.user_features, "action", ACTION_GATE, *experiment.hllm.features.time_features}
+    spec = experiment.batch_spec
+    names = {*spec.user_features, "action", ACTION_GATE, *experiment.hllm.features.time_features}
+    names |= {CONTEXT + name for name in spec.context}
     found = {
         name.removeprefix(_TABLES).removesuffix(".weight"): assemble_tensor(value).detach().to(experiment.device)
         for name, value in experiment.model.state_dict().items()
         if name.startswith(_TABLES) and name.removeprefix(_TABLES).removesuffix(".weight") in names
     }
-    missing = {name for name in experiment.batch_spec.user_features if name not in experiment.hllm.features.hash_tables}
+    missing = {name for name in spec.user_features if name not in experiment.hllm.features.hash_tables}
     if missing - found.keys():
         raise ValueError("table_dtype: a scorer of batches reads the tables as trained: leave it out")
     return found

@@ -17,7 +17,8 @@ def predictions_by_task(
     hllm: HLLM, outputs: NDArray[np.float32], calibration: RunCalibration | None
 ) -> dict[str, NDArray[np.float32]]:
     """What each task predicts [m] by name, from logits [m] or outputs [m, O]; probabilities calibrated if they are."""
-    parts = torch.from_numpy(outputs.reshape(len(outputs), -1)).split([task.outputs for task in hllm.tasks], dim=1)
+    sizes = [task.outputs for task in hllm.tasks]
+    parts = torch.from_numpy(outputs.reshape(len(outputs), sum(sizes))).split(sizes, dim=1)
     scales = hllm.task_scales.cpu() if not hllm.has_one_logit else torch.tensor([[0.0, 1.0]])
     calibrators = {} if calibration is None else calibration.tasks
     found = {}

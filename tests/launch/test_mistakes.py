@@ -220,6 +220,7 @@ LINES = {
         "--run {root}/run --token-file {missing}",
         "--run {root}/run --token-file {file}",
         "--run {root}/run --deadline 0",
+        "--run {root}/run --items {empty} --state {empty}",
     ],
     "loadtest": [
         "--dataset {missing}",

@@ -12,11 +12,13 @@ import torch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.inference.item_embedding import embed_items
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
-from tests.helpers import fixtures
-from tests.helpers.served_runs import HSTU, RUNS, settings
+from tests.helpers import fixtures, task_shop, training_fixtures
+from tests.helpers.served_runs import HSTU, RUNS, settings, trained
 
 SMALL: dict[str, Any] = {"optim__ema": 0.0, "parallel__dense": "ddp"}
 OPEN = {"kind": "hash", "rows": 100}
@@ -131,3 +133,55 @@ def test_new_items_are_scored_as_by_the_scorer(tmp_path: Path) -> None:
     assert first[0] != again[0] and np.allclose(first[1:], again[1:], atol=1e-6)
     plain = Scorer(build_experiment(settings("late", tmp_path, **SMALL), init_distributed()), journal=journal)
     np.testing.assert_allclose(again, plain.score(state.history, names, time), atol=2e-5)
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+@pytest.mark.parametrize("tasks", [{}, task_shop.TASKS])
+def test_tasks_and_context_are_those_of_the_scorer(fusion: str, tasks: dict[str, Any], tmp_path: Path) -> None:
+    dataset = task_shop.dataset()
+    changed: dict[str, Any] = task_shop.SETTINGS | {
+        "data__dataset": dataset.root,
+        "data__context": ["device", "price"],
+        "objective__fusion": fusion,
+        "objective__tasks": tasks,
+        "objective__position_bias": ["place"],
+    }
+    experiment = build_experiment(training_fixtures.config(tmp_path, **changed), init_distributed())
+    torch.manual_seed(1)
+    for parameter in experiment.hllm.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain, batched = Scorer(experiment), BatchScorer(experiment)
+    contexts = [{"device": "phone", "price": 3.5}, {"device": "submarine", "price": None}, {"device": None, "price": 1}]
+    requests, expected = [], []
+    for user, context in enumerate(contexts, start=1):
+        events = dataset.user_events(user)
+        history, time = UserHistory(user, **events.columns), int(events.timestamps[-1]) + LATER
+        items = np.arange(1, 4 + user)
+        requests.append(Request(batched.read(history), items, time, batched.context_columns(context)))
+        expected.append((plain.score(history, items, time, context), plain.score_tasks(history, items, time, context)))
+        np.testing.assert_allclose(batched.score(history, items, time, context), expected[-1][0], atol=1e-5)
+    for outputs, (logits, by_task) in zip(batched.score_batch(requests), expected, strict=True):
+        np.testing.assert_allclose(outputs.reshape(len(logits), -1)[:, 0], logits, atol=1e-5)
+        found = batched.predictions(outputs)
+        assert found.keys() == by_task.keys() and len(found) == max(1, len(tasks))
+        for name, values in found.items():
+            np.testing.assert_allclose(values, by_task[name], rtol=1e-4, atol=1e-5)
+    assert np.concatenate([logits for logits, _ in expected]).std() > 0.01
+    with pytest.raises(ValueError, match="the request has no 'price', which the model reads"):
+        batched.context_columns({"device": "phone"})
+
+
+@pytest.mark.slow  # a training run
+def test_items_from_a_store_give_the_scores_of_encoded_ones_up_to_its_rounding(tmp_path: Path) -> None:
+    run, _ = trained("late")
+    with BatchScorer.of_run(run, "latest") as encoded:
+        state = encoded.read(past(users(3)[2]))
+        time = int(state.history.timestamps[-1]) + LATER
+        expected, mark = encoded.score(state, np.arange(20), time), encoded.mark
+    loaded = load_run(run, "latest", init_distributed())
+    embed_items(loaded.experiment, tmp_path / "items", "fp32")
+    with BatchScorer.of_run(run, "latest", store=tmp_path / "items") as stored:
+        found = stored.score(stored.read(past(users(3)[2])), np.arange(20), time)
+        assert stored.mark != mark
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert expected.std() > 0.01
