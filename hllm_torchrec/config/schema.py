@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.creative import CreativeConfig
+from hllm_torchrec.config.lora import LoRAConfig
 from hllm_torchrec.config.rules import config_problems
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -34,21 +36,6 @@ class ReliabilityConfig:
     no_checkpoint_left: Literal["stop", "begin"] = "stop"
     """If a resumed run finds only damaged checkpoints: stop with an error, or start from scratch and leave them in
     the directory."""
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on an LLM with frozen base weights: W x + alpha / rank * B A x."""
-
-    rank: int = 0
-    """Rank of the adapters; 0: no adapters, the LLM's weights are trained."""
-    alpha: float = 16.0
-    """Adapters add alpha / rank times their product. They are initialized to a zero update."""
-    dropout: float = 0.0
-    """Dropout probability of the adapter input."""
-    targets: tuple[str, ...] = ()
-    """Last name components of the linear layers that get adapters, such as [q_proj, v_proj]; empty: all linear layers
-    of the LLM."""
 
 
 @dataclass(frozen=True)
@@ -387,6 +374,8 @@ class OptimConfig:
     """Learning rate of the Item LLM (the paper's setting)."""
     user_lr: float | None = None
     """Learning rate of the user encoder; none given: `lr`."""
+    creative_lr: float | None = None
+    """Learning rate of the Creative LLM; none given: `lr`, which its soft prompt always has."""
     table_lr: float = 0.05
     """Learning rate of sharded tables."""
     table_optimizer: str = "rowwise_adagrad"
@@ -507,6 +496,8 @@ class Config:
     """Hybrid features."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
+    creative: CreativeConfig = field(default_factory=CreativeConfig)
+    """Personalized texts of items."""
     stages: tuple[StageConfig, ...] = (StageConfig(name="end to end"),)
     """Training stages, run in sequence."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hllm_torchrec.common.hashing import hash_files, hash_texts
+from hllm_torchrec.common.yaml_files import abbreviate
 from hllm_torchrec.data.manifest_schema import find_manifest_problem
 
 SCHEMA_VERSION = 1
@@ -127,7 +128,8 @@ def read_manifest(root: Path, version: int | None = None, *, check_files: bool =
     found = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if found is not None and found not in known:
         raise ValueError(
-            f"{path}: schema_version {found}, this program reads {' and '.join(map(str, known))}; prepare it again"
+            f"{path}: schema_version {abbreviate(found)}, this program reads {' and '.join(map(str, known))}; prepare "
+            "it again"
         )
     problem = find_manifest_problem(manifest)
     if problem is not None:

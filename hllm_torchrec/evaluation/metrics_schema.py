@@ -12,6 +12,7 @@ from hllm_torchrec.metrics.intervals import PairedDifference, logit_interval, wa
 from hllm_torchrec.metrics.metric import Value
 from hllm_torchrec.metrics.probabilities import ReliabilityCurve
 from hllm_torchrec.metrics.registry import METRICS
+from hllm_torchrec.metrics.user_metrics import GAUC
 from hllm_torchrec.metrics.user_statistics import UserStatistics
 
 SCHEMA_VERSION = 2
@@ -38,15 +39,19 @@ def model_block(
     block = slice_block(statistics) | {"auc_se": finite_or_none(statistics.interval.standard_error)}
     block |= {metric.key: _plain(found.get(metric.key, math.nan)) for metric in METRICS}
     if users is None:
-        names = ("users", "gauc_users", "gauc_users_left_out", "clustered_se")
-        return block | dict.fromkeys(names) | bounds("clustered", math.nan, math.nan)
+        names = ("users", "gauc_users", "gauc_users_left_out", "clustered_se", "gauc_se")
+        undefined = bounds("clustered", math.nan, math.nan) | bounds("gauc", math.nan, math.nan)
+        return block | dict.fromkeys(names) | undefined
     clustered = logit_interval(statistics.interval.auc, users.standard_error[place])
+    within = logit_interval(users.metrics[GAUC.key][place], users.gauc_error[place])
     return block | {
         "users": users.users,
         "gauc_users": users.users_counted,
         "gauc_users_left_out": users.users - users.users_counted,
         "clustered_se": finite_or_none(users.standard_error[place]),
         **bounds("clustered", clustered.low, clustered.high),
+        "gauc_se": finite_or_none(users.gauc_error[place]),
+        **bounds("gauc", within.low, within.high),
     }
 
 
@@ -76,12 +81,16 @@ def paired_block(delong: PairedDifference, users: UserStatistics | None, place: 
     """Difference of a model from the reference: DeLong's test, and the test with users as independent units."""
     error = users.difference_error[place] if users else math.nan
     clustered = wald_difference(delong.difference, error)
+    gauc = users.metrics[GAUC.key] if users else []
+    within = wald_difference(gauc[place] - gauc[0], users.gauc_difference_error[place]) if users else clustered
     return {
         "difference": finite_or_none(delong.difference),
         **bounds("delong", delong.low, delong.high),
         "delong_p": finite_or_none(delong.p_value),
         **bounds("clustered", clustered.low, clustered.high),
         "clustered_p": finite_or_none(clustered.p_value),
+        "gauc_difference": finite_or_none(within.difference if users else math.nan),
+        **bounds("gauc", within.low, within.high),
     }
 
 

@@ -30,7 +30,7 @@ from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_sta
 from hllm_torchrec.metrics.probabilities import ProbabilitySums, ReliabilityCurve, reliability
 from hllm_torchrec.metrics.registry import PROBABILITY_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool, SortedChunks
-from hllm_torchrec.metrics.user_statistics import UserBuckets, record_type
+from hllm_torchrec.metrics.user_statistics import UserBuckets, order_keys, record_type
 
 MIN_MEMORY = 1 << 16
 MAX_SLICES = 400
@@ -264,7 +264,9 @@ class _Evaluation:
             return {}
         # Every rank gets all rows and draws from the same seed, so the result is equal without a broadcast.
         records = np.concatenate([part for parts in gather_objects(list(buckets), self.group) for part in parts])
-        scores = {name: records["score"][:, place] for place, name in enumerate(self.names)}
+        # Places among the distinct scores, which float64 holds exactly: only the order counts.
+        places = [np.unique(column, return_inverse=True)[1] for column in records["score"].T]
+        scores = dict(zip(self.names, places, strict=True))
         labels = records["positive"]
         return user_bootstrap(labels, scores, records["user"], self.settings.draws, self.settings.seed)
 
@@ -274,7 +276,7 @@ def _records(batch: RowBatch, influences: np.ndarray) -> np.ndarray:
     records["user"], records["positive"] = batch.users, batch.is_positive
     records["weight"] = 1.0 if batch.weights is None else batch.weights
     for place, scores in enumerate(batch.scores.values()):
-        records["score"][:, place] = scores
+        records["score"][:, place] = order_keys(scores)
         records["influence"][:, place] = influences[place]
     return records
 

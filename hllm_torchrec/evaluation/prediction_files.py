@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.machine_errors import is_machine_error, path_in_errors
+from hllm_torchrec.data.sources.columnar import read_csv
+from hllm_torchrec.data.sources.dialect import NULL_WORDS, header_names
 from hllm_torchrec.data.validation import error_location
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz")
 NUMBERS = ("label", "weight", "history_length", "timestamp")
 """Columns of CSV files that are read as numbers, in addition to scores and probabilities; others are read as text."""
 
+EXACT = 1 << 53
+"""Up to this magnitude float64 holds every whole number."""
 FINGERPRINT_CHUNK = 1 << 24
 INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")
 
@@ -188,22 +191,60 @@ class RowReader:
         if file.suffix == ".parquet":
             self._names.append(_open(file).schema_arrow.names)
             return file
-        names = column_names(file)
+        names = column_names(file, self.columns)
         self._names.append(names)
         _check_columns(file, names, self.columns)
-        kinds = {name: pa.float64() if name in (*NUMBERS, *numbers) else pa.string() for name in self.columns}
-        convert = pacsv.ConvertOptions(column_types=kinds, include_columns=self.columns, strings_can_be_null=True)
+        numeric = {*NUMBERS, *numbers}
+        kinds = {name: pa.float64() if name in numeric else pa.string() for name in self.columns}
         target = folder / f"{id(self)}-{index}.parquet"
-        remedy = "rows are counted from 1, the header's; correct the row, or write the file again"
-        with _readable(file, "CSV", remedy):
-            with (
-                pacsv.open_csv(file, pacsv.ReadOptions(use_threads=False), convert_options=convert) as reader,
-                pq.ParquetWriter(target, reader.schema) as writer,
-            ):
-                for batch in reader:
-                    with path_in_errors(folder):
-                        writer.write_batch(batch)
+        with _readable(file, "CSV", "correct the row, or write the file again: UTF-8, with a header and commas"):
+            for name in _rewrite(file, kinds, target):
+                kinds[name] = _whole_numbers(file, name)
+            if not all(kind in (pa.float64(), pa.string()) for kind in kinds.values()):
+                _rewrite(file, kinds, target)
         return target
+
+
+def _rewrite(file: Path, kinds: dict[str, pa.DataType], target: Path) -> set[str]:
+    """Write columns of a text table as Parquet; returns the float64 ones with whole numbers that float64 rounds."""
+    rounded: set[str] = set()
+    with pq.ParquetWriter(target, pa.schema(kinds)) as writer:
+        for chunk in read_csv(file, list(kinds)):
+            columns = {}
+            for name, kind in kinds.items():
+                columns[name] = texts = chunk.table[name].combine_chunks()
+                if kind != pa.string():
+                    columns[name] = _as_numbers(texts, kind, f"row {chunk.rows[0]} or later: column {name!r}")
+                if kind == pa.float64():
+                    large = pc.greater_equal(pc.abs(columns[name]), float(EXACT))
+                    whole = pc.and_(large, pc.match_substring_regex(texts, r"^\s*[-+]?\d+\s*$"))
+                    rounded |= {name} if pc.any(whole).as_py() else set()
+            with path_in_errors(target.parent):
+                writer.write_table(pa.table(columns, pa.schema(kinds)))
+    return rounded
+
+
+def _as_numbers(texts: pa.Array, kind: pa.DataType, place: str) -> pa.Array:
+    """Texts as numbers; words for a missing value are null. Raises ValueError for anything else."""
+    texts = pc.utf8_trim_whitespace(texts)
+    absent = pc.fill_null(pc.is_in(texts, value_set=pa.array(["", *NULL_WORDS])), False)
+    texts = pc.if_else(absent, pa.scalar(None, pa.string()), texts)
+    try:
+        return pc.cast(texts, kind)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{place} must be a number: {error}") from error
+
+
+def _whole_numbers(file: Path, name: str) -> pa.DataType:
+    """The type of 64-bit integers that holds all numbers of a column of a text table; float64 if none does."""
+    for kind in (pa.int64(), pa.uint64()):
+        try:
+            for chunk in read_csv(file, [name]):
+                _as_numbers(chunk.table[name].combine_chunks(), kind, name)
+            return kind
+        except ValueError:
+            continue
+    return pa.float64()
 
 
 @contextmanager
@@ -219,7 +260,8 @@ def _readable(file: Path, kind: str, remedy: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, ValueError) as error:
         if is_machine_error(error):
             raise
-        raise ValueError(f"{file} cannot be read as {kind}: {str(error)[:300]}; {remedy}") from error
+        problem = str(getattr(error, "problem", error)).removeprefix(f"{file}: ").removeprefix(f"{file}, ")
+        raise ValueError(f"{file} cannot be read as {kind}: {problem[:300]}; {remedy}") from error
 
 
 def _open(file: Path) -> pq.ParquetFile:
@@ -229,16 +271,16 @@ def _open(file: Path) -> pq.ParquetFile:
         return opened
 
 
-def column_names(file: Path) -> list[str]:
-    """Names of the columns of a Parquet or CSV file.
+def column_names(file: Path, columns: Sequence[str] = ()) -> list[str]:
+    """Names of the columns of a Parquet or CSV file; columns: some that a CSV file should have.
 
     Raises:
         ValueError: the file cannot be read; the message names it.
     """
     if file.suffix == ".parquet":
         return list(_open(file).schema_arrow.names)
-    with _readable(file, "CSV", "correct the row, or write the file again"), pacsv.open_csv(file) as header:
-        return list(header.schema.names)
+    with _readable(file, "CSV", "correct the row, or write the file again: UTF-8, with a header and commas"):
+        return header_names(file, columns)
 
 
 def has_values(files: Sequence[Path], column: str) -> bool:

@@ -56,7 +56,7 @@ class RowBatch:
     is_positive: np.ndarray
     weights: np.ndarray | None
     scores: dict[str, np.ndarray]
-    """model → scores [n], float32 or float64."""
+    """model → scores [n], float32, float64 or int64."""
     probabilities: dict[str, np.ndarray]
     """model → probabilities float64 [n], for models that have them."""
     users: np.ndarray | None
@@ -168,8 +168,10 @@ class PredictionRows:
         return [column for column in columns if column and all(column in column_names(file) for file in files)]
 
     def score_type(self, model: PredictionModel) -> np.dtype:
-        """float32 if every file stores at most 32-bit floats, else float64: a type that keeps the order of scores."""
+        """A type that keeps the order of scores: int64 for whole numbers, float32 for 32-bit floats, else float64."""
         kinds = [schema.field(model.score).type for schema in self.readers[model.name].schemas]
+        if all(pa.types.is_integer(kind) for kind in kinds) and len({kind == pa.uint64() for kind in kinds}) == 1:
+            return np.dtype(np.int64)
         small = all(kind in (pa.float16(), pa.float32()) for kind in kinds)
         return np.dtype(np.float32 if small else np.float64)
 
@@ -217,10 +219,7 @@ class PredictionRows:
             rows, table = {name: numbers for name, (_, numbers) in read.items()}, tables[first.name]
         is_positive = self._labels(tables, rows)
         weights = self._weights(table, rows) if layout.weight else None
-        scores = {
-            model.name: self._scores(model, tables[model.name], rows).astype(self.score_type(model), copy=False)
-            for model in self.models
-        }
+        scores = {model.name: self._scores(model, tables[model.name], rows) for model in self.models}
         probabilities = {
             model.name: self._probabilities(model, tables[model.name], rows)
             for model in self.models
@@ -297,16 +296,19 @@ class PredictionRows:
         return weights
 
     def _scores(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
-        scores = self._numbers(model.name, table, model.score, rows)
+        scores, kind = self._numbers(model.name, table, model.score, rows), self.score_type(model)
+        if kind == np.int64:
+            # Unsigned numbers beyond int64: flipping the first bit keeps their order.
+            return scores.view(np.int64) ^ np.int64(-(1 << 63)) if scores.dtype == np.uint64 else scores.astype(kind)
         # Whole numbers beyond become equal to their neighbors as float64, and their order would be lost. CSV files
         # have been read as float64 already; numbers above any 64-bit integer can only be floats.
         is_text = any(file.suffix != ".parquet" for file in self.files[model.name])
         if scores.dtype.kind in "iu" or is_text:
             size = np.abs(scores.astype(np.float64))
             exact = (size <= MOST_EXACT) | ((size > 2 * float(1 << 63)) & is_text)
-            rule = "whole numbers from 2^53 on are not exact as float64: write ranks, or subtract the smallest score"
+            rule = "beside fractions, whole numbers from 2^53 on are not exact: write whole numbers only, or ranks"
             self._check(model.name, model.score, scores, exact, rows, rule)
-        return scores
+        return scores.astype(kind, copy=False)
 
     def _probabilities(self, model: PredictionModel, table: pa.Table, rows: Rows) -> np.ndarray:
         assert model.probability

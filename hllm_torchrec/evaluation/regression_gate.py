@@ -71,7 +71,7 @@ def compare_with_baseline(
             (too wide, because both must have scored the same rows); or the name of another model in `metrics`,
             whose rows are paired.
         max_drop: maximum allowed drop (in 0..1: 0.001 is a tenth of a percentage point), >= 0.
-        key: "auc", or "gauc", which has no interval: a drop above the allowed one is never more than unsure.
+        key: "auc" or "gauc".
 
     Raises:
         ValueError: max_drop is negative or NaN, the baseline does not exist or has other rows, or a metric is
@@ -88,28 +88,32 @@ def compare_with_baseline(
     with nullcontext() if paired else read_fields(Path(baseline)):
         block = metrics["models"][other_name] if paired else _baseline_block(metrics, Path(baseline))
         other = _defined(block, key, f"the model {other_name!r}" if paired else other_name)
-        interval, how = (math.nan, math.nan), ""
-        if key == "auc":
-            interval, how = _paired_interval(metrics["paired"][other_name]) if paired else _interval(own, other)
+        pair = metrics["paired"][other_name] if paired else None
+        interval, how = _paired_interval(pair, key) if pair is not None else _interval(own, other, key)
         return _verdict(key, (name, own[key]), (other_name, other[key]), interval, max_drop, how)
 
 
-def _paired_interval(pair: Mapping[str, Any]) -> tuple[tuple[float, float], str]:
-    """95% interval of the drop of the AUC on the same rows, and how it was found."""
-    kind = "clustered" if pair.get("clustered_low") is not None else "delong"
+def _paired_interval(pair: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
+    """95% interval of the drop of the metric on the same rows, and how it was found."""
+    kind = "gauc" if key == "gauc" else "clustered" if pair.get("clustered_low") is not None else "delong"
+    # The pair says by how much the baseline exceeds the reference model, which is the drop.
     return (_number(pair[f"{kind}_low"]), _number(pair[f"{kind}_high"])), f"paired on the same rows, {_UNITS[kind]}"
 
 
-def _interval(own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[float, float], str]:
-    """95% interval of the drop of the AUC of independent samples, and how it was found."""
+def _interval(own: Mapping[str, Any], other: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
+    """95% interval of the drop of the metric of independent samples, and how it was found."""
     kind = "clustered" if own.get("clustered_se") and other.get("clustered_se") else "auc"
+    if key == "gauc":  # a metrics.json of an earlier version has no error of it
+        kind, other = "gauc", {"gauc_se": None, **other}
     # Standard errors of independent estimates add in squares.
     half = normal_quantile(0.95) * math.hypot(_number(own[f"{kind}_se"]), _number(other[f"{kind}_se"]))
-    drop = other["auc"] - own["auc"]
-    return (drop - half, drop + half), f"not paired, {_UNITS['clustered' if kind == 'clustered' else 'delong']}"
+    drop = other[key] - own[key]
+    return (drop - half, drop + half), f"not paired, {_UNITS[kind]}"
 
 
-_UNITS = {"clustered": "users as independent", "delong": "rows as independent"}
+_UNITS = dict.fromkeys(("clustered", "gauc"), "users as independent") | dict.fromkeys(
+    ("delong", "auc"), "rows as independent"
+)
 
 
 def _verdict(

@@ -30,7 +30,7 @@ class ScoreMasses:
     """Unique scores, ascending, and the mass of the rows with each score."""
 
     scores: np.ndarray
-    """[U], float32 or float64."""
+    """[U], float32, float64 or int64."""
     masses: np.ndarray
     """[C, U]: counts are integers without weights, float64 with them."""
 
@@ -286,7 +286,10 @@ def _splitters(chunks: list[_SortedChunk], score_type: np.dtype, ranges: int, gr
         positions = ((np.arange(count) + 0.5) / count * chunk.length).astype(np.int64)
         samples[0, index * count : (index + 1) * count] = chunk.scores[positions]
         samples[1, index * count : (index + 1) * count] = chunk.length / count
-    return common_splitters(samples, ranges, group).astype(score_type)
+    splitters = common_splitters(samples, ranges, group)
+    if score_type.kind == "i":  # float64 rounds int64's largest numbers up to 2^63, which int64 does not have
+        splitters = np.minimum(splitters, float(np.iinfo(score_type).max - 1023))
+    return splitters.astype(score_type)
 
 
 def common_splitters(samples_2S: np.ndarray, ranges: int, group: Group = None) -> np.ndarray:

@@ -16,6 +16,7 @@ from hllm_torchrec.distributed.array_collectives import Group, all_to_all, gathe
 from hllm_torchrec.metrics.group_auc import grouped_auc
 from hllm_torchrec.metrics.registry import USER_METRICS
 from hllm_torchrec.metrics.score_chunks import MemoryPool
+from hllm_torchrec.metrics.user_metrics import GAUC
 
 GROUPING_BYTES = 12
 """Memory for grouping a bucket's rows, as a multiple of their size."""
@@ -37,6 +38,10 @@ class UserStatistics:
     difference_error: list[float]
     """Standard error of the AUC minus the first model's."""
     rows_without_user: int = 0
+    gauc_error: list[float] = field(default_factory=list)
+    """Standard error of GAUC with users as the independent units; `nan` with fewer than two users that count."""
+    gauc_difference_error: list[float] = field(default_factory=list)
+    """Standard error of GAUC minus the first model's."""
 
 
 @dataclass
@@ -49,12 +54,27 @@ class _Sums:
     rows_without_user: int = 0
     ratios: dict[str, np.ndarray] = field(default_factory=dict)
     """Key of a `UserMetric` → its numerators and denominators [2, M]."""
+    weight: float = 0.0
+    """Sum of the weights w of the users that count."""
+    gauc_moments: np.ndarray = field(default_factory=lambda: np.zeros((2, 3, 0)))
+    """Sums over these users of w^2, w^2 a and w^2 a^2 [2, 3, M]: a is the AUC within the user, or it minus the first
+    model's."""
 
 
 def record_type(models: int) -> np.dtype:
-    """Dtype of a row: user, class, weight, and each model's score and influence on the AUC."""
-    values = (np.float64, (models,))
-    return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), ("score", *values), ("influence", *values)])
+    """Dtype of a row: user, class, weight, and each model's score (its `order_keys`) and influence on the AUC."""
+    scores, influences = (np.int64, (models,)), (np.float64, (models,))
+    values = [("score", *scores), ("influence", *influences)]
+    return np.dtype([("user", "i8"), ("positive", "i1"), ("weight", "f8"), *values])
+
+
+def order_keys(scores: np.ndarray) -> np.ndarray:
+    """int64 [n] in the order of the scores [n], of floats without NaN or of int64; equal scores have equal keys."""
+    if scores.dtype == np.int64:
+        return scores
+    bits = (scores.astype(np.float64) + 0.0).view(np.int64)  # + 0 turns -0.0 into 0.0
+    # The bits of negative floats order in reverse: all but the sign bit are flipped.
+    return bits ^ ((bits >> 63) & np.int64(2**63 - 1))
 
 
 class UserBuckets:
@@ -104,7 +124,7 @@ class UserBuckets:
     def statistics(self, models: int) -> UserStatistics:
         """Statistics of the users of all ranks, the same on every rank. Collective."""
         ratios = {metric.key: np.zeros((2, models)) for metric in USER_METRICS}
-        sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios)
+        sums = _Sums(np.zeros(models), np.zeros(models), ratios=ratios, gauc_moments=np.zeros((2, 3, models)))
         for records in self:
             _add_bucket(sums, records, models)
         return _finish(gather_objects(sums, self._group))
@@ -123,11 +143,17 @@ def _add_bucket(sums: _Sums, records: np.ndarray, models: int) -> None:
     sums.squares += (influences**2).sum(axis=1)
     sums.difference_squares += ((influences - influences[0]) ** 2).sum(axis=1)
     weights = None if (records["weight"] == 1).all() else records["weight"]
+    aucs = []
     for model in range(models):
         within = grouped_auc(users, is_positive, records["score"][:, model], weights)
+        aucs.append(within.aucs)
         for metric in USER_METRICS:
             sums.ratios[metric.key][:, model] += metric.ratio(within)
     sums.counted += len(within.aucs)
+    sums.weight += float(within.weights.sum())
+    a_MI = np.stack(aucs)
+    powers = [[(within.weights**2 * a**power).sum(axis=1) for power in range(3)] for a in (a_MI, a_MI - a_MI[0])]
+    sums.gauc_moments += np.array(powers)
 
 
 def _finish(parts: Sequence[_Sums]) -> UserStatistics:
@@ -141,4 +167,17 @@ def _finish(parts: Sequence[_Sums]) -> UserStatistics:
     squares = (np.sum([getattr(part, name) for part in parts], axis=0) for name in ("squares", "difference_squares"))
     error, difference = (np.sqrt(square * correction).tolist() for square in squares)
     without = sum(part.rows_without_user for part in parts)
-    return UserStatistics(users - without, metrics, counted, error, difference, without)
+    moments, weight = np.sum([part.gauc_moments for part in parts], axis=0), sum(part.weight for part in parts)
+    gauc = np.array(metrics[GAUC.key])
+    of_gauc = (_ratio_error(m, mean, weight, counted) for m, mean in zip(moments, (gauc, gauc - gauc[0]), strict=True))
+    return UserStatistics(users - without, metrics, counted, error, difference, without, *of_gauc)
+
+
+def _ratio_error(moments_3M: np.ndarray, mean_M: np.ndarray, weight: float, users: int) -> list[float]:
+    """Standard error of the ratio sum(w a) / sum(w) over users: its linearization w (a - mean) / sum(w) is squared."""
+    if users < 2:
+        return [math.nan] * len(mean_M)
+    zeroth, first, second = moments_3M
+    spread = np.maximum(second - 2 * mean_M * first + mean_M**2 * zeroth, 0)
+    found: list[float] = (np.sqrt(spread * users / (users - 1)) / weight).tolist()
+    return found

@@ -27,9 +27,11 @@ from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.event_schema import LabelColumn
+from hllm_torchrec.models.creative_head import CreativeHead, CreativeLosses
 from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
 from hllm_torchrec.models.tasks import Task, is_single
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
@@ -56,7 +58,7 @@ class HLLMOutput:
     the only one; tasks: of each task by name; value_error: [] weighted sum of squared errors of the auxiliary head, or
     None; generative: the sums of the generative loss, or None; next_items:
     [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
-    generative loss compares, otherwise the Item LLM's embeddings.
+    generative loss compares, otherwise the Item LLM's embeddings; creative: of a batch of creatives.
     """
 
     logits: Tensor
@@ -66,6 +68,7 @@ class HLLMOutput:
     generative: InfoNceOutput | None
     next_items: Tensor | None
     items: Tensor | None
+    creative: CreativeLosses | None = None
 
     @property
     def classification(self) -> Tensor:
@@ -99,6 +102,7 @@ class HLLM(nn.Module):
         evidence: F, number of evidence columns per exposure.
         tasks: labels to predict, the first label's first; None: it is the only one.
         context: of requests; None: they have none.
+        creative: the LLM that writes texts for users; None for a model without.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class HLLM(nn.Module):
         evidence: int = 0,
         tasks: Sequence[Task] | None = None,
         context: ContextInputs | None = None,
+        creative: CreativeLLM | None = None,
     ) -> None:
         super().__init__()
         objective, context = config.objective, context or ContextInputs()
@@ -159,6 +164,11 @@ class HLLM(nn.Module):
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
+        self.creative, self.creative_head = creative, None
+        if creative is not None:
+            self.creative_head = CreativeHead(
+                config.creative, self.user_vector_width, item_width, creative.width, creative.word_scale
+            )
         self.item_source: ItemSource | None = None
         """Source of item embeddings; None in an ID-only model."""
 
@@ -203,13 +213,16 @@ class HLLM(nn.Module):
             outputs=outputs,
             tasks=tasks,
             value_error=value_error,
-            generative=self._generate(batch, h_TD, compared) if self.generates and compared is not None else None,
+            generative=(
+                self._generate(batch, h_TD, compared) if compared is not None and self._has_targets(batch) else None
+            ),
             next_items=self._next_items(batch, h_TD, items) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
+            creative=self._write(batch, h_TD, q_QD, items) if batch.creative is not None else None,
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """The model's large parts that exist: Item LLM, user encoder."""
+        """The model's large parts that exist: Item LLM, user encoder, Creative LLM."""
         modules = ((name, getattr(self, name)) for name in LLM_SECTIONS)
         return [
             NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
@@ -273,11 +286,31 @@ class HLLM(nn.Module):
         """
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, _, _ = self._encode_users(batch, items)
+        return self._user_vectors(batch, h_TD, q_QD, items)
+
+    def _user_vectors(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> Tensor:
+        """See `embed_users`; items: E [U, E] of the unique items."""
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
         texts_TE = self._history_texts(batch, items)
         return self._last_visible(batch, h_TD, texts_TE, every, self.project_next if self.generates else nn.Identity())
+
+    def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
+        """Losses of the batch's creatives, each a query of its user's pass."""
+        assert self.creative is not None and self.creative_head is not None
+        losses: CreativeLosses = self.creative_head(
+            self.creative, self._user_vectors(batch, h_TD, q_QD, items), items, batch
+        )
+        return losses
+
+    def score_texts(self, users: Tensor, is_null: Tensor, texts: PackedTexts) -> Tensor:
+        """Negative log-likelihoods [N] of responses given users [N, D], outside of a step. Collective.
+
+        is_null: [N] bool, the learned vector stands for the user.
+        """
+        assert self.creative is not None and self.creative_head is not None
+        return self.creative_head.write(self.creative, users, is_null, texts).nll
 
     @property
     def needs_item_statistics(self) -> bool:
@@ -443,6 +476,10 @@ class HLLM(nn.Module):
                 trained = (-log_variance).exp() * raw + log_variance * weights.sum()
             found[task.name] = TaskLoss(raw.detach(), trained)
         return found
+
+    def _has_targets(self, batch: HybridBatch) -> bool:
+        """True if the generative loss is computed: a batch of creatives has no targets, on any rank."""
+        return self.generates and batch.creative is None
 
     def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""

@@ -29,6 +29,9 @@ from hllm_torchrec.serving.user_state import UserHistory, UserState
 ROWS_AT_ONCE = 8192
 """Candidates of all requests that are computed at a time."""
 
+DICT_ITEMS = 2_000_000
+"""Items up to which raw ids are looked up in a dictionary, about 150 bytes each and ten times as fast as by hash."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,17 +46,29 @@ class BatchScorer(Scorer):
     """A `Scorer` whose `score_batch` takes many requests. One thread scores; others may add items meanwhile."""
 
     _inputs: SlotInputs | None = None
+    _numbers_of: dict[str, int] | None = None
 
     def _make_collator(self) -> None:
         known = 0 if self._inputs is None else self.experiment.dataset.num_table_items
         if self._inputs is None:
             self._inputs = SlotInputs(self.experiment)
             self._head = PreparedHead(self.hllm.head) if can_prepare(self.hllm.head) else None
+            dataset, known = self.experiment.dataset, self.experiment.dataset.num_table_items
+            if known <= DICT_ITEMS:
+                raw = dataset.items["raw_item_id"].slice(0, known - 1).to_pylist()
+                self._numbers_of = {text: number for number, text in enumerate(raw, 1) if text}
         else:
             self._inputs.extend(known)  # a new item may also have been given another text
         if self._head is not None:
             self._prepared = self._head.items(self._inputs.items)
         super()._make_collator()  # last: it makes the new ids known to other threads
+
+    def _find(self, raw: list[str]) -> Ints:
+        if self._numbers_of is not None:
+            found = [self._numbers_of.get(text, -1) for text in raw]
+            if -1 not in found:
+                return np.array(found, np.int64)
+        return super()._find(raw)
 
     @property
     def inputs(self) -> SlotInputs:

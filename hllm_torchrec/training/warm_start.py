@@ -27,6 +27,8 @@ from hllm_torchrec.models.run_vocabulary import check_vocabulary
 OPTIONAL_PARTS = (
     "adapter",
     "context_scales",
+    "creative",
+    "creative_head",
     "features",
     "head",
     "logit_scale",

@@ -1,11 +1,9 @@
 """What messages tell people to do can be done: commands, options, settings with their values, and extras exist."""
 
-import ast
 import re
 import typing
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,42 +13,13 @@ from hllm_torchrec.config.checking import dotted_fields
 from hllm_torchrec.config.schema import Config, StageConfig
 from hllm_torchrec.downstream.dlrm_config import DownstreamConfig
 from hllm_torchrec.launch.cli import COMMANDS
+from tests.docs.messages import ROOT, messages
 from tests.docs.test_pages import options
-
-FOLDERS = ("hllm_torchrec", "launch", "modules")
-ROOT = Path(__file__).parents[2]
-GAP = "\N{WHITE SQUARE}"
-"""Stands for a value that a message contains."""
 
 COMMAND = re.compile(r"\bhllm ([a-z][\w-]+)((?: +(?:--?[a-z][\w.-]*|\[?[^\s`,;:()]+))*)")
 OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9_.-]*[a-z0-9])")
 OTHER_PROGRAMS = re.compile(r"torchrun|torchx|install\.sh")
 SETTING = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)+)(?:: ([a-z_]+)\b)?")
-
-
-def messages() -> Iterator[tuple[str, str]]:
-    """(file:line, text) of every text in the source that is no documentation, with GAP for values."""
-    for folder in FOLDERS:
-        for file in sorted({*(ROOT / folder).rglob("*.py")} - {ROOT / "hllm_torchrec" / "_moved.py"}):
-            tree = ast.parse(file.read_text())
-            inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-            for node in ast.walk(tree):
-                place = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-                if isinstance(node, ast.JoinedStr):
-                    yield place, "".join(str(p.value) if isinstance(p, ast.Constant) else GAP for p in node.values)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-                    if not _is_documentation(node, tree):
-                        yield place, node.value
-
-
-@cache
-def _documentation(tree: ast.Module) -> frozenset[int]:
-    """Texts that are statements: docstrings of modules, classes, functions and fields."""
-    return frozenset(id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr))
-
-
-def _is_documentation(node: ast.AST, tree: ast.Module) -> bool:
-    return id(node) in _documentation(tree)
 
 
 @cache

@@ -1,3 +1,4 @@
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,15 +145,38 @@ def test_scores_of_every_type_keep_their_order(kind: type, tmp_path: Path) -> No
     np.testing.assert_array_equal(np.argsort(read, kind="stable"), np.argsort(values["score"], kind="stable"))
 
 
-@pytest.mark.parametrize("score", [2**53, -(2**53), 2**60 + 1, 2**63 - 1])
+@pytest.mark.parametrize("low", [-(2**63), -(2**53) - 3, 2**53, 2**60 + 1, 2**63 - ROWS, 2**64 - ROWS])
 @pytest.mark.parametrize("is_csv", [False, True])
-def test_whole_scores_whose_order_would_be_lost_are_named(score: int, is_csv: bool, tmp_path: Path) -> None:
-    values = columns()
-    values["score"] = np.arange(ROWS)
-    values["score"][7] = score
+def test_whole_scores_of_64_bits_keep_their_order(low: int, is_csv: bool, tmp_path: Path) -> None:
+    values, order = columns(), np.random.default_rng(0).permutation(ROWS)
+    exact = [low + int(place) for place in order]
+    values["score"] = np.array(exact, np.uint64 if low + ROWS > 2**63 else np.int64)
     path = write_csv(values, tmp_path / "a.csv") if is_csv else write_parquet(values, tmp_path / "a")
-    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*whole numbers from 2\^53 on are not exact"):
-        all_batches(opened(path, tmp_path))
+    read = np.concatenate([batch.scores["a"] for batch in all_batches(opened(path, tmp_path))])
+    assert read.dtype == np.int64
+    np.testing.assert_array_equal(np.argsort(read), np.argsort(order))
+
+
+def test_whole_scores_that_fractions_round_are_named(tmp_path: Path) -> None:
+    values = columns()
+    values["score"] = np.array(["0.5"] * ROWS, object)
+    values["score"][7] = str(2**60 + 1)
+    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*beside fractions, whole numbers from 2\^53"):
+        all_batches(opened(write_csv(values, tmp_path / "a.csv"), tmp_path))
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_text_files_are_read_in_the_dialects_of_tables(separator: str, tmp_path: Path) -> None:
+    rows = [("label", "score", "user_id"), ("1", "0.5", f"a{separator}b"), ("0", "0.25", "007"), ("1", "", "c")]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-16") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    reader = RowReader([tmp_path / "a.csv"], ["label", "score", "user_id"], tmp_path, ["score"])
+    (table,) = reader.batches(0, reader.rows, 100)
+    assert table.to_pydict() == {
+        "label": [1, 0, 1],
+        "score": [0.5, 0.25, None],
+        "user_id": [f"a{separator}b", "007", "c"],
+    }
 
 
 def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:

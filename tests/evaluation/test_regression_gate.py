@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
 from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel
@@ -72,15 +74,26 @@ def test_an_allowed_drop_passes_and_a_gain_too(tmp_path: Path) -> None:
 
 def test_gauc_is_judged_on_demand_and_the_worst_verdict_counts(tmp_path: Path) -> None:
     metrics = measured(tmp_path, 0.0)
-    metrics["models"]["new"]["gauc"] = metrics["models"]["old"]["gauc"] - 0.25
     for baseline in ("old", str(alone(metrics, "old", tmp_path / "base.json"))):
-        assert judge(metrics, baseline, {"auc": 0.0, "gauc": None}).exit_status == 0
-        worst = judge(metrics, baseline, {"auc": 0.0, "gauc": 0.125})
-        assert (worst.status, worst.exit_status, worst.max_drop) == ("unsure", 4, 0.125)
-        assert re.search(r"^PASS: AUC of new .*; UNSURE: GAUC of new .* \+0\.25000 \(no interval\)", worst.text)
-        assert "more than the 0.125 allowed, but there is no interval: evaluate on more rows" in worst.text
-        assert worst.as_json()["drop"] == pytest.approx(0.25) and worst.as_json()["drop_low"] is None
-        assert judge(metrics, baseline, {"auc": 0.0, "gauc": 0.5}).status == "pass"
+        assert judge(metrics, baseline, {"auc": 0.5, "gauc": None}).exit_status == 0
+        both = judge(metrics, baseline, {"auc": 0.5, "gauc": 0.5})
+        assert both.status == "pass" and re.search("^PASS: AUC of new .*; PASS: GAUC of new .*95% ", both.text)
+    worse = measured(tmp_path, 4.0)
+    drop = worse["models"]["old"]["gauc"] - worse["models"]["new"]["gauc"]
+    for baseline in ("old", str(alone(worse, "old", tmp_path / "base.json"))):
+        verdict = judge(worse, baseline, {"auc": 0.5, "gauc": drop / 2})
+        assert (verdict.status, verdict.exit_status, verdict.max_drop) == ("fail", 3, drop / 2), verdict.text
+        assert 0 < verdict.low < verdict.drop < verdict.high and "users as independent" in verdict.text
+    earlier = json.loads((tmp_path / "base.json").read_text())
+    del earlier["models"]["old"]["gauc_se"]
+    (tmp_path / "base.json").write_text(json.dumps(earlier))
+    verdict = judge(worse, str(tmp_path / "base.json"), {"auc": 0.5, "gauc": drop / 2})
+    assert verdict.status == "unsure" and verdict.as_json()["drop_low"] is None
+    assert "but there is no interval: evaluate on more rows" in verdict.text
+
+
+def test_gauc_that_is_undefined_or_a_limit_below_0_is_refused(tmp_path: Path) -> None:
+    metrics = measured(tmp_path, 0.0)
     metrics["models"]["old"]["gauc"] = None
     with pytest.raises(ValueError, match=r"'old' has no GAUC to compare: it needs users \(--user\) with rows of both"):
         judge(metrics, "old", {"gauc": 0.1})
@@ -115,3 +128,24 @@ def test_baselines_that_do_not_compare_are_refused(tmp_path: Path) -> None:
     undefined["models"]["new"]["auc"] = None
     with pytest.raises(ValueError, match="the model 'new' has no AUC to compare"):
         compare_with_baseline(undefined, "old", 0.1)
+
+
+def test_the_error_of_gauc_is_that_of_resampled_users(tmp_path: Path) -> None:
+    metrics, values = measured(tmp_path, 0.5), columns(4000, 0)
+    table = pq.read_table(tmp_path / "0.5-4000-0")
+    scores = {name: table[name].to_numpy() for name in ("new", "old")}
+    within, weights = [], []
+    for user in np.unique(values["user_id"]):
+        rows = values["user_id"] == user
+        if 0 < values["label"][rows].sum() < rows.sum():
+            within.append([roc_auc_score(values["label"][rows], scores[name][rows]) for name in scores])
+            weights.append(rows.sum())
+    aucs, weight, rng = np.array(within), np.array(weights, float), np.random.default_rng(0)
+    drawn = [rng.integers(0, len(aucs), len(aucs)) for _ in range(4000)]
+    means = np.array([np.average(aucs[rows], axis=0, weights=weight[rows]) for rows in drawn])
+    found = [metrics["models"][name]["gauc_se"] for name in scores]
+    np.testing.assert_allclose(found, means.std(axis=0), rtol=0.1)
+    pair = metrics["paired"]["old"]
+    half = 1.96 * (means[:, 1] - means[:, 0]).std()
+    assert (pair["gauc_high"] - pair["gauc_low"]) / 2 == pytest.approx(half, rel=0.1)
+    assert pair["gauc_difference"] == metrics["models"]["old"]["gauc"] - metrics["models"]["new"]["gauc"]

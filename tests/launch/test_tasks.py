@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import log_loss
 
+from hllm_torchrec.evaluation.calibration import RunCalibration
+from hllm_torchrec.launch.calibrate import main as calibrate
 from hllm_torchrec.launch.evaluate import main as evaluate
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from tests.helpers import task_shop, training_fixtures
@@ -105,3 +108,41 @@ def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
             scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
         with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
             scorer.score(state, item, row["timestamp"], context | {"price": "dear"})
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic", "temperature"])
+def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if method != "platt" and run.name != "late":
+        pytest.skip("one model is enough")
+    assert calibrate(["--run-dir", str(run), "--method", method]) == 0
+    valid = pq.read_table(run / "predictions" / "valid")
+    fitted = RunCalibration.load(run)
+    assert fitted is not None and set(fitted.tasks) == {"", "like"}
+    probability = fitted.tasks[""](valid["score"].to_numpy())
+    if method != "temperature":  # they have an intercept: the sums agree on the part that they were fitted to
+        assert probability.sum() == pytest.approx(valid["label"].to_numpy().sum(), rel=0.02)
+    before = (
+        valid["probability"].to_numpy() if "raw_probability" not in valid.column_names else valid["raw_probability"]
+    )
+    assert log_loss(valid["label"], probability) <= log_loss(valid["label"], np.asarray(before)) + 1e-6
+    evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    metrics = json.loads((run / "metrics.json").read_text())["models"]
+    assert metrics[f"{run.name} (not calibrated)"]["auc"] == metrics[run.name]["auc"]
+    assert metrics[f"{run.name} (not calibrated)"]["log_loss"] != metrics[run.name]["log_loss"]
+    row = pq.read_table(run / "predictions" / "test").to_pylist()[0]
+    with Scorer.of_run(run) as scorer:
+        events = scorer.experiment.dataset.user_events(row["user_id"])
+        seen = events[events.timestamps < row["timestamp"]]
+        history = UserHistory(row["user_id"], seen.item_ids, seen.timestamps, seen.labels, seen.actions)
+        found = scorer.score_tasks(history, np.array([row["item_id"]]), row["timestamp"])
+    assert found["click"][0] == pytest.approx(row["probability"], rel=1e-4)
+    assert found["like"][0] == pytest.approx(row["probability_like"], rel=1e-4)
+    RunCalibration("0" * 16, fitted.tasks).save(run)
+    with pytest.raises(ValueError, match=r"calibration\.json belongs to other weights: run `hllm calibrate` again"):
+        Scorer.of_run(run)
+    capsys.readouterr()
+    evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    assert "caution: " in (out := capsys.readouterr().out) and "belongs to other weights" in out
+    (run / "calibration.json").write_text("{}")
+    assert evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0"]) == 2
+    (run / "calibration.json").unlink()

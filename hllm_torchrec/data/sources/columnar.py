@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.text_files import Utf8File
-from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, Format, detect_dialect
+from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, Format, UnclearTableError, detect_dialect
 from hllm_torchrec.data.sources.row_stream import RowStream
 from hllm_torchrec.data.validation import error_location
 
@@ -99,7 +99,8 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
         except pa.ArrowException as error:
             if "Empty CSV file" in str(error):  # no rows, which is not an error here
                 return
-            raise ValueError(f"{path}, after row {next_row - 1}: {_reason(error, dialect)}") from error
+            problem, remedy = _reason(error, dialect)
+            raise UnclearTableError(f"{path}, after row {next_row - 1}: {problem}", remedy) from error
 
 
 def _arrow_reader(stream: RowStream, dialect: Dialect, convert: pa.csv.ConvertOptions) -> pa.csv.CSVStreamingReader:
@@ -115,15 +116,15 @@ def _unique(names: Sequence[str]) -> list[str]:
     return [name if names.index(name) == i else f"{name}\0{i}" for i, name in enumerate(names)]
 
 
-def _reason(error: Exception, dialect: Dialect) -> str:
+def _reason(error: Exception, dialect: Dialect) -> tuple[str, str]:
     """Arrow's message with the file's row numbers, and the remedy."""
     before = dialect.first_row - 1
     text = re.sub(r"Row #(\d+)", lambda m: f"Row #{int(m[1]) + before}", str(error)[:300])
     if "invalid UTF8" in text:
-        return f"{text}. Set format: {{encoding: cp1252}} (or whichever it is) in the mapping, or fetch it again"
+        return text, "Set format: {encoding: cp1252} (or whichever it is) in the mapping, or fetch it again"
     if "straddling" in text:
-        return f"a row of more than {MAX_ROW_BYTES:,} bytes; correct it"
-    return f"{text}. Correct the row; the file is read with {dialect}, which `format` in the mapping can change"
+        return f"a row of more than {MAX_ROW_BYTES:,} bytes", "Correct it"
+    return text, f"Correct the row; the file is read with {dialect}, which `format` in the mapping can change"
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]:

@@ -142,6 +142,33 @@ def detect_dialect(path: Path, columns: Sequence[str], given: Format | None = No
     )
 
 
+class UnclearTableError(ValueError):
+    """A text table that can be read in several ways, or in none.
+
+    problem: the message without its remedy, which is of the mapping of a source.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}. {remedy}")
+        self.problem = problem
+
+
+def header_names(path: Path, columns: Sequence[str] = ()) -> list[str]:
+    """Names of a text table's columns; columns: some that it should have, which tell the separator.
+
+    Raises ValueError for a file that is no text, or has no header.
+    """
+    with Utf8File(path) as file:
+        text = file.read(SAMPLE_BYTES)
+    text = text[len(text) - len(text.lstrip(b"\r\n")) :]
+    sample = _Sample(path, text, False, (), Format(), 1)
+    headers = [sample.header(separator).names for separator in SEPARATORS]
+    found = next((names for names in headers if columns and set(columns) <= set(names)), None) or max(headers, key=len)
+    if not any(found):
+        raise ValueError(f"{path}: its first line names no columns")
+    return list(found)
+
+
 class _Header(NamedTuple):
     names: tuple[str, ...]
     size: int
@@ -170,13 +197,14 @@ class _Sample:
             fits = [s for s in tried if all(len(row) == len(names) for row in self._rows(s, b'"', b"", 0).rows[:100])]
             fits = fits or [s for s in tried if s.encode() in self.text] or list(tried)
             return fits[0], _Header(names, 0, False)
-        headers = {s: self._header(s) for s in tried}
+        headers = {s: self.header(s) for s in tried}
         fits = [s for s, header in headers.items() if set(self.wanted) <= set(header.names)]
         found = fits[0] if fits else max(tried, key=lambda s: len(headers[s].names))
         self._require(headers[found].names, found)
         return found, headers[found]
 
-    def _header(self, separator: str) -> _Header:
+    def header(self, separator: str) -> _Header:
+        """The names in the first row, if this separates them."""
         line = re.match(rb"[^\r\n]*(?:\r\n|\n|\r|\Z)", self.text)
         assert line is not None
         for quote in (b'"', b""):
@@ -305,9 +333,9 @@ class _Choice:
         # Backslashes that could all be escapes, where nothing else tells.
         undecided = is_tabbed or (has_nulls and re.search(rb"\\[^N]", self.body))
         if escaped and plain is not None and undecided and not _LITERAL_BACKSLASH.search(self.body):
-            raise ValueError(
-                f"{self.path}: backslashes may be escapes or part of the texts. Say which in the mapping: give "
-                "format: {escape: none} or format: {quote: none, escape: '\\'}"
+            raise UnclearTableError(
+                f"{self.path}: backslashes may be escapes or part of the texts",
+                "Say which in the mapping: give format: {escape: none} or format: {quote: none, escape: '\\'}",
             )
         if marked is not None:  # no cell begins with a mark
             return '"', "", False
@@ -323,9 +351,10 @@ class _Choice:
             return '"', "", True
         if any(b"\n" in cell.value or b"\r" in cell.value for row in marked for cell in row if cell.quoted):
             line = self._line_of_break()
-            raise ValueError(
+            raise UnclearTableError(
                 f"{self.path}, line {line}: a quotation mark opens a cell of several lines, each of which is a row of "
-                "its own without quoting. Say which in the mapping: give format: {quote: none} or format: {quote: '\"'}"
+                "its own without quoting",
+                "Say which in the mapping: give format: {quote: none} or format: {quote: '\"'}",
             )
         cells = [cell for row in marked for cell in row]
         if all(cell.quoted == (_WORD.fullmatch(cell.value) is None) for cell in cells):  # as SQLite quotes
@@ -336,9 +365,9 @@ class _Choice:
         # cells, so that the marks are part of the texts.
         if all(re.search(b"[,;\t]", cell.value) for row in marked for cell in row if cell.quoted):
             text = next(cell.value for row in marked for cell in row if cell.quoted).decode(errors="replace")[:50]
-            raise ValueError(
-                f"{self.path}: the quotation marks around {text!r} may be part of the text or not. Say which in the "
-                "mapping: give format: {quote: none} or format: {quote: '\"'}"
+            raise UnclearTableError(
+                f"{self.path}: the quotation marks around {text!r} may be part of the text or not",
+                "Say which in the mapping: give format: {quote: none} or format: {quote: '\"'}",
             )
         return "", other, True
 

@@ -11,7 +11,7 @@ from functools import cache
 
 from hllm_torchrec.common.text_files import Utf8File
 from hllm_torchrec.data.sources.cells import BARE_RETURN, count_lines, split_rows
-from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, requoted
+from hllm_torchrec.data.sources.dialect import MAX_ROW_BYTES, Dialect, UnclearTableError, requoted
 
 _READ = 1 << 20
 _CLOSED = re.compile(rb'"(?:[^"]++|"")*+"')
@@ -121,14 +121,15 @@ class RowStream(io.RawIOBase):
     def _malformed(self, rest: bytes, line: int) -> ValueError:
         place = f"{self._file.path}, line {line}"
         if rest.startswith(b"\\") and not self._marks[0]:
-            return ValueError(f"{place}: a backslash at the end; set format: {{escape: none}} in the mapping")
+            return UnclearTableError(f"{place}: a backslash at the end", "Set format: {escape: none} in the mapping")
         if not rest.startswith(b'"'):
             return ValueError(f"{place}: a carriage return inside a row; remove it, or put the cell in quotation marks")
         closed = re.match(rb'"(?:[^"]|"")*+"([^\r\n]{1,20})', rest[:MAX_ROW_BYTES])
         what = f"goes on after it ({closed[1].decode(errors='replace')!r})" if closed else "is not closed"
-        return ValueError(
-            f"{place}: a cell that begins with a quotation mark {what}. Correct it (a mark "
-            "inside a quoted cell is doubled), or set format: {quote: none} in the mapping if the file does not quote"
+        return UnclearTableError(
+            f"{place}: a cell that begins with a quotation mark {what}",
+            "Correct it (a mark inside a quoted cell is doubled), or set format: {quote: none} in the mapping if the "
+            "file does not quote",
         )
 
     def _rewritten(self, text: bytes, *, final: bool) -> bytes:
