@@ -94,9 +94,6 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
         yield Choice("data.item_features", names, f"items have {', '.join(names)}")
     size = 32 if facts.users < MANY_USERS else 128
     yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
-    events = facts.exposures / max(facts.users, 1)
-    length = 50 if events <= 25 else 200
-    yield Choice("data.max_history", length, f"a user has {events:.0f} training events on average")
     epochs = min(max(round(EVENTS_READ / max(facts.exposures, 1)), 4), 32)
     stages = [{"name": "cached items" if any(facts.words.values()) else "ids", "epochs": epochs}]
     if any(facts.words.values()):

@@ -2,7 +2,7 @@
 
     python scripts/experiments/text_weights.py --runs runs/benchmark/steam/text_id/seed-0 runs/...
 
-For every run a table over decay and weight: 0 is the learned similarity alone, inf the texts alone, which is the nearest
+For every run a table over decay and weight: 0 is the learned similarity alone, inf the texts alone, that is the nearest
 texts of the history without any training. Then the texts alone by the treatment of their embeddings: as the encoder
 gives them, centered, standardised, and whitened with several shrinkages.
 """

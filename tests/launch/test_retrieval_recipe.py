@@ -9,18 +9,18 @@ import yaml
 from hllm_torchrec.common.run_log import read_log
 from hllm_torchrec.launch import evaluate, train
 from tests.helpers import fixtures
-from tests.helpers.training_fixtures import ITEM_LLAMA, USER_LLAMA
+from tests.helpers.training_fixtures import ITEM_LLAMA
 
 RECIPE = Path(__file__).parents[2] / "configs" / "recipes" / "retrieval.yaml"
 
 
 def tiny(output: Path, *more: str) -> list[str]:
-    """The recipe on the tiny shop, with tiny networks in the place of MiniLM and the User LLM."""
+    """The recipe on the tiny shop, with tiny networks."""
     return [
         *("--config", str(RECIPE), "--data.dataset", str(fixtures.dataset("leave_one_out").root)),
         *("--output", str(output), "--item_llm.pretrained=null", f"--item_llm.shape={json.dumps(ITEM_LLAMA)}"),
         f"--item_llm.tokenizer={fixtures.tokenizer_dir()}",
-        f"--user.shape={json.dumps(USER_LLAMA)}",
+        f"--user.shape={json.dumps({'width': 24, 'layers': 1, 'heads': 1, 'max_positions': 200})}",
         *("--objective.collapse_above=1", "--max_steps=3", *more),
     ]
 
