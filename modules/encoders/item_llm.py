@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, enable_last_layer_rows, supports_last_layer_rows
 from hllm_torchrec.modules.attention.text import TextLayout, TextPlan, padded_rows, plan_buckets
-from hllm_torchrec.modules.attention.text_packing import TextPacking
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
+from hllm_torchrec.modules.attention.text_packing import TextPacking
 from hllm_torchrec.modules.encoders.backbone import (
     TextReading,
     backbone_flops,

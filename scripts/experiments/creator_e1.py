@@ -24,10 +24,8 @@ import numpy as np
 import torch
 
 from hllm_torchrec.common.arrays import Doubles, Ints
-from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.data.creative_table import Creatives
 from hllm_torchrec.data.creative_tokens import CreativeTokenizer, item_columns, pack_texts
-from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import distributed_device
 from hllm_torchrec.evaluation.creative_scores import creative_vectors, other_users, score_vectors
 from hllm_torchrec.evaluation.run_loader import load_run
