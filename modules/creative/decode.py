@@ -1,7 +1,7 @@
 """Decoding of responses for several users of one item: keys and values of what stands before {user} are computed once.
 
-A small loop of the library's own, through the registered attention. (transformers' `generate` with `inputs_embeds` and a
-cache of a prefix returns wrong tokens without a word: its issues 35707 and 36151.)
+A small loop of the library's own, through the registered attention. (transformers' `generate` with `inputs_embeds` and
+a cache of a prefix returns wrong tokens without a word: its issues 35707 and 36151.)
 
 Legend: B users, L cached positions, n new ones, k soft tokens, H heads, G key-value heads, E width of a head, C width.
 """
