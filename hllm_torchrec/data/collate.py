@@ -157,8 +157,9 @@ class Collator:
         vectors = None if self.item_vectors is None else np.where(unknown[:, None], 0, self.item_vectors[unique])
         # Slots for the unique items cost lookups, so they exist only if the generative loss reads them.
         slots = unique if self.spec.item_slots and self.training else unique[:0]
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return HybridBatch(
-            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            **tensors,
             features=self._features(view, np.repeat(users, np.diff(query_offsets)), slots, rng, unique[unknown]),
             numeric=self._numeric(view, slots.size),
             evidence=None if self.evidence is None else torch.from_numpy(view.evidence),

@@ -36,13 +36,19 @@ class CreativeBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses these tensors (`Tensor.record_stream`)."""
-        self._map(lambda x: x.record_stream(stream) or x)
+
+        def record(x: Tensor) -> Tensor:
+            x.record_stream(stream)
+            return x
+
+        self._map(record)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "CreativeBatch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return CreativeBatch(
-            **{n: x.map(function) if isinstance(x, PackedTexts) else function(x) for n, x in values.items()}
-        )
+        mapped: dict[str, Any] = {
+            name: x.map(function) if isinstance(x, PackedTexts) else function(x) for name, x in values.items()
+        }
+        return CreativeBatch(**mapped)
 
     @property
     def token_weight(self) -> float:

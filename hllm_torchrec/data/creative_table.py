@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.arrays import Floats, Ints
-from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.hashing import hash_file, hash_json
 from hllm_torchrec.data.dataset import Dataset
@@ -199,6 +199,50 @@ def write_table(
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def forget_in_tables(root: Path, users: Sequence[str], items: Sequence[str], dry_run: bool = False) -> int:
+    """Write every table below a dataset's folder again without the rows of users and items; returns their number.
+
+    Tokens of the tables, which hold their texts, are removed.
+
+    Raises:
+        ValueError: a table is damaged.
+    """
+    found = 0
+    for file in sorted((root / FOLDER).glob(f"*/{MANIFEST}")):
+        with error_location(file, _REMEDY):
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            names = list(manifest["files"])
+        kept = {}
+        for name in names:
+            rows = read_table(file.parent / name)
+            gone = pc.or_(
+                *(
+                    pc.is_in(rows[f"raw_{kind}_id"], value_set=pa.array(ids, pa.string()))
+                    for kind, ids in (("user", users), ("item", items))
+                )
+            )
+            kept[name] = rows.filter(pc.invert(gone))
+            found += len(rows) - len(kept[name])
+        if dry_run or sum(map(len, kept.values())) == sum(len(read_table(file.parent / name)) for name in names):
+            continue
+        _replace(file.parent, manifest, kept)
+        for folder in (root / "tokens").glob("creatives-*"):
+            remove_folder(folder)
+    return found
+
+
+def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]) -> None:
+    with atomic_folder(path, replace=True, marker=MANIFEST) as folder:
+        for name, rows in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(rows, folder / name)
+            manifest["files"][name] = hash_file(folder / name)
+            if (split := name.partition("/")[0]) in manifest["counts"]:
+                manifest["counts"][split] = len(rows)
+                manifest["users"][split] = pc.count_distinct(rows["raw_user_id"]).as_py()
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _complete(rows: pa.Table, split: str) -> pa.Table:

@@ -210,7 +210,7 @@ def _prompts(tokenizer: CreativeTokenizer, dataset: Dataset, part: Creatives) ->
         yield from tokenizer.prompts(texts, items.size)
 
 
-def _common_prefix(texts: Sequence[Sequence[int]]) -> list[int]:
+def _common_prefix(texts: Sequence[list[int]]) -> list[int]:
     """Longest list of tokens with which all texts begin."""
     if not texts:
         return []
@@ -231,16 +231,17 @@ def _tokenize_part(
             f"creative.max_prompt_length: {section.max_prompt_length}: {long.size} prompts of {where} are longer, the "
             f"longest of {lengths.max()} tokens; raise it, or write over_long: drop"
         )
-    rows = np.flatnonzero(lengths <= section.max_prompt_length)
-    responses = tokenizer.responses(part.rows["response"].take(pa.array(rows)).to_pylist())
+    kept = np.flatnonzero(lengths <= section.max_prompt_length)
+    rows: list[int] = kept.tolist()
+    responses = tokenizer.responses(part.rows["response"].take(pa.array(kept)).to_pylist())
     before = [prompts[row].before[prefix:] for row in rows]
     texts = [[*b, *prompts[row].after, *r] for b, row, r in zip(before, rows, responses, strict=True)]
     soft_at = np.array([len(b) for b in before], np.int64)
-    arrays = {
+    arrays: dict[str, Any] = {
         "values": np.fromiter((token for text in texts for token in text), np.int32),
         "offsets": offsets_from_lengths([len(text) for text in texts]),
         "soft_at": soft_at,
         "response_from": soft_at + np.array([len(prompts[row].after) for row in rows], np.int64),
-        "rows": rows.astype(np.int64),
+        "rows": kept.astype(np.int64),
     }
     return arrays, sum(ids[-1] != tokenizer.end for ids in responses)

@@ -20,6 +20,7 @@ import pyarrow as pa
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import remove_folder
 from hllm_torchrec.common.urls import cache_folder, url_of
+from hllm_torchrec.data.creative_table import forget_in_tables
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.rewriting import TABLES, Rewriting
 from hllm_torchrec.data.tombstones import ITEMS, USERS, Row
@@ -88,6 +89,8 @@ def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = Fal
         dataset = Dataset.open(root)
         report = DatasetReport({name: _numbers(dataset, name, names.of(name)) for name in TABLES})
         _rewrite(dataset, names, report, erase, dry_run)
+        if creatives := forget_in_tables(root, names.users, names.items, dry_run):
+            report.found["creatives"] += creatives
         if erase:
             _erase(root, report, dry_run)
     return report

@@ -60,9 +60,7 @@ class CreativeInputs:
             )
         for split in ("train", "valid"):
             if not len(self.tokens(split)):
-                yield (
-                    f"creative.data: {creative.data}: {self.table.path} has no text in {split}: build it with more users"
-                )
+                yield (f"creative.data: {creative.data}: {self.table.path} has no text in {split}; build it anew")
         places = getattr(model.creative.backbone.config, "max_position_embeddings", None)
         longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
         if places is not None and longest > places:

@@ -90,8 +90,8 @@ def _measured_activation_bytes(
 
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers, shape._attn_implementation = layers, "sdpa"
-    if "layer_types" in shape.to_dict():
-        shape.layer_types = None
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:layers]
     with FakeTensorMode():
         model = AutoModel.from_config(shape, trust_remote_code=False)
         model.set_input_embeddings(None)

@@ -6,6 +6,9 @@ Nothing of the model's size is allocated. Weights are counted on a model on the 
 TorchRec's planner for hypothetical ranks; activations are the tensors that autograd would save (`activations.py`).
 Sizes are in bytes, times in seconds, rates per second.
 
+Prompts and responses of creatives are taken at their largest lengths, and a step of theirs beside the passes of
+data.batch_users.
+
 Legend: W ranks, B user pieces of a rank, N events of a piece, L tokens of an item.
 """
 
@@ -30,6 +33,7 @@ from hllm_torchrec.models.build import build_model
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.named_backbones import NamedBackbone
 from hllm_torchrec.models.parallelize import llm_layers
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.backbone import backbone_flops
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.losses.objectives import MOST_LOGITS
@@ -177,7 +181,11 @@ def _counts(config: Config, work: Workload, machine: Machine) -> dict[str, float
     trains = config.item_llm.enabled and stage.item_embeddings == "trained"
     encoded = unique / machine.world_size if trains else 0.0
     tokens = work.item_tokens + (config.item_llm.pooling in ("item", None))
+    creative = config.creative
+    longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     return {
+        "creatives": float(creative.per_batch * creative.enabled),
+        "tokens_of_creative": float(longest),
         "pieces": pieces,
         "history": history,
         "positions": positions,
@@ -285,6 +293,11 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
             kept = decoder_activation_bytes(module.backbone.config, length, config)
             found[f"{part.title} activations"] = kept.total(items, recomputes, module.reads_rows)
             continue
+        if isinstance(module, CreativeLLM):
+            # Gradients pass through a frozen one to the soft tokens, so its activations are saved all the same.
+            kept = decoder_activation_bytes(module.backbone.config, round(counts["tokens_of_creative"]), config)
+            found[f"{part.title} activations"] = kept.total(counts["creatives"], recomputes)
+            continue
         length = max(1, round((counts["positions"] + counts["queries"]) / counts["pieces"]))
         kept = (
             encoder_activation_bytes(config, length)
@@ -304,6 +317,11 @@ def _rows(model: HLLM, config: Config, counts: dict[str, float]) -> dict[str, fl
     found = {"features": 4.0 * slots * width * (2 * number_of_tables + 4)}
     for part in _text_parts(model):
         found[f"{part.title} rows"] = 8.0 * part.module.width * (counts["needed_items"] + counts["encoded_items"])
+    if model.creative is not None:
+        # The gradients of the response rows, and the logits of a chunk with their slopes.
+        head = model.creative.head_weight.shape[0]
+        responses = counts["creatives"] * config.creative.max_response_length
+        found["response loss"] = 4.0 * responses * model.creative.width * 2 + 12.0 * min(MOST_LOGITS, responses * head)
     if counts["negatives"]:
         space = model.item_llm.width if model.item_llm is not None else width
         rows = 4 * counts["positions"] + 3 * counts["negatives"]
@@ -345,6 +363,9 @@ def _flops(model: HLLM, config: Config, counts: dict[str, float]) -> float:
             tokens, keys = counts["item_tokens"], counts["tokens_of_item"] / 2
             effort = (effort + in_groups) * share + (1 - share)
             flops += backbone_flops(module.backbone, round(tokens), round(tokens * keys)) * effort
+        elif isinstance(module, CreativeLLM):
+            tokens = counts["creatives"] * counts["tokens_of_creative"]
+            flops += module.flops(round(tokens), round(tokens * counts["tokens_of_creative"] / 2)) * effort
         else:
             tokens, keys = counts["positions"] + counts["queries"], counts["history"] / 2
             flops += module.flops(round(tokens), round(tokens * keys)) * effort

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import zip_longest
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -77,8 +77,13 @@ class StepStats:
 
     def __add__(self, other: "StepStats") -> "StepStats":
         tasks = [a + b for a, b in zip_longest(self.tasks, other.tasks, fillvalue=0.0)]
-        numbers = [a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)]
-        return replace(StepStats(*numbers), tasks=tuple(tasks))
+        return StepStats._of([a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)], tasks)
+
+    @classmethod
+    def _of(cls, numbers: Sequence[float], tasks: Sequence[float]) -> Self:
+        """Statistics of the values without `tasks`, in the order of the fields, and these."""
+        named: dict[str, Any] = {field.name: value for field, value in zip(fields(cls), numbers, strict=False)}
+        return cls(**named, tasks=tuple(tasks))
 
     def _numbers(self) -> tuple[float, ...]:
         """The values without `tasks`, in the order of the fields."""
@@ -92,7 +97,7 @@ class StepStats:
     def from_tensor(cls, numbers: Tensor) -> Self:
         """Inverse of `to_tensor`."""
         values, single = numbers.tolist(), len(fields(cls)) - 1
-        return replace(cls(*values[:single]), tasks=tuple(values[single:]))
+        return cls._of(values[:single], values[single:])
 
     def over_ranks(self) -> "StepStats":
         """Sum over all ranks. Collective."""
@@ -167,9 +172,8 @@ def micro_batch_loss(
     # One copy from the device for all values, because every copy waits for the forward pass.
     numbers = [write, match, user_spread, *numbers]
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
-    stats = replace(StepStats(*shares[3:9]), similarities=measured, tasks=tuple(shares[9:]))
-    of_creatives = dict(zip(("write", "match", "user_similarity"), shares, strict=False))
-    return loss, replace(stats, **of_creatives, user_similarities=users_measured)
+    stats = replace(StepStats._of(shares[3:9], shares[9:]), similarities=measured, user_similarities=users_measured)
+    return loss, replace(stats, write=shares[0], match=shares[1], user_similarity=shares[2])
 
 
 def describe_step(

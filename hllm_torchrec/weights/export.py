@@ -2,6 +2,7 @@
 
     item_llm/            the Item LLM: a Hugging Face directory with tokenizer, and item_token.safetensors
     sentence_transformers/  the same, as sentence-transformers loads it: see `weights.sentence_transformers`
+    creative_llm/        the Creative LLM, if there is one: a causal language model with tokenizer
     user_llm/            the User LLM, without word embeddings (other user encoders are in parts.safetensors)
     parts.safetensors    all other weights by their names in the model: projections, heads, tables, logit scale
     config.yaml          the run's configuration, with the two directories as its pretrained models
@@ -23,6 +24,7 @@ from torch import Tensor
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.machine import machine_info
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.config.loading import save_config
 from hllm_torchrec.config.schema import ItemLLMConfig, LoRAConfig
 from hllm_torchrec.data.token_store import TOKENIZER_FILES
@@ -32,10 +34,10 @@ from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.models.named_backbones import NamedBackbone, Section
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.lora import merged_state
-from hllm_torchrec.weights.huggingface import save_backbone, without_word_embeddings
+from hllm_torchrec.weights.huggingface import save_backbone, save_causal_model, without_word_embeddings
 from hllm_torchrec.weights.sentence_transformers import FOLDER, write_sentence_transformers
 
-FOLDERS = {"user": "user_llm"}
+FOLDERS = {"user": "user_llm", "creative": "creative_llm"}
 """Part of the model -> its directory, where that is not its name."""
 
 
@@ -98,11 +100,14 @@ def _export_part(part: NamedBackbone, state: dict[str, Tensor], target: Path) ->
     if isinstance(section, ItemLLMConfig):
         save_backbone(module.backbone.config, own, target, state.pop(f"{part.name}.item_token"))
         _copy_tokenizer(section, target)
+    elif isinstance(section, CreativeConfig):
+        save_causal_model(module.backbone.config, own, state.pop(f"{part.name}.head.weight", None), target)
+        _copy_tokenizer(section, target)
     else:
         save_backbone(*without_word_embeddings(module.backbone.config, own), target)
 
 
-def _copy_tokenizer(section: ItemLLMConfig, target: Path) -> None:
+def _copy_tokenizer(section: ItemLLMConfig | CreativeConfig, target: Path) -> None:
     source = Path(section.tokenizer or section.pretrained or "")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
@@ -112,6 +117,8 @@ def _copy_tokenizer(section: ItemLLMConfig, target: Path) -> None:
 def _pretrained(section: Section, directory: str) -> Section:
     """The section of a run that begins with the exported model."""
     onward = dataclasses.replace(section, pretrained=directory, shape=None, layers=None, lora=LoRAConfig())
+    if isinstance(onward, CreativeConfig):
+        return dataclasses.replace(onward, tokenizer=None)
     if not isinstance(section, ItemLLMConfig) or not isinstance(onward, ItemLLMConfig):
         return onward
     # What came from the checkpoint's sentence-transformers files, which are not in the new directory.

@@ -48,6 +48,35 @@ def save_backbone(
         save_file({"item_token": item_token.detach().contiguous()}, str(target / ITEM_TOKEN_FILE))
 
 
+def save_causal_model(
+    config: "PreTrainedConfig", state: Mapping[str, Tensor], head: Tensor | None, target: Path
+) -> None:
+    """Write a causal language model (`AutoModelForCausalLM`) into the folder `target`.
+
+    Args:
+        config: of its bare model; not modified.
+        state: the bare model's weights by their bare names; all of one dtype.
+        head: [V, C] weight of the vocabulary head; None: tied to the word embeddings.
+
+    Raises:
+        ValueError: weights are missing, unknown to the model, or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.dtype, config.tie_word_embeddings = next(iter(state.values())).dtype, head is None
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    named = {f"{model.base_model_prefix}.{name}": weight for name, weight in state.items()}
+    named["lm_head.weight"] = named[f"{model.base_model_prefix}.{WORDS}"] if head is None else head
+    _check_state(model.state_dict(), named, target)
+    model.load_state_dict(named, assign=True)
+    if head is None:
+        model.tie_weights()
+    model.save_pretrained(str(target))
+
+
 def without_word_embeddings(
     config: "PreTrainedConfig", state: Mapping[str, Tensor]
 ) -> tuple["PreTrainedConfig", dict[str, Tensor]]:

@@ -5,8 +5,8 @@
 Texts are packed into one sequence without padding, and a prefix that all of them share (an instruction) is read once.
 The vocabulary head runs over the response's rows only, in chunks.
 
-Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, Y response tokens,
-C width, V words.
+Legend: N creatives, S tokens of their texts, P tokens of the prefix, k soft tokens, R = S + N k rows, Y response
+tokens, C width, V words.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ class MatchHead(nn.Module):
         if kind == "mixer":
             self.mix: nn.Module = nn.Sequential(*(MixerBlock(2, width) for _ in range(blocks)), nn.Flatten(1))
         else:
-            layers = [nn.Flatten(1)]
+            layers: list[nn.Module] = [nn.Flatten(1)]
             for _ in range(blocks):
                 layers += [nn.Linear(2 * width, 2 * width), nn.GELU()]
             self.mix = nn.Sequential(*layers)

@@ -3,7 +3,7 @@
 Legend: N rows, M candidates (the rows of all ranks), C width.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from hllm_torchrec.modules.losses.objectives import EPS
 from hllm_torchrec.modules.precision import widen
 
 
-class SymmetricNceOutput(NamedTuple):
+@dataclass(frozen=True)
+class SymmetricNceOutput:
     """loss_sum: sum over rows of both directions, halved; count: N; effective_negatives: mean of those left."""
 
     loss_sum: Tensor

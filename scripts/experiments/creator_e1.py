@@ -42,6 +42,7 @@ WRITERS: dict[str, list[str]] = {
         "--creative.layers=null",
         "--creative.freeze_words=false",
         "--optim.creative_lr=2.0e-3",
+        "--optim.user_lr=2.0e-4",
     ],
 }
 """The first four layers of SmolLM2, or a small model with random weights and SmolLM2's tokenizer, at a tenth of the
@@ -75,6 +76,8 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         f"--max_steps={arguments.steps}",
         "--resume=true",
     ]
+    epochs = -(-arguments.steps // 500)  # more than enough: max_steps ends the run
+    own += [f"--stages=[{{name: writer, epochs: {epochs}, item_embeddings: cached}}]"]
     own += [f"--creative.{'pretrained' if arguments.writer == 'smollm2' else 'tokenizer'}={models}"]
     own += ["--creative.pretrained=null"] if arguments.writer == "scratch" else []
     own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *WRITERS[arguments.writer], *ARMS[arm]]

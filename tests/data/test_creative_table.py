@@ -15,6 +15,7 @@ from hllm_torchrec.creative.template import TemplateRule, write_by_template
 from hllm_torchrec.data.creative_table import WHOLE_HISTORY, CreativeTable, split_by_user, write_table
 from hllm_torchrec.data.creative_tokens import CreativeTokenizer, CreativeTokens, build_creative_tokens
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.forgetting import Names, forget
 from tests.helpers import creative_fixtures, fixtures
 
 
@@ -153,6 +154,19 @@ def test_tokens_of_a_part_are_its_prompts_and_responses() -> None:
     assert 0 < dropped.facts["dropped"]["train"] == len(table.part("train")) - len(dropped)
     with pytest.raises(ConfigError, match=r"creative\.prompt: \{colour\}: no text column of .*; it has title, brand"):
         build_creative_tokens(dataset, table, section(prompt="{user} {colour}"))
+
+
+def test_forgetting_reaches_the_tables_and_their_tokens(dataset: Dataset) -> None:
+    given = {"train": rows(("u1", "s1", 9, "noir"), ("u2", "s5", 7, "war")), "test": rows(("u3", "s1", 1, "war"))}
+    write_table(dataset, "mine", given, dropped=rows(("u1", "s5", 2, "drama"), reasons=[["long"]]))
+    tokens = build_creative_tokens(dataset, CreativeTable.open(dataset, "mine"), section(data="mine"))
+    dry = forget(dataset.root, Names(users=["u1"], items=["s5"]), dry_run=True)
+    assert dry.found["creatives"] == 3 and tokens.exists()
+    assert forget(dataset.root, Names(users=["u1"], items=["s5"])).found["creatives"] == 3
+    table = CreativeTable.open(Dataset.open(dataset.root), "mine")
+    assert len(table.part("train")) == 0 and table.part("test").rows["raw_user_id"].to_pylist() == ["u3"]
+    assert table.manifest["counts"] == {"train": 0, "test": 1} and not tokens.exists()
+    assert forget(dataset.root, Names(users=["u1"])).found["creatives"] == 0
 
 
 def test_users_are_split_as_a_whole() -> None:

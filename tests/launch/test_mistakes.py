@@ -194,6 +194,9 @@ LINES = {
         "build --dataset {root}/dataset",
         "info --dataset {root}/dataset --name {new}",
         "show --dataset {root}/dataset --name x",
+        "evaluate --run {missing}",
+        "evaluate --run {root}/run",
+        "evaluate",
     ],
     "index": ["--run {missing} --output {new}", "--run {root}/run --output {file}", "--run {root}/run --output {new}"],
     "retrieval": [

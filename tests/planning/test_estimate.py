@@ -108,6 +108,16 @@ def test_the_papers_7b_fits_32_gpus_only_with_what_its_configuration_says(capsys
     assert "parallel.dense: fsdp shares" in capsys.readouterr().out
 
 
+def test_the_published_creator_is_planned_with_its_three_llms(capsys: pytest.CaptureFixture[str]) -> None:
+    """TinyLlama twice and Qwen3-8B: weights of 10 billion, and activations of the third LLM."""
+    file = str(ROOT / "configs" / "creator" / "books_1b_8b.yaml")
+    given = ["--config", file, "--nodes", "8", "--hardware", "a100", "--items", "700000", "--users", "100000", "--json"]
+    assert command.main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"]["weights"] * 64 / 4 == pytest.approx(10.2e9, rel=0.05)
+    assert found["memory"]["creative activations"] > 0 and found["memory"]["response loss"] > 0
+
+
 def test_advice_names_what_is_large() -> None:
     small = Machine(1, 8, **(H100 | {"memory": 1e6}))
     found = on(8, config(data={"batch_users": 64}), history=1000.0)

@@ -5,19 +5,21 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.launch import export_hf
-from hllm_torchrec.models.build import build_user_encoder
+from hllm_torchrec.models.build import build_creative_llm, build_user_encoder
 from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.weights.export import _metrics
-from tests.helpers import fixtures
+from tests.helpers import creative_fixtures, fixtures
 from tests.helpers.training_fixtures import config, train
 
 
@@ -107,3 +109,36 @@ def test_a_folder_that_is_there_is_not_touched(capsys: pytest.CaptureFixture[str
     assert export_hf.main(["--run", str(run), "--output", str(output)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_creative_llm_scores_as_a_causal_model_of_transformers_and_is_read_again(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "model"
+    train(config(run, **creative_fixtures.settings(creative__lora__rank=2, creative__losses__match="0")))
+    destroy_distributed()
+    assert export_hf.main(["--run", str(run), "--output", str(output)]) == 0
+    experiment = load_run(run, "best", init_distributed()).experiment
+    known = creative_vectors(experiment, "test")
+    scores = score_creatives(experiment, "test", ("right",), vectors=known)
+    theirs = AutoModelForCausalLM.from_pretrained(output / "creative_llm")
+    parts = {
+        name.removeprefix("creative_head.soft_prompt."): value
+        for name, value in load_file(output / "parts.safetensors").items()
+        if name.startswith("creative_head.")
+    }
+    soft = experiment.hllm.creative_head.soft_prompt
+    assert all(torch.equal(value, parts[name]) for name, value in soft.state_dict().items())
+    texts = known.loader.tokens.gather(np.arange(3))
+    with torch.no_grad():
+        tokens = soft(known.vectors[:3], torch.from_numpy(~known.known[:3]))
+        for n, ids in enumerate(texts.token_ids.split(texts.cu_seqlens.diff().tolist())):
+            words = theirs.get_input_embeddings()(torch.cat([texts.prefix_ids, ids]))
+            at, first = texts.prefix_ids.numel() + int(texts.soft_at[n]), int(texts.response_from[n])
+            logits = theirs(inputs_embeds=torch.cat([words[:at], tokens[n], words[at:]])[None]).logits[0]
+            response = ids[first:]
+            found = logits.log_softmax(-1)[-response.numel() - 1 : -1].gather(1, response[:, None])
+            assert float(-found.sum()) == pytest.approx(scores.nll["right"][n], rel=1e-4)
+    section = config_from_file(output / "config.yaml").creative
+    assert section.pretrained == str(output / "creative_llm") and section.lora.rank == 0
+    again = build_creative_llm(section)
+    torch.testing.assert_close(again.head_weight, theirs.lm_head.weight)

@@ -1,0 +1,85 @@
+"""Decoding against transformers' own generation, with and without a shared prefix."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hllm_torchrec.modules.creative.decode import DecodeOptions, decode
+from tests.helpers import fixtures
+from tests.modules.creative.test_creative_llm import QWEN, packed, reference
+
+STOP = 7
+
+
+def inputs(before: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(4)
+    tokens = torch.randint(32, (before + 3,), generator=random)
+    return tokens[:before], tokens[before:], torch.randn(6, 2, 24, generator=random)
+
+
+def whole_prompts(model: Any, before: torch.Tensor, after: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    words = model.get_input_embeddings()
+    parts = (words(before).expand(len(soft), -1, -1), soft, words(after).expand(len(soft), -1, -1))
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("shape", [fixtures.LLAMA, QWEN], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("before", [0, 5])
+def test_greedy_decoding_equals_transformers_of_whole_prompts(shape: dict[str, Any], before: int) -> None:
+    model = reference({**shape, "tie_word_embeddings": False})
+    own, given = packed(shape, model), inputs(before)
+    options = DecodeOptions(STOP, 8)
+    found = decode(own, *given, options)
+    with torch.no_grad():
+        theirs = model.generate(
+            inputs_embeds=whole_prompts(model, *given),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=STOP,
+            pad_token_id=STOP,
+        )
+    expected = torch.where((theirs == STOP).cumsum(1) > 0, -1, theirs)
+    assert torch.equal(found.tokens, expected[:, : found.tokens.shape[1]])
+    assert torch.equal(found.stopped, (theirs == STOP).any(1))
+    # Alone, and with the log-probability of the packed model.
+    for n in range(6):
+        alone = decode(own, given[0], given[1], given[2][n : n + 1], options)
+        length = int((alone.tokens >= 0).sum())
+        assert torch.equal(alone.tokens[0][:length], found.tokens[n][:length])
+        torch.testing.assert_close(alone.log_prob[0], found.log_prob[n], rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_depends_on_a_users_generator_alone_and_keeps_to_the_likeliest() -> None:
+    own, given = packed(fixtures.LLAMA, reference(fixtures.LLAMA)), inputs(4)
+
+    def sampled(rows: list[int], **options: Any) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(100 + row) for row in rows]
+        chosen = DecodeOptions(STOP, 6, temperature=1.5, **options)
+        tokens = decode(own, given[0], given[1], given[2][rows], chosen, generators).tokens
+        return torch.nn.functional.pad(tokens, (0, 6 - tokens.shape[1]), value=-1)
+
+    everyone = sampled([0, 1, 2, 3, 4, 5])
+    assert torch.equal(sampled([5, 2]), everyone[[5, 2]])
+    greedy = decode(own, *given, DecodeOptions(STOP, 6)).tokens
+    assert torch.equal(sampled([0, 1, 2, 3, 4, 5], top_k=1)[:, : greedy.shape[1]], greedy)
+    assert torch.equal(sampled([0, 1, 2, 3, 4, 5], top_p=1e-9)[:, : greedy.shape[1]], greedy)
+    assert not torch.equal(everyone[:, : greedy.shape[1]], greedy)
+    with pytest.raises(ValueError, match="sampling for 6 users needs a generator for each"):
+        decode(own, *given, DecodeOptions(STOP, 6, temperature=1.0))
+
+
+def test_transformers_still_errs_with_a_cached_prefix() -> None:
+    """The reason for a loop of our own: if this fails, `generate` has been repaired."""
+    model = reference({**fixtures.LLAMA, "tie_word_embeddings": False})
+    before, after, soft = inputs(5)
+    whole = whole_prompts(model, before, after, soft)[:1]
+    with torch.no_grad():
+        right = model.generate(inputs_embeds=whole, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        cache = DynamicCache(config=model.config)
+        model.model(inputs_embeds=whole[:, :5], past_key_values=cache, use_cache=True)
+        wrong = model.generate(
+            inputs_embeds=whole[:, 5:], past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+    assert right[0].tolist() != wrong[0].tolist()
