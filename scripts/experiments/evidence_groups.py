@@ -3,7 +3,7 @@
     python scripts/experiments/evidence_groups.py --sets data/ml-100k data/ml_small --output runs/evidence
 
 Fits `data.evidence` with each list of groups of VARIANTS, and prints AUC and GAUC of the validation exposures: of all,
-and those of random halves of the users, of the items, and of the earlier and later half of the time. The texts are encoded
+and those of random halves of the users, of the items, and of the earlier and later half of the time. Texts are encoded
 once by configs/recipes/ranking.yaml into OUTPUT/<set>.npy (`--option` changes it, such as item_llm.pretrained=DIR).
 `--part test --only "+ both"` measures the groups that were chosen on the test part.
 """
