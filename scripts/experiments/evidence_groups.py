@@ -1,10 +1,11 @@
-"""Groups of `data.evidence` on the validation part: a logistic regression on their columns alone, on several datasets.
+"""Groups of `data.evidence`: a logistic regression on their columns alone, on several datasets.
 
     python scripts/experiments/evidence_groups.py --sets data/ml-100k data/ml_small --output runs/evidence
 
-Fits `data.evidence` with each list of groups of VARIANTS, and prints AUC and GAUC of the validation exposures: all, and
-those of random halves of the users, of the items, and of the earlier and later half of the time. The texts are encoded
+Fits `data.evidence` with each list of groups of VARIANTS, and prints AUC and GAUC of the validation exposures: of all,
+and those of random halves of the users, of the items, and of the earlier and later half of the time. Texts are encoded
 once by configs/recipes/ranking.yaml into OUTPUT/<set>.npy (`--option` changes it, such as item_llm.pretrained=DIR).
+`--part test --only "+ both"` measures the groups that were chosen on the test part.
 """
 
 import argparse
@@ -49,12 +50,12 @@ def encoded(path: Path, file: Path, options: list[str]) -> Floats:
     return np.load(file, allow_pickle=False).astype(np.float32)
 
 
-def scores(dataset: Dataset, groups: tuple[str, ...], text: Floats) -> dict[str, np.ndarray]:
-    """User, item, second, label and score of every validation exposure, by the regression on the groups alone."""
+def scores(dataset: Dataset, groups: tuple[str, ...], text: Floats, part: str) -> dict[str, np.ndarray]:
+    """User, item, second, label and score of every exposure of a part, by the regression on the groups alone."""
     model = fit_evidence(dataset, groups, text)
     evidence = Evidence(groups, model, ItemStatistics.of_dataset(dataset), dataset.action_values, text)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("user", "item", "second", "label", "score")}
-    for piece in dataset.sequences(dataset.row_groups("valid")).pieces():
+    for piece in dataset.sequences(dataset.row_groups(part)).pieces():
         targets = piece.exposures
         items, seconds = piece.item_ids[targets], piece.timestamps[targets]
         seen = visible_before(piece.timestamps, seconds)
@@ -82,13 +83,15 @@ def main() -> int:
     parser.add_argument("--sets", nargs="+", type=Path, required=True, help="directories of datasets with labels")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--option", nargs="*", default=[], metavar="FIELD=VALUE", help="of the recipe")
+    parser.add_argument("--part", choices=("valid", "test"), default="valid")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for path in options.sets:
         text, dataset = encoded(path, options.output / f"{path.name}.npy", options.option), Dataset.open(path)
-        for name, groups in VARIANTS.items():
-            rows = scores(dataset, groups, text)
+        for name in options.only:
+            rows = scores(dataset, VARIANTS[name], text, options.part)
             cells = []
             for half, kept in halves(rows).items():
                 user, label, score = (rows[key][kept] for key in ("user", "label", "score"))
