@@ -160,12 +160,20 @@ class Rewriting:
         return self.facts[name]
 
 
+def table_of(name: str) -> str | None:
+    """Map whose table a file is; None for another file."""
+    folder, _, file = name.rpartition("/")
+    stem = file.removesuffix(".parquet")
+    return stem if stem in TABLES and stem != file and folder.rpartition("/")[2] != "features" else None
+
+
 def _folder_of_table(name: str) -> str | None:
     """Folder of the part to which a file of rows or of values of features belongs; None for other files."""
-    path = Path(name)
-    if path.name in ("items.parquet", "users.parquet") and path.parent.name != "features":
-        return path.parent.as_posix().removeprefix(".")
-    return path.parent.parent.as_posix().removeprefix(".") if path.parent.name == "features" else None
+    folder = name.rpartition("/")[0]
+    if table_of(name) is not None:
+        return folder
+    parent, _, last = folder.rpartition("/")
+    return parent if last == "features" else None
 
 
 def _table_without(path: Path, name: str, numbers: Ints, removed: Counter[str]) -> pa.Table | None:
