@@ -85,15 +85,16 @@ class Rewriting:
         return {**manifest, FORGOTTEN: name, "files": {**files, name: self._fact(name)}}
 
     def _files_of(self, manifest: dict[str, Any], parts: list[Part]) -> dict[str, dict[str, Any]]:
-        """The files of a manifest with its parts replaced by `parts`."""
-        folders = [one["folder"] for one in parts]
-        events = {name for one in parts for name in one["event_files"]}
-        of_parts = {
-            name
-            for name in {**manifest["files"], **self.facts}
-            if _folder_of_table(name) in folders or name in events or name == manifest.get(FORGOTTEN)
-        }
-        return {name: self.facts.get(name) or manifest["files"][name] for name in sorted(of_parts)}
+        """The files of a manifest with those of its parts replaced by those of `parts`; all others stay."""
+        pairs = zip((manifest["base"], *manifest["appends"]), parts, strict=True)
+        moved = [(old, new) for old, new in pairs if old != new]
+
+        def belongs(name: str, which: int) -> bool:
+            folder = _folder_of_table(name)
+            return any(folder == pair[which]["folder"] or name in pair[which]["event_files"] for pair in moved)
+
+        kept = {name: facts for name, facts in manifest["files"].items() if not belongs(name, 0)}
+        return kept | {name: facts for name, facts in self.facts.items() if belongs(name, 1)}
 
     def _moved(self, old: Part, manifest: dict[str, Any], numbers: Numbers, rows: TableRows) -> tuple[Part, Counter]:
         """A part without the ids, and what was removed from it: the part itself if it has none of them."""
