@@ -13,18 +13,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import remove_folder
 from hllm_torchrec.common.urls import cache_folder, url_of
 from hllm_torchrec.data.creative_table import forget_in_tables
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.rewriting import TABLES, Rewriting
-from hllm_torchrec.data.tombstones import ITEMS, USERS, Row
-from hllm_torchrec.data.user_table import known_ids
+from hllm_torchrec.data.rewriting import TABLES, Rewriting, table_of
+from hllm_torchrec.data.tombstones import FORGOTTEN, ITEMS, USERS, Row, Tombstones
+from hllm_torchrec.data.validation import read_table
 from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
@@ -87,8 +89,9 @@ def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = Fal
         raise ValueError(f"{root}: hllm forget works in folders: forget in a copy, and upload the copy in its place")
     with write_lock(root):
         dataset = Dataset.open(root)
-        report = DatasetReport({name: _numbers(dataset, name, names.of(name)) for name in TABLES})
-        _rewrite(dataset, names, report, erase, dry_run)
+        finder = _NumberFinder(root, names)
+        report = DatasetReport(finder.numbers(dataset.manifest))
+        _rewrite(dataset, finder, names, report, erase, dry_run)
         if creatives := forget_in_tables(root, names.users, names.items, dry_run):
             report.found["creatives"] += creatives
         if erase:
@@ -96,30 +99,60 @@ def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = Fal
     return report
 
 
-def _numbers(dataset: Dataset, name: str, raw_ids: Sequence[str]) -> dict[str, int]:
-    """Raw id -> number, forgotten or not; 0 if the dataset does not have it."""
-    table, raw = dataset.users if name == USERS else dataset.items, TABLES[name][1]
-    known = known_ids(table[raw].cast(pa.string()), pa.chunked_array([list(dict.fromkeys(raw_ids))], pa.string()))
-    found = dict(zip(dict.fromkeys(raw_ids), known.tolist()))
-    return {one: number or dataset.tombstones.find(name, one) or 0 for one, number in found.items()}
+class _NumberFinder:
+    """Finds the numbers of raw ids in versions of a dataset; each file is read once, however many versions have it."""
+
+    def __init__(self, root: Path, names: Names) -> None:
+        self._root = root
+        self._wanted = {name: list(dict.fromkeys(names.of(name))) for name in TABLES}
+        self._in_file: dict[str, dict[str, int]] = {}
+        self._tombstones: dict[str, Tombstones] = {}
+
+    def numbers(self, manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
+        """Map -> raw id -> number in a version, forgotten or not; 0 if it does not have it."""
+        found, tombstones = {}, self.tombstones(manifest)
+        for name, wanted in self._wanted.items():
+            numbers = {raw: tombstones.find(name, raw) or 0 for raw in wanted}
+            for file in manifest["files"] if wanted else ():
+                if table_of(file) == name:
+                    numbers |= self._numbers_in(file, name)
+            found[name] = numbers
+        return found
+
+    def tombstones(self, manifest: dict[str, Any]) -> Tombstones:
+        """The tombstones of a version."""
+        file = manifest.get(FORGOTTEN, "")
+        if file not in self._tombstones:
+            self._tombstones[file] = Tombstones.read(self._root, manifest)
+        return self._tombstones[file]
+
+    def _numbers_in(self, file: str, name: str) -> dict[str, int]:
+        if file not in self._in_file:
+            key, raw = TABLES[name]
+            table, wanted = read_table(self._root / file, [key, raw]), pa.array(self._wanted[name], pa.string())
+            rows = table.filter(pc.is_in(table[raw].cast(pa.string()), wanted))
+            self._in_file[file] = dict(zip(rows[raw].to_pylist(), rows[key].to_pylist(), strict=True))
+        return self._in_file[file]
 
 
-def _rewrite(dataset: Dataset, names: Names, report: DatasetReport, erase: bool, dry_run: bool) -> None:
+def _rewrite(
+    dataset: Dataset, finder: _NumberFinder, names: Names, report: DatasetReport, erase: bool, dry_run: bool
+) -> None:
     """Commit a version without the ids, and then replace the manifests of the other versions that have them."""
     root, version, changed = dataset.root, newest_version(dataset.root) + 1, {}
     vectors = list(_vector_tombstones(dataset, report)) if erase else []
     with draft_folder(root, BASES, version) as folder:
         rewriting = Rewriting(root, folder, f"{BASES}/{version_name(version)}")
-        for number in sorted(kept_versions(root), reverse=True):
-            one = Dataset.open(root, number)
+        for number, own_manifest in sorted(kept_versions(root).items(), reverse=True):
+            one = Dataset(root, own_manifest)
             # By version: an older one may be of another dataset (`--overwrite`), with other numbers.
-            numbers = {name: _numbers(one, name, names.of(name)) for name in TABLES}
+            numbers, before = finder.numbers(own_manifest), finder.tombstones(own_manifest)
             rows = [(name, n, id_digest(raw)) for name, own in numbers.items() for raw, n in own.items()]
-            tombstones = one.tombstones.with_rows(rows + vectors)
+            tombstones = before.with_rows(rows + vectors)
             is_newest, has_any = number == dataset.version, any(n for own in numbers.values() for n in own.values())
             found = rewriting.without(one, {name: np.array([*own.values()], np.int64) for name, own in numbers.items()})
             report.found["versions"] += found is not None
-            if found is None and (is_newest or has_any) and tombstones != one.tombstones:
+            if found is None and (is_newest or has_any) and tombstones != before:
                 found = rewriting.as_chain(one)
             if found is not None:
                 changed[number] = rewriting.with_tombstones(_without_notes(found, names), number, tombstones)
@@ -148,7 +181,7 @@ def _vector_tombstones(dataset: Dataset, report: DatasetReport) -> Iterator[Row]
                 yield f"{VECTORS}/{path.stem}", number, next(row_digests(vectors, number, number + 1))
 
 
-def _without_notes(manifest: dict, names: Names) -> dict:
+def _without_notes(manifest: dict[str, Any], names: Names) -> dict[str, Any]:
     """The manifest without the notes that name one of the raw ids."""
     raw_ids = [*names.users, *names.items]
     notes = [note for note in manifest.get("notes", ()) if not any(raw in str(note) for raw in raw_ids)]

@@ -10,6 +10,7 @@ it, and `data.item_vectors: [factors]` passes (v_i, b_i) to the model as dense i
 Legend: N items (0 is unknown), K factors without the user mean's, J = K + 1, n events of a user, T events of R users.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hllm_torchrec.data.jagged_arrays import offsets_from_lengths
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.data.versions import newest_version
 
+_logger = logging.getLogger(__name__)
 FACTORS = "factors"
 """Name of the fitted item vectors in `data.item_vectors`."""
 MEAN_LOADING = 0.45
@@ -167,11 +169,22 @@ def item_vectors(dataset: Dataset, name: str) -> NDArray[np.float32]:
         vectors = np.pad(vectors, ((0, max(0, dataset.num_items - len(vectors))), (0, 0)))
     if vectors.ndim == 2 and dataset.version < newest_version(dataset.root):
         vectors = vectors[: dataset.num_items]  # the file also has the items of later versions
+    if vectors.ndim == 2 and 1 < len(vectors) < dataset.num_items and dataset.manifest.get("appends"):
+        later = dataset.num_items - len(vectors)
+        _logger.warning("%s: the last %d items have no row yet, and read row 0, the unknown item's", path, later)
+        vectors = np.concatenate([vectors, np.tile(vectors[:1], (later, 1))])
     if vectors.ndim != 2 or vectors.shape[0] != dataset.num_items:
         raise ValueError(
             f"{path}: shape {vectors.shape}: must be [{dataset.num_items}, V], row i for item i, row 0 unknown"
         )
     return vectors
+
+
+def number_of_vectors(dataset: Dataset, name: str) -> int:
+    """Number of rows of `item_vectors` that are its file's own; items that came later read row 0."""
+    path = dataset.root / "vectors" / f"{name}.npy"
+    with error_location(path, "save it again"):
+        return min(len(np.load(path, mmap_mode="r", allow_pickle=False)), dataset.num_items)
 
 
 def fit_item_factors(dataset: Dataset, options: FactorOptions | None = None) -> ItemFactors:

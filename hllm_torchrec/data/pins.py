@@ -13,8 +13,7 @@ _PINS = "pins"
 
 def pin_version(root: Path, version: int, run: Path | str) -> bool:
     """Note that `run` reads a version of the dataset in `root`; returns False if the dataset cannot be written to."""
-    place = url_of(run) or str(Path(run).absolute())
-    path = root / _PINS / f"{hash_texts([place])[:16]}.json"
+    place, path = _pin_of(root, run)
     text = json.dumps({"run": place, "version": version}) + "\n"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -23,6 +22,20 @@ def pin_version(root: Path, version: int, run: Path | str) -> bool:
     except OSError:  # a read-only dataset: nobody prunes it from here either
         return False
     return True
+
+
+def remove_pin(root: Path, run: Path | str) -> None:
+    """Remove the pin of `run`, if there is one."""
+    try:
+        _pin_of(root, run)[1].unlink(missing_ok=True)
+    except OSError:  # read-only: it was not pinned either
+        pass
+
+
+def _pin_of(root: Path, run: Path | str) -> tuple[str, Path]:
+    """Place of a run as its pin names it, and the pin's file."""
+    place = url_of(run) or str(Path(run).absolute())
+    return place, root / _PINS / f"{hash_texts([place])[:16]}.json"
 
 
 def pinned_versions(root: Path) -> dict[int, list[str]]:

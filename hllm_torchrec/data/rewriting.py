@@ -85,15 +85,16 @@ class Rewriting:
         return {**manifest, FORGOTTEN: name, "files": {**files, name: self._fact(name)}}
 
     def _files_of(self, manifest: dict[str, Any], parts: list[Part]) -> dict[str, dict[str, Any]]:
-        """The files of a manifest with its parts replaced by `parts`."""
-        folders = [one["folder"] for one in parts]
-        events = {name for one in parts for name in one["event_files"]}
-        of_parts = {
-            name
-            for name in {**manifest["files"], **self.facts}
-            if _folder_of_table(name) in folders or name in events or name == manifest.get(FORGOTTEN)
-        }
-        return {name: self.facts.get(name) or manifest["files"][name] for name in sorted(of_parts)}
+        """The files of a manifest with those of its parts replaced by those of `parts`; all others stay."""
+        pairs = zip((manifest["base"], *manifest["appends"]), parts, strict=True)
+        moved = [(old, new) for old, new in pairs if old != new]
+
+        def belongs(name: str, which: int) -> bool:
+            folder = _folder_of_table(name)
+            return any(folder == pair[which]["folder"] or name in pair[which]["event_files"] for pair in moved)
+
+        kept = {name: facts for name, facts in manifest["files"].items() if not belongs(name, 0)}
+        return kept | {name: facts for name, facts in self.facts.items() if belongs(name, 1)}
 
     def _moved(self, old: Part, manifest: dict[str, Any], numbers: Numbers, rows: TableRows) -> tuple[Part, Counter]:
         """A part without the ids, and what was removed from it: the part itself if it has none of them."""
@@ -160,12 +161,20 @@ class Rewriting:
         return self.facts[name]
 
 
+def table_of(name: str) -> str | None:
+    """Map whose table a file is; None for another file."""
+    folder, _, file = name.rpartition("/")
+    stem = file.removesuffix(".parquet")
+    return stem if stem in TABLES and stem != file and folder.rpartition("/")[2] != "features" else None
+
+
 def _folder_of_table(name: str) -> str | None:
     """Folder of the part to which a file of rows or of values of features belongs; None for other files."""
-    path = Path(name)
-    if path.name in ("items.parquet", "users.parquet") and path.parent.name != "features":
-        return path.parent.as_posix().removeprefix(".")
-    return path.parent.parent.as_posix().removeprefix(".") if path.parent.name == "features" else None
+    folder = name.rpartition("/")[0]
+    if table_of(name) is not None:
+        return folder
+    parent, _, last = folder.rpartition("/")
+    return parent if last == "features" else None
 
 
 def _table_without(path: Path, name: str, numbers: Ints, removed: Counter[str]) -> pa.Table | None:

@@ -1,7 +1,7 @@
 """Search of all files below folders for raw ids: proof that nothing is left of erased ones.
 
-Text is searched for the id as a word, Parquet and Arrow files by their texts, other files for the bytes of ids that are
-too long to occur by chance.
+Text is searched for the id as a word (an id that is a number: as a quoted value, because numbers are everywhere),
+Parquet and Arrow files by their texts, other files for the bytes of ids that are too long to occur by chance.
 """
 
 import re
@@ -16,33 +16,60 @@ LONG = 6
 """Number of bytes from which an id is searched for in files that are not text."""
 _BLOCK = 1 << 24
 _HEAD = 4096
+_WORD = re.compile(rb"[\w-]+")
+_NUMBER = re.compile(rb"[\"'](-?[0-9]+)[\"'](?!\s*:)")
+"""A quoted number that is no key of a JSON object."""
 
 
 def files_with(folders: Sequence[Path], raw_ids: Sequence[str]) -> Iterator[Path]:
     """The files below `folders`, links not followed, in which one of the ids occurs."""
-    patterns = [(raw.encode(), re.compile(rb"(?<![\w-])" + re.escape(raw.encode()) + rb"(?![\w-])")) for raw in raw_ids]
-    texts = pa.array(raw_ids, pa.string())
+    words, texts = _Words(raw_ids), pa.array(raw_ids, pa.string())
     seen: set[Path] = set()
     for path in (path for folder in folders for path in sorted(folder.rglob("*"))):
         if path.is_symlink() or not path.is_file() or path in seen:
             continue
         seen.add(path)
-        if _table_has(path, texts) or _bytes_have(path, patterns):
+        if _table_has(path, texts) or words.are_in(path):
             yield path
 
 
-def _bytes_have(path: Path, patterns: list[tuple[bytes, re.Pattern[bytes]]]) -> bool:
-    overlap = max((len(raw) for raw, _ in patterns), default=0) + 1
-    with path.open("rb") as file:
-        is_text = b"\0" not in file.read(_HEAD)
-        file.seek(0)
-        before = b""
-        while block := file.read(_BLOCK):
-            data = before + block
-            if any((is_text or len(raw) >= LONG) and raw in data and word.search(data) for raw, word in patterns):
-                return True
-            before = data[-overlap:]
-    return False
+class _Words:
+    """Finds ids among bytes: words and numbers by a set, in one pass however many there are; others one by one."""
+
+    def __init__(self, raw_ids: Sequence[str]) -> None:
+        ids = {raw.encode() for raw in raw_ids}
+        self._numbers = {raw for raw in ids if _NUMBER.fullmatch(b'"' + raw + b'"')}
+        self._plain = {raw for raw in ids if _WORD.fullmatch(raw)} - self._numbers
+        others = ids - self._plain - self._numbers
+        self._others = [re.compile(rb"(?<![\w-])" + re.escape(raw) + rb"(?![\w-])") for raw in others]
+        self._long = {raw for raw in self._plain if len(raw) >= LONG}
+        self._overlap = max(map(len, ids), default=0) + 4
+
+    def are_in(self, path: Path) -> bool:
+        """True if one of the ids is in a file; in one that is not text, only long ones are looked for."""
+        with path.open("rb") as file:
+            is_text = b"\0" not in file.read(_HEAD)
+            file.seek(0)
+            before, wanted = b"", self._plain if is_text else self._long
+            while block := file.read(_BLOCK):
+                data = before + block
+                if self._has(data, bool(before), wanted):
+                    return True
+                before = data[-self._overlap :]
+        return False
+
+    def _has(self, data: bytes, is_later: bool, plain: set[bytes]) -> bool:
+        """True if one of the ids is in a block. is_later: its start was seen at the end of the one before."""
+        if plain and any(one[0] in plain for one in _matches(_WORD, data, is_later)):
+            return True
+        if self._numbers and any(one[1] in self._numbers for one in _matches(_NUMBER, data, is_later)):
+            return True
+        return any(True for word in self._others for _ in _matches(word, data, is_later))
+
+
+def _matches(pattern: re.Pattern[bytes], data: bytes, is_later: bool) -> Iterator[re.Match[bytes]]:
+    """Matches; without one at the start of a later block, which may be the end of a longer word."""
+    return (match for match in pattern.finditer(data) if match.start() or not is_later)
 
 
 def _table_has(path: Path, texts: pa.Array) -> bool:

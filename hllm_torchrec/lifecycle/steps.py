@@ -19,6 +19,7 @@ from hllm_torchrec.common.seconds import text_of
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.append import append_events, dataset_sources, source_fingerprint
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.pins import pin_version, remove_pin
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.sources.registry import build_source
@@ -91,6 +92,7 @@ def _append(night: Night) -> dict[str, Any]:
         append_events(source, dataset.root, split=split)
         version = version_of_source(Dataset.open(config.dataset), source)
         assert version is not None, "events after the last one are new"
+    pin_version(dataset.root, version, night.work)  # until the run pins it: others may append and prune meanwhile
     return {
         "version": version,
         "start_from": config.start_from if last is None else last.run,
@@ -171,6 +173,7 @@ def train(night: Night) -> dict[str, Any]:
             f"asked to leave after step {trainer.step}, which is saved: start the same command again",
             interrupted=request.interrupted,
         ) from None
+    run_on_rank_zero(lambda: remove_pin(Path(night.config.dataset), night.work))
     return {"run": str(night.run), "steps": trainer.step, "metrics": trainer.metrics}
 
 

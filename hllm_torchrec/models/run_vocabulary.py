@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hllm_torchrec.checkpoint.growth import MODEL
 from hllm_torchrec.checkpoint.layout import read_checkpoint_json
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
@@ -19,7 +22,7 @@ from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import CONTEXT
-from hllm_torchrec.data.item_factors import FACTORS, item_vectors
+from hllm_torchrec.data.item_factors import FACTORS, item_vectors, number_of_vectors
 from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, find_difference, map_problems, row_digests, vector_mark
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
@@ -59,10 +62,7 @@ def experiment_marks(config: Config, dataset: Dataset) -> dict[str, dict[str, An
     def compute() -> dict[str, dict[str, Any]]:
         marks = dataset_marks(dataset)
         names = [name for name in config.data.item_vectors if name != FACTORS]
-        marks |= {
-            f"{VECTORS}{name}": vector_mark(item_vectors(dataset, name), dataset.tombstones.digests(f"{VECTORS}{name}"))
-            for name in names
-        }
+        marks |= {f"{VECTORS}{name}": vector_mark(*_own_vectors(dataset, name)) for name in names}
         return {name: mark.to_json() for name, mark in marks.items()}
 
     return coordination.run_on_rank_zero(compute)
@@ -142,6 +142,12 @@ def _problems(dataset: Dataset, checkpoint: Path, names: list[str]) -> list[str]
 
 
 def _vector_problems(name: str, run: IdMark, dataset: Dataset) -> list[str]:
-    vectors, erased = item_vectors(dataset, name.removeprefix(VECTORS)), dataset.tombstones.digests(name)
+    vectors, erased = _own_vectors(dataset, name.removeprefix(VECTORS))
     found = find_difference(run, vector_mark(vectors, erased), partial(row_digests, vectors, erased=erased))
     return [] if found is None else [f"{name}: rows {found.first} to {found.last - 1} have other numbers here"]
+
+
+def _own_vectors(dataset: Dataset, name: str) -> tuple[NDArray[np.float32], dict[int, bytes]]:
+    """The rows of a file of item vectors, and the digests of those that were erased."""
+    own = item_vectors(dataset, name)[: number_of_vectors(dataset, name)]
+    return own, dataset.tombstones.digests(f"{VECTORS}{name}")

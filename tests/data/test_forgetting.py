@@ -1,5 +1,6 @@
 """Forgetting: a dataset without a user or an item equals one that never had them, in every version, and grows on."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +172,21 @@ def test_rows_of_item_vectors_are_erased_and_runs_still_fit(tmp_path: Path) -> N
     assert vector_mark(found, after.tombstones.digests("vectors/mine")) == vector_mark(vectors)
     assert report.found["rows of vectors"] == 1 and not (root / "tokens").exists()
     assert not any(vectors[number].tobytes() in path.read_bytes() for path in root.rglob("*") if path.is_file())
+
+
+def test_files_that_the_manifest_lists_besides_stay(tmp_path: Path) -> None:
+    """As of `hllm seal`, which lists everything that it finds."""
+    root = prepare(memory_source(tmp_path / "0", some_events(), CATALOGUE), tmp_path / "out")
+    (root / "contract.yaml").write_text("name: shop\n")
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["files"]["contract.yaml"] = {"bytes": 11, "sha256": "0" * 64}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    forget(root, BOTH, erase=True)
+    for version in (1, 2):
+        assert "contract.yaml" in Dataset.open(root, version).manifest["files"]
+        assert not [name for name in listed_files(Dataset.open(root, version).manifest) if name.startswith("sequences")]
+    assert (root / "contract.yaml").is_file() and not (root / "items.parquet").exists()
+    assert not list(bytes_of(root))
 
 
 def test_a_dry_run_finds_the_same_and_changes_nothing(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from hllm_torchrec.data.item_factors import (
     event_values,
     fit_item_factors,
     item_vectors,
+    number_of_vectors,
     scaled_values,
     value_scale,
 )
 from tests.helpers.fixtures import dataset as shop
+from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
 
 QUICK = FactorOptions(factors=2, iterations=3)
 
@@ -88,3 +90,24 @@ def test_missing_and_misshapen_vectors_are_errors(tmp_path) -> None:
     np.save(tmp_path / "vectors" / "images.npy", np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match=r"images.npy: shape \(3, 2\): must be \["):
         item_vectors(dataset, "images")
+
+
+def test_items_that_came_by_appends_read_the_unknown_row_until_the_file_has_them(tmp_path, caplog) -> None:
+    root = prepare_shop(tmp_path)
+    before = Dataset.open(root)
+    vectors = np.random.default_rng(0).normal(size=(before.num_items, 2)).astype(np.float32)
+    (root / "vectors").mkdir()
+    np.save(root / "vectors" / "mine.npy", vectors)
+    assert np.array_equal(item_vectors(before, "mine"), vectors) and number_of_vectors(before, "mine") == len(vectors)
+    after = append_day(tmp_path)
+    found = item_vectors(after, "mine")
+    assert np.array_equal(found[: len(vectors)], vectors) and len(found) == len(vectors) + NEW_ITEMS == after.num_items
+    assert (found[len(vectors) :] == vectors[0]).all() and number_of_vectors(after, "mine") == len(vectors)
+    assert f"mine.npy: the last {NEW_ITEMS} items have no row yet, and read row 0" in caplog.text
+    longer = np.concatenate([vectors, np.ones((NEW_ITEMS, 2), np.float32)])
+    np.save(root / "vectors" / "mine.npy", longer)
+    assert np.array_equal(item_vectors(after, "mine"), longer)
+    assert np.array_equal(item_vectors(Dataset.open(root, 1), "mine"), vectors)
+    np.save(root / "vectors" / "mine.npy", np.concatenate([longer, longer]))
+    with pytest.raises(ValueError, match=r"shape \(\d+, 2\): must be \["):
+        item_vectors(after, "mine")

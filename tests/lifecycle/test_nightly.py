@@ -13,6 +13,7 @@ import torch
 
 from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.pins import pinned_versions
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch import nightly, rollback
 from hllm_torchrec.lifecycle.night_config import NightConfig
@@ -85,6 +86,8 @@ def test_a_done_night_is_not_repeated_and_a_rollback_decides_where_the_next_one_
     assert rollback.main(["--folder", str(world.nights)]) == 0
     assert "current: day-03 (was day-04)" in capsys.readouterr().out
     assert nightly.main(world.words("day-05", "--steps", "append")) == 0
+    assert pinned_versions(world.dataset)[4] == [str(world.nights / "nights" / "day-05")]
+    assert [Path(run).parent.name for run in pinned_versions(after_two.dataset)[3]] == ["runs"]
     facts = world.state("day-05")["append"]
     assert Path(facts["start_from"]).name == "day-03" and facts["version"] == 4
     assert facts["train_since"] == world.state("day-03")["append"]["train_until"]

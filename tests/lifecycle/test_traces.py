@@ -17,6 +17,7 @@ from hllm_torchrec.data.new_item_journal import NewItem, NewItemJournal
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.inference.exposure_store import exposure_content_hashes, exposure_keys
 from hllm_torchrec.launch import forget as command
+from hllm_torchrec.lifecycle import remaining_bytes
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.lifecycle.traces import Place, Target, forget_in_journal, forget_in_store, places
@@ -177,3 +178,24 @@ def test_links_and_other_datasets_are_not_followed(tmp_path: Path) -> None:
     make(tmp_path / "b" / "shop")
     found = [place.path for place in places(tmp_path / "b", Dataset.open(root))]
     assert found == [tmp_path / "b" / "real"]
+
+
+def test_words_are_found_whole_also_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remaining_bytes, "_BLOCK", 16)
+    long = ["longer-than-a-few", "grün@web.de"]
+    cases = {
+        b"x,u7,y": ["u7"], b"u7": ["u7"], b"su7 u70 u7-a _u7": [], b"0123456789 u7 x": ["u7"], b"01234567890123u7": [],
+        b"0123456789012345u7": [], b"ab \0 u7 ": [], b"ab \0 longer-than-a-few ": long, b"a grun@web.de": [],
+        b"padding padding " + "<grün@web.de>".encode(): long, b"\0" * 40 + b"longer-than-a-few\0": long,
+        b"another-longer-than-a-few": [],
+    }  # fmt: skip
+    for number, (data, found) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "file.bin").write_bytes(data)
+        for ids in (["u7"], long, ["u7", *long]):
+            assert bool(list(files_with([folder], ids))) == bool(set(ids) & set(found)), (data, ids)
+    (tmp_path / "0" / "file.bin").write_text('{"7": 7, "rows": [7, 17], "id": "70"}')
+    assert not list(files_with([tmp_path / "0"], ["7"]))
+    (tmp_path / "0" / "file.bin").write_text('{"some": "text", "more": "7"}')
+    assert list(files_with([tmp_path / "0"], ["7"]))
