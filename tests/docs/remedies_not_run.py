@@ -96,6 +96,7 @@ NOT_RUN: dict[str, str] = {
     "--token-file □: must be a file with one line": "the file is to be corrected",
     "others can reach it: give --token-file": "a service",
     "not filled in for a dataset; `hllm init` writes it filled in": "a case runs the command",
+    "--output □: exists; name another file, or delete it first": "the command fetches a model",
     # Help
     "hllm serve": "help and what it prints",
     "measure the latencies of a running `hllm serve`": "help",

@@ -336,8 +336,6 @@ COMMANDS: list[tuple[str, str, str]] = [
      "index --run {run} --checkpoint latest --output {new}"),
     ("nothing to forget: name --user, --users-file, --item or --items-file", "forget --dataset {data}",
      "forget --dataset {data} --user u1"),
-    ("--output □: exists; name another file, or delete it first",
-     "init --task ranking --data {root}/data --output {shop}/mapping.yaml", "init --task ranking --data {root}/data --output {new}"),
     ("--baseline □ was measured on other rows: □ □ there, □ here; AUCs of different rows do not compare: evaluate",
      f"{EVALUATE} --baseline {{judged}}/fewer/metrics-valid.json",
      f"{EVALUATE} --baseline {{judged}}/rows/metrics-valid.json"),
