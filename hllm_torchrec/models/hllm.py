@@ -451,9 +451,7 @@ class HLLM(nn.Module):
             found[task.name] = TaskLoss(raw.detach(), trained)
         return found
 
-    def _generate(
-        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor
-    ) -> InfoNceOutput:
+    def _generate(self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
         exclude = None
         if self.mask_own_items:

@@ -98,7 +98,10 @@ def test_cached_and_live_embeddings_give_the_same_loss(tmp_path: Path, trainer: 
     ("more", "message"),
     [
         ({"objective__item_space": "text"}, "objective.text_similarity: 0.5: needs an Item LLM, objective.item_space"),
-        ({"user__actions": "interleaved", "features__action": True}, "objective.text_similarity: action tokens have no"),
+        (
+            {"user__actions": "interleaved", "features__action": True},
+            "objective.text_similarity: action tokens have no",
+        ),
         ({"item_llm__standardise": True}, "item_llm.standardise: true with item_llm.whiten"),
     ],
 )
