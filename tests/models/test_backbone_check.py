@@ -235,3 +235,10 @@ def test_a_user_llm_reads_vectors_of_the_width_that_it_writes(kind: str) -> None
     with pytest.raises(ValueError, match="reads vectors of another width than it writes: give its emb"):
         build_backbone(None, shape, word_embeddings=False)
     build_backbone(None, shape | {"embedding_size": ENCODER["hidden_size"]}, word_embeddings=False)
+
+
+def test_windows_that_the_switch_of_direction_does_not_reach_are_no_user_llm() -> None:
+    shape = ENCODER | MODERN | {"model_type": "modernbert", "local_attention": 128}
+    with pytest.raises(ValueError, match="modernbert as User LLM: .*sees later positions within its windows"):
+        build_backbone(None, shape, word_embeddings=False)
+    build_backbone(None, shape | {"global_attn_every_n_layers": 1}, word_embeddings=False)
