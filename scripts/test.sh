@@ -4,10 +4,11 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/test.sh [--fast | --long] [--no-venv] [PYTEST ARGUMENTS ...]
+usage: bash scripts/test.sh [--fast | --long | --repeat N] [--no-venv] [PYTEST ARGUMENTS ...]
 
   --fast      leave out the tests marked slow
   --long      run the tests marked long, too
+  --repeat N  only the tests that start processes or threads, or hold locks, N times beside two busy processes
   --no-venv   use the Python that $PYTHON names (default: python3) instead of .venv
   --help      this text
 
@@ -30,9 +31,12 @@ check_tree() { # mypy and import-linter on a tree laid out like the wheel, where
     return "$status"
 }
 
-chosen="not long" pytest_args=() install_args=()
-for arg in "$@"; do
+chosen="not long" pytest_args=() install_args=() busy=() repeat=0
+while [ $# -gt 0 ]; do
+    arg=$1
+    shift
     case "$arg" in
+    --repeat) repeat=$1 && shift ;;
     --fast) chosen="not slow and not long" ;;
     --long) chosen="" ;;
     --no-venv) install_args+=(--no-venv) ;;
@@ -52,5 +56,14 @@ echo "== ruff"
 echo "== mypy"
 check_tree
 echo "== pytest"
+if [ "$repeat" -gt 0 ]; then
+    for _ in 1 2; do nice "$python" -c "while True: pass" & busy+=($!); done
+    trap 'kill "${busy[@]}"' EXIT
+    for ((round = 1; round <= repeat; round++)); do
+        echo "== round $round of $repeat"
+        OMP_NUM_THREADS=1 "$python" -m pytest -q -m "processes and not long" "${pytest_args[@]}"
+    done
+    exit
+fi
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
 exec "$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}"

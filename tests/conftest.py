@@ -1,10 +1,12 @@
 """Settings of every test run: one thread a process, no network, the same examples each time."""
 
 import gc
+import inspect
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 
 import pytest
 from hypothesis import settings
@@ -20,6 +22,44 @@ gc.disable()  # while the tests are imported, see pytest_collection_finish
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("long", derandomize=False, deadline=None, max_examples=2000, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+BESIDE = {"threading", "subprocess", "multiprocessing", "concurrent.futures", "filelock"}
+BESIDE |= {f"tests.helpers.{name}" for name in ("distributed", "jobs", "processes", "schedules")}
+"""Modules by which a test starts processes or threads, or holds locks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `processes` the tests that use something of `BESIDE`, themselves or by a function of their module."""
+    found: dict[ModuleType, set[str]] = {}
+    for item in items:
+        module = getattr(item, "module", None)
+        if isinstance(item, pytest.Function) and isinstance(module, ModuleType):
+            if module not in found:
+                found[module] = _users_of_beside(module)
+            users = found[module]
+            if users & {item.function.__name__, *item.fixturenames}:
+                item.add_marker(pytest.mark.processes)
+
+
+def _users_of_beside(module: ModuleType) -> set[str]:
+    """Names of the module's functions and fixtures that use something of `BESIDE`, directly or not."""
+    origins = {name: getattr(value, "__module__", None) or name for name, value in vars(module).items()}
+    origins |= {name: value.__name__ for name, value in vars(module).items() if isinstance(value, ModuleType)}
+    users = {name for name, origin in origins.items() if origin in BESIDE}
+    functions = {name: inspect.unwrap(value) for name, value in vars(module).items() if callable(value)}
+    # pytest keeps the function of a fixture in the object that it puts in its place.
+    functions = {name: getattr(value, "_fixture_function", value) for name, value in functions.items()}
+    codes = {name: value.__code__ for name, value in functions.items() if isinstance(value, FunctionType)}
+    used = {name: _names(code) for name, code in codes.items()}
+    while more := {name for name, names in used.items() if name not in users and names & users}:
+        users |= more
+    return users
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return set(code.co_names).union(code.co_varnames[: code.co_argcount], *map(_names, inner))
 
 
 def pytest_collection_finish() -> None:

@@ -4,10 +4,11 @@ Packed attention replaces a model's attention function and mask. A model whose l
 that adds to the mask what the function does not know (windows, position biases, sinks), would let items see one
 another, or give other embeddings, without an error. So before a model is built, a small random one of its config
 encodes texts of several lengths, and is compared, values and gradients, with unpatched transformers that reads them one
-at a time. Of `ARRANGEMENTS` the first that agrees is used. Results are kept for the process.
+at a time. Of `ARRANGEMENTS` the first that agrees is used. Results are kept, see `check_cache`.
 """
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.foreign_files import first_line
+from hllm_torchrec.models.check_cache import keep_result, kept_result
 from hllm_torchrec.models.small_models import (
     NO_WINDOW,
     ROUNDING,
@@ -58,7 +60,7 @@ def text_reading(config: "PreTrainedConfig", causal: bool | None = None) -> Text
         ValueError: transformers cannot run the model on text, the model cannot read in that direction, or no
             arrangement gives its embeddings.
     """
-    return _text_reading(config_key(config), causal)
+    return _kept_text_reading(config_key(config), causal)
 
 
 def check_user_backbone(config: "PreTrainedConfig") -> None:
@@ -67,10 +69,25 @@ def check_user_backbone(config: "PreTrainedConfig") -> None:
     Raises:
         ValueError: they differ, or the model cannot be causal.
     """
-    _check_user(config_key(config))
+    _kept_check_user(config_key(config))
 
 
 @functools.lru_cache(maxsize=64)
+def _kept_text_reading(key: str, causal: bool | None) -> TextReading:
+    found = kept_result("text", key, causal)
+    if not isinstance(found, dict) or found.keys() != {"arrangement", "causal"}:
+        found = dataclasses.asdict(_text_reading(key, causal))
+        keep_result(found, "text", key, causal)
+    return TextReading(**found)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_check_user(key: str) -> None:
+    if kept_result("user", key) is None:
+        _check_user(key)
+        keep_result(True, "user", key)
+
+
 def _text_reading(key: str, causal: bool | None) -> TextReading:
     with apart():
         config = small_config(key)
@@ -96,7 +113,6 @@ def _text_reading(key: str, causal: bool | None) -> TextReading:
         )
 
 
-@functools.lru_cache(maxsize=64)
 def _check_user(key: str) -> None:
     with apart():
         wide = small_config(key, window=NO_WINDOW)
@@ -115,9 +131,11 @@ def _check_user(key: str) -> None:
                     f"{wide.model_type} as User LLM: reads in both directions, and transformers cannot change it: "
                     f"{_DECODERS}"
                 ) from None
-        problem = _user_difference(wide)
+        narrow = directed(small_config(key), True)
+        # ModernBERT's switch of direction does not reach its windows, within which it sees later positions.
+        is_causal = reads_causally(plain_model(narrow))
+        problem = _user_difference(wide) if is_causal else "it sees later positions within its windows"
         if problem is None:
-            narrow = directed(small_config(key), True)
             # A window must be applied, or refused where a history is longer; a mask alone is lost when packed.
             problem = _user_difference(narrow, refusal_is_fine=True)
         if problem is not None:

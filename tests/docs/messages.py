@@ -13,30 +13,33 @@ HELP = ("help", "prog", "description", "epilog", "usage", "example")
 """Arguments that hold help, not messages."""
 
 
-@cache
 def messages(*, with_help: bool = True) -> list[tuple[str, str]]:
     """(file:line, text) of every text in the source that is no documentation, with GAP for values."""
-    return list(_messages(with_help))
+    return [(place, text) for place, text, is_help in _texts() if with_help or not is_help]
 
 
-def _messages(with_help: bool) -> Iterator[tuple[str, str]]:
+@cache
+def _texts() -> list[tuple[str, str, bool]]:
+    """(file:line, text, whether it is help)."""
+    return list(_found())
+
+
+def _found() -> Iterator[tuple[str, str, bool]]:
     for folder in FOLDERS:
         for file in sorted({*(ROOT / folder).rglob("*.py")} - {ROOT / "hllm_torchrec" / "_moved.py"}):
             tree = ast.parse(file.read_text())
-            inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-            left_out = inside if with_help else inside | _help(tree)
-            for node in ast.walk(tree):
-                if id(node) in left_out:
-                    continue
+            nodes, of_help, documentation = list(ast.walk(tree)), _help(tree), _documentation(tree)
+            inside = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+            for node in nodes:
                 place = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
                 if isinstance(node, ast.JoinedStr):
-                    yield place, "".join(str(p.value) if isinstance(p, ast.Constant) else GAP for p in node.values)
+                    parts = (str(p.value) if isinstance(p, ast.Constant) else GAP for p in node.values)
+                    yield place, "".join(parts), id(node) in of_help
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    if id(node) not in _documentation(tree):
-                        yield place, node.value
+                    if id(node) not in inside and id(node) not in documentation:
+                        yield place, node.value, id(node) in of_help
 
 
-@cache
 def _documentation(tree: ast.Module) -> frozenset[int]:
     """Texts that are statements: docstrings of modules, classes, functions and fields."""
     return frozenset(id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr))

@@ -18,7 +18,7 @@ from tests.docs.test_pages import options
 
 COMMAND = re.compile(r"\bhllm ([a-z][\w-]+)((?: +(?:--?[a-z][\w.-]*|\[?[^\s`,;:()]+))*)")
 OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9_.-]*[a-z0-9])")
-OTHER_PROGRAMS = re.compile(r"torchrun|torchx|install\.sh")
+OTHER_PROGRAMS = re.compile(r"torchrun|torchx|install\.sh|vllm serve")
 SETTING = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)+)(?:: ([a-z_]+)\b)?")
 
 

@@ -108,6 +108,8 @@ def expected(frame: pd.DataFrame) -> dict[str, float]:
     order = {value: place for place, value in enumerate(sorted(set(exact)))}
     rank = np.array([order[value] for value in exact], float)
     chance = kept["probability"].to_numpy()
+    if not len(kept):
+        return {"rows": 0, "auc": math.nan, "log_loss": math.nan}
     both = 0 < label.sum() < len(label)
     within, mass = [], []
     for _, place in kept.reset_index(drop=True).groupby("user_id").groups.items():

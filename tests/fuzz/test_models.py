@@ -174,6 +174,7 @@ TARGET = Target(
 
 @FEWER
 @example(("gemma2", 0, "item"))
+@example(("modernbert", 46686, "user"))
 @given(TARGET.inputs)
 def test_states_are_those_of_plain_transformers_or_the_model_is_refused(mutation: Any) -> None:
     check(mutation)

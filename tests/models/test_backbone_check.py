@@ -1,5 +1,6 @@
 """Foreign models give the embeddings of plain transformers, or are refused in one line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from hllm_torchrec.models.backbone_check import _text_reading, check_user_backbone, text_reading
+from hllm_torchrec.models.backbone_check import _kept_text_reading, check_user_backbone, text_reading
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.small_models import is_causal
+from hllm_torchrec.modules.encoders.backbone import TextReading
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.weights.huggingface import save_backbone
 from tests.helpers.fixtures import BERT, LLAMA, enlarge
@@ -174,9 +176,36 @@ def test_the_check_leaves_random_numbers_alone_and_runs_once() -> None:
     with torch.no_grad(), torch.device("meta"):
         text_reading(config)
     assert torch.equal(before, torch.get_rng_state())
-    misses = _text_reading.cache_info().misses
+    misses = _kept_text_reading.cache_info().misses
     text_reading(config)
-    assert _text_reading.cache_info().misses == misses
+    assert _kept_text_reading.cache_info().misses == misses
+
+
+def test_a_check_that_passed_is_kept_on_disk_and_a_damaged_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HLLM_CACHE", str(tmp_path))
+    config = AutoConfig.for_model(**(LLAMA | {"rms_norm_eps": 4e-6}))
+
+    def fresh() -> TextReading:
+        _kept_text_reading.cache_clear()
+        return text_reading(config)
+
+    found = fresh()
+    (file,) = tmp_path.rglob("*.json")
+    assert fresh() == found == TextReading("packed", True)
+    file.write_text(json.dumps({"arrangement": "padded", "causal": True}))
+    assert fresh().arrangement == "padded"  # it is read, not made again
+    for damaged in ('{"arrangement"', "[]", "{}"):
+        file.write_text(damaged)
+        assert fresh() == found
+    tmp_path.chmod(0o500)
+    check_user_backbone(config)
+    bad = AutoConfig.for_model(**(ENCODER | {"model_type": "deberta-v2"}))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="deberta-v2 as User LLM"):
+            check_user_backbone(bad)
+    tmp_path.chmod(0o700)
 
 
 def test_a_model_that_cannot_be_packed_is_exported_as_a_directory_of_transformers(tmp_path: Path) -> None:
@@ -206,3 +235,10 @@ def test_a_user_llm_reads_vectors_of_the_width_that_it_writes(kind: str) -> None
     with pytest.raises(ValueError, match="reads vectors of another width than it writes: give its emb"):
         build_backbone(None, shape, word_embeddings=False)
     build_backbone(None, shape | {"embedding_size": ENCODER["hidden_size"]}, word_embeddings=False)
+
+
+def test_windows_that_the_switch_of_direction_does_not_reach_are_no_user_llm() -> None:
+    shape = ENCODER | MODERN | {"model_type": "modernbert", "local_attention": 128}
+    with pytest.raises(ValueError, match="modernbert as User LLM: .*sees later positions within its windows"):
+        build_backbone(None, shape, word_embeddings=False)
+    build_backbone(None, shape | {"global_attn_every_n_layers": 1}, word_embeddings=False)

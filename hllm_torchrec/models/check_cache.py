@@ -1,0 +1,51 @@
+"""Results of the checks of foreign models, kept in this host's cache: comparing small models takes seconds.
+
+A result holds for a config with the same code: that of this library which the check compares, transformers and torch.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hllm_torchrec.models
+import hllm_torchrec.modules
+from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.hashing import hash_json, hash_texts
+from hllm_torchrec.common.urls import cache_folder
+
+FILES = ("backbone_check.py", "small_models.py", "check_cache.py")
+
+
+def kept_result(check: str, *facts: Any) -> Any:
+    """The JSON value of a check of a config (its facts) that passed here before; None if none did."""
+    try:
+        return json.loads(_path(check, facts).read_text())
+    except (OSError, ValueError):  # not there, unreadable or half a file: the check is made again
+        return None
+
+
+def keep_result(value: Any, check: str, *facts: Any) -> None:
+    """Keep the value, which is not None, of a check that passed; without effect if the cache cannot be written."""
+    path = _path(check, facts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(value))
+    except OSError:
+        return
+
+
+def _path(check: str, facts: tuple[Any, ...]) -> Path:
+    return cache_folder("checks of models") / f"{hash_json([check, *facts, _code()])[:32]}.json"
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the versions and the source of what a check compares."""
+    import transformers
+
+    own = [Path(hllm_torchrec.models.__file__).parent / name for name in FILES]
+    own += sorted(Path(hllm_torchrec.modules.__file__).parent.rglob("*.py"))
+    return hash_texts([transformers.__version__, torch.__version__, *(file.read_text() for file in own)])
