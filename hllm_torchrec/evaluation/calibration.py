@@ -119,8 +119,14 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
 
 def _fit(method: str, scores: NDArray[np.float64], labels: NDArray[np.bool_], weights: NDArray[Any]) -> Calibrator:
     """Fit one calibrator to logits [n] and labels [n]."""
-    from sklearn.isotonic import IsotonicRegression  # imported here: it takes a second, and only this job needs it
-    from sklearn.linear_model import LogisticRegression
+    try:  # imported here: it takes a second, and only this job needs it
+        from sklearn.isotonic import IsotonicRegression
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ValueError(
+            "fitting a calibration needs scikit-learn: pip install 'scikit-learn>=1.9,<2', or the extra calibrate of "
+            "hllm_torchrec"
+        ) from error
 
     if method == "isotonic":
         fitted = IsotonicRegression(y_min=_LEAST, y_max=1 - _LEAST, out_of_bounds="clip")

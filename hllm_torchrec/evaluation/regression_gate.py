@@ -189,8 +189,9 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path, task: str | None) ->
 def _defined(block: Mapping[str, Any] | None, key: str, what: str) -> Mapping[str, Any]:
     """The block, which must have the metric."""
     if not block or block.get(key) is None:
-        needs = {"auc": "rows of both classes", "xauc": "different labels"}.get(key, "users (--user) of both classes")
-        raise ValueError(f"{what} has no {_NAMES[key]} to compare: it needs {needs}")
+        needs = {"auc": "rows of both classes", "xauc": "different labels"}
+        needs |= {"gauc": "users (--user) with rows of both classes"}
+        raise ValueError(f"{what} has no {_NAMES[key]} to compare: it needs {needs[key]}")
     return block
 
 

@@ -232,6 +232,12 @@ LINES = {
         "--dataset {root}/dataset --url nowhere",
         "--dataset {root}/dataset --rates 1,0",
     ],
+    "calibrate": [
+        "--run {missing}",
+        "--run {root}/half-run",
+        "--run {root}/run --checkpoint {missing}",
+        "--run {root}/run --method plat",
+    ],
     "recommend": ["--run {missing} --user u1", "--run {root}/half-run --user u1", "--run {root}/run --user u1", ""],
     "import-hllm": [
         MODEL,
