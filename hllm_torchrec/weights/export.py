@@ -78,7 +78,10 @@ def export_huggingface(
 
 def _export_sentences(loaded: LoadedRun, folder: Path) -> str | None:
     """Write the directory for sentence-transformers; returns why there is none, or None."""
-    token = trained_item_token(str(folder / "item_llm"), loaded.experiment.hllm.item_llm.width)
+    item_llm = loaded.experiment.hllm.item_llm
+    assert item_llm is not None, "the model has an Item LLM's directory"
+    token = trained_item_token(str(folder / "item_llm"), item_llm.width)
+    assert token is not None, "the directory has its [ITEM] vector"
     try:
         write_sentence_transformers(loaded.experiment, folder / "item_llm", token, folder / FOLDER)
     except ArgumentError as error:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
-from hllm_torchrec.distributed.process_group import init_distributed
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.training.trainer import Trainer
 from tests.helpers import fixtures
@@ -40,13 +39,12 @@ def config(output: Path, **more: Any) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    return train(config(tmp_path_factory.mktemp("text") / "run"))
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    return train(config(tmp_path / "run"))
 
 
 def test_evaluation_scores_are_the_weighted_mean_of_both_cosines(trainer: Trainer) -> None:
-    init_distributed()
     experiment, hllm = trainer.experiment, trainer.hllm
     hllm.eval()
     batch = next(iter(experiment.loader("test", 8).batches(0)))
@@ -86,7 +84,6 @@ def test_training_is_that_of_the_model_without_it(tmp_path: Path, trainer: Train
 
 
 def test_live_embeddings_give_the_user_vectors_of_cached_ones_and_follow_the_statistics(trainer: Trainer) -> None:
-    init_distributed()
     experiment, hllm = trainer.experiment, trainer.hllm
     hllm.eval()
     batch = next(iter(experiment.loader("test", 8).batches(0)))
