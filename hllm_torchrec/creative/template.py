@@ -91,7 +91,7 @@ class _Maker:
         self.rule, self.values, self.offsets, self.base = rule, values, offsets, base
         self.names = ["", *dataset.text([rule.name])[rule.name].to_pylist()]
         self.labels = ["", *dataset.feature_values(rule.feature).to_pylist()]
-        self.dropped = {"fewer than two values": 0, "too few earlier likes": 0, "no earlier like has a value": 0}
+        self.dropped = {"fewer than two values": 0, "too few earlier likes": 0, "none of the latest likes has a value": 0}
 
     def _of(self, item: int) -> Ints:
         found: Ints = self.values[self.offsets[item] : self.offsets[item + 1]]
@@ -109,7 +109,7 @@ class _Maker:
             elif before < self.rule.least:
                 self.dropped["too few earlier likes"] += 1
             elif (text := self._text(own, liked.item_ids[max(0, before - self.rule.recent) : before])) is None:
-                self.dropped["no earlier like has a value"] += 1
+                self.dropped["none of the latest likes has a value"] += 1
             else:
                 for name, value in zip(rows, (user, item, second, text), strict=True):
                     rows[name].append(value)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jobs import ROOT, run_job
 
 from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.data.creative_table import Creatives
@@ -31,7 +32,6 @@ from hllm_torchrec.evaluation.creative_scores import creative_vectors, other_use
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.metrics.bootstrap import user_mean_interval
 from hllm_torchrec.models.assembly import Experiment
-from scripts.experiments.jobs import ROOT, run_job
 
 ARMS: dict[str, list[str]] = {"A": ["--creative.soft.dropout=1.0"], "B": []}
 WRITERS: dict[str, list[str]] = {

@@ -1,0 +1,50 @@
+"""E1 of HLLM-Creator: candidates are scored as texts are, and a table of counts is what it is called."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hllm_torchrec.creative.template import TemplateRule, write_by_template
+from hllm_torchrec.data.creative_table import split_by_user, write_table
+from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
+from hllm_torchrec.training.trainer_setup import build_trainer
+from tests.helpers import creative_fixtures
+from tests.helpers.scripts import bench_module
+from tests.helpers.training_fixtures import config
+
+creator_e1 = bench_module("creator_e1")
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    destroy_distributed()
+
+
+def test_candidates_are_scored_as_the_texts_are(tmp_path: Path) -> None:
+    dataset = creative_fixtures.shop()
+    rows, _ = write_by_template(dataset, TemplateRule(least=1, template="{value}"))
+    of_row = list(split_by_user(rows["raw_user_id"].to_pylist(), (0.5, 0.25, 0.25)))
+    write_table(dataset, "values", {split: rows.filter([one == split for one in of_row]) for split in SPLITS})
+    own = creative_fixtures.settings(creative__data="values", creative__losses__match="0")
+    experiment = build_trainer(config(tmp_path, **own), init_distributed()).experiment
+    known = creative_vectors(experiment, "test")
+    part, chosen = known.loader.part, np.arange(len(known.loader))
+    choices = creator_e1.Choices(experiment, part, np.asarray(known.loader.tokens.rows))
+    right = choices.nll(experiment, known.vectors, torch.from_numpy(~known.known))
+    expected = score_creatives(experiment, "test", ("right",), vectors=known).nll["right"]
+    np.testing.assert_allclose(right[choices.is_right], expected, rtol=1e-4)
+    # The most likely candidate of each text, by a loop.
+    hits = [float(right[(choices.owner == n) & choices.is_right][0] == right[choices.owner == n].min()) for n in chosen]
+    np.testing.assert_allclose(choices.accuracy(right), hits)
+    nats, accuracy = creator_e1.count_table(part, choices)  # counts of the very texts that are scored
+    assert nats.shape == accuracy.shape == (chosen.size,) and nats.mean() < np.log(4) and accuracy.mean() > 0.5
+    found = creator_e1.differences(
+        {"right": nats, "null": nats + 0.5, "count table": nats, "shuffled": nats + 1}, known.user_ids
+    )
+    assert found["null - right"] == pytest.approx([0.5, 0.5, 0.5])
