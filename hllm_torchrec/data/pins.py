@@ -17,6 +17,8 @@ def pin_version(root: Path, version: int, run: Path | str) -> bool:
     text = json.dumps({"run": place, "version": version}) + "\n"
     try:
         path.parent.mkdir(exist_ok=True)
+        for left in path.parent.glob(f".{path.name}-*"):  # of this run, killed while it pinned: only it has this file
+            left.unlink()
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             replace_file(path, text)
     except OSError:  # a read-only dataset: nobody prunes it from here either
