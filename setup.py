@@ -29,6 +29,7 @@ REQUIREMENTS = [
     "pyarrow>=26,<27",
     "PyYAML>=6,<7",
     "safetensors>=0.8,<1",
+    "scikit-learn>=1.9,<2",  # `hllm calibrate` fits isotonic and logistic regressions with it
     "scipy>=1.17,<2",
     "tensorboard>=2.21,<3",  # imported by torch.utils.tensorboard
     "torchx==0.7.0",
@@ -62,7 +63,6 @@ DEV = [
     "pytest>=9.2,<10",
     "pytest-xdist>=3.8,<4",
     "ruff>=0.17.6,<0.18",
-    "scikit-learn>=1.9,<2",  # tests and scripts compare with it
     "setuptools>=77",
     'triton>=3.6,<4; platform_system == "Linux"',
     WANDB,
@@ -105,6 +105,7 @@ setup(
         "hllm_torchrec": ["py.typed"],
         "hllm_torchrec.configs": ["**/*.yaml"],
         "hllm_torchrec.evaluation": ["*.j2"],
+        "hllm_torchrec.serving": ["*.html"],
     },
     install_requires=REQUIREMENTS,
     extras_require={

@@ -13,7 +13,8 @@ from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.manifest import chain_base, listed_files, read_manifest
 from hllm_torchrec.data.pins import pinned_versions, remove_stale_pins
 from hllm_torchrec.data.split import SPLITS
-from hllm_torchrec.data.versions import kept_versions, remove_versions, write_lock
+from hllm_torchrec.data.tombstones import ITEMS, USERS, Tombstones
+from hllm_torchrec.data.versions import kept_versions, remove_superseded, remove_versions, write_lock
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 EXAMPLES = """examples:
@@ -24,7 +25,7 @@ EXAMPLES = """examples:
 ACTIONS = {
     "info": "print the versions, what each added, which runs pin it, and the parts of the newest",
     "compact": "write a version in which all appended events are in one base",
-    "prune": "remove the versions that no run pins, except the newest",
+    "prune": "remove the versions that no run pins, except the newest, and old files with forgotten ids",
 }
 
 
@@ -48,6 +49,8 @@ def info(root: Path) -> str:
         what = f"{counts['events']:,} events, {counts['users']:,} users, {counts['items']:,} items"
         if appends and appends[-1]["version"] == version:
             what += f"; +{manifest['added']['events']:,} events"
+        gone = Tombstones.read(root, manifest)
+        what += "".join(f"; {n.size:,} {name} forgotten" for name in (USERS, ITEMS) if (n := gone.numbers(name)).size)
         runs = "".join(f"; pinned by {run}" for run in pins.get(version, ()))
         lines.append(f"version {version}: {what}; {len(appends)} appends, {size / 1e6:,.1f} MB{runs}")
     lines.append(f"of version {dataset.version}:")
@@ -84,6 +87,7 @@ def prune(root: Path) -> str:
         if first is not None and chain_base(first) is None:  # its runs could not pin it
             pins.setdefault(1, []).append("perhaps runs of an earlier release")
         removed, freed = remove_versions(root, pins.keys())
+        freed += remove_superseded(root)
     kept = ", ".join(f"{version} ({', '.join(runs)})" for version, runs in sorted(pins.items()))
     return f"removed {len(removed)} versions, {freed / 1e6:,.1f} MB" + (f"; pinned: {kept}" if kept else "")
 

@@ -21,7 +21,8 @@ INTERRUPTED = 130
 
 STATUSES = {
     0: "done",
-    1: "another rank failed or was lost; store: a damaged file, an id without a vector; plan: it does not fit",
+    1: "another rank failed or was lost; store: a damaged file, an id without a vector; forget: an id is left; "
+    "plan: it does not fit",
     2: "an error that you can fix, reported in one line: options, configuration, data, a full disk",
     3: "evaluate --baseline: the AUC dropped by more than --max-drop; nightly: the gate refused the night's model",
     4: "evaluate --baseline: the AUC dropped by more, but chance may explain it",

@@ -67,6 +67,12 @@ def build_parser() -> CommandParser:
     gate.add_argument("--baseline", metavar="FILE", help="a metrics.json of the same rows, or the name of a model here")
     gate.add_argument("--max-drop", type=float, help="largest drop of AUC allowed (default: 0)")
     gate.add_argument("--max-gauc-drop", type=float, help="judge GAUC, too: largest drop allowed (default: AUC alone)")
+    gate.add_argument(
+        "--max-task-drop",
+        nargs="+",
+        metavar="TASK=DROP",
+        help="judge further tasks, too: largest drop of AUC (of XAUC for numbers) allowed for each (docs/tasks.md)",
+    )
     gate.add_argument("--on-unsure", choices=("fail", "pass"), help="if chance may explain the drop (default: fail)")
     add_arguments(parser)
     return parser
@@ -247,7 +253,7 @@ def write_results(
 
     artifacts: dict[str, Path] = {}
     limits = {"auc": args.max_drop or 0.0, "gauc": args.max_gauc_drop}
-    verdict = judge(metrics, args.baseline, limits) if args.baseline else None
+    verdict = judge(metrics, args.baseline, limits, _task_limits(args)) if args.baseline else None
     metrics["cautions"] = metric_warnings(metrics, overlap)
     metrics["overlap"] = None if overlap is None else vars(overlap)
     metrics["gate"] = None if verdict is None else verdict.as_json()
@@ -266,6 +272,20 @@ def write_results(
     if verdict is not None:
         say(f"gate: {verdict.text}")
     return verdict
+
+
+def _task_limits(args: argparse.Namespace) -> dict[str, float]:
+    """Task -> largest allowed drop, of `--max-task-drop`. Raises ValueError for an entry that is none."""
+    found = {}
+    for entry in args.max_task_drop or ():
+        task, equals, drop = entry.rpartition("=")
+        try:
+            found[task] = float(drop)
+        except ValueError:
+            equals = ""
+        if not (task and equals):
+            raise ValueError(f"--max-task-drop {entry}: must be TASK=DROP, such as like=0.002")
+    return found
 
 
 def summary(metrics: dict[str, Any]) -> str:

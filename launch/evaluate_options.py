@@ -105,7 +105,7 @@ def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> No
         if getattr(args, option) is not None and args.run is None:
             given = f"--{option} {getattr(args, option)}"
             raise ValueError(f"{given} is of a run; name it with --run-dir, or leave it out")
-    for option in ("max_drop", "max_gauc_drop", "on_unsure"):
+    for option in ("max_drop", "max_gauc_drop", "max_task_drop", "on_unsure"):
         if getattr(args, option) is not None and args.baseline is None:
             raise ValueError(
                 f"--{option.replace('_', '-')} belongs to the regression gate; name its reference with --baseline"

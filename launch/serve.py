@@ -8,8 +8,10 @@ import argparse
 import ipaddress
 import signal
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import say
@@ -53,6 +55,19 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--deadline", type=positive_number, default=1000.0, metavar="MS", help="of a request (default: 1000)"
     )
+    parser.add_argument(
+        "--watch",
+        type=positive_number,
+        metavar="S",
+        help="look for another release so often, and reload",
+    )
+    parser.add_argument(
+        "--max-change",
+        type=positive_number,
+        default=0.5,
+        metavar="P",
+        help="a reload that changes a probability of a recent request by more is refused (default: 0.5)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print no line for each request")
     return parser
 
@@ -71,17 +86,34 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.serving.engine import Engine
     from hllm_torchrec.serving.event_log import EventLog
     from hllm_torchrec.serving.micro_batches import BatchLimits
+    from hllm_torchrec.serving.reload import Reloader, published, watch
     from hllm_torchrec.serving.service import Service
 
     limits = BatchLimits(args.batch, args.wait / 1e3, args.queue, args.deadline / 1e3)
-    with (
-        distributed_device() as device,
-        BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset) as scorer,
-    ):
-        log = EventLog(args.state or args.run / "serving" / "events.sqlite")
-        service = Service(Engine(scorer, log, args.cache * MIB, args.index), limits, token)
-        app = create_app(service, None if args.quiet else say)
-        listen(uvicorn, app, service, args.host, args.port)
+    with distributed_device() as device, closing(EventLog(args.state or default_state(args.run))) as log:
+
+        def load() -> Engine:
+            scorer = BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset)
+            return Engine(scorer, log, args.cache * MIB, args.index)
+
+        service = Service(load(), limits, token)
+        reloader, stop = Reloader(service, load, args.max_change), Event()
+        if args.watch is not None:
+            look = partial(published, args.run, args.checkpoint, args.dataset)
+            Thread(target=watch, args=(reloader, look, args.watch, stop, say), daemon=True).start()
+        listen(uvicorn, create_app(service, None if args.quiet else say, reloader), service, args.host, args.port)
+        stop.set()
+
+
+def default_state(run: Path) -> Path:
+    """File of the events of a service that names none: in the run's folder, or in that of a release's alias.
+
+    Raises:
+        ValueError: the run is at a URL.
+    """
+    if "://" in str(run) or ":/" in str(run):
+        raise ValueError(f"--run {run}: at a URL: give --state, a file of this machine")
+    return run / "serving" / "events.sqlite"
 
 
 def listen(uvicorn, app, service: "Service", host: str, port: int) -> None:  # type: ignore[no-untyped-def]

@@ -47,7 +47,7 @@ class TaskTowers(nn.Module):
         super().__init__()
         self.fusion, self.experts, self.dropout = Fusion(fusion), experts, nn.Dropout(dropout)
         self.outputs = tuple(outputs)
-        tasks, total, tower = len(self.outputs), sum(self.outputs), max(8, hidden // 2)
+        tasks, total, tower = len(self.outputs), sum(self.outputs), max(8, hidden // 4)
         features = width if self.fusion.query_is_target else 3 * width
         self.user_norm = nn.LayerNorm(width)
         if self.fusion.query_is_user:
@@ -55,7 +55,7 @@ class TaskTowers(nn.Module):
             self.dot_scale = nn.Parameter(torch.empty(total))
         self.bottom = nn.Linear(features, hidden * max(experts, 1))
         self.gates = nn.Linear(features, tasks * experts, bias=False) if experts else None
-        self.tower_weight = nn.Parameter(torch.empty(tasks, hidden, tower))
+        self.tower_weight = nn.Parameter(torch.empty(tasks, tower, hidden))
         self.tower_bias = nn.Parameter(torch.empty(tasks, tower))
         self.out_weight = nn.Parameter(torch.empty(total, tower))
         self.out_bias = nn.Parameter(torch.empty(total))
@@ -68,7 +68,7 @@ class TaskTowers(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialize the parameters of this module itself; the layers inside reset themselves."""
-        for weight, fan_in in ((self.tower_weight, self.tower_weight.shape[1]), (self.out_weight, None)):
+        for weight, fan_in in ((self.tower_weight, self.tower_weight.shape[2]), (self.out_weight, None)):
             bound = 1 / math.sqrt(fan_in or self.out_weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
         nn.init.zeros_(self.tower_bias)
@@ -116,10 +116,13 @@ class TaskTowers(nn.Module):
     def _towers(self, shared: Tensor) -> Tensor:
         """Outputs [X, O] of the towers; the last layer in at least float32, as in `PredictionHead`."""
         if shared.shape[1] == 1:  # one product for all tasks
-            first = torch.einsum("xh,kht->xkt", shared[:, 0], self.tower_weight)
+            flat = F.linear(shared[:, 0], self.tower_weight.flatten(0, 1), self.tower_bias.flatten())
+            first = flat.unflatten(-1, self.tower_bias.shape)
         else:
-            first = torch.einsum("xkh,kht->xkt", shared, self.tower_weight)
-        hidden = self.dropout(F.silu(first + self.tower_bias))[:, self.task_of_output]
+            first = torch.einsum("xkh,kth->xkt", shared, self.tower_weight) + self.tower_bias
+        hidden = self.dropout(F.silu(first))
+        if len(self.outputs) < sum(self.outputs):  # a tower with several outputs is read by each of them
+            hidden = hidden[:, self.task_of_output]
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return (widen(hidden) * widen(self.out_weight)).sum(dim=-1) + widen(self.out_bias)
 

@@ -9,7 +9,16 @@ from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.schema import Config
 
 DATASET = "data.dataset"
-INPUTS = (DATASET, "item_llm.pretrained", "item_llm.tokenizer", "item_llm.store", "user.pretrained", "start_from")
+INPUTS = (
+    DATASET,
+    "item_llm.pretrained",
+    "item_llm.tokenizer",
+    "item_llm.store",
+    "user.pretrained",
+    "creative.pretrained",
+    "creative.tokenizer",
+    "start_from",
+)
 """Dotted fields with the path of something that a run reads; any of them but `data.dataset` may be None."""
 OPTION = {DATASET: "; name the directory with --dataset"}
 

@@ -13,8 +13,6 @@ ENCODER = ".cache/models/all-minilm-l6-v2"
 TEXT_LENGTHS = (32, 64, 128, 256)
 """Values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
 TOKENS_PER_WORD = 1.5
-WHOLE_CATALOGUE, SAMPLED_NEGATIVES = 16_384, 4_096
-"""Items up to which every one is a negative of each step of a retrieval model, and the number drawn from more."""
 MANY_USERS = 16_384
 """Users from which a retrieval model's steps read four times as many of them."""
 EVENTS_READ = 1_600_000
@@ -95,15 +93,10 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
         names = list(facts.item_features)
         yield Choice("data.item_features", names, f"items have {', '.join(names)}")
     size = 32 if facts.users < MANY_USERS else 128
-    yield Choice("data.batch_users", size, f"there are {facts.users:,} users; a step's cost is that of the catalogue")
+    yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
     events = facts.exposures / max(facts.users, 1)
     length = 50 if events <= 25 else 200
     yield Choice("data.max_history", length, f"a user has {events:.0f} training events on average")
-    if facts.items <= WHOLE_CATALOGUE:
-        why = f"a softmax over all {facts.items:,} items of the catalogue is affordable"
-        yield Choice("objective.negatives", max(facts.items, 1), why)
-    else:
-        yield Choice("objective.negatives", SAMPLED_NEGATIVES, f"{facts.items:,} items are too many for each step")
     epochs = min(max(round(EVENTS_READ / max(facts.exposures, 1)), 4), 32)
     stages = [{"name": "cached items" if any(facts.words.values()) else "ids", "epochs": epochs}]
     if any(facts.words.values()):

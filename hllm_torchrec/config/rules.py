@@ -7,6 +7,7 @@ from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.config.bounds import out_of_bounds
 from hllm_torchrec.config.checking import dataclass_problems
+from hllm_torchrec.config.creative import CREATIVE_BOUNDS, creative_problems
 from hllm_torchrec.config.eval_protocols import protocol_problems
 from hllm_torchrec.config.extensions import encoder_shape, shape_bounds
 from hllm_torchrec.config.table_optimizers import table_optimizer_problems
@@ -14,7 +15,7 @@ from hllm_torchrec.config.table_optimizers import table_optimizer_problems
 if TYPE_CHECKING:
     from hllm_torchrec.config.schema import Config, StageConfig
 
-LLM_SECTIONS = ("item_llm", "user")
+LLM_SECTIONS = ("item_llm", "user", "creative")
 """Sections that describe an LLM (`user`: or another user encoder)."""
 
 LORA_BOUNDS = {
@@ -56,6 +57,7 @@ BOUNDS = {
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
     "objective.text_similarity": ">= 0",
+    "objective.text_decay": ">= 0, <= 1",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
     "objective.head_dropout": ">= 0, < 1",
@@ -63,6 +65,7 @@ BOUNDS = {
     "optim.lr": ">= 0",
     "optim.item_llm_lr": ">= 0",
     "optim.user_lr": ">= 0",
+    "optim.creative_lr": ">= 0",
     "optim.table_lr": ">= 0",
     "optim.weight_decay": ">= 0",
     "optim.warmup": ">= 0, <= 1",
@@ -79,6 +82,7 @@ BOUNDS = {
     "reliability.max_skipped": ">= 0",
     "reliability.leakage_above": "> 0.5, <= 1",
     **LORA_BOUNDS,
+    **CREATIVE_BOUNDS,
 }
 """Dotted field -> range of its value; None is always valid."""
 
@@ -101,6 +105,7 @@ def config_problems(config: "Config") -> list[str]:
         *lora_problems(config),
         *_encoder_problems(config),
         *_objective_problems(config),
+        *creative_problems(config),
         *_task_problems(config),
         *protocol_problems(config),
     ]

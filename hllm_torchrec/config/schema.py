@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.creative import CreativeConfig
+from hllm_torchrec.config.lora import LoRAConfig
 from hllm_torchrec.config.rules import config_problems
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -34,21 +36,6 @@ class ReliabilityConfig:
     no_checkpoint_left: Literal["stop", "begin"] = "stop"
     """If a resumed run finds only damaged checkpoints: stop with an error, or start from scratch and leave them in
     the directory."""
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters on an LLM with frozen base weights: W x + alpha / rank * B A x."""
-
-    rank: int = 0
-    """Rank of the adapters; 0: no adapters, the LLM's weights are trained."""
-    alpha: float = 16.0
-    """Adapters add alpha / rank times their product. They are initialized to a zero update."""
-    dropout: float = 0.0
-    """Dropout probability of the adapter input."""
-    targets: tuple[str, ...] = ()
-    """Last name components of the linear layers that get adapters, such as [q_proj, v_proj]; empty: all linear layers
-    of the LLM."""
 
 
 @dataclass(frozen=True)
@@ -315,9 +302,11 @@ class ObjectiveConfig:
     """Vector space in which the generative loss compares items. text: only E of the Item LLM, as in the paper;
     features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
     text_similarity: float = 0.0
-    """Above 0: also compare an item's text embedding, in its full width, with the decayed mean of those of the history;
-    the initial weight of that cosine beside the learned one (`hllm_torchrec.modules.features.text_similarity`). Weight
-    and decay are learned. Needs the item space features; best with item_llm.whiten."""
+    """Above 0: retrieval also compares an item's text embedding, in its full width, with the decayed mean of those of
+    the history; the weight of that cosine beside the learned one. It is not trained and does not change training: see
+    `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with item_llm.whiten."""
+    text_decay: float = 0.7
+    """Weight of an event's text in that mean relative to the event after it."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
@@ -385,6 +374,8 @@ class OptimConfig:
     """Learning rate of the Item LLM (the paper's setting)."""
     user_lr: float | None = None
     """Learning rate of the user encoder; none given: `lr`."""
+    creative_lr: float | None = None
+    """Learning rate of the Creative LLM; none given: `lr`, which its soft prompt always has."""
     table_lr: float = 0.05
     """Learning rate of sharded tables."""
     table_optimizer: str = "rowwise_adagrad"
@@ -505,6 +496,8 @@ class Config:
     """Hybrid features."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
+    creative: CreativeConfig = field(default_factory=CreativeConfig)
+    """Personalized texts of items."""
     stages: tuple[StageConfig, ...] = (StageConfig(name="end to end"),)
     """Training stages, run in sequence."""
     optim: OptimConfig = field(default_factory=OptimConfig)

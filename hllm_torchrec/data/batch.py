@@ -22,6 +22,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from hllm_torchrec.data.creative_batch import CreativeBatch
+
 
 @dataclass
 class HybridBatch(Pipelineable):
@@ -96,6 +98,12 @@ class HybridBatch(Pipelineable):
     """[F] history items before Stochastic Length removes any; None without Stochastic Length (item_ids then)."""
     full_history_offsets: Tensor | None = None
     """[B+1] boundaries of the pieces in F, or None."""
+    request_query: Tensor | None = None
+    """[N] index in Q of the query of each request beside the exposures (`Piece.requests`); None without any."""
+    request_index: Tensor | None = None
+    """[N] index into unique_items of the item of each request, or None."""
+    creative: CreativeBatch | None = None
+    """Texts of the requests, or None."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "HybridBatch":
         """A copy on `device`."""

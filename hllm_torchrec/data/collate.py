@@ -41,8 +41,8 @@ class _View:
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
     targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that were
-    kept where each is from. The other names are those of `HybridBatch`;
-    `target_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
+    kept where each is from; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
+    `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
     history: Events
@@ -60,6 +60,8 @@ class _View:
     evidence: Floats
     rates: Floats
     full_history_items: Ints
+    requests: Events
+    request_query: Ints
 
 
 class Collator:
@@ -139,6 +141,10 @@ class Collator:
             **{name: getattr(view, name) for name in _BATCH_FIELDS},
             **_unique_items(view, negatives),
         }
+        if len(view.requests):
+            arrays["request_query"] = view.request_query
+        else:
+            del arrays["request_index"]
         if self.stochastic_length is not None:
             arrays |= {
                 "full_history_items": view.full_history_items,
@@ -188,20 +194,23 @@ class Collator:
         targets, rates = drawn_exposures(piece, spec.negative_rate if self.training else 1.0, (self.seed, epoch))
         order = times if spec.visibility == "second" else np.arange(len(piece))
         delay = spec.feedback_delay
-        visible = visible_before(order[eligible], order[targets] - delay)
+        requests = Events.at([]) if piece.requests is None else piece.requests
+        assert not len(requests) or spec.visibility == "second", "a request has a second, no position"
+        asked = piece[targets] if not len(requests) else Events.concat([piece[targets], requests])
+        visible = visible_before(order[eligible], np.concatenate([order[targets], requests.timestamps]) - delay)
         next_rows, next_items = self._generative(piece, eligible)
         # Drop the events after the last one that a query sees or that predicts a next item: no output depends on them.
         seen = eligible[: max(int(visible.max(initial=0)), int(next_rows.max(initial=-1)) + 1)]
-        queries, query_of_target = self._queries(piece[targets], visible)
+        queries, query_of = self._queries(asked, visible)
         read = self._read(piece, times[seen], epoch)
         view = _View(
             history=piece[seen[read]],
             # The time of the following eligible event; the last one has no successor and repeats its own time.
             next_times=times[np.append(eligible[1:], eligible[-1:])[read]],
-            queries=piece[targets[queries]],
+            queries=asked[queries],
             # From counts in `eligible` to counts in `read`: "left" is the number of read events before the limit.
             query_visible=np.searchsorted(read, visible[queries], side="left"),
-            target_query=query_of_target,
+            target_query=query_of[: targets.size],
             targets=piece[targets],
             target_values=scaled_values(piece.labels[targets], piece.actions[targets], self._value_scale),
             positions=targets + piece.offset,
@@ -209,12 +218,27 @@ class Collator:
             # The last read event at or before the row; there is one, because `read` always contains event 0.
             next_rows=np.searchsorted(read, next_rows, side="right") - 1,
             next_items=next_items,
-            numeric=numeric_columns(spec.numeric_features, times, piece.labels, targets, delay)[queries],
+            numeric=self._numeric_of(piece, targets, requests)[queries],
             evidence=self._evidence(piece, targets),
             rates=rates,
             full_history_items=piece.item_ids[seen],
+            requests=requests,
+            request_query=query_of[targets.size :],
         )
         return _interleaved(view) if spec.interleaved else view
+
+    def _numeric_of(self, piece: Piece, targets: Ints, requests: Events) -> Floats:
+        """[X + N, F] numeric features of the exposures `targets` [X] and then of the requests [N] of a piece."""
+        names, delay = self.spec.numeric_features, self.spec.feedback_delay
+        found = [numeric_columns(names, piece.timestamps, piece.labels, targets, delay)]
+        for second in requests.timestamps if names else ():
+            # A request is no event: it stands behind the events before it, as the exposure of a nightly job does.
+            before = piece[: visible_before(piece.timestamps, int(second))]
+            times, labels = np.append(before.timestamps, second), np.append(before.labels, np.float32(np.nan))
+            found.append(numeric_columns(names, times, labels, np.array([len(before)]), delay))
+        if not names:
+            found.append(np.empty((len(requests), 0), np.float32))
+        return np.concatenate(found)
 
     def _evidence(self, piece: Piece, targets: Ints) -> Floats:
         """[X, F] evidence of the exposures `targets` [X] of a piece, from the user's complete sequence."""
@@ -407,7 +431,7 @@ def _interleaved(view: _View) -> _View:
 
 def _join(views: Sequence[_View], seq_offsets: Ints, query_offsets: Ints) -> _View:
     """Concatenate the views; row and query indices become indices into the batch."""
-    counted_from = {"target_query": query_offsets, "next_rows": seq_offsets}
+    counted_from = {"target_query": query_offsets, "request_query": query_offsets, "next_rows": seq_offsets}
     joined: dict[str, Any] = {}
     for name in (field.name for field in fields(_View)):
         parts = [getattr(view, name) for view in views]
@@ -425,6 +449,7 @@ def _unique_items(view: _View, negatives: Ints) -> dict[str, Ints]:
         "target_index": view.targets.item_ids,
         "next_index": view.next_items,
         "negative_index": negatives,
+        "request_index": view.requests.item_ids,
     }
     unique, index = np.unique(np.concatenate(list(kinds.values())), return_inverse=True)
     ends = np.cumsum([items.size for items in kinds.values()])

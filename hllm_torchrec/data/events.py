@@ -133,13 +133,14 @@ class Piece(Events):
     """A contiguous range of one user's events; `first_target` is the index in it of the first possible exposure.
 
     offset: index of the range's first event in the user's complete sequence; complete: that sequence, up to the end of
-    the part; None: the range itself.
+    the part; None: the range itself; requests: further requests, at seconds and for items that need not be events.
     """
 
     user_id: int = field(kw_only=True)
     offset: int = field(kw_only=True, default=0)
     first_target: int = field(kw_only=True)
     complete: Events | None = field(kw_only=True, default=None, repr=False)
+    requests: Events | None = field(kw_only=True, default=None, repr=False)
 
     @property
     def exposures(self) -> Ints:

@@ -161,6 +161,24 @@ def crossed_pairs(names: tuple[str, ...]) -> list[tuple[int, int]]:
     return list(combinations_with_replacement(crossed, 2))
 
 
+def standardized(raw: Doubles, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> Doubles:
+    """[X, F] standardized columns of the groups `names`, and products of pairs of them, standardized as well.
+
+    raw: the columns without products; center, spread: of all columns, or without those of products, which then are not
+    standardized.
+    """
+    width, pairs = raw.shape[1], crossed_pairs(names)
+    columns: Doubles = (raw - center[:width]) / spread[:width]
+    if not pairs:
+        return columns
+    bounded = np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR)
+    first, second = np.array(pairs).T
+    products = bounded[:, first] * bounded[:, second]
+    if center.size > width:
+        products = (products - center[width:]) / spread[width:]
+    return np.concatenate([columns, products], axis=1)
+
+
 def fold_of_users(user_ids: Ints) -> Ints:
     """Fold [n] of each user, a function of its id alone."""
     return (hash_columns(user_ids) % np.uint64(FOLDS)).astype(np.int64)
@@ -216,20 +234,8 @@ class Evidence:
             if chosen.any():
                 fit = self.model.fit_without(without)
                 raw = self._raw(events, seen[chosen], items[chosen], seconds[chosen], fit)
-                found[chosen] = self.standardize(raw)
+                found[chosen] = standardized(raw, self.model.center, self.model.spread, self.names)
         return found
-
-    def standardize(self, raw: Doubles) -> Doubles:
-        """[X, F] standardized columns, and the products of pairs of them, standardized as well."""
-        width, pairs = raw.shape[1], crossed_pairs(self.names)
-        center, spread = self.model.center, self.model.spread
-        columns: Doubles = (raw - center[:width]) / spread[:width]
-        if not pairs:
-            return columns
-        bounded = np.clip(columns, -LARGEST_FACTOR, LARGEST_FACTOR)
-        first, second = np.array(pairs).T
-        products = (bounded[:, first] * bounded[:, second] - center[width:]) / spread[width:]
-        return np.concatenate([columns, products], axis=1)
 
     def _raw(self, events: Events, seen: Ints, items: Ints, seconds: Ints, fit: ItemFactors) -> Doubles:
         """[X, F] columns before standardization."""

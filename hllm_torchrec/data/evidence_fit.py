@@ -18,6 +18,7 @@ from hllm_torchrec.data.evidence import (
     EvidenceModel,
     evidence_width,
     fold_of_users,
+    standardized,
     unit_rows,
 )
 from hllm_torchrec.data.item_factors import FactorOptions, fit_factors, training_ratings
@@ -42,7 +43,7 @@ def fit_evidence(
 
     Args:
         names: groups of columns, see `evidence.GROUPS`.
-        text: [N, E] text embeddings of all items, for neighbors; else None.
+        text: [N, E] text embeddings of all items, for neighbors and tastes; else None.
         delay: seconds from an event until it may be seen.
 
     Raises:
@@ -78,25 +79,15 @@ def fit_evidence(
     raw = Evidence(plain, unscaled, statistics, dataset.action_values, text, delay)
     x, y = _training_columns(dataset, raw)
     center, spread = x.mean(0), _spread(x)
-    scaled, ridge = (x - center) / spread, np.full(width, RIDGE)
-    if CROSSES in names:
-        partial = _with_products(unscaled, center, spread, names)
-        products = Evidence(names, partial, statistics, dataset.action_values, None).standardize(x)[:, width:]
-        center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
-        scaled = np.column_stack([scaled, (products - center[width:]) / spread[width:]])
-        ridge = np.append(ridge, np.full(products.shape[1], CROSS_RIDGE))
-    beta = _logistic_regression(scaled, y, ridge)
+    products = standardized(x, center, spread, names)[:, width:]  # as they are: the scales end with the plain columns
+    center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
+    penalties = np.append(np.full(width, RIDGE), np.full(products.shape[1], CROSS_RIDGE))
+    beta = _logistic_regression(standardized(x, center, spread, names), y, penalties)
     return replace(unscaled, center=center, spread=spread, weights=beta[1:], intercept=float(beta[0]))
 
 
 def _spread(x: Doubles) -> Doubles:
     return np.maximum(x.std(0), 1e-6)
-
-
-def _with_products(model: EvidenceModel, center: Doubles, spread: Doubles, names: tuple[str, ...]) -> EvidenceModel:
-    """The model with scales of the plain columns, and products that are not scaled yet."""
-    more = evidence_width(names) - center.size
-    return replace(model, center=np.append(center, np.zeros(more)), spread=np.append(spread, np.ones(more)))
 
 
 def _with_tastes(

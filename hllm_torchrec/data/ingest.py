@@ -122,13 +122,14 @@ def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: 
             table = _required(table, path, column.name, bad, rule, log)
             continue
         bad = (bad | np.isnan(values)) & ~absent
-        table = _handled(log, "nan_label", bad, table, path, lambda i, rule=rule: f"{rule}; it is another value")
-        table = _replaced(table, column.single, _without(table[column.single], np.isnan))
+        # Null before the policy: a row that it keeps has no such label, or unknown context.
+        table = _replaced(table, column.single, pa.array(values, pa.float32(), mask=absent | bad))
+        table = _handled(log, "nan_label", bad, table, path, _says(f"{rule}; it is another value"))
     for label in schema.labels[1:]:
         first, values = table["label"], table[label.column]
         undefined = first.is_null().to_numpy() & values.is_valid().to_numpy()
         problem = f"the label {label.name} is given, and the first label, {schema.labels[0].name}, is not"
-        table = _handled(log, "nan_label", undefined, table, path, lambda _, problem=problem: problem)
+        table = _handled(log, "nan_label", undefined, table, path, _says(problem))
         defined = table["label"].is_valid()
         if label.given is not None:
             condition = table["label" if label.given == schema.labels[0].name else f"{LABEL}{label.given}"]
@@ -137,10 +138,9 @@ def _with_defined_labels(table: pa.Table, path: Path, schema: EventSchema, log: 
     return table
 
 
-def _without(values: pa.ChunkedArray, bad: Callable[[np.ndarray], np.ndarray]) -> pa.Array:
-    """Float values with null for those that `bad` marks."""
-    numbers = values.to_numpy()
-    return pa.array(numbers, values.type, mask=bad(numbers))
+def _says(problem: str) -> Callable[[int], str]:
+    """The same problem for every row."""
+    return lambda _: problem
 
 
 def _required(table: pa.Table, path: Path, name: str, bad: np.ndarray, rule: str, log: BadRowLog) -> pa.Table:

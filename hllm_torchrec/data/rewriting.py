@@ -74,8 +74,8 @@ class Rewriting:
             split = manifest["split"]
             cuts = [split.get("cut_timestamps", []), split.get("cut_orders", [])]
             base = {"folder": "", "event_files": names, "cuts": cuts, "seconds": written["seconds"]}
-        chain = {"schema_version": SCHEMA_VERSION_CHAIN, "version": dataset.version, "parent": None, "appends": []}
-        return {**manifest, **chain, "base": base, "files": files, "seconds": base["seconds"]}
+        chain = {"schema_version": SCHEMA_VERSION_CHAIN, "version": dataset.version, "parent": None, "base": base}
+        return {**manifest, **chain, "appends": [], "files": files, "seconds": base["seconds"]}
 
     def with_tombstones(self, manifest: dict[str, Any], version: int, tombstones: Tombstones) -> dict[str, Any]:
         """The manifest of a version with its tombstones in a file."""
@@ -113,11 +113,11 @@ class Rewriting:
                 relative = name.removeprefix(old["folder"]).lstrip("/")
                 self._write(name, f"{place}/{relative}", tables.get(name), manifest)
         events = []
-        for number, (name, file) in enumerate(files.items()):
+        for number, (name, opened) in enumerate(files.items()):
             new, mask = f"{place}/{EVENTS}/part-{number:05d}.arrow", keep[name]
             if mask is None:
                 self._write(name, new, None, manifest)
-            elif not _write_kept(self._folder / new, file, mask, removed):
+            elif not _write_kept(self._folder / new, opened, mask, removed):
                 continue
             else:
                 self._fact(f"{self.name}/{new}")

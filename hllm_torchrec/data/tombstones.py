@@ -52,8 +52,8 @@ class Tombstones:
 
     def write(self, path: Path) -> None:
         """Write the file."""
-        columns = list(zip(*self.rows)) or [[], [], []]
-        pq.write_table(pa.table([pa.array(one, f.type) for one, f in zip(columns, _SCHEMA)], schema=_SCHEMA), path)
+        rows = [dict(zip(_SCHEMA.names, row, strict=True)) for row in self.rows]
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
 
     def __bool__(self) -> bool:
         return bool(self.rows)

@@ -106,6 +106,9 @@ def describe_predictions(
         if probability is None and score == "score" and has_values(files[name], "probability"):
             probability = "probability"  # with a score of another name, `probability` may belong to another model
         models.append(PredictionModel(name, (path,), score, None if probability == NONE else probability))
+        # A calibrated run is shown before and after: its scores are the same.
+        if probability == "probability" and has_values(files[name], "raw_probability"):
+            models.append(PredictionModel(f"{name} (not calibrated)", (path,), score, "raw_probability"))
     found = column_names(next(iter(files.values()))[0])
     usual = {field: column for field, column in STANDARD_COLUMNS.items() if column in found}
     named = {field: column for field, column in (usual | dict(columns or {})).items() if column != NONE}

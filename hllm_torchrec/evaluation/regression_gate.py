@@ -15,7 +15,7 @@ EXIT_STATUS = {"pass": 0, "fail": 3, "unsure": 4}
 """Exit status by verdict; 2 is for usage errors, such as a baseline of other rows, 1 for a crash."""
 
 
-_NAMES = {"auc": "AUC", "gauc": "GAUC"}
+_NAMES = {"auc": "AUC", "gauc": "GAUC", "xauc": "XAUC"}
 _SEVERITY = ("pass", "unsure", "fail")
 
 
@@ -47,21 +47,40 @@ class Verdict:
         return content | {"drop": self.drop, "drop_low": low, "drop_high": high}
 
 
-def judge(metrics: Mapping[str, Any], baseline: str, limits: Mapping[str, float | None]) -> Verdict:
+def judge(
+    metrics: Mapping[str, Any],
+    baseline: str,
+    limits: Mapping[str, float | None],
+    tasks: Mapping[str, float] | None = None,
+) -> Verdict:
     """The worst verdict of `compare_with_baseline` over metrics, with the texts of all.
 
-    limits: "auc" or "gauc" -> largest allowed drop; None: the metric is not judged.
+    limits: "auc" or "gauc" -> largest allowed drop; None: the metric is not judged. tasks: further task -> largest
+    allowed drop of its AUC, or of its XAUC if it predicts numbers.
 
     Raises:
-        ValueError: as `compare_with_baseline`.
+        ValueError: as `compare_with_baseline`; a task that was not evaluated.
     """
     found = [compare_with_baseline(metrics, baseline, limit, key) for key, limit in limits.items() if limit is not None]
+    for task, limit in (tasks or {}).items():
+        own = _of_task(metrics, task, "the evaluation")
+        key = "auc" if own["tasks"][task]["kind"] == "binary" else "xauc"
+        found.append(compare_with_baseline(own, baseline, limit, key, task))
     worst = max(found, key=lambda verdict: _SEVERITY.index(verdict.status))  # the first of equals
     return replace(worst, text="; ".join(verdict.text for verdict in found))
 
 
+def _of_task(metrics: Mapping[str, Any], task: str, place: object) -> dict[str, Any]:
+    """The content of a `metrics.json` with the models of a further task in the place of the first label's."""
+    tasks = metrics.get("tasks") or {}
+    if task not in tasks:
+        has = ", ".join(tasks) or "none"
+        raise ValueError(f"--max-task-drop: {place} has no task {task!r}{did_you_mean(task, tasks)}; it has {has}")
+    return {**metrics, **tasks[task]}
+
+
 def compare_with_baseline(
-    metrics: Mapping[str, Any], baseline: str | Path, max_drop: float, key: str = "auc"
+    metrics: Mapping[str, Any], baseline: str | Path, max_drop: float, key: str = "auc", task: str | None = None
 ) -> Verdict:
     """Compare the AUC or GAUC of the reference model of `metrics` with a baseline's.
 
@@ -71,14 +90,15 @@ def compare_with_baseline(
             (too wide, because both must have scored the same rows); or the name of another model in `metrics`,
             whose rows are paired.
         max_drop: maximum allowed drop (in 0..1: 0.001 is a tenth of a percentage point), >= 0.
-        key: "auc" or "gauc".
+        key: "auc", "gauc", or "xauc", which has no interval: a drop above the allowed one is never more than unsure.
+        task: further task whose models `metrics` has; None: the first label.
 
     Raises:
         ValueError: max_drop is negative or NaN, the baseline does not exist or has other rows, or a metric is
             undefined.
     """
     if not max_drop >= 0:  # also refuses NaN
-        option = "--max-drop" if key == "auc" else "--max-gauc-drop"
+        option = "--max-task-drop" if task else "--max-drop" if key == "auc" else "--max-gauc-drop"
         raise ValueError(f"{option} {max_drop}: must be 0 or more, in {_NAMES[key]}, e.g. 0.001")
     name, other_name = metrics["reference"], str(baseline)
     own = _defined(metrics["models"].get(name), key, f"the model {name!r}")
@@ -86,11 +106,14 @@ def compare_with_baseline(
     if other_name == name:
         raise ValueError(f"--baseline {baseline} is the model to be judged itself; name another of the comparison")
     with nullcontext() if paired else read_fields(Path(baseline)):
-        block = metrics["models"][other_name] if paired else _baseline_block(metrics, Path(baseline))
+        block = metrics["models"][other_name] if paired else _baseline_block(metrics, Path(baseline), task)
         other = _defined(block, key, f"the model {other_name!r}" if paired else other_name)
-        pair = metrics["paired"][other_name] if paired else None
-        interval, how = _paired_interval(pair, key) if pair is not None else _interval(own, other, key)
-        return _verdict(key, (name, own[key]), (other_name, other[key]), interval, max_drop, how)
+        pair = metrics["paired"][other_name] if paired and key != "xauc" else None
+        interval, how = (math.nan, math.nan), ""
+        if key != "xauc":
+            interval, how = _paired_interval(pair, key) if pair is not None else _interval(own, other, key)
+        judged = name if task is None else f"{task} by {name}"
+        return _verdict(key, (judged, own[key]), (other_name, other[key]), interval, max_drop, how)
 
 
 def _paired_interval(pair: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
@@ -145,12 +168,14 @@ def _verdict(
     return Verdict(baseline[0], max_drop, status, drop, low, high, text)
 
 
-def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+def _baseline_block(metrics: Mapping[str, Any], path: Path, task: str | None) -> Mapping[str, Any] | None:
     """The reference model's block of a baseline `metrics.json`; raises ValueError if it has other rows."""
     if not path.is_file():
         hint = did_you_mean(str(path), metrics["models"])
         raise ValueError(f"--baseline {path} is neither a file nor a compared model{hint}; name a metrics.json")
-    baseline = read_metrics(path)
+    baseline: Mapping[str, Any] = read_metrics(path)
+    if task is not None:
+        baseline = _of_task(baseline, task, path)
     for key in ("split", "rows", "users", "exposures"):
         ours, theirs = metrics.get(key), baseline.get(key)
         if ours != theirs and not (key == "exposures" and None in (ours, theirs)):
@@ -164,7 +189,7 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path) -> Mapping[str, Any]
 def _defined(block: Mapping[str, Any] | None, key: str, what: str) -> Mapping[str, Any]:
     """The block, which must have the metric."""
     if not block or block.get(key) is None:
-        needs = "rows of both classes" if key == "auc" else "users (--user) with rows of both classes"
+        needs = {"auc": "rows of both classes", "xauc": "different labels"}.get(key, "users (--user) of both classes")
         raise ValueError(f"{what} has no {_NAMES[key]} to compare: it needs {needs}")
     return block
 

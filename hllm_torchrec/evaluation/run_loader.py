@@ -19,6 +19,7 @@ from hllm_torchrec.checkpoint.selection import read_checkpoint, run_checkpoint
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.common.machine import machine_info
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.config.loading import config_from_file
 from hllm_torchrec.config.paths import DATASET, missing_paths, set_value, with_found_paths
@@ -29,6 +30,7 @@ from hllm_torchrec.data.evidence import run_evidence
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.distributed import coordination
+from hllm_torchrec.evaluation.calibration import FILE, RunCalibration
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
@@ -169,7 +171,13 @@ def score_run(run: Path, split: str, which: str, device: torch.device, dataset: 
         if hllm.fusion.has_queries:
             predictions = run / "predictions" / split
             cold = experiment.cold_items()
-            save_predictions(score_split(experiment.model, loader, device, cold=cold, show=show), predictions)
+            columns = score_split(experiment.model, loader, device, cold=cold, show=show)
+            calibration = RunCalibration.load(loaded.checkpoint.parent.parent)
+            if calibration is not None and calibration.weights == loaded.fingerprint:
+                columns = calibration.applied(columns)
+            elif calibration is not None and show:
+                say(f"caution: {run / FILE} belongs to other weights: run `hllm calibrate` again to apply it")
+            save_predictions(columns, predictions)
         if measures_retrieval(experiment):
             retrieval = evaluate_retrieval(experiment, loader, show, run / "retrieval" / split)
     return RunScores(predictions, retrieval, _provenance(loaded), experiment.dataset)

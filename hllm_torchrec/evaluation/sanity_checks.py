@@ -1,5 +1,6 @@
 """Sanity checks of evaluation results: warnings, and the overlap of test and training exposures."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
                 f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
                 "that is known only after the label, or training on these rows."
             )
+        found += _off_calibration(name, model, metrics.get("weighted", False))
     found += _alike_rows(metrics)
     left_out = (metrics.get("bootstrap") or {}).get("left_out")
     if left_out:
@@ -65,6 +67,25 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
     if metrics.get("rows_without_weight"):
         found.append(f"{metrics['rows_without_weight']:,} rows of weight 0 were left out.")
     return found
+
+
+def _off_calibration(name: str, model: Mapping[str, Any], weighted: bool) -> list[str]:
+    """A warning if the sum of probabilities differs from the number of positives by more than its 95% interval.
+
+    The sum's error is that of the rows' residuals, sqrt(rows * Brier); with weights, whose squares are not known here,
+    twice as much is allowed.
+    """
+    ratio, brier, positives = (model.get(key) for key in ("calibration", "brier", "positives"))
+    if ratio is None or brier is None or not positives:
+        return []
+    half = 1.96 * (2 if weighted else 1) * math.sqrt(model["rows"] * brier) / positives
+    if abs(ratio - 1) <= half:
+        return []
+    return [
+        f"{name}: calibration {ratio:.3f} is outside its interval around 1 [{1 - half:.3f}, {1 + half:.3f}]: "
+        "probabilities are off; `hllm calibrate` fits them, data.negative_rate and sampling_rate correct thinned-out "
+        "negatives."
+    ]
 
 
 def _alike_rows(metrics: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ The rows are written to `predictions/<split>/part-<rank>.parquet`. The offline j
 model, a baseline and predictions of other programs are evaluated by the same code.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import closing
@@ -22,11 +23,14 @@ from hllm_torchrec.data.predictions import PredictionColumns, join_columns
 from hllm_torchrec.distributed.collectives import global_sum, world_size
 from hllm_torchrec.distributed.preemption import raise_if_preempted
 from hllm_torchrec.distributed.wrappers import unwrap_model
+from hllm_torchrec.evaluation.prediction_layout import find_tasks, label_of
+from hllm_torchrec.evaluation.prediction_layout import task_columns as task_columns_of
 from hllm_torchrec.metrics.approximate_auc import ScoreHistogram
 from hllm_torchrec.metrics.auc import roc_auc
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, distributed_target_ranks, equal_chunks
 from hllm_torchrec.metrics.gauc import gauc
 from hllm_torchrec.metrics.retrieval_metrics import retrieval_metrics
+from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.modules.jagged import offsets_from_lengths
 
@@ -50,6 +54,7 @@ def score_split(
     """
     model.eval()
     hllm, schema = unwrap_model(model), loader.dataset.schema
+    assert isinstance(hllm, HLLM)
     weighted, parts = schema.weighted or schema.sampled, []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:
@@ -104,16 +109,19 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     """AUC, GAUC and log loss of a split over all ranks during training. Collective.
 
     auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
-    maximum error.
+    maximum error. Log loss and the exact AUC are weighted if the rows have weights.
     """
     labels, scores = columns["label"], columns["score"]
     # Log loss of logits without overflow: log(1 + exp(-s)) for positives, log(1 + exp(s)) for negatives.
     signed = np.where(labels > 0.5, -scores, scores).astype(np.float64)
-    loss = np.logaddexp(0, signed).sum()
-    total_loss, rows = global_sum(torch.tensor([loss, float(labels.size)], dtype=torch.float64)).tolist()
-    found = {"log_loss": total_loss / max(rows, 1.0), "rows": rows}
+    losses, weights = np.logaddexp(0, signed), columns.get("weight")
+    sums = [losses.sum(), float(labels.size), float(labels.size)]
+    if weights is not None:
+        sums = [losses @ weights.astype(np.float64), weights.sum(dtype=np.float64), float(labels.size)]
+    total_loss, weight, rows = global_sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+    found = {"log_loss": total_loss / (weight or 1.0), "rows": rows} | quick_task_metrics(columns)
     if auc == "exact":
-        total = roc_auc(labels, scores)  # first: it raises on every rank if a score is NaN
+        total = roc_auc(labels, scores, weights)  # first: it raises on every rank if a score is NaN
         return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores)} | found
     histogram = ScoreHistogram()
     histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
@@ -121,6 +129,24 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     bounded = histogram.auc()
     within = gauc(columns["user_id"], labels, scores)
     return {"auc": bounded.auc, "auc_error": bounded.error, "gauc": within} | found
+
+
+def quick_task_metrics(columns: PredictionColumns) -> dict[str, float]:
+    """Exact AUC of each further binary task, and RMSE of each that predicts numbers, over all ranks. Collective."""
+    found = {}
+    for task, kind in find_tasks(list(columns)).items():
+        score, prediction = task_columns_of(task, kind)
+        labels, weights = columns[label_of(task)], columns.get("weight", np.ones(len(columns["label"]), np.float32))
+        known = ~np.isnan(labels)
+        if kind == "binary":
+            own = weights[known] if "weight" in columns else None
+            found[f"auc_{task}"] = roc_auc(labels[known], columns[score][known], own)
+            continue
+        error = (columns[prediction] - labels)[known].astype(np.float64)
+        sums = torch.tensor([weights[known] @ error**2, weights[known].sum()], dtype=torch.float64)
+        total, weight = global_sum(sums).tolist()
+        found[f"rmse_{task}"] = math.sqrt(total / weight) if weight else math.nan
+    return found
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ of one of them. All of them may be repeated: what is gone is not found again.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def forget_in_store(path: Path, target: Target) -> Trace:
     return Trace(path, f"{STORE} of {part}", int(known.sum()))
 
 
-def _raw_keys(store: EmbeddingStore, raw_ids: list[str]) -> pa.Array:
+def _raw_keys(store: EmbeddingStore, raw_ids: Sequence[str]) -> pa.Array:
     if store.kind == "string":
         return pa.array(raw_ids, pa.large_string())
     return pa.array(plain_numbers(raw_ids), pa.int64())

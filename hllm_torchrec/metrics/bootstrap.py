@@ -58,6 +58,29 @@ def user_bootstrap(
     return {name: np.concatenate(parts) for name, parts in aucs.items()}
 
 
+def user_mean_interval(
+    values: np.ndarray, user_ids: UserIds, draws: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Bounds of the mean of `values` [n] over samples of users, each drawn with all of its rows.
+
+    Differences of two models on the same rows are paired: give the differences as values.
+
+    Raises:
+        ValueError: no rows, or fewer than one draw.
+    """
+    users = as_groups(user_ids, len(values))
+    if draws < 1 or not len(users):
+        raise ValueError(f"{draws} draws of {len(users)} rows; at least one of each is needed; 1000 draws are usual")
+    rows = np.bincount(users).astype(np.float64)
+    sums = np.bincount(users, np.asarray(values, np.float64))
+    random = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for draw in range(draws):
+        weights = _draw_users(random, rows.size)
+        means[draw] = weights @ sums / (weights @ rows)
+    return percentile_interval(means, confidence)
+
+
 def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Bounds of the central share `confidence` of the draws; `nan` draws are ignored, `nan` bounds if all are."""
     kept = draws[~np.isnan(draws)]

@@ -28,6 +28,7 @@ from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.data.batch_spec import BatchSpec, check_batch_spec
 from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.dataset import Dataset, base_rate
 from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
@@ -43,6 +44,7 @@ from hllm_torchrec.distributed.coordination import run_on_each_host
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
+from hllm_torchrec.models.creative_inputs import CreativeInputs
 from hllm_torchrec.models.hllm import HLLM, ContextInputs, item_space
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
@@ -88,6 +90,7 @@ class Experiment:
     """What requests tell; None: nothing that the model reads."""
     frozen_catalogue: Tensor | None = None
     """Embeddings [N, E] of all items that evidence compares, of the frozen Item LLM; None: encode them when needed."""
+    creatives: CreativeInputs | None = None
 
     @property
     def hllm(self) -> HLLM:
@@ -198,6 +201,21 @@ class Experiment:
             timeout=self.config.parallel.timeout,
         )
         return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
+
+    def creative_loader(
+        self, split: str, per_batch: int, *, training: bool = False, max_history: int | None = None
+    ) -> CreativeLoader:
+        """Batches of the creatives of a split on this rank: see `CreativeInputs.loader`."""
+        assert self.creatives is not None, "the configuration has no creatives"
+        return self.creatives.loader(
+            self.batch_spec,
+            split,
+            per_batch,
+            training=training,
+            max_history=max_history,
+            item_vectors=self.item_vectors,
+            context=self.context,
+        )
 
     def cold_items(self) -> NDArray[np.bool_]:
         """[N] items without a training event."""
@@ -323,6 +341,7 @@ def build_experiment(
     problems = [problem for name in encoders for problem in _vocabulary_problems(model, name, encoders[name])]
     if problems:
         raise ConfigError(problems)
+    creatives = CreativeInputs.open(config, dataset, model)
     found, catalogue = open_evidence(config, dataset, model, encoder, live, evidence, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
@@ -331,7 +350,20 @@ def build_experiment(
     initialize_tables(wrapped, config.seed, config.features.init_scale)
     torch.manual_seed(config.seed * 1_000_003 + dist.get_rank() + 1)  # dropout differs between ranks
     return Experiment(
-        config, dataset, spec, device, wrapped, encoders, live, vectors, bases, factors, found, context, catalogue
+        config,
+        dataset,
+        spec,
+        device,
+        wrapped,
+        encoders,
+        live,
+        vectors,
+        bases,
+        factors,
+        found,
+        context,
+        catalogue,
+        creatives,
     )
 
 

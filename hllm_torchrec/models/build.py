@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from hllm_torchrec.common.errors import configured_by
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.config.extensions import encoder_shape, load_user_encoder
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, LoRAConfig, UserEncoderConfig
 from hllm_torchrec.data.evidence import evidence_width
 from hllm_torchrec.models.backbones import build_backbone
 from hllm_torchrec.models.hllm import HLLM, ContextInputs
-from hllm_torchrec.models.model_files import trained_item_token
+from hllm_torchrec.models.model_files import trained_item_token, vocabulary_head
 from hllm_torchrec.models.tasks import Task
 from hllm_torchrec.models.text_format import format_warnings, text_format
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.encoders.user_llm import UserLLM
@@ -72,7 +74,16 @@ def build_model(
     )
     evidence = evidence_width(config.data.evidence)
     width = 0 if item_llm is None else item_llm.width
-    return HLLM(item_llm, width, features, user, config, base_rate, vector_width, evidence, tasks, context)
+    creative = build_creative_llm(config.creative)
+    model = HLLM(item_llm, width, features, user, config, base_rate, vector_width, evidence, tasks, context, creative)
+    if creative is not None:
+        # Its batches have no exposures and no targets: these parts would only decay.
+        unused = ("head", "value_head", "position_bias", "task_log_variances", "logit_scale")
+        for name in (*unused, *(("project_next",) if model.fusion.query_is_user else ())):
+            part = getattr(model, name, None)
+            if part is not None:
+                part.requires_grad_(False)
+    return model
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
@@ -97,6 +108,25 @@ def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, section: str) -> None:
     if lora.rank:
         with configured_by(section):
             add_lora(backbone, lora.rank, lora.alpha, lora.dropout, lora.targets)
+
+
+def build_creative_llm(section: CreativeConfig) -> CreativeLLM | None:
+    """Build the LLM that writes texts; None if it is not enabled."""
+    if not section.enabled:
+        return None
+    with configured_by("creative"):
+        backbone = build_backbone(section.pretrained, section.shape, section.layers)
+        head = vocabulary_head(section.pretrained, backbone)
+        model = CreativeLLM(backbone, head)
+    _adapt(backbone, section.lora, "creative.lora")
+    model.requires_grad_(section.trainable)
+    if section.lora.rank and section.trainable:
+        freeze_base_weights(backbone)
+    if section.freeze_words or section.lora.rank:
+        backbone.get_input_embeddings().requires_grad_(False)
+        if head is not None:
+            head.requires_grad_(False)
+    return model
 
 
 def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:

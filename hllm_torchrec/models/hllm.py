@@ -27,9 +27,11 @@ from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.event_schema import LabelColumn
+from hllm_torchrec.models.creative_head import CreativeHead, CreativeLosses
 from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
 from hllm_torchrec.models.tasks import Task, is_single
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.features.adapter import Adapter
@@ -56,7 +58,7 @@ class HLLMOutput:
     the only one; tasks: of each task by name; value_error: [] weighted sum of squared errors of the auxiliary head, or
     None; generative: the sums of the generative loss, or None; next_items:
     [X, E] predicted next item of every exposure, or None; items: [U, E] or [U, D], detached: the item vectors that the
-    generative loss compares, otherwise the Item LLM's embeddings.
+    generative loss compares, otherwise the Item LLM's embeddings; creative: of a batch of creatives.
     """
 
     logits: Tensor
@@ -66,6 +68,7 @@ class HLLMOutput:
     generative: InfoNceOutput | None
     next_items: Tensor | None
     items: Tensor | None
+    creative: CreativeLosses | None = None
 
     @property
     def classification(self) -> Tensor:
@@ -99,6 +102,7 @@ class HLLM(nn.Module):
         evidence: F, number of evidence columns per exposure.
         tasks: labels to predict, the first label's first; None: it is the only one.
         context: of requests; None: they have none.
+        creative: the LLM that writes texts for users; None for a model without.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class HLLM(nn.Module):
         evidence: int = 0,
         tasks: Sequence[Task] | None = None,
         context: ContextInputs | None = None,
+        creative: CreativeLLM | None = None,
     ) -> None:
         super().__init__()
         objective, context = config.objective, context or ContextInputs()
@@ -153,11 +158,17 @@ class HLLM(nn.Module):
                 self.generative_loss = partial(info_nce, cosine_above=objective.mask_cosine_above)
             self.logit_scale = LogitScale(objective.temperature)
             self.mask_own_items = objective.mask_own_items
-        weight = objective.text_similarity if self.compares_features and item_llm is not None else 0.0
-        self.text_similarity = TextSimilarity(weight) if weight else None
+        self.text_similarity: TextSimilarity | None = None
+        if objective.text_similarity and item_llm is not None:
+            self.text_similarity = TextSimilarity(objective.text_similarity, objective.text_decay)
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
+        self.creative, self.creative_head = creative, None
+        if creative is not None:
+            self.creative_head = CreativeHead(
+                config.creative, self.user_vector_width, item_width, creative.width, creative.word_scale
+            )
         self.item_source: ItemSource | None = None
         """Source of item embeddings; None in an ID-only model."""
 
@@ -191,8 +202,7 @@ class HLLM(nn.Module):
         """One step; `want_next` also returns the predicted next item of every exposure (evaluation)."""
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, target_XD, of_features = self._encode_users(batch, items)
-        compared = self._with_texts(of_features, batch.unique_items, items) if self.compares_features else items
-        texts_TE = self._history_texts(batch, items)
+        compared = of_features if self.compares_features else items
         logits, outputs, tasks, value_error = self._classify(batch, q_QD, target_XD)
         # A rank without samples still takes part in every backward collective.
         nothing = 0.0 * sum(x.sum() for x in (h_TD, items, of_features) if x is not None)
@@ -204,14 +214,15 @@ class HLLM(nn.Module):
             tasks=tasks,
             value_error=value_error,
             generative=(
-                self._generate(batch, h_TD, texts_TE, compared) if self.generates and compared is not None else None
+                self._generate(batch, h_TD, compared) if compared is not None and self._has_targets(batch) else None
             ),
-            next_items=self._next_items(batch, h_TD, texts_TE) if want_next and self.generates else None,
+            next_items=self._next_items(batch, h_TD, items) if want_next and self.generates else None,
             items=None if compared is None else compared.detach(),
+            creative=self._write(batch, h_TD, q_QD, items) if batch.creative is not None else None,
         )
 
     def named_backbones(self) -> list[NamedBackbone]:
-        """The model's large parts that exist: Item LLM, user encoder."""
+        """The model's large parts that exist: Item LLM, user encoder, Creative LLM."""
         modules = ((name, getattr(self, name)) for name in LLM_SECTIONS)
         return [
             NamedBackbone(name, module, getattr(self.config, name), getattr(self.config.optim, f"{name}_lr"))
@@ -253,9 +264,10 @@ class HLLM(nn.Module):
         features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
         """
         items = self.item_embeddings(item_ids)
-        found = self._with_texts(self.features(features, None, self._projected(items, vectors)), item_ids, items)
-        assert found is not None
-        return found
+        found = self.features(features, None, self._projected(items, vectors))
+        if self.text_similarity is None or items is None:
+            return found
+        return self.text_similarity.join(found, self._texts(item_ids, items))
 
     @property
     def user_vector_width(self) -> int:
@@ -274,11 +286,31 @@ class HLLM(nn.Module):
         """
         items = self.item_embeddings(batch.unique_items)
         h_TD, q_QD, _, _ = self._encode_users(batch, items)
+        return self._user_vectors(batch, h_TD, q_QD, items)
+
+    def _user_vectors(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> Tensor:
+        """See `embed_users`; items: E [U, E] of the unique items."""
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
         texts_TE = self._history_texts(batch, items)
         return self._last_visible(batch, h_TD, texts_TE, every, self.project_next if self.generates else nn.Identity())
+
+    def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
+        """Losses of the batch's creatives, each a query of its user's pass."""
+        assert self.creative is not None and self.creative_head is not None
+        losses: CreativeLosses = self.creative_head(
+            self.creative, self._user_vectors(batch, h_TD, q_QD, items), items, batch
+        )
+        return losses
+
+    def score_texts(self, users: Tensor, is_null: Tensor, texts: PackedTexts) -> Tensor:
+        """Negative log-likelihoods [N] of responses given users [N, D], outside of a step. Collective.
+
+        is_null: [N] bool, the learned vector stands for the user.
+        """
+        assert self.creative is not None and self.creative_head is not None
+        return self.creative_head.write(self.creative, users, is_null, texts).nll
 
     @property
     def needs_item_statistics(self) -> bool:
@@ -382,12 +414,6 @@ class HLLM(nn.Module):
             return self.item_source.through(self.standardise, item_ids)
         return self.standardise(items)
 
-    def _with_texts(self, vectors: Tensor | None, item_ids: Tensor, items: Tensor | None) -> Tensor | None:
-        """Vectors of items [n, D], with their texts [n, D + E] if those are compared too; items: their E [n, E]."""
-        if self.text_similarity is None or vectors is None or items is None:
-            return vectors
-        return self.text_similarity.join(vectors, self._texts(item_ids, items))
-
     def _history_texts(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """Decayed sums [T, E] of the history's texts; None without `text_similarity`."""
         if self.text_similarity is None or items is None:
@@ -451,7 +477,11 @@ class HLLM(nn.Module):
             found[task.name] = TaskLoss(raw.detach(), trained)
         return found
 
-    def _generate(self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, items: Tensor) -> InfoNceOutput:
+    def _has_targets(self, batch: HybridBatch) -> bool:
+        """True if the generative loss is computed: a batch of creatives has no targets, on any rank."""
+        return self.generates and batch.creative is None
+
+    def _generate(self, batch: HybridBatch, h_TD: Tensor, items: Tensor) -> InfoNceOutput:
         """Eq. (1): positives are the next items, `items` [U, E] without action or time."""
         exclude = None
         if self.mask_own_items:
@@ -459,11 +489,8 @@ class HLLM(nn.Module):
             # full history of its own piece, including events that Stochastic Length dropped.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])
-        predicted = self.project_next(h_TD[batch.next_rows])
-        if self.text_similarity is not None and texts_TE is not None:
-            predicted = self.text_similarity.join(predicted, texts_TE[batch.next_rows])
         return self.generative_loss(
-            predicted,
+            self.project_next(h_TD[batch.next_rows]),
             items[batch.next_index],
             items[batch.negative_index],
             self.logit_scale(),
@@ -472,8 +499,9 @@ class HLLM(nn.Module):
             exclude=exclude,
         )
 
-    def _next_items(self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None) -> Tensor:
+    def _next_items(self, batch: HybridBatch, h_TD: Tensor, items: Tensor | None) -> Tensor:
         """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
+        texts_TE = self._history_texts(batch, items)
         return self._last_visible(batch, h_TD, texts_TE, batch.target_query, self.project_next)
 
     def _last_visible(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.common.foreign_files import reading_foreign, refuse_pointers
@@ -127,6 +127,30 @@ def _check_report(directory: str, report: dict) -> None:
         raise ValueError(
             f"{directory}: {len(missing)} weights are missing, e.g. {missing[0]}: not a complete checkpoint; {_FETCH}"
         )
+
+
+def vocabulary_head(pretrained: str | None, backbone: "PreTrainedModel") -> nn.Linear | None:
+    """The vocabulary head [V, C] that comes with a model's weights; None if it is tied to the word embeddings.
+
+    A directory of a bare model, without a head, is taken to be tied. A random model's is random.
+
+    Raises:
+        ValueError: the file is damaged, or the head has another shape.
+    """
+    words = backbone.get_input_embeddings().weight
+    if pretrained is None:
+        untied = not getattr(backbone.config, "tie_word_embeddings", True)
+        return nn.Linear(words.shape[1], words.shape[0], bias=False) if untied else None
+    for path in _weight_files(Path(pretrained)):
+        with reading_foreign(path, _FETCH), safe_open(str(path), "pt") as file:
+            if "lm_head.weight" in file.keys():
+                weight = file.get_tensor("lm_head.weight").float()
+                if weight.shape != words.shape:
+                    raise ValueError(f"lm_head.weight has shape {tuple(weight.shape)}, the words {tuple(words.shape)}")
+                head = nn.Linear(words.shape[1], words.shape[0], bias=False)
+                head.weight.data.copy_(weight)
+                return head
+    return None
 
 
 def trained_item_token(pretrained: str | None, width: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Iteration over the large parts of a model (Item LLM, user encoder), for code that treats them uniformly.
+"""Iteration over the large parts of a model (Item, User and Creative LLM), for code that treats them uniformly.
 
 The name of a part is used for its section of the configuration, its attribute of `HLLM`, its learning rate
 (`optim.<name>_lr`) and the prefix of its parameter names in a checkpoint. To add an LLM, add a section to
@@ -9,12 +9,14 @@ The name of a part is used for its section of the configuration, its attribute o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.config.rules import LLM_SECTIONS
 from hllm_torchrec.config.schema import Config, ItemLLMConfig, UserEncoderConfig
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
-Section = ItemLLMConfig | UserEncoderConfig
+Section = ItemLLMConfig | UserEncoderConfig | CreativeConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class NamedBackbone:
     """A large part of a model. learning_rate: None for that of the other dense parts."""
 
     name: str
-    module: ItemLLM | UserEncoder
+    module: ItemLLM | UserEncoder | CreativeLLM
     section: Section
     learning_rate: float | None
 
@@ -33,7 +35,7 @@ class NamedBackbone:
 
     @property
     def title(self) -> str:
-        """Name in the output of `hllm plan`: item, user."""
+        """Name in the output of `hllm plan`: item, user, creative."""
         return self.name.removesuffix("_llm")
 
 

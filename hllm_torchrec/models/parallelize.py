@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from hllm_torchrec.common.errors import ConfigError, configured_by
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.config.schema import Config, ItemLLMConfig
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_hash_table_optimizer, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import (
@@ -26,6 +27,7 @@ from hllm_torchrec.embedding.sharding import (
 )
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.modules.attention.text_backends import BackendChoice, choose_text_backend
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 
@@ -46,7 +48,7 @@ def parallelize(model: HLLM, config: Config, device: torch.device) -> Distribute
     if problems:
         raise ConfigError(problems)
     for part in model.named_backbones():
-        if isinstance(part.module, ItemLLM) and isinstance(part.section, ItemLLMConfig):
+        if isinstance(part.module, ItemLLM | CreativeLLM) and isinstance(part.section, ItemLLMConfig | CreativeConfig):
             part.module.attention = choose_attention(part.name, part.section, config, device, part.module.caps_scores)
     user_attention(model.user, device)
     if config.parallel.activation_checkpointing:
@@ -86,7 +88,7 @@ def _padded_problems(model: HLLM, config: Config) -> Iterator[str]:
 
 
 def choose_attention(
-    name: str, section: ItemLLMConfig, config: Config, device: torch.device, caps_scores: bool = False
+    name: str, section: ItemLLMConfig | CreativeConfig, config: Config, device: torch.device, caps_scores: bool = False
 ) -> BackendChoice:
     """Choose the attention kernel of an LLM that reads text, with the reason; name: name of its section.
 
@@ -116,7 +118,7 @@ def user_attention(user: UserEncoder, device: torch.device) -> str | None:
 
 
 def llm_layers(model: HLLM) -> list[nn.Module]:
-    """The layers of the Item LLM and the user encoder, first to last."""
+    """The layers of the LLMs and the user encoder, first to last."""
     return [layer for part in model.named_backbones() for layer in part.module.blocks()]
 
 
@@ -133,7 +135,7 @@ def _shard_dense(model: HLLM, device: torch.device) -> None:
     tables = {parameter for kind in kinds if kind is not None for parameter in kind.parameters()}
     fully_shard(model, mesh=mesh, ignored_params=tables, reshard_after_forward=True)
     # These are called outside of forward() and need the same hooks to gather the weights.
-    for name in ("embed_items", "embed_in_feature_space", "embed_users"):
+    for name in ("embed_items", "embed_in_feature_space", "embed_users", "score_texts"):
         register_fsdp_forward_method(model, name)
 
 

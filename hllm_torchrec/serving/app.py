@@ -8,12 +8,14 @@ import json
 import time as clock
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import Depends, FastAPI, Path, Request
+from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,27 +25,35 @@ from hllm_torchrec.serving.engine import RawEvents, RecommendRequest, ScoreReque
 from hllm_torchrec.serving.event_log import LoggedEvent
 from hllm_torchrec.serving.micro_batches import DeadlineMissed, QueueFull
 from hllm_torchrec.serving.raw_histories import UnknownIdsError
+from hllm_torchrec.serving.reload import Reloader, ReloadRefusedError
 from hllm_torchrec.serving.request_schema import (
     MAX_BODY,
     Event,
     EventsAnswer,
     EventsBody,
     ForgottenAnswer,
+    HistoryAnswer,
     ItemsAnswer,
     ItemsBody,
     NewItemBody,
+    PastEvent,
     Problem,
     RecommendAnswer,
     RecommendBody,
     RecommendedAnswer,
+    ReloadAnswer,
     ScoreAnswer,
     ScoreBody,
 )
 from hllm_torchrec.serving.service import Service
 
+UserId = Annotated[str, Path(min_length=1, max_length=256)]
+DEMO = FilePath(__file__).parent / "demo.html"
+DEMO_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "no bearer token, or another one"},
     403: {"model": Problem, "description": "the service was started without a token, which this needs"},
+    409: {"model": Problem, "description": "the model was not reloaded, and the one before stays"},
     413: {"model": Problem, "description": "the body is too large"},
     422: {"model": Problem, "description": "the body is not of its form, or names what is not known"},
     429: {"model": Problem, "description": "the queue is full: try again later, or elsewhere"},
@@ -51,8 +61,14 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, log: Callable[[object], None] | None = say) -> FastAPI:
-    """Build the application; log: prints a line of JSON for each request, without ids and texts; None: no log."""
+def create_app(
+    service: Service, log: Callable[[object], None] | None = say, reloader: Reloader | None = None
+) -> FastAPI:
+    """Build the application.
+
+    log: prints a line of JSON for each request, without ids and texts; None: no log. reloader: of /v1/reload; None:
+    there is no such endpoint.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -115,10 +131,9 @@ def create_app(service: Service, log: Callable[[object], None] | None = say) -> 
         given = body.model_dump(exclude={"time", "history"})
         request = RecommendRequest(**given, time=moment(body.time), history=_raw_events(body.history))
         found, probabilities = await service.score(request)
-        names = service.engine.item_texts(found.items)
         items = [
             RecommendedAnswer(item=raw, text=text, score=score, probability=probability)
-            for (raw, text), score, probability in zip(names, found.logits.tolist(), probabilities, strict=True)
+            for (raw, text), score, probability in zip(found.items, found.logits.tolist(), probabilities, strict=True)
         ]
         return RecommendAnswer(items=items, events=found.events, model=found.model)
 
@@ -133,8 +148,30 @@ def create_app(service: Service, log: Callable[[object], None] | None = say) -> 
         return ItemsAnswer(added=service.engine.add_items(*_columns(body.items)))
 
     @app.delete("/v1/users/{user}", dependencies=[Depends(owned)], summary="Forget a user")
-    async def forget(user: Annotated[str, Path(min_length=1, max_length=256)]) -> ForgottenAnswer:
+    async def forget(user: UserId) -> ForgottenAnswer:
         return ForgottenAnswer(events=await service.forget(user))
+
+    @app.get("/v1/users/{user}/events", dependencies=[Depends(authorized)], summary="Latest events of a user")
+    def history(user: UserId, last: Annotated[int, Query(ge=1, le=1000)] = 20) -> HistoryAnswer:
+        known = service.engine.histories.read(user).events
+        latest = known[max(0, len(known) - last) :]
+        names = service.engine.item_texts(latest.item_ids)
+        rows = zip(names, latest.timestamps.tolist(), latest.labels.tolist(), strict=True)
+        events = [
+            PastEvent(item=raw, text=text, timestamp=second, label=None if np.isnan(label) else label)
+            for (raw, text), second, label in rows
+        ]
+        return HistoryAnswer(events=events[::-1], total=len(known))
+
+    @app.get("/", include_in_schema=False)
+    def demo() -> HTMLResponse:
+        return HTMLResponse(DEMO.read_text(encoding="utf-8"), headers={"Content-Security-Policy": DEMO_POLICY})
+
+    if reloader is not None:
+
+        @app.post("/v1/reload", dependencies=[Depends(owned)], summary="Load what is published now")
+        def reload() -> ReloadAnswer:
+            return ReloadAnswer(**asdict(reloader.reload()))
 
     return app
 
@@ -184,6 +221,10 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if isinstance(error, UnknownIdsError):
             service.metrics.unknown.inc()
         return answer(422, str(error))
+
+    @app.exception_handler(ReloadRefusedError)
+    async def refused(_: Request, error: ReloadRefusedError) -> JSONResponse:
+        return answer(409, str(error))
 
     @app.exception_handler(QueueFull)
     async def full(_: Request, error: QueueFull) -> JSONResponse:

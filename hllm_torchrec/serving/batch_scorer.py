@@ -9,8 +9,9 @@ candidates of all requests, and with late fusion the target's side of the head i
 Legend: R requests, M candidates of all of them, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,19 @@ from torch import Tensor
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.modules.attention.keys_values import HistoryCache
+from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.history_cache import begin_requests, read_history
 from hllm_torchrec.modules.prepared_head import PreparedHead, can_prepare
 from hllm_torchrec.serving.scorer import Scorer
 from hllm_torchrec.serving.slot_inputs import SlotInputs
+from hllm_torchrec.serving.task_scores import output_shape
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
 ROWS_AT_ONCE = 8192
 """Candidates of all requests that are computed at a time."""
+
+DICT_ITEMS = 2_000_000
+"""Items up to which raw ids are looked up in a dictionary, about 150 bytes each and ten times as fast as by hash."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,35 @@ class BatchScorer(Scorer):
     """A `Scorer` whose `score_batch` takes many requests. One thread scores; others may add items meanwhile."""
 
     _inputs: SlotInputs | None = None
+    _numbers_of: dict[str, int] | None = None
 
     def _make_collator(self) -> None:
+        if self.experiment.batch_spec.context:
+            raise ValueError(
+                f"data.context: {list(self.experiment.batch_spec.context)}: requests of this scorer have no context; "
+                "score with `Scorer.score(..., context=...)`, or train without context"
+            )
         known = 0 if self._inputs is None else self.experiment.dataset.num_table_items
         if self._inputs is None:
             self._inputs = SlotInputs(self.experiment)
-            self._head = PreparedHead(self.hllm.head) if can_prepare(self.hllm.head) else None
+            head = self.hllm.head
+            self._head = PreparedHead(head) if isinstance(head, PredictionHead) and can_prepare(head) else None
+            dataset, known = self.experiment.dataset, self.experiment.dataset.num_table_items
+            if known <= DICT_ITEMS:
+                raw = dataset.items["raw_item_id"].slice(0, known - 1).to_pylist()
+                self._numbers_of = {text: number for number, text in enumerate(raw, 1) if text}
         else:
             self._inputs.extend(known)  # a new item may also have been given another text
         if self._head is not None:
             self._prepared = self._head.items(self._inputs.items)
         super()._make_collator()  # last: it makes the new ids known to other threads
+
+    def _find(self, raw: list[str]) -> Ints:
+        if self._numbers_of is not None:
+            found = [self._numbers_of.get(text, -1) for text in raw]
+            if -1 not in found:
+                return np.array(found, np.int64)
+        return super()._find(raw)
 
     @property
     def inputs(self) -> SlotInputs:
@@ -74,12 +98,16 @@ class BatchScorer(Scorer):
 
     @torch.no_grad()
     def score_batch(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits [m] of each request, as by `score`.
+        """Logits [m] of each request, as by `score`: of the first label of a model with several tasks.
 
         Raises:
             ValueError: a state of another model, or a leave-one-out request before the last event.
         """
-        found = [np.empty(0, np.float32)] * len(requests)
+        return [found if found.ndim == 1 else found[:, 0] for found in self._outputs_of(requests)]
+
+    def _outputs_of(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        """Logits [m], or outputs [m, O] of several tasks, of each request."""
+        found = [np.empty((0, *output_shape(self.hllm)), np.float32)] * len(requests)
         asked = [number for number, request in enumerate(requests) if request.items.size]
         kept = [self._with_its_state(requests[number]) for number in asked]
         with configured_by("user.shape", length="data.max_history"):
@@ -96,8 +124,10 @@ class BatchScorer(Scorer):
             return request
         return Request(self.read(self.seen_part(state.history, request.time)), request.items, request.time)
 
-    def _score(self, state: UserState, items: Ints, moment: int) -> NDArray[np.float32]:
-        return self.score_batch([Request(state, items, moment)])[0]
+    def _score(
+        self, state: UserState, items: Ints, moment: int, context: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        return self._outputs_of([Request(state, items, moment)])[0]
 
     def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
         """Logits of requests with ROWS_AT_ONCE candidates together, or of a single request."""
@@ -123,7 +153,7 @@ class BatchScorer(Scorer):
             else:
                 x_MD = self.inputs.items.index_select(0, ids) + users.index_select(0, rows)
                 logits.append(self.hllm.head(ask(x_MD, counts), None, evidence))
-        values = torch.cat(logits).float().cpu().numpy()
+        values = self.hllm.biased(torch.cat(logits)).float().cpu().numpy()
         return np.split(values, np.cumsum(sizes)[:-1])
 
     def _late(self, users_RD: Tensor, rows: Tensor, ids: Tensor, evidence: Tensor | None) -> Tensor:

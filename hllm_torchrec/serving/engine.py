@@ -79,14 +79,14 @@ AnyRequest = ScoreRequest | RecommendRequest
 class Scores:
     """Result of a request.
 
-    logits: [m] float32, as by `Scorer.score`; of recommendations, descending. items: [m] dense ids. events: number of
-    events that the request could see. model: mark of the weights and the dataset.
+    logits: [m] float32, as by `Scorer.score`; of recommendations, descending. events: number of events that the request
+    could see. model: mark of the weights and the dataset. items: raw id and text of each recommendation.
     """
 
     logits: NDArray[np.float32]
-    items: Ints
     events: int
     model: str
+    items: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,9 @@ class Engine:
         self.histories = ServiceHistories(scorer, log)
         self.states: StateCache[_Cached] = StateCache(cache_bytes)
         self._appended: set[str] = set()
+        self._note = self._appended.add
+        if log is not None:
+            log.readers.append(self._note)
         self._texts: tuple[Dataset, Callable[[int], tuple[str, str]]] | None = None
 
     @property
@@ -158,11 +161,11 @@ class Engine:
     ) -> Scores | Exception:
         if isinstance(logits, Exception):
             return logits
-        items = asked.items
-        if isinstance(request, RecommendRequest):
-            best = np.argsort(-logits, kind="stable")[: request.top]
-            items, logits = items[best], logits[best]
-        return Scores(logits, items, len(asked.state.history), self.mark)
+        events = len(asked.state.history)
+        if isinstance(request, ScoreRequest):
+            return Scores(logits, events, self.mark)
+        best = np.argsort(-logits, kind="stable")[: request.top]
+        return Scores(logits[best], events, self.mark, self.item_texts(asked.items[best]))
 
     def add_items(self, raw_ids: Sequence[str], texts: Mapping[str, Sequence[str]], features: Features) -> int:
         """See `Scorer.add_items`."""
@@ -188,7 +191,13 @@ class Engine:
         names = [str(event.action) for event in events]
         check_found("actions of events", numbers, names, f"the dataset has {', '.join(known)}")
         self.log.append(user, events)
-        self._appended.add(user)
+
+    def close(self) -> None:
+        """Stop reading the log, and restore the scorer's weights; see `Scorer.close`."""
+        if self.log is not None:
+            self.log.readers.remove(self._note)
+        self.states.clear()
+        self.scorer.close()
 
     def forget_state(self, user: str) -> None:
         """Forget a user's state and history in memory."""
@@ -219,7 +228,7 @@ class Engine:
             return self._keep(request.user, known, state)
         if request.user in self._appended:
             self._appended.discard(request.user)  # before the log is read: what comes later is read by a later request
-            known = self.histories.after(cached.known, request.user)
+            known = self.histories.newer(cached.known, request.user)
             if not _continues(known.events, cached.state.history):
                 cached = _Cached(known, self.scorer.read(self.scorer.seen_part(known.events, request.time)))
             cached = _Cached(known, cached.state)

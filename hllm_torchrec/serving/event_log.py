@@ -11,7 +11,7 @@ import hashlib
 import secrets
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class EventLog:
         if found["format"] != FORMAT:
             raise ValueError(f"{path}: format {found['format']}, not {FORMAT}: give --state another file")
         self._key = bytes.fromhex(found["key"])
+        self.readers: list[Callable[[str], None]] = []
+        """Called with a user whose events have changed, after they are on the disk and before `append` returns."""
 
     def append(self, user: str, events: Sequence[LoggedEvent]) -> None:
         """Append events of a user; they are on the disk when this returns."""
@@ -71,6 +73,8 @@ class EventLog:
             self._connection.executemany(
                 "INSERT INTO events (user, item, timestamp, label, action) VALUES (?, ?, ?, ?, ?)", rows
             )
+        for reader in list(self.readers):
+            reader(user)
 
     def of_user(self, user: str, after: int = 0) -> tuple[list[LoggedEvent], int]:
         """A user's events with a number above `after`, in the order of their arrival, and the highest number."""
@@ -91,6 +95,8 @@ class EventLog:
                 self._connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (self._hash(user),))
             # What was deleted would stay in the write-ahead file until it is written over.
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        for reader in list(self.readers):
+            reader(user)
         return int(deleted)
 
     def is_forgotten(self, user: str) -> bool:

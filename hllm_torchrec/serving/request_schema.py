@@ -123,6 +123,32 @@ class ForgottenAnswer(BaseModel):
     events: int
 
 
+class ReloadAnswer(BaseModel):
+    """Models before and now, equal if nothing new is published; changes of the probabilities of recent requests."""
+
+    model: str
+    previous: str
+    requests: int
+    largest_change: float
+    mean_change: float
+
+
+class PastEvent(BaseModel):
+    """An event of a user's history. text: of the item."""
+
+    item: str
+    text: str
+    timestamp: int
+    label: float | None
+
+
+class HistoryAnswer(BaseModel):
+    """The latest events of a user, the newest first, of `total`."""
+
+    events: list[PastEvent]
+    total: int
+
+
 class Problem(BaseModel):
     """Answer of a request that was refused."""
 

@@ -43,7 +43,8 @@ from hllm_torchrec.data.numeric_features import numeric_columns
 from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
-from hllm_torchrec.evaluation.run_loader import load_run, run_config, weights_fingerprint
+from hllm_torchrec.evaluation.calibration import FILE, RunCalibration
+from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run, run_config, weights_fingerprint
 from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
 from hllm_torchrec.inference.raw_ids import raw_texts
@@ -106,6 +107,7 @@ class Scorer:
             quantize_tables(experiment, table_dtype)
             quantize_items(experiment, table_dtype)
         self._weights = ExitStack()
+        self._calibration: RunCalibration | None = None
         # A state fits the scorer that made it; `of_run` knows what other scorers it fits as well.
         self._mark = uuid.uuid4().hex[:16]
         self._lock = Lock()
@@ -156,6 +158,7 @@ class Scorer:
             known = loaded.experiment.dataset.num_items
             scorer = cls(loaded.experiment, micro_batch, table_dtype, journal)
             scorer._mark = hash_json([weights_fingerprint(loaded.checkpoint), table_dtype, known])[:16]
+            scorer._calibration = _calibration_of(loaded)
             scorer._weights = stack.pop_all()
         return scorer
 
@@ -364,10 +367,10 @@ class Scorer:
     ) -> dict[str, NDArray[np.float32]]:
         """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
 
-        The arguments are those of `score`. A task whose label is defined only where another one is 1 predicts what
-        holds there, such as a like given a click.
+        The arguments are those of `score`; probabilities are calibrated if the run is (`hllm calibrate`). A task whose
+        label is defined only where another one is 1 predicts what holds there, such as a like given a click.
         """
-        return predictions_by_task(self.hllm, self._outputs(user, candidates, time, context))
+        return predictions_by_task(self.hllm, self._outputs(user, candidates, time, context), self._calibration)
 
     def _outputs(
         self,
@@ -492,6 +495,15 @@ class Scorer:
         check_ids("user_id", np.array([history.user_id]), dataset.num_users)
         check_ids(f"item_ids of user {history.user_id}", history.item_ids, self.num_items)
         check_ids(f"actions of user {history.user_id}", history.actions, dataset.num_actions)
+
+
+def _calibration_of(loaded: LoadedRun) -> RunCalibration | None:
+    """A run's calibration. Raises ValueError if it belongs to other weights."""
+    run = loaded.checkpoint.parent.parent
+    found = RunCalibration.load(run)
+    if found is not None and found.weights != loaded.fingerprint:
+        raise ValueError(f"{run}/{FILE} belongs to other weights: run `hllm calibrate` again, or remove it")
+    return found
 
 
 def _in_one_process(config: Config) -> Config:

@@ -2,14 +2,18 @@
 
 import asyncio
 import time as clock
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from hllm_torchrec.serving.engine import AnyRequest, Engine, Scores
+from hllm_torchrec.serving.engine import AnyRequest, Engine, ScoreRequest, Scores
 from hllm_torchrec.serving.micro_batches import BatchLimits, DeadlineMissed, MicroBatcher
 from hllm_torchrec.serving.service_metrics import ServiceMetrics
+
+RECENT = 64
+"""Requests that are kept in memory to compare a new model on."""
 
 
 @dataclass
@@ -26,6 +30,8 @@ class Service:
     draining: bool = False
 
     def __post_init__(self) -> None:
+        self.recent: deque[ScoreRequest] = deque(maxlen=RECENT)
+        """Latest requests of scores, which a new model is compared on."""
         self.metrics = ServiceMetrics(lambda: self.engine, lambda: self.batches.waiting)
         self.batches: MicroBatcher[AnyRequest, Scores] = MicroBatcher(
             lambda requests: self.engine.score(requests), self.limits, self.metrics.observe_batch
@@ -49,6 +55,8 @@ class Service:
             found = await asyncio.wait_for(answer, self.limits.deadline)
         except TimeoutError:
             raise DeadlineMissed from None
+        if isinstance(request, ScoreRequest):
+            self.recent.append(request)
         probabilities = 1 / (1 + np.exp(-found.logits.astype(np.float64)))
         self.metrics.observe_scores(probabilities)
         return found, probabilities.tolist()
@@ -57,12 +65,17 @@ class Service:
         """Forget a user: events and state; returns the number of events. What the dataset has is read no more."""
         log = self.engine.log
         deleted = 0 if log is None else await asyncio.to_thread(log.forget, user)
-        await asyncio.wrap_future(self.batches.between_batches(lambda: self.engine.forget_state(user)))
+        await asyncio.wrap_future(self.batches.between_batches(lambda: self._forget(user)))
         return deleted
+
+    def _forget(self, user: str) -> None:
+        self.engine.forget_state(user)
+        kept = [request for request in self.recent if request.user != user]
+        self.recent.clear()
+        self.recent.extend(kept)
 
     def close(self) -> None:
         """Answer what waits, and end the thread."""
         self.draining = True
         self.batches.close()
-        if self.engine.log is not None:
-            self.engine.log.close()
+        self.engine.close()

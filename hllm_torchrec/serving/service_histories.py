@@ -42,12 +42,14 @@ class ServiceHistories:
         """The complete history of a user."""
         dense = self.dense_user(user)
         events = self._dataset.user_events(dense) if dense else Events.at([])
-        return self.after(KnownHistory(UserHistory(dense, **events.columns)), user)
+        return self.newer(KnownHistory(UserHistory(dense, **events.columns)), user)
 
-    def after(self, known: KnownHistory, user: str) -> KnownHistory:
-        """The history with what the log has gained since."""
+    def newer(self, known: KnownHistory, user: str) -> KnownHistory:
+        """The history with what the log has gained since; a user who was forgotten meanwhile begins anew."""
         if self._log is None:
             return known
+        if known.events.user_id != 0 and self._log.is_forgotten(user):
+            known = KnownHistory(UserHistory(0, **Events.at([]).columns))
         logged, number = self._log.of_user(user, known.number)
         if known.number == 0:
             logged = _without(logged, known.events, self._scorer)

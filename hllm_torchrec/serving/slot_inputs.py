@@ -50,7 +50,9 @@ class SlotInputs:
         """Compute the rows of items that the dataset has gained, and again those from `changed_from` on."""
         dataset = self._experiment.dataset
         kept = self.items[: changed_from or len(self.items)]
-        collator = Collator(dataset, self._spec, item_vectors=self._experiment.item_vectors)
+        collator = Collator(
+            dataset, self._spec, item_vectors=self._experiment.item_vectors, context=self._experiment.context
+        )
         self._keys = collator.item_features(np.empty(0, np.int64)).keys()
         missing = np.arange(len(kept), dataset.num_items)
         blocks = np.split(missing, range(ITEMS_AT_ONCE, missing.size, ITEMS_AT_ONCE))

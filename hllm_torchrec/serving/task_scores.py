@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hllm_torchrec.evaluation.calibration import RunCalibration
 from hllm_torchrec.models.hllm import HLLM
 
 
@@ -12,11 +13,16 @@ def output_shape(hllm: HLLM) -> tuple[int, ...]:
     return () if hllm.has_one_logit else (sum(task.outputs for task in hllm.tasks),)
 
 
-def predictions_by_task(hllm: HLLM, outputs: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """What each task predicts [m] by name, from logits [m] or outputs [m, O]."""
+def predictions_by_task(
+    hllm: HLLM, outputs: NDArray[np.float32], calibration: RunCalibration | None
+) -> dict[str, NDArray[np.float32]]:
+    """What each task predicts [m] by name, from logits [m] or outputs [m, O]; probabilities calibrated if they are."""
     parts = torch.from_numpy(outputs.reshape(len(outputs), -1)).split([task.outputs for task in hllm.tasks], dim=1)
     scales = hllm.task_scales.cpu() if not hllm.has_one_logit else torch.tensor([[0.0, 1.0]])
-    return {
-        task.name: task.predictions(own, scale).numpy().astype(np.float32)
-        for task, own, scale in zip(hllm.tasks, parts, scales, strict=True)
-    }
+    calibrators = {} if calibration is None else calibration.tasks
+    found = {}
+    for place, (task, own, scale) in enumerate(zip(hllm.tasks, parts, scales, strict=True)):
+        calibrator = calibrators.get(task.name if place else "")
+        values = task.predictions(own, scale).numpy() if calibrator is None else calibrator(own[:, 0].numpy())
+        found[task.name] = values.astype(np.float32)
+    return found

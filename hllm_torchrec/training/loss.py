@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hllm_torchrec.config.creative import CreativeLossConfig
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.distributed.collectives import global_sum
@@ -18,12 +19,17 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of the loss; tasks: those of the tasks within the classification loss, by name."""
+    """Weights of the parts of the loss; tasks: those of the tasks within the classification loss, by name.
+
+    write, match: of the losses of creatives.
+    """
 
     generative: float
     value: float
     classification: float = 1.0
     tasks: Mapping[str, float] = field(default_factory=dict)
+    write: float = 0.0
+    match: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> "LossWeights":
@@ -31,7 +37,15 @@ class LossWeights:
         objective = config.objective
         generative = objective.generative_weight if objective.has_head else 1.0
         tasks = {name: task.weight for name, task in objective.task_configs.items()}
-        return cls(generative, objective.value_weight, objective.classification_weight, tasks)
+        creative = config.creative.losses if config.creative.enabled else CreativeLossConfig(write=0.0)
+        return cls(
+            generative,
+            objective.value_weight,
+            objective.classification_weight,
+            tasks,
+            creative.write,
+            creative.match,
+        )
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,19 @@ class StepStats:
     """Number of ranks that received SIGTERM: all ranks stop after the same step."""
     failed_saves: float = 0.0
     """Number of ranks on which the pending checkpoint has failed: all ranks raise at the same step."""
+    write: float = 0.0
+    """Shares of the creative losses, as of the others."""
+    match: float = 0.0
+    user_similarity: float = 0.0
+    """As `item_similarity`, of the user vectors of creatives."""
+    user_similarities: float = 0.0
     tasks: tuple[float, ...] = ()
     """Shares of the mean loss of each task, if there are several."""
 
     def __add__(self, other: "StepStats") -> "StepStats":
         tasks = [a + b for a, b in zip_longest(self.tasks, other.tasks, fillvalue=0.0)]
-        return StepStats(*(a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)), tuple(tasks))
+        numbers = [a + b for a, b in zip(self._numbers(), other._numbers(), strict=True)]
+        return replace(StepStats(*numbers), tasks=tuple(tasks))
 
     def _numbers(self) -> tuple[float, ...]:
         """The values without `tasks`, in the order of the fields."""
@@ -71,7 +92,7 @@ class StepStats:
     def from_tensor(cls, numbers: Tensor) -> Self:
         """Inverse of `to_tensor`."""
         values, single = numbers.tolist(), len(fields(cls)) - 1
-        return cls(*values[:single], tuple(values[single:]))
+        return replace(cls(*values[:single]), tasks=tuple(values[single:]))
 
     def over_ranks(self) -> "StepStats":
         """Sum over all ranks. Collective."""
@@ -80,10 +101,13 @@ class StepStats:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets."""
+    """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets;
+    weighted tokens of responses, and pairs of users and items to match."""
 
     tasks: tuple[float, ...]
     targets: float
+    tokens: float = 1.0
+    pairs: float = 1.0
 
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
@@ -92,9 +116,13 @@ def step_counts(batches: list[HybridBatch]) -> StepCounts:
     local = []
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
-        local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel())])
-    *tasks, targets = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
-    return StepCounts(tuple(weight or 1.0 for weight in tasks), targets or 1.0)
+        local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
+    *tasks, targets, tokens, pairs = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    return StepCounts(tuple(weight or 1.0 for weight in tasks), targets or 1.0, tokens or 1.0, pairs or 1.0)
+
+
+def _creative_counts(batch: HybridBatch) -> tuple[float, float]:
+    return (0.0, 0.0) if batch.creative is None else (batch.creative.token_weight, batch.creative.pairs)
 
 
 def micro_batch_loss(
@@ -122,16 +150,26 @@ def micro_batch_loss(
             output.generative.effective_negatives * share,
             output.generative.accuracy * share,
         )
+    write, match, user_spread, users_measured = *(classification.new_zeros(()) for _ in range(3)), 0.0
+    if output.creative is not None:
+        write, match = output.creative.write / counts.tokens, output.creative.match / counts.pairs
+        if output.creative.spread is not None:
+            user_spread, users_measured = output.creative.spread, 1.0
     spread, measured = classification.new_zeros(()), 0.0
     if encodes_items and output.items is not None and output.items.shape[0] > 1:
         spread, measured = embedding_spread(output.items), 1.0
     numbers = [classification, generative, value, effective, accuracy, spread]
     loss = weights.classification * classification + weights.generative * generative + weights.value * value
+    if output.creative is not None:
+        loss = loss + weights.write * write + weights.match * match
     if len(means) > 1:
         numbers += [loss.raw / count for loss, count in zip(output.tasks.values(), counts.tasks, strict=True)]
     # One copy from the device for all values, because every copy waits for the forward pass.
+    numbers = [write, match, user_spread, *numbers]
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
-    return loss, replace(StepStats(*shares[:6]), similarities=measured, tasks=tuple(shares[6:]))
+    stats = replace(StepStats(*shares[3:9]), similarities=measured, tasks=tuple(shares[9:]))
+    of_creatives = dict(zip(("write", "match", "user_similarity"), shares, strict=False))
+    return loss, replace(stats, **of_creatives, user_similarities=users_measured)
 
 
 def describe_step(
@@ -150,6 +188,8 @@ def describe_step(
     cls, gen, value = stats.classification, stats.generative, stats.value
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
+    if config.creative.enabled:
+        return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
     if objective.has_head:
         found["loss_cls"] = cls
     found |= {f"loss_{name}": loss for name, loss in zip(task_names, stats.tasks, strict=True)}
@@ -157,14 +197,7 @@ def describe_step(
         found |= {"loss_gen": gen, "effective_negatives": stats.effective_negatives, "gen_accuracy": stats.gen_accuracy}
     if weights.value > 0:
         found["loss_value"] = value
-    if not math.isfinite(found["loss"]):
-        raise FloatingPointError(
-            f"the loss is {found['loss']}: lower optim.lr or optim.table_lr, or set optim.clip_norm above 0"
-        )
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the norm of the gradients is {norm} at a loss of {found['loss']:.6g}: lower optim.lr or optim.table_lr"
-        )
+    _check_finite(found["loss"], norm)
     if stats.similarities:
         # A cosine: rounding must not carry it above 1, which `collapse_above: 1.0` allows.
         found["item_similarity"] = min(stats.item_similarity / stats.similarities, 1.0)
@@ -175,3 +208,31 @@ def describe_step(
                 "objective.generative_weight"
             )
     return found
+
+
+def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, collapse_above: float) -> dict[str, float]:
+    """Losses and statistics of a step of creatives, which has no other losses; raises as `describe_step`."""
+    found = {"loss": weights.write * stats.write + weights.match * stats.match, "loss_write": stats.write}
+    if weights.match > 0:
+        found["loss_match"] = stats.match
+    _check_finite(found["loss"], norm)
+    if stats.user_similarities:
+        found["user_similarity"] = min(stats.user_similarity / stats.user_similarities, 1.0)
+        if found["user_similarity"] > collapse_above:
+            raise FloatingPointError(
+                f"user vectors have collapsed: their mean cosine similarity is {found['user_similarity']:.4f} > "
+                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set user.trainable to false"
+            )
+    return found
+
+
+def _check_finite(loss: float, norm: float) -> None:
+    """Raise FloatingPointError if the loss or the norm of the gradients is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss}: lower optim.lr or optim.table_lr, or set optim.clip_norm above 0"
+        )
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the norm of the gradients is {norm} at a loss of {loss:.6g}: lower optim.lr or optim.table_lr"
+        )

@@ -37,10 +37,13 @@ class StepGuard:
     def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
         """Score by which validation compares checkpoints, larger is better: `select_by`, or without a head NDCG.
 
+        A run with creatives is compared by their negative log-likelihood with the right user, negated.
         A metric of `select_by` that is undefined is replaced: AUC, with labels of one class, by the negated log loss,
         GAUC, without a user of both labels, by AUC. None: there is nothing to score. The first undefined score is
         reported, on rank 0.
         """
+        if metrics.get("creative_rows"):
+            return -float(metrics["creative_nll"])
         has_head = "auc" in metrics
         found = [metrics[name] for name in (self._metrics if has_head else [self._ndcg])]
         if not any(score is None or math.isnan(score) for score in found):

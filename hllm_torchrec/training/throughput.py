@@ -14,6 +14,7 @@ from hllm_torchrec.models.flops import flops_utilization, measured_matmul_peak
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import LiveItems
+from hllm_torchrec.modules.creative.creative_llm import CreativeLLM
 from hllm_torchrec.modules.encoders.base import UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
 from hllm_torchrec.modules.lora import has_adapters
@@ -58,14 +59,16 @@ class StepMeter:
         for part in self.model.named_backbones():
             # Items are counted by the rank that encodes them, whichever rank has them in its batch.
             module = part.module
-            of_part = (
-                module.flops(encoded[part.name])
-                if isinstance(module, ItemLLM)
-                else module.flops(user_tokens, user_keys)
-            )
+            if isinstance(module, ItemLLM):
+                of_part = module.flops(encoded[part.name])
+            elif isinstance(module, CreativeLLM):
+                of_part = module.flops(*creative_token_counts(batches))
+            else:
+                of_part = module.flops(user_tokens, user_keys)
             flops += of_part * forward_passes(module)
         item_tokens = sum(work.tokens for work in encoded.values())
-        exposures = sum(batch.num_exposures for batch in batches)
+        creatives = sum(batch.creative.rows.numel() for batch in batches if batch.creative is not None)
+        exposures = creatives + sum(batch.num_exposures for batch in batches)
         read = sum(batch.item_ids.numel() for batch in batches)
         full = sum(batch.full_history[0].numel() for batch in batches)
         local = torch.tensor([exposures, item_tokens, user_tokens, flops, read, full], dtype=torch.float64)
@@ -94,7 +97,19 @@ def user_token_counts(batch: HybridBatch, queries: bool) -> tuple[int, int]:
     return tokens + batch.query_times.numel(), keys + int((batch.query_visible + 1).sum())
 
 
-def forward_passes(module: ItemLLM | UserEncoder) -> int:
+def creative_token_counts(batches: Sequence[HybridBatch]) -> tuple[int, int]:
+    """(number of tokens, total number of keys that they attend to) of the Creative LLM, without soft tokens."""
+    tokens = keys = 0
+    for batch in batches:
+        if batch.creative is not None and batch.creative.rows.numel():
+            texts = batch.creative.texts
+            prefix, lengths = texts.prefix_ids.numel(), texts.cu_seqlens.diff()
+            tokens += prefix + int(lengths.sum())
+            keys += prefix * (prefix + 1) // 2 + int((lengths * prefix + lengths * (lengths + 1) // 2).sum())
+    return tokens, keys
+
+
+def forward_passes(module: ItemLLM | UserEncoder | CreativeLLM) -> int:
     """Cost of a module in a training step, in units of its forward pass.
 
     Trained: 3 (forward, gradients of inputs, gradients of weights). Frozen: 1 if it reads text, because nothing before

@@ -23,6 +23,7 @@ from hllm_torchrec.config.paths import with_absolute_paths
 from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import StageConfig
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.loader import Loader
 from hllm_torchrec.distributed.preemption import PreemptionHandler
 from hllm_torchrec.distributed.wrappers import full_tensor
@@ -30,6 +31,7 @@ from hllm_torchrec.embedding.hash_tables import take_hash_counts
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
+from hllm_torchrec.evaluation.creative_scores import creative_metrics, score_creatives
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
 from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.ema import EmaWeights
@@ -95,7 +97,7 @@ class Trainer:
         self.ema = EmaWeights(experiment.averaged_parameters(), optim.ema) if optim.ema else None
         self.loss_weights = LossWeights.of(self.config)
         self.validation = experiment.loader("valid", self.config.evaluation.batch_users)
-        self.loaders: dict[StageConfig, Loader] = {}
+        self.loaders: dict[StageConfig, Loader | CreativeLoader] = {}
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
@@ -250,7 +252,11 @@ class Trainer:
     def _epoch_steps(self, stage: StageConfig, epoch: int) -> int:
         return -(-self._loader(stage).steps(epoch) // self.config.optim.accumulate)
 
-    def _loader(self, stage: StageConfig) -> Loader:
+    def _loader(self, stage: StageConfig) -> Loader | CreativeLoader:
+        if stage not in self.loaders and self.config.creative.enabled:
+            self.loaders[stage] = self.experiment.creative_loader(
+                "train", self.config.creative.per_batch, training=True, max_history=stage.max_history
+            )
         if stage not in self.loaders:
             self.loaders[stage] = self.experiment.loader(
                 "train",
@@ -361,6 +367,10 @@ class Trainer:
             if measures_retrieval(self.experiment):
                 retrieval = evaluate_retrieval(self.experiment, self.validation)
                 metrics |= {"retrieval_rows" if name == "rows" else name: n for name, n in retrieval.items()}
+            if self.config.creative.enabled:
+                most = self.config.creative.evaluated
+                scores = score_creatives(self.experiment, "valid", ("right", "null"), most=most)
+                metrics |= creative_metrics(scores)
         return metrics
 
     def state(self) -> dict[str, Any]:

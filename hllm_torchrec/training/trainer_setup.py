@@ -82,6 +82,10 @@ def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
             config.data.dataset,
             newest,
         )
+    changed = Dataset.open(config.data.dataset, version).fingerprint != began["fingerprint"]
+    if changed and rank() == 0:
+        _logger.warning("%s: its version of the dataset lost what was forgotten since: it is not resumed bit by bit; "
+                        "what is left of the epoch is planned anew", config.output)  # fmt: skip
     return version
 
 

@@ -27,6 +27,8 @@ from hllm_torchrec.models.run_vocabulary import check_vocabulary
 OPTIONAL_PARTS = (
     "adapter",
     "context_scales",
+    "creative",
+    "creative_head",
     "features",
     "head",
     "logit_scale",
@@ -37,7 +39,6 @@ OPTIONAL_PARTS = (
     "standardise",
     "task_log_variances",
     "task_scales",
-    "text_similarity",
     "user_token",
     "value_head",
 )

@@ -179,8 +179,7 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("{folder}")
 embeddings = model.encode(["title: Red kettle, brand: Aroma"])  # `key: value` pairs, as in the table's "item text"
 ```
-
-vLLM serves the same directory as a pooling model: `vllm serve {folder} --runner pooling`."""
+"""
 
 _CARD = """---
 library_name: transformers

@@ -1,4 +1,4 @@
-"""Export of an Item LLM as a directory that sentence-transformers loads as it is (and vLLM's pooling from the same files).
+"""Export of an Item LLM as a folder that sentence-transformers loads as it is (vLLM reads such files: not run here).
 
     modules.json                      Transformer, Pooling and, if embeddings are normalized, Normalize
     1_Pooling/config.json             mean, cls or lasttoken
@@ -7,8 +7,9 @@
     config.json, model.safetensors, tokenizer files
 
 With pooling "item" the learned [ITEM] vector becomes the word embedding of a new token, which the tokenizer puts after
-every text, and the pooling reads the last token. What was written is compared with the run: where transformers by itself
-reads texts otherwise (a tokenizer that cannot be changed, a model with a reading of its own here), nothing is written.
+every text, and the pooling reads the last token. What was written is compared with the run: where transformers by
+itself reads texts otherwise (a tokenizer that cannot be changed, a model with a reading of its own here), nothing is
+written.
 """
 
 import json

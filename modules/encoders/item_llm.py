@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hllm_torchrec.common.errors import ArgumentError
 from hllm_torchrec.modules.attention.last_layer import LastLayerRows, enable_last_layer_rows, supports_last_layer_rows
 from hllm_torchrec.modules.attention.text import TextLayout, TextPlan, padded_rows, plan_buckets
+from hllm_torchrec.modules.attention.text_packing import TextPacking
 from hllm_torchrec.modules.attention.text_backends import TEXT_BACKENDS, BackendChoice, plan_text
 from hllm_torchrec.modules.encoders.backbone import (
     TextReading,
@@ -94,7 +95,7 @@ class ItemLLM(nn.Module):
                 f"{reading.causal}; leave the option out"
             )
         self.width: int = backbone.config.hidden_size
-        self.first_position = _first_position(backbone)
+        self.first_position = first_position(backbone)
         """Position of a text's first token: RoBERTa and its relatives count from padding_idx + 1."""
         self.attention = BackendChoice(TEXT_BACKENDS["buckets"], "runs everywhere")
         reads_last = pooling in ("item", "last") and self.causal and self.arrangement == "packed"
@@ -154,7 +155,7 @@ class ItemLLM(nn.Module):
         if lengths.numel() == 0:
             words = self.backbone.get_input_embeddings()(token_ids.long())
             return self._encode(torch.cat([words, self.item_token[None].to(words.dtype)]), TextLayout([1]))[:0]
-        packing = _Packing.of(lengths + is_item, in_front > 0, prefix_ids.numel(), self.causal)
+        packing = TextPacking.of(lengths + is_item, in_front > 0, prefix_ids.numel(), self.causal)
         token_ids = torch.cat([prefix_ids, token_ids])
         embedded = self._embed(token_ids, cu_seqlens, lengths, packing)
         if self.reads_rows:
@@ -165,7 +166,7 @@ class ItemLLM(nn.Module):
             rows = self._pooled(hidden, lengths + is_item + in_front, in_front > 0, packing)
         return nn.functional.normalize(rows, dim=-1) if self.normalize else rows
 
-    def _pooled(self, hidden: Tensor, lengths: Tensor, has_prefix: Tensor, packing: "_Packing") -> Tensor:
+    def _pooled(self, hidden: Tensor, lengths: Tensor, has_prefix: Tensor, packing: TextPacking) -> Tensor:
         """E [U, D] of the items from the hidden states [P + R, D]; lengths: [U] of texts with prefix and [ITEM]."""
         if self.pooling == "mean":
             return self._sums_of_rows(hidden, has_prefix, packing) / lengths[:, None]
@@ -197,13 +198,13 @@ class ItemLLM(nn.Module):
         last_layer += keys_and_values * (tokens - work.items)
         return full * (layers - 1) / layers + last_layer
 
-    def _sums_of_rows(self, hidden: Tensor, has_prefix: Tensor, packing: "_Packing") -> Tensor:
+    def _sums_of_rows(self, hidden: Tensor, has_prefix: Tensor, packing: TextPacking) -> Tensor:
         """Sum over each item's rows, including the prefix rows if it begins with the prefix: [U, D]."""
         prefix, item_rows = hidden.tensor_split([packing.layout.prefix])
         sums = hidden.new_zeros(has_prefix.numel(), self.width).index_add(0, packing.item_of_row, item_rows)
         return sums + has_prefix[:, None] * prefix.sum(0)
 
-    def _embed(self, token_ids: Tensor, cu_seqlens: Tensor, lengths: Tensor, packing: "_Packing") -> Tensor:
+    def _embed(self, token_ids: Tensor, cu_seqlens: Tensor, lengths: Tensor, packing: TextPacking) -> Tensor:
         """Input embeddings [P + R, D]: prefix, then the items' rows; [ITEM] is the last row of each item that has it.
 
         token_ids: [P + S], the prefix first.
@@ -238,36 +239,7 @@ class ItemLLM(nn.Module):
         return torch.cat(hidden)
 
 
-def _first_position(backbone: "PreTrainedModel") -> int:
+def first_position(backbone: "PreTrainedModel") -> int:
+    """Position of a text's first token: RoBERTa and its relatives count from padding_idx + 1."""
     padding = getattr(learned_positions(backbone), "padding_idx", None)
     return 0 if padding is None else padding + 1
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Arrangement of the items' rows: after the prefix, in the layout's order.
-
-    item_of_row, place_of_row: [R] int64, the item of each row and the row's position within it; last_rows: [U] int64,
-    index of each item's last row, counting the P prefix rows; order: [U] int64, items in the layout's order.
-    """
-
-    layout: TextLayout
-    order: Tensor
-    item_of_row: Tensor
-    place_of_row: Tensor
-    last_rows: Tensor
-
-    @staticmethod
-    def of(rows: Tensor, has_prefix: Tensor, prefix: int, causal: bool) -> "_Packing":
-        """Arrange items with `rows` [U] rows each, not counting the prefix."""
-        # Items without the prefix first, then those with it (their key is <= -1); longer ones first in both groups.
-        order = torch.argsort(rows - has_prefix * (rows.max() + 1), descending=True, stable=True)
-        sizes = rows[order].tolist()
-        layout = TextLayout(sizes, prefix, int((~has_prefix).sum()) if prefix else 0, causal)
-        # `ends` is in the layout's order, `starts` (of each item, among the R rows) in the caller's order.
-        ends = rows[order].cumsum(0)
-        item_of_row = torch.repeat_interleave(order, rows[order], output_size=sum(sizes))
-        starts = torch.empty_like(ends)
-        starts[order] = ends - rows[order]
-        place = torch.arange(sum(sizes), device=rows.device) - starts[item_of_row]
-        return _Packing(layout, order, item_of_row, place, prefix + starts + rows - 1)

@@ -171,7 +171,9 @@ def tabulate(place: Place, found: dict[str, Any], references: Sequence[str]) -> 
         "minus": {ref: {n: as_json(row["difference"]) for n, row in rows.items()} for ref, rows in results.items()},
         "groups": {name: by_group(dataset, paths) for name, paths in ranks.items()},
     }
-    text = f"### {dataset.name}\n\n{markdown(first)}\n\n{markdown_of_differences(results, CHOSEN_BY) if results else ''}"
+    text = (
+        f"### {dataset.name}\n\n{markdown(first)}\n\n{markdown_of_differences(results, CHOSEN_BY) if results else ''}"
+    )
     return content, text
 
 

@@ -1,6 +1,6 @@
 """A shop that lives: days of impressions with new items and users every day, as one CSV of each table and day.
 
-    python scripts/experiments/shop.py --output data/shop-files [--days 14] [--seed 0] [--active 430]
+    python scripts/experiments/shop.py --output data/shop-files [--days 14] [--seed 0] [--active 430] [--signals]
 
 Every day some users see a page: up to `slots` items in one second, of which some are clicked, of these some liked, and
 all clicked ones watched. A click depends on the item's genres (which its title tells), on what the user likes, on the
@@ -9,6 +9,11 @@ the pages show an item of the day. `mapping` is what `hllm prepare --source tabl
 
 Columns of events: user, item, second, click (0 or 1), action (click or skip), like (0 or 1), watch_seconds (0 without a
 click), position (from 1).
+
+With signals (`--signals`, `scripts/experiments/tasks.py`) a page has a device and an hour, on which clicks depend; a
+click needs that the position was examined, with the known probability position^-EXAMINED; pages are sorted by a noisy
+quality, so that positions and items depend on each other; and likes and watch time follow tastes of their own. Further
+columns: device, hour, and relevance, the probability of a click at a position that is examined for certain.
 """
 
 import argparse
@@ -37,6 +42,9 @@ NAMES = tuple(GENRES)
 WORDS = tuple(word for words in GENRES.values() for word in words)
 COUNTRIES = ("de", "fr", "jp", "us")
 ACTIONS = ("click", "skip")
+DEVICES = ("phone", "desk")
+EXAMINED = 0.7
+"""Exponent of the probability that a position is examined, position^-EXAMINED."""
 MATCH, OFFSET, POSITION = 1.6, -1.3, 0.1
 """Logits of a click: of a liked genre, of an item without one, and per position on the page (subtracted)."""
 
@@ -54,6 +62,8 @@ class Shop:
     """Users of a page each day, besides the day's new ones."""
     slots: int = 6
     seed: int = 0
+    signals: bool = False
+    """Device, hour, examined positions, and tastes of each label: see the module docstring."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ def days(shop: Shop) -> Iterator[ShopDay]:
     rng = np.random.default_rng(shop.seed)
     has_genre, likes = np.empty((0, len(NAMES)), bool), np.empty((0, len(NAMES)), bool)
     quality = np.empty(0)
+    tastes = np.random.default_rng((shop.seed, 1)) if shop.signals else None
+    adored, watched = np.empty((0, len(NAMES)), bool), np.empty((0, len(NAMES)), bool)
     for number in range(1, shop.days + 1):
         count = shop.first_items if number == 1 else shop.daily_items
         has_genre = np.concatenate([has_genre, _marked(rng, count, rng.choice([1, 1, 2], count))])
@@ -85,7 +97,12 @@ def days(shop: Shop) -> Iterator[ShopDay]:
         new = np.arange(len(likes) - joined, len(likes)) if number > 1 else np.empty(0, np.int64)
         users = np.union1d(rng.choice(len(likes), min(shop.active, len(likes)), replace=False), new)
         items = _items(rng, has_genre, len(has_genre) - count)
-        events = _events(rng, shop, number, users, has_genre, likes, quality, count)
+        if tastes is None:
+            events = _events(rng, shop, number, users, has_genre, likes, quality, count)
+        else:
+            adored = np.concatenate([adored, _marked(tastes, joined, np.full(joined, 2))])
+            watched = np.concatenate([watched, _marked(tastes, joined, np.full(joined, 2))])
+            events = _signals(rng, shop, number, users, has_genre, (likes, adored, watched), quality)
         yield ShopDay(number, events, items, _users(rng, len(likes) - joined, joined))
 
 
@@ -152,11 +169,65 @@ def _events(
     return pa.table(columns)
 
 
+def _signals(
+    rng: np.random.Generator,
+    shop: Shop,
+    number: int,
+    users: np.ndarray,
+    has_genre: np.ndarray,
+    tastes: tuple[np.ndarray, np.ndarray, np.ndarray],
+    quality: np.ndarray,
+) -> pa.Table:
+    """A page of each of `users` [U] with signals; tastes: bool [users, genres] of clicks, likes and watch time."""
+    chosen = np.stack([rng.choice(len(quality), shop.slots, replace=False) for _ in users])
+    by_quality = np.argsort(-quality[chosen] + rng.normal(0, 0.8, chosen.shape), axis=1)
+    page = np.take_along_axis(chosen, by_quality, axis=1)
+    second = np.sort(START + (number - 1) * DAY + rng.integers(6 * 3600, 86_000, len(users)))
+    device, hour = rng.integers(0, len(DEVICES), len(users)), (second - START) % DAY // 3600
+    position = np.broadcast_to(np.arange(1, shop.slots + 1), page.shape)
+    click_match, like_match, watch_match = (
+        (has_genre[page] & taste[users][:, None, :]).any(axis=2) for taste in tastes
+    )
+    # On a phone the first half of the genres is clicked more, on a desk the other; space is of the evening.
+    half, space = has_genre[page][:, :, : len(NAMES) // 2].any(axis=2), has_genre[page][:, :, NAMES.index("space")]
+    logit = -1.0 + MATCH * click_match + quality[page]
+    logit += np.where(half == (device == 0)[:, None], 0.6, -0.6) + 0.8 * space * np.where(hour >= 18, 1, -0.5)[:, None]
+    relevance = 1 / (1 + np.exp(-logit))
+    click = rng.random(page.shape) < relevance * position**-EXAMINED
+    like = click & (rng.random(page.shape) < 1 / (1 + np.exp(1.5 - 0.5 * quality[page] - 2.0 * like_match)))
+    watch = np.where(click, rng.exponential(20 * np.exp(0.3 * quality[page] + 1.2 * watch_match)), 0)
+    columns = {
+        "user": _ids("u", np.repeat(users, shop.slots)),
+        "item": _ids("i", page.ravel()),
+        "second": np.repeat(second, shop.slots),
+        "click": click.ravel().astype(np.int64),
+        "action": np.where(click.ravel(), *ACTIONS),
+        "like": like.ravel().astype(np.int64),
+        "watch_seconds": watch.ravel().round(1),
+        "position": position.ravel(),
+        "device": np.array(DEVICES)[np.repeat(device, shop.slots)],
+        "hour": np.repeat(hour, shop.slots),
+        "relevance": relevance.ravel().round(6),
+    }
+    return pa.table(columns)
+
+
 def _ids(letter: str, numbers: np.ndarray) -> list[str]:
     return [f"{letter}{number + 1}" for number in numbers.tolist()]
 
 
-def mapping(events: str, items: str, users: str) -> dict[str, Any]:
+SIGNALS: dict[str, Any] = {
+    "labels": {
+        "click": "binary",
+        "like": {"kind": "binary", "given": "click"},
+        "watch_seconds": {"kind": "regression", "transform": "log1p", "given": "click"},
+    },
+    "context": {"device": "categorical", "hour": "categorical", "position": "categorical"},
+}
+"""Columns of events of a shop with signals, instead of `label`."""
+
+
+def mapping(events: str, items: str, users: str, signals: bool = False) -> dict[str, Any]:
     """Mapping of the columns for `hllm prepare --source table`, of files relative to it."""
     return {
         "name": "shop",
@@ -165,7 +236,7 @@ def mapping(events: str, items: str, users: str) -> dict[str, Any]:
             "user": "user",
             "item": "item",
             "time": "second",
-            "label": "click",
+            **(SIGNALS if signals else {"label": "click"}),
             "action": "action",
             "actions": list(ACTIONS),
         },
@@ -182,10 +253,11 @@ def write_day(day: ShopDay, folder: Path) -> None:
         pa.csv.write_csv(getattr(day, kind), target)
 
 
-def write_mapping(folder: Path, name: str, pattern: str) -> Path:
+def write_mapping(folder: Path, name: str, pattern: str, signals: bool = False) -> Path:
     """Write `folder`/`name`.yaml, the mapping of the files of `pattern`, such as day-0[1-7].csv; returns its path."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(mapping(*(f"{kind}/{pattern}" for kind in ("events", "items", "users")))))
+    files = (f"{kind}/{pattern}" for kind in ("events", "items", "users"))
+    path.write_text(yaml.safe_dump(mapping(*files, signals=signals)))
     return path
 
 
@@ -195,13 +267,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     for name in ("days", "seed", "active"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Shop, name))
+    parser.add_argument("--signals", action="store_true", help="with device, hour, and tastes of each label")
     options = parser.parse_args()
-    for day in days(Shop(days=options.days, seed=options.seed, active=options.active)):
+    shop = Shop(days=options.days, seed=options.seed, active=options.active, signals=options.signals)
+    for day in days(shop):
         write_day(day, options.output)
-        write_mapping(options.output, f"day-{day.number:02d}", f"day-{day.number:02d}.csv")
+        write_mapping(options.output, f"day-{day.number:02d}", f"day-{day.number:02d}.csv", options.signals)
         share = np.mean(day.events["click"].to_numpy())
         print(f"day {day.number}: {len(day.events):,} events, {share:.1%} clicks")
-    write_mapping(options.output, "all", "day-*.csv")
+    write_mapping(options.output, "all", "day-*.csv", options.signals)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def write(folder: Path, rows: pa.Table | None = None, **changes: Any) -> Path:
     pa.csv.write_csv(events() if rows is None else rows, folder / "events.csv")
     items = pa.table({"item": [f"i{i}" for i in range(ITEMS)], "title": [f"word{i}" for i in range(ITEMS)]})
     pa.csv.write_csv(items, folder / "items.csv")
-    (folder / "mapping.yaml").write_text(yaml.safe_dump(mapping(**changes)))
+    (folder / "mapping.yaml").write_text(yaml.safe_dump(mapping(**changes), sort_keys=False))
     return folder / "mapping.yaml"
 
 

@@ -185,6 +185,16 @@ LINES = {
         "look {empty}",
         "info",
     ],
+    "creatives": [
+        "",
+        "build --dataset {missing} --name x",
+        "build --dataset {root}/half-dataset --name x",
+        "build --dataset {root}/dataset --name x --feature color",
+        "build --dataset {root}/dataset --name x --fractions 1 1 1",
+        "build --dataset {root}/dataset",
+        "info --dataset {root}/dataset --name {new}",
+        "show --dataset {root}/dataset --name x",
+    ],
     "index": ["--run {missing} --output {new}", "--run {root}/run --output {file}", "--run {root}/run --output {new}"],
     "retrieval": [
         "--dataset {missing}",

@@ -29,9 +29,9 @@ def test_the_recipe_runs_says_why_and_saves_what_it_chose(tmp_path: Path, capsys
     assert train.main(tiny(tmp_path / "run")) == 0
     said = capsys.readouterr().out
     catalogue = fixtures.dataset("leave_one_out").num_items - 1
-    assert f"recipe retrieval: objective.negatives: {catalogue}, chosen because a softmax over all" in said
+    assert "recipe retrieval: item_llm.text_keys: [title, brand], chosen because items have text in" in said
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert saved.get("recipe") is None and saved["objective"]["negatives"] == catalogue
+    assert saved.get("recipe") is None and saved["item_llm"]["text_keys"] == ["title", "brand"]
     assert saved["evaluation"]["protocol"] == "leave_one_out" and saved["item_llm"]["whiten"] is True
     (measured,) = [line for line in read_log(tmp_path / "run") if line["event"] == "measured"]
     assert measured["length"] > 0

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import log_loss
 
+from hllm_torchrec.evaluation.calibration import RunCalibration
+from hllm_torchrec.launch.calibrate import main as calibrate
 from hllm_torchrec.launch.evaluate import main as evaluate
+from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from tests.helpers import task_shop, training_fixtures
 
@@ -28,7 +32,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_each_task_is_trained_predicted_evaluated_and_served(run: Path) -> None:
-    steps = training_fixtures.lines(run, "step")
+    steps, checked = training_fixtures.lines(run, "step"), training_fixtures.lines(run, "eval")[-1]
+    assert 0 <= checked["auc_like"] <= 1 and checked["rmse_watch"] > 0 and 0 < checked["rmse_stars"] < 2
     for name in task_shop.TASKS:
         losses = [line[f"loss_{name}"] for line in steps]
         assert np.isfinite(losses).all() and losses[-1] < losses[0] * 1.5
@@ -59,6 +64,12 @@ def test_the_scorer_returns_what_evaluation_wrote_for_each_task(run: Path) -> No
             assert [found[name][0] for name in found] == pytest.approx(expected, rel=1e-4)
             logit = scorer.score(history, np.array([row["item_id"]]), row["timestamp"])
             assert logit == pytest.approx([row["score"]], abs=1e-5)
+        batched, items = BatchScorer(scorer.experiment), np.arange(1, task_shop.ITEMS)
+        first, again = (one.score_tasks(one.read(history), items, row["timestamp"]) for one in (scorer, batched))
+        for name, values in first.items():
+            assert again[name] == pytest.approx(values, rel=1e-4, abs=1e-6)
+        logits = batched.score_batch([Request(batched.read(history), items, row["timestamp"])])[0]
+        assert logits == pytest.approx(scorer.score(history, items, row["timestamp"]), abs=1e-5)
 
 
 @pytest.fixture(scope="module", params=["late", "early"])
@@ -105,3 +116,65 @@ def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
             scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
         with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
             scorer.score(state, item, row["timestamp"], context | {"price": "dear"})
+        with pytest.raises(ValueError, match=r"data\.context: \['device', 'price'\]: requests of this scorer have no"):
+            BatchScorer(scorer.experiment)
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic", "temperature"])
+def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if method != "platt" and run.name != "late":
+        pytest.skip("one model is enough")
+    assert calibrate(["--run-dir", str(run), "--method", method]) == 0
+    valid = pq.read_table(run / "predictions" / "valid")
+    fitted = RunCalibration.load(run)
+    assert fitted is not None and set(fitted.tasks) == {"", "like"}
+    probability = fitted.tasks[""](valid["score"].to_numpy())
+    if method != "temperature":  # they have an intercept: the sums agree on the part that they were fitted to
+        assert probability.sum() == pytest.approx(valid["label"].to_numpy().sum(), rel=0.02)
+    before = (
+        valid["probability"].to_numpy() if "raw_probability" not in valid.column_names else valid["raw_probability"]
+    )
+    assert log_loss(valid["label"], probability) <= log_loss(valid["label"], np.asarray(before)) + 1e-6
+    evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    metrics = json.loads((run / "metrics.json").read_text())["models"]
+    assert metrics[f"{run.name} (not calibrated)"]["auc"] == metrics[run.name]["auc"]
+    assert metrics[f"{run.name} (not calibrated)"]["log_loss"] != metrics[run.name]["log_loss"]
+    row = pq.read_table(run / "predictions" / "test").to_pylist()[0]
+    with Scorer.of_run(run) as scorer:
+        events = scorer.experiment.dataset.user_events(row["user_id"])
+        seen = events[events.timestamps < row["timestamp"]]
+        history = UserHistory(row["user_id"], seen.item_ids, seen.timestamps, seen.labels, seen.actions)
+        found = scorer.score_tasks(history, np.array([row["item_id"]]), row["timestamp"])
+    assert found["click"][0] == pytest.approx(row["probability"], rel=1e-4)
+    assert found["like"][0] == pytest.approx(row["probability_like"], rel=1e-4)
+    RunCalibration("0" * 16, fitted.tasks).save(run)
+    with pytest.raises(ValueError, match=r"calibration\.json belongs to other weights: run `hllm calibrate` again"):
+        Scorer.of_run(run)
+    capsys.readouterr()
+    evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"])
+    assert "caution: " in (out := capsys.readouterr().out) and "belongs to other weights" in out
+    (run / "calibration.json").write_text("{}")
+    assert evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0"]) == 2
+    (run / "calibration.json").unlink()
+
+
+def test_the_gate_has_a_rule_for_each_task(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if run.name != "late":
+        pytest.skip("one model is enough")
+    options = ["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"]
+    assert evaluate(options) == 0
+    before = tmp_path / "before.json"
+    before.write_text((run / "metrics.json").read_text())
+    gate = [*options, "--baseline", str(before), "--max-task-drop"]
+    assert evaluate([*gate, "like=0", "watch=0"]) == 0
+    text = capsys.readouterr().out
+    assert "PASS: AUC of like by late" in text and "PASS: XAUC of watch by late" in text
+    content = json.loads(before.read_text())
+    own = content["tasks"]["watch"]["models"][run.name]
+    own["xauc"] += 0.2
+    before.write_text(json.dumps(content))
+    assert evaluate([*gate, "watch=0.1"]) == 4, "XAUC has no interval"
+    assert evaluate([*gate, "watch=0.3"]) == 0
+    assert evaluate([*gate, "wach=0.1"]) == 2
+    assert "has no task 'wach' (did you mean 'watch'?)" in capsys.readouterr().err
+    assert evaluate([*gate, "watch"]) == 2 and "must be TASK=DROP" in capsys.readouterr().err

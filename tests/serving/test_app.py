@@ -179,8 +179,9 @@ def test_readiness_ends_before_the_service_does_and_errors_show_no_code(serve: S
     assert client.get("/readyz").json()["ready"] and client.get("/healthz").status_code == 200
     service.draining = True
     assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
-    service.engine.states = None  # a fault of ours
+    states, service.engine.states = service.engine.states, None  # a fault of ours
     answer = client.post("/v1/score", json={"user": "u1", "candidates": ["s1"], "time": TIME})
+    service.engine.states = states
     assert (answer.status_code, answer.json()) == (500, {"error": "internal error"})
 
 

@@ -179,7 +179,7 @@ def test_a_log_belongs_to_one_service(tmp_path: Path) -> None:
 def recommended(of: Engine, **request: Any) -> list[str]:
     found = only(of.score([RecommendRequest(**{"user": longest_user()[0], "top": 5, "time": NOW, **request})]))
     assert (np.diff(found.logits) <= 0).all()
-    return [raw for raw, _ in of.item_texts(found.items)]
+    return [raw for raw, _ in found.items]
 
 
 @pytest.mark.parametrize("kind", ["early", "late"])

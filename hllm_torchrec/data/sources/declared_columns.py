@@ -125,7 +125,7 @@ def _categories(values: pa.ChunkedArray) -> pa.Array:
 def _is_absent(values: pa.ChunkedArray) -> np.ndarray:
     texts = as_texts(values)
     words = pa.array(["", *(word.lower() for word in NULL_WORDS)])
-    absent: np.ndarray = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(texts, ""))), value_set=words)
+    absent = pc.is_in(pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(texts, ""))), value_set=words)
     return np.asarray(absent.to_numpy(zero_copy_only=False))
 
 

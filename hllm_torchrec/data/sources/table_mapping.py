@@ -106,7 +106,8 @@ def table(mapping_file: str | Path, *, append: Sequence[Path] | None = None) -> 
         keep_items_without_events=mapping.keep_items_without_events,
         min_events=mapping.min_events,
         policy=BadRows().changed(mapping.bad_rows, chosen=True),
-        options={"mapping": read_yaml(path)},
+        # The order of labels counts, and mappings are equal in any order.
+        options={"mapping": read_yaml(path)} | ({"labels": list(declared.schema.label_names)} if events.labels else {}),
     )
 
 

@@ -7,32 +7,22 @@ from torch.nn import functional as F
 from hllm_torchrec.modules.features.text_similarity import TextSimilarity, decayed_sums
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("lengths", [[5, 0, 1, 9, 2], [], [1], [16, 17]], ids=str)
-def test_decayed_sums_equal_a_loop_in_values_and_gradients(lengths: list[int]) -> None:
-    x = torch.randn(sum(lengths), 3, dtype=torch.float64, requires_grad=True)
-    decay = torch.tensor([0.6], dtype=torch.float64, requires_grad=True)
+def test_decayed_sums_equal_a_loop(lengths: list[int], decay: float) -> None:
+    x = torch.randn(sum(lengths), 3, dtype=torch.float64)
     offsets = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()])
-    rows = []
+    naive = torch.empty_like(x)
     for start, length in zip(offsets.tolist(), lengths, strict=False):
         total = torch.zeros(3, dtype=torch.float64)
-        for row in x[start : start + length]:
-            total = decay * total + row
-            rows.append(total)
-    naive = torch.stack(rows) if rows else x.new_empty(0, 3)
-    found = decayed_sums(x, offsets, decay)
-    torch.testing.assert_close(found, naive)
-    if rows:
-        upstream = torch.randn_like(naive)
-        for ours, theirs in zip(
-            torch.autograd.grad(found, [x, decay], upstream, retain_graph=True, allow_unused=True),
-            torch.autograd.grad(naive, [x, decay], upstream, allow_unused=True),
-            strict=True,
-        ):
-            torch.testing.assert_close(ours if ours is not None else 0 * decay, theirs)
+        for row in range(start, start + length):
+            total = decay * total + x[row]
+            naive[row] = total
+    torch.testing.assert_close(decayed_sums(x, offsets, decay), naive)
 
 
 def test_a_later_text_changes_no_earlier_sum_and_no_other_user() -> None:
-    similarity, x, offsets = TextSimilarity(0.5), torch.randn(7, 4), torch.tensor([0, 4, 7])
+    similarity, x, offsets = TextSimilarity(0.5, 0.7), torch.randn(7, 4), torch.tensor([0, 4, 7])
     before = similarity.history(x, offsets)
     x[2] += 10
     after = similarity.history(x, offsets)
@@ -41,7 +31,7 @@ def test_a_later_text_changes_no_earlier_sum_and_no_other_user() -> None:
 
 
 def test_the_cosine_of_joined_vectors_is_the_weighted_mean_of_both() -> None:
-    similarity = TextSimilarity(0.5)
+    similarity = TextSimilarity(0.5, 0.7)
     h, x, c, e = (torch.randn(6, width) for width in (3, 3, 8, 8))
     found = F.cosine_similarity(similarity.join(h, c), similarity.join(x, e))
     wanted = (F.cosine_similarity(h, x) + 0.5 * F.cosine_similarity(c, e)) / 1.5

@@ -1,0 +1,154 @@
+"""Configuration of personalized texts of items (HLLM-Creator, arXiv 2508.18118), and its rules."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from hllm_torchrec.config.lora import LoRAConfig
+
+if TYPE_CHECKING:
+    from hllm_torchrec.config.schema import Config
+
+USER = "{user}"
+"""The place of the soft tokens in a prompt."""
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class SoftPromptConfig:
+    """The user vector as soft tokens of the Creative LLM."""
+
+    tokens: int = 1
+    """Number of soft tokens."""
+    hidden: int = 0
+    """Width of the projection's hidden layer; 0: one linear layer without bias, as published."""
+    scale: Literal["words", "none"] = "words"
+    """words: tokens are RMS-normalized and multiplied by a learned gain that starts at the word vectors' RMS; none: as
+    published."""
+    dropout: float = 0.15
+    """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
+    `creative_gap` compares with."""
+
+
+@dataclass(frozen=True)
+class CreativeLossConfig:
+    """Weights of the losses; 0 leaves a loss out."""
+
+    write: float = 1.0
+    """Of the response's cross-entropy, per token."""
+    match: float = 0.0
+    """Of the Item-User Predictor's binary cross-entropy: the creative's item against sampled ones."""
+
+
+@dataclass(frozen=True)
+class MatchConfig:
+    """The Item-User Predictor."""
+
+    kind: Literal["mixer", "mlp"] = "mixer"
+    """mixer: MLP-Mixer blocks over the two tokens (user, item), as published; mlp: over their concatenation."""
+    width: int = 128
+    """Width of both tokens (2,048 in the published model)."""
+    blocks: int = 2
+    """Number of blocks."""
+    negatives: int = 8
+    """Items sampled per step, shared by its users; those of a user's own sequence are left out."""
+
+
+@dataclass(frozen=True)
+class CreativeConfig:
+    """Personalized texts of items, written by a causal language model that reads a user vector as soft tokens."""
+
+    enabled: bool = False
+    """Train on the table `data`. Such a run trains the losses below, on passes over the users of the table; late fusion
+    (the user vector is the [USER] output), or none."""
+    data: str = ""
+    """Name of a table of `hllm creatives`: <dataset>/creatives/<name>."""
+    pretrained: str | None = None
+    """Hugging Face directory of a decoder with tokenizer."""
+    tokenizer: str | None = None
+    """Tokenizer directory, if it is not in the directory of the weights."""
+    shape: dict[str, Any] | None = None
+    """Hugging Face config of a decoder with random weights, instead of `pretrained`."""
+    layers: int | None = None
+    """Keep the first n layers (none given: all)."""
+    trainable: bool = True
+    """False: the soft prompt alone is trained (and the user encoder, if it is trainable)."""
+    freeze_words: bool = False
+    """Freeze the word embeddings and the vocabulary head."""
+    attention: Literal["auto", "buckets", "varlen", "flash", "flex"] = "auto"
+    """Kernel, as `item_llm.attention`."""
+    prompt: str = "{user}{title}\n"
+    """Text before the response: {user}, once, is the place of the soft tokens; every other name in braces is a text
+    column of the dataset or a column of the table."""
+    max_prompt_length: int = 1024
+    """Maximum number of tokens of a prompt, without soft tokens."""
+    max_response_length: int = 128
+    """Maximum number of tokens of a response, with the end token. A longer one is cut, and its end is no target."""
+    over_long: Literal["error", "drop"] = "error"
+    """A prompt beyond max_prompt_length: an error, or the creative is left out, and counted."""
+    per_batch: int = 32
+    """Creatives per rank and step."""
+    evaluated: int = 512
+    """Creatives of the validation part that evaluations during training score, spread evenly; 0: all."""
+    soft: SoftPromptConfig = field(default_factory=SoftPromptConfig)
+    """Soft tokens."""
+    losses: CreativeLossConfig = field(default_factory=CreativeLossConfig)
+    """Losses."""
+    match: MatchConfig = field(default_factory=MatchConfig)
+    """Item-User Predictor."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters trained instead of the Creative LLM's base weights."""
+
+    @property
+    def has_backbone(self) -> bool:
+        """True if there is a Creative LLM."""
+        return self.enabled
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names in braces of the prompt, but {user}."""
+        return tuple(dict.fromkeys(name for name in PLACEHOLDER.findall(self.prompt) if name != USER[1:-1]))
+
+
+CREATIVE_BOUNDS = {
+    "creative.layers": ">= 1",
+    "creative.max_prompt_length": ">= 1",
+    "creative.max_response_length": ">= 2",
+    "creative.per_batch": ">= 1",
+    "creative.evaluated": ">= 0",
+    "creative.soft.tokens": ">= 1",
+    "creative.soft.hidden": ">= 0",
+    "creative.soft.dropout": ">= 0, <= 1",
+    "creative.losses.write": ">= 0",
+    "creative.losses.match": ">= 0",
+    "creative.match.width": ">= 1",
+    "creative.match.blocks": ">= 1",
+    "creative.match.negatives": ">= 1",
+}
+
+
+def creative_problems(config: "Config") -> Iterator[str]:
+    """Broken rules of `creative`, as 'field: value: rule; remedy'."""
+    creative = config.creative
+    if not creative.enabled:
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*", creative.data):
+        yield (
+            f"creative.data: {creative.data!r}: must be the name of a table: letters, digits, '-', '_' and '.'; make "
+            "one with `hllm creatives build`"
+        )
+    if config.objective.fusion == "early":
+        yield (
+            "creative.enabled: true with objective.fusion 'early': a user vector would depend on a target; write late "
+            "or none"
+        )
+    if creative.prompt.count(USER) != 1:
+        yield f"creative.prompt: {creative.prompt!r}: must have {USER} exactly once: the place of the soft tokens"
+    if not (creative.losses.write or creative.losses.match):
+        yield "creative.losses: write and match are 0: nothing would be trained; give one a weight"
+    if creative.losses.match and not config.item_llm.enabled:
+        yield (
+            f"creative.losses.match: {creative.losses.match}: the predictor reads text embeddings, and "
+            "item_llm.enabled is false; write 0"
+        )

@@ -1,0 +1,18 @@
+"""Configuration of low-rank adapters."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters on an LLM with frozen base weights: W x + alpha / rank * B A x."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: no adapters, the LLM's weights are trained."""
+    alpha: float = 16.0
+    """Adapters add alpha / rank times their product. They are initialized to a zero update."""
+    dropout: float = 0.0
+    """Dropout probability of the adapter input."""
+    targets: tuple[str, ...] = ()
+    """Last name components of the linear layers that get adapters, such as [q_proj, v_proj]; empty: all linear layers
+    of the LLM."""

@@ -1,0 +1,55 @@
+"""`CreativeBatch`: the texts of a batch's requests, optional in a `HybridBatch`. N creatives, K negatives of a step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.streamable import Pipelineable
+
+from hllm_torchrec.modules.creative.creative_llm import PackedTexts
+
+
+@dataclass
+class CreativeBatch(Pipelineable):
+    """Creatives [N] in the order of the batch's requests."""
+
+    rows: Tensor
+    """[N] int64 rows of the table's part."""
+    user_ids: Tensor
+    """[N] int64 users."""
+    weights: Tensor
+    """[N] float32."""
+    texts: PackedTexts
+    """Prompts and responses."""
+    may_match: Tensor
+    """[N, K] bool: the negative is not an item of the user's sequence, nor of the user's creatives."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "CreativeBatch":
+        """A copy on `device`."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "CreativeBatch":
+        """A copy in page-locked memory."""
+        return self._map(lambda x: x.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses these tensors (`Tensor.record_stream`)."""
+        self._map(lambda x: x.record_stream(stream) or x)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "CreativeBatch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return CreativeBatch(
+            **{n: x.map(function) if isinstance(x, PackedTexts) else function(x) for n, x in values.items()}
+        )
+
+    @property
+    def token_weight(self) -> float:
+        """sum_n w_n Y_n: the denominator of L_write."""
+        return float((self.weights.double() * self.texts.response_tokens).sum())
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of the matching loss: each creative's own item, and the negatives that may be used."""
+        return float(self.weights.numel() + self.may_match.sum())

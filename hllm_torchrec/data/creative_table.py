@@ -1,0 +1,232 @@
+"""`CreativeTable`: personalized texts of items, a row (user, second, item, text), beside a dataset's versions.
+
+    <dataset>/creatives/<name>/manifest.json                     counts, origin, split, vocabulary marks, files
+    <dataset>/creatives/<name>/{train,valid,test}/part-0.parquet rows sorted by user and second
+    <dataset>/creatives/<name>/dropped.parquet                   rows that were left out, with reasons
+
+Rows hold raw ids. A table serves every version of the dataset whose ids continue those it was made with.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.common.atomic_files import atomic_folder
+from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.common.hashing import hash_file, hash_json
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.data.validation import error_location, read_table
+from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, map_problems
+
+FOLDER, MANIFEST, DROPPED = "creatives", "manifest.json", "dropped.parquet"
+_FORMAT = 1
+_REMEDY = "build or import the table again (`hllm creatives`)"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("raw_user_id", pa.string()),
+        pa.field("raw_item_id", pa.string()),
+        pa.field("timestamp", pa.int64()),
+        pa.field("response", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("description", pa.string()),
+        pa.field("profile", pa.string()),
+        pa.field("weight", pa.float32()),
+        pa.field("origin", pa.string()),
+    ]
+)
+"""Columns of a table. timestamp: second UTC, whose strictly earlier events the user vector sees (null: all events);
+source, description, profile: texts of the row (null: the dataset's text columns are all there is); origin: template,
+llm:MODEL, human, import:NAME."""
+TEXTS = ("source", "description", "profile")
+"""Columns of a table that a prompt may name, beside the dataset's text columns."""
+_NEEDED = ("raw_user_id", "raw_item_id", "response")
+
+
+@dataclass(frozen=True)
+class Creatives:
+    """Rows of a part of a table, sorted by user and second.
+
+    user_ids, item_ids: int64 [N] of the dataset; timestamps: int64 [N] seconds, `WHOLE_HISTORY` for all events;
+    weights: float32 [N]; rows: the table's columns as they are stored.
+    """
+
+    user_ids: Ints
+    item_ids: Ints
+    timestamps: Ints
+    weights: Floats
+    rows: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.user_ids.size)
+
+
+WHOLE_HISTORY = 1 << 40
+"""Second of a row that sees all events of its user."""
+
+
+class CreativeTable:
+    """Reads a table of creatives; see `open`."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], dataset: Dataset) -> None:
+        self.path, self.manifest, self.dataset = path, manifest, dataset
+
+    @classmethod
+    def open(cls, dataset: Dataset, name: str) -> "CreativeTable":
+        """Open a table of a dataset.
+
+        Raises:
+            ValueError: there is none of this name, it is damaged, or it was made with other ids.
+        """
+        path = table_path(dataset, name)
+        file = path / MANIFEST
+        if not file.is_file():
+            known = sorted(one.parent.name for one in path.parent.glob(f"*/{MANIFEST}"))
+            raise ValueError(
+                f"{path}: no table of creatives{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}: "
+                "make one with `hllm creatives build`"
+            )
+        with error_location(file, _REMEDY):
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            if manifest["format"] != _FORMAT:
+                raise ValueError(f"its format is {manifest['format']}, this version reads {_FORMAT}")
+            marks = {kind: IdMark.from_json(manifest["vocabulary"][kind]) for kind in ("items", "users")}
+            hashes = {str(one): str(manifest["files"][one]) for one in manifest["files"]}
+        if problems := map_problems(marks, dataset, marks):
+            raise ValueError(
+                f"{path}: made with other ids than those of {dataset.root}: {'; '.join(problems)}; {_REMEDY}"
+            )
+        for one, digest in hashes.items():
+            if not (path / one).is_file() or hash_file(path / one) != digest:
+                raise ValueError(f"{path / one}: missing or changed since the table was written; {_REMEDY}")
+        return cls(path, manifest, dataset)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the contents of all rows."""
+        return hash_json(self.manifest["files"])
+
+    def part(self, split: str) -> Creatives:
+        """The rows of train, valid or test, which may be none.
+
+        Raises:
+            ValueError: the file is damaged, or a row has an unknown id or an empty text.
+        """
+        path = self.path / split / "part-0.parquet"
+        rows = read_table(path, SCHEMA.names).cast(SCHEMA) if path.is_file() else SCHEMA.empty_table()
+        users, items = (dense_ids(rows[f"raw_{kind}_id"], self.dataset, kind, path) for kind in ("user", "item"))
+        for row, text in enumerate(rows["response"].to_pylist()):
+            if not (text or "").strip():
+                raise ValueError(f"{path}, row {row}: response is empty; {_REMEDY}")
+        times = pc.fill_null(rows["timestamp"], WHOLE_HISTORY).to_numpy().astype(np.int64)
+        order = np.lexsort((np.arange(users.size), times, users))
+        weights = pc.fill_null(rows["weight"], 1.0).to_numpy().astype(np.float32)
+        if not np.all(np.isfinite(weights) & (weights >= 0)):
+            raise ValueError(f"{path}: a weight is negative or no number; {_REMEDY}")
+        return Creatives(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
+
+
+def table_path(dataset: Dataset, name: str) -> Path:
+    """Folder of a table of this name."""
+    return dataset.root / FOLDER / name
+
+
+def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) -> Ints:
+    """Dense ids int64 [N] of raw user or item ids. Raises ValueError naming the first row with an unknown one."""
+    known = (dataset.users if kind == "user" else dataset.items)[f"raw_{kind}_id"]
+    found = pc.index_in(raw.combine_chunks().cast(known.type), value_set=known.combine_chunks())
+    missing = np.flatnonzero(pc.is_null(found).to_numpy(zero_copy_only=False))
+    if missing.size:
+        wrong = raw[int(missing[0])].as_py()
+        hint = "" if wrong is None else did_you_mean(wrong, [text for text in known.to_pylist() if text])
+        raise ValueError(f"{where}, row {missing[0]}: raw_{kind}_id {wrong!r}: not in {dataset.root}{hint}")
+    return found.to_numpy(zero_copy_only=False).astype(np.int64) + 1
+
+
+def write_table(
+    dataset: Dataset,
+    name: str,
+    parts: Mapping[str, pa.Table],
+    dropped: pa.Table | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a table in one step; returns its folder.
+
+    Args:
+        parts: rows of each split, with at least the columns user, item and response.
+        dropped: rows that were left out, with a column `reasons`.
+        facts: further entries of the manifest.
+
+    Raises:
+        ValueError: there is a table of this name, a needed column is missing, a user is in two parts, or an id is
+            unknown.
+    """
+    path = table_path(dataset, name)
+    if path.exists():
+        raise ValueError(f"{path}: exists; choose another --name, or remove it")
+    complete = {split: _complete(parts[split], split) for split in SPLITS if split in parts}
+    _check_users(complete, path)
+    marks = dataset_marks(dataset)
+    with atomic_folder(path, marker=MANIFEST) as folder:
+        files = {}
+        for split, rows in complete.items():
+            for kind in ("user", "item"):
+                dense_ids(rows[f"raw_{kind}_id"], dataset, kind, f"{name}, {split}")
+            (folder / split).mkdir(parents=True)
+            pq.write_table(rows, folder / split / "part-0.parquet")
+            files[f"{split}/part-0.parquet"] = hash_file(folder / split / "part-0.parquet")
+        if dropped is not None and len(dropped):
+            pq.write_table(dropped, folder / DROPPED)
+            files[DROPPED] = hash_file(folder / DROPPED)
+        manifest = {
+            "format": _FORMAT,
+            "name": name,
+            "counts": {split: len(rows) for split, rows in complete.items()},
+            "users": {split: pc.count_distinct(rows["raw_user_id"]).as_py() for split, rows in complete.items()},
+            "dataset": {"version": dataset.version, "fingerprint": dataset.fingerprint},
+            "vocabulary": {kind: marks[kind].to_json() for kind in ("items", "users")},
+            "files": files,
+            **(facts or {}),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _complete(rows: pa.Table, split: str) -> pa.Table:
+    """The rows in `SCHEMA`; columns that are missing are null, weights 1."""
+    for name in _NEEDED:
+        if name not in rows.column_names:
+            raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(_NEEDED)}")
+    columns = [
+        rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
+        for field in SCHEMA
+    ]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _check_users(parts: Mapping[str, pa.Table], path: Path) -> None:
+    """Raise ValueError if a user is in two parts: a model would be tested on users that it was trained on."""
+    seen: dict[str, str] = {}
+    for split, rows in parts.items():
+        for user in pc.unique(rows["raw_user_id"]).to_pylist():
+            if seen.setdefault(user, split) != split:
+                raise ValueError(
+                    f"{path}: user {user!r} is in {seen[user]} and {split}: all rows of a user go into one"
+                )
+
+
+def split_by_user(raw_user_ids: Sequence[str], fractions: Sequence[float], seed: int = 0) -> Iterator[str]:
+    """Yield the part of each row, by a hash of its user: a user's rows are in one part."""
+    bounds = np.cumsum(fractions)
+    for user in raw_user_ids:
+        place = int(hash_json([seed, user])[:13], 16) / 2**52
+        yield SPLITS[int(np.searchsorted(bounds[:2], place, side="right"))]

@@ -1,0 +1,191 @@
+"""Likelihoods of personalized texts with the right user, with none, with another one, or with a given vector.
+
+    gap = nll(null) - nll(right)          what the user vector is worth, in nats per creative
+
+null is the learned vector that stands for unknown users. shuffled (another user's vector) says more than the gap: it
+also counts being confidently wrong.
+
+Legend: N creatives of a part, D width of a user vector.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hllm_torchrec.common.arrays import Doubles, Ints
+from hllm_torchrec.data.creative_loader import CreativeLoader
+from hllm_torchrec.distributed.collectives import all_gather_variable
+from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.parallelize import autocast
+from hllm_torchrec.modules.creative.creative_llm import PackedTexts
+
+TextsOf = Callable[[Ints], PackedTexts]
+"""Function of indices [n] that returns texts."""
+PER_BATCH = 64
+"""Creatives per rank and step."""
+CONDITIONS = ("right", "null", "shuffled")
+
+
+@dataclass(frozen=True)
+class CreativeVectors:
+    """User vectors of the creatives of a part, the same on every rank.
+
+    vectors: float32 [N, D]; known: bool [N], False without an earlier event; user_ids: int64 [N]; steps: this rank's
+    creatives of each step.
+    """
+
+    loader: CreativeLoader
+    vectors: Tensor
+    known: NDArray[np.bool_]
+    user_ids: Ints
+    steps: list[Ints]
+
+
+@dataclass(frozen=True)
+class CreativeScores:
+    """Negative log-likelihoods in nats of the creatives of a part, float64 [N] by condition; the same on every rank.
+
+    rows: int64 [N] rows of the part; tokens: int64 [N], of the response.
+    """
+
+    rows: Ints
+    user_ids: Ints
+    tokens: Ints
+    nll: dict[str, Doubles]
+
+
+@contextmanager
+def _evaluating(experiment: Experiment) -> Iterator[None]:
+    was_training = experiment.hllm.training
+    experiment.hllm.eval()
+    try:
+        with torch.no_grad(), experiment.evaluation_items():
+            yield
+    finally:
+        experiment.hllm.train(was_training)
+
+
+def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
+    """User vectors of the creatives of a part, each from events of strictly earlier seconds. Collective."""
+    loader, hllm = experiment.creative_loader(split, PER_BATCH), experiment.hllm
+    found, steps = [], []
+    place = np.empty(len(loader.part), np.int64)
+    place[loader.tokens.rows] = np.arange(len(loader))
+    with _evaluating(experiment):
+        for batch in loader.batches(0):
+            assert batch.creative is not None and batch.request_query is not None
+            on_device = batch.to(experiment.device)
+            assert on_device.request_query is not None
+            with autocast(experiment.config, experiment.device):
+                vectors = hllm.embed_users(on_device)[on_device.request_query].float().cpu()
+            index = place[batch.creative.rows.numpy()]
+            known = batch.query_visible[batch.request_query] > 0
+            steps.append(index)
+            found.append(torch.cat([torch.from_numpy(index)[:, None].double(), known[:, None].double(), vectors], 1))
+    gathered = all_gather_variable(torch.cat(found).to(experiment.device)).cpu()
+    gathered = gathered[gathered[:, 0].argsort()]
+    users = loader.part.user_ids[loader.tokens.rows]
+    return CreativeVectors(loader, gathered[:, 2:].float(), gathered[:, 1].bool().numpy(), users, steps)
+
+
+def score_creatives(
+    experiment: Experiment,
+    split: str,
+    conditions: Sequence[str] = CONDITIONS,
+    given: Mapping[str, Tensor] | None = None,
+    vectors: CreativeVectors | None = None,
+    most: int = 0,
+) -> CreativeScores:
+    """Score the creatives of a part under each condition. Collective.
+
+    Args:
+        conditions: of CONDITIONS.
+        given: further conditions: name -> vectors [N, D] that stand for the users, such as centres of clusters.
+        vectors: of `creative_vectors`, if they are known already.
+        most: score at most this many creatives, spread evenly over the part; 0: all.
+    """
+    vectors = vectors or creative_vectors(experiment, split)
+    chosen = np.arange(len(vectors.loader))
+    if 0 < most < chosen.size:
+        chosen = np.linspace(0, chosen.size - 1, most).astype(np.int64)
+    steps = [index[np.isin(index, chosen)] for index in vectors.steps]
+    loader, known = vectors.loader, torch.from_numpy(vectors.known)
+    named: dict[str, tuple[Tensor, Tensor]] = {
+        "right": (vectors.vectors, ~known),
+        "null": (vectors.vectors, torch.ones_like(known)),
+    }
+    if "shuffled" in conditions:
+        donor = torch.from_numpy(other_users(vectors.user_ids))
+        named["shuffled"] = (vectors.vectors[donor], ~known[donor])
+    named |= {name: (those, torch.zeros_like(known)) for name, those in (given or {}).items()}
+    wanted = [*conditions, *(given or {})]
+    nll: dict[str, Doubles] = {}
+    for name in wanted:
+        values = score_vectors(experiment, steps, *named[name], loader.tokens.gather)
+        nll[name] = _gathered(values, steps, experiment.device, len(loader))[chosen]
+    tokens = np.asarray(loader.tokens.lengths - loader.tokens.response_from)
+    return CreativeScores(np.asarray(loader.tokens.rows)[chosen], vectors.user_ids[chosen], tokens[chosen], nll)
+
+
+def score_vectors(
+    experiment: Experiment, steps: Sequence[Ints], vectors: Tensor, is_null: Tensor, texts: TextsOf
+) -> list[Tensor]:
+    """Negative log-likelihoods of the texts of each step given vectors [N, D]. Collective.
+
+    texts: function of indices [n] that returns the texts.
+    """
+    found = []
+    with _evaluating(experiment):
+        for index in steps:
+            at = torch.from_numpy(index)
+            packed = texts(index).map(lambda x: x.to(experiment.device))
+            with autocast(experiment.config, experiment.device):
+                users, null = vectors[at].to(experiment.device), is_null[at].to(experiment.device)
+                found.append(experiment.hllm.score_texts(users, null, packed).double().cpu())
+    return found
+
+
+def _gathered(values: list[Tensor], steps: Sequence[Ints], device: torch.device, number: int) -> Doubles:
+    """[N] values of all ranks in the order of the creatives."""
+    index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *steps])).double()
+    both = torch.stack([index, torch.cat([torch.empty(0, dtype=torch.float64), *values])], 1)
+    rows = all_gather_variable(both.to(device)).cpu().numpy()
+    found = np.full(number, np.nan)
+    found[rows[:, 0].astype(np.int64)] = rows[:, 1]
+    return found
+
+
+def other_users(user_ids: Ints, seed: int = 0) -> Ints:
+    """[N] a creative of another user for each creative: users in a random circle, and of each a random creative.
+
+    With one user there is no other: then the creatives themselves.
+    """
+    rng = np.random.default_rng(seed)
+    users, inverse = np.unique(user_ids, return_inverse=True)
+    circle = rng.permutation(users.size)
+    following = np.empty_like(circle)
+    following[circle] = np.roll(circle, -1)
+    order = np.argsort(inverse, kind="stable")
+    counts = np.bincount(inverse, minlength=users.size)
+    first = np.cumsum(counts) - counts
+    donors = following[inverse]
+    chosen: Ints = order[first[donors] + (rng.random(inverse.size) * counts[donors]).astype(np.int64)]
+    return chosen
+
+
+def creative_metrics(scores: CreativeScores) -> dict[str, float]:
+    """Means in nats per creative (and per token) for the log; `creative_gap` = null - right."""
+    tokens = max(1, int(scores.tokens.sum()))
+    found: dict[str, float] = {"creative_rows": scores.rows.size}
+    for name, values in scores.nll.items():
+        suffix = "" if name == "right" else f"_{name}"
+        found[f"creative_nll{suffix}"] = float(values.mean())
+    found["creative_nll_per_token"] = float(scores.nll["right"].sum() / tokens)
+    if "null" in scores.nll:
+        found["creative_gap"] = found["creative_nll_null"] - found["creative_nll"]
+    return found

@@ -1,0 +1,115 @@
+"""`CreativeInputs`: the table of creatives of a run and its tokens, opened for a model on this rank."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hllm_torchrec.common.arrays import Floats
+from hllm_torchrec.common.errors import ConfigError
+from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.batch_spec import BatchSpec
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.creative_loader import CreativeLoader
+from hllm_torchrec.data.creative_table import CreativeTable
+from hllm_torchrec.data.creative_tokens import CreativeTokens, build_creative_tokens
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.derived_files import derived_path
+from hllm_torchrec.data.loader import LoaderSpec
+from hllm_torchrec.data.request_context import RequestContext
+from hllm_torchrec.distributed.coordination import run_on_each_host
+from hllm_torchrec.models.hllm import HLLM
+
+
+@dataclass(frozen=True)
+class CreativeInputs:
+    """A run's table of creatives. folder: its tokens."""
+
+    config: Config
+    dataset: Dataset
+    table: CreativeTable
+    folder: Path
+
+    @classmethod
+    def open(cls, config: Config, dataset: Dataset, model: HLLM) -> "CreativeInputs | None":
+        """Open and tokenize the table of a configuration; None if it has none. Collective.
+
+        Raises:
+            ConfigError: the tokenizer is of another vocabulary than the model, or texts are too long for it.
+            ValueError: there is no such table, or it is damaged.
+        """
+        if not config.creative.enabled:
+            return None
+        table = CreativeTable.open(dataset, config.creative.data)
+        first = run_on_each_host(lambda: build_creative_tokens(dataset, table, config.creative))
+        own = derived_path(dataset, "tokens", first.name)  # hosts that share no disk may have the dataset elsewhere
+        found = cls(config, dataset, table, own if own.is_dir() else first)
+        if problems := list(found._problems(model)):
+            raise ConfigError(problems)
+        return found
+
+    def _problems(self, model: HLLM) -> Iterator[str]:
+        assert model.creative is not None
+        creative, tokens = self.config.creative, self.tokens("train").facts["vocab_size"]
+        words = model.creative.backbone.get_input_embeddings().num_embeddings
+        if tokens > words:
+            yield (
+                f"creative.tokenizer: makes token ids up to {tokens - 1}, the Creative LLM has {words} word vectors; "
+                "give the tokenizer of that model"
+            )
+        for split in ("train", "valid"):
+            if not len(self.tokens(split)):
+                yield (
+                    f"creative.data: {creative.data}: {self.table.path} has no text in {split}: build it with more users"
+                )
+        places = getattr(model.creative.backbone.config, "max_position_embeddings", None)
+        longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
+        if places is not None and longest > places:
+            yield (
+                f"creative.max_prompt_length: {creative.max_prompt_length}: with soft tokens and response {longest} "
+                f"tokens, and the Creative LLM has {places} positions: lower it"
+            )
+
+    def tokens(self, split: str) -> CreativeTokens:
+        """Tokens of a part."""
+        return CreativeTokens(self.folder, split)
+
+    def loader(
+        self,
+        spec: BatchSpec,
+        split: str,
+        per_batch: int,
+        *,
+        training: bool = False,
+        max_history: int | None = None,
+        item_vectors: Floats | None = None,
+        context: RequestContext | None = None,
+    ) -> CreativeLoader:
+        """Batches of a part's creatives on this rank; training ones are shuffled, with sampled items to match."""
+        config, data = self.config, self.config.data
+        matches = training and config.creative.losses.match > 0
+        # Visibility is by second also where exposures see earlier positions: a creative has a moment, no position.
+        own = replace(
+            spec, visibility="second", item_slots=False, negatives=config.creative.match.negatives if matches else 0
+        )
+        collator = Collator(self.dataset, own, config.seed, training, item_vectors, context=context)
+        loader_spec = LoaderSpec(
+            split=split,
+            batch_users=per_batch,
+            max_history=max_history or data.max_history,
+            seed=config.seed,
+            shuffle=training,
+            prefetch=data.prefetch,
+            timeout=config.parallel.timeout,
+        )
+        return CreativeLoader(
+            self.dataset,
+            collator,
+            self.table.part(split),
+            self.tokens(split),
+            loader_spec,
+            per_batch,
+            dist.get_rank(),
+            dist.get_world_size(),
+        )

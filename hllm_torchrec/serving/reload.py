@@ -1,0 +1,146 @@
+"""Reload of a service's model while it answers: loaded beside, compared on recent requests, swapped between batches.
+
+If anything fails, or a probability changes by more than the bound, the old model stays in use. States of the new model
+are made when their users ask. `hllm rollback` and a reload go back the same way.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.evaluation.run_loader import find_checkpoint, run_config, weights_fingerprint
+from hllm_torchrec.serving.engine import Engine, Scores
+from hllm_torchrec.serving.service import Service
+
+
+class ReloadRefusedError(Exception):
+    """The model in use was kept; the message says why."""
+
+
+@dataclass(frozen=True)
+class ReloadReport:
+    """model, previous: marks now and before; equal if nothing had changed. requests: number of compared ones;
+    largest_change, mean_change: of their probabilities."""
+
+    model: str
+    previous: str
+    requests: int = 0
+    largest_change: float = 0.0
+    mean_change: float = 0.0
+
+
+class Reloader:
+    """Reloads the model of a service. load: builds the engine of what is published now; max_change: bound of the
+    largest change of a probability."""
+
+    def __init__(self, service: Service, load: Callable[[], Engine], max_change: float = 0.5) -> None:
+        self._service, self._load, self._max_change = service, load, max_change
+        self._lock = threading.Lock()
+
+    def reload(self) -> ReloadReport:
+        """Load, compare and swap. Takes as long as a start.
+
+        Raises:
+            ReloadRefusedError: the model could not be loaded, its scores differ too much, or a reload is under way.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise ReloadRefusedError("a reload is under way: wait for it")
+        try:
+            report = self._reload()
+        except ReloadRefusedError:
+            self._service.metrics.reloads.labels("refused").inc()
+            raise
+        finally:
+            self._lock.release()
+        self._service.metrics.reloads.labels("done").inc()
+        return report
+
+    def _reload(self) -> ReloadReport:
+        old = self._service.engine
+        try:
+            new = self._load()
+        except Exception as error:  # whatever it is, the model in use stays
+            raise ReloadRefusedError(f"{type(error).__name__}: {error}") from error
+        if new.mark == old.mark:
+            new.close()
+            return ReloadReport(old.mark, old.mark)
+        try:
+            report = self._compared(old, new)
+        except BaseException:
+            new.close()
+            raise
+        self._service.batches.between_batches(lambda: self._use(new)).result()
+        old.close()
+        return report
+
+    def _compared(self, old: Engine, new: Engine) -> ReloadReport:
+        """Both models' probabilities of the recent requests; this also warms the new one.
+
+        Raises:
+            ReloadRefusedError: a change above the bound, or a score that is no number.
+        """
+        sample = list(self._service.recent)
+        before = self._service.batches.between_batches(lambda: old.score(sample)).result()
+        changes = probability_changes(before, new.score(sample))
+        largest, mean = (float(changes.max()), float(changes.mean())) if changes.size else (0.0, 0.0)
+        if not largest <= self._max_change:  # also if it is no number
+            raise ReloadRefusedError(
+                f"model {new.mark} changes a probability of {len(sample)} recent requests by {largest:.3f}, more than "
+                f"{self._max_change:g}: look at it, or raise --max-change"
+            )
+        return ReloadReport(new.mark, old.mark, len(sample), largest, mean)
+
+    def _use(self, engine: Engine) -> None:
+        self._service.engine = engine
+
+
+def probability_changes(
+    before: Sequence[Scores | Exception], after: Sequence[Scores | Exception]
+) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """|p - p'| of all candidates that both models scored."""
+    parts = [np.empty(0)]
+    for one, other in zip(before, after, strict=True):
+        if isinstance(one, Scores) and isinstance(other, Scores):
+            first, second = (1 / (1 + np.exp(-found.logits.astype(np.float64))) for found in (one, other))
+            parts.append(np.abs(first - second))
+    return np.concatenate(parts)
+
+
+def published(run: Path, which: str, dataset: Path | None) -> tuple[str, int]:
+    """Fingerprint of the weights, and version of the dataset, that a service of the run would load now.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    config = run_config(run, dataset)
+    version = Dataset.open(config.data.dataset, config.data.version).version
+    return weights_fingerprint(find_checkpoint(run, which)), version
+
+
+def watch(
+    reloader: Reloader,
+    state: Callable[[], tuple[str, int]],
+    every: float,
+    stop: threading.Event,
+    say: Callable[[object], None],
+) -> None:
+    """Reload whenever `state` has changed, until `stop`; what is refused is said and tried again after a change."""
+    known = state()
+    while not stop.wait(every):
+        try:
+            found = state()
+        except (ValueError, OSError) as error:  # a release that is being published
+            say(f"hllm serve: {error}")
+            continue
+        if found == known:
+            continue
+        known = found
+        try:
+            report = reloader.reload()
+            say(f"hllm serve: model {report.model}, largest change of a probability {report.largest_change:.3f}")
+        except ReloadRefusedError as error:
+            say(f"hllm serve: the model stays: {error}")

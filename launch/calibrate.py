@@ -1,0 +1,81 @@
+"""`hllm calibrate`: fits a run's probabilities to its validation part, which evaluation and the scorer then apply.
+
+    hllm calibrate --run-dir runs/quickstart --method platt
+    torchrun --nproc_per_node 2 -m hllm_torchrec.launch.calibrate --run-dir runs/quickstart --method isotonic
+
+It scores the validation part, fits a function of the logit for each binary task, and writes calibration.json into the
+run. `hllm evaluate` then shows the run before and after, and `Scorer.score_tasks` returns calibrated probabilities;
+scores and their order do not change. It belongs to one checkpoint: fit again after training on. docs/tasks.md says when
+which method is the right one.
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.entry import CommandParser, entry_point
+
+if TYPE_CHECKING:
+    from hllm_torchrec.evaluation.calibration import RunCalibration
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser."""
+    parser = CommandParser(prog="hllm calibrate", description=__doc__)
+    parser.add_run()
+    parser.add_argument(
+        "--method",
+        choices=("platt", "isotonic", "temperature"),
+        default="platt",
+        help="platt: slope and intercept of the logit; temperature: slope alone; isotonic: any increasing function, "
+        "for thousands of positives (default: platt)",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score, fit and write.
+
+    Raises:
+        ValueError: no such run or checkpoint, a run without a ranking head, or labels of one class.
+    """
+    from hllm_torchrec.checkpoint.remote_runs import RunStorage, local_run
+    from hllm_torchrec.common.urls import url_of
+    from hllm_torchrec.distributed.coordination import run_on_rank_zero
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.evaluation.calibration import fit_calibration
+    from hllm_torchrec.evaluation.run_loader import run_config, score_run
+
+    if not run_config(args.run, args.dataset).objective.has_head:
+        raise ValueError(f"{args.run}: objective.fusion 'none': the run has no probabilities to calibrate")
+    storage = RunStorage(local_run(args.run), url_of(args.run))
+    with distributed_device() as device:
+        scores = score_run(args.run, "valid", args.checkpoint, device, args.dataset)
+        predictions = scores.predictions
+        assert predictions is not None
+        fingerprint = scores.provenance["weights"]["fingerprint"]
+
+        def fit() -> None:
+            found = fit_calibration(predictions, fingerprint, args.method)
+            say(_summary(found))
+            say(f"calibration: {found.save(storage.folder)}")
+
+        run_on_rank_zero(fit)
+        storage.publish()
+
+
+def _summary(found: "RunCalibration") -> str:
+    lines = []
+    for name, one in found.tasks.items():
+        numbers = (
+            f"{len(one.x)} points" if one.method == "isotonic" else f"slope {one.x[0]:.4f}, intercept {one.y[0]:+.4f}"
+        )
+        lines.append(f"{name or 'first label'}: {one.method}, {numbers}")
+    return "\n".join(lines)
+
+
+main = entry_point(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())

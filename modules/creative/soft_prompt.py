@@ -1,0 +1,44 @@
+"""`SoftPrompt`: a user vector as soft tokens of a language model (W U of HLLM-Creator).
+
+Legend: N creatives, D width of a user vector, C width of the language model, k soft tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SoftPrompt(nn.Module):
+    """users [N, D] -> soft tokens [N, k, C]; a learned vector stands for an unknown user.
+
+    Tokens are RMS-normalized and multiplied by a learned gain, which starts at `scale`, the RMS of the model's word
+    vectors: torch's default initialization would put them at several times the size of a word, and a trained user
+    vector anywhere.
+
+    Args:
+        user_width, width: D and C.
+        tokens: k.
+        hidden: width of an MLP's hidden layer; 0: one linear layer without bias, as published.
+        scale: initial gain; None: no normalization and no gain, as published.
+    """
+
+    def __init__(
+        self, user_width: int, width: int, tokens: int = 1, hidden: int = 0, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.tokens, self.width = tokens, width
+        self.project: nn.Module = nn.Linear(user_width, tokens * width, bias=False)
+        if hidden:
+            self.project = nn.Sequential(
+                nn.Linear(user_width, hidden), nn.SiLU(), nn.Linear(hidden, tokens * width, bias=False)
+            )
+        # Of shape [1], as FSDP2 refuses parameters without dimensions.
+        self.gain = None if scale is None else nn.Parameter(torch.full((1,), scale))
+        self.null = nn.Parameter(torch.randn(tokens, width) * (0.02 if scale is None else scale))
+
+    def forward(self, users: Tensor, is_null: Tensor) -> Tensor:
+        """users [N, D], is_null [N] bool (an unknown user: `users` is not read) -> [N, k, C]."""
+        soft = self.project(users).unflatten(-1, (self.tokens, self.width))
+        if self.gain is not None:
+            soft = F.rms_norm(soft.float(), (self.width,), eps=1e-6) * self.gain
+        return torch.where(is_null[:, None, None], self.null.to(soft.dtype), soft)

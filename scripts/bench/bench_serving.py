@@ -1,0 +1,157 @@
+"""Requests of many users: the service's engine against `Scorer`, without HTTP.
+
+    python scripts/bench/bench_serving.py --run RUN --dataset DATASET [--quick] [--out FILE]
+
+Each side scores the same requests; histories are in the cache (warm), and one thread computes. `scorer`: one request
+after the other, with the dense ids given; `engine`: batches of `--batch` requests by raw ids. The sides alternate,
+ratios are those of medians of CPU time (other processes count less), and the bench stops where the scores differ.
+
+`outside` is the share of a side's CPU time that is not in the user encoder, the head or the projections (measured by
+timers around their calls, in a pass of its own).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarking import alternate, arguments, matmul_peak, medians, report, say
+from torch import nn
+
+from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.modules import prepared_head
+from hllm_torchrec.serving import batch_scorer
+from hllm_torchrec.serving import scorer as scorer_module
+from hllm_torchrec.serving.batch_scorer import BatchScorer
+from hllm_torchrec.serving.engine import Engine, ScoreRequest, Scores
+from hllm_torchrec.serving.scorer import Scorer, UserHistory
+
+USERS = 64
+
+
+def main() -> None:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--dataset", type=Path)
+    parser.add_argument("--candidates", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with distributed_device() as device:
+        plain = Scorer.of_run(args.run, device=device, dataset=args.dataset)
+        engine = Engine(BatchScorer.of_run(args.run, device=device, dataset=args.dataset), index="none")
+        found = measure(plain, engine, args.candidates, args.batch, 5 if args.quick else 15)
+        report("serving", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
+
+
+def measure(plain: Scorer, engine: Engine, candidates: int, batch: int, repeats: int) -> dict[str, Any]:
+    """Requests per second of both sides, and their shares outside of the model."""
+    dataset, rng = plain.experiment.dataset, np.random.default_rng(0)
+    users = rng.permutation(dataset.num_users - 1)[:USERS] + 1
+    raw_users, raw_items = dataset.users["raw_user_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist()
+    moment = int(time.time())
+    items = [1 + rng.choice(len(raw_items), size=min(candidates, len(raw_items)), replace=False) for _ in users]
+    states = [plain.read(UserHistory(int(user), **dataset.user_events(int(user)).columns)) for user in users]
+    requests = [
+        ScoreRequest(raw_users[user - 1], [raw_items[item - 1] for item in chosen], moment)
+        for user, chosen in zip(users, items, strict=True)
+    ]
+
+    def by_scorer() -> list[np.ndarray]:
+        return [plain.score(state, chosen, moment) for state, chosen in zip(states, items, strict=True)]
+
+    def by_engine(size: int = batch) -> list[np.ndarray]:
+        found = [one for at in range(0, USERS, size) for one in engine.score(requests[at : at + size])]
+        return [one.logits for one in found if isinstance(one, Scores)]
+
+    worst = max(float(np.abs(a - b).max()) for a, b in zip(by_scorer(), by_engine(), strict=True))
+    if worst > 1e-3:
+        raise SystemExit(f"the scores differ by {worst}")
+    works = {"scorer": by_scorer, "engine_one": lambda: by_engine(1), "engine": by_engine}
+    seconds = medians(alternate({name: partial(cpu_seconds, work) for name, work in works.items()}, repeats))
+    lengths = [state.cache.length for state in states]
+    result = {
+        "ratios": {
+            "engine_vs_scorer": seconds["scorer"] / seconds["engine"],
+            "engine_one_vs_scorer": seconds["scorer"] / seconds["engine_one"],
+        },
+        "shapes": {
+            "fusion": plain.experiment.config.objective.fusion,
+            "candidates": candidates,
+            "batch": batch,
+            "history": {"median": float(np.median(lengths)), "max": max(lengths)},
+        },
+        "largest_score_difference": worst,
+        "requests_per_cpu_second": {name: USERS / value for name, value in seconds.items()},
+        "outside_model": {
+            "scorer": outside(plain, by_scorer),
+            "engine_one": outside(engine.scorer, works["engine_one"]),
+            "engine": outside(engine.scorer, by_engine),
+        },
+    }
+    say(str(result))
+    return result
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """CPU time of `work`."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def outside(side: Scorer, work: Callable[[], Any]) -> float:
+    """Share of the CPU time outside of encoder, head and projections."""
+    spent = [0.0]
+    with timed_model(side, spent):
+        started = time.process_time()
+        work()
+        total = time.process_time() - started
+    return 1 - spent[0] / total
+
+
+@contextmanager
+def timed_model(side: Scorer, spent: list[float]) -> Iterator[None]:
+    """Add the CPU time of the model's arithmetic to `spent`: encoder with its cache, head, projections."""
+    depth = [0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            depth[0] += 1
+            started = time.process_time()
+            try:
+                return function(*given, **named)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:
+                    spent[0] += time.process_time() - started
+
+        return run
+
+    def begins(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: timed(timed(function)(*given))
+
+    hllm = side.hllm
+    projections = hllm.project_item, hllm.project_vectors, hllm.features.merge_time, hllm.features.numeric
+    modules: list[nn.Module] = [hllm.head, *(one for one in projections if one is not None)]
+    kept = batch_scorer.begin_requests, scorer_module.begin_request, prepared_head.PreparedHead.score
+    batch_scorer.begin_requests, scorer_module.begin_request = begins(kept[0]), begins(kept[1])
+    prepared_head.PreparedHead.score = timed(kept[2])  # type: ignore[method-assign]
+    for module in modules:
+        module.forward = timed(module.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        batch_scorer.begin_requests, scorer_module.begin_request = kept[0], kept[1]
+        prepared_head.PreparedHead.score = kept[2]  # type: ignore[method-assign]
+        for module in modules:
+            del module.forward
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Cost of several tasks: training steps of three and of eight labels in one model against one label.
+
+    python scripts/bench/bench_tasks.py [--quick] [--out FILE]
+
+The trainer's own step on the same pages of an invented shop (late fusion, SASRec of width 64 with two layers, items by
+their IDs), alternately for one, three and eight binary tasks on a shared bottom. `tasks_three` and `tasks_eight` are
+the times of a step as multiples of that of one task, medians of pairs measured one after the other.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import torch
+import yaml
+from benchmarking import arguments, matmul_peak, report, say
+
+from hllm_torchrec.config.schema import (
+    Config,
+    DataConfig,
+    FeatureConfig,
+    ItemLLMConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    UserEncoderConfig,
+)
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
+
+LABELS = tuple(f"label{number}" for number in range(8))
+SIDES = {"one": 1, "three": 3, "eight": 8}
+
+
+def write_shop(folder: Path, users: int, pages: int, slots: int, items: int) -> Path:
+    """Prepare pages of `slots` items in a second with eight labels; returns the dataset's folder."""
+    rng = np.random.default_rng(0)
+    number = users * pages
+    columns: dict[str, Any] = {
+        "user": np.repeat(np.char.add("u", np.repeat(np.arange(users), pages).astype(str)), slots),
+        "item": np.char.add("i", rng.random((number, items)).argsort(axis=1)[:, :slots].ravel().astype(str)),
+        "second": np.repeat(1_600_000_000 + np.tile(np.arange(pages), users) * 3600, slots),
+    }
+    columns |= {name: (rng.random(number * slots) < 0.3).astype(int) for name in LABELS}
+    pa.csv.write_csv(pa.table(columns), folder / "events.csv")
+    titles = pa.table({"item": [f"i{i}" for i in range(items)], "title": [f"item {i}" for i in range(items)]})
+    pa.csv.write_csv(titles, folder / "items.csv")
+    events = {"path": "events.csv", "user": "user", "item": "item", "time": "second"}
+    mapping = {
+        "name": "bench",
+        "events": events | {"labels": dict.fromkeys(LABELS, "binary")},
+        "items": {"path": "items.csv", "item": "item", "text": ["title"]},
+    }
+    (folder / "mapping.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
+    return prepare(table(folder / "mapping.yaml"), folder / "dataset")
+
+
+def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int) -> Trainer:
+    """A trainer of the first `tasks` labels."""
+    named: dict[str, dict[str, Any]] = {name: {} for name in LABELS[:tasks]} if tasks > 1 else {}
+    config = Config(
+        output=str(output),
+        data=DataConfig(dataset=str(dataset), max_history=256, batch_users=batch_users),
+        item_llm=ItemLLMConfig(enabled=False),
+        user=UserEncoderConfig(encoder="sasrec", shape={"width": 64, "layers": 2, "heads": 2, "max_positions": 256}),
+        features=FeatureConfig(time_depth=0),
+        objective=ObjectiveConfig(fusion="late", tasks=named),
+        optim=OptimConfig(lr=1e-4, table_lr=1e-4),
+    )
+    return build_trainer(config, torch.device("cpu"))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench."""
+    options = arguments(__doc__).parse_args(argv)
+    rounds, users = (2, 4) if options.tiny else (15, 16) if options.quick else (40, 32)
+    pages, slots = (3, 4) if options.tiny else (24, 8)
+    init_distributed()
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = write_shop(folder, 3 * users, pages, slots, 200)
+        trainers = {side: trainer_of(dataset, tasks, folder / side, users) for side, tasks in SIDES.items()}
+        batches = {side: next(iter(one._loader(one.config.stages[0]).batches(0))) for side, one in trainers.items()}
+        for turn in range(rounds + 2):
+            for side in list(SIDES)[:: 1 if turn % 2 else -1]:  # alternately from both ends
+                start = time.perf_counter()
+                trainers[side].train_step([batches[side]])
+                if turn >= 2:  # after warming up
+                    seconds[side].append(time.perf_counter() - start)
+        exposures = batches["one"].num_exposures
+    destroy_distributed()
+    ratios = {
+        f"tasks_{side}": statistics.median(a / b for a, b in zip(seconds[side], seconds["one"], strict=True))
+        for side in ("three", "eight")
+    }
+    say(f"steps of {exposures} exposures: {ratios}")
+    shapes = {"exposures": exposures, "users": users, "rounds": rounds}
+    medians = {side: statistics.median(times) for side, times in seconds.items()}
+    found = {"ratios": ratios, "seconds": medians, "shapes": shapes, "matmul_peak": matmul_peak(seconds=0.1)}
+    return report("tasks", options, found | {"matmul_share": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Several tasks, context, position bias and thinned-out negatives on a shop with signals (`shop.py`).
+
+    python scripts/experiments/tasks.py --output runs/tasks [--tiny] [--arms joint click ...] [--seed 0]
+
+The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, day 14 test. Arms, each one run:
+
+    joint          click, like and watch time in one model (shared bottom), with device and hour
+    click, like, watch   a model for one label each, otherwise the same
+    no_context     joint without device and hour
+    bias           joint with the position bias tower, which is left out at serving
+    rate_25, rate_5      a quarter and a twentieth of the non-clicks, with the correction of the logit
+    rate_25_raw, rate_5_raw   the same without it
+
+OUTPUT/<arm>/result.json keeps what is done, so that the script can be stopped and started again; OUTPUT/tasks.json has
+the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import shop
+from scipy.stats import kendalltau
+
+from hllm_torchrec.config.loading import load_config
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.events import Events, Piece
+from hllm_torchrec.data.predictions import save_predictions
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.request_context import RequestContext
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.split import Split
+from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.evaluation.model_comparison import evaluate_files
+from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings
+from hllm_torchrec.evaluation.prediction_layout import describe_predictions
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.evaluation.scoring import score_split
+from hllm_torchrec.training.trainer import Trainer
+from hllm_torchrec.training.trainer_setup import build_trainer
+
+FULL = shop.Shop(
+    days=14, first_items=600, daily_items=0, first_users=9000, daily_users=0, active=4500, slots=8, signals=True
+)
+TINY = shop.Shop(
+    days=14, first_items=60, daily_items=0, first_users=80, daily_users=0, active=40, slots=8, signals=True
+)
+
+COMMON: dict[str, Any] = {
+    "item_llm.enabled": False,
+    "user": {"encoder": "sasrec", "shape": {"width": 32, "layers": 1, "heads": 2, "max_positions": 64, "dropout": 0.1}},
+    "features": {"time_depth": 0, "init_scale": 0.05, "shard_from_rows": 100000, "action": False},
+    "data": {
+        "history": "positive",
+        "item_features": ["genres"],
+        "context": ["device", "hour"],
+        "max_history": 64,
+        "batch_users": 64,
+    },
+    "objective": {"fusion": "late", "head_hidden": 64},
+    "optim": {"lr": 3.0e-3, "table_lr": 0.02, "weight_decay": 0.05},
+    "evaluation": {"batch_users": 128, "keep_last": 1},
+}
+EVERY = {"click": {}, "like": {}, "watch_seconds": {}}
+ARMS: dict[str, dict[str, Any]] = {
+    "joint": {"objective.tasks": EVERY},
+    "click": {"objective.tasks": {}},
+    "like": {"objective.tasks": {"click": {"weight": 0}, "like": {}}},
+    "watch": {"objective.tasks": {"click": {"weight": 0}, "watch_seconds": {}}},
+    "no_context": {"objective.tasks": EVERY, "data.context": []},
+    "bias": {"objective.tasks": EVERY, "objective.position_bias": ["position"]},
+    "rate_25": {"objective.tasks": EVERY, "data.negative_rate": 0.25},
+    "rate_5": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
+    "rate_25_raw": {"objective.tasks": EVERY, "data.negative_rate": 0.25},
+    "rate_5_raw": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
+}
+
+
+class PermutedContext(RequestContext):
+    """Context of other requests: what a model loses when its context says nothing."""
+
+    def ids(self, events: Events, name: str, *, count: bool) -> np.ndarray:
+        """The ids in a random order."""
+        ids = super().ids(events, name, count=False)
+        return np.random.default_rng(len(ids)).permutation(ids)
+
+
+def write_shop(output: Path, size: shop.Shop) -> Dataset:
+    """Write and prepare the shop below `output`, or open it; the truth is in truth.parquet."""
+    files = output / "files"
+    if not (output / "truth.parquet").is_file():
+        days = []
+        for day in shop.days(size):
+            shop.write_day(day, files)
+            days.append(day.events)
+        pq.write_table(pa.concat_tables(days), output / "truth.parquet")
+    mapping = shop.write_mapping(files, "all", "day-*.csv", signals=True)
+    last = shop.START + (size.days - 2) * shop.DAY
+    split = Split("date", train_until=last, valid_until=last + shop.DAY)
+    return Dataset.open(prepare(table(mapping), output / "dataset", split=split))
+
+
+def train(arm: str, output: Path, dataset: Dataset, seed: int, epochs: float) -> None:
+    """Train an arm and score the test day, unless it is done."""
+    run = output / arm
+    if (run / "result.json").is_file():
+        return
+    values = {"output": str(run), "data.dataset": str(dataset.root), "seed": seed, "resume": True}
+    values |= {"stages": [{"name": "all", "epochs": epochs}]}
+    settings = _flat(COMMON) | ARMS[arm] | values
+    options = [f"--{n}={value if isinstance(value, str) else json.dumps(value)}" for n, value in settings.items()]
+    with distributed_device() as device:
+        trainer = build_trainer(load_config(options), device)
+        if arm.endswith("_raw"):
+            _leave_correction_out(trainer)
+        metrics = trainer.run()
+        _score(run, "test", device)
+        if arm == "joint":
+            _score(run, "permuted", device)
+    (run / "result.json").write_text(json.dumps(metrics))
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name}.{key}" if key else name: one
+        for name, value in values.items()
+        for key, one in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+def _leave_correction_out(trainer: Trainer) -> None:
+    """Train on what is left as if it were whole traffic."""
+    loader = trainer._loader(trainer.config.stages[0])
+    collate = loader.collator
+
+    def without(pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
+        batch = collate(pieces, epoch, step, rank)
+        batch.logit_offset = None
+        return batch
+
+    loader.collator = without  # type: ignore[assignment]
+
+
+def _score(run: Path, name: str, device: Any) -> None:
+    loaded = load_run(run, "latest", device)
+    experiment = loaded.experiment
+    loader = experiment.loader("test", 128)
+    if name == "permuted":
+        own = loader.collator.context
+        loader.collator.context = PermutedContext(experiment.dataset.schema, own.names, own.state())
+    columns = score_split(experiment.model, loader, device, cold=experiment.cold_items())
+    save_predictions(columns, run / "predictions" / name)
+
+
+def compare(output: Path, dataset: Dataset, arms: Sequence[str]) -> dict[str, Any]:
+    """Metrics of all arms on the test day, and their paired differences from `joint`."""
+    paths = {arm: output / arm / "predictions" / "test" for arm in arms}
+    paths |= {"permuted": output / "joint" / "predictions" / "permuted"} if "joint" in arms else {}
+    models, layout = describe_predictions(paths)
+    metrics, _ = evaluate_files(models, layout, EvaluationSettings("test"), paired=True)
+    shown = ("auc", "auc_low", "auc_high", "gauc", "log_loss", "calibration")
+    found: dict[str, Any] = {"rows": metrics["rows"], "users": metrics["users"]}
+    found["click"] = {arm: {key: block[key] for key in shown} for arm, block in metrics["models"].items()}
+    found["click_paired"] = metrics["paired"]
+    for task, block in metrics["tasks"].items():
+        keys = shown if block["kind"] == "binary" else tuple(next(iter(block["models"].values())))
+        found[task] = {arm: {key: one[key] for key in keys} for arm, one in block["models"].items()}
+        found[f"{task}_paired"] = block.get("paired")
+        found[f"{task}_rows"] = block["rows"]
+    found["tau"] = {arm: served_order(output, dataset, paths[arm]) for arm in paths}
+    return found
+
+
+def served_order(output: Path, dataset: Dataset, predictions: Path) -> dict[str, float]:
+    """Kendall's tau of scores and relevance within pages, mean and standard error over users."""
+    truth = pq.read_table(output / "truth.parquet", columns=["user", "item", "second", "relevance"])
+    users, items = (
+        {raw: i for i, raw in enumerate(table.to_pylist(), start=1)}
+        for table in (dataset.users["raw_user_id"], dataset.items["raw_item_id"])
+    )
+    keys = zip(truth["user"].to_pylist(), truth["item"].to_pylist(), truth["second"].to_pylist(), strict=True)
+    known = {
+        (users.get(u), items.get(i), s): r for (u, i, s), r in zip(keys, truth["relevance"].to_pylist(), strict=True)
+    }
+    rows = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp", "score"]).to_pandas()
+    rows["relevance"] = [
+        known[u, i, s] for u, i, s in zip(rows["user_id"], rows["item_id"], rows["timestamp"], strict=True)
+    ]
+    pages = [kendalltau(page["score"], page["relevance"])[0] for _, page in rows.groupby(["user_id", "timestamp"])]
+    return {"mean": float(np.nanmean(pages)), "error": float(np.nanstd(pages) / np.sqrt(len(pages)))}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train the arms that are not done, and write the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--tiny", action="store_true", help="a shop of 80 users, to try the script")
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    dataset = write_shop(options.output, TINY if options.tiny else FULL)
+    for arm in options.arms:
+        train(arm, options.output, dataset, options.seed, options.epochs)
+    done = [arm for arm in ARMS if (options.output / arm / "result.json").is_file()]
+    found = {"seed": options.seed, "epochs": options.epochs, **compare(options.output, dataset, done)}
+    (options.output / "tasks.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return found
+
+
+if __name__ == "__main__":
+    main()

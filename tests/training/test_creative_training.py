@@ -1,0 +1,148 @@
+"""Training on creatives: the third LLM in the trainer, on ranks, resumed, frozen, and what it learns."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hllm_torchrec.data.events import Events
+from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.modules.lora import is_adapter
+from hllm_torchrec.training.trainer_setup import build_trainer
+from tests.helpers import creative_fixtures
+from tests.helpers.distributed import run_ranks
+from tests.helpers.training_fixtures import assert_equal_weights, config, interrupted, lines, losses, train, weights
+
+WITHOUT_CHANCE: dict[str, Any] = {"creative__soft__dropout": "0", "creative__losses__match": "0"}
+
+
+@pytest.fixture(autouse=True)
+def own_process_group() -> Iterator[None]:
+    yield
+    destroy_distributed()
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return creative_fixtures.settings(**more)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    """With soft dropout and sampled items; the best checkpoint has the best likelihood."""
+    own = settings(evaluation__checkpoint_every=2, evaluation__keep_last=9, optim__ema=0.9)
+    whole = train(config(tmp_path / "whole", **own))
+    steps = lines(tmp_path / "whole", "step")
+    assert steps[-1]["loss_write"] < steps[0]["loss_write"] and steps[0]["loss_match"] > 0
+    assert "loss_cls" not in steps[0] and 0 < steps[0]["user_similarity"] <= 1
+    resumed = train(config(interrupted(tmp_path / "whole", tmp_path / "again", 2), resume=True, **own))
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    assert resumed.metrics == whole.metrics
+    assert_equal_weights(weights(resumed), weights(whole))
+    found = whole.metrics
+    assert found["creative_gap"] == pytest.approx(found["creative_nll_null"] - found["creative_nll"])
+    assert whole.early_stopping.best == -found["creative_nll"]
+    # A run that is loaded gives the same likelihoods.
+    loaded = load_run(tmp_path / "whole", "best", init_distributed())
+    with loaded.weights:
+        scores = score_creatives(loaded.experiment, "valid")
+    assert float(scores.nll["right"].mean()) == pytest.approx(found["creative_nll"], rel=1e-6)
+    parts = weights(whole).keys()
+    assert any(name.startswith("creative.backbone.layers.1.") for name in parts)
+    assert any(name.startswith("creative_head.match.") for name in parts)
+
+
+def trained_losses(output: str, given: str) -> list[tuple[float, float]]:
+    train(config(Path(output), **json.loads(given)))
+    return [(line["loss_write"], line["grad_norm"]) for line in lines(Path(output), "step")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", ["ddp", "fsdp"])
+def test_two_ranks_equal_one(tmp_path: Path, dense: str) -> None:
+    own = {name: str(value) if isinstance(value, Path) else value for name, value in settings(**WITHOUT_CHANCE).items()}
+    one = trained_losses(str(tmp_path / "one"), json.dumps(own))
+    # The same global batch; in the last steps a rank may have no creatives.
+    two = run_ranks(
+        trained_losses, 2, str(tmp_path / "two"), json.dumps(own | {"creative__per_batch": 4, "parallel__dense": dense})
+    )
+    np.testing.assert_allclose(two[0], one, rtol=2e-4)
+
+
+def test_only_what_is_trainable_moves(tmp_path: Path) -> None:
+    """The soft prompt alone; then adapters of the Creative LLM too."""
+    frozen = {"creative__trainable": "false", "item_llm__trainable": "false", "user__trainable": "false"}
+    for extra, moves in (
+        (frozen, ()),
+        ({**frozen, "creative__trainable": "true", "creative__lora__rank": 2}, ("creative.backbone.",)),
+    ):
+        trainer = build_trainer(
+            config(tmp_path / str(len(moves)), max_steps=2, **settings(**extra)), init_distributed()
+        )
+        before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}
+        trainer.run()
+        for name, parameter in trainer.hllm.named_parameters():
+            if name.startswith(("creative", "item_llm.", "user.", "head.")):
+                may = name.startswith("creative_head.") or (name.startswith(moves) and is_adapter(name))
+                assert may or torch.equal(before[name], parameter), name
+        changed = {
+            name.split(".")[0] for name, p in trainer.hllm.named_parameters() if not torch.equal(before[name], p)
+        }
+        assert {"creative_head", *(["creative"] if moves else [])} <= changed
+
+
+def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path) -> None:
+    """Of the creatives' own second and later, and of other users, nothing; of earlier ones, everything."""
+    trainer = build_trainer(config(tmp_path, **settings()), init_distributed())
+    known = creative_vectors(trainer.experiment, "test")
+    loader = known.loader
+    hllm = trainer.hllm.eval()
+    with torch.no_grad():
+        for one in loader.passes:
+            events, seconds = loader.dataset.user_events(int(known.user_ids[one[0]])), loader.seconds(one)
+            window = loader._piece(one)
+            for n, second in zip(one, seconds, strict=True):
+                seen = int((events.timestamps < second).sum())
+                assert bool(known.known[n]) == (seen > 0)
+                # Alone, with nothing of the pass but what it may see.
+                alone = dataclasses.replace(
+                    window,
+                    **events[window.offset : seen].columns,
+                    first_target=seen - window.offset,
+                    requests=Events.at([second], item_ids=[int(loader.part.item_ids[loader.tokens.rows[n]])]),
+                )
+                assert len(alone) >= min(seen, loader.spec.max_history // 2)
+                batch = loader.collator([alone], 0, 0)
+                found = hllm.embed_users(batch)[batch.request_query]
+                torch.testing.assert_close(found[0], known.vectors[n], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["countries", "random"])
+def test_the_user_is_worth_something_if_and_only_if_texts_depend_on_it(tmp_path: Path, table: str) -> None:
+    """Texts that name the user's country, and texts that name any, of users that were not trained on."""
+    creative_fixtures.country_table(table)
+    own = settings(
+        creative__data=table,
+        creative__losses__match="0",
+        creative__prompt="{user} for",
+        optim__lr=0.003,
+        features__time_depth=0,
+        creative__per_batch=16,
+        stages=[{"name": "writer", "epochs": 4, "item_embeddings": "cached"}],
+        evaluation__every=4,
+    )
+    trainer = train(config(tmp_path, **own))
+    scores = score_creatives(trainer.experiment, "test")
+    gap = scores.nll["null"] - scores.nll["right"]
+
+    error = gap.std() / gap.size**0.5
+    if table == "countries":
+        assert gap.mean() > 3 * error and scores.nll["shuffled"].mean() > scores.nll["right"].mean()
+    else:
+        assert gap.mean() < 3 * error
