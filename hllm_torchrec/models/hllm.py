@@ -336,13 +336,14 @@ class HLLM(nn.Module):
         History [T, D], queries [Q, D] (late fusion: with [USER]), targets [X, D] (late fusion; else [0, D]) and
         items [U, D] (if they have slots; else [0, D]). The features of a slot depend only on the slot.
         """
-        slots = self.features(batch.features, self._numbers(batch.numeric), self._items_of_slots(batch, items))
+        numbers = self.standardized_numbers(batch.numeric)
+        slots = self.features(batch.features, numbers, self._items_of_slots(batch, items))
         x_TD, x_QD, target_XD, item_UD = slots.tensor_split(self._slot_bounds(batch))
         if self.fusion.query_is_user:
             x_QD = x_QD + self.user_token
         return x_TD, x_QD, target_XD, item_UD
 
-    def _numbers(self, numeric: Tensor | None) -> Tensor | None:
+    def standardized_numbers(self, numeric: Tensor | None) -> Tensor | None:
         """Numeric inputs [S, F] with the numeric context, which comes last, standardized; 0 where it is unknown."""
         if numeric is None or not self.numeric_context:
             return numeric
@@ -406,7 +407,7 @@ class HLLM(nn.Module):
             return self.standardise(items, self.project_item)
         return self.project_item(items if self.standardise is None else self.standardise(items))
 
-    def _texts(self, item_ids: Tensor, items: Tensor) -> Tensor:
+    def text_embeddings(self, item_ids: Tensor, items: Tensor) -> Tensor:
         """E of items [n, E], standardised or whitened if the configuration says so, in full width."""
         if self.standardise is None:
             return items
@@ -418,7 +419,7 @@ class HLLM(nn.Module):
         """Decayed sums [T, E] of the history's texts; None without `text_similarity`."""
         if self.text_similarity is None or items is None:
             return None
-        texts = self._texts(batch.unique_items, items)[batch.history_index]
+        texts = self.text_embeddings(batch.unique_items, items)[batch.history_index]
         return self.text_similarity.history(texts, batch.seq_offsets)
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
