@@ -66,7 +66,7 @@ def wheel_names(root: Path) -> set[str]:
     names = {"hllm_torchrec/py.typed"}
     for folder in ("hllm_torchrec", *SUBPACKAGES):
         for file in (root / folder).rglob("*"):
-            if file.suffix in (".py", ".j2") or (folder == "configs" and file.suffix == ".yaml"):
+            if file.suffix in (".py", ".j2", ".html") or (folder == "configs" and file.suffix == ".yaml"):
                 name = file.relative_to(root).as_posix()
                 names.add(name if folder == "hllm_torchrec" else f"hllm_torchrec/{name}")
     return names
@@ -88,7 +88,7 @@ def test_wheel_requires_neither_torch_nor_torchrec_nor_fbgemm(wheel: Path) -> No
     assert "transformers" in required and "torchx" in required
     assert not {"torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"} & set(required)
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
-    assert extras == {"bench", "dev", "docs", "faiss", "flash-attn", "lora", "s3", "wandb"}
+    assert extras == {"bench", "dev", "docs", "faiss", "flash-attn", "lora", "s3", "serve", "wandb"}
 
 
 @pytest.mark.slow

@@ -33,19 +33,19 @@ from hllm_torchrec.serving.scorer import Scorer, UserHistory
 USERS = 64
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the bench."""
     parser = arguments(__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with distributed_device() as device:
         plain = Scorer.of_run(args.run, device=device, dataset=args.dataset)
         engine = Engine(BatchScorer.of_run(args.run, device=device, dataset=args.dataset), index="none")
-        found = measure(plain, engine, args.candidates, args.batch, 5 if args.quick else 15)
+        found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)
         report("serving", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
 
 
