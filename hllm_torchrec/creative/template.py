@@ -91,7 +91,11 @@ class _Maker:
         self.rule, self.values, self.offsets, self.base = rule, values, offsets, base
         self.names = ["", *dataset.text([rule.name])[rule.name].to_pylist()]
         self.labels = ["", *dataset.feature_values(rule.feature).to_pylist()]
-        self.dropped = {"fewer than two values": 0, "too few earlier likes": 0, "none of the latest likes has a value": 0}
+        self.dropped = {
+            "fewer than two values": 0,
+            "too few earlier likes": 0,
+            "none of the latest likes has a value": 0,
+        }
 
     def _of(self, item: int) -> Ints:
         found: Ints = self.values[self.offsets[item] : self.offsets[item + 1]]

@@ -267,7 +267,7 @@ class HLLM(nn.Module):
         found = self.features(features, None, self._projected(items, vectors))
         if self.text_similarity is None or items is None:
             return found
-        return self.text_similarity.join(found, self._texts(item_ids, items))
+        return self.text_similarity.join(found, self.text_embeddings(item_ids, items))
 
     @property
     def user_vector_width(self) -> int:

@@ -224,8 +224,8 @@ class Trainer:
 
     def _describe(self, stats: StepStats, norm: float, batches: list[HybridBatch]) -> dict[str, float]:
         """Statistics of a step for the log; also exchanges the ranks' preemption and save-failure flags. Collective."""
-        flags = {"asked_to_stop": self.preemption.requested, "failed_saves": self.checkpoints.pending_save_failed}
-        totals = replace(stats, **flags).over_ranks()
+        stop, failed = float(self.preemption.requested), float(self.checkpoints.pending_save_failed)
+        totals = replace(stats, asked_to_stop=stop, failed_saves=failed).over_ranks()
         self.should_stop, self.save_failed = totals.asked_to_stop > 0, totals.failed_saves > 0
         try:
             names = [task.name for task in self.hllm.tasks] if totals.tasks else ()

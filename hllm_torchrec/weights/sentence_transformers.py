@@ -72,7 +72,9 @@ def write_sentence_transformers(experiment: Experiment, item_llm: Path, item_tok
 def _read(directory: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
     from transformers import AutoModel
 
-    return read_tokenizer(directory), AutoModel.from_pretrained(str(directory), trust_remote_code=False).eval()
+    return read_tokenizer(directory), AutoModel.from_pretrained(
+        str(directory), trust_remote_code=False, use_safetensors=True
+    ).eval()
 
 
 def _append_item_token(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", item_token: Tensor) -> None:

@@ -163,11 +163,11 @@ class HSTU(UserEncoder):
         known_backend(shape.backend)
         positions = shape.max_positions if shape.absolute_positions else 0
         super().__init__(shape.width, dropout, positions, query_next_time=shape.time_of == "next")
-        assert shape.qk_width is not None
         if shape.prefix_mask == "history" and shape.backend == "auto":
             shape = dataclasses.replace(shape, backend="eager")  # the only one with this mask
         self.shape, self.context_prefix = shape, shape.prefix
         self.context_sees_history = shape.prefix_mask == "history"
+        assert shape.qk_width is not None
         self.rules = AttentionRules(
             window=shape.window,
             prefix=shape.prefix,
