@@ -57,11 +57,6 @@ class BatchScorer(Scorer):
     _numbers_of: dict[str, int] | None = None
 
     def _make_collator(self) -> None:
-        if self.experiment.batch_spec.context:
-            raise ValueError(
-                f"data.context: {list(self.experiment.batch_spec.context)}: requests of this scorer have no context; "
-                "score with `Scorer.score(..., context=...)`, or train without context"
-            )
         known = 0 if self._inputs is None else self.experiment.dataset.num_table_items
         if self._inputs is None:
             self._inputs = SlotInputs(self.experiment)

@@ -137,4 +137,7 @@ NOT_RUN: dict[str, str] = {
     "evaluate --baseline: the AUC dropped": "help: exit statuses",
     "run directory of hllm train; under torchrun": "help",
     "  hllm prepare --source": "help",
+    "creative.data: □: □ has no text in □": "an empty table, which `hllm creatives build` refuses to write",
+    "was trained without texts (creative.enabled is false)": "names another run to choose",
+    "a store of its own (item_llm.store)": "a caution: nothing is refused",
 }

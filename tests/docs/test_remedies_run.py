@@ -302,7 +302,7 @@ COMMANDS: list[tuple[str, str, str]] = [
      f"{EVALUATE} b={{root}}/rows.parquet --baseline b"),
     ("--baseline □ is the model to be judged itself; name another of the comparison",
      f"{EVALUATE} b={{root}}/rows.parquet --baseline a", f"{EVALUATE} b={{root}}/rows.parquet --baseline b"),
-    ("users (--user) of both classes",
+    ("users (--user) with rows of both classes",
      "evaluate --split valid --draws 0 --no-tensorboard --output {new} --predictions a={root}/bare.parquet "
      "b={root}/bare.parquet --baseline b --max-gauc-drop 0.1",
      "evaluate --split valid --draws 0 --no-tensorboard --output {new} --predictions a={root}/rows.parquet "
