@@ -287,6 +287,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert (found, len(said)) == (2, 1), said
     assert len(said[0]) < 1500
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").rglob("*.json"))
+    assert not names["missing"].exists(), "the command made what is missing"
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["--nothing"], ["trian", "--config", "x"]])
