@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hllm_torchrec import __version__
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.data.event_log import LoggedEvent
 from hllm_torchrec.serving.engine import RawEvents, RecommendRequest, ScoreRequest
-from hllm_torchrec.serving.event_log import LoggedEvent
 from hllm_torchrec.serving.micro_batches import DeadlineMissed, QueueFull
 from hllm_torchrec.serving.raw_histories import UnknownIdsError
 from hllm_torchrec.serving.reload import Reloader, ReloadRefusedError
