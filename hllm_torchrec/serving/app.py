@@ -187,7 +187,8 @@ def create_app(
 def _remaining(service: Service, user: str) -> str:
     """What a service cannot forget: the dataset, and what was made from it."""
     given = shlex.join(["--dataset", str(service.engine.scorer.experiment.dataset.root), f"--user={user}"])
-    return f"dataset, runs and stores keep what they have of the user until: hllm forget {given} --runs RUNS --stores STORES"
+    command = f"hllm forget {given} --runs RUNS --stores STORES"
+    return f"dataset, runs and stores keep what they have of the user until: {command}"
 
 
 def _columns(items: list[NewItemBody]) -> tuple[list[str], dict[str, list[str]], dict[str, list[list[str]]]]:
