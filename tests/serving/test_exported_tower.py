@@ -138,11 +138,7 @@ def test_a_compiled_package_is_loaded_without_this_package(tmp_path: Path) -> No
     [
         ("early", {}, r"objective.fusion: 'early': only with late fusion"),
         ("late", {"user__encoder": "hstu", "user__shape": HSTU}, r"encoder hstu: an exported tower does not"),
-        (
-            "late",
-            {"data__history": "positive"},
-            r"a history of positive events alone: an exported tower does not have it",
-        ),
+        ("late", {"data__history": "positive"}, r"a history of positive events alone: an exported tower does not"),
         (
             "late",
             {"features__tables": {"country": {"kind": "hash", "rows": 100}}},
