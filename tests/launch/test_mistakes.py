@@ -248,6 +248,12 @@ LINES = {
         f"{MODEL} --dataset {{missing}}",
         f"{MODEL} --max-history many",
     ],
+    "export-tower": [
+        "--run {missing} --output {root}/tower.pt2",
+        "--run {root}/half-run --output {root}/tower.pt2",
+        "--run {root}/run --output {root}/tower.pt2",
+        "--run {root}/run --output {file}",
+    ],
     "export-hf": [
         "--run {missing} --output {new}",
         "--run {root}/half-run --output {new}",
