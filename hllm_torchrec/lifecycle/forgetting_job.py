@@ -74,9 +74,7 @@ def forget_everywhere(
         report.traces.append(_forget_in(place, target))
     if erase and not dry_run:
         searched = [dataset, *folders, *predictions]
-        kinds = {
-            column: names.of(name) for name, (_, raw) in TABLES.items() for column in (raw, raw.removeprefix("raw_"))
-        }
+        kinds = {column: names.of(name) for name, columns in TABLES.items() for column in columns}
         report.remaining = list(files_with(searched, [*names.users, *names.items], kinds))
     return report
 
