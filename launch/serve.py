@@ -116,6 +116,8 @@ def default_state(run: Path) -> Path:
     """
     if "://" in str(run) or ":/" in str(run):
         raise ValueError(f"--run {run}: at a URL: give --state, a file of this machine")
+    if not run.exists():  # the file's folder would make it
+        raise ValueError(f"{run}: no such file or directory")
     return run / "serving" / "events.sqlite"
 
 

@@ -19,6 +19,7 @@ from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.data.versions import kept_versions, remove_superseded, write_lock
 from hllm_torchrec.data.vocabulary import compute_marks, dataset_marks, map_problems, vector_mark
+from tests.helpers import task_shop
 from tests.helpers.schedules import without_syncs
 from tests.helpers.source_files import ITEMS, PARTS, memory_source, random_events, sequences
 
@@ -82,6 +83,20 @@ def test_every_version_equals_one_that_never_had_the_ids(tmp_path: Path, names: 
     assert compute_marks(after) == dataset_marks(after) == dataset_marks(before)
     assert not map_problems(dataset_marks(before), after, ["items", "users"])
     assert forget(root, names, erase=erase).version is None
+
+
+def test_events_with_declared_columns_are_forgotten_with_them(tmp_path: Path) -> None:
+    root = task_shop.prepared(tmp_path).root
+    before = {user: Dataset.open(root).user_events(user) for user in (1, 2)}
+    users, items = Dataset.open(root).users["raw_user_id"], Dataset.open(root).items["raw_item_id"]
+    item = before[2].item_ids[0]
+    forget(root, Names([users[0].as_py()], [items[int(item) - 1].as_py()]))
+    after = Dataset.open(root)
+    assert len(after.user_events(1)) == 0
+    kept = before[2].item_ids != item
+    for name, values in before[2].extra.items():
+        np.testing.assert_array_equal(after.user_events(2).extra[name], values[kept], err_msg=name)
+    assert before[2].extra and 0 < kept.sum() < kept.size
 
 
 def test_bytes_stay_until_prune_or_are_erased_at_once(tmp_path: Path) -> None:
