@@ -8,6 +8,7 @@ A process that is killed leaves each version as it was or without the ids; the s
 """
 
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -183,8 +184,8 @@ def _vector_tombstones(dataset: Dataset, report: DatasetReport) -> Iterator[Row]
 
 def _without_notes(manifest: dict[str, Any], names: Names) -> dict[str, Any]:
     """The manifest without the notes that name one of the raw ids."""
-    raw_ids = [*names.users, *names.items]
-    notes = [note for note in manifest.get("notes", ()) if not any(raw in str(note) for raw in raw_ids)]
+    words = [re.compile(rf"(?<![\w-]){re.escape(raw)}(?![\w-])") for raw in (*names.users, *names.items)]
+    notes = [note for note in manifest.get("notes", ()) if not any(word.search(str(note)) for word in words)]
     return {**manifest, "notes": notes} if "notes" in manifest else manifest
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.forgetting import DatasetReport, Names, forget
 from hllm_torchrec.data.new_item_journal import JOURNAL as JOURNAL_FILE
+from hllm_torchrec.data.rewriting import TABLES
 from hllm_torchrec.data.tombstones import ITEMS, USERS
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
@@ -73,7 +74,8 @@ def forget_everywhere(
         report.traces.append(_forget_in(place, target))
     if erase and not dry_run:
         searched = [dataset, *folders, *predictions]
-        report.remaining = list(files_with(searched, [*names.users, *names.items]))
+        kinds = {column: names.of(name) for name, columns in TABLES.items() for column in columns}
+        report.remaining = list(files_with(searched, [*names.users, *names.items], kinds))
     return report
 
 

@@ -5,12 +5,14 @@ Parquet and Arrow files by their texts, other files for the bytes of ids that ar
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from hllm_torchrec.data.manifest import MANIFEST, VERSIONS
 
 LONG = 6
 """Number of bytes from which an id is searched for in files that are not text."""
@@ -21,16 +23,30 @@ _NUMBER = re.compile(rb"[\"'](-?[0-9]+)[\"'](?!\s*:)")
 """A quoted number that is no key of a JSON object."""
 
 
-def files_with(folders: Sequence[Path], raw_ids: Sequence[str]) -> Iterator[Path]:
-    """The files below `folders`, links not followed, in which one of the ids occurs."""
-    words, texts = _Words(raw_ids), pa.array(raw_ids, pa.string())
+def files_with(
+    folders: Sequence[Path], raw_ids: Sequence[str], kinds: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[Path]:
+    """The files below `folders`, links not followed, in which one of the ids occurs.
+
+    kinds: column of raw ids of one kind -> those of `raw_ids` that are of it: the item "1" is not the user "1". In
+    other columns, and in manifests, whose numbers are those of actions and features, numbers are then not searched for.
+    """
+    words, named = _Words(raw_ids), _Words([raw for raw in raw_ids if not _is_number(raw)])
+    others = raw_ids if kinds is None else [raw for raw in raw_ids if not _is_number(raw)]
+    texts = {name: pa.array(ids, pa.string()) for name, ids in (kinds or {}).items()}
+    texts[""] = pa.array(others, pa.string())
     seen: set[Path] = set()
     for path in (path for folder in folders for path in sorted(folder.rglob("*"))):
         if path.is_symlink() or not path.is_file() or path in seen:
             continue
         seen.add(path)
-        if _table_has(path, texts) or words.are_in(path):
+        is_manifest = kinds is not None and (path.name == MANIFEST or path.parent.name == VERSIONS)
+        if _table_has(path, texts) or (named if is_manifest else words).are_in(path):
             yield path
+
+
+def _is_number(raw: str) -> bool:
+    return _NUMBER.fullmatch(f'"{raw}"'.encode()) is not None
 
 
 class _Words:
@@ -72,8 +88,8 @@ def _matches(pattern: re.Pattern[bytes], data: bytes, is_later: bool) -> Iterato
     return (match for match in pattern.finditer(data) if match.start() or not is_later)
 
 
-def _table_has(path: Path, texts: pa.Array) -> bool:
-    """True if a text column of a Parquet or Arrow file has one of the texts."""
+def _table_has(path: Path, texts: Mapping[str, pa.Array]) -> bool:
+    """True if a text column of a Parquet or Arrow file has one of its texts; "": those of columns without an entry."""
     try:
         if path.suffix == ".parquet":
             batches: Iterator[pa.RecordBatch] = pq.ParquetFile(path).iter_batches()
@@ -87,13 +103,14 @@ def _table_has(path: Path, texts: pa.Array) -> bool:
         return False
 
 
-def _batch_has(batch: pa.RecordBatch, texts: pa.Array) -> bool:
-    for column in batch.columns:
+def _batch_has(batch: pa.RecordBatch, texts: Mapping[str, pa.Array]) -> bool:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        wanted = texts.get(name, texts[""])
         while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             column = column.flatten()
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            if pc.any(pc.is_in(column.cast(pa.string()), texts)).as_py():
+            if pc.any(pc.is_in(column.cast(pa.string()), wanted)).as_py():
                 return True
     return False

@@ -94,7 +94,7 @@ def create_app(
         started = clock.perf_counter()
         answer = await call(request)
         # The route's template, never the path: that may name a user.
-        route = getattr(request.scope.get("route"), "path", "")
+        route = getattr(request.scope.get("route"), "path", "").replace(":path}", "}")
         seconds = clock.perf_counter() - started
         service.metrics.requests.labels(route, answer.status_code).inc()
         if route.startswith("/v1/"):
@@ -155,11 +155,11 @@ def create_app(
     def items(body: ItemsBody) -> ItemsAnswer:
         return ItemsAnswer(added=service.engine.add_items(*_columns(body.items)))
 
-    @app.delete("/v1/users/{user}", dependencies=[Depends(owned)], summary="Forget a user")
+    @app.delete("/v1/users/{user:path}", dependencies=[Depends(owned)], summary="Forget a user")
     async def forget(user: UserId) -> ForgottenAnswer:
         return ForgottenAnswer(events=await service.forget(user), remaining=_remaining(service, user))
 
-    @app.get("/v1/users/{user}/events", dependencies=[Depends(authorized)], summary="Latest events of a user")
+    @app.get("/v1/users/{user:path}/events", dependencies=[Depends(authorized)], summary="Latest events of a user")
     def history(user: UserId, last: Annotated[int, Query(ge=1, le=1000)] = 20) -> HistoryAnswer:
         known = service.engine.histories.read(user).events
         latest = known[max(0, len(known) - last) :]

@@ -17,6 +17,7 @@ from hllm_torchrec.data.evidence import EvidenceModel
 from hllm_torchrec.data.forgetting import Names, forget
 from hllm_torchrec.data.item_factors import ItemFactors
 from hllm_torchrec.data.new_item_journal import NewItem, NewItemJournal
+from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.inference.exposure_store import exposure_content_hashes, exposure_keys
 from hllm_torchrec.launch import forget as command
@@ -28,6 +29,7 @@ from hllm_torchrec.lifecycle.traces import Place, Target, forget_in_journal, for
 from hllm_torchrec.store.keys import KeyKind
 from hllm_torchrec.store.store import EmbeddingStore
 from tests.data.test_forgetting import ITEM, USER, make
+from tests.helpers.source_files import memory_source, random_events
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +143,7 @@ def test_what_cannot_be_cleaned_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     words = ["--dataset", str(root), "--user", USER, "--runs", str(tmp_path / "notes")]
     assert command.main([*words, "--erase"]) == 1
     said = capsys.readouterr().out
-    assert "mail.txt: an id is STILL THERE" in said and "other.txt" not in said
+    assert "mail.txt: one of the ids is STILL THERE" in said and "other.txt" not in said
     assert command.main(["--dataset", str(root), "--user", "nobody"]) == 0
     assert "1 ids it never had, which later appends leave out" in capsys.readouterr().out
 
@@ -226,3 +228,20 @@ def test_events_that_a_service_keeps_are_forgotten_unless_it_has_them_open(tmp_p
     assert not [path for path in folder.iterdir() if USER.encode() in path.read_bytes()]
     with closing(EventLog(folder / "events.sqlite")) as after:
         assert after.is_forgotten(USER) and [event.item for event in after.of_user("u1")[0]] == ["i2"]
+
+
+def test_an_item_a_feature_and_an_action_of_a_forgotten_users_number_are_no_trace_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = {"u1": "1", "u2": "01", "i1": "1", "i2": "5"}
+    events = [(number.get(user, user), number.get(item, item), *rest) for user, item, *rest in random_events(200)]
+    root = prepare(memory_source(tmp_path / "0", events, sorted({event[1] for event in events})), tmp_path / "out")
+    (tmp_path / "runs").mkdir()
+    words = ["--dataset", str(root), "--runs", str(tmp_path / "runs"), "--erase"]
+    assert command.main([*words, "--user", "1", "--item", "5"]) == 0
+    assert "none is left" in capsys.readouterr().out
+    opened = Dataset.open(root)
+    assert "1" in opened.items["raw_item_id"].to_pylist() and "01" in opened.users["raw_user_id"].to_pylist()
+    pq.write_table(pa.table({"user_id": ["2", "1"]}), tmp_path / "runs" / "export.parquet")
+    assert list(files_with([tmp_path / "runs"], ["1"], {"user_id": ["1"]})) == [tmp_path / "runs" / "export.parquet"]
+    assert not list(files_with([tmp_path / "runs"], ["1"], {"item_id": ["1"], "user_id": []}))

@@ -257,3 +257,14 @@ def test_the_log_of_requests_names_no_user_and_no_item(tmp_path: Path) -> None:
         ("GET", "", 404),
     ]
     assert not any(name in line for line in lines for name in ("u3", "s1", "secret"))
+
+
+@pytest.mark.parametrize("user", ["a/b", "/", "x/events", "50%", "a?b#c", "ü 1", "..;"])
+def test_users_of_any_id_are_shown_and_deleted(serve: Serve, user: str) -> None:
+    client, token = serve(token="a secret of ours"), {"Authorization": "Bearer a secret of ours"}
+    event = {"item": "s1", "timestamp": TIME - 5}
+    assert client.post("/v1/events", json={"user": user, "events": [event]}, headers=token).status_code == 200
+    path = f"/v1/users/{quote(user, safe='')}"
+    assert client.get(f"{path}/events", headers=token).json()["total"] == 1
+    assert client.delete(path, headers=token).json()["events"] == 1
+    assert client.get(f"{path}/events", headers=token).json()["total"] == 0
