@@ -94,6 +94,11 @@ class Scores:
     model: str
     items: Sequence[tuple[str, str]] = ()
 
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """[m] of the first label, calibrated if the run is: what its task predicts."""
+        return next(iter(self.tasks.values()))
+
 
 @dataclass(frozen=True)
 class _Cached:

@@ -105,7 +105,7 @@ def probability_changes(
     parts = [np.empty(0)]
     for one, other in zip(before, after, strict=True):
         if isinstance(one, Scores) and isinstance(other, Scores):
-            first, second = (1 / (1 + np.exp(-found.logits.astype(np.float64))) for found in (one, other))
+            first, second = (found.probabilities.astype(np.float64) for found in (one, other))
             parts.append(np.abs(first - second))
     return np.concatenate(parts)
 
@@ -141,6 +141,12 @@ def watch(
         known = found
         try:
             report = reloader.reload()
-            say(f"hllm serve: model {report.model}, largest change of a probability {report.largest_change:.3f}")
+            say(f"hllm serve: model {report.model}, {_compared(report)}")
         except ReloadRefusedError as error:
             say(f"hllm serve: the model stays: {error}")
+
+
+def _compared(report: ReloadReport) -> str:
+    if not report.requests:
+        return "no recent requests to compare it on"
+    return f"largest change of a probability {report.largest_change:.3f} in {report.requests} recent requests"

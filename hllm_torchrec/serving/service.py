@@ -57,7 +57,7 @@ class Service:
             raise DeadlineMissed from None
         if isinstance(request, ScoreRequest):
             self.recent.append(request)
-        probabilities = 1 / (1 + np.exp(-found.logits.astype(np.float64)))
+        probabilities = found.probabilities.astype(np.float64)
         self.metrics.observe_scores(probabilities)
         return found, probabilities.tolist()
 
