@@ -36,6 +36,7 @@ COMMANDS = {
     "adopt": "record the ids that a run of an earlier version was trained with",
     "import-hllm": "convert the published HLLM weights to models of this library, or to a run",
     "check-model": "check that a Hugging Face directory gives the embeddings of plain transformers",
+    "export-tower": "write the user encoder and head of a late-fusion run as a program of torch.export",
     "export-hf": "write a run's LLMs as Hugging Face directories, with a model card",
 }
 

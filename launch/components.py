@@ -5,6 +5,7 @@
     evaluate      evaluate a checkpoint or prediction files
     embed         write new and changed item and user embeddings into stores
     nightly       append a day, train on it, evaluate, embed and publish
+    serve         answer requests for scores, in one process per replica
     three_stages  train, embed, train from the store, embed: the paper's three stages as one job
     job           any other job of hllm that runs as ranks
 
@@ -92,18 +93,35 @@ def prepare(
         split: time or leave_one_out
     """
     given = ["--source", source, "--output", output, "--split", split, *_option("--path", path), *arguments]
-    mounts, env = machine.pop("mounts"), machine.pop("env")
-    resource = specs.resource(**{name: machine.pop(name) for name in ("cpu", "gpu", "memMB", "h")})
-    role = specs.Role(
-        name="prepare",
-        entrypoint="python",
-        args=["-m", "hllm_torchrec.launch.prepare", *given],
-        env=dict(env or {}),
-        resource=resource,
-        mounts=specs.parse_mounts(mounts) if mounts else [],
-        **machine,
-    )
-    return specs.AppDef(name="prepare", roles=[role])
+    return _one_process("prepare", given, **machine)
+
+
+@partial(_component, without=("j", "restarts", "rdzv_port"))
+def serve(
+    *arguments: str,
+    run_dir: str,
+    token_file: str,
+    state: str,
+    port: int = 8400,
+    replicas: int = 1,
+    **machine: Any,
+) -> specs.AppDef:
+    """The service: `hllm serve`, one process per replica, each with a file of events of its own.
+
+    Requests must be routed by user, so that each user's requests and events reach one replica.
+
+    Args:
+        arguments: further arguments of `hllm serve`, after `--`, such as --watch 60
+        run_dir: run directory of `hllm train`, or the alias of a night's release
+        token_file: file with the bearer token that requests need
+        state: folder of the events, on a disk that outlasts the replicas
+        port: port of every replica
+        replicas: processes
+    """
+    own_state = f"{state}/events-{specs.macros.replica_id}.sqlite"
+    given = ["--run", run_dir, "--host", "0.0.0.0", "--port", str(port), "--token-file", token_file]
+    given += ["--state", own_state, *arguments]
+    return _one_process("serve", given, num_replicas=replicas, port_map={"http": port}, **machine)
 
 
 @_component
@@ -228,6 +246,22 @@ def three_stages(
     role.name, role.args = "three_stages", ["-c", " && ".join(app.roles[0].args[1] for app in apps)]
     role.port_map = {f"c10d{number}": port for number, port in enumerate(ports)}
     return specs.AppDef(name="three_stages", roles=[role])
+
+
+def _one_process(job: str, given: List[str], **machine: Any) -> specs.AppDef:  # noqa: UP006
+    """Run `hllm_torchrec.launch.<job>` as one process, or one for each of `num_replicas`, without torchrun."""
+    mounts, env = machine.pop("mounts"), machine.pop("env")
+    resource = specs.resource(**{name: machine.pop(name) for name in ("cpu", "gpu", "memMB", "h")})
+    role = specs.Role(
+        name=job,
+        entrypoint="python",
+        args=["-m", f"hllm_torchrec.launch.{job}", *given],
+        env=dict(env or {}),
+        resource=resource,
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+        **machine,
+    )
+    return specs.AppDef(name=job, roles=[role])
 
 
 def _on_ranks(job: str, given: List[str], *, restarts: int, **machine: Any) -> specs.AppDef:  # noqa: UP006

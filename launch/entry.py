@@ -100,7 +100,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_context(self) -> None:
         """Add `--context`, the context of a request as a JSON object."""
-        context_help = "values of data.context by name, null: unknown"
+        context_help = "what is known of the request, by name (null: unknown)"
         self.add_argument("--context", type=json_object, metavar="JSON", help=context_help)
 
     def error(self, message: str) -> NoReturn:

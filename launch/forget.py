@@ -81,7 +81,7 @@ def describe(report: "JobReport", args: argparse.Namespace) -> str:
             f"{trace.place}: {trace.kind}: {trace.found:,} found" + (f"; LEFT: {trace.left}" * bool(trace.left))
         )
     lines += [f"{path}: an id is STILL THERE: remove it" for path in report.remaining]
-    if args.erase and not args.dry_run and not report.remaining:
+    if args.erase and not args.dry_run and not report.remaining and not report.left:
         lines.append("searched all files of these folders for the raw ids: none is left")
     return "\n".join(lines)
 

@@ -83,11 +83,11 @@ def run(args: argparse.Namespace) -> None:
     """
     token = read_token(args.token_file, args.host)
     uvicorn = import_uvicorn()
+    from hllm_torchrec.data.event_log import EventLog
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.serving.app import create_app
     from hllm_torchrec.serving.batch_scorer import BatchScorer
     from hllm_torchrec.serving.engine import Engine
-    from hllm_torchrec.serving.event_log import EventLog
     from hllm_torchrec.serving.micro_batches import BatchLimits
     from hllm_torchrec.serving.reload import Reloader, published, watch
     from hllm_torchrec.serving.service import Service
@@ -116,6 +116,8 @@ def default_state(run: Path) -> Path:
     """
     if "://" in str(run) or ":/" in str(run):
         raise ValueError(f"--run {run}: at a URL: give --state, a file of this machine")
+    if not run.exists():  # the file's folder would make it
+        raise ValueError(f"{run}: no such file or directory")
     return run / "serving" / "events.sqlite"
 
 

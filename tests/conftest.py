@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process t
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails instead
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or each process of the tests compiles all that it imports
     sys.dont_write_bytecode = False
+
+# A shell lets the jobs that it runs in the background ignore SIGINT, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 gc.disable()  # while the tests are imported, see pytest_collection_finish
 settings.register_profile("repeatable", derandomize=True, deadline=None)

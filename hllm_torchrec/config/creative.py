@@ -143,6 +143,11 @@ def creative_problems(config: "Config") -> Iterator[str]:
             "creative.enabled: true with objective.fusion 'early': a user vector would depend on a target; write late "
             "or none"
         )
+    if len(config.objective.tasks) > 1:
+        yield (
+            "creative.enabled: true with several objective.tasks: its batches have no exposures, and their heads would "
+            "not be trained; leave objective.tasks out"
+        )
     if creative.prompt.count(USER) != 1:
         yield f"creative.prompt: {creative.prompt!r}: must have {USER} exactly once: the place of the soft tokens"
     if not (creative.losses.write or creative.losses.match):

@@ -17,6 +17,8 @@ MANY_USERS = 16_384
 """Users from which a retrieval model's steps read four times as many of them."""
 EVENTS_READ = 1_600_000
 """Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
+TEXT_SIMILARITY = 0.6
+"""Weight of the texts' cosine beside the learned one in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
 RARE_BELOW = 20
@@ -89,6 +91,8 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
 def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     """Choices for next-item prediction over the catalogue: text and IDs, or IDs alone."""
     yield from text_choices(facts)
+    if any(facts.words.values()):
+        yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
     if facts.item_features:
         names = list(facts.item_features)
         yield Choice("data.item_features", names, f"items have {', '.join(names)}")

@@ -259,7 +259,10 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
     changes["event_files"] = added.pop("event_files")
     changes["notes"] = staged.log.notes()
     changes["rows"] = TableRows(
-        dataset.num_items + len(new_items), dataset.num_users + len(new_users), changes["actions"]["number"]
+        dataset.num_items + len(new_items),
+        dataset.num_users + len(new_users),
+        changes["actions"]["number"],
+        dataset.schema,
     )
     return added, changes
 

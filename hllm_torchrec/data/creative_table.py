@@ -29,7 +29,7 @@ from hllm_torchrec.data.vocabulary import IdMark, dataset_marks, map_problems
 
 FOLDER, MANIFEST, DROPPED = "creatives", "manifest.json", "dropped.parquet"
 _FORMAT = 1
-_REMEDY = "build or import the table again (`hllm creatives`)"
+_REMEDY = "build the table again (`hllm creatives`)"
 
 SCHEMA = pa.schema(
     [

@@ -271,7 +271,7 @@ class Dataset:
         Raises:
             ValueError: a dataset of an earlier release, without event files; or one of them is damaged.
         """
-        rows, split, base = self._table_rows, self.manifest["split"], chain_base(self.manifest)
+        rows, split, base = self.table_rows, self.manifest["split"], chain_base(self.manifest)
         if base is None:
             raise ValueError(f"{self.root}: it has no event files; append to it, or compact it, to have them written")
         files = [
@@ -283,7 +283,8 @@ class Dataset:
         return MergedSequences(files[0], [file for one in files[1:] for file in one], cuts, rows)
 
     @property
-    def _table_rows(self) -> TableRows:
+    def table_rows(self) -> TableRows:
+        """Number of rows of the tables, and the declared columns: what event files are checked against."""
         return TableRows(self.num_items, self.num_users, self.num_actions, self.schema)
 
     def read_row_group(self, path: Path, index: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -291,7 +292,7 @@ class Dataset:
 
         Raises ValueError naming file, row group, row and field: see `validation.read_sequences`.
         """
-        return read_sequences(path, index, columns, self._table_rows)
+        return read_sequences(path, index, columns, self.table_rows)
 
     def sequences(self, groups: Sequence[RowGroup], columns: Sequence[str] | None = None) -> Sequences:
         """The decoded rows of the row groups (no groups: no rows); columns that are not named hold "unknown".

@@ -47,8 +47,7 @@ class Rewriting:
     def without(self, dataset: Dataset, numbers: Numbers) -> dict[str, Any] | None:
         """The manifest of a version without the ids; None if none of its files has them."""
         manifest = self.as_chain(dataset)
-        rows = TableRows(dataset.num_items, dataset.num_users, dataset.num_actions, dataset.schema)
-        removed, parts = Counter[str](), []
+        rows, removed, parts = dataset.table_rows, Counter[str](), []
         for old in (manifest["base"], *manifest["appends"]):
             key = old["folder"], *old["event_files"]
             if key not in self._parts:

@@ -80,9 +80,13 @@ class RunCalibration:
 
     def save(self, run: Path) -> Path:
         """Write the run's file; return its path."""
-        tasks = {name: {"method": one.method, "x": one.x, "y": one.y} for name, one in self.tasks.items()}
-        replace_file(run / FILE, json.dumps({"weights": self.weights, "tasks": tasks}, indent=1) + "\n")
+        replace_file(run / FILE, json.dumps(self.to_json(), indent=1) + "\n")
         return run / FILE
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        tasks = {name: {"method": one.method, "x": one.x, "y": one.y} for name, one in self.tasks.items()}
+        return {"weights": self.weights, "tasks": tasks}
 
     def applied(self, columns: PredictionColumns) -> PredictionColumns:
         """Predictions with calibrated probabilities, and those before in columns `raw_probability...`."""

@@ -13,6 +13,8 @@ from hllm_torchrec.checkpoint.remote_runs import run_lock
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.evidence import EvidenceModel
 from hllm_torchrec.data.run_factors import RunFactors
+from hllm_torchrec.evaluation.calibration import RunCalibration
+from hllm_torchrec.evaluation.run_loader import weights_fingerprint
 from hllm_torchrec.lifecycle.traces import RUN, Place, Target, Trace
 from hllm_torchrec.models.assembly import EVIDENCE_KEY
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
@@ -45,9 +47,16 @@ def forget_in_run(place: Place, target: Target) -> Trace:
             if rows and not target.dry_run:
                 new.save(place.path)
             fingerprints[key] = new.fingerprint
+        calibration = RunCalibration.load(place.path)
         for checkpoint in checkpoints_of(place.path):
+            before = weights_fingerprint(checkpoint)
             for table in _TABLES:
                 found += erase_rows(checkpoint, table, target.items, fingerprints, dry_run=target.dry_run)
+            after = weights_fingerprint(checkpoint)
+            if calibration is not None and calibration.weights == before != after:
+                # A function of the logit, fitted to all items: it holds without one, under the new fingerprint.
+                calibration = replace(calibration, weights=after)
+                calibration.save(place.path)
     return Trace(place.path, RUN, found)
 
 

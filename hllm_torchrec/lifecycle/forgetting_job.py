@@ -11,6 +11,7 @@ from hllm_torchrec.data.tombstones import ITEMS, USERS
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.lifecycle.traces import (
+    EVENTS,
     INDEX,
     JOURNAL,
     PREDICTIONS,
@@ -19,6 +20,7 @@ from hllm_torchrec.lifecycle.traces import (
     Place,
     Target,
     Trace,
+    forget_in_events,
     forget_in_journal,
     forget_in_predictions,
     forget_in_store,
@@ -92,6 +94,8 @@ def _forget_in(place: Place, target: Target) -> Trace:
         return forget_in_predictions(place, target)
     if place.kind == JOURNAL:
         return forget_in_journal(place.path, target)
+    if place.kind == EVENTS:
+        return forget_in_events(place, target)
     if place.kind == RUN:
         return forget_in_run(place, target)
     assert place.kind == INDEX

@@ -100,10 +100,13 @@ def rollback(folder: Path, to: str | None = None) -> tuple[str, str]:
     Raises:
         ValueError: nothing is published, no such release, or no other one.
     """
+    nothing = f"{folder}: nothing is published; `hllm nightly` does it"
+    if not folder.is_dir():  # the lock's file would make it
+        raise ValueError(nothing)
     with _write_lock(folder):
         current, previous = read_alias(folder, "current"), read_alias(folder, "previous")
         if current is None or previous is None:
-            raise ValueError(f"{folder}: nothing is published; `hllm nightly` does it")
+            raise ValueError(nothing)
         last = json.loads((folder / ALIASES / "move.json").read_text(encoding="utf-8"))
         if (last["what"] == "rollback" and to is None) or to == current.name:
             return (previous.name, current.name)

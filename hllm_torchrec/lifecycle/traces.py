@@ -6,7 +6,9 @@ of one of them. All of them may be repeated: what is gone is not found again.
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from hllm_torchrec.checkpoint.remote_runs import CHECKPOINTS
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_log import EventLog, is_event_log
 from hllm_torchrec.data.forgetting import Names
 from hllm_torchrec.data.manifest import MANIFEST
 from hllm_torchrec.data.new_item_journal import LOCK_SECONDS
@@ -36,6 +39,7 @@ from hllm_torchrec.store.keys import plain_numbers
 from hllm_torchrec.store.store import EmbeddingStore
 
 STORE, PREDICTIONS, JOURNAL, RUN, INDEX = "store", "predictions", "journal", "run", "index"
+EVENTS = "events of a service"
 _ROWS = 65_536
 
 
@@ -99,6 +103,8 @@ def places(folder: Path, dataset: Dataset, fits: bool | None = None) -> Iterator
             yield Place(PREDICTIONS, path, fits)
         elif name.endswith(".jsonl") and _is_journal(path):
             yield Place(JOURNAL, path, fits)
+        elif _is_sqlite(path):
+            yield Place(EVENTS, path, fits)
 
 
 def _fits(run: Path, dataset: Dataset) -> bool:
@@ -116,6 +122,13 @@ def _fits(run: Path, dataset: Dataset) -> bool:
 def _is_journal(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(64).startswith(b'{"journal":')
+
+
+def _is_sqlite(path: Path) -> bool:
+    if not path.is_file():  # a pipe would block
+        return False
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 # ------------------------------------------------------------------ stores
@@ -231,3 +244,23 @@ def forget_in_journal(path: Path, target: Target) -> Trace:
         if found and not target.dry_run:
             replace_file(path, "\n".join(lines))
     return Trace(path, JOURNAL, found)
+
+
+def forget_in_events(place: Place, target: Target) -> Trace:
+    """Delete the events that a service was given of the users and items; the users begin anew if they come back."""
+    path = place.path
+    if place.fits is False:
+        return Trace(path, f"{EVENTS} on another dataset", 0)
+    try:
+        if not is_event_log(path):
+            return Trace(path, "a database of another program", 0)
+        with closing(EventLog(path)) as log:
+            users, items = dict.fromkeys(target.names.users), dict.fromkeys(target.names.items)
+            if target.dry_run:
+                return Trace(path, EVENTS, log.number_of(users, items))
+            found = log.forget_items([*items])
+            return Trace(path, EVENTS, found + sum(log.forget(user) for user in users))
+    except (ValueError, sqlite3.Error) as error:
+        is_open = "locked" in str(error)
+        left = "a service has it open: stop it, and forget again" if is_open else f"look into it: {error}"
+        return Trace(path, EVENTS, 0, left)

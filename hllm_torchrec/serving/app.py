@@ -5,6 +5,7 @@ app = create_app(service)       # run it with uvicorn, or with `hllm serve`
 
 import hmac
 import json
+import shlex
 import time as clock
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hllm_torchrec import __version__
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.data.event_log import LoggedEvent
 from hllm_torchrec.serving.engine import RawEvents, RecommendRequest, ScoreRequest
-from hllm_torchrec.serving.event_log import LoggedEvent
 from hllm_torchrec.serving.micro_batches import DeadlineMissed, QueueFull
 from hllm_torchrec.serving.raw_histories import UnknownIdsError
 from hllm_torchrec.serving.reload import Reloader, ReloadRefusedError
@@ -156,7 +157,7 @@ def create_app(
 
     @app.delete("/v1/users/{user}", dependencies=[Depends(owned)], summary="Forget a user")
     async def forget(user: UserId) -> ForgottenAnswer:
-        return ForgottenAnswer(events=await service.forget(user))
+        return ForgottenAnswer(events=await service.forget(user), remaining=_remaining(service, user))
 
     @app.get("/v1/users/{user}/events", dependencies=[Depends(authorized)], summary="Latest events of a user")
     def history(user: UserId, last: Annotated[int, Query(ge=1, le=1000)] = 20) -> HistoryAnswer:
@@ -181,6 +182,13 @@ def create_app(
             return ReloadAnswer(**asdict(reloader.reload()))
 
     return app
+
+
+def _remaining(service: Service, user: str) -> str:
+    """What a service cannot forget: the dataset, and what was made from it."""
+    given = shlex.join(["--dataset", str(service.engine.scorer.experiment.dataset.root), f"--user={user}"])
+    command = f"hllm forget {given} --runs RUNS --stores STORES"
+    return f"dataset, runs and stores keep what they have of the user until: {command}"
 
 
 def _columns(items: list[NewItemBody]) -> tuple[list[str], dict[str, list[str]], dict[str, list[list[str]]]]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.modules.attention.keys_values import HistoryCache
 from hllm_torchrec.modules.heads import PredictionHead
@@ -119,6 +119,12 @@ class BatchScorer(Scorer):
         if self._start(seen) == state.start:
             return request
         return replace(request, state=self.read(self.seen_part(state.history, request.time)))
+
+    def window(self, request: Request) -> tuple[UserHistory, Floats | None]:
+        """The events that the model reads for a request, and its numeric features [1, F], or None without any."""
+        request = self._with_its_state(request)
+        seen = self.seen_part(request.state.history, request.time)
+        return seen.since(request.state.start), self._numbers(request.state, request.time)
 
     def context_columns(self, given: Mapping[str, ContextValue] | None) -> Mapping[str, NDArray[Any]]:
         """Context of a request by raw values as `Request.context`; see `Scorer.score`.

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.data.events import EVENT_COLUMNS
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
-from hllm_torchrec.serving.event_log import EventLog, LoggedEvent
 from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.raw_histories import check_found
 from hllm_torchrec.serving.recommend import item_reader
@@ -84,8 +85,8 @@ class Scores:
     """Result of a request.
 
     logits: [m] float32, as by `Scorer.score`; of recommendations, descending. tasks: what each task predicts [m], as by
-    `Scorer.score_tasks`. events: number of events that the request could see. model: mark of the weights and the
-    dataset. items: raw id and text of each recommendation.
+    `Scorer.score_tasks`. events: number of events that the request could see. model: see `Engine.mark`. items: raw id
+    and text of each recommendation.
     """
 
     logits: NDArray[np.float32]
@@ -96,7 +97,7 @@ class Scores:
 
     @property
     def probabilities(self) -> NDArray[np.float32]:
-        """[m] of the first label, calibrated if the run is: what its task predicts."""
+        """Of the first label [m], calibrated if the run is."""
         return next(iter(self.tasks.values()))
 
 
@@ -132,19 +133,23 @@ class Engine:
         index: IndexKind = "flat",
     ) -> None:
         self.scorer, self.log = scorer, log
+        # A state of the scorer also holds on a later version of the same ids; a service has that version's events.
+        calibration = None if scorer.calibration is None else scorer.calibration.to_json()
+        self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
         self.retrieval = Retrieval(scorer, index)
         self.histories = ServiceHistories(scorer, log)
         self.states: StateCache[_Cached] = StateCache(cache_bytes)
         self._appended: set[str] = set()
         self._note = self._appended.add
         if log is not None:
+            log.forget_those_of(scorer.experiment.dataset.tombstones)
             log.readers.append(self._note)
         self._texts: tuple[Dataset, Callable[[int], tuple[str, str]]] | None = None
 
     @property
     def mark(self) -> str:
-        """Mark of the weights and the dataset."""
-        return self.scorer.mark
+        """Mark of the weights, their calibration and the version of the dataset."""
+        return self._mark
 
     def score(self, requests: Sequence[AnyRequest]) -> list[Scores | Exception]:
         """Scores of each request, or the error that it has alone."""
@@ -273,4 +278,6 @@ class Engine:
 def _continues(events: UserHistory, held: UserHistory) -> bool:
     """True if a state's events are the first ones of `events`: nothing came late, before one of them."""
     first = events[: len(held)]
+    if events.user_id != held.user_id:
+        return False
     return np.array_equal(first.timestamps, held.timestamps) and np.array_equal(first.item_ids, held.item_ids)

@@ -15,6 +15,8 @@ from hllm_torchrec.data.event_schema import ContextColumn
 ContextValue = str | float | None
 """Of a categorical context its text, of a numeric one its number; None: unknown."""
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 class RawContext:
     """Converts the context that a model reads.
@@ -56,11 +58,19 @@ class RawContext:
             )
         value = given[one.name]
         if one.kind == "categorical":
-            found = 0 if value is None else self._ids[one.name].get(str(value), 0)
+            found = 0 if value is None else self._id(one.name, value)
             self.unknown[one.name] += value is not None and not found
             return np.int64(found)
         if value is None:
             return np.float32(np.nan)
-        if not isinstance(value, Real) or isinstance(value, bool) or not np.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= FLOAT32_MAX:
             raise ValueError(f"context {one.name!r} is {value!r}; it must be a finite number, or None")
         return np.float32(value)
+
+    def _id(self, name: str, value: ContextValue) -> int:
+        """Id of a categorical value, 0 if it is not known. JSON has one kind of number: 5.0 is also the text "5"."""
+        ids = self._ids[name]
+        number = ids.get(str(value))
+        if number is None and isinstance(value, float) and value.is_integer():
+            number = ids.get(str(int(value)))
+        return number or 0

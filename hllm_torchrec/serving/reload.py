@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.evaluation.calibration import RunCalibration
 from hllm_torchrec.evaluation.run_loader import find_checkpoint, run_config, weights_fingerprint
 from hllm_torchrec.serving.engine import Engine, Scores
 from hllm_torchrec.serving.service import Service
@@ -105,25 +106,25 @@ def probability_changes(
     parts = [np.empty(0)]
     for one, other in zip(before, after, strict=True):
         if isinstance(one, Scores) and isinstance(other, Scores):
-            first, second = (found.probabilities.astype(np.float64) for found in (one, other))
-            parts.append(np.abs(first - second))
+            parts.append(np.abs(one.probabilities.astype(np.float64) - other.probabilities))
     return np.concatenate(parts)
 
 
-def published(run: Path, which: str, dataset: Path | None) -> tuple[str, int]:
-    """Fingerprint of the weights, and version of the dataset, that a service of the run would load now.
+def published(run: Path, which: str, dataset: Path | None) -> tuple[str, int, RunCalibration | None]:
+    """Fingerprint of the weights, version of the dataset and calibration that a service of the run would load now.
 
     Raises:
         ValueError: as `load_run`.
     """
     config = run_config(run, dataset)
     version = Dataset.open(config.data.dataset, config.data.version).version
-    return weights_fingerprint(find_checkpoint(run, which)), version
+    checkpoint = find_checkpoint(run, which)
+    return weights_fingerprint(checkpoint), version, RunCalibration.load(checkpoint.parent.parent)
 
 
 def watch(
     reloader: Reloader,
-    state: Callable[[], tuple[str, int]],
+    state: Callable[[], object],
     every: float,
     stop: threading.Event,
     say: Callable[[object], None],

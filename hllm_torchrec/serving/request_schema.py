@@ -125,9 +125,10 @@ class ItemsAnswer(BaseModel):
 
 
 class ForgottenAnswer(BaseModel):
-    """events: number of the user's events that were deleted here."""
+    """The service reads and keeps nothing of the user any more; files that it does not own are as they were."""
 
-    events: int
+    events: int = Field(description="number of the user's events that were deleted here")
+    remaining: str = Field(description="where the user may still be, and the command that forgets there")
 
 
 class ReloadAnswer(BaseModel):

@@ -175,6 +175,11 @@ class Scorer:
         return self._mark
 
     @property
+    def calibration(self) -> RunCalibration | None:
+        """Calibration of the run; None without one."""
+        return self._calibration
+
+    @property
     def unknown_context(self) -> dict[str, int]:
         """Number of requests with a categorical value that training has not seen, by name."""
         unseen = {} if self.experiment.context is None else self.experiment.context.unseen

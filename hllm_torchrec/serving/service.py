@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from hllm_torchrec.serving.engine import AnyRequest, Engine, ScoreRequest, Scores
 from hllm_torchrec.serving.micro_batches import BatchLimits, DeadlineMissed, MicroBatcher
 from hllm_torchrec.serving.service_metrics import ServiceMetrics
@@ -57,7 +55,7 @@ class Service:
             raise DeadlineMissed from None
         if isinstance(request, ScoreRequest):
             self.recent.append(request)
-        probabilities = found.probabilities.astype(np.float64)
+        probabilities = found.probabilities
         self.metrics.observe_scores(probabilities)
         return found, probabilities.tolist()
 

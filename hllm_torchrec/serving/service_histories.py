@@ -9,19 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.inference.raw_ids import RawIds
-from hllm_torchrec.serving.event_log import EventLog, LoggedEvent
 from hllm_torchrec.serving.scorer import Scorer
 from hllm_torchrec.serving.user_state import UserHistory
 
 
 @dataclass(frozen=True)
 class KnownHistory:
-    """All events of a user that are known. number: of the last one of the log, 0 without any."""
+    """All events of a user that are known. number: of the last one of the log, 0 without any; logged: number of events
+    that the log has up to it."""
 
     events: UserHistory
     number: int = 0
+    logged: int = 0
 
 
 class ServiceHistories:
@@ -45,19 +47,21 @@ class ServiceHistories:
         return self.newer(KnownHistory(UserHistory(dense, **events.columns)), user)
 
     def newer(self, known: KnownHistory, user: str) -> KnownHistory:
-        """The history with what the log has gained since; a user who was forgotten meanwhile begins anew."""
+        """The history with what the log has gained since; it is read anew if the log has also lost some of it."""
         if self._log is None:
             return known
-        if known.events.user_id != 0 and self._log.is_forgotten(user):
-            known = KnownHistory(UserHistory(0, **Events.at([]).columns))
+        is_gone = known.events.user_id != 0 and self._log.is_forgotten(user)
+        if is_gone or self._log.count(user, known.number) != known.logged:
+            return self.read(user)
         logged, number = self._log.of_user(user, known.number)
+        count = known.logged + len(logged)
         if known.number == 0:
             logged = _without(logged, known.events, self._scorer)
         if not logged:
-            return KnownHistory(known.events, number)
+            return KnownHistory(known.events, number, count)
         joined = Events.concat([known.events, self._encoded(logged)])
         order = np.argsort(joined.timestamps, kind="stable")
-        return KnownHistory(UserHistory(known.events.user_id, **joined[order].columns), number)
+        return KnownHistory(UserHistory(known.events.user_id, **joined[order].columns), number, count)
 
     def _encoded(self, logged: list[LoggedEvent]) -> Events:
         """Events by dense ids; what is no longer known is the unknown item or action."""

@@ -46,7 +46,7 @@ class ServiceMetrics:
         for one in waited:
             self.seconds.labels("queue").observe(one)
 
-    def observe_scores(self, probabilities: NDArray[np.float64]) -> None:
+    def observe_scores(self, probabilities: NDArray[np.floating]) -> None:
         """Count a request's probabilities: the highest, the lowest and eight between, so that none costs much."""
         step = max(1, probabilities.size // 10)
         for one in probabilities[::step].tolist():

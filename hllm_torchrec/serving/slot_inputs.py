@@ -43,7 +43,8 @@ class SlotInputs:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment, self._spec, self._hllm = experiment, experiment.batch_spec, experiment.hllm
-        self._tables = _plain_tables(experiment)
+        self.tables = _plain_tables(experiment)
+        """Weights of the tables that are read by event or by request."""
         self._user_bags = {name: experiment.dataset.feature_ids("user", name) for name in self._spec.user_features}
         self.items = torch.empty(0, self._hllm.user.width, device=experiment.device)
         """c [N, D] float32 of every item, the unknown one first."""
@@ -68,7 +69,7 @@ class SlotInputs:
             events = events[events.labels == 1]
         actions = self._tensor(events.actions)
         x_TD = self.items[self._tensor(events.item_ids)]
-        if ACTION_GATE in self._tables:
+        if ACTION_GATE in self.tables:
             x_TD = x_TD * (1 + self._rows(ACTION_GATE, actions))
         times = self._tensor(events.timestamps)
         x_TD = x_TD + self._time(times)
@@ -87,7 +88,7 @@ class SlotInputs:
         numeric: [R, F]; context: columns [R] of `Events.extra` by name.
         """
         asked = self._tensor(np.minimum(np.array(times, np.int64), MAX_SECOND))
-        x_RD = self._time(asked) + self._user_features(np.array(users, np.int64))
+        x_RD = self._time(asked) + self.user_features(np.array(users, np.int64))
         if self._spec.action and not self._spec.interleaved:
             x_RD = x_RD + self._rows("action", asked.new_zeros(len(times)))
         if self._spec.fusion.query_is_user:
@@ -114,7 +115,7 @@ class SlotInputs:
         merged: Tensor = merge(torch.cat(rows, dim=1))
         return merged
 
-    def _user_features(self, users: Ints) -> Tensor:
+    def user_features(self, users: Ints) -> Tensor:
         """Sum of the features of users [R]: [R, D]."""
         total = self.items.new_zeros(users.size, self.items.shape[1])
         for name, bags in self._user_bags.items():
@@ -125,7 +126,7 @@ class SlotInputs:
     def _rows(self, table: str, ids: Tensor) -> Tensor:
         """Rows [n, D] float32 of ids [n]."""
         if table not in self._hllm.features.hash_tables:
-            return self._tables[table].index_select(0, ids).float()
+            return self.tables[table].index_select(0, ids).float()
         assert self._hllm.features.hashed is not None
         # TorchRec's sharded tables expect the keys of their first batch.
         lengths = torch.cat([torch.full_like(ids, int(key == table)) for key in self._keys])

@@ -49,6 +49,11 @@ def split_timestamps(timestamps: Tensor, depth: int = 6) -> Tensor:
             "(float32 cannot hold the seconds of this century)"
         )
     _check_range(timestamps)
+    return calendar_fields(timestamps, depth)
+
+
+def calendar_fields(timestamps: Tensor, depth: int) -> Tensor:
+    """`split_timestamps` of any shape [...], without its checks and without waiting for the device: [..., depth]."""
     days = torch.div(timestamps, SECONDS_PER_DAY, rounding_mode="floor")
     second = timestamps - days * SECONDS_PER_DAY
     clock = (second // 3600, second // 60 % 60, second % 60)

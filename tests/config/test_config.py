@@ -163,6 +163,14 @@ HSTU = ["--user.encoder=hstu", "--user.shape", "{width: 8, layers: 1}", "--item_
             "user.shape.time_of: 'next': only with objective.fusion none",
         ),
         (
+            ["--creative.enabled=true", "--objective.tasks", "{click: {}, like: {}}"],
+            "creative.enabled: true with several objective.tasks",
+        ),
+        (
+            ["--creative.enabled=true", "--objective.fusion=early"],
+            "creative.enabled: true with objective.fusion 'early'",
+        ),
+        (
             ["--user.shape", "{width: 8, layers: 1, prefix: 1, prefix_mask: history}"],
             "user.shape.prefix_mask: 'history': training and evaluation read many moments",
         ),

@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_named(dataset: Dataset) -> None:
     write_table(dataset, "mine", {"train": rows(("u1", "s1", 9, "noir"), ("u1", "s1", 9, " "))})
     with pytest.raises(ValueError, match="exists; choose another --name"):
         write_table(dataset, "mine", {"train": good})
-    with pytest.raises(ValueError, match="row 1: response is empty; build or import the table again"):
+    with pytest.raises(ValueError, match="row 1: response is empty; build the table again"):
         CreativeTable.open(dataset, "mine").part("train")
     with pytest.raises(ValueError, match=r"no table of creatives \(did you mean 'mine'\?\); there are mine: make one"):
         CreativeTable.open(dataset, "mime")

@@ -16,6 +16,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.dataset_compaction import compact
 from hllm_torchrec.data.event_schema import EventSchema
 from hllm_torchrec.data.events import Events
+from hllm_torchrec.data.forgetting import Names, forget
 from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.table_mapping import table
@@ -77,6 +78,45 @@ def test_appended_and_compacted_events_carry_the_columns(tmp_path: Path) -> None
     compact(dataset.root)
     for key, own in read(Dataset.open(dataset.root)).items():
         assert own == pytest.approx(whole[key], nan_ok=True)
+
+
+def test_eight_appends_are_folded_with_their_columns(tmp_path: Path) -> None:
+    rows = task_shop.events()
+    second = rows["second"].to_numpy()
+    cuts = np.quantile(second, np.linspace(0.5, 1, 10))
+    dataset = task_shop.prepared(tmp_path, rows.filter(pa.array(second <= cuts[0])))
+    for number, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        day = task_shop.write(tmp_path / f"{number}", rows.filter(pa.array((second > start) & (second <= end))))
+        assert append_events(table(day), dataset.root) is not None
+    appended = Dataset.open(dataset.root)
+    assert len(appended.manifest["appends"]) == 2, "eight of the nine are one"
+    whole = read(task_shop.dataset())
+    assert read(appended).keys() == whole.keys()
+    for key, own in read(appended).items():
+        assert own == pytest.approx(whole[key], nan_ok=True)
+
+
+def test_a_forgotten_user_and_item_leave_the_columns_of_the_others(tmp_path: Path) -> None:
+    rows = task_shop.events()
+    days = (rows["second"].to_numpy() - 1_600_000_000) // 86_400
+    declared = {"weight": "weight", "sampling_rate": "rate"}
+    dataset = task_shop.prepared(tmp_path, rows.filter(pa.array(days < 5)), **declared)
+    later = task_shop.write(tmp_path / "later", rows.filter(pa.array(days >= 5)), **declared)
+    append_events(table(later), dataset.root)
+    before = read(Dataset.open(dataset.root))
+    gone = forget(dataset.root, Names(["u3"], ["i5"]), erase=True)
+    expected = {key: own for key, own in before.items() if key[0] != "u3" and key[1] != "i5"}
+    assert gone.found["events"] == len(before) - len(expected) > 20
+    after = Dataset.open(dataset.root)
+    assert read(after).keys() == expected.keys() and after.schema == task_shop.weighted().schema
+    for key, own in read(after).items():
+        assert own == pytest.approx(expected[key], nan_ok=True)
+    assert append_events(table(task_shop.write(tmp_path / "more", task_shop.events(1, 20, 1), **declared)), after.root)
+    compact(after.root)
+    found = read(Dataset.open(after.root))
+    assert {key[0] for key in found} == {f"u{n}" for n in range(task_shop.USERS)} - {"u3"}
+    for key, own in expected.items():
+        assert found[key] == pytest.approx(own, nan_ok=True)
 
 
 def test_an_append_with_other_labels_is_refused(tmp_path: Path) -> None:

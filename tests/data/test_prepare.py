@@ -235,7 +235,7 @@ def test_an_impossible_option_is_an_error(tmp_path, options, message):
 
 def test_a_feature_of_both_items_and_users_is_an_error(tmp_path):
     source = memory_source(tmp_path, random_events(), ITEMS, item_features=("age",), user_features=("age",))
-    with pytest.raises(ValueError, match=r"\['age'\] names both an item and a user feature"):
+    with pytest.raises(ValueError, match=r"\['age'\] names features of two kinds \(item, user, context\); rename one"):
         prepare(source, tmp_path / "out")
 
 

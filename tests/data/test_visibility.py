@@ -15,6 +15,8 @@ from hllm_torchrec.data.visibility import visible_at_each_event, visible_before
 ROOT = Path(__file__).resolve().parents[2]
 SEARCHES = {
     "hllm_torchrec/data/collate.py": 2,  # of rows among those that are read
+    "hllm_torchrec/data/creative_loader.py": 2,  # of costs, of users
+    "hllm_torchrec/data/creative_table.py": 1,  # of the parts of a split
     "hllm_torchrec/data/dataset_compaction.py": 1,  # of files
     "hllm_torchrec/data/item_statistics.py": 2,  # of items, and of an item's seconds before one
     "hllm_torchrec/data/loader.py": 2,  # of costs, of row groups

@@ -130,7 +130,7 @@ def test_features_are_maps_of_their_values(tmp_path):
     assert set(marks) == {"items", "users", "actions", *(f"feature/{name}" for name in sizes)}
     for name, facts in sizes.items():
         assert marks[f"feature/{name}"].count == facts["size"] - 1
-    with pytest.raises(ValueError, match="no item or user feature 'color'"):
+    with pytest.raises(ValueError, match="no item, user or context feature 'color'"):
         dataset.feature_values("color")
 
 

@@ -1,5 +1,6 @@
 """Every command and Python block of the tutorials runs and prints what the page says."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ORDER = (
     "add_a_feature",
     "add_a_user_encoder",
     "serving_vectors",
+    "serving",
     "dlrm_plugin",
     "clusters",
 )
@@ -45,12 +47,14 @@ echo $GREETING; exit 3
 
 
 @pytest.fixture
-def reader(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
+def reader(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     """Somebody at the root of a checkout."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    return Reader(root, folder)
+    somebody = Reader(root, folder)
+    yield somebody
+    somebody.close()
 
 
 def test_every_tutorial_is_in_the_order(root: Path) -> None:

@@ -2,7 +2,8 @@
 
     ```yaml title="shop.yaml"    a block with a title is a file to save
     ```bash                      run; `hllm ...` and torchrun's one rank within this process, torchrun's two ranks as
-                                 forks, to spare imports of torch
+                                 forks, to spare imports of torch; `hllm ... > FILE 2>&1 &` in a process of its own,
+                                 until `kill %1` or `close`
     ```python                    run; names last to the end of the tutorial
     ```text                      what the block before it printed has these lines (`...` stands for any others)
 
@@ -34,6 +35,9 @@ FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?\s*$")
 COMMENT = re.compile(r"^<!-- (not executed: .+|fails) -->$")
 ONE_RANK = "torchrun --nproc_per_node 1 "
 TWO_RANKS = "torchrun --nproc_per_node 2 train.py "
+IN_BACKGROUND = re.compile(r"^hllm (.+) > (\S+) 2>&1 &$")
+SERVICE_PORT = "8400"
+"""The port on the pages; here another one, which is free."""
 CHECKOUT = ("examples", "configs", "launch", "train.py", ".torchxconfig")
 
 
@@ -75,6 +79,8 @@ class Reader:
     printed: str = ""
     names: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    background: subprocess.Popen[bytes] | None = None
+    port: str = field(default_factory=lambda: free_port())
 
     def __post_init__(self) -> None:
         for name in CHECKOUT:
@@ -120,9 +126,13 @@ class Reader:
 
     def run_lines(self, text: str) -> int:
         """Commands, each after the other until one fails; its exit status."""
-        for line in text.replace("\\\n", " ").splitlines():
+        for line in text.replace("\\\n", " ").replace(SERVICE_PORT, self.port).splitlines():
             try:
-                if line.startswith("hllm "):
+                if found := IN_BACKGROUND.match(line):
+                    status = self.start(self.words(found[1]), self.folder / found[2])
+                elif line == "kill %1":
+                    status = self.close()
+                elif line.startswith("hllm "):
                     status = cli.main(self.words(line)[1:])
                 elif line.startswith(ONE_RANK):
                     status = run_as_only_rank(self.words(line.removeprefix(ONE_RANK)))
@@ -135,6 +145,26 @@ class Reader:
             if status:
                 return status
         return 0
+
+    def start(self, words: list[str], file: Path) -> int:
+        """`hllm` with these arguments, which prints to a file, until `close`."""
+        assert self.background is None, "one job in the background at a time"
+        environment = self.environment | {"PYTHONPATH": str(self.root), "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "hllm_torchrec.launch.cli", *words]
+        with file.open("wb") as said:
+            self.background = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        return 0
+
+    def close(self) -> int:
+        """End the job in the background, if there is one; its exit status."""
+        job, self.background = self.background, None
+        if job is None:
+            return 0
+        job.terminate()
+        try:
+            return job.wait(timeout=60)
+        finally:
+            job.kill()
 
     def words(self, line: str) -> list[str]:
         """A command's words, as bash expands them."""
@@ -184,9 +214,7 @@ class Reader:
 
 def run_as_only_rank(words: list[str]) -> int:
     """A script and its arguments in this process, as torchrun would start its one rank."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = str(listener.getsockname()[1])
+    port = free_port()
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     with (
         mock.patch.dict(os.environ, rank | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}),
@@ -194,6 +222,13 @@ def run_as_only_rank(words: list[str]) -> int:
     ):
         runpy.run_path(words[0], run_name="__main__")
     return 0
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
 
 
 def squeeze(text: str) -> str:

@@ -78,7 +78,10 @@ def test_metrics_json_holds_what_the_single_functions_say(models: dict[str, Path
     bounds = percentile_interval(draws["b"] - draws["a"])
     paired = metrics["paired"]["worse"]
     assert paired["clustered_low"] < paired["difference"] < paired["clustered_high"] < 0
-    assert {name: value for name, value in paired.items() if not name.startswith("clustered")} == pytest.approx(
+    assert paired["gauc_low"] < paired["gauc_difference"] < paired["gauc_high"] < 0
+    assert {
+        name: value for name, value in paired.items() if not name.startswith(("clustered", "gauc"))
+    } == pytest.approx(
         {
             "difference": test.difference,
             "delong_low": test.low,

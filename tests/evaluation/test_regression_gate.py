@@ -95,7 +95,7 @@ def test_gauc_is_judged_on_demand_and_the_worst_verdict_counts(tmp_path: Path) -
 def test_gauc_that_is_undefined_or_a_limit_below_0_is_refused(tmp_path: Path) -> None:
     metrics = measured(tmp_path, 0.0)
     metrics["models"]["old"]["gauc"] = None
-    with pytest.raises(ValueError, match=r"'old' has no GAUC to compare: it needs users \(--user\) of both"):
+    with pytest.raises(ValueError, match=r"'old' has no GAUC to compare: it needs users \(--user\) with rows of both"):
         judge(metrics, "old", {"gauc": 0.1})
     with pytest.raises(ValueError, match="--max-gauc-drop -1: must be 0 or more, in GAUC"):
         judge(metrics, "old", {"gauc": -1})

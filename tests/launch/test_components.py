@@ -11,6 +11,7 @@ from torchx import specs
 from torchx.runner import Runner, get_runner
 
 from hllm_torchrec.distributed.process_group import destroy_distributed
+from hllm_torchrec.launch.serve import build_parser as serve_parser
 from hllm_torchrec.store import EmbeddingStore
 from tests.helpers import fixtures
 from tests.helpers.processes import run_job
@@ -157,6 +158,23 @@ def test_prepare_is_one_process_and_no_rank(dryrun: Any) -> None:
     assert pod["command"] == command and environment(pod)["A"] == "b"
     assert (pod["resources"]["limits"]["cpu"], pod["resources"]["limits"]["memory"]) == ("4000m", "4096M")
     assert {"/data", "/runs"} <= {mount["mountPath"] for mount in pod["volumeMounts"]}
+
+
+@VOLCANO
+def test_serve_is_one_process_per_replica_with_events_of_its_own(dryrun: Any) -> None:
+    given = ["--run_dir", "/runs/nights/current/run", "--token_file", "/secrets/token", "--state", "/state"]
+    given += ["--port", "8500", "--replicas", "2", "--cpu", "4", "--image", "hllm:1", *MOUNTS, "--", "--watch", "60"]
+    commands = [container.command for container in dryrun("serve", given, "local_docker").containers]
+    commands += [pod["command"] for pod in pods(dryrun("serve", given, "kubernetes"), retries=0)]
+    commands += [[r.entrypoint, *r.args] for r in dryrun("serve", given, "slurm").replicas.values()]
+    for number, command in enumerate(commands):
+        assert command[:3] == ["python", "-m", "hllm_torchrec.launch.serve"]
+        parsed = serve_parser().parse_args(command[3:])
+        assert (str(parsed.run), parsed.host, parsed.port) == ("/runs/nights/current/run", "0.0.0.0", 8500)
+        assert (str(parsed.token_file), parsed.watch) == ("/secrets/token", 60)
+        assert number >= 4 or str(parsed.state) == f"/state/events-{number % 2}.sqlite"
+    states = [command[command.index("--state") + 1] for command in commands]
+    assert len(states) == 6 and all(len(set(states[at : at + 2])) == 2 for at in (0, 2, 4)), states
 
 
 @VOLCANO

@@ -249,6 +249,12 @@ LINES = {
         f"{MODEL} --dataset {{missing}}",
         f"{MODEL} --max-history many",
     ],
+    "export-tower": [
+        "--run {missing} --output {root}/tower.pt2",
+        "--run {root}/half-run --output {root}/tower.pt2",
+        "--run {root}/run --output {root}/tower.pt2",
+        "--run {root}/run --output {file}",
+    ],
     "export-hf": [
         "--run {missing} --output {new}",
         "--run {root}/half-run --output {new}",
@@ -288,6 +294,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert (found, len(said)) == (2, 1), said
     assert len(said[0]) < 1500
     assert not (tmp_path / "new").exists() or not any((tmp_path / "new").rglob("*.json"))
+    assert not names["missing"].exists(), "the command made what is missing"
 
 
 @pytest.mark.parametrize("words", [["nothing"], ["--nothing"], ["trian", "--config", "x"]])

@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from hllm_torchrec.common.run_log import read_log
-from hllm_torchrec.launch import evaluate, train
-from tests.helpers import fixtures
+from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.launch import evaluate, init, train
+from tests.helpers import fixtures, task_shop
 from tests.helpers.training_fixtures import ITEM_LLAMA
 
 RECIPE = Path(__file__).parents[2] / "configs" / "recipes" / "retrieval.yaml"
@@ -45,3 +47,15 @@ def test_ids_alone_are_the_same_recipe_without_texts(tmp_path: Path) -> None:
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["item_llm"]["enabled"] is False
     assert not [line for line in read_log(tmp_path / "run") if line["event"] == "measured"]
+
+
+def test_a_catalogue_without_texts_needs_no_option(tmp_path: Path) -> None:
+    mapping = task_shop.write(tmp_path)
+    content = yaml.safe_load(mapping.read_text()) | {"bad_rows": {"item_without_text": "keep"}}
+    mapping.write_text(yaml.safe_dump(content))
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"i{item},\n" for item in range(task_shop.ITEMS)))
+    root = prepare(table(mapping), tmp_path / "dataset")
+    assert init.main(["--data", str(root), "--task", "retrieval", "--output", str(tmp_path / "own.yaml")]) == 0
+    options = [f"--user.shape={json.dumps({'width': 24, 'layers': 1, 'heads': 1, 'max_positions': 200})}"]
+    run = ["--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "run"), *options, "--max_steps=2"]
+    assert train.main([*run, "--objective.collapse_above=1"]) == 0

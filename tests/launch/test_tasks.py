@@ -119,6 +119,8 @@ def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
             scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
         with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
             scorer.score(state, item, row["timestamp"], context | {"price": "dear"})
+        again = BatchScorer(scorer.experiment).score(history, item, row["timestamp"], context)
+        assert again[0] == pytest.approx(row["score"], abs=1e-5)
 
 
 def test_recommendations_are_those_of_the_context(in_context: Path, capsys: pytest.CaptureFixture[str]) -> None:

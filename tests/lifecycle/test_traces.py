@@ -1,6 +1,8 @@
 """Traces of forgotten ids in stores of all kinds, predictions, journals and fitted statistics of runs."""
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.data.evidence import EvidenceModel
 from hllm_torchrec.data.forgetting import Names, forget
 from hllm_torchrec.data.item_factors import ItemFactors
@@ -19,6 +22,7 @@ from hllm_torchrec.inference.exposure_store import exposure_content_hashes, expo
 from hllm_torchrec.launch import forget as command
 from hllm_torchrec.lifecycle import remaining_bytes
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
+from hllm_torchrec.lifecycle.forgetting_job import forget_everywhere
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.lifecycle.traces import Place, Target, forget_in_journal, forget_in_store, places
 from hllm_torchrec.store.keys import KeyKind
@@ -199,3 +203,26 @@ def test_words_are_found_whole_also_across_blocks(tmp_path: Path, monkeypatch: p
     assert not list(files_with([tmp_path / "0"], ["7"]))
     (tmp_path / "0" / "file.bin").write_text('{"some": "text", "more": "7"}')
     assert list(files_with([tmp_path / "0"], ["7"]))
+
+
+def test_events_that_a_service_keeps_are_forgotten_unless_it_has_them_open(tmp_path: Path) -> None:
+    root, folder = make(tmp_path / "a"), tmp_path / "serving"
+    log = EventLog(folder / "events.sqlite")
+    log.append(USER, [LoggedEvent("i1", 5), LoggedEvent(ITEM, 6)])
+    log.append("u1", [LoggedEvent(ITEM, 7), LoggedEvent("i2", 8)])
+    names = Names([USER], [ITEM])
+    with closing(sqlite3.connect(folder / "other.db")) as other:
+        other.execute("CREATE TABLE events (user TEXT)")
+
+    def found(**options: bool) -> dict[str, tuple[int, str]]:
+        report = forget_everywhere(root, names, [folder], **options)
+        return {trace.place.name: (trace.found, trace.left) for trace in report.traces}
+
+    assert found(erase=True)["events.sqlite"] == (0, "a service has it open: stop it, and forget again")
+    log.close()
+    assert found(dry_run=True)["events.sqlite"] == (3, "")
+    assert found(erase=True)["events.sqlite"] == (3, "") and found()["events.sqlite"] == (0, "")
+    assert found()["other.db"] == (0, "")
+    assert not [path for path in folder.iterdir() if USER.encode() in path.read_bytes()]
+    with closing(EventLog(folder / "events.sqlite")) as after:
+        assert after.is_forgotten(USER) and [event.item for event in after.of_user("u1")[0]] == ["i2"]

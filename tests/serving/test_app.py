@@ -1,21 +1,24 @@
 """The service over HTTP, in this process: scores by raw ids are those of `hllm evaluate`; bad requests are one line."""
 
 import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from hllm_torchrec.data.event_log import EventLog
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
+from hllm_torchrec.launch.forget import build_parser
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.app import create_app
 from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import Engine
-from hllm_torchrec.serving.event_log import EventLog
 from hllm_torchrec.serving.micro_batches import BatchLimits
 from hllm_torchrec.serving.request_schema import MAX_BODY
 from hllm_torchrec.serving.service import Service
@@ -206,7 +209,12 @@ def test_events_items_recommendations_and_forgetting(serve: Serve) -> None:
     assert "s4" not in {one["item"] for one in found} and len(found) > 1
     assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
     forgotten = client.delete("/v1/users/u3", headers=secret)
-    assert (forgotten.status_code, forgotten.json()) == (200, {"events": 1})
+    assert forgotten.status_code == 200 and forgotten.json()["events"] == 1
+    # The ids are words of a command, whatever characters they have.
+    for user in ("u3", "-u 3'; $(x)"):
+        remaining = client.delete(f"/v1/users/{quote(user)}", headers=secret).json()["remaining"]
+        parsed = build_parser().parse_args(shlex.split(remaining.partition("hllm forget ")[2]))
+        assert (parsed.dataset, parsed.user) == (fixtures.dataset().root, [user])
     assert post("/v1/score", **asked)["events"] == 0
 
 

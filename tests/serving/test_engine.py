@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.inference.item_index import normalize_rows
@@ -18,7 +19,6 @@ from hllm_torchrec.inference.user_embedder import history_request
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import Engine, RawEvents, RecommendRequest, ScoreRequest, Scores
-from hllm_torchrec.serving.event_log import EventLog, LoggedEvent
 from tests.helpers import fixtures
 from tests.helpers.served_runs import settings
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hllm_torchrec.serving.event_log import EventLog
+from hllm_torchrec.data.event_log import EventLog
 
 WRITER = """
 import sys
 from pathlib import Path
-from hllm_torchrec.serving.event_log import EventLog, LoggedEvent
+from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 
 log = EventLog(Path(sys.argv[1]))
 for number in range(100_000):

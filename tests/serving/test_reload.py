@@ -9,12 +9,12 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from hllm_torchrec.data.event_log import EventLog
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.app import create_app
 from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import Engine
-from hllm_torchrec.serving.event_log import EventLog
 from hllm_torchrec.serving.micro_batches import BatchLimits
 from hllm_torchrec.serving.reload import Reloader, ReloadRefusedError, watch
 from hllm_torchrec.serving.service import Service

@@ -11,9 +11,12 @@ import hashlib
 import secrets
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+
+from hllm_torchrec.data.tombstones import ITEMS, USERS, Tombstones
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -99,6 +102,53 @@ class EventLog:
             reader(user)
         return int(deleted)
 
+    def forget_items(self, items: Sequence[str]) -> int:
+        """Delete all events of items; returns their number."""
+        deleted, users = 0, set()
+        with self._lock:
+            with self._connection:
+                self._connection.execute("BEGIN")
+                for item in items:
+                    found = self._connection.execute("SELECT DISTINCT user FROM events WHERE item = ?", (item,))
+                    users |= {user for (user,) in found.fetchall()}
+                    deleted += self._connection.execute("DELETE FROM events WHERE item = ?", (item,)).rowcount
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        for user in users:
+            for reader in list(self.readers):
+                reader(user)
+        return deleted
+
+    def forget_those_of(self, tombstones: Tombstones) -> int:
+        """Forget the users and items that a dataset has forgotten; returns the number of events.
+
+        A user who was forgotten here before, and came back, keeps what came since.
+        """
+        if not tombstones:
+            return 0
+        with self._lock:
+            users, items = (
+                [raw for (raw,) in self._connection.execute(f"SELECT DISTINCT {column} FROM events").fetchall()]
+                for column in ("user", "item")
+            )
+        gone = [user for user in users if tombstones.find(USERS, user) is not None and not self.is_forgotten(user)]
+        deleted = sum(self.forget(user) for user in gone)
+        return deleted + self.forget_items([item for item in items if tombstones.find(ITEMS, item) is not None])
+
+    def count(self, user: str, until: int) -> int:
+        """Number of a user's events with a number up to `until`."""
+        return self._number("WHERE user = ? AND number <= ?", user, until)
+
+    def number_of(self, users: Collection[str], items: Collection[str]) -> int:
+        """Number of events of the users or of the items."""
+        of_users = {user: self._number("WHERE user = ?", user) for user in users}
+        both = sum(self._number("WHERE user = ? AND item = ?", user, item) for user in of_users for item in items)
+        return sum(of_users.values()) + sum(self._number("WHERE item = ?", item) for item in items) - both
+
+    def _number(self, where: str, *values: str | int) -> int:
+        with self._lock:
+            found = self._connection.execute(f"SELECT COUNT(*) FROM events {where}", values).fetchone()
+        return int(found[0])
+
     def is_forgotten(self, user: str) -> bool:
         """True if `forget` was called for the user: what a dataset has of the user is not to be read."""
         with self._lock:
@@ -106,8 +156,7 @@ class EventLog:
         return found is not None
 
     def __len__(self) -> int:
-        with self._lock:
-            return int(self._connection.execute("SELECT COUNT(*) FROM events").fetchone()[0])
+        return self._number("")
 
     def close(self) -> None:
         """Close the file."""
@@ -116,3 +165,14 @@ class EventLog:
 
     def _hash(self, user: str) -> str:
         return hashlib.blake2b(user.encode(), key=self._key, digest_size=16).hexdigest()
+
+
+def is_event_log(path: Path) -> bool:
+    """True if an SQLite file is one of this module's.
+
+    Raises:
+        sqlite3.Error: it is damaged, or another process has it.
+    """
+    with closing(sqlite3.connect(path, timeout=1)) as connection:
+        found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return {"facts", "events", "forgotten"} <= found

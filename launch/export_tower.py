@@ -1,0 +1,53 @@
+"""`hllm export-tower`: user encoder and head of a late-fusion run as one program, which torch alone loads.
+
+hllm export-tower --run runs/late --output exports/tower.pt2
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.entry import CommandParser, entry_point
+
+
+def build_parser() -> CommandParser:
+    """Build the command line parser."""
+    parser = CommandParser(prog="hllm export-tower", description=__doc__)
+    parser.add_run()
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.pt2", help="new file, of torch.export")
+    parser.add_argument(
+        "--compiled",
+        type=Path,
+        metavar="FILE.pt2",
+        help="new file, of AOTInductor, for processors like this machine's; needs a C++ compiler",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and compare the written program with the scorer.
+
+    Raises:
+        ValueError: no such run or checkpoint, a model without such a tower, or an output that exists.
+    """
+    from hllm_torchrec.distributed.process_group import distributed_device
+    from hllm_torchrec.serving.batch_scorer import BatchScorer
+    from hllm_torchrec.serving.exported_tower import check_compiler, check_outputs, export_tower
+
+    check_outputs(args.output, args.compiled)
+    if args.compiled is not None:
+        check_compiler()
+    with (
+        distributed_device() as device,
+        BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset) as scorer,
+    ):
+        difference = export_tower(scorer, args.output, args.compiled)
+    written = " and ".join(str(file) for file in (args.output, args.compiled) if file is not None)
+    say(f"{written}: model {scorer.mark}, largest difference to the scorer's logits {difference:.1e}")
+
+
+main = entry_point(build_parser, run)
+
+if __name__ == "__main__":
+    sys.exit(main())
