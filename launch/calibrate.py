@@ -58,20 +58,23 @@ def run(args: argparse.Namespace) -> None:
 
         def fit() -> None:
             found = fit_calibration(predictions, fingerprint, args.method)
-            say(_summary(found))
+            say(calibration_summary(found))
             say(f"calibration: {found.save(storage.folder)}")
 
         run_on_rank_zero(fit)
         storage.publish()
 
 
-def _summary(found: "RunCalibration") -> str:
+def calibration_summary(found: "RunCalibration") -> str:
+    """A line for each task's calibrator, and a caution below one that turns the order around."""
     lines = []
     for name, one in found.tasks.items():
         numbers = (
             f"{len(one.x)} points" if one.method == "isotonic" else f"slope {one.x[0]:.4f}, intercept {one.y[0]:+.4f}"
         )
         lines.append(f"{name or 'first label'}: {one.method}, {numbers}")
+        if one.method != "isotonic" and one.x[0] <= 0:
+            lines.append("  caution: the slope is not above 0: probabilities fall where scores rise; too few labels?")
     return "\n".join(lines)
 
 

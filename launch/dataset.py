@@ -1,4 +1,4 @@
-"""`hllm dataset`: shows a dataset's versions, folds appended ones, removes old ones, and seals what others wrote."""
+"""`hllm dataset`: shows a dataset's versions, folds appended ones, removes old ones."""
 
 import argparse
 import datetime

@@ -1,6 +1,7 @@
 """Parser, entry point and exit statuses of all jobs. A user error is reported in one line with exit status 2."""
 
 import argparse
+import json
 import math
 import os
 import re
@@ -56,6 +57,17 @@ def positive_number(text: str) -> float:
     return number
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """Parse an object in JSON, for argparse."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object; write it as \'{{"name": "value"}}\'')
+    return found
+
+
 class CommandParser(argparse.ArgumentParser):
     """Argument parser with one-line errors (without the usage) and unwrapped descriptions.
 
@@ -85,6 +97,11 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument("--checkpoint", default=given, help="best (the default), latest, or a directory")
             dataset_help = "dataset with the ids of the run's, or more (default: the newest version of the run's own)"
             self.add_argument("--dataset", type=Path, metavar="DIR", help=dataset_help)
+
+    def add_context(self) -> None:
+        """Add `--context`, the context of a request as a JSON object."""
+        context_help = "what is known of the request, by name (null: unknown)"
+        self.add_argument("--context", type=json_object, metavar="JSON", help=context_help)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""

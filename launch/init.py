@@ -49,14 +49,30 @@ def run(args: argparse.Namespace) -> None:
     replace_file(target, _text(args, choices, content))
     for choice in choices:
         say(str(choice))
+    if hint := _left_out(args):
+        say(hint)
     fetch_encoder(content)
     say(f"{target}: written; train with `hllm train --config {target}`")
 
 
 def _text(args: argparse.Namespace, choices: list[Choice], content: dict[str, Any]) -> str:
     reasons = "".join(f"#   {choice}\n" for choice in choices)
-    head = f"# The recipe {args.task} for {args.data}, as `hllm init` wrote it.\n{reasons}"
+    hint = _left_out(args)
+    head = f"# The recipe {args.task} for {args.data}, as `hllm init` wrote it.\n{reasons}{hint and f'#   {hint}'}"
+    head += "\n" if hint else ""
     return head + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _left_out(args: argparse.Namespace) -> str:
+    """What the dataset declares and the recipe does not use, as a line; "" if there is nothing."""
+    from hllm_torchrec.data.dataset import Dataset
+
+    schema = Dataset.open(args.data).schema
+    labels, context = list(schema.label_names[1:]), [one.name for one in schema.context]
+    found = [f"the {kind} {', '.join(names)}" for kind, names in (("labels", labels), ("context", context)) if names]
+    if args.task != "ranking" or not found:
+        return ""
+    return f"not used: {' and '.join(found)}; add them by objective.tasks and data.context, see docs/tasks.md"
 
 
 main = entry_point(build_parser, run)

@@ -1,6 +1,8 @@
 """`hllm loadtest`: measures latencies of a running `hllm serve` at given rates of requests.
 
 hllm loadtest --url http://127.0.0.1:8400 --dataset data/ml-100k --rates 20,50,100 --seconds 20 --output runs/load
+
+Of a model with `data.context` all requests have the same, --context '{"device": "phone"}'.
 """
 
 import argparse
@@ -34,11 +36,18 @@ def build_parser() -> CommandParser:
     parser.add_argument("--rates", type=rates, default=[20.0], metavar="R,R", help="requests per second (default: 20)")
     parser.add_argument("--seconds", type=positive_number, default=20.0, help="of each rate (default: 20)")
     parser.add_argument("--candidates", type=positive, default=200, metavar="N", help="of a request (default: 200)")
+    parser.add_context()
     parser.add_argument("--users", type=positive, metavar="N", help="users who ask (default: all)")
     parser.add_argument(
         "--zipf", type=float, default=1.0, metavar="S", help="user k asks in proportion to k^-S (default: 1)"
     )
-    parser.add_argument("--p99", type=positive_number, default=50.0, metavar="MS", help="that the capacity keeps")
+    parser.add_argument(
+        "--p99",
+        type=positive_number,
+        default=50.0,
+        metavar="MS",
+        help="bound of the p99 for the capacity (default: 50)",
+    )
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for loadtest.json and loadtest.png")
     return parser
@@ -59,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
 
     token = read_token(args.token_file, "localhost")
     dataset = Dataset.open(args.dataset)
-    users, items = dataset.users["raw_user_id"].to_pylist(), dataset.items["raw_item_id"].to_pylist()
+    users = dataset.users["raw_user_id"].drop_null().to_pylist()  # a forgotten id has none
+    items = dataset.items["raw_item_id"].drop_null().to_pylist()
     results = asyncio.run(_load(args, users[: args.users], items, token))
     facts = {name: getattr(args, name) for name in ("seconds", "candidates", "zipf", "seed")}
     facts |= {"users": len(users[: args.users]), "dataset": dataset.name, "machine": machine_info()}
@@ -83,7 +93,7 @@ async def _load(args: argparse.Namespace, users: list[str], items: list[str], to
         raise ValueError(f"--url {args.url}: no service is ready there (status {status}); start one with `hllm serve`")
     for number, rate in enumerate(args.rates):
         arrivals = draw_arrivals(rate, args.seconds, len(users), args.zipf, args.seed + number)
-        bodies = score_bodies(users, items, arrivals, args.candidates, args.seed)
+        bodies = score_bodies(users, items, arrivals, args.candidates, args.seed, args.context)
         if number == 0:  # the first requests of a process compile and allocate
             for body in bodies[:20]:
                 await client.post_score(body)
@@ -92,6 +102,9 @@ async def _load(args: argparse.Namespace, users: list[str], items: list[str], to
         hits, misses = (now - then for now, then in zip(await client.cache_counts(), before, strict=True))
         results.append(replace(result, hit_rate=hits / max(hits + misses, 1)))
         say(_line(results[-1]))
+        if client.refusal:
+            say(f"the first refused request: {client.refusal}")
+            client.refusal = ""
     client.close()
     return results
 

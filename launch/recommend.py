@@ -1,6 +1,7 @@
 """`hllm recommend`: prints a user's history and a run's recommendations, with titles.
 
 hllm recommend --run runs/quickstart --user 196 --top 20
+hllm recommend --run runs/shop --user u7 --context '{"device": "phone"}'     # of a run with `data.context`
 """
 
 import argparse
@@ -27,6 +28,7 @@ def build_parser() -> CommandParser:
         "--history", type=natural, default=10, metavar="N", help="number of latest events to print (default: 10)"
     )
     parser.add_argument("--time", type=int, metavar="SECOND", help="second (UTC) of the request (default: now)")
+    parser.add_context()
     parser.add_argument("--seen-too", action="store_true", help="also recommend items of the history")
     return parser
 
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
             time=args.time,
             include_seen=args.seen_too,
             dataset=args.dataset,
+            context=args.context,
         )
     say(as_text(args.user, found, args.history))
 

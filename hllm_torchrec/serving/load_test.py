@@ -9,7 +9,7 @@ users are unequal.
 import asyncio
 import json
 import time as clock
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -97,16 +97,24 @@ async def run_load(send: Send, bodies: Sequence[bytes], arrivals: Arrivals, rate
 
 
 def score_bodies(
-    users: Sequence[str], items: Sequence[str], arrivals: Arrivals, candidates: int, seed: int
+    users: Sequence[str],
+    items: Sequence[str],
+    arrivals: Arrivals,
+    candidates: int,
+    seed: int,
+    context: Mapping[str, Any] | None = None,
 ) -> list[bytes]:
-    """Bodies for /v1/score: the arrivals' users (in the order of activity) with candidates drawn uniformly."""
+    """Bodies for /v1/score: the arrivals' users (in the order of activity) with candidates drawn uniformly.
+
+    context: of every request; None: none.
+    """
     rng = np.random.default_rng([seed, 1])
     order = rng.permutation(len(users))  # which users are the active ones
     found = []
     for user in arrivals.users:
         chosen = rng.choice(len(items), size=min(candidates, len(items)), replace=False)
         body = {"user": users[order[user]], "candidates": [items[item] for item in chosen]}
-        found.append(json.dumps(body).encode())
+        found.append(json.dumps(body if context is None else body | {"context": context}).encode())
     return found
 
 
@@ -129,10 +137,15 @@ class HttpClient:
         if token is not None:
             self._headers.append(("authorization", f"Bearer {token}"))
         self._idle: list[_Connection] = []
+        self.refusal = ""
+        """Status and body of the first answer to /v1/score that is no 200."""
 
     async def post_score(self, body: bytes) -> int:
         """Send a body to /v1/score; return the status."""
-        return (await self.request("POST", "/v1/score", body))[0]
+        status, content = await self.request("POST", "/v1/score", body)
+        if status != 200 and not self.refusal:
+            self.refusal = f"{status} {content[:300].decode(errors='replace')}"
+        return status
 
     async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """The status and the body of an answer.

@@ -54,7 +54,7 @@ class RawContext:
         """The id, or the number as float32, of one value."""
         if one.name not in given:
             raise ValueError(
-                f"the request has no {one.name!r}, which the model reads; give it in context (None: unknown)"
+                f"the request has no {one.name!r}, which the model reads; give it in context (None or null: unknown)"
             )
         value = given[one.name]
         if one.kind == "categorical":

@@ -5,7 +5,7 @@ its predicted next item with all items. Both use the user's complete history in 
 """
 
 import time as clock
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.run_loader import load_run, run_config
 from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.user_embedder import history_request
+from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 
 _Scored = tuple[NDArray[np.float64], Dataset]
@@ -56,6 +57,7 @@ def recommend(
     time: int | None = None,
     include_seen: bool = False,
     dataset: Path | None = None,
+    context: Mapping[str, ContextValue] | None = None,
 ) -> Recommendations:
     """Return the `top` items for a user, from a checkpoint of a run. Runs in one process.
 
@@ -64,9 +66,11 @@ def recommend(
         time: second (UTC) of the request; None: now. Events at or after it are excluded.
         include_seen: also recommend items of the history.
         dataset: dataset with the catalogue and the user's events; None: the newest version of the run's.
+        context: of the request, as in `Scorer.score`.
 
     Raises:
-        ValueError: no such run, checkpoint or user; a user without events before `time`; `top` below 1.
+        ValueError: no such run, checkpoint or user; context as in `Scorer.score`; a user without events before `time`;
+            `top` below 1.
     """
     if top < 1:
         raise ValueError(f"top is {top}: must be at least 1")
@@ -75,7 +79,7 @@ def recommend(
     moment = int(clock.time()) if time is None else time
     history = history_before(opened, user, moment - config.data.feedback_delay)
     if config.objective.has_head:
-        scores, opened = _probabilities(run, which, device, history, moment, dataset)
+        scores, opened = _probabilities(run, which, device, history, moment, dataset, context)
     else:
         scores, opened = _similarities(run, which, device, history, moment, dataset)
     scores[0] = -np.inf  # the unknown item
@@ -101,7 +105,10 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
     """
     raw = dataset.users["raw_user_id"].to_pylist()
     if user not in raw:
-        raise ValueError(f"user {user!r}: not in {dataset.root}{did_you_mean(user, raw)}; it has {len(raw):,} users")
+        known = [name for name in raw if name is not None]  # a forgotten user has none
+        raise ValueError(
+            f"user {user!r}: not in {dataset.root}{did_you_mean(user, known)}; it has {len(known):,} users"
+        )
     dense = raw.index(user) + 1
     sequence = dataset.user_events(dense)
     events = visible_before(sequence.timestamps, time)
@@ -111,13 +118,19 @@ def history_before(dataset: Dataset, user: str, time: int) -> UserHistory:
 
 
 def _probabilities(
-    run: Path, which: str, device: torch.device, history: UserHistory, time: int, dataset: Path | None
+    run: Path,
+    which: str,
+    device: torch.device,
+    history: UserHistory,
+    time: int,
+    dataset: Path | None,
+    context: Mapping[str, ContextValue] | None,
 ) -> _Scored:
-    """Probabilities [N] of all items from the ranking head, and the dataset with the items that came after it."""
+    """Probabilities [N] of all items for the first label, and the dataset with the items that came after it."""
     with Scorer.of_run(run, which, device, dataset=dataset) as scorer:
         read = scorer.experiment.dataset
-        logits = scorer.score(history, np.arange(scorer.num_items), time)
-    return 1 / (1 + np.exp(-logits.astype(np.float64))), read
+        found = scorer.score_tasks(history, np.arange(scorer.num_items), time, context)
+    return next(iter(found.values())).astype(np.float64), read
 
 
 def _similarities(

@@ -142,6 +142,12 @@ def watch(
         known = found
         try:
             report = reloader.reload()
-            say(f"hllm serve: model {report.model}, largest change of a probability {report.largest_change:.3f}")
+            say(f"hllm serve: model {report.model}, {_compared(report)}")
         except ReloadRefusedError as error:
             say(f"hllm serve: the model stays: {error}")
+
+
+def _compared(report: ReloadReport) -> str:
+    if not report.requests:
+        return "no recent requests to compare it on"
+    return f"largest change of a probability {report.largest_change:.3f} in {report.requests} recent requests"

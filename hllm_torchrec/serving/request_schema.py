@@ -44,14 +44,16 @@ class ScoreBody(_Body):
     history: list[Event] | None = Field(
         None, max_length=MAX_EVENTS, description="scored instead of the user's events, and not kept; null: the user's"
     )
-    context: Context = Field(None, description="value of everything about the request that the model reads")
+    context: Context = Field(
+        None, description="name -> value of all that the model reads of a request (`data.context`); null: unknown"
+    )
 
 
 class ScoreAnswer(BaseModel):
     """Scores in the order of the candidates. model: mark of the weights and the dataset that gave them."""
 
     scores: list[float] = Field(description="logits of the first label: the `score` of `hllm evaluate`")
-    probabilities: list[float] = Field(description="of the first label")
+    probabilities: list[float] = Field(description="of the first label, calibrated if the run is")
     tasks: dict[str, list[float]] = Field(description="what each label's task predicts, of a model with several")
     events: int = Field(description="events of the history that the scores were computed from")
     model: str

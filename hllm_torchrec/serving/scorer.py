@@ -255,7 +255,7 @@ class Scorer:
         if (ids < 0).any():
             self.refresh()
             ids = self._find(raw)
-        check_found(what, ids, raw, "add_items makes an item known that came after `hllm prepare`")
+        check_found(what, ids, raw, "add_items (POST /v1/items) makes an item known that came after `hllm prepare`")
         return ids
 
     def _find(self, raw: list[str]) -> Ints:

@@ -11,7 +11,7 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.launch import init
 from hllm_torchrec.launch.recipes import with_recipe
 from hllm_torchrec.training.trainer_setup import build_trainer
-from tests.helpers import fixtures
+from tests.helpers import fixtures, task_shop
 
 RECIPE = Path(__file__).parents[2] / "configs" / "recipes" / "ranking.yaml"
 
@@ -58,6 +58,19 @@ def test_a_recipe_that_nobody_filled_in_is_not_trained() -> None:
     with pytest.raises(ConfigError, match="recipe: ranking: not filled in for a dataset; `hllm init`"):
         build_trainer(config, init_distributed())
     destroy_distributed()
+
+
+def test_init_says_what_the_dataset_declares_and_the_recipe_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    encoder = tmp_path / ".cache" / "models" / "all-minilm-l6-v2"
+    encoder.mkdir(parents=True)
+    (encoder / "config.json").write_text("{}")  # there already: not fetched
+    assert init.main(["--data", str(task_shop.dataset().root)]) == 0
+    hint = "not used: the labels like, watch, stars and the context device, place, price; add them by objective.tasks"
+    assert hint in capsys.readouterr().out and f"#   {hint}" in (tmp_path / "ranking.yaml").read_text()
+    assert load_config(["--config", "ranking.yaml"]).recipe is None
 
 
 def test_init_writes_what_the_recipe_chooses(

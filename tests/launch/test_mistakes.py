@@ -231,6 +231,7 @@ LINES = {
         "--dataset {root}/dataset --url http://127.0.0.1:1",
         "--dataset {root}/dataset --url nowhere",
         "--dataset {root}/dataset --rates 1,0",
+        "--dataset {root}/dataset --context device=phone",
     ],
     "calibrate": [
         "--run {missing}",

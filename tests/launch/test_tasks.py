@@ -9,10 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss
 
-from hllm_torchrec.evaluation.calibration import RunCalibration
+from hllm_torchrec.evaluation.calibration import Calibrator, RunCalibration
+from hllm_torchrec.launch.calibrate import calibration_summary
 from hllm_torchrec.launch.calibrate import main as calibrate
 from hllm_torchrec.launch.evaluate import main as evaluate
+from hllm_torchrec.launch.recommend import main as recommend
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
+from hllm_torchrec.serving.engine import Engine, ScoreRequest, Scores
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from tests.helpers import task_shop, training_fixtures
 
@@ -120,6 +123,19 @@ def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
         assert again[0] == pytest.approx(row["score"], abs=1e-5)
 
 
+def test_recommendations_are_those_of_the_context(in_context: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command, printed = ["--run", str(in_context), "--user", "u3", "--history", "0"], []
+    for context in ('{"device": "phone", "price": 2}', '{"device": null, "price": 100}'):
+        assert recommend([*command, "--context", context]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] != printed[1]
+    assert recommend(command) == 2
+    assert "the request has no 'device', which the model reads" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        recommend([*command, "--context", "device=phone"])
+    assert "--context: device=phone is no JSON object" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["platt", "isotonic", "temperature"])
 def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     if method != "platt" and run.name != "late":
@@ -147,6 +163,11 @@ def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: 
         found = scorer.score_tasks(history, np.array([row["item_id"]]), row["timestamp"])
     assert found["click"][0] == pytest.approx(row["probability"], rel=1e-4)
     assert found["like"][0] == pytest.approx(row["probability_like"], rel=1e-4)
+    raw_user = task_shop.dataset().users["raw_user_id"][row["user_id"] - 1].as_py()
+    raw_item = task_shop.dataset().items["raw_item_id"][row["item_id"] - 1].as_py()
+    with BatchScorer.of_run(run) as batched:
+        (scores,) = Engine(batched).score([ScoreRequest(raw_user, [raw_item], row["timestamp"])])
+        assert isinstance(scores, Scores) and scores.probabilities[0] == pytest.approx(row["probability"], rel=1e-4)
     RunCalibration("0" * 16, fitted.tasks).save(run)
     with pytest.raises(ValueError, match=r"calibration\.json belongs to other weights: run `hllm calibrate` again"):
         Scorer.of_run(run)
@@ -156,6 +177,16 @@ def test_calibration_is_fitted_shown_and_served(run: Path, method: str, capsys: 
     (run / "calibration.json").write_text("{}")
     assert evaluate(["--run-dir", str(run), "--split", "test", "--draws", "0"]) == 2
     (run / "calibration.json").unlink()
+
+
+def test_a_calibration_that_turns_the_order_around_is_said() -> None:
+    up, down = Calibrator("platt", (0.5,), (0.1,)), Calibrator("platt", (-0.5,), (0.1,))
+    said = calibration_summary(RunCalibration("w", {"": up, "like": down})).splitlines()
+    assert said[:2] == [
+        "first label: platt, slope 0.5000, intercept +0.1000",
+        "like: platt, slope -0.5000, intercept +0.1000",
+    ]
+    assert len(said) == 3 and "caution: the slope is not above 0" in said[2]
 
 
 def test_the_gate_has_a_rule_for_each_task(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

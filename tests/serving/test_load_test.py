@@ -27,6 +27,8 @@ def test_bodies_hold_distinct_candidates_and_the_same_user_for_the_same_rank() -
     bodies = [json.loads(body) for body in score_bodies(["a", "b"], ["x", "y", "z"], arrivals, 2, seed=0)]
     assert bodies[0]["user"] == bodies[2]["user"] != bodies[1]["user"]
     assert all(len(set(body["candidates"])) == 2 for body in bodies)
+    (body,) = score_bodies(["a"], ["x"], Arrivals(np.zeros(1), np.zeros(1, int)), 1, seed=0, context={"device": None})
+    assert json.loads(body) == {"user": "a", "candidates": ["x"], "context": {"device": None}}
 
 
 def test_latencies_count_from_the_scheduled_arrival() -> None:

@@ -113,7 +113,9 @@ def test_a_text_that_changes_is_encoded_again_and_an_unknown_value_is_the_unknow
 def test_scorers_of_other_processes_know_it_also_with_quantized_tables(tmp_path: Path) -> None:
     journal, piece = tmp_path / "noon.jsonl", longest()
     one = Scorer(experiment(tmp_path), journal=journal)
-    with pytest.raises(ValueError, match=r"candidates: 1 of 2 are not in the dataset: 'n1'; add_items makes"):
+    with pytest.raises(
+        ValueError, match=r"candidates: 1 of 2 are not in the dataset: 'n1'; add_items \(POST /v1/items\) makes"
+    ):
         one.score(history(piece, 20), [twin_id(), "n1"], LATER)
     texts, features = like(TWIN)
     other = Scorer(experiment(tmp_path), table_dtype="fp16", journal=journal)

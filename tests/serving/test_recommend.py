@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.forgetting import Names, forget
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval
 from hllm_torchrec.evaluation.run_loader import load_run
@@ -87,6 +89,13 @@ def test_mistakes_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "user 'u7': no event before 5" in capsys.readouterr().err
     assert command.main(["--run", run, "--user", "u7", "--top", "0"]) == 2
     assert "top is 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_forgotten_user_is_not_known(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(fixtures.dataset().root, tmp_path / "shop"))
+    forget(root, Names(["u7"]))
+    with pytest.raises(ValueError, match=r"user 'u7': not in .*; it has \d+ users"):
+        history_before(Dataset.open(root), "u7", LATER)
 
 
 def test_the_command_prints_history_and_items(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,9 @@ def own_process_group() -> Iterator[None]:
 
 
 @pytest.mark.slow  # two processes that load a model
-def test_a_service_keeps_what_it_acknowledged_and_drains_on_sigterm(tmp_path: Path) -> None:
+def test_a_service_keeps_what_it_acknowledged_and_drains_on_sigterm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, _ = trained("early")
     first = Running(run, tmp_path, "first")
     before = first.ask("/v1/score", **BODY)
@@ -64,6 +66,12 @@ def test_a_service_keeps_what_it_acknowledged_and_drains_on_sigterm(tmp_path: Pa
     assert result["statuses"] == {"200": result["requests"]} and 0 < result["hit_rate"] <= 1
     assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99.9"]
     assert (tmp_path / "load" / "loadtest.png").stat().st_size > 5000
+    capsys.readouterr()
+    assert loadtest([*load, "--candidates", "5", "--context", '{"devise": "phone"}']) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "statuses {'422'" in printed and "the first refused request: 422" in printed and "context 'devise'" in printed
+    )
     assert first.ask("/v1/events", user="u3", events=[event]) == {"kept": 1}
     after = first.ask("/v1/score", **BODY)
     assert after["events"] == before["events"] + 1 and after["scores"] != before["scores"]
