@@ -118,6 +118,7 @@ setup(
         "flash-attn": ["flash-attn>=2.7"],
         "lora": [PEFT],
         "s3": S3,
+        "sentences": ["sentence-transformers>=6.2,<7"],  # compares an exported folder with it; not needed to export
         "serve": SERVE,
         "wandb": [WANDB],
     },

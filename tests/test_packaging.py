@@ -88,7 +88,9 @@ def test_wheel_requires_neither_torch_nor_torchrec_nor_fbgemm(wheel: Path) -> No
     assert "transformers" in required and "torchx" in required
     assert not {"torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"} & set(required)
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
-    assert extras == {"bench", "dev", "docs", "faiss", "flash-attn", "lora", "s3", "serve", "wandb"}
+    assert extras == {
+        *("bench", "calibrate", "dev", "docs", "faiss", "flash-attn", "lora", "s3", "sentences", "serve", "wandb")
+    }
 
 
 @pytest.mark.slow

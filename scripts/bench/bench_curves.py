@@ -31,6 +31,7 @@ from hllm_torchrec.config.schema import (
 )
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
+from hllm_torchrec.data.event_schema import EventSchema
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.distributed.wrappers import unwrap_model
@@ -111,6 +112,8 @@ class _Sizes:
         self.num_items = self.num_table_items = items + 1
         self.action_values = np.full(2, np.nan)  # one action, without a number
         self.manifest: dict[str, Any] = {"split": {}}  # nothing is held out
+        self.schema = EventSchema()
+        self.excluded_items = np.empty(0, np.int64)
 
 
 def measure(
