@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.distributed.array_collectives import Group, gather_objects, group_rank, in_step, world_size
 from hllm_torchrec.evaluation.metrics_schema import (
     SCHEMA_VERSION,
@@ -23,7 +24,7 @@ from hllm_torchrec.evaluation.metrics_schema import (
     slice_block,
 )
 from hllm_torchrec.evaluation.prediction_layout import PredictionModel
-from hllm_torchrec.evaluation.prediction_rows import HISTORY_BUCKETS, MEMORY, PredictionRows, RowBatch
+from hllm_torchrec.evaluation.prediction_rows import DAY_SLICE, HISTORY_BUCKETS, MEMORY, PredictionRows, RowBatch
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.delong import PairedSums, influence
 from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
@@ -62,6 +63,8 @@ class _SortedScores:
     probability: dict[str, tuple[ProbabilitySums, SortedChunks]]
     slices: dict[tuple[int, str], dict[str, SortedChunks]] = field(default_factory=dict)
     """(column, slice) → model → the slice's sorted scores."""
+    left_out: set[int] = field(default_factory=set)
+    """Columns of the library's own slices that have too many values: days, in predictions of years."""
     keys: int = 0
     """Sum of the rows' keys modulo 2^64, which does not depend on their order: a fingerprint of the exposures."""
 
@@ -175,6 +178,8 @@ class _Evaluation:
 
     def _add_slices(self, ordered: _SortedScores, batch: RowBatch) -> None:
         for column, (names, codes) in enumerate(batch.slices):
+            if column in ordered.left_out:
+                continue
             # Group the rows by slice with one sort; code -1 (no slice) sorts before cuts[0] and is skipped.
             order = np.argsort(codes, kind="stable")
             cuts = np.searchsorted(codes[order], np.arange(len(names) + 1))
@@ -187,6 +192,9 @@ class _Evaluation:
                     weights = None if batch.weights is None else batch.weights[rows]
                     runs[model.name].add(batch.scores[model.name][rows], batch.is_positive[rows], weights)
             if sum(key[0] == column for key in ordered.slices) > MAX_SLICES:
+                if names[0].startswith(DAY_SLICE):  # nobody asked for them
+                    ordered.left_out.add(column)
+                    continue
                 example = names[0].partition("=")[0]
                 raise ValueError(
                     f"the column of {example!r} has more than {MAX_SLICES} values; slices are for columns with few: "
@@ -197,7 +205,11 @@ class _Evaluation:
         """model → slice → its size and AUC, for the slices of all ranks. Collective."""
         # Slices come from the data, so ranks may have different ones: agree on the list and its order first, because
         # `rank_statistics` is collective.
-        found = sorted({key for keys in gather_objects(list(ordered.slices), self.group) for key in keys}, key=_place)
+        gathered = gather_objects((list(ordered.slices), ordered.left_out), self.group)
+        left_out = set().union(*(columns for _, columns in gathered))
+        found = sorted({key for keys, _ in gathered for key in keys if key[0] not in left_out}, key=_place)
+        if left_out and group_rank(self.group) == 0:
+            say(f"caution: more than {MAX_SLICES} days: there are no slices by day")
         blocks: dict[str, dict[str, Any]] = {name: {} for name in self.names}
         for column, name in found:
             for model in self.source.models:

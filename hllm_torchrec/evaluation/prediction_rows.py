@@ -34,6 +34,8 @@ DAY = 86_400
 MOST_EXACT = (1 << 53) - 1
 """float64 distinguishes all whole numbers up to this magnitude."""
 
+DAY_SLICE = "day_"
+"""Beginning of the names of slices by day."""
 HISTORY_BUCKETS = {
     "0": (0.0, 0.0),
     "1-9": (1.0, 9.0),
@@ -421,7 +423,7 @@ def time_slices(seconds: np.ndarray) -> list[tuple[list[str], np.ndarray]]:
     days, hours = seconds // DAY, seconds % DAY // 3600
     # Only the days that occur in the batch get a slice.
     unique, of_row = np.unique(days, return_inverse=True)
-    by_day = [f"day_{np.datetime64(int(day), 'D')}" for day in unique], of_row
+    by_day = [f"{DAY_SLICE}{np.datetime64(int(day), 'D')}" for day in unique], of_row
     unique, of_row = np.unique(hours, return_inverse=True)
     return [by_day, ([f"hour_{hour:02d}" for hour in unique], of_row)]
 

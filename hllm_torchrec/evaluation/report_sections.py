@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hllm_torchrec.evaluation.model_comparison import by_users, format_interval, format_number
+from hllm_torchrec.evaluation.prediction_rows import DAY_SLICE
 from hllm_torchrec.evaluation.report_figures import (
     NEUTRALS,
     Estimate,
@@ -17,7 +18,6 @@ from hllm_torchrec.evaluation.report_figures import (
     unit_square,
 )
 
-DAY = "day_"
 MAX_DRAWN = 40
 """Maximum number of slices in the figure; the table has all."""
 
@@ -88,7 +88,7 @@ def curve_figures(models: Mapping[str, Any], points: Mapping[str, Any]) -> dict[
 
 def time_figure(models: Mapping[str, Any]) -> Svg | str:
     """Figure of the AUC by day of all models, with intervals; "" for fewer than two days."""
-    days = {name for model in models.values() for name in model.get("slices") or {} if name.startswith(DAY)}
+    days = {name for model in models.values() for name in model.get("slices") or {} if name.startswith(DAY_SLICE)}
     if len(days) < 2:
         return ""
     lines, ordered = [], sorted(days)
@@ -97,7 +97,7 @@ def time_figure(models: Mapping[str, Any]) -> Svg | str:
         points = [(block.get("auc"), block.get("auc_low"), block.get("auc_high")) for block in blocks]
         lines.append(Interval(name, points, color))
     label = f"AUC with 95% intervals of every model over {len(days)} days"
-    return interval_lines(lines, [day.removeprefix(DAY) for day in ordered], "AUC", label, "time")
+    return interval_lines(lines, [day.removeprefix(DAY_SLICE) for day in ordered], "AUC", label, "time")
 
 
 def slice_parts(models: Mapping[str, Any]) -> tuple[tuple[Sequence[str], list[Sequence[str]]], Svg | str]:
@@ -105,7 +105,7 @@ def slice_parts(models: Mapping[str, Any]) -> tuple[tuple[Sequence[str], list[Se
     names = dict.fromkeys(name for model in models.values() for name in model.get("slices") or {})
     groups: dict[str, list[Estimate]] = {}
     rows: list[Sequence[str]] = []
-    for name in (name for name in names if not name.startswith(DAY)):
+    for name in (name for name in names if not name.startswith(DAY_SLICE)):
         parts = {model: block["slices"][name] for model, block in models.items() if name in block["slices"]}
         size = next(iter(parts.values()))
         if not size["rows"]:

@@ -1,6 +1,7 @@
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,19 @@ def test_a_column_of_many_values_makes_no_slices(tmp_path: Path) -> None:
     folder = write_parquet(rows, tmp_path / "rows")
     with pytest.raises(ValueError, match="the column of 'country' has more than 400 values"):
         evaluate_predictions(opened(folder, tmp_path), EvaluationSettings())
+
+
+def test_predictions_of_years_have_no_slices_by_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
+
+    rows = columns(500) | {"timestamp": 1_000_000_000 + 86_400 * np.arange(500)}
+    folder = write_parquet(rows, tmp_path / "rows")
+    metrics = evaluate_predictions(
+        opened(folder, tmp_path, replace(EVERY, timestamp="timestamp")), EvaluationSettings()
+    )
+    slices = next(iter(metrics["models"].values()))["slices"]
+    assert any(name.startswith("hour_") for name in slices) and not any(name.startswith("day_") for name in slices)
+    assert "caution: more than 400 days: there are no slices by day" in capsys.readouterr().out
 
 
 def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
