@@ -15,7 +15,7 @@ import pytest
 from hllm_torchrec.common.atomic_files import replace_folder
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.evaluation.model_comparison import compare
-from tests.helpers.schedules import acting_before, schedules, without_syncs
+from tests.helpers.schedules import killed_before_access, schedules, without_syncs
 
 
 @pytest.fixture(autouse=True)
@@ -87,17 +87,12 @@ def test_predictions_are_replaced_without_a_moment_without_them(tmp_path: Path) 
     for k in count(1, 3):
         shutil.rmtree(tmp_path / "predictions", ignore_errors=True)
         save_predictions(columns(1, range(3)), folder)
-        pid = os.fork()
-        if pid == 0:
-            with acting_before(k, lambda: os._exit(9), tmp_path):
-                save_predictions(columns(2, range(3)), folder)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
+        killed = killed_before_access(k, tmp_path, save_predictions, columns(2, range(3)), folder)
         found = pq.read_table(folder)["score"].to_numpy()
         assert any(np.array_equal(found, columns(seed, range(3))["score"]) for seed in (1, 2)), k
         save_predictions(columns(3, range(3)), folder)
         left = [path.name for path in folder.parent.iterdir()]
         assert [name for name in left if "-new-" not in name] == ["test"], (k, left)
-        if status == 0:
+        if not killed:
             break
     assert k > 15

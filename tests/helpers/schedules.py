@@ -19,7 +19,10 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.distributed import forks
+
 T = TypeVar("T")
+_KILLED = 9
 
 _ACCESSES: tuple[tuple[Any, str], ...] = (
     *((os, name) for name in ("stat", "lstat", "open", "scandir", "listdir", "rename", "replace", "unlink", "mkdir")),
@@ -115,3 +118,23 @@ def _is_below(path: Any, root: str) -> bool:
 def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the waits for the disk, which are most of the time of a schedule and change nothing without a crash."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def killed_before_access(k: int, under: Path, function: Callable[..., object], *args: Any) -> bool:
+    """Whether a process that calls `function(*args)` was killed before its k-th file access below `under`.
+
+    function: of the top level of a module. The process is not a fork of this one: a fork of a process with threads
+    waits for ever for a lock that one of them had.
+    """
+    process = forks().Process(target=_call_until_access, args=(k, under, function, args))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode in (0, _KILLED), process.exitcode
+    return process.exitcode == _KILLED
+
+
+def _call_until_access(k: int, under: Path, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    with acting_before(k, lambda: os._exit(_KILLED), under):
+        function(*args)

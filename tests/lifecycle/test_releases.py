@@ -1,14 +1,13 @@
 """Aliases: they move together, survive a move of their folder and a kill at any file access, and can be taken back."""
 
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hllm_torchrec.lifecycle.releases import Release, publish, read_alias, rollback
-from tests.helpers.schedules import acting_before
+from tests.helpers.schedules import killed_before_access
 
 
 def release(folder: Path, name: str) -> Release:
@@ -68,16 +67,6 @@ def test_a_damaged_release_is_named(tmp_path: Path) -> None:
         read_alias(tmp_path, "current")
 
 
-def killed_before_access(k: int, work: Callable[[], object], folder: Path) -> bool:
-    """Whether a process that does `work` was killed before its k-th file access below `folder`."""
-    child = os.fork()
-    if child == 0:
-        with acting_before(k, lambda: os._exit(9), folder):
-            work()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["publish", "rollback"])
 def test_a_move_that_is_killed_anywhere_happened_or_did_not_and_can_be_repeated(tmp_path: Path, what: str) -> None:
@@ -90,14 +79,11 @@ def test_a_move_that_is_killed_anywhere_happened_or_did_not_and_can_be_repeated(
         folder = shutil.copytree(begun, tmp_path / str(k), symlinks=True)
         new = release(folder, "c")
         before, after = (("b", "a"), ("c", "b")) if what == "publish" else (("b", "a"), ("a", "b"))
-
-        def move(folder: Path = folder, new: Release = new) -> object:
-            return publish(folder, new) if what == "publish" else rollback(folder)
-
-        killed = killed_before_access(k, move, folder)
+        move: tuple[Any, ...] = (publish, folder, new) if what == "publish" else (rollback, folder)
+        killed = killed_before_access(k, folder, *move)
         outcomes.add(names(folder))
         assert names(folder) in (before, after)
-        move()
+        move[0](*move[1:])
         assert names(folder) == after
         if not killed:
             break

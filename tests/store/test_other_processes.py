@@ -18,7 +18,7 @@ from hllm_torchrec.inference.item_embedding import open_or_create_store, write_r
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.store.remote_store import RemoteStore, local_store, writable_store
 from hllm_torchrec.store.store import StoreReplaced
-from tests.helpers.schedules import acting_before, schedules, without_syncs
+from tests.helpers.schedules import killed_before_access, schedules, without_syncs
 from tests.store.test_store import WIDTH, commit, contents, create
 
 
@@ -105,13 +105,7 @@ def test_a_store_that_is_built_again_under_an_open_one_is_noticed(made: Path, tm
 def test_a_store_whose_creation_was_killed_can_be_made(tmp_path: Path) -> None:
     for k in count(1, 2):
         path = tmp_path / str(k)
-        pid = os.fork()
-        if pid == 0:
-            with acting_before(k, lambda: os._exit(9), path):
-                create(path)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        if status == 0:
+        if not killed_before_access(k, path, create, path):
             break
         store = EmbeddingStore.open(path) if (path / "store.json").exists() else create(path)
         commit(store, {"a": 1.0})
