@@ -2,7 +2,7 @@
 
 hllm loadtest --url http://127.0.0.1:8400 --dataset data/ml-100k --rates 20,50,100 --seconds 20 --output runs/load
 
-Of a model with `data.context` all requests have the same, --context '{"device": "phone"}'.
+Of a model with `data.context` all requests have the same, --context '{"page": "home"}'.
 """
 
 import argparse
