@@ -15,7 +15,7 @@ from hllm_torchrec import configs
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.inheritance import merge, read_resolved
-from hllm_torchrec.config.recipes import RECIPES, Choice, recipe_choices
+from hllm_torchrec.config.recipes import RECIPES, recipe_choices
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 from hllm_torchrec.launch.recipes import facts_of, fetch_encoder
 
@@ -46,33 +46,34 @@ def run(args: argparse.Namespace) -> None:
     for choice in choices:
         content = merge(content, choice.as_mapping())
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, _text(args, choices, content))
-    for choice in choices:
-        say(str(choice))
-    if hint := _left_out(args):
-        say(hint)
-    fetch_encoder(content)
+    said = [str(choice) for choice in choices] + _left_out(args)
+    replace_file(target, _text(args, said, content))
+    for line in said:
+        say(line)
+    fetch_encoder(content, choices)
     say(f"{target}: written; train with `hllm train --config {target}`")
 
 
-def _text(args: argparse.Namespace, choices: list[Choice], content: dict[str, Any]) -> str:
-    reasons = "".join(f"#   {choice}\n" for choice in choices)
-    hint = _left_out(args)
-    head = f"# The recipe {args.task} for {args.data}, as `hllm init` wrote it.\n{reasons}{hint and f'#   {hint}'}"
-    head += "\n" if hint else ""
-    return head + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+def _text(args: argparse.Namespace, said: list[str], content: dict[str, Any]) -> str:
+    head = f"# The recipe {args.task} for {args.data}, as `hllm init` wrote it.\n"
+    return (
+        head
+        + "".join(f"#   {line}\n" for line in said)
+        + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+    )
 
 
-def _left_out(args: argparse.Namespace) -> str:
-    """What the dataset declares and the recipe does not use, as a line; "" if there is nothing."""
+def _left_out(args: argparse.Namespace) -> list[str]:
+    """What the dataset declares and the recipe does not use, as at most one line."""
     from hllm_torchrec.data.dataset import Dataset
 
     schema = Dataset.open(args.data).schema
     labels, context = list(schema.label_names[1:]), [one.name for one in schema.context]
     found = [f"the {kind} {', '.join(names)}" for kind, names in (("labels", labels), ("context", context)) if names]
     if args.task != "ranking" or not found:
-        return ""
-    return f"not used: {' and '.join(found)}; add them by objective.tasks and data.context, see docs/tasks.md"
+        return []
+    line = f"not used: {' and '.join(found)}; add them by objective.tasks and data.context, see docs/tasks.md"
+    return [line]
 
 
 main = entry_point(build_parser, run)

@@ -1,6 +1,7 @@
 """Recipes on the command line: `recipe: ranking` of a configuration becomes the settings for its dataset."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def with_recipe(arguments: list[str]) -> list[str]:
     if int(os.environ.get("RANK", "0")) == 0:
         for choice in choices:
             say(f"recipe {task}: {choice}")
-    fetch_encoder(given)
+    fetch_encoder(given, choices)
     options = [f"--{choice.name}={yaml.safe_dump(choice.value, default_flow_style=True)}" for choice in choices]
     return [*(option.removesuffix("\n").removesuffix("\n...") for option in options), *arguments, "--recipe=null"]
 
@@ -74,14 +75,18 @@ def _saved_run(given: dict[str, Any]) -> dict[str, Any] | None:
     return read_resolved(file) if given.get("resume") is True and file.is_file() else None
 
 
-def fetch_encoder(given: dict[str, Any]) -> None:
-    """Fetch the recipes' encoder if the configuration `given` names it and it is not there.
+def fetch_encoder(given: dict[str, Any], choices: Sequence[Choice]) -> None:
+    """Fetch the recipes' encoder if a configuration with these choices reads texts by it and it is not there.
 
     Raises:
         ValueError: it cannot be downloaded.
     """
-    name = value_at(given, "item_llm.pretrained") if has_value(given, "item_llm.pretrained") else None
-    if name != ENCODER or (Path(name) / "config.json").is_file():
+    content = given
+    for choice in choices:
+        content = merge(content, choice.as_mapping())
+    name = value_at(content, "item_llm.pretrained") if has_value(content, "item_llm.pretrained") else None
+    enabled = value_at(content, "item_llm.enabled") if has_value(content, "item_llm.enabled") else True
+    if not enabled or name != ENCODER or (Path(name) / "config.json").is_file():
         return
     from hllm_torchrec.common.locks import hold_lock
     from hllm_torchrec.data.quickstart_files import fetch_minilm

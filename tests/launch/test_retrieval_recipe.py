@@ -49,7 +49,10 @@ def test_ids_alone_are_the_same_recipe_without_texts(tmp_path: Path) -> None:
     assert not [line for line in read_log(tmp_path / "run") if line["event"] == "measured"]
 
 
-def test_a_catalogue_without_texts_needs_no_option(tmp_path: Path) -> None:
+def test_a_catalogue_without_texts_needs_no_option_and_no_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     mapping = task_shop.write(tmp_path)
     content = yaml.safe_load(mapping.read_text()) | {"bad_rows": {"item_without_text": "keep"}}
     mapping.write_text(yaml.safe_dump(content))
@@ -59,3 +62,6 @@ def test_a_catalogue_without_texts_needs_no_option(tmp_path: Path) -> None:
     options = [f"--user.shape={json.dumps({'width': 24, 'layers': 1, 'heads': 1, 'max_positions': 200})}"]
     run = ["--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "run"), *options, "--max_steps=2"]
     assert train.main([*run, "--objective.collapse_above=1"]) == 0
+    recipe = ["--config", str(RECIPE), "--data.dataset", str(root), "--output", str(tmp_path / "again"), *options]
+    assert train.main([*recipe, "--max_steps=2", "--objective.collapse_above=1"]) == 0
+    assert not (tmp_path / ".cache").exists(), "an encoder was fetched that nothing reads"
