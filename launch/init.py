@@ -17,7 +17,7 @@ from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.inheritance import merge, read_resolved
 from hllm_torchrec.config.recipes import RECIPES, recipe_choices
 from hllm_torchrec.launch.entry import CommandParser, entry_point
-from hllm_torchrec.launch.recipes import facts_of, fetch_encoder
+from hllm_torchrec.launch.recipes import facts_of, fetch_encoder, with_choices
 
 
 def build_parser() -> CommandParser:
@@ -42,15 +42,13 @@ def run(args: argparse.Namespace) -> None:
     content = read_resolved(Path(configs.__file__).parent / "recipes" / f"{args.task}.yaml")
     choices = recipe_choices(args.task, facts_of(args.data), content)
     del content["recipe"]
-    content = merge(content, {"data": {"dataset": str(args.data)}})
-    for choice in choices:
-        content = merge(content, choice.as_mapping())
+    content = with_choices(merge(content, {"data": {"dataset": str(args.data)}}), choices)
     target.parent.mkdir(parents=True, exist_ok=True)
     said = [str(choice) for choice in choices] + _left_out(args)
     replace_file(target, _text(args, said, content))
     for line in said:
         say(line)
-    fetch_encoder(content, choices)
+    fetch_encoder(content)
     say(f"{target}: written; train with `hllm train --config {target}`")
 
 

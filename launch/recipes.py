@@ -33,7 +33,7 @@ def with_recipe(arguments: list[str]) -> list[str]:
     if int(os.environ.get("RANK", "0")) == 0:
         for choice in choices:
             say(f"recipe {task}: {choice}")
-    fetch_encoder(given, choices)
+    fetch_encoder(with_choices(given, choices))
     options = [f"--{choice.name}={yaml.safe_dump(choice.value, default_flow_style=True)}" for choice in choices]
     return [*(option.removesuffix("\n").removesuffix("\n...") for option in options), *arguments, "--recipe=null"]
 
@@ -75,15 +75,19 @@ def _saved_run(given: dict[str, Any]) -> dict[str, Any] | None:
     return read_resolved(file) if given.get("resume") is True and file.is_file() else None
 
 
-def fetch_encoder(given: dict[str, Any], choices: Sequence[Choice]) -> None:
-    """Fetch the recipes' encoder if a configuration with these choices reads texts by it and it is not there.
+def with_choices(content: dict[str, Any], choices: Sequence[Choice]) -> dict[str, Any]:
+    """The content of a configuration with the choices of its recipe."""
+    for choice in choices:
+        content = merge(content, choice.as_mapping())
+    return content
+
+
+def fetch_encoder(content: dict[str, Any]) -> None:
+    """Fetch the recipes' encoder if the configuration `content` reads texts by it and it is not there.
 
     Raises:
         ValueError: it cannot be downloaded.
     """
-    content = given
-    for choice in choices:
-        content = merge(content, choice.as_mapping())
     name = value_at(content, "item_llm.pretrained") if has_value(content, "item_llm.pretrained") else None
     enabled = value_at(content, "item_llm.enabled") if has_value(content, "item_llm.enabled") else True
     if not enabled or name != ENCODER or (Path(name) / "config.json").is_file():
