@@ -249,10 +249,10 @@ class Engine:
         if request.user in self._appended:
             self._appended.discard(request.user)  # before the log is read: what comes later is read by a later request
             known = self.histories.newer(cached.known, request.user)
-            if not _continues(known.events, cached.state.history):
-                cached = _Cached(known, self.scorer.read(self.scorer.seen_part(known.events, request.time)))
-            cached = _Cached(known, cached.state)
-            self._keep(request.user, known, cached.state)
+            state = cached.state
+            if not _continues(known.events, state.history):  # one came late
+                state = self.scorer.read(self.scorer.seen_part(known.events, request.time))
+            cached = _Cached(known, self._keep(request.user, known, state))
         return self._at(request.user, cached, request.time)
 
     def _at(self, user: str, cached: _Cached, time: int) -> UserState:
