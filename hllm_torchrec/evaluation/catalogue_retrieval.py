@@ -15,7 +15,7 @@ from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks, rank_catalogue_targets
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, shard_bounds
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_source import CachedItems, JoinedItems, StoredItems
 
 ITEMS_AT_ONCE = 8192

@@ -35,8 +35,9 @@ from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, mea
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
 from hllm_torchrec.evaluation.scoring import score_split
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.new_rows import fill_new_rows
 from hllm_torchrec.models.stored_items import use_stored_items
 

@@ -48,7 +48,7 @@ from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run, run_config,
 from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
 from hllm_torchrec.inference.raw_ids import raw_texts
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.stored_items import read_catalogue
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history

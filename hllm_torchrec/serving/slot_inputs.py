@@ -26,7 +26,7 @@ from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.catalogue_retrieval import ITEMS_AT_ONCE, vectors_by_features
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE, pad_empty_batch
 from hllm_torchrec.modules.features.sum_pooling import sum_bags
 from hllm_torchrec.modules.features.timestamps import split_timestamps

@@ -89,7 +89,7 @@ NOT_RUN: dict[str, str] = {
     "it was forgotten (hllm forget)": "says why the item is not known",
     "write the index again (hllm index)": "other cases run the command",
     "delete the ids with `hllm store delete` if they are its keys": "other cases run the command",
-    "of which dataset is not known: name it with --predictions": "a folder that is named by hand",
+    "it is not known which dataset's ids these are: name the folder with --predictions": "a folder that is named by hand",
     "is missing, the label that defines exposures": "the name to add is the one that is named",
     "a label is □, below 0, which no odds are; choose huber": "the value to choose is named",
     "this needs a token, also on this machine: start the service with --token-file": "a service",

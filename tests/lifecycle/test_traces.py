@@ -220,7 +220,10 @@ def test_events_that_a_service_keeps_are_forgotten_unless_it_has_them_open(tmp_p
         report = forget_everywhere(root, names, [folder], **options)
         return {trace.place.name: (trace.found, trace.left) for trace in report.traces}
 
-    assert found(erase=True)["events.sqlite"] == (0, "a service has it open: stop it, and forget again")
+    assert found(erase=True)["events.sqlite"] == (
+        0,
+        "a service has it open: reload it (POST /v1/reload), which deletes the events; or stop it, forget again",
+    )
     log.close()
     assert found(dry_run=True)["events.sqlite"] == (3, "")
     assert found(erase=True)["events.sqlite"] == (3, "") and found()["events.sqlite"] == (0, "")
