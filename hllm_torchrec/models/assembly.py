@@ -308,7 +308,7 @@ def build_experiment(
     dataset = Dataset.open(Path(config.data.dataset), version or config.data.version)
     spec = batch_spec_of(config, dataset)
     problems = [
-        *task_problems(config.objective, dataset.schema),
+        *task_problems(config.objective.task_configs, dataset.schema),
         *check_batch_spec(spec, dataset),
         *evidence_problems(config.data.evidence),
         *_missing_models(config),
@@ -321,7 +321,7 @@ def build_experiment(
     vectors = _item_vectors(config, dataset, factors)
     width = 0 if vectors is None else vectors.shape[1]
     since = second_of(config.data.train_since or 0)
-    tasks = resolve_tasks(config.objective, dataset.schema)
+    tasks = resolve_tasks(config.objective.task_configs, dataset.schema)
     if spec.tasks:
         tasks = fit_tasks(tasks, dataset, since)
     rate, context, inputs = base_rate(dataset, since), None, None
@@ -382,7 +382,8 @@ def _text_encoder(
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     """Return the batch spec of a configuration: the contents of its batches."""
     generates, objective = config.objective.generates, config.objective
-    tasks = () if task_problems(objective, dataset.schema) else resolve_tasks(objective, dataset.schema)
+    named = objective.task_configs
+    tasks = () if task_problems(named, dataset.schema) else resolve_tasks(named, dataset.schema)
     return BatchSpec(
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,
