@@ -120,9 +120,7 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup], feedback_delay:
         raise ValueError(problem)
     rows = dataset.sequences(groups)
     columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
-    return Histories(
-        **columns, visibility=dataset.visibility, feedback_delay=feedback_delay, schema=dataset.schema
-    )
+    return Histories(**columns, visibility=dataset.visibility, feedback_delay=feedback_delay, schema=dataset.schema)
 
 
 def score_by_group(

@@ -239,12 +239,16 @@ class DLRMData:
 def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
     """Unknown features, context and tasks, one line each."""
     known = {"user_features": dataset.manifest["user_features"], "numeric_features": NUMERIC_FEATURES}
-    return task_problems(config.task_configs, dataset.schema, TASKS) + [
-        f"dlrm.{kind}: {name!r}: unknown{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}"
-        for kind, there in known.items()
-        for name in getattr(config, kind)
-        if name not in there
-    ] + context_problems("dlrm.context", config.context, dataset.schema)
+    return (
+        task_problems(config.task_configs, dataset.schema, TASKS)
+        + [
+            f"dlrm.{kind}: {name!r}: unknown{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}"
+            for kind, there in known.items()
+            for name in getattr(config, kind)
+            if name not in there
+        ]
+        + context_problems("dlrm.context", config.context, dataset.schema)
+    )
 
 
 def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:
