@@ -1,7 +1,7 @@
 """Rules of a configuration: the range of each number, and constraints between fields."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.seconds import second_of
@@ -303,15 +303,20 @@ def _objective_problems(config: "Config") -> Iterator[str]:
         yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
 
 
-def _task_problems(config: "Config") -> Iterator[str]:
-    """Malformed entries of `objective.tasks`; their labels are checked against the dataset (`models.tasks`)."""
+def task_entry_problems(tasks: Mapping[str, Any], setting: str) -> Iterator[str]:
+    """Malformed entries of `tasks`; their labels are checked against the dataset (`models.tasks`)."""
     from hllm_torchrec.config.schema import TaskConfig
 
-    objective = config.objective
-    for name, content in objective.tasks.items():
-        place = f"objective.tasks.{name}"
+    for name, content in tasks.items():
+        place = f"{setting}.{name}"
         problems = list(dataclass_problems(content, TaskConfig, place))
         yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{place}.")
+
+
+def _task_problems(config: "Config") -> Iterator[str]:
+    """Broken rules of tasks, their weights and the position bias."""
+    objective = config.objective
+    yield from task_entry_problems(objective.tasks, "objective.tasks")
     if objective.tasks and not objective.has_head:
         yield "objective.tasks: objective.fusion 'none' has no head that predicts them; leave them out"
     if objective.tasks and objective.value_weight:

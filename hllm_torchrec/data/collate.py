@@ -131,7 +131,7 @@ class Collator:
             "seq_offsets": seq_offsets,
             "query_offsets": query_offsets,
             "query_target": np.arange(len(view.targets) if early else 0),
-            **targets_of(view.targets, self.spec, self.dataset.schema, view.rates, self.training),
+            **targets_of(view.targets, self.spec.tasks, self.dataset.schema, view.rates, self.training),
             "negative_items": negatives,
             "item_ids": view.history.item_ids,
             "timestamps": view.history.timestamps,

@@ -63,7 +63,10 @@ def score_split(
             columns = _columns(batch, output.logits.float().cpu().numpy(), cold)
             columns |= {"weight": batch.weights.numpy()} if weighted else {}
             if output.outputs is not None:
-                columns |= task_columns(hllm.tasks, hllm.task_scales.cpu(), batch, output.outputs.float().cpu())
+                assert batch.task_labels is not None
+                columns |= task_columns(
+                    hllm.tasks, hllm.task_scales.cpu(), batch.task_labels, output.outputs.float().cpu()
+                )
             parts.append(columns)
             bar.update(1)
     model.train()
@@ -87,17 +90,16 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Pr
     }
 
 
-def task_columns(tasks: Sequence[Task], scales: Tensor, batch: HybridBatch, outputs: Tensor) -> PredictionColumns:
-    """Label, score and prediction [X] of every task; labels are NaN where they are not defined.
+def task_columns(tasks: Sequence[Task], scales: Tensor, task_labels: Tensor, outputs: Tensor) -> PredictionColumns:
+    """Label, score and prediction [X] of every task of task_labels [X, K] and outputs [X, O]; NaN: no label.
 
     The first task's are `label`, `score` and `probability`; those of others have the task's name at the end, and the
     prediction of a number is in the label's unit.
     """
-    assert batch.task_labels is not None and batch.task_weights is not None
     found: PredictionColumns = {}
     parts = outputs.split([task.outputs for task in tasks], dim=1)
     for place, (task, own) in enumerate(zip(tasks[1:], parts[1:], strict=True), start=1):
-        labels = task.units(batch.task_labels[:, place].numpy())
+        labels = task.units(task_labels[:, place].numpy())
         kind = "probability" if task.is_binary else "prediction"
         found[f"label_{task.name}"] = labels.astype(np.float32)
         found[f"score_{task.name}"] = task.scores(own).numpy().astype(np.float32)

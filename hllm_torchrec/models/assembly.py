@@ -101,7 +101,7 @@ def build_experiment(
 def _check_configuration(config: Config, dataset: Dataset, spec: BatchSpec) -> None:
     """Raise ConfigError with everything in which the configuration does not fit the dataset."""
     problems = [
-        *task_problems(config.objective, dataset.schema),
+        *task_problems(config.objective.task_configs, dataset.schema),
         *check_batch_spec(spec, dataset),
         *evidence_problems(config.data.evidence),
         *_missing_models(config),
@@ -116,7 +116,7 @@ def _build_model(
 ) -> tuple[HLLM, RequestContext | None]:
     """The model with the constants that it takes from the training part, and the context of requests, if any."""
     since = second_of(config.data.train_since or 0)
-    tasks = resolve_tasks(config.objective, dataset.schema)
+    tasks = resolve_tasks(config.objective.task_configs, dataset.schema)
     if spec.tasks:
         tasks = fit_tasks(tasks, dataset, since)
     rate, context, inputs = base_rate(dataset, since), None, None
@@ -162,7 +162,8 @@ def _text_encoder(
 def batch_spec_of(config: Config, dataset: Dataset) -> BatchSpec:
     """Return the batch spec of a configuration: the contents of its batches."""
     generates, objective = config.objective.generates, config.objective
-    tasks = () if task_problems(objective, dataset.schema) else resolve_tasks(objective, dataset.schema)
+    named = objective.task_configs
+    tasks = () if task_problems(named, dataset.schema) else resolve_tasks(named, dataset.schema)
     return BatchSpec(
         fusion=Fusion(config.objective.fusion),
         history=config.data.history,

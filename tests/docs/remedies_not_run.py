@@ -133,6 +133,7 @@ NOT_RUN: dict[str, str] = {
     "written; train with `hllm train --config": "a line at the end of a job",
     "--output data/ml-100k": "help",
     "--path ml-1m --split": "help",
+    "--path data/big_matrix.csv": "help",
     "--path Pixel200K.csv": "help",
     "--path ratings_Books.csv": "help",
     "--path my_shop.yaml": "help",
