@@ -21,6 +21,8 @@ TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
+FEW_USERS = 20
+"""Training users below which evidence has no other users to be fitted on."""
 RARE_BELOW = 20
 """Mean number of training events per item below which text and evidence are used without item IDs."""
 SMALL_TABLE = 5_000
@@ -82,7 +84,10 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
     yield from feature_choices(facts)
     has_text = any(facts.words.values())
     groups = [name for name in EVIDENCE if has_text or name != "neighbors"]
-    yield Choice("data.evidence", groups, f"items have {'texts' if has_text else 'no texts'} to compare")
+    if facts.users < FEW_USERS:
+        yield Choice("data.evidence", [], f"there are only {facts.users} users to fit it on")
+    else:
+        yield Choice("data.evidence", groups, f"items have {'texts' if has_text else 'no texts'} to compare")
     yield from id_choices(facts, has_text)
     if facts.graded:
         why = "actions have different numbers (ratings), which carry more information than a 0/1 label"

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hllm_torchrec import __version__
+from hllm_torchrec.common.errors import UnavailableError
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.event_log import LoggedEvent
 from hllm_torchrec.serving.engine import RawEvents, RecommendRequest, ScoreRequest
@@ -59,7 +60,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "the body is too large"},
     422: {"model": Problem, "description": "the body is not of its form, or names what is not known"},
     429: {"model": Problem, "description": "the queue is full: try again later, or elsewhere"},
-    503: {"model": Problem, "description": "no answer within the deadline, or the service is ending"},
+    503: {"model": Problem, "description": "no answer within the deadline, a full disk, or the service is ending"},
 }
 
 
@@ -236,6 +237,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if isinstance(error, UnknownIdsError):
             service.metrics.unknown.inc()
         return answer(422, str(error))
+
+    @app.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> JSONResponse:
+        say(f"hllm serve: {error}")  # the file is for who runs the service
+        return answer(503, "the service cannot write or read its files, and has kept nothing: try again later")
 
     @app.exception_handler(ReloadRefusedError)
     async def refused(_: Request, error: ReloadRefusedError) -> JSONResponse:

@@ -247,13 +247,20 @@ class Engine:
             state = self.scorer.read(self.scorer.seen_part(known.events, request.time))
             return self._keep(request.user, known, state)
         if request.user in self._appended:
-            self._appended.discard(request.user)  # before the log is read: what comes later is read by a later request
-            known = self.histories.newer(cached.known, request.user)
-            state = cached.state
-            if not _continues(known.events, state.history):  # one came late
-                state = self.scorer.read(self.scorer.seen_part(known.events, request.time))
-            cached = _Cached(known, self._keep(request.user, known, state))
+            cached = self._with_appended(cached, request.user, request.time)
         return self._at(request.user, cached, request.time)
+
+    def _with_appended(self, cached: _Cached, user: str, time: int) -> _Cached:
+        """A user in the cache with what the log has gained."""
+        self._appended.discard(user)  # before the log is read: what comes later is read by a later request
+        try:
+            known, state = self.histories.newer(cached.known, user), cached.state
+            if not _continues(known.events, state.history):  # one came late
+                state = self.scorer.read(self.scorer.seen_part(known.events, time))
+        except BaseException:  # the next request reads them
+            self._appended.add(user)
+            raise
+        return _Cached(known, self._keep(user, known, state))
 
     def _at(self, user: str, cached: _Cached, time: int) -> UserState:
         """The state at `time` of a user in the cache."""

@@ -49,6 +49,7 @@ NOT_RUN: dict[str, str] = {
     "no such file, but data.evidence is □: restore it from a copy": "a file is to be restored",
     "without a fifth of them all values are equal": "the data tell nothing; the setting to drop is the one that is named",
     "all training values are equal: item factors need ratings": "the same",
+    "; --help lists all": "names the help",
     "is missing: it describes what the files cannot say; see `hllm seal --help`": "names the help",
     "The port is --rdzv_port of torchx": "options of other programs",
     "not of items: see hllm embed --items": "names the command that writes such a store, which other cases run",
