@@ -175,6 +175,18 @@ class Sequences(Events):
         before = np.concatenate([[0], np.cumsum(self.timestamps < second)])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
+    def between(self, first: int, last: int) -> "Sequences":
+        """Rows number `first` to `last` - 1, as views."""
+        if first == 0 and last == self.user_ids.size:
+            return self
+        start, end = self.offsets[first], self.offsets[last]
+        return Sequences(
+            **self[start:end].columns,
+            user_ids=self.user_ids[first:last],
+            target_start=self.target_start[first:last],
+            offsets=self.offsets[first : last + 1] - start,
+        )
+
     @property
     def own_events(self) -> Ints:
         """Indices of the events that belong to the part itself, without the history before."""
