@@ -4,9 +4,11 @@ A configuration with `recipe: ranking` (configs/recipes/ranking.yaml) holds what
 is chosen here from `DatasetFacts`; a value that the file or an option sets stays as it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from hllm_torchrec.config.rules import OWN_TABLES
 
 ENCODER = ".cache/models/all-minilm-l6-v2"
 """Sentence encoder of the recipes, relative to the current folder, as `hllm fetch minilm` puts it."""
@@ -99,9 +101,7 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     yield from text_choices(facts)
     if any(facts.words.values()):
         yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
-    if facts.item_features:
-        names = list(facts.item_features)
-        yield Choice("data.item_features", names, f"items have {', '.join(names)}")
+    yield from item_feature_choices(facts)
     size = 32 if facts.users < MANY_USERS else 128
     yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
     epochs = min(max(round(EVENTS_READ / max(facts.exposures, 1)), 4), 32)
@@ -129,7 +129,7 @@ def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Text columns and length of an item's text; an ID-only model without texts."""
     used = {name: words for name, words in facts.words.items() if words > 0}
     if not used:
-        yield Choice("item_llm.enabled", False, "no item has a text")
+        yield Choice("item_llm.enabled", False, "items have no texts, or all the same")
         return
     yield Choice("item_llm.text_keys", list(used), f"items have text in {', '.join(used)}")
     tokens = TOKENS_PER_WORD * (sum(used.values()) + 2 * len(used))
@@ -139,12 +139,27 @@ def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Categorical features of items and users that exist."""
-    if facts.item_features:
-        names = list(facts.item_features)
-        yield Choice("data.item_features", names, f"items have {', '.join(names)}")
+    yield from item_feature_choices(facts)
     small = [name for name, size in facts.user_features.items() if size <= SMALL_TABLE]
     if small:
-        yield Choice("data.user_features", small, f"users have {', '.join(small)}, of at most {SMALL_TABLE:,} values")
+        names, others = _named_tables(small)
+        why = f"users have {', '.join(small)}, of at most {SMALL_TABLE:,} values{others}"
+        yield Choice("data.user_features", names, why)
+
+
+def item_feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
+    """Categorical features of items that exist."""
+    if facts.item_features:
+        names, others = _named_tables(facts.item_features)
+        yield Choice("data.item_features", names, f"items have {', '.join(facts.item_features)}{others}")
+
+
+def _named_tables(features: Iterable[str]) -> tuple[list[str], str]:
+    """The features that a table can be named after, and a remark about the others."""
+    names, others = [], []
+    for name in features:
+        (others if name in OWN_TABLES or "." in name else names).append(name)
+    return names, f"; {', '.join(others)} cannot name a table: rename the column" if others else ""
 
 
 RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking, "retrieval": retrieval}

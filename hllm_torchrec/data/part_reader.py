@@ -23,7 +23,7 @@ class _Block:
 
 
 class PartReader:
-    """Reads users of a part by their numbers in `users`, the ascending ids of all of them (see `MergedSequences.users`).
+    """Reads users of a part by their numbers in `users`, the ascending ids of all (see `MergedSequences.users`).
 
     A merge costs as much for each file as for a thousand events, so whoever reads on is read ahead for, twice as far
     every time; whoever jumps reads no more than he asks for.

@@ -56,6 +56,15 @@ def test_a_handful_of_users_has_no_evidence() -> None:
     assert chosen(users=19)["data.evidence"] == [] and chosen(users=20)["data.evidence"]
 
 
+def test_features_that_cannot_name_a_table_are_left_out_and_said() -> None:
+    features = {"action": 3, "genres": 20, "geo.country": 4, "time_year": 9}
+    for task in ("ranking", "retrieval"):
+        facts = replace(FILMS, item_features=features)
+        (choice,) = (one for one in recipe_choices(task, facts, {}) if one.name == "data.item_features")
+        assert choice.value == ["genres"]
+        assert choice.reason.endswith("; action, geo.country, time_year cannot name a table: rename the column")
+
+
 def test_what_is_set_is_not_chosen() -> None:
     given = {"item_llm": {"text_keys": ["title"]}, "features": {"item_id": False}, "data": None}
     assert chosen().keys() - chosen(given).keys() == {"item_llm.text_keys", "features.item_id"}

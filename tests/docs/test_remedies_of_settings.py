@@ -23,6 +23,10 @@ CONFIGURATIONS: list[tuple[str, Settings, Settings]] = [
     # (part of the message, what provokes it, what the remedy adds)
     ("must be □ under evaluation.protocol □", {"evaluation__protocol": "leave_one_out"},
    {"objective__positive_targets_only": False}),
+    ("data.□: □ is a table of the model itself: leave it out", {"data__item_features": ["action"]},
+     {"data__item_features": []}),
+    ("data.□: □: a dot cannot name a table: leave it out", {"data__user_features": ["geo.country"]},
+     {"data__user_features": []}),
     ("evaluation.every: □: must be at least the □ epochs of all stages, with evaluation.patience 0",
      {"data__train_part": "train_and_valid", "evaluation__every": 0.5}, {"evaluation__every": 1}),
     ("user.encoder: □: must be one of □, or □□", {"user__encoder": "lm"}, {"user__encoder": "llm"}),
