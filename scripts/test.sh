@@ -53,9 +53,6 @@ python=$root/.venv/bin/python
 
 echo "== ruff"
 "$python" -m ruff check .
-echo "== mypy"
-check_tree
-echo "== pytest"
 if [ "$repeat" -gt 0 ]; then
     for _ in 1 2; do nice "$python" -c "while True: pass" & busy+=($!); done
     trap 'kill "${busy[@]}"' EXIT
@@ -65,5 +62,15 @@ if [ "$repeat" -gt 0 ]; then
     done
     exit
 fi
+
+said=$(mktemp)
+check_tree >"$said" 2>&1 & checking=$! # beside the tests: it takes one core
+trap 'kill "$checking" 2>/dev/null || true; rm -f "$said"' EXIT
+echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
-exec "$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}"
+status=0
+"$python" -m pytest -n 3 --dist worksteal -m "$chosen" "${pytest_args[@]}" || status=$?
+echo "== mypy"
+wait "$checking" || status=1
+cat "$said"
+exit "$status"
