@@ -19,6 +19,8 @@ EVENTS_READ = 1_600_000
 """Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
 TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
+TRANSITIONS = 0.4
+"""Weight of the transitions of items beside the learned cosine in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
 RARE_BELOW = 20
@@ -93,6 +95,7 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     yield from text_choices(facts)
     if any(facts.words.values()):
         yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
+    yield Choice("objective.transitions", TRANSITIONS, "they are solved in seconds and complement what is learned")
     if facts.item_features:
         names = list(facts.item_features)
         yield Choice("data.item_features", names, f"items have {', '.join(names)}")

@@ -37,6 +37,8 @@ from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.request_context import RequestContext, fit_context
 from hllm_torchrec.data.run_factors import FILE, RunFactors
+from hllm_torchrec.data.transitions import FILE as TRANSITIONS_FILE
+from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
 from hllm_torchrec.distributed.collectives import all_gather_variable
@@ -52,7 +54,13 @@ from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.models.lora_base import base_fingerprints, check_base_weights, without_base_weights
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
-from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, open_evidence
+from hllm_torchrec.models.run_evidence import EVIDENCE_KEY, frozen_catalogue, open_evidence, reads_texts
+from hllm_torchrec.models.run_transitions import (
+    TRANSITIONS_KEY,
+    compares_texts,
+    open_transitions,
+    transition_similarity,
+)
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
 from hllm_torchrec.models.tasks import fit_tasks, is_single, resolve_tasks, task_problems
 from hllm_torchrec.models.text_format import text_format
@@ -89,8 +97,9 @@ class Experiment:
     context: RequestContext | None = None
     """What requests tell; None: nothing that the model reads."""
     frozen_catalogue: Tensor | None = None
-    """Embeddings [N, E] of all items that evidence compares, of the frozen Item LLM; None: encode them when needed."""
+    """Embeddings [N, E] of all items that evidence and transitions compare, of the frozen Item LLM; None: encode them when needed."""
     creatives: CreativeInputs | None = None
+    transitions: Transitions | None = None
 
     @property
     def hllm(self) -> HLLM:
@@ -109,6 +118,7 @@ class Experiment:
             FACTORS_KEY: None if self.factors is None else self.factors.fingerprint,
             EVIDENCE_KEY: None if self.evidence is None else self.evidence.model.fingerprint,
             VOCABULARY: experiment_marks(self.config, self.dataset),
+            **({} if self.transitions is None else {TRANSITIONS_KEY: self.transitions.fingerprint}),
             **({} if self.context is None else {CONTEXT_KEY: self.context.state()}),
         }
 
@@ -118,7 +128,7 @@ class Experiment:
         Raises:
             ValueError: it was trained with other ids, item factors or base weights (LoRA).
         """
-        check_vocabulary(self.config, self.dataset, checkpoint)
+        check_vocabulary(self.config, self.dataset, checkpoint, also=["items"] if self.transitions else [])
         extra = read_checkpoint_json(checkpoint / "extra.json")
         check_base_weights(extra, self.base_fingerprints, self.config, checkpoint)
         if self.context is not None:
@@ -131,6 +141,10 @@ class Experiment:
         if self.evidence is not None and extra.get(EVIDENCE_KEY) != self.evidence.model.fingerprint:
             raise ValueError(
                 f"{checkpoint} was trained with other evidence than the run's {EVIDENCE_FILE}: restore that file"
+            )
+        if self.transitions is not None and extra.get(TRANSITIONS_KEY) != self.transitions.fingerprint:
+            raise ValueError(
+                f"{checkpoint} was saved with other transitions than the run's {TRANSITIONS_FILE}: restore that file"
             )
 
     @property
@@ -293,6 +307,7 @@ def build_experiment(
     *,
     factors: RunFactors | None = None,
     evidence: EvidenceModel | None = None,
+    transitions: Transitions | None = None,
     version: int | None = None,
 ) -> Experiment:
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
@@ -300,6 +315,7 @@ def build_experiment(
     Args:
         factors: item factors of the run; None: those beside the dataset, if the configuration has any.
         evidence: fitted evidence of the run; None: fitted here, if the configuration has any.
+        transitions: the same of transitions.
         version: version of the dataset to read; None: `data.version`.
 
     Raises:
@@ -342,7 +358,13 @@ def build_experiment(
     if problems:
         raise ConfigError(problems)
     creatives = CreativeInputs.open(config, dataset, model)
-    found, catalogue = open_evidence(config, dataset, model, encoder, live, evidence, device)
+    catalogue = None
+    if reads_texts(config) or (compares_texts(config) and transitions is None):
+        catalogue = frozen_catalogue(model, encoder, live, device)
+    found = open_evidence(config, dataset, catalogue, evidence)
+    flow = open_transitions(config, dataset, catalogue, transitions)
+    if flow is not None:
+        model.transitions = transition_similarity(config, flow, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
     bases = base_fingerprints(model, config)  # before FSDP shards the weights
@@ -364,6 +386,7 @@ def build_experiment(
         context,
         catalogue,
         creatives,
+        flow,
     )
 
 
