@@ -260,15 +260,18 @@ class HLLM(nn.Module):
         assert source is not None, "an ID-only model has no item embeddings"
         return source(item_ids)
 
-    def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
+    def embed_in_feature_space(
+        self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None, joined: bool = False
+    ) -> Tensor:
         """P(E) + ID + item features of items [n, D] with the current weights, outside of a step. Collective.
 
-        [n, D + E] with `text_similarity`; R + 1 more columns with `transitions`.
-
-        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
+        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None; joined: as they
+        are compared with users, with texts and transitions (`joined`), instead of as inputs of the user encoder.
         """
         items = self.item_embeddings(item_ids)
         found = self.features(features, None, self._projected(items, vectors))
+        if not joined:
+            return found
         texts = None if self.text_similarity is None or items is None else self.text_embeddings(item_ids, items)
         return self.joined(found, texts, None if self.transitions is None else self.transitions.items(item_ids))
 
