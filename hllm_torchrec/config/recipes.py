@@ -21,6 +21,8 @@ EVENTS_READ = 1_600_000
 """Target for the events read over all epochs of a retrieval model; the number of epochs stays within 4 to 32."""
 TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
+TRANSITIONS = 0.4
+"""Weight of the transitions of items beside the learned cosine in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
 FEW_USERS = 20
@@ -101,6 +103,7 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     yield from text_choices(facts)
     if any(facts.words.values()):
         yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
+    yield Choice("objective.transitions", TRANSITIONS, "they are solved in seconds and complement what is learned")
     yield from item_feature_choices(facts)
     size = 32 if facts.users < MANY_USERS else 128
     yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
@@ -156,7 +159,8 @@ def item_feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 def _named_tables(features: Iterable[str]) -> tuple[list[str], str]:
     """The features that a table can be named after, and a remark about the others."""
-    names, others = [], []
+    names: list[str] = []
+    others: list[str] = []
     for name in features:
         (others if name in OWN_TABLES or "." in name else names).append(name)
     return names, f"; {', '.join(others)} cannot name a table: rename the column" if others else ""

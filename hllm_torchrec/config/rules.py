@@ -57,6 +57,7 @@ BOUNDS = {
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
     "objective.text_similarity": ">= 0",
+    "objective.transitions": ">= 0",
     "objective.text_decay": ">= 0, <= 1",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
@@ -303,6 +304,14 @@ def _objective_problems(config: "Config") -> Iterator[str]:
             )
         if config.user.actions == "interleaved":
             yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
+    if objective.transitions:
+        if objective.item_space != "features" and (text or objective.item_space == "text") or not generates:
+            yield (
+                f"objective.transitions: {objective.transitions}: needs objective.item_space features and the "
+                "generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.transitions: action tokens are no items; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "

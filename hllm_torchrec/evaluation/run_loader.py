@@ -39,6 +39,7 @@ from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.new_rows import fill_new_rows
+from hllm_torchrec.models.run_transitions import run_transitions
 from hllm_torchrec.models.stored_items import use_stored_items
 
 OVERLAP_MEMORY = 1 << 30
@@ -140,7 +141,8 @@ def load_run(
     checkpoint = find_checkpoint(run, which)
     folder = checkpoint.parent.parent
     factors, evidence = RunFactors.load(folder), run_evidence(config.data.evidence, folder)
-    experiment = build_experiment(config, device, factors=factors, evidence=evidence)
+    transitions = run_transitions(config, folder)
+    experiment = build_experiment(config, device, factors=factors, evidence=evidence, transitions=transitions)
 
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))

@@ -26,6 +26,7 @@ from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.request_context import RequestContext, fit_context
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
+from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.distributed.coordination import run_on_each_host
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.models.build import build_model
@@ -38,7 +39,8 @@ from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.models.lora_base import base_fingerprints
 from hllm_torchrec.models.named_backbones import backbone_sections, text_sections
 from hllm_torchrec.models.parallelize import parallelize
-from hllm_torchrec.models.run_evidence import open_evidence
+from hllm_torchrec.models.run_evidence import frozen_catalogue, open_evidence, reads_texts
+from hllm_torchrec.models.run_transitions import compares_texts, open_transitions, transition_similarity
 from hllm_torchrec.models.tasks import fit_tasks, is_single, resolve_tasks, task_problems
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.encoders.backbone import learned_positions
@@ -52,6 +54,7 @@ def build_experiment(
     *,
     factors: RunFactors | None = None,
     evidence: EvidenceModel | None = None,
+    transitions: Transitions | None = None,
     version: int | None = None,
 ) -> Experiment:
     """Open the dataset, tokenise texts that are not yet tokenised, build and parallelize the model. Collective.
@@ -59,6 +62,7 @@ def build_experiment(
     Args:
         factors: item factors of the run; None: those beside the dataset, if the configuration has any.
         evidence: fitted evidence of the run; None: fitted here, if the configuration has any.
+        transitions: the same of transitions.
         version: version of the dataset to read; None: `data.version`.
 
     Raises:
@@ -73,7 +77,13 @@ def build_experiment(
     model, context = _build_model(config, dataset, spec, vectors)
     encoders, live = _build_encoders(config, model, tokens, device)
     creatives = CreativeInputs.open(config, dataset, model)
-    found, catalogue = open_evidence(config, dataset, model, encoders.get("item_llm"), live, evidence, device)
+    catalogue = None
+    if reads_texts(config) or (compares_texts(config) and transitions is None):
+        catalogue = frozen_catalogue(model, encoders.get("item_llm"), live, device)
+    found = open_evidence(config, dataset, catalogue, evidence)
+    flow = open_transitions(config, dataset, catalogue, transitions)
+    if flow is not None:
+        model.transitions = transition_similarity(config, flow, device)
     if found is not None and evidence is None:
         model.head.initialize_evidence(torch.from_numpy(found.model.weights), found.model.intercept)
     bases = base_fingerprints(model, config)  # before FSDP shards the weights
@@ -95,6 +105,7 @@ def build_experiment(
         context,
         catalogue,
         creatives,
+        flow,
     )
 
 

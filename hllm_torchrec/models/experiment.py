@@ -29,6 +29,8 @@ from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.request_context import RequestContext
 from hllm_torchrec.data.run_factors import FILE, RunFactors
 from hllm_torchrec.data.stochastic_length import StochasticLength
+from hllm_torchrec.data.transitions import FILE as TRANSITIONS_FILE
+from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.models.creative_inputs import CreativeInputs
@@ -37,6 +39,7 @@ from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
 from hllm_torchrec.models.lora_base import check_base_weights, without_base_weights
 from hllm_torchrec.models.run_evidence import EVIDENCE_KEY
+from hllm_torchrec.models.run_transitions import TRANSITIONS_KEY
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY, VOCABULARY, check_vocabulary, experiment_marks
 
 CONTEXT_KEY = "context"
@@ -68,8 +71,9 @@ class Experiment:
     context: RequestContext | None = None
     """What requests tell; None: nothing that the model reads."""
     frozen_catalogue: Tensor | None = None
-    """Embeddings [N, E] of all items that evidence compares, of the frozen Item LLM; None: encode them when needed."""
+    """Embeddings [N, E] of all items by the frozen Item LLM, which evidence and transitions read; None: none."""
     creatives: CreativeInputs | None = None
+    transitions: Transitions | None = None
 
     @property
     def hllm(self) -> HLLM:
@@ -88,6 +92,7 @@ class Experiment:
             FACTORS_KEY: None if self.factors is None else self.factors.fingerprint,
             EVIDENCE_KEY: None if self.evidence is None else self.evidence.model.fingerprint,
             VOCABULARY: experiment_marks(self.config, self.dataset),
+            **({} if self.transitions is None else {TRANSITIONS_KEY: self.transitions.fingerprint}),
             **({} if self.context is None else {CONTEXT_KEY: self.context.state()}),
         }
 
@@ -97,7 +102,7 @@ class Experiment:
         Raises:
             ValueError: it was trained with other ids, item factors or base weights (LoRA).
         """
-        check_vocabulary(self.config, self.dataset, checkpoint)
+        check_vocabulary(self.config, self.dataset, checkpoint, also=["items"] if self.transitions else [])
         extra = read_checkpoint_json(checkpoint / "extra.json")
         check_base_weights(extra, self.base_fingerprints, self.config, checkpoint)
         if self.context is not None:
@@ -110,6 +115,10 @@ class Experiment:
         if self.evidence is not None and extra.get(EVIDENCE_KEY) != self.evidence.model.fingerprint:
             raise ValueError(
                 f"{checkpoint} was trained with other evidence than the run's {EVIDENCE_FILE}: restore that file"
+            )
+        if self.transitions is not None and extra.get(TRANSITIONS_KEY) != self.transitions.fingerprint:
+            raise ValueError(
+                f"{checkpoint} was saved with other transitions than the run's {TRANSITIONS_FILE}: restore that file"
             )
 
     @property
