@@ -55,7 +55,8 @@ def score_split(
     model.eval()
     hllm, schema = unwrap_model(model), loader.dataset.schema
     assert isinstance(hllm, HLLM)
-    weighted, parts = schema.weighted or schema.sampled, []
+    weighted = schema.weighted or schema.sampled or loader.collator.draws is not None
+    parts = []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:
             raise_if_preempted()
@@ -188,7 +189,8 @@ def rank_catalogue_targets(
             assert predicted is not None, "retrieval needs the generative loss"
             # Without history there is no position whose output could be compared with the items.
             visible = batch.query_visible[batch.target_query]
-            wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
+            only = positive_only or loader.collator.draws is not None  # drawn negatives are no targets
+            wanted = batch.labels > 0 if only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
             # Equal numbers of chunks on every rank: ranking against the sharded catalogue is collective.
             for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
