@@ -35,6 +35,8 @@ BOUNDS = {
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
     "data.negative_rate": "> 0, <= 1",
+    "data.drawn_negatives.count": ">= 0, <= 100",
+    "data.drawn_negatives.top": ">= 1",
     "data.train_users": "> 0, <= 1",
     "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
@@ -80,6 +82,7 @@ BOUNDS = {
     "evaluation.patience": ">= 0",
     "evaluation.batch_users": ">= 1",
     "evaluation.keep_last": ">= 1",
+    "evaluation.drawn_negatives": ">= 1, <= 100",
     "reliability.max_skipped": ">= 0",
     "reliability.leakage_above": "> 0.5, <= 1",
     **LORA_BOUNDS,
@@ -109,6 +112,7 @@ def config_problems(config: "Config") -> list[str]:
         *_objective_problems(config),
         *creative_problems(config),
         *_task_problems(config),
+        *_drawn_problems(config),
         *protocol_problems(config),
     ]
 
@@ -367,6 +371,26 @@ def _task_problems(config: "Config") -> Iterator[str]:
         yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
     if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
         yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
+
+
+def _drawn_problems(config: "Config") -> Iterator[str]:
+    """Drawn negatives with what has no meaning for them."""
+    drawn, objective = config.data.drawn_negatives, config.objective
+    stores = (drawn.item_store, drawn.user_store)
+    if (drawn.by == "hard") != all(stores) or any(stores) != all(stores):
+        yield (
+            f"data.drawn_negatives.by: {drawn.by!r}: item_store and user_store, both, belong to hard negatives, and to "
+            "these only"
+        )
+    if not drawn.count:
+        return
+    if not objective.has_head:
+        yield "data.drawn_negatives.count: objective.fusion 'none' has no head that they train; write 0"
+    if objective.tasks or objective.position_bias:
+        yield (
+            "data.drawn_negatives.count: drawn items have no other labels and no position: leave out objective.tasks "
+            "and objective.position_bias"
+        )
 
 
 def lora_problems(config: "Config") -> Iterator[str]:

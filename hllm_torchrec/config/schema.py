@@ -48,6 +48,23 @@ class LogsConfig:
 
 
 @dataclass(frozen=True)
+class DrawnNegativesConfig:
+    """Negatives drawn from the catalogue for the ranking head (docs/tasks.md)."""
+
+    count: int = 0
+    """Draws per positive exposure in training; 0: none."""
+    by: Literal["uniform", "popularity", "batch", "hard"] = "uniform"
+    """uniform; popularity: by training events; batch: items of the other exposures of the step; hard: half uniform,
+    half from the items that a retrieval run finds for the user."""
+    item_store: str | None = None
+    """hard: store of `hllm embed --items` of the retrieval run."""
+    user_store: str | None = None
+    """hard: store of `hllm embed --users` of the same run."""
+    top: int = 100
+    """hard: number of items of each user."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Dataset and contents of a sample."""
 
@@ -98,6 +115,8 @@ class DataConfig:
     negative_rate: float = 1.0
     """In training, share of the exposures with first label 0 that are kept, drawn anew in every epoch; the logit is
     corrected for it, so that served probabilities hold on whole traffic. The others stay history."""
+    drawn_negatives: DrawnNegativesConfig = field(default_factory=DrawnNegativesConfig)
+    """Negatives for the ranking head on data in which every event is positive."""
     train_part: Literal["train", "train_and_valid"] = "train"
     """Events used for training: those of the training part, or of the training and validation parts. Use the second
     only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
@@ -459,6 +478,9 @@ class EvaluationConfig:
     protocol: Literal["leave_one_out", "ml1m_hstu"] | None = None
     """Published protocol of the run; its requirements on other fields are checked, and its name is written into the
     results (`hllm_torchrec.config.eval_protocols`)."""
+    drawn_negatives: int = 20
+    """Uniform draws per exposure with data.drawn_negatives: the same for all runs, each with the weight of the items
+    that it stands for."""
     ks: tuple[int, ...] = (10, 50, 200)
     """K of Recall@K and NDCG@K; the first one selects the best checkpoint."""
     keep_last: int = 2

@@ -66,7 +66,7 @@ def targets_of(
     offset.
     """
     weights = exposure_weights(targets)
-    thinned = schema.sampled or bool((rates < 1).any())
+    thinned = schema.sampled or bool((rates != 1).any())
     if thinned and not training:
         weights = weights * traffic_weights(targets, rates)
     found: dict[str, NDArray[Any]] = {"weights": weights}

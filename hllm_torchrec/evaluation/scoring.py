@@ -55,7 +55,8 @@ def score_split(
     model.eval()
     hllm, schema = unwrap_model(model), loader.dataset.schema
     assert isinstance(hllm, HLLM)
-    weighted, parts = schema.weighted or schema.sampled, []
+    weighted = schema.weighted or schema.sampled or loader.collator.draws is not None
+    parts = []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:
             raise_if_preempted()
@@ -111,7 +112,7 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     """AUC, GAUC and log loss of a split over all ranks during training. Collective.
 
     auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
-    maximum error. Log loss and the exact AUC are weighted if the rows have weights.
+    maximum error. All are weighted if the rows have weights.
     """
     labels, scores = columns["label"], columns["score"]
     # Log loss of logits without overflow: log(1 + exp(-s)) for positives, log(1 + exp(s)) for negatives.
@@ -124,12 +125,13 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     found = {"log_loss": total_loss / (weight or 1.0), "rows": rows} | quick_task_metrics(columns)
     if auc == "exact":
         total = roc_auc(labels, scores, weights)  # first: it raises on every rank if a score is NaN
-        return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores)} | found
-    histogram = ScoreHistogram()
-    histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
+        return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores, weights)} | found
+    histogram = ScoreHistogram(weighted=weights is not None)
+    given = (labels, scores) if weights is None else (labels, scores, weights)
+    histogram.add(*map(torch.from_numpy, given))
     histogram.all_reduce()
     bounded = histogram.auc()
-    within = gauc(columns["user_id"], labels, scores)
+    within = gauc(columns["user_id"], labels, scores, weights)
     return {"auc": bounded.auc, "auc_error": bounded.error, "gauc": within} | found
 
 
@@ -188,7 +190,8 @@ def rank_catalogue_targets(
             assert predicted is not None, "retrieval needs the generative loss"
             # Without history there is no position whose output could be compared with the items.
             visible = batch.query_visible[batch.target_query]
-            wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
+            only = positive_only or loader.collator.draws is not None  # drawn negatives are no targets
+            wanted = batch.labels > 0 if only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
             # Equal numbers of chunks on every rank: ranking against the sharded catalogue is collective.
             for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):

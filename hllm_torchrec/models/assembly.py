@@ -131,6 +131,8 @@ def _build_model(
     if spec.tasks:
         tasks = fit_tasks(tasks, dataset, since)
     rate, context, inputs = base_rate(dataset, since), None, None
+    if config.data.drawn_negatives.count:
+        rate = 1 / max(dataset.num_items - 1, 2)  # of one choice from the catalogue
     if spec.context or spec.bias:
         context, inputs = _context(dataset, spec, since)
     width = 0 if vectors is None else vectors.shape[1]

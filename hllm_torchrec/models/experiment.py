@@ -19,9 +19,10 @@ from hllm_torchrec.common.seconds import second_of
 from hllm_torchrec.config.loading import to_dict
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.batch_spec import BatchSpec
-from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.collate import Collator, possible_negatives
 from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.drawn_negatives import NegativeDraws
 from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
 from hllm_torchrec.data.evidence import Evidence
 from hllm_torchrec.data.item_factors import FACTORS
@@ -34,6 +35,7 @@ from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.distributed.wrappers import unwrap_model
 from hllm_torchrec.models.creative_inputs import CreativeInputs
+from hllm_torchrec.models.hard_candidates import retrieved_candidates
 from hllm_torchrec.models.hllm import HLLM
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import CachedItems, LiveItems, StoredItems
@@ -171,6 +173,7 @@ class Experiment:
             self.evidence,
             of_fit=split == "train",
             context=self.context,
+            draws=self.draws(training),
         )
         spec = LoaderSpec(
             split="valid" if whole else split,
@@ -189,6 +192,20 @@ class Experiment:
             timeout=self.config.parallel.timeout,
         )
         return Loader(self.dataset, collator, spec, dist.get_rank(), dist.get_world_size())
+
+    def draws(self, training: bool) -> NegativeDraws | None:
+        """Negatives beside the exposures of a loader, or None; outside of training uniform, the same for all runs."""
+        drawn = self.config.data.drawn_negatives
+        if not drawn.count:
+            return None
+        items = possible_negatives(self.dataset)
+        items = np.arange(1, self.dataset.num_items) if items is None else items
+        if not training:
+            return NegativeDraws(self.dataset, items, "uniform", self.config.evaluation.drawn_negatives)
+        candidates = None
+        if drawn.item_store is not None and drawn.user_store is not None:
+            candidates = retrieved_candidates(self.dataset, items, drawn.item_store, drawn.user_store, drawn.top)
+        return NegativeDraws(self.dataset, items, drawn.by, drawn.count, self.config.seed, candidates)
 
     def creative_loader(
         self, split: str, per_batch: int, *, training: bool = False, max_history: int | None = None

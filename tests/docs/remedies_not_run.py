@@ -11,6 +11,7 @@ ELSEWHERE: dict[str, str] = {
     "events without timestamps have no order across files": "tests/data/test_versions.py::test_a_full_export_is_a_new_base_that_keeps_ids_and_readers",
     "its contents are not those of the manifest": "tests/data/test_remote_datasets.py::test_half_a_dataset_is_none_and_a_damaged_one_leaves_no_copy",
     "a dataset at a URL has no journal of new items": "tests/serving/test_new_items_later.py",
+    "give the stores of `hllm embed --items` and `--users` of one run": "tests/launch/test_drawn_negatives.py::test_hard_candidates_are_the_nearest_items_of_the_stores",
     "the loss of epoch □ is □: lower dlrm.lr": "tests/downstream/test_dlrm.py::test_a_loss_that_is_no_number_stops_with_the_remedy",
     "□/current: its run □ is gone; publish another release": "tests/lifecycle/test_nightly.py::test_a_night_without_the_published_run_appends_nothing_and_names_the_remedy",
     "nothing is published; `hllm nightly` does it": "tests/lifecycle/test_nightly.py",
