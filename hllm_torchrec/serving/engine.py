@@ -197,12 +197,8 @@ class Engine:
             if isinstance(own, Exception) or isinstance(one, Exception):
                 results.append(own if isinstance(own, Exception) else one)  # type: ignore[arg-type]
                 continue
-            logits, texts = (
-                own if own.ndim == 1 else own[:, 0],
-                self.item_texts(items[place]) if items[place].size else (),
-            )
-            by_task = dict(zip(tasks, next(parts), strict=True))
-            results.append(Scores(logits, by_task, len(one.state.history), self.mark, texts))
+            logits, by_task = own if own.ndim == 1 else own[:, 0], dict(zip(tasks, next(parts), strict=True))
+            results.append(Scores(logits, by_task, len(one.state.history), self.mark, self.item_texts(items[place])))
         return results
 
     def add_items(self, raw_ids: Sequence[str], texts: Mapping[str, Sequence[str]], features: Features) -> int:
@@ -211,6 +207,8 @@ class Engine:
 
     def item_texts(self, items: Ints) -> list[tuple[str, str]]:
         """Raw id and text of items [m] by their dense ids."""
+        if not items.size:
+            return []
         dataset = self.scorer.experiment.dataset
         if self._texts is None or self._texts[0] is not dataset:
             self._texts = dataset, item_reader(dataset, self.scorer.experiment.config)
