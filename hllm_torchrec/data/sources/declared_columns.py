@@ -138,6 +138,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     """
     if events.labels and (events.label is not None or events.positive_from is not None):
         raise ValueError(f"{path}: events.labels replaces events.label and events.positive_from; leave these out")
+    labels: dict[str, dict[str, Any]]
     if not events.labels:
         entry = {"kind": "binary", "column": events.label, "positive_from": events.positive_from}
         labels = {"label": {key: value for key, value in entry.items() if value is not None}}
