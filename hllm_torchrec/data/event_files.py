@@ -37,8 +37,8 @@ def _file_schema(stored: Mapping[str, pa.DataType]) -> pa.Schema:
 class EventFile:
     """An open event file; `events` are views of the mapped file.
 
-    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0; seconds: bounds of
-    the events' seconds, which need not be the narrowest; None: they are not known.
+    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0; seconds: bounds
+    of the events' seconds, which need not be the narrowest; None: they are not known.
     """
 
     path: Path
