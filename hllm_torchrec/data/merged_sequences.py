@@ -8,7 +8,7 @@ Legend: U users of the dataset, with the unknown one; R rows that are read; T ev
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.event_files import EventFile
-from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences
+from hllm_torchrec.data.events import EVENT_COLUMNS, Events, RowHeads, Sequences
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
 from hllm_torchrec.data.merging import Columns, UserEvents
 from hllm_torchrec.data.split import SPLITS, per_user_starts
@@ -55,6 +55,7 @@ class MergedSequences:
     def __init__(self, base: Sequence[EventFile], appended: Sequence[EventFile], cuts: Cuts, rows: TableRows) -> None:
         self._base, self._appended, self._files = base, appended, [*base, *appended]
         self._cuts, self._rows = cuts, rows
+        self._counted: dict[int, _Int32] = {}
 
     def users(self, part: str, since: int | None = None) -> Ints:
         """Ascending ids of the users with an event in a part, with `since` only those with one from this second on."""
@@ -64,13 +65,24 @@ class MergedSequences:
             start = np.maximum(start, self._before(since))
         return np.flatnonzero(end > start)
 
-    def read(self, user_ids: Ints, part: str, columns: Sequence[str]) -> Sequences:
-        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown."""
+    def heads(self, user_ids: Ints, part: str, since: int) -> RowHeads:
+        """What is known of the sequences of `user_ids` [R] without reading them."""
+        p = SPLITS.index(part)
+        found = (self._starts[p + 1], self._starts[p], self._before(since) if since else self._starts[0])
+        lengths, target_start, before = (column[user_ids].astype(np.int64) for column in found)
+        return RowHeads(user_ids, lengths, target_start, np.minimum(before, lengths))
+
+    def read(self, user_ids: Ints, part: str, columns: Collection[str], skipped: Ints | None = None) -> Sequences:
+        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown.
+
+        skipped: [R] number of each user's first events that are left out.
+        """
         p = SPLITS.index(part)
         users = np.asarray(user_ids, np.int64)
         lengths, target_start = self._starts[p + 1][users].astype(np.int64), self._starts[p][users].astype(np.int64)
-        whole = self._merged(users, columns, np.zeros_like(lengths), lengths)
-        offsets = offsets_from_lengths(lengths)
+        first = np.zeros_like(lengths) if skipped is None else np.minimum(skipped, lengths)
+        whole = self._merged(users, columns, first, lengths)
+        offsets = offsets_from_lengths(lengths - first)
         found = {
             column.name: whole[column.name]
             if column.name in columns
@@ -78,7 +90,8 @@ class MergedSequences:
             for column in EVENT_COLUMNS
         }
         extra = {column.name: whole[column.name] for column in self._rows.schema.extra if column.name in columns}
-        return Sequences(**found, extra=extra, user_ids=users, target_start=target_start, offsets=offsets)
+        rows = Sequences(**found, extra=extra, user_ids=users, target_start=target_start, offsets=offsets)
+        return rows if skipped is None else replace(rows, skipped=first)
 
     def events_of(self, user_ids: Ints) -> tuple[Events, Ints]:
         """All events of `user_ids` [R], one user after the other, and their numbers [R]."""
@@ -156,16 +169,19 @@ class MergedSequences:
 
     def _before_cut(self, k: int, second: int) -> _Int32:
         """[U] number of each user's events before cut k: the base knows its own, which may lie within a second."""
-        return self._sums(lambda one: one.starts[:, k], self._base) + self._before(second, self._appended)
+        of_appends = self._sums(lambda one: one.lengths_before(second), self._appended)
+        return self._sums(lambda one: one.starts[:, k], self._base) + of_appends
 
     @cached_property
     def _totals(self) -> _Int32:
         """[U] number of each user's events."""
         return self._sums(lambda one: one.lengths, self._files)
 
-    def _before(self, second: int, files: Sequence[EventFile] | None = None) -> _Int32:
+    def _before(self, second: int) -> _Int32:
         """[U] number of each user's events before a second."""
-        return self._sums(lambda one: one.lengths_before(second), self._files if files is None else files)
+        if second not in self._counted:
+            self._counted[second] = self._sums(lambda one: one.lengths_before(second), self._files)
+        return self._counted[second]
 
     def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile]) -> _Int32:
         """[U] sum over the files of `count(file)` [R] by user."""

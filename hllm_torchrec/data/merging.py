@@ -7,12 +7,12 @@ event came late, all events of the users are sorted.
 Legend: R users, S segments, T events that are read.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.event_files import EventFile, check_columns
@@ -106,26 +106,25 @@ class UserEvents:
     def _gathered(self, segments: _Segments, names: Collection[str]) -> Columns:
         """The named columns of segments, one after the other, in the columns' dtypes."""
         dtypes = {column.name: column.dtype for column in self._rows.schema.columns if column.name in names}
-        position = np.empty_like(segments.first)  # of each segment in what is read of all files
-        parts: list[Mapping[str, NDArray[Any]]] = []
-        size = 0
-        for number, (file, _, _) in enumerate(self._found):
-            own = segments.file == number
-            first, length = segments.first[own], segments.length[own]
-            total = int(length.sum())
-            if not total:
-                continue
-            low, high = int(first[0]), int(first[-1] + length[-1])
-            dense = 2 * total > high - low  # then it is cheaper to read what lies between, too
-            parts.append(file.columns(slice(low, high) if dense else concat_ranges(first, length), dtypes))
-            position[own] = size + (first - low if dense else np.cumsum(length) - length)
-            size += high - low if dense else total
-        columns = {name: _concatenated([part[name] for part in parts], dtype) for name, dtype in dtypes.items()}
-        ends = position + segments.length
-        if position.size and position[0] == 0 and ends[-1] == size and (position[1:] == ends[:-1]).all():
-            return columns
-        order = concat_ranges(position, segments.length)
-        return {name: values[order] for name, values in columns.items()}
+        read = [self._of_file(number, segments, dtypes) for number in range(len(self._found))]
+        if len(read) == 1:
+            return {name: read[0][name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
+        # The events of a file are in the order of the users, so they fill its places from the first to the last.
+        of_file = np.repeat(segments.file.astype(np.int16), segments.length)
+        columns = {name: np.empty(of_file.size, dtype) for name, dtype in dtypes.items()}
+        for number, values in enumerate(read):
+            places = np.flatnonzero(of_file == number)
+            for name, column in columns.items():
+                column[places] = values[name]
+        return columns
+
+    def _of_file(self, number: int, segments: _Segments, names: Collection[str]) -> Columns:
+        """The named columns of a file's segments, as they are stored; views if these follow each other."""
+        own = segments.file == number
+        first, length = segments.first[own], segments.length[own]
+        if first.size and (first[1:] == first[:-1] + length[:-1]).all():
+            return self._found[number][0].columns(slice(first[0], first[-1] + length[-1]), names)
+        return self._found[number][0].columns(concat_ranges(first, length), names)
 
     def _check(self, columns: Columns, lengths: Ints) -> None:
         """Raise ValueError for a value that is not allowed."""
@@ -139,7 +138,3 @@ class UserEvents:
     def _check_file(self, number: int, names: Collection[str]) -> None:
         file, _, own = self._found[number]
         file.check(own, names, self._rows)
-
-
-def _concatenated(parts: Sequence[NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
-    return parts[0].astype(dtype, copy=False) if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])

@@ -8,7 +8,7 @@ import numpy as np
 from hllm_torchrec.data.events import Sequences
 from hllm_torchrec.data.merged_sequences import MergedSequences
 
-_EVENTS_AHEAD = 1_000_000
+_EVENTS_AHEAD = 300_000
 """Most events of users that are read before they are asked for."""
 
 
@@ -23,7 +23,7 @@ class _Block:
 
 
 class PartReader:
-    """Reads users of a part by their numbers in `users`, the ascending ids of all (see `MergedSequences.users`).
+    """Reads users of a part by their numbers in `users`, the ascending ids of all of them.
 
     A merge costs as much for each file as for a thousand events, so whoever reads on is read ahead for, twice as far
     every time; whoever jumps reads no more than he asks for.
