@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from hllm_torchrec.common.token_file import is_loopback, read_token
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch.loadtest import main as loadtest
-from hllm_torchrec.launch.serve import is_loopback, read_token
 from hllm_torchrec.serving.load_test import HttpClient
 from tests.helpers import fixtures
 from tests.helpers.distributed import ROOT
