@@ -73,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.launch.serve import import_uvicorn, read_token
+    from hllm_torchrec.launch.serve import import_uvicorn
 
     import_uvicorn()
+    from hllm_torchrec.common.token_file import read_token
     from hllm_torchrec.serving.load_test import as_json
 
     token = read_token(args.token_file, "localhost")

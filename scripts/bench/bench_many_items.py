@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed_device() as device:
         dataset, run, store = stand_in(args.folder, sizes, device)
         before, started = resident(), time.perf_counter()
-        engine = Engine(BatchScorer.of_run(run, device=device, dataset=dataset, store=store), index=args.index)
+        engine = Engine(BatchScorer.of_run(run, "latest", device, dataset=dataset, store=store), index=args.index)
         users, items = raw_ids(dataset)
         answered(engine, [RecommendRequest(users[0], 10, NOW)])
         ready = time.perf_counter() - started

@@ -8,6 +8,7 @@ titles and genres. The model is that of configs/quickstart.yaml; with `texts` a 
 for SmolLM2. Speed does not depend on what the weights are, and scores are compared between sides of the same weights.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from hllm_torchrec.common.errors import Preempted
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.data.dataset import Dataset
@@ -126,7 +128,7 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0) ->
         item_llm = {"shape": shape, "tokenizer": str(tokenizer), "text_keys": ["title"], "max_text_length": 8}
     sections = {
         "output": str(folder),
-        "max_steps": 1,
+        "max_steps": 2 if width else 1,
         "stages": [{"name": "random", "epochs": 1}],
         "data": {
             "dataset": str(dataset),
@@ -147,9 +149,15 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0) ->
 
 
 def stand_in_run(folder: Path, dataset: Path, fusion: str, device: torch.device, width: int = 0) -> Path:
-    """Make a run of `fusion` early or late with the weights after one step, unless it is there."""
+    """Make a run of `fusion` early or late with the weights after one step, unless it is there.
+
+    With an Item LLM it ends without an evaluation, which would encode the catalogue: it has no best checkpoint.
+    """
     if not (folder / "checkpoints").is_dir():
-        build_trainer(stand_in_config(folder, dataset, fusion, width), device).run()
+        trainer = build_trainer(stand_in_config(folder, dataset, fusion, width), device)
+        trainer.preemption.requested = width > 0
+        with suppress(Preempted):
+            trainer.run()
     return folder
 
 
