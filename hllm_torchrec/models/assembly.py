@@ -34,6 +34,7 @@ from hllm_torchrec.data.derived_files import derived_path
 from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
 from hllm_torchrec.data.evidence import Evidence, EvidenceModel, evidence_problems
 from hllm_torchrec.data.item_factors import FACTORS, item_vectors
+from hllm_torchrec.data.late_events import late_events
 from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.request_context import RequestContext, fit_context
 from hllm_torchrec.data.run_factors import FILE, RunFactors
@@ -170,6 +171,9 @@ class Experiment:
         costs = self.item_encoder.tokens.lengths + 1 if batch_item_tokens and self.item_encoder is not None else None
         data, longest = self.config.data, max_history or self.config.data.max_history
         by_position = self.batch_spec.visibility == "position"
+        since, late = second_of(data.train_since or 0) if training else 0, None
+        if since and data.train_late_after is not None:
+            late = late_events(self.dataset, data.dataset, data.train_late_after, since)
         shortening = None
         if training and data.stochastic_length:
             shortening = StochasticLength(data.stochastic_length, longest, data.stochastic_choice, self.config.seed)
@@ -195,7 +199,8 @@ class Experiment:
             all_events=whole,
             extend_history=not training and by_position,
             as_requests=not training and not by_position and self.config.evaluation.history == "request",
-            since=second_of(data.train_since or 0) if training else 0,
+            since=since,
+            late=late,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,
             timeout=self.config.parallel.timeout,
