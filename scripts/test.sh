@@ -4,10 +4,11 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/test.sh [--fast | --long | --repeat N] [--no-venv] [PYTEST ARGUMENTS ...]
+usage: bash scripts/test.sh [--fast | --long | --extras | --repeat N] [--no-venv] [PYTEST ARGUMENTS ...]
 
   --fast      leave out the tests marked slow
   --long      run the tests marked long, too
+  --extras    only the tests that need Ray or a browser, in an environment of their own over .venv (.venv-extras)
   --repeat N  only the tests that start processes or threads, or hold locks, N times beside two busy processes
   --no-venv   use the Python that $PYTHON names (default: python3) instead of .venv
   --help      this text
@@ -31,7 +32,15 @@ check_tree() { # mypy and import-linter on a tree laid out like the wheel, where
     return "$status"
 }
 
-chosen="not long" pytest_args=() install_args=() busy=() repeat=0
+extras_environment() { # .venv-extras: what .venv has, and the extras that the other tests do without
+    [ -x .venv-extras/bin/python ] || "$python" -m venv .venv-extras
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$(.venv-extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+    .venv-extras/bin/python -m pip install -q -c scripts/requirements/constraints.txt 'ray[serve]>=2.60,<3' playwright
+    python=$root/.venv-extras/bin/python
+}
+
+chosen="not long" pytest_args=() install_args=() busy=() repeat=0 extras=""
 while [ $# -gt 0 ]; do
     arg=$1
     shift
@@ -39,6 +48,7 @@ while [ $# -gt 0 ]; do
     --repeat) repeat=$1 && shift ;;
     --fast) chosen="not slow and not long" ;;
     --long) chosen="" ;;
+    --extras) chosen=extras extras=yes ;;
     --no-venv) install_args+=(--no-venv) ;;
     -h | --help) usage && exit 0 ;;
     *) pytest_args+=("$arg") ;;
@@ -51,11 +61,12 @@ bash scripts/install.sh --dev "${install_args[@]}"
 python=$root/.venv/bin/python
 [ ${#install_args[@]} -eq 0 ] || python=${PYTHON:-python3}
 
+if [ "$extras" ]; then
+    extras_environment
+    OMP_NUM_THREADS=1 exec "$python" -m pytest -m extras tests/serving "${pytest_args[@]}"
+fi
 echo "== ruff"
 "$python" -m ruff check .
-echo "== mypy"
-check_tree
-echo "== pytest"
 if [ "$repeat" -gt 0 ]; then
     for _ in 1 2; do nice "$python" -c "while True: pass" & busy+=($!); done
     trap 'kill "${busy[@]}"' EXIT
@@ -65,5 +76,15 @@ if [ "$repeat" -gt 0 ]; then
     done
     exit
 fi
+
+said=$(mktemp)
+check_tree >"$said" 2>&1 & checking=$! # beside the tests: it takes one core
+trap 'kill "$checking" 2>/dev/null || true; rm -f "$said"' EXIT
+echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
-exec "$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}"
+status=0
+"$python" -m pytest -n 3 --dist worksteal -m "$chosen" "${pytest_args[@]}" || status=$?
+echo "== mypy"
+wait "$checking" || status=1
+cat "$said"
+exit "$status"

@@ -59,6 +59,7 @@ BOUNDS = {
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
     "objective.text_similarity": ">= 0",
+    "objective.transitions": ">= 0",
     "objective.text_decay": ">= 0, <= 1",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
@@ -101,6 +102,7 @@ def config_problems(config: "Config") -> list[str]:
         *_length_problems(config),
         *_moment_problems(config),
         *_optimizer_problems(config),
+        *_feature_name_problems(config),
         *_open_table_problems(config),
         *_store_problems(config),
         *_evidence_problems(config),
@@ -141,6 +143,27 @@ def _moment_problems(config: "Config") -> Iterator[str]:
         second_of(config.data.train_since or 0)
     except ValueError as error:
         yield f"data.train_since: {error}"
+
+
+TIMES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")
+"""Names of `modules.features.timestamps.TIME_FEATURES`, which needs torch."""
+OWN_TABLES = ("item_id", "action", "action_gate", *TIMES)
+"""Tables of the model, which no feature of a dataset can be named after."""
+
+
+def _feature_name_problems(config: "Config") -> Iterator[str]:
+    """Features that would take the place of another table, or that cannot name one."""
+    features, data = config.features, config.data
+    used = {"item_id": features.item_id, "action": features.action, "action_gate": features.action_gate}
+    own = {name for name, is_used in used.items() if is_used} | {*TIMES[: features.time_depth]}
+    own |= {f"context_{name}" for name in data.context}
+    for kind, names in (("item_features", data.item_features), ("user_features", data.user_features)):
+        for name in names:
+            if name in own:
+                yield f"data.{kind}: {name!r} is a table of the model itself: leave it out, or rename the column"
+            elif "." in name:
+                yield f"data.{kind}: {name!r}: a dot cannot name a table: leave it out, or rename the column"
+            own.add(name)
 
 
 OPEN_TABLE_BOUNDS = {"rows": ">= 1", "evict_after": ">= 1"}
@@ -285,6 +308,14 @@ def _objective_problems(config: "Config") -> Iterator[str]:
             )
         if config.user.actions == "interleaved":
             yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
+    if objective.transitions:
+        if objective.item_space != "features" and (text or objective.item_space == "text") or not generates:
+            yield (
+                f"objective.transitions: {objective.transitions}: needs objective.item_space features and the "
+                "generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.transitions: action tokens are no items; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "

@@ -325,7 +325,12 @@ class ObjectiveConfig:
     the history; the weight of that cosine beside the learned one. It is not trained and does not change training: see
     `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with item_llm.whiten."""
     text_decay: float = 0.7
-    """Weight of an event's text in that mean relative to the event after it."""
+    """Weight of an event in that mean, and in the history of `transitions`, relative to the event after it."""
+    transitions: float = 0.0
+    """Above 0: retrieval also scores an item by a regression of the next item on the history (and on its texts, if the
+    Item LLM is frozen), which is solved when training starts; the weight beside the learned cosine of a score that is 1
+    on average for what came next in training. It does not change training: see `hllm_torchrec.data.transitions`. Needs
+    the item space features."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""

@@ -148,11 +148,9 @@ def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0, setting: 
     schema, columns = dataset.schema, ["labels", "timestamps"]
     columns += [task.label.column for task in tasks if task.name != schema.labels[0].name]
     parts: list[list[NDArray[Any]]] = [[] for _ in tasks]
-    for group in dataset.row_groups("train", since) if since else dataset.row_groups("train"):
-        rows = dataset.sequences([group], columns)
-        recent = rows.timestamps >= since
+    for events in dataset.recent("train", since, columns):
         for part, task in zip(parts, tasks, strict=True):
-            values = schema.label_values(task.name, rows.labels, rows.extra)[recent]
+            values = schema.label_values(task.name, events.labels, events.extra)
             part.append(values[~np.isnan(values)])
     values = [np.concatenate([np.zeros(0), *part]) for part in parts]
     return tuple(_fitted(task, own, setting) for task, own in zip(tasks, values, strict=True))

@@ -127,6 +127,25 @@ def test_an_append_with_other_labels_is_refused(tmp_path: Path) -> None:
         append_events(table(later), dataset.root)
 
 
+def test_names_of_labels_and_context_are_no_other_columns(tmp_path: Path) -> None:
+    rows, prices = task_shop.events(), pa.array(np.arange(len(task_shop.events())))
+    labels = {"click": "binary", "weight": {"kind": "regression", "column": "watch"}}
+    context = {
+        "sampling_rate": {"kind": "numeric", "column": "number"},
+        **dict.fromkeys(("label", "timestamp", "user_id", "item_id", "position", "row"), "numeric"),
+    }
+    rows = rows.append_column("number", prices)
+    for name in list(context)[1:]:
+        rows = rows.append_column(name, prices)
+    dataset = task_shop.prepared(tmp_path, rows, labels=labels, context=context, weight="weight", sampling_rate="rate")
+    found = read(dataset)
+    for number, row in enumerate(rows.to_pylist()):
+        own = found[row["user"], row["item"], row["second"]]
+        expected = {"click": row["click"], "label_weight": np.float32(row["watch"])}
+        expected |= {"weight": row["weight"], "sampling_rate": row["rate"]}
+        assert own == pytest.approx(expected | {f"context_{name}": number for name in context})
+
+
 def test_a_dataset_without_a_declaration_has_one_label() -> None:
     assert fixtures.dataset().schema == EventSchema() and "event_schema" not in fixtures.dataset().manifest
 

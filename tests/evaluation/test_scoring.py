@@ -18,7 +18,8 @@ from hllm_torchrec.data.predictions import PredictionColumns, write_predictions
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_retrieval, score_split
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import config
