@@ -374,24 +374,22 @@ class HLLM(nn.Module):
     def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
         """Logits [X], or outputs [X, O] of several tasks, with the position bias of binary tasks.
 
-        In training that of the batch's exposures; otherwise its mean over training.
+        In training that of the batch's exposures; otherwise its level in training.
         """
         if self.position_bias is None:
             return logits
-        if self.training:
-            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
-            bias = self.position_bias(batch.bias_ids)
-        else:
-            bias = self.position_bias.mean
-        if self.has_one_logit:
-            return logits + bias[..., 0]
+        outputs, device = logits[:, None] if self.has_one_logit else logits, logits.device
         # The first output of each binary task: other tasks have no bias.
         starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
-        places = [int(start) for start, task in zip(starts, self.tasks, strict=True) if task.is_binary]
-        wide = logits.new_zeros(logits.shape).index_copy(
-            1, torch.tensor(places, device=logits.device), bias.expand(len(logits), -1).to(logits)
-        )
-        return logits + wide
+        binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
+        places = torch.tensor([int(starts[number]) for number in binary], device=device)
+        bias = self.position_bias.mean
+        if self.training:
+            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights[:, binary]
+            bias = self.position_bias(batch.bias_ids, outputs[:, places], weights)
+        wide = outputs.new_zeros(outputs.shape).index_copy(1, places, bias.expand(len(outputs), -1).to(outputs))
+        return (outputs + wide).view_as(logits)
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
