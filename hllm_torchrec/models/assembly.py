@@ -37,10 +37,10 @@ from hllm_torchrec.data.item_factors import FACTORS, item_vectors
 from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.request_context import RequestContext, fit_context
 from hllm_torchrec.data.run_factors import FILE, RunFactors
-from hllm_torchrec.data.transitions import FILE as TRANSITIONS_FILE
-from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.data.stochastic_length import StochasticLength
 from hllm_torchrec.data.token_store import TokenStore, build_token_store
+from hllm_torchrec.data.transitions import FILE as TRANSITIONS_FILE
+from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.distributed.coordination import run_on_each_host
 from hllm_torchrec.distributed.wrappers import unwrap_model
@@ -97,7 +97,8 @@ class Experiment:
     context: RequestContext | None = None
     """What requests tell; None: nothing that the model reads."""
     frozen_catalogue: Tensor | None = None
-    """Embeddings [N, E] of all items that evidence and transitions compare, of the frozen Item LLM; None: encode them when needed."""
+    """Embeddings [N, E] of all items by the frozen Item LLM, that evidence and transitions compare; None: encode them
+    when needed."""
     creatives: CreativeInputs | None = None
     transitions: Transitions | None = None
 

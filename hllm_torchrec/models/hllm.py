@@ -39,7 +39,6 @@ from hllm_torchrec.modules.features.hybrid import HybridFeatures
 from hllm_torchrec.modules.features.standardize import Standardize, Whiten
 from hllm_torchrec.modules.features.text_similarity import TextSimilarity
 from hllm_torchrec.modules.features.transition_similarity import TransitionSimilarity
-from hllm_torchrec.modules.precision import widen
 from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
@@ -47,6 +46,7 @@ from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, Lo
 from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
 from hllm_torchrec.modules.losses.task_losses import TaskLoss
 from hllm_torchrec.modules.position_bias import PositionBias
+from hllm_torchrec.modules.precision import widen
 from hllm_torchrec.modules.task_towers import TaskTowers
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}

@@ -47,9 +47,7 @@ def reads_texts(config: Config) -> bool:
     return config.item_llm.enabled and not set(config.data.evidence).isdisjoint(TEXT_GROUPS)
 
 
-def frozen_catalogue(
-    model: HLLM, encoder: ItemEncoder | None, live: LiveItems | None, device: torch.device
-) -> Tensor:
+def frozen_catalogue(model: HLLM, encoder: ItemEncoder | None, live: LiveItems | None, device: torch.device) -> Tensor:
     """Text embeddings [N, E] of the catalogue by the frozen Item LLM of a model that is not yet wrapped. Collective."""
     assert model.item_llm is not None and encoder is not None and live is not None
     model.item_llm.to(device)
