@@ -47,6 +47,7 @@ NOT_RUN: dict[str, str] = {
     "□: --append": "the beginning of other messages",
     "--append with split □": "of append_events, in code: the command's own check comes first",
     "a batch takes longer than parallel.timeout": "a disk that does not answer",
+    "no such file, but objective.transitions is □: restore it from a copy": "a file is to be restored",
     "no such file, but data.evidence is □: restore it from a copy": "a file is to be restored",
     "without a fifth of them all values are equal": "the data tell nothing; the setting to drop is the one that is named",
     "all training values are equal: item factors need ratings": "the same",
