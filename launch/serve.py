@@ -5,16 +5,16 @@ curl -X POST localhost:8400/v1/score -H 'content-type: application/json' -d '{"u
 """
 
 import argparse
-import ipaddress
 import signal
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.common.token_file import read_token
 from hllm_torchrec.launch.entry import CommandParser, entry_point, natural, positive, positive_number
 from hllm_torchrec.lifecycle.releases import nights_folder
 
@@ -155,29 +155,6 @@ def listen(uvicorn, app, service: "Service", host: str, port: int) -> None:  # t
     # uvicorn raises the signal again once it is done: SIGTERM is then no reason for a status of failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run()
-
-
-def read_token(file: Path | None, host: str) -> str | None:
-    """The token of a file, or None without one.
-
-    Raises:
-        ValueError: it is needed for this host, or not readable, or blank.
-    """
-    if file is None:
-        if not is_loopback(host):
-            raise ValueError(f"--host {host}: others can reach it: give --token-file, a file with a secret of your own")
-        return None
-    token = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    if len(token) < 16 or not token.isascii() or not token.isprintable():
-        raise ValueError(f"--token-file {file}: must be a file with one line of at least 16 printable ASCII characters")
-    return token
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine reaches the address."""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def import_uvicorn():  # type: ignore[no-untyped-def]

@@ -16,19 +16,21 @@ TEXT_LENGTHS = (32, 64, 128, 256)
 """Values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
 TOKENS_PER_WORD = 1.5
 MANY_USERS = 16_384
-"""Users from which a retrieval model's steps read four times as many of them."""
+"""Number of users from which on a retrieval model's steps read 128 users instead of 32."""
 EVENTS_READ = 1_600_000
-"""Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
+"""Target for the events read over all epochs of a retrieval model; the number of epochs stays within 4 to 32."""
 TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
+TRANSITIONS = 0.4
+"""Weight of the transitions of items beside the learned cosine in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
 FEW_USERS = 20
 """Training users below which evidence has no other users to be fitted on."""
 RARE_BELOW = 20
-"""Training events per item below which text and evidence stand for items, without IDs."""
+"""Mean number of training events per item below which text and evidence are used without item IDs."""
 SMALL_TABLE = 5_000
-"""Values up to which a categorical user feature is read: a feature with more is an id of the user in disguise."""
+"""Largest number of values of a user feature that is used; one with more is likely a user id in disguise."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
         yield Choice("data.evidence", groups, f"items have {'texts' if has_text else 'no texts'} to compare")
     yield from id_choices(facts, has_text)
     if facts.graded:
-        yield Choice("objective.value_weight", 0.5, "actions have different numbers (ratings), which say more")
+        why = "actions have different numbers (ratings), which carry more information than a 0/1 label"
+        yield Choice("objective.value_weight", 0.5, why)
 
 
 def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
@@ -100,6 +103,7 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     yield from text_choices(facts)
     if any(facts.words.values()):
         yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
+    yield Choice("objective.transitions", TRANSITIONS, "they are solved in seconds and complement what is learned")
     yield from item_feature_choices(facts)
     size = 32 if facts.users < MANY_USERS else 128
     yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
@@ -109,7 +113,7 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
         stages[0]["item_embeddings"] = "cached"
     yield Choice("stages", stages, f"there are {facts.exposures:,} training events; patience may end it earlier")
     if facts.split == "leave_one_out":
-        yield Choice("evaluation.protocol", "leave_one_out", "the dataset was split so")
+        yield Choice("evaluation.protocol", "leave_one_out", "the dataset was split by leave_one_out")
     else:
         yield Choice("evaluation.retrieval", True, f"the dataset was split by {facts.split or 'another rule'}")
 
@@ -155,7 +159,8 @@ def item_feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 def _named_tables(features: Iterable[str]) -> tuple[list[str], str]:
     """The features that a table can be named after, and a remark about the others."""
-    names, others = [], []
+    names: list[str] = []
+    others: list[str] = []
     for name in features:
         (others if name in OWN_TABLES or "." in name else names).append(name)
     return names, f"; {', '.join(others)} cannot name a table: rename the column" if others else ""
@@ -184,7 +189,7 @@ def has_value(content: Any, name: str) -> bool:
 
 
 def value_at(content: Any, name: str) -> Any:
-    """The value of a dotted field that it sets."""
+    """The value of a dotted field, which the content must set."""
     for part in name.split("."):
         content = content[part]
     return content

@@ -1,7 +1,7 @@
 """Rules of a configuration: the range of each number, and constraints between fields."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.seconds import second_of
@@ -35,6 +35,8 @@ BOUNDS = {
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
     "data.negative_rate": "> 0, <= 1",
+    "data.drawn_negatives.count": ">= 0, <= 100",
+    "data.drawn_negatives.top": ">= 1",
     "data.train_users": "> 0, <= 1",
     "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
@@ -57,6 +59,7 @@ BOUNDS = {
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
     "objective.text_similarity": ">= 0",
+    "objective.transitions": ">= 0",
     "objective.text_decay": ">= 0, <= 1",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
@@ -79,6 +82,7 @@ BOUNDS = {
     "evaluation.patience": ">= 0",
     "evaluation.batch_users": ">= 1",
     "evaluation.keep_last": ">= 1",
+    "evaluation.drawn_negatives": ">= 1, <= 100",
     "reliability.max_skipped": ">= 0",
     "reliability.leakage_above": "> 0.5, <= 1",
     **LORA_BOUNDS,
@@ -108,6 +112,7 @@ def config_problems(config: "Config") -> list[str]:
         *_objective_problems(config),
         *creative_problems(config),
         *_task_problems(config),
+        *_drawn_problems(config),
         *protocol_problems(config),
     ]
 
@@ -303,6 +308,14 @@ def _objective_problems(config: "Config") -> Iterator[str]:
             )
         if config.user.actions == "interleaved":
             yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
+    if objective.transitions:
+        if objective.item_space != "features" and (text or objective.item_space == "text") or not generates:
+            yield (
+                f"objective.transitions: {objective.transitions}: needs objective.item_space features and the "
+                "generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.transitions: action tokens are no items; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "
@@ -325,15 +338,20 @@ def _objective_problems(config: "Config") -> Iterator[str]:
         yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
 
 
-def _task_problems(config: "Config") -> Iterator[str]:
-    """Malformed entries of `objective.tasks`; their labels are checked against the dataset (`models.tasks`)."""
+def task_entry_problems(tasks: Mapping[str, Any], setting: str) -> Iterator[str]:
+    """Malformed entries of `tasks`; their labels are checked against the dataset (`models.tasks`)."""
     from hllm_torchrec.config.schema import TaskConfig
 
-    objective = config.objective
-    for name, content in objective.tasks.items():
-        place = f"objective.tasks.{name}"
+    for name, content in tasks.items():
+        place = f"{setting}.{name}"
         problems = list(dataclass_problems(content, TaskConfig, place))
         yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{place}.")
+
+
+def _task_problems(config: "Config") -> Iterator[str]:
+    """Broken rules of tasks, their weights and the position bias."""
+    objective = config.objective
+    yield from task_entry_problems(objective.tasks, "objective.tasks")
     if objective.tasks and not objective.has_head:
         yield "objective.tasks: objective.fusion 'none' has no head that predicts them; leave them out"
     if objective.tasks and objective.value_weight:
@@ -353,6 +371,26 @@ def _task_problems(config: "Config") -> Iterator[str]:
         yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
     if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
         yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
+
+
+def _drawn_problems(config: "Config") -> Iterator[str]:
+    """Drawn negatives with what has no meaning for them."""
+    drawn, objective = config.data.drawn_negatives, config.objective
+    stores = (drawn.item_store, drawn.user_store)
+    if (drawn.by == "hard") != all(stores) or any(stores) != all(stores):
+        yield (
+            f"data.drawn_negatives.by: {drawn.by!r}: item_store and user_store, both, belong to hard negatives, and to "
+            "these only"
+        )
+    if not drawn.count:
+        return
+    if not objective.has_head:
+        yield "data.drawn_negatives.count: objective.fusion 'none' has no head that they train; write 0"
+    if objective.tasks or objective.position_bias:
+        yield (
+            "data.drawn_negatives.count: drawn items have no other labels and no position: leave out objective.tasks "
+            "and objective.position_bias"
+        )
 
 
 def lora_problems(config: "Config") -> Iterator[str]:

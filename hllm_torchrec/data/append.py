@@ -20,9 +20,10 @@ from hllm_torchrec.data.bad_rows import BadRows
 from hllm_torchrec.data.base_events import write_base_events
 from hllm_torchrec.data.changed_rows import changed_items, changed_users
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.dataset_compaction import write_base
 from hllm_torchrec.data.event_files import write_event_file
 from hllm_torchrec.data.events import Events
-from hllm_torchrec.data.folding import Append, appends_to_fold, fold_appends
+from hllm_torchrec.data.folding import Append, appends_to_fold, fold_appends, is_outgrown
 from hllm_torchrec.data.manifest import EVENTS, chain_base, files_of_chain
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.split import Split, cut_facts, date_cuts
@@ -80,6 +81,9 @@ def append_events(
         _check_fits(source, dataset)
         _check_split(split, dataset)
         dataset = _with_event_files(dataset)
+        if is_outgrown(dataset.manifest):
+            write_base(dataset)
+            dataset = Dataset.open(root)
         version = dataset.version + 1
         with draft_folder(root, APPENDS, version) as folder:
             count = partitions or default_partitions(source)

@@ -10,7 +10,7 @@ the middle of an epoch without reading the batches before.
 """
 
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -96,7 +96,7 @@ class Loader:
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
-        self._rows = _RowCache(dataset, self._groups, keep)
+        self._rows = _RowCache(self._read, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
         self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
 
@@ -122,11 +122,10 @@ class Loader:
         have are taken from them.
         """
         parts: list[Pieces] = []
+        self._lengths: list[Ints] = []
         users_of_split: list[Ints] = [np.empty(0, np.int64)]
         for number, group in enumerate(self._groups):
-            # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
-            column = "timestamps" if self.spec.since else "actions"
-            rows = self.dataset.sequences([group], ["user_id", "target_start", column])
+            rows = self.dataset.heads(group, self.spec.since)
             wanted = in_user_sample(rows.user_ids, self.spec.user_share)
             if number < num_own_groups:
                 users_of_split.append(rows.user_ids)
@@ -134,9 +133,10 @@ class Loader:
                 wanted &= ~np.isin(rows.user_ids, np.concatenate(users_of_split))
             first_targets = np.zeros_like(rows.target_start) if self.spec.all_events else rows.target_start
             if self.spec.since:
-                first_targets = np.maximum(first_targets, rows.events_before(self.spec.since))
+                first_targets = np.maximum(first_targets, rows.before)
                 wanted &= first_targets < rows.lengths
             chosen = np.flatnonzero(wanted)
+            self._lengths.append(rows.lengths)
             parts.append(self._cut(number, chosen, rows.lengths[chosen], first_targets[chosen]))
         return Pieces.concat(parts)
 
@@ -170,6 +170,17 @@ class Loader:
             first = rows.offsets[self.pieces.row[inside]]
             costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
         return costs
+
+    def _read(self, number: int) -> Sequences:
+        """The rows of a group, without events that no piece reads if most are such ones."""
+        group, lengths = self._groups[number], self._lengths[number]
+        inside = slice(*np.searchsorted(self.pieces.group, [number, number + 1]))
+        skipped = lengths.copy()  # a user without a piece is not read
+        np.minimum.at(skipped, self.pieces.row[inside], self.pieces.start[inside])
+        # Evidence is of complete sequences.
+        if self.collator.evidence is not None or 2 * skipped.sum() < lengths.sum():
+            return self.dataset.sequences([group])
+        return self.dataset.tails(group, skipped)
 
     def steps(self, epoch: int) -> int:
         """Number of steps of an epoch, the same on every rank."""
@@ -265,13 +276,13 @@ class Loader:
 class _RowCache:
     """Least-recently-used cache of decoded row groups."""
 
-    def __init__(self, dataset: Dataset, groups: list[RowGroup], capacity: int) -> None:
-        self._dataset, self._groups, self._capacity = dataset, groups, capacity
+    def __init__(self, read: Callable[[int], Sequences], capacity: int) -> None:
+        self._read, self._capacity = read, capacity
         self._cached: OrderedDict[int, Sequences] = OrderedDict()
 
     def __getitem__(self, number: int) -> Sequences:
         if number not in self._cached:
-            self._cached[number] = self._dataset.sequences([self._groups[number]])
+            self._cached[number] = self._read(number)
             while len(self._cached) > self._capacity:
                 self._cached.popitem(last=False)
         self._cached.move_to_end(number)

@@ -35,9 +35,11 @@ from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, mea
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
 from hllm_torchrec.evaluation.scoring import score_split
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.new_rows import fill_new_rows
+from hllm_torchrec.models.run_transitions import run_transitions
 from hllm_torchrec.models.stored_items import use_stored_items
 
 OVERLAP_MEMORY = 1 << 30
@@ -139,7 +141,8 @@ def load_run(
     checkpoint = find_checkpoint(run, which)
     folder = checkpoint.parent.parent
     factors, evidence = RunFactors.load(folder), run_evidence(config.data.evidence, folder)
-    experiment = build_experiment(config, device, factors=factors, evidence=evidence)
+    transitions = run_transitions(config, folder)
+    experiment = build_experiment(config, device, factors=factors, evidence=evidence, transitions=transitions)
 
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))

@@ -59,7 +59,8 @@ def forget_everywhere(
     Repeated after a kill, it does what is left. The dataset is first, so that no job brings an id back meanwhile.
 
     Args:
-        predictions: folders whose files of `hllm evaluate` have the numbers of this dataset, outside of its runs.
+        predictions: folders, outside of the dataset's runs, with prediction files of `hllm evaluate` that use this
+            dataset's dense ids.
         erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
 
     Raises:
@@ -101,6 +102,7 @@ def _forget_everywhere(
 def _all_places(dataset: Dataset, folders: Sequence[Path], predictions: Sequence[Path]) -> Iterator[Place]:
     """Each place once."""
     seen: set[Path] = set()
+    # `predictions` first: a place that is below both is then known to have this dataset's ids.
     for folder, fits in (*((one, True) for one in predictions), *((one, None) for one in folders)):
         for place in places(folder, dataset, fits):
             if place.path.resolve() not in seen:

@@ -105,23 +105,22 @@ class Retrieval:
         x_TD, times = self._scorer.inputs.history(state.history[rows[-1:]])
         hidden = begin_request(hllm.user, cache, int(times[-1]), cache.length - 1)(x_TD[-1:])
         predicted = hllm.project_next(hidden)
-        if hllm.text_similarity is not None:
-            predicted = hllm.text_similarity.join(predicted, self._texts(state, rows))
+        predicted = hllm.joined(predicted, *self._history_sums(state, rows))
         vector: Floats = normalize_rows(predicted.float().cpu().numpy())[0]
         return vector
 
-    def _texts(self, state: UserState, rows: Ints) -> Tensor:
-        """Decayed sum [1, E] of the texts of the events `rows` that the state holds."""
-        hllm, experiment = self._scorer.hllm, self._scorer.experiment
-        assert hllm.text_similarity is not None
+    def _history_sums(self, state: UserState, rows: Ints) -> tuple[Tensor | None, Tensor | None]:
+        """Decayed sums [1, E] of texts and [1, R + 1] of transitions of the events `rows` that the state holds."""
+        hllm, experiment, texts, transitions = self._scorer.hllm, self._scorer.experiment, None, None
         ids = torch.tensor(state.history.item_ids[rows[rows >= state.start]], device=experiment.device)
-        ids = ids.repeat_interleave(2) if experiment.batch_spec.interleaved else ids
-        items = hllm.item_embeddings(ids)
-        assert items is not None, "similarity of texts needs an Item LLM"
-        texts = hllm.text_similarity.history(
-            hllm.text_embeddings(ids, items), torch.tensor([0, ids.numel()], device=ids.device)
-        )
-        return texts[-1:]
+        offsets = torch.tensor([0, ids.numel()], device=ids.device)
+        if hllm.text_similarity is not None:
+            items = hllm.item_embeddings(ids)
+            assert items is not None, "similarity of texts needs an Item LLM"
+            texts = hllm.text_similarity.history(hllm.text_embeddings(ids, items), offsets)[-1:]
+        if hllm.transitions is not None:
+            transitions = hllm.transitions.history(ids, offsets)[-1:]
+        return texts, transitions
 
     def _mask_of(self, name: str, value: str) -> Mask:
         """Items with a value of an item feature."""

@@ -23,7 +23,7 @@ from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.retrieval_comparison import gains
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.evaluation.scoring import CompleteHistories
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules.features.standardize import Standardize, Whiten
 from hllm_torchrec.modules.features.text_similarity import TextSimilarity
 

@@ -33,6 +33,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     # (part of the message, a command line that provokes it, the line with the remedy)
     ("--time-unit belongs to □, not to □ (table: set it in the mapping)", f"{PREPARE} --time-unit seconds", PREPARE),
     ("--items belongs to □, not to □", f"{PREPARE} --items {{shop}}/items.csv", PREPARE),
+    ("--stars belongs to □, not to □ (table: declare an ordinal label)", f"{PREPARE} --stars", PREPARE),
     ("--html belongs to □, not to □ (table: set items.html in the mapping)", f"{PREPARE} --html keep", PREPARE),
     ("--path is missing: □ cannot be fetched", "prepare --source table --output {new}", PREPARE),
     ("split date: train until □, valid until □: give both (--train-until, --valid-until)",

@@ -205,7 +205,16 @@ def test_recommendations_are_the_best_of_all_items(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("index", ["flat", "ivf"])
-@pytest.mark.parametrize("changes", [{}, {"user__actions": "interleaved", "features__action_gate": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"user__actions": "interleaved", "features__action_gate": False},
+        {"objective__transitions": 0.4},
+        {"objective__transitions": 0.4, "objective__text_similarity": 0.5},
+    ],
+    ids=["plain", "interleaved", "transitions", "transitions and texts"],
+)
 def test_retrieved_items_are_nearest_to_the_predicted_next_item(
     index: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch._inductor import cpp_builder
 
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.launch.export_tower import main as export_tower_main
@@ -109,10 +108,13 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 import torch
-from torch._inductor import cpp_builder
 path, kind = sys.argv[1:3]
 inputs = torch.load(sys.argv[3])
-tower = torch.export.load(path).module() if kind == "exported" else torch._inductor.aoti_load_package(path)
+if kind == "exported":
+    tower = torch.export.load(path).module()
+else:
+    import torch._inductor
+    tower = torch._inductor.aoti_load_package(path)
 found = []
 with torch.no_grad():
     for given in inputs:
@@ -218,6 +220,8 @@ def test_an_output_that_exists_or_has_another_ending_is_refused(
 def test_a_package_needs_a_compiler(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch._inductor import cpp_builder  # seconds, which other tests need not wait for
+
     monkeypatch.setenv("PATH", "")
     cpp_builder.cpp_compiler_search.cache_clear()  # torch keeps the compiler that an earlier test found
     given = ["--run", str(tmp_path), "--output", str(tmp_path / "tower.pt2")]

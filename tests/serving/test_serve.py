@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from hllm_torchrec.common.token_file import is_loopback, read_token
 from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch.loadtest import main as loadtest
-from hllm_torchrec.launch.serve import default_state, is_loopback, read_token
+from hllm_torchrec.launch.serve import default_state
 from hllm_torchrec.lifecycle.releases import Release, publish
 from hllm_torchrec.serving.load_test import HttpClient
 from tests.helpers import fixtures

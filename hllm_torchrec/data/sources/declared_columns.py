@@ -138,6 +138,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     """
     if events.labels and (events.label is not None or events.positive_from is not None):
         raise ValueError(f"{path}: events.labels replaces events.label and events.positive_from; leave these out")
+    labels: dict[str, dict[str, Any]]
     if not events.labels:
         entry = {"kind": "binary", "column": events.label, "positive_from": events.positive_from}
         labels = {"label": {key: value for key, value in entry.items() if value is not None}}
@@ -161,8 +162,8 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     # By the dataset's columns: a label or context may be named `weight`, too.
     columns = {one.column: labels[one.name].get("column", one.name) for one in schema.labels[1:]}
     columns |= {one.column: context[one.name].get("column", one.name) for one in schema.context}
-    given = {WEIGHT: events.weight, SAMPLING_RATE: events.sampling_rate}
-    columns |= {name: column for name, column in given.items() if column is not None}
+    columns |= {} if events.weight is None else {WEIGHT: events.weight}
+    columns |= {} if events.sampling_rate is None else {SAMPLING_RATE: events.sampling_rate}
     positive = {name: float(one["positive_from"]) for name, one in labels.items() if "positive_from" in one}
     is_labelled = bool(events.labels) or events.label is not None
     return DeclaredColumns(schema, columns, positive, first if is_labelled else None)
