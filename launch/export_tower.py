@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         difference = export_tower(scorer, args.output, args.compiled)
     written = " and ".join(str(file) for file in (args.output, args.compiled) if file is not None)
     say(f"{written}: model {scorer.mark}, largest difference to the scorer's logits {difference:.1e}")
+    if args.compiled is not None:
+        say(f"{args.compiled}: run it with AOTI_RUNTIME_CHECK_INPUTS=1, or it takes wrong shapes, types and strides")
 
 
 main = entry_point(build_parser, run)

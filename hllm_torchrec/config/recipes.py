@@ -170,6 +170,27 @@ RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ran
 """Choices of each value of `recipe`."""
 
 
+_RICH = DatasetFacts(
+    10**6, 100, 10**6, (1, 1), True, {"title": 9.0}, {"genre": 9}, {"country": 9}, split="leave_one_out"
+)
+_POOR = DatasetFacts(1, 10**6, 2, (1, 1), False)
+
+
+def chosen_fields(task: str) -> list[str]:
+    """All dotted fields that a recipe chooses on some dataset."""
+    return list(dict.fromkeys(choice.name for facts in (_RICH, _POOR) for choice in RECIPES[task](facts)))
+
+
+def choices_of_run(task: str, saved: dict[str, Any], given: dict[str, Any]) -> list[Choice]:
+    """The choices of a recipe in the configuration of a run, without those of fields that `given` sets.
+
+    What the dataset says now may be something else, and also leave a field out that was chosen; a field that came after
+    the run is left at its default, as in the run.
+    """
+    names = [name for name in chosen_fields(task) if has_value(saved, name) and not has_value(given, name)]
+    return [Choice(name, value_at(saved, name), "the resumed run has it") for name in names]
+
+
 def recipe_choices(task: str, facts: DatasetFacts, given: dict[str, Any]) -> list[Choice]:
     """Choices of a recipe, without those of fields that `given`, the content of files and options, sets.
 

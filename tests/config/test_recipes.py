@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from hllm_torchrec.config.recipes import DatasetFacts, recipe_choices
+from hllm_torchrec.config.recipes import RECIPES, DatasetFacts, choices_of_run, chosen_fields, recipe_choices
 from hllm_torchrec.data.recipe_facts import words_of_most
 
 FILMS = DatasetFacts(
@@ -80,6 +80,25 @@ def test_every_choice_says_why() -> None:
 def test_labels_of_one_class_are_refused(labels: tuple[int, int], only: int) -> None:
     with pytest.raises(ValueError, match=f"recipe: ranking: all 80,000 training exposures have label {only}: a rank"):
         chosen(labels=labels)
+
+
+@pytest.mark.parametrize("task", list(RECIPES))
+def test_a_resumed_run_has_all_its_choices_whatever_the_dataset_says_now(task: str) -> None:
+    rich = recipe_choices(task, FILMS, {})
+    poor = recipe_choices(task, DatasetFacts(1, 10**6, 2, (1, 1), False), {})
+    assert {one.name for one in rich + poor} <= {*chosen_fields(task)}
+    saved: dict[str, Any] = {}
+    for one in rich:
+        section, _, name = one.name.rpartition(".")
+        (saved.setdefault(section, {}) if section else saved)[name] = one.value
+    assert {one.name: one.value for one in choices_of_run(task, saved, {})} == {one.name: one.value for one in rich}
+    left = rich[-1].name  # of a version without this field
+    section, _, name = left.rpartition(".")
+    del (saved[section] if section else saved)[name]
+    assert left not in {one.name for one in choices_of_run(task, saved, {})}
+    assert "item_llm.text_keys" not in {
+        one.name for one in choices_of_run(task, saved, {"item_llm": {"text_keys": []}})
+    }
 
 
 @pytest.mark.parametrize(
