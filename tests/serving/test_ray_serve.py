@@ -37,7 +37,9 @@ async def post(client: HttpClient, path: str, body: dict[str, Any]) -> tuple[int
     return status, json.loads(content)
 
 
-async def load(users: list[str], stop: threading.Event, acknowledged: dict[str, int], failed: dict[str, list[int]]) -> None:
+async def load(
+    users: list[str], stop: threading.Event, acknowledged: dict[str, int], failed: dict[str, list[int]]
+) -> None:
     """Each user sends events and asks for scores, one after the other, until the end."""
 
     async def one(user: str) -> None:
@@ -68,7 +70,7 @@ def test_a_killed_replica_loses_no_acknowledged_event_and_the_other_shard_answer
     run, _ = trained("early")
     destroy_distributed()
     (tmp_path / "token").write_text(TOKEN)
-    options = Options(run=run, state=tmp_path / "state", token_file=tmp_path / "token", checkpoint="latest", index="none")
+    options = Options(run=run, state=tmp_path / "state", token_file=tmp_path / "token", checkpoint="latest")
     options.deadline_ms = 20_000
     ray.serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     ray.serve.run(application(options))
