@@ -125,7 +125,8 @@ class Entry:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
-        path, scope = request.url.path, {"method": request.method, "path": request.url.path}
+        path = request.url.path
+        scope: dict[str, Any] = {"method": request.method, "path": path}
         scope |= {"query_string": request.scope["query_string"], "headers": list(request.scope["headers"])}
         body = b""
         async for part in request.stream():
