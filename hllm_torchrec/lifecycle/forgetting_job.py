@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.forgetting import DatasetReport, Names, forget
 from hllm_torchrec.data.new_item_journal import JOURNAL as JOURNAL_FILE
+from hllm_torchrec.data.remote_changes import mirrored_dataset
 from hllm_torchrec.data.rewriting import TABLES
 from hllm_torchrec.data.tombstones import ITEMS, USERS
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
@@ -57,6 +59,7 @@ def forget_everywhere(
     Repeated after a kill, it does what is left. The dataset is first, so that no job brings an id back meanwhile.
 
     Args:
+        dataset: its folder or URL.
         predictions: folders whose files of `hllm evaluate` have the numbers of this dataset, outside of its runs.
         erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
 
@@ -64,8 +67,17 @@ def forget_everywhere(
         ValueError: as the functions named; a folder does not exist.
     """
     for folder in (*folders, *predictions):
+        if url_of(folder) is not None:
+            raise ValueError(
+                f"{url_of(folder)}: at URLs only datasets forget: copy what lies there into a folder, name that, and "
+                "upload it in its place"
+            )
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; name those that may hold the ids")
+    url = url_of(dataset)
+    if url is not None:
+        with mirrored_dataset(url) as folder:
+            return forget_everywhere(folder, names, folders, predictions, erase=erase, dry_run=dry_run)
     report = JobReport(forget(dataset, names, erase=erase, dry_run=dry_run))
     opened = Dataset.open(dataset)
     target = Target(names, opened, report.dataset.ids(USERS), report.dataset.ids(ITEMS), erase, dry_run)
