@@ -87,7 +87,7 @@ NOT_RUN: dict[str, str] = {
     "features.tables.□: □": "passes on what is wrong with the field's value",
     "lacks □ of the dataset's □ items: bring it up to date": "cases make such stores with the command",
     "only categorical context has a bias of its own: leave it out": "the name to leave out is the one that is named",
-    "hllm forget works in folders: forget in a copy": "a dataset at a URL",
+    "at URLs only datasets forget: copy what lies there": "copies of what is at a URL",
     "or drop such rows (--bad-rows nan_label=drop)": "a case runs the option for another kind of row",
     "it was forgotten (hllm forget)": "says why the item is not known",
     "write the index again (hllm index)": "other cases run the command",
