@@ -148,7 +148,7 @@ def _moments(dataset: Dataset, options: TransitionOptions, place: Ints) -> tuple
         ahead = _ahead(wanted, left, 1) * (left > 0)
         targets += int(ahead.sum())
         # Weight of the rows x that hold an event: those of the later events that are followed by a target.
-        weight = sum(decay ** (2 * k) * _ahead(ahead, left, k) for k in range(min(lags, MAX_LAGS)))
+        weight = np.sum([decay ** (2 * k) * _ahead(ahead, left, k) for k in range(min(lags, MAX_LAGS))], axis=0)
         for lag in range(min(lags, MAX_LAGS) + 1):
             first = np.flatnonzero(left >= lag)
             second = first + lag

@@ -547,9 +547,12 @@ class HLLM(nn.Module):
         row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
             h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
-            sums = tuple(x if x is None else x.new_zeros(1, x.shape[1]) for x in sums)
+            texts, transitions = (x if x is None else x.new_zeros(1, x.shape[1]) for x in sums)
+        else:
+            texts, transitions = sums
         at = row.clamp(min=0)
-        found = self.joined(project(h_TD[at]), *(x if x is None else x[at] for x in sums))
+        texts, transitions = (x if x is None else x[at] for x in (texts, transitions))
+        found = self.joined(project(h_TD[at]), texts, transitions)
         return found * (visible > 0)[:, None]
 
 
