@@ -545,18 +545,13 @@ class HLLM(nn.Module):
         row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
             h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
-            sums = _map_both(sums, lambda x: x.new_zeros(1, x.shape[1]))
+            texts, transitions = (x if x is None else x.new_zeros(1, x.shape[1]) for x in sums)
+        else:
+            texts, transitions = sums
         at = row.clamp(min=0)
-        found = self.joined(project(h_TD[at]), *_map_both(sums, lambda x: x[at]))
+        texts, transitions = (x if x is None else x[at] for x in (texts, transitions))
+        found = self.joined(project(h_TD[at]), texts, transitions)
         return found * (visible > 0)[:, None]
-
-
-def _map_both(
-    pair: tuple[Tensor | None, Tensor | None], change: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both tensors, changed where there is one."""
-    first, second = pair
-    return None if first is None else change(first), None if second is None else change(second)
 
 
 def item_space(config: Config) -> str:
