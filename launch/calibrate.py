@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
             say(calibration_summary(found))
             if overlap.seen:
                 say(
-                    f"  caution: the run was trained on {overlap.seen:,} of the {overlap.exposures:,} exposures: on them "
+                    f"  caution: the run was trained on {overlap.seen:,} of {overlap.exposures:,} exposures: on them "
                     "its probabilities look better than they are"
                 )
             say(f"calibration: {found.save(storage.folder)}")
