@@ -42,7 +42,9 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm evaluate", description=__doc__)
     parser.add_run(required=False)
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test"), default="test", help="part to evaluate (default: test)"
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -56,7 +58,7 @@ def build_parser() -> CommandParser:
         nargs="+",
         default=[],
         metavar="NAME=PATH",
-        help="the same with chosen names, or prediction files of any origin (Parquet, CSV)",
+        help="like --compare, with names of your choice; or prediction files of any origin (Parquet, CSV)",
     )
     parser.add_argument("--output", type=Path, help="directory for metrics and report (default: the run)")
     parser.add_argument(
@@ -64,7 +66,9 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--no-tensorboard", action="store_true", help="do not write TensorBoard scalars")
     gate = parser.add_argument_group("regression gate")
-    gate.add_argument("--baseline", metavar="FILE", help="a metrics.json of the same rows, or the name of a model here")
+    gate.add_argument(
+        "--baseline", metavar="FILE", help="a metrics.json for the same rows, or the name of a compared model"
+    )
     gate.add_argument("--max-drop", type=float, help="largest drop of AUC allowed (default: 0)")
     gate.add_argument("--max-gauc-drop", type=float, help="judge GAUC, too: largest drop allowed (default: AUC alone)")
     gate.add_argument(
@@ -73,7 +77,9 @@ def build_parser() -> CommandParser:
         metavar="TASK=DROP",
         help="judge further tasks, too: largest drop of AUC (of XAUC for numbers) allowed for each (docs/tasks.md)",
     )
-    gate.add_argument("--on-unsure", choices=("fail", "pass"), help="if chance may explain the drop (default: fail)")
+    gate.add_argument(
+        "--on-unsure", choices=("fail", "pass"), help="verdict if chance may explain the drop (default: fail)"
+    )
     add_arguments(parser)
     return parser
 
@@ -155,7 +161,7 @@ def _measure(
 ) -> "tuple[dict[str, Any], Overlap | None]":
     """Content of metrics.json, from predictions on all ranks; the first model is the reference of comparisons.
 
-    Another job may replace the predictions meanwhile: then it is an error, as a mixture of both would be scored.
+    If another job replaces the predictions meanwhile, this is an error: a mixture of both would be scored.
     paired: the predictions were written by this library's jobs, and rows are matched by user and position. Collective.
     """
     from hllm_torchrec.evaluation.prediction_files import unchanged_files
@@ -275,7 +281,7 @@ def write_results(
 
 
 def _task_limits(args: argparse.Namespace) -> dict[str, float]:
-    """Task -> largest allowed drop, of `--max-task-drop`. Raises ValueError for an entry that is none."""
+    """Task -> largest allowed drop, of `--max-task-drop`. Raises ValueError for a malformed entry."""
     found = {}
     for entry in args.max_task_drop or ():
         task, equals, drop = entry.rpartition("=")

@@ -54,13 +54,13 @@ def evaluate_files(
 
     Args:
         paired: exposures are paired by user and position, else by their row in the files.
-        train: files of training exposures; without a column for it, items that are not in them are cold.
+        train: files of training exposures; items that are not in them are cold, if no column says which items are.
 
     Returns:
         The content of `metrics.json`, and the overlap of the exposures with `train`, or None without `train`.
 
     Raises:
-        ValueError: naming file and row of a bad value.
+        ValueError: a bad value; the message names its file and row.
     """
     with tempfile.TemporaryDirectory(prefix="hllm-files-", dir=settings.spill) as name:
         folder = Path(name)

@@ -265,11 +265,11 @@ def test_what_cannot_grow_event_by_event_is_refused(tmp_path):
             append_events(source or memory_source(tmp_path / "d", [("u1", "i1", 5, 60)], []), root)
         assert Dataset.open(root).version == 1 and not (root / "appends").exists()
 
-    refused("a k-core is one of all events", min_events=2)
+    refused("a k-core needs all events", min_events=2)
     refused("held-out items measure cold start", split=Split(hold_out_items=0.1))
     refused("events without timestamps", facts={"has_timestamps": False})
     other = memory_source(tmp_path / "o", [("u1", "i1", 5, 60)], [], action_names={1: "x"})
-    refused(r"the actions of the source are .*prepare the whole again \(--extend\)", other)
+    refused(r"the actions of the source are .*prepare all data again \(--extend\)", other)
     refused("the label rule of the source", memory_source(tmp_path / "o", [("u", "i1", 5, 60)], [], label_rule="x"))
 
 

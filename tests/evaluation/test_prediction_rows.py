@@ -162,7 +162,7 @@ def test_whole_scores_that_fractions_round_are_named(tmp_path: Path) -> None:
     values = columns()
     values["score"] = np.array(["0.5"] * ROWS, object)
     values["score"][7] = str(2**60 + 1)
-    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*beside fractions, whole numbers from 2\^53"):
+    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*with fractions, whole numbers from 2\^53"):
         all_batches(opened(write_csv(values, tmp_path / "a.csv"), tmp_path))
 
 
