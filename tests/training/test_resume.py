@@ -179,7 +179,7 @@ def test_resume_says_which_settings_are_others(tmp_path: Path, capsys: pytest.Ca
     assert "settings that changed" not in capsys.readouterr().out
     train(config(tmp_path / "run", max_steps=3, optim__lr=0.5, data__history="positive", **same))
     said = capsys.readouterr().out
-    assert "goes on with other settings than it was trained with: data.history: 'all' -> 'positive'; " in said
+    assert "continues with settings that changed since training: data.history: 'all' -> 'positive'; " in said
     assert "optim.lr: 0.01 -> 0.5\n" in said
 
 
