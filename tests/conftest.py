@@ -22,6 +22,10 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or each process of the te
 # A shell lets the jobs that it runs in the background ignore SIGINT, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A killed process loses nothing that it wrote: only a machine does, which no test can switch off. What is synced, and
+# when, is tested by the calls; a call that waits for the disk would take most of the time of a commit or a checkpoint.
+os.fsync = os.fstat  # type: ignore[assignment]
+
 gc.disable()  # while the tests are imported, see pytest_collection_finish
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("long", derandomize=False, deadline=None, max_examples=2000, database=None)

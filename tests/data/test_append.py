@@ -274,9 +274,8 @@ def test_what_cannot_grow_event_by_event_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_anywhere_nothing_is_lost_and_the_next_append_goes_on(tmp_path, monkeypatch):
+def test_killed_anywhere_nothing_is_lost_and_the_next_append_goes_on(tmp_path):
     """The writer dies before each of its file accesses: the version before is there, or the new one."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill is no power loss, and a hundred appends are synced here
     root, day = tmp_path / "out", [("u1", "new", 5, 60), ("u1", "i1", 5, 3)]
     prepare(memory_source(tmp_path / "base", random_events(30), ITEMS), tmp_path / "saved")
     shutil.copytree(tmp_path / "saved", root)
