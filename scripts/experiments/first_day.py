@@ -48,7 +48,7 @@ from hllm_torchrec.serving.scorer import Scorer, UserHistory
 DAYS, TOP = 7, 20
 KINDS = ("first", "second", "others")
 MODELS = ("text", "ids")
-DATA = {"user_features": ["country"], "max_history": 64, "batch_users": 32, "cold_dropout": 0.2}
+DATA = {"user_features": ["country"], "max_history": 64, "batch_users": 32, "cold_dropout": 0.5}
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -75,7 +75,8 @@ def write_tokenizer(folder: Path) -> Path:
 def settings(model: str, tokenizer: Path) -> dict[str, Any]:
     """The configuration of a model."""
     text = {"shape": LLAMA, "tokenizer": str(tokenizer), "text_keys": ["title"], "max_text_length": 12}
-    return COMMON | {"data": DATA, "item_llm": text if model == "text" else {"enabled": False}}
+    optim = COMMON["optim"] | {"item_llm_lr": COMMON["optim"]["lr"]}  # it is trained from scratch as all else
+    return COMMON | {"optim": optim, "data": DATA, "item_llm": text if model == "text" else {"enabled": False}}
 
 
 class FirstDays(Fortnight):
