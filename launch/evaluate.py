@@ -144,7 +144,7 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
         else:
             metrics = retrieval_alone(args.split, scores.retrieval, scores.provenance)
         if scores.predictions and args.split != "train" and not args.train:
-            overlap = training_overlap(scores.predictions, scores.dataset)
+            overlap = training_overlap(scores.predictions, scores.trained_on)
         verdict = _publish(args, args.output or storage.folder, metrics, overlap)
         storage.publish()
         return verdict

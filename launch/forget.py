@@ -4,7 +4,7 @@
     hllm forget --dataset data/shop --users-file leavers.txt --runs runs --stores stores --erase
     hllm forget --dataset data/shop --item i31 --dry-run
 
-Their events are read no more, in no version of the dataset; later appends leave them out. Below the folders of --runs,
+Their events are removed from every version of the dataset, and later appends skip them. Below the folders of --runs,
 --stores and --predictions it finds runs, nights, stores, predictions, indexes and journals by their contents, and says
 what it found in each. Numbers of other users and items do not change, and runs keep loading.
 

@@ -75,6 +75,7 @@ def build_parser() -> CommandParser:
         "unless the mapping chooses so (default: 0.2)",
     )
     parser.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
+    parser.add_argument("--stars", action="store_true", help="ml-100k, ml-1m: the rating as an ordinal label, too")
     parser.add_argument("--html", choices=("clean", "keep"), help="amazon: HTML in texts (default: clean)")
     parser.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
     parser.add_argument(
@@ -188,7 +189,8 @@ def run(args: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("append", "extend", "overwrite") if getattr(args, name) not in (None, False)]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
-    source = build_source(args.source, args.path, args.items, args.time_unit, args.cache_dir, args.append, args.html)
+    options = (args.time_unit, args.cache_dir, args.append, args.html, args.stars)
+    source = build_source(args.source, args.path, args.items, *options)
     if source.license_note and args.path is not None:  # a download has printed it already
         say(source.license_note, sys.stderr)
     policy = build_policy(source, args.bad_rows, args.bad_share)

@@ -16,6 +16,7 @@ from hllm_torchrec import _versions
 from hllm_torchrec.launch import cli
 
 SUBPACKAGES = ("modules", "launch", "configs")
+IMPORT = "".join(f"import hllm_torchrec.{name} as m\nprint(m.__file__)\n" for name in SUBPACKAGES)
 
 
 def run_python(
@@ -93,13 +94,15 @@ def test_wheel_requires_neither_torch_nor_torchrec_nor_fbgemm(wheel: Path) -> No
     }
 
 
+def places(package: Path) -> str:
+    """What IMPORT prints where the folders are those of `package`."""
+    return "".join(f"{package / name / '__init__.py'}\n" for name in SUBPACKAGES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SUBPACKAGES)
-def test_wheel_imports_from_elsewhere(name: str, unpacked: Path, tmp_path: Path) -> None:
-    code = f"import hllm_torchrec.{name} as m; print(m.__file__)"
-    result = run_python("-c", code, cwd=tmp_path, path=unpacked)
-    assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()) == unpacked / "hllm_torchrec" / name / "__init__.py"
+def test_wheel_imports_from_elsewhere(unpacked: Path, tmp_path: Path) -> None:
+    result = run_python("-c", IMPORT, cwd=tmp_path, path=unpacked)
+    assert result.stdout == places(unpacked / "hllm_torchrec"), result.stderr
 
 
 @pytest.mark.slow
@@ -121,11 +124,8 @@ def test_pip_install_gives_the_command_and_only_our_name(mode: str, root: Path, 
     assert new and all(re.match(r"(__editable__\w*\.?)?hllm_torchrec|__pycache__", name) for name in new)
     shown = run_python("--version", cwd=tmp_path, python=python.parent / "hllm")
     assert shown.stdout == f"hllm {hllm_torchrec.__version__}\n"
-    for name in SUBPACKAGES:
-        code = f"import hllm_torchrec.{name} as m; print(m.__file__)"
-        shown = run_python("-c", code, cwd=tmp_path, python=python)
-        home = checkout / name if mode == "editable" else site / "hllm_torchrec" / name
-        assert Path(shown.stdout.strip()) == home / "__init__.py"
+    shown = run_python("-c", IMPORT, cwd=tmp_path, python=python)
+    assert shown.stdout == places(checkout if mode == "editable" else site / "hllm_torchrec"), shown.stderr
 
 
 def make_venv(folder: Path) -> tuple[Path, Path]:
@@ -152,16 +152,11 @@ def test_build_refuses_a_folder_that_the_wheel_would_miss(root: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
-@pytest.mark.parametrize("name", SUBPACKAGES)
-def test_checkout_imports_without_installation(name: str, where: str, root: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
-        f"import hllm_torchrec.{name} as m; print(m.__file__)"
-    )
+def test_checkout_imports_without_installation(where: str, root: Path, tmp_path: Path) -> None:
+    code = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n" + IMPORT
     cwd, path = (root, None) if where == "root" else (tmp_path, root)
     result = run_python("-c", code, cwd=cwd, path=path)
-    assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()) == root / name / "__init__.py"
+    assert result.stdout == places(root), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -236,22 +231,30 @@ def test_command_help_lists_every_subcommand(root: Path) -> None:
 
 
 HELP = """
-import sys
+import os, sys
+from pathlib import Path
 from hllm_torchrec.launch import cli
-try:
-    cli.main([sys.argv[1], "--help"])
-finally:
-    print({"torch", "matplotlib", "sklearn", "transformers"} & set(sys.modules))
+for name in cli.COMMANDS:  # each in a process that has imported nothing more than this one
+    if os.fork() == 0:
+        sys.stdout = sys.stderr = open(Path(sys.argv[1]) / name, "w")
+        try:
+            cli.main([name, "--help"])
+        finally:
+            print({"torch", "matplotlib", "sklearn", "transformers"} & set(sys.modules), flush=True)
+            os._exit(0)
+    os.wait()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_subcommand_says_what_it_takes_and_soon(name: str, root: Path) -> None:
-    result = run_python("-c", HELP, name, cwd=root)
+def test_subcommands_say_what_they_take_and_soon(root: Path, tmp_path: Path) -> None:
+    result = run_python("-c", HELP, str(tmp_path), cwd=root)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("usage:") and f"hllm {name}" in result.stdout
-    assert result.stdout.splitlines()[-1] == "set()"  # nothing that takes seconds to import
+    assert {path.name for path in tmp_path.iterdir()} == set(cli.COMMANDS)
+    for name in cli.COMMANDS:
+        said = (tmp_path / name).read_text()
+        assert said.startswith("usage:") and f"hllm {name}" in said, said
+        assert said.splitlines()[-1] == "set()", name  # nothing that takes seconds to import
 
 
 @pytest.mark.slow

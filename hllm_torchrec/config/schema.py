@@ -48,6 +48,23 @@ class LogsConfig:
 
 
 @dataclass(frozen=True)
+class DrawnNegativesConfig:
+    """Negatives drawn from the catalogue for the ranking head (docs/tasks.md)."""
+
+    count: int = 0
+    """Draws per positive exposure in training; 0: none."""
+    by: Literal["uniform", "popularity", "batch", "hard"] = "uniform"
+    """uniform; popularity: by training events; batch: items of the other exposures of the step; hard: half uniform,
+    half from the items that a retrieval run finds for the user."""
+    item_store: str | None = None
+    """hard: store of `hllm embed --items` of the retrieval run."""
+    user_store: str | None = None
+    """hard: store of `hllm embed --users` of the same run."""
+    top: int = 100
+    """hard: number of items of each user."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Dataset and contents of a sample."""
 
@@ -98,6 +115,8 @@ class DataConfig:
     negative_rate: float = 1.0
     """In training, share of the exposures with first label 0 that are kept, drawn anew in every epoch; the logit is
     corrected for it, so that served probabilities hold on whole traffic. The others stay history."""
+    drawn_negatives: DrawnNegativesConfig = field(default_factory=DrawnNegativesConfig)
+    """Negatives for the ranking head on data in which every event is positive."""
     train_part: Literal["train", "train_and_valid"] = "train"
     """Events used for training: those of the training part, or of the training and validation parts. Use the second
     only for the final run, when no choice is left to make: validation metrics are then computed on training events."""
@@ -309,7 +328,12 @@ class ObjectiveConfig:
     the history; the weight of that cosine beside the learned one. It is not trained and does not change training: see
     `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with item_llm.whiten."""
     text_decay: float = 0.7
-    """Weight of an event's text in that mean relative to the event after it."""
+    """Weight of an event in that mean, and in the history of `transitions`, relative to the event after it."""
+    transitions: float = 0.0
+    """Above 0: retrieval also scores an item by a regression of the next item on the history (and on its texts, if the
+    Item LLM is frozen), which is solved when training starts; the weight beside the learned cosine of a score that is 1
+    on average for what came next in training. It does not change training: see `hllm_torchrec.data.transitions`. Needs
+    the item space features."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
@@ -457,6 +481,9 @@ class EvaluationConfig:
     protocol: Literal["leave_one_out", "ml1m_hstu"] | None = None
     """Published protocol of the run; its requirements on other fields are checked, and its name is written into the
     results (`hllm_torchrec.config.eval_protocols`)."""
+    drawn_negatives: int = 20
+    """Uniform draws per exposure with data.drawn_negatives: the same for all runs, each with the weight of the items
+    that it stands for."""
     ks: tuple[int, ...] = (10, 50, 200)
     """K of Recall@K and NDCG@K; the first one selects the best checkpoint."""
     keep_last: int = 2

@@ -67,7 +67,7 @@ class EventFile:
                 raise ValueError("a value is null")
             offsets = lists[0].offsets.to_numpy()
             if any(not np.array_equal(one.offsets.to_numpy(), offsets) for one in lists[1:]) or offsets[0] != 0:
-                raise ValueError("the columns have events of other rows")
+                raise ValueError("the list columns have different lengths per row")
         users = batch.column("user_id").to_numpy()
         starts = np.stack([batch.column(name).to_numpy() for name in STARTS], axis=1).astype(np.int64)
         values = [one.values.to_numpy() for one in lists]

@@ -19,7 +19,7 @@ def late_events(dataset: Dataset, path: str, version: int, since: int) -> tuple[
     old = Dataset.open(path, version)
     if chain_base(old.manifest) is None:  # of an earlier release: its first append wrote the same events once more
         old = Dataset.open(path, version + 1)
-    now, before = dataset.merged.before(since), old.merged.before(since)
+    now, before = (one.merged.before(since).astype(np.int64) for one in (dataset, old))
     users = np.flatnonzero(now > np.pad(before, (0, now.size - before.size)))
     keys, place = _keys(dataset, users, now)
     known, _ = _keys(old, users[users < before.size], before)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.distributed.collectives import all_gather_variable
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.parallelize import autocast
 from hllm_torchrec.modules.creative.creative_llm import PackedTexts
 

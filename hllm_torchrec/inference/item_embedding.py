@@ -22,7 +22,7 @@ from hllm_torchrec.common.progress import progress
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed import coordination
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.item_encoder import CATALOGUE_TOKENS, length_sorted_chunks
 from hllm_torchrec.models.parallelize import autocast

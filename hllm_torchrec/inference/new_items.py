@@ -29,7 +29,7 @@ from hllm_torchrec.data.token_store import TokenStore, laid_out_texts, read_toke
 from hllm_torchrec.data.tombstones import ITEMS
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.inference.raw_ids import RawIds
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import JoinedItems, LiveItems, StoredItems
 

@@ -18,7 +18,7 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as Quantized
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.embedding.tables import assemble_tensor
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems
 from hllm_torchrec.modules.features.hybrid import table_config

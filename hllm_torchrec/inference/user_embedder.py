@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.parallelize import autocast
 
 DAY = 86_400

@@ -1,6 +1,7 @@
 """Forgetting as one job: the dataset first, then everything that was made from it below the given folders."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hllm_torchrec.data.remote_changes import mirrored_dataset
 from hllm_torchrec.data.rewriting import TABLES
 from hllm_torchrec.data.tombstones import ITEMS, USERS
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
+from hllm_torchrec.lifecycle.night_state import NIGHT_LOCK, hold_nights
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.lifecycle.traces import (
     EVENTS,
@@ -60,11 +62,13 @@ def forget_everywhere(
 
     Args:
         dataset: its folder or URL.
-        predictions: folders whose files of `hllm evaluate` have the numbers of this dataset, outside of its runs.
+        predictions: folders, outside of the dataset's runs, with prediction files of `hllm evaluate` that use this
+            dataset's dense ids.
         erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
 
     Raises:
-        ValueError: as the functions named; a folder does not exist.
+        ValueError: as the functions named; a folder does not exist; a night runs in one, which would embed and predict
+            with the events that it has read.
     """
     for folder in (*folders, *predictions):
         if url_of(folder) is not None:
@@ -78,6 +82,22 @@ def forget_everywhere(
     if url is not None:
         with mirrored_dataset(url) as folder:
             return forget_everywhere(folder, names, folders, predictions, erase=erase, dry_run=dry_run)
+    with ExitStack() as stack:
+        if not dry_run:
+            for nights in _nights(folders):
+                stack.enter_context(hold_nights(nights))
+        return _forget_everywhere(dataset, names, folders, predictions, erase, dry_run)
+
+
+def _nights(folders: Sequence[Path]) -> list[Path]:
+    """The folders of nights that are, hold, or are above one of `folders`."""
+    files = {file for folder in folders for file in (folder.parent / NIGHT_LOCK, *folder.rglob(NIGHT_LOCK))}
+    return sorted({file.parent.resolve() for file in files if file.exists()})
+
+
+def _forget_everywhere(
+    dataset: Path, names: Names, folders: Sequence[Path], predictions: Sequence[Path], erase: bool, dry_run: bool
+) -> JobReport:
     report = JobReport(forget(dataset, names, erase=erase, dry_run=dry_run))
     opened = Dataset.open(dataset)
     target = Target(names, opened, report.dataset.ids(USERS), report.dataset.ids(ITEMS), erase, dry_run)
@@ -94,6 +114,7 @@ def forget_everywhere(
 def _all_places(dataset: Dataset, folders: Sequence[Path], predictions: Sequence[Path]) -> Iterator[Place]:
     """Each place once."""
     seen: set[Path] = set()
+    # `predictions` first: a place that is below both is then known to have this dataset's ids.
     for folder, fits in (*((one, True) for one in predictions), *((one, None) for one in folders)):
         for place in places(folder, dataset, fits):
             if place.path.resolve() not in seen:

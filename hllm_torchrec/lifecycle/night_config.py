@@ -12,7 +12,7 @@ from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 
 PLACE = "{night}"
-"""Stands for the night's name in `append.path`."""
+"""Stands for the night's name in `append.path` and `append.items`."""
 
 NIGHT_BOUNDS = {
     "held_out": "> 0, < 1",
@@ -67,7 +67,7 @@ class NightConfig:
     """One night: append, train, evaluate, gate, embed, publish.
 
     Raises:
-        ConfigError: values out of range, or fields of increments that a night sets, all of them.
+        ConfigError: values out of range, or entries of `increment` that `hllm nightly` sets itself; names all of them.
     """
 
     folder: str = "nights"

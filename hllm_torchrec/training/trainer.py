@@ -33,8 +33,8 @@ from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
 from hllm_torchrec.evaluation.creative_scores import creative_metrics, score_creatives
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
-from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.new_rows import fill_new_rows
 from hllm_torchrec.models.parallelize import autocast, user_attention
 from hllm_torchrec.models.stored_items import use_stored_items

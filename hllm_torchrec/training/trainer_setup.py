@@ -1,6 +1,7 @@
 """Construction of a `Trainer` from a configuration: all collective work before training, in order."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.distributed.coordination import rank, run_on_each_host
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.parallelize import compute_dtype
+from hllm_torchrec.models.run_transitions import run_transitions
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
 from hllm_torchrec.training.resume import checkpoint_to_resume
 from hllm_torchrec.training.throughput import global_matmul_peak
@@ -46,11 +48,16 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     factors = own_factors(config, storage.folder, resume_from, begin_from)
     evidence = evidence_to_continue(config, resume_from, begin_from)
     # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
-    experiment = build_experiment(config, device, factors=factors, evidence=evidence, version=version)
+    transitions = None if resume_from is None else run_transitions(config, resume_from.parent.parent)
+    experiment = build_experiment(
+        config, device, factors=factors, evidence=evidence, transitions=transitions, version=version
+    )
     _pin_dataset(experiment.dataset, config)
     if experiment.evidence is not None:
         fitted = experiment.evidence.model
         run_on_each_host(lambda: fitted.save(storage.folder))
+    if experiment.transitions is not None:
+        run_on_each_host(partial(experiment.transitions.save, storage.folder))
     if begin_from is not None:
         begin_from = warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread

@@ -18,8 +18,8 @@ from hllm_torchrec.checkpoint.state import flatten, is_under
 from hllm_torchrec.common.errors import ConfigError, did_you_mean
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
-from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.lora_base import check_base_weights
 from hllm_torchrec.models.new_rows import fill_new_rows
 from hllm_torchrec.models.run_vocabulary import check_vocabulary

@@ -169,7 +169,7 @@ def test_the_command_says_so_in_one_line_and_has_a_status_of_its_own(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # ranks that leave together, and the command that is asked, are tested above
 def test_torchrun_hands_the_request_on_and_gives_the_time_to_save(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2"]

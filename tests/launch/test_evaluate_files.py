@@ -191,7 +191,7 @@ def test_the_torchx_tracker_has_run_metrics_and_lineage(
     assert [(found.source_run_id, found.artifact_name) for found in backend.sources(job)] == [(source, "predictions")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_torchx_component_starts_ranks_that_agree_with_one(files: Path, root: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     named = f"new={files / 'new'}"

@@ -99,6 +99,8 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
     assert config_from_file(output / "config.yaml") == config(output)
     assert len(losses(output)) == 8 and "auc" in lines(output, "eval")[0]
     assert "trained 8 steps, 8 of them (100%) end to end through the Item LLM; moved: item_llm " in result.stdout
+    others = [line for line in result.stderr.splitlines() if line and not line.startswith("train:")]
+    assert others == [], "what the user cannot use"
 
     capsys.readouterr()
     assert main(arguments(output)) == 2  # a second run is not mixed with the first
@@ -110,7 +112,7 @@ def test_a_run_from_the_shell_leaves_all_of_it_behind_and_resumes(
 GENTLE = {"optim__lr": 0.002, "optim__item_llm_lr": 0.002}
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_torchx.py starts its ranks with a small program
 def test_ranks_of_torchx_train_as_one(root: Path, tmp_path: Path) -> None:
     """Those of torchrun do, too: test_torchrun_ends_when_a_rank_is_killed."""
     assert main(arguments(tmp_path / "one", **GENTLE)) == 0

@@ -4,37 +4,36 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
 
+from tests.helpers.distributed import forks
 from tests.helpers.scripts import SCRIPTS, bench_module
 
 GPU = SCRIPTS / "gpu"
 
-RUN = """
-import sys
-sys.path[:0] = [{scripts!r}, {here!r}]
-import gpu_check
-sys.exit(gpu_check.main({arguments!r}, modules=({module!r},)))
-"""
+CHEAP = ("table_kernels", "int8_tables", "text_attention", "infonce", "item_llm_packed")
+"""Checks that need no interpreter of Triton, which has to be chosen before the first import of it."""
 
 
-def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """Exit status, JSON and stderr of the script on the CPU."""
-    command = [sys.executable, str(GPU / "gpu_check.py"), "--cpu", "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    return done.returncode, json.loads(out.read_text()), done.stderr
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, in this process; the checks are processes forked from the tests' own server."""
+    monkeypatch.setenv("PYTHONPATH", "")
+    for folder in (GPU, Path(__file__).parent):
+        monkeypatch.syspath_prepend(folder)
+    forks()
+    return bench_module("gpu_check")
 
 
 @pytest.mark.slow
-def test_one_that_fails_hangs_or_dies_stops_no_other(tmp_path: Path) -> None:
-    out, here = tmp_path / "found.json", str(Path(__file__).parent)
-    arguments = ["--cpu", "--out", str(out)]
-    code = RUN.format(scripts=str(GPU), here=here, arguments=arguments, module="checks_that_end")
-    environment = {"PYTHONPATH": f"{GPU}:{here}:{SCRIPTS.parent}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+def test_one_that_fails_hangs_or_dies_stops_no_other(
+    gpu_check: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    status = gpu_check.main(["--cpu", "--out", str(out)], modules=("checks_that_end",))
     found = json.loads(out.read_text())
     states = {name: result["state"] for name, result in found["checks"].items()}
     assert states == {
@@ -50,22 +49,32 @@ def test_one_that_fails_hangs_or_dies_stops_no_other(tmp_path: Path) -> None:
     assert reasons["has_no_business_here"] == "there is no such thing"
     assert reasons["hangs"] == "took more than 1 s" and "exit code 7" in reasons["dies"]
     assert found["checks"]["finds"]["found"] == {"tiny": True, "device": "cpu"}
-    assert found["counts"] == {"ok": 2, "failed": 3, "skipped": 1} and done.returncode == 1
-    assert "not to be seen" not in done.stdout + done.stderr
+    assert found["counts"] == {"ok": 2, "failed": 3, "skipped": 1} and status == 1
+    assert "not to be seen" not in "".join(capfd.readouterr())
     assert found["versions"]["torch"] == torch.__version__ and found["device"]["device"] == "cpu"
 
 
 @pytest.mark.slow
-def test_what_a_cpu_can_run_passes_there(tmp_path: Path) -> None:
-    cheap = ("table_kernels", "int8_tables", "text_attention", "infonce", "item_llm_packed", "hstu_kernels")
-    chosen = (*cheap, "sparse_dist_pipeline", "adam_tables", "hstu_speed")
-    status, found, stderr = run(tmp_path / "found.json", "--only", *chosen)
+def test_what_a_cpu_can_run_passes_there(gpu_check: ModuleType, tmp_path: Path) -> None:
+    out, chosen = tmp_path / "found.json", (*CHEAP, "sparse_dist_pipeline", "adam_tables", "hstu_speed")
+    status = gpu_check.main(["--cpu", "--out", str(out), "--only", *chosen])
+    found = json.loads(out.read_text())
     states = {name: result["state"] for name, result in found["checks"].items()}
-    assert states.keys() == set(chosen) and status == 0, stderr
+    assert states.keys() == set(chosen) and status == 0, found
     assert {name for name, state in states.items() if state == "skipped"} == {"adam_tables", "hstu_speed"}, found
-    assert found["checks"]["hstu_kernels"]["found"]["causal, bias"]["float32"] < 1e-4
     tables = found["checks"]["table_kernels"]["found"]
     assert 0 < tables["exact_row_wise_adagrad"] < 1e-3
+
+
+@pytest.mark.long
+def test_the_command_runs_the_kernels_in_the_interpreter(tmp_path: Path) -> None:
+    """The kernels themselves do so in tests/modules/hstu/test_triton_backend.py."""
+    out = tmp_path / "found.json"
+    command = [sys.executable, str(GPU / "gpu_check.py"), "--cpu", "--out", str(out), "--only", "hstu_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = json.loads(out.read_text())
+    assert done.returncode == 0, done.stderr
+    assert found["checks"]["hstu_kernels"]["found"]["causal, bias"]["float32"] < 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
