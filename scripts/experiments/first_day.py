@@ -2,9 +2,9 @@
 
     python scripts/experiments/first_day.py --output runs/first-day --seeds 0
 
-Two models live through the days of the shop of `shop.py` by nightly increments, as in `fortnight.py`: `text` reads the
-titles by a Llama of one layer that is trained from scratch with everything else, `ids` has no texts; both have item IDs
-(some read as unknown in training) and users' countries, and no features of items. On each day last night's model is
+Two models live through the days of the shop of `shop.py` by nightly increments, as in `fortnight.py`: `text` reads
+embeddings of the titles by all-MiniLM-L6-v2 (frozen, whitened), `ids` has no texts; both have item IDs (some read as
+unknown in training) and users' countries, and no features of items. On each day last night's model is
 scored on the exposures of
 
     first     the day's new items, which no night has seen: what adding an item at noon gives
@@ -27,15 +27,12 @@ import numpy as np
 import torch
 import yaml
 from fortnight import COMMON, FIRST, ROOT, Fortnight, shop_periods
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
+from hllm_torchrec.data.quickstart_files import fetch_minilm
 from hllm_torchrec.data.sources.table_mapping import table
 from hllm_torchrec.data.split import Split
 from hllm_torchrec.data.visibility import visible_before
@@ -49,33 +46,20 @@ DAYS, TOP = 7, 20
 KINDS = ("first", "second", "others")
 MODELS = ("text", "ids")
 DATA = {"user_features": ["country"], "max_history": 64, "batch_users": 32, "cold_dropout": 0.2}
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-}
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of the words of the shop's titles; returns its folder."""
-    from shop import WORDS
-
-    words = ["[UNK]", "title", ":", *dict.fromkeys(["The", "and", "the", "of", *WORDS])]
-    assert len(words) <= LLAMA["vocab_size"]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    return folder
-
-
-def settings(model: str, tokenizer: Path) -> dict[str, Any]:
+def settings(model: str, encoder: Path) -> dict[str, Any]:
     """The configuration of a model."""
-    text = {"shape": LLAMA, "tokenizer": str(tokenizer), "text_keys": ["title"], "max_text_length": 12}
-    return COMMON | {"data": DATA, "item_llm": text if model == "text" else {"enabled": False}}
+    text = {
+        "pretrained": str(encoder),
+        "pooling": "mean",
+        "trainable": False,
+        "whiten": True,
+        "text_keys": ["title"],
+        "max_text_length": 24,
+    }
+    stages = [{"name": "all", "epochs": 12, "item_embeddings": "cached"}]
+    return COMMON | {"data": DATA} | ({"item_llm": text, "stages": stages} if model == "text" else {})
 
 
 class FirstDays(Fortnight):
@@ -94,6 +78,13 @@ class FirstDays(Fortnight):
                 before = self.path(0 if number == 2 else number - 1, "nightly")
                 self.train(number, "nightly", self.increment(number, before))
                 self.score(number, "nightly", self.path(number, "nightly"))
+
+    def increment(self, number: int, chain: Path) -> dict[str, Any]:
+        """Options of a night's increment, which reads item embeddings as the first training does."""
+        stages = [
+            {**stage, "epochs": 1} for stage in yaml.safe_load((self.folder / "common.yaml").read_text())["stages"]
+        ]
+        return super().increment(number, chain) | {"stages": stages}
 
     def score(self, number: int, arm: str, run: Path) -> None:
         """Score a model on a day's exposures, and rank the catalogue for its clicks on new items, unless it is done."""
@@ -147,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "first-day")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--days", type=int, default=DAYS, help=f"days to score (default: {DAYS})")
+    parser.add_argument("--encoder", type=Path, help="folder with all-MiniLM-L6-v2, or with another encoder")
     parser.add_argument("--tiny", action="store_true", help="a tiny shop, for tests")
     return parser.parse_args()
 
@@ -157,14 +149,14 @@ def main() -> None:
     sizes = {"days": FIRST + 1 + options.days}
     if options.tiny:
         sizes |= {"first_items": 30, "daily_items": 4, "first_users": 40, "daily_users": 3, "active": 20}
+    encoder = fetch_minilm(local=options.encoder)
     with distributed_device() as device:
         for seed in options.seeds:
             folder = options.output.absolute() / f"seed-{seed}"
             periods = shop_periods(folder / "files", seed, sizes)
-            tokenizer = write_tokenizer(folder / "tokenizer")
             for model in MODELS:
                 one = FirstDays(folder / model, "shop", seed, periods, device)
-                (folder / model / "common.yaml").write_text(yaml.safe_dump(settings(model, tokenizer)))
+                (folder / model / "common.yaml").write_text(yaml.safe_dump(settings(model, encoder)))
                 one.run()
                 days = [json.loads(file.read_text()) for file in sorted((folder / model).glob("day-*.json"))]
                 found[f"{model}-{seed}"] = summary(days)

@@ -147,7 +147,7 @@ def test_vectors_of_users_say_once_that_they_have_no_context(
     in_context: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed(["--run", str(in_context), "--users", str(tmp_path / "users")]) == 0
-    said = capsys.readouterr().out.count("its context (device, price) is read as unknown")
+    said = capsys.readouterr().out.count("the context (device, price) is read as unknown")
     assert said == (in_context.name == "late"), "in early fusion a user's vector is of its last event"
 
 
