@@ -8,8 +8,8 @@ No choice is left to make. Arms, each of `configs/ml100k/no_text.yaml` with the 
     value      the same, with the rating's squared error (objective.value_weight), as the configuration has it
     ordinal    two tasks on a shared bottom: the label, and a softmax over the five stars with weight 0.5
 
-OUTPUT/ordinal.json: AUC of the test part by seed, MAE of the expected stars, and paired differences from the first arm by
-seed, and of the mean score of all seeds with its interval over users. What is done is kept.
+OUTPUT/ordinal.json: AUC of the test part by seed, MAE of the expected stars, and paired differences from the first arm
+by seed, and of the mean score of all seeds with its interval over users. What is done is kept.
 """
 
 import argparse
