@@ -34,6 +34,8 @@ from hllm_torchrec.launch.evaluate_options import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hllm_torchrec.evaluation.regression_gate import Verdict
     from hllm_torchrec.evaluation.sanity_checks import Overlap
 
@@ -145,7 +147,8 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
         own = {storage.folder.resolve().name: scores.predictions} if scores.predictions else {}
         overlap = None
         if own or others:
-            metrics, overlap = _measure(args, own | others, True, scores.provenance)
+            counts = scores.dataset.training_item_counts()
+            metrics, overlap = _measure(args, own | others, True, scores.provenance, counts)
             metrics["retrieval"] = scores.retrieval
         else:
             metrics = retrieval_alone(args.split, scores.retrieval, scores.provenance)
@@ -157,7 +160,11 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
 
 
 def _measure(
-    args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
+    args: argparse.Namespace,
+    paths: Mapping[str, Path],
+    paired: bool,
+    provenance: Mapping[str, Any],
+    item_events: "np.ndarray | None" = None,
 ) -> "tuple[dict[str, Any], Overlap | None]":
     """Content of metrics.json, from predictions on all ranks; the first model is the reference of comparisons.
 
@@ -167,11 +174,15 @@ def _measure(
     from hllm_torchrec.evaluation.prediction_files import unchanged_files
 
     with unchanged_files(paths.values()):
-        return _measure_files(args, paths, paired, provenance)
+        return _measure_files(args, paths, paired, provenance, item_events)
 
 
 def _measure_files(
-    args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
+    args: argparse.Namespace,
+    paths: Mapping[str, Path],
+    paired: bool,
+    provenance: Mapping[str, Any],
+    item_events: "np.ndarray | None",
 ) -> "tuple[dict[str, Any], Overlap | None]":
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
@@ -181,7 +192,9 @@ def _measure_files(
     models, layout = describe(paths, args)
     memory = MEMORY if args.memory is None else args.memory
     settings = EvaluationSettings(args.split, memory, args.draws, spill=args.spill)
-    metrics, overlap = evaluate_files(models, layout, settings, paired=paired, train=args.train)
+    metrics, overlap = evaluate_files(
+        models, layout, settings, paired=paired, train=args.train, item_events=item_events
+    )
     columns = {name: value for name, value in vars(layout).items() if value and name != "tasks"}
     origin = {"columns": columns, "world": world_size(), "machine": machine_info()} | dict(provenance)
     if paired:

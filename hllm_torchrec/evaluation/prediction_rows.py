@@ -45,6 +45,9 @@ HISTORY_BUCKETS = {
 }
 """Slices by history length: name → inclusive bounds."""
 
+ITEM_BUCKETS = {"0": 0, "1-5": 1, "6-20": 6, "21+": 21}
+"""Slices by an item's number of training events: name → lowest."""
+
 _TRUE, _FALSE = ["true", "1"], ["false", "0"]
 
 Rows = Mapping[str, np.ndarray]
@@ -81,6 +84,7 @@ class PredictionRows:
         *,
         paired: bool = False,
         memory: int = MEMORY,
+        item_events: np.ndarray | None = None,
     ):
         """Open the files; CSV files are rewritten into `folder`.
 
@@ -90,12 +94,14 @@ class PredictionRows:
             paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their row in the files. The first
                 call of `batches` is then collective, because it pairs them.
             memory: bytes per rank for pairing.
+            item_events: [N] number of training events by item id, where items are the ids of a dataset.
 
         Raises:
             ValueError: a file is missing, does not have a column, or has another number of rows than the first
                 model's.
         """
         self.models, self.layout, self._known_items = list(models), layout, known_items
+        self._item_events = item_events
         self._paired, self._memory, self._folder = paired, memory, folder
         self._tables: PairedTables | None = None
         self._task: str | None = None
@@ -372,6 +378,10 @@ class PredictionRows:
         if layout.history_length:
             lengths = self._numbers(self.models[0].name, table, layout.history_length, rows)
             found.append(history_slices(lengths))
+        if layout.item and self._item_events is not None:
+            counts = self._item_events[table[layout.item].to_numpy()]
+            names = [f"item_events_{name}" for name in ITEM_BUCKETS]
+            found.append((names, np.searchsorted(list(ITEM_BUCKETS.values()), counts, side="right") - 1))
         if layout.timestamp:
             if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
                 seconds = self._numbers(self.models[0].name, table, layout.timestamp, rows)
