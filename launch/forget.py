@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # `--help` needs no torch
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm forget", description=__doc__)
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="dataset that forgets")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="dataset that forgets, or its URL")
     for name in ("user", "item"):
         parser.add_argument(f"--{name}", action="append", default=[], metavar="RAW", help=f"raw {name} id (repeatable)")
         parser.add_argument(f"--{name}s-file", type=Path, metavar="FILE", help=f"file of raw {name} ids, one per line")

@@ -97,11 +97,12 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.serving.service import Service
 
     limits = BatchLimits(args.batch, args.wait / 1e3, args.queue, args.deadline / 1e3)
-    with distributed_device() as device, closing(EventLog(args.state or default_state(args.run))) as log:
+    state = args.state or default_state(args.run)
+    with distributed_device() as device, closing(EventLog(state)) as log:
 
         def load() -> Engine:
             scorer = BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset, store=args.items)
-            return Engine(scorer, log, args.cache * MIB, args.index)
+            return Engine(scorer, log, args.cache * MIB, args.index, state.parent)
 
         service = Service(load(), limits, token)
         reloader, stop = Reloader(service, load, args.max_change), Event()

@@ -29,6 +29,7 @@ BOUNDS = {
     "seed": ">= 0",
     "max_steps": ">= 0",
     "data.version": ">= 1",
+    "data.train_late_after": ">= 1",
     "data.max_history": ">= 2",
     "data.batch_users": ">= 1",
     "data.batch_item_tokens": ">= 0",
@@ -143,6 +144,8 @@ def _moment_problems(config: "Config") -> Iterator[str]:
         second_of(config.data.train_since or 0)
     except ValueError as error:
         yield f"data.train_since: {error}"
+    if config.data.train_late_after is not None and config.data.train_since is None:
+        yield "data.train_late_after: without data.train_since there is nothing to be late for; give both"
 
 
 TIMES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")

@@ -123,6 +123,9 @@ class DataConfig:
     train_since: int | str | None = None
     """Train on exposures and targets from this moment on (a date, a date-time in UTC, or seconds); older events are
     their history. None: on all of them. For nightly increments on what is new."""
+    train_late_after: int | None = None
+    """With `train_since`: train also on earlier events that came late, in versions of the dataset after this one, which
+    is that of `start_from`. None: they are history only."""
     feedback_delay: int = 0
     """Seconds from an event until it may be seen: a request sees only events more than this long before it, in
     training, evaluation, embedding jobs and the scorer alike. The delay of the event feed in production."""

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.atomic_files import remove_folder
-from hllm_torchrec.common.urls import cache_folder, url_of
+from hllm_torchrec.common.urls import cache_folder
 from hllm_torchrec.data.creative_table import forget_in_tables
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.rewriting import TABLES, Rewriting, table_of
@@ -86,8 +86,6 @@ def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = Fal
     Raises:
         ValueError: `root` is no dataset in a folder, it is damaged, or another process is writing to it.
     """
-    if url_of(root) is not None:
-        raise ValueError(f"{root}: hllm forget works in folders: forget in a copy, and upload the copy in its place")
     with write_lock(root):
         dataset = Dataset.open(root)
         finder = _NumberFinder(root, names)

@@ -56,6 +56,9 @@ class LoaderSpec:
     since: int = 0
     """Second UTC: only events from then on are exposures and targets, and users without one are left out; earlier
     events are history."""
+    late: tuple[Ints, Ints] | None = None
+    """Users [n], ascending, and places [n] in their sequences, of events before `since` that are exposures and targets,
+    too."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
     as_requests: bool = False
@@ -84,10 +87,12 @@ class Loader:
     ) -> None:
         self.dataset, self.collator, self.spec = dataset, collator, spec
         self.rank, self.world_size = rank, world_size
-        self._groups = dataset.row_groups(spec.split, spec.since or None)
+        # A user of a late event need not have one since the second.
+        since = spec.since if spec.late is None or not spec.late[0].size else 0
+        self._groups = dataset.row_groups(spec.split, since or None)
         own = len(self._groups)
         if spec.all_events and spec.split != "train":
-            self._groups += dataset.row_groups("train", spec.since or None)
+            self._groups += dataset.row_groups("train", since or None)
         if not self._groups:
             self._refuse_empty()
         self.pieces = self._index(own)
@@ -134,6 +139,8 @@ class Loader:
             first_targets = np.zeros_like(rows.target_start) if self.spec.all_events else rows.target_start
             if self.spec.since:
                 first_targets = np.maximum(first_targets, rows.before)
+                if self.spec.late is not None:
+                    parts.append(self._cut(number, *_late_ranges(self.spec.late, np.where(wanted, rows.user_ids, 0))))
                 wanted &= first_targets < rows.lengths
             chosen = np.flatnonzero(wanted)
             self._lengths.append(rows.lengths)
@@ -271,6 +278,18 @@ class Loader:
                 batches += self._cut_batches(window, world_size=1)
             plan.append(batches)
         return plan
+
+
+def _late_ranges(late: tuple[Ints, Ints], user_ids: Ints) -> tuple[Ints, Ints, Ints]:
+    """Row, end and start of each range of consecutive late events of ascending `user_ids` [R]; 0: none of its."""
+    users, places = late
+    own = np.isin(users, user_ids)
+    users, places = users[own], places[own]
+    first = np.flatnonzero((np.diff(users, prepend=0) != 0) | (np.diff(places, prepend=-1) != 1))
+    last = np.append(first[1:], users.size) - 1
+    order = np.argsort(user_ids, kind="stable")
+    rows = order[np.searchsorted(user_ids[order], users[first])]
+    return rows, places[last[: first.size]] + 1, places[first]
 
 
 class _RowCache:

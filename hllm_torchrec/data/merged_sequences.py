@@ -62,13 +62,13 @@ class MergedSequences:
         p = SPLITS.index(part)
         start, end = self._starts[p], self._starts[p + 1]
         if since is not None:
-            start = np.maximum(start, self._before(since))
+            start = np.maximum(start, self.before(since))
         return np.flatnonzero(end > start)
 
     def heads(self, user_ids: Ints, part: str, since: int) -> RowHeads:
         """What is known of the sequences of `user_ids` [R] without reading them."""
         p = SPLITS.index(part)
-        found = (self._starts[p + 1], self._starts[p], self._before(since) if since else self._starts[0])
+        found = (self._starts[p + 1], self._starts[p], self.before(since) if since else self._starts[0])
         lengths, target_start, before = (column[user_ids].astype(np.int64) for column in found)
         return RowHeads(user_ids, lengths, target_start, np.minimum(before, lengths))
 
@@ -164,7 +164,7 @@ class MergedSequences:
         elif cuts.of_base:
             starts = [self._before_cut(k, second) for k, second in enumerate(cuts.seconds)]
         else:
-            starts = [self._before(second) for second in cuts.seconds]
+            starts = [self.before(second) for second in cuts.seconds]
         return [np.zeros_like(total), *starts, total]
 
     def _before_cut(self, k: int, second: int) -> _Int32:
@@ -177,7 +177,7 @@ class MergedSequences:
         """[U] number of each user's events."""
         return self._sums(lambda one: one.lengths, self._files)
 
-    def _before(self, second: int) -> _Int32:
+    def before(self, second: int) -> _Int32:
         """[U] number of each user's events before a second."""
         if second not in self._counted:
             self._counted[second] = self._sums(lambda one: one.lengths_before(second), self._files)

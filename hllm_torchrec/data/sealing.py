@@ -187,10 +187,17 @@ def _declared(root: Path, raw: Any) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown key {EVENTS}.{str(name)[:100]}; known: {', '.join(kinds)}")
         if not isinstance(value, kinds[name]):
             raise ValueError(f"{path}: {EVENTS}.{name} is {abbreviate(value)}, it must be {_KINDS[kinds[name]]}")
-    columns = {name: name if raw.get(name) else None for name in (WEIGHT, SAMPLING_RATE)}
-    given = EventColumns(CONTRACT, "", "", labels=raw.get("labels", {}), context=raw.get("context", {}), **columns)
+    given = EventColumns(
+        CONTRACT,
+        "",
+        "",
+        labels=raw.get("labels", {}),
+        context=raw.get("context", {}),
+        weight=WEIGHT if raw.get(WEIGHT) else None,
+        sampling_rate=SAMPLING_RATE if raw.get(SAMPLING_RATE) else None,
+    )
     declared = read_declarations(given, path)
-    named = declared.columns | {declared.schema.labels[0].name: declared.first}
+    named = dict(declared.columns) | {declared.schema.labels[0].name: declared.first}
     if declared.positive_from or any(column not in (None, name) for name, column in named.items()):
         raise ValueError(f"{path}: {EVENTS}: sequences have the stored values; leave column and positive_from out")
     sizes = {}

@@ -5,8 +5,8 @@
 y_t and e_j are indicators of items, so B[i, j] says how much an event of item i speaks for j as the next one; a
 sequence model over IDs needs many epochs to learn as much of it (Choi et al., "Session-aware Linear Item-Item Models",
 WWW 2021; Steck, EASE, arXiv 1905.03375). K = I + E E^T for unit text embeddings E lets items of similar texts share
-their rows. B has rank R: it is projected to the directions of the largest predictions. Then B = S T^T, and the score of
-item i after a history h is the inner product of sum_j d^(age of j) S[j] and T[i].
+their rows. B has rank R: it is projected to the directions of the largest predictions. Then B = S T^T, and the score
+of item i after a history is the inner product of sum_j d^(age of j) S[j] and T[i].
 
 It belongs to a run: fitted when its training starts, to all events that it trains on, and saved with it. Nothing is
 trained with it, so a run that starts from another fits its own.
@@ -21,8 +21,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
 
 from hllm_torchrec.common.arrays import Floats, Ints, save_arrays
 from hllm_torchrec.data.dataset import Dataset
@@ -190,30 +190,27 @@ def _ahead(x: Floats, left: Ints, steps: int) -> Floats:
 
 def _solve(moments: Floats, following: Floats, texts: Floats | None) -> tuple[Floats, Floats]:
     """S and T [n, R] of the regression with these moments; texts: unit rows [n, E]."""
-    size = len(moments)
-    penalty = np.float32(RIDGE * np.trace(moments) / size)
-    matrix = moments.copy()
-    matrix[np.diag_indices(size)] += penalty
-    if texts is not None:  # K^-1 = I - E (I + E^T E)^-1 E^T
-        inner = np.eye(texts.shape[1]) + texts.T.astype(np.float64) @ texts
-        matrix -= penalty * (texts @ np.linalg.solve(inner, texts.T).astype(np.float32))
-    factor = cho_factor(matrix, overwrite_a=True, check_finite=False)
-
-    def solved(right: Floats) -> Floats:
-        found: Floats = cho_solve(factor, right, check_finite=False)
-        return found
-
+    seen, next_seen, size = torch.from_numpy(moments), torch.from_numpy(following), len(moments)
+    penalty = RIDGE * float(seen.trace()) / size
+    matrix = seen + penalty * torch.eye(size)
+    if texts is not None:
+        # K^-1 = I - E (I + E^T E)^-1 E^T; a hundredth of I more, so that float32 finds it positive where texts repeat.
+        matrix += 0.01 * penalty * torch.eye(size)
+        rows = torch.from_numpy(texts)
+        wide = rows.double()
+        inner = torch.linalg.solve(torch.eye(rows.shape[1], dtype=torch.float64) + wide.T @ wide, wide.T)
+        matrix -= penalty * (rows @ inner.float())
+    factor = torch.linalg.cholesky(matrix)
     # Largest eigenvectors of B^T (sum of x x^T) B by subspace iteration: B itself would need n right-hand sides.
-    rank = min(RANK, size)
-    block = np.random.default_rng(0).standard_normal((size, min(size, rank + OVERSAMPLING))).astype(np.float32)
+    rank, start = min(RANK, size), np.random.default_rng(0)
+    block = torch.from_numpy(start.standard_normal((size, min(size, rank + OVERSAMPLING))).astype(np.float32))
     for _ in range(ITERATIONS):
-        basis = np.linalg.qr(block)[0]
-        block = following.T @ solved(moments @ solved(following @ basis))
-    basis = np.linalg.qr(block)[0]
-    image = solved(following @ basis)
-    _, turn = np.linalg.eigh((image.T @ (moments @ image)).astype(np.float64))
-    turn = turn[:, ::-1][:, :rank].astype(np.float32)
-    return image @ turn, basis @ turn
+        image = torch.cholesky_solve(next_seen @ torch.linalg.qr(block)[0], factor)
+        block = next_seen.T @ torch.cholesky_solve(seen @ image, factor)
+    basis = torch.linalg.qr(block)[0]
+    image = torch.cholesky_solve(next_seen @ basis, factor)
+    turn = torch.linalg.eigh((image.T @ (seen @ image)).double())[1].flip(1)[:, :rank].float()
+    return (image @ turn).numpy(), (basis @ turn).numpy()
 
 
 def _unit(texts: Floats) -> Floats:

@@ -4,7 +4,7 @@ Legend: B rows of a batch, X exposures of a window, F numeric features.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -53,8 +53,10 @@ class DLRMBatch:
 
     def to(self, device: torch.device) -> "DLRMBatch":
         """A copy on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return DLRMBatch(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        moved = {
+            name: value.to(device) for field in fields(self) if (value := getattr(self, name := field.name)) is not None
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

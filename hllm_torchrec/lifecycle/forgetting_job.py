@@ -5,9 +5,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.forgetting import DatasetReport, Names, forget
 from hllm_torchrec.data.new_item_journal import JOURNAL as JOURNAL_FILE
+from hllm_torchrec.data.remote_changes import mirrored_dataset
 from hllm_torchrec.data.rewriting import TABLES
 from hllm_torchrec.data.tombstones import ITEMS, USERS
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
@@ -59,6 +61,7 @@ def forget_everywhere(
     Repeated after a kill, it does what is left. The dataset is first, so that no job brings an id back meanwhile.
 
     Args:
+        dataset: its folder or URL.
         predictions: folders, outside of the dataset's runs, with prediction files of `hllm evaluate` that use this
             dataset's dense ids.
         erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
@@ -68,8 +71,17 @@ def forget_everywhere(
             with the events that it has read.
     """
     for folder in (*folders, *predictions):
+        if url_of(folder) is not None:
+            raise ValueError(
+                f"{url_of(folder)}: at URLs only datasets forget: copy what lies there into a folder, name that, and "
+                "upload it in its place"
+            )
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; name those that may hold the ids")
+    url = url_of(dataset)
+    if url is not None:
+        with mirrored_dataset(url) as folder:
+            return forget_everywhere(folder, names, folders, predictions, erase=erase, dry_run=dry_run)
     with ExitStack() as stack:
         if not dry_run:
             for nights in _nights(folders):

@@ -131,7 +131,15 @@ class NightConfig:
         return {"name": "increment", "epochs": 1, "item_embeddings": last.item_embeddings}
 
 
-RESERVED = ("output", "resume", "start_from", "data.dataset", "data.version", "data.train_since")
+RESERVED = (
+    "output",
+    "resume",
+    "start_from",
+    "data.dataset",
+    "data.version",
+    "data.train_since",
+    "data.train_late_after",
+)
 """Fields of `hllm train` that a night sets."""
 
 

@@ -98,6 +98,7 @@ def _append(night: Night) -> dict[str, Any]:
         "start_from": config.start_from if last is None else last.run,
         "checkpoint": "best" if last is None else last.checkpoint,
         "train_since": train_cut(dataset, version - 1) if last is None else last.trained_until,
+        "train_late_after": version - 1 if last is None else last.version,
         "train_until": train_cut(dataset, version),
     }
 
@@ -204,6 +205,7 @@ def training_config(night: Night) -> Config:
         "start_from": facts["start_from"] if facts["checkpoint"] == "best" else facts["checkpoint"],
         "start_from_optimizer": True,
         "data.train_since": facts["train_since"],
+        "data.train_late_after": facts.get("train_late_after"),  # None: begun by an earlier release
     }
     return night.config.train_config(options, increment=True)
 

@@ -26,6 +26,7 @@ from hllm_torchrec.data.drawn_negatives import NegativeDraws
 from hllm_torchrec.data.evidence import FILE as EVIDENCE_FILE
 from hllm_torchrec.data.evidence import Evidence
 from hllm_torchrec.data.item_factors import FACTORS
+from hllm_torchrec.data.late_events import late_events
 from hllm_torchrec.data.loader import Loader, LoaderSpec
 from hllm_torchrec.data.request_context import RequestContext
 from hllm_torchrec.data.run_factors import FILE, RunFactors
@@ -175,6 +176,9 @@ class Experiment:
             context=self.context,
             draws=self.draws(training),
         )
+        since, late = second_of(data.train_since or 0) if training else 0, None
+        if since and data.train_late_after is not None:
+            late = late_events(self.dataset, data.dataset, data.train_late_after, since)
         spec = LoaderSpec(
             split="valid" if whole else split,
             batch_users=batch_users,
@@ -186,7 +190,8 @@ class Experiment:
             all_events=whole,
             extend_history=not training and by_position,
             as_requests=not training and not by_position and self.config.evaluation.history == "request",
-            since=second_of(data.train_since or 0) if training else 0,
+            since=since,
+            late=late,
             user_share=data.train_users if training else 1.0,
             prefetch=data.prefetch,
             timeout=self.config.parallel.timeout,

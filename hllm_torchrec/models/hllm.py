@@ -374,24 +374,22 @@ class HLLM(nn.Module):
     def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
         """Logits [X], or outputs [X, O] of several tasks, with the position bias of binary tasks.
 
-        In training that of the batch's exposures; otherwise its mean over training.
+        In training that of the batch's exposures; otherwise its level in training.
         """
         if self.position_bias is None:
             return logits
-        if self.training:
-            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
-            bias = self.position_bias(batch.bias_ids)
-        else:
-            bias = self.position_bias.mean
-        if self.has_one_logit:
-            return logits + bias[..., 0]
+        outputs, device = logits[:, None] if self.has_one_logit else logits, logits.device
         # The first output of each binary task: other tasks have no bias.
         starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
-        places = [int(start) for start, task in zip(starts, self.tasks, strict=True) if task.is_binary]
-        wide = logits.new_zeros(logits.shape).index_copy(
-            1, torch.tensor(places, device=logits.device), bias.expand(len(logits), -1).to(logits)
-        )
-        return logits + wide
+        binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
+        places = torch.tensor([int(starts[number]) for number in binary], device=device)
+        bias = self.position_bias.mean
+        if self.training:
+            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights[:, binary]
+            bias = self.position_bias(batch.bias_ids, outputs[:, places], weights)
+        wide = outputs.new_zeros(outputs.shape).index_copy(1, places, bias.expand(len(outputs), -1).to(outputs))
+        return (outputs + wide).view_as(logits)
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
@@ -547,18 +545,13 @@ class HLLM(nn.Module):
         row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
             h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
-            sums = _map_both(sums, lambda x: x.new_zeros(1, x.shape[1]))
+            texts, transitions = (x if x is None else x.new_zeros(1, x.shape[1]) for x in sums)
+        else:
+            texts, transitions = sums
         at = row.clamp(min=0)
-        found = self.joined(project(h_TD[at]), *_map_both(sums, lambda x: x[at]))
+        texts, transitions = (x if x is None else x[at] for x in (texts, transitions))
+        found = self.joined(project(h_TD[at]), texts, transitions)
         return found * (visible > 0)[:, None]
-
-
-def _map_both(
-    pair: tuple[Tensor | None, Tensor | None], change: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both tensors, changed where there is one."""
-    first, second = pair
-    return None if first is None else change(first), None if second is None else change(second)
 
 
 def item_space(config: Config) -> str:

@@ -152,8 +152,8 @@ def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0, setting: 
         for part, task in zip(parts, tasks, strict=True):
             values = schema.label_values(task.name, events.labels, events.extra)
             part.append(values[~np.isnan(values)])
-    values = [np.concatenate([np.zeros(0), *part]) for part in parts]
-    return tuple(_fitted(task, own, setting) for task, own in zip(tasks, values, strict=True))
+    known = [np.concatenate([np.zeros(0), *part]) for part in parts]
+    return tuple(_fitted(task, own, setting) for task, own in zip(tasks, known, strict=True))
 
 
 def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:

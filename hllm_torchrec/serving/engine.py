@@ -10,6 +10,7 @@ since, and one of an earlier time than the state's is computed without the cache
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,7 @@ class Engine:
         log: of the events; None: the service takes none.
         cache_bytes: bytes of states and histories that are kept.
         index: of the items, see `Retrieval`.
+        index_folder: where it is kept, see there.
     """
 
     def __init__(
@@ -132,12 +134,13 @@ class Engine:
         log: EventLog | None = None,
         cache_bytes: int = 1 << 30,
         index: IndexKind = "flat",
+        index_folder: Path | None = None,
     ) -> None:
         self.scorer, self.log = scorer, log
         # A state of the scorer also holds on a later version of the same ids; a service has that version's events.
         calibration = None if scorer.calibration is None else scorer.calibration.to_json()
         self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
-        self.retrieval = Retrieval(scorer, index)
+        self.retrieval = Retrieval(scorer, index, index_folder)
         self.histories = ServiceHistories(scorer, log)
         self.states: StateCache[_Cached] = StateCache(cache_bytes)
         self._appended: set[str] = set()

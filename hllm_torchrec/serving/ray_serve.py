@@ -90,12 +90,13 @@ class Shard:
     def __init__(self, options: Options, number: int) -> None:
         self._open = ExitStack()
         device = self._open.enter_context(distributed_device())
-        log = self._open.enter_context(closing(EventLog(state_file(options.state, number, options.shards))))
+        file = state_file(options.state, number, options.shards)
+        log = self._open.enter_context(closing(EventLog(file)))
 
         def load() -> Engine:
             given = options.dataset, options.items
             scorer = BatchScorer.of_run(options.run, options.checkpoint, device, dataset=given[0], store=given[1])
-            return Engine(scorer, log, options.cache_mib << 20, options.index)
+            return Engine(scorer, log, options.cache_mib << 20, options.index, file.parent)
 
         limits = BatchLimits(options.batch, 0.0, options.queue, options.deadline_ms / 1e3)
         self._service = Service(load(), limits, read_token(options.token_file, "a cluster"))
@@ -124,7 +125,8 @@ class Entry:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
-        path, scope = request.url.path, {"method": request.method, "path": request.url.path}
+        path = request.url.path
+        scope: dict[str, Any] = {"method": request.method, "path": path}
         scope |= {"query_string": request.scope["query_string"], "headers": list(request.scope["headers"])}
         body = b""
         async for part in request.stream():

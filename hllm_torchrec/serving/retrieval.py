@@ -9,6 +9,8 @@ Legend: N items, V width of an item's vector in the space of the generative loss
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,13 +30,39 @@ from hllm_torchrec.store.export_formats import import_faiss
 Mask = NDArray[np.bool_]
 NPROBE = 16
 """Cells of an ivf index that are searched."""
+SAMPLE = 64
+"""Items of each cell that an ivf index is fitted on."""
 IndexKind = Literal["flat", "ivf", "none"]
 
 
-class Retrieval:
-    """Candidates for the users of a scorer. kind: of the index; "none": all items are candidates."""
+def _flat(vectors: Floats) -> Any:
+    return ItemIndex.build(vectors, np.arange(len(vectors))).index
 
-    def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat") -> None:
+
+def _cells(vectors: Floats, folder: Path | None) -> Any:
+    """An ivf index of about sqrt(N) cells, from the folder if it has one of exactly these vectors."""
+    faiss, cells = import_faiss(), round(len(vectors) ** 0.5)
+    name = f"index-{blake2b(vectors.data, digest_size=8, person=f'ivf{cells}'.encode()).hexdigest()}.faiss"
+    if folder is not None and (folder / name).is_file():
+        return faiss.read_index(str(folder / name))
+    index = ItemIndex.build(vectors, np.arange(len(vectors)), "ivf", cells, points_of_cell=SAMPLE).index
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        faiss.write_index(index, str(folder / f"{name}.part"))
+        (folder / f"{name}.part").replace(folder / name)
+        for old in set(folder.glob("index-*.faiss")) - {folder / name}:
+            old.unlink(missing_ok=True)
+    return index
+
+
+class Retrieval:
+    """Candidates for the users of a scorer.
+
+    kind: of the index; "none": all items are candidates. folder: where an ivf index is kept for the next start; None:
+    it is built at each.
+    """
+
+    def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat", folder: Path | None = None) -> None:
         experiment = scorer.experiment
         self._scorer, self._masks = scorer, lru_cache(maxsize=256)(self._mask_of)
         self._base = experiment.dataset.num_table_items
@@ -42,7 +70,7 @@ class Retrieval:
         if kind != "none" and scorer.hllm.generates:
             vectors = catalogue_vectors(experiment).float().cpu().numpy()[: self._base]
             vectors[0] = 0  # the unknown item
-            self._index = ItemIndex.build(vectors, np.arange(self._base), kind).index
+            self._index = _flat(vectors) if kind == "flat" else _cells(vectors, folder)
         self._refresh()
 
     @torch.no_grad()

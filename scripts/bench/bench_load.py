@@ -3,8 +3,8 @@
     python scripts/bench/bench_load.py --out benchmarks/DATE-load.json [--folder DIR] [--quick]
 
 Server and client are two processes pinned to a core each. Requests of 200 candidates arrive as a Poisson process, users
-by a Zipf distribution, and a latency counts from the scheduled arrival. The `capacity` is the largest rate, all of whose
-requests are answered with a p99 of at most 50 ms: rates are doubled, then bisected. At half of it p99 / p50 is taken
+by a Zipf distribution, and a latency counts from the scheduled arrival. The `capacity` is the largest rate with a p99
+of at most 50 ms and no request without an answer: rates are doubled, then bisected. At half of it p99 / p50 is taken
 again, for longer. The last part sends 10^5 users through a cache of 1 GB, which is filled with the most active ones and
 then shrunk to a tenth: hit rate and p99 by its size, with a plot beside the JSON.
 
@@ -24,6 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from benchmarking import ROOT, arguments, matmul_peak, report, say
 from serving_stand_in import Sizes, raw_ids, stand_in_dataset, stand_in_run
@@ -50,23 +51,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-load")
     parser.add_argument("--serve", choices=("engine", "locked"), help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help=argparse.SUPPRESS)
     parser.add_argument("--warm", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[0] if args.serve else cores[-1]})
     if args.serve:
+        os.sched_setaffinity(0, {args.core})
         serve(args.serve, args.run, args.warm)
         return
+    cores = sorted(os.sched_getaffinity(0))
     seconds = 1.0 if args.tiny else 3.0 if args.quick else 8.0
     few, many = stand_ins(args.folder, args.tiny)
+    os.sched_setaffinity(0, {cores[-1]})
     found: dict[str, Any] = {"ratios": {}, "shapes": {"candidates": CANDIDATES, "p99_ms": P99_MS}}
     for fusion in ("late", "early"):
-        sides = {side: side_of(side, few / fusion, seconds) for side in ("engine", "locked")}
+        sides = {side: side_of(side, few / fusion, seconds, cores[0]) for side in ("engine", "locked")}
         found[fusion] = sides
         found["ratios"][f"{fusion}_capacity"] = sides["engine"]["capacity"] / max(sides["locked"]["capacity"], 1e-9)
         found["ratios"][f"{fusion}_p99_over_p50"] = sides["engine"]["p99_over_p50"]
-    found["caches"] = caches(many / "late", 3 * seconds, 300 if args.tiny else 100_000)
+    found["caches"] = caches(many / "late", cores[0], 3 * seconds, 300 if args.tiny else 100_000)
     if args.out is not None:
         plot(found["caches"], args.out.with_suffix(".svg"))
     report("load", args, {**found, "matmul_peak": matmul_peak(), "matmul_share": {}})
@@ -141,9 +144,9 @@ def serve(kind: str, run: Path, warm: int) -> None:
 
 
 @contextmanager
-def running(kind: str, run: Path, warm: int = 0) -> Iterator[str]:
-    """URL of a server."""
-    command = [sys.executable, __file__, "--serve", kind, "--run", str(run), "--warm", str(warm)]
+def running(kind: str, run: Path, core: int, warm: int = 0) -> Iterator[str]:
+    """URL of a server on a core."""
+    command = [sys.executable, __file__, "--serve", kind, "--run", str(run), "--core", str(core), "--warm", str(warm)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     ) as job:
@@ -162,8 +165,6 @@ def running(kind: str, run: Path, warm: int = 0) -> Iterator[str]:
 
 def active(users: list[str]) -> list[str]:
     """Users in the order of their activity, as `score_bodies` draws it with seed 0."""
-    import numpy as np
-
     return [users[at] for at in np.random.default_rng([0, 1]).permutation(len(users))]
 
 
@@ -181,10 +182,10 @@ async def measured(url: str, run: Path, rate: float, seconds: float, seed: int, 
     return replace(result, hit_rate=hits / max(hits + misses, 1))
 
 
-def side_of(kind: str, run: Path, seconds: float) -> dict[str, Any]:
+def side_of(kind: str, run: Path, seconds: float, core: int) -> dict[str, Any]:
     """Capacity of a server, and its latencies at half of it."""
     users = len(raw_ids(run.parent / "data")[0])
-    with running(kind, run, users) as url:
+    with running(kind, run, core, users) as url:
         say(f"{kind}, {run.name}")
 
         def good(rate: float, seed: int) -> bool:
@@ -212,10 +213,10 @@ def largest_rate(good: Any, first: float = FIRST_RATE, bisections: int = BISECTI
     return low
 
 
-def caches(run: Path, seconds: float, users: int) -> list[dict[str, Any]]:
+def caches(run: Path, core: int, seconds: float, users: int) -> list[dict[str, Any]]:
     """Hit rate and latencies of `users` users by the size of the cache, at a fifth of what one core hits at most."""
     found = []
-    with running("engine", run, users // 5) as url:
+    with running("engine", run, core, users // 5) as url:
         for mib in CACHES:
             held = asyncio.run(resized(url, mib))
             asyncio.run(measured(url, run, 40.0, seconds / 3, mib, users))
@@ -225,6 +226,7 @@ def caches(run: Path, seconds: float, users: int) -> list[dict[str, Any]]:
 
 
 async def resized(url: str, mib: int) -> int:
+    """Bound the cache of a server; returns the number of users that it held before."""
     client = HttpClient(url)
     _, content = await client.request("POST", f"/bench/cache/{mib}")
     client.close()

@@ -141,7 +141,7 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0) ->
         "item_llm": item_llm,
         "user": {"shape": USER},
         "features": {"action_gate": True, "time_depth": 0, "init_scale": 0.05},
-        "objective": {"fusion": fusion, "value_weight": 0.5},
+        "objective": {"fusion": fusion, "value_weight": 0.5, "generative_weight": float(width > 0)},
     }
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(sections), encoding="utf-8")

@@ -28,12 +28,12 @@ def direct(options: TransitionOptions, texts: np.ndarray | None) -> np.ndarray:
     used = np.zeros(number, bool)
     used[np.concatenate([events.item_ids for events in _all(dataset, options.part)])] = True
     x, y = x[:, used], y[:, used]
-    kernel = np.eye(used.sum())
+    inverse = np.eye(used.sum())
     if texts is not None:
         unit = texts[used] / np.linalg.norm(texts[used], axis=1, keepdims=True)
-        kernel = kernel + unit @ unit.T
+        inverse = np.linalg.inv(inverse + unit @ unit.T) + 0.01 * inverse
     penalty = transitions.RIDGE * np.trace(x.T @ x) / used.sum()
-    solved = np.linalg.solve(x.T @ x + penalty * np.linalg.inv(kernel), x.T @ y)
+    solved = np.linalg.solve(x.T @ x + penalty * inverse, x.T @ y)
     found = np.zeros((number, number))
     found[np.ix_(used, used)] = solved / (x @ solved)[y.astype(bool)].mean()
     return found
@@ -95,3 +95,9 @@ def test_a_forgotten_item_is_as_the_unknown_one() -> None:
     assert not without.source[known].any() and np.array_equal(without.target[known], fitted.target[0])
     rest = np.arange(len(fitted.source)) != known
     assert np.array_equal(without.target[rest], fitted.target[rest])
+
+
+def test_a_catalogue_of_equal_texts_is_solved() -> None:
+    texts = np.ones((fixtures.dataset("leave_one_out").num_items, 6), np.float32)
+    fitted = fit_transitions(fixtures.dataset("leave_one_out"), texts, TransitionOptions())
+    assert np.isfinite(fitted.source).all() and fitted.source.any()

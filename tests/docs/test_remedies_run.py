@@ -45,6 +45,8 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("□ holds another dataset (□; different: □). Choose another folder, or overwrite it (--overwrite)",
      "prepare --source table --path {shop}/mapping.yaml --output {data} --min-events 2",
      "prepare --source table --path {shop}/mapping.yaml --output {data} --min-events 2 --overwrite"),
+    ("at a URL no run pins its version: name the versions", "dataset prune file://{data}",
+     "dataset prune file://{data} --keep 1"),
     ("□: a k-core is one of all events; prepare all again (--extend)",
      "prepare --source table --path {shop}/half.yaml --output {core} --append",
      "prepare --source table --path {shop}/mapping.yaml --output {core} --extend"),

@@ -70,9 +70,7 @@ def test_a_killed_replica_loses_no_acknowledged_event_and_the_other_shard_answer
     run, _ = trained("early")
     destroy_distributed()
     (tmp_path / "token").write_text(TOKEN)
-    options = Options(
-        run=run, state=tmp_path / "state", token_file=tmp_path / "token", checkpoint="latest", index="none"
-    )
+    options = Options(run=run, state=tmp_path / "state", token_file=tmp_path / "token", checkpoint="latest")
     options.deadline_ms = 20_000
     ray.serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     ray.serve.run(application(options))

@@ -100,7 +100,8 @@ def _source(
         label_rule="rating >= 4",
         action_names={rating: f"rating {rating}" for rating in range(1, 6)},
         license_note=LICENSE_NOTE,
-        **({"schema": WITH_STARS, "options": {"stars": True}} if stars else {}),
+        schema=WITH_STARS if stars else EventSchema(),
+        options={"stars": True} if stars else {},
     )
 
 
