@@ -20,6 +20,7 @@ from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.data.events import EVENT_COLUMNS
+from hllm_torchrec.data.tombstones import USERS
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request, concatenated, split
 from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.raw_histories import check_found
@@ -229,6 +230,8 @@ class Engine:
         numbers = np.array([0 if event.action is None else known.get(event.action, -1) for event in events])
         names = [str(event.action) for event in events]
         check_found("actions of events", numbers, names, f"the dataset has {', '.join(known)}")
+        if self.scorer.experiment.dataset.tombstones.find(USERS, user) is not None and not self.log.is_forgotten(user):
+            self.log.forget(user)  # who came back after the dataset forgot them keeps what comes from now on
         self.log.append(user, events)
 
     def close(self) -> None:
