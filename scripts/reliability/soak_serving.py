@@ -98,6 +98,7 @@ class Service:
         """Start it, and wait until it answers."""
         given = ["--run", "current", "--dataset", "data", "--checkpoint", "latest", "--port", str(PORT), "--quiet"]
         given += ["--state", "events.sqlite", "--token-file", "token", "--watch", "1", "--max-change", "1"]
+        given += ["--deadline", "10000"]  # a reload computes beside the answers
         command = [sys.executable, "-m", "hllm_torchrec.launch.cli", "serve", *given, "--cache", "64"]
         with (self.folder / "serve.log").open("a") as log:
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
