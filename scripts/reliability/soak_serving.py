@@ -240,7 +240,9 @@ class Soak:
 
     async def measure(self) -> None:
         """Note the memory of the service."""
-        with suppress(OSError, IndexError):
+        if not self.service.ready:
+            return
+        with suppress(OSError):
             pages = int(Path(f"/proc/{self.service.job.pid}/statm").read_text().split()[1])
             self.tally.memory[-1].append(pages * os.sysconf("SC_PAGESIZE"))
 
