@@ -125,9 +125,8 @@ class Entry:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
-        path = request.url.path
-        scope: dict[str, Any] = {"method": request.method, "path": path}
-        scope |= {"query_string": request.scope["query_string"], "headers": list(request.scope["headers"])}
+        path, query, headers = request.url.path, request.scope["query_string"], list(request.scope["headers"])
+        scope: dict[str, Any] = {"method": request.method, "path": path, "query_string": query, "headers": headers}
         body = b""
         async for part in request.stream():
             body += part
@@ -137,8 +136,8 @@ class Entry:
         # A reload takes as long as a start.
         seconds = None if path == "/v1/reload" else self._deadline + 1
         answers = [await _ask(shard, scope, body, seconds) for shard in asked]
-        status, headers, content = max(answers, key=lambda answer: answer[0])
-        return Response(content, status, {name.decode(): value.decode() for name, value in headers})
+        status, found, content = max(answers, key=lambda answer: answer[0])
+        return Response(content, status, {name.decode(): value.decode() for name, value in found})
 
 
 async def _ask(shard: DeploymentHandle, scope: dict[str, Any], body: bytes, seconds: float | None) -> Answer:
