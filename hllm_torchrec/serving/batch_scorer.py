@@ -116,7 +116,10 @@ class BatchScorer(Scorer):
         return found
 
     def _with_its_state(self, request: Request) -> Request:
-        """The request with the state of what it may see, where its state goes beyond."""
+        """The request itself if its state starts where the events that it may see do.
+
+        Otherwise with a state that is read from those events alone.
+        """
         state, seen = request.state, self._seen(request.state.history, request.time)
         self._check_state(state)
         if self._start(seen) == state.start:
@@ -133,7 +136,7 @@ class BatchScorer(Scorer):
         """Context of a request by raw values as `Request.context`; see `Scorer.score`.
 
         Raises:
-            ValueError: a value is missing, has another name, or is none.
+            ValueError: a value is missing, its name is unknown, or it is not a valid number.
         """
         return self._context.columns(given, 1)
 
@@ -143,7 +146,7 @@ class BatchScorer(Scorer):
         return self.score_batch([Request(state, items, moment, context)])[0]
 
     def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits of requests with ROWS_AT_ONCE candidates together, or of a single request."""
+        """Logits of requests that have at most ROWS_AT_ONCE candidates together, or of a single larger request."""
         states, times = [one.state for one in requests], [one.time for one in requests]
         visible = [self._visible(state, time) for state, time in zip(states, times, strict=True)]
         ask = begin_requests(self.hllm.user, [state.cache for state in states], times, visible)

@@ -137,7 +137,8 @@ class Engine:
         index_folder: Path | None = None,
     ) -> None:
         self.scorer, self.log = scorer, log
-        # A state of the scorer also holds on a later version of the same ids; a service has that version's events.
+        # The scorer's mark stays the same on a later dataset version with the same ids, but the histories that the
+        # service reads do not; so the version (and the calibration) is part of the engine's mark.
         calibration = None if scorer.calibration is None else scorer.calibration.to_json()
         self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
         self.retrieval = Retrieval(scorer, index, index_folder)
@@ -147,7 +148,7 @@ class Engine:
         self._note = self._appended.add
         if log is not None:
             log.forget_those_of(scorer.experiment.dataset.tombstones)
-            log.readers.append(self._note)
+            log.listeners.append(self._note)
         self._texts: tuple[Dataset, Callable[[int], tuple[str, str]]] | None = None
 
     @property
@@ -156,7 +157,7 @@ class Engine:
         return self._mark
 
     def score(self, requests: Sequence[AnyRequest]) -> list[Scores | Exception]:
-        """Scores of each request, or the error that it has alone."""
+        """Scores of each request, or its error; an invalid request does not affect the others."""
         asked: list[Request | Exception] = []
         for request in requests:
             try:
@@ -237,7 +238,7 @@ class Engine:
     def close(self) -> None:
         """Stop reading the log, and restore the scorer's weights; see `Scorer.close`."""
         if self.log is not None:
-            self.log.readers.remove(self._note)
+            self.log.listeners.remove(self._note)
         self.states.clear()
         self.scorer.close()
 

@@ -1,8 +1,8 @@
 """Candidates of a user from the whole catalogue: the nearest items to the predicted next one, or all items.
 
 A model with a generative loss predicts the next item from the last event that a request may see; its nearest items by
-cosine are found by FAISS, exactly (flat) or in the nearest cells (ivf). Without that loss, or without FAISS, all items
-are candidates, and the head ranks them: exact, and as slow as the catalogue is large.
+cosine are found by FAISS, exactly (flat) or in the nearest cells (ivf). Without that loss, or with the index "none",
+all items are candidates, and the head ranks them: exact, in time proportional to the catalogue.
 
 Legend: N items, V width of an item's vector in the space of the generative loss.
 """
@@ -98,7 +98,9 @@ class Retrieval:
                 self._by_events = np.argsort(-self._of.training_item_counts(), kind="stable")
 
     def allowed(self, exclude: Ints, filters: Mapping[str, Sequence[str]]) -> Mask:
-        """Mask [N] of the items that may be recommended: known, not in `exclude`, and with one of each filter's values.
+        """Mask [N] of the items that may be recommended.
+
+        They are known, not withdrawn, not in `exclude`, and have at least one value of each filter.
 
         Raises:
             ValueError: a feature that the dataset does not have.

@@ -125,7 +125,7 @@ class Scorer:
         spec = replace(experiment.batch_spec, visibility="second")
         vectors, context = experiment.item_vectors, experiment.context
         self._collator = Collator(experiment.dataset, spec, item_vectors=vectors, context=context)
-        # Last: other threads take an id from here on.
+        # Last: from here on other threads accept ids below `num_items`.
         self.num_items = experiment.dataset.num_items
         """Dense ids are below it: the dataset's, and those of items that came after it."""
 
@@ -230,7 +230,10 @@ class Scorer:
             return added
 
     def refresh(self) -> int:
-        """Read the items that other processes have added; return their number. Unknown raw ids do the same."""
+        """Read the items that other processes have added; return their number.
+
+        A request with an unknown raw id does this by itself.
+        """
         with self._lock:
             return self._refresh()
 
@@ -255,7 +258,7 @@ class Scorer:
         if (ids < 0).any():
             self.refresh()
             ids = self._find(raw)
-        check_found(what, ids, raw, "add_items (POST /v1/items) makes an item known that came after `hllm prepare`")
+        check_found(what, ids, raw, "register items that came after `hllm prepare` with add_items (POST /v1/items)")
         return ids
 
     def _find(self, raw: list[str]) -> Ints:
@@ -352,7 +355,9 @@ class Scorer:
         time: int | None = None,
         context: Mapping[str, ContextValue] | None = None,
     ) -> NDArray[np.float32]:
-        """Return logits [m] of candidates: the `score` of `hllm evaluate`, in the same order as the probabilities.
+        """Return logits [m] of candidates: the `score` of `hllm evaluate`.
+
+        They rank candidates as the uncalibrated probabilities do.
 
         Args:
             user: a history, or the result of `read` or `extend`.
@@ -360,8 +365,8 @@ class Scorer:
                 242.
             time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
                 older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
-            context: text or number of every value of the request that the model reads (`data.context`), by name; None:
-                unknown. A text that training has not seen is unknown, and counted.
+            context: name -> text or number, for every context column that the model reads (`data.context`); a value of
+                None is unknown. A text that training has not seen is unknown, and counted.
 
         Raises:
             ValueError: as `read`; context that is missing or of another name; candidates that are not known, a state
@@ -381,7 +386,7 @@ class Scorer:
         """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
 
         The arguments are those of `score`; probabilities are calibrated if the run is (`hllm calibrate`). A task whose
-        label is defined only where another one is 1 predicts what holds there, such as a like given a click.
+        label is declared `given` another one is predicted under that condition, such as a like given a click.
         """
         return self.predictions(self._outputs(user, candidates, time, context))
 

@@ -14,7 +14,7 @@ ELSEWHERE: dict[str, str] = {
     "give the stores of `hllm embed --items` and `--users` of one run": "tests/launch/test_drawn_negatives.py::test_hard_candidates_are_the_nearest_items_of_the_stores",
     "the loss of epoch □ is □: lower dlrm.lr": "tests/downstream/test_dlrm.py::test_a_loss_that_is_no_number_stops_with_the_remedy",
     "□/current: its run □ is gone; publish another release": "tests/lifecycle/test_nightly.py::test_a_night_without_the_published_run_appends_nothing_and_names_the_remedy",
-    "nothing is published; `hllm nightly` does it": "tests/lifecycle/test_nightly.py",
+    "nothing is published yet; `hllm nightly` publishes a release": "tests/lifecycle/test_nightly.py",
     "is not a release (□); publish it again": "tests/lifecycle/test_releases.py",
     "step □ is not done; run it first (--steps □)": "tests/lifecycle/test_nightly.py",
     "does not say which ids it was trained with": "tests/training/test_warm_start.py::test_an_earlier_run_loads_with_a_caution_and_can_be_adopted",

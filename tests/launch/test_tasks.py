@@ -121,7 +121,9 @@ def test_context_of_a_request_is_what_evaluation_read(in_context: Path) -> None:
         assert scorer.unknown_context["device"] == before + 1
         with pytest.raises(ValueError, match=r"the request has no 'device', which the model reads; give it in context"):
             scorer.score(state, item, row["timestamp"], {"price": 1.0})
-        with pytest.raises(ValueError, match=r"context 'devise': the dataset has none \(did you mean 'device'\?\)"):
+        with pytest.raises(
+            ValueError, match=r"context 'devise': the dataset has no such context \(did you mean 'device'"
+        ):
             scorer.score(state, item, row["timestamp"], context | {"devise": "phone"})
         with pytest.raises(ValueError, match=r"context 'price' is 'dear'; it must be a finite number, or None"):
             scorer.score(state, item, row["timestamp"], context | {"price": "dear"})
