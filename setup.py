@@ -37,6 +37,7 @@ REQUIREMENTS = [
 ]
 PEFT = "peft>=0.21,<1"
 CALIBRATE = "scikit-learn>=1.9,<2"  # `hllm calibrate` fits with it; tests and scripts compare with it
+RAY = "ray[serve]>=2.60,<3"  # a cluster of `serving.ray_serve`; tested by scripts/test.sh --extras
 S3 = ["s3fs>=2026.9,<2027"]
 SERVE = ["fastapi>=0.165,<1", "prometheus_client>=0.26,<1", "uvicorn>=0.54,<1"]
 WANDB = "wandb>=0.31,<1"
@@ -117,6 +118,7 @@ setup(
         "faiss": ["faiss-cpu>=1.15,<2"],
         "flash-attn": ["flash-attn>=2.7"],
         "lora": [PEFT],
+        "ray": [RAY],
         "s3": S3,
         "sentences": ["sentence-transformers>=6.2,<7"],  # compares an exported folder with it; not needed to export
         "serve": SERVE,

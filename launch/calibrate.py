@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.distributed.coordination import run_on_rank_zero
     from hllm_torchrec.distributed.process_group import distributed_device
     from hllm_torchrec.evaluation.calibration import fit_calibration
-    from hllm_torchrec.evaluation.run_loader import run_config, score_run
+    from hllm_torchrec.evaluation.run_loader import run_config, score_run, training_overlap
 
     if not run_config(args.run, args.dataset).objective.has_head:
         raise ValueError(f"{args.run}: objective.fusion 'none': the run has no probabilities to calibrate")
@@ -55,10 +55,16 @@ def run(args: argparse.Namespace) -> None:
         predictions = scores.predictions
         assert predictions is not None
         fingerprint = scores.provenance["weights"]["fingerprint"]
+        overlap = training_overlap(predictions, scores.trained_on)
 
         def fit() -> None:
             found = fit_calibration(predictions, fingerprint, args.method)
             say(calibration_summary(found))
+            if overlap.seen:
+                say(
+                    f"  caution: the run was trained on {overlap.seen:,} of {overlap.exposures:,} exposures: on them "
+                    "its probabilities look better than they are"
+                )
             say(f"calibration: {found.save(storage.folder)}")
 
         run_on_rank_zero(fit)

@@ -3,15 +3,19 @@
 import argparse
 import datetime
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.dataset_compaction import compact
-from hllm_torchrec.data.manifest import chain_base, listed_files, read_manifest
+from hllm_torchrec.data.manifest import chain_base, listed_files, manifest_path, read_manifest
 from hllm_torchrec.data.pins import pinned_versions, remove_stale_pins
+from hllm_torchrec.data.remote_changes import mirrored_dataset
+from hllm_torchrec.data.remote_datasets import local_dataset, writable_dataset
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.data.tombstones import ITEMS, USERS, Tombstones
 from hllm_torchrec.data.versions import kept_versions, remove_superseded, remove_versions, write_lock
@@ -20,7 +24,8 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 EXAMPLES = """examples:
   hllm dataset info data/shop
   hllm dataset compact data/shop
-  hllm dataset prune data/shop"""
+  hllm dataset prune data/shop
+  hllm dataset prune s3://bucket/shop --keep 12 15"""
 
 ACTIONS = {
     "info": "print the versions, what each added, which runs pin it, and the parts of the newest",
@@ -35,7 +40,10 @@ def build_parser() -> CommandParser:
     actions = parser.add_subparsers(dest="action", required=True)
     for name, text in ACTIONS.items():
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("dataset", type=Path, help="dataset directory")
+        action.add_argument("dataset", type=Path, help="dataset directory or URL")
+        if name == "prune":
+            text = "further versions to keep (required at a URL, where runs cannot pin them)"
+            action.add_argument("--keep", type=int, nargs="+", metavar="VERSION", help=text)
     return parser
 
 
@@ -53,7 +61,7 @@ def info(root: Path) -> str:
         what += "".join(f"; {n.size:,} {name} forgotten" for name in (USERS, ITEMS) if (n := gone.numbers(name)).size)
         runs = "".join(f"; pinned by {run}" for run in pins.get(version, ()))
         lines.append(f"version {version}: {what}; {len(appends)} appends, {size / 1e6:,.1f} MB{runs}")
-    lines.append(f"of version {dataset.version}:")
+    lines.append(f"parts of version {dataset.version}:")
     for part in SPLITS:
         lines.append(f"  {part}: {part_facts(dataset, part)}")
     first, last = (_moment(second) for second in dataset.manifest.get("seconds", (0, 0)))
@@ -77,12 +85,35 @@ def _moment(second: int) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def prune(root: Path) -> str:
-    """Remove versions; returns which, in words."""
+def prune(place: Path, keep: Sequence[int] | None = None) -> str:
+    """Remove versions of a dataset, in a folder or at a URL, except the newest, pinned ones and those to `keep`.
+
+    Returns which, in words.
+
+    Raises:
+        ValueError: a version to `keep` does not exist; or `keep` is not given for a URL.
+    """
+    url = url_of(place)
+    if url is None:
+        return _prune_folder(place, keep or ())
+    if keep is None:
+        newest = Dataset.open(url).version
+        raise ValueError(
+            f"{url}: at a URL no run pins its version: name the versions that runs use or, if there are "
+            f"none, the newest: hllm dataset prune {url} --keep {newest}"
+        )
+    with mirrored_dataset(url, contents=False) as folder:
+        return _prune_folder(folder, keep)
+
+
+def _prune_folder(root: Path, keep: Sequence[int]) -> str:
     with write_lock(root):
-        read_manifest(root, check_files=False)  # of a damaged dataset nothing is removed
+        read_manifest(root, check_files=False)  # raises if the dataset is damaged: then nothing is removed
         remove_stale_pins(root)
         pins = pinned_versions(root)
+        for version in keep:
+            manifest_path(root, version)  # raises if there is no such version
+            pins.setdefault(version, []).append("--keep")
         first = kept_versions(root).get(1)
         if first is not None and chain_base(first) is None:  # its runs could not pin it
             pins.setdefault(1, []).append("perhaps runs of an earlier release")
@@ -100,12 +131,14 @@ def run(args: argparse.Namespace) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.action == "info":
-        say(info(args.dataset))
+        url = url_of(args.dataset)
+        say(info(args.dataset if url is None else local_dataset(url)))
     elif args.action == "prune":
-        say(prune(args.dataset))
+        say(prune(args.dataset, args.keep))
     else:
-        version = compact(args.dataset)
-        say("nothing to fold: there are no appends" if version is None else f"version {version} is one base")
+        with writable_dataset(args.dataset) as folder:
+            version = compact(folder)
+        say("nothing to fold: there are no appends" if version is None else f"version {version} has a single base")
 
 
 main = entry_point(build_parser, run)

@@ -83,11 +83,15 @@ def _embed_items(loaded: "LoadedRun", args: argparse.Namespace) -> None:
 
 
 def _embed_users(loaded: "LoadedRun", args: argparse.Namespace) -> None:
+    from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.inference.user_embedding import embed_users
     from hllm_torchrec.models.stored_items import use_stored_items
 
     if args.items is not None:
         use_stored_items(loaded.experiment, args.items)
+    context = loaded.experiment.batch_spec.context
+    if context and loaded.experiment.hllm.fusion.query_is_user and rank() == 0:
+        say(f"caution: user vectors belong to no request: the context ({', '.join(context)}) is read as unknown")
     report = embed_users(loaded, args.users, since=args.since, dtype=args.dtype, keys=args.keys)
     done = f"embedded {report.encoded:,} of {report.active:,} active users ({report.users:,} in all)"
     _say(f"{done} in {report.seconds:.1f} s", args.users, report.version)

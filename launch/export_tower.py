@@ -15,12 +15,14 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm export-tower", description=__doc__)
     parser.add_run()
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.pt2", help="new file, of torch.export")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.pt2", help="new file to write, a torch.export program"
+    )
     parser.add_argument(
         "--compiled",
         type=Path,
         metavar="FILE.pt2",
-        help="new file, of AOTInductor, for processors like this machine's; needs a C++ compiler",
+        help="also write an AOTInductor package (new file) for this machine's type of processor; needs a C++ compiler",
     )
     return parser
 
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         difference = export_tower(scorer, args.output, args.compiled)
     written = " and ".join(str(file) for file in (args.output, args.compiled) if file is not None)
     say(f"{written}: model {scorer.mark}, largest difference to the scorer's logits {difference:.1e}")
+    if args.compiled is not None:
+        say(f"{args.compiled}: run it with AOTI_RUNTIME_CHECK_INPUTS=1, or it takes wrong shapes, types and strides")
 
 
 main = entry_point(build_parser, run)

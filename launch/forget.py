@@ -4,7 +4,7 @@
     hllm forget --dataset data/shop --users-file leavers.txt --runs runs --stores stores --erase
     hllm forget --dataset data/shop --item i31 --dry-run
 
-Their events are read no more, in no version of the dataset; later appends leave them out. Below the folders of --runs,
+Their events are removed from every version of the dataset, and later appends skip them. Below the folders of --runs,
 --stores and --predictions it finds runs, nights, stores, predictions, indexes and journals by their contents, and says
 what it found in each. Numbers of other users and items do not change, and runs keep loading.
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # `--help` needs no torch
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm forget", description=__doc__)
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="dataset that forgets")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="dataset that forgets, or its URL")
     for name in ("user", "item"):
         parser.add_argument(f"--{name}", action="append", default=[], metavar="RAW", help=f"raw {name} id (repeatable)")
         parser.add_argument(f"--{name}s-file", type=Path, metavar="FILE", help=f"file of raw {name} ids, one per line")

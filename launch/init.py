@@ -23,8 +23,20 @@ from hllm_torchrec.launch.recipes import facts_of, fetch_encoder, with_choices
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm init", description=__doc__)
-    parser.add_argument("--data", required=True, metavar="DIR", help="dataset directory written by hllm prepare")
-    parser.add_argument("--task", choices=list(RECIPES), default="ranking", help="default: ranking")
+    parser.add_argument(
+        "--dataset",
+        "--data",
+        dest="data",
+        required=True,
+        metavar="DIR",
+        help="dataset directory written by hllm prepare",
+    )
+    parser.add_argument(
+        "--task",
+        choices=list(RECIPES),
+        default="ranking",
+        help="task of the model: ranking (score candidates) or retrieval (next item); default: ranking",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: TASK.yaml here)")
     return parser
 

@@ -2,7 +2,7 @@
 
 hllm loadtest --url http://127.0.0.1:8400 --dataset data/ml-100k --rates 20,50,100 --seconds 20 --output runs/load
 
-Of a model with `data.context` all requests have the same, --context '{"page": "home"}'.
+For a model with `data.context`, give the context that all requests send: --context '{"page": "home"}'.
 """
 
 import argparse
@@ -28,14 +28,26 @@ def rates(text: str) -> list[float]:
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm loadtest", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8400", help="of the service")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="as of hllm serve")
     parser.add_argument(
-        "--dataset", type=Path, required=True, metavar="DIR", help="its users ask, its items are candidates"
+        "--url", default="http://127.0.0.1:8400", help="URL of the service (default: http://127.0.0.1:8400)"
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with the service's bearer token, as for hllm serve"
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="dataset whose users send the requests and whose items are the candidates",
     )
     parser.add_argument("--rates", type=rates, default=[20.0], metavar="R,R", help="requests per second (default: 20)")
-    parser.add_argument("--seconds", type=positive_number, default=20.0, help="of each rate (default: 20)")
-    parser.add_argument("--candidates", type=positive, default=200, metavar="N", help="of a request (default: 200)")
+    parser.add_argument(
+        "--seconds", type=positive_number, default=20.0, help="duration at each rate, in seconds (default: 20)"
+    )
+    parser.add_argument(
+        "--candidates", type=positive, default=200, metavar="N", help="candidates per request (default: 200)"
+    )
     parser.add_context()
     parser.add_argument("--users", type=positive, metavar="N", help="users who ask (default: all)")
     parser.add_argument(
@@ -46,7 +58,7 @@ def build_parser() -> CommandParser:
         type=positive_number,
         default=50.0,
         metavar="MS",
-        help="bound of the p99 for the capacity (default: 50)",
+        help="largest p99 in milliseconds at which a rate counts towards the capacity (default: 50)",
     )
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for loadtest.json and loadtest.png")
@@ -61,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
     """
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.launch.serve import import_uvicorn, read_token
+    from hllm_torchrec.launch.serve import import_uvicorn
 
     import_uvicorn()
+    from hllm_torchrec.common.token_file import read_token
     from hllm_torchrec.serving.load_test import as_json
 
     token = read_token(args.token_file, "localhost")

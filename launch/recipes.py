@@ -10,7 +10,16 @@ import yaml
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.config.checking import split_arguments
 from hllm_torchrec.config.inheritance import merge, read_resolved
-from hllm_torchrec.config.recipes import ENCODER, RECIPES, Choice, DatasetFacts, has_value, recipe_choices, value_at
+from hllm_torchrec.config.recipes import (
+    ENCODER,
+    RECIPES,
+    Choice,
+    DatasetFacts,
+    choices_of_run,
+    has_value,
+    recipe_choices,
+    value_at,
+)
 from hllm_torchrec.config.schema import DataConfig
 
 
@@ -26,10 +35,11 @@ def with_recipe(arguments: list[str]) -> list[str]:
     task = given.get("recipe")
     if task not in RECIPES:  # an unknown one is reported with all other problems
         return arguments
-    choices = recipe_choices(task, facts_of(_dataset(given)), given)
     saved = _saved_run(given)
-    if saved is not None:  # the dataset may have grown since, and then a choice would be another one
-        choices = [Choice(one.name, value_at(saved, one.name), "the resumed run has it") for one in choices]
+    if saved is not None:
+        choices = choices_of_run(task, saved, given)
+    else:
+        choices = recipe_choices(task, facts_of(_dataset(given)), given)
     if int(os.environ.get("RANK", "0")) == 0:
         for choice in choices:
             say(f"recipe {task}: {choice}")

@@ -5,17 +5,18 @@ curl -X POST localhost:8400/v1/score -H 'content-type: application/json' -d '{"u
 """
 
 import argparse
-import ipaddress
 import signal
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.common.token_file import read_token
 from hllm_torchrec.launch.entry import CommandParser, entry_point, natural, positive, positive_number
+from hllm_torchrec.lifecycle.releases import nights_folder
 
 if TYPE_CHECKING:
     from hllm_torchrec.serving.service import Service
@@ -42,7 +43,10 @@ def build_parser() -> CommandParser:
         "--items", type=Path, metavar="STORE", help="store of hllm embed --items: read it instead of encoding the texts"
     )
     parser.add_argument(
-        "--state", type=Path, metavar="FILE", help="SQLite file of events (default: serving/events.sqlite of the run)"
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="SQLite file of events (default: serving/events.sqlite of the run, or of the folder of the nights)",
     )
     parser.add_argument(
         "--index",
@@ -93,11 +97,12 @@ def run(args: argparse.Namespace) -> None:
     from hllm_torchrec.serving.service import Service
 
     limits = BatchLimits(args.batch, args.wait / 1e3, args.queue, args.deadline / 1e3)
-    with distributed_device() as device, closing(EventLog(args.state or default_state(args.run))) as log:
+    state = args.state or default_state(args.run)
+    with distributed_device() as device, closing(EventLog(state)) as log:
 
         def load() -> Engine:
             scorer = BatchScorer.of_run(args.run, args.checkpoint, device, dataset=args.dataset, store=args.items)
-            return Engine(scorer, log, args.cache * MIB, args.index)
+            return Engine(scorer, log, args.cache * MIB, args.index, state.parent)
 
         service = Service(load(), limits, token)
         reloader, stop = Reloader(service, load, args.max_change), Event()
@@ -109,16 +114,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def default_state(run: Path) -> Path:
-    """File of the events of a service that names none: in the run's folder, or in that of a release's alias.
+    """File of the events of a service that names none: in the run's folder.
+
+    Of a night's run it is in the folder of the nights: their runs replace each other, and old ones are removed. A file
+    that an earlier version left in the run is moved there.
 
     Raises:
-        ValueError: the run is at a URL.
+        ValueError: the run is at a URL, or is not there; another service has a file that is to be moved.
     """
     if "://" in str(run) or ":/" in str(run):
         raise ValueError(f"--run {run}: at a URL: give --state, a file of this machine")
     if not run.exists():  # the file's folder would make it
         raise ValueError(f"{run}: no such file or directory")
-    return run / "serving" / "events.sqlite"
+    folder, name = nights_folder(run) or run, Path("serving", "events.sqlite")
+    if folder != run and (run / name).exists() and not (folder / name).exists():
+        from hllm_torchrec.data.event_log import EventLog
+
+        EventLog(run / name).close()  # what is in its write-ahead file is then in the file itself
+        (folder / name).parent.mkdir(exist_ok=True)
+        (run / name).replace(folder / name)
+    return folder / name
 
 
 def listen(uvicorn, app, service: "Service", host: str, port: int) -> None:  # type: ignore[no-untyped-def]
@@ -141,29 +156,6 @@ def listen(uvicorn, app, service: "Service", host: str, port: int) -> None:  # t
     # uvicorn raises the signal again once it is done: SIGTERM is then no reason for a status of failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run()
-
-
-def read_token(file: Path | None, host: str) -> str | None:
-    """The token of a file, or None without one.
-
-    Raises:
-        ValueError: it is needed for this host, or not readable, or blank.
-    """
-    if file is None:
-        if not is_loopback(host):
-            raise ValueError(f"--host {host}: others can reach it: give --token-file, a file with a secret of your own")
-        return None
-    token = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    if len(token) < 16 or not token.isascii() or not token.isprintable():
-        raise ValueError(f"--token-file {file}: must be a file with one line of at least 16 printable ASCII characters")
-    return token
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine reaches the address."""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def import_uvicorn():  # type: ignore[no-untyped-def]

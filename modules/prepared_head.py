@@ -29,18 +29,21 @@ class PreparedHead:
         self._of_item, self._bias = of_item, first.bias
 
     @torch.no_grad()
-    def items(self, items_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """What is stored of the items: normalized [N, D], and their part of the first layer [N, H]."""
+    def items(self, items_ND: Tensor) -> Tensor:
+        """What is stored of the items [N, D + H]: normalized, and their part of the first layer."""
         normed: Tensor = self.head.item_norm(items_ND)
-        return normed, F.linear(normed, self._of_item)
+        return torch.cat([normed, F.linear(normed, self._of_item)], dim=1)
 
     @torch.no_grad()
-    def score(self, users_RD: Tensor, user_of_pair: Tensor, item_MD: Tensor, hidden_MH: Tensor) -> Tensor:
-        """Logits [M] of pairs: the user (index [M] into users [R, D]) and the rows of `items` of the item."""
+    def score(self, users_RD: Tensor, user_of_pair: Tensor | None, items: Tensor) -> Tensor:
+        """Logits [M] of pairs: the user (index [M] into users [R, D]; None: R is 1) and a row of `items`."""
+        item_MD, hidden_MH = items.split([self._of_item.shape[1], self._of_item.shape[0]], dim=1)
         users = self.head.user_norm(users_RD)
-        product = users.index_select(0, user_of_pair) * item_MD
         of_users = F.linear(users, self._of_user, self._bias)
-        hidden = torch.addmm(hidden_MH, product, self._of_product.t()) + of_users.index_select(0, user_of_pair)
+        if user_of_pair is not None:
+            users, of_users = (part.index_select(0, user_of_pair) for part in (users, of_users))
+        product = users * item_MD
+        hidden = torch.addmm(hidden_MH, product, self._of_product.t()) + of_users
         for layer in self._later:
             hidden = layer(hidden)
         logits: Tensor = self.head.out(hidden).squeeze(-1) + self.head.dot_scale * product.mean(dim=-1)

@@ -4,11 +4,14 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash scripts/test.sh [--fast | --long | --repeat N] [--no-venv] [PYTEST ARGUMENTS ...]
+usage: bash scripts/test.sh [--fast | --long | --extras | --repeat N] [--matrix | --torch X.Y] [--no-venv] [PYTEST ARGUMENTS ...]
 
   --fast      leave out the tests marked slow
   --long      run the tests marked long, too
+  --extras    only the tests that need Ray or a browser, in an environment of their own over .venv (.venv-extras)
   --repeat N  only the tests that start processes or threads, or hold locks, N times beside two busy processes
+  --matrix    the same with every supported torch, each in an environment of its own (.cache/matrix)
+  --torch X.Y with that torch: see scripts/install.sh --help
   --no-venv   use the Python that $PYTHON names (default: python3) instead of .venv
   --help      this text
 
@@ -31,7 +34,27 @@ check_tree() { # mypy and import-linter on a tree laid out like the wheel, where
     return "$status"
 }
 
-chosen="not long" pytest_args=() install_args=() busy=() repeat=0
+extras_environment() { # .venv-extras: what .venv has, and the extras that the other tests do without
+    [ -x .venv-extras/bin/python ] || "$python" -m venv .venv-extras
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$(.venv-extras/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+    .venv-extras/bin/python -m pip install -q -c scripts/requirements/constraints.txt 'ray[serve]>=2.60,<3' playwright
+    python=$root/.venv-extras/bin/python
+}
+
+run_matrix() { # ARGUMENTS ...: this script once for every torch of hllm_torchrec/_versions.py; says which failed
+    local minor environment failed=()
+    for minor in $("$1" -c 'import runpy; print(*runpy.run_path("hllm_torchrec/_versions.py")["RELEASES"])'); do
+        environment=$root/.cache/matrix/torch-$minor
+        [ -x "$environment/bin/python" ] || "$1" -m venv "$environment"
+        echo "== torch $minor"
+        PYTHON=$environment/bin/python bash scripts/test.sh --no-venv --torch "$minor" "${@:2}" || failed+=("$minor")
+    done
+    [ ${#failed[@]} -eq 0 ] || { echo "test: failed with torch ${failed[*]}" >&2 && return 1; }
+}
+
+given=("$@")
+chosen="not long" pytest_args=() install_args=() busy=() repeat=0 extras="" matrix=""
 while [ $# -gt 0 ]; do
     arg=$1
     shift
@@ -39,6 +62,9 @@ while [ $# -gt 0 ]; do
     --repeat) repeat=$1 && shift ;;
     --fast) chosen="not slow and not long" ;;
     --long) chosen="" ;;
+    --extras) chosen=extras extras=yes ;;
+    --matrix) matrix=yes ;;
+    --torch) install_args+=(--torch "$1") && shift ;;
     --no-venv) install_args+=(--no-venv) ;;
     -h | --help) usage && exit 0 ;;
     *) pytest_args+=("$arg") ;;
@@ -47,10 +73,19 @@ done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
+if [ "$matrix" ]; then
+    mapfile -t given < <(printf '%s\n' "${given[@]}" | grep -vx -e --matrix)
+    run_matrix "${PYTHON:-python3}" "${given[@]}"
+    exit
+fi
 bash scripts/install.sh --dev "${install_args[@]}"
 python=$root/.venv/bin/python
 [ ${#install_args[@]} -eq 0 ] || python=${PYTHON:-python3}
 
+if [ "$extras" ]; then
+    extras_environment
+    OMP_NUM_THREADS=1 exec "$python" -m pytest -m extras tests/serving "${pytest_args[@]}"
+fi
 echo "== ruff"
 "$python" -m ruff check .
 if [ "$repeat" -gt 0 ]; then

@@ -39,6 +39,10 @@ def configured_by(section: str, **fields: str) -> Iterator[None]:
         raise ArgumentError(f"{fields.get(argument, f'{section}.{argument}')}:{problem}") from error
 
 
+class UnavailableError(ValueError):
+    """A file that cannot be written or read now (a full disk, a lock): the same request may succeed later."""
+
+
 class Preempted(Exception):
     """The run was asked to stop. This is not a fault; the message states where its state is saved.
 

@@ -44,7 +44,8 @@ def option_problems(options: dict[str, str], cls: type, others: tuple[str, ...] 
         if kind is not None:
             problems += [f"--{problem}" for problem in _option_value_problems(name, text, kind)]
         elif name not in others:
-            problems.append(f"--{name}: unknown option{did_you_mean(name, (*fields, *others))}")
+            hint = did_you_mean(name, (*fields, *others)) or "; --help lists all"
+            problems.append(f"--{name}: unknown option{hint}")
     return problems
 
 

@@ -62,6 +62,12 @@ def dataset_problems(config: "Config", manifest: dict[str, Any]) -> Iterator[str
     """Violations of the configuration's protocol by its dataset, and fields that the dataset cannot serve."""
     rule = manifest["split"]["rule"]
     yield from (f"data.{problem}" for problem in delay_problems(config.data.feedback_delay, manifest))
+    negatives = manifest["counts"]["exposures"] - manifest["counts"]["positives"]
+    if config.data.drawn_negatives.count and negatives:
+        yield (
+            f"data.drawn_negatives.count: {config.data.drawn_negatives.count}: the dataset has {negatives:,} negative "
+            "exposures of its own, and probabilities of a click are none of a choice from the catalogue; write 0"
+        )
     if config.evaluation.protocol is not None and rule != SPLIT_RULE:
         yield (
             f"data.dataset: {config.data.dataset}: split by {rule!r}; evaluation.protocol "

@@ -18,8 +18,12 @@ INPUTS = (
     "creative.pretrained",
     "creative.tokenizer",
     "start_from",
+    "data.drawn_negatives.item_store",
+    "data.drawn_negatives.user_store",
 )
 """Dotted fields with the path of something that a run reads; any of them but `data.dataset` may be None."""
+TRAINING = INPUTS[-3:]
+"""Those that training alone reads."""
 OPTION = {DATASET: "; name the directory with --dataset"}
 
 
@@ -67,7 +71,7 @@ def missing_paths(config: Config, source: Path) -> list[str]:
     return [
         f"{source}: {name}: {path}: not found from here, nor from the run's folder{OPTION.get(name, '; restore it')}"
         for name in INPUTS
-        if name != "start_from"
+        if name not in TRAINING
         and (path := get_value(config, name)) is not None
         and url_of(path) is None
         and not os.path.exists(path)

@@ -4,9 +4,11 @@ A configuration with `recipe: ranking` (configs/recipes/ranking.yaml) holds what
 is chosen here from `DatasetFacts`; a value that the file or an option sets stays as it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from hllm_torchrec.config.rules import OWN_TABLES
 
 ENCODER = ".cache/models/all-minilm-l6-v2"
 """Sentence encoder of the recipes, relative to the current folder, as `hllm fetch minilm` puts it."""
@@ -14,17 +16,21 @@ TEXT_LENGTHS = (32, 64, 128, 256)
 """Values of item_llm.max_text_length; the encoder was trained on texts of at most 256 tokens."""
 TOKENS_PER_WORD = 1.5
 MANY_USERS = 16_384
-"""Users from which a retrieval model's steps read four times as many of them."""
+"""Number of users from which on a retrieval model's steps read 128 users instead of 32."""
 EVENTS_READ = 1_600_000
-"""Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
+"""Target for the events read over all epochs of a retrieval model; the number of epochs stays within 4 to 32."""
 TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
+TRANSITIONS = 0.4
+"""Weight of the transitions of items beside the learned cosine in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
+FEW_USERS = 20
+"""Training users below which evidence has no other users to be fitted on."""
 RARE_BELOW = 20
-"""Training events per item below which text and evidence stand for items, without IDs."""
+"""Mean number of training events per item below which text and evidence are used without item IDs."""
 SMALL_TABLE = 5_000
-"""Values up to which a categorical user feature is read: a feature with more is an id of the user in disguise."""
+"""Largest number of values of a user feature that is used; one with more is likely a user id in disguise."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,14 @@ def ranking(facts: DatasetFacts) -> Iterator[Choice]:
     yield from feature_choices(facts)
     has_text = any(facts.words.values())
     groups = [name for name in EVIDENCE if has_text or name != "neighbors"]
-    yield Choice("data.evidence", groups, f"items have {'texts' if has_text else 'no texts'} to compare")
+    if facts.users < FEW_USERS:
+        yield Choice("data.evidence", [], f"there are only {facts.users} users to fit it on")
+    else:
+        yield Choice("data.evidence", groups, f"items have {'texts' if has_text else 'no texts'} to compare")
     yield from id_choices(facts, has_text)
     if facts.graded:
-        yield Choice("objective.value_weight", 0.5, "actions have different numbers (ratings), which say more")
+        why = "actions have different numbers (ratings), which carry more information than a 0/1 label"
+        yield Choice("objective.value_weight", 0.5, why)
 
 
 def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
@@ -93,9 +103,8 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
     yield from text_choices(facts)
     if any(facts.words.values()):
         yield Choice("objective.text_similarity", TEXT_SIMILARITY, "items have texts to compare")
-    if facts.item_features:
-        names = list(facts.item_features)
-        yield Choice("data.item_features", names, f"items have {', '.join(names)}")
+    yield Choice("objective.transitions", TRANSITIONS, "they are solved in seconds and complement what is learned")
+    yield from item_feature_choices(facts)
     size = 32 if facts.users < MANY_USERS else 128
     yield Choice("data.batch_users", size, f"there are {facts.users:,} users; larger steps are faster")
     epochs = min(max(round(EVENTS_READ / max(facts.exposures, 1)), 4), 32)
@@ -104,7 +113,7 @@ def retrieval(facts: DatasetFacts) -> Iterator[Choice]:
         stages[0]["item_embeddings"] = "cached"
     yield Choice("stages", stages, f"there are {facts.exposures:,} training events; patience may end it earlier")
     if facts.split == "leave_one_out":
-        yield Choice("evaluation.protocol", "leave_one_out", "the dataset was split so")
+        yield Choice("evaluation.protocol", "leave_one_out", "the dataset was split by leave_one_out")
     else:
         yield Choice("evaluation.retrieval", True, f"the dataset was split by {facts.split or 'another rule'}")
 
@@ -123,7 +132,7 @@ def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Text columns and length of an item's text; an ID-only model without texts."""
     used = {name: words for name, words in facts.words.items() if words > 0}
     if not used:
-        yield Choice("item_llm.enabled", False, "no item has a text")
+        yield Choice("item_llm.enabled", False, "items have no texts, or all the same")
         return
     yield Choice("item_llm.text_keys", list(used), f"items have text in {', '.join(used)}")
     tokens = TOKENS_PER_WORD * (sum(used.values()) + 2 * len(used))
@@ -133,16 +142,53 @@ def text_choices(facts: DatasetFacts) -> Iterator[Choice]:
 
 def feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
     """Categorical features of items and users that exist."""
-    if facts.item_features:
-        names = list(facts.item_features)
-        yield Choice("data.item_features", names, f"items have {', '.join(names)}")
+    yield from item_feature_choices(facts)
     small = [name for name, size in facts.user_features.items() if size <= SMALL_TABLE]
     if small:
-        yield Choice("data.user_features", small, f"users have {', '.join(small)}, of at most {SMALL_TABLE:,} values")
+        names, others = _named_tables(small)
+        why = f"users have {', '.join(small)}, of at most {SMALL_TABLE:,} values{others}"
+        yield Choice("data.user_features", names, why)
+
+
+def item_feature_choices(facts: DatasetFacts) -> Iterator[Choice]:
+    """Categorical features of items that exist."""
+    if facts.item_features:
+        names, others = _named_tables(facts.item_features)
+        yield Choice("data.item_features", names, f"items have {', '.join(facts.item_features)}{others}")
+
+
+def _named_tables(features: Iterable[str]) -> tuple[list[str], str]:
+    """The features that a table can be named after, and a remark about the others."""
+    names: list[str] = []
+    others: list[str] = []
+    for name in features:
+        (others if name in OWN_TABLES or "." in name else names).append(name)
+    return names, f"; {', '.join(others)} cannot name a table: rename the column" if others else ""
 
 
 RECIPES: dict[str, Callable[[DatasetFacts], Iterator[Choice]]] = {"ranking": ranking, "retrieval": retrieval}
 """Choices of each value of `recipe`."""
+
+
+_RICH = DatasetFacts(
+    10**6, 100, 10**6, (1, 1), True, {"title": 9.0}, {"genre": 9}, {"country": 9}, split="leave_one_out"
+)
+_POOR = DatasetFacts(1, 10**6, 2, (1, 1), False)
+
+
+def chosen_fields(task: str) -> list[str]:
+    """All dotted fields that a recipe chooses on some dataset."""
+    return list(dict.fromkeys(choice.name for facts in (_RICH, _POOR) for choice in RECIPES[task](facts)))
+
+
+def choices_of_run(task: str, saved: dict[str, Any], given: dict[str, Any]) -> list[Choice]:
+    """The choices of a recipe in the configuration of a run, without those of fields that `given` sets.
+
+    What the dataset says now may be something else, and also leave a field out that was chosen; a field that came after
+    the run is left at its default, as in the run.
+    """
+    names = [name for name in chosen_fields(task) if has_value(saved, name) and not has_value(given, name)]
+    return [Choice(name, value_at(saved, name), "the resumed run has it") for name in names]
 
 
 def recipe_choices(task: str, facts: DatasetFacts, given: dict[str, Any]) -> list[Choice]:
@@ -164,7 +210,7 @@ def has_value(content: Any, name: str) -> bool:
 
 
 def value_at(content: Any, name: str) -> Any:
-    """The value of a dotted field that it sets."""
+    """The value of a dotted field, which the content must set."""
     for part in name.split("."):
         content = content[part]
     return content

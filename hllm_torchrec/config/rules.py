@@ -1,7 +1,7 @@
 """Rules of a configuration: the range of each number, and constraints between fields."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from hllm_torchrec.common.errors import did_you_mean
 from hllm_torchrec.common.seconds import second_of
@@ -29,12 +29,15 @@ BOUNDS = {
     "seed": ">= 0",
     "max_steps": ">= 0",
     "data.version": ">= 1",
+    "data.train_late_after": ">= 1",
     "data.max_history": ">= 2",
     "data.batch_users": ">= 1",
     "data.batch_item_tokens": ">= 0",
     "data.id_dropout": ">= 0, < 1",
     "data.cold_dropout": ">= 0, < 1",
     "data.negative_rate": "> 0, <= 1",
+    "data.drawn_negatives.count": ">= 0, <= 100",
+    "data.drawn_negatives.top": ">= 1",
     "data.train_users": "> 0, <= 1",
     "data.feedback_delay": ">= 0",
     "data.prefetch": ">= 0",
@@ -57,6 +60,7 @@ BOUNDS = {
     "objective.negatives": ">= 1",
     "objective.temperature": ">= 0.01",
     "objective.text_similarity": ">= 0",
+    "objective.transitions": ">= 0",
     "objective.text_decay": ">= 0, <= 1",
     "objective.mask_cosine_above": "> 0, <= 1",
     "objective.head_hidden": ">= 1",
@@ -79,6 +83,7 @@ BOUNDS = {
     "evaluation.patience": ">= 0",
     "evaluation.batch_users": ">= 1",
     "evaluation.keep_last": ">= 1",
+    "evaluation.drawn_negatives": ">= 1, <= 100",
     "reliability.max_skipped": ">= 0",
     "reliability.leakage_above": "> 0.5, <= 1",
     **LORA_BOUNDS,
@@ -98,6 +103,7 @@ def config_problems(config: "Config") -> list[str]:
         *_length_problems(config),
         *_moment_problems(config),
         *_optimizer_problems(config),
+        *_feature_name_problems(config),
         *_open_table_problems(config),
         *_store_problems(config),
         *_evidence_problems(config),
@@ -107,6 +113,7 @@ def config_problems(config: "Config") -> list[str]:
         *_objective_problems(config),
         *creative_problems(config),
         *_task_problems(config),
+        *_drawn_problems(config),
         *protocol_problems(config),
     ]
 
@@ -137,6 +144,29 @@ def _moment_problems(config: "Config") -> Iterator[str]:
         second_of(config.data.train_since or 0)
     except ValueError as error:
         yield f"data.train_since: {error}"
+    if config.data.train_late_after is not None and config.data.train_since is None:
+        yield "data.train_late_after: without data.train_since there is nothing to be late for; give both"
+
+
+TIMES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")
+"""Names of `modules.features.timestamps.TIME_FEATURES`, which needs torch."""
+OWN_TABLES = ("item_id", "action", "action_gate", *TIMES)
+"""Tables of the model, which no feature of a dataset can be named after."""
+
+
+def _feature_name_problems(config: "Config") -> Iterator[str]:
+    """Features that would take the place of another table, or that cannot name one."""
+    features, data = config.features, config.data
+    used = {"item_id": features.item_id, "action": features.action, "action_gate": features.action_gate}
+    own = {name for name, is_used in used.items() if is_used} | {*TIMES[: features.time_depth]}
+    own |= {f"context_{name}" for name in data.context}
+    for kind, names in (("item_features", data.item_features), ("user_features", data.user_features)):
+        for name in names:
+            if name in own:
+                yield f"data.{kind}: {name!r} is a table of the model itself: leave it out, or rename the column"
+            elif "." in name:
+                yield f"data.{kind}: {name!r}: a dot cannot name a table: leave it out, or rename the column"
+            own.add(name)
 
 
 OPEN_TABLE_BOUNDS = {"rows": ">= 1", "evict_after": ">= 1"}
@@ -188,7 +218,7 @@ def _store_problems(config: "Config") -> Iterator[str]:
     if not takes_stored_items(config):
         for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
             if value != nothing:
-                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; write so, or leave it out"
+                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; set it, or leave this out"
         return
     for number, stage in enumerate(config.stages):
         if stage.item_embeddings != "stored":
@@ -265,8 +295,8 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
         )
     if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
-            "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
-            "was would tell what is to be classified; write event"
+            "user.shape.time_of: 'next': only with objective.fusion none: the time of the next event, which is to be "
+            "classified, would be known to the history; write event"
         )
 
 
@@ -281,6 +311,14 @@ def _objective_problems(config: "Config") -> Iterator[str]:
             )
         if config.user.actions == "interleaved":
             yield "objective.text_similarity: action tokens have no text; write user.actions: summed, or leave it out"
+    if objective.transitions:
+        if objective.item_space != "features" and (text or objective.item_space == "text") or not generates:
+            yield (
+                f"objective.transitions: {objective.transitions}: needs objective.item_space features and the "
+                "generative loss; set them, or leave it out"
+            )
+        if config.user.actions == "interleaved":
+            yield "objective.transitions: action tokens are no items; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "
@@ -303,15 +341,20 @@ def _objective_problems(config: "Config") -> Iterator[str]:
         yield f"evaluation.ks: {list(ks)}: give at least one K, each at least 1"
 
 
-def _task_problems(config: "Config") -> Iterator[str]:
-    """Malformed entries of `objective.tasks`; their labels are checked against the dataset (`models.tasks`)."""
+def task_entry_problems(tasks: Mapping[str, Any], setting: str) -> Iterator[str]:
+    """Malformed entries of `tasks`; their labels are checked against the dataset (`models.tasks`)."""
     from hllm_torchrec.config.schema import TaskConfig
 
-    objective = config.objective
-    for name, content in objective.tasks.items():
-        place = f"objective.tasks.{name}"
+    for name, content in tasks.items():
+        place = f"{setting}.{name}"
         problems = list(dataclass_problems(content, TaskConfig, place))
         yield from problems or out_of_bounds(TaskConfig(**content), {"weight": ">= 0"}, f"{place}.")
+
+
+def _task_problems(config: "Config") -> Iterator[str]:
+    """Broken rules of tasks, their weights and the position bias."""
+    objective = config.objective
+    yield from task_entry_problems(objective.tasks, "objective.tasks")
     if objective.tasks and not objective.has_head:
         yield "objective.tasks: objective.fusion 'none' has no head that predicts them; leave them out"
     if objective.tasks and objective.value_weight:
@@ -331,6 +374,26 @@ def _task_problems(config: "Config") -> Iterator[str]:
         yield "objective.position_bias: objective.fusion 'none' has no logit that is biased; leave it out"
     if objective.task_weighting == "uncertainty" and len(objective.tasks) < 2:
         yield "objective.task_weighting: 'uncertainty' weighs several tasks; name them in objective.tasks"
+
+
+def _drawn_problems(config: "Config") -> Iterator[str]:
+    """Settings that do not fit drawn negatives."""
+    drawn, objective = config.data.drawn_negatives, config.objective
+    stores = (drawn.item_store, drawn.user_store)
+    if (drawn.by == "hard") != all(stores) or any(stores) != all(stores):
+        yield (
+            f"data.drawn_negatives.by: {drawn.by!r}: hard negatives need both item_store and user_store, all other "
+            "kinds neither"
+        )
+    if not drawn.count:
+        return
+    if not objective.has_head:
+        yield "data.drawn_negatives.count: objective.fusion 'none' has no head that they train; write 0"
+    if objective.tasks or objective.position_bias:
+        yield (
+            "data.drawn_negatives.count: drawn items have no other labels and no position: leave out objective.tasks "
+            "and objective.position_bias"
+        )
 
 
 def lora_problems(config: "Config") -> Iterator[str]:

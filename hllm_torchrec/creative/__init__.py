@@ -1,1 +1,1 @@
-"""Personalized texts of items: building tables of them, evaluation, clusters of users, generation."""
+"""Personalized texts of items: writers of tables of them, and the summary of their evaluation."""

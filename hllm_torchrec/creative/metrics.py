@@ -9,8 +9,8 @@ from hllm_torchrec.metrics.bootstrap import user_mean_interval
 def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Nats per creative and per token of each condition, and what the right user is worth against each other one.
 
-    Differences are paired, with 95% intervals by resampling users. `gap` = null - right is the headline; shuffled -
-    right says more than that, because it also counts being confidently wrong.
+    Differences are paired, with 95% intervals by resampling users. `gap` = null - right is the headline;
+    shuffled - right overstates it, because it also includes the cost of being confidently wrong.
     """
     right, tokens = scores.nll["right"], max(1, int(scores.tokens.sum()))
     found: dict[str, Any] = {

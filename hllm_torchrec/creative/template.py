@@ -28,7 +28,8 @@ class TemplateRule:
     """Settings of the rule; see the module docstring.
 
     feature: categorical item feature; name: text column with an item's name; recent: number of latest likes that are
-    read; least: earlier likes without which there is no text; template: of {value} and {liked}, the name of an item.
+    read; least: earlier likes without which there is no text; template: the text, with {value} (the
+    chosen feature value) and optionally {liked} (the name of the latest liked item that has it).
     """
 
     feature: str = "genres"

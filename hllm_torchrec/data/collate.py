@@ -18,6 +18,7 @@ from hllm_torchrec.data.bad_rows import MAX_SECOND
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.drawn_negatives import NegativeDraws, pool_of
 from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.evidence import Evidence
@@ -40,8 +41,8 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that were
-    kept where each is from; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that was
+    kept when each was sampled; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
     `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
@@ -67,12 +68,14 @@ class _View:
 class Collator:
     """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
 
-    context: of requests; None: the spec names none.
+    context: context of the requests; None if the spec names none.
 
     evidence, of_fit: evidence of the exposures, and whether they are those of the training part to which it was fitted.
 
     stochastic_length: in training, selects the events of a long history that are read; every exposure and generative
     target stays (see `_view`).
+
+    draws: source of negatives that are added to the exposures; None if there is none.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class Collator:
         evidence: Evidence | None = None,
         of_fit: bool = False,
         context: RequestContext | None = None,
+        draws: NegativeDraws | None = None,
     ) -> None:
+        self.draws = draws
         self.dataset, self.spec, self.seed, self.training = dataset, spec, seed, training
         self.item_vectors, self.stochastic_length = item_vectors, stochastic_length if training else None
         self.evidence, self.of_fit = evidence, of_fit
@@ -94,7 +99,7 @@ class Collator:
         self.context = context or RequestContext(dataset.schema, (), {})
         self._value_scale = value_scale(dataset.action_values)
         self._cold = dataset.training_item_counts() == 0 if spec.cold_dropout else None
-        self._negatives = _possible_negatives(dataset) if spec.negatives else None
+        self._negatives = possible_negatives(dataset) if spec.negatives else None
         self._bags = {name: dataset.feature_ids("item", name) for name in spec.item_features}
         self._bags |= {name: dataset.feature_ids("user", name) for name in spec.user_features}
 
@@ -117,7 +122,8 @@ class Collator:
 
     def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
         """The batch of this rank's `pieces` (possibly none) at (epoch, step)."""
-        views = [self._view(piece, epoch) for piece in pieces]
+        pool = pool_of(pieces) if self.draws is not None else _NO_EVENTS.item_ids
+        views = [self._view(piece, epoch, pool) for piece in pieces]
         seq_offsets = offsets_from_lengths([len(view.history) for view in views])
         query_offsets = offsets_from_lengths([len(view.queries) for view in views])
         # A rank without pieces still takes part in the step's collectives: the view of an empty piece has every field
@@ -131,7 +137,7 @@ class Collator:
             "seq_offsets": seq_offsets,
             "query_offsets": query_offsets,
             "query_target": np.arange(len(view.targets) if early else 0),
-            **targets_of(view.targets, self.spec, self.dataset.schema, view.rates, self.training),
+            **targets_of(view.targets, self.spec.tasks, self.dataset.schema, view.rates, self.training),
             "negative_items": negatives,
             "item_ids": view.history.item_ids,
             "timestamps": view.history.timestamps,
@@ -181,8 +187,10 @@ class Collator:
         drawn = rng.random(unique.size) < self.spec.cold_dropout if self.training else False
         return self._cold[unique] | drawn
 
-    def _view(self, piece: Piece, epoch: int = 0) -> _View:
+    def _view(self, piece: Piece, epoch: int = 0, pool: Ints | None = None) -> _View:
         """Filter the history, then compute what each exposure sees and which item each position predicts next.
+
+        pool: items of the exposures of all pieces, from which negatives are drawn.
 
         If Stochastic Length shortens the history, an exposure sees the remaining events of its history. A next item is
         then predicted at the last remaining event at or before its original position, so an event may have several
@@ -197,7 +205,10 @@ class Collator:
         delay = spec.feedback_delay
         requests = Events.at([]) if piece.requests is None else piece.requests
         assert not len(requests) or spec.visibility == "second", "a request has a second, no position"
-        asked = piece[targets] if not len(requests) else Events.concat([piece[targets], requests])
+        exposed, positions = piece[targets], targets + piece.offset
+        if self.draws is not None and pool is not None:
+            targets, exposed, rates, positions = self.draws.rows(piece, targets, epoch, pool)
+        asked = exposed if not len(requests) else Events.concat([exposed, requests])
         visible = visible_before(order[eligible], np.concatenate([order[targets], requests.timestamps]) - delay)
         next_rows, next_items = self._generative(piece, eligible)
         # Drop the events after the last one that a query sees or that predicts a next item: no output depends on them.
@@ -212,15 +223,15 @@ class Collator:
             # From counts in `eligible` to counts in `read`: "left" is the number of read events before the limit.
             query_visible=np.searchsorted(read, visible[queries], side="left"),
             target_query=query_of[: targets.size],
-            targets=piece[targets],
-            target_values=scaled_values(piece.labels[targets], piece.actions[targets], self._value_scale),
-            positions=targets + piece.offset,
+            targets=exposed,
+            target_values=scaled_values(exposed.labels, exposed.actions, self._value_scale),
+            positions=positions,
             history_lengths=visible_before(times, times[targets] - delay) + piece.offset,
             # The last read event at or before the row; there is one, because `read` always contains event 0.
             next_rows=np.searchsorted(read, next_rows, side="right") - 1,
             next_items=next_items,
             numeric=self._numeric_of(piece, targets, requests)[queries],
-            evidence=self._evidence(piece, targets),
+            evidence=self._evidence(piece, targets, exposed.item_ids),
             rates=rates,
             full_history_items=piece.item_ids[seen],
             requests=requests,
@@ -241,8 +252,8 @@ class Collator:
             found.append(np.empty((len(requests), 0), np.float32))
         return np.concatenate(found)
 
-    def _evidence(self, piece: Piece, targets: Ints) -> Floats:
-        """[X, F] evidence of the exposures `targets` [X] of a piece, from the user's complete sequence."""
+    def _evidence(self, piece: Piece, targets: Ints, items: Ints) -> Floats:
+        """[X, F] evidence of `items` [X] at the exposures `targets` [X] of a piece, from the user's whole sequence."""
         if self.evidence is None:
             return np.empty((targets.size, 0), np.float32)
         events, seconds = piece.complete or piece, piece.timestamps[targets]
@@ -250,7 +261,7 @@ class Collator:
             seen = visible_before(events.timestamps, seconds - self.spec.feedback_delay)
         else:
             seen = targets + piece.offset
-        return self.evidence.columns(events, seen, piece.item_ids[targets], seconds, piece.user_id, self.of_fit)
+        return self.evidence.columns(events, seen, items, seconds, piece.user_id, self.of_fit)
 
     def _read(self, piece: Piece, times: Ints, epoch: int) -> Ints:
         """Sorted indices of the history events, at `times` [n], that are read."""
@@ -336,7 +347,7 @@ class Collator:
             ids = self.context.ids(view.queries, name, count=not self.training)[:queries]
             bags[CONTEXT + name] = ids, _present(np.concatenate([np.zeros(history, bool), asks]), slots)
         if spec.time_depth:
-            # The midnight after the last day of the time tables, at which a nightly job asks, is read as its end.
+            # A nightly job may ask at midnight after the last day of the time tables: read as that day's last second.
             asked = view.queries.timestamps[:queries]
             asked = np.where(asked == MAX_SECOND + 1, MAX_SECOND, asked)
             stamps = np.concatenate([view.history.timestamps[is_item], asked])
@@ -380,7 +391,7 @@ class Collator:
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
     def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
-        """[S, F] numeric features, zero except at queries, and numeric context, NaN there; None without either."""
+        """[S, F] numeric features (0 except at queries) and numeric context (NaN except at queries), or None."""
         if not (self.spec.numeric_features or self.context.numeric):
             return None
         fusion = self.spec.fusion
@@ -464,7 +475,7 @@ def gather_bags(values: Ints, offsets: Ints, ids: Ints) -> Bags:
     return values[concat_ranges(offsets[known], lengths)], lengths
 
 
-def _possible_negatives(dataset: Dataset) -> Ints | None:
+def possible_negatives(dataset: Dataset) -> Ints | None:
     """The items that negatives are drawn from; None: all."""
     holds_out, excluded = "hold_out_items" in dataset.manifest["split"], dataset.excluded_items
     if not holds_out and not excluded.size:

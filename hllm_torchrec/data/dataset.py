@@ -35,9 +35,10 @@ from hllm_torchrec.common.hashing import hash_texts
 from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.event_files import EventFile
 from hllm_torchrec.data.event_schema import EventSchema
-from hllm_torchrec.data.events import Events, Sequences, decode_sequences
+from hllm_torchrec.data.events import Events, RowHeads, Sequences, decode_sequences
 from hllm_torchrec.data.manifest import ITEM_COUNTS, chain_base, read_manifest, version_of
 from hllm_torchrec.data.merged_sequences import Cuts, MergedSequences
+from hllm_torchrec.data.part_reader import PartReader
 from hllm_torchrec.data.remote_datasets import local_dataset
 from hllm_torchrec.data.sequences import GROUPS_AT_LEAST
 from hllm_torchrec.data.split import SPLITS
@@ -81,7 +82,7 @@ class Dataset:
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         self.root = root
         self.manifest = manifest
-        self._users_of_part: dict[tuple[str, int | None], Ints] = {}
+        self._readers: dict[tuple[str, int | None], PartReader] = {}
 
     @classmethod
     def open(cls, path: str | Path, version: int | None = None) -> "Dataset":
@@ -248,16 +249,16 @@ class Dataset:
     def _user_groups(self, split: str, since: int | None) -> Iterator[UserGroup]:
         if split not in SPLITS:
             raise ValueError(f"part {split!r} is not one of {', '.join(SPLITS)}")
-        count = self._part_users(split, since).size
+        count = self._reader(split, since).users.size
         # As in files that `prepare` writes: small datasets get smaller groups, so that every rank has some to read.
         size = max(1, min(self.manifest["request"]["users_per_row_group"], -(-count // GROUPS_AT_LEAST)))
         for first in range(0, count, size):
             yield UserGroup(split, since, first, min(size, count - first))
 
-    def _part_users(self, split: str, since: int | None) -> Ints:
-        if (split, since) not in self._users_of_part:
-            self._users_of_part[split, since] = self.merged.users(split, since)
-        return self._users_of_part[split, since]
+    def _reader(self, split: str, since: int | None) -> PartReader:
+        if (split, since) not in self._readers:
+            self._readers[split, since] = PartReader(self.merged, split, since)
+        return self._readers[split, since]
 
     @property
     def _is_merged(self) -> bool:
@@ -275,7 +276,7 @@ class Dataset:
         if base is None:
             raise ValueError(f"{self.root}: it has no event files; append to it, or compact it, to have them written")
         files = [
-            [EventFile.open(self.root / name, rows) for name in one["event_files"]]
+            [EventFile.open(self.root / name, rows, one.get("seconds")) for name in one["event_files"]]
             for one in (base, *self.manifest.get("appends", ()))
         ]
         seconds, orders = split.get("cut_timestamps", []), split.get("cut_orders", [])
@@ -306,8 +307,45 @@ class Dataset:
         kept = [one for one in groups if isinstance(one, UserGroup)]
         split = kept[0].part
         assert len(kept) == len(groups) and {one.part for one in kept} == {split}, "groups of this dataset and one part"
-        users = np.concatenate([self._part_users(split, one.since)[one.first : one.first + one.rows] for one in kept])
-        return self.merged.read(users, split, columns or [column.name for column in self.schema.columns])
+        names = columns or self._columns
+        if len(kept) == 1:
+            return self._reader(split, kept[0].since).read(kept[0].first, kept[0].rows, names)
+        users = [self._reader(split, one.since).users[one.first : one.first + one.rows] for one in kept]
+        return self.merged.read(np.concatenate(users), split, names)
+
+    @property
+    def _columns(self) -> list[str]:
+        return [column.name for column in self.schema.columns]
+
+    def heads(self, group: RowGroup, since: int = 0) -> RowHeads:
+        """What is known of a group's rows without their events; for Parquet files one column of events is read.
+
+        since: second UTC before which `before` counts events; 0: none.
+        """
+        if isinstance(group, UserGroup):
+            users = self._reader(group.part, group.since).users[group.first : group.first + group.rows]
+            return self.merged.heads(users, group.part, since)
+        # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
+        rows = self.sequences([group], ["user_id", "target_start", "timestamps" if since else "actions"])
+        before = rows.events_before(since) if since else np.zeros_like(rows.target_start)
+        return RowHeads(rows.user_ids, rows.lengths, rows.target_start, before)
+
+    def tails(self, group: RowGroup, skipped: Ints, columns: Sequence[str] | None = None) -> Sequences:
+        """A group's rows without the first `skipped` [R] events of each user; rows of Parquet files are complete."""
+        if not isinstance(group, UserGroup):
+            return self.sequences([group], columns)
+        users = self._reader(group.part, group.since).users[group.first : group.first + group.rows]
+        return self.merged.read(users, group.part, columns or self._columns, skipped)
+
+    def recent(self, split: str, since: int, columns: Sequence[str]) -> Iterator[Events]:
+        """The events of a part's rows from second `since` on (`columns` must have timestamps), by group; 0: all."""
+        for group in self.row_groups(split, since) if since else self.row_groups(split):
+            rows = (
+                self.tails(group, self.heads(group, since).before, columns)
+                if since
+                else self.sequences([group], columns)
+            )
+            yield rows[rows.timestamps >= since] if since else rows
 
     def user_events(self, user_id: int) -> Events:
         """All events of one user, sorted by time; none for a user without events."""
@@ -405,10 +443,8 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
 def base_rate(dataset: Dataset, since: int = 0) -> float:
     """Share of positive labels among the training exposures since a second; 0.5 if there is only one class."""
     total = positive = 0.0
-    for group in dataset.row_groups("train", since) if since else dataset.row_groups("train"):
-        rows = dataset.sequences([group], ["labels", "timestamps"] if since else ["labels"])
-        labels = rows.labels[rows.timestamps >= since] if since else rows.labels
-        total += np.count_nonzero(~np.isnan(labels))
-        positive += np.nansum(labels, dtype=np.float64)
+    for events in dataset.recent("train", since, ["labels", "timestamps"] if since else ["labels"]):
+        total += np.count_nonzero(~np.isnan(events.labels))
+        positive += np.nansum(events.labels, dtype=np.float64)
     rate = positive / total if total else 0.5
     return rate if 0 < rate < 1 else 0.5

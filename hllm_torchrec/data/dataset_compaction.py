@@ -37,26 +37,29 @@ def compact(root: Path) -> int | None:
     """
     with write_lock(root):
         dataset = Dataset.open(root)
-        if not dataset.manifest.get("appends"):
-            return None
-        version = dataset.version + 1
-        name = f"{BASES}/{version_name(version)}"
-        with draft_folder(root, BASES, version) as folder:
-            _write_tables(dataset, folder)
-            events = _write_events(dataset, folder)
-            files = file_facts(folder, name)
-            if FORGOTTEN in dataset.manifest:
-                files[dataset.manifest[FORGOTTEN]] = dataset.manifest["files"][dataset.manifest[FORGOTTEN]]
-        split = dataset.manifest["split"]
-        base = {
-            "folder": name,
-            "event_files": [f"{name}/{one}" for one in events],
-            "cuts": [split.get("cut_timestamps", []), split.get("cut_orders", [])],
-            "seconds": dataset.manifest["seconds"],
-            "items_fingerprint": dataset.items_fingerprint,
-        }
-        old = {key: value for key, value in dataset.manifest.items() if key != "added"}
-        commit_version(root, version, {**old, "base": base, "appends": [], "files": files})
+        return write_base(dataset) if dataset.manifest.get("appends") else None
+
+
+def write_base(dataset: Dataset) -> int:
+    """`compact` for a writer that holds the lock."""
+    root, version = dataset.root, dataset.version + 1
+    name = f"{BASES}/{version_name(version)}"
+    with draft_folder(root, BASES, version) as folder:
+        _write_tables(dataset, folder)
+        events = _write_events(dataset, folder)
+        files = file_facts(folder, name)
+        if FORGOTTEN in dataset.manifest:
+            files[dataset.manifest[FORGOTTEN]] = dataset.manifest["files"][dataset.manifest[FORGOTTEN]]
+    split = dataset.manifest["split"]
+    base = {
+        "folder": name,
+        "event_files": [f"{name}/{one}" for one in events],
+        "cuts": [split.get("cut_timestamps", []), split.get("cut_orders", [])],
+        "seconds": dataset.manifest["seconds"],
+        "items_fingerprint": dataset.items_fingerprint,
+    }
+    old = {key: value for key, value in dataset.manifest.items() if key != "added"}
+    commit_version(root, version, {**old, "base": base, "appends": [], "files": files})
     logger.info("%s: version %d holds everything in one base", root, version)
     return version
 

@@ -8,7 +8,8 @@ have NaN for null, so that all columns are views of the file.
 Legend: R rows (users), T events of all rows.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,8 @@ def _file_schema(stored: Mapping[str, pa.DataType]) -> pa.Schema:
 class EventFile:
     """An open event file; `events` are views of the mapped file.
 
-    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0.
+    user_ids: [R] ascending; starts: [R, 2], see the module docstring; offsets: [R + 1] int64, from 0; seconds: bounds
+    of the events' seconds, which need not be the narrowest; None: they are not known.
     """
 
     path: Path
@@ -44,9 +46,10 @@ class EventFile:
     starts: Ints
     offsets: Ints
     events: Events
+    seconds: Sequence[int] | None = None
 
     @classmethod
-    def open(cls, path: Path, rows: TableRows) -> "EventFile":
+    def open(cls, path: Path, rows: TableRows, seconds: Sequence[int] | None = None) -> "EventFile":
         """Map a file, and check its users and offsets; events are checked when they are read.
 
         Raises:
@@ -58,19 +61,19 @@ class EventFile:
             if not reader.schema.equals(schema) or reader.num_record_batches != 1:
                 raise ValueError("it is not one batch of the columns of an event file")
             batch = reader.get_batch(0)
-            batch.validate(full=True)
+            batch.validate()  # what a full one adds is checked below, of all columns at once
             lists = [batch.column(name) for name in names]
             if any(column.null_count for column in batch.columns) or any(one.values.null_count for one in lists):
                 raise ValueError("a value is null")
             offsets = lists[0].offsets.to_numpy()
             if any(not np.array_equal(one.offsets.to_numpy(), offsets) for one in lists[1:]) or offsets[0] != 0:
-                raise ValueError("the columns have events of other rows")
+                raise ValueError("the list columns have different lengths per row")
         users = batch.column("user_id").to_numpy()
         starts = np.stack([batch.column(name).to_numpy() for name in STARTS], axis=1).astype(np.int64)
         values = [one.values.to_numpy() for one in lists]
         base = len(EVENT_COLUMNS)
         events = Events(*values[:base], extra=dict(zip(names[base:], values[base:], strict=True)))
-        file = cls(path, users, starts, offsets.astype(np.int64), events)
+        file = cls(path, users, starts, offsets.astype(np.int64), events, seconds)
         problem = file._problem(rows)
         if problem is not None:
             raise ValueError(f"{path}: {problem}; {REMEDY}")
@@ -84,6 +87,15 @@ class EventFile:
         """[R] number of events of each row, at least 1."""
         return np.diff(self.offsets)
 
+    def lengths_before(self, second: int) -> Ints:
+        """[R] number of events of each row before a second."""
+        first, last = self.seconds or (-math.inf, math.inf)
+        if last < second:  # of most files, since cuts are late: no event has to be looked at
+            return self.lengths
+        if first >= second:
+            return np.zeros_like(self.lengths)
+        return np.add.reduceat(self.events.timestamps < second, self.offsets[:-1], dtype=np.int64)
+
     def _problem(self, rows: TableRows) -> str | None:
         if self.user_ids.size and not 1 <= self.user_ids[0] <= self.user_ids[-1] < rows.users:
             return f"users have the ids 1..{rows.users - 1}"
@@ -96,29 +108,35 @@ class EventFile:
             return "0 <= valid_start <= test_start <= number of events does not hold"
         return None
 
-    def read(self, rows: Ints, table_rows: TableRows) -> Events:
-        """The events of `rows` [k], one row after the other, as arrays of the columns' dtypes.
+    def rows_of(self, users: Ints) -> tuple[Ints, Ints]:
+        """(places in `users`, rows) of the users that the file has, both ascending; `users` ascend."""
+        first, last = np.searchsorted(self.user_ids, [users[0], users[-1] + 1])
+        own = self.user_ids[first:last]
+        if own.size < users.size:  # the smaller one is looked up in the larger one
+            places = np.searchsorted(users, own)
+            rows = np.flatnonzero(users[places] == own)
+            return places[rows], first + rows
+        rows = np.minimum(np.searchsorted(own, users), own.size - 1)
+        places = np.flatnonzero(own[rows] == users)
+        return places, first + rows[places]
 
-        Raises:
-            ValueError: a value is not allowed; names file, row, column and value.
-        """
-        events = self.rows(rows)
+    def columns(self, where: slice | Ints, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """Columns of the events at `where` as they are stored, unchecked; views for a slice."""
+        every = _by_name(self.events)
+        return {name: every[name][where] for name in names}
+
+    def check(self, rows: Ints, names: Iterable[str], table_rows: TableRows) -> None:
+        """Raise ValueError for a value of `rows` [k] that is not allowed; names file, row, column and value."""
         first = int(rows[0]) if rows.size else 0
         place = f"{self.path}, from row {first} on" if first else str(self.path)
-        check_events(place, events, self.lengths[rows], table_rows)
-        return events.as_arrays()
-
-    def rows(self, rows: Ints) -> Events:
-        """The events of `rows` [k] as they are stored, unchecked; views of the file if the rows follow each other."""
-        if rows.size and rows[-1] - rows[0] == rows.size - 1 and (rows[1:] > rows[:-1]).all():
-            return self.events[int(self.offsets[rows[0]]) : int(self.offsets[rows[-1] + 1])]
-        return self.events[concat_ranges(self.offsets[rows], self.lengths[rows])]
+        lengths = self.lengths[rows]
+        check_columns(place, self.columns(concat_ranges(self.offsets[rows], lengths), names), lengths, table_rows)
 
 
-def check_events(place: str, events: Events, lengths: Ints, rows: TableRows) -> None:
+def check_columns(place: str, columns: Mapping[str, NDArray[Any]], lengths: Ints, rows: TableRows) -> None:
     """Raise ValueError for a value that is not allowed in sequences of `lengths` events (see `read_sequences`)."""
     ends = np.cumsum(lengths)
-    for name, values in _by_name(events).items():
+    for name, values in columns.items():
         if name == "labels":  # NaN: no label
             values = np.where(np.isnan(values), np.float32(0), values)
         check_values(place, name, values, ends, rows)
@@ -152,25 +170,3 @@ def write_event_file(path: Path, user_ids: Ints, lengths: Ints, events: Events, 
     schema = _file_schema(stored)
     with pa.ipc.new_file(str(path), schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
-def stable_order(owner: Ints, timestamps: Ints) -> Ints:
-    """Order of events by (owner, second), both below 2^32; ties keep their order.
-
-    The input is a few sorted runs, one a file, which a stable sort of one key merges in nearly linear time.
-    """
-    return np.argsort((owner << 32) | timestamps, kind="stable")
-
-
-def consolidate(files: Iterable[EventFile], rows: TableRows) -> EventFile:
-    """The events of several files as one in memory: by user, in the order of (second, file, row)."""
-    kept = list(files)
-    read = [file.read(np.arange(len(file)), rows) for file in kept]
-    events = Events.concat([Events.at([]), *read])
-    user = np.concatenate([np.zeros(0, np.int64), *(np.repeat(file.user_ids, file.lengths) for file in kept)])
-    order = stable_order(user, events.timestamps)
-    user = user[order]
-    first = np.flatnonzero(np.diff(user, prepend=-1))
-    users, counts = user[first], np.diff(first, append=user.size)
-    path = kept[0].path if kept else Path()
-    return EventFile(path, users, np.zeros((users.size, 2), np.int64), offsets_from_lengths(counts), events[order])

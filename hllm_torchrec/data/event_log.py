@@ -11,11 +11,12 @@ import hashlib
 import secrets
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hllm_torchrec.common.errors import UnavailableError
 from hllm_torchrec.data.tombstones import ITEMS, USERS, Tombstones
 
 _TABLES = """
@@ -45,6 +46,7 @@ class EventLog:
 
     Raises:
         ValueError: it cannot be opened, or another process has it.
+        UnavailableError: by all other methods: the file cannot be read or written (a full disk).
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,10 +70,19 @@ class EventLog:
         self.readers: list[Callable[[str], None]] = []
         """Called with a user whose events have changed, after they are on the disk and before `append` returns."""
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The lock of the connection; errors of SQLite name the file."""
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise UnavailableError(f"{self.path}: {error}") from error
+
     def append(self, user: str, events: Sequence[LoggedEvent]) -> None:
         """Append events of a user; they are on the disk when this returns."""
         rows = [(user, event.item, event.timestamp, event.label, event.action) for event in events]
-        with self._lock, self._connection:
+        with self._held(), self._connection:
             self._connection.execute("BEGIN")
             self._connection.executemany(
                 "INSERT INTO events (user, item, timestamp, label, action) VALUES (?, ?, ?, ?, ?)", rows
@@ -81,7 +92,7 @@ class EventLog:
 
     def of_user(self, user: str, after: int = 0) -> tuple[list[LoggedEvent], int]:
         """A user's events with a number above `after`, in the order of their arrival, and the highest number."""
-        with self._lock:
+        with self._held():
             rows = self._connection.execute(
                 "SELECT item, timestamp, label, action, number FROM events WHERE user = ? AND number > ? "
                 "ORDER BY number",
@@ -91,7 +102,7 @@ class EventLog:
 
     def forget(self, user: str) -> int:
         """Delete a user's events, and remember by a hash that the user was forgotten; returns the number of events."""
-        with self._lock:
+        with self._held():
             with self._connection:
                 self._connection.execute("BEGIN")
                 deleted = self._connection.execute("DELETE FROM events WHERE user = ?", (user,)).rowcount
@@ -105,7 +116,7 @@ class EventLog:
     def forget_items(self, items: Sequence[str]) -> int:
         """Delete all events of items; returns their number."""
         deleted, users = 0, set()
-        with self._lock:
+        with self._held():
             with self._connection:
                 self._connection.execute("BEGIN")
                 for item in items:
@@ -125,7 +136,7 @@ class EventLog:
         """
         if not tombstones:
             return 0
-        with self._lock:
+        with self._held():
             users, items = (
                 [raw for (raw,) in self._connection.execute(f"SELECT DISTINCT {column} FROM events").fetchall()]
                 for column in ("user", "item")
@@ -145,13 +156,13 @@ class EventLog:
         return sum(of_users.values()) + sum(self._number("WHERE item = ?", item) for item in items) - both
 
     def _number(self, where: str, *values: str | int) -> int:
-        with self._lock:
+        with self._held():
             found = self._connection.execute(f"SELECT COUNT(*) FROM events {where}", values).fetchone()
         return int(found[0])
 
     def is_forgotten(self, user: str) -> bool:
         """True if `forget` was called for the user: what a dataset has of the user is not to be read."""
-        with self._lock:
+        with self._held():
             found = self._connection.execute("SELECT 1 FROM forgotten WHERE user = ?", (self._hash(user),)).fetchone()
         return found is not None
 
@@ -160,7 +171,7 @@ class EventLog:
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
+        with self._held():
             self._connection.close()
 
     def _hash(self, user: str) -> str:

@@ -9,7 +9,7 @@ all others are columns of `Events.extra`:
 
     label_<name>      float32: 0 or 1, a number, or the index of an ordinal value; NaN where it is not defined
     weight            float32, at least 0
-    sampling_rate     float32 in (0, 1]: the share of exposures with first label 0 that was kept where the row is from
+    sampling_rate     float32 in (0, 1]: the share of exposures with first label 0 that was kept in the row's source
     context_<name>    int32 id of a categorical value (0: unknown), or float32 number (NaN: unknown)
 """
 

@@ -154,16 +154,29 @@ class Piece(Events):
 
 
 @dataclass(frozen=True)
+class RowHeads:
+    """Facts of rows of a part's sequences: users, numbers of events, the first event of the part, and the number of
+    events before a second, all int64 [R]."""
+
+    user_ids: Ints
+    lengths: Ints
+    target_start: Ints
+    before: Ints
+
+
+@dataclass(frozen=True)
 class Sequences(Events):
     """Rows of a part's sequences: each user's complete history up to the part's end. The event columns are [T].
 
-    user_ids: int64 [R]; target_start: int64 [R], index in the row of the first event that belongs to the part;
-    offsets: int64 [R + 1], boundaries of the rows in the events, from 0.
+    user_ids: int64 [R]; target_start: int64 [R], index in the user's sequence of the first event that belongs to the
+    part; offsets: int64 [R + 1], boundaries of the rows in the events, from 0; skipped: int64 [R], number of events
+    before the row's first one that were not read; None: rows are complete.
     """
 
     user_ids: Ints = field(kw_only=True)
     target_start: Ints = field(kw_only=True)
     offsets: Ints = field(kw_only=True)
+    skipped: Ints | None = field(kw_only=True, default=None)
 
     @property
     def lengths(self) -> Ints:
@@ -175,9 +188,23 @@ class Sequences(Events):
         before = np.concatenate([[0], np.cumsum(self.timestamps < second)])
         return before[self.offsets[1:]] - before[self.offsets[:-1]]
 
+    def between(self, first: int, last: int) -> "Sequences":
+        """Complete rows number `first` to `last` - 1, as views."""
+        assert self.skipped is None
+        if first == 0 and last == self.user_ids.size:
+            return self
+        start, end = self.offsets[first], self.offsets[last]
+        return Sequences(
+            **self[start:end].columns,
+            user_ids=self.user_ids[first:last],
+            target_start=self.target_start[first:last],
+            offsets=self.offsets[first : last + 1] - start,
+        )
+
     @property
     def own_events(self) -> Ints:
-        """Indices of the events that belong to the part itself, without the history before."""
+        """Indices of the events that belong to the part itself, without the history before; of complete rows."""
+        assert self.skipped is None
         return concat_ranges(self.offsets[:-1] + self.target_start, self.lengths - self.target_start)
 
     def piece(self, row: int) -> Piece:
@@ -185,10 +212,15 @@ class Sequences(Events):
         return self.cut(row, 0, int(self.offsets[row + 1] - self.offsets[row]), int(self.target_start[row]))
 
     def cut(self, row: int, start: int, end: int, first_target: int) -> Piece:
-        """The range [start, end) of a row, with exposures from `first_target` on; all three count from its start."""
-        first = int(self.offsets[row])
-        inside = slice(first + start, first + end)
-        part, whole = self[inside], self[first : int(self.offsets[row + 1])]
+        """The range [start, end) of a user's sequence, with exposures from `first_target` on; all count from its start.
+
+        It must be within the row.
+        """
+        skipped = 0 if self.skipped is None else int(self.skipped[row])
+        assert skipped <= start, "events that were not read"
+        first = int(self.offsets[row]) - skipped
+        part = self[first + start : first + end]
+        whole = self[first : int(self.offsets[row + 1])] if self.skipped is None else None
         target, user = first_target - start, int(self.user_ids[row])
         return Piece(**part.columns, user_id=user, offset=start, first_target=target, complete=whole)
 

@@ -48,7 +48,7 @@ GROUPS = {
     "neighbors": ("neighbors_wide", "neighbors_sharp"),
     "tastes": ("taste",),
 }
-"""Columns of each group that `data.evidence` may name, but of CROSSES."""
+"""Columns of each group that `data.evidence` may name, except CROSSES."""
 CROSSES = "crosses"
 """Group of products of the others' columns, the last of all columns."""
 CROSSED = (
@@ -64,7 +64,7 @@ CROSSED = (
 LARGEST_FACTOR = 4.0
 """Bound of the factors of a product, in standard deviations."""
 TEXT_GROUPS = ("neighbors", "tastes")
-"""Groups that compare texts; tastes also exist without."""
+"""Groups that use text embeddings; tastes also work without them."""
 FILE = "evidence.npz"
 """Name of the file in a run directory."""
 FOLDS = 5
@@ -149,12 +149,12 @@ def evidence_width(names: tuple[str, ...]) -> int:
 
 
 def column_names(names: tuple[str, ...]) -> list[str]:
-    """Columns of the groups `names`, in order, but for their products."""
+    """Columns of the groups `names`, in order, without products."""
     return [column for name in names if name != CROSSES for column in GROUPS[name]]
 
 
 def crossed_pairs(names: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Numbers of the columns whose products are columns, each pair (and square) once."""
+    """Index pairs of the columns that are multiplied with each other, each pair once, squares included."""
     if CROSSES not in names:
         return []
     crossed = [number for number, column in enumerate(column_names(names)) if column in CROSSED]
@@ -191,7 +191,7 @@ class Evidence:
         model: fitted to the run's training part.
         statistics: of all events of the dataset.
         action_values: `Dataset.action_values`.
-        text: [N, E] text embeddings of all items, for "neighbors"; else None.
+        text: [N, E] text embeddings of all items, for "neighbors" and "tastes" (which also work without); else None.
         delay: seconds after which an event may be seen (`data.feedback_delay`).
     """
 
@@ -242,9 +242,9 @@ class Evidence:
         values = event_values(events.labels, events.actions, self.action_values)
         known = ~np.isnan(values)
         rated = np.concatenate([[0], np.cumsum(known)])[seen]  # of the seen events, those with a value
-        past, fitted = _Past(events.item_ids[known], values[known], rated, fit), _known(items, fit)
+        past, fitted_items = _Past(events.item_ids[known], values[known], rated, fit), _known(items, fit)
         groups = {
-            "factors": lambda: past.expected(fitted),
+            "factors": lambda: past.expected(fitted_items),
             "items": lambda: self._of_items(items, seconds, fit.mean),
             "users": lambda: np.column_stack(
                 [past.means(), np.log1p(seen), _log_gap(events.timestamps, seen, seconds)]

@@ -55,8 +55,9 @@ def fit_evidence(
     others = [ratings.of_users(folds != k) for k in range(FOLDS)]
     if any(one.values.size == 0 or np.ptp(one.values) == 0 for one in others):
         raise ValueError(
-            f"{dataset.root}: {ratings.user_ids.size} training users with values, and without a fifth of them all "
-            "values are equal: evidence needs more of both; drop data.evidence"
+            f"{dataset.root}: {ratings.user_ids.size} training users with values, and leaving out a fifth of "
+            "them leaves no two values that differ: evidence needs more users and more varied values; drop "
+            "data.evidence"
         )
     fits = [fit_factors(one, dataset.num_items, options) for one in (*others, ratings)]
     plain = tuple(name for name in names if name != CROSSES)
@@ -79,7 +80,8 @@ def fit_evidence(
     raw = Evidence(plain, unscaled, statistics, dataset.action_values, text, delay)
     x, y = _training_columns(dataset, raw)
     center, spread = x.mean(0), _spread(x)
-    products = standardized(x, center, spread, names)[:, width:]  # as they are: the scales end with the plain columns
+    # Unscaled: `standardized` scales products only if `center` covers them, and here it ends with the plain columns.
+    products = standardized(x, center, spread, names)[:, width:]
     center, spread = np.append(center, products.mean(0)), np.append(spread, _spread(products))
     penalties = np.append(np.full(width, RIDGE), np.full(products.shape[1], CROSS_RIDGE))
     beta = _logistic_regression(standardized(x, center, spread, names), y, penalties)
@@ -94,6 +96,8 @@ def _with_tastes(
     model: EvidenceModel, dataset: Dataset, statistics: ItemStatistics, text: Floats | None, delay: int, scale: float
 ) -> EvidenceModel:
     """The model with descriptors of tastes; scale: standard deviation of the values."""
+    # The two columns of the group "items", unscaled. Their spread is divided so that one standard deviation of a
+    # descriptor has a prior effect of STATISTICS_SCALE standard deviations of the values (see `tastes`).
     items = Evidence(("items",), _without_scales(model, 2), statistics, dataset.action_values, None, delay)
     x, _ = _training_columns(dataset, items)
     found = replace(model, taste_center=x.mean(0), taste_spread=_spread(x) / (STATISTICS_SCALE * scale))

@@ -1,10 +1,11 @@
-"""Folding of appends: of every eight appends of a level one of the next is made, so that a year has a dozen, not 365.
+"""Folding of appends, so that reading a year of days costs little more than reading one base.
 
-A version's manifest lists the folded files in the place of those that they hold; earlier versions keep their own. What
-it costs falls on every eighth append, and is a copy of columns: no text is parsed and no id looked up.
+Every four appends of a level are folded into one of the next level, and appends that have outgrown their base are
+folded with it into a new base. So an event is copied only a few times in all, without parsing text or looking up ids. A
+version's manifest lists the folded files instead of those whose contents they have; earlier versions keep their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hllm_torchrec.data.event_files import EventFile, consolidate, write_event_file
+from hllm_torchrec.data.event_files import EventFile, write_event_file
+from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.manifest import EVENTS
+from hllm_torchrec.data.merging import UserEvents
 from hllm_torchrec.data.validation import TableRows, read_table
 
-FACTOR = 8
+FACTOR = 4
 """Number of appends of a level that one of the next level holds."""
 MOST_EVENTS = 20_000_000
-"""Largest number of events of a folded append; larger ones are few, and folding is done in memory."""
+"""Largest number of events that are folded, in memory; larger appends are few, and stay as they are."""
+OUTGROWN, LEAST_EVENTS = 0.25, 50_000
+"""Appended events above this share of the base's events, and above this number, are folded with the base."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Append:
 
 
 def appends_to_fold(appends: Sequence[dict[str, Any]], events: int) -> tuple[int, int]:
-    """(number of the last entries of `appends` to fold with a new one of so many events, level of the result)."""
+    """(number of the last entries of `appends` to fold with a new one of `events` events, level of the result)."""
     level = taken = 0
     while True:
         same = 0
@@ -42,6 +47,12 @@ def appends_to_fold(appends: Sequence[dict[str, Any]], events: int) -> tuple[int
         if same + 1 < FACTOR or events + more > MOST_EVENTS:
             return taken, level
         taken, level, events = taken + same, level + 1, events + more
+
+
+def is_outgrown(manifest: Mapping[str, Any]) -> bool:
+    """True if a version's appends should be folded with its base into a new one."""
+    whole, appended = manifest["counts"]["events"], sum(one["events"] for one in manifest.get("appends", ()))
+    return whole <= MOST_EVENTS and appended > max(LEAST_EVENTS, OUTGROWN * (whole - appended))
 
 
 def fold_appends(parts: Sequence[Append], folder: Path, rows: TableRows) -> list[str]:
@@ -63,8 +74,13 @@ def fold_appends(parts: Sequence[Append], folder: Path, rows: TableRows) -> list
     files = [EventFile.open(part.folder / name, rows) for part in parts for name in part.event_files]
     if not files:
         return []
-    every = consolidate(files, rows)
-    write_event_file(folder / EVENTS / "part-00000.arrow", every.user_ids, every.lengths, every.events)
+    users = np.unique(np.concatenate([file.user_ids for file in files]))
+    lengths = np.zeros(users.size, np.int64)
+    for file in files:
+        lengths[np.searchsorted(users, file.user_ids)] += file.lengths
+    names = [column.name for column in rows.schema.columns]
+    columns = UserEvents(files, users, rows, in_order=False).read(names, np.zeros_like(lengths), lengths)
+    write_event_file(folder / EVENTS / "part-00000.arrow", users, lengths, Events.of_columns(columns))
     return [f"{EVENTS}/part-00000.arrow"]
 
 

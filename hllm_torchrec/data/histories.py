@@ -15,8 +15,10 @@ from hllm_torchrec.common.arrays import Doubles, Ints
 from hllm_torchrec.common.progress import progress
 from hllm_torchrec.config.eval_protocols import delay_problems
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.event_schema import EventSchema
 from hllm_torchrec.data.events import Sequences
 from hllm_torchrec.data.predictions import PredictionColumns, join_columns
+from hllm_torchrec.data.task_targets import kept_shares, targets_of
 from hllm_torchrec.data.visibility import visible_at_each_event
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.distributed.collectives import global_sum
@@ -28,11 +30,12 @@ ALL = slice(None)
 class Histories(Sequences):
     """Rows of a part's sequences with the visibility rule of their exposures: earlier "second"s or "position"s.
 
-    feedback_delay: seconds from an event until it may be seen.
+    feedback_delay: seconds from an event until it may be seen; schema: of the dataset's events.
     """
 
     visibility: str = field(kw_only=True)
     feedback_delay: int = field(kw_only=True, default=0)
+    schema: EventSchema = field(kw_only=True, default_factory=EventSchema)
 
     @cached_property
     def row_of_event(self) -> Ints:
@@ -79,6 +82,8 @@ class Histories(Sequences):
         """
         events = self.exposures[rows]
         items = self.item_ids[events]
+        schema, rates = self.schema, kept_shares(self, events)
+        weights = targets_of(self[events], (), schema, rates, training=False)["weights"]
         return {
             "user_id": self.user_ids[self.row_of_event[events]],
             "position": self.position[events].astype(np.int32),
@@ -89,6 +94,7 @@ class Histories(Sequences):
             "probability": probabilities.astype(np.float32),
             "history_length": self.events_of_earlier_seconds[events].astype(np.int32),
             "item_is_cold": cold[items],
+            **({"weight": weights} if schema.weighted or schema.sampled else {}),
         }
 
 
@@ -114,7 +120,7 @@ def read_histories(dataset: Dataset, groups: Sequence[RowGroup], feedback_delay:
         raise ValueError(problem)
     rows = dataset.sequences(groups)
     columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
-    return Histories(**columns, visibility=dataset.visibility, feedback_delay=feedback_delay)
+    return Histories(**columns, visibility=dataset.visibility, feedback_delay=feedback_delay, schema=dataset.schema)
 
 
 def score_by_group(

@@ -21,6 +21,7 @@ from hllm_torchrec.data.split import Split
 FEATURE_TYPE = pa.list_(pa.int32())
 _OPTIONAL = {"created_at": pa.int64(), ACTIVE: pa.bool_()}
 """Columns that a source may have, beside texts and features."""
+_OWN = ("item_id", "raw_item_id", "row", *_OPTIONAL)
 _ROWS_PER_BATCH = 16_384
 
 
@@ -57,6 +58,15 @@ def load_vocabularies(old: Dataset | None, names: Iterable[str]) -> dict[str, Vo
         name: Vocabulary(old.feature_values(name).to_pylist() if old is not None and name in known else ())
         for name in names
     }
+
+
+def check_text_columns(source: Source) -> None:
+    """Raise ValueError for a text column with the name of one of the catalogue's own columns."""
+    for name in source.text_columns:
+        if name in _OWN or name.startswith("feature_"):
+            raise ValueError(
+                f"{source.name}: the text column {name!r} has the name of a column of every dataset: rename it"
+            )
 
 
 class ItemCatalogue:

@@ -10,7 +10,7 @@ the middle of an epoch without reading the batches before.
 """
 
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -56,6 +56,9 @@ class LoaderSpec:
     since: int = 0
     """Second UTC: only events from then on are exposures and targets, and users without one are left out; earlier
     events are history."""
+    late: tuple[Ints, Ints] | None = None
+    """Users [n], ascending, and places [n] in their sequences, of events before `since` that are exposures and targets,
+    too."""
     extend_history: bool = False
     """See `cut_into_pieces`."""
     as_requests: bool = False
@@ -84,10 +87,12 @@ class Loader:
     ) -> None:
         self.dataset, self.collator, self.spec = dataset, collator, spec
         self.rank, self.world_size = rank, world_size
-        self._groups = dataset.row_groups(spec.split, spec.since or None)
+        # A user with a late event may have no event from `since` on, so no group may be left out.
+        since = spec.since if spec.late is None or not spec.late[0].size else 0
+        self._groups = dataset.row_groups(spec.split, since or None)
         own = len(self._groups)
         if spec.all_events and spec.split != "train":
-            self._groups += dataset.row_groups("train", spec.since or None)
+            self._groups += dataset.row_groups("train", since or None)
         if not self._groups:
             self._refuse_empty()
         self.pieces = self._index(own)
@@ -96,7 +101,7 @@ class Loader:
         self.sharded = int(self.pieces.lengths.sum()) > SHARED_EVENTS
         # Shuffled pieces jump between the groups of a window: fewer cached groups would be decoded again and again.
         keep = WINDOW_ROW_GROUPS if self.sharded else len(self._groups)
-        self._rows = _RowCache(dataset, self._groups, keep)
+        self._rows = _RowCache(self._read, keep)
         self.costs = self.pieces.lengths if spec.item_costs is None else self._costs(spec.item_costs)
         self._epoch_batches: tuple[int, list[list[Ints]]] | None = None
 
@@ -122,11 +127,10 @@ class Loader:
         have are taken from them.
         """
         parts: list[Pieces] = []
+        self._lengths: list[Ints] = []
         users_of_split: list[Ints] = [np.empty(0, np.int64)]
         for number, group in enumerate(self._groups):
-            # Only the lengths of the lists are needed, of which actions are the smallest, unless times select.
-            column = "timestamps" if self.spec.since else "actions"
-            rows = self.dataset.sequences([group], ["user_id", "target_start", column])
+            rows = self.dataset.heads(group, self.spec.since)
             wanted = in_user_sample(rows.user_ids, self.spec.user_share)
             if number < num_own_groups:
                 users_of_split.append(rows.user_ids)
@@ -134,9 +138,12 @@ class Loader:
                 wanted &= ~np.isin(rows.user_ids, np.concatenate(users_of_split))
             first_targets = np.zeros_like(rows.target_start) if self.spec.all_events else rows.target_start
             if self.spec.since:
-                first_targets = np.maximum(first_targets, rows.events_before(self.spec.since))
+                first_targets = np.maximum(first_targets, rows.before)
+                if self.spec.late is not None:
+                    parts.append(self._cut(number, *_late_ranges(self.spec.late, np.where(wanted, rows.user_ids, 0))))
                 wanted &= first_targets < rows.lengths
             chosen = np.flatnonzero(wanted)
+            self._lengths.append(rows.lengths)
             parts.append(self._cut(number, chosen, rows.lengths[chosen], first_targets[chosen]))
         return Pieces.concat(parts)
 
@@ -170,6 +177,17 @@ class Loader:
             first = rows.offsets[self.pieces.row[inside]]
             costs[inside] = sums[first + self.pieces.end[inside]] - sums[first + self.pieces.start[inside]]
         return costs
+
+    def _read(self, number: int) -> Sequences:
+        """The rows of a group; events that no piece reads are left out if they are half of all or more."""
+        group, lengths = self._groups[number], self._lengths[number]
+        inside = slice(*np.searchsorted(self.pieces.group, [number, number + 1]))
+        skipped = lengths.copy()  # a user without a piece is not read
+        np.minimum.at(skipped, self.pieces.row[inside], self.pieces.start[inside])
+        # Evidence is computed from complete sequences.
+        if self.collator.evidence is not None or 2 * skipped.sum() < lengths.sum():
+            return self.dataset.sequences([group])
+        return self.dataset.tails(group, skipped)
 
     def steps(self, epoch: int) -> int:
         """Number of steps of an epoch, the same on every rank."""
@@ -262,16 +280,29 @@ class Loader:
         return plan
 
 
+def _late_ranges(late: tuple[Ints, Ints], user_ids: Ints) -> tuple[Ints, Ints, Ints]:
+    """Row, end and start of each range of consecutive late events of the users `user_ids` [R]; 0: leave the row out."""
+    users, places = late
+    own = np.isin(users, user_ids)
+    users, places = users[own], places[own]
+    # A range begins where the user changes, or where a place does not follow the one before.
+    first = np.flatnonzero((np.diff(users, prepend=0) != 0) | (np.diff(places, prepend=-1) != 1))
+    last = np.append(first[1:], users.size) - 1
+    order = np.argsort(user_ids, kind="stable")
+    rows = order[np.searchsorted(user_ids[order], users[first])]
+    return rows, places[last[: first.size]] + 1, places[first]
+
+
 class _RowCache:
     """Least-recently-used cache of decoded row groups."""
 
-    def __init__(self, dataset: Dataset, groups: list[RowGroup], capacity: int) -> None:
-        self._dataset, self._groups, self._capacity = dataset, groups, capacity
+    def __init__(self, read: Callable[[int], Sequences], capacity: int) -> None:
+        self._read, self._capacity = read, capacity
         self._cached: OrderedDict[int, Sequences] = OrderedDict()
 
     def __getitem__(self, number: int) -> Sequences:
         if number not in self._cached:
-            self._cached[number] = self._dataset.sequences([self._groups[number]])
+            self._cached[number] = self._read(number)
             while len(self._cached) > self._capacity:
                 self._cached.popitem(last=False)
         self._cached.move_to_end(number)

@@ -7,17 +7,19 @@ for the per-user splits a function of the sequence's length. No event is moved o
 Legend: U users of the dataset, with the unknown one; R rows that are read; T events of all rows.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
-from hllm_torchrec.data.event_files import EventFile, consolidate, stable_order
-from hllm_torchrec.data.events import EVENT_COLUMNS, Events, Sequences
+from hllm_torchrec.data.event_files import EventFile
+from hllm_torchrec.data.events import EVENT_COLUMNS, Events, RowHeads, Sequences
 from hllm_torchrec.data.jagged_arrays import concat_ranges, offsets_from_lengths
+from hllm_torchrec.data.merging import Columns, UserEvents
 from hllm_torchrec.data.split import SPLITS, per_user_starts
 from hllm_torchrec.data.validation import TableRows
 
@@ -29,7 +31,7 @@ _Int32 = NDArray[np.int32]
 class Cuts:
     """The split of a version.
 
-    rule: of `split.RULES`; fractions: shares of the parts, for "leave_last"; seconds: first second of valid and of
+    rule: one of `split.RULES`; fractions: shares of the parts, for "leave_last"; seconds: first second of valid and of
     test, for a split by time; of_base: True if the base was divided at the same cuts, so that its own starts hold,
     also within the second of a cut.
     """
@@ -51,39 +53,55 @@ class MergedSequences:
     """
 
     def __init__(self, base: Sequence[EventFile], appended: Sequence[EventFile], cuts: Cuts, rows: TableRows) -> None:
-        self._base, self._appended, self._cuts, self._rows = base, appended, cuts, rows
+        self._base, self._appended, self._files = base, appended, [*base, *appended]
+        self._cuts, self._rows = cuts, rows
+        self._counted: dict[int, _Int32] = {}
 
     def users(self, part: str, since: int | None = None) -> Ints:
         """Ascending ids of the users with an event in a part, with `since` only those with one from this second on."""
         p = SPLITS.index(part)
         start, end = self._starts[p], self._starts[p + 1]
         if since is not None:
-            start = np.maximum(start, self._before(since))
+            start = np.maximum(start, self.before(since))
         return np.flatnonzero(end > start)
 
-    def read(self, user_ids: Ints, part: str, columns: Sequence[str]) -> Sequences:
-        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown."""
+    def heads(self, user_ids: Ints, part: str, since: int) -> RowHeads:
+        """What is known of the sequences of `user_ids` [R] without reading them."""
+        p = SPLITS.index(part)
+        found = (self._starts[p + 1], self._starts[p], self.before(since) if since else self._starts[0])
+        lengths, target_start, before = (column[user_ids].astype(np.int64) for column in found)
+        return RowHeads(user_ids, lengths, target_start, np.minimum(before, lengths))
+
+    def read(self, user_ids: Ints, part: str, columns: Collection[str], skipped: Ints | None = None) -> Sequences:
+        """The sequences of `user_ids` [R] to the end of a part; columns that are not named are unknown.
+
+        skipped: [R] number of each user's first events that are left out.
+        """
         p = SPLITS.index(part)
         users = np.asarray(user_ids, np.int64)
         lengths, target_start = self._starts[p + 1][users].astype(np.int64), self._starts[p][users].astype(np.int64)
-        whole = self._merged(users)
-        total = self._totals[users].astype(np.int64)
-        if (total != lengths).any():
-            whole = whole[concat_ranges(np.cumsum(total) - total, lengths)]
-        offsets = offsets_from_lengths(lengths)
+        first = np.zeros_like(lengths) if skipped is None else np.minimum(skipped, lengths)
+        whole = self._merged(users, columns, first, lengths)
+        offsets = offsets_from_lengths(lengths - first)
         found = {
-            column.name: getattr(whole, column.name)
+            column.name: whole[column.name]
             if column.name in columns
             else np.broadcast_to(np.array(column.unknown, column.dtype), offsets[-1])
             for column in EVENT_COLUMNS
         }
-        extra = {name: values for name, values in whole.extra.items() if name in columns}
-        return Sequences(**found, extra=extra, user_ids=users, target_start=target_start, offsets=offsets)
+        extra = {column.name: whole[column.name] for column in self._rows.schema.extra if column.name in columns}
+        rows = Sequences(**found, extra=extra, user_ids=users, target_start=target_start, offsets=offsets)
+        return rows if skipped is None else replace(rows, skipped=first)
 
     def events_of(self, user_ids: Ints) -> tuple[Events, Ints]:
         """All events of `user_ids` [R], one user after the other, and their numbers [R]."""
         users = np.asarray(user_ids, np.int64)
-        return self._merged(users), self._totals[users].astype(np.int64)
+        names, totals = [column.name for column in self._rows.schema.columns], self.totals(users)
+        return Events.of_columns(self._merged(users, names, np.zeros_like(totals), totals)), totals
+
+    def totals(self, users: Ints) -> Ints:
+        """[R] number of events of each of `users` [R]."""
+        return self._totals[users].astype(np.int64)
 
     def layout(self) -> tuple[Ints, Ints, Ints]:
         """Ascending ids of the users with events [R], their numbers of events [R], and those before the cuts [R, 2]."""
@@ -96,7 +114,7 @@ class MergedSequences:
         counts = np.zeros(self._rows.items, np.int64)
         if part == SPLITS[0] and self._cuts.seconds and not self._cuts.of_base:
             # The part is all events before a second: no need to merge them by user.
-            for events in (one.events for one in (*self._base, self._overlay) if len(one)):
+            for events in (one.events for one in self._files if len(one)):
                 before = events.item_ids[events.timestamps < self._cuts.seconds[0]]
                 counts += np.bincount(before, minlength=counts.size)
             return counts
@@ -109,42 +127,31 @@ class MergedSequences:
     # ------------------------------------------------------------------ files
 
     @cached_property
-    def _overlay(self) -> EventFile:
-        return consolidate(self._appended, self._rows)
+    def _base_of(self) -> NDArray[np.int16]:
+        """[U] number of each user's base file, -1 without one."""
+        number_of = np.full(self._rows.users, -1, np.int16)
+        for number, one in enumerate(self._base):
+            number_of[one.user_ids] = number
+        return number_of
 
     @cached_property
-    def _places(self) -> tuple[_Int32, _Int32]:
-        """([U] number of each user's base file, -1 without one; [U] row in it)."""
-        file = np.full(self._rows.users, -1, np.int32)
-        row = np.zeros(self._rows.users, np.int32)
-        for number, one in enumerate(self._base):
-            file[one.user_ids] = number
-            row[one.user_ids] = np.arange(len(one))
-        return file, row
+    def _in_order(self) -> bool:
+        """True if the files' bounds say that no event is earlier than one of a version before."""
+        bounds = [one.seconds for one in (*self._base[:1], *self._appended)]
+        return all(a is not None and b is not None and a[1] <= b[0] for a, b in pairwise(bounds))
 
-    def _merged(self, users: Ints) -> Events:
-        """All events of the users, one user after the other."""
-        file, row = (column[users] for column in self._places)
-        parts, owners = [], []
-        for number in np.unique(file[file >= 0]):
-            own = np.flatnonzero(file == number)
-            rows = row[own].astype(np.int64)
-            parts.append(self._base[number].read(rows, self._rows))
-            owners.append(np.repeat(own, self._base[number].lengths[rows]))
-        late = self._overlay
-        if len(late):
-            at = np.searchsorted(late.user_ids, users)
-            own = np.flatnonzero(late.user_ids[np.minimum(at, len(late) - 1)] == users)
-            if own.size:
-                parts.append(late.rows(at[own]))
-                owners.append(np.repeat(own, late.lengths[at[own]]))
-        if not parts:
-            return Events.at([])
-        if len(parts) == 1:  # a file has its rows in the order of the users, which ascend as well
-            return parts[0]
-        events, owner = Events.concat(parts), np.concatenate(owners)
-        # Stable: at the same second the base's events stand before those of later versions.
-        return events[stable_order(owner, events.timestamps)]
+    def _merged(self, users: Ints, names: Collection[str], start: Ints, end: Ints) -> Columns:
+        """The named columns of events start [R] to end [R] - 1 of distinct `users` [R], one user after the other."""
+        if (np.diff(users) <= 0).any():
+            order = np.argsort(users)
+            found = self._merged(users[order], names, start[order], end[order])
+            place, lengths = np.argsort(order), end - start
+            moved = concat_ranges((np.cumsum(lengths[order]) - lengths[order])[place], lengths)
+            return {name: values[moved] for name, values in found.items()}
+        base = self._base
+        if len(base) > 1:  # a group of users is in few of the base's files
+            base = [base[number] for number in np.unique(self._base_of[users]) if number >= 0]
+        return UserEvents([*base, *self._appended], users, self._rows, self._in_order).read(names, start, end)
 
     # ------------------------------------------------------------------ parts
 
@@ -157,28 +164,29 @@ class MergedSequences:
         elif cuts.of_base:
             starts = [self._before_cut(k, second) for k, second in enumerate(cuts.seconds)]
         else:
-            starts = [self._before(second) for second in cuts.seconds]
+            starts = [self.before(second) for second in cuts.seconds]
         return [np.zeros_like(total), *starts, total]
 
     def _before_cut(self, k: int, second: int) -> _Int32:
         """[U] number of each user's events before cut k: the base knows its own, which may lie within a second."""
-        return self._sums(lambda one: one.starts[:, k], self._base) + self._before(second, [self._overlay])
+        of_appends = self._sums(lambda one: one.lengths_before(second), self._appended)
+        return self._sums(lambda one: one.starts[:, k], self._base) + of_appends
 
     @cached_property
     def _totals(self) -> _Int32:
         """[U] number of each user's events."""
-        return self._sums(lambda one: one.lengths)
+        return self._sums(lambda one: one.lengths, self._files)
 
-    def _before(self, second: int, files: Sequence[EventFile] | None = None) -> _Int32:
+    def before(self, second: int) -> _Int32:
         """[U] number of each user's events before a second."""
-        return self._sums(
-            lambda one: np.add.reduceat(one.events.timestamps < second, one.offsets[:-1], dtype=np.int64), files
-        )
+        if second not in self._counted:
+            self._counted[second] = self._sums(lambda one: one.lengths_before(second), self._files)
+        return self._counted[second]
 
-    def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile] | None = None) -> _Int32:
+    def _sums(self, count: Callable[[EventFile], Ints], files: Sequence[EventFile]) -> _Int32:
         """[U] sum over the files of `count(file)` [R] by user."""
         found = np.zeros(self._rows.users, np.int32)
-        for one in (*self._base, self._overlay) if files is None else files:
+        for one in files:
             if len(one):
                 found[one.user_ids] += count(one).astype(np.int32)
         return found

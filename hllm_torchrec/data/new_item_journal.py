@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hllm_torchrec.common.errors import did_you_mean
+from hllm_torchrec.common.errors import UnavailableError, did_you_mean
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.tombstones import ITEMS
 
@@ -58,17 +58,17 @@ class NewItemJournal:
         """Append items; they are on the disk, and visible to other processes, when this returns.
 
         Raises:
-            ValueError: the file cannot be written, or another process holds its lock.
+            UnavailableError: the file cannot be written, or another process holds its lock.
         """
         try:
             with FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS):
                 self._append(items)
         except Timeout:
-            raise ValueError(
+            raise UnavailableError(
                 f"{self.path}: another process has held its lock for {LOCK_SECONDS} s: wait for it, or stop it"
             ) from None
         except OSError as error:
-            raise ValueError(
+            raise UnavailableError(
                 f"{self.path}: cannot be written ({error.strerror}): name a journal in a folder that all processes "
                 "can write to"
             ) from None

@@ -22,6 +22,8 @@ from hllm_torchrec.data.visibility import visible_before
 Numeric = Callable[[Ints, Floats, Ints, Ints], Floats]
 """(timestamps, labels, targets, seen) -> [X]."""
 
+OF_EVENTS = frozenset({"history_length", "user_mean"})
+"""Features that depend on the seen events alone, not on the request's second: a state keeps them."""
 SHRINKAGE = 5.0
 """Pseudo-exposures at 0.5 in the running mean."""
 

@@ -76,9 +76,8 @@ def fit_context(dataset: Dataset, names: Sequence[str], since: int = 0) -> tuple
     columns = [f"{CONTEXT}{name}" for name in context.names]
     seen: dict[str, set[int]] = {name: set() for name in context.categorical}
     sums = np.zeros((3, len(context.numeric)))
-    for group in dataset.row_groups("train", since) if since else dataset.row_groups("train"):
-        rows = dataset.sequences([group], ["labels", "timestamps", *columns])
-        events = rows[(rows.timestamps >= since) & ~np.isnan(rows.labels)]
+    for rows in dataset.recent("train", since, ["labels", "timestamps", *columns]):
+        events = rows[~np.isnan(rows.labels)]
         for name in context.categorical:
             seen[name] |= set(np.unique(events.extra[f"{CONTEXT}{name}"]).tolist()) - {0}
         numbers = context.numbers(events).astype(np.float64)

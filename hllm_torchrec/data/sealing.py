@@ -10,6 +10,13 @@ The folder has the files of a base as `data.dataset` lists them, except `manifes
     has_timestamps: true              # false: the seconds only give the order
     split: {rule: time, cut_timestamps: [1700000000, 1700100000]}    # first second of valid and of test
     # or {rule: leave_one_out}, or {rule: leave_last, fractions: [0.8, 0.1, 0.1]}
+    events:                           # optional: declared columns, as a table mapping names them (docs/tasks.md)
+      labels: {click: binary, like: {kind: binary, given: click}}
+      weight: true
+      context: {device: categorical, price: numeric}
+
+Sequences then have the lists that `data.event_schema` lists: label_like, weight, context_device, ...; the ids of
+categorical context are those of features/<name>.parquet.
 
 Everything is checked that reading relies on: ids without gaps, raw ids that are not repeated, values of the sequences,
 each user once in a part, a part's history that is the part before, and the split's rule.
@@ -33,14 +40,17 @@ from hllm_torchrec.common.hashing import hash_columns, hash_files, hash_texts
 from hllm_torchrec.common.yaml_files import abbreviate, read_yaml
 from hllm_torchrec.data.base_events import write_base_events
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.events import SEQUENCE_SCHEMA, Sequences
+from hllm_torchrec.data.event_schema import SAMPLING_RATE, WEIGHT
+from hllm_torchrec.data.events import Sequences, sequence_schema
 from hllm_torchrec.data.manifest import ITEM_COUNTS, MANIFEST, SCHEMA_VERSION
+from hllm_torchrec.data.sources.declared_columns import read_declarations
+from hllm_torchrec.data.sources.table_columns import EventColumns
 from hllm_torchrec.data.split import SPLITS, per_user_starts
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.data.vocabulary import compute_marks
 
 logger = logging.getLogger(__name__)
-CONTRACT = "contract.yaml"
+CONTRACT, EVENTS = "contract.yaml", "events"
 _FIELDS: dict[str, type] = {
     "name": str,
     "label_rule": str,
@@ -62,6 +72,8 @@ def seal(root: Path) -> Dataset:
         raise ValueError(f"{root} has a {MANIFEST} already; remove it to seal the folder again")
     contract = read_contract(root / CONTRACT)
     manifest = _described(root, contract)
+    if EVENTS in contract:
+        manifest |= _declared(root, contract[EVENTS])
     dataset = Dataset(root, manifest)
     _check_tables(dataset)
     facts = _check_sequences(dataset)
@@ -93,9 +105,9 @@ def read_contract(path: Path) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         if not isinstance(raw.get(name), kind):
             raise ValueError(f"{path}: {name} is {abbreviate(raw.get(name))}, it must be {_KINDS[kind]}")
-    unknown = sorted(set(raw) - set(_FIELDS))
+    unknown = sorted(set(raw) - {*_FIELDS, EVENTS})
     if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]}; known: {', '.join(_FIELDS)}")
+        raise ValueError(f"{path}: unknown key {unknown[0]}; known: {', '.join((*_FIELDS, EVENTS))}")
     split = dict(raw["split"])
     cuts: Any = split.get("cut_timestamps")
     fractions: Any = split.get("fractions")
@@ -165,6 +177,38 @@ def _described(root: Path, contract: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _declared(root: Path, raw: Any) -> dict[str, Any]:
+    """The manifest's entries of declared columns of events."""
+    path, kinds = root / CONTRACT, {"labels": dict, WEIGHT: bool, SAMPLING_RATE: bool, "context": dict}
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{path}: {EVENTS} is {abbreviate(raw)}, it must be a mapping of names")
+    for name, value in raw.items():
+        if name not in kinds:
+            raise ValueError(f"{path}: unknown key {EVENTS}.{str(name)[:100]}; known: {', '.join(kinds)}")
+        if not isinstance(value, kinds[name]):
+            raise ValueError(f"{path}: {EVENTS}.{name} is {abbreviate(value)}, it must be {_KINDS[kinds[name]]}")
+    given = EventColumns(
+        CONTRACT,
+        "",
+        "",
+        labels=raw.get("labels", {}),
+        context=raw.get("context", {}),
+        weight=WEIGHT if raw.get(WEIGHT) else None,
+        sampling_rate=SAMPLING_RATE if raw.get(SAMPLING_RATE) else None,
+    )
+    declared = read_declarations(given, path)
+    entries = [*raw.get("labels", {}).items(), *raw.get("context", {}).items()]
+    mapped = {name: one["column"] for name, one in entries if isinstance(one, Mapping) and "column" in one}
+    if declared.positive_from or any(column != name for name, column in mapped.items()):
+        raise ValueError(f"{path}: {EVENTS}: sequences have the stored values; leave column and positive_from out")
+    sizes = {}
+    for name in declared.schema.categorical:
+        file = root / "features" / f"{name}.parquet"
+        with error_location(file, _REMEDY):
+            sizes[name] = {"size": pq.ParquetFile(file).metadata.num_rows + 1}
+    return {"event_schema": declared.schema.to_json()} | ({"context_features": sizes} if sizes else {})
+
+
 def _check_tables(dataset: Dataset) -> None:
     """Check items, users and values of features."""
     for kind, table in (("item", dataset.items), ("user", dataset.users)):
@@ -176,6 +220,8 @@ def _check_tables(dataset: Dataset) -> None:
         for name in dataset.manifest[f"{kind}_features"]:
             dataset.feature_ids(kind, name)  # ids within the feature's values, no null
             _check_distinct(dataset.root / "features" / f"{name}.parquet", "value", dataset.feature_values(name))
+    for name in dataset.schema.categorical:
+        _check_distinct(dataset.root / "features" / f"{name}.parquet", "value", dataset.feature_values(name))
     texts = dataset.text(dataset.manifest["text_columns"]) if dataset.manifest["text_columns"] else dataset.items
     for name in dataset.manifest["text_columns"]:
         if not pa.types.is_string(texts[name].type) or texts[name].null_count:
@@ -203,7 +249,7 @@ def _check_sequences(dataset: Dataset) -> dict[str, Any]:
         starts[:, p] = lengths
         facts = {"users": 0, "events": 0, "exposures": 0, "positives": 0}
         for group in dataset.row_groups(part):
-            rows = dataset.sequences([group], SEQUENCE_SCHEMA.names)
+            rows = dataset.sequences([group], sequence_schema(dataset.schema.columns).names)
             place = f"{group.path}, row group {group.index}"  # type: ignore[union-attr]
             _check_group(place, rows, part, seen, lengths, hashes, dataset.manifest["split"])
             own = rows.own_events
@@ -245,7 +291,7 @@ def _check_group(
     row = np.repeat(np.arange(users.size), rows.lengths)
     position = np.arange(row.size) - rows.offsets[row]
     labels = np.where(np.isnan(rows.labels), 2, rows.labels).astype(np.int64)
-    events = hash_columns(rows.item_ids, rows.timestamps, labels, rows.actions, position)
+    events = hash_columns(rows.item_ids, rows.timestamps, labels, rows.actions, position, *_bits(rows))
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(events, dtype=np.uint64)])
     before = sums[rows.offsets[:-1] + rows.target_start] - sums[rows.offsets[:-1]]
     refuse(before != hashes[users], f"has another history in {part} than in the parts before")
@@ -257,6 +303,12 @@ def _check_group(
         outside[row[own][(times < low) | (times > high)]] = True
         refuse(outside, f"has an event in {part} on another side of cut_timestamps")
     seen[users], lengths[users], hashes[users] = True, rows.lengths, sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]
+
+
+def _bits(rows: Sequences) -> list[Ints]:
+    """The declared columns [T] as integers, equal for equal values; all unknown numbers are equal."""
+    known = (np.where(values != values, np.float32(np.nan), values) for values in rows.extra.values())
+    return [(column.view(np.int32) if column.dtype == np.float32 else column).astype(np.int64) for column in known]
 
 
 def _check_rule(dataset: Dataset, starts: Ints, lengths: Ints) -> None:

@@ -20,7 +20,7 @@ from hllm_torchrec.data.event_partitions import (
 )
 from hllm_torchrec.data.forgotten_rows import without_forgotten
 from hllm_torchrec.data.ingest import read_events, read_items, read_users
-from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, load_vocabularies
+from hllm_torchrec.data.item_catalogue import ItemCatalogue, Vocabulary, check_text_columns, load_vocabularies
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.tombstones import Tombstones
 from hllm_torchrec.data.user_table import UserTable
@@ -64,6 +64,7 @@ def stage(
     clash = sorted(name for name, number in names.items() if number > 1)
     if clash:  # all kinds share the folder `features/` and the batch's keys
         raise ValueError(f"{source.name}: {clash} names features of two kinds (item, user, context); rename one")
+    check_text_columns(source)
     log, locate, users = BadRowLog(policy), RowLocator(), UserTable(old)
     source = without_forgotten(source, forgotten or Tombstones(), log)
     item_words, user_words = load_vocabularies(old, source.item_features), load_vocabularies(old, source.user_features)

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 DAY = 86_400
 EARLY = 315_532_800
 """1980-01-01 00:00:00 UTC; few logs are older."""
-_NOT_VALUES = ("raw_user_id", "raw_item_id", "row", "timestamp", "time_text", "label", "label_text")
+_NOT_VALUES = ("raw_user_id", "raw_item_id", "row", "timestamp", "time_text", "label", "text_of_label")
+_MAY_BE_TEXT = ("timestamp", "time_text", "label", "text_of_label")
 _NULL_WORDS = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a", "nat", "\\n")
 _WORD_SHARE, _SPLIT_SHARE = 0.01, 0.5
 
@@ -42,11 +43,12 @@ class TableFacts:
         if not files or files[-1] != path:
             files.append(path)
         for name in rows.column_names:
-            if name not in _NOT_VALUES:
+            if name not in _NOT_VALUES or (self.table == "items" and name in _MAY_BE_TEXT):
                 self._add_column(name, rows[name])
-        if "label" in rows.column_names:
+        is_events = self.table == "events"  # a text of an item may be named label or timestamp
+        if is_events and "label" in rows.column_names:
             self._add_labels(rows["label"])
-        if "timestamp" in rows.column_names:
+        if is_events and "timestamp" in rows.column_names:
             self._add_times(rows["timestamp"], rows["time_text"])
 
     def _add_column(self, name: str, values: pa.ChunkedArray) -> None:

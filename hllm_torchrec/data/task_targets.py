@@ -9,7 +9,7 @@ mean for any label; labels that are defined only where the first one is 1 do not
 Legend: X exposures, K tasks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.hashing import hash_columns
-from hllm_torchrec.data.batch_spec import BatchSpec
 from hllm_torchrec.data.event_schema import SAMPLING_RATE, WEIGHT, EventSchema
 from hllm_torchrec.data.events import Events, Piece
 
@@ -28,15 +27,23 @@ def drawn_exposures(piece: Piece, rate: float, seeds: Iterable[int]) -> tuple[In
     rate: probability of a negative exposure, drawn by (seeds, user, position): the same on any rank and in any batch.
     """
     targets = piece.exposures
-    before = piece.extra.get(SAMPLING_RATE)
-    rates = np.full(targets.size, rate, np.float32) if before is None else (before[targets] * rate).astype(np.float32)
+    rates = kept_shares(piece, targets, rate)
     if rate == 1.0:
         return targets, rates
-    seed = np.array(list(seeds), np.int64)
-    keys = (np.full(targets.size, one) for one in (*seed, piece.user_id))
-    drawn = hash_columns(*keys, targets + piece.offset) / 2.0**64 < rate
-    kept = drawn | (piece.labels[targets] > 0)
+    kept = is_kept(piece.labels[targets], np.full(targets.size, piece.user_id), targets + piece.offset, rate, seeds)
     return targets[kept], rates[kept]
+
+
+def kept_shares(events: Events, rows: Ints, rate: float = 1.0) -> Floats:
+    """float32 [X] share of the negatives that were kept for the exposures `rows` [X], after a draw with `rate`."""
+    before = events.extra.get(SAMPLING_RATE)
+    return np.full(rows.size, rate, np.float32) if before is None else (before[rows] * rate).astype(np.float32)
+
+
+def is_kept(labels: Floats, users: Ints, positions: Ints, rate: float, seeds: Iterable[int]) -> NDArray[np.bool_]:
+    """bool [X], True for all positive exposures, and for negative ones with probability `rate`."""
+    keys = (np.full(labels.size, one) for one in np.array(list(seeds), np.int64))
+    return (hash_columns(*keys, users, positions) / 2.0**64 < rate) | (labels > 0)
 
 
 def exposure_weights(targets: Events) -> Floats:
@@ -50,26 +57,27 @@ def traffic_weights(targets: Events, rates: Floats) -> Floats:
 
 
 def targets_of(
-    targets: Events, spec: BatchSpec, schema: EventSchema, rates: Floats, training: bool
+    targets: Events, tasks: Sequence[str], schema: EventSchema, rates: Floats, training: bool
 ) -> dict[str, NDArray[Any]]:
     """The fields `weights`, `task_labels`, `task_weights` and `logit_offset` of a batch.
 
-    rates: [X] share of the negatives that were kept for each exposure. Outside of training the weights of thinned-out
-    negatives make all metrics those of whole traffic, and there is no offset.
+    tasks: K labels; none: no fields of tasks. rates: [X] share of the negatives that were kept for each exposure.
+    Outside of training the weights of thinned-out negatives make all metrics those of whole traffic, and there is no
+    offset.
     """
     weights = exposure_weights(targets)
-    thinned = schema.sampled or (training and spec.negative_rate < 1)
+    thinned = schema.sampled or bool((rates != 1).any())
     if thinned and not training:
         weights = weights * traffic_weights(targets, rates)
     found: dict[str, NDArray[Any]] = {"weights": weights}
     if thinned and training:
         found["logit_offset"] = -np.log(rates)
-    if not spec.tasks:
+    if not tasks:
         return found
-    labels = np.stack([_label(targets, schema, name) for name in spec.tasks], axis=1)
-    columns = np.repeat(weights[:, None], len(spec.tasks), axis=1)
+    labels = np.stack([_label(targets, schema, name) for name in tasks], axis=1)
+    columns = np.repeat(weights[:, None], len(tasks), axis=1)
     if thinned and training:
-        corrected = [schema.labels[0].name != name and not _needs_first(schema, name) for name in spec.tasks]
+        corrected = [schema.labels[0].name != name and not _needs_first(schema, name) for name in tasks]
         columns[:, corrected] *= traffic_weights(targets, rates)[:, None]
     defined = ~np.isnan(labels)
     return found | {

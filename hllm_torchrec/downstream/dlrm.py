@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -34,7 +34,7 @@ from hllm_torchrec.downstream.plugin import PluggedDLRM, plug_into
 from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimizer
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.embedding.tables import initialize_tables
-from hllm_torchrec.evaluation.scoring import quick_metrics
+from hllm_torchrec.evaluation.scoring import quick_metrics, task_columns
 from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.optim import dense_optimizer, dense_step
 
@@ -47,7 +47,8 @@ T = TypeVar("T")
 def build_dlrm(
     config: DLRMConfig,
     tables: dict[str, int],
-    rate: float,
+    start: Sequence[float],
+    dense: int,
     widths: Sequence[int] = (),
     way: VectorPlacement = "slots",
     vector_dropout: float = 0.0,
@@ -57,8 +58,9 @@ def build_dlrm(
     Args:
         config: sizes.
         tables: sparse feature -> rows of its table.
-        rate: share of positive training labels in (0, 1); its logit initializes the last bias.
-        widths, way, vector_dropout: of stored vectors after the dense features, if any; see `plugin.plug_into`.
+        start: initial values of the last biases [O], those of a constant prediction of each task.
+        dense: number F of dense features without stored vectors.
+        widths, way, vector_dropout: settings of stored vectors after the dense features; see `plugin.plug_into`.
     """
     sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
     collection = EmbeddingBagCollection(
@@ -75,14 +77,15 @@ def build_dlrm(
         ],
         device=torch.device("meta"),
     )
-    dense = len(config.numeric_features)
-    sizes = {"dense_arch_layer_sizes": [*config.bottom, config.width], "over_arch_layer_sizes": [*config.top, 1]}
+    over = [*config.top, len(start)]
+    sizes = {"dense_arch_layer_sizes": [*config.bottom, config.width], "over_arch_layer_sizes": over}
     if widths:
         model = plug_into(DLRM, collection, dense, list(widths), way, vector_dropout, **sizes)
     else:
         model = DLRM(collection, dense_in_features=dense, **sizes)
-    # The initial predictions are then near the base rate, which avoids large losses in the first steps.
-    nn.init.constant_(_dlrm_of(model).over_arch.model[-1].bias, math.log(rate / (1 - rate)))
+    # The initial predictions are then near the base rates, which avoids large losses in the first steps.
+    with torch.no_grad():
+        _dlrm_of(model).over_arch.model[-1].bias.copy_(torch.tensor(start))
     return model
 
 
@@ -105,7 +108,7 @@ class DLRMTrainer:
 
     Args:
         data: source of batches of `dataset` and `config`; None: without stored vectors.
-        way, vector_dropout: of stored vectors, if the batches contain any; see `plugin.plug_into`.
+        way, vector_dropout: settings of stored vectors, if the batches contain any; see `plugin.plug_into`.
 
     Raises:
         ConfigError: the configuration names an unknown feature.
@@ -123,8 +126,13 @@ class DLRMTrainer:
         self.config, self.device = config, device
         self.data = DLRMData(dataset, config) if data is None else data
         torch.manual_seed(config.seed)
-        model = build_dlrm(config, self.data.tables(), base_rate(dataset), self.data.widths, way, vector_dropout)
+        self.tasks, rate = self.data.tasks, base_rate(dataset)
+        first = math.log(rate / (1 - rate))
+        start = [first, *(value for task in self.tasks[1:] for value in task.start)]
+        dense, widths = self.data.dense_width, self.data.widths
+        model = build_dlrm(config, self.data.tables(), start, dense, widths, way, vector_dropout)
         self.model = shard_dlrm(model, config, device)
+        self._scales = torch.tensor([[task.center, task.scale] for task in self.tasks], device=device)
         self.dense = dense_optimizer(
             unwrap_model(self.model).named_parameters(),
             learning_rate=config.lr,
@@ -167,7 +175,7 @@ class DLRMTrainer:
     def train_epoch(self, epoch: int) -> float:
         """Train on one pass over the training part; return the mean loss of its exposures."""
         total = torch.zeros(2, dtype=torch.float64)
-        no_rows = self.data.batch(self.data.empty_batch(), np.empty(0, np.int64))
+        no_rows = self.data.batch(self.data.empty_window(), np.empty(0, np.int64))
         for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
             total += self.train_step(batch.to(self.device))
         # Ranks have different numbers of rows, so the mean is computed from global sums.
@@ -175,31 +183,55 @@ class DLRMTrainer:
         return loss / max(rows, 1.0)
 
     def train_step(self, batch: DLRMBatch) -> Tensor:
-        """Take one step on the global batch's mean loss; return this rank's sum of losses and number of rows, [2]."""
-        logits = self._logits(batch)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
-        rows = global_sum(torch.tensor(float(logits.numel())))
+        """Take one step on the sum of the tasks' mean losses over the global batch, each times its weight.
+
+        Returns:
+            [2]: this rank's share of the loss, times the number of exposures of all ranks, so that sums over ranks and
+                steps give the mean; this rank's number of exposures.
+        """
+        outputs = self._outputs(batch)
+        counts = global_sum(torch.cat([torch.tensor([float(len(outputs))]), batch.task_weights.sum(0).cpu()]))
+        rows, weights = counts[0].item(), counts[1:].tolist()
+        sums = self._losses(outputs, batch)
+        shares = [task.weight / (weight or 1.0) for task, weight in zip(self.tasks, weights, strict=True)]
+        loss = torch.stack([own * share for own, share in zip(sums, shares, strict=True)]).sum()
         # DDP averages gradients over ranks, so the factor world_size turns the average of sums into the global sum.
-        (loss * coordination.world_size() / rows.item()).backward()
+        (loss * coordination.world_size()).backward()
         dense_step(self.dense, self.config.clip_norm)
-        return torch.tensor([loss.item(), logits.numel()], dtype=torch.float64)
+        total = sum(own.item() * (share * rows) for own, share in zip(sums, shares, strict=True))
+        return torch.tensor([total, len(outputs)], dtype=torch.float64)
+
+    def _losses(self, outputs: Tensor, batch: DLRMBatch) -> list[Tensor]:
+        """Weighted sum of each task's losses over this rank's exposures, each [], as `HLLM` computes them."""
+        parts = list(outputs.split([task.outputs for task in self.tasks], dim=1))
+        if batch.logit_offset is not None:
+            parts[0] = parts[0] + batch.logit_offset[:, None]
+        # Labels that are not defined are NaN, and NaN times weight 0 is NaN.
+        labels, found = batch.task_labels.nan_to_num(), []
+        for place, (task, own) in enumerate(zip(self.tasks, parts, strict=True)):
+            rows = task.losses(own, labels[:, place], self._scales[place])
+            found.append((rows * batch.task_weights[:, place]).sum())
+        return found
 
     @torch.no_grad()
     def score(self, split: str) -> PredictionColumns:
         """Return this rank's predictions of a split."""
         self.model.eval()
-        none, parts = (self.data.empty_batch(), np.empty(0, np.int64)), []
+        none, parts = (self.data.empty_window(), np.empty(0, np.int64)), []
         for window, rows in _pad_to_equal_steps(_rows_in_order(self.data.windows(split)), none):
-            logits = self._logits(self.data.batch(window, rows).to(self.device)).double().cpu().numpy()
+            batch = self.data.batch(window, rows)
+            outputs = self._outputs(batch.to(self.device)).float().cpu()
+            logits = outputs[:, 0].double().numpy()
             probabilities = 1 / (1 + np.exp(-logits))
-            parts.append(window.histories.prediction_columns(logits, probabilities, ~self.data.item_is_known, rows))
+            columns = window.histories.prediction_columns(logits, probabilities, ~self.data.item_is_known, rows)
+            parts.append(columns | task_columns(self.tasks, self._scales.cpu(), batch.task_labels, outputs))
         self.model.train()
         return join_columns(parts)
 
-    def _logits(self, batch: DLRMBatch) -> Tensor:
-        """Logits [B] of a batch."""
-        logits: Tensor = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
-        return logits
+    def _outputs(self, batch: DLRMBatch) -> Tensor:
+        """Outputs [B, O] of all tasks; the first is the logit of the first label."""
+        outputs: Tensor = self.model(batch.dense_features, batch.sparse_features)
+        return outputs
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         return {"model": self.model.state_dict()}

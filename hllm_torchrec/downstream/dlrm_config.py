@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.bounds import out_of_bounds
+from hllm_torchrec.config.rules import task_entry_problems
+from hllm_torchrec.config.schema import TaskConfig
 
 VectorPlacement = Literal["dense", "slots"]
 """Position of stored vectors in a DLRM: dense features, or slots of the interaction."""
@@ -39,6 +41,13 @@ class DLRMConfig:
     """Seconds from an event until it may be seen, as `data.feedback_delay` of the model whose vectors are used."""
     time: bool = True
     """Add the hour and the day of the week (UTC), if the dataset has timestamps."""
+    context: tuple[str, ...] = ()
+    """Context of the request that the dataset declares, as `data.context` of a model."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Labels to predict, as `objective.tasks` of a model: outputs of one top network. Empty: the first label alone."""
+    negative_rate: float = 1.0
+    """Share of the negatives of each epoch that is trained on, as `data.negative_rate` of a model: the same draws at
+    the same seed, and the same correction of the logit."""
     item_dropout: float = 0.1
     """Probability, in training, that the target item is replaced by unknown."""
     user_dropout: float = 0.9
@@ -60,6 +69,11 @@ class DLRMConfig:
     shard_from_rows: int = 1024
     """Tables with fewer rows are replicated and belong to AdamW."""
 
+    @property
+    def task_configs(self) -> dict[str, TaskConfig]:
+        """`tasks`, checked by the rules."""
+        return {name: TaskConfig(**content) for name, content in self.tasks.items()}
+
 
 DLRM_BOUNDS = {
     "dlrm.seed": ">= 0",
@@ -67,6 +81,7 @@ DLRM_BOUNDS = {
     "dlrm.init_scale": ">= 0",
     "dlrm.max_bag": ">= 1",
     "dlrm.feedback_delay": ">= 0",
+    "dlrm.negative_rate": "> 0, <= 1",
     "dlrm.item_dropout": ">= 0, < 1",
     "dlrm.user_dropout": ">= 0, < 1",
     "dlrm.epochs": ">= 1",
@@ -112,6 +127,7 @@ class DownstreamConfig:
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, DLRM_BOUNDS | {"vector_dropout": ">= 0, < 1"}))
+        problems += task_entry_problems(self.dlrm.tasks, "dlrm.tasks")
         possible = self.possible_rows()
         for row in self.rows:
             if row not in possible:

@@ -4,7 +4,7 @@ Legend: B rows of a batch, X exposures of a window, F numeric features.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -12,19 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.errors import ConfigError, did_you_mean
 from hllm_torchrec.data.collate import Bags, gather_bags
 from hllm_torchrec.data.dataset import Dataset, RowGroup
+from hllm_torchrec.data.event_schema import CONTEXT
+from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.histories import Histories, rank_row_groups, read_histories
 from hllm_torchrec.data.jagged_arrays import concat_ranges
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
+from hllm_torchrec.data.request_context import context_problems, fit_context
+from hllm_torchrec.data.task_targets import is_kept, kept_shares, targets_of
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig
+from hllm_torchrec.models.tasks import fit_tasks, resolve_tasks, task_problems
 
 WINDOW_USERS = 65_536
 """Number of users in memory, and shuffled together, at a time."""
 SECONDS_PER_HOUR, HOURS, DAYS = 3600, 24, 7
+TASKS = "dlrm.tasks"
+"""Setting of the tasks, in messages."""
 EPOCH_WEEKDAY = 3
 """1970-01-01 was a Thursday; Monday is 0."""
 
@@ -33,16 +40,23 @@ EPOCH_WEEKDAY = 3
 class DLRMBatch:
     """A batch in the format of TorchRec's DLRM.
 
-    dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1].
+    dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1];
+    task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; as in `data.batch.HybridBatch`.
     """
 
     dense_features: Tensor
     sparse_features: KeyedJaggedTensor
     labels: Tensor
+    task_labels: Tensor
+    task_weights: Tensor
+    logit_offset: Tensor | None = None
 
     def to(self, device: torch.device) -> "DLRMBatch":
         """A copy on `device`."""
-        return DLRMBatch(self.dense_features.to(device), self.sparse_features.to(device), self.labels.to(device))
+        moved = {
+            name: value.to(device) for field in fields(self) if (value := getattr(self, name := field.name)) is not None
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class DLRMData:
         if problems:
             raise ConfigError(problems)
         self.dataset, self.config = dataset, config
+        self.tasks = fit_tasks(resolve_tasks(config.task_configs, dataset.schema, TASKS), dataset, setting=TASKS)
+        self.context, self._scales = fit_context(dataset, config.context)
         self.time = config.time and bool(dataset.manifest["has_timestamps"])
         self.item_is_known = dataset.training_item_counts() > 0
         self._user_is_known = np.zeros(dataset.num_users, dtype=bool)
@@ -95,6 +111,11 @@ class DLRMData:
             self._user_is_known[dataset.sequences([group], ["user_id", "actions"]).user_ids] = True
         self._user_bags = {name: dataset.feature_ids("user", name) for name in config.user_features}
         self._window_cache: dict[str, Window] = {}
+
+    @property
+    def dense_width(self) -> int:
+        """Number F of dense features, without stored vectors: numeric features, then numeric context."""
+        return len(self.config.numeric_features) + len(self.context.numeric)
 
     @property
     def widths(self) -> list[int]:
@@ -107,6 +128,7 @@ class DLRMData:
         if self.config.user_id:
             rows["user"] = self.dataset.num_users
         rows |= {name: self.dataset.feature_size("user", name) for name in self.config.user_features}
+        rows |= {CONTEXT + name: self.dataset.schema.sizes[name] for name in self.context.categorical}
         return rows | ({"hour": HOURS, "weekday": DAYS} if self.time else {})
 
     def windows(self, split: str, rng: np.random.Generator | None = None) -> Iterator[Window]:
@@ -137,11 +159,22 @@ class DLRMData:
         size = max(1, self.config.batch // coordination.world_size())
         rng = np.random.default_rng((self.config.seed, epoch, coordination.rank()))
         for window in self.windows("train", rng):
-            order = rng.permutation(window.exposures)
+            rows = self._drawn(window, epoch)
+            order = rows[rng.permutation(rows.size)]
             for at in range(0, order.size, size):
                 yield self.batch(window, order[at : at + size], rng)
 
-    def empty_batch(self) -> Window:
+    def _drawn(self, window: Window, epoch: int) -> Ints:
+        """The exposures of a window that an epoch trains on: those of the main model with this seed and rate."""
+        histories, rate = window.histories, self.config.negative_rate
+        if rate == 1.0:
+            return np.arange(window.exposures)
+        events = histories.exposures
+        users, positions = histories.user_ids[histories.row_of_event[events]], histories.position[events]
+        seeds = (self.config.seed, epoch - 1)  # epochs of a model count from 0
+        return np.flatnonzero(is_kept(histories.labels[events], users, positions, rate, seeds))
+
+    def empty_window(self) -> Window:
         """Return a window without users, for a rank that has finished before the others."""
         return self._read([])
 
@@ -157,20 +190,33 @@ class DLRMData:
             bags["user"] = _one_each(_with_unknown(users, self._user_is_known, config.user_dropout, rng))
         for name, (values, offsets) in self._user_bags.items():
             bags[name] = gather_bags(values, offsets, users)
+        targets = histories[events]
+        for name in self.context.categorical:
+            bags[CONTEXT + name] = _one_each(self.context.ids(targets, name, count=False))
         if self.time:
             hours = seconds // SECONDS_PER_HOUR
             bags["hour"] = _one_each(hours % HOURS)
             bags["weekday"] = _one_each((hours // HOURS + EPOCH_WEEKDAY) % DAYS)
+        rates = kept_shares(histories, events, 1.0 if rng is None else config.negative_rate)
+        names, training = [task.name for task in self.tasks], rng is not None
+        fields = targets_of(targets, names, self.dataset.schema, rates, training)
+        del fields["weights"]  # `task_weights` contain them
         return DLRMBatch(
-            dense_features=torch.from_numpy(window.numeric[rows]),
+            dense_features=torch.from_numpy(np.concatenate([window.numeric[rows], self._numbers(targets)], axis=1)),
             sparse_features=KeyedJaggedTensor(
                 keys=list(bags),
                 values=torch.from_numpy(np.concatenate([values for values, _ in bags.values()])),
                 lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in bags.values()])),
                 stride=rows.size,
             ),
-            labels=torch.from_numpy(histories.labels[events]),
+            labels=torch.from_numpy(targets.labels),
+            **{name: torch.from_numpy(values) for name, values in fields.items()},
         )
+
+    def _numbers(self, targets: Events) -> Floats:
+        """[B, C] numeric context, standardized by its mean and deviation in training; 0 where it is unknown."""
+        center, scale = self._scales.T
+        return np.nan_to_num((self.context.numbers(targets) - center) / scale).astype(np.float32)
 
     def _read(self, groups: Sequence[RowGroup]) -> Window:
         histories = read_histories(self.dataset, groups, self.config.feedback_delay)
@@ -193,14 +239,18 @@ class DLRMData:
 
 
 def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
-    """Unknown features, one line each."""
+    """Unknown features, context and tasks, one line each."""
     known = {"user_features": dataset.manifest["user_features"], "numeric_features": NUMERIC_FEATURES}
-    return [
-        f"dlrm.{kind}: {name!r}: unknown{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}"
-        for kind, there in known.items()
-        for name in getattr(config, kind)
-        if name not in there
-    ]
+    return (
+        task_problems(config.task_configs, dataset.schema, TASKS)
+        + [
+            f"dlrm.{kind}: {name!r}: unknown{did_you_mean(name, there)}; there are {', '.join(there) or 'none'}"
+            for kind, there in known.items()
+            for name in getattr(config, kind)
+            if name not in there
+        ]
+        + context_problems("dlrm.context", config.context, dataset.schema)
+    )
 
 
 def _numeric(histories: Histories, names: Sequence[str]) -> NDArray[np.float32]:

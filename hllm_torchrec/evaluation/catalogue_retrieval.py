@@ -15,7 +15,7 @@ from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.distributed.collectives import all_gather_variable
 from hllm_torchrec.evaluation.scoring import metrics_of_target_ranks, rank_catalogue_targets
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard, shard_bounds
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_source import CachedItems, JoinedItems, StoredItems
 
 ITEMS_AT_ONCE = 8192
@@ -97,12 +97,17 @@ def vectors_of_items(experiment: Experiment, items: NDArray[np.int64]) -> Tensor
     collator = Collator(
         experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors, context=experiment.context
     )
-    return vectors_by_features(experiment, collator, items)
+    return vectors_by_features(experiment, collator, items, joined=True)
 
 
-def vectors_by_features(experiment: Experiment, collator: Collator, items: NDArray[np.int64]) -> Tensor:
-    """P(E) + ID + item features of items [n]: [n, D] float32; n may be 0. Collective."""
+def vectors_by_features(
+    experiment: Experiment, collator: Collator, items: NDArray[np.int64], joined: bool = False
+) -> Tensor:
+    """P(E) + ID + item features of items [n]: [n, D] float32; n may be 0. Collective.
+
+    joined: see `HLLM.embed_in_feature_space`.
+    """
     hllm, device, ids = experiment.hllm, experiment.device, torch.from_numpy(items).to(experiment.device)
     dense = experiment.item_vectors
     vectors = None if dense is None else torch.from_numpy(dense[items]).to(device)
-    return hllm.embed_in_feature_space(collator.item_features(items).to(device), ids, vectors).float()
+    return hllm.embed_in_feature_space(collator.item_features(items).to(device), ids, vectors, joined).float()

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from hllm_torchrec.common.atomic_files import replace_file
 from hllm_torchrec.common.errors import without_credentials
 from hllm_torchrec.evaluation.metrics_schema import read_fields, read_metrics
-from hllm_torchrec.evaluation.model_comparison import by_users, format_interval, format_number
+from hllm_torchrec.evaluation.model_comparison import SHOWN, by_users, format_interval, format_number
 from hllm_torchrec.evaluation.report_figures import Series
 from hllm_torchrec.evaluation.report_sections import (
     curve_figures,
@@ -128,9 +128,21 @@ def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "paired_figure": paired_figure(metrics.get("paired") or {}, str(reference)),
         "curves": curve_figures(models, metrics.get("curves") or {}),
         "time_figure": time_figure(models),
+        "tasks": {name: _task_tables(block) for name, block in (metrics.get("tasks") or {}).items()},
         "slice_table": slices,
         "slice_figure": drawn,
     }
+
+
+def _task_tables(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of a further task: like the first label's for a binary one, else one of regression metrics."""
+    models = task["models"]
+    if task["kind"] != "binary":
+        names = list(dict.fromkeys(key for model in models.values() for key in model))
+        rows = [(name, *(format_number(model.get(key)) for key in names)) for name, model in models.items()]
+        return {"rows": task["rows"], "tables": [(("model", *(SHOWN.get(key, key) for key in names)), rows)]}
+    paired = [_paired_table(task["paired"], task["reference"])] if task.get("paired") else []
+    return {"rows": task["rows"], "tables": [*_metric_tables(models), *paired]}
 
 
 def _metric_tables(models: Mapping[str, Any]) -> tuple[Table, Table]:

@@ -35,9 +35,11 @@ from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, mea
 from hllm_torchrec.evaluation.prediction_files import RowReader, find_files
 from hllm_torchrec.evaluation.sanity_checks import READ_ROWS, Overlap, count_overlap, own_rows
 from hllm_torchrec.evaluation.scoring import score_split
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.ema import EmaWeights
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.new_rows import fill_new_rows
+from hllm_torchrec.models.run_transitions import run_transitions
 from hllm_torchrec.models.stored_items import use_stored_items
 
 OVERLAP_MEMORY = 1 << 30
@@ -56,6 +58,8 @@ class RunScores:
     """Checkpoint, weights, dataset and machine that the scores come from."""
     dataset: Dataset
     """Dataset of the scored exposures."""
+    trained_on: Dataset
+    """Version of the dataset that the run was trained on; `dataset` if that version is unknown or removed."""
 
 
 def run_config(run: Path, dataset: Path | None = None) -> Config:
@@ -96,7 +100,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
     found = run_checkpoint(run, which)
     if found is None:
         latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
-        raise ValueError(f"{local_run(run) / CHECKPOINTS} has no complete checkpoint{latest}; train (on) first")
+        raise ValueError(f"{local_run(run) / CHECKPOINTS} has no complete checkpoint{latest}; train first, or longer")
     return found
 
 
@@ -105,13 +109,15 @@ class LoadedRun:
     """A run's model with the weights of a checkpoint.
 
     weights: context manager in which the model has its evaluation weights (the averaged ones of `optim.ema`).
-    fingerprint: `weights_fingerprint` of the checkpoint, which its run may have removed since.
+    began: version and fingerprint of the dataset that it was trained on; None: not known. fingerprint:
+    `weights_fingerprint` of the checkpoint, which its run may have removed since.
     """
 
     experiment: Experiment
     checkpoint: Path
     weights: AbstractContextManager[None]
     step: int
+    began: dict[str, Any] | None
     fingerprint: str
 
 
@@ -139,7 +145,8 @@ def load_run(
     checkpoint = find_checkpoint(run, which)
     folder = checkpoint.parent.parent
     factors, evidence = RunFactors.load(folder), run_evidence(config.data.evidence, folder)
-    experiment = build_experiment(config, device, factors=factors, evidence=evidence)
+    transitions = run_transitions(config, folder)
+    experiment = build_experiment(config, device, factors=factors, evidence=evidence, transitions=transitions)
 
     def load(path: Path) -> LoadedRun:
         return LoadedRun(experiment, path, *_load(experiment, path), weights_fingerprint(path))
@@ -180,7 +187,22 @@ def score_run(run: Path, split: str, which: str, device: torch.device, dataset: 
             save_predictions(columns, predictions)
         if measures_retrieval(experiment):
             retrieval = evaluate_retrieval(experiment, loader, show, run / "retrieval" / split)
-    return RunScores(predictions, retrieval, _provenance(loaded), experiment.dataset)
+    return RunScores(predictions, retrieval, _provenance(loaded), experiment.dataset, _trained_on(loaded, dataset))
+
+
+def _trained_on(loaded: LoadedRun, given: Path | None) -> Dataset:
+    """See `RunScores.trained_on`. given: the dataset that was named instead of the run's."""
+    scored, began = loaded.experiment.dataset, loaded.began
+    if began is None or began == {"version": scored.version, "fingerprint": scored.fingerprint}:
+        return scored
+    if url_of(loaded.experiment.config.data.dataset) is not None:  # another version would be fetched whole
+        return scored
+    try:
+        found = Dataset.open(scored.root, int(began["version"]))
+    except ValueError:
+        return scored
+    # Forgetting changes fingerprints, so for the run's own dataset the number of the version decides.
+    return found if given is None or found.fingerprint == began["fingerprint"] else scored
 
 
 def training_overlap(predictions: Path, dataset: Dataset) -> Overlap:
@@ -201,8 +223,8 @@ def training_overlap(predictions: Path, dataset: Dataset) -> Overlap:
     return count_overlap(exposures(), events(), test.rows, OVERLAP_MEMORY, "user, item, time")
 
 
-def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int]:
-    """Load the weights; return the context manager with the evaluation weights, and the checkpoint's step."""
+def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextManager[None], int, dict[str, Any] | None]:
+    """Load the weights; return the context manager with the evaluation weights, the checkpoint's step and dataset."""
     state: dict[str, Any] = {"model": experiment.model_state()}
     weights: AbstractContextManager[None] = nullcontext()
     if experiment.config.optim.ema:
@@ -212,7 +234,7 @@ def _load(experiment: Experiment, checkpoint: Path) -> tuple[AbstractContextMana
     experiment.check_origin(checkpoint)
     extra = load_checkpoint(checkpoint, state)
     fill_new_rows(experiment, checkpoint, averages=state.get("ema"))
-    return weights, int(extra["step"])
+    return weights, int(extra["step"]), extra.get("dataset")
 
 
 def _provenance(loaded: LoadedRun) -> dict[str, Any]:

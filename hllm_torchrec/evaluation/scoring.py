@@ -55,7 +55,8 @@ def score_split(
     model.eval()
     hllm, schema = unwrap_model(model), loader.dataset.schema
     assert isinstance(hllm, HLLM)
-    weighted, parts = schema.weighted or schema.sampled, []
+    weighted = schema.weighted or schema.sampled or loader.collator.draws is not None
+    parts = []
     with progress(loader.steps(epoch), "evaluate", show) as bar, closing(loader.batches(epoch)) as batches:
         for batch in batches:
             raise_if_preempted()
@@ -63,7 +64,10 @@ def score_split(
             columns = _columns(batch, output.logits.float().cpu().numpy(), cold)
             columns |= {"weight": batch.weights.numpy()} if weighted else {}
             if output.outputs is not None:
-                columns |= task_columns(hllm.tasks, hllm.task_scales.cpu(), batch, output.outputs.float().cpu())
+                assert batch.task_labels is not None
+                columns |= task_columns(
+                    hllm.tasks, hllm.task_scales.cpu(), batch.task_labels, output.outputs.float().cpu()
+                )
             parts.append(columns)
             bar.update(1)
     model.train()
@@ -87,17 +91,16 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Pr
     }
 
 
-def task_columns(tasks: Sequence[Task], scales: Tensor, batch: HybridBatch, outputs: Tensor) -> PredictionColumns:
-    """Label, score and prediction [X] of every task; labels are NaN where they are not defined.
+def task_columns(tasks: Sequence[Task], scales: Tensor, task_labels: Tensor, outputs: Tensor) -> PredictionColumns:
+    """Label, score and prediction [X] of all tasks but the first, of task_labels [X, K], outputs [X, O]; NaN: no label.
 
-    The first task's are `label`, `score` and `probability`; those of others have the task's name at the end, and the
+    The columns' names end with the task's (the first task's are plain: `label`, `score` and `probability`), and the
     prediction of a number is in the label's unit.
     """
-    assert batch.task_labels is not None and batch.task_weights is not None
     found: PredictionColumns = {}
     parts = outputs.split([task.outputs for task in tasks], dim=1)
     for place, (task, own) in enumerate(zip(tasks[1:], parts[1:], strict=True), start=1):
-        labels = task.units(batch.task_labels[:, place].numpy())
+        labels = task.units(task_labels[:, place].numpy())
         kind = "probability" if task.is_binary else "prediction"
         found[f"label_{task.name}"] = labels.astype(np.float32)
         found[f"score_{task.name}"] = task.scores(own).numpy().astype(np.float32)
@@ -109,7 +112,7 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     """AUC, GAUC and log loss of a split over all ranks during training. Collective.
 
     auc: "approximate" computes the AUC from a histogram of scores in one pass over the rows and adds `auc_error`, its
-    maximum error. Log loss and the exact AUC are weighted if the rows have weights.
+    maximum error. All are weighted if the rows have weights.
     """
     labels, scores = columns["label"], columns["score"]
     # Log loss of logits without overflow: log(1 + exp(-s)) for positives, log(1 + exp(s)) for negatives.
@@ -122,12 +125,13 @@ def quick_metrics(columns: PredictionColumns, auc: Literal["exact", "approximate
     found = {"log_loss": total_loss / (weight or 1.0), "rows": rows} | quick_task_metrics(columns)
     if auc == "exact":
         total = roc_auc(labels, scores, weights)  # first: it raises on every rank if a score is NaN
-        return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores)} | found
-    histogram = ScoreHistogram()
-    histogram.add(torch.from_numpy(labels), torch.from_numpy(scores))
+        return {"auc": total, "gauc": gauc(columns["user_id"], labels, scores, weights)} | found
+    histogram = ScoreHistogram(weighted=weights is not None)
+    given = (labels, scores) if weights is None else (labels, scores, weights)
+    histogram.add(*map(torch.from_numpy, given))
     histogram.all_reduce()
     bounded = histogram.auc()
-    within = gauc(columns["user_id"], labels, scores)
+    within = gauc(columns["user_id"], labels, scores, weights)
     return {"auc": bounded.auc, "auc_error": bounded.error, "gauc": within} | found
 
 
@@ -186,7 +190,8 @@ def rank_catalogue_targets(
             assert predicted is not None, "retrieval needs the generative loss"
             # Without history there is no position whose output could be compared with the items.
             visible = batch.query_visible[batch.target_query]
-            wanted = batch.labels > 0 if positive_only else torch.ones_like(batch.labels, dtype=torch.bool)
+            only = positive_only or loader.collator.draws is not None  # drawn negatives are no targets
+            wanted = batch.labels > 0 if only else torch.ones_like(batch.labels, dtype=torch.bool)
             skipped += int((wanted & (visible == 0)).sum())
             # Equal numbers of chunks on every rank: ranking against the sharded catalogue is collective.
             for rows in equal_chunks(torch.nonzero(wanted & (visible > 0)).flatten(), at_once):
@@ -251,9 +256,11 @@ class CompleteHistories:
     def seen_items(self, step: int, batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Items (jagged: values, offsets) before each of the exposures `rows` [n] of this rank's batch of a step."""
         pieces, loader = self._loader.pieces, self._loader
+        # number [n]: the loader's piece of each exposure; its row group and row hold the user's complete sequence.
         number = loader.rank_batches(0)[loader.rank][step][
             _piece_of_query(batch)[batch.target_query[rows]].cpu().numpy()
         ]
+        # Seen is what is earlier by the rule of the exposures: by second, or by position (leave one out).
         counts = (batch.history_lengths if self._by_second else batch.positions)[rows]
         parts = [np.empty(0, np.int64)]
         for group, row, count in zip(pieces.group[number], pieces.row[number], counts.tolist(), strict=True):

@@ -24,7 +24,7 @@ from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.collectives import any_rank
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, nightly_request, open_embedder
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 
 Mode = Literal["daily", "nearline"]
 

@@ -40,11 +40,19 @@ class ItemIndex:
     ids: pa.Array
 
     @classmethod
-    def build(cls, vectors: Floats, ids: Sequence[Any] | pa.Array, kind: Kind = "flat", cells: int = 0) -> "ItemIndex":
-        """Build an index of vectors [N, D], which are normalised.
+    def build(
+        cls,
+        vectors: Floats,
+        ids: Sequence[Any] | pa.Array,
+        kind: Kind = "flat",
+        cells: int = 0,
+        points_of_cell: int = 256,
+    ) -> "ItemIndex":
+        """Build an index of vectors [N, D], which are normalized.
 
         flat: exact, all items are scored. ivf: items are clustered into `cells` cells (0: 4 sqrt(N)), and only those
-        of the `nprobe` (see `search`) cells nearest to the user are scored.
+        of the `nprobe` (see `search`) cells nearest to the user are scored. points_of_cell: number of items per cell in
+        the sample from which the cells are computed.
 
         Raises:
             ValueError: faiss is not installed, different numbers of ids and vectors, or more cells than items.
@@ -60,6 +68,7 @@ class ItemIndex:
                 raise ValueError(f"cells is {cells}: must be 1 to {len(vectors)}, the number of items")
             index = faiss.IndexIVFFlat(index, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
             index.cp.min_points_per_centroid = 1  # otherwise FAISS warns on small catalogues
+            index.cp.max_points_per_centroid = points_of_cell
             index.train(vectors)
         index.add(vectors)
         return cls(index, ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids))
@@ -94,7 +103,7 @@ class ItemIndex:
         """Return the best items of each user, best first, without those in `exclude`.
 
         Args:
-            users: [B, D]; they are normalised.
+            users: [B, D]; they are normalized.
             k: number of items per user, at least 1.
             exclude: ids to leave out, per user, such as seen items; unknown ids are ignored.
             nprobe: number of cells searched in an ivf index.

@@ -128,11 +128,12 @@ def _index(dataset: Dataset, store: EmbeddingStore, since: int) -> list[_Group]:
     for part in ("test", "valid", "train"):  # latest first: later sequences include the events of earlier parts
         groups = dataset.row_groups(part)
         for group in groups:
-            all_rows = dataset.sequences([group], ["user_id", "timestamps"])
-            users, lengths = all_rows.user_ids, all_rows.lengths
+            heads = dataset.heads(group)
+            users, lengths = heads.user_ids, heads.lengths
             rows = np.flatnonzero(~seen[users])
-            # offsets[1:] - 1: index of the last event of each row, which has at least one.
-            last = all_rows.timestamps[all_rows.offsets[1:] - 1][rows]
+            # Each row has at least one event.
+            ends = dataset.tails(group, lengths - 1, ["user_id", "timestamps"])
+            last = ends.timestamps[ends.offsets[1:] - 1][rows]
             marks = user_content_hashes(last, lengths[rows])
             stored, known = snapshot.content_hashes(user_keys(dataset, users[rows], store.kind))
             active = last >= since
@@ -163,8 +164,15 @@ def _rounds(
     """This rank's share of a window: rounds of chunks of (requests, content hashes)."""
     asked: list[Piece] = []
     for one in window:
-        rows = dataset.sequences([one.group])
-        pieces = (rows.piece(row) for row in one.rows[one.todo])
+        chosen, lengths = one.rows[one.todo], one.lengths[one.todo]
+        start = np.maximum(0, lengths - max_history)
+        skipped = dataset.heads(one.group).lengths  # a user who is not embedded is not read
+        skipped[chosen] = start
+        rows = dataset.tails(one.group, skipped)
+        pieces = (
+            rows.cut(*at)
+            for at in zip(chosen.tolist(), start.tolist(), lengths.tolist(), lengths.tolist(), strict=True)
+        )
         asked += [nightly_request(piece, len(piece), max_history, delay) for piece in pieces]
     marks = np.concatenate([one.marks[one.todo] for one in window])
     costs = np.array([len(piece) for piece in asked], np.int64)

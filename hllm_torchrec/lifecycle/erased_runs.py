@@ -13,10 +13,12 @@ from hllm_torchrec.checkpoint.remote_runs import run_lock
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.evidence import EvidenceModel
 from hllm_torchrec.data.run_factors import RunFactors
+from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.evaluation.calibration import RunCalibration
 from hllm_torchrec.evaluation.run_loader import weights_fingerprint
 from hllm_torchrec.lifecycle.traces import RUN, Place, Target, Trace
-from hllm_torchrec.models.assembly import EVIDENCE_KEY
+from hllm_torchrec.models.run_evidence import EVIDENCE_KEY
+from hllm_torchrec.models.run_transitions import TRANSITIONS_KEY
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
 
 _TABLES = ("item_id", "frozen_items")
@@ -26,7 +28,8 @@ BAD_BATCHES = "bad_batches"
 def forget_in_run(place: Place, target: Target) -> Trace:
     """Remove records of bad batches with the ids, and with `erase` the items' rows of tables and statistics.
 
-    A row of a table becomes 0; a row of factors that of the unknown item. Other rows keep their bits.
+    A row of a table becomes 0; a row of the fitted factors becomes that of the unknown item. Other rows keep
+    their bits.
 
     Raises:
         ValueError: a process trains into the run, or a checkpoint is damaged.
@@ -82,7 +85,7 @@ def _reset_evidence(model: EvidenceModel, items: Ints) -> tuple[EvidenceModel, i
 
 
 def _reset(loadings: np.ndarray, bias: np.ndarray, items: Ints) -> tuple[np.ndarray, np.ndarray, int]:
-    """Loadings [k, N, J] and bias [k, N] with the rows of the unknown item for `items`, and how many were others."""
+    """Loadings [k, N, J] and bias [k, N] with the rows of the unknown item for `items`; how many were others before."""
     items = items[items < bias.shape[1]]
     rows = int(((loadings[:, items] != loadings[:, :1]).any((0, 2)) | (bias[:, items] != bias[:, :1]).any(0)).sum())
     loadings, bias = loadings.copy(), bias.copy()
@@ -90,7 +93,15 @@ def _reset(loadings: np.ndarray, bias: np.ndarray, items: Ints) -> tuple[np.ndar
     return loadings, bias, rows
 
 
+def _reset_transitions(model: Transitions, items: Ints) -> tuple[Transitions, int]:
+    items = items[items < len(model.source)]
+    new = model.without(items)
+    changed = (new.source != model.source).any(1) | (new.target != model.target).any(1)
+    return new, int(changed.sum())
+
+
 _STATISTICS: tuple[tuple[str, Callable[[Path], Any], Callable[[Any, Ints], tuple[Any, int]]], ...] = (
     (FACTORS_KEY, RunFactors.load, _reset_factors),
     (EVIDENCE_KEY, EvidenceModel.load, _reset_evidence),
+    (TRANSITIONS_KEY, Transitions.load, _reset_transitions),
 )

@@ -1,15 +1,19 @@
 """Forgetting as one job: the dataset first, then everything that was made from it below the given folders."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hllm_torchrec.common.urls import url_of
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.forgetting import DatasetReport, Names, forget
 from hllm_torchrec.data.new_item_journal import JOURNAL as JOURNAL_FILE
+from hllm_torchrec.data.remote_changes import mirrored_dataset
 from hllm_torchrec.data.rewriting import TABLES
 from hllm_torchrec.data.tombstones import ITEMS, USERS
 from hllm_torchrec.lifecycle.erased_runs import forget_in_run
+from hllm_torchrec.lifecycle.night_state import NIGHT_LOCK, hold_nights
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.lifecycle.traces import (
     EVENTS,
@@ -57,15 +61,43 @@ def forget_everywhere(
     Repeated after a kill, it does what is left. The dataset is first, so that no job brings an id back meanwhile.
 
     Args:
-        predictions: folders whose files of `hllm evaluate` have the numbers of this dataset, outside of its runs.
+        dataset: its folder or URL.
+        predictions: folders, outside of the dataset's runs, with prediction files of `hllm evaluate` that use this
+            dataset's dense ids.
         erase: nothing of the ids is left, no byte: see `data.forgetting.forget` and `forget_in_run`.
 
     Raises:
-        ValueError: as the functions named; a folder does not exist.
+        ValueError: as the functions named; a folder does not exist; a night runs in one, which would embed and predict
+            with the events that it has read.
     """
     for folder in (*folders, *predictions):
+        if url_of(folder) is not None:
+            raise ValueError(
+                f"{url_of(folder)}: at URLs only datasets forget: copy what lies there into a folder, name that, and "
+                "upload it in its place"
+            )
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; name those that may hold the ids")
+    url = url_of(dataset)
+    if url is not None:
+        with mirrored_dataset(url) as folder:
+            return forget_everywhere(folder, names, folders, predictions, erase=erase, dry_run=dry_run)
+    with ExitStack() as stack:
+        if not dry_run:
+            for nights in _nights(folders):
+                stack.enter_context(hold_nights(nights))
+        return _forget_everywhere(dataset, names, folders, predictions, erase, dry_run)
+
+
+def _nights(folders: Sequence[Path]) -> list[Path]:
+    """The folders of nights that are, hold, or are above one of `folders`."""
+    files = {file for folder in folders for file in (folder.parent / NIGHT_LOCK, *folder.rglob(NIGHT_LOCK))}
+    return sorted({file.parent.resolve() for file in files if file.exists()})
+
+
+def _forget_everywhere(
+    dataset: Path, names: Names, folders: Sequence[Path], predictions: Sequence[Path], erase: bool, dry_run: bool
+) -> JobReport:
     report = JobReport(forget(dataset, names, erase=erase, dry_run=dry_run))
     opened = Dataset.open(dataset)
     target = Target(names, opened, report.dataset.ids(USERS), report.dataset.ids(ITEMS), erase, dry_run)
@@ -82,6 +114,7 @@ def forget_everywhere(
 def _all_places(dataset: Dataset, folders: Sequence[Path], predictions: Sequence[Path]) -> Iterator[Place]:
     """Each place once."""
     seen: set[Path] = set()
+    # `predictions` first: a place that is below both is then known to have this dataset's ids.
     for folder, fits in (*((one, True) for one in predictions), *((one, None) for one in folders)):
         for place in places(folder, dataset, fits):
             if place.path.resolve() not in seen:

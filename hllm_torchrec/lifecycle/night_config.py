@@ -12,7 +12,7 @@ from hllm_torchrec.config.rules import takes_stored_items
 from hllm_torchrec.config.schema import Config
 
 PLACE = "{night}"
-"""Stands for the night's name in `append.path`."""
+"""Stands for the night's name in `append.path` and `append.items`."""
 
 NIGHT_BOUNDS = {
     "held_out": "> 0, < 1",
@@ -67,7 +67,7 @@ class NightConfig:
     """One night: append, train, evaluate, gate, embed, publish.
 
     Raises:
-        ConfigError: values out of range, or fields of increments that a night sets, all of them.
+        ConfigError: values out of range, or entries of `increment` that `hllm nightly` sets itself; names all of them.
     """
 
     folder: str = "nights"
@@ -131,7 +131,15 @@ class NightConfig:
         return {"name": "increment", "epochs": 1, "item_embeddings": last.item_embeddings}
 
 
-RESERVED = ("output", "resume", "start_from", "data.dataset", "data.version", "data.train_since")
+RESERVED = (
+    "output",
+    "resume",
+    "start_from",
+    "data.dataset",
+    "data.version",
+    "data.train_since",
+    "data.train_late_after",
+)
 """Fields of `hllm train` that a night sets."""
 
 

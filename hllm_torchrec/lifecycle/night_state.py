@@ -5,15 +5,18 @@ A step is repeated if it was killed before its entry was written, so every step 
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.locks import hold_lock
 
 STEPS = ("append", "train", "evaluate", "gate", "embed", "publish")
 NIGHTS = "nights"
+NIGHT_LOCK = "night.lock"
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,12 @@ def unfinished_nights(folder: Path) -> list[str]:
     """Names of the nights that were begun and not finished, in their order."""
     names = sorted(path.parent.name for path in (folder / NIGHTS).glob("*/state.json"))
     return [name for name in names if not NightState.read(folder, name).is_finished]
+
+
+def hold_nights(folder: Path) -> AbstractContextManager[None]:
+    """Context manager that holds the lock of the nights in a folder, which one process has.
+
+    Raises:
+        Locked: a night runs.
+    """
+    return hold_lock(folder / NIGHT_LOCK, f"{folder}: another process runs a night here")

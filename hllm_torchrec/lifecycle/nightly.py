@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.lifecycle.night_config import NightConfig, check_night
-from hllm_torchrec.lifecycle.night_state import STEPS, NightState, unfinished_nights
+from hllm_torchrec.lifecycle.night_state import STEPS, NightState, hold_nights, unfinished_nights
 from hllm_torchrec.lifecycle.steps import RUN_STEP, Night
 
 
@@ -54,7 +53,7 @@ def run_night(
 
 def _enter_lock(stack: ExitStack, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(hold_lock(folder / "night.lock", f"{folder}: another process runs a night here"))
+    stack.enter_context(hold_nights(folder))
 
 
 def _next_night(folder: Path) -> str:

@@ -127,6 +127,12 @@ def named_releases(folder: Path) -> list[str]:
     return [release.name for release in found if release is not None]
 
 
+def nights_folder(run: Path) -> Path | None:
+    """The folder whose releases a run is of, by an alias (FOLDER/current/run) or by itself (FOLDER/runs/NIGHT)."""
+    above = (run.absolute().parent.parent, run.resolve().parent.parent)
+    return next((folder for folder in above if (folder / ALIASES).is_symlink()), None)
+
+
 @contextmanager
 def _write_lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)

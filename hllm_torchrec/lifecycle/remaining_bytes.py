@@ -28,8 +28,9 @@ def files_with(
 ) -> Iterator[Path]:
     """The files below `folders`, links not followed, in which one of the ids occurs.
 
-    kinds: column of raw ids of one kind -> those of `raw_ids` that are of it: the item "1" is not the user "1". In
-    other columns, and in manifests, whose numbers are those of actions and features, numbers are then not searched for.
+    kinds: name of a column that holds users or items -> the ids of that kind (the item "1" is not the user "1").
+    If given, ids that are numbers are searched for in these columns only, and as quoted values in all files but
+    manifests, whose quoted numbers mean actions and features.
     """
     words, named = _Words(raw_ids), _Words([raw for raw in raw_ids if not _is_number(raw)])
     others = raw_ids if kinds is None else [raw for raw in raw_ids if not _is_number(raw)]

@@ -98,6 +98,7 @@ def _append(night: Night) -> dict[str, Any]:
         "start_from": config.start_from if last is None else last.run,
         "checkpoint": "best" if last is None else last.checkpoint,
         "train_since": train_cut(dataset, version - 1) if last is None else last.trained_until,
+        "train_late_after": version - 1 if last is None else last.version,
         "train_until": train_cut(dataset, version),
     }
 
@@ -204,6 +205,7 @@ def training_config(night: Night) -> Config:
         "start_from": facts["start_from"] if facts["checkpoint"] == "best" else facts["checkpoint"],
         "start_from_optimizer": True,
         "data.train_since": facts["train_since"],
+        "data.train_late_after": facts.get("train_late_after"),  # None: begun by an earlier release
     }
     return night.config.train_config(options, increment=True)
 
@@ -315,14 +317,19 @@ def _publish(night: Night) -> dict[str, Any]:
 
 
 def remove_old(folder: Path, keep: int, needed: Set[str]) -> list[str]:
-    """Remove runs and releases of nights but the newest `keep`, `needed` ones and those that an alias names; and stores
-    that no release links to any more and no needed night has embedded into. Returns their names."""
+    """Remove old runs, releases and stores; return their names.
+
+    Kept are the runs and releases of the newest `keep` nights, of the `needed` ones, and of those that an alias names;
+    and the stores that a kept release links to or a needed night has written.
+    """
     nights = sorted(path.name for path in (folder / RUNS).iterdir())
     kept = {*nights[-keep:], *needed, *named_releases(folder)}
     removed = [name for name in nights if name not in kept]
     for name in removed:
         for path in (folder / RELEASES / name, folder / RUNS / name):
             shutil.rmtree(path, ignore_errors=True)
+    # Releases first: afterwards only those that stay are found, and their links say which stores are in use. A needed
+    # night may have embedded without being published yet, so its state is asked as well.
     linked = [Release.read(path.parent) for path in (folder / RELEASES).glob("*/release.json")]
     stores = {path for release in linked for path in (release.items, release.users)}
     embedded = [NightState.read(folder, name).done.get("embed", {}) for name in needed]

@@ -83,7 +83,7 @@ def places(folder: Path, dataset: Dataset, fits: bool | None = None) -> Iterator
     if "store.json" in names and "runs" in names:
         yield Place(STORE, folder, fits)
         return
-    if MANIFEST in names:  # of a dataset: it is forgotten in by name
+    if MANIFEST in names:  # a dataset: `hllm forget` changes only the one that --dataset names
         return
     if "index.faiss" in names:
         yield Place(INDEX, folder, fits)
@@ -205,7 +205,8 @@ def forget_in_predictions(place: Place, target: Target) -> Trace:
     columns = {"user_id", "item_id"} & set(file.schema_arrow.names)
     is_own = {"user_id", "item_id", "position"} <= set(file.schema_arrow.names)
     if is_own and not place.fits:
-        left = "" if place.fits is False else "of which dataset is not known: name it with --predictions if of this one"
+        unknown = "it is not known which dataset's ids these are: name the folder with --predictions if they are its"
+        left = "" if place.fits is False else unknown
         return Trace(place.path, f"{PREDICTIONS} of another dataset", 0, left)
     found = 0
     beside = place.path.with_name(f".{place.path.name}.forgetting")
@@ -232,7 +233,10 @@ def _names_id(values: pa.Array, column: str, target: Target, is_own: bool) -> np
 
 
 def forget_in_journal(path: Path, target: Target) -> Trace:
-    """Blank the lines of the items in a journal of new items; its length stays, by which others read on."""
+    """Blank the lines of the items in a journal of new items.
+
+    The file keeps its length, because readers continue at a byte offset.
+    """
     if not path.is_file():
         return Trace(path, JOURNAL, 0)
     with FileLock(path.with_suffix(".lock"), timeout=LOCK_SECONDS):
@@ -262,5 +266,9 @@ def forget_in_events(place: Place, target: Target) -> Trace:
             return Trace(path, EVENTS, found + sum(log.forget(user) for user in users))
     except (ValueError, sqlite3.Error) as error:
         is_open = "locked" in str(error)
-        left = "a service has it open: stop it, and forget again" if is_open else f"look into it: {error}"
+        left = f"look into it: {error}"
+        if is_open:
+            left = (
+                "a service has it open: reload it (POST /v1/reload), which deletes the events; or stop it, forget again"
+            )
         return Trace(path, EVENTS, 0, left)

@@ -7,6 +7,8 @@ within a bin counts one half, which is wrong by at most one half. Hence, with P_
 
     |approximate - exact| <= 1/2 sum_b P_b N_b / (P N), over the bins with more than one distinct score,
 
+where P and N are numbers, or sums of weights,
+
 which `auc` returns with the value. (float64 scores are rounded to float32 first, where different scores may become
 ties; the bound refers to the rounded scores.)
 """
@@ -36,8 +38,8 @@ class ScoreHistogram:
     doubles the memory.
     """
 
-    def __init__(self, bits: int = BITS, device: torch.device | str = "cpu"):
-        """Create an empty histogram.
+    def __init__(self, bits: int = BITS, device: torch.device | str = "cpu", *, weighted: bool = False):
+        """Create an empty histogram; weighted: of rows with weights, whose sums are then float64.
 
         Raises:
             ValueError: `bits` outside 10..24.
@@ -45,14 +47,15 @@ class ScoreHistogram:
         if not 10 <= bits <= 24:
             raise ValueError(f"bits is {bits}; a histogram has 10 to 24 (16: 1.5 MB, error about 1e-3 or less)")
         self.bits = bits
-        self.counts = torch.zeros((2, 1 << bits), dtype=torch.int64, device=device)
-        """Negatives and positives by bin, [2, bins]."""
+        kind = torch.float64 if weighted else torch.int64
+        self.counts = torch.zeros((2, 1 << bits), dtype=kind, device=device)
+        """Number or weight of the negatives and positives by bin, [2, bins]."""
         self.lowest = torch.full((1 << bits,), 2**31 - 1, dtype=torch.int32, device=device)
         """Smallest score of each bin as an ordered integer, [bins]: equal to `highest` if all scores are tied."""
         self.highest = torch.full_like(self.lowest, -(2**31))
 
-    def add(self, labels: Tensor, scores: Tensor) -> None:
-        """Add rows: labels 0 or 1, scores without NaN, both [n], on the histogram's device.
+    def add(self, labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows: labels 0 or 1, scores without NaN, perhaps weights of at least 0, all [n], on its device.
 
         Raises:
             ValueError: a label is not 0 or 1, or a score is NaN.
@@ -63,14 +66,15 @@ class ScoreHistogram:
         ordered = _ordered(scores.detach())
         bins = ((ordered >> (32 - self.bits)) + (1 << (self.bits - 1))).to(torch.int64)
         size = self.counts.shape[1]
-        self.counts += torch.bincount(bins + size * (labels == 1), minlength=2 * size).view(2, size)
+        weights = None if weights is None else weights.double()
+        self.counts += torch.bincount(bins + size * (labels == 1), weights, minlength=2 * size).view(2, size)
         self.lowest.scatter_reduce_(0, bins, ordered, "amin")
         self.highest.scatter_reduce_(0, bins, ordered, "amax")
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Merge the histograms of all ranks, on each of them. Collective; no effect without a process group.
 
-        Counts are integers, so the result does not depend on the order of rows and ranks.
+        Counts are integers, so the result does not depend on the order of rows and ranks; weights are rounded.
         """
         if not dist.is_initialized():
             return

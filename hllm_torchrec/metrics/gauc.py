@@ -10,23 +10,31 @@ from hllm_torchrec.metrics.group_auc import grouped_auc
 from hllm_torchrec.metrics.user_metrics import GAUC
 
 
-def gauc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray, group: Group = None) -> float:
+def gauc(
+    users: np.ndarray, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None, group: Group = None
+) -> float:
     """GAUC of the rows of all ranks; a user's rows may be on several. Collective.
 
     Args:
         users: int64 [n]; labels: 0 or 1, [n]; scores: [n] without NaN. Ranks may have different numbers of rows.
+        weights: at least 0, [n]; on all ranks or on none.
 
     Returns:
         The mean over users with rows of both classes, as `hllm evaluate` computes it; `nan` without such a user.
     """
-    rows = np.stack([users, labels > 0.5, scores.astype(np.float64).view(np.int64)], axis=1)
-    ranks = world_size(group)
+    columns = [users, labels > 0.5, scores.astype(np.float64).view(np.int64)]
+    if weights is not None:
+        columns.append(weights.astype(np.float64).view(np.int64))
+    rows, ranks = np.stack(columns, axis=1), world_size(group)
+    if weights is not None:
+        rows = rows[weights > 0]
     owner = (hash_columns(rows[:, 0]) % np.uint64(ranks)).astype(np.int64)
     order = np.argsort(owner, kind="stable")
     rows = all_to_all(rows[order], np.bincount(owner, minlength=ranks).tolist(), group)
     total = [0.0, 0.0]
     if len(rows):
         _, of_row = np.unique(rows[:, 0], return_inverse=True)
-        total = list(GAUC.ratio(grouped_auc(of_row, rows[:, 1] == 1, rows[:, 2].copy().view(np.float64))))
+        numbers = rows[:, 2:].copy().view(np.float64)  # scores, and weights if there are any
+        total = list(GAUC.ratio(grouped_auc(of_row, rows[:, 1] == 1, *numbers.T)))
     numerator, denominator = np.sum(gather_objects(total, group), axis=0)
     return float(numerator / denominator) if denominator else math.nan

@@ -8,7 +8,7 @@ from torch import nn
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.distributed.wrappers import full_tensor
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 
 
 def item_facts(experiment: Experiment) -> dict[str, Any]:

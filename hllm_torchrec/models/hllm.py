@@ -38,6 +38,7 @@ from hllm_torchrec.modules.features.adapter import Adapter
 from hllm_torchrec.modules.features.hybrid import HybridFeatures
 from hllm_torchrec.modules.features.standardize import Standardize, Whiten
 from hllm_torchrec.modules.features.text_similarity import TextSimilarity
+from hllm_torchrec.modules.features.transition_similarity import TransitionSimilarity
 from hllm_torchrec.modules.fusion import Fusion
 from hllm_torchrec.modules.heads import PredictionHead
 from hllm_torchrec.modules.jagged import sequence_of_position
@@ -45,6 +46,7 @@ from hllm_torchrec.modules.losses.objectives import Exclusion, InfoNceOutput, Lo
 from hllm_torchrec.modules.losses.sampled_bce import sampled_bce
 from hllm_torchrec.modules.losses.task_losses import TaskLoss
 from hllm_torchrec.modules.position_bias import PositionBias
+from hllm_torchrec.modules.precision import widen
 from hllm_torchrec.modules.task_towers import TaskTowers
 
 GENERATIVE_LOSSES = {"infonce": info_nce, "bce": sampled_bce}
@@ -161,6 +163,8 @@ class HLLM(nn.Module):
         self.text_similarity: TextSimilarity | None = None
         if objective.text_similarity and item_llm is not None:
             self.text_similarity = TextSimilarity(objective.text_similarity, objective.text_decay)
+        self.transitions: TransitionSimilarity | None = None
+        """Set by `hllm_torchrec.models.run_transitions` if `objective.transitions` is above 0."""
         self.interleaved = config.user.actions == "interleaved"
         rank = config.item_llm.adapter
         self.adapter = Adapter(item_width, rank) if rank and item_llm is not None else None
@@ -256,27 +260,43 @@ class HLLM(nn.Module):
         assert source is not None, "an ID-only model has no item embeddings"
         return source(item_ids)
 
-    def embed_in_feature_space(self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None) -> Tensor:
+    def embed_in_feature_space(
+        self, features: KeyedJaggedTensor, item_ids: Tensor, vectors: Tensor | None, joined: bool = False
+    ) -> Tensor:
         """P(E) + ID + item features of items [n, D] with the current weights, outside of a step. Collective.
 
-        [n, D + E] with `text_similarity`.
-
-        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None.
+        features: n slots, from `Collator.item_features`; vectors: [n, V] their dense features, or None; joined: as they
+        are compared with users, with texts and transitions (`joined`), instead of as inputs of the user encoder.
         """
         items = self.item_embeddings(item_ids)
         found = self.features(features, None, self._projected(items, vectors))
-        if self.text_similarity is None or items is None:
+        if not joined:
             return found
-        return self.text_similarity.join(found, self.text_embeddings(item_ids, items))
+        texts = None if self.text_similarity is None or items is None else self.text_embeddings(item_ids, items)
+        return self.joined(found, texts, None if self.transitions is None else self.transitions.items(item_ids))
+
+    def joined(self, learned: Tensor, texts: Tensor | None, transitions: Tensor | None) -> Tensor:
+        """Vectors of users or items [n, D] with those of texts [n, E] and transitions [n, R + 1], where there are any.
+
+        Items have one length then.
+        """
+        if texts is not None:
+            assert self.text_similarity is not None
+            learned = self.text_similarity.join(learned, texts)
+        elif transitions is not None:
+            learned = nn.functional.normalize(widen(learned), dim=-1)
+        return learned if transitions is None else torch.cat([learned, transitions], dim=-1)
 
     @property
     def user_vector_width(self) -> int:
-        """Width of the vectors of `embed_users`: D or E, or D + E with `text_similarity`."""
+        """Width of the vectors of `embed_users`: D or E, and what `joined` adds."""
         project = self.project_next if self.generates and not self.fusion.query_is_user else None
-        texts = 0
+        added = 0
         if self.text_similarity is not None and self.item_llm is not None and project is not None:
-            texts = self.item_llm.width
-        return texts + (project.out_features if isinstance(project, nn.Linear) else self.user.width)
+            added = self.item_llm.width
+        if self.transitions is not None and project is not None:
+            added += self.transitions.width
+        return added + (project.out_features if isinstance(project, nn.Linear) else self.user.width)
 
     def embed_users(self, batch: HybridBatch) -> Tensor:
         """User embeddings [Q, D], one per query of the batch, outside of a step. Collective.
@@ -293,8 +313,8 @@ class HLLM(nn.Module):
         if self.fusion.query_is_user:
             return q_QD
         every = torch.arange(batch.query_times.numel(), device=batch.query_times.device)
-        texts_TE = self._history_texts(batch, items)
-        return self._last_visible(batch, h_TD, texts_TE, every, self.project_next if self.generates else nn.Identity())
+        sums = self._history_sums(batch, items)
+        return self._last_visible(batch, h_TD, sums, every, self.project_next if self.generates else nn.Identity())
 
     def _write(self, batch: HybridBatch, h_TD: Tensor, q_QD: Tensor, items: Tensor | None) -> CreativeLosses:
         """Losses of the batch's creatives, each a query of its user's pass."""
@@ -354,24 +374,22 @@ class HLLM(nn.Module):
     def biased(self, logits: Tensor, batch: HybridBatch | None = None) -> Tensor:
         """Logits [X], or outputs [X, O] of several tasks, with the position bias of binary tasks.
 
-        In training that of the batch's exposures; otherwise its mean over training.
+        In training that of the batch's exposures; otherwise its level in training.
         """
         if self.position_bias is None:
             return logits
-        if self.training:
-            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
-            bias = self.position_bias(batch.bias_ids)
-        else:
-            bias = self.position_bias.mean
-        if self.has_one_logit:
-            return logits + bias[..., 0]
+        outputs, device = logits[:, None] if self.has_one_logit else logits, logits.device
         # The first output of each binary task: other tasks have no bias.
         starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
-        places = [int(start) for start, task in zip(starts, self.tasks, strict=True) if task.is_binary]
-        wide = logits.new_zeros(logits.shape).index_copy(
-            1, torch.tensor(places, device=logits.device), bias.expand(len(logits), -1).to(logits)
-        )
-        return logits + wide
+        binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
+        places = torch.tensor([int(starts[number]) for number in binary], device=device)
+        bias = self.position_bias.mean
+        if self.training:
+            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights[:, binary]
+            bias = self.position_bias(batch.bias_ids, outputs[:, places], weights)
+        wide = outputs.new_zeros(outputs.shape).index_copy(1, places, bias.expand(len(outputs), -1).to(outputs))
+        return (outputs + wide).view_as(logits)
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""
@@ -415,12 +433,15 @@ class HLLM(nn.Module):
             return self.item_source.through(self.standardise, item_ids)
         return self.standardise(items)
 
-    def _history_texts(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
-        """Decayed sums [T, E] of the history's texts; None without `text_similarity`."""
-        if self.text_similarity is None or items is None:
-            return None
-        texts = self.text_embeddings(batch.unique_items, items)[batch.history_index]
-        return self.text_similarity.history(texts, batch.seq_offsets)
+    def _history_sums(self, batch: HybridBatch, items: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Decayed sums of the history's texts [T, E] and transitions [T, R + 1]; None for what the model lacks."""
+        texts = transitions = None
+        if self.text_similarity is not None and items is not None:
+            texts = self.text_embeddings(batch.unique_items, items)[batch.history_index]
+            texts = self.text_similarity.history(texts, batch.seq_offsets)
+        if self.transitions is not None and self.generates:
+            transitions = self.transitions.history(batch.item_ids, batch.seq_offsets)
+        return texts, transitions
 
     def _slot_bounds(self, batch: HybridBatch) -> tuple[int, int, int]:
         history = batch.item_ids.numel()
@@ -502,15 +523,20 @@ class HLLM(nn.Module):
 
     def _next_items(self, batch: HybridBatch, h_TD: Tensor, items: Tensor | None) -> Tensor:
         """Predicted next item [X, E] from the last position that an exposure sees; zeros if it sees none."""
-        texts_TE = self._history_texts(batch, items)
-        return self._last_visible(batch, h_TD, texts_TE, batch.target_query, self.project_next)
+        sums = self._history_sums(batch, items)
+        return self._last_visible(batch, h_TD, sums, batch.target_query, self.project_next)
 
     def _last_visible(
-        self, batch: HybridBatch, h_TD: Tensor, texts_TE: Tensor | None, queries: Tensor, project: nn.Module
+        self,
+        batch: HybridBatch,
+        h_TD: Tensor,
+        sums: tuple[Tensor | None, Tensor | None],
+        queries: Tensor,
+        project: nn.Module,
     ) -> Tensor:
         """Projected hidden state of the last position that each of `queries` [n] sees; zeros if it sees none.
 
-        With `text_similarity` it is followed by the texts' decayed sum at that position.
+        It is `joined` with `sums` (`_history_sums`) at that position.
         """
         piece = sequence_of_position(batch.query_offsets, batch.query_times.numel())
         visible = batch.query_visible[queries]
@@ -519,10 +545,12 @@ class HLLM(nn.Module):
         row = batch.seq_offsets[piece[queries]] + visible - 1
         if h_TD.shape[0] == 0:  # no row to index; `project` still runs so that its weights get (zero) gradients
             h_TD, row = h_TD.new_zeros(1, h_TD.shape[1]), row * 0
-            texts_TE = None if texts_TE is None else texts_TE.new_zeros(1, texts_TE.shape[1])
-        found = project(h_TD[row.clamp(min=0)])
-        if self.text_similarity is not None and texts_TE is not None:
-            found = self.text_similarity.join(found, texts_TE[row.clamp(min=0)])
+            texts, transitions = (x if x is None else x.new_zeros(1, x.shape[1]) for x in sums)
+        else:
+            texts, transitions = sums
+        at = row.clamp(min=0)
+        texts, transitions = (x if x is None else x[at] for x in (texts, transitions))
+        found = self.joined(project(h_TD[at]), texts, transitions)
         return found * (visible > 0)[:, None]
 
 

@@ -18,7 +18,7 @@ from hllm_torchrec.checkpoint.state import is_under
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.coordination import run_on_rank_zero
 from hllm_torchrec.embedding.tables import local_shards
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.run_vocabulary import TABLES
 
 if TYPE_CHECKING:

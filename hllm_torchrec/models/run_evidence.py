@@ -25,28 +25,31 @@ EVIDENCE_KEY = "evidence"
 def open_evidence(
     config: Config,
     dataset: Dataset,
-    model: HLLM,
-    encoder: ItemEncoder | None,
-    live: LiveItems | None,
+    catalogue: Tensor | None,
     fitted: EvidenceModel | None,
-    device: torch.device,
-) -> tuple[Evidence | None, Tensor | None]:
+) -> Evidence | None:
     """The evidence that a configuration names, fitted by rank 0 if `fitted` is None; None if it names none. Collective.
 
-    Also the text embeddings [N, E] that it compares, which are those of the frozen Item LLM; None if it compares none.
-
-    model: not yet wrapped; its Item LLM, which is frozen, encodes the catalogue.
+    catalogue: [N, E] text embeddings of the frozen Item LLM (`frozen_catalogue`); None: nothing reads them.
     """
     names, delay = config.data.evidence, config.data.feedback_delay
     if not names:
-        return None, None
+        return None
     text: Floats | None = None
-    catalogue: Tensor | None = None
-    if model.item_llm is not None and not set(names).isdisjoint(TEXT_GROUPS):
-        assert encoder is not None and live is not None
-        model.item_llm.to(device)
-        embed = partial(model.embed_items, source=live)
-        catalogue = encoder.encode_catalogue(live.item_llm, embed, show=dist.get_rank() == 0)
+    if catalogue is not None and reads_texts(config):
         text = catalogue.float().cpu().numpy().astype(np.float32, copy=False)
     saved = fitted or run_on_rank_zero(lambda: fit_evidence(dataset, names, text, delay))
-    return Evidence(names, saved, ItemStatistics.of_dataset(dataset), dataset.action_values, text, delay), catalogue
+    return Evidence(names, saved, ItemStatistics.of_dataset(dataset), dataset.action_values, text, delay)
+
+
+def reads_texts(config: Config) -> bool:
+    """True if evidence compares the texts of items."""
+    return config.item_llm.enabled and not set(config.data.evidence).isdisjoint(TEXT_GROUPS)
+
+
+def frozen_catalogue(model: HLLM, encoder: ItemEncoder | None, live: LiveItems | None, device: torch.device) -> Tensor:
+    """Text embeddings [N, E] of the catalogue by the frozen Item LLM of a model that is not yet wrapped. Collective."""
+    assert model.item_llm is not None and encoder is not None and live is not None
+    model.item_llm.to(device)
+    embed = partial(model.embed_items, source=live)
+    return encoder.encode_catalogue(live.item_llm, embed, show=dist.get_rank() == 0)

@@ -94,7 +94,9 @@ def write_adopted(run: Path, marks: Mapping[str, IdMark]) -> Path:
     return run / ADOPTED
 
 
-def check_vocabulary(config: Config, dataset: Dataset, checkpoint: Path, skip: Collection[str] = ()) -> None:
+def check_vocabulary(
+    config: Config, dataset: Dataset, checkpoint: Path, skip: Collection[str] = (), also: Collection[str] = ()
+) -> None:
     """Check the maps of a checkpoint against a dataset. Collective.
 
     A checkpoint without marks is accepted with a caution.
@@ -102,6 +104,7 @@ def check_vocabulary(config: Config, dataset: Dataset, checkpoint: Path, skip: C
     Args:
         config: configuration of the model into which the checkpoint is loaded.
         skip: prefixes of weights that are not loaded: their maps are not compared.
+        also: maps that are compared although no weights are indexed by them.
 
     Raises:
         ValueError: a map of the checkpoint is not a prefix of the dataset's; names it and the first difference.
@@ -112,7 +115,7 @@ def check_vocabulary(config: Config, dataset: Dataset, checkpoint: Path, skip: C
         loaded = [key for key in keys if not is_under(key, skip)]
         read = maps_read(config).items()
         names = [name for name, weights in read if any(is_under(key, weights) for key in loaded)]
-        return _problems(dataset, checkpoint, names)
+        return _problems(dataset, checkpoint, [*names, *(name for name in also if name not in names)])
 
     problems = coordination.run_on_rank_zero(compare)
     if problems:

@@ -10,7 +10,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.coordination import run_on_all_ranks, run_on_rank_zero
 from hllm_torchrec.embedding.sharding import shard_frozen_items
 from hllm_torchrec.embedding.tables import local_shards
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.modules.features.frozen_items import FROZEN_ITEMS, FrozenItems

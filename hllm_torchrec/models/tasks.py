@@ -5,7 +5,7 @@ the training part (mean and deviation of a regression) are buffers of the model,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hllm_torchrec.common.errors import ConfigError, did_you_mean
-from hllm_torchrec.config.schema import ObjectiveConfig
+from hllm_torchrec.config.schema import ObjectiveConfig, TaskConfig
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import EventSchema, LabelColumn
 from hllm_torchrec.modules.losses.task_losses import ROW_LOSSES, expected_class
@@ -91,11 +91,15 @@ def _transformed(labels: Tensor, label: LabelColumn) -> Tensor:
     return torch.log1p(labels) if label.transform == "log1p" else labels
 
 
-def task_problems(objective: ObjectiveConfig, schema: EventSchema) -> list[str]:
-    """Entries of `objective.tasks` that the dataset's labels do not allow, one message each."""
+PLACE = "objective.tasks"
+"""Setting of a model's tasks, in messages."""
+
+
+def task_problems(tasks: Mapping[str, TaskConfig], schema: EventSchema, setting: str = PLACE) -> list[str]:
+    """Entries of `setting` that the dataset's labels do not allow, one message each."""
     problems, known = [], schema.label_names
-    for name, task in objective.task_configs.items():
-        place = f"objective.tasks.{name}"
+    for name, task in tasks.items():
+        place = f"{setting}.{name}"
         if name not in known:
             problems.append(f"{place}: no label of the dataset{did_you_mean(name, known)}; it has {', '.join(known)}")
             continue
@@ -108,26 +112,26 @@ def task_problems(objective: ObjectiveConfig, schema: EventSchema) -> list[str]:
                 f"{place}.loss: 'weighted_logistic' predicts the mean of the label itself, which the dataset declares "
                 "with a transform; prepare it without one, or choose huber"
             )
-    if objective.tasks and known[0] not in objective.tasks:
+    if tasks and known[0] not in tasks:
         problems.append(
-            f"objective.tasks: {known[0]!r} is missing, the label that defines exposures and selects the checkpoint; "
+            f"{setting}: {known[0]!r} is missing, the label that defines exposures and selects the checkpoint; "
             "add it (weight: 0 leaves its loss out)"
         )
     return problems
 
 
-def resolve_tasks(objective: ObjectiveConfig, schema: EventSchema) -> tuple[Task, ...]:
-    """The tasks of a configuration on a dataset with this schema, the first label's first.
+def resolve_tasks(tasks: Mapping[str, TaskConfig], schema: EventSchema, setting: str = PLACE) -> tuple[Task, ...]:
+    """The tasks of a configuration on a dataset with this schema, the first label's first; without any, that alone.
 
     Raises:
         ConfigError: see `task_problems`.
     """
-    if problems := task_problems(objective, schema):
+    if problems := task_problems(tasks, schema, setting):
         raise ConfigError(problems)
-    if not objective.tasks:
+    if not tasks:
         return (Task(schema.labels[0]),)
     found = []
-    for name, config in objective.task_configs.items():
+    for name, config in tasks.items():
         label = schema.label(name)
         loss = LOSSES_OF_KIND[label.kind][0] if config.loss == "auto" else config.loss
         task = Task(label, loss, config.weight)
@@ -135,7 +139,7 @@ def resolve_tasks(objective: ObjectiveConfig, schema: EventSchema) -> tuple[Task
     return tuple(sorted(found, key=lambda task: task.name != schema.labels[0].name))
 
 
-def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0) -> tuple[Task, ...]:
+def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0, setting: str = PLACE) -> tuple[Task, ...]:
     """The tasks with start, center and scale from the training exposures since a second.
 
     Raises:
@@ -144,16 +148,15 @@ def fit_tasks(tasks: Sequence[Task], dataset: Dataset, since: int = 0) -> tuple[
     schema, columns = dataset.schema, ["labels", "timestamps"]
     columns += [task.label.column for task in tasks if task.name != schema.labels[0].name]
     parts: list[list[NDArray[Any]]] = [[] for _ in tasks]
-    for group in dataset.row_groups("train", since) if since else dataset.row_groups("train"):
-        rows = dataset.sequences([group], columns)
-        recent = rows.timestamps >= since
+    for events in dataset.recent("train", since, columns):
         for part, task in zip(parts, tasks, strict=True):
-            values = schema.label_values(task.name, rows.labels, rows.extra)[recent]
+            values = schema.label_values(task.name, events.labels, events.extra)
             part.append(values[~np.isnan(values)])
-    return tuple(_fitted(task, np.concatenate([np.zeros(0), *part])) for task, part in zip(tasks, parts, strict=True))
+    known = [np.concatenate([np.zeros(0), *part]) for part in parts]
+    return tuple(_fitted(task, own, setting) for task, own in zip(tasks, known, strict=True))
 
 
-def _fitted(task: Task, values: NDArray[Any]) -> Task:
+def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:
     """The task with the numbers of its training labels [n]."""
     if not values.size:
         return task
@@ -166,7 +169,7 @@ def _fitted(task: Task, values: NDArray[Any]) -> Task:
     if task.loss == "weighted_logistic":
         if values.min() < 0:
             raise ConfigError(
-                f"objective.tasks.{task.name}.loss: 'weighted_logistic': a label is {values.min():g}, below 0, which "
+                f"{setting}.{task.name}.loss: 'weighted_logistic': a label is {values.min():g}, below 0, which "
                 "no odds are; choose huber"
             )
         return replace(task, scale=float(values.mean()) or 1.0)

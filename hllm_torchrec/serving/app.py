@@ -3,32 +3,24 @@
 app = create_app(service)       # run it with uvicorn, or with `hllm serve`
 """
 
-import hmac
-import json
 import shlex
-import time as clock
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import Depends, FastAPI, Path, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Depends, FastAPI, Path, Query
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hllm_torchrec import __version__
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.event_log import LoggedEvent
 from hllm_torchrec.serving.engine import RawEvents, RecommendRequest, ScoreRequest
-from hllm_torchrec.serving.micro_batches import DeadlineMissed, QueueFull
-from hllm_torchrec.serving.raw_histories import UnknownIdsError
-from hllm_torchrec.serving.reload import Reloader, ReloadRefusedError
+from hllm_torchrec.serving.http_rules import BodyLimit, Tokens, add_access_log, add_errors
+from hllm_torchrec.serving.reload import Reloader
 from hllm_torchrec.serving.request_schema import (
-    MAX_BODY,
     Event,
     EventsAnswer,
     EventsBody,
@@ -59,7 +51,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "the body is too large"},
     422: {"model": Problem, "description": "the body is not of its form, or names what is not known"},
     429: {"model": Problem, "description": "the queue is full: try again later, or elsewhere"},
-    503: {"model": Problem, "description": "no answer within the deadline, or the service is ending"},
+    503: {"model": Problem, "description": "no answer within the deadline, a full disk, or the service is ending"},
 }
 
 
@@ -78,49 +70,50 @@ def create_app(
         service.close()
 
     app = FastAPI(title="hllm serve", version=__version__, lifespan=lifespan, responses=REFUSALS)
-    _add_errors(app, service)
+    add_errors(app, service)
     app.add_middleware(BodyLimit)
+    add_access_log(app, service, log)
+    tokens = Tokens(service.token)
+    allowed, owned = [Depends(tokens.authorized)], [Depends(tokens.owned)]
+    app.include_router(_probes(service))
+    app.include_router(_scores(service), dependencies=allowed)
+    app.include_router(_additions(service), dependencies=allowed)
+    app.include_router(_forgetting(service), dependencies=owned)
+    app.include_router(_histories(service), dependencies=allowed)
+    app.include_router(_demo())
+    if reloader is not None:
+        app.include_router(_reloads(reloader), dependencies=owned)
+    return app
 
-    def authorized(request: Request) -> None:
-        _check_token(request, service.token)
 
-    def owned(request: Request) -> None:
-        if service.token is None:
-            raise HTTPException(403, "this needs a token, also on this machine: start the service with --token-file")
-        _check_token(request, service.token)
+def _probes(service: Service) -> APIRouter:
+    """What an orchestrator asks."""
+    router = APIRouter()
 
-    @app.middleware("http")
-    async def access_log(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = clock.perf_counter()
-        answer = await call(request)
-        # The route's template, never the path: that may name a user.
-        route = getattr(request.scope.get("route"), "path", "").replace(":path}", "}")
-        seconds = clock.perf_counter() - started
-        service.metrics.requests.labels(route, answer.status_code).inc()
-        if route.startswith("/v1/"):
-            service.metrics.seconds.labels("request").observe(seconds)
-        if log is not None:
-            line = {"time": round(clock.time(), 3), "method": request.method, "route": route}
-            log(json.dumps(line | {"status": answer.status_code, "ms": round(seconds * 1e3, 2)}))
-        return answer
-
-    @app.get("/healthz", summary="200 while the process works")
+    @router.get("/healthz", summary="200 while the process works")
     async def healthz() -> JSONResponse:
         alive = service.batches.alive
         return JSONResponse({"alive": alive}, 200 if alive else 503)
 
-    @app.get("/readyz", summary="200 while requests are answered")
+    @router.get("/readyz", summary="200 while requests are answered")
     async def readyz() -> JSONResponse:
         return JSONResponse({"ready": service.ready, "model": service.engine.mark}, 200 if service.ready else 503)
 
-    @app.get("/metrics", summary="Counters in Prometheus's format")
+    @router.get("/metrics", summary="Counters in Prometheus's format")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+def _scores(service: Service) -> APIRouter:
+    """Scores and recommendations."""
+    router = APIRouter()
 
     def moment(given: int | None) -> int:
         return int(service.now()) if given is None else given
 
-    @app.post("/v1/score", dependencies=[Depends(authorized)], summary="Score candidates for a user")
+    @router.post("/v1/score", summary="Score candidates for a user")
     async def score(body: ScoreBody) -> ScoreAnswer:
         given = _raw_events(body.history)
         request = ScoreRequest(body.user, body.candidates, moment(body.time), given, body.context)
@@ -134,7 +127,7 @@ def create_app(
             model=found.model,
         )
 
-    @app.post("/v1/recommend", dependencies=[Depends(authorized)], summary="The best items for a user")
+    @router.post("/v1/recommend", summary="The best items for a user")
     async def recommend(body: RecommendBody) -> RecommendAnswer:
         given = body.model_dump(exclude={"time", "history"})
         request = RecommendRequest(**given, time=moment(body.time), history=_raw_events(body.history))
@@ -145,21 +138,40 @@ def create_app(
         ]
         return RecommendAnswer(items=items, events=found.events, model=found.model)
 
-    @app.post("/v1/events", dependencies=[Depends(authorized)], summary="Keep events of a user")
+    return router
+
+
+def _additions(service: Service) -> APIRouter:
+    """Events and items that are kept."""
+    router = APIRouter()
+
+    @router.post("/v1/events", summary="Keep events of a user")
     def events(body: EventsBody) -> EventsAnswer:
         kept = [LoggedEvent(event.item, event.timestamp, event.label, event.action) for event in body.events]
         service.engine.append(body.user, kept)
         return EventsAnswer(kept=len(kept))
 
-    @app.post("/v1/items", dependencies=[Depends(authorized)], summary="Make new items known by their text")
+    @router.post("/v1/items", summary="Make new items known by their text")
     def items(body: ItemsBody) -> ItemsAnswer:
         return ItemsAnswer(added=service.engine.add_items(*_columns(body.items)))
 
-    @app.delete("/v1/users/{user:path}", dependencies=[Depends(owned)], summary="Forget a user")
+    return router
+
+
+def _forgetting(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.delete("/v1/users/{user:path}", summary="Forget a user")
     async def forget(user: UserId) -> ForgottenAnswer:
         return ForgottenAnswer(events=await service.forget(user), remaining=_remaining(service, user))
 
-    @app.get("/v1/users/{user:path}/events", dependencies=[Depends(authorized)], summary="Latest events of a user")
+    return router
+
+
+def _histories(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/users/{user:path}/events", summary="Latest events of a user")
     def history(user: UserId, last: Annotated[int, Query(ge=1, le=1000)] = 20) -> HistoryAnswer:
         known = service.engine.histories.read(user).events
         latest = known[max(0, len(known) - last) :]
@@ -171,17 +183,27 @@ def create_app(
         ]
         return HistoryAnswer(events=events[::-1], total=len(known))
 
-    @app.get("/", include_in_schema=False)
+    return router
+
+
+def _demo() -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
     def demo() -> HTMLResponse:
         return HTMLResponse(DEMO.read_text(encoding="utf-8"), headers={"Content-Security-Policy": DEMO_POLICY})
 
-    if reloader is not None:
+    return router
 
-        @app.post("/v1/reload", dependencies=[Depends(owned)], summary="Load what is published now")
-        def reload() -> ReloadAnswer:
-            return ReloadAnswer(**asdict(reloader.reload()))
 
-    return app
+def _reloads(reloader: Reloader) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/reload", summary="Load what is published now")
+    def reload() -> ReloadAnswer:
+        return ReloadAnswer(**asdict(reloader.reload()))
+
+    return router
 
 
 def _remaining(service: Service, user: str) -> str:
@@ -207,76 +229,3 @@ def _raw_events(events: list[Event] | None) -> RawEvents | None:
         [np.nan if event.label is None else event.label for event in events],
         [event.action for event in events],
     )
-
-
-def _check_token(request: Request, token: str | None) -> None:
-    given = request.headers.get("authorization", "")
-    if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise HTTPException(401, "give the service's token in the header: Authorization: Bearer TOKEN")
-
-
-def _add_errors(app: FastAPI, service: Service) -> None:
-    """Answers of one line for all errors; a client never sees a traceback."""
-
-    def answer(status: int, text: str) -> JSONResponse:
-        return JSONResponse({"error": text}, status)
-
-    @app.exception_handler(HTTPException)
-    async def known(_: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail))
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return answer(422, f"{place}: {first['msg']}")
-
-    @app.exception_handler(ValueError)
-    async def wrong(_: Request, error: ValueError) -> JSONResponse:
-        if isinstance(error, UnknownIdsError):
-            service.metrics.unknown.inc()
-        return answer(422, str(error))
-
-    @app.exception_handler(ReloadRefusedError)
-    async def refused(_: Request, error: ReloadRefusedError) -> JSONResponse:
-        return answer(409, str(error))
-
-    @app.exception_handler(QueueFull)
-    async def full(_: Request, error: QueueFull) -> JSONResponse:
-        return answer(429, "the queue is full: try again later")
-
-    @app.exception_handler(DeadlineMissed)
-    async def late(_: Request, error: DeadlineMissed) -> JSONResponse:
-        return answer(503, "no answer within the deadline: try again later")
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return answer(500, "internal error")
-
-
-class BodyLimit:
-    """ASGI middleware that refuses bodies of more than MAX_BODY bytes, also those that do not say their length."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            await JSONResponse({"error": f"the body must have at most {MAX_BODY} bytes"}, 413)(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY:
-                raise HTTPException(413, f"the body must have at most {MAX_BODY} bytes")
-            return message
-
-        await self.app(scope, counted, send)

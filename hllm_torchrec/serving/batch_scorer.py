@@ -9,7 +9,9 @@ candidates of all requests, and with late fusion the target's side of the head i
 Legend: R requests, M candidates of all of them, D width.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,12 +59,11 @@ class BatchScorer(Scorer):
     _numbers_of: dict[str, int] | None = None
 
     def _make_collator(self) -> None:
-        known = 0 if self._inputs is None else self.experiment.dataset.num_table_items
+        dataset, known = self.experiment.dataset, self.experiment.dataset.num_table_items
         if self._inputs is None:
             self._inputs = SlotInputs(self.experiment)
             head = self.hllm.head
             self._head = PreparedHead(head) if isinstance(head, PredictionHead) and can_prepare(head) else None
-            dataset, known = self.experiment.dataset, self.experiment.dataset.num_table_items
             if known <= DICT_ITEMS:
                 raw = dataset.items["raw_item_id"].slice(0, known - 1).to_pylist()
                 self._numbers_of = {text: number for number, text in enumerate(raw, 1) if text}
@@ -70,14 +71,17 @@ class BatchScorer(Scorer):
             self._inputs.extend(known)  # a new item may also have been given another text
         if self._head is not None:
             self._prepared = self._head.items(self._inputs.items)
-        super()._make_collator()  # last: it makes the new ids known to other threads
-
-    def _find(self, raw: list[str]) -> Ints:
+        super()._make_collator()  # late: it makes the new ids known to other threads
         if self._numbers_of is not None:
-            found = [self._numbers_of.get(text, -1) for text in raw]
-            if -1 not in found:
-                return np.array(found, np.int64)
-        return super()._find(raw)
+            new = dataset.items["raw_item_id"].slice(known - 1).to_pylist()
+            self._numbers_of.update({text: number for number, text in enumerate(new, known)})
+
+    def item_ids(self, items: Any, what: str = "candidates") -> Ints:
+        """See `Scorer.item_ids`. Known raw ids need one look-up each: dense ids are no keys of the dictionary."""
+        if self._numbers_of is not None and isinstance(items, list):
+            with suppress(KeyError, TypeError):
+                return np.fromiter(map(self._numbers_of.__getitem__, items), np.int64, len(items))
+        return super().item_ids(items, what)
 
     @property
     def inputs(self) -> SlotInputs:
@@ -88,8 +92,7 @@ class BatchScorer(Scorer):
     @property
     def catalogue_bytes(self) -> int:
         """Bytes of what is stored of the items."""
-        prepared = self._prepared if self._head is not None else ()
-        return self.inputs.items.nbytes + sum(part.nbytes for part in prepared)
+        return self.inputs.items.nbytes + (0 if self._head is None else self._prepared.nbytes)
 
     def seen_part(self, history: UserHistory, time: int) -> UserHistory:
         """The events that a request at `time` may see."""
@@ -156,23 +159,27 @@ class BatchScorer(Scorer):
         for start in range(0, sum(sizes), ROWS_AT_ONCE):
             parts = [one.items[start : start + ROWS_AT_ONCE] for one in requests]
             counts = [part.size for part in parts]
-            ids = torch.from_numpy(np.concatenate(parts)).to(x_RD.device)
-            rows = torch.tensor(np.repeat(np.arange(len(parts)), counts), device=ids.device)
+            ids = torch.from_numpy(concatenated(parts)).to(x_RD.device)
+            rows = None  # of one request: its vector is broadcast
+            if len(parts) > 1:
+                rows = torch.from_numpy(np.repeat(np.arange(len(parts)), counts)).to(ids.device)
             evidence = self._evidence_of(requests, parts)
             if late:
                 logits.append(self._late(users, rows, ids, evidence))
             else:
-                x_MD = self.inputs.items.index_select(0, ids) + users.index_select(0, rows)
+                x_MD = self.inputs.items.index_select(0, ids)
+                x_MD = x_MD + (users if rows is None else users.index_select(0, rows))
                 logits.append(self.hllm.head(ask(x_MD, counts), None, evidence))
-        values = self.hllm.biased(torch.cat(logits)).float().cpu().numpy()
-        return np.split(values, np.cumsum(sizes)[:-1])
+        values = self.hllm.biased(logits[0] if len(logits) == 1 else torch.cat(logits)).float().cpu().numpy()
+        return split(values, sizes)
 
-    def _late(self, users_RD: Tensor, rows: Tensor, ids: Tensor, evidence: Tensor | None) -> Tensor:
+    def _late(self, users_RD: Tensor, rows: Tensor | None, ids: Tensor, evidence: Tensor | None) -> Tensor:
         if self._head is None:
             targets = self.inputs.items.index_select(0, ids)
-            logits: Tensor = self.hllm.head(users_RD.index_select(0, rows), targets, evidence)
+            users = users_RD.expand(len(ids), -1) if rows is None else users_RD.index_select(0, rows)
+            logits: Tensor = self.hllm.head(users, targets, evidence)
             return logits
-        return self._head.score(users_RD, rows, *(part.index_select(0, ids) for part in self._prepared))
+        return self._head.score(users_RD, rows, self._prepared.index_select(0, ids))
 
     def _evidence_of(self, requests: Sequence[Request], parts: Sequence[Ints]) -> Tensor | None:
         if self.experiment.evidence is None:
@@ -184,6 +191,17 @@ class BatchScorer(Scorer):
         x_TD, times = self.inputs.history(events)
         with configured_by("user.shape", length="data.max_history"):
             return read_history(self.hllm.user, x_TD, times, cache)
+
+
+def concatenated(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """`np.concatenate`, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def split(values: NDArray[Any], sizes: Sequence[int]) -> list[NDArray[Any]]:
+    """Consecutive parts of the given sizes, as views."""
+    ends = itertools.accumulate(sizes)
+    return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _groups(requests: Sequence[Request]) -> list[list[Request]]:

@@ -10,6 +10,7 @@ since, and one of an earlier time than the state's is computed without the cache
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.data.events import EVENT_COLUMNS
-from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
+from hllm_torchrec.data.tombstones import USERS
+from hllm_torchrec.serving.batch_scorer import BatchScorer, Request, concatenated, split
 from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.raw_histories import check_found
 from hllm_torchrec.serving.recommend import item_reader
@@ -123,6 +125,7 @@ class Engine:
         log: of the events; None: the service takes none.
         cache_bytes: bytes of states and histories that are kept.
         index: of the items, see `Retrieval`.
+        index_folder: where it is kept, see there.
     """
 
     def __init__(
@@ -131,12 +134,13 @@ class Engine:
         log: EventLog | None = None,
         cache_bytes: int = 1 << 30,
         index: IndexKind = "flat",
+        index_folder: Path | None = None,
     ) -> None:
         self.scorer, self.log = scorer, log
         # A state of the scorer also holds on a later version of the same ids; a service has that version's events.
         calibration = None if scorer.calibration is None else scorer.calibration.to_json()
         self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
-        self.retrieval = Retrieval(scorer, index)
+        self.retrieval = Retrieval(scorer, index, index_folder)
         self.histories = ServiceHistories(scorer, log)
         self.states: StateCache[_Cached] = StateCache(cache_bytes)
         self._appended: set[str] = set()
@@ -161,11 +165,9 @@ class Engine:
                 asked.append(Request(state, self._items(request, state), request.time, context))
             except ValueError as error:
                 asked.append(error)
-        logits = iter(self._logits([one for one in asked if isinstance(one, Request)]))
-        return [
-            self._result(request, one, next(logits)) if isinstance(one, Request) else one
-            for request, one in zip(requests, asked, strict=True)
-        ]
+        outputs = iter(self._logits([one for one in asked if isinstance(one, Request)]))
+        found = [next(outputs) if isinstance(one, Request) else one for one in asked]
+        return self._results(requests, asked, found)
 
     def _items(self, request: AnyRequest, state: UserState) -> Ints:
         """Dense ids of the candidates."""
@@ -175,17 +177,33 @@ class Engine:
         allowed = self.retrieval.allowed(seen, request.filters)
         return self.retrieval.candidates(state, allowed, max(request.candidates, request.top))
 
-    def _result(
-        self, request: AnyRequest, asked: Request, logits: NDArray[np.float32] | Exception
-    ) -> Scores | Exception:
-        if isinstance(logits, Exception):
-            return logits
-        events, first = len(asked.state.history), logits if logits.ndim == 1 else logits[:, 0]
-        items: Sequence[tuple[str, str]] = ()
-        if isinstance(request, RecommendRequest):
-            best = np.argsort(-first, kind="stable")[: request.top]
-            logits, first, items = logits[best], first[best], self.item_texts(asked.items[best])
-        return Scores(first, self.scorer.predictions(logits), events, self.mark, items)
+    def _results(
+        self,
+        requests: Sequence[AnyRequest],
+        asked: Sequence[Request | Exception],
+        found: Sequence[NDArray[np.float32] | Exception],
+    ) -> list[Scores | Exception]:
+        """Results from the outputs of each request; what the tasks predict is computed for all of them at once."""
+        items, outputs = [np.empty(0, np.int64)] * len(requests), list(found)
+        for place, (request, one, own) in enumerate(zip(requests, asked, found, strict=True)):
+            if isinstance(request, RecommendRequest) and isinstance(one, Request) and isinstance(own, np.ndarray):
+                best = np.argsort(-(own if own.ndim == 1 else own[:, 0]), kind="stable")[: request.top]
+                items[place], outputs[place] = one.items[best], own[best]
+        arrays = [own for own in outputs if isinstance(own, np.ndarray)]
+        if not arrays:
+            return list(outputs)  # type: ignore[arg-type]  # errors alone
+        tasks = self.scorer.predictions(concatenated(arrays))
+        sizes = [len(own) for own in arrays]
+        parts = iter(zip(*(split(values, sizes) for values in tasks.values()), strict=True))
+        results: list[Scores | Exception] = []
+        for place, own in enumerate(outputs):
+            one = asked[place]
+            if isinstance(own, Exception) or isinstance(one, Exception):
+                results.append(own if isinstance(own, Exception) else one)  # type: ignore[arg-type]
+                continue
+            logits, by_task = own if own.ndim == 1 else own[:, 0], dict(zip(tasks, next(parts), strict=True))
+            results.append(Scores(logits, by_task, len(one.state.history), self.mark, self.item_texts(items[place])))
+        return results
 
     def add_items(self, raw_ids: Sequence[str], texts: Mapping[str, Sequence[str]], features: Features) -> int:
         """See `Scorer.add_items`."""
@@ -193,6 +211,8 @@ class Engine:
 
     def item_texts(self, items: Ints) -> list[tuple[str, str]]:
         """Raw id and text of items [m] by their dense ids."""
+        if not items.size:
+            return []
         dataset = self.scorer.experiment.dataset
         if self._texts is None or self._texts[0] is not dataset:
             self._texts = dataset, item_reader(dataset, self.scorer.experiment.config)
@@ -210,6 +230,8 @@ class Engine:
         numbers = np.array([0 if event.action is None else known.get(event.action, -1) for event in events])
         names = [str(event.action) for event in events]
         check_found("actions of events", numbers, names, f"the dataset has {', '.join(known)}")
+        if self.scorer.experiment.dataset.tombstones.find(USERS, user) is not None and not self.log.is_forgotten(user):
+            self.log.forget(user)  # who came back after the dataset forgot them keeps what comes from now on
         self.log.append(user, events)
 
     def close(self) -> None:
@@ -247,13 +269,20 @@ class Engine:
             state = self.scorer.read(self.scorer.seen_part(known.events, request.time))
             return self._keep(request.user, known, state)
         if request.user in self._appended:
-            self._appended.discard(request.user)  # before the log is read: what comes later is read by a later request
-            known = self.histories.newer(cached.known, request.user)
-            state = cached.state
-            if not _continues(known.events, state.history):  # one came late
-                state = self.scorer.read(self.scorer.seen_part(known.events, request.time))
-            cached = _Cached(known, self._keep(request.user, known, state))
+            cached = self._with_appended(cached, request.user, request.time)
         return self._at(request.user, cached, request.time)
+
+    def _with_appended(self, cached: _Cached, user: str, time: int) -> _Cached:
+        """A user in the cache with what the log has gained."""
+        self._appended.discard(user)  # before the log is read: what comes later is read by a later request
+        try:
+            known, state = self.histories.newer(cached.known, user), cached.state
+            if not _continues(known.events, state.history):  # one came late
+                state = self.scorer.read(self.scorer.seen_part(known.events, time))
+        except BaseException:  # the next request reads them
+            self._appended.add(user)
+            raise
+        return _Cached(known, self._keep(user, known, state))
 
     def _at(self, user: str, cached: _Cached, time: int) -> UserState:
         """The state at `time` of a user in the cache."""

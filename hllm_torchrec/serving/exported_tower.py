@@ -56,6 +56,7 @@ class ExportedTower(nn.Module):
         self.merge_time, self.numeric = hllm.features.merge_time, hllm.features.numeric
         self.time_names = list(hllm.features.time_features)
         self.longest = scorer.experiment.config.data.max_history + 1
+        self.by_second, self.delay = spec.visibility == "second", spec.feedback_delay
         self.width, self.gated, self.reads_actions = hllm.user.width, ACTION_GATE in inputs.tables, spec.action
         tables = {"items": inputs.items}
         self.reads_users = bool(spec.user_features)
@@ -84,6 +85,7 @@ class ExportedTower(nn.Module):
         users, lengths, times: [B]; items, actions, timestamps: [B, T], oldest first, the first `lengths` of them real;
         candidates: [B, M]; all int64, times in seconds UTC. numeric: [B, F] float32.
         """
+        self._check(timestamps, lengths, times)
         x_BTD = self._rows("items", items)
         if self.gated:
             x_BTD = x_BTD * (1 + self._rows("gate", actions))
@@ -105,6 +107,22 @@ class ExportedTower(nn.Module):
         user_BMD = user_BD[:, None].expand_as(target_BMD)
         logits: Tensor = self.head(user_BMD, target_BMD)
         return logits
+
+    def _check(self, timestamps: Tensor, lengths: Tensor, times: Tensor) -> None:
+        """Stop the written program at inputs that shapes and tables let pass, and that give other logits silently."""
+        padded, longest = timestamps.shape[1], self.longest - 1
+        is_length = (lengths >= 0) & (lengths <= padded) & (lengths <= longest)
+        torch._assert_async(is_length.all(), f"lengths: each must be 0..{longest}, and at most the events' columns")
+        times_B1 = times[:, None]
+        is_time = (times >= 0) & (times < END_OF_TABLES)
+        torch._assert_async(is_time.all(), "times: must be seconds UTC, 1970 to 2099")
+        is_padding = torch.arange(padded, device=lengths.device) >= lengths[:, None]
+        if self.by_second:
+            is_seen = (timestamps >= 0) & (timestamps < times_B1 - self.delay)
+            said = "timestamps: an event must be before the time of its request (and data.feedback_delay)"
+            torch._assert_async((is_seen | is_padding).all(), said)
+        in_order = (timestamps == timestamps.cummax(dim=1).values) | is_padding
+        torch._assert_async(in_order.all(), "timestamps: the oldest event must be the first one")
 
     def _rows(self, table: str, ids: Tensor) -> Tensor:
         return nn.functional.embedding(ids, self.get_buffer(f"table_{table}"))
@@ -232,7 +250,9 @@ def _facts(scorer: BatchScorer) -> dict[str, Any]:
 
 
 def _compile(program: torch.export.ExportedProgram, file: Path) -> None:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    # Its check of inputs (AOTI_RUNTIME_CHECK_INPUTS) otherwise takes one user, event or candidate for a mistake.
+    configs = {"aot_inductor.check_lowerbound": False}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=configs)
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:

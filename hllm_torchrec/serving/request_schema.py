@@ -5,7 +5,7 @@ Ids are raw ids (texts, as in the source of the dataset), times are seconds UTC.
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hllm_torchrec.data.bad_rows import MAX_SECOND
 
@@ -17,6 +17,14 @@ MAX_BODY = 4 << 20
 RawId = Annotated[str, Field(min_length=1, max_length=256, examples=["242"])]
 Second = Annotated[int, Field(ge=0, le=MAX_SECOND, description="seconds UTC", examples=[893_286_638])]
 
+
+def _is_label(value: float) -> float:
+    if value not in (0.0, 1.0):
+        raise ValueError("must be 0 or 1")
+    return value
+
+
+Label = Annotated[float, AfterValidator(_is_label), Field(ge=0, le=1)]
 Context = dict[str, str | float | None] | None
 
 
@@ -31,7 +39,7 @@ class Event(_Body):
 
     item: RawId
     timestamp: Second
-    label: float | None = Field(None, ge=0, le=1, description="of an exposure: 1 positive, 0 negative; null: none")
+    label: Label | None = Field(None, description="of an exposure: 1 positive, 0 negative; null: none")
     action: str | None = Field(None, max_length=256, description="name of the action, as in the source; null: unknown")
 
 

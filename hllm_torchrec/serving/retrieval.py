@@ -9,6 +9,8 @@ Legend: N items, V width of an item's vector in the space of the generative loss
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,13 +30,39 @@ from hllm_torchrec.store.export_formats import import_faiss
 Mask = NDArray[np.bool_]
 NPROBE = 16
 """Cells of an ivf index that are searched."""
+SAMPLE = 64
+"""Items of each cell that an ivf index is fitted on."""
 IndexKind = Literal["flat", "ivf", "none"]
 
 
-class Retrieval:
-    """Candidates for the users of a scorer. kind: of the index; "none": all items are candidates."""
+def _flat(vectors: Floats) -> Any:
+    return ItemIndex.build(vectors, np.arange(len(vectors))).index
 
-    def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat") -> None:
+
+def _cells(vectors: Floats, folder: Path | None) -> Any:
+    """An ivf index of about sqrt(N) cells, from the folder if it has one of exactly these vectors."""
+    faiss, cells = import_faiss(), round(len(vectors) ** 0.5)
+    name = f"index-{blake2b(vectors.data, digest_size=8, person=f'ivf{cells}'.encode()).hexdigest()}.faiss"
+    if folder is not None and (folder / name).is_file():
+        return faiss.read_index(str(folder / name))
+    index = ItemIndex.build(vectors, np.arange(len(vectors)), "ivf", cells, points_of_cell=SAMPLE).index
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        faiss.write_index(index, str(folder / f"{name}.part"))
+        (folder / f"{name}.part").replace(folder / name)
+        for old in set(folder.glob("index-*.faiss")) - {folder / name}:
+            old.unlink(missing_ok=True)
+    return index
+
+
+class Retrieval:
+    """Candidates for the users of a scorer.
+
+    kind: of the index; "none": all items are candidates. folder: where an ivf index is kept for the next start; None:
+    it is built at each.
+    """
+
+    def __init__(self, scorer: BatchScorer, kind: IndexKind = "flat", folder: Path | None = None) -> None:
         experiment = scorer.experiment
         self._scorer, self._masks = scorer, lru_cache(maxsize=256)(self._mask_of)
         self._base = experiment.dataset.num_table_items
@@ -42,7 +70,7 @@ class Retrieval:
         if kind != "none" and scorer.hllm.generates:
             vectors = catalogue_vectors(experiment).float().cpu().numpy()[: self._base]
             vectors[0] = 0  # the unknown item
-            self._index = ItemIndex.build(vectors, np.arange(self._base), kind).index
+            self._index = _flat(vectors) if kind == "flat" else _cells(vectors, folder)
         self._refresh()
 
     @torch.no_grad()
@@ -105,23 +133,22 @@ class Retrieval:
         x_TD, times = self._scorer.inputs.history(state.history[rows[-1:]])
         hidden = begin_request(hllm.user, cache, int(times[-1]), cache.length - 1)(x_TD[-1:])
         predicted = hllm.project_next(hidden)
-        if hllm.text_similarity is not None:
-            predicted = hllm.text_similarity.join(predicted, self._texts(state, rows))
+        predicted = hllm.joined(predicted, *self._history_sums(state, rows))
         vector: Floats = normalize_rows(predicted.float().cpu().numpy())[0]
         return vector
 
-    def _texts(self, state: UserState, rows: Ints) -> Tensor:
-        """Decayed sum [1, E] of the texts of the events `rows` that the state holds."""
-        hllm, experiment = self._scorer.hllm, self._scorer.experiment
-        assert hllm.text_similarity is not None
+    def _history_sums(self, state: UserState, rows: Ints) -> tuple[Tensor | None, Tensor | None]:
+        """Decayed sums [1, E] of texts and [1, R + 1] of transitions of the events `rows` that the state holds."""
+        hllm, experiment, texts, transitions = self._scorer.hllm, self._scorer.experiment, None, None
         ids = torch.tensor(state.history.item_ids[rows[rows >= state.start]], device=experiment.device)
-        ids = ids.repeat_interleave(2) if experiment.batch_spec.interleaved else ids
-        items = hllm.item_embeddings(ids)
-        assert items is not None, "similarity of texts needs an Item LLM"
-        texts = hllm.text_similarity.history(
-            hllm.text_embeddings(ids, items), torch.tensor([0, ids.numel()], device=ids.device)
-        )
-        return texts[-1:]
+        offsets = torch.tensor([0, ids.numel()], device=ids.device)
+        if hllm.text_similarity is not None:
+            items = hllm.item_embeddings(ids)
+            assert items is not None, "similarity of texts needs an Item LLM"
+            texts = hllm.text_similarity.history(hllm.text_embeddings(ids, items), offsets)[-1:]
+        if hllm.transitions is not None:
+            transitions = hllm.transitions.history(ids, offsets)[-1:]
+        return texts, transitions
 
     def _mask_of(self, name: str, value: str) -> Mask:
         """Items with a value of an item feature."""

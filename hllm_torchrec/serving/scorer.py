@@ -39,7 +39,7 @@ from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.new_item_journal import new_items
-from hllm_torchrec.data.numeric_features import numeric_columns
+from hllm_torchrec.data.numeric_features import OF_EVENTS, numeric_columns
 from hllm_torchrec.data.pieces import window_start
 from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
@@ -48,7 +48,7 @@ from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run, run_config,
 from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
 from hllm_torchrec.inference.raw_ids import raw_texts
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.stored_items import read_catalogue
 from hllm_torchrec.modules.attention.keys_values import HistoryCache, ScoreCandidates
 from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, check_encoder, read_history
@@ -326,17 +326,18 @@ class Scorer:
         return int(window_start(seen, longest))
 
     def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
-        return UserState(history, start, cache, self._mark_of(history))
+        state = UserState(history, start, cache, self._mark)
+        return replace(state, mark=self._mark_of(state))
 
-    def _mark_of(self, history: UserHistory) -> str:
+    def _mark_of(self, user: UserState) -> str:
         """The mark of a state: the model's and, if the history has new items, that of the journal that numbers them."""
         known = self.experiment.dataset.num_table_items
-        return f"{self._mark}/{self.new_items.name}" if (history.item_ids >= known).any() else self._mark
+        return f"{self._mark}/{self.new_items.name}" if user.highest_item >= known else self._mark
 
     def _check_state(self, user: UserState) -> None:
-        if (user.history.item_ids >= self.num_items).any():
+        if user.highest_item >= self.num_items:
             self.refresh()  # the scorer that made it has read more of the journal
-        mark = self._mark_of(user.history)
+        mark = self._mark_of(user)
         if user.mark != mark:
             raise ValueError(
                 f"user {user.history.user_id}: this state was made by another model, or from another dataset or "
@@ -482,10 +483,15 @@ class Scorer:
         if not names:
             return None
         # The request is an additional event without a label: its numbers come from the visible events before it.
-        window = user.history.since(user.start)
-        earlier = visible_before(window.timestamps, time - self.experiment.batch_spec.feedback_delay)
-        times, labels = np.append(window.timestamps[:earlier], time), np.append(window.labels[:earlier], np.nan)
-        return numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+        seen, labels = user.history.timestamps[user.start :], user.history.labels[user.start :]
+        earlier = visible_before(seen, time - self.experiment.batch_spec.feedback_delay)
+        if earlier in user.numbers:
+            return user.numbers[earlier]
+        times, labels = np.append(seen[:earlier], time), np.append(labels[:earlier], np.nan)
+        found = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+        if OF_EVENTS.issuperset(names):
+            user.numbers[earlier] = found
+        return found
 
     def _seen(self, history: UserHistory, time: int) -> int:
         """Number of events of a complete history that a request at `time` may see."""

@@ -55,8 +55,10 @@ class ServiceHistories:
             return self.read(user)
         logged, number = self._log.of_user(user, known.number)
         count = known.logged + len(logged)
-        if known.number == 0:
-            logged = _without(logged, known.events, self._scorer)
+        kept = _without(logged, known.events, self._scorer)
+        if known.number and len(kept) < len(logged):  # of the dataset, or of the log, where it counts twice
+            return self.read(user)
+        logged = kept
         if not logged:
             return KnownHistory(known.events, number, count)
         joined = Events.concat([known.events, self._encoded(logged)])

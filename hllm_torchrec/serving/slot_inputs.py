@@ -11,6 +11,7 @@ Legend: N items, T history positions, R requests, D width, F numeric features.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,14 @@ from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.embedding.tables import assemble_tensor
 from hllm_torchrec.evaluation.catalogue_retrieval import ITEMS_AT_ONCE, vectors_by_features
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE, pad_empty_batch
 from hllm_torchrec.modules.features.sum_pooling import sum_bags
 from hllm_torchrec.modules.features.timestamps import split_timestamps
 
 Extra = Mapping[str, NDArray[Any]]
+USERS_KEPT = 65_536
+"""Users whose sum of features is kept, the latest used ones."""
 _TABLES = "features.tables.embedding_bags."
 
 
@@ -46,6 +49,7 @@ class SlotInputs:
         self.tables = _plain_tables(experiment)
         """Weights of the tables that are read by event or by request."""
         self._user_bags = {name: experiment.dataset.feature_ids("user", name) for name in self._spec.user_features}
+        self._of_user = lru_cache(USERS_KEPT)(lambda user: self.user_features(np.array([user]))[0])
         self.items = torch.empty(0, self._hllm.user.width, device=experiment.device)
         """c [N, D] float32 of every item, the unknown one first."""
         self.extend()
@@ -72,7 +76,8 @@ class SlotInputs:
         if ACTION_GATE in self.tables:
             x_TD = x_TD * (1 + self._rows(ACTION_GATE, actions))
         times = self._tensor(events.timestamps)
-        x_TD = x_TD + self._time(times)
+        if self._hllm.features.merge_time is not None:
+            x_TD = x_TD + self._time(times)
         if not self._spec.action:
             return x_TD, times
         of_action = self._rows("action", actions)
@@ -87,12 +92,11 @@ class SlotInputs:
 
         numeric: [R, F]; context: columns [R] of `Events.extra` by name.
         """
-        asked = self._tensor(np.minimum(np.array(times, np.int64), MAX_SECOND))
-        x_RD = self._time(asked) + self.user_features(np.array(users, np.int64))
-        if self._spec.action and not self._spec.interleaved:
-            x_RD = x_RD + self._rows("action", asked.new_zeros(len(times)))
-        if self._spec.fusion.query_is_user:
-            x_RD = x_RD + self._hllm.user_token
+        x_RD = torch.stack([self._of_user(user) for user in users])
+        if self._hllm.features.merge_time is not None:
+            x_RD = self._time(self._tensor(np.minimum(np.array(times, np.int64), MAX_SECOND))) + x_RD
+        for row in self._of_query:
+            x_RD = x_RD + row
         numbers = [] if numeric is None else [numeric]
         known = self._experiment.context
         if known is not None and self._spec.context:
@@ -105,11 +109,18 @@ class SlotInputs:
             x_RD = x_RD + self._hllm.features.numeric(self._hllm.standardized_numbers(given))
         return x_RD
 
+    @cached_property
+    def _of_query(self) -> list[Tensor]:
+        """What is the same for all queries: the row of their unknown action, and [USER], each [D]."""
+        rows = []
+        if self._spec.action and not self._spec.interleaved:
+            rows.append(self._rows("action", torch.zeros(1, dtype=torch.int64, device=self.items.device))[0])
+        return [*rows, self._hllm.user_token] if self._spec.fusion.query_is_user else rows
+
     def _time(self, times: Tensor) -> Tensor:
-        """MLP(time) [T, D], or zeros."""
+        """MLP(time) [T, D]."""
         merge, names = self._hllm.features.merge_time, self._hllm.features.time_features
-        if merge is None:
-            return self.items.new_zeros(times.numel(), self.items.shape[1])
+        assert merge is not None
         parts = split_timestamps(times, len(names))
         rows = [self._rows(name, parts[:, column]) for column, name in enumerate(names)]
         merged: Tensor = merge(torch.cat(rows, dim=1))

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from hllm_torchrec.evaluation.calibration import RunCalibration
 from hllm_torchrec.models.hllm import HLLM
 
+_UNSCALED = torch.tensor([[0.0, 1.0]])
+
 
 def output_shape(hllm: HLLM) -> tuple[int, ...]:
     """Shape of a candidate's outputs: () of a model with one logit, else (O,)."""
@@ -19,11 +21,11 @@ def predictions_by_task(
     """What each task predicts [m] by name, from logits [m] or outputs [m, O]; probabilities calibrated if they are."""
     sizes = [task.outputs for task in hllm.tasks]
     parts = torch.from_numpy(outputs.reshape(len(outputs), sum(sizes))).split(sizes, dim=1)
-    scales = hllm.task_scales.cpu() if not hllm.has_one_logit else torch.tensor([[0.0, 1.0]])
+    scales = _UNSCALED if hllm.has_one_logit else hllm.task_scales.cpu()
     calibrators = {} if calibration is None else calibration.tasks
     found = {}
     for place, (task, own, scale) in enumerate(zip(hllm.tasks, parts, scales, strict=True)):
         calibrator = calibrators.get(task.name if place else "")
         values = task.predictions(own, scale).numpy() if calibrator is None else calibrator(own[:, 0].numpy())
-        found[task.name] = values.astype(np.float32)
+        found[task.name] = values.astype(np.float32, copy=False)
     return found

@@ -1,10 +1,12 @@
 """A user's events as a request gives them, and their encoding by one model."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hllm_torchrec.common.arrays import Floats
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.inference.raw_ids import raw_texts
 from hllm_torchrec.modules.attention.keys_values import HistoryCache
@@ -64,10 +66,17 @@ class UserHistory(Events):
 class UserState:
     """Encoded history: all events, the index of the first one that the model uses, and the cache from there on.
 
-    mark: names the model and the item numbers that it was made with; other scorers refuse it.
+    mark: names the model and the item numbers that it was made with; other scorers refuse it. numbers: numeric
+    features [1, F] of requests by the number of events that they see, where nothing else decides.
     """
 
     history: UserHistory
     start: int
     cache: HistoryCache
     mark: str
+    numbers: dict[int, Floats] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def highest_item(self) -> int:
+        """Highest id of an item in the history; 0 without events."""
+        return int(self.history.item_ids.max(initial=0))

@@ -1,6 +1,7 @@
 """Construction of a `Trainer` from a configuration: all collective work before training, in order."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.distributed.coordination import rank, run_on_each_host
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.models.parallelize import compute_dtype
+from hllm_torchrec.models.run_transitions import run_transitions
 from hllm_torchrec.models.run_vocabulary import FACTORS_KEY
 from hllm_torchrec.training.resume import checkpoint_to_resume
 from hllm_torchrec.training.throughput import global_matmul_peak
@@ -36,7 +38,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
         ConfigError: the configuration does not fit the dataset, the device, or the existing contents of `output`.
     """
     if config.recipe is not None:
-        raise ConfigError(f"recipe: {config.recipe}: not filled in for a dataset; `hllm init` writes it filled in")
+        raise ConfigError(f"recipe: {config.recipe}: not completed for a dataset yet: complete it with `hllm init`")
     storage = open_run_storage(config.output)  # if `output` is a URL: downloads the existing files of the run
     resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
     begin_from = start_checkpoint(config) if resume_from is None else None
@@ -46,11 +48,16 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     factors = own_factors(config, storage.folder, resume_from, begin_from)
     evidence = evidence_to_continue(config, resume_from, begin_from)
     # Fetches the dataset, tokenizes item texts, builds, shards and initializes the model.
-    experiment = build_experiment(config, device, factors=factors, evidence=evidence, version=version)
+    transitions = None if resume_from is None else run_transitions(config, resume_from.parent.parent)
+    experiment = build_experiment(
+        config, device, factors=factors, evidence=evidence, transitions=transitions, version=version
+    )
     _pin_dataset(experiment.dataset, config)
     if experiment.evidence is not None:
         fitted = experiment.evidence.model
         run_on_each_host(lambda: fitted.save(storage.folder))
+    if experiment.transitions is not None:
+        run_on_each_host(partial(experiment.transitions.save, storage.folder))
     if begin_from is not None:
         begin_from = warm_start(experiment, begin_from)
     checkpoints = CheckpointManager(config, storage)  # creates a process group if it saves on a thread
@@ -84,13 +91,13 @@ def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
         )
     changed = Dataset.open(config.data.dataset, version).fingerprint != began["fingerprint"]
     if changed and rank() == 0:
-        _logger.warning("%s: its version of the dataset lost what was forgotten since: it is not resumed bit by bit; "
-                        "what is left of the epoch is planned anew", config.output)  # fmt: skip
+        _logger.warning("%s: ids were forgotten in its dataset version since: it will not equal an undisturbed run; "
+                        "the rest of the epoch is planned again", config.output)  # fmt: skip
     return version
 
 
 def evidence_to_continue(config: Config, resume_from: Path | None, begin_from: Path | None) -> EvidenceModel | None:
-    """Fitted evidence of the run that is resumed, or from which this one starts; None: it is to be fitted.
+    """Fitted evidence of the run that is resumed or that this one starts from; None: evidence must be fitted.
 
     Raises:
         ValueError: the file of the run is missing or damaged.
@@ -139,6 +146,6 @@ def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from:
 
 
 def _pin_dataset(dataset: Dataset, config: Config) -> None:
-    """Note in the dataset that this run reads its version; not in a copy of a URL, nor in one of an earlier release."""
+    """Pin the dataset's version for this run; not in the copy of a URL, nor in a dataset of an earlier release."""
     if rank() == 0 and url_of(config.data.dataset) is None and chain_base(dataset.manifest) is not None:
         pin_version(dataset.root, dataset.version, config.output)

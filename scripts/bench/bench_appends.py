@@ -4,10 +4,12 @@
 
 A shop with invented events (1.5 million of 60,000 users on 20,000 items) gets days of new events, items and users.
 `append_after_<events>` is the time of `prepare --append` of a day / the time of preparing a dataset of that day alone,
-with so many events before it. `read_train` and `read_test` are the times of opening the dataset and reading a part
-after the year of appends / after `dataset compact`, which are memory maps without anything to merge; the cuts have
-moved along, as they do in nightly training. `..._beside_parquet` is the time an event after the year of appends / that
-of the Parquet sequences of version 1, which is how a dataset without appends is read.
+with so many events before it; `append_year` is the mean of all days of the year, folding included. `read_train` and
+`read_test` are the times of opening the dataset and reading a part after the year of appends / after `dataset compact`,
+which are memory maps without anything to merge; the cuts have moved along, as they do in nightly training.
+`read_worst_...` are the same on the day of the year that has most appended events. `..._beside_parquet` is the time an
+event after the year of appends / that of the Parquet sequences of version 1, which is how a dataset without appends is
+read.
 Seconds are CPU seconds of the process, because the machine may be shared; wall seconds are beside them.
 """
 
@@ -31,6 +33,7 @@ from hllm_torchrec.data.manifest import MANIFEST, manifest_path
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.base import Source
 from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.versions import kept_versions
 
 START = 1_700_000_000
 DAY = 86_400
@@ -120,22 +123,43 @@ def append_cost(folder: Path, before: int, size: int, repeats: int) -> dict[str,
     return medians(alternate({side: cpu_seconds(lambda side=side: one(side)) for side in at}, repeats))
 
 
-def year(folder: Path, before: int, days: int, size: int) -> Path:
-    """A dataset with `days` appends of `size` events, whose cuts are at the beginning of the last two days."""
+def year(folder: Path, before: int, days: int, size: int) -> tuple[Path, float]:
+    """A dataset with `days` appends of `size` events, and the mean CPU seconds of an append."""
     shop = Shop(folder / "tables-year", min(60_000, before // 10), min(20_000, before // 20))
     root = prepare(shop.write("base", before, 30, whole=True), folder / "data-year")
+    spent = 0.0
     for n in range(days):
-        append_events(shop.write(f"day{n}", size, 60 + n, whole=False), root)
-    move_cuts(root, [START + (60 + days - 2) * DAY, START + (60 + days - 1) * DAY])
-    return root
+        source = shop.write(f"day{n}", size, 60 + n, whole=False)
+        spent += cpu_seconds(partial(append_events, source, root))()
+    return root, spent / days
 
 
-def move_cuts(root: Path, seconds: list[int]) -> None:
-    """Set the cuts of the newest version."""
-    manifest = json.loads((root / MANIFEST).read_text())
-    manifest["split"] |= {"cut_timestamps": seconds, "cut_orders": [0, 0]}
-    for path in (root / MANIFEST, manifest_path(root, manifest["version"])):
+def as_of(root: Path, version: int, folder: Path) -> Path:
+    """A copy of a dataset whose newest version is `version`, with cuts at the beginning of its last two days."""
+    shutil.copytree(root, folder)
+    manifest = json.loads(manifest_path(root, version).read_text())
+    day = (manifest["seconds"][1] - START) // DAY
+    manifest["split"] |= {"cut_timestamps": [START + (day - 1) * DAY, START + day * DAY], "cut_orders": [0, 0]}
+    for path in (folder / MANIFEST, manifest_path(folder, version)):
         path.write_text(json.dumps(manifest))
+    return folder
+
+
+def most_appended(root: Path) -> int:
+    """The version with most events in appends."""
+    versions = kept_versions(root)
+    return max(versions, key=lambda v: (sum(one["events"] for one in versions[v].get("appends", ())), v))
+
+
+def reading(root: Path, part: str, repeats: int) -> dict[str, float]:
+    """CPU seconds of reading a part of a version, of its compaction, which is the newest, and of version 1."""
+    folded = Dataset.open(root).version
+    versions = {"appends": folded - 1, "folded": folded, "parquet": 1}
+    events = {side: read(root, part, version) for side, version in versions.items()}
+    assert events["appends"] == events["folded"]
+    sides = {side: cpu_seconds(partial(read, root, part, version)) for side, version in versions.items()}
+    found = medians(alternate(sides, repeats))
+    return found | {"beside_parquet": found["appends"] / events["appends"] / found["parquet"] * events["parquet"]}
 
 
 def read(root: Path, part: str, version: int) -> int:
@@ -160,22 +184,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seconds[f"day_of_{day}_after_{events}"] = found
             ratios[f"append_{day}_after_{events}"] = found["append"] / found["alone"]
         say(f"{days} appends")
-        root = year(Path(scratch), before, days, size)
-        appended = Dataset.open(root).version
-        folded = compact(root)
-        assert folded is not None
-        for part in ("train", "test"):
-            events = {version: read(root, part, version) for version in (1, appended, folded)}
-            assert events[appended] == events[folded]
-            sides = {
-                side: cpu_seconds(partial(read, root, part, version))
-                for side, version in (("appends", appended), ("folded", folded), ("parquet", 1))
-            }
-            found = medians(alternate(sides, repeats))
-            seconds[f"read_{part}"] = found
-            ratios[f"read_{part}"] = found["appends"] / found["folded"]
-            an_event = found["appends"] / events[appended], found["parquet"] / events[1]
-            ratios[f"read_{part}_beside_parquet"] = an_event[0] / an_event[1]
+        root, mean = year(Path(scratch), before, days, size)
+        alone_seconds = seconds[f"day_of_{sizes[0][1]}_after_{sizes[0][0]}"]["alone"]  # a day of the year's size
+        seconds["append_year"] = {"append": mean, "alone": alone_seconds}
+        ratios["append_year"] = mean / alone_seconds
+        for name, version in (("read", Dataset.open(root).version), ("read_worst", most_appended(root))):
+            copy = as_of(root, version, Path(scratch) / name)
+            assert compact(copy) is not None
+            for part in ("train", "test"):
+                found = seconds[f"{name}_{part}"] = reading(copy, part, repeats)
+                ratios[f"{name}_{part}"] = found["appends"] / found["folded"]
+                ratios[f"{name}_{part}_beside_parquet"] = found.pop("beside_parquet")
     shapes = {"before": before, "days": days, "events_a_day": size}
     nothing = {"matmul_peak": 0.0, "matmul_share": {}}
     return report("appends", options, {"ratios": ratios, "shapes": shapes, "cpu_seconds": seconds, **nothing})

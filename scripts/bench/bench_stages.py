@@ -51,7 +51,7 @@ from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Piece
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.fingerprint import item_facts
 from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.modules.encoders.backbone import backbone_flops

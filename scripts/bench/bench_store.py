@@ -42,8 +42,8 @@ from hllm_torchrec.data.token_store import TokenStore
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import embed_items
-from hllm_torchrec.models.assembly import Experiment
 from hllm_torchrec.models.build import build_model
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_source import LiveItems
 from hllm_torchrec.models.parallelize import parallelize

@@ -37,7 +37,7 @@ CHOSEN_BY = "ndcg@10"
 HALF = "--data.train_users=0.5"
 COUNTS = {"0": (0, 0), "1-5": (1, 5), "6-20": (6, 20), "> 20": (21, sys.maxsize)}
 """Training events of the target's item, by the name of the group."""
-IDS = ("--item_llm.enabled=false", "--objective.text_similarity=0")
+IDS = ("--item_llm.enabled=false", "--objective.text_similarity=0", "--objective.transitions=0")
 
 
 def _shape(**fields: Any) -> str:

@@ -31,7 +31,7 @@ from hllm_torchrec.distributed.process_group import distributed_device
 from hllm_torchrec.evaluation.creative_scores import creative_vectors, other_users, score_vectors
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.metrics.bootstrap import user_mean_interval
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 
 ARMS: dict[str, list[str]] = {"A": ["--creative.soft.dropout=1.0"], "B": []}
 WRITERS: dict[str, list[str]] = {

@@ -10,6 +10,7 @@ The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, 
     bias           joint with the position bias tower, which is left out at serving
     rate_25, rate_5      a quarter and a twentieth of the non-clicks, with the correction of the logit
     rate_25_raw, rate_5_raw   the same without it
+    rate_5_long, rate_5_slow   a twentieth, with twice the epochs, and with a third of the learning rate
 
 OUTPUT/<arm>/result.json keeps what is done, so that the script can be stopped and started again; OUTPUT/tasks.json has
 the comparison: metrics of each arm on the test day, and paired differences from `joint` with intervals over users.
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -80,7 +82,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate_5": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
     "rate_25_raw": {"objective.tasks": EVERY, "data.negative_rate": 0.25},
     "rate_5_raw": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
+    "rate_5_long": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
+    "rate_5_slow": {"objective.tasks": EVERY, "data.negative_rate": 0.05, "optim.lr": 1.0e-3},
 }
+LONGER = {"rate_5_long": 2}
+"""Factor on the epochs of an arm."""
 
 
 class PermutedContext(RequestContext):
@@ -113,7 +119,7 @@ def train(arm: str, output: Path, dataset: Dataset, seed: int, epochs: float) ->
     if (run / "result.json").is_file():
         return
     values = {"output": str(run), "data.dataset": str(dataset.root), "seed": seed, "resume": True}
-    values |= {"stages": [{"name": "all", "epochs": epochs}]}
+    values |= {"stages": [{"name": "all", "epochs": epochs * LONGER.get(arm, 1)}]}
     settings = _flat(COMMON) | ARMS[arm] | values
     options = [f"--{n}={value if isinstance(value, str) else json.dumps(value)}" for n, value in settings.items()]
     with distributed_device() as device:
@@ -174,27 +180,42 @@ def compare(output: Path, dataset: Dataset, arms: Sequence[str]) -> dict[str, An
         found[task] = {arm: {key: one[key] for key in keys} for arm, one in block["models"].items()}
         found[f"{task}_paired"] = block.get("paired")
         found[f"{task}_rows"] = block["rows"]
-    found["tau"] = {arm: served_order(output, dataset, paths[arm]) for arm in paths}
+    relevance = truth_of(output, dataset)
+    orders = {arm: served_order(relevance, path) for arm, path in paths.items()}
+    reference = next(iter(orders.values()))
+    found["tau"] = {arm: mean_over_users(order) for arm, order in orders.items()}
+    found["tau_paired"] = {arm: mean_over_users(order - reference) for arm, order in orders.items()}
     return found
 
 
-def served_order(output: Path, dataset: Dataset, predictions: Path) -> dict[str, float]:
-    """Kendall's tau of scores and relevance within pages, mean and standard error over users."""
+def truth_of(output: Path, dataset: Dataset) -> dict[tuple[int, int, int], float]:
+    """Relevance by dense user, dense item and second."""
     truth = pq.read_table(output / "truth.parquet", columns=["user", "item", "second", "relevance"])
     users, items = (
         {raw: i for i, raw in enumerate(table.to_pylist(), start=1)}
         for table in (dataset.users["raw_user_id"], dataset.items["raw_item_id"])
     )
     keys = zip(truth["user"].to_pylist(), truth["item"].to_pylist(), truth["second"].to_pylist(), strict=True)
-    known = {
-        (users.get(u), items.get(i), s): r for (u, i, s), r in zip(keys, truth["relevance"].to_pylist(), strict=True)
-    }
+    return {(users[u], items[i], s): r for (u, i, s), r in zip(keys, truth["relevance"].to_pylist(), strict=True)}
+
+
+def served_order(relevance: dict[tuple[int, int, int], float], predictions: Path) -> pd.Series:
+    """Kendall's tau of scores and relevance by page: user and second."""
     rows = pq.read_table(predictions, columns=["user_id", "item_id", "timestamp", "score"]).to_pandas()
     rows["relevance"] = [
-        known[u, i, s] for u, i, s in zip(rows["user_id"], rows["item_id"], rows["timestamp"], strict=True)
+        relevance[u, i, s] for u, i, s in zip(rows["user_id"], rows["item_id"], rows["timestamp"], strict=True)
     ]
-    pages = [kendalltau(page["score"], page["relevance"])[0] for _, page in rows.groupby(["user_id", "timestamp"])]
-    return {"mean": float(np.nanmean(pages)), "error": float(np.nanstd(pages) / np.sqrt(len(pages)))}
+    pages = {
+        key: kendalltau(page["score"], page["relevance"])[0] for key, page in rows.groupby(["user_id", "timestamp"])
+    }
+    return pd.Series(pages)
+
+
+def mean_over_users(pages: pd.Series) -> dict[str, float]:
+    """Mean of the pages' values, and its standard error with users as independent units."""
+    known = pages.dropna()
+    sums = (known - known.mean()).groupby(level=0).sum()
+    return {"mean": float(known.mean()), "error": float(np.sqrt((sums**2).sum()) / len(known))}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Weight and decay of `objective.text_similarity`, by validation NDCG@10 of trained runs; nothing is trained.
+"""Weights of `objective.text_similarity` and `transitions`, by validation NDCG@10 of trained runs; nothing is trained.
 
     python scripts/experiments/text_weights.py --runs runs/benchmark/steam/text_id/seed-0 runs/...
 
 For every run a table over decay and weight: 0 is the learned similarity alone, inf the texts alone, that is the nearest
-texts of the history without any training. Then the texts alone by the treatment of their embeddings: as the encoder
-gives them, centered, standardised, and whitened with several shrinkages.
+texts of the history without any training. Then, for a run with transitions, their weights beside those of the texts,
+with and without the learned similarity. Then the texts alone by the treatment of their embeddings: as the encoder gives
+them, centered, standardised, and whitened with several shrinkages.
 """
 
 import argparse
@@ -23,12 +24,14 @@ from hllm_torchrec.evaluation.catalogue_retrieval import catalogue_vectors
 from hllm_torchrec.evaluation.retrieval_comparison import gains
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.evaluation.scoring import CompleteHistories
-from hllm_torchrec.models.assembly import Experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.modules.features.standardize import Standardize, Whiten
 from hllm_torchrec.modules.features.text_similarity import TextSimilarity
+from hllm_torchrec.modules.features.transition_similarity import TransitionSimilarity
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.4, 0.6, 1.0, math.inf)
 DECAYS = (0.5, 0.7, 0.85)
+TEXTS, TRANSITIONS = (0.0, 0.3, 0.6, 1.0), (0.0, 0.2, 0.4, 0.7, 1.2)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,34 @@ def ndcg(parts: list[Targets], scores: Callable[[int], Tensor]) -> float:
     return float(gains(torch.cat(ranks).numpy(), "ndcg@10").mean())
 
 
+def print_transitions(
+    parts: list[Targets], learned: Tensor, unit_items: Tensor, transitions: TransitionSimilarity
+) -> None:
+    """Print NDCG@10 by the weights of texts (rows) and transitions (columns), with the learned similarity and without.
+
+    learned: [N, D] and unit_items: [N, E] of all items.
+    """
+    texts, weight = texts_of(parts, unit_items, transitions.decay), transitions.weight
+    flows = [
+        transitions.history(part.item_ids, part.seq_offsets)[part.rows] @ transitions.target.T / weight
+        for part in parts
+    ]
+    for share in (1.0, 0.0):
+        columns = " | ".join(f"{weight:g}" for weight in TRANSITIONS)
+        print(
+            f"\n| {'learned' if share else 'nothing learned'} | {columns} |\n" + "|---" * (len(TRANSITIONS) + 1) + "|"
+        )
+        for of_texts in TEXTS:
+            cells = []
+            for of_flows in TRANSITIONS:
+
+                def score(n: int, weights: tuple[float, float] = (of_texts, of_flows), share: float = share) -> Tensor:
+                    return share * (parts[n].learned @ learned.T) + weights[0] * texts[n] + weights[1] * flows[n]
+
+                cells.append(f"{ndcg(parts, score):.4f}" if share or of_texts or of_flows else "")
+            print(f"| texts {of_texts:g} | {' | '.join(cells)} |", flush=True)
+
+
 def treatments(items: Tensor) -> dict[str, Tensor]:
     """Embeddings [N, E] of the items by their treatment."""
     found = {"as they are": items, "centered": items - items[1:].mean(0)}
@@ -99,7 +130,7 @@ def tabulate(run: Path, device: torch.device) -> None:
     experiment, hllm = loaded.experiment, loaded.experiment.hllm
     with loaded.weights, torch.no_grad():
         experiment.use_cached_items()
-        hllm.text_similarity = None
+        transitions, hllm.transitions, hllm.text_similarity = hllm.transitions, None, None
         hllm.eval()
         parts = list(read_targets(experiment))
         learned = F.normalize(catalogue_vectors(experiment), dim=-1)
@@ -119,6 +150,8 @@ def tabulate(run: Path, device: torch.device) -> None:
 
             cells.append(f"{ndcg(parts, score):.4f}")
         print(f"| {decay} | {' | '.join(cells)} |", flush=True)
+    if transitions is not None:
+        print_transitions(parts, learned, unit["whitened, shrinkage 0.1"], transitions)
     for name, rows in unit.items():
         texts = texts_of(parts, rows, 0.7)
         print(f"texts alone, {name}: {ndcg(parts, texts.__getitem__):.4f}", flush=True)

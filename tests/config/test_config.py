@@ -9,6 +9,7 @@ import yaml
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.loading import config_from_file, load_config, load_dataclass, save_config, to_dict
+from hllm_torchrec.config.rules import OWN_TABLES
 from hllm_torchrec.config.schema import Config
 from hllm_torchrec.lifecycle.night_config import NightConfig
 
@@ -200,6 +201,40 @@ HSTU = ["--user.encoder=hstu", "--user.shape", "{width: 8, layers: 1}", "--item_
 def test_a_rule_of_encoders_and_protocols_names_the_remedy(options: list[str], message: str) -> None:
     load_config([*HSTU, *RETRIEVAL])
     assert any(message in problem for problem in problems_of([*HSTU, *RETRIEVAL, *options]))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--features.item_id=true"], "item_id"),
+        (["--features.action=true"], "action"),
+        (["--features.action_gate=true"], "action_gate"),
+        (["--features.time_depth=2"], "time_month"),
+        (["--data.context", "[device]"], "context_device"),
+        (["--data.user_features", "[genres]"], "genres"),
+    ],
+)
+def test_a_feature_does_not_take_the_place_of_another_table(options: list[str], name: str) -> None:
+    off = ["--features.item_id=false", "--features.action=false", "--features.time_depth=0"]
+    given = ["--user.shape", USER, "--item_llm.shape", USER, *off, "--data.item_features", f"[{name}]"]
+    load_config(given)
+    kind = "user_features" if "--data.user_features" in options else "item_features"
+    message = f"data.{kind}: '{name}' is a table of the model itself: leave it out, or rename the column"
+    assert problems_of([*given, *options]) == [message]
+
+
+def test_a_feature_with_a_dot_cannot_name_a_table() -> None:
+    given = ["--user.shape", USER, "--item_llm.shape", USER, "--data.user_features", "[geo.country]"]
+    assert problems_of(given) == [
+        "data.user_features: 'geo.country': a dot cannot name a table: leave it out, or rename the column"
+    ]
+
+
+def test_the_tables_of_the_model_are_those_that_it_builds() -> None:
+    from hllm_torchrec.modules.features.hybrid import ACTION_GATE
+    from hllm_torchrec.modules.features.timestamps import TIME_FEATURES
+
+    assert OWN_TABLES == ("item_id", "action", ACTION_GATE, *TIME_FEATURES)
 
 
 def test_ks_must_be_positive_where_retrieval_is_measured() -> None:

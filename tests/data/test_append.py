@@ -265,11 +265,11 @@ def test_what_cannot_grow_event_by_event_is_refused(tmp_path):
             append_events(source or memory_source(tmp_path / "d", [("u1", "i1", 5, 60)], []), root)
         assert Dataset.open(root).version == 1 and not (root / "appends").exists()
 
-    refused("a k-core is one of all events", min_events=2)
+    refused("a k-core needs all events", min_events=2)
     refused("held-out items measure cold start", split=Split(hold_out_items=0.1))
     refused("events without timestamps", facts={"has_timestamps": False})
     other = memory_source(tmp_path / "o", [("u1", "i1", 5, 60)], [], action_names={1: "x"})
-    refused(r"the actions of the source are .*prepare the whole again \(--extend\)", other)
+    refused(r"the actions of the source are .*prepare all data again \(--extend\)", other)
     refused("the label rule of the source", memory_source(tmp_path / "o", [("u", "i1", 5, 60)], [], label_rule="x"))
 
 
@@ -479,7 +479,7 @@ def test_new_users_that_the_appended_user_file_lacks_are_said_and_a_later_file_a
     assert "2 rows of the user file are of users without events" in capsys.readouterr().out
     write_csv(tmp_path / "u.csv", [("user", "country"), ("u7", "fr")])
     for day, (files, note) in enumerate(
-        (([("u5", 50), ("u6", 51), ("u7", 52)], "caution: 2 of"), ([("u8", 60)], "1 of"))
+        (([("u5", 50), ("u6", 51), ("u7", 52), ("u1", 53)], "caution: 2 of"), ([("u8", 60)], "1 of"))
     ):
         write_csv(
             tmp_path / f"{day}.csv", [("user", "item", "time"), *((user, "i1", second) for user, second in files)]
@@ -487,6 +487,8 @@ def test_new_users_that_the_appended_user_file_lacks_are_said_and_a_later_file_a
         assert main([*given, "--append", str(tmp_path / f"{day}.csv")]) == 0
         printed = capsys.readouterr().out
         assert f"{note} the new users have no features" in printed and "without events" not in printed
+    # The file has only the day's new users: all others, active or not, keep their features.
+    assert Dataset.open(tmp_path / "d").users["feature_country"].to_pylist() == [[1]] * 5 + [[], [], [2], []]
     write_csv(tmp_path / "u.csv", users)
     write_csv(tmp_path / "2.csv", [("user", "item", "time"), ("u1", "i1", 70)])
     assert main([*given, "--append", str(tmp_path / "2.csv")]) == 0

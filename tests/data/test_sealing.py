@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sealing import seal
 from hllm_torchrec.launch.seal import main
 from tests.data.test_append import append, everything
+from tests.helpers import task_shop
 from tests.helpers.source_files import ITEMS, memory_source, random_events
 
 
@@ -148,4 +150,68 @@ def test_a_part_that_does_not_follow_the_rule_is_named(tmp_path):
         seal(root)
     (root / "contract.yaml").unlink()
     with pytest.raises(ValueError, match=r"contract\.yaml is missing: it describes what the files cannot say"):
+        seal(root)
+
+
+def declared(tmp_path, **changes):
+    """As `unsealed`, of the shop with labels, weights, rates and context."""
+    prepared = task_shop.weighted()
+    root = shutil.copytree(prepared.root, tmp_path / "s")
+    for name in ("manifest.json", "training_item_counts.npy"):
+        (root / name).unlink()
+    shutil.rmtree(root / "events")
+    events = {"labels": task_shop.LABELS, "weight": True, "sampling_rate": True, "context": task_shop.CONTEXT}
+    contract = {
+        "name": "task-shop",
+        "label_rule": "click, 0 or 1",
+        "actions": ["event"],
+        "text_columns": ["title"],
+        "has_timestamps": True,
+        "split": {"rule": "time", "cut_timestamps": prepared.manifest["split"]["cut_timestamps"]},
+        "events": events | changes,
+    }
+    (root / "contract.yaml").write_text(yaml.safe_dump(contract, sort_keys=False))
+    return root, prepared
+
+
+def test_declared_columns_are_sealed_to_the_same_dataset(tmp_path):
+    root, prepared = declared(tmp_path)
+    dataset = seal(root)
+    assert dataset.schema == prepared.schema and dataset.schema.sizes == prepared.schema.sizes
+    assert dataset.manifest["vocabulary"] == prepared.manifest["vocabulary"]
+    for user in range(1, prepared.num_users):
+        found, expected = dataset.user_events(user), prepared.user_events(user)
+        assert found.extra.keys() == expected.extra.keys() != set()
+        for name, values in expected.extra.items():
+            assert np.array_equal(found.extra[name], values, equal_nan=True), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": True}, r"unknown key events\.weights; known: labels, weight, sampling_rate, context"),
+        ({"weight": "importance"}, r"events\.weight is 'importance', it must be true or false"),
+        ({"labels": {"click": {"kind": "binary", "column": "c"}}}, "leave column and positive_from out"),
+        ({"context": {"page": "categorical"}}, r"features.page\.parquet"),
+        ({"context": {"device": "text"}}, r"events\.context\.device\.kind is 'text'; choose one of categorical"),
+    ],
+)
+def test_mistakes_in_declared_columns_are_named(tmp_path, changes, message):
+    root, _ = declared(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        seal(root)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "change", "message"),
+    [
+        ("train", "weight", lambda v: [[-1.0, *v[0][1:]], *v[1:]], "a weight is a number of at least 0"),
+        ("train", "context_device", lambda v: [[9, *v[0][1:]], *v[1:]], r"the dataset's device has the ids 0\.\.3"),
+        ("valid", "label_watch", lambda v: [[v[0][0] + 1, *v[0][1:]], *v[1:]], "has another history in valid"),
+    ],
+)
+def test_values_of_declared_columns_are_checked(tmp_path, part, name, change, message):
+    root, _ = declared(tmp_path)
+    changed(root / "sequences" / part / "part-00000.parquet", with_column(name, change))
+    with pytest.raises(ValueError, match=message):
         seal(root)

@@ -12,6 +12,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.sources.amazon import amazon
 from hllm_torchrec.data.sources.columnar import parse_record
+from hllm_torchrec.data.sources.kuairec import kuairec
 from hllm_torchrec.data.sources.movielens import age_bucket, movielens_1m, movielens_100k, split_title
 from hllm_torchrec.data.sources.pixelrec import pixelrec
 from hllm_torchrec.data.sources.table_mapping import table
@@ -21,6 +22,7 @@ from tests.helpers.source_files import (
     RATINGS,
     amazon_files,
     grouplens_100k,
+    kuairec_files,
     movielens_1m_files,
     pixelrec_files,
     recbole_100k,
@@ -107,6 +109,64 @@ def test_a_damaged_line_is_named(tmp_path):
     write_lines(recbole / "ml-100k.item", ["id\ttitle"])
     with pytest.raises(ValueError, match=r"ml-100k\.item, row 1: the header begins 'id\\ttitle', expected 'item_id"):
         list(movielens_100k(recbole).items())
+
+
+def test_ratings_are_an_ordinal_label_beside_the_binary_one(tmp_path):
+    folder = recbole_100k(tmp_path)
+    plain, source = movielens_100k(folder), movielens_100k(folder, stars=True)
+    assert plain.schema.is_default and not plain.options
+    dataset = Dataset.open(prepare(source, tmp_path / "out", split=SPLIT))
+    assert dataset.schema.label_names == ("liked", "stars")
+    read = 0
+    for user in range(1, dataset.num_users):
+        events = dataset.user_events(user)
+        assert (events.extra["label_stars"] == events.actions - 1).all()
+        assert (events.labels == (events.extra["label_stars"] >= 3)).all()
+        read += len(events)
+    assert read == len(RATINGS)
+
+
+def test_kuairec_has_a_like_and_numbers_of_watching(tmp_path):
+    dataset = Dataset.open(prepare(kuairec(kuairec_files(tmp_path)), tmp_path / "out", split=SPLIT))
+    assert dataset.name == "kuairec-big"
+    assert dataset.schema.label_names == ("like", "complete", "watch_ratio", "watch_seconds")
+    items, users = dataset.items["raw_item_id"].to_pylist(), dataset.users["raw_user_id"].to_pylist()
+    found = {
+        (users[user - 1], items[events.item_ids[i] - 1]): (int(events.timestamps[i]), float(events.labels[i]))
+        + tuple(float(events.extra[f"label_{name}"][i]) for name in ("complete", "watch_ratio", "watch_seconds"))
+        for user in range(1, dataset.num_users)
+        for events in [dataset.user_events(user)]
+        for i in range(len(events))
+    }
+    # One view was logged twice, one has no time; a ratio of exactly 2 is no like.
+    assert sorted(found) == [("0", "10"), ("0", "3649"), ("0", "9598"), ("1", "10"), ("1", "9598")]
+    assert found["0", "3649"] == pytest.approx((1593878903, 0, 1, 13838 / 10867, 13.838))
+    assert found["0", "10"] == pytest.approx((1593879366, 1, 1, 31 / 15, 31.0))
+    assert found["1", "10"] == pytest.approx((1593880000, 0, 0, 0, 0))
+    assert found["1", "9598"] == pytest.approx((1593965303, 0, 1, 2.0, 21.968))
+    assert dataset.manifest["counts"]["dropped"] == {"bad_time": 1, "duplicate_event": 1}
+
+
+def test_kuairec_reads_texts_tags_and_users(tmp_path):
+    dataset = Dataset.open(prepare(kuairec(kuairec_files(tmp_path)), tmp_path / "out", split=SPLIT))
+    columns = ["caption", "cover", "topics", "category"]
+    texts = dict(zip(dataset.items["raw_item_id"].to_pylist(), dataset.text(columns).to_pylist(), strict=True))
+    assert list(texts["10"].values()) == ["精神小伙", "", "", "颜值"]
+    assert list(texts["3649"].values()) == ["搞笑, #hi", "", "五爱街, 爆款", "高新数码"]
+    assert list(texts["9598"].values()) == ["", "", "", ""], "its caption is broken over two lines"
+    assert set(texts) == {"10", "3649", "9598"}, "a video without a view is left out"
+    assert feature_values(dataset, "item", "tags")["3649"] == ["27", "9"]
+    assert feature_values(dataset, "user", "follow_user_num_range")["0"] == ["(0,10]"]
+
+
+def test_kuairec_without_its_captions_is_an_error(tmp_path):
+    matrix = kuairec_files(tmp_path)
+    (tmp_path / "kuairec_caption_category.csv").unlink()
+    with pytest.raises(ValueError, match=r"KuaiRec 2\.0: file not found: .*caption_category\.csv\. Put all files"):
+        kuairec(matrix)
+    write_lines(tmp_path / "kuairec_caption_category.csv", ["video_id,caption"])
+    with pytest.raises(ValueError, match=r"kuairec_caption_category\.csv: no column manual_cover_text; it has video"):
+        list(kuairec(matrix).items())
 
 
 def test_pixelrec_keeps_the_items_with_events_and_reads_quoted_line_breaks(tmp_path):

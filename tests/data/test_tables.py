@@ -130,6 +130,23 @@ def test_texts_of_several_files_are_joined_by_id(tmp_path):
         prepared(shop(tmp_path, items=parts))
 
 
+@pytest.mark.parametrize("name", ["row", "item_id", "raw_item_id", "active", "created_at", "feature_genre"])
+def test_a_text_does_not_take_the_place_of_another_column(tmp_path, name):
+    mapping = shop(tmp_path, items={"text": [name], "features": {"genre": "|"}})
+    (tmp_path / "i.csv").write_text((tmp_path / "i.csv").read_text().replace("title", name))
+    with pytest.raises(ValueError, match=f"shop: the text column '{name}' has the name of a column of every dataset"):
+        prepared(mapping)
+
+
+@pytest.mark.parametrize("name", ["text", "label", "label_text", "timestamp", "time_text", "action", "user_id", "a.b"])
+def test_a_text_may_have_the_name_of_a_column_of_events(tmp_path, name):
+    mapping = shop(tmp_path, catalogue=[*ITEMS[:3], ("i3", "NaN", ""), ("i4", "NaN", "")], items={"text": [name]})
+    (tmp_path / "i.csv").write_text((tmp_path / "i.csv").read_text().replace("title", name))
+    dataset = prepared(mapping)
+    assert dataset.text([name])[name].to_pylist() == ["Title 0", "Title 1", "Title 2", "NaN", "NaN"]
+    assert any(f"{name} is 'nan' in 40% of the rows" in note for note in dataset.manifest["notes"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

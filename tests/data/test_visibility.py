@@ -18,9 +18,12 @@ SEARCHES = {
     "hllm_torchrec/data/creative_loader.py": 2,  # of costs, of users
     "hllm_torchrec/data/creative_table.py": 1,  # of the parts of a split
     "hllm_torchrec/data/dataset_compaction.py": 1,  # of files
+    "hllm_torchrec/data/drawn_negatives.py": 1,  # of shares of draws
+    "hllm_torchrec/data/event_files.py": 3,  # of users
+    "hllm_torchrec/data/folding.py": 1,  # of users
     "hllm_torchrec/data/item_statistics.py": 2,  # of items, and of an item's seconds before one
-    "hllm_torchrec/data/loader.py": 2,  # of costs, of row groups
-    "hllm_torchrec/data/merged_sequences.py": 1,  # of users
+    "hllm_torchrec/data/loader.py": 4,  # of costs, of row groups, of users
+    "hllm_torchrec/data/part_reader.py": 1,  # of events read ahead
     "hllm_torchrec/data/split.py": 1,  # of digits
     "hllm_torchrec/data/validation.py": 1,  # of rows
     "hllm_torchrec/data/visibility.py": 2,

@@ -72,8 +72,24 @@ class Page(HTMLParser):
             self.labels.append(str(attributes["aria-label"]))
 
 
-def write_metrics(run_dir: Path, names: list[str], *, days: int = 0, **extra: Any) -> dict[str, Any]:
-    """Metrics of models on 300 exposures of 20 users; with days, their times too."""
+def further_tasks(labels: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Columns of a like, defined where the label is 1, and of seconds."""
+    like = (np.arange(300) % 3 == 0).astype(np.float32)
+    scores, seconds = random.normal(size=300) + like, random.random(300)
+    return {
+        "label_like": np.where(labels > 0, like, np.nan),
+        "score_like": scores,
+        "probability_like": 1 / (1 + np.exp(-scores)),
+        "label_watch": np.arange(300) % 7,
+        "score_watch": seconds,
+        "prediction_watch": 7 * seconds,
+    }
+
+
+def write_metrics(
+    run_dir: Path, names: list[str], *, days: int = 0, tasks: bool = False, **extra: Any
+) -> dict[str, Any]:
+    """Metrics of models on 300 exposures of 20 users; with days, their times too, with tasks, a like and seconds."""
     random = np.random.default_rng(0)
     labels = (random.random(300) < 0.5).astype(np.float32)
     directories = {}
@@ -91,6 +107,7 @@ def write_metrics(run_dir: Path, names: list[str], *, days: int = 0, **extra: An
             "history_length": np.arange(300) % 60,
             "item_is_cold": np.arange(300) % 9 == 0,
         }
+        values |= further_tasks(labels, random) if tasks else {}
         if days:
             values["timestamp"] = 1_700_000_000 + np.arange(300) * 86_400 * days // 300
         pq.write_table(pa.table(values), directories[name] / "part-0.parquet")
@@ -213,6 +230,20 @@ def test_a_run_with_one_model_and_no_log_leaves_sections_out(tmp_path: Path) -> 
     write_metrics(tmp_path, ["hllm"])
     _, page = report(tmp_path)
     assert set(page.texts["h2"]) == {"Models", "Order and calibration", "AUC by slice"}
+
+
+def test_every_task_has_a_section(tmp_path: Path) -> None:
+    tasks = write_metrics(tmp_path, ["hllm", "b"], tasks=True)["tasks"]
+    text, page = report(tmp_path)
+    assert {"Task like", "Task watch"} <= set(page.texts["h2"])
+    assert f"{tasks['like']['rows']:,} exposures, those where its label is defined." in page.texts["p"]
+    like, watch = text.partition("Task like")[2].split("Task watch")
+    watch = watch.partition("<h2>")[0]
+    for model in tasks["like"]["models"].values():
+        assert f"{model['auc']:.4f}" in like and f"{model['log_loss']:.4f}" in like
+    assert f"{tasks['like']['paired']['b']['difference']:+.4f}" in like
+    for model in tasks["watch"]["models"].values():
+        assert all(f"<td>{model[name]:.4f}</td>" in watch for name in ("mae", "rmse", "spearman", "xauc"))
 
 
 def test_metrics_of_the_first_schema_are_shown(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +18,8 @@ from hllm_torchrec.data.predictions import PredictionColumns, write_predictions
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_retrieval, score_split
 from hllm_torchrec.metrics.distributed_ranking import CatalogueShard
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import config
@@ -149,6 +150,26 @@ def test_quick_metrics_survive_large_scores_and_ties() -> None:
     found = quick_metrics({"user_id": np.zeros(4, np.int64), "label": labels, "score": scores})
     assert found["auc"] == pytest.approx(0.875)
     assert found["log_loss"] == pytest.approx((math.log1p(math.exp(-3)) + math.log1p(math.exp(3))) / 4)
+
+
+@pytest.mark.parametrize("auc", ["exact", "approximate"])
+def test_a_row_of_weight_two_counts_as_two_rows_and_one_of_weight_zero_as_none(
+    auc: Literal["exact", "approximate"],
+) -> None:
+    rng = np.random.default_rng(0)
+    label = (rng.random(200) < 0.4).astype(np.float32)
+    columns = {
+        "user_id": rng.integers(1, 12, 200),
+        "label": label,
+        "score": (rng.normal(size=200) + label).astype(np.float32),
+    }
+    weight = rng.integers(0, 3, 200)
+    repeated = {name: np.repeat(values, weight) for name, values in columns.items()}
+    weighted = quick_metrics(columns | {"weight": weight.astype(np.float32)}, auc)
+    expected = quick_metrics(repeated, auc)
+    for name in ("auc", "gauc", "log_loss", *(["auc_error"] if auc == "approximate" else [])):
+        assert weighted[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert weighted["gauc"] != pytest.approx(quick_metrics(columns, auc)["gauc"], rel=1e-3)
 
 
 def test_quick_metrics_of_one_class_have_no_auc() -> None:

@@ -20,7 +20,8 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-SECONDS = 20
+SECONDS, WAIT = 20, 600
+"""Of computing, and in all: other processes may take most of the machine's time."""
 MEMORY = 4 << 30
 FEW = settings() if os.environ.get("HYPOTHESIS_PROFILE") == "long" else settings(max_examples=25)
 """In the ordinary tests; `HYPOTHESIS_PROFILE=long` and scripts/reliability/fuzz.py draw more."""
@@ -28,9 +29,9 @@ FEWER = settings(FEW, max_examples=8) if FEW.max_examples == 25 else FEW
 """Where an input takes a tenth of a second."""
 
 REMEDIES = (
-    "add it", "again", "allowed", "check", "choose", "convert", "correct", "damaged", "did you mean", "give",
+    "--help", "add it", "again", "allowed", "check", "choose", "convert", "correct", "damaged", "did you mean", "give",
     "it has", "known:", "leave", "list the", "load the checkpoint", "look", "make one", "mend", "must", "needs",
-    "no such file", "not valid YAML", "remove", "required", "restore", "verify", "write", "unknown key",
+    "no such file", "not valid YAML", "remove", "rename", "required", "restore", "verify", "write", "unknown key",
 )  # fmt: skip
 """A refusal holds one of these, in some case."""
 
@@ -57,19 +58,22 @@ def limits() -> Iterator[None]:
     """Bounds on time and address space within the block."""
 
     def expired(*_: object) -> None:
-        raise Hang(f"more than {SECONDS} seconds")
+        raise Hang(f"more than {SECONDS} seconds of computing, or {WAIT} in all")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, expired)
+    before = [signal.signal(number, expired) for number in (signal.SIGALRM, signal.SIGPROF)]
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAIT)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in zip((signal.SIGALRM, signal.SIGPROF), before, strict=True):
+            signal.signal(number, handler)
 
 
 def check_reader(read: Callable[[], Any], names: Sequence[str]) -> bool:

@@ -87,6 +87,7 @@ TARGET = Target(
 @example(("bytes", [("insert", 0.0, 255)]))
 @example(("options", ("optim.lr", "nan")))
 @example(("options", ("output", "\x00")))
+@example(("options", ("nothing", "1")))
 @given(TARGET.inputs)
 def test_a_configuration_is_loaded_or_refused_by_its_fields(mutation: Any) -> None:
     check(mutation)

@@ -102,6 +102,47 @@ def pixelrec_files(folder: Path) -> tuple[Path, Path]:
     return interactions, write_csv(folder / "item_info.csv", [header, *rows])
 
 
+VIEWS: list[tuple[int, int, int, int, str]] = [
+    (0, 3649, 13838, 10867, "1593878903.438"),
+    (0, 9598, 13665, 10984, "1593879221.297"),
+    (0, 10, 31000, 15000, "1593879366.687"),
+    (0, 10, 31000, 15000, "1593879366.687"),
+    (1, 10, 0, 15000, "1593880000.0"),
+    (1, 3649, 5000, 10867, ""),
+    (1, 9598, 21968, 10984, "1593965303.438"),
+]
+"""(user, video, milliseconds played, milliseconds of the video, second)"""
+
+
+def kuairec_files(folder: Path) -> Path:
+    """KuaiRec 2.0 as published: a view logged twice, one without a time, and a caption with a bare line break."""
+    head = "user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio"
+    rows = [
+        f"{user},{video},{played},{full},{'2020-07-05 00:08:23.438' * bool(second)},20200705,{second},{played / full}"
+        for user, video, played, full, second in VIEWS
+    ]
+    write_lines(folder / "big_matrix.csv", [head, *rows])
+    tags = ["video_id,feat", "10,[8]", '3649,"[27, 9]"', "9598,[6]", "11,[1]"]
+    write_lines(folder / "item_categories.csv", tags)
+    levels = [f"{level}_level_category_{part}" for level in ("first", "second", "third") for part in ("id", "name")]
+    captions = [
+        ",".join(["video_id", "manual_cover_text", "caption", "topic_tag", *levels]),
+        "10,UNKNOWN,精神小伙,[],8,颜值,673,颜值随拍,-124,UNKNOWN",
+        '3649,UNKNOWN,"搞笑, #hi","[五爱街,爆款]",27,高新数码,-124,UNKNOWN,-124,UNKNOWN',
+        "9598,UNKNOWN,first line",
+        "second line,[],6,x,1,y,2,z",
+    ]
+    write_lines(folder / "kuairec_caption_category.csv", captions)
+    numbers = [f"{kind}_user_num{end}" for kind in ("follow", "fans", "friend") for end in ("", "_range")]
+    names = ["user_id", "user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author", *numbers]
+    names += ["register_days", "register_days_range", *(f"onehot_feat{i}" for i in range(18))]
+    people = [
+        [user, "full_active", 0, 0, 1, 5, '"(0,10]"', 0, '"[0,1)"', 0, "0", 107, "61-90", *[1] * 18] for user in (0, 1)
+    ]
+    write_lines(folder / "user_features.csv", [",".join(names), *(",".join(map(str, person)) for person in people)])
+    return folder / "big_matrix.csv"
+
+
 def amazon_files(folder: Path, ratings: Sequence[Event], python_literals: bool = True) -> tuple[Path, Path]:
     """ratings_Books.csv (no header) and meta_Books.json.gz a product a line, the most rated item left out."""
     rating_file = write_csv(folder / "ratings_Books.csv", [(u, i, f"{r}.0", t) for u, i, r, t in ratings])

@@ -22,7 +22,8 @@ from hllm_torchrec.inference.exposure_vectors import (
     exposure_vectors,
 )
 from hllm_torchrec.inference.user_embedder import DAY, UserEmbedder, open_embedder
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from tests.helpers import fixtures
 from tests.helpers.distributed import run_ranks
 from tests.helpers.training_fixtures import config

@@ -16,7 +16,8 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.inference import item_embedding
 from hllm_torchrec.inference.item_embedding import EmbedReport, embed_items, item_content_hashes
 from hllm_torchrec.launch.embed import main
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.stored_items import use_stored_items
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.store.segment import SegmentWriter

@@ -7,6 +7,7 @@ from hllm_torchrec.launch.prepare import main
 from tests.helpers.source_files import (
     RATINGS,
     amazon_files,
+    kuairec_files,
     movielens_1m_files,
     pixelrec_files,
     recbole_100k,
@@ -23,6 +24,8 @@ def arguments(folder, source):
     if source == "pixelrec":
         interactions, items = pixelrec_files(folder)
         return ["--path", interactions, "--items", items]
+    if source == "kuairec":
+        return ["--path", kuairec_files(folder)]
     if source == "amazon":
         ratings = [(f"A{u}", f"B{i}", 1 + (u + i) % 5, 10**9 + 7 * u + i) for u in range(6) for i in range(6)]
         interactions, items = amazon_files(folder, ratings)

@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss
 from hllm_torchrec.evaluation.calibration import Calibrator, RunCalibration
 from hllm_torchrec.launch.calibrate import calibration_summary
 from hllm_torchrec.launch.calibrate import main as calibrate
+from hllm_torchrec.launch.embed import main as embed
 from hllm_torchrec.launch.evaluate import main as evaluate
 from hllm_torchrec.launch.recommend import main as recommend
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
@@ -140,6 +141,14 @@ def test_recommendations_are_those_of_the_context(in_context: Path, capsys: pyte
     with pytest.raises(SystemExit):
         recommend([*command, "--context", "device=phone"])
     assert "--context: device=phone is no JSON object" in capsys.readouterr().err
+
+
+def test_vectors_of_users_say_once_that_they_have_no_context(
+    in_context: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(["--run", str(in_context), "--users", str(tmp_path / "users")]) == 0
+    said = capsys.readouterr().out.count("the context (device, price) is read as unknown")
+    assert said == (in_context.name == "late"), "in early fusion a user's vector is of its last event"
 
 
 @pytest.mark.slow

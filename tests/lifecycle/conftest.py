@@ -100,6 +100,8 @@ def begin(root: Path) -> Path:
     for day in shop.days(SHOP):
         shop.write_day(day, root)
         shop.write_mapping(root, f"day-{day.number:02d}", f"day-{day.number:02d}.csv")
+    with (root / "events" / "day-04.csv").open("a") as file:  # of the third day, a day late
+        file.write(f"u1,i1,{shop.START + 2 * shop.DAY + 6 * 3600},1,click,0,0,1\n")
     prepare(table(shop.write_mapping(root, "first", "day-0[12].csv")), root / "data")
     training = {**TRAINING, "item_llm": {**TRAINING["item_llm"], "tokenizer": str(fixtures.tokenizer_dir())}}
     (root / "train.yaml").write_text(yaml.safe_dump(training))

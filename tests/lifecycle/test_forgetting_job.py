@@ -1,6 +1,7 @@
 """`hllm forget` over a dataset, and runs, stores and predictions of nights: nothing is left, and all else works."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,17 @@ import torch
 
 from hllm_torchrec.checkpoint.erased_rows import checkpoints_of
 from hllm_torchrec.checkpoint.safe_reader import SafeReader
+from hllm_torchrec.common.locks import Locked
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.forgetting import Names
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch import evaluate, forget, nightly
+from hllm_torchrec.lifecycle.forgetting_job import forget_everywhere
+from hllm_torchrec.lifecycle.night_state import hold_nights
 from hllm_torchrec.lifecycle.releases import read_alias
 from hllm_torchrec.lifecycle.remaining_bytes import files_with
 from hllm_torchrec.store.store import EmbeddingStore
+from tests.helpers import fixtures
 from tests.lifecycle.conftest import World
 
 
@@ -73,6 +79,21 @@ def test_erased_ids_leave_no_byte_and_runs_go_on(
     dropped = after.manifest["added"]["dropped"]
     assert dropped["forgotten_item"] > 0 and after.version == 5
     assert not list(files_with([world.dataset, world.nights], [user, item]))
+
+
+@pytest.mark.parametrize("given", ["nights", "nights/runs", "."])
+def test_nothing_is_forgotten_beside_a_night_that_would_write_it_again(given: str, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(fixtures.dataset().root, tmp_path / "data"))
+    (tmp_path / "nights" / "runs").mkdir(parents=True)
+    words, version = (dataset, Names(["u3"]), [tmp_path / given]), Dataset.open(dataset).version
+    with hold_nights(tmp_path / "nights"):
+        with pytest.raises(
+            Locked, match=r"nights: another process runs a night here \(process \d+ on .*\): wait for it"
+        ):
+            forget_everywhere(*words)
+        forget_everywhere(*words, dry_run=True)
+        assert Dataset.open(dataset).version == version
+    assert forget_everywhere(*words).dataset.version == version + 1
 
 
 def busiest(dataset: Dataset) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import torch
 
 from hllm_torchrec.common.locks import hold_lock
 from hllm_torchrec.data.dataset import Dataset
+from hllm_torchrec.data.late_events import late_events
 from hllm_torchrec.data.pins import pinned_versions
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch import nightly, rollback
@@ -66,7 +67,9 @@ def test_a_night_trains_on_every_new_event_once_and_embeds_what_changed(after_on
     rows = data.sequences(data.row_groups("train"))
     steps = lines(after_two.nights / "runs" / "day-04", "step")
     trained = round(sum(line["samples_per_second"] * line["seconds"] for line in steps))
-    assert trained == (rows.timestamps >= cut).sum() > 0 and (rows.timestamps < cut).any()
+    late = late_events(data, str(after_two.dataset), 2, cut)
+    assert data.manifest["added"]["late_events"] == late[0].size == 1
+    assert trained == (rows.timestamps >= cut).sum() + 1 and (rows.timestamps < cut).any()
     first, second = after_one.state("day-03")["embed"], after_two.state("day-04")["embed"]
     assert Path(first["items"]).name == Path(second["items"]).name, "the Item LLM is frozen: the same store"
     assert first["embedded_items"] == 28 and second["embedded_items"] == 2

@@ -19,6 +19,7 @@ from hllm_torchrec.data.item_factors import ItemFactors
 from hllm_torchrec.data.new_item_journal import NewItem, NewItemJournal
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.run_factors import RunFactors
+from hllm_torchrec.data.transitions import Transitions
 from hllm_torchrec.inference.exposure_store import exposure_content_hashes, exposure_keys
 from hllm_torchrec.launch import forget as command
 from hllm_torchrec.lifecycle import remaining_bytes
@@ -162,7 +163,12 @@ def test_statistics_and_records_of_a_run(tmp_path: Path) -> None:
         (run / "bad_batches" / f"{name}.json").write_text(json.dumps({"batches": [batch]}))
     what = target(root, (), (ITEM,))
     assert "another dataset" in forget_in_run(Place("run", run, False), what).kind
-    assert forget_in_run(Place("run", run, True), what).found == 3
+    transitions = Transitions.of_factors(*rng.normal(size=(2, size, 3)).astype(np.float32))
+    transitions.save(run)
+    assert forget_in_run(Place("run", run, True), what).found == 4
+    left = Transitions.load(run)
+    assert left is not None and np.array_equal(left.source[item], transitions.source[0])
+    assert np.array_equal(left.target[item], transitions.target[0])
     new, kept = RunFactors.load(run), EvidenceModel.load(run)
     assert new is not None and kept is not None
     for old, now in ((model.loadings[None], new.model.loadings[None]), (evidence.loadings, kept.loadings)):
@@ -215,7 +221,10 @@ def test_events_that_a_service_keeps_are_forgotten_unless_it_has_them_open(tmp_p
         report = forget_everywhere(root, names, [folder], **options)
         return {trace.place.name: (trace.found, trace.left) for trace in report.traces}
 
-    assert found(erase=True)["events.sqlite"] == (0, "a service has it open: stop it, and forget again")
+    assert found(erase=True)["events.sqlite"] == (
+        0,
+        "a service has it open: reload it (POST /v1/reload), which deletes the events; or stop it, forget again",
+    )
     log.close()
     assert found(dry_run=True)["events.sqlite"] == (3, "")
     assert found(erase=True)["events.sqlite"] == (3, "") and found()["events.sqlite"] == (0, "")

@@ -19,7 +19,8 @@ from hllm_torchrec.data.dataset import Dataset, FileGroup, RowGroup, base_rate
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.tables import INIT_ROWS, initialize_tables
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_encoder import length_sorted_chunks
 from hllm_torchrec.models.item_source import CachedItems
 from tests.helpers import fixtures

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hllm_torchrec.distributed.collectives import world_size
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_encoder import ItemEncoder
 from hllm_torchrec.models.item_subsampling import SubsampledEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM

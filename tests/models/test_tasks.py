@@ -21,7 +21,7 @@ ONE = torch.tensor([0.0, 1.0])
 
 def test_tasks_are_resolved_with_the_first_label_first() -> None:
     objective = ObjectiveConfig(tasks={"stars": {"weight": 2.0}, "watch": {}, "click": {}, "like": {}})
-    tasks = fit_tasks(resolve_tasks(objective, task_shop.dataset().schema), task_shop.dataset())
+    tasks = fit_tasks(resolve_tasks(objective.task_configs, task_shop.dataset().schema), task_shop.dataset())
     assert [(task.name, task.loss, task.outputs) for task in tasks] == [
         ("click", "bce", 1), ("stars", "ordinal", 3), ("watch", "huber", 1), ("like", "bce", 1),
     ]  # fmt: skip
@@ -57,7 +57,7 @@ def test_predictions_are_in_the_unit_of_the_label() -> None:
 )
 def test_a_task_that_the_labels_do_not_allow_is_one_line(tasks: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve_tasks(ObjectiveConfig(tasks=tasks), task_shop.dataset().schema)
+        resolve_tasks(ObjectiveConfig(tasks=tasks).task_configs, task_shop.dataset().schema)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ def test_pairs_are_scored_as_by_the_head(hidden: int | tuple[int, ...]) -> None:
     users, items = torch.randn(3, 6) * 4, torch.randn(9, 6)
     user_of_pair, item_of_pair = torch.tensor([0, 0, 2, 1, 2]), torch.tensor([4, 4, 0, 8, 3])
     prepared = PreparedHead(head)
-    found = prepared.score(users, user_of_pair, *(part[item_of_pair] for part in prepared.items(items)))
+    found = prepared.score(users, user_of_pair, prepared.items(items)[item_of_pair])
+    one = prepared.score(users[:1], None, prepared.items(items)[item_of_pair])
+    torch.testing.assert_close(one, prepared.score(users, 0 * user_of_pair, prepared.items(items)[item_of_pair]))
     torch.testing.assert_close(found, head(users[user_of_pair], items[item_of_pair]), atol=1e-5, rtol=1e-5)
     assert found.std() > 0.1
 

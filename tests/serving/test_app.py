@@ -133,6 +133,10 @@ def test_a_new_user_is_scored_without_history(serve: Serve) -> None:
         ({"time": -1}, "body.time: Input should be greater than or equal to 0"),
         ({"usr": "u1"}, "body.usr: Extra inputs are not permitted"),
         ({"history": [{"item": "s1", "timestamp": 5}, {"item": "s1", "timestamp": 4}]}, "is before that of the prev"),
+        (
+            {"history": [{"item": "s1", "timestamp": 5, "label": 0.5}]},
+            "body.history.0.label: Value error, must be 0 or 1",
+        ),
         ({"history": [{"item": "s1", "timestamp": 5, "action": "flew"}]}, "are not in the dataset: 'flew'; it has"),
     ],
 )
@@ -268,3 +272,15 @@ def test_users_of_any_id_are_shown_and_deleted(serve: Serve, user: str) -> None:
     assert client.get(f"{path}/events", headers=token).json()["total"] == 1
     assert client.delete(path, headers=token).json()["events"] == 1
     assert client.get(f"{path}/events", headers=token).json()["total"] == 0
+
+
+def test_a_file_that_cannot_be_written_is_503_and_said_to_the_operator(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = serve()
+    client.app.state.service.engine.log.close()  # type: ignore[attr-defined]
+    event = {"item": "s1", "timestamp": TIME - 5, "label": 1}
+    answer = client.post("/v1/events", json={"user": "u3", "events": [event]})
+    assert answer.status_code == 503 and "has kept nothing: try again later" in answer.json()["error"]
+    assert str(tmp_path) not in answer.text and f"{tmp_path}/events.sqlite: " in capsys.readouterr().out
+    assert client.post("/v1/score", json={"candidates": ["s1"], "time": TIME}).status_code == 200

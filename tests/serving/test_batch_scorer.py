@@ -171,6 +171,19 @@ def test_tasks_and_context_are_those_of_the_scorer(fusion: str, tasks: dict[str,
         batched.context_columns({"device": "phone"})
 
 
+def test_numbers_that_a_state_keeps_are_those_of_the_events_that_a_request_sees(tmp_path: Path) -> None:
+    features = {"data__numeric_features": ["user_mean", "history_length"], "data__max_history": 64}
+    scorer = BatchScorer(build_experiment(settings("early", tmp_path, **SMALL, **features), init_distributed()))
+    history = past(users(3)[2])
+    state, items, last = scorer.read(history), np.arange(9), int(history.timestamps[-1])
+    found = [scorer.score(state, items, time) for time in (last + LATER, last, last + LATER, last + 2 * LATER)]
+    assert len(state.numbers) == 2  # with the last second, and without
+    expected = [scorer.score(scorer.read(history), items, time) for time in (last + LATER, last)]
+    for ours, theirs in zip(found, [*expected, expected[0]]):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.array_equal(*expected)
+
+
 @pytest.mark.slow  # a training run
 def test_items_from_a_store_give_the_scores_of_encoded_ones_up_to_its_rounding(tmp_path: Path) -> None:
     run, _ = trained("late")

@@ -1,7 +1,9 @@
 """Histories of the service: events that are appended, late, repeated, forgotten; bounds of the cache."""
 
+import resource
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from hllm_torchrec.common.errors import UnavailableError
 from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
@@ -202,7 +205,16 @@ def test_recommendations_are_the_best_of_all_items(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("index", ["flat", "ivf"])
-@pytest.mark.parametrize("changes", [{}, {"user__actions": "interleaved", "features__action_gate": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"user__actions": "interleaved", "features__action_gate": False},
+        {"objective__transitions": 0.4},
+        {"objective__transitions": 0.4, "objective__text_similarity": 0.5},
+    ],
+    ids=["plain", "interleaved", "transitions", "transitions and texts"],
+)
 def test_retrieved_items_are_nearest_to_the_predicted_next_item(
     index: Any, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,3 +243,55 @@ def test_retrieved_items_are_nearest_to_the_predicted_next_item(
     only_noir = of.retrieval.allowed(np.empty(0, np.int64), {"genres": ["noir"]})
     assert only_noir[-2:].tolist() == [True, False]
     assert of.retrieval.candidates(of.scorer.read(of.histories.read("nobody").events), allowed, 3).size == allowed.sum()
+
+
+def test_an_event_counts_once_whenever_it_is_read(tmp_path: Path) -> None:
+    of, (user, piece) = engine(tmp_path), longest_user()
+    raw = as_given(piece)
+    known = LoggedEvent(raw.items[3], raw.timestamps[3], raw.labels[3], raw.actions[3])
+    new = LoggedEvent("s5", NOW - 9, 1.0, "5")
+    scores(of, user)
+    for events in ([new], [known], [new]):  # the state is in the cache, and has events of the log from the first on
+        of.append(user, events)
+        in_cache = only(of.score([ScoreRequest(user, CANDIDATES, NOW)]))
+        of.forget_state(user)
+        anew = only(of.score([ScoreRequest(user, CANDIDATES, NOW)]))
+        assert in_cache.events == anew.events
+        np.testing.assert_allclose(in_cache.logits, anew.logits, atol=1e-5)
+    assert anew.events == len(piece) + 2  # what was sent twice is twice in the log
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """No file can grow beyond the size of this one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size if path.exists() else 0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_cannot_be_written_is_not_kept_and_the_service_goes_on(tmp_path: Path) -> None:
+    of, user = engine(tmp_path), longest_user()[0]
+    before, event = scores(of, user), LoggedEvent("s5", NOW - 9, 1.0, "5")
+    with full_disk(tmp_path / "events.sqlite-wal"), pytest.raises(UnavailableError, match="events.sqlite: .*disk"):
+        of.append(user, [event] * 99)
+    assert len(of.log) == 0 and np.array_equal(scores(of, user), before)  # type: ignore[arg-type]
+    of.append(user, [event])
+    after = scores(of, user)
+    assert np.abs(after - before).max() > 1e-4
+    of.forget_state(user)
+    np.testing.assert_allclose(scores(of, user), after, atol=1e-5)
+
+
+def test_events_that_could_not_be_read_are_read_by_the_next_request(tmp_path: Path) -> None:
+    of, user = engine(tmp_path), longest_user()[0]
+    assert of.log is not None
+    before = scores(of, user)
+    of.append(user, [LoggedEvent("s5", NOW - 9, 1.0, "5")])
+    of.log.close()
+    (failed,) = of.score([ScoreRequest(user, CANDIDATES, NOW)])
+    assert isinstance(failed, UnavailableError)
+    of.log._connection = sqlite3.connect(tmp_path / "events.sqlite")
+    assert np.abs(scores(of, user) - before).max() > 1e-4

@@ -1,11 +1,12 @@
 """The exported tower gives the scorer's logits for any number of users, events and candidates, without this package."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from hllm_torchrec.distributed.process_group import destroy_distributed, init_di
 from hllm_torchrec.launch.export_tower import main as export_tower_main
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request
-from hllm_torchrec.serving.exported_tower import ExportedTower, check_exportable, invented_requests, tower_inputs
+from hllm_torchrec.serving.exported_tower import (
+    INPUTS,
+    ExportedTower,
+    check_exportable,
+    invented_requests,
+    tower_inputs,
+)
 from hllm_torchrec.serving.scorer import Scorer, UserHistory
 from tests.helpers import fixtures
 from tests.helpers.served_runs import HSTU, settings, trained
@@ -65,6 +72,34 @@ def test_the_program_computes_the_scorers_logits(kind: str, tmp_path: Path) -> N
     assert wanted.std() > 0.05
 
 
+Change = Callable[[torch.Tensor], torch.Tensor]
+WRONG: list[tuple[str, Change, str]] = [
+    ("lengths", lambda x: x + 5, "lengths: each must be 0..64, and at most the events' columns"),
+    ("lengths", lambda x: x - 1, "lengths: each must be 0..64"),
+    ("times", lambda x: x * 1000, "times: must be seconds UTC, 1970 to 2099"),
+    ("times", lambda x: -x, "times: must be seconds UTC, 1970 to 2099"),
+    ("times", lambda x: x - 10**8, "timestamps: an event must be before the time of its request"),
+    ("timestamps", lambda x: -x, "timestamps: an event must be before the time of its request"),
+    ("timestamps", lambda x: x.flip(1), "timestamps: the oldest event must be the first one"),
+]
+
+
+def changed(inputs: tuple[torch.Tensor, ...], **changes: Change) -> tuple[torch.Tensor, ...]:
+    """Inputs of the program, some of them changed."""
+    return tuple(changes.get(name, lambda x: x)(given) for name, given in zip(INPUTS, inputs, strict=True))
+
+
+def test_inputs_that_would_give_other_logits_are_refused(tmp_path: Path) -> None:
+    scorer = scorer_of(tmp_path)
+    inputs, tower = tower_inputs(scorer, invented_requests(scorer)), ExportedTower(scorer).eval()
+    for name, change, message in WRONG:
+        with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+            tower(*changed(inputs, **{name: change}))
+    long = {name: lambda x: torch.cat([x, x], 1) for name in ("items", "actions", "timestamps")}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="each must be 0..64"):
+        tower(*changed(inputs, lengths=lambda x: x + 63, **long))
+
+
 LOAD = """
 import sys
 class Blocked:
@@ -80,8 +115,14 @@ if kind == "exported":
 else:
     import torch._inductor
     tower = torch._inductor.aoti_load_package(path)
+found = []
 with torch.no_grad():
-    torch.save([tower(*given) for given in inputs], sys.argv[4])
+    for given in inputs:
+        try:
+            found.append(tower(*given))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+torch.save(found, sys.argv[4])
 assert not {"hllm_torchrec", "torchrec"} & set(sys.modules)
 """
 
@@ -90,7 +131,8 @@ def loaded_elsewhere(path: Path, kind: str, inputs: list[tuple[torch.Tensor, ...
     """Results of a written program in a process without this package."""
     torch.save(inputs, folder / "inputs.pt")
     words = [str(path), kind, str(folder / "inputs.pt"), str(folder / "found.pt")]
-    done = subprocess.run([sys.executable, "-c", LOAD, *words], cwd=folder, capture_output=True, text=True)
+    checked = os.environ | {"AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    done = subprocess.run([sys.executable, "-c", LOAD, *words], cwd=folder, env=checked, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found: list[Any] = torch.load(folder / "found.pt")
     return found
@@ -107,6 +149,21 @@ def wanted_and_inputs(run: Path) -> tuple[list[Any], list[tuple[torch.Tensor, ..
     return wanted, inputs
 
 
+def compare_elsewhere(run: Path, program: Path, kind: str, folder: Path) -> None:
+    """Check the logits of a written program, and that it takes no wrong inputs."""
+    wanted, inputs = wanted_and_inputs(run)
+    wrong = [changed(inputs[0], **{name: change}) for name, change, _ in WRONG]
+    shapes = [changed(inputs[0], **{name: lambda x: x[:-1]}) for name in INPUTS[2:-1]]
+    if kind == "compiled":  # what it reads by address
+        shapes.append(changed(inputs[0], items=lambda x: x.t().contiguous().t()))
+    found = loaded_elsewhere(program, kind, [*inputs, *wrong, *shapes], folder)
+    for one, other in zip(found, wanted):
+        np.testing.assert_allclose(one.numpy(), other, atol=1e-5, rtol=0)
+    said = found[len(inputs) :]
+    assert all(message in text for text, (*_, message) in zip(said, WRONG))
+    assert all(isinstance(text, str) for text in said), said
+
+
 @pytest.mark.slow
 def test_a_written_program_is_loaded_without_this_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = trained("late")
@@ -114,9 +171,7 @@ def test_a_written_program_is_loaded_without_this_package(tmp_path: Path, capsys
     assert export_tower_main(["--run", str(run), "--checkpoint", "latest", "--output", str(output)]) == 0
     said = capsys.readouterr().out
     assert float(said.rpartition(" ")[2]) < 1e-5 and f"{output}: model " in said
-    wanted, inputs = wanted_and_inputs(run)
-    for one, other in zip(loaded_elsewhere(output, "exported", inputs, tmp_path), wanted, strict=True):
-        np.testing.assert_allclose(one.numpy(), other, atol=1e-5, rtol=0)
+    compare_elsewhere(run, output, "exported", tmp_path)
     assert [path.name for path in output.parent.iterdir()] == ["tower.pt2"]
     with zipfile.ZipFile(output) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("hllm.json"))
@@ -130,11 +185,7 @@ def test_a_compiled_package_is_loaded_without_this_package(tmp_path: Path) -> No
     run, _ = trained("late")
     given = ["--run", str(run), "--checkpoint", "latest", "--output", str(tmp_path / "tower.pt2")]
     assert export_tower_main([*given, "--compiled", str(tmp_path / "compiled.pt2")]) == 0
-    wanted, inputs = wanted_and_inputs(run)
-    for one, other in zip(
-        loaded_elsewhere(tmp_path / "compiled.pt2", "compiled", inputs, tmp_path), wanted, strict=True
-    ):
-        np.testing.assert_allclose(one.numpy(), other, atol=1e-5, rtol=0)
+    compare_elsewhere(run, tmp_path / "compiled.pt2", "compiled", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from hllm_torchrec.data.new_item_journal import JOURNAL, NewItem, NewItemJournal
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.inference.new_items import DatasetWithNewItems
-from hllm_torchrec.models.assembly import Experiment, build_experiment
+from hllm_torchrec.models.assembly import build_experiment
+from hllm_torchrec.models.experiment import Experiment
 from hllm_torchrec.models.item_source import StoredItems
 from hllm_torchrec.serving.recommend import recommend
 from hllm_torchrec.serving.scorer import Scorer, UserHistory

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from hllm_torchrec.common.token_file import is_loopback, read_token
+from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch.loadtest import main as loadtest
-from hllm_torchrec.launch.serve import is_loopback, read_token
+from hllm_torchrec.launch.serve import default_state
+from hllm_torchrec.lifecycle.releases import Release, publish
 from hllm_torchrec.serving.load_test import HttpClient
 from tests.helpers import fixtures
 from tests.helpers.distributed import ROOT
@@ -103,3 +106,26 @@ def test_a_host_that_others_reach_needs_a_token(tmp_path: Path) -> None:
         (tmp_path / "token").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="one line of at least 16 printable ASCII characters"):
             read_token(tmp_path / "token", "localhost")
+
+
+def test_the_events_of_a_service_outlive_the_runs_of_nights(tmp_path: Path) -> None:
+    nights, alone = tmp_path / "nights", tmp_path / "alone"
+    for run in (nights / "runs" / "a", nights / "runs" / "b", alone):
+        run.mkdir(parents=True)
+    assert default_state(alone) == alone / "serving" / "events.sqlite"
+    earlier = EventLog(default_state(nights / "runs" / "a"))  # nothing is published: a run as any other
+    earlier.append("u1", [LoggedEvent("s1", TIME)])
+    publish(nights, Release("a", str(nights / "runs" / "a"), "shop", 1, TIME))
+    with pytest.raises(ValueError, match="another service has it open"):
+        default_state(nights / "current" / "run")
+    earlier.close()
+    state = default_state(nights / "current" / "run")
+    assert state == nights / "serving" / "events.sqlite" and not any((nights / "runs" / "a" / "serving").iterdir())
+    publish(nights, Release("b", str(nights / "runs" / "b"), "shop", 2, TIME))
+    for run in ("current/run", "previous/run", "runs/b", "releases/b/run"):
+        assert default_state(nights / run) == state
+    log = EventLog(state)
+    assert log.of_user("u1")[0] == [LoggedEvent("s1", TIME)]
+    log.close()
+    with pytest.raises(ValueError, match="no such file"):
+        default_state(nights / "runs" / "c")

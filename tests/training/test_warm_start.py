@@ -15,20 +15,23 @@ from hllm_torchrec.checkpoint import layout
 from hllm_torchrec.checkpoint.load import best_checkpoint, latest_checkpoint
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.schema import Config
+from hllm_torchrec.data.append import append_events
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.prepare import prepare
 from hllm_torchrec.data.run_factors import RunFactors
 from hllm_torchrec.data.sources.table_mapping import table
+from hllm_torchrec.data.split import Split
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.embedding.tables import local_shards
 from hllm_torchrec.evaluation.adoption import adopt
-from hllm_torchrec.evaluation.run_loader import load_run, score_run
+from hllm_torchrec.evaluation.run_loader import load_run, score_run, training_overlap
 from hllm_torchrec.launch.adopt import main as adopt_command
 from hllm_torchrec.launch.evaluate import main as evaluate
 from hllm_torchrec.models.run_vocabulary import VOCABULARY
 from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 from tests.helpers.distributed import run_ranks
+from tests.helpers.fixtures import START
 from tests.helpers.growing_shop import NEW_ITEMS, append_day, prepare_shop
 from tests.helpers.training_fixtures import (
     USER_LLAMA,
@@ -131,6 +134,18 @@ def test_the_run_of_yesterday_is_evaluated_on_today(night: Path) -> None:
     for name, expected in saved_weights(night, "one").items():
         found = dict(loaded.experiment.hllm.named_parameters())[name]
         assert torch.equal(found[: len(expected)] if expected.dim() else found, expected)
+
+
+def test_exposures_that_a_run_was_trained_on_are_found_where_dates_moved_back(night: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(night / "data", tmp_path / "data"))
+    mapping = Path(shutil.copytree(night / "shop", tmp_path / "shop")) / "mapping.yaml"
+    (tmp_path / "shop" / "events.csv").write_text(f"customer,sku,second,rating,kind\nu1,s1,{START + 10**9},1,1\n")
+    append_events(table(mapping), data, split=Split("date", train_until=START + 300_000, valid_until=START + 500_000))
+    scores = score_run(night / "one", "test", "best", init_distributed(), data)
+    assert scores.predictions is not None and (scores.dataset.version, scores.trained_on.version) == (3, 1)
+    assert training_overlap(scores.predictions, scores.dataset).seen == 0
+    found = training_overlap(scores.predictions, scores.trained_on)
+    assert 0.5 * found.exposures < found.seen < found.exposures
 
 
 def test_a_resumed_run_stays_with_its_version(night: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,8 +51,8 @@ _CONTEXT_KEYS = ("kind", "column")
 class DeclaredColumns:
     """The schema of a mapping's events, and the source's column of each name.
 
-    columns: name of a label or context, `weight` or `sampling_rate` -> column; positive_from: binary label -> the
-    number from which on it is 1; first: column of the first label, or None where every event is positive.
+    columns: column of `EventSchema.extra` -> the source's column; positive_from: binary label -> the number from which
+    on it is 1; first: column of the first label, or None where every event is positive.
     """
 
     schema: EventSchema
@@ -78,15 +78,16 @@ class DeclaredColumns:
         """The columns of `EventSchema.extra` of rows: null where a cell is empty, NaN where it cannot be read."""
         schema, found = self.schema, {}
         for label in schema.labels[1:]:
-            with error_location(f"{path}, column {self.columns[label.name]}", _CONVERT):
-                found[label.column] = _label(data[self.columns[label.name]], label, self.positive_from.get(label.name))
+            with error_location(f"{path}, column {self.columns[label.column]}", _CONVERT):
+                values = data[self.columns[label.column]]
+                found[label.column] = _label(values, label, self.positive_from.get(label.name))
         for name in (WEIGHT, SAMPLING_RATE):
             if name in self.columns:
                 with error_location(f"{path}, column {self.columns[name]}", _CONVERT):
                     found[name] = _numbers(data[self.columns[name]])
         for one in schema.context:
-            values = data[self.columns[one.name]]
-            with error_location(f"{path}, column {self.columns[one.name]}", _CONVERT):
+            values = data[self.columns[one.column]]
+            with error_location(f"{path}, column {self.columns[one.column]}", _CONVERT):
                 found[one.column] = _categories(values) if one.kind == "categorical" else _numbers(values)
         return found
 
@@ -137,6 +138,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     """
     if events.labels and (events.label is not None or events.positive_from is not None):
         raise ValueError(f"{path}: events.labels replaces events.label and events.positive_from; leave these out")
+    labels: dict[str, dict[str, Any]]
     if not events.labels:
         entry = {"kind": "binary", "column": events.label, "positive_from": events.positive_from}
         labels = {"label": {key: value for key, value in entry.items() if value is not None}}
@@ -155,10 +157,13 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     )
     for problem in schema_problems(schema):
         raise ValueError(f"{path}: events.{problem}")
-    columns = {name: one.get("column", name) for name, one in (labels | context).items()}
-    first = columns.pop(schema.labels[0].name)
-    given = {WEIGHT: events.weight, SAMPLING_RATE: events.sampling_rate}
-    columns |= {name: column for name, column in given.items() if column is not None}
+    first_name = schema.labels[0].name
+    first = labels[first_name].get("column", first_name)
+    # By the dataset's columns: a label or context may be named `weight`, too.
+    columns = {one.column: labels[one.name].get("column", one.name) for one in schema.labels[1:]}
+    columns |= {one.column: context[one.name].get("column", one.name) for one in schema.context}
+    columns |= {} if events.weight is None else {WEIGHT: events.weight}
+    columns |= {} if events.sampling_rate is None else {SAMPLING_RATE: events.sampling_rate}
     positive = {name: float(one["positive_from"]) for name, one in labels.items() if "positive_from" in one}
     is_labelled = bool(events.labels) or events.label is not None
     return DeclaredColumns(schema, columns, positive, first if is_labelled else None)
@@ -179,8 +184,8 @@ def _entry(name: Any, raw: Any, part: str, kinds: tuple[str, ...], keys: tuple[s
             raise ValueError(f"{place}: unknown key {abbreviate(key)}; {hint}")
     if entry.get("kind") not in kinds:
         raise ValueError(f"{place}.kind is {abbreviate(entry.get('kind'))}; choose one of {', '.join(kinds)}")
-    if not isinstance(entry.get("column", ""), str):
-        raise ValueError(f"{place}.column is {abbreviate(entry['column'])}, it must be text")
+    if not isinstance(entry.get("column", name), str) or entry.get("column") == "":
+        raise ValueError(f"{place}.column is {abbreviate(entry['column'])}, it must be the name of a column")
     return {key: value for key, value in entry.items() if value is not None}
 
 

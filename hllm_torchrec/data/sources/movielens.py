@@ -1,16 +1,19 @@
 """MovieLens-100k (RecBole's atomic files or GroupLens' own folder) and MovieLens-1M (`::` files).
 
-Label: rating >= 4. Action: the rating, 1..5. Text: title, year, genres. A rating outside 1..5 is a NaN label.
+Label: rating >= 4. Action: the rating, 1..5. Text: title, year, genres. A rating outside 1..5 is a NaN label. With
+`stars` the rating is a further, ordinal label beside the binary one.
 """
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from hllm_torchrec.data.event_schema import EventSchema, LabelColumn
 from hllm_torchrec.data.sources.base import (
     Chunk,
     Source,
@@ -31,11 +34,15 @@ _AGE_BUCKETS = (1, 18, 25, 35, 45, 50, 56)
 _YEAR_SUFFIX = re.compile(r"^(?P<title>.*?)\s*\((?P<year>\d{4})\)\s*$")
 _ROWS_PER_CHUNK = 65_536
 
+WITH_STARS = EventSchema((LabelColumn("liked"), LabelColumn("stars", "ordinal", values=(1, 2, 3, 4, 5))))
+
 Rows = list[list[str]]
 
 
-def movielens_100k(path: str | Path) -> Source:
+def movielens_100k(path: str | Path, *, stars: bool = False) -> Source:
     """MovieLens-100k in the folder `path`: `ml-100k.inter/.item/.user` (RecBole) or `u.data/u.item/u.user`.
+
+    stars: with the rating as an ordinal label.
 
     Raises ValueError if the folder holds neither.
     """
@@ -48,18 +55,18 @@ def movielens_100k(path: str | Path) -> Source:
         items = partial(_chunks, files[1], partial(read, columns=4, header="item_id:token"), _recbole_items)
         users = partial(_chunks, files[2], partial(read, columns=5, header="user_id:token"), _users_100k)
         events = partial(_chunks, files[0], partial(read, columns=4, header="user_id:token"), _events)
-        return _source("ml-100k", files, events, items, users)
+        return _source("ml-100k", files, events, items, users, stars)
     files = tuple(folder / name for name in ("u.data", "u.item", "u.user"))
     require_files(files, "MovieLens-100k (neither ml-100k.inter nor GroupLens' own layout)")
     read = partial(read_rows, delimiter="|", encoding="latin-1")
     events = partial(_chunks, files[0], partial(read_rows, delimiter="\t", encoding="latin-1", columns=4), _events)
     items = partial(_chunks, files[1], partial(read, columns=5 + len(_GENRES_100K)), _grouplens_items)
     users = partial(_chunks, files[2], partial(read, columns=5), _users_100k)
-    return _source("ml-100k", files, events, items, users)
+    return _source("ml-100k", files, events, items, users, stars)
 
 
-def movielens_1m(path: str | Path) -> Source:
-    """MovieLens-1M in the folder `path`: `ratings.dat`, `movies.dat`, `users.dat` (`::`, latin-1).
+def movielens_1m(path: str | Path, *, stars: bool = False) -> Source:
+    """MovieLens-1M in the folder `path`: `ratings.dat`, `movies.dat`, `users.dat` (`::`, latin-1); `stars` as above.
 
     Raises ValueError if a file is missing.
     """
@@ -69,7 +76,7 @@ def movielens_1m(path: str | Path) -> Source:
     events = partial(_chunks, files[0], partial(read, columns=4), _events)
     items = partial(_chunks, files[1], partial(read, columns=3), _items_1m)
     users = partial(_chunks, files[2], partial(read, columns=5), _users_1m)
-    return _source("ml-1m", files, events, items, users)
+    return _source("ml-1m", files, events, items, users, stars)
 
 
 def _source(
@@ -78,12 +85,13 @@ def _source(
     events: Callable[[], Iterator[Chunk]],
     items: Callable[[], Iterator[Chunk]],
     users: Callable[[], Iterator[Chunk]],
+    stars: bool,
 ) -> Source:
     return Source(
         name=name,
         event_files=files[:1],
         other_files=files[1:],
-        events=events,
+        events=partial(_with_stars, events) if stars else events,
         items=items,
         users=users,
         text_columns=("title", "year", "genres"),
@@ -92,6 +100,8 @@ def _source(
         label_rule="rating >= 4",
         action_names={rating: f"rating {rating}" for rating in range(1, 6)},
         license_note=LICENSE_NOTE,
+        schema=WITH_STARS if stars else EventSchema(),
+        options={"stars": True} if stars else {},
     )
 
 
@@ -155,6 +165,14 @@ def _events(numbers: np.ndarray, rows: Rows) -> pa.Table:
     user, item, rating_text, time_text = (pa.array(column, pa.string()) for column in zip(*rows, strict=True))
     label, action = rating_labels(rating_text)
     return event_table(numbers, user, item, parse_seconds(time_text, "seconds"), time_text, label, action)
+
+
+def _with_stars(events: Callable[[], Iterator[Chunk]]) -> Iterator[Chunk]:
+    """The chunks with the rating as the ordinal label: the index of its value, NaN outside 1..5."""
+    for chunk in events():
+        action = chunk.table["action"].to_numpy()
+        index = pa.array(np.where(action > 0, action - 1, np.nan).astype(np.float32))
+        yield replace(chunk, table=chunk.table.append_column(WITH_STARS.labels[1].column, index))
 
 
 def split_title(title: str) -> tuple[str, str]:

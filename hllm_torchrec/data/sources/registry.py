@@ -9,6 +9,7 @@ from typing import Any
 from hllm_torchrec.data.quickstart_files import fetch_movielens_100k
 from hllm_torchrec.data.sources.amazon import amazon
 from hllm_torchrec.data.sources.base import Source
+from hllm_torchrec.data.sources.kuairec import kuairec
 from hllm_torchrec.data.sources.movielens import movielens_1m, movielens_100k
 from hllm_torchrec.data.sources.pixelrec import pixelrec
 from hllm_torchrec.data.sources.table_mapping import table
@@ -32,19 +33,28 @@ class SourceKind:
     """True if the source accepts event files of new data, as `append`."""
     takes_html: bool = False
     """True if the source accepts --html."""
+    takes_stars: bool = False
+    """True if the source accepts --stars."""
     fetch: Callable[[Path | None], Path] | None = None
     """Downloads the files into the given cache folder and returns their path; used if --path is not given."""
 
 
 SOURCES: dict[str, SourceKind] = {
-    "ml-100k": SourceKind(movielens_100k, "folder", "--output data/ml-100k", fetch=fetch_movielens_100k),
-    "ml-1m": SourceKind(movielens_1m, "folder", "--path ml-1m --split leave_one_out --output data/ml-1m"),
+    "ml-100k": SourceKind(
+        movielens_100k, "folder", "--output data/ml-100k", takes_stars=True, fetch=fetch_movielens_100k
+    ),
+    "ml-1m": SourceKind(
+        movielens_1m, "folder", "--path ml-1m --split leave_one_out --output data/ml-1m", takes_stars=True
+    ),
     "pixelrec": SourceKind(
         pixelrec,
         "interaction CSV",
         "--path Pixel200K.csv --items item_info.csv --split leave_one_out --output data/pixel",
         items="item information CSV",
         takes_time_unit=True,
+    ),
+    "kuairec": SourceKind(
+        kuairec, "big_matrix.csv or small_matrix.csv", "--path data/big_matrix.csv --output data/kuairec"
     ),
     "amazon": SourceKind(
         amazon,
@@ -72,6 +82,7 @@ def build_source(
     cache_dir: Path | None = None,
     append: Sequence[Path] | None = None,
     html: str | None = None,
+    stars: bool = False,
 ) -> Source:
     """Build the source that the arguments name.
 
@@ -87,6 +98,9 @@ def build_source(
     if html is not None and not kind.takes_html:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.takes_html)
         raise ValueError(f"--html belongs to {others}, not to {name} (table: set items.html in the mapping)")
+    if stars and not kind.takes_stars:
+        others = " and ".join(other for other, entry in SOURCES.items() if entry.takes_stars)
+        raise ValueError(f"--stars belongs to {others}, not to {name} (table: declare an ordinal label)")
     if items is not None and kind.items is None:
         others = " and ".join(other for other, entry in SOURCES.items() if entry.items)
         raise ValueError(f"--items belongs to {others}, not to {name}")
@@ -100,6 +114,7 @@ def build_source(
         raise ValueError(f"--path is missing: {name} cannot be fetched; see --help for what it names")
     if items is None and kind.items is not None:
         raise ValueError(f"--items is missing: {name} needs the file with the items' texts")
-    given = (("time_unit", time_unit), ("html", html), ("append", append if kind.takes_event_files else None))
+    files = append if kind.takes_event_files else None
+    given = (("time_unit", time_unit), ("html", html), ("append", files), ("stars", stars or None))
     options: dict[str, Any] = {key: value for key, value in given if value is not None}
     return kind.build(path, *([items] if items else []), **options)

@@ -1,6 +1,7 @@
 """The table of weights and decays repeats what the run itself was evaluated with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from tests.helpers.scripts import bench_module
 from tests.helpers.training_fixtures import config, train
 
 
+@pytest.mark.parametrize("more", [{}, {"objective__transitions": 0.4, "item_llm__trainable": False}], ids=str)
 def test_the_cell_of_the_runs_own_weight_is_its_validation_figure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = bench_module("text_weights")
     stages = [{"name": "cached", "epochs": 1, "item_embeddings": "cached"}]
@@ -26,6 +28,7 @@ def test_the_cell_of_the_runs_own_weight_is_its_validation_figure(
         "objective__item_space": "features",
         "objective__positive_targets_only": False,
         "objective__text_similarity": 0.6,
+        **more,
         "evaluation__ks": [10],
         "stages": stages,
     }
@@ -36,7 +39,14 @@ def test_the_cell_of_the_runs_own_weight_is_its_validation_figure(
     said = capsys.readouterr().out.splitlines()
     weights = next(line for line in said if line.startswith("| decay")).split(" | ")
     cells = next(line for line in said if line.startswith("| 0.7")).split(" | ")
-    assert float(cells[weights.index("0.6")]) == pytest.approx(measured, abs=1e-4)
+    if more:
+        header = next(line for line in said if line.startswith("| learned")).split(" | ")
+        both = said[said.index(" | ".join(header)) :]
+        both = next(line for line in both if line.startswith("| texts 0.6")).split(" | ")
+        assert float(both[header.index("0.4")]) == pytest.approx(measured, abs=1e-4)
+        assert float(both[1]) == pytest.approx(float(cells[weights.index("0.6")]), abs=1e-4)
+    else:
+        assert float(cells[weights.index("0.6")]) == pytest.approx(measured, abs=1e-4)
     alone = next(line for line in said if "shrinkage 0.1:" in line)
     assert float(alone.rpartition(" ")[2]) == pytest.approx(float(cells[-1].strip(" |")), abs=1e-4)
 

@@ -1,0 +1,142 @@
+"""Merging of event files by user, in the order of (second, file, row).
+
+A user's events of one file are a segment. Segments follow each other in the order of the files, and a range of a user's
+sequence is cut from them without a look at other events. Only where that is not the order of the seconds, because an
+event came late, all events of the users are sorted.
+
+Legend: R users, S segments, T events that are read.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.data.event_files import EventFile, check_columns
+from hllm_torchrec.data.jagged_arrays import concat_ranges
+from hllm_torchrec.data.validation import TableRows
+
+Columns = dict[str, NDArray[Any]]
+TIMES = "timestamps"
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Segments by (user, file).
+
+    place: [S] place of the user among those that are read; file: [S] number of the file; first: [S] its first event in
+    the file; length: [S] number of events.
+    """
+
+    place: Ints
+    file: Ints
+    first: Ints
+    length: Ints
+
+    def between(self, start: Ints, end: Ints, lengths: Ints) -> "_Segments":
+        """The parts that are events start [R] to end [R] - 1 of their users, who have `lengths` [R] events."""
+        # before [S]: number of the user's events in earlier segments: the running sum, less where the user's events
+        # begin.
+        before = np.cumsum(self.length) - self.length - (np.cumsum(lengths) - lengths)[self.place]
+        skipped = np.clip(start[self.place] - before, 0, self.length)
+        kept = np.clip(end[self.place] - before, 0, self.length)
+        own = kept > skipped
+        return _Segments(self.place[own], self.file[own], (self.first + skipped)[own], (kept - skipped)[own])
+
+
+class UserEvents:
+    """The events of some users in several files.
+
+    Args:
+        files: in the order of the versions.
+        users: [R] ascending.
+        rows: sizes of the tables that ids index.
+        in_order: True if it is known that no event of a file is earlier than one of a file before.
+    """
+
+    def __init__(self, files: Sequence[EventFile], users: Ints, rows: TableRows, in_order: bool) -> None:
+        found = [(file, *file.rows_of(users)) for file in files if len(file) and users.size]
+        self._found = [one for one in found if one[1].size]
+        self._rows = rows
+        self._users = users.size
+        self._segments = self._all_segments()
+        self._in_order = in_order or len(self._found) < 2 or self._ascend()
+
+    def _all_segments(self) -> _Segments:
+        parts = [
+            np.stack([places, np.full_like(own, number), file.offsets[own], file.lengths[own]])
+            for number, (file, places, own) in enumerate(self._found)
+        ]
+        columns = np.concatenate([np.zeros((4, 0), np.int64), *parts], axis=1)
+        if len(parts) > 1:
+            columns = columns[:, np.argsort(columns[0], kind="stable")]
+        return _Segments(*columns)
+
+    def _ascend(self) -> bool:
+        """True if no segment begins before the one before it ends."""
+        segments = self._segments
+        first, last = np.empty_like(segments.place), np.empty_like(segments.place)
+        for number, (file, _, _) in enumerate(self._found):
+            own = segments.file == number
+            first[own] = file.events.timestamps[segments.first[own]]
+            last[own] = file.events.timestamps[segments.first[own] + segments.length[own] - 1]
+        return not ((last[:-1] > first[1:]) & (segments.place[:-1] == segments.place[1:])).any()
+
+    def read(self, names: Collection[str], start: Ints, end: Ints) -> Columns:
+        """The named columns [T] of events start [R] to end [R] - 1 of each user, one user after the other.
+
+        Raises:
+            ValueError: a value is not allowed; names file, row, column and value.
+        """
+        lengths = np.bincount(self._segments.place, self._segments.length, self._users).astype(np.int64)
+        if self._in_order:
+            chosen = self._segments.between(start, end, lengths)
+            columns = self._gathered(chosen, names)
+            self._check(columns, end - start)
+            return columns
+        columns = self._gathered(self._segments, {*names, TIMES})
+        for number in range(len(self._found)):
+            self._check_file(number, columns)
+        owner = np.repeat(np.arange(self._users), lengths)
+        order = np.argsort((owner << 32) | columns[TIMES], kind="stable")  # both are below 2^32
+        order = order[concat_ranges(np.cumsum(lengths) - lengths + start, end - start)]
+        return {name: values[order] for name, values in columns.items() if name in names}
+
+    def _gathered(self, segments: _Segments, names: Collection[str]) -> Columns:
+        """The named columns of segments, one after the other, in the columns' dtypes."""
+        dtypes = {column.name: column.dtype for column in self._rows.schema.columns if column.name in names}
+        read = [self._of_file(number, segments, dtypes) for number in range(len(self._found))]
+        if len(read) == 1:
+            return {name: read[0][name].astype(dtype, copy=False) for name, dtype in dtypes.items()}
+        # The events of a file are in the order of the users, so they fill its places from the first to the last.
+        of_file = np.repeat(segments.file.astype(np.int16), segments.length)
+        columns = {name: np.empty(of_file.size, dtype) for name, dtype in dtypes.items()}
+        for number, values in enumerate(read):
+            places = np.flatnonzero(of_file == number)
+            for name, column in columns.items():
+                column[places] = values[name]
+        return columns
+
+    def _of_file(self, number: int, segments: _Segments, names: Collection[str]) -> Columns:
+        """The named columns of a file's segments, as they are stored; views if these follow each other."""
+        own = segments.file == number
+        first, length = segments.first[own], segments.length[own]
+        if first.size and (first[1:] == first[:-1] + length[:-1]).all():
+            return self._found[number][0].columns(slice(first[0], first[-1] + length[-1]), names)
+        return self._found[number][0].columns(concat_ranges(first, length), names)
+
+    def _check(self, columns: Columns, lengths: Ints) -> None:
+        """Raise ValueError for a value that is not allowed."""
+        try:
+            check_columns("merged events", columns, lengths, self._rows)
+        except ValueError:
+            for number in range(len(self._found)):
+                self._check_file(number, columns)  # names the file and the row in it
+            raise
+
+    def _check_file(self, number: int, names: Collection[str]) -> None:
+        file, _, own = self._found[number]
+        file.check(own, names, self._rows)

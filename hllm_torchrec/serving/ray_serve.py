@@ -1,0 +1,210 @@
+"""The service on a Ray cluster: shards of the users, each with its own states and events, behind one entry.
+
+    serve run hllm_torchrec.serving.ray_serve:application run=/disk/run state=/disk/states token_file=token shards=2
+
+A shard is a Ray Serve deployment of one replica that has the whole application of `create_app`, so limits, errors and
+answers are those of `hllm serve`. The entry sends a request to the shard of its user, hash(user) mod shards. A shard's
+events are in a file of its own below `state`; a replica that dies is started again by Ray and goes on with them, so
+nothing that was acknowledged is lost where that file is at hand. Until then its users get 503.
+
+Needs the extra `ray`: pip install "hllm_torchrec[serve,faiss,ray]".
+"""
+
+import asyncio
+import json
+import os
+from contextlib import ExitStack, closing
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.types import Message, Scope
+
+from hllm_torchrec.common.token_file import read_token
+from hllm_torchrec.data.event_log import EventLog
+from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.serving.app import create_app
+from hllm_torchrec.serving.batch_scorer import BatchScorer
+from hllm_torchrec.serving.engine import Engine
+from hllm_torchrec.serving.micro_batches import BatchLimits
+from hllm_torchrec.serving.reload import Reloader
+from hllm_torchrec.serving.request_schema import MAX_BODY
+from hllm_torchrec.serving.service import Service
+
+OF_ALL = ("/healthz", "/readyz", "/v1/reload")
+"""Paths that every shard is asked for."""
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+"""Status, headers and body."""
+
+
+class Options(BaseModel):
+    """Arguments of `application`; what they mean is said by `hllm serve --help`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: Path
+    state: Path
+    """Folder of the shards' events, which outlives a replica."""
+    token_file: Path
+    shards: int = Field(2, ge=1)
+    checkpoint: str = "best"
+    dataset: Path | None = None
+    items: Path | None = None
+    cache_mib: int = Field(1024, ge=1)
+    index: Literal["flat", "ivf", "none"] = "flat"
+    batch: int = Field(16, ge=1)
+    queue: int = Field(256, ge=1)
+    deadline_ms: float = Field(1000.0, gt=0)
+    cpus: float = Field(1.0, ge=0)
+    """Of each shard, for Ray's placement."""
+
+
+def application(options: Options) -> serve.Application:
+    """Build the application for `serve run` or `serve.run`."""
+    shards = [
+        serve.deployment(
+            Shard,
+            name=f"shard-{number}",
+            num_replicas=1,
+            # The shard's own queue refuses what is too much.
+            max_ongoing_requests=2 * options.queue,
+            ray_actor_options={"num_cpus": options.cpus},
+        ).bind(options, number)
+        for number in range(options.shards)
+    ]
+    entry = serve.deployment(Entry, max_ongoing_requests=4 * options.queue, ray_actor_options={"num_cpus": 0})
+    return entry.bind(options.deadline_ms / 1e3, *shards)
+
+
+class Shard:
+    """The application of `create_app` for the users of one shard."""
+
+    def __init__(self, options: Options, number: int) -> None:
+        self._open = ExitStack()
+        device = self._open.enter_context(distributed_device())
+        file = state_file(options.state, number, options.shards)
+        log = self._open.enter_context(closing(EventLog(file)))
+
+        def load() -> Engine:
+            given = options.dataset, options.items
+            scorer = BatchScorer.of_run(options.run, options.checkpoint, device, dataset=given[0], store=given[1])
+            return Engine(scorer, log, options.cache_mib << 20, options.index, file.parent)
+
+        limits = BatchLimits(options.batch, 0.0, options.queue, options.deadline_ms / 1e3)
+        self._service = Service(load(), limits, read_token(options.token_file, "a cluster"))
+        self._app = create_app(self._service, None, Reloader(self._service, load))
+
+    async def answer(self, scope: dict[str, Any], body: bytes) -> Answer:
+        """The application's answer to a request. scope: of ASGI, what of it can be sent."""
+        return await ask_application(self._app, scope, body)
+
+    def process(self) -> int:
+        """Number of the replica's process."""
+        return os.getpid()
+
+    def __del__(self) -> None:
+        """Answer what was accepted, when Ray ends the replica."""
+        if hasattr(self, "_service"):
+            self._service.close()
+        self._open.close()
+
+
+class Entry:
+    """Sends requests to the shards of their users."""
+
+    def __init__(self, deadline: float, *shards: DeploymentHandle) -> None:
+        self._deadline, self._shards = deadline, shards
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer a request."""
+        path = request.url.path
+        scope: dict[str, Any] = {"method": request.method, "path": path}
+        scope |= {"query_string": request.scope["query_string"], "headers": list(request.scope["headers"])}
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                return JSONResponse({"error": f"the body must have at most {MAX_BODY} bytes"}, 413)
+        asked = self._shards if path in OF_ALL else [self._shards[shard_of(user_of(path, body), len(self._shards))]]
+        # A reload takes as long as a start.
+        seconds = None if path == "/v1/reload" else self._deadline + 1
+        answers = [await _ask(shard, scope, body, seconds) for shard in asked]
+        status, headers, content = max(answers, key=lambda answer: answer[0])
+        return Response(content, status, {name.decode(): value.decode() for name, value in headers})
+
+
+async def _ask(shard: DeploymentHandle, scope: dict[str, Any], body: bytes, seconds: float | None) -> Answer:
+    """A shard's answer; 503 if it has died, is starting, or takes longer."""
+
+    async def asked() -> Answer:
+        found: Answer = await shard.answer.remote(scope, body)
+        return found
+
+    try:
+        return await asyncio.wait_for(asked(), seconds)
+    except (RayError, RayServeException, TimeoutError):
+        error = JSONResponse({"error": "the shard of this user gives no answer: try again later"}, 503)
+        return 503, error.raw_headers, bytes(error.body)
+
+
+def user_of(path: str, body: bytes) -> str | None:
+    """The user whom a request is about; None without one, or with a body that the shard will refuse."""
+    if path.startswith("/v1/users/"):
+        return unquote(path.removeprefix("/v1/users/").removesuffix("/events"))
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return None
+    user = found.get("user") if isinstance(found, dict) else None
+    return user if isinstance(user, str) else None
+
+
+def shard_of(user: str | None, shards: int) -> int:
+    """Number of a user's shard, the same in all processes; 0 without a user."""
+    if user is None:
+        return 0
+    return int.from_bytes(blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % shards
+
+
+def state_file(folder: Path, number: int, shards: int) -> Path:
+    """File of a shard's events.
+
+    Raises:
+        ValueError: the folder has files of another number of shards, in which users are elsewhere.
+    """
+    others = sorted({found.stem.rpartition("-")[2] for found in folder.glob("shard-*-of-*.sqlite")} - {str(shards)})
+    if others:
+        raise ValueError(f"{folder}: has the events of {others[0]} shards: give shards={others[0]}, or another state")
+    return folder / f"shard-{number}-of-{shards}.sqlite"
+
+
+async def ask_application(app: Any, scope: dict[str, Any], body: bytes) -> Answer:
+    """The answer of an ASGI application in this process, as a whole."""
+    whole: Scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", "state": {}, **scope}
+    sent, ended = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
+    found: dict[str, Any] = {"body": b""}
+
+    async def receive() -> Message:
+        if sent:
+            return sent.pop()
+        await ended.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            found.update(status=message["status"], headers=list(message["headers"]))
+            return
+        found["body"] += message.get("body", b"")
+        if not message.get("more_body", False):
+            ended.set()
+
+    await app(whole, receive, send)
+    return found["status"], found["headers"], found["body"]

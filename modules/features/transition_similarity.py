@@ -1,0 +1,42 @@
+"""Scores of the transitions of a history, beside the cosine that the user encoder learns.
+
+    user vector   [ h / |h|,  w c, 0 ]      c_t = sum over j <= t of gamma^(t - j) S[j]
+    item vector   [ x / |x|,  T ]           rows of one length
+    product       cos(h, x) + w c^T T
+
+S and T are the factors of a regression of the next item on the history (`hllm_torchrec.data.transitions`); h and x may
+hold further similarities of constant length, such as that of texts. As all item vectors have one length, ranking by
+their cosine is ranking by the product. Nothing here is trained, and the model is trained without it.
+
+Legend: T history positions of all users, n rows, N items of the fit, R rank.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hllm_torchrec.modules.features.text_similarity import decayed_sums
+
+
+class TransitionSimilarity:
+    """Weight w, decay gamma in [0, 1] per event, S [N, R] and T [N, R + 1] on the model's device."""
+
+    def __init__(self, weight: float, decay: float, source: Tensor, target: Tensor) -> None:
+        self.weight, self.decay, self.source, self.target = weight, decay, source, target
+
+    @property
+    def width(self) -> int:
+        """R + 1."""
+        return self.target.shape[1]
+
+    def history(self, item_ids: Tensor, seq_offsets: Tensor) -> Tensor:
+        """[T, R + 1] of histories of items [T] with `seq_offsets` [B + 1], the weight included."""
+        sums = decayed_sums(self.source[self._rows(item_ids)], seq_offsets, self.decay)
+        return F.pad(self.weight * sums, (0, 1))
+
+    def items(self, item_ids: Tensor) -> Tensor:
+        """[n, R + 1] of items [n]; one that came after the fit is as the unknown item."""
+        return self.target[self._rows(item_ids)]
+
+    def _rows(self, item_ids: Tensor) -> Tensor:
+        return torch.where(item_ids < len(self.target), item_ids, 0)

@@ -1,0 +1,137 @@
+"""A service of a million items: seconds to be ready from a store, latency of recommendations, memory.
+
+    python scripts/bench/bench_many_items.py [--folder DIR] [--index ivf] [--quick] [--out FILE]
+
+The dataset, the model and the item embeddings (a store of random vectors) are a stand-in, made first in `--folder` and
+found there again. `ready` is the time from the start of the loading to the first answer, in a process that has imported
+everything (`cpu_seconds` where others compute as well; `scorer`: seconds without the index). `recommend_ms` are the
+latencies of the engine, one request at a time, of users in the cache, with those of scoring 200 candidates
+(`score_ms`), alternately; `cold_ms` those of users whose history is read from the dataset first. One thread.
+"""
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, report, say
+from serving_stand_in import Sizes, raw_ids, stand_in_dataset, stand_in_run
+
+from hllm_torchrec.distributed.process_group import distributed_device
+from hllm_torchrec.evaluation.run_loader import load_run
+from hllm_torchrec.models.fingerprint import item_facts
+from hllm_torchrec.serving.batch_scorer import BatchScorer
+from hllm_torchrec.serving.engine import AnyRequest, Engine, RecommendRequest, ScoreRequest, Scores
+from hllm_torchrec.store.store import EmbeddingStore
+
+ROWS = 65_536
+"""Rows of the store that are written at a time."""
+NOW = 1_750_000_000
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the bench."""
+    parser = arguments(__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-many-items")
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--users", type=int, default=10_000)
+    parser.add_argument("--width", type=int, default=576, help="of item embeddings (default: SmolLM2's)")
+    parser.add_argument("--index", choices=("flat", "ivf"), default="ivf")
+    args = parser.parse_args(argv)
+    sizes = Sizes(200, 2000, 20, 16) if args.tiny else Sizes(args.users, args.items, 40, args.width)
+    torch.set_num_threads(1)
+    with distributed_device() as device:
+        dataset, run, store = stand_in(args.folder, sizes, device)
+        users, items = raw_ids(dataset)
+        before, started, cpu = resident(), time.perf_counter(), time.process_time()
+        scorer = BatchScorer.of_run(run, "latest", device, dataset=dataset, store=store)
+        loaded = time.perf_counter() - started
+        engine = Engine(scorer, index=args.index, index_folder=args.folder / "index")
+        answered(engine, [RecommendRequest(users[0], 10, NOW)])
+        ready = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "scorer": loaded}
+        say(f"ready: {ready}")
+        found = measure(engine, users, items, 1 if args.tiny else 10 if args.quick else 40)
+        memory = {
+            "process": resident(),
+            "before_loading": before,
+            "peak": peak(),
+            "items": engine.scorer.catalogue_bytes,
+        }
+        shapes = {"items": sizes.items, "users": sizes.users, "width": sizes.width, "index": args.index}
+        result = {"ready": ready, "memory_bytes": memory, "shapes": shapes, **found}
+        report("many_items", args, {**result, "matmul_peak": matmul_peak(), "matmul_share": {}})
+
+
+def stand_in(folder: Path, sizes: Sizes, device: torch.device) -> tuple[Path, Path, Path]:
+    """The dataset, the run (late fusion) and the store of random item embeddings, made unless they are there."""
+    dataset = stand_in_dataset(folder, sizes)
+    run, store = stand_in_run(folder / "late", dataset, "late", device, sizes.width), folder / "items"
+    if not store.is_dir():
+        facts = item_facts(load_run(run, "latest", device).experiment)
+        _, items = raw_ids(dataset)
+        written, rng = EmbeddingStore.create(store, sizes.width, "fp16", "string", facts), torch.Generator()
+        with written.writer() as writer:
+            for at in range(0, len(items), ROWS):
+                part = pa.array(items[at : at + ROWS], pa.string())
+                writer.upsert(part, torch.randn(len(part), sizes.width, generator=rng.manual_seed(at)))
+            writer.commit()
+    return dataset, run, store
+
+
+def measure(engine: Engine, users: list[str], items: list[str], repeats: int) -> dict[str, Any]:
+    """Latencies in milliseconds: recommendations and scores of the same users, first of all without their states."""
+    rng = np.random.default_rng(0)
+    asked = [users[user] for user in rng.choice(len(users), min(repeats, len(users)), replace=False)]
+    candidates = [[items[item] for item in rng.choice(len(items), 200)] for _ in asked]
+    recommend: list[AnyRequest] = [RecommendRequest(user, 10, NOW) for user in asked]
+    score: list[AnyRequest] = [ScoreRequest(user, own, NOW) for user, own in zip(asked, candidates, strict=True)]
+    cold = [timed(lambda one=one: answered(engine, [one])) for one in recommend]  # type: ignore[misc]
+    warm = {"recommend": [], "score": []}  # type: ignore[var-annotated]
+    for one, other in zip(recommend, score, strict=True):
+        sides: dict[str, Callable[[], Any]] = {
+            "recommend": lambda one=one: answered(engine, [one]),
+            "score": lambda other=other: answered(engine, [other]),
+        }
+        for name, value in medians(alternate(sides, 3)).items():
+            warm[name].append(value)
+    new = timed(lambda: answered(engine, [RecommendRequest("nobody", 10, NOW)]))
+    found = {f"{name}_ms": quantiles(values) for name, values in {**warm, "cold": cold}.items()}
+    ratio = float(np.median(warm["recommend"]) / np.median(warm["score"]))
+    return {**found, "new_user_ms": new * 1e3, "ratios": {"recommend_vs_score": ratio}}
+
+
+def answered(engine: Engine, requests: list[AnyRequest]) -> None:
+    """Score requests, none of which may fail."""
+    for one in engine.score(requests):
+        if not isinstance(one, Scores):
+            raise one
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds of a call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds of quantiles."""
+    return {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 2) for q in (50, 95)}
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> int:
+    """Bytes of this process at the most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
