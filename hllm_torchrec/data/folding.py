@@ -1,6 +1,6 @@
 """Folding of appends, so that reading a year of days costs little more than reading one base.
 
-Of every four appends of a level one of the next is made, and appends that have outgrown their base become a new base
+Of every two appends of a level one of the next is made, and appends that have outgrown their base become a new base
 together with it: an event is copied by one append in so many, a few times in all, without parsing text or looking up
 ids. A version's manifest lists the folded files in the place of those that they hold; earlier versions keep their own.
 """
@@ -20,11 +20,11 @@ from hllm_torchrec.data.manifest import EVENTS
 from hllm_torchrec.data.merging import UserEvents
 from hllm_torchrec.data.validation import TableRows, read_table
 
-FACTOR = 4
+FACTOR = 2
 """Number of appends of a level that one of the next level holds."""
 MOST_EVENTS = 20_000_000
 """Largest number of events that an append folds; larger ones are few, and folding is done in memory."""
-OUTGROWN, LEAST_EVENTS = 0.25, 50_000
+OUTGROWN, LEAST_EVENTS = 0.125, 50_000
 """Share of the base's events, and number, that the events of the appends may reach."""
 
 
