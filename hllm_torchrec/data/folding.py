@@ -1,6 +1,6 @@
 """Folding of appends, so that reading a year of days costs little more than reading one base.
 
-Every four appends of a level are folded into one of the next level, and appends that have outgrown their base are
+Every two appends of a level are folded into one of the next level, and appends that have outgrown their base are
 folded with it into a new base. So an event is copied only a few times in all, without parsing text or looking up ids. A
 version's manifest lists the folded files instead of those whose contents they have; earlier versions keep their own.
 """
@@ -20,11 +20,11 @@ from hllm_torchrec.data.manifest import EVENTS
 from hllm_torchrec.data.merging import UserEvents
 from hllm_torchrec.data.validation import TableRows, read_table
 
-FACTOR = 4
+FACTOR = 2
 """Number of appends of a level that one of the next level holds."""
 MOST_EVENTS = 20_000_000
 """Largest number of events that are folded, in memory; larger appends are few, and stay as they are."""
-OUTGROWN, LEAST_EVENTS = 0.25, 50_000
+OUTGROWN, LEAST_EVENTS = 0.125, 50_000
 """Appended events above this share of the base's events, and above this number, are folded with the base."""
 
 

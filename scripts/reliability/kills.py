@@ -5,10 +5,11 @@
     python scripts/reliability/kills.py --kills 8 --only append forget
     python scripts/reliability/kills.py --seed 1
 
-Writers: an append, a compaction, `hllm forget --erase` (of a user and an item, with a store and predictions), and a
-night. Each kill ends a process before a file access of a random number, without any clean-up. Then every version of the
-dataset must be whole, as before or as after; and the same call, repeated (half of the time killed once more), must end
-as one that nothing has disturbed: the same events in the same order in every version, the same counts, no leftover.
+Writers: an append, one that first makes a base of appends that have outgrown theirs, a compaction, `hllm forget
+--erase` (of a user and an item, with a store and predictions), and a night. Each kill ends a process before a file
+access of a random number, without any clean-up. Then every version of the dataset must be whole, as before or as after;
+and the same call, repeated (half of the time killed once more), must end as one that nothing has disturbed: the same
+events in the same order in every version, the same counts, no leftover.
 
 Prints a JSON line. Exit status: 0, all held; 1, one did not.
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from hllm_torchrec.data import folding  # noqa: E402
 from hllm_torchrec.data.append import append_events  # noqa: E402
 from hllm_torchrec.data.dataset import Dataset  # noqa: E402
 from hllm_torchrec.data.dataset_compaction import compact  # noqa: E402
@@ -48,7 +51,7 @@ from tests.helpers.source_files import ITEMS, PARTS, memory_source, random_event
 
 KILLED = 9
 USER, ITEM = "u3", "i4"
-SHARES = {"append": 15, "compact": 12, "forget": 15, "nightly": 8}
+SHARES = {"append": 10, "outgrown": 8, "compact": 10, "forget": 14, "nightly": 8}
 """Kills of each writer, of 50."""
 NIGHT = "day-04"
 
@@ -87,6 +90,12 @@ def append(folder: Path) -> None:
     """Append a day with known, late and new events."""
     day = [("u1", "new", 5, 60), ("u2", "i1", 5, 3), ("fresh", "i2", 4, 61), *random_events(40, seed=5)]
     append_events(memory_source(folder / "day", day, [*ITEMS, "new"]), folder / "data")
+
+
+def outgrown(folder: Path) -> None:
+    """Append the day to a dataset whose appends have outgrown their base."""
+    with patch.multiple(folding, LEAST_EVENTS=50, OUTGROWN=0.5):
+        append(folder)
 
 
 def forget(folder: Path) -> None:
@@ -141,6 +150,7 @@ def versions_of(root: Path) -> dict[int, Any]:
 
 WRITERS = {
     "append": Writer(begin_shop, append, lambda folder: folder / "data", shop_state),
+    "outgrown": Writer(begin_shop, outgrown, lambda folder: folder / "data", shop_state),
     "compact": Writer(begin_shop, lambda folder: compact(folder / "data") and None, lambda f: f / "data", shop_state),
     "forget": Writer(begin_shop, forget, lambda folder: folder / "data", shop_state),
     "nightly": Writer(begin_nights, night, lambda folder: folder / "data", night_state),
