@@ -120,6 +120,7 @@ class Entry:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
+        # The server has decoded the path.
         path, query, headers = request.scope["path"], request.scope["query_string"], list(request.scope["headers"])
         scope = {"method": request.method, "path": path, "query_string": query, "headers": headers}
         body = b""
