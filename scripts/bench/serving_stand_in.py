@@ -82,7 +82,9 @@ def stand_in_dataset(folder: Path, sizes: Sizes) -> Path:
     }
     mapping["events"] |= {"action": "action", "actions": list(ACTIONS)}  # type: ignore[operator]
     (folder / "tables.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
-    return Path(prepare(table(folder / "tables.yaml"), folder / "data", split=Split(fractions=(0.98, 0.01, 0.01))))
+    share = min(0.01, 2000 / (sizes.users * sizes.events))  # what a run evaluates says nothing here
+    split = Split(fractions=(1 - 2 * share, share, share))
+    return Path(prepare(table(folder / "tables.yaml"), folder / "data", split=split))
 
 
 def _ids(kind: str, numbers: np.ndarray) -> pa.Array:

@@ -21,6 +21,7 @@ ELSEWHERE: dict[str, str] = {
     "no JSON object; write it as": "tests/launch/test_tasks.py::test_recommendations_are_those_of_the_context",
     "hllm forget □ --runs RUNS --stores STORES": "tests/serving/test_app.py",
     "serve the run with `hllm serve`": "tests/serving/test_app.py",
+    "has the events of □ shards: give shards=□, or another state": "tests/serving/test_shards.py",
     "give None for a user who came after": "tests/serving/test_new_items.py",
     "give 0 for ids added after `hllm prepare`": "tests/serving/test_new_items.py",
     "register items that came after `hllm prepare` with add_items": "tests/serving/test_new_items.py",
