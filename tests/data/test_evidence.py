@@ -211,7 +211,5 @@ def test_folds_whose_other_users_tell_nothing_are_refused(tmp_path: Path, users:
     rated = ((user, n, n % 5 + 1 if user == users else 5) for n in range(40) for user in range(1, users + 1))
     events = [(f"u{user}", f"i{n % 5}", value, 9 * n + user) for user, n, value in rated]
     root = prepare(memory_source(tmp_path / "shop", events, ITEMS), tmp_path / "data")
-    with pytest.raises(
-        ValueError, match=f"{users} training users with values, and leaving out .* drop data.evid"
-    ):
+    with pytest.raises(ValueError, match=f"{users} training users with values, and leaving out .* drop data.evid"):
         fit_evidence(Dataset.open(root), NAMES[:3], None, 0, QUICK)
