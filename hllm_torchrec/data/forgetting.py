@@ -33,10 +33,11 @@ from hllm_torchrec.data.versions import (
     BASES,
     commit_version,
     draft_folder,
+    finish_replacements,
     kept_versions,
     newest_version,
+    plan_replacements,
     remove_superseded,
-    replace_version,
     superseded_fingerprints,
     version_name,
     write_lock,
@@ -167,9 +168,9 @@ def _rewrite(
             rewriting.as_chain(dataset), dataset.version, dataset.tombstones
         )
         rewriting.remove_unlisted((newest, *changed.values()))
+    plan_replacements(root, version, changed)
     commit_version(root, version, {name: value for name, value in newest.items() if name != "added"})
-    for number, manifest in changed.items():
-        replace_version(root, number, manifest)
+    finish_replacements(root)
     report.version = version
     logger.info("%s: version %d", root, version)
 

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ APPENDS, BASES = "appends", "bases"
 _DRAFT = ".draft-"
 _NUMBERED = re.compile(r"\d{5,}")
 _LOCK = ".lock"
-_REMOVED, _SUPERSEDED = ".removed-", ".superseded-"
+_REMOVED, _SUPERSEDED, _PENDING = ".removed-", ".superseded-", ".pending-"
 
 
 @contextmanager
@@ -71,6 +71,7 @@ def _sweep(root: Path) -> None:
     for file in (root / VERSIONS).glob("*.json"):
         if _NUMBERED.fullmatch(file.stem) and int(file.stem) > newest:
             file.unlink()
+    finish_replacements(root)
     _finish_removal(root)
 
 
@@ -171,9 +172,29 @@ def replace_version(root: Path, version: int, manifest: dict[str, Any]) -> None:
     """
     kept = root / VERSIONS / f"{version_name(version)}.json"
     old = kept.read_text(encoding="utf-8")
+    if old == _manifest_text(manifest):
+        return
     fingerprint = json.loads(old)["fingerprint"][:16]
     replace_file(kept.with_name(f"{_SUPERSEDED}{version_name(version)}-{fingerprint}.json"), old)
     replace_file(kept, _manifest_text(manifest))
+
+
+def plan_replacements(root: Path, version: int, manifests: Mapping[int, dict[str, Any]]) -> None:
+    """Note manifests that replace those of kept versions once `version` is committed: see `finish_replacements`."""
+    (root / VERSIONS).mkdir(exist_ok=True)
+    for number, manifest in manifests.items():
+        name = f"{_PENDING}{version_name(version)}-{version_name(number)}.json"
+        replace_file(root / VERSIONS / name, _manifest_text(manifest))
+
+
+def finish_replacements(root: Path) -> None:
+    """Replace the versions that were planned to be; plans of a version that was not committed are dropped."""
+    newest = newest_version(root)
+    for path in sorted((root / VERSIONS).glob(f"{_PENDING}*.json")):
+        version, number = map(int, path.stem.removeprefix(_PENDING).split("-"))
+        if version <= newest:
+            replace_version(root, number, json.loads(path.read_text(encoding="utf-8")))
+        path.unlink()
 
 
 def superseded_fingerprints(root: Path) -> list[str]:
