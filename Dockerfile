@@ -23,7 +23,8 @@ COPY --chown=hllm launch launch
 COPY --chown=hllm configs configs
 COPY --chown=hllm scripts scripts
 RUN bash scripts/install.sh "--$DEVICE" --no-venv \
-    && python -m pip install --constraint scripts/requirements/constraints.txt s3fs
+    && python -m pip install --constraint scripts/requirements/constraints.txt \
+        faiss-cpu fastapi prometheus_client s3fs uvicorn
 
 USER 1000
 CMD ["hllm", "--help"]

@@ -42,7 +42,7 @@ def build_parser() -> CommandParser:
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("dataset", type=Path, help="dataset directory or URL")
         if name == "prune":
-            text = "versions to keep as well (required at a URL, where runs pin none)"
+            text = "further versions to keep (required at a URL, where runs cannot pin them)"
             action.add_argument("--keep", type=int, nargs="+", metavar="VERSION", help=text)
     return parser
 
@@ -61,7 +61,7 @@ def info(root: Path) -> str:
         what += "".join(f"; {n.size:,} {name} forgotten" for name in (USERS, ITEMS) if (n := gone.numbers(name)).size)
         runs = "".join(f"; pinned by {run}" for run in pins.get(version, ()))
         lines.append(f"version {version}: {what}; {len(appends)} appends, {size / 1e6:,.1f} MB{runs}")
-    lines.append(f"of version {dataset.version}:")
+    lines.append(f"parts of version {dataset.version}:")
     for part in SPLITS:
         lines.append(f"  {part}: {part_facts(dataset, part)}")
     first, last = (_moment(second) for second in dataset.manifest.get("seconds", (0, 0)))
@@ -86,12 +86,12 @@ def _moment(second: int) -> str:
 
 
 def prune(place: Path, keep: Sequence[int] | None = None) -> str:
-    """Remove versions of a dataset, in a folder or at a URL, but the newest, pinned ones and those to `keep`.
+    """Remove versions of a dataset, in a folder or at a URL, except the newest, pinned ones and those to `keep`.
 
     Returns which, in words.
 
     Raises:
-        ValueError: there is no version to keep of this number; or at a URL nothing is said of versions to keep.
+        ValueError: a version to `keep` does not exist; or `keep` is not given for a URL.
     """
     url = url_of(place)
     if url is None:
@@ -99,8 +99,8 @@ def prune(place: Path, keep: Sequence[int] | None = None) -> str:
     if keep is None:
         newest = Dataset.open(url).version
         raise ValueError(
-            f"{url}: at a URL no run pins its version: name the versions that runs use, or {newest}, the newest, for "
-            f"none: hllm dataset prune {url} --keep {newest}"
+            f"{url}: at a URL no run pins its version: name the versions that runs use or, if there are "
+            f"none, the newest: hllm dataset prune {url} --keep {newest}"
         )
     with mirrored_dataset(url, contents=False) as folder:
         return _prune_folder(folder, keep)
@@ -108,11 +108,11 @@ def prune(place: Path, keep: Sequence[int] | None = None) -> str:
 
 def _prune_folder(root: Path, keep: Sequence[int]) -> str:
     with write_lock(root):
-        read_manifest(root, check_files=False)  # of a damaged dataset nothing is removed
+        read_manifest(root, check_files=False)  # raises if the dataset is damaged: then nothing is removed
         remove_stale_pins(root)
         pins = pinned_versions(root)
         for version in keep:
-            manifest_path(root, version)  # it must be there
+            manifest_path(root, version)  # raises if there is no such version
             pins.setdefault(version, []).append("--keep")
         first = kept_versions(root).get(1)
         if first is not None and chain_base(first) is None:  # its runs could not pin it
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         with writable_dataset(args.dataset) as folder:
             version = compact(folder)
-        say("nothing to fold: there are no appends" if version is None else f"version {version} is one base")
+        say("nothing to fold: there are no appends" if version is None else f"version {version} has a single base")
 
 
 main = entry_point(build_parser, run)

@@ -91,7 +91,7 @@ def _embed_users(loaded: "LoadedRun", args: argparse.Namespace) -> None:
         use_stored_items(loaded.experiment, args.items)
     context = loaded.experiment.batch_spec.context
     if context and loaded.experiment.hllm.fusion.query_is_user and rank() == 0:
-        say(f"caution: vectors of users are of no request: its context ({', '.join(context)}) is read as unknown")
+        say(f"caution: user vectors belong to no request: the context ({', '.join(context)}) is read as unknown")
     report = embed_users(loaded, args.users, since=args.since, dtype=args.dtype, keys=args.keys)
     done = f"embedded {report.encoded:,} of {report.active:,} active users ({report.users:,} in all)"
     _say(f"{done} in {report.seconds:.1f} s", args.users, report.version)

@@ -90,12 +90,12 @@ class CommandParser(argparse.ArgumentParser):
             "run directory of hllm train; under torchrun write --run-dir, because it takes --run for its own option"
         )
         self.add_argument("--run", "--run-dir", dest="run", type=Path, required=required, metavar="DIR", help=run_help)
-        code_help = "import the code of its own (module:Name) that the run's configuration names: it is executed"
+        code_help = "import (and so execute) custom code (module:Name) that the run's configuration names"
         self.add_argument("--allow-code", action="store_true", help=code_help)
         if checkpoint:
             given = "best" if required else None
             self.add_argument("--checkpoint", default=given, help="best (the default), latest, or a directory")
-            dataset_help = "dataset with the ids of the run's, or more (default: the newest version of the run's own)"
+            dataset_help = "dataset whose ids include the run's (default: the newest version of the run's dataset)"
             self.add_argument("--dataset", type=Path, metavar="DIR", help=dataset_help)
 
     def add_context(self) -> None:

@@ -34,6 +34,8 @@ from hllm_torchrec.launch.evaluate_options import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hllm_torchrec.evaluation.regression_gate import Verdict
     from hllm_torchrec.evaluation.sanity_checks import Overlap
 
@@ -42,7 +44,9 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm evaluate", description=__doc__)
     parser.add_run(required=False)
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test"), default="test", help="part to evaluate (default: test)"
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -56,7 +60,7 @@ def build_parser() -> CommandParser:
         nargs="+",
         default=[],
         metavar="NAME=PATH",
-        help="the same with chosen names, or prediction files of any origin (Parquet, CSV)",
+        help="like --compare, with names of your choice; or prediction files of any origin (Parquet, CSV)",
     )
     parser.add_argument("--output", type=Path, help="directory for metrics and report (default: the run)")
     parser.add_argument(
@@ -64,7 +68,9 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--no-tensorboard", action="store_true", help="do not write TensorBoard scalars")
     gate = parser.add_argument_group("regression gate")
-    gate.add_argument("--baseline", metavar="FILE", help="a metrics.json of the same rows, or the name of a model here")
+    gate.add_argument(
+        "--baseline", metavar="FILE", help="a metrics.json for the same rows, or the name of a compared model"
+    )
     gate.add_argument("--max-drop", type=float, help="largest drop of AUC allowed (default: 0)")
     gate.add_argument("--max-gauc-drop", type=float, help="judge GAUC, too: largest drop allowed (default: AUC alone)")
     gate.add_argument(
@@ -73,7 +79,9 @@ def build_parser() -> CommandParser:
         metavar="TASK=DROP",
         help="judge further tasks, too: largest drop of AUC (of XAUC for numbers) allowed for each (docs/tasks.md)",
     )
-    gate.add_argument("--on-unsure", choices=("fail", "pass"), help="if chance may explain the drop (default: fail)")
+    gate.add_argument(
+        "--on-unsure", choices=("fail", "pass"), help="verdict if chance may explain the drop (default: fail)"
+    )
     add_arguments(parser)
     return parser
 
@@ -139,7 +147,8 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
         own = {storage.folder.resolve().name: scores.predictions} if scores.predictions else {}
         overlap = None
         if own or others:
-            metrics, overlap = _measure(args, own | others, True, scores.provenance)
+            counts = scores.dataset.training_item_counts()
+            metrics, overlap = _measure(args, own | others, True, scores.provenance, counts)
             metrics["retrieval"] = scores.retrieval
         else:
             metrics = retrieval_alone(args.split, scores.retrieval, scores.provenance)
@@ -151,21 +160,29 @@ def _evaluate_run(args: argparse.Namespace, others: dict[str, Path]) -> "Verdict
 
 
 def _measure(
-    args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
+    args: argparse.Namespace,
+    paths: Mapping[str, Path],
+    paired: bool,
+    provenance: Mapping[str, Any],
+    item_events: "np.ndarray | None" = None,
 ) -> "tuple[dict[str, Any], Overlap | None]":
     """Content of metrics.json, from predictions on all ranks; the first model is the reference of comparisons.
 
-    Another job may replace the predictions meanwhile: then it is an error, as a mixture of both would be scored.
+    If another job replaces the predictions meanwhile, this is an error: a mixture of both would be scored.
     paired: the predictions were written by this library's jobs, and rows are matched by user and position. Collective.
     """
     from hllm_torchrec.evaluation.prediction_files import unchanged_files
 
     with unchanged_files(paths.values()):
-        return _measure_files(args, paths, paired, provenance)
+        return _measure_files(args, paths, paired, provenance, item_events)
 
 
 def _measure_files(
-    args: argparse.Namespace, paths: Mapping[str, Path], paired: bool, provenance: Mapping[str, Any]
+    args: argparse.Namespace,
+    paths: Mapping[str, Path],
+    paired: bool,
+    provenance: Mapping[str, Any],
+    item_events: "np.ndarray | None",
 ) -> "tuple[dict[str, Any], Overlap | None]":
     from hllm_torchrec.common.machine import machine_info
     from hllm_torchrec.distributed.coordination import run_on_rank_zero, world_size
@@ -175,7 +192,9 @@ def _measure_files(
     models, layout = describe(paths, args)
     memory = MEMORY if args.memory is None else args.memory
     settings = EvaluationSettings(args.split, memory, args.draws, spill=args.spill)
-    metrics, overlap = evaluate_files(models, layout, settings, paired=paired, train=args.train)
+    metrics, overlap = evaluate_files(
+        models, layout, settings, paired=paired, train=args.train, item_events=item_events
+    )
     columns = {name: value for name, value in vars(layout).items() if value and name != "tasks"}
     origin = {"columns": columns, "world": world_size(), "machine": machine_info()} | dict(provenance)
     if paired:
@@ -275,7 +294,7 @@ def write_results(
 
 
 def _task_limits(args: argparse.Namespace) -> dict[str, float]:
-    """Task -> largest allowed drop, of `--max-task-drop`. Raises ValueError for an entry that is none."""
+    """Task -> largest allowed drop, of `--max-task-drop`. Raises ValueError for a malformed entry."""
     found = {}
     for entry in args.max_task_drop or ():
         task, equals, drop = entry.rpartition("=")

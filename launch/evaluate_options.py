@@ -22,16 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Parquet or CSV with a label (0 or 1) and a score per row; all models need the same rows in the same order. "
         f"Columns named {', '.join(STANDARD_COLUMNS.values())} are used automatically; NONE ignores one.",
     )
-    group.add_argument("--score", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: score")
     group.add_argument(
-        "--probability", nargs="+", default=[], metavar="[NAME=]COLUMN", help="default: probability, if it exists"
+        "--score", nargs="+", default=[], metavar="[NAME=]COLUMN", help="column of scores (default: score)"
+    )
+    group.add_argument(
+        "--probability",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]COLUMN",
+        help="column of probabilities (default: probability, if it exists)",
     )
     for name, column in STANDARD_COLUMNS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", help=f"default: {column}, if it exists")
+        group.add_argument(
+            f"--{name.replace('_', '-')}", metavar="COLUMN", help=f"column to use (default: {column}, if it exists)"
+        )
     group.add_argument(
         "--slices", nargs="+", default=[], metavar="COLUMN", help="report every value of these columns separately"
     )
-    group.add_argument("--train", nargs="+", default=[], metavar="PATH", help="training exposures, to find overlaps")
+    group.add_argument(
+        "--train", nargs="+", default=[], metavar="PATH", help="training exposures, to find overlaps and cold items"
+    )
     group.add_argument(
         "--memory",
         type=size,
@@ -104,7 +114,7 @@ def refuse_without_effect(args: argparse.Namespace, ranks_exposures: bool) -> No
     for option in ("checkpoint", "dataset"):
         if getattr(args, option) is not None and args.run is None:
             given = f"--{option} {getattr(args, option)}"
-            raise ValueError(f"{given} is of a run; name it with --run-dir, or leave it out")
+            raise ValueError(f"{given} applies to a run; name the run with --run-dir, or leave the option out")
     for option in ("max_drop", "max_gauc_drop", "max_task_drop", "on_unsure"):
         if getattr(args, option) is not None and args.baseline is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`hllm nightly`: the night as one job. Appends the day, trains on what is new, compares, and publishes.
+"""`hllm nightly`: nightly training as one job: appends the day, trains on it, compares, and publishes.
 
     hllm nightly --config night.yaml
     hllm nightly --config night.yaml --night 2023-11-22 --steps train evaluate
@@ -26,11 +26,21 @@ REJECTED = 3
 def build_parser() -> CommandParser:
     """Build the command line parser, without the fields of the configuration."""
     parser = CommandParser(prog="hllm nightly", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", required=True, type=Path, help="YAML of the night; options override its fields")
-    night_help = "its name (default: the oldest one that was begun and not finished, else today's date, UTC)"
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=Path,
+        help="configuration of the nightly job (YAML); options override its fields",
+    )
+    night_help = "name of the night (default: the oldest that was begun and not finished, else today's date, UTC)"
     parser.add_argument("--night", metavar="NAME", help=night_help)
     parser.add_argument(
-        "--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}"
+        "--steps",
+        nargs="+",
+        choices=STEPS,
+        default=STEPS,
+        metavar="STEP",
+        help=f"steps to run, some of {', '.join(STEPS)}",
     )
     return parser
 
@@ -45,7 +55,7 @@ def run(args: argparse.Namespace, options: list[str]) -> int:
     from hllm_torchrec.lifecycle.night_config import NightConfig
 
     given = [f"--config={args.config}", *options]
-    config = load_dataclass(NightConfig, given, prog="hllm nightly", description="Run a night.")
+    config = load_dataclass(NightConfig, given, prog="hllm nightly", description="Run the nightly job.")
     for increment in (False, True):
         config.train_config({}, increment=increment)  # report errors before large imports
 

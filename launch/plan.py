@@ -30,7 +30,12 @@ UNKNOWN_ROWS = 1000
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm plan", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration; its options may follow")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="configuration file; options such as --parallel.dense override its fields",
+    )
     parser.add_argument("--nodes", type=positive, default=1, help="number of hosts (default: 1)")
     parser.add_argument("--gpus", type=positive, default=8, help="ranks per host (default: 8)")
     parser.add_argument(
@@ -146,7 +151,7 @@ def passes(dataset: "Dataset", config: "Config", world: int) -> tuple[float, flo
 
 
 def mean_tokens(root: Path, config: "Config") -> float | None:
-    """Mean tokens per text of the dataset, if it has been tokenised: with the configured settings, else the longest.
+    """Mean tokens per text, by the token store with the configured settings, else by the one with the longest texts.
 
     Tokens of a shared prefix are excluded if it is encoded once for all items.
     """
@@ -165,7 +170,7 @@ def mean_tokens(root: Path, config: "Config") -> float | None:
         as_asked = asked == tuple(store.facts[name] for name in ("prompt", "keys", "separator", "max_text_length"))
         shared = store.begins_with_prefix.mean() * len(store.prefix) if item.share_prefix and form.causal else 0.0
         found.append((as_asked, float(store.lengths.mean() - shared)))
-    # True sorts after False: texts tokenised with the configured settings take precedence over longer ones.
+    # True sorts after False: texts tokenized with the configured settings take precedence over longer ones.
     return max(found)[1] if found else None
 
 
@@ -236,8 +241,8 @@ def as_text(config: "Config", work: "Workload", machine: "Machine", estimate: "E
         f"{machine.flops / 1e12:,.0f} TFLOP/s",
         f"  {'traffic':<18} {estimate.seconds['traffic']:>10.4f}  at {machine.bandwidth / 1e9:,.0f} GB/s, "
         f"and {machine.intra / 1e9:,.0f} GB/s within a node",
-        f"  {'a step':<18} {max(estimate.seconds.values()):>10.4f}  with all traffic behind compute, "
-        f"{sum(estimate.seconds.values()):.4f} with none",
+        f"  {'a step':<18} {max(estimate.seconds.values()):>10.4f}  if all traffic overlaps with compute, "
+        f"{sum(estimate.seconds.values()):.4f} if none does",
     ]
     shards = largest_shards(estimate)
     if estimate.tables:

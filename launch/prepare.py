@@ -30,7 +30,8 @@ EXAMPLES = "\n".join(
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm prepare", description=__doc__, epilog=EXAMPLES, output_may_be_url=True)
-    parser.add_argument("--source", required=True, choices=list(SOURCES))
+    source_help = "kind of the data; table: your own files, described by a mapping"
+    parser.add_argument("--source", required=True, choices=list(SOURCES), help=source_help)
     parser.add_argument("--output", required=True, type=Path, help="dataset directory to write, or its URL")
     parser.add_argument(
         "--path",
@@ -40,7 +41,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--items", type=Path, help="; ".join(f"{name}: {kind.items}" for name, kind in SOURCES.items() if kind.items)
     )
-    parser.add_argument("--split", choices=RULES, help="default: time, or date if dates are given")
+    parser.add_argument(
+        "--split", choices=RULES, help="division into train, valid and test (default: time, or date if dates are given)"
+    )
     parser.add_argument(
         "--fractions",
         nargs=3,
@@ -72,11 +75,13 @@ def build_parser() -> CommandParser:
         type=float,
         metavar="SHARE",
         help="a kind of bad rows that is more than this share of a table is an error even if it is dropped or kept, "
-        "unless the mapping chooses so (default: 0.2)",
+        "unless the mapping chooses that handling (default: 0.2)",
     )
     parser.add_argument("--time-unit", choices=TIME_UNITS, help="pixelrec: unit of the timestamps (default: seconds)")
-    parser.add_argument("--stars", action="store_true", help="ml-100k, ml-1m: the rating as an ordinal label, too")
-    parser.add_argument("--html", choices=("clean", "keep"), help="amazon: HTML in texts (default: clean)")
+    parser.add_argument("--stars", action="store_true", help="ml-100k, ml-1m: add the rating as an ordinal label")
+    parser.add_argument(
+        "--html", choices=("clean", "keep"), help="amazon: remove HTML from texts, or keep it (default: clean)"
+    )
     parser.add_argument("--min-events", type=int, help="k of the k-core; 0: none (default: 5 for amazon, else 0)")
     parser.add_argument(
         "--core",
@@ -84,19 +89,26 @@ def build_parser() -> CommandParser:
         choices=("iterative", "published"),
         help="iterative: the true k-core; published: the single pass of the HLLM and HSTU Books protocol",
     )
-    parser.add_argument("--users-per-row-group", type=int, default=256)
+    parser.add_argument(
+        "--users-per-row-group",
+        type=int,
+        default=256,
+        help="most users in a row group, the unit that ranks read (default: 256)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --output")
     parser.add_argument(
         "--append",
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="add a version with new events to what is there; table: the new event files (default: the mapping's)",
+        help="add new events as a new version of the dataset; table: FILE has the new events (default: the mapping's)",
     )
     parser.add_argument(
         "--extend", action="store_true", help="prepare a full export again, keep all ids, append the new ones"
     )
-    parser.add_argument("--allow-fewer", action="store_true", help="--extend from fewer events than there are")
+    parser.add_argument(
+        "--allow-fewer", action="store_true", help="let --extend accept fewer events than the dataset has"
+    )
     parser.add_argument("--cache-dir", type=Path, help="folder for downloaded files")
     return parser
 
@@ -140,7 +152,7 @@ def check_append_options(args: argparse.Namespace, rule: str) -> None:
             "--valid-until); leave --split out"
         )
     if args.min_events:
-        raise ValueError(f"--append --min-events {args.min_events}: a k-core is one of all events; leave it out")
+        raise ValueError(f"--append --min-events {args.min_events}: a k-core needs all events; leave it out")
     if args.hold_out_items:
         raise ValueError(f"--append --hold-out-items {args.hold_out_items:g}: held-out items are fixed; leave it out")
 
@@ -159,7 +171,7 @@ def summary(path: Path, name: str = "") -> str:
     for what in ("dropped", "kept"):
         if counts[what] and "version" not in manifest:
             lines.append(f"  {what}: {json.dumps(counts[what])}")
-    users = () if manifest.get("appends") else user_notes(manifest)  # of an append, `describe_append` says it
+    users = () if manifest.get("appends") else user_notes(manifest)  # for an append, `describe_append` reports it
     lines += [f"  {note}" for note in (*users, *manifest.get("notes", ()))]
     return "\n".join(lines)
 

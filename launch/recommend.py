@@ -1,7 +1,7 @@
 """`hllm recommend`: prints a user's history and a run's recommendations, with titles.
 
 hllm recommend --run runs/quickstart --user 196 --top 20
-hllm recommend --run runs/shop --user u7 --context '{"page": "home"}'     # of a run with `data.context`
+hllm recommend --run runs/shop --user u7 --context '{"page": "home"}'     # for a run with `data.context`
 """
 
 import argparse

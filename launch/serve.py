@@ -28,7 +28,9 @@ def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm serve", description=__doc__)
     parser.add_run()
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
     parser.add_argument("--port", type=natural, default=8400, help="port; 0: a free one, which is printed")
     parser.add_argument(
         "--token-file",
@@ -37,7 +39,11 @@ def build_parser() -> CommandParser:
         help="file with the bearer token that requests need; required for another --host, and to delete or reload",
     )
     parser.add_argument(
-        "--cache", type=positive, default=1024, metavar="MIB", help="memory of users' states (default: 1024)"
+        "--cache",
+        type=positive,
+        default=1024,
+        metavar="MIB",
+        help="MiB of memory for cached user states (default: 1024)",
     )
     parser.add_argument(
         "--items", type=Path, metavar="STORE", help="store of hllm embed --items: read it instead of encoding the texts"
@@ -52,21 +58,37 @@ def build_parser() -> CommandParser:
         "--index",
         choices=("flat", "ivf", "none"),
         default="flat",
-        help="of the items, for /v1/recommend: exact (default), in cells, or none: all items are ranked",
+        help="item index for /v1/recommend: flat (exact, the default), ivf (approximate), or none (the head ranks all)",
     )
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="requests of a batch (default: 16)")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="MS", help="wait of a batch for more requests (default: 0)"
+        "--batch", type=positive, default=16, metavar="N", help="maximum number of requests in a batch (default: 16)"
     )
-    parser.add_argument("--queue", type=positive, default=256, metavar="N", help="requests that wait (default: 256)")
     parser.add_argument(
-        "--deadline", type=positive_number, default=1000.0, metavar="MS", help="of a request (default: 1000)"
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="milliseconds that a batch waits for more requests (default: 0)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="maximum number of unanswered requests; further ones get 429 (default: 256)",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=positive_number,
+        default=1000.0,
+        metavar="MS",
+        help="milliseconds within which a request must be answered, else 503 (default: 1000)",
     )
     parser.add_argument(
         "--watch",
         type=positive_number,
         metavar="S",
-        help="look for another release so often, and reload",
+        help="check every S seconds whether the checkpoint, its calibration or the dataset has changed, and reload",
     )
     parser.add_argument(
         "--max-change",
@@ -124,7 +146,7 @@ def default_state(run: Path) -> Path:
     """
     if "://" in str(run) or ":/" in str(run):
         raise ValueError(f"--run {run}: at a URL: give --state, a file of this machine")
-    if not run.exists():  # the file's folder would make it
+    if not run.exists():  # opening the event log would create the folder of a run that does not exist
         raise ValueError(f"{run}: no such file or directory")
     folder, name = nights_folder(run) or run, Path("serving", "events.sqlite")
     if folder != run and (run / name).exists() and not (folder / name).exists():

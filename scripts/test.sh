@@ -104,7 +104,7 @@ trap 'kill "$checking" 2>/dev/null || true; rm -f "$said"' EXIT
 echo "== pytest"
 export OMP_NUM_THREADS=1 # the tests run side by side, and many start ranks of their own
 status=0
-"$python" -m pytest -n 3 --dist worksteal -m "$chosen" "${pytest_args[@]}" || status=$?
+"$python" -m pytest -n 2 --dist worksteal -m "$chosen" "${pytest_args[@]}" || status=$?
 echo "== mypy"
 wait "$checking" || status=1
 cat "$said"

@@ -90,7 +90,13 @@ def _value_problems(value: Any, kind: Any, name: str) -> list[str]:
         return [p for i, entry in enumerate(value) for p in dataclass_problems(entry, element, f"{name}[{i}]")]
     if value is None and type(None) not in typing.get_args(kind):
         return [_wrong(name, value, kind)]
-    return [] if _fits(kind, value) else [_wrong(name, value, kind)]
+    return [] if _is_of(kind, value) or _fits(kind, value) else [_wrong(name, value, kind)]
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """True for a plain value of exactly this type, as most of a saved configuration: jsonargparse need not be asked."""
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return type(value) in (typing.get_args(kind) if union else (kind,))
 
 
 def _wrong(name: str, value: Any, kind: Any) -> str:

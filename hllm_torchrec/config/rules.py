@@ -218,7 +218,7 @@ def _store_problems(config: "Config") -> Iterator[str]:
     if not takes_stored_items(config):
         for name, value, nothing in (("store", item.store, None), ("adapter", item.adapter, 0)):
             if value != nothing:
-                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; write so, or leave it out"
+                yield f"item_llm.{name}: {value!r}: no stage has item_embeddings: stored; set it, or leave this out"
         return
     for number, stage in enumerate(config.stages):
         if stage.item_embeddings != "stored":
@@ -295,8 +295,8 @@ def _encoder_problems(config: "Config") -> Iterator[str]:
         )
     if getattr(shape, "time_of", "event") == "next" and config.objective.has_head:
         yield (
-            "user.shape.time_of: 'next': only with objective.fusion none: a history that knows when the next event "
-            "was would tell what is to be classified; write event"
+            "user.shape.time_of: 'next': only with objective.fusion none: the time of the next event, which is to be "
+            "classified, would be known to the history; write event"
         )
 
 
@@ -377,13 +377,13 @@ def _task_problems(config: "Config") -> Iterator[str]:
 
 
 def _drawn_problems(config: "Config") -> Iterator[str]:
-    """Drawn negatives with what has no meaning for them."""
+    """Settings that do not fit drawn negatives."""
     drawn, objective = config.data.drawn_negatives, config.objective
     stores = (drawn.item_store, drawn.user_store)
     if (drawn.by == "hard") != all(stores) or any(stores) != all(stores):
         yield (
-            f"data.drawn_negatives.by: {drawn.by!r}: item_store and user_store, both, belong to hard negatives, and to "
-            "these only"
+            f"data.drawn_negatives.by: {drawn.by!r}: hard negatives need both item_store and user_store, all other "
+            "kinds neither"
         )
     if not drawn.count:
         return

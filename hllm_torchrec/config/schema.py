@@ -61,7 +61,7 @@ class DrawnNegativesConfig:
     user_store: str | None = None
     """hard: store of `hllm embed --users` of the same run."""
     top: int = 100
-    """hard: number of items of each user."""
+    """hard: number of candidates per user."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class DataConfig:
     dataset: str = "data/ml-100k"
     """Directory written by `hllm prepare`."""
     version: int | None = None
-    """Version of the dataset; none given: the newest one at the start of a run, with which a resumed run continues,
-    while jobs on the run read the newest one of their day."""
+    """Version of the dataset; none given: the newest one when the run starts. A resumed run continues with that
+    version; other jobs on the run read the newest one when they start."""
     history: Literal["all", "positive"] = "all"
     """Earlier events that form the history: all events with their actions, or only those with label 1, as in the
     paper."""
@@ -124,8 +124,8 @@ class DataConfig:
     """Train on exposures and targets from this moment on (a date, a date-time in UTC, or seconds); older events are
     their history. None: on all of them. For nightly increments on what is new."""
     train_late_after: int | None = None
-    """With `train_since`: train also on earlier events that came late, in versions of the dataset after this one, which
-    is that of `start_from`. None: they are history only."""
+    """With `train_since`: number of a dataset version, normally that of `start_from`; also train on events before
+    `train_since` that arrived in later versions. None: such late events are history only."""
     feedback_delay: int = 0
     """Seconds from an event until it may be seen: a request sees only events more than this long before it, in
     training, evaluation, embedding jobs and the scorer alike. The delay of the event feed in production."""
@@ -143,9 +143,9 @@ class ItemLLMConfig:
     enabled: bool = True
     """False: no text; items are represented by their IDs (an ID-only sequence model)."""
     pretrained: str | None = None
-    """Hugging Face directory with weights and tokeniser."""
+    """Hugging Face directory with weights and tokenizer."""
     tokenizer: str | None = None
-    """Tokeniser directory, if it is not in the directory of the weights."""
+    """Directory of the tokenizer, if it is not that of the weights."""
     shape: dict[str, Any] | None = None
     """Hugging Face config of a model with random weights, instead of `pretrained`."""
     layers: int | None = None
@@ -241,7 +241,8 @@ class OpenTableConfig:
     """Table of an open vocabulary: any number of ids in a fixed number of rows (docs/retrieval.md)."""
 
     kind: Literal["hash"]
-    """hash: TorchRec's managed collisions (ZCH); an id has a row of its own until others need it more."""
+    """hash: TorchRec's managed collisions (ZCH); an id keeps a row of its own until another id takes it
+    after `evict_after` steps without use."""
     rows: int
     """At least this many rows, rounded up to a multiple of 15,360; about 1.5 times the number of ids in use."""
     evict_after: int = 10_000
@@ -325,15 +326,16 @@ class ObjectiveConfig:
     features: P(E) + ID + item features, also available to an ID-only model. auto: text if there is an Item LLM."""
     text_similarity: float = 0.0
     """Above 0: retrieval also compares an item's text embedding, in its full width, with the decayed mean of those of
-    the history; the weight of that cosine beside the learned one. It is not trained and does not change training: see
-    `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with item_llm.whiten."""
+    the history; the value is the weight of that cosine relative to the learned one. The weight is not trained and does
+    not change training: see `hllm_torchrec.modules.features.text_similarity`. Needs the item space features; best with
+    item_llm.whiten."""
     text_decay: float = 0.7
     """Weight of an event in that mean, and in the history of `transitions`, relative to the event after it."""
     transitions: float = 0.0
     """Above 0: retrieval also scores an item by a regression of the next item on the history (and on its texts, if the
-    Item LLM is frozen), which is solved when training starts; the weight beside the learned cosine of a score that is 1
-    on average for what came next in training. It does not change training: see `hllm_torchrec.data.transitions`. Needs
-    the item space features."""
+    Item LLM is frozen), which is solved when training starts; the value is the weight, relative to the learned cosine,
+    of this score, whose mean is 1 for the items that came next in training. It does not change training: see
+    `hllm_torchrec.data.transitions`. Needs the item space features."""
     generative_loss: Literal["infonce", "bce"] = "infonce"
     """infonce: Eq. (1), a sampled softmax; bce: binary cross-entropy of the positive plus the mean over the negatives
     (SASRec)."""
@@ -468,9 +470,9 @@ class EvaluationConfig:
     """User pieces per rank and step."""
     history: Literal["request", "split"] = "request"
     """Events that an exposure of a user with more than `data.max_history` events sees in a dataset split by time.
-    request: a function of the events before it alone, as in the scorer (`window_start`); split: those from half of
-    `data.max_history` before the user's first exposure of the split on, as in runs of earlier versions, which keep
-    it."""
+    request: the events that the scorer would read at that time (`window_start`), whatever the split; split: the events
+    from half of `data.max_history` before the user's first exposure of the split on. Runs of earlier versions keep
+    `split`."""
     auc: Literal["exact", "approximate"] = "exact"
     """AUC during training: exact, or from a histogram with bounded error. `hllm evaluate` is always exact."""
     retrieval: bool = False
@@ -485,7 +487,7 @@ class EvaluationConfig:
     """Uniform draws per exposure with data.drawn_negatives: the same for all runs, each with the weight of the items
     that it stands for."""
     ks: tuple[int, ...] = (10, 50, 200)
-    """K of Recall@K and NDCG@K; the first one selects the best checkpoint."""
+    """K of Recall@K and NDCG@K; with fusion `none` NDCG at the first one selects the best checkpoint."""
     keep_last: int = 2
     """Number of recent checkpoints retained, in addition to the best."""
 
@@ -497,8 +499,9 @@ class Config:
     output: str = "runs/default"
     """Run directory: log, checkpoints, predictions, metrics."""
     recipe: Literal["ranking", "retrieval"] | None = None
-    """Task whose settings `hllm train` chooses by what is in the dataset, and prints with the reason; what this file or
-    an option sets stays. The run saves the choices, and null here; `hllm init` writes them into a file."""
+    """Task for which `hllm train` chooses settings from the contents of the dataset. It prints each with the reason,
+    and keeps what this file or an option sets. The saved configuration of the run has the choices, and `recipe: null`;
+    `hllm init` writes the choices into a file."""
     seed: int = 0
     """Random seed of weights, shuffling, negatives and dropout."""
     resume: bool = False
@@ -507,7 +510,7 @@ class Config:
     start_from: str | None = None
     """Start with the weights of another run's best checkpoint (given its directory) or of the given checkpoint. Tables
     may have more rows now: known ids keep theirs. The Item LLM and the user encoder must be the same; other parts that
-    it lacks keep their initial values."""
+    the other run lacks keep their initial values."""
     start_from_optimizer: bool = False
     """Also start with the state of its optimizers (means of gradients, Adagrad's sums): for a run that continues
     training on newer events. The steps, and with them the learning rate schedule, begin at 0."""

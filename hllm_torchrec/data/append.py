@@ -1,7 +1,8 @@
 """`append_events`: adds a version to a dataset from a source that holds only what is new.
 
-Nothing that is there is written again: a version is a folder with the new events by user, new and changed rows of
-items and users, and new values of features. The cost follows the source, apart from a scan over the known raw ids.
+A version is a folder with the new events by user, new and changed rows of items and users, and new values of features;
+existing files do not change. The cost follows the source, apart from a scan over the known raw ids, and from the
+folding of earlier appends that is due now and then (`data.folding`).
 """
 
 import logging
@@ -56,7 +57,7 @@ def append_events(
     """Add the source's events, items and users to the dataset in `root` as a new version; all ids are kept.
 
     Events of earlier versions (same user, second and item) are left out and counted. Rows of known items and users are
-    left out, or are newer versions of these rows if a text or a feature differs.
+    added only if a text or a feature differs, and then replace the earlier ones.
 
     Args:
         policy: handling of bad rows; None: the source's default.
@@ -133,13 +134,13 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
         if new != old:
             raise ValueError(
                 f"{where}: the {what} of the source are {new or 'none'}, those of the dataset {old or 'none'}; give "
-                "the source with which it was prepared, or prepare the whole again (--extend)"
+                "the source with which it was prepared, or prepare all data again (--extend)"
             )
     if not (source.has_timestamps and manifest["has_timestamps"]):
         raise ValueError(f"{where}: events without timestamps have no order across files; prepare all again (--extend)")
     if manifest["request"]["min_events"] > 1:
         raise ValueError(
-            f"{where}: a k-core is one of all events; prepare all again (--extend), or without --min-events"
+            f"{where}: a k-core needs all events; prepare them all again (--extend), or without --min-events"
         )
     if "hold_out_items" in manifest["split"]:
         raise ValueError(f"{where}: held-out items measure cold start on fixed events; prepare all again (--extend)")
@@ -156,11 +157,11 @@ def _check_split(split: Split | None, dataset: Dataset) -> None:
 
 
 def _with_event_files(dataset: Dataset) -> Dataset:
-    """The dataset, or for one of an earlier release a new version of it with event files."""
+    """The dataset; for one of an earlier release, a new version of it with event files is written first."""
     if chain_base(dataset.manifest) is not None:
         return dataset
     root, version = dataset.root, dataset.version + 1
-    logger.info("%s: writing the events once in the form that appends are merged with", root)
+    logger.info("%s: converting the events once to event files, which appends can be merged with", root)
     with draft_folder(root, BASES, version) as folder:
         found = write_base_events(dataset, folder)
         name = f"{BASES}/{version_name(version)}"
@@ -185,6 +186,7 @@ def _fold(
     Returns `appends` and `files` of the manifest.
     """
     old, name = dataset.manifest.get("appends", []), f"{APPENDS}/{version_name(version)}"
+    # Only the newest appends are folded, so the order of the versions is kept.
     number, level = appends_to_fold(old, added["events"])
     kept, folded = old[: len(old) - number], old[len(old) - number :]
     event_files, rows = changes.pop("event_files"), changes.pop("rows")
@@ -196,7 +198,7 @@ def _fold(
             for one in folded
         ]
         event_files = fold_appends([*parts, Append(own, event_files)], folder, rows)
-    else:
+    else:  # nothing to fold: the version's own files become its folder by a rename
         folder.rmdir()
         own.rename(folder)
     seconds = [second for one in (*folded, added) for second in one["seconds"] or ()]
@@ -208,6 +210,7 @@ def _fold(
         "events": added["events"] + sum(one["events"] for one in folded),
         "seconds": [min(seconds), max(seconds)] if seconds else None,
     }
+    # The new manifest lists the folded file only; the old folders stay for the versions that name them, until prune.
     gone = tuple(f"{one['folder']}/" for one in folded)
     files = {file: facts for file, facts in files_of_chain(dataset.manifest).items() if not file.startswith(gone)}
     return {"appends": [*kept, entry], "files": {**files, **file_facts(folder, name)}}
@@ -228,12 +231,14 @@ def _write(dataset: Dataset, source: Source, staged: Staged, folder: Path) -> tu
         if len(rows):
             folder.mkdir(exist_ok=True)
             pq.write_table(rows, folder / f"{name}.parquet", compression="zstd")
+    # Marks are hash chains: the new ids continue the chain of the version before, which is not read again.
     marks = dataset_marks(dataset)
     every = {"item_features": staged.item_words, "user_features": staged.user_words}
     every |= {"context_features": staged.context_words} if staged.context_words else {}
     changes: dict[str, Any] = {kind: {} for kind in every}
     for kind, words in every.items():
         for name, vocabulary in words.items():
+            # Ids of values are dense from 1 (0: unknown), so the rows from `known` on are the new values.
             known = int(dataset.manifest[kind][name]["size"]) - 1
             new = vocabulary.table().slice(known)
             changes[kind][name] = {"size": vocabulary.size}

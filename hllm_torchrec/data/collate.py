@@ -41,8 +41,8 @@ class _View:
     """Arrays of one piece after the history filter, or of all pieces of a batch after `_join`.
 
     history [T]: the events that are read; queries [Q]: the events that give each query its second and context;
-    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that were
-    kept where each is from; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
+    targets [X]: the exposures; numeric [Q, F]; evidence [X, F]. rates [X]: share of the negative exposures that was
+    kept when each was sampled; requests [N]: see `Piece`. The other names are those of `HybridBatch`; `target_query`,
     `request_query` and `next_rows` are relative to the piece's first query and row until the pieces are joined.
     """
 
@@ -68,14 +68,14 @@ class _View:
 class Collator:
     """Builds batches from pieces of `dataset` according to `spec`; `training` adds id dropout and L_gen's targets.
 
-    context: of requests; None: the spec names none.
+    context: context of the requests; None if the spec names none.
 
     evidence, of_fit: evidence of the exposures, and whether they are those of the training part to which it was fitted.
 
     stochastic_length: in training, selects the events of a long history that are read; every exposure and generative
     target stays (see `_view`).
 
-    draws: of negatives beside the exposures; None: none.
+    draws: source of negatives that are added to the exposures; None if there is none.
     """
 
     def __init__(
@@ -347,7 +347,7 @@ class Collator:
             ids = self.context.ids(view.queries, name, count=not self.training)[:queries]
             bags[CONTEXT + name] = ids, _present(np.concatenate([np.zeros(history, bool), asks]), slots)
         if spec.time_depth:
-            # The midnight after the last day of the time tables, at which a nightly job asks, is read as its end.
+            # A nightly job may ask at midnight after the last day of the time tables: read as that day's last second.
             asked = view.queries.timestamps[:queries]
             asked = np.where(asked == MAX_SECOND + 1, MAX_SECOND, asked)
             stamps = np.concatenate([view.history.timestamps[is_item], asked])
@@ -391,7 +391,7 @@ class Collator:
         return np.where(dropped & (item_of_slot > 0), 0, item_of_slot)
 
     def _numeric(self, view: _View, item_slots: int) -> torch.Tensor | None:
-        """[S, F] numeric features, zero except at queries, and numeric context, NaN there; None without either."""
+        """[S, F] numeric features (0 except at queries) and numeric context (NaN except at queries), or None."""
         if not (self.spec.numeric_features or self.context.numeric):
             return None
         fusion = self.spec.fusion

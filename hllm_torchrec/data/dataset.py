@@ -318,7 +318,7 @@ class Dataset:
         return [column.name for column in self.schema.columns]
 
     def heads(self, group: RowGroup, since: int = 0) -> RowHeads:
-        """What is known of a group's rows; of Parquet files a column is read for it.
+        """What is known of a group's rows without their events; for Parquet files one column of events is read.
 
         since: second UTC before which `before` counts events; 0: none.
         """
@@ -338,7 +338,7 @@ class Dataset:
         return self.merged.read(users, group.part, columns or self._columns, skipped)
 
     def recent(self, split: str, since: int, columns: Sequence[str]) -> Iterator[Events]:
-        """The events of a part's rows from a second on, group by group; 0: all. `columns` has the timestamps."""
+        """The events of a part's rows from second `since` on (`columns` must have timestamps), by group; 0: all."""
         for group in self.row_groups(split, since) if since else self.row_groups(split):
             rows = (
                 self.tails(group, self.heads(group, since).before, columns)

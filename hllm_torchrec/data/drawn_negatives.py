@@ -1,11 +1,11 @@
 """Negatives drawn for the ranking head from the catalogue, for data in which every event is positive.
 
 For each exposure `count` items are drawn from q and shown at its request with label 0; a draw of the exposure's own
-item is left out. Item j is then a negative of a request with r_j = count * q_j expected times, where the whole
-catalogue beside the chosen item would give one. With the correction of thinned-out negatives (`data.task_targets`),
-z_train = z - log r_j on positive and negative rows alike, z is the logit of P(a request chooses j): in the sample the
-odds of a positive row of j are P_j / (r_j (1 - P_j)). This holds for any q above 0. In evaluation the draws are uniform
-and the same for all runs, and each negative weighs 1 / r, so that metrics are those of ranking in the catalogue.
+item is left out. Item j is then a negative of a request r_j = count * q_j times on average; with the whole catalogue as
+negatives it would be one exactly once. With the correction of thinned-out negatives (`data.task_targets`), z_train = z
+- log r_j on positive and negative rows alike, z is the logit of P(a request chooses j): in the sample the odds of a
+positive row of j are P_j / (r_j (1 - P_j)). This holds for any q above 0. In evaluation the draws are uniform and the
+same for all runs, and each negative weighs 1 / r, so that metrics are those of ranking in the catalogue.
 
     uniform      q_j = 1 / N
     popularity   q_j proportional to 1 + training events of j
@@ -55,7 +55,8 @@ class NegativeDraws:
     Args:
         items: candidates [n].
         count: draws per exposure.
-        candidates: hard: (items [n], offsets [users + 1]) of each user; users without any draw uniformly.
+        candidates: hard: (items [n], offsets [users + 1]) of each user; for users without candidates all draws are
+            uniform.
     """
 
     def __init__(
@@ -82,14 +83,17 @@ class NegativeDraws:
         """The exposures `targets` [X] of a piece and their draws; pool: items of all exposures of the step."""
         users = np.full(targets.size, piece.user_id)
         positions, own = targets + piece.offset, piece.item_ids[targets]
+        # One uniform number per draw, a hash of (seed, epoch, user, position, draw): the same on any rank, in any
+        # batch.
         numbers = np.tile(np.arange(self.count), targets.size)
         keys = (np.full(numbers.size, self._seed), np.full(numbers.size, epoch))
         again = (np.repeat(column, self.count) for column in (users, positions))
         at = hash_columns(*keys, *again, numbers) / 2.0**64
         drawn = self._item_at(at, pool, piece.user_id)
-        kept = drawn != np.repeat(own, self.count)
+        kept = drawn != np.repeat(own, self.count)  # the exposure's own item is no negative
         source = np.concatenate([targets, np.repeat(targets, self.count)[kept]])
         events = Events.concat([piece[targets], self._negatives(piece[source[targets.size :]], drawn[kept])])
+        # STRIDE is above every position of a sequence, so (user, position) stays unique over exposures and draws.
         places = np.concatenate([positions, np.repeat(positions, self.count)[kept] + (numbers[kept] + 1) * STRIDE])
         return DrawnRows(source, events, self.rates(events.item_ids, piece.user_id), places)
 

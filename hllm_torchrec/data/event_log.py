@@ -1,10 +1,11 @@
 """Events that a service was given, by user, in SQLite: what is appended is on the disk when `append` returns.
 
 The file is in write-ahead mode with full synchronization, so a kill or a power failure loses nothing that was
-acknowledged. It holds raw ids; a forgotten user's events are overwritten, and of the user a keyed hash stays, so that
-the history of an older dataset is not read again.
+acknowledged. It holds raw ids. A forgotten user's events are overwritten on disk; only a keyed hash of the user's id
+remains, so that the user's events in a dataset that still has them are not read again.
 
-Events that the dataset has gained meanwhile are in both; `ServiceHistories` counts them once.
+Events that a newer dataset version also contains are in both the log and the dataset; `ServiceHistories` counts them
+once.
 """
 
 import hashlib
@@ -67,7 +68,7 @@ class EventLog:
         if found["format"] != FORMAT:
             raise ValueError(f"{path}: format {found['format']}, not {FORMAT}: give --state another file")
         self._key = bytes.fromhex(found["key"])
-        self.readers: list[Callable[[str], None]] = []
+        self.listeners: list[Callable[[str], None]] = []
         """Called with a user whose events have changed, after they are on the disk and before `append` returns."""
 
     @contextmanager
@@ -87,7 +88,7 @@ class EventLog:
             self._connection.executemany(
                 "INSERT INTO events (user, item, timestamp, label, action) VALUES (?, ?, ?, ?, ?)", rows
             )
-        for reader in list(self.readers):
+        for reader in list(self.listeners):
             reader(user)
 
     def of_user(self, user: str, after: int = 0) -> tuple[list[LoggedEvent], int]:
@@ -109,7 +110,7 @@ class EventLog:
                 self._connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (self._hash(user),))
             # What was deleted would stay in the write-ahead file until it is written over.
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        for reader in list(self.readers):
+        for reader in list(self.listeners):
             reader(user)
         return int(deleted)
 
@@ -125,7 +126,7 @@ class EventLog:
                     deleted += self._connection.execute("DELETE FROM events WHERE item = ?", (item,)).rowcount
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         for user in users:
-            for reader in list(self.readers):
+            for reader in list(self.listeners):
                 reader(user)
         return deleted
 

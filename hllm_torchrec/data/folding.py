@@ -1,8 +1,8 @@
 """Folding of appends, so that reading a year of days costs little more than reading one base.
 
-Of every two appends of a level one of the next is made, and appends that have outgrown their base become a new base
-together with it: an event is copied by one append in so many, a few times in all, without parsing text or looking up
-ids. A version's manifest lists the folded files in the place of those that they hold; earlier versions keep their own.
+Every two appends of a level are folded into one of the next level, and appends that have outgrown their base are
+folded with it into a new base. So an event is copied only a few times in all, without parsing text or looking up ids. A
+version's manifest lists the folded files instead of those whose contents they have; earlier versions keep their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ from hllm_torchrec.data.validation import TableRows, read_table
 FACTOR = 2
 """Number of appends of a level that one of the next level holds."""
 MOST_EVENTS = 20_000_000
-"""Largest number of events that an append folds; larger ones are few, and folding is done in memory."""
+"""Largest number of events that are folded, in memory; larger appends are few, and stay as they are."""
 OUTGROWN, LEAST_EVENTS = 0.125, 50_000
-"""Share of the base's events, and number, that the events of the appends may reach."""
+"""Appended events above this share of the base's events, and above this number, are folded with the base."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Append:
 
 
 def appends_to_fold(appends: Sequence[dict[str, Any]], events: int) -> tuple[int, int]:
-    """(number of the last entries of `appends` to fold with a new one of so many events, level of the result)."""
+    """(number of the last entries of `appends` to fold with a new one of `events` events, level of the result)."""
     level = taken = 0
     while True:
         same = 0
@@ -50,7 +50,7 @@ def appends_to_fold(appends: Sequence[dict[str, Any]], events: int) -> tuple[int
 
 
 def is_outgrown(manifest: Mapping[str, Any]) -> bool:
-    """True if a version's appends shall become a new base with its base."""
+    """True if a version's appends should be folded with its base into a new one."""
     whole, appended = manifest["counts"]["events"], sum(one["events"] for one in manifest.get("appends", ()))
     return whole <= MOST_EVENTS and appended > max(LEAST_EVENTS, OUTGROWN * (whole - appended))
 

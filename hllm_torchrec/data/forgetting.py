@@ -2,7 +2,8 @@
 
 Files of a version are never changed. What holds an event or a row of a forgotten id is written again without it, below
 `bases/<version>` of a new version, and the manifests of all kept versions name the new files (`data.rewriting`). So no
-reader of any version finds the events, and no number changes. `prune` removes the old files, `erase` does at once.
+reader of any version finds the events, and no number changes. `prune` removes the old files later; with `erase` they
+are removed at once.
 
 A process that is killed leaves each version as it was or without the ids; the same call finishes the rest.
 """
@@ -78,7 +79,7 @@ class DatasetReport:
 
 
 def forget(root: Path, names: Names, *, erase: bool = False, dry_run: bool = False) -> DatasetReport:
-    """Forget ids in every kept version of the dataset in `root`; also ids that only a later source may have.
+    """Forget ids in every kept version of the dataset in `root`; ids that it lacks are recorded for later sources.
 
     Args:
         erase: also remove the old files, tokens of items and rows of item vectors, so that no byte of the ids is left.
@@ -152,6 +153,8 @@ def _rewrite(
             is_newest, has_any = number == dataset.version, any(n for own in numbers.values() for n in own.values())
             found = rewriting.without(one, {name: np.array([*own.values()], np.int64) for name, own in numbers.items()})
             report.found["versions"] += found is not None
+            # No event or row changes, but the tombstones do: the newest version, and any that has an id, must name
+            # them.
             if found is None and (is_newest or has_any) and tombstones != before:
                 found = rewriting.as_chain(one)
             if found is not None:

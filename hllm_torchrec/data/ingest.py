@@ -95,7 +95,7 @@ def _checked(
     )
     # null and NaN differ here: null is an event without a label, NaN a label that could not be read.
     unreadable = np.isnan(table["label"].fill_null(0).to_numpy())
-    texts, problem = table["label_text"], f"the label ({source.label_rule}) is not a number in its range"
+    texts, problem = table["text_of_label"], f"the label ({source.label_rule}) is not a number in its range"
     table = _handled(
         log, "nan_label", unreadable, table, path, lambda i: problem + (f": {texts[i]}" if texts[i].is_valid else "")
     )

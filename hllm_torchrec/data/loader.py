@@ -87,7 +87,7 @@ class Loader:
     ) -> None:
         self.dataset, self.collator, self.spec = dataset, collator, spec
         self.rank, self.world_size = rank, world_size
-        # A user of a late event need not have one since the second.
+        # A user with a late event may have no event from `since` on, so no group may be left out.
         since = spec.since if spec.late is None or not spec.late[0].size else 0
         self._groups = dataset.row_groups(spec.split, since or None)
         own = len(self._groups)
@@ -179,12 +179,12 @@ class Loader:
         return costs
 
     def _read(self, number: int) -> Sequences:
-        """The rows of a group, without events that no piece reads if most are such ones."""
+        """The rows of a group; events that no piece reads are left out if they are half of all or more."""
         group, lengths = self._groups[number], self._lengths[number]
         inside = slice(*np.searchsorted(self.pieces.group, [number, number + 1]))
         skipped = lengths.copy()  # a user without a piece is not read
         np.minimum.at(skipped, self.pieces.row[inside], self.pieces.start[inside])
-        # Evidence is of complete sequences.
+        # Evidence is computed from complete sequences.
         if self.collator.evidence is not None or 2 * skipped.sum() < lengths.sum():
             return self.dataset.sequences([group])
         return self.dataset.tails(group, skipped)
@@ -281,10 +281,11 @@ class Loader:
 
 
 def _late_ranges(late: tuple[Ints, Ints], user_ids: Ints) -> tuple[Ints, Ints, Ints]:
-    """Row, end and start of each range of consecutive late events of ascending `user_ids` [R]; 0: none of its."""
+    """Row, end and start of each range of consecutive late events of the users `user_ids` [R]; 0: leave the row out."""
     users, places = late
     own = np.isin(users, user_ids)
     users, places = users[own], places[own]
+    # A range begins where the user changes, or where a place does not follow the one before.
     first = np.flatnonzero((np.diff(users, prepend=0) != 0) | (np.diff(places, prepend=-1) != 1))
     last = np.append(first[1:], users.size) - 1
     order = np.argsort(user_ids, kind="stable")

@@ -31,7 +31,7 @@ _Int32 = NDArray[np.int32]
 class Cuts:
     """The split of a version.
 
-    rule: of `split.RULES`; fractions: shares of the parts, for "leave_last"; seconds: first second of valid and of
+    rule: one of `split.RULES`; fractions: shares of the parts, for "leave_last"; seconds: first second of valid and of
     test, for a split by time; of_base: True if the base was divided at the same cuts, so that its own starts hold,
     also within the second of a cut.
     """
@@ -149,7 +149,7 @@ class MergedSequences:
             moved = concat_ranges((np.cumsum(lengths[order]) - lengths[order])[place], lengths)
             return {name: values[moved] for name, values in found.items()}
         base = self._base
-        if len(base) > 1:  # many, of which a group of users is in few
+        if len(base) > 1:  # a group of users is in few of the base's files
             base = [base[number] for number in np.unique(self._base_of[users]) if number >= 0]
         return UserEvents([*base, *self._appended], users, self._rows, self._in_order).read(names, start, end)
 

@@ -38,6 +38,8 @@ class _Segments:
 
     def between(self, start: Ints, end: Ints, lengths: Ints) -> "_Segments":
         """The parts that are events start [R] to end [R] - 1 of their users, who have `lengths` [R] events."""
+        # before [S]: number of the user's events in earlier segments: the running sum, less where the user's events
+        # begin.
         before = np.cumsum(self.length) - self.length - (np.cumsum(lengths) - lengths)[self.place]
         skipped = np.clip(start[self.place] - before, 0, self.length)
         kept = np.clip(end[self.place] - before, 0, self.length)

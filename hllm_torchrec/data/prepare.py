@@ -100,7 +100,7 @@ def prepare(
         users_per_row_group: maximum number of users in a row group of the sequences, the unit that is distributed
             over ranks and workers (fewer if a file would have fewer than 32 groups).
         partitions: number of partitions of the users on disk; None: derived from the size of the event files.
-        overwrite: replace another dataset. Its files are removed, except of versions that runs have pinned.
+        overwrite: replace another dataset. Its files are removed, except those of versions that runs have pinned.
         extend: prepare again from a source that has grown, as a new version: existing users, items and feature values
             keep their ids, new ones are appended.
         allow_fewer: extend from a source with fewer events than the dataset has.
@@ -121,7 +121,7 @@ def prepare(
     request = _request(source, options)
     recover_folder(output)
     existing = _look_at(output, request, overwrite=overwrite, extend=extend)
-    # A dataset with appends holds more than its first source, which a command without options leaves as it is.
+    # A dataset with appends holds more than its first source: without --overwrite or --extend it stays as it is.
     replaces = (overwrite or extend) and existing is not None and bool(existing.get("appends"))
     if existing is not None and existing["request"] == request and not replaces:
         logger.info("%s is prepared already from the same source and options: reused", output)
@@ -159,6 +159,7 @@ def _write_new_base(
                 source, options, target, scratch, old, at_least=at_least, is_first=False, forgotten=forgotten
             )
             if forgotten:
+                # Relative to the draft folder here, since `_with_marks` opens it as a dataset; below to the root.
                 manifest[FORGOTTEN] = FILE.format(version)
                 forgotten.write(target / FILE.format(version))
             files = file_facts(target, name)
@@ -184,7 +185,7 @@ def _forgotten(root: Path, extend: bool) -> Tombstones:
     """The tombstones of the dataset before: a new export may still have what was forgotten."""
     try:
         before = Tombstones.read(root, read_manifest(root, check_files=False))
-    except ValueError:  # damaged, and overwritten for it
+    except ValueError:  # damaged, which is why it is overwritten
         return Tombstones()
     return before if extend else before.without_numbers()
 

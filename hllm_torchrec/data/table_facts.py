@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 DAY = 86_400
 EARLY = 315_532_800
 """1980-01-01 00:00:00 UTC; few logs are older."""
-_NOT_VALUES = ("raw_user_id", "raw_item_id", "row", "timestamp", "time_text", "label", "label_text")
-_MAY_BE_TEXT = ("timestamp", "time_text", "label", "label_text")
+_NOT_VALUES = ("raw_user_id", "raw_item_id", "row", "timestamp", "time_text", "label", "text_of_label")
+_MAY_BE_TEXT = ("timestamp", "time_text", "label", "text_of_label")
 _NULL_WORDS = ("nan", "none", "null", "na", "n/a", "<na>", "#n/a", "nat", "\\n")
 _WORD_SHARE, _SPLIT_SHARE = 0.01, 0.5
 

@@ -39,7 +39,7 @@ NEGLIGIBLE = 1e-3
 """Weight of an event below which it is left out of the fit."""
 MAX_LAGS = 50
 OVERSAMPLING, ITERATIONS = 32, 3
-"""Of the subspace iteration."""
+"""Additional directions, and number of rounds, of the subspace iteration."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Transitions:
 class TransitionOptions:
     """Options of the fit that follow from a run's configuration.
 
-    part: of the dataset; decay: d; positive_history: only events with label 1 are read; positive_targets: an event with
-    label 0 is not predicted.
+    part: part of the dataset that is fitted; decay: d; positive_history: only events with label 1 are read;
+    positive_targets: an event with label 0 is not predicted.
     """
 
     part: str = "train"
@@ -164,7 +164,7 @@ def _moments(dataset: Dataset, options: TransitionOptions, place: Ints) -> tuple
 
 
 def _sequences(dataset: Dataset, options: TransitionOptions, place: Ints) -> Iterator[tuple[Ints, Ints, Floats]]:
-    """Of the events of some users: row in the fit, number of later events of the user, 1 if it may be predicted."""
+    """Yield for events of some users: item's row in the fit, number of the user's later events, 1 if it is a target."""
     for group in dataset.row_groups(options.part):
         rows = dataset.sequences([group], ["item_ids", "labels"])
         kept = rows.labels == 1 if options.positive_history else np.ones(len(rows.item_ids), bool)
@@ -176,7 +176,7 @@ def _sequences(dataset: Dataset, options: TransitionOptions, place: Ints) -> Ite
 
 
 def _add(matrix: Floats, rows: Ints, columns: Ints, values: Floats) -> None:
-    """Add values [k] to places of a matrix, each as often as it is named."""
+    """Add values [k] to entries of a matrix; an entry that is given several times gets all its values."""
     np.add.at(matrix.reshape(-1), rows * matrix.shape[1] + columns, values)
 
 
@@ -194,7 +194,7 @@ def _solve(moments: Floats, following: Floats, texts: Floats | None) -> tuple[Fl
     penalty = RIDGE * float(seen.trace()) / size
     matrix = seen + penalty * torch.eye(size)
     if texts is not None:
-        # K^-1 = I - E (I + E^T E)^-1 E^T; a hundredth of I more, so that float32 finds it positive where texts repeat.
+        # K^-1 = I - E (I + E^T E)^-1 E^T; 0.01 I is added to keep it positive definite in float32 if texts repeat.
         matrix += 0.01 * penalty * torch.eye(size)
         rows = torch.from_numpy(texts)
         wide = rows.double()

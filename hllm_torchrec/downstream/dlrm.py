@@ -60,7 +60,7 @@ def build_dlrm(
         tables: sparse feature -> rows of its table.
         start: initial values of the last biases [O], those of a constant prediction of each task.
         dense: number F of dense features without stored vectors.
-        widths, way, vector_dropout: of stored vectors after the dense features, if any; see `plugin.plug_into`.
+        widths, way, vector_dropout: settings of stored vectors after the dense features; see `plugin.plug_into`.
     """
     sharers = ["item", "liked", "disliked"] if config.share_items else ["item"]
     collection = EmbeddingBagCollection(
@@ -108,7 +108,7 @@ class DLRMTrainer:
 
     Args:
         data: source of batches of `dataset` and `config`; None: without stored vectors.
-        way, vector_dropout: of stored vectors, if the batches contain any; see `plugin.plug_into`.
+        way, vector_dropout: settings of stored vectors, if the batches contain any; see `plugin.plug_into`.
 
     Raises:
         ConfigError: the configuration names an unknown feature.
@@ -175,7 +175,7 @@ class DLRMTrainer:
     def train_epoch(self, epoch: int) -> float:
         """Train on one pass over the training part; return the mean loss of its exposures."""
         total = torch.zeros(2, dtype=torch.float64)
-        no_rows = self.data.batch(self.data.empty_batch(), np.empty(0, np.int64))
+        no_rows = self.data.batch(self.data.empty_window(), np.empty(0, np.int64))
         for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
             total += self.train_step(batch.to(self.device))
         # Ranks have different numbers of rows, so the mean is computed from global sums.
@@ -186,7 +186,8 @@ class DLRMTrainer:
         """Take one step on the sum of the tasks' mean losses over the global batch, each times its weight.
 
         Returns:
-            [2] this rank's share of the loss times the number of exposures of all ranks; its number of exposures.
+            [2]: this rank's share of the loss, times the number of exposures of all ranks, so that sums over ranks and
+                steps give the mean; this rank's number of exposures.
         """
         outputs = self._outputs(batch)
         counts = global_sum(torch.cat([torch.tensor([float(len(outputs))]), batch.task_weights.sum(0).cpu()]))
@@ -216,7 +217,7 @@ class DLRMTrainer:
     def score(self, split: str) -> PredictionColumns:
         """Return this rank's predictions of a split."""
         self.model.eval()
-        none, parts = (self.data.empty_batch(), np.empty(0, np.int64)), []
+        none, parts = (self.data.empty_window(), np.empty(0, np.int64)), []
         for window, rows in _pad_to_equal_steps(_rows_in_order(self.data.windows(split)), none):
             batch = self.data.batch(window, rows)
             outputs = self._outputs(batch.to(self.device)).float().cpu()

@@ -165,7 +165,7 @@ class DLRMData:
                 yield self.batch(window, order[at : at + size], rng)
 
     def _drawn(self, window: Window, epoch: int) -> Ints:
-        """The exposures of a window that an epoch trains on: those of a model with the same seed and rate."""
+        """The exposures of a window that an epoch trains on: those of the main model with this seed and rate."""
         histories, rate = window.histories, self.config.negative_rate
         if rate == 1.0:
             return np.arange(window.exposures)
@@ -174,7 +174,7 @@ class DLRMData:
         seeds = (self.config.seed, epoch - 1)  # epochs of a model count from 0
         return np.flatnonzero(is_kept(histories.labels[events], users, positions, rate, seeds))
 
-    def empty_batch(self) -> Window:
+    def empty_window(self) -> Window:
         """Return a window without users, for a rank that has finished before the others."""
         return self._read([])
 
@@ -200,7 +200,7 @@ class DLRMData:
         rates = kept_shares(histories, events, 1.0 if rng is None else config.negative_rate)
         names, training = [task.name for task in self.tasks], rng is not None
         fields = targets_of(targets, names, self.dataset.schema, rates, training)
-        del fields["weights"]  # those of the tasks have them
+        del fields["weights"]  # `task_weights` contain them
         return DLRMBatch(
             dense_features=torch.from_numpy(np.concatenate([window.numeric[rows], self._numbers(targets)], axis=1)),
             sparse_features=KeyedJaggedTensor(

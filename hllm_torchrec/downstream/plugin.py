@@ -54,10 +54,10 @@ class VectorLookup:
         self.num_requested = self.num_unknown = 0
 
     def refresh(self) -> bool:
-        """Go on with the store's present state; return whether it has changed. May run beside lookups on other threads.
+        """Switch to the store's current state; return True if it has changed. Other threads may look ids up meanwhile.
 
         Raises:
-            ValueError: the path has vectors of another model now; lookups then go on with the old ones.
+            ValueError: the path now has vectors of another model; lookups then continue to use the old ones.
         """
         store = EmbeddingStore.open(self._path)
         self._require(store, self.identity)

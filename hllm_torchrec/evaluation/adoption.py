@@ -16,7 +16,7 @@ def adopt(run: Path, dataset: Path) -> dict[str, IdMark]:
     """Write the marks of a dataset's ids beside a run that has none, and return them.
 
     The dataset may have more ids than the run by now: only the first ones, as many as the run's tables have, are
-    marked. That they are the run's is not checked, because the run does not know.
+    marked. Whether they are the run's ids cannot be checked, because the run has no record of them.
 
     Raises:
         ValueError: the run has no checkpoint, knows its ids already, or has more ids than the dataset.

@@ -26,14 +26,15 @@ METHODS = ("platt", "isotonic", "temperature")
 RAW = "raw_"
 """Prefix of the columns of predictions with probabilities before calibration."""
 _LEAST = 1e-7
-"""Smallest probability that isotonic regression gives, and largest distance from 1."""
+"""Smallest probability that isotonic regression gives, and its smallest distance from 1."""
 
 
 @dataclass(frozen=True)
 class Calibrator:
     """Probability of a logit.
 
-    x, y: of isotonic the points between which it is linear; otherwise slope and intercept (x, each of one number).
+    x, y: for isotonic, the points between which the function is linear; otherwise the slope x and the intercept y, one
+    number each.
     """
 
     method: Literal["platt", "isotonic", "temperature"]
@@ -50,7 +51,7 @@ class Calibrator:
 
 @dataclass(frozen=True)
 class RunCalibration:
-    """Calibrators of a run's binary tasks by name; the first label's is "" ."""
+    """Calibrators of a run's binary tasks by name; the first label has an empty one."""
 
     weights: str
     """Fingerprint of the weights (`run_loader.weights_fingerprint`)."""
@@ -58,7 +59,7 @@ class RunCalibration:
 
     @classmethod
     def load(cls, run: Path) -> "RunCalibration | None":
-        """That of a run directory; None if it has none.
+        """Load the calibration of a run directory; None if it has none.
 
         Raises:
             ValueError: the file is damaged.
@@ -73,7 +74,7 @@ class RunCalibration:
                 for name, one in content["tasks"].items()
             }
             if any(one.method not in METHODS or not one.x or len(one.x) != len(one.y) for one in tasks.values()):
-                raise ValueError("a method or its numbers")
+                raise ValueError("unknown method, or numbers of another length")
             return cls(str(content["weights"]), tasks)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}); run `hllm calibrate` again, or remove it") from error
@@ -89,7 +90,7 @@ class RunCalibration:
         return {"weights": self.weights, "tasks": tasks}
 
     def applied(self, columns: PredictionColumns) -> PredictionColumns:
-        """Predictions with calibrated probabilities, and those before in columns `raw_probability...`."""
+        """Predictions with calibrated probabilities, and the uncalibrated ones in columns `raw_probability...`."""
         found = dict(columns)
         for name, calibrator in self.tasks.items():
             column = f"probability{name and '_'}{name}"

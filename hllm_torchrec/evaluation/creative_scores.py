@@ -2,8 +2,8 @@
 
     gap = nll(null) - nll(right)          what the user vector is worth, in nats per creative
 
-null is the learned vector that stands for unknown users. shuffled (another user's vector) says more than the gap: it
-also counts being confidently wrong.
+null is the learned vector that stands for unknown users. shuffled - right (shuffled: another user's vector) overstates
+the gap: it also includes the cost of being confidently wrong.
 
 Legend: N creatives of a part, D width of a user vector.
 """
@@ -50,7 +50,7 @@ class CreativeVectors:
 class CreativeScores:
     """Negative log-likelihoods in nats of the creatives of a part, float64 [N] by condition; the same on every rank.
 
-    rows: int64 [N] rows of the part; tokens: int64 [N], of the response.
+    rows: int64 [N] rows of the part; tokens: int64 [N] number of tokens of the response.
     """
 
     rows: Ints
@@ -74,6 +74,8 @@ def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
     """User vectors of the creatives of a part, each from events of strictly earlier seconds. Collective."""
     loader, hllm = experiment.creative_loader(split, PER_BATCH), experiment.hllm
     found, steps = [], []
+    # place: row of the part -> number of the creative. Ranks score different creatives in the loader's order: each
+    # number travels with its vector as float64, which holds it exactly, and the gathered rows are sorted by it.
     place = np.empty(len(loader.part), np.int64)
     place[loader.tokens.rows] = np.arange(len(loader))
     with _evaluating(experiment):
@@ -104,9 +106,9 @@ def score_creatives(
     """Score the creatives of a part under each condition. Collective.
 
     Args:
-        conditions: of CONDITIONS.
-        given: further conditions: name -> vectors [N, D] that stand for the users, such as centres of clusters.
-        vectors: of `creative_vectors`, if they are known already.
+        conditions: some of CONDITIONS.
+        given: further conditions: name -> vectors [N, D] that stand for the users, such as centers of clusters.
+        vectors: result of `creative_vectors`; None: it is computed here.
         most: score at most this many creatives, spread evenly over the part; 0: all.
     """
     vectors = vectors or creative_vectors(experiment, split)
@@ -161,9 +163,9 @@ def _gathered(values: list[Tensor], steps: Sequence[Ints], device: torch.device,
 
 
 def other_users(user_ids: Ints, seed: int = 0) -> Ints:
-    """[N] a creative of another user for each creative: users in a random circle, and of each a random creative.
+    """[N] for each creative a random one of another user, the next in a random circular order of the users.
 
-    With one user there is no other: then the creatives themselves.
+    With a single user, a random creative of the same user.
     """
     rng = np.random.default_rng(seed)
     users, inverse = np.unique(user_ids, return_inverse=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hllm_torchrec.distributed.array_collectives import gather_objects
 from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings, evaluate_predictions
 from hllm_torchrec.evaluation.prediction_files import unchanged_files
@@ -49,23 +51,27 @@ def evaluate_files(
     *,
     paired: bool,
     train: Sequence[str] = (),
+    item_events: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], Overlap | None]:
     """Evaluate prediction files on all ranks. Collective; the same result on every rank.
 
     Args:
         paired: exposures are paired by user and position, else by their row in the files.
-        train: files of training exposures; without a column for it, items that are not in them are cold.
+        train: files of training exposures; items that are not in them are cold, if no column says which items are.
+        item_events: see `PredictionRows`.
 
     Returns:
         The content of `metrics.json`, and the overlap of the exposures with `train`, or None without `train`.
 
     Raises:
-        ValueError: naming file and row of a bad value.
+        ValueError: a bad value; the message names its file and row.
     """
     with tempfile.TemporaryDirectory(prefix="hllm-files-", dir=settings.spill) as name:
         folder = Path(name)
         warm = known_items(train, layout.item, folder) if train and layout.item else None
-        rows = PredictionRows(models, layout, folder, warm, paired=paired, memory=settings.memory)
+        rows = PredictionRows(
+            models, layout, folder, warm, paired=paired, memory=settings.memory, item_events=item_events
+        )
         metrics = evaluate_predictions(rows, settings)
         if layout.tasks:
             metrics["tasks"] = evaluate_tasks(rows, settings)

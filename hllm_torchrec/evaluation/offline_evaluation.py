@@ -24,7 +24,14 @@ from hllm_torchrec.evaluation.metrics_schema import (
     slice_block,
 )
 from hllm_torchrec.evaluation.prediction_layout import PredictionModel
-from hllm_torchrec.evaluation.prediction_rows import DAY_SLICE, HISTORY_BUCKETS, MEMORY, PredictionRows, RowBatch
+from hllm_torchrec.evaluation.prediction_rows import (
+    DAY_SLICE,
+    HISTORY_BUCKETS,
+    ITEM_BUCKETS,
+    MEMORY,
+    PredictionRows,
+    RowBatch,
+)
 from hllm_torchrec.metrics.bootstrap import percentile_interval, user_bootstrap
 from hllm_torchrec.metrics.delong import PairedSums, influence
 from hllm_torchrec.metrics.exact_auc import Placements, RankStatistics, rank_statistics
@@ -298,8 +305,7 @@ def _percentiles(drawn: np.ndarray | None) -> dict[str, float | None]:
 
 
 def _place(key: tuple[int, str]) -> tuple[int, int, str]:
-    """Sort key of slices: by column, then in the order of `HISTORY_BUCKETS`, then by name."""
+    """Sort key of slices: by column, then in the order of `HISTORY_BUCKETS` or `ITEM_BUCKETS`, then by name."""
     column, name = key
-    lengths = list(HISTORY_BUCKETS)
-    bucket = name.removeprefix("history_")
-    return column, lengths.index(bucket) if bucket in lengths else -1, name
+    ordered = [*(f"history_{bucket}" for bucket in HISTORY_BUCKETS), *(f"item_events_{one}" for one in ITEM_BUCKETS)]
+    return column, ordered.index(name) if name in ordered else -1, name

@@ -53,11 +53,11 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 @contextmanager
 def unchanged_files(paths: Iterable[str | Path]) -> Iterator[None]:
-    """Context manager for reading files, which may be opened several times: at its end none was replaced. Collective.
+    """Context manager for reading files several times; checks at its end that none was replaced meanwhile. Collective.
 
     Raises:
-        ValueError: a file was replaced, changed, added or removed meanwhile, instead of the error that this may have
-            caused; names the first one.
+        ValueError: a file was replaced, changed, added or removed meanwhile; names the first one. It takes the place of
+            an error that this has caused.
     """
     kept = list(paths)
     before = _versions(kept)
@@ -130,7 +130,7 @@ class RowReader:
         return self._first_rows[-1]
 
     def has(self, column: str) -> bool:
-        """True if every file has the column, also if it is not read."""
+        """True if every file has the column, even if it is not read."""
         return all(column in names for names in self._names)
 
     @property
@@ -272,7 +272,7 @@ def _open(file: Path) -> pq.ParquetFile:
 
 
 def column_names(file: Path, columns: Sequence[str] = ()) -> list[str]:
-    """Names of the columns of a Parquet or CSV file; columns: some that a CSV file should have.
+    """Names of the columns of a Parquet or CSV file; columns: columns that a CSV file is expected to have.
 
     Raises:
         ValueError: the file cannot be read; the message names it.

@@ -19,7 +19,7 @@ STANDARD_COLUMNS = {
 """Field of `ColumnLayout` → the column used for it if the first model's files have it."""
 
 NONE = "NONE"
-"""Value for a column that disables it, also if the files have it."""
+"""Value for a column that disables it, even if the files have it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def describe_predictions(
         if probability is None and score == "score" and has_values(files[name], "probability"):
             probability = "probability"  # with a score of another name, `probability` may belong to another model
         models.append(PredictionModel(name, (path,), score, None if probability == NONE else probability))
-        # A calibrated run is shown before and after: its scores are the same.
+        # A calibrated run is listed with its probabilities after and before calibration; its scores are the same.
         if probability == "probability" and has_values(files[name], "raw_probability"):
             models.append(PredictionModel(f"{name} (not calibrated)", (path,), score, "raw_probability"))
     found = column_names(next(iter(files.values()))[0])

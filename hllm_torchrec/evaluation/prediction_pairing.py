@@ -26,8 +26,8 @@ READ_ROWS = 1 << 18
 HELD = 8
 """Buckets in memory take at most 1 / HELD of the limit."""
 
-BUCKET_BYTES = 8
-"""Memory for reading a bucket (its parts, their order, the sorted copy) as a multiple of its size, times two."""
+BUCKET_FACTOR = 8
+"""Factor from a bucket's size to the memory for reading it (parts, order, sorted copy), with a margin of 2."""
 
 Tables = dict[str, tuple[pa.Table, np.ndarray]]
 """Model → (rows, their row numbers in the model's files [n])."""
@@ -53,7 +53,7 @@ class PairedTables:
         self._limit, self._held = memory // HELD, 0
         # About 8 bytes per value; the number of buckets is such that one bucket of all models fits into the memory.
         size = sum(reader.rows * 8 * len(reader.columns) for reader in readers.values()) // world_size(group)
-        self._count = 1 + size * BUCKET_BYTES // max(memory, 1)
+        self._count = 1 + size * BUCKET_FACTOR // max(memory, 1)
         self._parts: dict[tuple[str, int], list[pa.Table]] = {}
         self.spilled = 0
         for name, reader in readers.items():
@@ -86,7 +86,7 @@ class PairedTables:
             for column in PAIR_COLUMNS:
                 if table[column].null_count:
                     place = reader.locate(low + int(table[column].is_null().to_numpy().argmax()))
-                    raise ValueError(f"{place}: column {column!r} is null; it names the exposure; remove the row")
+                    raise ValueError(f"{place}: column {column!r} is null; it is part of the key; remove the row")
             yield table.append_column(ROW, pa.array(np.arange(low, low + len(table))))
             low += len(table)
 
@@ -136,7 +136,7 @@ class PairedTables:
             place = int(repeated.argmax())
             again = max(table[ROW].take(pa.array(order[place : place + 2])).to_pylist())
             raise ValueError(
-                f"{self._readers[name].locate(again)}: an exposure appears again, as {int(repeated.sum())} do: "
+                f"{self._readers[name].locate(again)}: an exposure is repeated, one of {int(repeated.sum())}: "
                 f"{_describe(keys[:, place].tolist())}; each may appear once; empty the directory and predict again"
             )
         return table.combine_chunks().take(pa.array(order)), keys
@@ -174,7 +174,7 @@ def _describe(key: Sequence[int]) -> str:
 
 
 def _spread(table: pa.Table) -> np.ndarray:
-    """Hash of each row's user, uint64 [n]; the same that `UserBuckets` assigns users to ranks by."""
+    """Hash of each row's user, uint64 [n]; the hash by which `UserBuckets` assigns users to ranks."""
     return hash_columns(identities(table[PAIR_COLUMNS[0]]))
 
 

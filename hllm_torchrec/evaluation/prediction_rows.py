@@ -45,6 +45,9 @@ HISTORY_BUCKETS = {
 }
 """Slices by history length: name → inclusive bounds."""
 
+ITEM_BUCKETS = {"0": 0, "1-5": 1, "6-20": 6, "21+": 21}
+"""Slices by an item's number of training events: name → lowest."""
+
 _TRUE, _FALSE = ["true", "1"], ["false", "0"]
 
 Rows = Mapping[str, np.ndarray]
@@ -62,7 +65,7 @@ class RowBatch:
     probabilities: dict[str, np.ndarray]
     """model → probabilities float64 [n], for models that have them."""
     users: np.ndarray | None
-    """int64 [n]: the number itself, or a 64-bit hash of the text; one of its own (`NO_USER`) for a row without user."""
+    """int64 [n]: the number itself, or a 64-bit hash of the text; `NO_USER` + its number for a row without user."""
     keys: np.ndarray
     """uint64 [n]: hash of the label and, if present, of weight, user and item; identifies the evaluated exposures."""
     slices: list[tuple[list[str], np.ndarray]] = field(default_factory=list)
@@ -81,20 +84,24 @@ class PredictionRows:
         *,
         paired: bool = False,
         memory: int = MEMORY,
+        item_events: np.ndarray | None = None,
     ):
         """Open the files; CSV files are rewritten into `folder`.
 
         Args:
-            known_items: items of the training part (`known_items`); without a column for it, all others are cold.
+            known_items: items of the training part (`known_items`); all others are cold, if no column says which items
+                are.
             paired: rows are paired by `PAIR_COLUMNS`, in any order, instead of by their row in the files. The first
                 call of `batches` is then collective, because it pairs them.
             memory: bytes per rank for pairing.
+            item_events: [N] number of training events by item id, where items are the ids of a dataset.
 
         Raises:
             ValueError: a file is missing, does not have a column, or has another number of rows than the first
                 model's.
         """
         self.models, self.layout, self._known_items = list(models), layout, known_items
+        self._item_events = item_events
         self._paired, self._memory, self._folder = paired, memory, folder
         self._tables: PairedTables | None = None
         self._task: str | None = None
@@ -132,7 +139,7 @@ class PredictionRows:
     def of_task(self, task: str) -> "PredictionRows":
         """The rows of a further task, of the models that predict it: those whose label is defined.
 
-        They share the files that are open, and the pairing: call it after `batches` of these rows.
+        The result shares the open files and the pairing of this object: call `batches` of this object first.
         """
         own, kind = copy(self), self.layout.tasks[task]
         score, prediction = task_columns(task, kind)
@@ -147,7 +154,7 @@ class PredictionRows:
     def numbers(self, rank: int, world_size: int, size: int) -> Iterator[np.ndarray]:
         """Label, weight (1 without weights) and each model's prediction of a task that predicts numbers: [n, 2 + m].
 
-        As `batches`: of the rank's share, without rows whose label is not defined or whose weight is 0.
+        Like `batches`, for the rank's share; rows whose label is not defined or whose weight is 0 are left out.
         """
         assert self._task is not None
         prediction = task_columns(self._task, "number")[1]
@@ -261,12 +268,12 @@ class PredictionRows:
         good = (labels == 0) | (labels == 1)
         self._check(first, self.layout.label, labels, good, rows, "a label is 0 or 1; remove the row")
         for name, other in columns.items():
-            rule = f"it differs from the files of {first!r}; {self._mend}"
+            rule = f"it differs from the files of {first!r}; {self._remedy}"
             self._check(name, self.layout.label, other, other == labels, rows, rule)
         return labels == 1
 
     @property
-    def _mend(self) -> str:
+    def _remedy(self) -> str:
         if self._paired:
             return "predict with each on the same dataset and split"
         return "models are compared row by row: write both in one order"
@@ -285,7 +292,7 @@ class PredictionRows:
                     own, expected = (abbreviate(tables[model][column][row].as_py()) for model in (name, first))
                     raise ValueError(
                         f"{place}: column {column!r} is {own}, not {expected}; it differs from the files of {first!r}; "
-                        f"{self._mend}"
+                        f"{self._remedy}"
                     )
 
     def _weights(self, table: pa.Table, rows: Rows) -> np.ndarray:
@@ -302,13 +309,13 @@ class PredictionRows:
         if kind == np.int64:
             # Unsigned numbers beyond int64: flipping the first bit keeps their order.
             return scores.view(np.int64) ^ np.int64(-(1 << 63)) if scores.dtype == np.uint64 else scores.astype(kind)
-        # Whole numbers beyond become equal to their neighbors as float64, and their order would be lost. CSV files
+        # As float64, whole numbers above MOST_EXACT become equal to their neighbors, and lose their order. CSV files
         # have been read as float64 already; numbers above any 64-bit integer can only be floats.
         is_text = any(file.suffix != ".parquet" for file in self.files[model.name])
         if scores.dtype.kind in "iu" or is_text:
             size = np.abs(scores.astype(np.float64))
             exact = (size <= MOST_EXACT) | ((size > 2 * float(1 << 63)) & is_text)
-            rule = "beside fractions, whole numbers from 2^53 on are not exact: write whole numbers only, or ranks"
+            rule = "with fractions, whole numbers from 2^53 on are not exact: write only whole numbers, or ranks"
             self._check(model.name, model.score, scores, exact, rows, rule)
         return scores.astype(kind, copy=False)
 
@@ -362,7 +369,7 @@ class PredictionRows:
                 np.where(known, 0, np.nan),
                 known,
                 rows,
-                "say which: write true or false",
+                "write true or false",
             )
         elif items is not None and self._known_items is not None:
             cold = ~np.isin(items, self._known_items)
@@ -371,6 +378,10 @@ class PredictionRows:
         if layout.history_length:
             lengths = self._numbers(self.models[0].name, table, layout.history_length, rows)
             found.append(history_slices(lengths))
+        if layout.item and self._item_events is not None:
+            counts = self._item_events[table[layout.item].to_numpy()]
+            names = [f"item_events_{name}" for name in ITEM_BUCKETS]
+            found.append((names, np.searchsorted(list(ITEM_BUCKETS.values()), counts, side="right") - 1))
         if layout.timestamp:
             if not pa.types.is_timestamp(table[layout.timestamp].type) or table[layout.timestamp].null_count:
                 seconds = self._numbers(self.models[0].name, table, layout.timestamp, rows)

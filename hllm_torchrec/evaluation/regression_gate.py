@@ -12,7 +12,7 @@ from hllm_torchrec.evaluation.metrics_schema import finite_or_none, read_fields,
 from hllm_torchrec.metrics.intervals import normal_quantile
 
 EXIT_STATUS = {"pass": 0, "fail": 3, "unsure": 4}
-"""Exit status by verdict; 2 is for usage errors, such as a baseline of other rows, 1 for a crash."""
+"""Exit status by verdict; 2 is for usage errors, such as a baseline for other rows, 1 for a crash."""
 
 
 _NAMES = {"auc": "AUC", "gauc": "GAUC", "xauc": "XAUC"}
@@ -104,7 +104,7 @@ def compare_with_baseline(
     own = _defined(metrics["models"].get(name), key, f"the model {name!r}")
     paired = other_name in metrics["models"]
     if other_name == name:
-        raise ValueError(f"--baseline {baseline} is the model to be judged itself; name another of the comparison")
+        raise ValueError(f"--baseline {baseline} is the judged model itself; name another model of the comparison")
     with nullcontext() if paired else read_fields(Path(baseline)):
         block = metrics["models"][other_name] if paired else _baseline_block(metrics, Path(baseline), task)
         other = _defined(block, key, f"the model {other_name!r}" if paired else other_name)
@@ -124,7 +124,7 @@ def _paired_interval(pair: Mapping[str, Any], key: str) -> tuple[tuple[float, fl
 
 
 def _interval(own: Mapping[str, Any], other: Mapping[str, Any], key: str) -> tuple[tuple[float, float], str]:
-    """95% interval of the drop of the metric of independent samples, and how it was found."""
+    """95% interval of the metric's drop for independent samples, and how it was found."""
     kind = "clustered" if own.get("clustered_se") and other.get("clustered_se") else "auc"
     if key == "gauc":  # a metrics.json of an earlier version has no error of it
         kind, other = "gauc", {"gauc_se": None, **other}
@@ -158,7 +158,7 @@ def _verdict(
         status, reason = "fail", f"more than the {max_drop:g} allowed, and the interval lies above 0"
     else:
         status = "unsure"
-        unknown = "the interval holds 0" if low <= 0 else "there is no interval"
+        unknown = "the interval contains 0" if low <= 0 else "there is no interval"
         reason = f"more than the {max_drop:g} allowed, but {unknown}: evaluate on more rows, or pair them"
     bounds = "no interval" if math.isnan(low) else f"95% [{low:+.5f}, {high:+.5f}], {how}"
     text = (
@@ -181,7 +181,7 @@ def _baseline_block(metrics: Mapping[str, Any], path: Path, task: str | None) ->
         if ours != theirs and not (key == "exposures" and None in (ours, theirs)):
             raise ValueError(
                 f"--baseline {path} was measured on other rows: {key} {theirs} there, {ours} here; AUCs of "
-                "different rows do not compare: evaluate the baseline on these"
+                "different rows are not comparable: evaluate the baseline on these"
             )
     return (baseline.get("models") or {}).get(baseline.get("reference"))
 

@@ -135,7 +135,7 @@ def _model_parts(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _task_tables(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of a further task: as of the first label for a binary one, else one of the metrics of numbers."""
+    """Tables of a further task: like the first label's for a binary one, else one of regression metrics."""
     models = task["models"]
     if task["kind"] != "binary":
         names = list(dict.fromkeys(key for model in models.values() for key in model))

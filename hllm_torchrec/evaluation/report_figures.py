@@ -100,7 +100,7 @@ def line_panels(panels: Sequence[Series], label: str) -> Svg:
             axis.plot(x, y, color=PALETTE[0], alpha=0.3 if window > 1 else 1.0, linewidth=1)
             if window > 1:
                 means = np.convolve(y, np.full(window, 1 / window), "valid")
-                axis.plot(x[window // 2 :][: len(means)], means, color=PALETTE[0])  # centred: it does not lag
+                axis.plot(x[window // 2 :][: len(means)], means, color=PALETTE[0])  # centered: it does not lag
             axis.set(title=_short(series.name), xlabel="training step")
         return _svg(figure, "training", label)
 
@@ -173,7 +173,7 @@ def estimates(
 
     Args:
         groups: row → its estimates, whose names are in `names`.
-        names: the order of the dots within a row, of the colours and of the legend.
+        names: the order of the dots within a row, of the colors and of the legend.
         zero: mark 0 with a line, for differences.
     """
     height = 0.6 + len(groups) * (0.2 + 0.13 * len(names)) + LEGEND_LINE * len(names)

@@ -133,6 +133,8 @@ def _auc_cell(part: Mapping[str, Any] | None) -> str:
 
 
 def _slice_title(name: str) -> str:
-    """`history_1-9` → `history 1-9`, `item_cold` → `cold items`, `hour_07` → `hour 07`."""
+    """`history_1-9` → `history 1-9`, `item_cold` → `cold items`, `hour_07` → `hour 07`, and so on."""
     kind, _, part = name.partition("_")
+    if name.startswith("item_events_"):
+        return f"items with {part.removeprefix('events_')} events"
     return f"{part} items" if kind == "item" else f"{kind} {part}" if kind in ("history", "hour") else name

@@ -52,7 +52,7 @@ def read_target_ranks(directory: Path) -> TargetRanks:
     order = np.lexsort((position, user))
     user, position, rank = user[order], position[order], rank[order]
     if ((np.diff(user) == 0) & (np.diff(position) == 0)).any():
-        raise ValueError(f"{directory}: a target is there twice: parts of two runs; remove it and evaluate again")
+        raise ValueError(f"{directory}: a target occurs twice: parts of two runs; remove them and evaluate again")
     return TargetRanks(user, position, rank)
 
 
@@ -100,7 +100,7 @@ def compare_models(
     for name, runs in read.items():
         for run, path in zip(runs, models[name], strict=True):
             if not (np.array_equal(run.user_id, first.user_id) and np.array_equal(run.position, first.position)):
-                raise ValueError(f"{path}: other targets than {models[base][0]} has: evaluate both on the same part")
+                raise ValueError(f"{path}: its targets differ from {models[base][0]}'s: evaluate both on the same part")
     users = np.unique(first.user_id, return_inverse=True)[1]
     weights = _draws(users, draws, seed)
     found: dict[str, dict[str, dict[str, MetricEstimate]]] = {name: {"value": {}, "difference": {}} for name in models}

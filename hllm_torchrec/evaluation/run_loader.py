@@ -59,7 +59,7 @@ class RunScores:
     dataset: Dataset
     """Dataset of the scored exposures."""
     trained_on: Dataset
-    """Its version that the run was trained on; the one above, if that is not kept or not known."""
+    """Version of the dataset that the run was trained on; `dataset` if that version is unknown or removed."""
 
 
 def run_config(run: Path, dataset: Path | None = None) -> Config:
@@ -100,7 +100,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
     found = run_checkpoint(run, which)
     if found is None:
         latest = "" if which == "latest" else " that was evaluated; --checkpoint latest needs no evaluation"
-        raise ValueError(f"{local_run(run) / CHECKPOINTS} has no complete checkpoint{latest}; train (on) first")
+        raise ValueError(f"{local_run(run) / CHECKPOINTS} has no complete checkpoint{latest}; train first, or longer")
     return found
 
 
@@ -201,7 +201,7 @@ def _trained_on(loaded: LoadedRun, given: Path | None) -> Dataset:
         found = Dataset.open(scored.root, int(began["version"]))
     except ValueError:
         return scored
-    # What was forgotten has changed a version's fingerprint, but its number is that of the run's dataset alone.
+    # Forgetting changes fingerprints, so for the run's own dataset the number of the version decides.
     return found if given is None or found.fingerprint == began["fingerprint"] else scored
 
 

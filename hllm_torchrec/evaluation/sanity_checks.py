@@ -63,7 +63,7 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
         found.append(f"Only {metrics['users']} users: intervals over users are rough.")
     found += _tiny_slices(metrics)
     if metrics.get("rows_without_user"):
-        found.append(f"{metrics['rows_without_user']:,} rows without a user count for the AUC, not within users.")
+        found.append(f"{metrics['rows_without_user']:,} rows without a user contribute to the AUC, but not to GAUC.")
     if metrics.get("rows_without_weight"):
         found.append(f"{metrics['rows_without_weight']:,} rows of weight 0 were left out.")
     return found
@@ -83,7 +83,7 @@ def _off_calibration(name: str, model: Mapping[str, Any], weighted: bool) -> lis
         return []
     return [
         f"{name}: calibration {ratio:.3f} is outside its interval around 1 [{1 - half:.3f}, {1 + half:.3f}]: "
-        "probabilities are off; `hllm calibrate` fits them, data.negative_rate and sampling_rate correct thinned-out "
+        "run `hllm calibrate` to correct the probabilities; data.negative_rate and sampling_rate do so for thinned-out "
         "negatives."
     ]
 
@@ -99,7 +99,7 @@ def _alike_rows(metrics: Mapping[str, Any]) -> list[str]:
     times = ", ".join(f"{name} {factor:.1f}" for name, factor in wider.items())
     return [
         "Rows of one user resemble each other: with users as independent units the standard errors are larger than "
-        f"DeLong's (rows as independent), as many times: {times}. Trust the wider intervals."
+        f"DeLong's (rows as independent), by these factors: {times}. Trust the wider intervals."
     ]
 
 

@@ -92,9 +92,9 @@ def _columns(batch: HybridBatch, logits: NDArray, cold: NDArray[np.bool_]) -> Pr
 
 
 def task_columns(tasks: Sequence[Task], scales: Tensor, task_labels: Tensor, outputs: Tensor) -> PredictionColumns:
-    """Label, score and prediction [X] of every task of task_labels [X, K] and outputs [X, O]; NaN: no label.
+    """Label, score and prediction [X] of all tasks but the first, of task_labels [X, K], outputs [X, O]; NaN: no label.
 
-    The first task's are `label`, `score` and `probability`; those of others have the task's name at the end, and the
+    The columns' names end with the task's (the first task's are plain: `label`, `score` and `probability`), and the
     prediction of a number is in the label's unit.
     """
     found: PredictionColumns = {}
@@ -256,9 +256,11 @@ class CompleteHistories:
     def seen_items(self, step: int, batch: HybridBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Items (jagged: values, offsets) before each of the exposures `rows` [n] of this rank's batch of a step."""
         pieces, loader = self._loader.pieces, self._loader
+        # number [n]: the loader's piece of each exposure; its row group and row hold the user's complete sequence.
         number = loader.rank_batches(0)[loader.rank][step][
             _piece_of_query(batch)[batch.target_query[rows]].cpu().numpy()
         ]
+        # Seen is what is earlier by the rule of the exposures: by second, or by position (leave one out).
         counts = (batch.history_lengths if self._by_second else batch.positions)[rows]
         parts = [np.empty(0, np.int64)]
         for group, row, count in zip(pieces.group[number], pieces.row[number], counts.tolist(), strict=True):

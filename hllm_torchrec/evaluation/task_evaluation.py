@@ -41,7 +41,7 @@ def _numbers(rows: PredictionRows, task: str) -> dict[str, Any]:
     names = [model.name for model in rows.models]
     parts: list[np.ndarray] = [np.empty((0, 2 + len(names)))]
     parts += rows.numbers(group_rank(), world_size(), _READ_ROWS)
-    every = np.concatenate(gather_objects(np.concatenate(parts)))  # ranks and pairs need all rows: 8 bytes a value
+    every = np.concatenate(gather_objects(np.concatenate(parts)))  # Spearman and XAUC need all rows: 8 bytes a value
     labels, weights = every[:, 0], every[:, 1]
     models = {}
     for place, name in enumerate(names, start=2):

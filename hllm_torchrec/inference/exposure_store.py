@@ -177,7 +177,7 @@ class ExposureLookup:
         if mismatch.any():
             row = int(np.flatnonzero(mismatch)[0])
             raise ValueError(
-                f"{self.store.root}: event {positions[row]} of user {user_ids[row]} is another one there: it was "
+                f"{self.store.root}: event {positions[row]} of user {user_ids[row]} has another item or second: it was "
                 "made from another dataset; make the store from a run on this one"
             )
         vectors, _ = self._snapshot.gather(keys)

@@ -174,7 +174,7 @@ def rank_chunks(ids: NDArray[np.int64], costs: NDArray[np.int64]) -> list[list[N
     ids: [k] int64; costs: [N] int64 tokens by id. Ids are sorted by length and assigned to ranks round-robin; a chunk
     has about CATALOGUE_TOKENS tokens, a round (the work between two commits) about COMMIT_TOKENS.
     """
-    # Neighbours in a sorted chunk have similar lengths, so strided shares of it cost about the same on all ranks.
+    # Neighbors in a sorted chunk have similar lengths, so strided shares of it cost about the same on all ranks.
     world, rank = coordination.world_size(), coordination.rank()
     chunks = [chunk[rank::world] for chunk in length_sorted_chunks(ids, costs, CATALOGUE_TOKENS * world)]
     per_round = max(1, COMMIT_TOKENS // CATALOGUE_TOKENS)

@@ -48,11 +48,11 @@ class ItemIndex:
         cells: int = 0,
         points_of_cell: int = 256,
     ) -> "ItemIndex":
-        """Build an index of vectors [N, D], which are normalised.
+        """Build an index of vectors [N, D], which are normalized.
 
         flat: exact, all items are scored. ivf: items are clustered into `cells` cells (0: 4 sqrt(N)), and only those
-        of the `nprobe` (see `search`) cells nearest to the user are scored. points_of_cell: the cells are those of a
-        sample of so many items for each.
+        of the `nprobe` (see `search`) cells nearest to the user are scored. points_of_cell: number of items per cell in
+        the sample from which the cells are computed.
 
         Raises:
             ValueError: faiss is not installed, different numbers of ids and vectors, or more cells than items.
@@ -103,7 +103,7 @@ class ItemIndex:
         """Return the best items of each user, best first, without those in `exclude`.
 
         Args:
-            users: [B, D]; they are normalised.
+            users: [B, D]; they are normalized.
             k: number of items per user, at least 1.
             exclude: ids to leave out, per user, such as seen items; unknown ids are ignored.
             nprobe: number of cells searched in an ivf index.

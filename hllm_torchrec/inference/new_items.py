@@ -3,9 +3,10 @@
     new = NewItems(experiment)          # reads <dataset>/new_items.jsonl, see `data.new_item_journal`
     new.refresh()                       # later lines, of any process; only their texts are encoded
 
-Such an item has an id behind those of the dataset, by its place in the journal: N, N + 1, ... It is the sum of the
-encoded text, the unknown row of the ID table, its features (unknown values: the unknown id), and, for dense features,
-zeros. The next version of the dataset has it under its own number, and its line in the journal is then ignored.
+Such an item gets an id after those of the dataset, by its place in the journal: N, N + 1, ... Its vector is the sum of
+the encoded text, the unknown row of the ID table, its features (unknown values: the unknown id), and, for dense
+features, zeros. The next version of the dataset has it under its own number, and its line in the journal is then
+ignored.
 
 Legend: N items of the dataset (with the unknown item 0), n new items, E width of an item's embedding.
 """
@@ -152,7 +153,7 @@ class NewItems:
         return found
 
     def missing(self, items: Sequence[NewItem]) -> list[NewItem]:
-        """Those of `items` that are not in the dataset nor forgotten, and are new or changed."""
+        """Those of `items` that are neither in the dataset nor forgotten, and are new or changed."""
         unknown = self._known.find([item.id for item in items]) < 0
         return [
             item
@@ -179,12 +180,12 @@ class NewItems:
         return len(changed)
 
     def _take(self, changed: Sequence[NewItem]) -> None:
-        """Encode new and changed items, and show all of them to the model, the dataset's readers and the numbers."""
+        """Encode new and changed items; add them to the model's items, the dataset and the ids that `find` knows."""
         items = self._items | {item.id: item for item in changed}  # a known one keeps its place, and so its number
         numbers = {raw: self._base.num_items + place for place, raw in enumerate(items)}
         experiment, first = self._experiment, self._base.num_items
         vectors = self._encoded(DatasetWithNewItems(self._base, changed))
-        # In this order other threads may go on to score: an id is given out when everything else knows it.
+        # This order lets other threads keep scoring: `find` returns an id only after all else knows the item.
         if vectors is not None:
             assert self._source is not None
             old = vectors[:0] if self._vectors is None else self._vectors

@@ -1,9 +1,9 @@
-"""Quantisation of a trained model's tables for serving, with TorchRec's quantised EmbeddingBagCollection.
+"""Quantization of a trained model's tables for serving, with TorchRec's quantized EmbeddingBagCollection.
 
     row = scale * code + bias        code in 0..255; scale = (max - min) / 255 and bias = min of the row, in float16
 
 The error of an entry is at most half a step of its row, (max - min) / 510, plus the rounding of scale and bias to
-float16. Tables below `features.shard_from_rows` are not quantised: they are small.
+float16. Tables below `features.shard_from_rows` are not quantized: they are small.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ def check_table_type(dtype: str) -> None:
 
 
 def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> QuantizedCollection:
-    """Build quantised sum-pooled tables, each with one feature of the same name.
+    """Build quantized sum-pooled tables, each with one feature of the same name.
 
     Args:
         weights: table -> [rows, width] float32 or float16.
@@ -70,14 +70,14 @@ def quantize_collection(weights: Mapping[str, Tensor], types: Mapping[str, torch
 
 
 def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
-    """Replace a trained model's tables by quantised ones; it can then not be trained or saved. One process.
+    """Replace a trained model's tables by quantized ones; it can then not be trained or saved. One process.
 
     Raises:
         ValueError: an unknown type, or more than one process.
     """
     check_table_type(dtype)
     if dist.get_world_size() > 1:
-        raise ValueError(f"{dist.get_world_size()} processes: quantised tables need one; the run may have had more")
+        raise ValueError(f"{dist.get_world_size()} processes: quantized tables need one; the run may have had more")
     features = experiment.hllm.features
     if features.tables is None:
         return TableBytes({}, {})
@@ -95,7 +95,7 @@ def quantize_tables(experiment: Experiment, dtype: str = "int8") -> TableBytes:
 
 @torch.no_grad()
 def quantize_items(experiment: Experiment, dtype: str = "int8") -> TableBytes:
-    """Replace the model's source of item embeddings by a quantised table of the complete catalogue.
+    """Replace the model's source of item embeddings by a quantized table of the complete catalogue.
 
     They are computed by the Item LLM with the current weights or, if the run uses stored ones, read from the store.
 
@@ -123,7 +123,7 @@ def _catalogue(experiment: Experiment) -> Tensor | None:
 
 
 def table_bytes(tables: QuantizedCollection) -> dict[str, int]:
-    """Bytes of each quantised table, including scales and biases."""
+    """Bytes of each quantized table, including scales and biases."""
     return {
         name.removesuffix(".weight").rpartition(".")[2]: weight.numel() * weight.element_size()
         for name, weight in _weights_with_scales(tables)

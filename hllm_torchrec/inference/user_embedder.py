@@ -78,7 +78,9 @@ def next_midnight(second: int) -> int:
 
 
 def nightly_request(piece: Piece, num_events: int, max_history: int, delay: int = 0) -> Piece:
-    """Request of the first nightly job that may see the last of the first `num_events` >= 1 events; depends only on
-    these. delay: seconds from an event until it may be seen."""
+    """Request of the first nightly job that may see event number `num_events` (>= 1).
+
+    It depends only on the events up to that one. delay: seconds from an event until it may be seen.
+    """
     seen_from = int(piece.timestamps[num_events - 1]) + delay
     return history_request(piece, num_events, next_midnight(seen_from), max_history)

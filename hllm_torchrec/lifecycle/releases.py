@@ -100,8 +100,8 @@ def rollback(folder: Path, to: str | None = None) -> tuple[str, str]:
     Raises:
         ValueError: nothing is published, no such release, or no other one.
     """
-    nothing = f"{folder}: nothing is published; `hllm nightly` does it"
-    if not folder.is_dir():  # the lock's file would make it
+    nothing = f"{folder}: nothing is published yet; `hllm nightly` publishes a release"
+    if not folder.is_dir():  # taking the lock would create the folder
         raise ValueError(nothing)
     with _write_lock(folder):
         current, previous = read_alias(folder, "current"), read_alias(folder, "previous")

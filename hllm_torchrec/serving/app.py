@@ -45,11 +45,11 @@ DEMO = FilePath(__file__).parent / "demo.html"
 DEMO_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "the body cannot be decoded"},
-    401: {"model": Problem, "description": "no bearer token, or another one"},
+    401: {"model": Problem, "description": "the bearer token is missing or wrong"},
     403: {"model": Problem, "description": "the service was started without a token, which this needs"},
     409: {"model": Problem, "description": "the model was not reloaded, and the one before stays"},
     413: {"model": Problem, "description": "the body is too large"},
-    422: {"model": Problem, "description": "the body is not of its form, or names what is not known"},
+    422: {"model": Problem, "description": "the body does not match the schema, or names an unknown id"},
     429: {"model": Problem, "description": "the queue is full: try again later, or elsewhere"},
     503: {"model": Problem, "description": "no answer within the deadline, a full disk, or the service is ending"},
 }
@@ -74,7 +74,7 @@ def create_app(
     app.add_middleware(BodyLimit)
     add_access_log(app, service, log)
     tokens = Tokens(service.token)
-    allowed, owned = [Depends(tokens.authorized)], [Depends(tokens.owned)]
+    allowed, owned = [Depends(tokens.authorized)], [Depends(tokens.token_required)]
     app.include_router(_probes(service))
     app.include_router(_scores(service), dependencies=allowed)
     app.include_router(_additions(service), dependencies=allowed)
@@ -210,7 +210,7 @@ def _remaining(service: Service, user: str) -> str:
     """What a service cannot forget: the dataset, and what was made from it."""
     given = shlex.join(["--dataset", str(service.engine.scorer.experiment.dataset.root), f"--user={user}"])
     command = f"hllm forget {given} --runs RUNS --stores STORES"
-    return f"dataset, runs and stores keep what they have of the user until: {command}"
+    return f"the dataset, runs and stores still contain this user; remove it with: {command}"
 
 
 def _columns(items: list[NewItemBody]) -> tuple[list[str], dict[str, list[str]], dict[str, list[list[str]]]]:

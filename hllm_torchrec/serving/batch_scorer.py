@@ -96,7 +96,7 @@ class BatchScorer(Scorer):
 
     def seen_part(self, history: UserHistory, time: int) -> UserHistory:
         """The events that a request at `time` may see."""
-        count = self._seen(history, time)
+        count = self.rules.seen(history, time)
         return history if count == len(history) else UserHistory(history.user_id, **history[:count].columns)
 
     @torch.no_grad()
@@ -116,10 +116,13 @@ class BatchScorer(Scorer):
         return found
 
     def _with_its_state(self, request: Request) -> Request:
-        """The request with the state of what it may see, where its state goes beyond."""
-        state, seen = request.state, self._seen(request.state.history, request.time)
+        """The request itself if its state starts where the events that it may see do.
+
+        Otherwise with a state that is read from those events alone.
+        """
+        state, seen = request.state, self.rules.seen(request.state.history, request.time)
         self._check_state(state)
-        if self._start(seen) == state.start:
+        if self.rules.start(seen) == state.start:
             return request
         return replace(request, state=self.read(self.seen_part(state.history, request.time)))
 
@@ -127,13 +130,13 @@ class BatchScorer(Scorer):
         """The events that the model reads for a request, and its numeric features [1, F], or None without any."""
         request = self._with_its_state(request)
         seen = self.seen_part(request.state.history, request.time)
-        return seen.since(request.state.start), self._numbers(request.state, request.time)
+        return seen.since(request.state.start), self.rules.numbers(request.state, request.time)
 
     def context_columns(self, given: Mapping[str, ContextValue] | None) -> Mapping[str, NDArray[Any]]:
         """Context of a request by raw values as `Request.context`; see `Scorer.score`.
 
         Raises:
-            ValueError: a value is missing, has another name, or is none.
+            ValueError: a value is missing, its name is unknown, or it is not a valid number.
         """
         return self._context.columns(given, 1)
 
@@ -143,11 +146,11 @@ class BatchScorer(Scorer):
         return self.score_batch([Request(state, items, moment, context)])[0]
 
     def _score_group(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Logits of requests with ROWS_AT_ONCE candidates together, or of a single request."""
+        """Logits of requests that have at most ROWS_AT_ONCE candidates together, or of a single larger request."""
         states, times = [one.state for one in requests], [one.time for one in requests]
-        visible = [self._visible(state, time) for state, time in zip(states, times, strict=True)]
+        visible = [self.rules.visible(state, time) for state, time in zip(states, times, strict=True)]
         ask = begin_requests(self.hllm.user, [state.cache for state in states], times, visible)
-        numbers = [self._numbers(state, time) for state, time in zip(states, times, strict=True)]
+        numbers = [self.rules.numbers(state, time) for state, time in zip(states, times, strict=True)]
         numeric = np.concatenate([one for one in numbers if one is not None]) if numbers[0] is not None else None
         context = {name: np.concatenate([one.context[name] for one in requests]) for name in requests[0].context}
         x_RD = self.inputs.requests([state.history.user_id for state in states], times, numeric, context)

@@ -20,6 +20,7 @@ from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_log import EventLog, LoggedEvent
 from hllm_torchrec.data.events import EVENT_COLUMNS
+from hllm_torchrec.data.tombstones import USERS
 from hllm_torchrec.serving.batch_scorer import BatchScorer, Request, concatenated, split
 from hllm_torchrec.serving.raw_context import ContextValue
 from hllm_torchrec.serving.raw_histories import check_found
@@ -136,7 +137,8 @@ class Engine:
         index_folder: Path | None = None,
     ) -> None:
         self.scorer, self.log = scorer, log
-        # A state of the scorer also holds on a later version of the same ids; a service has that version's events.
+        # The scorer's mark stays the same on a later dataset version with the same ids, but the histories that the
+        # service reads do not; so the version (and the calibration) is part of the engine's mark.
         calibration = None if scorer.calibration is None else scorer.calibration.to_json()
         self._mark = hash_json([scorer.mark, scorer.experiment.dataset.version, calibration])[:16]
         self.retrieval = Retrieval(scorer, index, index_folder)
@@ -146,7 +148,7 @@ class Engine:
         self._note = self._appended.add
         if log is not None:
             log.forget_those_of(scorer.experiment.dataset.tombstones)
-            log.readers.append(self._note)
+            log.listeners.append(self._note)
         self._texts: tuple[Dataset, Callable[[int], tuple[str, str]]] | None = None
 
     @property
@@ -155,7 +157,7 @@ class Engine:
         return self._mark
 
     def score(self, requests: Sequence[AnyRequest]) -> list[Scores | Exception]:
-        """Scores of each request, or the error that it has alone."""
+        """Scores of each request, or its error; an invalid request does not affect the others."""
         asked: list[Request | Exception] = []
         for request in requests:
             try:
@@ -229,12 +231,14 @@ class Engine:
         numbers = np.array([0 if event.action is None else known.get(event.action, -1) for event in events])
         names = [str(event.action) for event in events]
         check_found("actions of events", numbers, names, f"the dataset has {', '.join(known)}")
+        if self.scorer.experiment.dataset.tombstones.find(USERS, user) is not None and not self.log.is_forgotten(user):
+            self.log.forget(user)  # who came back after the dataset forgot them keeps what comes from now on
         self.log.append(user, events)
 
     def close(self) -> None:
         """Stop reading the log, and restore the scorer's weights; see `Scorer.close`."""
         if self.log is not None:
-            self.log.readers.remove(self._note)
+            self.log.listeners.remove(self._note)
         self.states.clear()
         self.scorer.close()
 

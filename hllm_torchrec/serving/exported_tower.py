@@ -1,4 +1,4 @@
-"""User encoder and head of a late-fusion run as one program of tensors, by torch.export, which torch alone loads.
+"""Export of the user encoder and head of a late-fusion run as one torch.export program that needs only torch to run.
 
     export_tower(scorer, Path("tower.pt2"))
     tower = torch.export.load("tower.pt2").module()      # in any process with torch
@@ -138,14 +138,14 @@ class ExportedTower(nn.Module):
 
 def check_exportable(scorer: BatchScorer) -> None:
     """Raise ValueError for a model with parts that the program does not have."""
-    spec, hllm, found = scorer.experiment.batch_spec, scorer.hllm, scorer.experiment.config
+    spec, hllm, config = scorer.experiment.batch_spec, scorer.hllm, scorer.experiment.config
     if not hllm.fusion.query_is_user:
         raise ValueError(
-            f"objective.fusion: {found.objective.fusion!r}: only with late fusion is a user's vector the same for all "
+            f"objective.fusion: {config.objective.fusion!r}: only with late fusion is a user's vector the same for all "
             "candidates: serve the run with `hllm serve`"
         )
     missing = {
-        f"encoder {found.user.encoder}": not isinstance(hllm.user, SoftmaxEncoder),
+        f"encoder {config.user.encoder}": not isinstance(hllm.user, SoftmaxEncoder),
         "interleaved actions": spec.interleaved,
         "a history of positive events alone": spec.history == "positive",
         "context": bool(spec.context),

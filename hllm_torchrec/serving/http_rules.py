@@ -32,7 +32,7 @@ class Tokens:
         if self._token is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
             raise HTTPException(401, "give the service's token in the header: Authorization: Bearer TOKEN")
 
-    def owned(self, request: Request) -> None:
+    def token_required(self, request: Request) -> None:
         """As `authorized`; raise 403 if the service has no token."""
         if self._token is None:
             raise HTTPException(403, "this needs a token, also on this machine: start the service with --token-file")

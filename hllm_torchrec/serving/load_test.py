@@ -1,9 +1,9 @@
 """Open-loop load test of a service: arrivals do not wait for answers.
 
 Requests arrive at the times of a Poisson process, whatever the service does, and a latency is the time from the
-*scheduled* arrival to the answer: a service that stalls is charged for all who would have come meanwhile (a closed loop
-would not send them: coordinated omission). Users are drawn from a Zipf distribution, as caches are only as good as
-users are unequal.
+*scheduled* arrival to the answer: a stall is charged to every request that was due during it (a closed loop would not
+send those: coordinated omission). Users are drawn from a Zipf distribution, because a cache's hit rate depends on how
+unevenly users ask.
 """
 
 import asyncio
@@ -122,7 +122,7 @@ _Connection = tuple[h11.Connection, asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class HttpClient:
-    """Kept connections to one server, as many as requests are open at a time. For plain HTTP.
+    """Keep-alive connections to one server, one for each request in flight. For plain HTTP.
 
     Raises:
         ValueError: a URL that is not of the form http://HOST:PORT.

@@ -92,7 +92,7 @@ class MicroBatcher(Generic[Request, Result]):
         return answer
 
     def between_batches(self, work: Callable[[], Any]) -> "Future[Any]":
-        """Run `work` in the thread of the batches, after those that wait now."""
+        """Run `work` in the thread that computes batches, after all requests that are queued now."""
         done: Future[Any] = Future()
         self._queue.put((work, done))
         return done
@@ -119,7 +119,10 @@ class MicroBatcher(Generic[Request, Result]):
                 return
 
     def _collect(self, first: _Waiting) -> tuple[list[_Waiting], Any]:
-        """Requests after `first` up to the limits, and what ended them: other work, None for the end, or `first`."""
+        """Return the batch that starts with `first`, and the queue entry that cut it short.
+
+        That is other work, None (stop), or `first` itself if there was none.
+        """
         batch, until = [first], self._clock() + self.limits.wait
         while len(batch) < self.limits.requests:
             try:

@@ -13,7 +13,7 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import ContextColumn
 
 ContextValue = str | float | None
-"""Of a categorical context its text, of a numeric one its number; None: unknown."""
+"""Value of a context column: a text if it is categorical, a number if it is numeric; None: unknown."""
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -38,15 +38,15 @@ class RawContext:
         """Columns of `Events.extra` [rows] of one request.
 
         Raises:
-            ValueError: a value that the model reads is missing (None says that it is unknown); a name that is no
-                context of the dataset; a number that is none.
+            ValueError: a value that the model reads is missing (None says that it is unknown); a name that is not a
+                context column of the dataset; or a numeric value that is not a finite number.
         """
         given = given or {}
         for name in given:
             if name not in self._known:
                 has = ", ".join(self._known) or "none"
                 raise ValueError(
-                    f"context {name!r}: the dataset has none{did_you_mean(name, self._known)}; it has {has}"
+                    f"context {name!r}: the dataset has no such context{did_you_mean(name, self._known)}; it has {has}"
                 )
         return {one.column: np.full(rows, self._value(one, given)) for one in self._read}
 

@@ -11,13 +11,10 @@ Needs the extra `ray`: pip install "hllm_torchrec[serve,faiss,ray]".
 """
 
 import asyncio
-import json
 import os
 from contextlib import ExitStack, closing
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote
 
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,7 +23,6 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
-from starlette.types import Message, Scope
 
 from hllm_torchrec.common.token_file import read_token
 from hllm_torchrec.data.event_log import EventLog
@@ -38,11 +34,10 @@ from hllm_torchrec.serving.micro_batches import BatchLimits
 from hllm_torchrec.serving.reload import Reloader
 from hllm_torchrec.serving.request_schema import MAX_BODY
 from hllm_torchrec.serving.service import Service
+from hllm_torchrec.serving.shards import Answer, ask_application, shard_of, state_file, user_of
 
 OF_ALL = ("/healthz", "/readyz", "/v1/reload")
 """Paths that every shard is asked for."""
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-"""Status, headers and body."""
 
 
 class Options(BaseModel):
@@ -125,20 +120,24 @@ class Entry:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
-        path = request.url.path
-        scope: dict[str, Any] = {"method": request.method, "path": path}
-        scope |= {"query_string": request.scope["query_string"], "headers": list(request.scope["headers"])}
+        # The server has decoded the path.
+        path, query, headers = request.scope["path"], request.scope["query_string"], list(request.scope["headers"])
+        scope: dict[str, Any] = {"method": request.method, "path": path, "query_string": query, "headers": headers}
         body = b""
         async for part in request.stream():
             body += part
             if len(body) > MAX_BODY:
                 return JSONResponse({"error": f"the body must have at most {MAX_BODY} bytes"}, 413)
-        asked = self._shards if path in OF_ALL else [self._shards[shard_of(user_of(path, body), len(self._shards))]]
+        asked = (
+            self._shards
+            if path in OF_ALL
+            else [self._shards[shard_of(user_of(request.method, path, body), len(self._shards))]]
+        )
         # A reload takes as long as a start.
         seconds = None if path == "/v1/reload" else self._deadline + 1
         answers = [await _ask(shard, scope, body, seconds) for shard in asked]
-        status, headers, content = max(answers, key=lambda answer: answer[0])
-        return Response(content, status, {name.decode(): value.decode() for name, value in headers})
+        status, found, content = max(answers, key=lambda answer: answer[0])
+        return Response(content, status, {name.decode(): value.decode() for name, value in found})
 
 
 async def _ask(shard: DeploymentHandle, scope: dict[str, Any], body: bytes, seconds: float | None) -> Answer:
@@ -153,58 +152,3 @@ async def _ask(shard: DeploymentHandle, scope: dict[str, Any], body: bytes, seco
     except (RayError, RayServeException, TimeoutError):
         error = JSONResponse({"error": "the shard of this user gives no answer: try again later"}, 503)
         return 503, error.raw_headers, bytes(error.body)
-
-
-def user_of(path: str, body: bytes) -> str | None:
-    """The user whom a request is about; None without one, or with a body that the shard will refuse."""
-    if path.startswith("/v1/users/"):
-        return unquote(path.removeprefix("/v1/users/").removesuffix("/events"))
-    try:
-        found = json.loads(body)
-    except ValueError:
-        return None
-    user = found.get("user") if isinstance(found, dict) else None
-    return user if isinstance(user, str) else None
-
-
-def shard_of(user: str | None, shards: int) -> int:
-    """Number of a user's shard, the same in all processes; 0 without a user."""
-    if user is None:
-        return 0
-    return int.from_bytes(blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % shards
-
-
-def state_file(folder: Path, number: int, shards: int) -> Path:
-    """File of a shard's events.
-
-    Raises:
-        ValueError: the folder has files of another number of shards, in which users are elsewhere.
-    """
-    others = sorted({found.stem.rpartition("-")[2] for found in folder.glob("shard-*-of-*.sqlite")} - {str(shards)})
-    if others:
-        raise ValueError(f"{folder}: has the events of {others[0]} shards: give shards={others[0]}, or another state")
-    return folder / f"shard-{number}-of-{shards}.sqlite"
-
-
-async def ask_application(app: Any, scope: dict[str, Any], body: bytes) -> Answer:
-    """The answer of an ASGI application in this process, as a whole."""
-    whole: Scope = {"type": "http", "http_version": "1.1", "scheme": "http", "root_path": "", "state": {}, **scope}
-    sent, ended = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
-    found: dict[str, Any] = {"body": b""}
-
-    async def receive() -> Message:
-        if sent:
-            return sent.pop()
-        await ended.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            found.update(status=message["status"], headers=list(message["headers"]))
-            return
-        found["body"] += message.get("body", b"")
-        if not message.get("more_body", False):
-            ended.set()
-
-    await app(whole, receive, send)
-    return found["status"], found["headers"], found["body"]

@@ -1,7 +1,9 @@
-"""Reload of a service's model while it answers: loaded beside, compared on recent requests, swapped between batches.
+"""Reload of a service's model while it answers.
 
-If anything fails, or a probability changes by more than the bound, the old model stays in use. States of the new model
-are made when their users ask. `hllm rollback` and a reload go back the same way.
+The new model is loaded next to the old one, compared with it on recent requests, and swapped in between two batches.
+
+If anything fails, or a probability changes by more than the bound, the old model stays in use. User states of the new
+model are computed at each user's next request. After `hllm rollback` a reload returns to the previous model.
 """
 
 import threading
@@ -88,7 +90,7 @@ class Reloader:
         before = self._service.batches.between_batches(lambda: old.score(sample)).result()
         changes = probability_changes(before, new.score(sample))
         largest, mean = (float(changes.max()), float(changes.mean())) if changes.size else (0.0, 0.0)
-        if not largest <= self._max_change:  # also if it is no number
+        if not largest <= self._max_change:  # `not <=` also refuses NaN
             raise ReloadRefusedError(
                 f"model {new.mark} changes a probability of {len(sample)} recent requests by {largest:.3f}, more than "
                 f"{self._max_change:g}: look at it, or raise --max-change"
@@ -129,7 +131,10 @@ def watch(
     stop: threading.Event,
     say: Callable[[object], None],
 ) -> None:
-    """Reload whenever `state` has changed, until `stop`; what is refused is said and tried again after a change."""
+    """Reload whenever `state` has changed, until `stop`.
+
+    A refused reload is printed, and tried again when `state` changes next.
+    """
     known = state()
     while not stop.wait(every):
         try:
@@ -142,12 +147,12 @@ def watch(
         known = found
         try:
             report = reloader.reload()
-            say(f"hllm serve: model {report.model}, {_compared(report)}")
+            say(f"hllm serve: model {report.model}, {_comparison_text(report)}")
         except ReloadRefusedError as error:
             say(f"hllm serve: the model stays: {error}")
 
 
-def _compared(report: ReloadReport) -> str:
+def _comparison_text(report: ReloadReport) -> str:
     if not report.requests:
         return "no recent requests to compare it on"
     return f"largest change of a probability {report.largest_change:.3f} in {report.requests} recent requests"

@@ -39,7 +39,9 @@ class Event(_Body):
 
     item: RawId
     timestamp: Second
-    label: Label | None = Field(None, description="of an exposure: 1 positive, 0 negative; null: none")
+    label: Label | None = Field(
+        None, description="label of an exposure: 1 positive, 0 negative; null: the event is not an exposure"
+    )
     action: str | None = Field(None, max_length=256, description="name of the action, as in the source; null: unknown")
 
 
@@ -48,7 +50,9 @@ class ScoreBody(_Body):
 
     user: RawId | None = Field(None, description="raw id; null, or one that is not known: a new user")
     candidates: list[RawId] = Field(min_length=1, max_length=MAX_CANDIDATES)
-    time: Second | None = Field(None, description="of the request: only earlier events count; null: now")
+    time: Second | None = Field(
+        None, description="time of the request: only events of earlier seconds count; null: now"
+    )
     history: list[Event] | None = Field(
         None, max_length=MAX_EVENTS, description="scored instead of the user's events, and not kept; null: the user's"
     )
@@ -62,7 +66,9 @@ class ScoreAnswer(BaseModel):
 
     scores: list[float] = Field(description="logits of the first label: the `score` of `hllm evaluate`")
     probabilities: list[float] = Field(description="of the first label, calibrated if the run is")
-    tasks: dict[str, list[float]] = Field(description="what each label's task predicts, of a model with several")
+    tasks: dict[str, list[float]] = Field(
+        description="predictions of each task, by name; empty for a model with a single task"
+    )
     events: int = Field(description="events of the history that the scores were computed from")
     model: str
 
@@ -78,7 +84,9 @@ class RecommendBody(_Body):
     candidates: int = Field(200, ge=1, le=MAX_CANDIDATES, description="items that are retrieved, then ranked")
     seen_too: bool = Field(False, description="whether items of the history are recommended")
     filters: dict[str, list[str]] = Field(
-        {}, max_length=16, description="item feature -> values: an item has at least one of each feature's"
+        {},
+        max_length=16,
+        description="item feature -> values: only items with at least one of the values of each feature are returned",
     )
 
 
@@ -127,7 +135,7 @@ class ItemsBody(_Body):
 
 
 class ItemsAnswer(BaseModel):
-    """added: number of items that were not known as given."""
+    """added: number of items that are new, or whose text or features have changed."""
 
     added: int
 
@@ -136,7 +144,7 @@ class ForgottenAnswer(BaseModel):
     """The service reads and keeps nothing of the user any more; files that it does not own are as they were."""
 
     events: int = Field(description="number of the user's events that were deleted here")
-    remaining: str = Field(description="where the user may still be, and the command that forgets there")
+    remaining: str = Field(description="where the user's data may still be, and the command that removes it")
 
 
 class ReloadAnswer(BaseModel):

@@ -1,8 +1,8 @@
 """Candidates of a user from the whole catalogue: the nearest items to the predicted next one, or all items.
 
 A model with a generative loss predicts the next item from the last event that a request may see; its nearest items by
-cosine are found by FAISS, exactly (flat) or in the nearest cells (ivf). Without that loss, or without FAISS, all items
-are candidates, and the head ranks them: exact, and as slow as the catalogue is large.
+cosine are found by FAISS, exactly (flat) or in the nearest cells (ivf). Without that loss, or with the index "none",
+all items are candidates, and the head ranks them: exact, in time proportional to the catalogue.
 
 Legend: N items, V width of an item's vector in the space of the generative loss.
 """
@@ -30,9 +30,21 @@ from hllm_torchrec.store.export_formats import import_faiss
 Mask = NDArray[np.bool_]
 NPROBE = 16
 """Cells of an ivf index that are searched."""
+RANKED = 100_000
+"""Items up to which all are ranked for a user without events."""
 SAMPLE = 64
 """Items of each cell that an ivf index is fitted on."""
 IndexKind = Literal["flat", "ivf", "none"]
+
+
+def first_allowed(order: Ints, allowed: Mask, number: int) -> Ints:
+    """The first `number` items of `order` [N] that are allowed, without looking at all of them if possible."""
+    end = 4 * number
+    while True:
+        found = order[:end][allowed[order[:end]]]
+        if found.size >= number or end >= order.size:
+            return found[:number]
+        end *= 4
 
 
 def _flat(vectors: Floats) -> Any:
@@ -82,9 +94,13 @@ class Retrieval:
             later = np.arange(self._base, self._scorer.experiment.dataset.num_items)
             found = vectors_of_items(self._scorer.experiment, later) if later.size else torch.empty(0, self._index.d)
             self._later = normalize_rows(found.cpu().numpy())
+            if self._scorer.num_items > RANKED:
+                self._by_events = np.argsort(-self._of.training_item_counts(), kind="stable")
 
     def allowed(self, exclude: Ints, filters: Mapping[str, Sequence[str]]) -> Mask:
-        """Mask [N] of the items that may be recommended: known, not in `exclude`, and with one of each filter's values.
+        """Mask [N] of the items that may be recommended.
+
+        They are known, not withdrawn, not in `exclude`, and have at least one value of each filter.
 
         Raises:
             ValueError: a feature that the dataset does not have.
@@ -105,10 +121,15 @@ class Retrieval:
 
     @torch.no_grad()
     def candidates(self, state: UserState, allowed: Mask, number: int) -> Ints:
-        """Dense ids of at most `number` allowed items, nearest first; of all, for a user without events or an index."""
+        """Dense ids of at most `number` allowed items, nearest first.
+
+        Without an index all of them; for a user without events as well, or those with the most events in train if the
+        catalogue has more than RANKED items.
+        """
         vector = None if self._index is None else self._next_item(state)
         if vector is None:
-            return np.flatnonzero(allowed)
+            ranks_all = self._index is None or allowed.size <= RANKED
+            return np.flatnonzero(allowed) if ranks_all else first_allowed(self._by_events, allowed, number)
         faiss = import_faiss()
         selector = faiss.IDSelectorBitmap(np.packbits(allowed[: self._base], bitorder="little"))
         parameters = faiss.SearchParameters(sel=selector)

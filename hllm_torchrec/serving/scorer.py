@@ -27,24 +27,18 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.common.errors import configured_by
 from hllm_torchrec.common.hashing import hash_json
-from hllm_torchrec.config.schema import Config
-from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.collate import Collator
-from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.new_item_journal import new_items
-from hllm_torchrec.data.numeric_features import OF_EVENTS, numeric_columns
 from hllm_torchrec.data.pieces import window_start
-from hllm_torchrec.data.visibility import visible_before
 from hllm_torchrec.distributed.process_group import init_distributed
-from hllm_torchrec.evaluation.calibration import FILE, RunCalibration
-from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run, run_config, weights_fingerprint
+from hllm_torchrec.evaluation.calibration import RunCalibration
+from hllm_torchrec.evaluation.run_loader import load_run, run_config, weights_fingerprint
 from hllm_torchrec.inference.new_items import NewItems
 from hllm_torchrec.inference.quantization import check_table_type, quantize_items, quantize_tables
 from hllm_torchrec.inference.raw_ids import raw_texts
@@ -55,6 +49,8 @@ from hllm_torchrec.modules.history_cache import MICRO_BATCH, begin_request, chec
 from hllm_torchrec.modules.lora import merged
 from hllm_torchrec.serving.raw_context import ContextValue, RawContext
 from hllm_torchrec.serving.raw_histories import RawHistories, check_found, check_ids
+from hllm_torchrec.serving.request_rules import RequestRules, candidates_batch, history_batch
+from hllm_torchrec.serving.scorer_loading import calibration_of, check_servable, in_one_process
 from hllm_torchrec.serving.task_scores import output_shape, predictions_by_task
 from hllm_torchrec.serving.user_state import UserHistory, UserState
 
@@ -91,14 +87,10 @@ class Scorer:
             raise ValueError(f"micro_batch is {micro_batch}: must be at least 1")
         if table_dtype is not None:
             check_table_type(table_dtype)
-        if not experiment.batch_spec.fusion.has_queries:
-            raise ValueError("objective.fusion: 'none': the model has no head to score candidates; train early or late")
-        if dist.get_world_size() > 1 or experiment.config.parallel.dense == "fsdp":
-            raise ValueError(
-                f"{dist.get_world_size()} processes, parallel.dense {experiment.config.parallel.dense!r}: a scorer "
-                "has all weights in one process: build it in one, with parallel.dense ddp"
-            )
+        check_servable(experiment)
         self.experiment, self.micro_batch = experiment, micro_batch
+        self.rules = RequestRules(experiment.batch_spec, experiment.config.data.max_history)
+        """What a request may see of a history."""
         self.hllm = experiment.hllm.eval()
         with configured_by("user.shape", encoder="user.encoder"):
             check_encoder(self.hllm.user)
@@ -125,7 +117,7 @@ class Scorer:
         spec = replace(experiment.batch_spec, visibility="second")
         vectors, context = experiment.item_vectors, experiment.context
         self._collator = Collator(experiment.dataset, spec, item_vectors=vectors, context=context)
-        # Last: other threads take an id from here on.
+        # Last: from here on other threads accept ids below `num_items`.
         self.num_items = experiment.dataset.num_items
         """Dense ids are below it: the dataset's, and those of items that came after it."""
 
@@ -154,7 +146,7 @@ class Scorer:
             ValueError: as `load_run` and the class; a store of another Item LLM, or without all items.
         """
         device = device or init_distributed()
-        loaded = load_run(run, which, device, _in_one_process(run_config(run, dataset)))
+        loaded = load_run(run, which, device, in_one_process(run_config(run, dataset)))
         # pop_all moves the contexts to the scorer: they stay open until `close`, but end here if the constructor fails.
         with ExitStack() as stack:
             stack.enter_context(loaded.weights)
@@ -165,7 +157,7 @@ class Scorer:
             scorer = cls(loaded.experiment, micro_batch, table_dtype, journal)
             facts = [weights_fingerprint(loaded.checkpoint), table_dtype, known]
             scorer._mark = hash_json(facts if store is None else [*facts, str(store)])[:16]
-            scorer._calibration = _calibration_of(loaded)
+            scorer._calibration = calibration_of(loaded)
             scorer._weights = stack.pop_all()
         return scorer
 
@@ -230,7 +222,10 @@ class Scorer:
             return added
 
     def refresh(self) -> int:
-        """Read the items that other processes have added; return their number. Unknown raw ids do the same."""
+        """Read the items that other processes have added; return their number.
+
+        A request with an unknown raw id does this by itself.
+        """
         with self._lock:
             return self._refresh()
 
@@ -255,7 +250,7 @@ class Scorer:
         if (ids < 0).any():
             self.refresh()
             ids = self._find(raw)
-        check_found(what, ids, raw, "add_items (POST /v1/items) makes an item known that came after `hllm prepare`")
+        check_found(what, ids, raw, "register items that came after `hllm prepare` with add_items (POST /v1/items)")
         return ids
 
     def _find(self, raw: list[str]) -> Ints:
@@ -298,7 +293,7 @@ class Scorer:
             ValueError: users, items or actions outside the dataset's ids.
         """
         self._check(history)
-        start = self._start(len(history))
+        start = self.rules.start(len(history))
         return self._state(history, start, self._read(history.since(start), None))
 
     @torch.no_grad()
@@ -310,20 +305,13 @@ class Scorer:
         """
         self._check_state(user)
         history = user.history.followed_by(events)
-        start = self._start(len(history))
+        start = self.rules.start(len(history))
         # The cache is unusable if the window has moved, or if it is shorter than the prefix of context tokens, whose
         # positions see each other and so would change.
         if start != user.start or user.cache.length < self.hllm.user.context_prefix:
             return self.read(history)
         self._check(events)
         return self._state(history, start, self._read(events, user.cache))
-
-    def _start(self, seen: int) -> int:
-        """First event that a request reads of the `seen` ones that it may see, as in evaluation."""
-        longest = self.experiment.config.data.max_history
-        if self.experiment.batch_spec.visibility == "position":
-            return max(0, seen - longest + 1)
-        return int(window_start(seen, longest))
 
     def _state(self, history: UserHistory, start: int, cache: HistoryCache) -> UserState:
         state = UserState(history, start, cache, self._mark)
@@ -352,7 +340,9 @@ class Scorer:
         time: int | None = None,
         context: Mapping[str, ContextValue] | None = None,
     ) -> NDArray[np.float32]:
-        """Return logits [m] of candidates: the `score` of `hllm evaluate`, in the same order as the probabilities.
+        """Return logits [m] of candidates: the `score` of `hllm evaluate`.
+
+        They rank candidates as the uncalibrated probabilities do.
 
         Args:
             user: a history, or the result of `read` or `extend`.
@@ -360,8 +350,8 @@ class Scorer:
                 242.
             time: seconds UTC of the request; None: now. With a ranking dataset only events of earlier seconds (and
                 older than `data.feedback_delay`) are visible; with a leave-one-out dataset all events are.
-            context: text or number of every value of the request that the model reads (`data.context`), by name; None:
-                unknown. A text that training has not seen is unknown, and counted.
+            context: name -> text or number, for every context column that the model reads (`data.context`); a value of
+                None is unknown. A text that training has not seen is unknown, and counted.
 
         Raises:
             ValueError: as `read`; context that is missing or of another name; candidates that are not known, a state
@@ -381,7 +371,7 @@ class Scorer:
         """Return what each task predicts of candidates [m], by name: a probability, or a number in the label's unit.
 
         The arguments are those of `score`; probabilities are calibrated if the run is (`hllm calibrate`). A task whose
-        label is defined only where another one is 1 predicts what holds there, such as a like given a click.
+        label is declared `given` another one is predicted under that condition, such as a like given a click.
         """
         return self.predictions(self._outputs(user, candidates, time, context))
 
@@ -401,8 +391,9 @@ class Scorer:
         self._check_state(state)
         items = self.item_ids(candidates)
         moment = int(clock.time()) if time is None else time
-        seen = self._seen(state.history, moment)
-        if self._start(seen) != state.start:  # a long history goes on after the request: what it may see begins earlier
+        seen = self.rules.seen(state.history, moment)
+        # A long history may go on after the request: then what it may see begins earlier.
+        if self.rules.start(seen) != state.start:
             state = self.read(UserHistory(state.history.user_id, **state.history[:seen].columns))
         with configured_by("user.shape", length="data.max_history"):
             return self._score(state, items, moment, self._context.columns(context, 1))
@@ -411,13 +402,14 @@ class Scorer:
         self, state: UserState, items: Ints, moment: int, context: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
         """Outputs of the head for items [m], `micro_batch` at a time."""
-        ask = begin_request(self.hllm.user, state.cache, moment, self._visible(state, moment))
+        ask = begin_request(self.hllm.user, state.cache, moment, self.rules.visible(state, moment))
         # With late fusion the user vector does not depend on the candidates: compute it in the first micro-batch only.
         user_vector: Tensor | None = None
         found = np.empty((items.size, *output_shape(self.hllm)), np.float32)
         for start in range(0, items.size, self.micro_batch):
             part = items[start : start + self.micro_batch]
-            batch = self._request(state, part, moment, context).to(self.experiment.device)
+            asked = candidates_batch(self._collator, state, part, moment, context, self.rules.numbers(state, moment))
+            batch = asked.to(self.experiment.device)
             _, x_QD, target_XD, _ = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))
             if self.hllm.fusion.query_is_user:
                 user_vector = ask(x_QD) if user_vector is None else user_vector  # one [USER] for all candidates
@@ -445,90 +437,19 @@ class Scorer:
         evidence = self.experiment.evidence
         if evidence is None:
             return None
-        at, seen = np.full(candidates.size, time), self._seen(history, time)
+        at, seen = np.full(candidates.size, time), self.rules.seen(history, time)
         columns = evidence.columns(history, np.full_like(at, seen), candidates, at, history.user_id, fitted=False)
         return torch.from_numpy(columns).to(self.experiment.device)
 
     def _read(self, events: UserHistory, cache: HistoryCache | None) -> HistoryCache:
         """Append `events` to the cache."""
-        # The collator drops history after the last exposure: one exposure after all events retains all of them.
-        after = int(events.timestamps[-1]) + 1 + self.experiment.batch_spec.feedback_delay if len(events) else 0
-        exposure = Events.at([after], labels=[0])
-        whole = events.followed_by(UserHistory(events.user_id, **exposure.columns))
-        batch = self._collator([whole.as_piece(len(events))], 0, 0).to(self.experiment.device)
+        batch = history_batch(self._collator, self.rules.spec, events).to(self.experiment.device)
         x_TD = self.hllm.slot_features(batch, self.hllm.item_embeddings(batch.unique_items))[0]
         with configured_by("user.shape", length="data.max_history"):
             return read_history(self.hllm.user, x_TD, batch.timestamps, cache)
-
-    def _request(
-        self, user: UserState, candidates: Ints, time: int, context: Mapping[str, NDArray[Any]]
-    ) -> HybridBatch:
-        """Batch of the candidates without history; numeric features are the user's at `time`."""
-        extra = {name: np.repeat(value, candidates.size) for name, value in context.items()}
-        labels = np.zeros(candidates.size)
-        asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=labels, extra=extra)
-        batch = self._collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
-        numbers = self._numbers(user, time)
-        if numbers is None:
-            return batch
-        assert batch.numeric is not None
-        # All candidates have the same time, so the one row of numbers is broadcast to all of them.
-        numeric = batch.numeric.clone()
-        numeric[: batch.query_times.numel(), : numbers.shape[1]] = torch.from_numpy(numbers)
-        return replace(batch, numeric=numeric)
-
-    def _numbers(self, user: UserState, time: int) -> Floats | None:
-        """Numeric features [1, F] of a request, or None without any."""
-        names = self.experiment.batch_spec.numeric_features
-        if not names:
-            return None
-        # The request is an additional event without a label: its numbers come from the visible events before it.
-        seen, labels = user.history.timestamps[user.start :], user.history.labels[user.start :]
-        earlier = visible_before(seen, time - self.experiment.batch_spec.feedback_delay)
-        if earlier in user.numbers:
-            return user.numbers[earlier]
-        times, labels = np.append(seen[:earlier], time), np.append(labels[:earlier], np.nan)
-        found = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
-        if OF_EVENTS.issuperset(names):
-            user.numbers[earlier] = found
-        return found
-
-    def _seen(self, history: UserHistory, time: int) -> int:
-        """Number of events of a complete history that a request at `time` may see."""
-        if self.experiment.batch_spec.visibility == "position":
-            return len(history)
-        return visible_before(history.timestamps, time - self.experiment.batch_spec.feedback_delay)
-
-    def _visible(self, user: UserState, time: int) -> int:
-        """Number of cached events visible to a request at `time`."""
-        if self.experiment.batch_spec.visibility == "second":
-            limit = time - self.experiment.batch_spec.feedback_delay
-            return visible_before(user.cache.times.cpu().numpy(), limit)
-        last = int(user.history.timestamps[-1]) if len(user.history) else time
-        if time < last:
-            raise ValueError(
-                f"user {user.history.user_id}: a request at {time}, before the last event at {last}: leave-one-out "
-                "requests see all events; give the history up to the request"
-            )
-        return user.cache.length
 
     def _check(self, history: UserHistory) -> None:
         dataset = self.experiment.dataset
         check_ids("user_id", np.array([history.user_id]), dataset.num_users)
         check_ids(f"item_ids of user {history.user_id}", history.item_ids, self.num_items)
         check_ids(f"actions of user {history.user_id}", history.actions, dataset.num_actions)
-
-
-def _calibration_of(loaded: LoadedRun) -> RunCalibration | None:
-    """A run's calibration. Raises ValueError if it belongs to other weights."""
-    run = loaded.checkpoint.parent.parent
-    found = RunCalibration.load(run)
-    if found is not None and found.weights != loaded.fingerprint:
-        raise ValueError(f"{run}/{FILE} belongs to other weights: run `hllm calibrate` again, or remove it")
-    return found
-
-
-def _in_one_process(config: Config) -> Config:
-    """The configuration without the options for several ranks and for training; the weights are the same."""
-    parallel = replace(config.parallel, dense="ddp", compile=False, activation_checkpointing=False)
-    return replace(config, parallel=parallel)

@@ -18,7 +18,8 @@ RECENT = 64
 class Service:
     """What the endpoints call.
 
-    now: seconds UTC; token: the bearer token that requests need, None: none (and then nothing that deletes).
+    now: seconds UTC; token: the bearer token that requests must send; None: they need none, and deleting and reloading
+    are refused.
     """
 
     engine: Engine
@@ -60,7 +61,10 @@ class Service:
         return found, probabilities.tolist()
 
     async def forget(self, user: str) -> int:
-        """Forget a user: events and state; returns the number of events. What the dataset has is read no more."""
+        """Forget a user: events and state; returns the number of events.
+
+        The user's events in the dataset are ignored from then on.
+        """
         log = self.engine.log
         deleted = 0 if log is None else await asyncio.to_thread(log.forget, user)
         await asyncio.wrap_future(self.batches.between_batches(lambda: self._forget(user)))

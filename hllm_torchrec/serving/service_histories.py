@@ -1,6 +1,6 @@
 """Histories of users for a service: the dataset's events, then those that the service was given.
 
-An event of the log that the dataset has as well (same item and second) counts once, so a dataset that grows by the
+An event that is in both the log and the dataset (same item and second) counts once, so a dataset that grows by the
 log's events changes no history. Events are sorted by time; those of one second keep the order of their arrival.
 """
 
@@ -18,8 +18,11 @@ from hllm_torchrec.serving.user_state import UserHistory
 
 @dataclass(frozen=True)
 class KnownHistory:
-    """All events of a user that are known. number: of the last one of the log, 0 without any; logged: number of events
-    that the log has up to it."""
+    """All known events of a user.
+
+    number: row number in the log of the last event that was read, 0 if none was; logged: how many of the user's rows
+    the log had up to there, which shows whether some were deleted since.
+    """
 
     events: UserHistory
     number: int = 0

@@ -34,7 +34,9 @@ class ServiceMetrics:
             buckets=[number / 10 for number in range(1, 11)],
             registry=self.registry,
         )
-        self.reloads = Counter("hllm_reloads", "Models that were loaded beside", ["result"], registry=self.registry)
+        self.reloads = Counter(
+            "hllm_reloads", "Reloads of the model, by result (done or refused)", ["result"], registry=self.registry
+        )
         waiting_gauge = Gauge("hllm_queue_requests", "Accepted requests without an answer", registry=self.registry)
         waiting_gauge.set_function(waiting)
         self.registry.register(_EngineCollector(engine))
@@ -47,7 +49,10 @@ class ServiceMetrics:
             self.seconds.labels("queue").observe(one)
 
     def observe_scores(self, probabilities: NDArray[np.floating]) -> None:
-        """Count a request's probabilities: the highest, the lowest and eight between, so that none costs much."""
+        """Count a sample of a request's probabilities.
+
+        At most 19, evenly spaced in the order of its candidates: a large request costs no more than a small one.
+        """
         step = max(1, probabilities.size // 10)
         for one in probabilities[::step].tolist():
             self.probability.observe(one)

@@ -18,7 +18,10 @@ def output_shape(hllm: HLLM) -> tuple[int, ...]:
 def predictions_by_task(
     hllm: HLLM, outputs: NDArray[np.float32], calibration: RunCalibration | None
 ) -> dict[str, NDArray[np.float32]]:
-    """What each task predicts [m] by name, from logits [m] or outputs [m, O]; probabilities calibrated if they are."""
+    """What each task predicts [m] by name, from logits [m] or outputs [m, O].
+
+    Probabilities are calibrated if `calibration` has their task.
+    """
     sizes = [task.outputs for task in hllm.tasks]
     parts = torch.from_numpy(outputs.reshape(len(outputs), sum(sizes))).split(sizes, dim=1)
     scales = _UNSCALED if hllm.has_one_logit else hllm.task_scales.cpu()

@@ -19,9 +19,9 @@ from hllm_torchrec.modules.losses.objectives import embedding_spread
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the parts of the loss; tasks: those of the tasks within the classification loss, by name.
+    """Weights of the parts of the loss; tasks: weight of each task within the classification loss, by name.
 
-    write, match: of the losses of creatives.
+    write, match: weights of the two losses of creatives.
     """
 
     generative: float
@@ -67,10 +67,10 @@ class StepStats:
     failed_saves: float = 0.0
     """Number of ranks on which the pending checkpoint has failed: all ranks raise at the same step."""
     write: float = 0.0
-    """Shares of the creative losses, as of the others."""
+    """Shares of the mean creative losses, like those above."""
     match: float = 0.0
     user_similarity: float = 0.0
-    """As `item_similarity`, of the user vectors of creatives."""
+    """Like `item_similarity`, for the user vectors of creatives."""
     user_similarities: float = 0.0
     tasks: tuple[float, ...] = ()
     """Shares of the mean loss of each task, if there are several."""
@@ -81,7 +81,7 @@ class StepStats:
 
     @classmethod
     def _of(cls, numbers: Sequence[float], tasks: Sequence[float]) -> Self:
-        """Statistics of the values without `tasks`, in the order of the fields, and these."""
+        """Build from the fields' values without `tasks`, in their order, and the values of `tasks`."""
         named: dict[str, Any] = {field.name: value for field, value in zip(fields(cls), numbers, strict=False)}
         return cls(**named, tasks=tuple(tasks))
 
@@ -133,7 +133,7 @@ def _creative_counts(batch: HybridBatch) -> tuple[float, float]:
 def micro_batch_loss(
     output: HLLMOutput, counts: StepCounts, weights: LossWeights, encodes_items: bool
 ) -> tuple[Tensor, StepStats]:
-    """Share of Eq. (3) of this rank and micro-batch: local sums over global counts, so that shares add up.
+    """This rank's and micro-batch's share of HLLM's Eq. (3): local sums over global counts, so that shares add up.
 
     encodes_items: True if the item embeddings were computed with the current weights.
 
@@ -171,6 +171,7 @@ def micro_batch_loss(
         numbers += [loss.raw / count for loss, count in zip(output.tasks.values(), counts.tasks, strict=True)]
     # One copy from the device for all values, because every copy waits for the forward pass.
     numbers = [write, match, user_spread, *numbers]
+    # Order: three numbers of creatives, then the first six fields of StepStats, then one number per task.
     shares = torch.stack([number.detach().double() for number in numbers]).tolist()
     stats = replace(StepStats._of(shares[3:9], shares[9:]), similarities=measured, user_similarities=users_measured)
     return loss, replace(stats, write=shares[0], match=shares[1], user_similarity=shares[2])
@@ -184,7 +185,7 @@ def describe_step(
     norm: gradient norm, NaN or infinite if a gradient is.
     alarm: True if collapsed items are an error. A model from scratch starts with nearly equal embeddings for all
     items, which the first steps separate.
-    task_names: of `stats.tasks`, in order.
+    task_names: names of the tasks in `stats.tasks`, in order.
 
     Raises:
         FloatingPointError: the loss or a gradient is not finite, or the item embeddings have collapsed.
@@ -203,7 +204,7 @@ def describe_step(
         found["loss_value"] = value
     _check_finite(found["loss"], norm)
     if stats.similarities:
-        # A cosine: rounding must not carry it above 1, which `collapse_above: 1.0` allows.
+        # Rounding may lift a mean of cosines above 1; with `collapse_above: 1.0` (no limit) that would raise.
         found["item_similarity"] = min(stats.item_similarity / stats.similarities, 1.0)
         if alarm and weights.generative > 0 and found["item_similarity"] > objective.collapse_above:
             raise FloatingPointError(

@@ -42,22 +42,23 @@ def checkpoint_to_resume(config: Config, output: Path | None = None) -> Path | N
 
 
 def changed_settings(extra: dict[str, Any], config: Config) -> list[str]:
-    """Settings that the checkpoint with `extra` was trained with and that are others now, as 'name: before -> now'.
+    """Settings that differ from those that the checkpoint of `extra` was trained with, as 'name: before -> now'.
 
-    Settings of where and how long a run runs are left out.
+    Settings of location and duration, `reliability` and `logs` are left out.
     """
     before, now = _flat(extra["config"]), _flat(to_dict(config))
-    differs = [name for name in before if name in now and before[name] != now[name] and not _is_of_this_start(name)]
+    differs = [name for name in before if name in now and before[name] != now[name] and not _may_differ(name)]
     return [f"{name}: {abbreviate(before[name], 80)} -> {abbreviate(now[name], 80)}" for name in differs]
 
 
-def _is_of_this_start(name: str) -> bool:
+def _may_differ(name: str) -> bool:
+    """True for settings of location, duration, reliability and logs, which a resumed run may change."""
     section = name.partition(".")[0]
     return name in ("output", "resume", "max_steps", "start_from") or section in ("reliability", "logs")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted names."""
+    """Flatten nested mappings to dotted names."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}

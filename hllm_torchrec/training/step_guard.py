@@ -37,10 +37,10 @@ class StepGuard:
     def selection_score(self, step: int, metrics: Mapping[str, Any]) -> float | None:
         """Score by which validation compares checkpoints, larger is better: `select_by`, or without a head NDCG.
 
-        A run with creatives is compared by their negative log-likelihood with the right user, negated.
-        A metric of `select_by` that is undefined is replaced: AUC, with labels of one class, by the negated log loss,
-        GAUC, without a user of both labels, by AUC. None: there is nothing to score. The first undefined score is
-        reported, on rank 0.
+        A run with creatives is scored by the log-likelihood of their texts given the right user.
+        If a metric of `select_by` is undefined, the score is the AUC instead (no user has both labels) or, with labels
+        of one class, the negated log loss. None: there is nothing to score. The first undefined score is reported, on
+        rank 0.
         """
         if metrics.get("creative_rows"):
             return -float(metrics["creative_nll"])
@@ -63,8 +63,8 @@ class StepGuard:
         return score
 
     def check_leakage(self, step: int, auc: float | None) -> None:
-        """Warn, on rank 0, of a validation AUC above `leakage_above`; None without a classification head, NaN without
-        exposures of both classes.
+        """Warn, on rank 0, of a validation AUC above `leakage_above`; `auc` is None without a classification head, and
+        NaN without exposures of both classes.
 
         Raises:
             ValueError: the AUC is above it and `reliability.leakage` is "stop".

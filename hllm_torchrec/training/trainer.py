@@ -231,7 +231,7 @@ class Trainer:
             names = [task.name for task in self.hllm.tasks] if totals.tasks else ()
             found = describe_step(totals, norm, self.config, self.step > self.schedule.warmup_steps, names)
         except FloatingPointError as error:
-            # A step that was refused has its earlier micro-batches' gradients.
+            # A refused step still holds the gradients of its earlier micro-batches.
             self.dense_optim.zero_grad(set_to_none=True)
             self.guard.record_failure(self.step, batches, str(error), may_skip=not math.isfinite(norm))
             return {}
@@ -384,6 +384,8 @@ class Trainer:
         return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
 
     def _save(self, score: float | None) -> None:
+        # Names of version 0.1 stay, so that its checkpoints resume: "owed" is a pending evaluation, "leg_steps" the
+        # segments' steps.
         extra = {
             "best": self.early_stopping.best if math.isfinite(self.early_stopping.best) else None,
             "stale": self.early_stopping.stale,
@@ -403,7 +405,7 @@ class Trainer:
         fill_new_rows(self.experiment, self.checkpoint, averages=self.ema.state_dict() if self.ema else None)
         check_schedule(self.checkpoint, extra, self.schedule.segments)
         if self.rank == 0 and (changed := changed_settings(extra, self.config)):
-            say(f"resume: {self.checkpoint} goes on with other settings than it was trained with: {'; '.join(changed)}")
+            say(f"resume: {self.checkpoint} continues with settings that changed since training: {'; '.join(changed)}")
         self.step = self.checkpoints.last_saved_step = extra["step"]
         self.evaluation_pending = extra.get("owed", False)
         self.early_stopping.stale = extra["stale"]

@@ -38,7 +38,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
         ConfigError: the configuration does not fit the dataset, the device, or the existing contents of `output`.
     """
     if config.recipe is not None:
-        raise ConfigError(f"recipe: {config.recipe}: not filled in for a dataset; `hllm init` writes it filled in")
+        raise ConfigError(f"recipe: {config.recipe}: not completed for a dataset yet: complete it with `hllm init`")
     storage = open_run_storage(config.output)  # if `output` is a URL: downloads the existing files of the run
     resume_from = checkpoint_to_resume(config, storage.folder)  # hashes the newest checkpoint's files
     begin_from = start_checkpoint(config) if resume_from is None else None
@@ -91,13 +91,13 @@ def version_to_resume(config: Config, resume_from: Path | None) -> int | None:
         )
     changed = Dataset.open(config.data.dataset, version).fingerprint != began["fingerprint"]
     if changed and rank() == 0:
-        _logger.warning("%s: its version of the dataset lost what was forgotten since: it is not resumed bit by bit; "
-                        "what is left of the epoch is planned anew", config.output)  # fmt: skip
+        _logger.warning("%s: ids were forgotten in its dataset version since: it will not equal an undisturbed run; "
+                        "the rest of the epoch is planned again", config.output)  # fmt: skip
     return version
 
 
 def evidence_to_continue(config: Config, resume_from: Path | None, begin_from: Path | None) -> EvidenceModel | None:
-    """Fitted evidence of the run that is resumed, or from which this one starts; None: it is to be fitted.
+    """Fitted evidence of the run that is resumed or that this one starts from; None: evidence must be fitted.
 
     Raises:
         ValueError: the file of the run is missing or damaged.
@@ -146,6 +146,6 @@ def own_factors(config: Config, run: Path, resume_from: Path | None, begin_from:
 
 
 def _pin_dataset(dataset: Dataset, config: Config) -> None:
-    """Note in the dataset that this run reads its version; not in a copy of a URL, nor in one of an earlier release."""
+    """Pin the dataset's version for this run; not in the copy of a URL, nor in a dataset of an earlier release."""
     if rank() == 0 and url_of(config.data.dataset) is None and chain_base(dataset.manifest) is not None:
         pin_version(dataset.root, dataset.version, config.output)

@@ -1,6 +1,7 @@
 """Warm start: initializes a run with the weights of another, as stage II of HLLM starts from stage I.
 
-The same is done every night with yesterday's run: tables may have grown, and the optimizers may go on.
+The nightly job starts from yesterday's run in the same way: tables may have grown, and the optimizers' state may be
+continued.
 """
 
 import re
@@ -113,7 +114,7 @@ def _load_weights(experiment: Experiment, checkpoint: Path) -> Path:
 
 
 def describe_start(experiment: Experiment, checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint that a run starts from, and of each table that grows the numbers of known and new ids."""
+    """The checkpoint that a run starts from and, for each table that grows, the numbers of known and new ids."""
     saved = saved_table_rows(SafeReader(checkpoint).read_tensors())
     present = experiment.batch_spec.tables(experiment.dataset).items()
     grown = {name: [saved[name] - 1, rows - saved[name]] for name, rows in present if saved.get(name, rows) < rows}
@@ -147,7 +148,7 @@ def _averaged(checkpoint: Path) -> set[str]:
 
 
 def _load(checkpoint: Path, state: Mapping[str, Any], skip: tuple[str, ...]) -> dict[str, Any]:
-    """Load all but the parts of `skip`; parts that one of both lacks may be missing."""
+    """Load all parts but those of `skip`; optional parts may be missing in the checkpoint, or be in it only."""
     # A part may be frozen now that was trained before, or the reverse: state of optimizers may be missing, weights not.
     optional = [*OPTIMIZER_GROUPS, *(f"{MODEL}.{part}" for part in (*OPTIONAL_PARTS, *skip))]
     left_out = [f"{group}.{part}" for group in state for part in skip]

@@ -1,7 +1,9 @@
 """Requests of many users: the service's engine against `Scorer`, without HTTP.
 
+    python scripts/bench/bench_serving.py --fusion late [--quick] [--out FILE]
     python scripts/bench/bench_serving.py --run RUN --dataset DATASET [--quick] [--out FILE]
 
+Without a run the quickstart's model with random weights is served, on a stand-in (`serving_stand_in`).
 Each side scores the same requests; histories are in the cache (warm), and one thread computes. `scorer`: one request
 after the other, with the dense ids given; `engine`: batches of `--batch` requests by raw ids. The sides alternate,
 ratios are those of medians of CPU time (other processes count less), and the bench stops where the scores differ.
@@ -19,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking import alternate, arguments, matmul_peak, medians, report, say
+from benchmarking import ROOT, alternate, arguments, matmul_peak, medians, report, say
+from serving_stand_in import Sizes, stand_in_dataset, stand_in_run
 from torch import nn
 
 from hllm_torchrec.distributed.process_group import distributed_device
@@ -36,13 +39,18 @@ USERS = 64
 def main(argv: list[str] | None = None) -> None:
     """Run the bench."""
     parser = arguments(__doc__)
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path, help="a run of yours")
+    parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench-serving", help="of the stand-in")
+    parser.add_argument("--fusion", choices=("early", "late"), default="late", help="of the stand-in")
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--candidates", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with distributed_device() as device:
+        if args.run is None:
+            args.dataset = stand_in_dataset(args.folder, Sizes())
+            args.run = stand_in_run(args.folder / args.fusion, args.dataset, args.fusion, device)
         plain = Scorer.of_run(args.run, device=device, dataset=args.dataset)
         engine = Engine(BatchScorer.of_run(args.run, device=device, dataset=args.dataset), index="none")
         found = measure(plain, engine, args.candidates, args.batch, 1 if args.tiny else 5 if args.quick else 15)

@@ -1,10 +1,11 @@
-"""Cost of several tasks: training steps of three and of eight labels in one model against one label.
+"""Cost of several tasks: training steps of three and of eight labels in one model against one label, and of MMoE.
 
     python scripts/bench/bench_tasks.py [--quick] [--out FILE]
 
 The trainer's own step on the same pages of an invented shop (late fusion, SASRec of width 64 with two layers, items by
-their IDs), alternately for one, three and eight binary tasks on a shared bottom. `tasks_three` and `tasks_eight` are
-the times of a step as multiples of that of one task, medians of pairs measured one after the other.
+their IDs), alternately for one, three and eight binary tasks on a shared bottom, and for eight with MMoE.
+`tasks_three`, `tasks_eight` and `tasks_mmoe` are the times of a step as multiples of that of one task, medians of pairs
+measured one after the other.
 """
 
 import statistics
@@ -36,7 +37,8 @@ from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 LABELS = tuple(f"label{number}" for number in range(8))
-SIDES = {"one": 1, "three": 3, "eight": 8}
+SIDES = {"one": 1, "three": 3, "eight": 8, "mmoe": 8}
+"""Number of tasks of each side; the last one with four experts in the place of the shared bottom."""
 
 
 def write_shop(folder: Path, users: int, pages: int, slots: int, items: int) -> Path:
@@ -62,8 +64,8 @@ def write_shop(folder: Path, users: int, pages: int, slots: int, items: int) -> 
     return prepare(table(folder / "mapping.yaml"), folder / "dataset")
 
 
-def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int) -> Trainer:
-    """A trainer of the first `tasks` labels."""
+def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int, mixed: bool) -> Trainer:
+    """A trainer of the first `tasks` labels; mixed: with MMoE, not a shared bottom."""
     named: dict[str, dict[str, Any]] = {name: {} for name in LABELS[:tasks]} if tasks > 1 else {}
     config = Config(
         output=str(output),
@@ -71,7 +73,7 @@ def trainer_of(dataset: Path, tasks: int, output: Path, batch_users: int) -> Tra
         item_llm=ItemLLMConfig(enabled=False),
         user=UserEncoderConfig(encoder="sasrec", shape={"width": 64, "layers": 2, "heads": 2, "max_positions": 256}),
         features=FeatureConfig(time_depth=0),
-        objective=ObjectiveConfig(fusion="late", tasks=named),
+        objective=ObjectiveConfig(fusion="late", tasks=named, towers="mmoe" if mixed else "shared_bottom"),
         optim=OptimConfig(lr=1e-4, table_lr=1e-4),
     )
     return build_trainer(config, torch.device("cpu"))
@@ -87,7 +89,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = write_shop(folder, 3 * users, pages, slots, 200)
-        trainers = {side: trainer_of(dataset, tasks, folder / side, users) for side, tasks in SIDES.items()}
+        trainers = {
+            side: trainer_of(dataset, tasks, folder / side, users, side == "mmoe") for side, tasks in SIDES.items()
+        }
         batches = {side: next(iter(one._loader(one.config.stages[0]).batches(0))) for side, one in trainers.items()}
         for turn in range(rounds + 2):
             for side in list(SIDES)[:: 1 if turn % 2 else -1]:  # alternately from both ends
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     destroy_distributed()
     ratios = {
         f"tasks_{side}": statistics.median(a / b for a, b in zip(seconds[side], seconds["one"], strict=True))
-        for side in ("three", "eight")
+        for side in ("three", "eight", "mmoe")
     }
     say(f"steps of {exposures} exposures: {ratios}")
     shapes = {"exposures": exposures, "users": users, "rounds": rounds}

@@ -82,7 +82,9 @@ def stand_in_dataset(folder: Path, sizes: Sizes) -> Path:
     }
     mapping["events"] |= {"action": "action", "actions": list(ACTIONS)}  # type: ignore[operator]
     (folder / "tables.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
-    return Path(prepare(table(folder / "tables.yaml"), folder / "data", split=Split(fractions=(0.98, 0.01, 0.01))))
+    share = min(0.01, 2000 / (sizes.users * sizes.events))  # what a run evaluates says nothing here
+    split = Split(fractions=(1 - 2 * share, share, share))
+    return Path(prepare(table(folder / "tables.yaml"), folder / "data", split=split))
 
 
 def _ids(kind: str, numbers: np.ndarray) -> pa.Array:
@@ -119,7 +121,7 @@ def _events(rng: np.random.Generator, sizes: Sizes) -> pa.Table:
     return pa.table(columns)
 
 
-def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0) -> Config:
+def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0, seed: int = 0) -> Config:
     """Configuration of a run. width: of the embeddings of its Item LLM; 0: without one."""
     item_llm: dict[str, Any] = {"enabled": False}
     if width:
@@ -128,6 +130,7 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0) ->
         item_llm = {"shape": shape, "tokenizer": str(tokenizer), "text_keys": ["title"], "max_text_length": 8}
     sections = {
         "output": str(folder),
+        "seed": seed,
         "max_steps": 2 if width else 1,
         "stages": [{"name": "random", "epochs": 1}],
         "data": {
@@ -148,13 +151,13 @@ def stand_in_config(folder: Path, dataset: Path, fusion: str, width: int = 0) ->
     return load_config(["--config", str(file)])
 
 
-def stand_in_run(folder: Path, dataset: Path, fusion: str, device: torch.device, width: int = 0) -> Path:
+def stand_in_run(folder: Path, dataset: Path, fusion: str, device: torch.device, width: int = 0, seed: int = 0) -> Path:
     """Make a run of `fusion` early or late with the weights after one step, unless it is there.
 
     With an Item LLM it ends without an evaluation, which would encode the catalogue: it has no best checkpoint.
     """
     if not (folder / "checkpoints").is_dir():
-        trainer = build_trainer(stand_in_config(folder, dataset, fusion, width), device)
+        trainer = build_trainer(stand_in_config(folder, dataset, fusion, width, seed), device)
         trainer.preemption.requested = width > 0
         with suppress(Preempted):
             trainer.run()

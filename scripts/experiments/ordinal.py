@@ -1,15 +1,15 @@
 """Ratings as an ordinal label beside the binary one, against the binary label alone, on MovieLens-100k.
 
-    python scripts/experiments/ordinal.py --output runs/ordinal [--seeds 0 1 2] [--path FOLDER]
+    python scripts/experiments/ordinal.py --output runs/ordinal [--seeds 0 1 2] [--arms binary ordinal] [--path FOLDER]
 
-Arms, each of `configs/ml100k/no_text.yaml` with the same seeds:
+No choice is left to make. Arms, each of `configs/ml100k/no_text.yaml` with the same seeds:
 
     binary     the label rating >= 4 alone
     value      the same, with the rating's squared error (objective.value_weight), as the configuration has it
     ordinal    two tasks on a shared bottom: the label, and a softmax over the five stars with weight 0.5
 
-OUTPUT/ordinal.json: AUC of validation and test part by seed, MAE of the expected stars, and paired differences from
-binary, with intervals over users, of each seed and of the mean score of all seeds. What is done is kept.
+OUTPUT/ordinal.json: AUC of the test part by seed, MAE of the expected stars, and paired differences from the first arm
+by seed, and of the mean score of all seeds with its interval over users. What is done is kept.
 """
 
 import argparse
@@ -30,7 +30,6 @@ ARMS: dict[str, list[str]] = {
     "value": ["--objective.value_weight", "0.5"],
     "ordinal": ["--objective.value_weight", "0", "--objective.tasks", "{liked: {}, stars: {weight: 0.5}}"],
 }
-PARTS = ("valid", "test")
 
 
 def run_arm(output: Path, arm: str, seed: int, dataset: Path, options: Sequence[str]) -> Path:
@@ -40,42 +39,39 @@ def run_arm(output: Path, arm: str, seed: int, dataset: Path, options: Sequence[
     config = ["--config", str(ROOT / "configs" / "ml100k" / "no_text.yaml")]
     log = output / f"{arm}-{seed}.log"
     run_job("train", [*config, *named, *ARMS[arm], *options], log, run / "checkpoints" / "best.json")
-    for part in PARTS:
-        scored = ["--run-dir", str(run), "--split", part, "--draws", "0", "--no-tensorboard"]
-        run_job("evaluate", scored, log, run / "predictions" / part)
+    scored = ["--run-dir", str(run), "--split", "test", "--draws", "0", "--no-tensorboard"]
+    run_job("evaluate", scored, log, run / "predictions" / "test")
     return run
 
 
-def mean_of_seeds(runs: Sequence[Path], part: str, target: Path) -> Path:
-    """Predictions with the mean score of the runs of an arm."""
+def mean_of_seeds(predictions: Sequence[Path], target: Path) -> Path:
+    """Predictions with the mean score of the seeds of an arm."""
     order = [("user_id", "ascending"), ("position", "ascending")]
-    tables = [pq.read_table(run / "predictions" / part).sort_by(order) for run in runs]
+    tables = [pq.read_table(path).sort_by(order) for path in predictions]
     columns = {name: tables[0][name].to_numpy() for name in ("user_id", "position", "item_id", "label", "timestamp")}
     score = np.mean([table["score"].to_numpy() for table in tables], axis=0)
     columns |= {"score": score, "probability": 1 / (1 + np.exp(-score))}
     return write_predictions(columns, target, 0).parent
 
 
-def results(output: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Metrics and differences of all arms."""
-    found: dict[str, Any] = {}
-    for part in PARTS:
-        runs = {arm: [output / f"{arm}-{seed}" for seed in seeds] for arm in ARMS}
-        means = {arm: mean_of_seeds(own, part, output / "means" / arm / part) for arm, own in runs.items()}
-        block: dict[str, Any] = {"seeds": {}}
-        for place, seed in enumerate(seeds):
-            one = compare({arm: own[place] / "predictions" / part for arm, own in runs.items()}, split=part, draws=0)
-            block["seeds"][seed] = {arm: model["auc"] for arm, model in one["models"].items()} | {
-                f"{arm} - binary": pair["difference"] for arm, pair in one["paired"].items()
-            }
-        together = compare(means, split=part, draws=200)
-        block["mean_score"] = {arm: model["auc"] for arm, model in together["models"].items()}
-        block["paired"] = together["paired"]
-        stars = [pq.read_table(run / "predictions" / part) for run in runs["ordinal"]]
-        block["mae_stars"] = [
+def results(output: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Metrics and differences of the arms."""
+    runs = {arm: [output / f"{arm}-{seed}" / "predictions" / "test" for seed in seeds] for arm in arms}
+    found: dict[str, Any] = {"seeds": {}}
+    for place, seed in enumerate(seeds):
+        one = compare({arm: own[place] for arm, own in runs.items()}, draws=0)
+        found["seeds"][seed] = {arm: model["auc"] for arm, model in one["models"].items()} | {
+            f"{arm} - {arms[0]}": pair["difference"] for arm, pair in one["paired"].items()
+        }
+    means = {arm: mean_of_seeds(own, output / "means" / arm) for arm, own in runs.items()}
+    together = compare(means, draws=200)
+    found["mean_score"] = {arm: model["auc"] for arm, model in together["models"].items()}
+    found["paired"] = together["paired"]
+    if "ordinal" in arms:
+        stars = [pq.read_table(path) for path in runs["ordinal"]]
+        found["mae_stars"] = [
             float(np.abs(one["prediction_stars"].to_numpy() - one["label_stars"].to_numpy()).mean()) for one in stars
         ]
-        found[part] = block
     return found
 
 
@@ -84,6 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--path", help="folder of MovieLens-100k (default: fetched)")
     options, more = parser.parse_known_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -92,9 +89,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     source += ["--path", options.path] if options.path else []
     run_job("prepare", source, options.output / "prepare.log", dataset / "manifest.json")
     for seed in options.seeds:
-        for arm in ARMS:
+        for arm in options.arms:
             run_arm(options.output, arm, seed, dataset, more)
-    found = results(options.output, options.seeds)
+    found = results(options.output, options.arms, options.seeds)
     (options.output / "ordinal.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return found

@@ -24,6 +24,8 @@ from filelock import FileLock
 from tests.artifacts import jobs
 from tests.artifacts.numerics import SETTINGS
 
+pytestmark = pytest.mark.slow
+
 SAVED = Path(__file__).parent / "saved"
 RECORDED: dict[str, Any] = json.loads((SAVED / "recorded.json").read_text())
 REDEFINED: dict[str, Any] = json.loads((SAVED.parent / "redefined.json").read_text())

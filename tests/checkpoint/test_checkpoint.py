@@ -3,7 +3,6 @@
 import importlib
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import random
@@ -36,7 +35,7 @@ from hllm_torchrec.checkpoint.load import (
 )
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.training.optim import dense_optimizer, materialize_state, named_optimizer_state
-from tests.helpers.distributed import run_ranks
+from tests.helpers.distributed import forks, run_ranks
 from tests.helpers.small_models import TwoTables, batch, shard
 
 # --- one process, plain tensors --------------------------------------------------------------------------
@@ -487,8 +486,7 @@ def save_until_killed(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_whenever_a_process_is_killed_the_latest_checkpoint_is_whole(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "torchrec"])  # or each process imports them
+    context = forks()
     rng, steps, inside = random.Random(0), [], 0
     for _ in range(12):
         process = context.Process(target=save_until_killed, args=(tmp_path,))

@@ -18,13 +18,7 @@ from hllm_torchrec.checkpoint.selection import CheckpointGone, read_checkpoint, 
 from hllm_torchrec.common.atomic_files import exchange_folders
 from hllm_torchrec.common.locks import Locked
 from hllm_torchrec.evaluation.run_loader import find_checkpoint
-from tests.helpers.schedules import schedules, without_syncs
-
-
-@pytest.fixture(autouse=True)
-def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_syncs(monkeypatch)
-
+from tests.helpers.schedules import schedules
 
 METRICS = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.95, 6: 0.4}
 

@@ -6,7 +6,7 @@ import pytest
 
 from hllm_torchrec.common import atomic_files
 from hllm_torchrec.common.atomic_files import atomic_folder, recover_folder
-from tests.helpers.schedules import killed_before_access, schedules, without_syncs
+from tests.helpers.schedules import killed_before_access, schedules
 
 
 def test_a_folder_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -64,7 +64,6 @@ def test_a_file_in_the_way_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(("replace", "exchanges", "stride"), [(True, True, 1), (True, False, 1), (False, True, 3)])
 def test_after_a_kill_at_any_file_access_the_old_or_the_new_is_there(tmp_path, monkeypatch, replace, exchanges, stride):
-    without_syncs(monkeypatch)
     if not exchanges:  # a file system that cannot exchange two folders
         monkeypatch.setattr(atomic_files, "exchange_folders", lambda one, other: False)
     for k in count(1, stride):
@@ -117,8 +116,7 @@ def test_a_target_without_its_marker_is_unfinished_and_replaced(tmp_path):
     assert (target / "done").read_text() == ""
 
 
-def test_at_no_moment_of_a_replacement_is_there_nothing_to_read(tmp_path, monkeypatch):
-    without_syncs(monkeypatch)
+def test_at_no_moment_of_a_replacement_is_there_nothing_to_read(tmp_path):
     target, seen = tmp_path / "target", []
     _write(target, replace=False)
     done = [

@@ -20,18 +20,12 @@ from hllm_torchrec.data.split import Split
 from hllm_torchrec.data.versions import kept_versions, remove_superseded, write_lock
 from hllm_torchrec.data.vocabulary import compute_marks, dataset_marks, map_problems, vector_mark
 from tests.helpers import task_shop
-from tests.helpers.schedules import without_syncs
 from tests.helpers.source_files import ITEMS, PARTS, memory_source, random_events, sequences
 
 SPLIT = Split("date", train_until=30, valid_until=35)
 USER, ITEM = "user-to-forget", "item-to-forget"
 BOTH = Names([USER], [ITEM])
 CATALOGUE = [*ITEMS, ITEM]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_syncs(monkeypatch)
 
 
 def some_events(count: int = 300) -> list[tuple]:

@@ -1,6 +1,5 @@
 """Compacting, pruning and pinning of a dataset's versions; new bases by --extend and --overwrite."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -144,8 +143,7 @@ def test_the_first_source_again_is_reused_unless_it_is_to_replace_what_was_appen
 
 
 @pytest.mark.slow
-def test_killed_anywhere_compacting_and_pruning_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def test_killed_anywhere_compacting_and_pruning_go_on(tmp_path):
     saved, root = grown(tmp_path, days=2), tmp_path / "killed"
     seen = everything(Dataset.open(saved))
     shutil.copytree(saved, root)

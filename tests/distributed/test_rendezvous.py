@@ -1,6 +1,5 @@
 """Ranks that torchrun starts again meet their peers in its store, not the peers' predecessors."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from hllm_torchrec.distributed.rendezvous import init_process_group, restart_prefix
+from tests.helpers.distributed import forks
 
 SOON = timedelta(seconds=20)
 
@@ -84,7 +84,7 @@ def sum_of_ranks(rank: int, port: int, delay: float, told: Any) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_is_back_before_its_peer_does_not_take_the_dead_one_for_it(agents_store: dist.TCPStore) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = forks()
     for delay in (0.0, 2.0):
         ends = [context.Pipe(duplex=False) for _ in range(2)]
         ranks = [

@@ -106,7 +106,7 @@ CONFIGURATIONS: list[tuple[str, Settings, Settings]] = [
      {"data__drawn_negatives": {"count": 4}, "objective__fusion": "none"}, {"data__drawn_negatives": {"count": 0}}),
     ("data.drawn_negatives.count: drawn items have no other labels",
      {"data__drawn_negatives": {"count": 4}, "objective__tasks": {"label": {}}}, {"objective__tasks": {}}),
-    ("data.drawn_negatives.by: □: item_store and user_store, both,", {"data__drawn_negatives": {"by": "hard"}},
+    ("data.drawn_negatives.by: □: hard negatives need both", {"data__drawn_negatives": {"by": "hard"}},
      {"data__drawn_negatives": {"by": "hard", "item_store": "i", "user_store": "u"}}),
     ("objective.text_similarity: □: needs an Item LLM", {"objective__text_similarity": 0.1},
      {"objective__text_similarity": 0}),

@@ -34,7 +34,7 @@ from tests.helpers.processes import end, start_ranks
 FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?\s*$")
 COMMENT = re.compile(r"^<!-- (not executed: .+|fails) -->$")
 ONE_RANK = "torchrun --nproc_per_node 1 "
-TWO_RANKS = "torchrun --nproc_per_node 2 train.py "
+TWO_RANKS = "torchrun --nproc_per_node 2 "
 IN_BACKGROUND = re.compile(r"^hllm (.+) > (\S+) 2>&1 &$")
 SERVICE_PORT = "8400"
 """The port on the pages; here another one, which is free."""
@@ -172,9 +172,9 @@ class Reader:
         found = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
         return found.stdout.split("\0")[:-1]
 
-    def run_two_ranks(self, arguments: list[str]) -> int:
-        """train.py's job, as torchrun would start its two ranks."""
-        ranks = start_ranks("hllm_torchrec.launch.train", [arguments] * 2, self.root, self.folder)
+    def run_two_ranks(self, words: list[str]) -> int:
+        """A script and its arguments, as torchrun would start its two ranks."""
+        ranks = start_ranks(words[0], [words[1:]] * 2, self.root, self.folder)
         try:
             for rank in ranks:
                 print(*rank.communicate(timeout=240))

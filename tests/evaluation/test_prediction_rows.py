@@ -97,6 +97,19 @@ def test_items_that_training_does_not_know_are_cold(tmp_path: Path) -> None:
     np.testing.assert_array_equal(codes == 0, ~np.isin(rows["item_id"], rows["item_id"][:30]))
 
 
+def test_items_are_sliced_by_their_training_events(tmp_path: Path) -> None:
+    rows = columns(200)
+    counts = np.arange(int(rows["item_id"].max()) + 1) % 30
+    path = write_parquet(rows, tmp_path / "rows")
+    layout = ColumnLayout(item="item_id")
+    found = PredictionRows([PredictionModel("a", (path,))], layout, tmp_path, item_events=counts)
+    ((names, codes),) = all_batches(found, size=200)[0].slices
+    assert names == ["item_events_0", "item_events_1-5", "item_events_6-20", "item_events_21+"]
+    of_rows = counts[rows["item_id"]]
+    for code, (low, high) in enumerate([(0, 0), (1, 5), (6, 20), (21, 30)]):
+        np.testing.assert_array_equal(codes == code, (of_rows >= low) & (of_rows <= high))
+
+
 def test_a_null_flag_is_named(tmp_path: Path) -> None:
     values = columns(20) | {"item_is_cold": pa.array([True] * 19 + [None])}
     rows = opened(write_parquet(values, tmp_path / "rows"), tmp_path, ColumnLayout(item_is_cold="item_is_cold"))
@@ -162,7 +175,7 @@ def test_whole_scores_that_fractions_round_are_named(tmp_path: Path) -> None:
     values = columns()
     values["score"] = np.array(["0.5"] * ROWS, object)
     values["score"][7] = str(2**60 + 1)
-    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*beside fractions, whole numbers from 2\^53"):
+    with pytest.raises(ValueError, match=r"row 7.*: column 'score' is .*with fractions, whole numbers from 2\^53"):
         all_batches(opened(write_csv(values, tmp_path / "a.csv"), tmp_path))
 
 

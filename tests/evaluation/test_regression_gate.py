@@ -59,7 +59,7 @@ def test_a_drop_that_chance_explains_is_unsure_and_pairing_decides(tmp_path: Pat
     metrics = measured(tmp_path, 0.45)
     unpaired = compare_with_baseline(metrics, alone(metrics, "old", tmp_path / "base.json"), 0.001)
     assert (unpaired.status, unpaired.exit_status) == ("unsure", 4)
-    assert unpaired.low < 0 < 0.001 < unpaired.drop and "the interval holds 0" in unpaired.text
+    assert unpaired.low < 0 < 0.001 < unpaired.drop and "the interval contains 0" in unpaired.text
     paired = compare_with_baseline(metrics, "old", 0.001)
     assert paired.status == "fail" and paired.high - paired.low < unpaired.high - unpaired.low
     assert paired.low == metrics["paired"]["old"]["clustered_low"] and "paired on the same rows" in paired.text

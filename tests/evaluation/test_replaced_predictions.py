@@ -10,17 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from hllm_torchrec.common.atomic_files import replace_folder
 from hllm_torchrec.data.predictions import save_predictions
 from hllm_torchrec.evaluation.model_comparison import compare
-from tests.helpers.schedules import killed_before_access, schedules, without_syncs
-
-
-@pytest.fixture(autouse=True)
-def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_syncs(monkeypatch)
+from tests.helpers.schedules import killed_before_access, schedules
 
 
 def columns(seed: int, users: range) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no part-\*.parquet"):
         read_target_ranks(tmp_path)
     pq.write_table(pq.read_table(one / "part-00000.parquet"), one / "part-00009.parquet")
-    with pytest.raises(ValueError, match="a target is there twice"):
+    with pytest.raises(ValueError, match="a target occurs twice"):
         read_target_ranks(one)
 
 

@@ -31,7 +31,7 @@ FEWER = settings(FEW, max_examples=8) if FEW.max_examples == 25 else FEW
 REMEDIES = (
     "--help", "add it", "again", "allowed", "check", "choose", "convert", "correct", "damaged", "did you mean", "give",
     "it has", "known:", "leave", "list the", "load the checkpoint", "look", "make one", "mend", "must", "needs",
-    "no such file", "not valid YAML", "remove", "required", "restore", "verify", "write", "unknown key",
+    "no such file", "not valid YAML", "remove", "rename", "required", "restore", "verify", "write", "unknown key",
 )  # fmt: skip
 """A refusal holds one of these, in some case."""
 

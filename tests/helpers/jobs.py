@@ -14,7 +14,7 @@ from tests.helpers.distributed import forks
 class Job:
     """`python -m MODULE ARGUMENTS` in a process that is forked after the libraries were imported (seconds of each job).
 
-    It has `subprocess.Popen`'s methods, as far as tests need them.
+    A module that ends in .py is the path of a program. It has `subprocess.Popen`'s methods, as far as tests need them.
     """
 
     def __init__(self, module: str, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> None:
@@ -68,4 +68,7 @@ def _become(module: str, arguments: list[str], cwd: str, env: dict[str, str], sa
     os.environ.clear()
     os.environ.update(env)
     sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

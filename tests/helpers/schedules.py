@@ -17,7 +17,6 @@ from unittest.mock import patch
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
-import pytest
 
 from tests.helpers.distributed import forks
 
@@ -113,11 +112,6 @@ def _is_below(path: Any, root: str) -> bool:
         return False
     text = os.path.abspath(os.fsdecode(path))
     return text == root or text.startswith(root + os.sep)
-
-
-def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the waits for the disk, which are most of the time of a schedule and change nothing without a crash."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def killed_before_access(k: int, under: Path, function: Callable[..., object], *args: Any) -> bool:

@@ -84,8 +84,8 @@ def test_hard_candidates_are_the_nearest_items_of_the_stores(tmp_path: Path) -> 
     [
         ({"objective__fusion": "none"}, "data.drawn_negatives.count: objective.fusion 'none' has no head"),
         ({"objective__tasks": {"label": {}}}, "data.drawn_negatives.count: drawn items have no other labels"),
-        ({"data__drawn_negatives": {"by": "hard"}}, "data.drawn_negatives.by: 'hard': item_store and user_store, both"),
-        ({"data__drawn_negatives": {"item_store": "x"}}, "'uniform': item_store and user_store, both"),
+        ({"data__drawn_negatives": {"by": "hard"}}, "data.drawn_negatives.by: 'hard': hard negatives need both"),
+        ({"data__drawn_negatives": {"item_store": "x"}}, "'uniform': hard negatives need both"),
         ({"data__drawn_negatives": {"count": 101}}, "data.drawn_negatives.count: 101: must be >= 0 and <= 100"),
         ({"data__dataset": task_shop.dataset().root}, "count: 4: the dataset has [0-9]+ negative exposures of its own"),
     ],

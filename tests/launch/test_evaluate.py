@@ -67,6 +67,9 @@ def test_a_run_is_compared_with_baselines_on_the_same_exposures(run: Path, capsy
     assert metrics["rows"] == len(own.label) == sum(p.num_rows for p in map(pq.read_metadata, parts(run)))
     assert metrics["provenance"]["dataset"]["fingerprint"] == fixtures.dataset().fingerprint
     assert len(metrics["provenance"]["weights"]["fingerprint"]) == 16
+    events = fixtures.dataset().training_item_counts()[own.item_id]
+    rows = [part["rows"] for name, part in metrics["models"]["plain"]["slices"].items() if "item_events" in name]
+    assert rows == np.histogram(events, [0, 1, 6, 21, np.inf])[0].tolist()
     exposures = set(zip(own.user_id.tolist(), own.item_id.tolist(), np.asarray(own.timestamp).tolist()))
     assert (metrics["overlap"]["exposures"], metrics["overlap"]["seen"]) == (len(exposures), 0)
     assert metrics["provenance"]["seed"] == 0 and metrics["provenance"]["machine"]["packages"]

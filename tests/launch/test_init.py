@@ -55,7 +55,9 @@ def test_a_resumed_run_keeps_its_choices(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_recipe_that_nobody_filled_in_is_not_trained() -> None:
     config = load_config(arguments())
-    with pytest.raises(ConfigError, match="recipe: ranking: not filled in for a dataset; `hllm init`"):
+    with pytest.raises(
+        ConfigError, match="recipe: ranking: not completed for a dataset yet: complete it with `hllm init`"
+    ):
         build_trainer(config, init_distributed())
     destroy_distributed()
 

@@ -15,14 +15,13 @@ from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch.cli import main
 from hllm_torchrec.launch.entry import INTERRUPTED
-from tests.helpers.schedules import schedules, without_syncs
+from tests.helpers.schedules import schedules
 from tests.helpers.source_files import RATINGS, recbole_100k
 from tests.helpers.training_fixtures import arguments, losses
 
 
 @pytest.fixture(autouse=True)
-def own_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    without_syncs(monkeypatch)
+def own_process_group() -> Iterator[None]:
     yield
     destroy_distributed()
 

@@ -53,7 +53,7 @@ def test_a_rollback_can_be_repeated_and_named(tmp_path: Path) -> None:
 
 
 def test_without_another_release_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing is published; `hllm nightly` does it"):
+    with pytest.raises(ValueError, match="nothing is published yet; `hllm nightly` publishes a release"):
         rollback(tmp_path)
     publish(tmp_path, release(tmp_path, "a"))
     with pytest.raises(ValueError, match="a is the only release; there is none to go back to"):

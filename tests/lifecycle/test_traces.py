@@ -33,11 +33,6 @@ from tests.data.test_forgetting import ITEM, USER, make
 from tests.helpers.source_files import memory_source, random_events
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def target(root: Path, users: tuple[str, ...] = (), items: tuple[str, ...] = (), erase: bool = True) -> Target:
     names = Names(users, items)
     report = forget(root, names, erase=erase)

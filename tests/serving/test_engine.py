@@ -22,6 +22,7 @@ from hllm_torchrec.inference.user_embedder import history_request
 from hllm_torchrec.models.assembly import build_experiment
 from hllm_torchrec.serving.batch_scorer import BatchScorer
 from hllm_torchrec.serving.engine import Engine, RawEvents, RecommendRequest, ScoreRequest, Scores
+from hllm_torchrec.serving.retrieval import Retrieval
 from tests.helpers import fixtures
 from tests.helpers.served_runs import settings
 
@@ -221,7 +222,10 @@ def test_retrieved_items_are_nearest_to_the_predicted_next_item(
     monkeypatch.setattr("hllm_torchrec.serving.retrieval.NPROBE", 1000)
     generative = {"objective__generative_weight": 0.5, "optim__ema": 0.0, "objective__item_space": "features"}
     experiment = build_experiment(settings("early", tmp_path, **generative, **changes), init_distributed())
-    of, (_, piece) = Engine(BatchScorer(experiment, journal=tmp_path / "j.jsonl"), index=index), longest_user()
+    scorer = BatchScorer(experiment, journal=tmp_path / "j.jsonl")
+    of, (_, piece) = Engine(scorer, index=index, index_folder=tmp_path / "index"), longest_user()
+    kept = list(tmp_path.glob("index/*"))
+    assert len(kept) == (index == "ivf")
     state = of.scorer.read(of.histories.read(longest_user()[0]).events)
     request = history_request(piece, len(piece), NOW, 64)
     batch = Collator(experiment.dataset, experiment.batch_spec, item_vectors=experiment.item_vectors)([request], 0, 0)
@@ -242,7 +246,16 @@ def test_retrieved_items_are_nearest_to_the_predicted_next_item(
     assert found == nearest(allowed, 30) and {experiment.dataset.num_items - 1} < set(found)
     only_noir = of.retrieval.allowed(np.empty(0, np.int64), {"genres": ["noir"]})
     assert only_noir[-2:].tolist() == [True, False]
-    assert of.retrieval.candidates(of.scorer.read(of.histories.read("nobody").events), allowed, 3).size == allowed.sum()
+    new = of.scorer.read(of.histories.read("nobody").events)
+    assert of.retrieval.candidates(new, allowed, 3).size == allowed.sum()
+    monkeypatch.setattr("hllm_torchrec.serving.retrieval.RANKED", 5)  # a large catalogue
+    again = Retrieval(scorer, index, tmp_path / "index")
+    assert list(tmp_path.glob("index/*")) == kept  # read, and not built again
+    assert again.candidates(state, allowed, 30).tolist() == found
+    counts = np.where(allowed, experiment.dataset.training_item_counts(), -1)
+    assert again.candidates(new, allowed, 3).tolist() == np.argsort(-counts, kind="stable")[:3].tolist()
+    many = again.candidates(new, allowed, 1000)
+    assert many.size == allowed.sum() and (np.diff(counts[many]) <= 0).all()
 
 
 def test_an_event_counts_once_whenever_it_is_read(tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ def test_a_reload_forgets_what_the_dataset_has_forgotten(served: Served) -> None
     forget(served.dataset, Names(["u9"]))
     served.client.post("/v1/reload")
     assert served.score("u1", ["i2"])["events"] == 1
+    served.service.engine.append("u9", [LoggedEvent("i3", NOW - 3, 1.0)])  # of whom there was no event here
+    forget(served.dataset, Names(["u10"]))
+    served.client.post("/v1/reload")
+    assert served.score("u9", ["i2"])["events"] == 1
 
 
 @pytest.mark.slow

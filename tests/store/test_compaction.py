@@ -1,6 +1,5 @@
 """Many commits leave few runs, and no row is rewritten often."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,6 @@ def test_ten_thousand_commits_rewrite_each_row_a_few_times() -> None:
 
 def test_merged_runs_hold_what_they_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compaction, "MAX_SEGMENTS", 4)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # 20 commits would wait for the disk most of the time
     store, expected = create(tmp_path / "s"), {f"base{k}": float(k) for k in range(50)}
     commit(store, dict(expected))
     rng = np.random.default_rng(0)

@@ -18,13 +18,8 @@ from hllm_torchrec.inference.item_embedding import open_or_create_store, write_r
 from hllm_torchrec.store import EmbeddingStore
 from hllm_torchrec.store.remote_store import RemoteStore, local_store, writable_store
 from hllm_torchrec.store.store import StoreReplaced
-from tests.helpers.schedules import killed_before_access, schedules, without_syncs
+from tests.helpers.schedules import killed_before_access, schedules
 from tests.store.test_store import WIDTH, commit, contents, create
-
-
-@pytest.fixture(autouse=True)
-def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_syncs(monkeypatch)
 
 
 @pytest.fixture(scope="module")

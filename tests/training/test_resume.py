@@ -176,10 +176,10 @@ def test_resume_says_which_settings_are_others(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     same = {"resume": True, "optim__betas": [0.9, 0.99], "reliability__max_skipped": 3}
     train(config(tmp_path / "run", max_steps=2, **same))
-    assert "other settings" not in capsys.readouterr().out
+    assert "settings that changed" not in capsys.readouterr().out
     train(config(tmp_path / "run", max_steps=3, optim__lr=0.5, data__history="positive", **same))
     said = capsys.readouterr().out
-    assert "goes on with other settings than it was trained with: data.history: 'all' -> 'positive'; " in said
+    assert "continues with settings that changed since training: data.history: 'all' -> 'positive'; " in said
     assert "optim.lr: 0.01 -> 0.5\n" in said
 
 

@@ -63,6 +63,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fusion", list(GOLDEN))
 def test_losses_are_those_of_the_last_release(fusion: str, tmp_path: Path) -> None:
     """A change here is a change of numbers: say so in the changelog, then write the new ones down."""
@@ -210,6 +211,7 @@ def test_making_a_trainer_takes_no_other_rank(tmp_path: Path) -> None:
 # --- stages and parts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_a_cached_stage_leaves_the_item_llm_exactly_as_it_is(tmp_path: Path) -> None:
     trainer = build_trainer(config(tmp_path / "run", stages=CACHED), init_distributed())
     before = {name: p.detach().clone() for name, p in trainer.hllm.named_parameters()}

@@ -26,7 +26,7 @@ class Chunk:
 
     - events: `raw_user_id`, `raw_item_id` string (null or empty: missing); `timestamp` int64, seconds UTC (null:
       unparsable, or no timestamps in this source); `time_text` string, the value in the file; `label` float32 (null:
-      not an exposure; NaN: unreadable); `label_text` likewise; `action` int32 (0: unknown); `row` int64; and the
+      not an exposure; NaN: unreadable); `text_of_label` likewise; `action` int32 (0: unknown); `row` int64; and the
       columns of the source's schema: numbers as float32 (null: not defined or unknown; NaN: unreadable), categorical
       context as string;
     - items: `raw_item_id`, the source's text columns (string), optional `created_at` int64 seconds, its features
@@ -108,7 +108,7 @@ def event_table(
             "timestamp": pa.nulls(n, pa.int64()) if timestamp is None else timestamp,
             "time_text": pa.nulls(n, pa.string()) if time_text is None else time_text.cast(pa.string()),
             "label": pa.array(label, pa.float32()) if isinstance(label, np.ndarray) else label,
-            "label_text": pa.nulls(n, pa.string()) if label_text is None else label_text.cast(pa.string()),
+            "text_of_label": pa.nulls(n, pa.string()) if label_text is None else label_text.cast(pa.string()),
             "action": pa.array(action.astype(np.int32)),
             "row": pa.array(rows, pa.int64()),
         }

@@ -184,8 +184,8 @@ def _entry(name: Any, raw: Any, part: str, kinds: tuple[str, ...], keys: tuple[s
             raise ValueError(f"{place}: unknown key {abbreviate(key)}; {hint}")
     if entry.get("kind") not in kinds:
         raise ValueError(f"{place}.kind is {abbreviate(entry.get('kind'))}; choose one of {', '.join(kinds)}")
-    if not isinstance(entry.get("column", ""), str):
-        raise ValueError(f"{place}.column is {abbreviate(entry['column'])}, it must be text")
+    if not isinstance(entry.get("column", name), str) or entry.get("column") == "":
+        raise ValueError(f"{place}.column is {abbreviate(entry['column'])}, it must be the name of a column")
     return {key: value for key, value in entry.items() if value is not None}
 
 

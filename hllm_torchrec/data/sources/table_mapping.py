@@ -203,10 +203,14 @@ def _check_values(mapping: TableMapping, path: Path) -> None:
                 raise ValueError(
                     f"{path}: items.join[{i}].columns has {abbreviate(name)}; list it in items.text or items.features"
                 )
+    for part in ("events", "items", "users"):
+        for name in ("user", "item", "time", "label", "action", "weight", "sampling_rate", "created_at", "active"):
+            if getattr(getattr(mapping, part), name, None) == "":
+                raise ValueError(f"{path}: {part}.{name}='' must be the name of a column")
     users = mapping.users.features if mapping.users else {}
     for name in (*mapping.items.text, *mapping.items.features, *users):
         # The name becomes a file name of the dataset (`features/<name>.parquet`).
-        if not isinstance(name, str) or not is_inside(f"{name}.parquet") or "/" in name:
+        if not isinstance(name, str) or not name or not is_inside(f"{name}.parquet") or "/" in name:
             raise ValueError(f"{path}: {abbreviate(name)} must be the name of a column, in quotes and without slashes")
     for name, separator in (*mapping.items.features.items(), *users.items()):
         if separator is not None and (not isinstance(separator, str) or not separator):

@@ -248,6 +248,7 @@ def test_torchs_kernel_refuses_dropout() -> None:
         plan.attend(q, q, q, 1.0, 0.1)
 
 
+@pytest.mark.slow  # each shape is compiled
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flex_attends_as_texts_that_are_read_alone(name: str) -> None:
     """On a CPU it has a forward pass alone; scripts/gpu/gpu_check.py compares gradients."""

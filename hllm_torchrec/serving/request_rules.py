@@ -1,0 +1,98 @@
+"""What a request may see of a user's history, and the batches that a scorer makes of both."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hllm_torchrec.common.arrays import Floats, Ints
+from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.batch_spec import BatchSpec
+from hllm_torchrec.data.collate import Collator
+from hllm_torchrec.data.events import Events, Piece
+from hllm_torchrec.data.numeric_features import OF_EVENTS, numeric_columns
+from hllm_torchrec.data.pieces import window_start
+from hllm_torchrec.data.visibility import visible_before
+from hllm_torchrec.serving.user_state import UserHistory, UserState
+
+
+class RequestRules:
+    """The rules of a model: events of earlier seconds, older than the delay, in a window of `max_history`."""
+
+    def __init__(self, spec: BatchSpec, max_history: int) -> None:
+        self.spec, self._max_history = spec, max_history
+
+    def start(self, seen: int) -> int:
+        """First event that a request reads of the `seen` ones that it may see, as in evaluation."""
+        if self.spec.visibility == "position":
+            return max(0, seen - self._max_history + 1)
+        return int(window_start(seen, self._max_history))
+
+    def seen(self, history: UserHistory, time: int) -> int:
+        """Number of events of a complete history that a request at `time` may see."""
+        if self.spec.visibility == "position":
+            return len(history)
+        return visible_before(history.timestamps, time - self.spec.feedback_delay)
+
+    def visible(self, user: UserState, time: int) -> int:
+        """Number of cached events visible to a request at `time`."""
+        if self.spec.visibility == "second":
+            limit = time - self.spec.feedback_delay
+            return visible_before(user.cache.times.cpu().numpy(), limit)
+        last = int(user.history.timestamps[-1]) if len(user.history) else time
+        if time < last:
+            raise ValueError(
+                f"user {user.history.user_id}: a request at {time}, before the last event at {last}: leave-one-out "
+                "requests see all events; give the history up to the request"
+            )
+        return user.cache.length
+
+    def numbers(self, user: UserState, time: int) -> Floats | None:
+        """Numeric features [1, F] of a request, or None without any."""
+        names = self.spec.numeric_features
+        if not names:
+            return None
+        # The request is an additional event without a label: its numbers come from the visible events before it.
+        seen, labels = user.history.timestamps[user.start :], user.history.labels[user.start :]
+        earlier = visible_before(seen, time - self.spec.feedback_delay)
+        if earlier in user.numbers:
+            return user.numbers[earlier]
+        times, labels = np.append(seen[:earlier], time), np.append(labels[:earlier], np.nan)
+        found = numeric_columns(names, times, labels.astype(np.float32), np.array([earlier]))
+        if OF_EVENTS.issuperset(names):
+            user.numbers[earlier] = found
+        return found
+
+
+def history_batch(collator: Collator, spec: BatchSpec, events: UserHistory) -> HybridBatch:
+    """Batch of a history alone."""
+    # The collator drops history after the last exposure: one exposure after all events retains all of them.
+    after = int(events.timestamps[-1]) + 1 + spec.feedback_delay if len(events) else 0
+    exposure = Events.at([after], labels=[0])
+    whole = events.followed_by(UserHistory(events.user_id, **exposure.columns))
+    return collator([whole.as_piece(len(events))], 0, 0)
+
+
+def candidates_batch(
+    collator: Collator,
+    user: UserState,
+    candidates: Ints,
+    time: int,
+    context: Mapping[str, NDArray[Any]],
+    numbers: Floats | None,
+) -> HybridBatch:
+    """Batch of the candidates without history; numeric features are `numbers` [1, F], the user's at `time`."""
+    extra = {name: np.repeat(value, candidates.size) for name, value in context.items()}
+    labels = np.zeros(candidates.size)
+    asked = Events.at(np.full(candidates.size, time), item_ids=candidates, labels=labels, extra=extra)
+    batch = collator([Piece(**asked.columns, user_id=user.history.user_id, first_target=0)], 0, 0)
+    if numbers is None:
+        return batch
+    assert batch.numeric is not None
+    # All candidates have the same time, so the one row of numbers is broadcast to all of them.
+    numeric = batch.numeric.clone()
+    numeric[: batch.query_times.numel(), : numbers.shape[1]] = torch.from_numpy(numbers)
+    return replace(batch, numeric=numeric)
