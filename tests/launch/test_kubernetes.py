@@ -43,9 +43,9 @@ def test_the_service_gets_options_that_it_has_and_files_that_are_mounted() -> No
 def test_probes_and_route_are_paths_of_the_service() -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         found = container()[probe]["httpGet"]
-        assert f'@app.get("{found["path"]}"' in APP and found["port"] == container()["ports"][0]["name"]
+        assert f'@router.get("{found["path"]}"' in APP and found["port"] == container()["ports"][0]["name"]
     (rule,) = objects()["HTTPRoute"]["spec"]["rules"]
-    assert rule["matches"][0]["path"] == {"type": "PathPrefix", "value": "/v1"} and '@app.post("/v1/score"' in APP
+    assert rule["matches"][0]["path"] == {"type": "PathPrefix", "value": "/v1"} and '@router.post("/v1/score"' in APP
 
 
 def test_requests_are_hashed_by_user_on_the_route_to_the_service() -> None:
