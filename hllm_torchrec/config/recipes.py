@@ -19,7 +19,7 @@ EVENTS_READ = 1_600_000
 """Events that the epochs of a retrieval model read in all, at least 4 and at most 32 epochs."""
 TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
-TRANSITIONS = 0.4
+TRANSITIONS = 0.2
 """Weight of the transitions of items beside the learned cosine in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
