@@ -21,7 +21,7 @@ EVENTS_READ = 1_600_000
 """Target for the events read over all epochs of a retrieval model; the number of epochs stays within 4 to 32."""
 TEXT_SIMILARITY = 0.6
 """Weight of the texts' cosine beside the learned one in a retrieval model."""
-TRANSITIONS = 0.4
+TRANSITIONS = 0.2
 """Weight of the transitions of items beside the learned cosine in a retrieval model."""
 EVIDENCE = ("factors", "items", "users", "neighbors", "tastes", "crosses")
 """Groups of data.evidence; neighbors need texts."""
