@@ -90,7 +90,20 @@ def test_wheel_requires_neither_torch_nor_torchrec_nor_fbgemm(wheel: Path) -> No
     assert not {"torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu"} & set(required)
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE))
     assert extras == {
-        *("bench", "calibrate", "dev", "docs", "faiss", "flash-attn", "lora", "s3", "sentences", "serve", "wandb")
+        *(
+            "bench",
+            "calibrate",
+            "dev",
+            "docs",
+            "faiss",
+            "flash-attn",
+            "lora",
+            "ray",
+            "s3",
+            "sentences",
+            "serve",
+            "wandb",
+        )
     }
 
 

@@ -450,7 +450,7 @@ def test_the_command_appends_files_to_what_is_there(tmp_path, capsys):
     for options, message in (
         (["--append", "--extend"], "--append and --extend exclude each other; give one of them"),
         (["--append", "--split", "leave_one_out"], "--append --split leave_one_out: "),
-        (["--append", "--min-events", "5"], "--append --min-events 5: a k-core is one of all events"),
+        (["--append", "--min-events", "5"], "--append --min-events 5: a k-core needs all events"),
         (["--append", str(tmp_path / "none.csv")], "none.csv is no file; correct the path"),
     ):
         assert main([*given, *options]) == 2

@@ -201,7 +201,7 @@ def test_a_store_of_other_sequences_is_refused(tmp_path: Path) -> None:
     data = VectorData(other, SMALL, None, str(tmp_path / "users"))
     (window,) = data.windows("test")
     with pytest.raises(
-        ValueError, match=r"users: event \d+ of user \d+ is another one there: .* from a run on this one"
+        ValueError, match=r"users: event \d+ of user \d+ has another item or second: .* from a run on this one"
     ):
         data.batch(window, np.arange(window.exposures))
     with pytest.raises(ValueError, match="items: a store of None, not of exposures"):

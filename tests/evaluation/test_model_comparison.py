@@ -170,7 +170,7 @@ def test_another_label_or_item_of_an_exposure_is_named(models: dict[str, Path], 
 def test_an_exposure_that_appears_twice_is_named(tmp_path: Path) -> None:
     doubled = {name: np.concatenate([values, values[81:83]]) for name, values in columns().items()}
     directory = write(tmp_path / "doubled", doubled, parts=2)
-    message = "part-00001.parquet: row 299: an exposure appears again, as 2 do: user_id 2, position 2; each may appear"
+    message = "part-00001.parquet: row 299: an exposure is repeated, one of 2: user_id 2, position 2; each may appear"
     with pytest.raises(ValueError, match=message):
         compare({"doubled": directory})
 
@@ -195,7 +195,9 @@ def test_without_a_column_that_gives_slices_these_are_left_out(tmp_path: Path) -
     assert "item_cold" in slices and not any(name.startswith("history") for name in slices)
 
 
-@pytest.mark.parametrize(("name", "said"), [("label", "nan; it must be a number"), ("user_id", "null; it names the")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("label", "nan; it must be a number"), ("user_id", "null; it is part of the key")]
+)
 def test_a_null_is_named_with_file_column_and_row(tmp_path: Path, name: str, said: str) -> None:
     values = pa.array([None if row == 450 else value for row, value in enumerate(columns()[name].tolist())])
     directory = write(tmp_path / "model", columns() | {name: values}, parts=2)

@@ -113,7 +113,7 @@ def test_items_are_sliced_by_their_training_events(tmp_path: Path) -> None:
 def test_a_null_flag_is_named(tmp_path: Path) -> None:
     values = columns(20) | {"item_is_cold": pa.array([True] * 19 + [None])}
     rows = opened(write_parquet(values, tmp_path / "rows"), tmp_path, ColumnLayout(item_is_cold="item_is_cold"))
-    with pytest.raises(ValueError, match="0.parquet: row 19: column 'item_is_cold' is nan; say which"):
+    with pytest.raises(ValueError, match="0.parquet: row 19: column 'item_is_cold' is nan; write true or false"):
         all_batches(rows)
 
 
@@ -226,7 +226,7 @@ def test_files_and_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         ("timestamp", np.full(40, np.inf), r"row 0: column 'timestamp' is inf; .*--timestamp NONE"),
         ("label", np.full(40, 0.5), r"row 0: column 'label' is 0\.5; a label is 0 or 1; remove the row"),
         ("label", np.full(40, np.nan), r"row 0: column 'label' is nan; it must be a number"),
-        ("item_is_cold", np.full(40, "maybe"), r"row 0: column 'item_is_cold' is nan; say which: write true or false"),
+        ("item_is_cold", np.full(40, "maybe"), r"row 0: column 'item_is_cold' is nan; write true or false"),
         ("user_id", [[1]] * 40, r"column 'user_id' of .*0\.parquet cannot be read .*it must hold numbers or text"),
     ],
 )

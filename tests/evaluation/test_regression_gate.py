@@ -120,7 +120,7 @@ def test_baselines_that_do_not_compare_are_refused(tmp_path: Path) -> None:
         compare_with_baseline(metrics, file, 0.001)
     with pytest.raises(ValueError, match=r"--baseline olt is neither a file nor a compared model \(did you mean 'old'"):
         compare_with_baseline(metrics, "olt", 0.001)
-    with pytest.raises(ValueError, match="--baseline new is the model to be judged itself"):
+    with pytest.raises(ValueError, match="--baseline new is the judged model itself"):
         compare_with_baseline(metrics, "new", 0.001)
     with pytest.raises(ValueError, match="--max-drop -0.1: must be 0 or more"):
         compare_with_baseline(metrics, "old", -0.1)

@@ -62,7 +62,7 @@ def test_gains_are_those_of_the_metrics() -> None:
 def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
     one = write(tmp_path / "one", np.ones(120, np.int64))
     other = write(tmp_path / "other", np.ones(120, np.int64), USERS + 1)
-    with pytest.raises(ValueError, match="other: other targets than .*one has: evaluate both on the same part"):
+    with pytest.raises(ValueError, match="other: its targets differ from .*one's: evaluate both on the same part"):
         compare_models({"one": [one], "other": [other]}, ["recall@1"])
     with pytest.raises(ValueError, match=r"no part-\*.parquet"):
         read_target_ranks(tmp_path)

@@ -24,7 +24,7 @@ def test_nothing_suspicious_gives_no_warning() -> None:
     [
         ({"auc": 0.995}, "m: AUC 0.9950 is above 0.99: look for leakage"),
         ({"auc": None}, "m: no AUC, the rows are of one class only"),
-        ({"clustered_se": 0.02}, "DeLong's (rows as independent), as many times: m 2.0. Trust the wider intervals."),
+        ({"clustered_se": 0.02}, "DeLong's (rows as independent), by these factors: m 2.0. Trust the wider intervals."),
         (
             {"slices": {"big": {"rows": 100, "positives": 50}, "tiny": {"rows": 1000, "positives": 4}}},
             "Tiny slices, with fewer than 30 rows of a class: tiny (1,000); do not",

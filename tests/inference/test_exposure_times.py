@@ -71,5 +71,5 @@ def test_unknown_users_have_none_and_other_sequences_are_refused(tmp_path: Path)
         writer.upsert(exposure_keys(np.array([user]), np.array([position])), torch.ones(1, 3))
         writer.commit()
     raw = fixtures.dataset().users["raw_user_id"][user - 1].as_py()
-    with pytest.raises(ValueError, match=f"event {position} of user {user} is another one there"):
+    with pytest.raises(ValueError, match=f"event {position} of user {user} has another item or second"):
         AsOfLookup(tmp_path / "s", fixtures.dataset())([raw], np.array([second]))

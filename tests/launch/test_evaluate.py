@@ -201,7 +201,10 @@ def test_a_checkpoint_of_another_model_changes_nothing(run: Path, capsys: pytest
         (["--compare", "{base}"], "no part-*.parquet in"),
         (["--predictions", "a={base}"], "is not a file or a directory with .parquet"),
         (["--predictions", "a={base}/item_mean", "--draws", "-1"], "draws is -1; 0 for no bootstrap"),
-        (["--compare", "{base}/item_mean", "--checkpoint", "best"], "--checkpoint best is of a run; name it with"),
+        (
+            ["--compare", "{base}/item_mean", "--checkpoint", "best"],
+            "--checkpoint best applies to a run; name the run with",
+        ),
         (
             ["--run", "{run}", "--max-drop", "0.1"],
             "--max-drop belongs to the regression gate; name its reference with --base",

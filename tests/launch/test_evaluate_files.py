@@ -126,7 +126,7 @@ def test_an_unsure_drop_passes_if_asked(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         (["--predictions", "a={new}", "--memory", "1K"], "memory is 1024 bytes; at least 65536"),
         (["--predictions", "a={new}", "--baseline", "b"], "--baseline b is neither a file nor a compared model"),
-        (["--predictions", "a={new}", "--baseline", "a"], "--baseline a is the model to be judged itself"),
+        (["--predictions", "a={new}", "--baseline", "a"], "--baseline a is the judged model itself"),
         (["--predictions", "a={new}", "--train", "nowhere"], "nowhere is not a file"),
         (["--predictions", "a={bad}"], "bad.csv: row 1 (line 3): column 'score' is nan"),
     ],

@@ -115,7 +115,7 @@ def test_scorers_of_other_processes_know_it_also_with_quantized_tables(tmp_path:
     journal, piece = tmp_path / "noon.jsonl", longest()
     one = Scorer(experiment(tmp_path), journal=journal)
     with pytest.raises(
-        ValueError, match=r"candidates: 1 of 2 are not in the dataset: 'n1'; add_items \(POST /v1/items\) makes"
+        ValueError, match=r"candidates: 1 of 2 are not in the dataset: 'n1'; register items that came after"
     ):
         one.score(history(piece, 20), [twin_id(), "n1"], LATER)
     texts, features = like(TWIN)

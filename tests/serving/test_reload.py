@@ -71,7 +71,7 @@ def test_a_new_model_takes_over_with_its_change_reported_and_events_kept(shop: S
     shop.shift = 0.0  # as after `hllm rollback`
     assert shop.client.post("/v1/reload", headers=SECRET).status_code == 200
     np.testing.assert_allclose(shop.scores(), after - 0.1, atol=1e-5)
-    assert len(shop.log.readers) == 1
+    assert len(shop.log.listeners) == 1
 
 
 @pytest.mark.parametrize("shift", [3.0, float("nan")])
@@ -79,7 +79,7 @@ def test_a_model_of_other_scores_is_refused_and_the_old_one_stays(shop: Shop, sh
     before, shop.shift = shop.scores(), shift
     answer = shop.client.post("/v1/reload", headers=SECRET)
     assert answer.status_code == 409 and "of 1 recent requests by" in answer.json()["error"]
-    assert np.array_equal(shop.scores(), before) and len(shop.log.readers) == 1
+    assert np.array_equal(shop.scores(), before) and len(shop.log.listeners) == 1
     assert 'hllm_reloads_total{result="refused"} 1.0' in shop.client.get("/metrics").text
 
 
