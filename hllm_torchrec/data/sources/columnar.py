@@ -94,7 +94,8 @@ def read_csv(path: Path, columns: Sequence[str], given: Format | None = None) ->
                 for batch in reader:
                     rows = np.arange(next_row, next_row + len(batch))
                     next_row += len(batch)
-                    size, done = file.tell() - done, file.tell()
+                    at = file.tell()  # once: Arrow reads ahead in a thread of its own
+                    size, done = at - done, at
                     yield ColumnChunk(rows, pa.Table.from_batches([batch]), size, str(dialect))
         except pa.ArrowException as error:
             if "Empty CSV file" in str(error):  # no rows, which is not an error here
@@ -170,7 +171,8 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[ColumnChunk]
                 seen = True
             with error_location(f"{path}, rows {rows[0]}..{rows[-1]}", "write one type of value per column"):
                 table = pa.table({name: _column([record.get(name) for record in records]) for name in wanted})
-            size, done = file.tell() - done, file.tell()
+            at = file.tell()
+            size, done = at - done, at
             yield ColumnChunk(np.array(rows, np.int64), table, size, "JSON lines")
 
 
