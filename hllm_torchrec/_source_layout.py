@@ -4,7 +4,8 @@ The wheel puts them in place (`package_dir` in setup.py). Adding the root to `hl
 well, but it would make everything in the root a submodule too, `hllm_torchrec.setup` among them. So a finder answers
 for exactly these three names. It comes first, because the finder of an editable install may know another checkout.
 
-With two checkouts on a machine, one must never run parts of the other, or all of it unnoticed: both are refused.
+With two checkouts on a machine, a program of one must never import some modules of the other, nor run entirely from the
+other unnoticed: either case is refused.
 """
 
 import importlib.util
@@ -45,7 +46,7 @@ class CheckoutFinder(MetaPathFinder):
 
 
 class OtherCheckouts(MetaPathFinder):
-    """Stands behind the finder of `sys.path` and refuses what only an install of another checkout would find."""
+    """Stands behind the finder of `sys.path` and refuses modules that only an installed other checkout has."""
 
     def __init__(self, package: str, root: Path) -> None:
         self.package = package
@@ -66,7 +67,7 @@ class OtherCheckouts(MetaPathFinder):
             if spec is not None:
                 raise ImportError(
                     f"{fullname} is not in the checkout {self.root} that {self.package} is imported from; "
-                    f"{spec.origin} is of another one, which is installed: bash scripts/install.sh installs this one"
+                    f"{spec.origin} is of another, installed checkout: bash scripts/install.sh installs this one"
                 )
         return None
 
@@ -95,7 +96,7 @@ def is_checkout(folder: Path) -> bool:
 
 
 def refuse_other_checkouts(package: str, root: Path) -> None:
-    """Raise an ImportError where what runs, or where it runs, belongs to another checkout than `root`."""
+    """Raise an ImportError if program, current directory or a loaded module is of another checkout than `root`."""
     for what, folder in [*_program_folders(), ("the current directory", _current_directory())]:
         if folder is not None and folder != root and is_checkout(folder):
             raise ImportError(

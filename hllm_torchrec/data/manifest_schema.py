@@ -102,7 +102,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "text"),
     "fingerprint": (_is_text, "text"),
     "counts": (_is_counts, f"numbers of items and users, each 0..{LARGEST}"),
-    "parts": (_is_parts, "facts of each part"),
+    "parts": (_is_parts, "an object that holds an object for each part"),
     "split": (_is_split, f"a rule of {', '.join(RULES)}"),
     "actions": (_is_actions, "their number and names"),
     "text_columns": (_is_texts, "names of columns"),

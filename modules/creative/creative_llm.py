@@ -107,7 +107,7 @@ class CreativeLLM(nn.Module):
         return float(words.weight.detach().float().square().mean().sqrt()) * getattr(words, "scalar_embed_scale", 1.0)
 
     def forward(self, texts: PackedTexts, soft: Tensor) -> CreativeOutput:
-        """Score the responses; soft: [N, k, C]. A rank without creatives runs one row: collectives need its weights."""
+        """Score the responses; soft: [N, k, C]. A rank without creatives runs one row, to join collectives."""
         if texts.soft_at.numel() == 0:
             return CreativeOutput(self._without_texts(soft), texts.response_tokens)
         hidden, packing = self._encode(texts, soft)

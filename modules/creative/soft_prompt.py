@@ -1,4 +1,4 @@
-"""`SoftPrompt`: a user vector as soft tokens of a language model (W U of HLLM-Creator).
+"""`SoftPrompt`: a user vector as soft tokens of a language model (HLLM-Creator's W U: projection W, user vector U).
 
 Legend: N creatives, D width of a user vector, C width of the language model, k soft tokens.
 """
@@ -12,8 +12,8 @@ class SoftPrompt(nn.Module):
     """users [N, D] -> soft tokens [N, k, C]; a learned vector stands for an unknown user.
 
     Tokens are RMS-normalized and multiplied by a learned gain, which starts at `scale`, the RMS of the model's word
-    vectors: torch's default initialization would put them at several times the size of a word, and a trained user
-    vector anywhere.
+    vectors: without this, torch's default initialization makes them several times as large as a word vector, and with
+    trained user vectors their size is arbitrary.
 
     Args:
         user_width, width: D and C.

@@ -77,7 +77,7 @@ def amazon(ratings: str | Path, metadata: str | Path, *, html: str = "clean") ->
 
 
 class _Layout(NamedTuple):
-    """Where an event file has what: the CSV's columns, or None for JSON lines, and the unit of its times."""
+    """Layout of an event file: the CSV's columns (None for JSON lines) and the unit of its times."""
 
     columns: dict[str, str] | None
     """"user", "item", "rating", "timestamp" -> the column's name."""
