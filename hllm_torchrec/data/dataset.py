@@ -73,7 +73,7 @@ class UserGroup:
 
 
 RowGroup = FileGroup | UserGroup
-"""What `Dataset.row_groups` returns and `Dataset.sequences` reads."""
+"""A group of rows, as `Dataset.row_groups` returns and `Dataset.sequences` reads it."""
 
 
 class Dataset:

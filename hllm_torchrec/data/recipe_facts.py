@@ -1,4 +1,4 @@
-"""What a recipe needs to know of a dataset (`config.recipes.DatasetFacts`), read from it in seconds."""
+"""Facts of a dataset by which a recipe chooses (`config.recipes.DatasetFacts`), read from it in seconds."""
 
 import numpy as np
 import pyarrow as pa

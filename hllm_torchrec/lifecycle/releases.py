@@ -25,7 +25,7 @@ from hllm_torchrec.common.locks import hold_lock, lock_wait
 RELEASES, MOVES, ALIASES = "releases", "moves", "aliases"
 FACTS = "release.json"
 PARTS = ("run", "items", "users")
-"""What a release links to; a release without a store lacks its link."""
+"""Links of a release; one without a store lacks its link."""
 
 
 @dataclass(frozen=True)

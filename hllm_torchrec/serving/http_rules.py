@@ -1,4 +1,4 @@
-"""What holds for all endpoints: bearer token, limit of a body, one line for each request and for each error."""
+"""Rules of all endpoints: bearer token, limit of a body, one line for each request and for each error."""
 
 import hmac
 import json

@@ -1,4 +1,4 @@
-"""What a request may see of a user's history, and the batches that a scorer makes of both."""
+"""Rules of what a request may see of a user's history, and the batches that a scorer makes of both."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a scorer asks of a run, and how it loads it."""
+"""Loading of a run for a scorer, and the requirements that the run must meet."""
 
 from dataclasses import replace
 
