@@ -88,8 +88,8 @@ class EventLog:
             self._connection.executemany(
                 "INSERT INTO events (user, item, timestamp, label, action) VALUES (?, ?, ?, ?, ?)", rows
             )
-        for reader in list(self.listeners):
-            reader(user)
+        for listener in list(self.listeners):
+            listener(user)
 
     def of_user(self, user: str, after: int = 0) -> tuple[list[LoggedEvent], int]:
         """A user's events with a number above `after`, in the order of their arrival, and the highest number."""
@@ -110,8 +110,8 @@ class EventLog:
                 self._connection.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (self._hash(user),))
             # What was deleted would stay in the write-ahead file until it is written over.
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        for reader in list(self.listeners):
-            reader(user)
+        for listener in list(self.listeners):
+            listener(user)
         return int(deleted)
 
     def forget_items(self, items: Sequence[str]) -> int:
@@ -126,8 +126,8 @@ class EventLog:
                     deleted += self._connection.execute("DELETE FROM events WHERE item = ?", (item,)).rowcount
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         for user in users:
-            for reader in list(self.listeners):
-                reader(user)
+            for listener in list(self.listeners):
+                listener(user)
         return deleted
 
     def forget_those_of(self, tombstones: Tombstones) -> int:

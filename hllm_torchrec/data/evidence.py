@@ -23,9 +23,9 @@ well: they are predicted by a fit without their user's fold (cross-fitting), all
 Legend: n events of one user, X exposures, N items, E width of text embeddings, J factors, F columns.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
-from hashlib import blake2b
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from hllm_torchrec.common.hashing import hash_columns
 from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.item_factors import ItemFactors, event_values
 from hllm_torchrec.data.item_statistics import ItemStatistics
+from hllm_torchrec.data.run_arrays import hash_arrays, load_run_arrays
 from hllm_torchrec.data.tastes import expected_residuals
-from hllm_torchrec.data.validation import error_location
 
 GROUPS = {
     "factors": ("expected", "item_bias"),
@@ -112,10 +112,7 @@ class EvidenceModel:
     @property
     def fingerprint(self) -> str:
         """Hash of all arrays."""
-        digest = blake2b(digest_size=16)
-        for value in vars(self).values():
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
+        return hash_arrays(vars(self).values())
 
     def save(self, folder: Path) -> None:
         """Write `evidence.npz` into a run directory."""
@@ -128,14 +125,14 @@ class EvidenceModel:
         Raises:
             ValueError: the file is damaged.
         """
-        path = folder / FILE
-        if not path.is_file():
-            return None
-        with error_location(path, "restore it from a copy of the run"), np.load(path, allow_pickle=False) as saved:
+
+        def build(saved: Mapping[str, Any]) -> "EvidenceModel":
             # Runs of earlier versions have no tastes.
             arrays = {one.name: saved[one.name] for one in fields(cls) if one.name in saved or not _is_new(one)}
             numbers = {"fitted_until": int(arrays["fitted_until"]), "intercept": float(arrays["intercept"])}
             return cls(**(arrays | numbers))
+
+        return load_run_arrays(folder / FILE, build)
 
 
 def _is_new(one: Field[Any]) -> bool:

@@ -11,7 +11,7 @@ from hllm_torchrec.data.manifest import chain_base
 def late_events(dataset: Dataset, path: str, version: int, since: int) -> tuple[Ints, Ints]:
     """Users [n], ascending, and places [n] in their sequences, of events before `since` that came after `version`.
 
-    path: of the dataset, or its URL. Only users with more events before that second than before are read.
+    path: of the dataset, or its URL. Only users who have gained events before that second are read.
 
     Raises:
         ValueError: the dataset has no such version (any more).

@@ -5,8 +5,8 @@ that came later are folded in: their loading and bias are the closed-form ridge 
 which are computed from known items only. A run that starts from another takes its factors over, new items included.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hllm_torchrec.data.item_factors import (
     event_values,
     fit_item_factors,
 )
-from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.data.run_arrays import hash_arrays, load_run_arrays
 
 FILE = "factors.npz"
 """Name of the file in a run directory."""
@@ -59,10 +59,7 @@ class RunFactors:
     @property
     def fingerprint(self) -> str:
         """Hash of loadings, biases and scaling."""
-        digest = blake2b(digest_size=16)
-        for part in (self.model.loadings, self.model.bias, self.center, self.spread):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
+        return hash_arrays((self.model.loadings, self.model.bias, self.center, self.spread))
 
     def fold_in(self, dataset: Dataset) -> "RunFactors":
         """The factors of all items of a dataset whose first items are those of the fit."""
@@ -109,13 +106,13 @@ class RunFactors:
         Raises:
             ValueError: the file is damaged.
         """
-        path = folder / FILE
-        if not path.is_file():
-            return None
-        with error_location(path, "restore it from a copy of the run"), np.load(path, allow_pickle=False) as saved:
+
+        def build(saved: Mapping[str, Any]) -> "RunFactors":
             model = ItemFactors(saved["loadings"], saved["bias"], float(saved["mean"]), float(saved["noise"]))
             vectors = saved["center"], saved["spread"], saved["prior_mean"]
             return cls(model, *vectors, float(saved["prior"]), float(saved["bias_shrinkage"]))
+
+        return load_run_arrays(folder / FILE, build)
 
 
 def _users_of_new_items(dataset: Dataset, known: int) -> list[tuple[Ints, AnyFloats]]:

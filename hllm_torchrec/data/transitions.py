@@ -17,7 +17,6 @@ Legend: N items (0 is unknown), n of them in the fit, T events of a part of the 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Floats, Ints, save_arrays
 from hllm_torchrec.data.dataset import Dataset
-from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.data.run_arrays import hash_arrays, load_run_arrays
 
 FILE = "transitions.npz"
 """Name of the file in a run directory."""
@@ -69,10 +68,7 @@ class Transitions:
     @property
     def fingerprint(self) -> str:
         """Hash of both arrays."""
-        digest = blake2b(digest_size=16)
-        for part in (self.source, self.target):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
+        return hash_arrays((self.source, self.target))
 
     def save(self, folder: Path) -> None:
         """Write `transitions.npz` into a run directory."""
@@ -85,11 +81,7 @@ class Transitions:
         Raises:
             ValueError: the file is damaged.
         """
-        path = folder / FILE
-        if not path.is_file():
-            return None
-        with error_location(path, "restore it from a copy of the run"), np.load(path, allow_pickle=False) as saved:
-            return cls(saved["source"], saved["target"])
+        return load_run_arrays(folder / FILE, lambda saved: cls(saved["source"], saved["target"]))
 
 
 @dataclass(frozen=True)
