@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.creatives_build import add_build_options, run_build
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
@@ -20,22 +21,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="hllm creatives", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="{build,info,show,evaluate}")
     build = actions.add_parser("build", help="write a table: <dataset>/creatives/<name>")
-    build.add_argument("--writer", choices=("template",), default="template", help="who writes the texts")
-    build.add_argument("--feature", default="genres", help="item feature that a text stresses (default: genres)")
-    build.add_argument("--title", default="title", help="text column with an item's name (default: title)")
-    build.add_argument("--recent", type=int, default=20, help="latest likes that the rule reads (default: 20)")
-    build.add_argument("--least", type=int, default=5, help="earlier likes that a text needs (default: 5)")
-    build.add_argument(
-        "--template", default="{value}, for fans of {liked}", help="text (default: '{value}, for fans of {liked}')"
-    )
-    build.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the users in each part (default: 0.7 0.1 0.2)",
-    )
+    add_build_options(build)
     info = actions.add_parser("info", help="print a table's counts and origin")
     show = actions.add_parser("show", help="print rows of a table")
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
@@ -58,33 +44,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the dataset or the table does not exist, or does not fit.
     """
-    {"build": _build, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
-
-
-def _build(args: argparse.Namespace) -> None:
-    import numpy as np
-    import pyarrow as pa
-
-    from hllm_torchrec.creative.template import TemplateRule, write_by_template
-    from hllm_torchrec.data.creative_table import split_by_user, table_path, write_table
-    from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.data.split import SPLITS
-
-    if min(args.fractions) < 0 or abs(sum(args.fractions) - 1) > 1e-6:
-        raise ValueError(f"--fractions {args.fractions}: three shares, none negative, that sum to 1")
-    if args.recent < 1 or args.least < 1:
-        raise ValueError(f"--recent {args.recent} --least {args.least}: both at least 1")
-    dataset = Dataset.open(args.dataset)
-    if table_path(dataset, args.name).exists():
-        raise ValueError(f"--name {args.name}: {table_path(dataset, args.name)} exists; choose another, or remove it")
-    rule = TemplateRule(args.feature, args.title, args.recent, args.least, args.template)
-    rows, dropped = write_by_template(dataset, rule)
-    of_row = np.array(list(split_by_user(rows["raw_user_id"].to_pylist(), args.fractions)))
-    parts = {split: rows.filter(pa.array(of_row == split)) for split in SPLITS}
-    facts = {"writer": "template", "rule": vars(rule), "left_out": dropped, "fractions": list(args.fractions)}
-    path = write_table(dataset, args.name, parts, facts=facts)
-    counts = ", ".join(f"{split} {len(part):,}" for split, part in parts.items())
-    say(f"{path}: {len(rows):,} texts by rule ({counts}); {sum(dropped.values()):,} likes without one")
+    {"build": run_build, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
 
 
 def _info(args: argparse.Namespace) -> None:
