@@ -84,9 +84,11 @@ def run_build(args: argparse.Namespace) -> None:
         ValueError: an option, the dataset or the writer's server is not usable.
         Preempted: the writer has reached a limit.
     """
+    from hllm_torchrec.creative.writing.writer import check_writer
     from hllm_torchrec.data.creative_table import check_name, table_path
     from hllm_torchrec.data.dataset import Dataset
 
+    check_writer(args.writer)
     _check(args)
     check_name(args.name)
     dataset = Dataset.open(args.dataset)
@@ -140,10 +142,10 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     if not wanted:
         raise ValueError(f"{dataset.root}: no like has {args.least} earlier ones and a title; lower --least")
     for one in filter(None, (writer, judge)):
-        if one.leaves_machine:
+        if host := getattr(one, "leaves_machine", ""):
             users = len({one.raw_user for one in wanted})
             what = f"titles of up to {selection.history} choices of each of {users:,} users (no ids)"
-            say(f"{what} and facts of items are sent to {one.leaves_machine}", sys.stderr)
+            say(f"{what} and facts of items are sent to {host}", sys.stderr)
     folder = answers_folder(dataset.root, args.name)
     folder.mkdir(parents=True, exist_ok=True)
     with answers_lock(folder):

@@ -45,7 +45,7 @@ class Writer(Protocol):
     """Answers prompts.
 
     name: names the model in the table (`origin`) and in the keys of answers: another model has another name.
-    leaves_machine: where prompts are sent, or "" if they stay on this machine.
+    leaves_machine: host that prompts are sent to; empty, or left out by a writer of your own, if they stay here.
     """
 
     name: str
@@ -61,17 +61,21 @@ class Writer(Protocol):
         ...
 
 
+def check_writer(name: str) -> None:
+    """Raise ValueError for a name that is neither one of the library's writers nor `module:Name`."""
+    known = ("template", *LLM_WRITERS)
+    if name not in known and not is_extension(name):
+        raise ValueError(
+            f"--writer {name!r}: must be one of {', '.join(known)}, or {EXTENSION_FORM}{did_you_mean(name, known)}"
+        )
+
+
 def own_writer(name: str) -> Writer:
     """An instance of a writer of your own, named `module:Name`; its class takes no arguments.
 
     Raises:
         ValueError: there is no such class, or it is no writer.
     """
-    if not is_extension(name):
-        known = ("template", *LLM_WRITERS)
-        raise ValueError(
-            f"--writer {name!r}: must be one of {', '.join(known)}, or {EXTENSION_FORM}{did_you_mean(name, known)}"
-        )
     found: Any = load_extension(name, "--writer")
     writer = found() if callable(found) else found
     if not isinstance(getattr(writer, "name", None), str) or not callable(getattr(writer, "write", None)):
