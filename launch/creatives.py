@@ -1,6 +1,8 @@
 """`hllm creatives`: makes and shows tables of personalized texts of items, and evaluates a run on them.
 
 hllm creatives build --dataset data/ml-100k --writer template --name lines
+hllm creatives build --dataset data/ml-100k --writer openai --base-url http://localhost:8000/v1 --model M --name titles
+hllm creatives import --source hllm_creator --files train.parquet --dataset data/books --name published
 hllm creatives info --dataset data/ml-100k --name lines
 hllm creatives show --dataset data/ml-100k --name lines --split test --rows 5
 hllm creatives evaluate --run runs/creator/ml100k --split test
@@ -13,15 +15,18 @@ from pathlib import Path
 
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.creatives_build import add_build_options, run_build
+from hllm_torchrec.launch.creatives_import import add_import_options, run_import
 from hllm_torchrec.launch.entry import CommandParser, entry_point
 
 
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm creatives", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,info,show,evaluate}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,import,info,show,evaluate}")
     build = actions.add_parser("build", help="write a table: <dataset>/creatives/<name>")
     add_build_options(build)
+    importer = actions.add_parser("import", help="write a table of texts that were made elsewhere")
+    add_import_options(importer)
     info = actions.add_parser("info", help="print a table's counts and origin")
     show = actions.add_parser("show", help="print rows of a table")
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
@@ -32,7 +37,7 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    for action in (build, info, show):
+    for action in (build, importer, info, show):
         action.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="prepared dataset")
         action.add_argument("--name", required=True, help="name of the table")
     return parser
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the dataset or the table does not exist, or does not fit.
     """
-    {"build": run_build, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
+    {"build": run_build, "import": run_import, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
 
 
 def _info(args: argparse.Namespace) -> None:

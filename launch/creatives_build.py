@@ -85,12 +85,13 @@ def run_build(args: argparse.Namespace) -> None:
         Preempted: the writer has reached a limit.
     """
     from hllm_torchrec.creative.writing.writer import check_writer
-    from hllm_torchrec.data.creative_table import check_name, table_path
+    from hllm_torchrec.data.creative_table import check_fractions, check_name, table_path
     from hllm_torchrec.data.dataset import Dataset
 
     check_writer(args.writer)
     _check(args)
     check_name(args.name)
+    check_fractions(args.fractions)
     dataset = Dataset.open(args.dataset)
     if table_path(dataset, args.name).exists():
         raise ValueError(f"--name {args.name}: {table_path(dataset, args.name)} exists; choose another, or remove it")
@@ -106,8 +107,6 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} belongs to --writer {owners}, not to {args.writer}; leave it out"
             )
-    if min(args.fractions) < 0 or abs(sum(args.fractions) - 1) > 1e-6:
-        raise ValueError(f"--fractions {args.fractions}: three shares, none negative, that sum to 1")
     for name, most in (("support", 1.0), ("alike", 1.0), ("temperature", 2.0)):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= most:

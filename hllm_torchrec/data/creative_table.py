@@ -53,12 +53,12 @@ SCHEMA = pa.schema(
 """Columns of a table. timestamp: second UTC, whose strictly earlier events the user vector sees (null: all events);
 source, description, profile: texts of the row (null: the dataset's text columns are all there is); origin: template,
 llm:MODEL, human, import:NAME."""
-EXTRAS = pa.schema([pa.field("history", pa.list_(pa.string())), pa.field("checks", pa.map_(pa.string(), pa.float32()))])
-"""Columns that only some tables have. history: raw item ids that the writer saw, where these are not the user's events;
-checks: value of each filter that measures something."""
+CHECKS = pa.field("checks", pa.map_(pa.string(), pa.float32()))
+"""Column that only some tables have: the value of each filter that measures something."""
 TEXTS = ("source", "description", "profile")
 """Columns of a table that a prompt may name, beside the dataset's text columns."""
-_NEEDED = ("raw_user_id", "raw_item_id", "response")
+NEEDED = ("raw_user_id", "raw_item_id", "response")
+"""Columns that every table has."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,12 @@ def check_name(name: str) -> None:
     """Raise ValueError for a name that is no folder's, such as one with a slash."""
     if not NAME.fullmatch(name):
         raise ValueError(f"--name {name!r}: must be letters, digits, '-', '_' and '.', and not begin with '.'")
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raise ValueError for shares of the parts that are no shares, or none of train."""
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or not fractions[0]:
+        raise ValueError(f"--fractions {fractions}: three shares, none negative, that of train above 0, that sum to 1")
 
 
 def dense_ids(raw: pa.ChunkedArray, dataset: Dataset, kind: str, where: object) -> Ints:
@@ -283,17 +289,16 @@ def _replace(path: Path, manifest: dict[str, Any], files: Mapping[str, pa.Table]
 
 def _complete(rows: pa.Table, split: str) -> pa.Table:
     """The rows in `SCHEMA`; columns that are missing are null, weights 1."""
-    for name in _NEEDED:
+    for name in NEEDED:
         if name not in rows.column_names:
-            raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(_NEEDED)}")
+            raise ValueError(f"creatives of {split}: no column {name!r}; it needs {', '.join(NEEDED)}")
     columns = [
         rows[field.name].cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
         for field in SCHEMA
     ]
     complete = pa.table(columns, schema=SCHEMA)
-    for field in EXTRAS:
-        if field.name in rows.column_names:
-            complete = complete.append_column(field, rows[field.name].cast(field.type))
+    if CHECKS.name in rows.column_names:
+        complete = complete.append_column(CHECKS, rows[CHECKS.name].cast(CHECKS.type))
     return complete
 
 
