@@ -162,6 +162,8 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     say(f"{counts}; {len(built.dropped):,} left out")
     for reason, count in built.left_out.items():
         say(f"  {count:,}: {reason}")
+    if built.errors:
+        say(f"without an answer: {len(built.errors):,} prompts, the first because of: {built.errors[0]}", sys.stderr)
 
 
 def _selected(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,6 +185,12 @@ def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
 
     if args.writer == "openai":
         return OpenAIWriter(Endpoint(model=model or "", **{"base_url": "", **_given(args, _ENDPOINT)}))
+    if args.writer == "local":
+        from hllm_torchrec.creative.writing.local_writer import LocalWriter
+
+        if model is None:
+            raise ValueError("--model is missing: the directory of a language model")
+        return LocalWriter(model)
     return own_writer(args.writer)
 
 

@@ -45,11 +45,12 @@ class Draft:
 @dataclass(frozen=True)
 class Built:
     """rows: `creative_table.SCHEMA`; dropped: the same with `reasons`; left_out: number of texts by reason (a text may
-    have several)."""
+    have several); errors: what the writer said of prompts without an answer."""
 
     rows: pa.Table
     dropped: pa.Table
     left_out: dict[str, int]
+    errors: list[str] = field(default_factory=list)
 
 
 class _Stages:
@@ -57,6 +58,7 @@ class _Stages:
 
     def __init__(self, folder: Path, writer: Writer, parameters: Parameters) -> None:
         self.folder, self.writer, self.parameters = folder, writer, parameters
+        self.errors: list[str] = []
 
     def ask(
         self, stage: str, drafts: Sequence[Draft], prompt: Callable[[Draft], str], *, of_item: bool = True
@@ -78,6 +80,7 @@ class _Stages:
         for i, (draft, ask, text) in enumerate(zip(drafts, asked, texts, strict=True)):
             answer = None if text is None else prompts.parse_answer(stage, text)
             if i in failed:
+                self.errors.append(failed[i])
                 draft.reasons.append(f"{stage}: no answer")
             elif answer is None:
                 draft.reasons.append(f"{stage}: no JSON of its fields")
@@ -116,7 +119,7 @@ def build_by_writer(
     _filter([draft for draft in drafts if not draft.reasons], rules)
     if judge is not None:
         _judge([draft for draft in drafts if not draft.reasons], _Stages(folder, judge, parameters))
-    return _built(drafts, writer.name)
+    return _built(drafts, writer.name, stages.errors)
 
 
 def _propose(draft: Draft, rules: TextRules) -> str:
@@ -156,14 +159,13 @@ def _judge_prompt(draft: Draft, title_first: bool) -> str:
     return prompts.judge_prompt(draft.text, _item(draft), title_first)
 
 
-def _built(drafts: Sequence[Draft], origin: str) -> Built:
+def _built(drafts: Sequence[Draft], origin: str, errors: list[str]) -> Built:
     kept = [draft for draft in drafts if not draft.reasons]
     dropped = [draft for draft in drafts if draft.reasons]
     reasons = pa.array([draft.reasons for draft in dropped], pa.list_(pa.string()))
     counts = Counter(reason for draft in dropped for reason in draft.reasons)
-    return Built(
-        _table(kept, origin), _table(dropped, origin).append_column("reasons", reasons), dict(sorted(counts.items()))
-    )
+    table = _table(dropped, origin).append_column("reasons", reasons)
+    return Built(_table(kept, origin), table, dict(sorted(counts.items())), errors)
 
 
 def _table(drafts: Sequence[Draft], origin: str) -> pa.Table:

@@ -137,7 +137,8 @@ def test_a_writer_without_an_answer_is_counted_and_asked_again(tmp_path: Path) -
         def write(self, asked: Sequence[Ask]) -> Iterator[Answer]:
             yield from (Answer(i, None, "too long") for i, _ in enumerate(asked))
 
-    assert built(Fails(), tmp_path).left_out == {"profile: no answer": 3}
+    failed = built(Fails(), tmp_path)
+    assert failed.left_out == {"profile: no answer": 3} and failed.errors == ["too long"] * 3
     assert len(built(Scripted(GOOD), tmp_path).rows) == 3
 
 
