@@ -30,6 +30,7 @@ def build_parser() -> CommandParser:
     info = actions.add_parser("info", help="print a table's counts and origin")
     show = actions.add_parser("show", help="print rows of a table")
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
+    show.add_argument("--dropped", action="store_true", help="rows that were left out, with the reasons")
     show.add_argument("--rows", type=int, default=10, help="number of rows (default: 10)")
     evaluate = actions.add_parser("evaluate", help="likelihoods of a run's texts with the right user, none and another")
     evaluate.add_argument("--run", type=Path, required=True, metavar="DIR", help="run that was trained on a table")
@@ -68,9 +69,11 @@ def _show(args: argparse.Namespace) -> None:
     from hllm_torchrec.data.creative_table import CreativeTable
     from hllm_torchrec.data.dataset import Dataset
 
-    rows = CreativeTable.open(Dataset.open(args.dataset), args.name).part(args.split).rows
+    table = CreativeTable.open(Dataset.open(args.dataset), args.name)
+    rows = table.dropped() if args.dropped else table.part(args.split).rows
     for row in rows.slice(0, args.rows).to_pylist():
-        say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}")
+        why = f" [{'; '.join(row['reasons'])}]" if args.dropped else ""
+        say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}{why}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -158,12 +158,15 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
         "prompts": prompts_hash(),
         "left_out": built.left_out,
     }
-    counts = _write(args, dataset, built.rows, built.dropped, facts)
-    say(f"{counts}; {len(built.dropped):,} left out")
-    for reason, count in built.left_out.items():
-        say(f"  {count:,}: {reason}")
     if built.errors:
         say(f"without an answer: {len(built.errors):,} prompts, the first because of: {built.errors[0]}", sys.stderr)
+    reasons = [f"{count:,}: {reason}" for reason, count in built.left_out.items()]
+    if not len(built.rows):
+        raise ValueError(
+            f"no text is left of {len(wanted):,} ({'; '.join(reasons)}): change --model or filters; answers are kept"
+        )
+    counts = _write(args, dataset, built.rows, built.dropped, facts)
+    say("\n  ".join([f"{counts}; {len(built.dropped):,} left out", *reasons]))
 
 
 def _selected(args: argparse.Namespace) -> dict[str, Any]:

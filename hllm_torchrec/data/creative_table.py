@@ -143,6 +143,16 @@ class CreativeTable:
             raise ValueError(f"{path}: a weight is negative or no number; {_REMEDY}")
         return Creatives(users[order], items[order], times[order], weights[order], rows.take(pa.array(order)))
 
+    def dropped(self) -> pa.Table:
+        """Rows that were left out: raw_user_id, raw_item_id, response, reasons (a list).
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        names = ["raw_user_id", "raw_item_id", "response", "reasons"]
+        path = self.path / DROPPED
+        return read_table(path, names) if path.is_file() else pa.table({name: [] for name in names})
+
 
 def table_path(dataset: Dataset, name: str) -> Path:
     """Folder of a table of this name."""

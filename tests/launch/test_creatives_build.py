@@ -16,6 +16,7 @@ from hllm_torchrec.launch import creatives
 from hllm_torchrec.launch.entry import PREEMPTED
 from tests.helpers import fixtures
 from tests.helpers.completion_server import CompletionServer, completion, completion_server, honest
+from tests.helpers.creative_fixtures import tiny_model
 
 
 @pytest.fixture
@@ -46,6 +47,11 @@ def test_a_table_is_written_by_a_server(shop: Path, capsys: pytest.CaptureFixtur
         assert row["response"].startswith(" ".join(reversed(titles[row["raw_item_id"]].split())))
     counts = table.manifest["left_out"]
     assert sum(map(len, (row["reasons"] for row in dropped))) == sum(counts.values()) and set(counts)
+    assert creatives.main(["show", "--dataset", str(shop), "--name", "mine", "--dropped", "--rows", "1"]) == 0
+    assert capsys.readouterr().out == (
+        f"user {dropped[0]['raw_user_id']}, item {dropped[0]['raw_item_id']}: {dropped[0]['response']} "
+        f"[{'; '.join(dropped[0]['reasons'])}]\n"
+    )
     # The writer knows titles, and no ids of users or items.
     sent = json.dumps(server.requests)
     assert not any(f'"{raw}"' in sent or f" {raw} " in sent for raw in dataset.users["raw_user_id"].to_pylist())
@@ -159,7 +165,7 @@ def test_options_that_cannot_work_are_refused(
     assert message in capsys.readouterr().err and not server.requests
 
 
-def test_filters_are_options(shop: Path, tmp_path: Path) -> None:
+def test_filters_are_options(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = tmp_path / "words.txt"
     words.write_text("wonderful\n")
 
@@ -169,14 +175,23 @@ def test_filters_are_options(shop: Path, tmp_path: Path) -> None:
         return status, completion(text.replace("for fans of", "wonderful for")), headers
 
     with completion_server(respond) as server:
-        assert build(shop, server, name="strict") == 0
+        assert build(shop, server, name="strict") == 2
+        said = capsys.readouterr().err
+        assert "no text is left of" in said and ": words that the facts do not have" in said
         paid = len(server.requests)
         # Other filters ask for nothing again where the prompt stays the same.
         shutil.copytree(shop / "creatives" / ".answers" / "strict", shop / "creatives" / ".answers" / "loose")
         assert build(shop, server, "--allowed", str(words), "--alike", "0", name="loose") == 0
         assert len(server.requests) == paid
-    dataset = Dataset.open(shop)
-    counts = {name: CreativeTable.open(dataset, name).manifest for name in ("strict", "loose")}
-    assert sum(counts["strict"]["counts"].values()) == 0
-    assert counts["strict"]["left_out"]["words that the facts do not have"] > 10
-    assert sum(counts["loose"]["counts"].values()) > 10 and counts["loose"]["filters"]["allowed"] == 1
+    made = CreativeTable.open(Dataset.open(shop), "loose").manifest
+    assert sum(made["counts"].values()) > 10 and made["filters"]["allowed"] == 1
+
+
+def test_a_model_on_this_machine_writes(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--dataset", str(shop), "--name", "mine", "--writer", "local", "--least", "1", "--answer-tokens", "4"]
+    assert creatives.main(["build", *given]) == 2
+    assert "--model is missing: the directory of a language model" in capsys.readouterr().err
+    # A random model writes no JSON: each prompt is asked once, and the reasons are counted.
+    model = ["--model", str(tiny_model()), "--temperature", "0", "--users", "3", "--history", "1"]
+    assert creatives.main(["build", *given, *model]) == 2
+    assert "no text is left of 3 (3: profile: no " in capsys.readouterr().err

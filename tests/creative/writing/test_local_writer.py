@@ -1,35 +1,16 @@
 """A model in a Hugging Face directory answers as transformers' generate does, and item texts stay plain text."""
 
 import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hllm_torchrec.creative.writing.local_writer import LocalWriter
 from hllm_torchrec.creative.writing.writer import Ask
-from tests.helpers import creative_fixtures, fixtures
-
-CHAT = (
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }} [END] {% endfor %}"
-    "{% if add_generation_prompt %}word1{% endif %}"
-)
-
-
-@cache
-def model_dir(chat: bool = True) -> Path:
-    """A tiny random Llama with a word-level tokenizer, whose template has special tokens."""
-    path = fixtures.folder() / f"local-writer-{chat}"
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(creative_fixtures.tokenizer_dir())
-    tokenizer.chat_template = CHAT if chat else None
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    shape = {name: value for name, value in creative_fixtures.WRITER.items() if name != "model_type"}
-    config = LlamaConfig(**shape, max_position_embeddings=64, initializer_range=0.4, tie_word_embeddings=False)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return path
+from tests.helpers import creative_fixtures
+from tests.helpers.creative_fixtures import tiny_model
 
 
 def ask(prompt: str, **settings: float) -> Ask:
@@ -38,8 +19,8 @@ def ask(prompt: str, **settings: float) -> Ask:
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_greedy_answers_are_those_of_transformers(chat: bool) -> None:
-    writer = LocalWriter(str(model_dir(chat)))
-    model = AutoModelForCausalLM.from_pretrained(model_dir(chat)).eval()
+    writer = LocalWriter(str(tiny_model(chat)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(chat)).eval()
     asked = [ask("word4 word5 word6"), ask("word7")]
     answers = list(writer.write(asked))
     for one, answer in zip(asked, answers, strict=True):
@@ -52,7 +33,7 @@ def test_greedy_answers_are_those_of_transformers(chat: bool) -> None:
 
 
 def test_special_tokens_in_an_item_are_text() -> None:
-    writer = LocalWriter(str(model_dir()))
+    writer = LocalWriter(str(tiny_model()))
     end, unknown = writer.tokenizer.eos_token_id, writer.tokenizer.unk_token_id
     plain, spelled = (writer.prompt_ids(ask(text)) for text in ("word4 word5", "word4 [END] word5"))
     assert plain.count(end) == 2  # of the template
@@ -60,7 +41,7 @@ def test_special_tokens_in_an_item_are_text() -> None:
 
 
 def test_sampling_depends_on_the_prompt_and_its_seed_alone() -> None:
-    writer = LocalWriter(str(model_dir()))
+    writer = LocalWriter(str(tiny_model()))
     hot = [ask(f"word{i}", temperature=2.0) for i in range(4)]
     together = [answer.text for answer in writer.write(hot)]
     assert together == [next(iter(writer.write([one]))).text for one in hot]
@@ -69,8 +50,8 @@ def test_sampling_depends_on_the_prompt_and_its_seed_alone() -> None:
 
 
 def test_a_prompt_that_does_not_fit_has_no_answer() -> None:
-    long, short = LocalWriter(str(model_dir())).write([ask("word4 " * 60), ask("word4")])
-    assert long.text is None and "exceed 64 positions" in long.error and short.text is not None
+    long, short = LocalWriter(str(tiny_model())).write([ask("word4 " * 505), ask("word4")])
+    assert long.text is None and "exceed 512 positions" in long.error and short.text is not None
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
@@ -78,7 +59,7 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
         LocalWriter(str(tmp_path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(creative_fixtures.tokenizer_dir())
     tokenizer.add_tokens([f"more{i}" for i in range(40)])
-    shutil.copytree(model_dir(), tmp_path / "grown")
+    shutil.copytree(tiny_model(), tmp_path / "grown")
     tokenizer.save_pretrained(tmp_path / "grown")
     with pytest.raises(ValueError, match=r"its tokenizer has \d+ tokens, its model 48: give the directory of a model"):
         LocalWriter(str(tmp_path / "grown"))
