@@ -4,6 +4,7 @@ hllm creatives build --dataset data/ml-100k --writer template --name lines
 hllm creatives info --dataset data/ml-100k --name lines
 hllm creatives show --dataset data/ml-100k --name lines --split test --rows 5
 hllm creatives evaluate --run runs/creator/ml100k --split test
+hllm creatives titles --creatives stores/titles --item 50 --user 196
 """
 
 import argparse
@@ -18,7 +19,7 @@ from hllm_torchrec.launch.entry import CommandParser, entry_point
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm creatives", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,info,show,evaluate}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,info,show,evaluate,titles}")
     build = actions.add_parser("build", help="write a table: <dataset>/creatives/<name>")
     build.add_argument("--writer", choices=("template",), default="template", help="who writes the texts")
     build.add_argument("--feature", default="genres", help="item feature that a text stresses (default: genres)")
@@ -46,6 +47,10 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
+    titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
+    titles.add_argument("--item", required=True, metavar="RAW", help="raw item id")
+    titles.add_argument("--user", metavar="RAW", help="raw user id: this user's title alone")
     for action in (build, info, show):
         action.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="prepared dataset")
         action.add_argument("--name", required=True, help="name of the table")
@@ -58,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the dataset or the table does not exist, or does not fit.
     """
-    {"build": _build, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
+    act = {"build": _build, "info": _info, "show": _show, "evaluate": _evaluate, "titles": _titles}[args.action]
+    act(args)
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -131,6 +137,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         say(f"  {name:<9} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
     for name, one in found["differences"].items():
         say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
+
+
+def _titles(args: argparse.Namespace) -> None:
+    from hllm_torchrec.common.errors import did_you_mean
+    from hllm_torchrec.creative.titles import Creatives
+
+    creatives = Creatives.open(args.creatives)
+    found = creatives.of_item(args.item)
+    if not found:
+        hint = did_you_mean(args.item, creatives.titles["raw_item_id"].unique().to_pylist())
+        raise ValueError(f"--item {args.item}: {args.creatives} has no titles of it{hint}")
+    if args.user is not None:
+        found = [creatives.get(args.user, args.item)]
+    for one in found:
+        whom = "everybody" if one.cluster < 0 else f"cluster {one.cluster}"
+        say(f"{whom}: {one.text}" + " (the item's own text)" * one.fallback)
 
 
 main = entry_point(build_parser, run)
