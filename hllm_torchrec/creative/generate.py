@@ -102,6 +102,13 @@ def create_titles(
         return run_on_rank_zero(lambda: job.finish(kept, origin))
 
 
+def _missing(asked: Sequence[Asked], known: pa.Array) -> list[Asked]:
+    """Titles without a key in `known`. Decided by one rank: another might see the folder otherwise."""
+    keys = pa.array([one.key for one in asked], pa.string())
+    missing = run_on_rank_zero(lambda: pc.invert(pc.is_in(keys, value_set=known)).to_pylist())
+    return [one for one, is_missing in zip(asked, missing, strict=True) if is_missing]
+
+
 class _Job:
     def __init__(self, writer: TitleWriter, clusters: Clusters, output: Path, options: CreateOptions) -> None:
         self.writer, self.clusters, self.output, self.options = writer, clusters, output, options
@@ -128,10 +135,7 @@ class _Job:
         with progress(items.size, "create titles", rank() == 0, "items") as bar:
             for chunk in np.split(items, range(ITEMS_AT_ONCE, items.size, ITEMS_AT_ONCE)):
                 asked = self._asked(chunk, longest)
-                keys = pa.array([one.key for one in asked], pa.string())
-                # Decided by one rank: another might see the folder otherwise.
-                missing = run_on_rank_zero(lambda: pc.invert(pc.is_in(keys, value_set=known)).to_pylist())
-                new = [one for one, is_missing in zip(asked, missing, strict=True) if is_missing]
+                new = _missing(asked, known)
                 self._write_rounds(new)
                 self.new += len(new)
                 bar.update(chunk.size)

@@ -8,7 +8,7 @@
     <output>/rounds/*.parquet     titles that a job has written and not yet committed
     <output>/lock                 held by the only job
 
-A job appends rounds of titles, named by their keys, and commits all titles at its end in one step; a killed one goes on.
+A job keeps rounds of titles, named by their keys, and commits all titles at its end in one step; a killed job goes on.
 """
 
 import json

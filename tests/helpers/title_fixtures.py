@@ -18,7 +18,19 @@ def world() -> Path:
     train(config(root / "run", **creative_fixtures.settings(max_steps=2)))
     destroy_distributed()
     done(["embed", "--run", str(root / "run"), "--users", str(root / "users")])
-    done(["cluster", "--users", str(root / "users"), "--output", str(root / "clusters"), "--clusters", "3"])
+    done(
+        [
+            "cluster",
+            "--users",
+            str(root / "users"),
+            "--output",
+            str(root / "clusters"),
+            "--clusters",
+            "3",
+            "--least",
+            "2",
+        ]
+    )
     done(create(root / "titles", "--top", "2"))
     return root
 
