@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from hllm_torchrec.common.terminal import say
-from hllm_torchrec.launch.entry import CommandParser, entry_point
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 
 def build_parser() -> CommandParser:
@@ -46,6 +46,16 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--checkpoint", default="best", help="best (default), latest, or a checkpoint's folder")
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
+    evaluate.add_argument(
+        "--clusters", type=Path, nargs="+", default=[], metavar="DIR", help="also with the centers of hllm cluster"
+    )
+    evaluate.add_argument(
+        "--users", type=natural, default=0, metavar="N", help="rank the user of N texts among 100 users (default: 0)"
+    )
+    evaluate.add_argument(
+        "--write", type=natural, default=0, metavar="N", help="write N texts and compare them (default: 0)"
+    )
+    evaluate.add_argument("--titles", type=Path, metavar="DIR", help="also the diversity of the titles of hllm create")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
     titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
@@ -115,18 +125,34 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hllm_torchrec.creative.metrics import summarize
+    from hllm_torchrec.creative.clusters import Clusters
+    from hllm_torchrec.creative.metrics import centers_of, described, summarize
+    from hllm_torchrec.creative.text_metrics import describe_titles
+    from hllm_torchrec.creative.titles import Creatives
+    from hllm_torchrec.creative.written_texts import written_texts
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.evaluation.creative_scores import score_creatives
+    from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
+    from hllm_torchrec.evaluation.user_retrieval import rank_metrics, user_ranks
 
     if not run_config(args.run).creative.enabled:
         raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one with them")
+    clusters = [Clusters.open(path) for path in args.clusters]
+    titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
         loaded = load_run(args.run, args.checkpoint, device)
+        experiment = loaded.experiment
         with loaded.weights:
-            found = summarize(score_creatives(loaded.experiment, args.split, most=args.most))
+            vectors = creative_vectors(experiment, args.split)
+            centers = centers_of(vectors, clusters, loaded.fingerprint)
+            found = summarize(score_creatives(experiment, args.split, given=centers, vectors=vectors, most=args.most))
+            if args.users:
+                found["users_among"] = rank_metrics(*user_ranks(experiment, vectors, args.users))
+            if args.write:
+                found["written"] = written_texts(experiment, vectors, centers, args.write)
+        if titles is not None:
+            found["titles"] = titles
         if rank() != 0:
             return
     if args.json:
@@ -137,6 +163,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         say(f"  {name:<9} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
     for name, one in found["differences"].items():
         say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
+    for line in described(found):
+        say(line)
 
 
 def _titles(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ Legend: n users, D width of their vectors, K clusters.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,8 +147,8 @@ def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clus
         notes.append(f"{dissolved} clusters of fewer than {settings.least} users dissolved")
     if number < settings.least:
         notes.append(f"caution: {number} users, fewer than --least {settings.least}: their cluster tells who they are")
-    centers = _centers(stored, Centers(settings.metric, space.mean, fitted, fitted), settings.center)
-    facts = {"source": dict(stored.facts), "settings": asdict(settings), "sampled": chosen.size}
+    centers, medoids = _centers(stored, Centers(settings.metric, space.mean, fitted, fitted), settings.center)
+    facts = {"source": dict(stored.facts), "settings": asdict(settings), "sampled": chosen.size, "medoids": medoids}
     report = _assign(stored, output, centers, facts, None)
     report.notes += notes
     if old is not None and old.fingerprint != report.clusters.fingerprint:
@@ -185,12 +185,12 @@ def _dissolved(stored: StoredUsers, centers: Centers, least: int) -> tuple[Float
     return centers.fitted[kept], int((~kept).sum())
 
 
-def _centers(stored: StoredUsers, centers: Centers, kind: str) -> Centers:
-    """With the center of each cluster: the mean of its users' vectors, or the vector of the nearest one."""
+def _centers(stored: StoredUsers, centers: Centers, kind: str) -> tuple[Centers, list[str]]:
+    """With the center of each cluster: the mean of its users' vectors, or that of the nearest user, and these users."""
     clusters = len(centers.fitted)
     sums, counts = np.zeros((clusters, stored.width)), np.zeros(clusters)
-    best, medoids = np.full(clusters, np.inf), np.zeros((clusters, stored.width), np.float32)
-    for _, vectors in stored.blocks():
+    best, medoids = np.full(clusters, np.inf), np.zeros(clusters, np.int64)
+    for rows, vectors in stored.blocks():
         labels, distances = centers.assign(vectors)
         order = np.lexsort((distances, labels))  # by cluster, the nearest user first
         own, starts = np.unique(labels[order], return_index=True)
@@ -198,9 +198,10 @@ def _centers(stored: StoredUsers, centers: Centers, kind: str) -> Centers:
         counts += np.bincount(labels, minlength=clusters)
         first = order[starts]
         better = distances[first] < best[own]
-        best[own[better]], medoids[own[better]] = distances[first[better]], vectors[first[better]]
-    means = (sums / counts[:, None]).astype(np.float32)
-    return Centers(centers.metric, centers.mean, centers.fitted, medoids if kind == "medoid" else means)
+        best[own[better]], medoids[own[better]] = distances[first[better]], rows[first[better]]
+    if kind == "medoid":
+        return replace(centers, centers=stored.vectors(medoids)), stored.raw_ids.take(pa.array(medoids)).to_pylist()
+    return replace(centers, centers=(sums / counts[:, None]).astype(np.float32)), []
 
 
 def _assign(

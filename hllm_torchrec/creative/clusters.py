@@ -81,7 +81,8 @@ class Clusters:
     def __init__(self, path: Path, facts: Mapping[str, Any], centers: Centers, users: dict[str, pa.Array]) -> None:
         self.path, self.facts, self.centers, self.users = path, facts, centers, users
         self._cluster = users["cluster"].to_numpy()
-        self._index = RawIndex(np.load(path / _HASHES, mmap_mode="r"), users["raw_user_id"])
+        self.hashes = np.load(path / _HASHES, mmap_mode="r")
+        self._index = RawIndex(self.hashes, users["raw_user_id"])
 
     def __len__(self) -> int:
         return len(self.centers.centers)
@@ -135,6 +136,6 @@ def write_clusters(
         np.save(folder / _HASHES, hashes)
         files = {name: hash_file(folder / name) for name in (_CENTERS, _USERS, _HASHES)}
         sizes = np.bincount(users["cluster"].to_numpy(), minlength=len(centers.centers)).tolist()
-        text = json.dumps({"format": _FORMAT, **facts, "sizes": sizes, "files": files}, indent=1)
+        text = json.dumps({**facts, "format": _FORMAT, "sizes": sizes, "files": files}, indent=1)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
     return Clusters.open(path)

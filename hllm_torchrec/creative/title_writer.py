@@ -103,12 +103,13 @@ class TitleWriter:
 
     def asked(self, item: int, prompt: TextTokens, clusters: Sequence[int]) -> list[Asked]:
         """Titles of an item for clusters, with their keys."""
-        of_item = hash_json([self._depends, prompt.before, prompt.after, self._source[item], self._facts(item)])
+        of_item = hash_json([self._depends, prompt.before, prompt.after, *self.facts(item)])
         keys = [hash_json([of_item, self._of_center[cluster], self._seed(item, cluster)])[:32] for cluster in clusters]
         return [Asked(key, item, cluster, prompt) for key, cluster in zip(keys, clusters, strict=True)]
 
-    def _facts(self, item: int) -> str:
-        return "\n".join(values[item] or "" for values in self._columns.values())
+    def facts(self, item: int) -> tuple[str, str]:
+        """Source text of an item, and the texts of its prompt, a line each: what a title may say."""
+        return self._source[item] or "", "\n".join(values[item] or "" for values in self._columns.values())
 
     def _seed(self, item: int, cluster: int) -> str:
         """What the draws of a sampled title depend on, beside the attempt; nothing for greedy ones."""
@@ -127,7 +128,7 @@ class TitleWriter:
                 reasons = self._reasons(one.item, text, bool(found.stopped[n]))
                 rows[one.key] = {
                     "key": one.key,
-                    "text": self._source[one.item] or "" if reasons else text,
+                    "text": self.facts(one.item)[0] if reasons else text,
                     "log_prob": round(float(found.log_prob[n]), 3),  # further digits depend on the batch
                     "tokens": len(ids),
                     "fallback": bool(reasons),
@@ -163,8 +164,7 @@ class TitleWriter:
             return [CUT]
         if self.options.rules is None:
             return [] if text else [EMPTY]
-        facts = self._facts(item)
-        return check_text(text, self._source[item] or "", facts, self.options.rules, self._instructions).reasons
+        return check_text(text, *self.facts(item), self.options.rules, self._instructions).reasons
 
 
 def batches(asked: Sequence[Asked], response: int) -> Iterator[list[Asked]]:

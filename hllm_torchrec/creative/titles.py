@@ -188,12 +188,11 @@ def write_round(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Keep titles, rows of `WRITTEN`, for a later commit; on the disk when it returns."""
     if not rows:
         return
-    name = f"{secrets.token_hex(8)}.parquet"
-    beside = path / "rounds" / f".{name}"
+    beside = path / "rounds" / f"{secrets.token_hex(8)}.part"
     pq.write_table(pa.Table.from_pylist(list(rows), WRITTEN), beside)
     with beside.open("rb") as file:
         os.fsync(file.fileno())
-    beside.rename(path / "rounds" / name)
+    beside.rename(beside.with_suffix(".parquet"))
     sync_folder(path / "rounds")
 
 
@@ -212,7 +211,7 @@ def commit(path: Path, titles: pa.Table, facts: Mapping[str, Any]) -> None:
         write_mapped(folder / _ITEMS, items)
         np.save(folder / _HASHES, hashes)
         files = {name: hash_file(folder / name) for name in (_TITLES, _ITEMS, _HASHES)}
-        text = json.dumps({"format": _FORMAT, **facts, "files": files}, indent=1)
+        text = json.dumps({**facts, "format": _FORMAT, "files": files}, indent=1)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
     remove_folder(path / "rounds")
     (path / "rounds").mkdir()
