@@ -6,6 +6,7 @@ hllm creatives import --source hllm_creator --files train.parquet --dataset data
 hllm creatives info --dataset data/ml-100k --name lines
 hllm creatives show --dataset data/ml-100k --name lines --split test --rows 5
 hllm creatives evaluate --run runs/creator/ml100k --split test
+hllm creatives titles --creatives stores/titles --item 50 --user 196
 """
 
 import argparse
@@ -16,13 +17,13 @@ from pathlib import Path
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.creatives_build import add_build_options, run_build
 from hllm_torchrec.launch.creatives_import import add_import_options, run_import
-from hllm_torchrec.launch.entry import CommandParser, entry_point
+from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm creatives", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,import,info,show,evaluate}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,import,info,show,evaluate,titles}")
     build = actions.add_parser("build", help="write a table: <dataset>/creatives/<name>")
     add_build_options(build)
     importer = actions.add_parser("import", help="write a table of texts that were made elsewhere")
@@ -37,7 +38,21 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--checkpoint", default="best", help="best (default), latest, or a checkpoint's folder")
     evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
     evaluate.add_argument("--most", type=int, default=0, help="score at most this many, spread evenly (default: all)")
+    evaluate.add_argument(
+        "--clusters", type=Path, nargs="+", default=[], metavar="DIR", help="also with the centers of hllm cluster"
+    )
+    evaluate.add_argument(
+        "--users", type=natural, default=0, metavar="N", help="rank the user of N texts among 100 users (default: 0)"
+    )
+    evaluate.add_argument(
+        "--write", type=natural, default=0, metavar="N", help="write N texts and compare them (default: 0)"
+    )
+    evaluate.add_argument("--titles", type=Path, metavar="DIR", help="also the diversity of the titles of hllm create")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
+    titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
+    titles.add_argument("--item", required=True, metavar="RAW", help="raw item id")
+    titles.add_argument("--user", metavar="RAW", help="raw user id: this user's title alone")
     for action in (build, importer, info, show):
         action.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="prepared dataset")
         action.add_argument("--name", required=True, help="name of the table")
@@ -50,7 +65,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the dataset or the table does not exist, or does not fit.
     """
-    {"build": run_build, "import": run_import, "info": _info, "show": _show, "evaluate": _evaluate}[args.action](args)
+    act = {
+        "build": run_build,
+        "import": run_import,
+        "info": _info,
+        "show": _show,
+        "evaluate": _evaluate,
+        "titles": _titles,
+    }[args.action]
+    act(args)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -77,18 +100,34 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from hllm_torchrec.creative.metrics import summarize
+    from hllm_torchrec.creative.clusters import Clusters
+    from hllm_torchrec.creative.metrics import centers_of, described, summarize
+    from hllm_torchrec.creative.text_metrics import describe_titles
+    from hllm_torchrec.creative.titles import Creatives
+    from hllm_torchrec.creative.written_texts import written_texts
     from hllm_torchrec.distributed.coordination import rank
     from hllm_torchrec.distributed.process_group import distributed_device
-    from hllm_torchrec.evaluation.creative_scores import score_creatives
+    from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
+    from hllm_torchrec.evaluation.user_retrieval import rank_metrics, user_ranks
 
     if not run_config(args.run).creative.enabled:
         raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one with them")
+    clusters = [Clusters.open(path) for path in args.clusters]
+    titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
         loaded = load_run(args.run, args.checkpoint, device)
+        experiment = loaded.experiment
         with loaded.weights:
-            found = summarize(score_creatives(loaded.experiment, args.split, most=args.most))
+            vectors = creative_vectors(experiment, args.split)
+            centers = centers_of(vectors, clusters, loaded.fingerprint)
+            found = summarize(score_creatives(experiment, args.split, given=centers, vectors=vectors, most=args.most))
+            if args.users:
+                found["users_among"] = rank_metrics(*user_ranks(experiment, vectors, args.users))
+            if args.write:
+                found["written"] = written_texts(experiment, vectors, centers, args.write)
+        if titles is not None:
+            found["titles"] = titles
         if rank() != 0:
             return
     if args.json:
@@ -99,6 +138,24 @@ def _evaluate(args: argparse.Namespace) -> None:
         say(f"  {name:<9} {nats:8.4f}  ({found['nll_per_token'][name]:.4f})")
     for name, one in found["differences"].items():
         say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
+    for line in described(found):
+        say(line)
+
+
+def _titles(args: argparse.Namespace) -> None:
+    from hllm_torchrec.common.errors import did_you_mean
+    from hllm_torchrec.creative.titles import Creatives
+
+    creatives = Creatives.open(args.creatives)
+    found = creatives.of_item(args.item)
+    if not found:
+        hint = did_you_mean(args.item, creatives.titles["raw_item_id"].unique().to_pylist())
+        raise ValueError(f"--item {args.item}: {args.creatives} has no titles of it{hint}")
+    if args.user is not None:
+        found = [creatives.get(args.user, args.item)]
+    for one in found:
+        whom = "everybody" if one.cluster < 0 else f"cluster {one.cluster}"
+        say(f"{whom}: {one.text}" + " (the item's own text)" * one.fallback)
 
 
 main = entry_point(build_parser, run)
