@@ -184,8 +184,8 @@ def creative_problems(config: "Config") -> Iterator[str]:
         yield f"creative.prompt: {creative.prompt!r}: must have {USER} exactly once: the place of the soft tokens"
     if creative.losses.read_profiles and PLACEHOLDER.findall(creative.profile.prompt) != [USER[1:-1]]:
         yield (
-            f"creative.profile.prompt: {creative.profile.prompt!r}: must have {USER} exactly once, and no other name in "
-            "braces"
+            f"creative.profile.prompt: {creative.profile.prompt!r}: must have {USER} exactly once, and no other "
+            "name in braces"
         )
     if not any(vars(creative.losses).values()):
         yield "creative.losses: all are 0: nothing would be trained; give one a weight"

@@ -17,8 +17,8 @@ class SoftPrompt(nn.Module):
 
     Tokens are RMS-normalized and multiplied by a learned gain, which starts at `scale`, the RMS of the model's word
     vectors: without this, torch's default initialization makes them several times as large as a word vector, and with
-    trained user vectors their size is arbitrary. User vectors of a trained encoder are nearly parallel (a mean cosine of
-    0.7 on MovieLens), so that normalized tokens of all users would be nearly the same: `normalize` subtracts what is
+    trained user vectors their size is arbitrary. User vectors of a trained encoder are nearly parallel (a mean cosine
+    of 0.7 on MovieLens), so that normalized tokens of all users would be nearly the same: `normalize` subtracts what is
     common to them first, by statistics that are measured once, before training. It is affine: a mean of users becomes
     the mean of what they become.
 
