@@ -10,6 +10,7 @@ a fifth of the users are held out. Arms, of the same LLM, steps and seeds:
     B    a soft token from the user encoder, which is trained on
     C    the same, the user encoder frozen
     D    the latest 20 likes with their genres as text in the prompt, no soft token
+    R    B with the losses of the paper that read a profile of the user: the genres that the rule reads, by lift
     E2   B on other texts: the title of the film that the user liked next, about which the prompt says nothing
 
 Reported on held-out users: nats per text and accuracy of the genre among the film's, with the right user, with none,
@@ -20,6 +21,7 @@ again continues. Choices belong on `--split valid`.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from creator_tables import add_history, write_next
+from creator_tables import add_history, add_interests, write_next
 from jobs import ROOT, run_job
 from sklearn.cluster import KMeans
 
@@ -58,6 +60,7 @@ ARMS: dict[str, list[str]] = {
         "--creative.prompt=Liked: {profile}.\nFilm: {title}. Genres: {genres}.\nGenre:{user}",
         "--creative.max_prompt_length=640",
     ],
+    "R": ["--creative.data=interests", "--creative.losses.recon=0.5", "--creative.losses.align=0.2"],
     "E2": ["--creative.data=next", "--creative.prompt=Next film:{user}", "--creative.max_response_length=32"],
 }
 WITHOUT_USER = ("A", "D")
@@ -98,6 +101,8 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
     dataset = Dataset.open(arguments.dataset)
     if arm == "D":
         add_history(dataset, TABLE, "history")
+    elif arm == "R":
+        add_interests(dataset, TABLE, "interests")
     elif arm == "E2":
         write_next(dataset, "next")
     run = work / f"{arguments.writer}-{arm}-{arguments.steps}-{seed}"
@@ -182,6 +187,13 @@ def count_table(train_part: Creatives, choices: Choices) -> tuple[Doubles, Doubl
     return -np.log(share)[choices.is_right], choices.accuracy(-np.log(share))
 
 
+def popularity(trained_on: Sequence[str], texts: Sequence[str]) -> Doubles:
+    """Nats of each text by its count in training; a text that is not there counts as half a time."""
+    counts = Counter(trained_on)
+    total = len(trained_on) + 0.5 * len(set(texts) - counts.keys())
+    return np.array([-np.log((counts[text] or 0.5) / total) for text in texts])
+
+
 def evaluate(arguments: argparse.Namespace, run: Path, arm: str) -> dict[str, Any]:
     """Figures of a trained arm on held-out users."""
     target = arguments.work / f"{run.name}-{arguments.split}.json"
@@ -223,6 +235,8 @@ def score(
     nats, hits = {}, {}
     if arm == "E2":
         nats = {name: nll_of_texts(experiment, known, chosen, *given) for name, given in conditions.items()}
+        texts = known.loader.part.rows["response"].take(np.asarray(known.loader.tokens.rows)[chosen]).to_pylist()
+        nats["popularity"] = popularity(experiment.creatives.table.part("train").rows["response"].to_pylist(), texts)
     else:
         choices = Choices(experiment, known.loader.part, np.asarray(known.loader.tokens.rows)[chosen])
         nll = {name: choices.nll(experiment, *given) for name, given in conditions.items()}

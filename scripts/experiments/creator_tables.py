@@ -4,7 +4,7 @@ history    E1's table with the films that the rule reads as text (column `profil
 next       E2: the title and year of each film that a user liked, as a text about the user
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,31 @@ FRACTIONS = (0.7, 0.1, 0.2)
 
 def add_history(dataset: Dataset, source: str, name: str, columns: Sequence[str] = ("title", "genres")) -> None:
     """Write the table `source` with the user's latest likes as `profile`, unless it exists."""
+    films = _names(dataset, columns)
+    _add_profiles(dataset, source, name, lambda recent: "; ".join(films[item] for item in recent))
+
+
+def add_interests(dataset: Dataset, source: str, name: str, feature: str = "genres", most: int = 5) -> None:
+    """Write the table `source` with the values that the latest likes have most of, by lift, unless it exists."""
+    values, offsets = dataset.feature_ids("item", feature)
+    labels = ["", *dataset.feature_values(feature).to_pylist()]
+    has = np.zeros((offsets.size - 1, len(labels)), bool)
+    has[np.repeat(np.arange(offsets.size - 1), np.diff(offsets)), values] = True
+    liked = np.concatenate([_likes(dataset, user)[0] for user in range(1, dataset.num_users)])
+    base = has[liked].mean(0).clip(min=1e-9)
+
+    def interests(recent: Ints) -> str:
+        lifts = has[recent].mean(0) / base
+        best = np.argsort(-lifts, kind="stable")[:most]
+        return ", ".join(labels[value] for value in best if lifts[value] > 0)
+
+    _add_profiles(dataset, source, name, interests)
+
+
+def _add_profiles(dataset: Dataset, source: str, name: str, describe: Callable[[Ints], str]) -> None:
+    """Write the table `source` with what `describe` says of the user's latest likes as `profile`."""
     if table_path(dataset, name).exists():
         return
-    films = _names(dataset, columns)
     table, parts = CreativeTable.open(dataset, source), {}
     for split in SPLITS:
         part = table.part(split)
@@ -34,8 +56,7 @@ def add_history(dataset: Dataset, source: str, name: str, columns: Sequence[str]
         profiles = []
         for user, second in zip(part.user_ids.tolist(), part.timestamps.tolist(), strict=True):
             items, seconds = users[user]
-            recent = items[: visible_before(seconds, second)][-RECENT:]
-            profiles.append("; ".join(films[item] for item in recent))
+            profiles.append(describe(items[: visible_before(seconds, second)][-RECENT:]))
         column = part.rows.schema.get_field_index("profile")
         parts[split] = part.rows.set_column(column, "profile", pa.array(profiles, pa.string()))
     write_table(dataset, name, parts, facts={"writer": "template", "of": source})

@@ -63,6 +63,7 @@ def test_histories_as_texts_and_next_films_are_of_strictly_earlier_likes() -> No
     dataset = creative_fixtures.shop()
     creator_tables.add_history(dataset, "lines", "history", ("title", "brand"))
     creator_tables.write_next(dataset, "next", ("title", "brand"))
+    creator_tables.add_interests(dataset, "lines", "interests")
     titles, brands = (["", *dataset.text([name])[name].to_pylist()] for name in ("title", "brand"))
 
     def liked_before(user: int, second: int) -> list[str]:
@@ -74,6 +75,11 @@ def test_histories_as_texts_and_next_films_are_of_strictly_earlier_likes() -> No
     assert new.rows["response"].equals(old.rows["response"])
     for row, profile in enumerate(new.rows["profile"].to_pylist()):
         assert profile == "; ".join(liked_before(int(new.user_ids[row]), int(new.timestamps[row]))[-20:])
+    interests = CreativeTable.open(dataset, "interests").part("train").rows["profile"].to_pylist()
+    # What the rule names is an interest, unless it is crowded out by values that the film does not have.
+    named = [text.split(", for fans")[0] in profile.split(", ") for text, profile in
+             zip(old.rows["response"].to_pylist(), interests, strict=True)]  # fmt: skip
+    assert np.mean(named) > 0.9
     assert len(following) > 20
     for row, text in enumerate(following.rows["response"].to_pylist()):
         item = following.item_ids[row]
