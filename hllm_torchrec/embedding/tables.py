@@ -32,7 +32,7 @@ def initialize_tables(model: DistributedModelParallel, seed: int, scale: float) 
     Any number of ranks and any sharding plan therefore start from the same model.
     """
     for name, value in model.state_dict().items():
-        if ".embedding_bags." not in name:
+        if ".embedding_bags." not in name or "position_bias." in name:  # which starts without a bias
             continue
         table = name.split(".embedding_bags.")[1].removesuffix(".weight")
         width = (value.metadata().size if isinstance(value, ShardedTensor) else value.shape)[1]
