@@ -130,8 +130,7 @@ def write_clusters(
 ) -> Clusters:
     """Write the clusters of users [n], given in the order of their `hashes`, in one step; replaces earlier ones."""
     with atomic_folder(path, replace=True, marker=FILE) as folder:
-        arrays = {"mean": centers.mean, "fitted": centers.fitted, "centers": centers.centers}
-        np.savez(folder / _CENTERS, **arrays)
+        np.savez(folder / _CENTERS, mean=centers.mean, fitted=centers.fitted, centers=centers.centers)
         write_mapped(folder / _USERS, users)
         np.save(folder / _HASHES, hashes)
         files = {name: hash_file(folder / name) for name in (_CENTERS, _USERS, _HASHES)}

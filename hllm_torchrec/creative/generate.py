@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ class _Job:
             rounds[-1].append(batch)
         for one in rounds:
             rows = [row for batch in one[rank() :: world_size()] for row in self.writer.write(batch)]
-            run_on_all_ranks(lambda rows=rows: write_round(self.output, rows))
+            run_on_all_ranks(partial(write_round, self.output, rows))
 
     def finish(self, keep_others: bool, origin: dict[str, Any]) -> CreateReport:
         """Commit all titles; on one rank."""

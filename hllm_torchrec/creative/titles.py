@@ -106,9 +106,16 @@ class Creatives:
         Raises:
             KeyError: the item has no titles.
         """
+        found = self.find(user, item)
+        if found is None:
+            raise KeyError(f"item {item!r}: {self.path} has no titles of it")
+        return found
+
+    def find(self, user: str | None, item: str) -> Title | None:
+        """As `get`; None for an item without titles."""
         place = self._index.find(item)
         if place < 0:
-            raise KeyError(f"item {item!r}: {self.path} has no titles of it")
+            return None
         first, end = int(self._first[place]), int(self._first[place + 1])
         cluster = NO_CLUSTER if user is None else self.clusters.of(user)
         row = bisect_left(self._cluster, cluster, first, end)

@@ -27,13 +27,9 @@ class ServedTitles:
 
     def of(self, user: str | None, items: Sequence[str]) -> list[str | None]:
         """Title of each item for a user (None: an unknown one); None for an item without titles."""
-        creatives, found = self._creatives, []
-        for item in items:
-            try:
-                found.append(creatives.get(user, item).text)
-            except KeyError:
-                found.append(None)
-        return found
+        creatives = self._creatives
+        found = (creatives.find(user, item) for item in items)
+        return [None if title is None else title.text for title in found]
 
     def refresh(self) -> bool:
         """Read the folder again if it has changed; True if it had.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -75,6 +76,7 @@ def shop(rule: str = "time") -> Dataset:
     shutil.copytree(fixtures.dataset(rule).root, path)
     dataset = Dataset.open(path)
     rows, _ = write_by_template(dataset, TemplateRule(least=1))
+    rows = rows.append_column("profile", pc.replace_substring(rows["response"], ",", ""))
     of_row = list(split_by_user(rows["raw_user_id"].to_pylist(), (0.5, 0.25, 0.25)))
     parts = {split: rows.filter([one == split for one in of_row]) for split in SPLITS}
     write_table(dataset, "lines", parts, facts={"writer": "template"})
