@@ -88,6 +88,7 @@ def _users(dataset: Dataset, selection: Selection) -> list[tuple[int, str]]:
     """Ids and raw ids of the users, in order of their ids."""
     users = list(enumerate(dataset.users["raw_user_id"].to_pylist(), start=1))
     if selection.users:
-        users.sort(key=lambda user: hash_json([selection.seed, user[1]]))
+        # Not the hash by which `split_by_user` divides users: those drawn would all be in one part.
+        users.sort(key=lambda user: hash_json(["build", selection.seed, user[1]]))
         users = sorted(users[: selection.users])
     return users

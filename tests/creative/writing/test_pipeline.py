@@ -12,6 +12,7 @@ from hllm_torchrec.creative.writing.pipeline import NO_POINT, UNCONFIRMED, Built
 from hllm_torchrec.creative.writing.prompts import FIELDS, marks_in, parse_answer, propose_prompt
 from hllm_torchrec.creative.writing.requests import Selection, Wanted, wanted_texts
 from hllm_torchrec.creative.writing.writer import Answer, Ask, check_writer, own_writer
+from hllm_torchrec.data.creative_table import split_by_user
 from tests.helpers import fixtures
 
 
@@ -248,6 +249,9 @@ def test_only_choices_of_earlier_seconds_are_told() -> None:
         assert set(one.facts) == {"brand"}
     latest = list(wanted_texts(dataset, Selection(least=1, users=5)))
     assert len({one.raw_user for one in latest}) == len(latest) <= 5
+    # Which users are drawn says nothing of the part that they are in.
+    drawn = {one.raw_user for one in wanted_texts(dataset, Selection(least=1, users=12))}
+    assert len(set(split_by_user(sorted(drawn), (0.4, 0.3, 0.3)))) == 3
     with pytest.raises(ValueError, match=r"--title name: no text column of .*; it has title, brand; --facts x: no"):
         list(wanted_texts(dataset, Selection(title="name", facts=("x",))))
 
