@@ -10,6 +10,7 @@ from tests.helpers.scripts import bench_module, tiny_result
 bench_creator = bench_module("bench_creator")
 
 
+@pytest.mark.slow
 def test_bench_creator_ends_with_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_creator.main(["--tiny", "--out", str(tmp_path / "creator.json")])
     result = tiny_result("creator", tmp_path / "creator.json", capsys.readouterr().out)
