@@ -1,6 +1,8 @@
 """`hllm creatives`: makes and shows tables of personalized texts of items, and evaluates a run on them.
 
 hllm creatives build --dataset data/ml-100k --writer template --name lines
+hllm creatives build --dataset data/ml-100k --writer openai --base-url http://localhost:8000/v1 --model M --name titles
+hllm creatives import --source hllm_creator --files train.parquet --dataset data/books --name published
 hllm creatives info --dataset data/ml-100k --name lines
 hllm creatives show --dataset data/ml-100k --name lines --split test --rows 5
 hllm creatives evaluate --run runs/creator/ml100k --split test
@@ -13,33 +15,23 @@ import sys
 from pathlib import Path
 
 from hllm_torchrec.common.terminal import say
+from hllm_torchrec.launch.creatives_build import add_build_options, run_build
+from hllm_torchrec.launch.creatives_import import add_import_options, run_import
 from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
 
 
 def build_parser() -> CommandParser:
     """Build the command line parser."""
     parser = CommandParser(prog="hllm creatives", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,info,show,evaluate,titles}")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{build,import,info,show,evaluate,titles}")
     build = actions.add_parser("build", help="write a table: <dataset>/creatives/<name>")
-    build.add_argument("--writer", choices=("template",), default="template", help="who writes the texts")
-    build.add_argument("--feature", default="genres", help="item feature that a text stresses (default: genres)")
-    build.add_argument("--title", default="title", help="text column with an item's name (default: title)")
-    build.add_argument("--recent", type=int, default=20, help="latest likes that the rule reads (default: 20)")
-    build.add_argument("--least", type=int, default=5, help="earlier likes that a text needs (default: 5)")
-    build.add_argument(
-        "--template", default="{value}, for fans of {liked}", help="text (default: '{value}, for fans of {liked}')"
-    )
-    build.add_argument(
-        "--fractions",
-        type=float,
-        nargs=3,
-        default=(0.7, 0.1, 0.2),
-        metavar=("TRAIN", "VALID", "TEST"),
-        help="shares of the users in each part (default: 0.7 0.1 0.2)",
-    )
+    add_build_options(build)
+    importer = actions.add_parser("import", help="write a table of texts that were made elsewhere")
+    add_import_options(importer)
     info = actions.add_parser("info", help="print a table's counts and origin")
     show = actions.add_parser("show", help="print rows of a table")
     show.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part (default: test)")
+    show.add_argument("--dropped", action="store_true", help="rows that were left out, with the reasons")
     show.add_argument("--rows", type=int, default=10, help="number of rows (default: 10)")
     evaluate = actions.add_parser("evaluate", help="likelihoods of a run's texts with the right user, none and another")
     evaluate.add_argument("--run", type=Path, required=True, metavar="DIR", help="run that was trained on a table")
@@ -61,7 +53,7 @@ def build_parser() -> CommandParser:
     titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
     titles.add_argument("--item", required=True, metavar="RAW", help="raw item id")
     titles.add_argument("--user", metavar="RAW", help="raw user id: this user's title alone")
-    for action in (build, info, show):
+    for action in (build, importer, info, show):
         action.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="prepared dataset")
         action.add_argument("--name", required=True, help="name of the table")
     return parser
@@ -73,34 +65,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the dataset or the table does not exist, or does not fit.
     """
-    act = {"build": _build, "info": _info, "show": _show, "evaluate": _evaluate, "titles": _titles}[args.action]
+    act = {
+        "build": run_build,
+        "import": run_import,
+        "info": _info,
+        "show": _show,
+        "evaluate": _evaluate,
+        "titles": _titles,
+    }[args.action]
     act(args)
-
-
-def _build(args: argparse.Namespace) -> None:
-    import numpy as np
-    import pyarrow as pa
-
-    from hllm_torchrec.creative.template import TemplateRule, write_by_template
-    from hllm_torchrec.data.creative_table import split_by_user, table_path, write_table
-    from hllm_torchrec.data.dataset import Dataset
-    from hllm_torchrec.data.split import SPLITS
-
-    if min(args.fractions) < 0 or abs(sum(args.fractions) - 1) > 1e-6:
-        raise ValueError(f"--fractions {args.fractions}: three shares, none negative, that sum to 1")
-    if args.recent < 1 or args.least < 1:
-        raise ValueError(f"--recent {args.recent} --least {args.least}: both at least 1")
-    dataset = Dataset.open(args.dataset)
-    if table_path(dataset, args.name).exists():
-        raise ValueError(f"--name {args.name}: {table_path(dataset, args.name)} exists; choose another, or remove it")
-    rule = TemplateRule(args.feature, args.title, args.recent, args.least, args.template)
-    rows, dropped = write_by_template(dataset, rule)
-    of_row = np.array(list(split_by_user(rows["raw_user_id"].to_pylist(), args.fractions)))
-    parts = {split: rows.filter(pa.array(of_row == split)) for split in SPLITS}
-    facts = {"writer": "template", "rule": vars(rule), "left_out": dropped, "fractions": list(args.fractions)}
-    path = write_table(dataset, args.name, parts, facts=facts)
-    counts = ", ".join(f"{split} {len(part):,}" for split, part in parts.items())
-    say(f"{path}: {len(rows):,} texts by rule ({counts}); {sum(dropped.values()):,} likes without one")
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -119,9 +92,11 @@ def _show(args: argparse.Namespace) -> None:
     from hllm_torchrec.data.creative_table import CreativeTable
     from hllm_torchrec.data.dataset import Dataset
 
-    rows = CreativeTable.open(Dataset.open(args.dataset), args.name).part(args.split).rows
+    table = CreativeTable.open(Dataset.open(args.dataset), args.name)
+    rows = table.dropped() if args.dropped else table.part(args.split).rows
     for row in rows.slice(0, args.rows).to_pylist():
-        say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}")
+        why = f" [{'; '.join(row['reasons'])}]" if args.dropped else ""
+        say(f"user {row['raw_user_id']}, item {row['raw_item_id']}: {row['response']}{why}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -58,7 +58,8 @@ _PERSONAL = re.compile(
 _TO_A_MODEL = re.compile(
     r"\b(?:ignore|disregard|forget|override)\b.{0,40}\b(?:instruction|prompt|rule|above|previous|prior|everything)"
     r"|\b(?:system|developer) (?:prompt|message)\b|\byou are (?:now|an? (?:ai|assistant|language model))\b"
-    r"|\bas an ai\b|\b(?:write|answer|reply|respond|output|print|say|repeat) (?:only|exactly|instead|with|the following)\b"
+    r"|\bas an ai\b"
+    r"|\b(?:write|answer|reply|respond|output|print|say|repeat) (?:only|exactly|instead|with|the following)\b"
     r"|\b(?:assistant|system|user|human) ?:",
     re.IGNORECASE,
 )

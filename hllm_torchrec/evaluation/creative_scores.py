@@ -9,8 +9,9 @@ Legend: N creatives of a part, D width of a user vector.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ TextsOf = Callable[[Ints], PackedTexts]
 """Function of indices [n] that returns texts."""
 PER_BATCH = 64
 """Creatives per rank and step."""
+MEASURED = 4096
+"""Creatives whose user vectors `measure_user_vectors` reads, on all ranks together."""
 CONDITIONS = ("right", "null", "shuffled")
 
 
@@ -93,6 +96,26 @@ def creative_vectors(experiment: Experiment, split: str) -> CreativeVectors:
     gathered = gathered[gathered[:, 0].argsort()]
     users = loader.part.user_ids[loader.tokens.rows]
     return CreativeVectors(loader, gathered[:, 2:].float(), gathered[:, 1].bool().numpy(), users, steps)
+
+
+def measure_user_vectors(experiment: Experiment) -> dict[str, float]:
+    """Fit the normalization of user vectors on those of creatives of the training part, drawn at random. Collective.
+
+    Returns:
+        `length`, the mean L2 norm, and `common`, the L2 norm of the mean vector (the part shared by all users).
+    """
+    loader, hllm = experiment.creative_loader("train", PER_BATCH, training=True), experiment.hllm
+    assert hllm.creative_head is not None
+    steps, found = -(-MEASURED // (PER_BATCH * loader.world_size)), []
+    with _evaluating(experiment), closing(loader.batches(0)) as batches:
+        for batch in islice(batches, steps):
+            on_device = batch.to(experiment.device)
+            assert on_device.request_query is not None
+            with autocast(experiment.config, experiment.device):
+                found.append(hllm.embed_users(on_device)[on_device.request_query].float())
+    users = all_gather_variable(torch.cat(found))
+    hllm.creative_head.measure(users)
+    return {"length": users.norm(dim=1).mean().item(), "common": users.mean(0).norm().item()}
 
 
 def score_creatives(

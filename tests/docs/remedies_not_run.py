@@ -36,6 +36,11 @@ ELSEWHERE: dict[str, str] = {
     "data.batch_users: half of it, with optim.accumulate": "tests/planning/test_estimate.py::test_advice_names_what_is_large",
     "features.table_dtype: fp16 halves": "tests/planning/test_estimate.py",
     "item_llm.items_at_once: □ keeps": "tests/planning/test_estimate.py",
+    "correct it, or leave such rows out by --drop-bad": "tests/launch/test_creatives_import.py::test_a_row_that_does_not_fit_is_named_or_left_out",
+    "holds another dataset than this import; name a new folder": "tests/launch/test_creatives_import.py",
+    "--max-requests □": "tests/launch/test_creatives_build.py::test_a_budget_stops_and_the_same_command_goes_on",
+    "--max-tokens □": "tests/creative/writing/test_openai_writer.py::test_limits_stop_cleanly_with_what_was_paid_for",
+    "change --model or filters; answers are kept": "tests/launch/test_creatives_build.py::test_filters_are_options",
 }  # fmt: skip
 
 NOT_RUN: dict[str, str] = {
@@ -127,7 +132,20 @@ NOT_RUN: dict[str, str] = {
     "user vectors have collapsed": "a learning rate is to be tried",
     "the run has no probabilities to calibrate": "says why there is nothing to calibrate",
     "--fractions □: three shares": "the option's value is to be corrected",
-    "--recent □ --least □": "the option's value is to be corrected",
+    "--questions has □ files, --outputs □": "the option's value is to be corrected",
+    "outputs of □, and --task is □": "other files",
+    "--files, row □: part □": "the table is to be corrected",
+    "--model □: no config.json": "a model is to be fetched",
+    "--model □: its tokenizer": "another model",
+    "□ tokens and --answer-tokens □ exceed □ positions": "says why there is no answer",
+    "check --base-url, --model and --key-from": "a server",
+    "--base-url": "the option's value is to be corrected",
+    "--model is missing": "the option that is named takes a model",
+    "--key-from □: this environment variable": "a variable with a key",
+    "--writer □: must": "the option's value is to be corrected",
+    "no like has □ earlier ones and a title; lower --least": "takes a model",
+    "--□ belongs to --source □": "the option to leave out is the one that is named",
+    "--□ is missing: --source □ needs it": "the option that is named takes files",
     "--name □: □ exists; choose another": "takes a table of creatives",
     "--run □: at a URL: give --state": "a service",
     # Help
