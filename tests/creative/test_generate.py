@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,35 @@ def test_titles_of_some_items_leave_the_others_as_they_are(tmp_path: Path, capsy
     assert [len(few.of_item(item)) for item in ("s1", "s3", "s2")] == [4, 4, 0] and len(before) == 120
 
 
+def test_titles_outlive_assignments_and_not_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    users, titles, folder = copied("users", tmp_path), copied("titles", tmp_path), copied("clusters", tmp_path)
+    cluster = ["cluster", "--users", str(users), "--output", str(folder)]
+    person = Clusters.open(folder).users["raw_user_id"][0].as_py()
+    with EmbeddingStore.open(users).writer() as writer:
+        writer.delete([person])
+        writer.commit()
+    before = (titles / "titles" / "titles.arrow").read_bytes()
+    done(cluster)
+    assert Creatives.open(titles).get(person, "s1").cluster == -1  # read with the new assignment
+    done([*cluster, "--refit", "--clusters", "2", "--least", "2"])
+    assert "other centers than before: write their titles (hllm create)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="for other clusters than those in .*, which were fitted again: write titles"):
+        Creatives.open(titles)
+    line = create(titles, "--top", "2", clusters=str(folder))
+    done(line)
+    assert "120 titles of 40 items, 78 of them new" in capsys.readouterr().out  # two items have one text
+    assert {one.cluster for one in Creatives.open(titles).of_item("s1")} == {-1, 0, 1}
+    # A damaged folder is refused, and written again once it is gone.
+    (titles / "titles" / "items.arrow").write_bytes(before[:99])
+    for refused in (line, ["creatives", "titles", "--creatives", str(titles), "--item", "s1"]):
+        assert cli.main(refused) == 2
+        assert "remove the folder and write the titles again (hllm create)" in capsys.readouterr().err
+        destroy_distributed()
+    shutil.rmtree(titles)
+    done(line)
+    assert len(Creatives.open(titles)) == 120
+
+
 def test_pairs_are_those_that_the_scorer_ranks_first() -> None:
     """The match of an item with a user's own vector is the scorer's probability at the same moment."""
     run, users = world() / "run", EmbeddingStore.open(world() / "users").snapshot()
@@ -228,6 +258,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         "--source nothing: no text column of .*; it has title": create(new, "--source", "nothing"),
         r"row 1: raw_item_id 'sx': not in ": create(new, "--items", str(tmp_path / "ids.txt")),
         "--top-p above 0": create(new, "--top-p", "0"),
+        r"--match predictor: .* \(creative.losses.match\); write --match": create(new, "--match", "predictor"),
     }
     for said, line in cases.items():
         assert cli.main(line) == 2, line
