@@ -110,7 +110,7 @@ NOT_RUN: dict[str, str] = {
     "logs.wandb: □: needs the package wandb": "another package",
     "Not evaluated yet (`hllm evaluate`).": "text of a model card",
     "ranks items only (objective.fusion: none)": "the option to leave out is the one that is named",
-    "keeps no keys and values of a history": "another encoder",
+    "cannot cache the keys and values of a history": "another encoder",
     "the store is damaged; `hllm store verify` says where": "a store is to be restored",
     "needs no evaluation": "a run whose checkpoints have not been evaluated; cases use the option",
     "the norm of the gradients is □": "has the remedy of the loss that is not finite, which is run",
