@@ -24,7 +24,7 @@ FACTOR = 2
 """Number of appends of a level that one of the next level holds."""
 MOST_EVENTS = 20_000_000
 """Largest number of events that are folded, in memory; larger appends are few, and stay as they are."""
-OUTGROWN, LEAST_EVENTS = 0.125, 50_000
+OUTGROWN, LEAST_EVENTS = 0.05, 50_000
 """Appended events above this share of the base's events, and above this number, are folded with the base."""
 
 
