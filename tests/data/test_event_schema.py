@@ -176,6 +176,10 @@ def test_no_source_file_names_a_declared_column() -> None:
             r"events\.labels\.stars\.values: an ordinal label, and only that, lists its different values",
         ),
         (
+            {"labels": {"click": "binary", "stars": {"kind": "ordinal", "values": [1, "1"]}}},
+            r"events\.labels\.stars\.values has '1' more than once; list each value once, in order",
+        ),
+        (
             {"labels": {"click": "binary", "like": {"kind": "binary", "transform": "log1p"}}},
             r"events\.labels\.like\.transform: only for kind regression; leave it out",
         ),

@@ -175,3 +175,23 @@ def test_labels_that_are_booleans_with_gaps_are_defined_where_they_are_known(tmp
             (("float", rows["label_t0"]), ("bool", pa.array(words)))]  # fmt: skip
     one, two = (evaluate({"a": folder}, False)["tasks"]["t0"] for folder in same)
     assert one == two
+
+
+def test_a_tiny_file_of_very_many_equal_rows_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    rows = 3_000_000
+    label = pa.concat_arrays(
+        [pa.repeat(pa.scalar(1.0, pa.float32()), 1), pa.repeat(pa.scalar(0.0, pa.float32()), rows - 1)]
+    )
+    table = pa.table([label, pa.repeat(pa.scalar(0.5, pa.float32()), rows)], ["label", "score"])
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=rows)
+    assert (tmp_path / "rows.parquet").stat().st_size < 25_000
+    del label, table
+    models, layout = describe_predictions({"a": tmp_path / "rows.parquet"})
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        found = evaluate_files(models, layout, EvaluationSettings(memory=1 << 24), paired=False)[0]
+    finally:
+        pa.set_memory_pool(before)
+    assert found["rows"] == rows and found["models"]["a"]["auc"] == 0.5 and found["models"]["a"]["positives"] == 1
+    assert 0 < pool.max_memory() < 1 << 22, "batches of 2^14 rows, not the row group"

@@ -110,7 +110,8 @@ def _text(value: float | str) -> str:
 
 def _numbers(values: pa.ChunkedArray) -> pa.Array:
     """float32 numbers: null for empty cells and words for a missing value, NaN for other texts."""
-    number = parse_float(values).astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite: out of the range of any column
+        number = parse_float(values).astype(np.float32)
     absent = _is_absent(values)
     # A NaN in a file of floats is a value that its writer did not have, unlike a text that is no number.
     return pa.array(number, mask=absent)
@@ -195,6 +196,9 @@ def _label_column(name: str, entry: Mapping[str, Any], path: Path) -> LabelColum
         raise ValueError(f"{place}.transform is {abbreviate(transform)}; choose one of {', '.join(TRANSFORMS)}")
     if not isinstance(values, list) or not all(type(value) in (int, float, str) for value in values):
         raise ValueError(f"{place}.values is {abbreviate(values)}, it must be a list of numbers or texts in order")
+    texts = [_text(value) for value in values]
+    if repeated := sorted({text for text in texts if texts.count(text) > 1}):
+        raise ValueError(f"{place}.values has {repeated[0]!r} more than once; list each value once, in order")
     if not isinstance(entry.get("given", ""), str):
         raise ValueError(f"{place}.given is {abbreviate(entry['given'])}, it must be the name of another label")
     number = entry.get("positive_from")
