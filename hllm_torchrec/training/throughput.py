@@ -101,8 +101,10 @@ def creative_token_counts(batches: Sequence[HybridBatch]) -> tuple[int, int]:
     """(number of tokens, total number of keys that they attend to) of the Creative LLM, without soft tokens."""
     tokens = keys = 0
     for batch in batches:
-        if batch.creative is not None and batch.creative.rows.numel():
-            texts = batch.creative.texts
+        if batch.creative is None or not batch.creative.rows.numel():
+            continue
+        # Profiles are read for one loss or for two; they are counted once.
+        for texts in filter(None, (batch.creative.texts, batch.creative.profiles)):
             prefix, lengths = texts.prefix_ids.numel(), texts.cu_seqlens.diff()
             tokens += prefix + int(lengths.sum())
             keys += prefix * (prefix + 1) // 2 + int((lengths * prefix + lengths * (lengths + 1) // 2).sum())

@@ -32,7 +32,7 @@ from hllm_torchrec.embedding.hash_tables import take_hash_counts
 from hllm_torchrec.embedding.optimizers import TableOptimizer
 from hllm_torchrec.embedding.prefetch import TablePrefetcher, with_lookahead
 from hllm_torchrec.evaluation.catalogue_retrieval import evaluate_retrieval, measures_retrieval
-from hllm_torchrec.evaluation.creative_scores import creative_metrics, score_creatives
+from hllm_torchrec.evaluation.creative_scores import creative_metrics, measure_user_vectors, score_creatives
 from hllm_torchrec.evaluation.scoring import quick_metrics, score_split
 from hllm_torchrec.models.ema import EmaWeights
 from hllm_torchrec.models.experiment import Experiment
@@ -291,6 +291,8 @@ class Trainer:
                 self.experiment.use_cached_items()
             if self.hllm.needs_item_statistics:
                 self.log.write("measured", self.step, **self.experiment.measure_item_statistics())
+            if self.hllm.creative_head is not None and self.hllm.creative_head.needs_statistics:
+                self.log.write("measured", self.step, part="users", **measure_user_vectors(self.experiment))
             self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
 
     def _set_learning_rates(self, ratio: float) -> None:

@@ -1,0 +1,127 @@
+"""Texts that a run writes for the creatives of a part, against the references, and what writing them costs.
+
+A text is written for each creative and condition: with the right user, with the learned vector for unknown users
+(null), and with the centers of clusters that are given. The overlap of the null text is what the item alone gives.
+
+Legend: N creatives, D width of a user vector.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from hllm_torchrec.creative.clusters import NO_CLUSTER
+from hllm_torchrec.creative.support import support
+from hllm_torchrec.creative.text_metrics import rouge_l, rouge_n
+from hllm_torchrec.creative.title_writer import Asked, CreateOptions, TitleWriter, batches
+from hllm_torchrec.distributed.array_collectives import gather_objects
+from hllm_torchrec.distributed.coordination import rank, world_size
+from hllm_torchrec.evaluation.creative_scores import CreativeVectors
+from hllm_torchrec.metrics.bootstrap import user_mean_interval
+from hllm_torchrec.models.experiment import Experiment
+
+MEASURES = ("rouge_1", "rouge_l", "support")
+
+
+def written_texts(
+    experiment: Experiment,
+    vectors: CreativeVectors,
+    conditions: Mapping[str, Tensor],
+    most: int,
+    source: str = "title",
+) -> dict[str, Any]:
+    """Measures of the greedy texts of at most `most` creatives, spread evenly over the part. Collective.
+
+    Args:
+        conditions: name -> vectors [N, D] for the users; "right" and "null" are added.
+        source: text column with an item's own title.
+
+    Returns:
+        For each condition the means of `MEASURES` and the share of texts that equal the null text; of each measure
+        right - null with a 95% interval over users; support of the references; `cost` on this rank: titles and tokens
+        per second, peak memory.
+    """
+    loader = vectors.loader
+    experiment.hllm.eval()
+    chosen = np.linspace(0, len(loader) - 1, min(most, len(loader))).astype(np.int64)
+    own = chosen[rank() :: world_size()]
+    rows = loader.tokens.rows[own]
+    items, references = loader.part.item_ids[rows], loader.part.rows["response"].take(pa.array(rows)).to_pylist()
+    texts: dict[str, list[str]] = {}
+    seconds, tokens = 0.0, 0
+    for name, users in {"right": vectors.vectors, "null": vectors.vectors, **conditions}.items():
+        # Each creative is a cluster of its own, whose center is its user's vector.
+        options = CreateOptions(source=source, rules=None)
+        writer = TitleWriter(experiment, "", users[torch.from_numpy(own)].numpy(), options)
+        is_null = ~vectors.known[own] | (name == "null")
+        asked = [
+            writer.asked(item, prompt, [NO_CLUSTER if is_null[n] else n])[0]
+            for n, (item, prompt) in enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
+        ]
+        began = time.perf_counter()
+        texts[name], written = _write(writer, asked, experiment)
+        seconds, tokens = seconds + time.perf_counter() - began, tokens + written
+    facts = [writer.facts(item) for item in items.tolist()]
+    scores = _scores(texts, references, facts)
+    scores["user"] = vectors.user_ids[own].tolist()
+    found = _summary(_joined(gather_objects(scores)), list(texts))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    count = own.size * len(texts)
+    found["cost"] = {
+        "titles_per_second": count / seconds if seconds else float("nan"),
+        "tokens_per_second": tokens / seconds if seconds else float("nan"),
+        "peak_bytes": peak,
+    }
+    return found
+
+
+def _write(writer: TitleWriter, asked: list[Asked], experiment: Experiment) -> tuple[list[str], int]:
+    """Texts in the order of `asked`, and their number of tokens."""
+    section = experiment.config.creative
+    rows = {
+        row["key"]: row
+        for batch in batches(asked, section.soft.tokens + section.max_response_length)
+        for row in writer.write(batch)
+    }
+    return [rows[one.key]["text"] for one in asked], sum(rows[one.key]["tokens"] for one in asked)
+
+
+def _scores(
+    texts: Mapping[str, list[str]], references: list[str], facts: list[tuple[str, str]]
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {"support of references": [support(*one).share for one in zip(references, facts)]}
+    for name, own in texts.items():
+        found[f"{name} rouge_1"] = [rouge_n(*one) for one in zip(own, references, strict=True)]
+        found[f"{name} rouge_l"] = [rouge_l(*one) for one in zip(own, references, strict=True)]
+        found[f"{name} support"] = [support(*one).share for one in zip(own, facts, strict=True)]
+        found[f"{name} equal"] = [float(a == b) for a, b in zip(own, texts["null"], strict=True)]
+    return found
+
+
+def _joined(parts: list[dict[str, list[float]]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([np.asarray(part[name], np.float64) for part in parts]) for name in parts[0]}
+
+
+def _summary(scores: Mapping[str, np.ndarray], conditions: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "texts": int(scores["user"].size),
+        "support_of_references": float(scores["support of references"].mean()),
+        "conditions": {
+            name: {measure: float(scores[f"{name} {measure}"].mean()) for measure in MEASURES}
+            | {"equal_to_null": float(scores[f"{name} equal"].mean())}
+            for name in conditions
+        },
+        "right - null": {},
+    }
+    for measure in MEASURES:
+        gained = scores[f"right {measure}"] - scores[f"null {measure}"]
+        low, high = user_mean_interval(gained, scores["user"].astype(np.int64))
+        found["right - null"][measure] = {"mean": float(gained.mean()), "interval": [low, high]}
+    return found
