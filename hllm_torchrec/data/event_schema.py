@@ -29,6 +29,8 @@ LABEL_KINDS = ("binary", "regression", "ordinal")
 CONTEXT_KINDS = ("categorical", "numeric")
 TRANSFORMS = ("log1p",)
 WEIGHT, SAMPLING_RATE = "weight", "sampling_rate"
+WHOLE_FLOAT = r"^(-?\d+)\.0+$"
+"""Regular expression of a whole number that was written as a float: categorical values are read without the zeros."""
 LABEL, CONTEXT = "label_", "context_"
 """Prefixes of the columns of labels and of context."""
 

@@ -32,6 +32,7 @@ from hllm_torchrec.data.event_schema import (
     SAMPLING_RATE,
     TRANSFORMS,
     WEIGHT,
+    WHOLE_FLOAT,
     ContextColumn,
     EventSchema,
     LabelColumn,
@@ -120,7 +121,7 @@ def _numbers(values: pa.ChunkedArray) -> pa.Array:
 def _categories(values: pa.ChunkedArray) -> pa.Array:
     """Trimmed texts; null for empty cells and words for a missing value. Whole floats are read as integers."""
     texts = pc.utf8_trim_whitespace(as_texts(values))
-    texts = pc.replace_substring_regex(texts, r"^(-?\d+)\.0+$", r"\1")
+    texts = pc.replace_substring_regex(texts, WHOLE_FLOAT, r"\1")
     return pc.if_else(pa.array(_is_absent(values)), pa.scalar(None, pa.string()), texts)
 
 
