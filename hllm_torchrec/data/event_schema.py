@@ -115,6 +115,14 @@ class EventSchema:
         }
 
     @property
+    def described(self) -> dict[str, Any]:
+        """Each declared column as it is in the manifest, by what it is: equal exactly for equal schemas."""
+        found: dict[str, Any] = {f"label {one.name}": one.to_json() for one in self.labels}
+        found |= {"labels": list(self.label_names), "context": [one.name for one in self.context]}
+        found |= {WEIGHT: self.weighted, SAMPLING_RATE: self.sampled}
+        return found | {f"context {one.name}": one.kind for one in self.context}
+
+    @property
     def is_default(self) -> bool:
         """True if events have one binary label and nothing else."""
         return self == EventSchema()

@@ -43,6 +43,11 @@ def test_a_value_of_a_request_is_that_of_its_cell(dataset: Dataset, name: str) -
     assert not context.unknown["device"]
 
 
+def test_a_value_that_no_cell_can_have_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"context 'device' is \['phone'\]; it must be a text, a number, or None"):
+        RawContext(dataset, ("device",)).columns({"device": ["phone"]}, 1)  # type: ignore[dict-item]
+
+
 def test_what_no_cell_had_is_unknown_and_counted(dataset: Dataset) -> None:
     context = RawContext(dataset, ("device",))
     assert context.columns({"device": "fridge"}, 2)["context_device"].tolist() == [0, 0]
