@@ -19,6 +19,7 @@ from tests.helpers.prediction_rows import ROWS, columns, write_parquet
 
 BINARY = tuple(f"t{number}" for number in range(5))
 NUMBERS = ("watch", "price")
+MEANS = ("mae", "rmse", "mean_label", "mean_prediction")
 TINY = 1 << 18
 """Bytes: far less than the rows need."""
 METRICS = ("auc", "auc_se", "clustered_se", "gauc", "log_loss", "calibration", "ece", "pr_auc")
@@ -125,10 +126,10 @@ def test_what_does_not_fit_is_read_again_from_where_it_was_spilled(
     assert watch == pytest.approx(other, rel=1e-12)
 
 
-def evaluate_on_ranks(folders: dict[str, Path]) -> dict[str, Any]:
+def evaluate_on_ranks(folders: dict[str, Path], memory: int = 1 << 30) -> dict[str, Any]:
     no_slices = dict.fromkeys(("timestamp", "history_length", "item_is_cold"), "NONE")
     models, layout = describe_predictions(folders, columns=no_slices)
-    return evaluate_files(models, layout, EvaluationSettings(), paired=True)[0]
+    return evaluate_files(models, layout, EvaluationSettings(memory=memory), paired=True)[0]
 
 
 def test_ranks_agree_and_read_each_row_once_between_them(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -142,6 +143,16 @@ def test_ranks_agree_and_read_each_row_once_between_them(folders: dict[str, Path
     assert one["tasks"]["watch"]["models"]["a"]["xauc"] == pytest.approx(
         expected["tasks"]["watch"]["models"]["a"]["xauc"], abs=1e-12
     )
+
+
+def test_numbers_of_more_rows_than_fit_are_ranked_on_a_sample(folders: dict[str, Path]) -> None:
+    few, every = (evaluate_on_ranks(folders, memory)["tasks"]["watch"] for memory in (1 << 16, 1 << 30))
+    assert few["rows"] == every["rows"] > 700 and 200 < few["rows_ranked"] <= 512 and "rows_ranked" not in every
+    for name in "ab":
+        own, whole = few["models"][name], every["models"][name]
+        assert [own[key] for key in MEANS] == pytest.approx([whole[key] for key in MEANS], rel=1e-12)
+        for key in ("spearman", "xauc"):
+            assert own[key] != whole[key] and own[key] == pytest.approx(whole[key], abs=0.01)
 
 
 BAD: dict[str, tuple[Any, str]] = {
