@@ -127,7 +127,10 @@ def _check_fits(source: Source, dataset: Dataset) -> None:
         "item features": (sorted(source.item_features), sorted(manifest["item_features"])),
         "user features": (sorted(source.user_features), sorted(manifest["user_features"])),
         "label rule": (source.label_rule, manifest["label_rule"]),
-        "labels, weights and context": (source.schema.to_json(), dataset.schema.to_json()),
+        **{
+            f"settings of {name}": (source.schema.described.get(name), dataset.schema.described.get(name))
+            for name in {**source.schema.described, **dataset.schema.described}
+        },
         "actions": ({k: v for k, v in source.action_names.items() if k in names}, names),
     }
     for what, (new, old) in same.items():

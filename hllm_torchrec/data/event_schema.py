@@ -29,6 +29,8 @@ LABEL_KINDS = ("binary", "regression", "ordinal")
 CONTEXT_KINDS = ("categorical", "numeric")
 TRANSFORMS = ("log1p",)
 WEIGHT, SAMPLING_RATE = "weight", "sampling_rate"
+WHOLE_FLOAT = r"^(-?\d+)\.0+$"
+"""Regular expression of a whole number that was written as a float: categorical values are read without the zeros."""
 LABEL, CONTEXT = "label_", "context_"
 """Prefixes of the columns of labels and of context."""
 
@@ -111,6 +113,14 @@ class EventSchema:
             SAMPLING_RATE: self.sampled,
             "context": [{"name": one.name, "kind": one.kind} for one in self.context],
         }
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Each declared column as it is in the manifest, by what it is: equal exactly for equal schemas."""
+        found: dict[str, Any] = {f"label {one.name}": one.to_json() for one in self.labels}
+        found |= {"labels": list(self.label_names), "context": [one.name for one in self.context]}
+        found |= {WEIGHT: self.weighted, SAMPLING_RATE: self.sampled}
+        return found | {f"context {one.name}": one.kind for one in self.context}
 
     @property
     def is_default(self) -> bool:

@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.atomic_files import replace_file
+from hllm_torchrec.common.terminal import say
 from hllm_torchrec.data.predictions import PredictionColumns
+from hllm_torchrec.evaluation.prediction_layout import RAW
 
 FILE = "calibration.json"
 METHODS = ("platt", "isotonic", "temperature")
-RAW = "raw_"
-"""Prefix of the columns of predictions with probabilities before calibration."""
 _LEAST = 1e-7
 """Smallest probability that isotonic regression gives, and its smallest distance from 1."""
 
@@ -103,7 +103,7 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
     """Fit a calibrator for each binary task to predictions of the validation part.
 
     Raises:
-        ValueError: the labels of a task are of one class.
+        ValueError: the first labels are of one class. A further task of one class is left out, with a caution.
     """
     table = pq.read_table(predictions)
     names = [name.removeprefix("label") for name in table.column_names if name.startswith("label")]
@@ -114,11 +114,12 @@ def fit_calibration(predictions: Path, weights: str, method: str) -> RunCalibrat
         suffix = f"{name and '_'}{name}"
         label, score = table[f"label{suffix}"].to_numpy(), table[f"score{suffix}"].to_numpy().astype(np.float64)
         kept = ~np.isnan(label) & (sample > 0)
-        if np.unique(label[kept]).size < 2:
-            raise ValueError(
-                f"{predictions}: the labels of {name or 'the first task'} are of one class: nothing to fit"
-            )
-        tasks[name] = _fit(method, score[kept], label[kept] > 0.5, sample[kept])
+        if np.unique(label[kept]).size > 1:
+            tasks[name] = _fit(method, score[kept], label[kept] > 0.5, sample[kept])
+        elif name:
+            say(f"caution: the labels of {name} are of one class: it stays as it is")
+        else:
+            raise ValueError(f"{predictions}: the labels of the first task are of one class: nothing to fit")
     return RunCalibration(weights, tasks)
 
 

@@ -18,6 +18,9 @@ STANDARD_COLUMNS = {
 }
 """Field of `ColumnLayout` → the column used for it if the first model's files have it."""
 
+RAW = "raw_"
+"""Prefix of the columns with probabilities before calibration."""
+
 NONE = "NONE"
 """Value for a column that disables it, even if the files have it."""
 
@@ -107,8 +110,8 @@ def describe_predictions(
             probability = "probability"  # with a score of another name, `probability` may belong to another model
         models.append(PredictionModel(name, (path,), score, None if probability == NONE else probability))
         # A calibrated run is listed with its probabilities after and before calibration; its scores are the same.
-        if probability == "probability" and has_values(files[name], "raw_probability"):
-            models.append(PredictionModel(f"{name} (not calibrated)", (path,), score, "raw_probability"))
+        if probability == "probability" and has_values(files[name], f"{RAW}probability"):
+            models.append(PredictionModel(f"{name} (not calibrated)", (path,), score, f"{RAW}probability"))
     found = column_names(next(iter(files.values()))[0])
     usual = {field: column for field, column in STANDARD_COLUMNS.items() if column in found}
     named = {field: column for field, column in (usual | dict(columns or {})).items() if column != NONE}

@@ -75,7 +75,10 @@ def _of_task(metrics: Mapping[str, Any], task: str, place: object) -> dict[str, 
     tasks = metrics.get("tasks") or {}
     if task not in tasks:
         has = ", ".join(tasks) or "none"
-        raise ValueError(f"--max-task-drop: {place} has no task {task!r}{did_you_mean(task, tasks)}; it has {has}")
+        raise ValueError(
+            f"--max-task-drop: {place} has no task {task!r}{did_you_mean(task, tasks)}; it has {has}; the first "
+            "label has --max-drop"
+        )
     return {**metrics, **tasks[task]}
 
 

@@ -46,14 +46,16 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
             "training part too; a model may know their labels."
         )
     for name, model in metrics["models"].items():
-        if model["auc"] is None:
-            found.append(f"{name}: no AUC, the rows are of one class only.")
-        elif model["auc"] > SUSPICIOUS_AUC:
+        found += _model_warnings(name, model, metrics.get("weighted", False))
+    for task, block in (metrics.get("tasks") or {}).items():
+        if block["kind"] == "binary":
+            for name, model in block["models"].items():
+                found += _model_warnings(f"task {task}, {name}", model, block.get("weighted", False))
+        elif "rows_ranked" in block:
             found.append(
-                f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
-                "that is known only after the label, or training on these rows."
+                f"task {task}: Spearman and XAUC are of {block['rows_ranked']:,} random rows of {block['rows']:,}, as "
+                "many as --memory holds."
             )
-        found += _off_calibration(name, model, metrics.get("weighted", False))
     found += _alike_rows(metrics)
     left_out = (metrics.get("bootstrap") or {}).get("left_out")
     if left_out:
@@ -67,6 +69,19 @@ def metric_warnings(metrics: Mapping[str, Any], overlap: Overlap | None = None) 
     if metrics.get("rows_without_weight"):
         found.append(f"{metrics['rows_without_weight']:,} rows of weight 0 were left out.")
     return found
+
+
+def _model_warnings(name: str, model: Mapping[str, Any], weighted: bool) -> list[str]:
+    """Warnings about a model's metrics on one label."""
+    found = []
+    if model["auc"] is None:
+        found.append(f"{name}: no AUC, the rows are of one class only.")
+    elif model["auc"] > SUSPICIOUS_AUC:
+        found.append(
+            f"{name}: AUC {model['auc']:.4f} is above {SUSPICIOUS_AUC}: look for leakage, such as a feature "
+            "that is known only after the label, or training on these rows."
+        )
+    return found + _off_calibration(name, model, weighted)
 
 
 def _off_calibration(name: str, model: Mapping[str, Any], weighted: bool) -> list[str]:

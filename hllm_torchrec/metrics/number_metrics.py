@@ -8,7 +8,40 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from hllm_torchrec.distributed.array_collectives import Group, gather_objects
+
 _Doubles = NDArray[np.float64]
+
+
+class NumberSums:
+    """Weighted sums over rows, of which follow the metrics that are means."""
+
+    def __init__(self, models: int) -> None:
+        self.rows, self._weight = 0, 0.0
+        self._sums = np.zeros((4, models))
+
+    def add(self, rows: _Doubles) -> None:
+        """Add rows [n, 2 + m]: label, weight, predictions of m models."""
+        labels, weights, predictions = rows[:, 0], rows[:, 1], rows[:, 2:]
+        error = predictions - labels[:, None]
+        terms = (np.abs(error), error**2, np.broadcast_to(labels[:, None], error.shape), predictions)
+        self._sums += np.stack([weights @ term for term in terms])
+        self.rows += len(rows)
+        self._weight += float(weights.sum())
+
+    def over_ranks(self, group: Group = None) -> "NumberSums":
+        """The sums of all ranks. Collective."""
+        total = NumberSums(self._sums.shape[1])
+        for rows, weight, sums in gather_objects((self.rows, self._weight, self._sums), group):
+            total.rows += rows
+            total._weight += weight
+            total._sums += sums
+        return total
+
+    def means(self, model: int) -> dict[str, float]:
+        """The metrics of `number_metrics` that are means."""
+        absolute, squared, label, prediction = (self._sums[:, model] / (self._weight or math.nan)).tolist()
+        return {"mae": absolute, "rmse": math.sqrt(squared), "mean_label": label, "mean_prediction": prediction}
 
 
 def number_metrics(labels: _Doubles, predictions: _Doubles, weights: _Doubles | None = None) -> dict[str, float]:

@@ -32,6 +32,7 @@ from hllm_torchrec.data.event_schema import (
     SAMPLING_RATE,
     TRANSFORMS,
     WEIGHT,
+    WHOLE_FLOAT,
     ContextColumn,
     EventSchema,
     LabelColumn,
@@ -110,7 +111,8 @@ def _text(value: float | str) -> str:
 
 def _numbers(values: pa.ChunkedArray) -> pa.Array:
     """float32 numbers: null for empty cells and words for a missing value, NaN for other texts."""
-    number = parse_float(values).astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite: out of the range of any column
+        number = parse_float(values).astype(np.float32)
     absent = _is_absent(values)
     # A NaN in a file of floats is a value that its writer did not have, unlike a text that is no number.
     return pa.array(number, mask=absent)
@@ -119,7 +121,7 @@ def _numbers(values: pa.ChunkedArray) -> pa.Array:
 def _categories(values: pa.ChunkedArray) -> pa.Array:
     """Trimmed texts; null for empty cells and words for a missing value. Whole floats are read as integers."""
     texts = pc.utf8_trim_whitespace(as_texts(values))
-    texts = pc.replace_substring_regex(texts, r"^(-?\d+)\.0+$", r"\1")
+    texts = pc.replace_substring_regex(texts, WHOLE_FLOAT, r"\1")
     return pc.if_else(pa.array(_is_absent(values)), pa.scalar(None, pa.string()), texts)
 
 
@@ -195,6 +197,9 @@ def _label_column(name: str, entry: Mapping[str, Any], path: Path) -> LabelColum
         raise ValueError(f"{place}.transform is {abbreviate(transform)}; choose one of {', '.join(TRANSFORMS)}")
     if not isinstance(values, list) or not all(type(value) in (int, float, str) for value in values):
         raise ValueError(f"{place}.values is {abbreviate(values)}, it must be a list of numbers or texts in order")
+    texts = [_text(value) for value in values]
+    if repeated := sorted({text for text in texts if texts.count(text) > 1}):
+        raise ValueError(f"{place}.values has {repeated[0]!r} more than once; list each value once, in order")
     if not isinstance(entry.get("given", ""), str):
         raise ValueError(f"{place}.given is {abbreviate(entry['given'])}, it must be the name of another label")
     number = entry.get("positive_from")
