@@ -110,13 +110,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
     from hllm_torchrec.evaluation.run_loader import load_run, run_config
     from hllm_torchrec.evaluation.user_retrieval import rank_metrics, user_ranks
+    from hllm_torchrec.serving.scorer_loading import in_one_process
 
     if not run_config(args.run).creative.enabled:
         raise ValueError(f"--run {args.run}: was trained without texts (creative.enabled is false); name one with them")
     clusters = [Clusters.open(path) for path in args.clusters]
     titles = None if args.titles is None else describe_titles(Creatives.open(args.titles))
     with distributed_device() as device:
-        loaded = load_run(args.run, args.checkpoint, device)
+        # Each rank writes texts of its own, which needs whole weights.
+        config = in_one_process(run_config(args.run)) if args.write else None
+        loaded = load_run(args.run, args.checkpoint, device, config)
         experiment = loaded.experiment
         with loaded.weights:
             vectors = creative_vectors(experiment, args.split)

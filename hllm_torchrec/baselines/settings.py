@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 from hllm_torchrec.common.errors import ConfigError
 from hllm_torchrec.config.bounds import out_of_bounds
-from hllm_torchrec.config.rules import task_entry_problems
 from hllm_torchrec.data.item_factors import FactorOptions
-from hllm_torchrec.downstream.dlrm_config import DLRM_BOUNDS, DLRMConfig
+from hllm_torchrec.downstream.dlrm_config import DLRM_BOUNDS, DLRMConfig, dlrm_problems
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class BaselinesConfig:
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, BASELINE_BOUNDS))
-        problems += task_entry_problems(self.dlrm.tasks, "dlrm.tasks")
+        problems += dlrm_problems(self.dlrm)
         for name in ("bottom", "top"):
             sizes = getattr(self.dlrm, name)
             if min(sizes, default=1) < 1:

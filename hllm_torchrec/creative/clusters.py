@@ -32,7 +32,7 @@ from hllm_torchrec.data.validation import error_location
 
 FILE, _CENTERS, _USERS, _HASHES = "clusters.json", "centers.npz", "users.arrow", "hashes.npy"
 _FORMAT = 1
-_REMEDY = "make the clusters again (hllm cluster --refit)"
+_REMEDY = "remove the folder and make the clusters again (hllm cluster)"
 SCHEMA = pa.schema(
     [
         pa.field("raw_user_id", pa.large_string()),

@@ -104,10 +104,11 @@ def create_titles(
 
 
 def _missing(asked: Sequence[Asked], known: pa.Array) -> list[Asked]:
-    """Titles without a key in `known`. Decided by one rank: another might see the folder otherwise."""
-    keys = pa.array([one.key for one in asked], pa.string())
+    """Titles without a key in `known`, each key once. Decided by one rank: another might see the folder otherwise."""
+    every = {one.key: one for one in asked}
+    keys = pa.array(list(every), pa.string())
     missing = run_on_rank_zero(lambda: pc.invert(pc.is_in(keys, value_set=known)).to_pylist())
-    return [one for one, is_missing in zip(asked, missing, strict=True) if is_missing]
+    return [one for one, is_missing in zip(every.values(), missing, strict=True) if is_missing]
 
 
 class _Job:

@@ -6,7 +6,7 @@ from typing import Literal
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.event_schema import CONTEXT
 from hllm_torchrec.data.numeric_features import numeric_problems
-from hllm_torchrec.data.request_context import context_problems
+from hllm_torchrec.data.request_context import bias_problems, context_problems
 from hllm_torchrec.modules.features.hybrid import ACTION_GATE
 from hllm_torchrec.modules.fusion import Fusion
 
@@ -79,10 +79,5 @@ def check_batch_spec(spec: BatchSpec, dataset: Dataset) -> list[str]:
             f"data.{kind}_features: {n!r}: not in the dataset; it has {sorted(known)}" for n in names if n not in known
         ]
     problems += context_problems("data.context", spec.context, dataset.schema)
-    problems += context_problems("objective.position_bias", spec.bias, dataset.schema)
-    problems += [
-        f"objective.position_bias: {name!r} is numeric; only categorical context has a bias of its own: leave it out"
-        for name in spec.bias
-        if name in dataset.schema.numeric
-    ]
+    problems += bias_problems("objective.position_bias", spec.bias, dataset.schema)
     return problems + numeric_problems(spec.numeric_features)

@@ -101,3 +101,12 @@ def context_problems(field: str, names: Sequence[str], schema: EventSchema) -> l
         for name in names
         if name not in known
     ]
+
+
+def bias_problems(field: str, names: Sequence[str], schema: EventSchema) -> list[str]:
+    """`context_problems` of the context of a position bias, and one message for each that is numeric."""
+    return context_problems(field, names, schema) + [
+        f"{field}: {name!r} is numeric; only categorical context has a bias of its own: leave it out"
+        for name in names
+        if name in schema.numeric
+    ]

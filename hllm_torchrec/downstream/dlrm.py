@@ -13,11 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hllm_torchrec.checkpoint.load import load_checkpoint, save_checkpoint
 from hllm_torchrec.common.arrays import Ints
@@ -35,6 +36,9 @@ from hllm_torchrec.embedding.optimizers import TableSettings, apply_table_optimi
 from hllm_torchrec.embedding.sharding import distribute, plan_table_sharding
 from hllm_torchrec.embedding.tables import initialize_tables
 from hllm_torchrec.evaluation.scoring import quick_metrics, task_columns
+from hllm_torchrec.models.tasks import binary_outputs
+from hllm_torchrec.modules.expert_over_arch import ExpertOverArch
+from hllm_torchrec.modules.position_bias import PositionBias
 from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.optim import dense_optimizer, dense_step
 
@@ -42,6 +46,25 @@ SCORED_ROWS = 8192
 """Rows per batch in scoring."""
 
 T = TypeVar("T")
+
+
+class BiasedDLRM(nn.Module):
+    """A DLRM whose outputs for binary tasks have a bias of where the item was shown, left out outside of training."""
+
+    def __init__(self, dlrm: DLRM | PluggedDLRM, position_bias: PositionBias) -> None:
+        super().__init__()
+        self.dlrm, self.position_bias = dlrm, position_bias
+
+    def forward(
+        self,
+        dense_features: Tensor,
+        sparse_features: KeyedJaggedTensor,
+        bias_ids: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs [B, O]; bias_ids, weights: see `PositionBias`."""
+        outputs: Tensor = self.position_bias(self.dlrm(dense_features, sparse_features), bias_ids, weights)
+        return outputs
 
 
 def build_dlrm(
@@ -52,6 +75,7 @@ def build_dlrm(
     widths: Sequence[int] = (),
     way: VectorPlacement = "slots",
     vector_dropout: float = 0.0,
+    outputs: Sequence[int] | None = None,
 ) -> DLRM | PluggedDLRM:
     """Build the model with tables on the meta device; sharding allocates them.
 
@@ -59,6 +83,7 @@ def build_dlrm(
         config: sizes.
         tables: sparse feature -> rows of its table.
         start: initial values of the last biases [O], those of a constant prediction of each task.
+        outputs: number of outputs of each task; None: one each.
         dense: number F of dense features without stored vectors.
         widths, way, vector_dropout: settings of stored vectors after the dense features; see `plugin.plug_into`.
     """
@@ -84,17 +109,27 @@ def build_dlrm(
     else:
         model = DLRM(collection, dense_in_features=dense, **sizes)
     # The initial predictions are then near the base rates, which avoids large losses in the first steps.
+    inner = _dlrm_of(model)
+    if config.towers == "mmoe":
+        width = next(inner.over_arch.parameters()).shape[1]
+        inner.over_arch = ExpertOverArch(width, config.top, outputs or [1] * len(start), config.experts)
+        inner.over_arch.initialize_bias(start)
+        return model
     with torch.no_grad():
-        _dlrm_of(model).over_arch.model[-1].bias.copy_(torch.tensor(start))
+        inner.over_arch.model[-1].bias.copy_(torch.tensor(start))
     return model
 
 
-def _dlrm_of(model: DLRM | PluggedDLRM) -> DLRM:
-    """Return the DLRM inside a `PluggedDLRM`, or the model itself."""
+def _dlrm_of(model: DLRM | PluggedDLRM | BiasedDLRM) -> DLRM:
+    """Return the DLRM inside a model, or the model itself."""
+    if isinstance(model, BiasedDLRM):
+        model = model.dlrm
     return model.dlrm if isinstance(model, PluggedDLRM) else model
 
 
-def shard_dlrm(model: DLRM | PluggedDLRM, config: DLRMConfig, device: torch.device) -> DistributedModelParallel:
+def shard_dlrm(
+    model: DLRM | PluggedDLRM | BiasedDLRM, config: DLRMConfig, device: torch.device
+) -> DistributedModelParallel:
     """Shard the tables over the ranks, replicate the other parameters, and initialize the tables. Collective."""
     settings = TableSettings(config.table_lr, config.shard_from_rows)
     apply_table_optimizer(_dlrm_of(model).sparse_arch.embedding_bag_collection, settings)
@@ -130,7 +165,14 @@ class DLRMTrainer:
         first = math.log(rate / (1 - rate))
         start = [first, *(value for task in self.tasks[1:] for value in task.start)]
         dense, widths = self.data.dense_width, self.data.widths
-        model = build_dlrm(config, self.data.tables(), start, dense, widths, way, vector_dropout)
+        outputs = [task.outputs for task in self.tasks]
+        model: DLRM | PluggedDLRM | BiasedDLRM = build_dlrm(
+            config, self.data.tables(), start, dense, widths, way, vector_dropout, outputs
+        )
+        self.position_bias: PositionBias | None = None
+        if config.position_bias:
+            self.position_bias = PositionBias(self.data.bias_rows, binary_outputs(self.tasks))
+            model = BiasedDLRM(model, self.position_bias)
         self.model = shard_dlrm(model, config, device)
         self._scales = torch.tensor([[task.center, task.scale] for task in self.tasks], device=device)
         self.dense = dense_optimizer(
@@ -195,6 +237,8 @@ class DLRMTrainer:
         sums = self._losses(outputs, batch)
         shares = [task.weight / (weight or 1.0) for task, weight in zip(self.tasks, weights, strict=True)]
         loss = torch.stack([own * share for own, share in zip(sums, shares, strict=True)]).sum()
+        if self.position_bias is not None and self.position_bias.sums is not None:
+            self.position_bias.follow(global_sum(self.position_bias.sums))
         # DDP averages gradients over ranks, so the factor world_size turns the average of sums into the global sum.
         (loss * coordination.world_size()).backward()
         dense_step(self.dense, self.config.clip_norm)
@@ -230,7 +274,11 @@ class DLRMTrainer:
 
     def _outputs(self, batch: DLRMBatch) -> Tensor:
         """Outputs [B, O] of all tasks; the first is the logit of the first label."""
-        outputs: Tensor = self.model(batch.dense_features, batch.sparse_features)
+        bias = []
+        if self.position_bias is not None:
+            binary = [place for place, task in enumerate(self.tasks) if task.is_binary]
+            bias = [batch.bias_ids, batch.task_weights[:, binary]]
+        outputs: Tensor = self.model(batch.dense_features, batch.sparse_features, *bias)
         return outputs
 
     def _state(self) -> dict[str, dict[str, Tensor]]:

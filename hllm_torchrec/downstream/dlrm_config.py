@@ -1,5 +1,6 @@
 """Settings of `hllm downstream`, importable without the training code so that `--help` is fast."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +45,15 @@ class DLRMConfig:
     context: tuple[str, ...] = ()
     """Context of the request that the dataset declares, as `data.context` of a model."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Labels to predict, as `objective.tasks` of a model: outputs of one top network. Empty: the first label alone."""
+    """Labels to predict, as `objective.tasks` of a model. Empty: the first label alone."""
+    towers: Literal["shared_bottom", "mmoe"] = "shared_bottom"
+    """What tasks share: one top network, of which they are outputs, or `experts` top networks that a gate per task
+    mixes, with a tower per task."""
+    experts: int = 4
+    """Number of experts of `towers: mmoe`."""
+    position_bias: tuple[str, ...] = ()
+    """Categorical context beside the logits of binary tasks, in training only, as `objective.position_bias` of a
+    model."""
     negative_rate: float = 1.0
     """Share of the negatives of each epoch that is trained on, as `data.negative_rate` of a model: the same draws at
     the same seed, and the same correction of the logit."""
@@ -82,6 +91,7 @@ DLRM_BOUNDS = {
     "dlrm.max_bag": ">= 1",
     "dlrm.feedback_delay": ">= 0",
     "dlrm.negative_rate": "> 0, <= 1",
+    "dlrm.experts": ">= 1",
     "dlrm.item_dropout": ">= 0, < 1",
     "dlrm.user_dropout": ">= 0, < 1",
     "dlrm.epochs": ">= 1",
@@ -94,6 +104,13 @@ DLRM_BOUNDS = {
     "dlrm.shard_from_rows": ">= 1",
 }
 """Bounds of a `dlrm` section: dotted field -> its range."""
+
+
+def dlrm_problems(config: DLRMConfig) -> Iterator[str]:
+    """Broken rules of tasks and context in a `dlrm` section, one line each."""
+    yield from task_entry_problems(config.tasks, "dlrm.tasks")
+    if both := sorted(set(config.position_bias) & set(config.context)):
+        yield f"dlrm.position_bias: {both[0]!r} is in dlrm.context too, where serving would need it; leave one out"
 
 
 IDS_ONLY, ITEMS, USERS, BOTH = "alone", "items", "users_", "both_"
@@ -127,7 +144,7 @@ class DownstreamConfig:
 
     def __post_init__(self) -> None:
         problems = list(out_of_bounds(self, DLRM_BOUNDS | {"vector_dropout": ">= 0, < 1"}))
-        problems += task_entry_problems(self.dlrm.tasks, "dlrm.tasks")
+        problems += dlrm_problems(self.dlrm)
         possible = self.possible_rows()
         for row in self.rows:
             if row not in possible:

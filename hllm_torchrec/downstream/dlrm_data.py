@@ -21,7 +21,7 @@ from hllm_torchrec.data.events import Events
 from hllm_torchrec.data.histories import Histories, rank_row_groups, read_histories
 from hllm_torchrec.data.jagged_arrays import concat_ranges
 from hllm_torchrec.data.numeric_features import NUMERIC_FEATURES, numeric_columns
-from hllm_torchrec.data.request_context import context_problems, fit_context
+from hllm_torchrec.data.request_context import bias_problems, context_problems, fit_context
 from hllm_torchrec.data.task_targets import is_kept, kept_shares, targets_of
 from hllm_torchrec.distributed import coordination
 from hllm_torchrec.downstream.dlrm_config import DLRMConfig
@@ -41,7 +41,8 @@ class DLRMBatch:
     """A batch in the format of TorchRec's DLRM.
 
     dense_features: [B, F] float32; sparse_features: one bag per key and row; labels: [B] float32 in [0, 1];
-    task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; as in `data.batch.HybridBatch`.
+    task_labels, task_weights: [B, K] of all tasks; logit_offset: [B] or None; bias_ids: [B, C] or None; as in
+    `data.batch.HybridBatch`.
     """
 
     dense_features: Tensor
@@ -50,6 +51,7 @@ class DLRMBatch:
     task_labels: Tensor
     task_weights: Tensor
     logit_offset: Tensor | None = None
+    bias_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> "DLRMBatch":
         """A copy on `device`."""
@@ -104,6 +106,7 @@ class DLRMData:
         self.dataset, self.config = dataset, config
         self.tasks = fit_tasks(resolve_tasks(config.task_configs, dataset.schema, TASKS), dataset, setting=TASKS)
         self.context, self._scales = fit_context(dataset, config.context)
+        self._bias = fit_context(dataset, config.position_bias)[0] if config.position_bias else None
         self.time = config.time and bool(dataset.manifest["has_timestamps"])
         self.item_is_known = dataset.training_item_counts() > 0
         self._user_is_known = np.zeros(dataset.num_users, dtype=bool)
@@ -116,6 +119,11 @@ class DLRMData:
     def dense_width(self) -> int:
         """Number F of dense features, without stored vectors: numeric features, then numeric context."""
         return len(self.config.numeric_features) + len(self.context.numeric)
+
+    @property
+    def bias_rows(self) -> dict[str, int]:
+        """Number of ids of each context of the position bias."""
+        return {name: self.dataset.schema.sizes[name] for name in self.config.position_bias}
 
     @property
     def widths(self) -> list[int]:
@@ -201,6 +209,9 @@ class DLRMData:
         names, training = [task.name for task in self.tasks], rng is not None
         fields = targets_of(targets, names, self.dataset.schema, rates, training)
         del fields["weights"]  # `task_weights` contain them
+        if self._bias is not None:
+            ids = [self._bias.ids(targets, name, count=False) for name in config.position_bias]
+            fields["bias_ids"] = np.stack(ids, axis=1)
         return DLRMBatch(
             dense_features=torch.from_numpy(np.concatenate([window.numeric[rows], self._numbers(targets)], axis=1)),
             sparse_features=KeyedJaggedTensor(
@@ -250,6 +261,7 @@ def check_features(config: DLRMConfig, dataset: Dataset) -> list[str]:
             if name not in there
         ]
         + context_problems("dlrm.context", config.context, dataset.schema)
+        + bias_problems("dlrm.position_bias", config.position_bias, dataset.schema)
     )
 
 

@@ -28,7 +28,7 @@ from hllm_torchrec.modules.precision import widen
 @dataclass
 class CreativeLosses:
     """Sums over a micro-batch of this rank, 0-d. negatives: of L_align, over all creatives, detached; spread: mean
-    cosine of the users' vectors, detached, None with fewer than two creatives."""
+    cosine of the normalized user vectors, detached, None with fewer than two creatives."""
 
     write: Tensor
     match: Tensor
@@ -101,7 +101,9 @@ class CreativeHead(nn.Module):
         if creative.profiles is not None and self.align is not None:
             found = self.align(llm, users, is_unknown, creative.profiles.responses(), creative.user_ids)
             align, negatives = found.loss_sum, (found.effective_negatives * found.count).detach()
-        spread = embedding_spread(users.detach()) if users.shape[0] > 1 else None
+        spread = None
+        if users.shape[0] > 1:  # as the soft prompt reads them: what is common to all of them may be subtracted there
+            spread = embedding_spread(self.soft_prompt.normalized(users).detach())
         # `users` also reaches the losses where every creative is null: a rank without users takes part.
         write = (output.nll * creative.weights).sum() + 0.0 * users.sum()
         return CreativeLosses(write, match, recon, align, negatives, spread)
@@ -136,7 +138,9 @@ class _Alignment(nn.Module):
         mine = self.users(users, is_unknown)[:, 0]
         theirs = llm(profiles, self.token.expand(user_ids.numel(), 1, -1)).last
         # One exchange, as collectives with gradients must run in the same order on all ranks.
-        everyone = all_gather_variable(torch.cat([widen(mine), widen(theirs)], 1)).chunk(2, dim=1)
-        found = symmetric_nce(mine, theirs, user_ids, self.scale(), (*everyone, all_gather_variable(user_ids)))
+        rows = all_gather_variable(torch.cat([widen(mine), widen(theirs)], 1))
+        all_mine, all_theirs = rows.chunk(2, dim=1)
+        everyone = all_mine, all_theirs, all_gather_variable(user_ids)
+        found = symmetric_nce(mine, theirs, user_ids, self.scale(), everyone)
         # A rank without creatives takes part in the backward pass of the exchange.
-        return replace(found, loss_sum=found.loss_sum + 0.0 * sum(rows.sum() for rows in everyone))
+        return replace(found, loss_sum=found.loss_sum + 0.0 * rows.sum())

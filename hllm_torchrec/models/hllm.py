@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -30,7 +29,7 @@ from hllm_torchrec.data.event_schema import LabelColumn
 from hllm_torchrec.models.creative_head import CreativeHead, CreativeLosses
 from hllm_torchrec.models.item_source import CachedItems, ItemSource
 from hllm_torchrec.models.named_backbones import NamedBackbone
-from hllm_torchrec.models.tasks import Task, is_single
+from hllm_torchrec.models.tasks import Task, binary_outputs, is_single
 from hllm_torchrec.modules.creative.creative_llm import CreativeLLM, PackedTexts
 from hllm_torchrec.modules.encoders.base import Queries, UserEncoder
 from hllm_torchrec.modules.encoders.item_llm import ItemLLM
@@ -148,7 +147,7 @@ class HLLM(nn.Module):
             self._build_heads(build_head, base_rate, user.width, evidence)
         self.position_bias: PositionBias | None = None
         if context.bias_rows:
-            self.position_bias = PositionBias(context.bias_rows, sum(task.is_binary for task in self.tasks))
+            self.position_bias = PositionBias(context.bias_rows, binary_outputs(self.tasks))
         self.value_head: PredictionHead | None = None
         if self.fusion.has_queries and objective.value_weight > 0:
             self.value_head = build_head()
@@ -378,18 +377,14 @@ class HLLM(nn.Module):
         """
         if self.position_bias is None:
             return logits
-        outputs, device = logits[:, None] if self.has_one_logit else logits, logits.device
-        # The first output of each binary task: other tasks have no bias.
-        starts = np.cumsum([0, *(task.outputs for task in self.tasks[:-1])])
-        binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
-        places = torch.tensor([int(starts[number]) for number in binary], device=device)
-        bias = self.position_bias.mean
+        ids = weights = None
         if self.training:
-            assert batch is not None and batch.bias_ids is not None, "the batch has no context for the position bias"
+            assert batch is not None
+            binary = [number for number, task in enumerate(self.tasks) if task.is_binary]
+            ids = batch.bias_ids
             weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights[:, binary]
-            bias = self.position_bias(batch.bias_ids, outputs[:, places], weights)
-        wide = outputs.new_zeros(outputs.shape).index_copy(1, places, bias.expand(len(outputs), -1).to(outputs))
-        return (outputs + wide).view_as(logits)
+        outputs = logits[:, None] if self.has_one_logit else logits
+        return self.position_bias(outputs, ids, weights).view_as(logits)
 
     def _items_of_slots(self, batch: HybridBatch, items: Tensor | None) -> Tensor | None:
         """P(E) + W v of each slot's item [S, D]: history, queries (early) or nothing and the targets (late), items."""

@@ -177,6 +177,12 @@ def _fitted(task: Task, values: NDArray[Any], setting: str) -> Task:
     return replace(task, center=float(numbers.mean()), scale=float(numbers.std()) or 1.0)
 
 
+def binary_outputs(tasks: Sequence[Task]) -> list[int]:
+    """Number of the first output of each binary task, which is its logit."""
+    starts = np.cumsum([0, *(task.outputs for task in tasks)]).tolist()
+    return [start for start, task in zip(starts, tasks, strict=False) if task.is_binary]
+
+
 def is_single(tasks: Sequence[Task], objective: ObjectiveConfig) -> bool:
     """True if the only task is a binary one on a plain head, as without `objective.tasks`."""
     only = tasks[0]

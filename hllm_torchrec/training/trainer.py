@@ -25,6 +25,7 @@ from hllm_torchrec.config.schema import StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.preemption import PreemptionHandler
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.hash_tables import take_hash_counts
@@ -210,6 +211,8 @@ class Trainer:
                 # All ranks agree, so that none enters the collectives of a backward pass that others skip.
                 if refused := self.guard.rejects_loss(loss):
                     break
+                if (bias := self.hllm.position_bias) is not None and bias.sums is not None:
+                    bias.follow(global_sum(bias.sums))
                 # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
                 (loss * self.world_size).backward()
         # Refused: a nan norm makes `_describe` record a failure and clear the gradients of earlier micro-batches.

@@ -4,8 +4,9 @@
     run = stand_in_run(folder / "late", dataset, "late")
 
 Users have log-normal numbers of events of Zipf-distributed items, five actions, labels, three features; items have
-titles and genres. The model is that of configs/ml100k/early.yaml; with `texts` a small Item LLM of random weights stands
-for SmolLM2. Speed does not depend on what the weights are, and scores are compared between sides of the same weights.
+titles and genres. The model is that of configs/ml100k/early.yaml; with `texts` a small Item LLM of random weights
+stands for SmolLM2. Speed does not depend on what the weights are, and scores are compared between sides of the same
+weights.
 """
 
 from contextlib import suppress

@@ -1,6 +1,7 @@
 """Clusters of users: assigned by the function of the fit, none of them a single person, kept by later assignments."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_more_clusters_than_users_who_differ_are_fewer(tmp_path: Path, users: in
 
 def test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there(tmp_path: Path) -> None:
     vectors = blobs()
-    before = fit(tmp_path, vectors).clusters
+    before = fit(tmp_path, vectors, least=2).clusters
     moved = vectors[:2] + (vectors[50] - vectors[0])  # to the second blob
     store(tmp_path / "users", moved)
     store(tmp_path / "users", vectors[70:75], names="new")
@@ -105,13 +106,15 @@ def test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there(tmp_pat
     assert now.of("u0") == before.of("u50") != before.of("u0") and now.of("new0") == before.of("u70")
     assert now.of("u92") == -1 != before.of("u92")  # an open table stays as it was
     assert before.of("u0") != now.of("u0")
-    # Users far from all centers are reported: the fit is old.
-    store(tmp_path / "users", vectors + 7)
-    assert "times as far from their centers as at the fit" in str(
-        cluster_users(tmp_path / "users", tmp_path / "clusters", None).notes
+    # Users far from all centers, and clusters that have become small, are reported: the fit is old.
+    store(tmp_path / "users", vectors + 40)
+    (notes,) = [cluster_users(tmp_path / "users", tmp_path / "clusters", None).notes]
+    assert "times as far from their centers as at the fit" in str(notes) and "fewer than 2 users: fit again" in str(
+        notes
     )
     again = cluster_users(tmp_path / "users", tmp_path / "clusters", None, refit=True)
-    assert again.clusters.fingerprint != before.fingerprint and "other centers than before" in str(again.notes)
+    assert again.clusters.fingerprint != before.fingerprint and again.clusters.sizes.min() >= 2
+    assert again.notes == ["other centers than before: write their titles (hllm create)"]
 
 
 def test_clusters_of_other_settings_models_or_things_are_refused(tmp_path: Path) -> None:
@@ -124,6 +127,8 @@ def test_clusters_of_other_settings_models_or_things_are_refused(tmp_path: Path)
     other = store(tmp_path / "other", blobs(), facts={**FACTS, "weights": "v"})
     with pytest.raises(ValueError, match="fitted to the users of another model than those of .*other"):
         cluster_users(other, clusters, None)
+    assert len(cluster_users(users, clusters, ClusterSettings(5, least=1), refit=True).clusters) == 5
+    assert len(cluster_users(other, clusters, ClusterSettings(4, least=1), refit=True).clusters) == 4
     with pytest.raises(ValueError, match=r"--clusters: .*new has none yet: give their number"):
         cluster_users(users, tmp_path / "new", None)
     with pytest.raises(ValueError, match="holds something else than clusters; name a new folder"):
@@ -151,3 +156,7 @@ def test_damaged_clusters_are_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     (found.path / "clusters.json").write_text(json.dumps(facts | {"format": 2}))
     assert cli.main(["cluster", "--users", str(tmp_path / "users"), "--output", str(found.path)]) == 2
     assert "its format is 2, this version reads 1" in capsys.readouterr().err
+    shutil.rmtree(found.path)  # the remedy
+    assert (
+        cli.main(["cluster", "--users", str(tmp_path / "users"), "--output", str(found.path), "--clusters", "2"]) == 0
+    )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,39 @@ def test_titles_of_some_items_leave_the_others_as_they_are(tmp_path: Path, capsy
     done(create(tmp_path / "few", *some))
     few = Creatives.open(tmp_path / "few")
     assert [len(few.of_item(item)) for item in ("s1", "s3", "s2")] == [4, 4, 0] and len(before) == 120
+
+
+def test_titles_outlive_assignments_and_not_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    users, titles, folder = copied("users", tmp_path), copied("titles", tmp_path), copied("clusters", tmp_path)
+    cluster = ["cluster", "--users", str(users), "--output", str(folder)]
+    person = Clusters.open(folder).users["raw_user_id"][0].as_py()
+    with EmbeddingStore.open(users).writer() as writer:
+        writer.delete([person])
+        writer.commit()
+    before = (titles / "titles" / "titles.arrow").read_bytes()
+    done(cluster)
+    assert Creatives.open(titles).get(person, "s1").cluster == -1  # read with the new assignment
+    done([*cluster, "--refit", "--clusters", "2", "--least", "2"])
+    assert "other centers than before: write their titles (hllm create)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="for other clusters than those in .*, which were fitted again: write titles"):
+        Creatives.open(titles)
+    line = create(titles, "--top", "2", clusters=str(folder))
+    done(line)
+    now = Creatives.open(titles)
+    # Null titles depend on no center; items of equal texts share titles.
+    keys = zip(now.titles["key"].to_pylist(), now.titles["cluster"].to_pylist(), strict=True)
+    new = {key for key, cluster in keys if cluster >= 0}
+    assert f"120 titles of 40 items, {len(new)} of them new" in capsys.readouterr().out and len(new) > 60
+    assert {one.cluster for one in now.of_item("s1")} == {-1, 0, 1}
+    # A damaged folder is refused, and written again once it is gone.
+    (titles / "titles" / "items.arrow").write_bytes(before[:99])
+    for refused in (line, ["creatives", "titles", "--creatives", str(titles), "--item", "s1"]):
+        assert cli.main(refused) == 2
+        assert "remove the folder and write the titles again (hllm create)" in capsys.readouterr().err
+        destroy_distributed()
+    shutil.rmtree(titles)
+    done(line)
+    assert len(Creatives.open(titles)) == 120
 
 
 def test_pairs_are_those_that_the_scorer_ranks_first() -> None:
