@@ -9,7 +9,7 @@ the file and the question's id.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,19 @@ def read_lamp(task: str, questions: Sequence[Path], outputs: Sequence[Path]) -> 
         is_test = number == len(questions) - 1 > 0
         # Files may use the same ids for other questions.
         yield from _samples(task, asked, _golds(task, golds), "test" if is_test else None, f"{number}-")
+
+
+def predictions(origin: str, texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Predictions in the benchmark's form. origin: writer of the table; texts: raw item id and text of each question.
+
+    Raises:
+        ValueError: the table was not imported from LaMP.
+    """
+    task = origin.removeprefix("import:")
+    if task not in TASKS:
+        raise ValueError(f"--lamp: the run's table is of {origin}, not of LaMP; leave the option out")
+    golds = [{"id": raw.removeprefix(ID_PREFIX).partition("-")[2], "output": text} for raw, text in texts]
+    return {"task": task.replace("-", "_"), "golds": golds}
 
 
 def _samples(task: str, path: Path, golds: Mapping[str, str], part: str | None, prefix: str) -> Iterator[Sample]:
