@@ -59,9 +59,9 @@ def _samples(task: str, path: Path, golds: Mapping[str, str], part: str | None, 
             in_order = sorted(profile, key=lambda entry: str(entry.get("date", "")))
             history = tuple(_item(entry, TASKS[task], prefix) for entry in in_order)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: no question of {task} ({error}); {_REMEDY}") from None
+            raise ValueError(f"{where}: no question of {task} ({str(error)[:100]}); {_REMEDY}") from None
         if one not in golds:
-            raise ValueError(f"{where}: its id {one!r} has no output; give the outputs of these questions")
+            raise ValueError(f"{where}: its id {one[:40]!r} has no output; give the outputs of these questions")
         article = text.partition(": ")[2] or text
         yield Sample(history, Item(f"{ID_PREFIX}{prefix}{one}", "", article), golds[one], part=part)
 
@@ -76,9 +76,9 @@ def _golds(task: str, path: Path) -> dict[str, str]:
         named = str(found["task"])
         golds = {str(one["id"]): str(one["output"]) for one in found["golds"]}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no outputs of LaMP ({error}); {_REMEDY}") from None
+        raise ValueError(f"{path}: no outputs of LaMP ({str(error)[:100]}); {_REMEDY}") from None
     if named.replace("_", "-") != task:
-        raise ValueError(f"{path}: outputs of {named}, and --task is {task}; give files of one task")
+        raise ValueError(f"{path}: outputs of {named[:40]}, and --task is {task}; give files of one task")
     return golds
 
 
