@@ -1,5 +1,6 @@
 """Section of a model card about the Creative LLM: the texts that it was trained on, its soft tokens, how to read it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from hllm_torchrec.config.creative import CreativeConfig
@@ -31,7 +32,7 @@ def creative_section(section: CreativeConfig, dataset: Dataset) -> str:
     return _SECTION.format(table=table, usage=_usage(section), most=section.max_response_length)
 
 
-def _described(manifest: dict[str, Any]) -> str:
+def _described(manifest: Mapping[str, Any]) -> str:
     writer = str(manifest.get("writer", "unknown"))
     origin = next((text for start, text in _ORIGINS.items() if writer.startswith(start)), "of unknown origin")
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest["counts"].items())

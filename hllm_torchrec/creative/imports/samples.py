@@ -105,9 +105,10 @@ def import_samples(
     if table_path(dataset, name).exists():
         raise ValueError(f"--name {name}: {table_path(dataset, name)} exists; choose another, or remove it")
     parts = _parts(rows, fractions, origin)
-    facts = {"writer": origin, "left_out": dict(sorted(left_out.items())), "fractions": list(fractions)}
+    reasons = dict(sorted(left_out.items()))
+    facts = {"writer": origin, "left_out": reasons, "fractions": list(fractions)}
     path = write_table(dataset, name, parts, facts=facts)
-    return Imported(path, {split: len(part) for split, part in parts.items()}, facts["left_out"], source.conflicts)
+    return Imported(path, {split: len(part) for split, part in parts.items()}, reasons, source.conflicts)
 
 
 class _Source:
