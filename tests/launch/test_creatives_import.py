@@ -84,6 +84,7 @@ def test_lists_may_be_json_and_rows_without_a_text_are_counted(
 def test_lamp_becomes_a_dataset_with_the_last_pair_as_test(tmp_path: Path) -> None:
     (train, train_golds), (dev, dev_golds) = lamp_files(tmp_path, "train"), lamp_files(tmp_path, "dev")
     files = ["--questions", train, dev, "--outputs", train_golds, dev_golds]
+    change(train, lambda content: content[1].update(input="No instruction: an article\ud800"))
     assert run("lamp", tmp_path / "news", "--task", "LaMP-4", *files) == 0
     dataset = Dataset.open(tmp_path / "news")
     rows = rows_of(dataset)
@@ -93,6 +94,8 @@ def test_lamp_becomes_a_dataset_with_the_last_pair_as_test(tmp_path: Path) -> No
     (row,) = [row for row in rows if row["raw_item_id"] == "lamp-1-30"]
     assert (row["source"], row["description"], row["response"]) == (None, "News of opera: part 3.", "opera today")
     assert history(dataset, row["raw_user_id"]) == [f"1-dev3{k}" for k in (3, 2, 1, 0)]  # by date
+    (bare,) = [row for row in rows if row["raw_item_id"] == "lamp-0-10"]
+    assert bare["description"] == "No instruction: an article?"
     texts = dict(zip(dataset.items["raw_item_id"].to_pylist(), dataset.text(["title", "description"]).to_pylist()))
     assert texts["1-dev30"] == {"title": "opera 0", "description": "Text 0"}
 

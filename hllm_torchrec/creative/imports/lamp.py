@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hllm_torchrec.creative.imports.samples import Item, Sample
+from hllm_torchrec.creative.imports.samples import Item, Sample, text_of
 
 TASKS = {"LaMP-4": "text", "LaMP-5": "abstract"}
 """Task -> field of a profile's text."""
 ID_PREFIX = "lamp-"
+_INSTRUCTION = "Generate a "
+"""Beginning of the instruction in an input, which ends with a colon."""
 _REMEDY = "give the benchmark's files"
 
 
@@ -55,26 +57,26 @@ def _samples(task: str, path: Path, golds: Mapping[str, str], part: str | None, 
     for number, question in enumerate(asked):
         where = f"{path}, question {number}"
         try:
-            one, text, profile = str(question["id"]), str(question["input"]), question["profile"]
+            one, text, profile = text_of(question["id"]), text_of(question["input"]), question["profile"]
             in_order = sorted(profile, key=lambda entry: str(entry.get("date", "")))
             history = tuple(_item(entry, TASKS[task], prefix) for entry in in_order)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: no question of {task} ({str(error)[:100]}); {_REMEDY}") from None
         if one not in golds:
             raise ValueError(f"{where}: its id {one[:40]!r} has no output; give the outputs of these questions")
-        article = text.partition(": ")[2] or text
+        article = text.partition(": ")[2] if text.startswith(_INSTRUCTION) else text
         yield Sample(history, Item(f"{ID_PREFIX}{prefix}{one}", "", article), golds[one], part=part)
 
 
 def _item(entry: Mapping[str, Any], text: str, prefix: str) -> Item:
-    return Item(f"{prefix}{entry['id']}", str(entry["title"]), str(entry[text]))
+    return Item(f"{prefix}{text_of(entry['id'])}", text_of(entry["title"]), text_of(entry[text]))
 
 
 def _golds(task: str, path: Path) -> dict[str, str]:
     found = _load(path)
     try:
         named = str(found["task"])
-        golds = {str(one["id"]): str(one["output"]) for one in found["golds"]}
+        golds = {text_of(one["id"]): text_of(one["output"]) for one in found["golds"]}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: no outputs of LaMP ({str(error)[:100]}); {_REMEDY}") from None
     if named.replace("_", "-") != task:

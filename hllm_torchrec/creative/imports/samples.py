@@ -29,6 +29,11 @@ _ITEMS = pa.schema([("item", pa.string()), ("title", pa.string()), ("description
 NO_HISTORY, NO_RESPONSE, NO_TEXT = "no history", "no text", "the item has no text"
 
 
+def text_of(value: Any) -> str:
+    """A JSON value as text; "" for null. Lone surrogates, which JSON can spell and no file can hold, become "?"."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
 @dataclass(frozen=True)
 class Item:
     """An item of a history, or one that a text is for."""
