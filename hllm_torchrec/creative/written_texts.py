@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.creative.clusters import NO_CLUSTER
 from hllm_torchrec.creative.support import support
 from hllm_torchrec.creative.text_metrics import rouge_l, rouge_n
@@ -57,14 +58,8 @@ def written_texts(
     texts: dict[str, list[str]] = {}
     seconds, tokens = 0.0, 0
     for name, users in {"right": vectors.vectors, "null": vectors.vectors, **conditions}.items():
-        # Each creative is a cluster of its own, whose center is its user's vector.
-        options = CreateOptions(source=source, rules=None)
-        writer = TitleWriter(experiment, "", users[torch.from_numpy(own)].numpy(), options)
         is_null = ~vectors.known[own] | (name == "null")
-        asked = [
-            writer.asked(item, prompt, [NO_CLUSTER if is_null[n] else n])[0]
-            for n, (item, prompt) in enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
-        ]
+        writer, asked = _asked(experiment, users[torch.from_numpy(own)], is_null, items, source)
         began = time.perf_counter()
         texts[name], written = _write(writer, asked, experiment)
         seconds, tokens = seconds + time.perf_counter() - began, tokens + written
@@ -80,6 +75,30 @@ def written_texts(
         "peak_bytes": peak,
     }
     return found
+
+
+def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str = "title") -> list[tuple[str, str]]:
+    """Raw item id and greedy text of each creative of the part, with its own user, in the part's order. Collective."""
+    loader = vectors.loader
+    experiment.hllm.eval()
+    own = np.arange(rank(), len(loader), world_size())
+    rows = loader.tokens.rows[own]
+    users, is_null = vectors.vectors[torch.from_numpy(own)], ~vectors.known[own]
+    writer, asked = _asked(experiment, users, is_null, loader.part.item_ids[rows], source)
+    raw_items = loader.part.rows["raw_item_id"].take(pa.array(rows)).to_pylist()
+    texts, _ = _write(writer, asked, experiment)
+    found = gather_objects(list(zip(own.tolist(), raw_items, texts, strict=True)))
+    return [(raw, text) for _, raw, text in sorted(row for of_rank in found for row in of_rank)]
+
+
+def _asked(
+    experiment: Experiment, users: Tensor, is_null: np.ndarray, items: Ints, source: str
+) -> tuple[TitleWriter, list[Asked]]:
+    """Requests for one text for each of n items. users: [n, D]; is_null: bool [n], the learned vector stands for it."""
+    # Each creative is a cluster of its own, whose center is its user's vector.
+    writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(source=source, rules=None))
+    prompts = enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
+    return writer, [writer.asked(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts]
 
 
 def _write(writer: TitleWriter, asked: list[Asked], experiment: Experiment) -> tuple[list[str], int]:

@@ -34,6 +34,7 @@ from hllm_torchrec.models.model_files import trained_item_token
 from hllm_torchrec.models.named_backbones import NamedBackbone, Section
 from hllm_torchrec.models.text_format import text_format
 from hllm_torchrec.modules.lora import merged_state
+from hllm_torchrec.weights.creative_card import creative_section
 from hllm_torchrec.weights.huggingface import save_backbone, save_causal_model, without_word_embeddings
 from hllm_torchrec.weights.sentence_transformers import FOLDER, write_sentence_transformers
 
@@ -159,7 +160,8 @@ def model_card(run: Path, loaded: LoadedRun, left_out: str | None = None) -> str
     sentences = _SENTENCES.format(folder=FOLDER) if left_out is None else f"None for this model: {left_out}."
     if not item.enabled:
         sentences = "None: the model has no Item LLM."
-    return _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences)
+    card = _CARD.format(name=run.name, table=table, metrics=_metrics(run), sentences=sentences)
+    return card + (creative_section(config.creative, experiment.dataset) if config.creative.enabled else "")
 
 
 def _origin(pretrained: str | None, lora: LoRAConfig) -> str:
