@@ -104,7 +104,12 @@ def run(args: argparse.Namespace) -> None:
         say(f"replaced by it: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
-    say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
+    if report.equal_to_null == 1:
+        say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
+    else:
+        say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
+    if clusters.is_behind:
+        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
 
 
 def _dense(dataset, raw_ids: list[str], file: Path):  # type: ignore[no-untyped-def]

@@ -29,6 +29,7 @@ from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.hashing import hash_file
 from hllm_torchrec.creative.mapped_table import RawIndex, read_mapped, write_mapped
 from hllm_torchrec.data.validation import error_location
+from hllm_torchrec.store.files import read_manifest
 
 FILE, _CENTERS, _USERS, _HASHES = "clusters.json", "centers.npz", "users.arrow", "hashes.npy"
 _FORMAT = 1
@@ -118,6 +119,12 @@ class Clusters:
     def sizes(self) -> Ints:
         """[K] users of each cluster."""
         return np.bincount(self._cluster, minlength=len(self))
+
+    @property
+    def is_behind(self) -> bool:
+        """True if the store of the users has changed since; False if it is not where it was."""
+        path = Path(self.facts["users"]["path"])
+        return (path / "store.json").is_file() and read_manifest(path).version > self.facts["users"]["version"]
 
     def of(self, raw_user_id: str) -> int:
         """Cluster of a user; NO_CLUSTER for one who is not known."""

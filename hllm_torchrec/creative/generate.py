@@ -179,7 +179,8 @@ class _Job:
         """Commit all titles; on one rank."""
         places, texts = pa.concat_tables(self.places).combine_chunks(), written(self.output)
         found = texts.take(pc.index_in(places["key"], value_set=texts["key"]))
-        titles = pa.table([(places if name in places.column_names else found)[name] for name in SCHEMA.names], SCHEMA)
+        columns = {name: (places if name in places.column_names else found)[name] for name in SCHEMA.names}
+        titles = pa.table(columns).cast(SCHEMA)
         report = self._report(titles)
         if keep_others:
             before = committed(self.output)
