@@ -27,7 +27,7 @@ import pyarrow as pa
 from hllm_torchrec.common.arrays import Doubles, Floats, Ints
 from hllm_torchrec.common.atomic_files import atomic_folder
 from hllm_torchrec.common.hashing import hash_file
-from hllm_torchrec.creative.mapped_table import RawIndex, read_mapped, write_mapped
+from hllm_torchrec.creative.mapped_table import RawIndex, check_files, read_hashes, read_mapped, write_mapped
 from hllm_torchrec.data.validation import error_location
 from hllm_torchrec.store.files import read_manifest
 
@@ -82,7 +82,7 @@ class Clusters:
     def __init__(self, path: Path, facts: Mapping[str, Any], centers: Centers, users: dict[str, pa.Array]) -> None:
         self.path, self.facts, self.centers, self.users = path, facts, centers, users
         self._cluster = users["cluster"].to_numpy()
-        self.hashes = np.load(path / _HASHES, mmap_mode="r")
+        self.hashes = read_hashes(path / _HASHES, len(self._cluster), _REMEDY)
         self._index = RawIndex(self.hashes, users["raw_user_id"])
 
     def __len__(self) -> int:
@@ -99,16 +99,21 @@ class Clusters:
         if not file.is_file():
             raise ValueError(f"{path}: no clusters of users (no {FILE}); make them with `hllm cluster`")
         with error_location(file, _REMEDY):
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            if facts["format"] != _FORMAT:
-                raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
-            metric, hashes = facts["settings"]["metric"], {str(n): str(h) for n, h in facts["files"].items()}
-        for name, digest in hashes.items():
-            if not (path / name).is_file() or hash_file(path / name) != digest:
-                raise ValueError(f"{path / name}: missing or changed since it was written; {_REMEDY}")
+            facts = _checked(json.loads(file.read_text(encoding="utf-8")))
+        check_files(path, facts["files"], _REMEDY)
         with error_location(path / _CENTERS, _REMEDY), np.load(path / _CENTERS) as arrays:
-            centers = Centers(metric, *(arrays[name] for name in ("mean", "fitted", "centers")))
-        return cls(path, facts, centers, read_mapped(path / _USERS, SCHEMA, _REMEDY))
+            centers = Centers(facts["settings"]["metric"], *(arrays[name] for name in ("mean", "fitted", "centers")))
+            clusters, width = centers.centers.shape
+            if centers.fitted.shape != (clusters, width) or centers.mean.shape != (width,) or not clusters:
+                raise ValueError("the arrays are of different shapes")
+            if not all(np.isfinite(one).all() for one in (centers.mean, centers.fitted, centers.centers)):
+                raise ValueError("a center is no number")
+        found = cls(path, facts, centers, read_mapped(path / _USERS, SCHEMA, _REMEDY))
+        with error_location(path / _USERS, _REMEDY):
+            own = found.users["cluster"].to_numpy()
+            if own.size and not (0 <= own.min() and own.max() < clusters):
+                raise ValueError("a user is in a cluster that there is not")
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -130,6 +135,22 @@ class Clusters:
         """Cluster of a user; NO_CLUSTER for one who is not known."""
         row = self._index.find(raw_user_id)
         return NO_CLUSTER if row < 0 else int(self._cluster[row])
+
+
+def _checked(facts: Any) -> dict[str, Any]:
+    """The facts, if everything that is read of them is there; any error says that it is not."""
+    if facts["format"] != _FORMAT:
+        raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
+    settings, users = dict(facts["settings"]), dict(facts["users"])
+    if settings["metric"] not in ("euclidean", "cosine"):
+        raise ValueError(f"no metric {settings['metric']!r}")
+    numbers = (users["version"], settings["least"], facts["mean_distance"], facts["fitted"]["mean_distance"])
+    if not all(isinstance(one, int | float) for one in numbers) or not isinstance(users["path"], str):
+        raise ValueError("a number or a path is none")
+    if not all(isinstance(one, str) for one in facts.get("medoids", [])):
+        raise ValueError("a medoid is no id")
+    files = {name: facts["files"][name] for name in (_CENTERS, _USERS, _HASHES)}
+    return {**facts, "source": dict(facts["source"]), "settings": settings, "users": users, "files": files}
 
 
 def write_clusters(

@@ -123,7 +123,7 @@ class _Job:
         if items is None or not len(committed(self.output)):
             return False
         facts = read_facts(self.output)
-        differ = [name for name, value in origin.items() if facts["origin"][name] != value]
+        differ = [name for name, value in origin.items() if facts["origin"].get(name) != value]
         if differ:
             raise ValueError(
                 f"{self.output}: the titles of other items were written with other {', '.join(differ)}: write those of "

@@ -4,16 +4,16 @@
 microseconds for the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from hllm_torchrec.common.arrays import Ints
+from hllm_torchrec.common.hashing import hash_file
 from hllm_torchrec.data.validation import error_location
 
 Hashes = NDArray[np.uint64]
@@ -38,6 +38,23 @@ def read_mapped(path: Path, schema: pa.Schema, remedy: str) -> dict[str, pa.Arra
         return {n: c.chunk(0) if c.num_chunks else pa.array([], c.type) for n, c in zip(schema.names, columns)}
 
 
+def check_files(folder: Path, hashes: Mapping[str, str], remedy: str) -> None:
+    """Raise ValueError for a file of a folder that is missing, or whose SHA-256 is another one."""
+    for name, digest in hashes.items():
+        if not (folder / name).is_file() or hash_file(folder / name) != digest:
+            raise ValueError(f"{folder / name}: missing or changed since it was written; {remedy}")
+
+
+def read_hashes(path: Path, number: int, remedy: str) -> Hashes:
+    """The sorted hashes [number] of a file, memory-mapped. Raises ValueError if the file holds something else."""
+    with error_location(path, remedy):
+        found = np.load(path, mmap_mode="r")
+        if found.dtype != np.uint64 or found.shape != (number,) or (found[1:] < found[:-1]).any():
+            raise ValueError(f"not {number} sorted hashes")
+    # A plain array: indexing a memmap costs a microsecond more.
+    return np.asarray(found)
+
+
 def hash_id(raw: str) -> int:
     """64-bit hash of a raw id."""
     return int.from_bytes(blake2b(raw.encode(), digest_size=8).digest(), "little")
@@ -56,8 +73,8 @@ class RawIndex:
     hashes: [n], ascending; ids: [n] the raw ids in this order, which decide.
     """
 
-    def __init__(self, hashes: Any, ids: pa.Array) -> None:
-        self._hashes, self._ids = np.asarray(hashes), ids  # a plain array: indexing a memmap costs a microsecond more
+    def __init__(self, hashes: Hashes, ids: pa.Array) -> None:
+        self._hashes, self._ids = hashes, ids
 
     def find(self, raw: str) -> int:
         """Row of an id; -1: it is not in the table."""

@@ -28,7 +28,14 @@ import pyarrow.parquet as pq
 from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder, replace_file, sync_folder
 from hllm_torchrec.common.hashing import hash_file
 from hllm_torchrec.creative.clusters import NO_CLUSTER, Clusters
-from hllm_torchrec.creative.mapped_table import RawIndex, hash_order, read_mapped, write_mapped
+from hllm_torchrec.creative.mapped_table import (
+    RawIndex,
+    check_files,
+    hash_order,
+    read_hashes,
+    read_mapped,
+    write_mapped,
+)
 from hllm_torchrec.data.validation import error_location, read_table
 
 MARKER, FILE = "creatives.json", "titles.json"
@@ -76,10 +83,13 @@ class Creatives:
 
     def __init__(self, path: Path, facts: Mapping[str, Any], clusters: Clusters, titles: dict[str, pa.Array]) -> None:
         self.path, self.facts, self.clusters, self.titles = path, facts, clusters, titles
-        items = read_mapped(path / "titles" / _ITEMS, _OF_ITEMS, _REMEDY)
-        self._index = RawIndex(np.load(path / "titles" / _HASHES, mmap_mode="r"), items["raw_item_id"])
-        self._first = np.append(items["first"].to_numpy(), len(titles["cluster"]))
-        self._cluster = titles["cluster"].to_numpy()
+        files, self._cluster = path / "titles", titles["cluster"].to_numpy()
+        items = read_mapped(files / _ITEMS, _OF_ITEMS, _REMEDY)
+        hashes = read_hashes(files / _HASHES, len(items["first"]), _REMEDY)
+        self._index = RawIndex(hashes, items["raw_item_id"])
+        self._first = np.append(items["first"].to_numpy(), len(self._cluster))
+        if self._first[0] != 0 or (np.diff(self._first) < (len(self._first) > 1)).any():
+            raise ValueError(f"{files / _ITEMS}: the rows of the items are not in order; {_REMEDY}")
 
     def __len__(self) -> int:
         return len(self._cluster)
@@ -146,11 +156,11 @@ def read_facts(path: Path) -> dict[str, Any]:
         if facts["format"] != _FORMAT:
             raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
         files = {name: facts["files"][name] for name in (_TITLES, _ITEMS, _HASHES)}
-        assert isinstance(facts["clusters"], str) and isinstance(facts["centers"], str)
-    for name, digest in files.items():
-        if not (file.parent / name).is_file() or hash_file(file.parent / name) != digest:
-            raise ValueError(f"{file.parent / name}: missing or changed since it was written; {_REMEDY}")
-    return dict(facts)
+        if not isinstance(facts["clusters"], str) or "\0" in facts["clusters"]:
+            raise ValueError("it does not name its clusters")
+        facts = {**facts, "origin": dict(facts["origin"])}
+    check_files(file.parent, files, _REMEDY)
+    return facts
 
 
 def prepare_folder(path: Path) -> None:
