@@ -15,7 +15,7 @@ from hllm_torchrec.creative import generate
 from hllm_torchrec.creative.clusters import Clusters
 from hllm_torchrec.creative.filters import TextRules
 from hllm_torchrec.creative.pairs import PairRule, match_scores
-from hllm_torchrec.creative.title_writer import CUT, Asked, CreateOptions, TitleWriter, batches
+from hllm_torchrec.creative.title_writer import CUT, CreateOptions, TitleRequest, TitleWriter, batches
 from hllm_torchrec.creative.titles import Creatives, written
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
@@ -48,9 +48,9 @@ def writer(of: LoadedRun, **options: object) -> TitleWriter:
     return TitleWriter(of.experiment, of.fingerprint, clusters().centers.centers, chosen)
 
 
-def asked(of: TitleWriter, items: np.ndarray) -> list[Asked]:
+def asked(of: TitleWriter, items: np.ndarray) -> list[TitleRequest]:
     prompts = zip(items.tolist(), of.prompts(items), strict=True)
-    return [one for item, prompt in prompts for one in of.asked(item, prompt, [-1, 0, 1, 2])]
+    return [one for item, prompt in prompts for one in of.requests(item, prompt, [-1, 0, 1, 2])]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -118,7 +118,7 @@ def written_on_ranks(world: str, output: str) -> int:
     of = load_run(Path(world) / "run", "best", init_distributed())
     options = CreateOptions(PairRule(top=2), temperature=1.0, retries=1, rules=None)
     with of.weights:
-        return generate.create_titles(of, Clusters.open(Path(world) / "clusters"), Path(output), options).written
+        return generate.create_titles(of, Clusters.open(Path(world) / "clusters"), Path(output), options).generated
 
 
 @pytest.mark.slow
@@ -231,8 +231,9 @@ def test_pairs_are_those_that_the_scorer_ranks_first() -> None:
             wanted = torch.sigmoid(torch.from_numpy(scorer.score(own, items, midnight))).numpy()
             np.testing.assert_allclose(found[:, user - 1], wanted, atol=2e-3)  # the store's vectors are fp16
     rule = PairRule(top=3, above=0.4)
-    scores = np.array([[0.1, 0.9, 0.5, 0.5, 0.5], [0.1, 0.2, 0.3, 0.39, 0.4]], np.float32)
-    assert rule.kept(scores).tolist() == [[False, True, True, True, False], [False, False, False, False, True]]
+    assert rule.selected(np.array([0.1, 0.9, 0.5, 0.5, 0.5], np.float32)).tolist() == [1, 2, 3]
+    assert rule.selected(np.array([0.1, 0.2, 0.3, 0.39, 0.4], np.float32)).tolist() == [4]
+    assert PairRule("none").selected(np.full(3, np.nan, np.float32)).tolist() == [0, 1, 2]
 
 
 def _columns(dataset, events):  # type: ignore[no-untyped-def]
