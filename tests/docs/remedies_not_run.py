@@ -38,6 +38,7 @@ ELSEWHERE: dict[str, str] = {
     "was fitted with other settings (□): leave them out": "tests/creative/test_clusters.py::test_clusters_of_other_settings_models_or_things_are_refused",
     "was fitted to the users of another model than those of □": "tests/creative/test_clusters.py::test_clusters_of_other_settings_models_or_things_are_refused",
     "clusters have fewer than □ users: fit again (--refit)": "tests/creative/test_clusters.py::test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there",
+    "the store of users has changed since they were clustered": "tests/creative/test_clusters.py::test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there",
     "times as far from their centers as at the fit": "tests/creative/test_clusters.py::test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there",
     "remove the folder and make the clusters again (hllm cluster)": "tests/creative/test_clusters.py::test_damaged_clusters_are_one_line",
     "centers are vectors of forgotten users: fit again": "tests/creative/test_forgotten_titles.py::test_a_center_that_is_a_forgotten_users_vector_is_left_until_the_next_fit",
