@@ -27,9 +27,9 @@ class SoftPromptConfig:
     """words: tokens are RMS-normalized and multiplied by a learned gain that starts at the word vectors' RMS; none: as
     published."""
     normalize: Literal["none", "standardize", "whiten"] = "none"
-    """Of user vectors, by statistics that are measured once, before the first step, as `item_llm.standardise` and
+    """Of user vectors, by statistics that are measured before the first step, as `item_llm.standardise` and
     `item_llm.whiten`: what is common to all users is subtracted, which would make their soft tokens nearly the same.
-    none: as published."""
+    The mean follows in training, whose gradients do not move what is common to a step's users. none: as published."""
     dropout: float = 0.15
     """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
     `creative_gap` compares with."""

@@ -132,7 +132,6 @@ class CreativeTokens:
             prefix_ids=self.prefix,
         )
 
-
     def gather_profiles(self, index: Ints) -> PackedTexts | None:
         """The profiles of the creatives at `index` [n] as responses to their prompt; None: they are not read."""
         if not self._profiles:

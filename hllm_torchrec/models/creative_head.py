@@ -24,6 +24,9 @@ from hllm_torchrec.modules.losses.objectives import LogitScale, embedding_spread
 from hllm_torchrec.modules.losses.symmetric_nce import SymmetricNceOutput, symmetric_nce
 from hllm_torchrec.modules.precision import widen
 
+MOMENTUM = 0.05
+"""Share of a step's users in the mean that their normalization subtracts."""
+
 
 @dataclass
 class CreativeLosses:
@@ -78,6 +81,21 @@ class CreativeHead(nn.Module):
             if one.normalize is not None:
                 one.normalize.measure(users)
 
+    def _centered(self, users: Tensor, is_unknown: Tensor) -> Tensor:
+        """Users [N, D], whose gradients do not move what all users of the step, on all ranks, have in common.
+
+        A writer that cannot write yet pulls all users in one direction, with a force that exceeds what tells them
+        apart by far: on MovieLens their mean cosine passed .98 within 25 steps. The means of the normalizations follow.
+        """
+        everyone = all_gather_variable(torch.cat([widen(users), (~is_unknown)[:, None].to(widen(users).dtype)], 1))
+        rows, known = everyone[:, :-1], everyone[:, -1:].detach()
+        mean = (rows * known).sum(0) / known.sum().clamp(min=1)
+        if known.any():
+            for one in self._soft_prompts():
+                if one.normalize is not None:
+                    one.normalize.mean.lerp_(mean.detach().to(one.normalize.mean.dtype), MOMENTUM)
+        return users + (mean.detach() - mean).to(users.dtype)
+
     def _soft_prompts(self) -> list[SoftPrompt]:
         return [module for module in self.modules() if isinstance(module, SoftPrompt)]
 
@@ -87,6 +105,8 @@ class CreativeHead(nn.Module):
         assert creative is not None and batch.request_query is not None
         users = users_QD[batch.request_query]
         is_unknown = is_null = batch.query_visible[batch.request_query] == 0
+        if self.training and self.section.soft.normalize != "none":
+            users = self._centered(users, is_unknown)
         if self.training and self.section.soft.dropout:
             is_null = is_null | (torch.rand(is_null.shape, device=is_null.device) < self.section.soft.dropout)
         output = self.write(llm, users, is_null, creative.texts)
