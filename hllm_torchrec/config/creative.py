@@ -164,6 +164,11 @@ def creative_problems(config: "Config") -> Iterator[str]:
     """Broken rules of `creative`, as 'field: value: rule; remedy'."""
     creative = config.creative
     if not creative.enabled:
+        if any(stage.trains == "creative" for stage in config.stages):
+            yield (
+                "stages: trains 'creative' with creative.enabled false: there is no Creative LLM to train; write "
+                "trains: all"
+            )
         return
     if not re.fullmatch(r"[\w-][\w.-]*", creative.data):
         yield (

@@ -24,7 +24,7 @@ from hllm_torchrec.modules.losses.objectives import LogitScale, embedding_spread
 from hllm_torchrec.modules.losses.symmetric_nce import SymmetricNceOutput, symmetric_nce
 from hllm_torchrec.modules.precision import widen
 
-MOMENTUM = 0.05
+MOMENTUM = 0.1
 """Share of a step's users in the mean that their normalization subtracts."""
 
 

@@ -115,7 +115,10 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         "--resume=true",
     ]
     epochs = -(-arguments.steps // 200)  # more than enough: max_steps ends the run
-    own += [f"--stages=[{{name: writer, epochs: {epochs}, item_embeddings: cached}}]"]
+    own += [
+        f"--stages=[{{name: writer, epochs: {arguments.alone}, item_embeddings: cached, trains: creative}}, "
+        f"{{name: together, epochs: {epochs}, item_embeddings: cached}}]"
+    ]
     own += [f"--creative.{'pretrained' if arguments.writer == 'smollm2' else 'tokenizer'}={models}"]
     own += ["--creative.pretrained=null"] if arguments.writer == "scratch" else []
     own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *WRITERS[arguments.writer], *ARMS[arm]]
@@ -305,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["A", "B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700, help="training steps of 32 texts")
+    parser.add_argument("--alone", type=float, default=0.2, help="epochs of them in which the writer learns alone")
     parser.add_argument("--evaluated", type=int, default=1500, help="texts of held-out users that are scored")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="whose users are held out")
     parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")

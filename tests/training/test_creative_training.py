@@ -103,6 +103,25 @@ def test_only_what_is_trainable_moves(tmp_path: Path) -> None:
         assert {"creative_head", *(["creative"] if moves else [])} <= changed
 
 
+def test_in_a_stage_of_the_writer_alone_nothing_else_moves(tmp_path: Path) -> None:
+    """Tables included."""
+    stages = [{"name": "alone", "epochs": 0.5, "item_embeddings": "cached", "trains": "creative"}]
+    trainer = build_trainer(config(tmp_path, **settings(stages=stages)), init_distributed())
+    before = {name: _whole(x).clone() for name, x in trainer.experiment.model_state().items()}
+    trainer.run()
+    after = trainer.experiment.model_state()
+    moved = {name.split(".")[0] for name, x in before.items() if not torch.equal(x, _whole(after[name]))}
+    assert moved == {"creative", "creative_head"}
+    with pytest.raises(ConfigError, match="trains 'creative' with creative.enabled false"):
+        config(tmp_path, stages=stages)
+
+
+def _whole(x: Any) -> torch.Tensor:
+    """A table's shards, or a tensor."""
+    shards = x.local_shards() if hasattr(x, "local_shards") else None
+    return x if shards is None else torch.cat([shard.tensor for shard in shards])
+
+
 def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path) -> None:
     """Of the creatives' own second and later, and of other users, nothing; of earlier ones, everything."""
     trainer = build_trainer(config(tmp_path, **settings()), init_distributed())
