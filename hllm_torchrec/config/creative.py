@@ -29,7 +29,8 @@ class SoftPromptConfig:
     normalize: Literal["none", "standardize", "whiten"] = "none"
     """Of user vectors, by statistics that are measured before the first step, as `item_llm.standardise` and
     `item_llm.whiten`: what is common to all users is subtracted, which would make their soft tokens nearly the same.
-    The mean follows in training, whose gradients do not move what is common to a step's users. none: as published."""
+    In training the mean is that of the step's users, and gradients do not move what they have in common. none: as
+    published."""
     dropout: float = 0.15
     """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
     `creative_gap` compares with."""

@@ -219,6 +219,27 @@ def test_without_users_the_loss_is_the_same_for_all_of_them(tmp_path: Path) -> N
     assert head(llm, equal, None, batch).write == head(llm, equal.flip(0), None, batch).write
 
 
+def test_what_all_users_have_in_common_does_not_matter_in_training(tmp_path: Path) -> None:
+    """It is subtracted, its gradient is 0, and the mean that is subtracted afterwards follows it."""
+    hllm, batch = a_batch(tmp_path, creative__losses__recon="0.5", creative__losses__align="0.5")
+    head, llm = hllm.creative_head.train(), hllm.creative
+    head.section = dataclasses.replace(head.section, soft=dataclasses.replace(head.section.soft, dropout=0.0))
+    users = torch.randn(batch.query_times.numel(), hllm.user_vector_width)
+    shift = torch.zeros(hllm.user_vector_width, requires_grad=True)
+    losses = [head(llm, given, None, batch) for given in (users, users + 3 + shift)]
+    torch.testing.assert_close(losses[1].write, losses[0].write, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1].recon, losses[0].recon, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1].align, losses[0].align, rtol=1e-4, atol=1e-4)
+    [slope] = torch.autograd.grad(losses[1].write + losses[1].align, shift)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-3)
+    means = []
+    for _ in range(60):
+        head(llm, users + 3, None, batch)
+        means.append(head.soft_prompt.normalize.mean.clone())
+    known = users[batch.request_query][batch.query_visible[batch.request_query] > 0] + 3
+    torch.testing.assert_close(means[-1], known.mean(0), rtol=0.05, atol=0.05)
+
+
 def test_profiles_that_are_read_must_exist_and_have_somebody_to_be_told_apart_from(tmp_path: Path) -> None:
     creative_fixtures.country_table("countries")
     own = settings(creative__losses__match="0", creative__losses__align="1")
