@@ -391,6 +391,9 @@ class StageConfig:
     """Overrides data.max_history (150 in the paper's stage I, 1000 in stage II)."""
     batch_users: int | None = None
     """Overrides data.batch_users."""
+    trains: Literal["all", "creative"] = "all"
+    """What learns. creative: the Creative LLM and its soft prompt alone, all other learning rates are 0: until it can
+    write, its gradients tell the user encoder nothing, and move it all the same."""
 
 
 @dataclass(frozen=True)

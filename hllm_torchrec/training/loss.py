@@ -218,6 +218,8 @@ def describe_step(
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if config.creative.enabled:
+        # Where the mean of all users is subtracted, what they have in common does no harm.
+        alarm = alarm and config.creative.soft.normalize == "none"
         return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
     if objective.has_head:
         found["loss_cls"] = cls
@@ -261,7 +263,8 @@ def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, col
         if found["user_similarity"] > collapse_above:
             raise FloatingPointError(
                 f"user vectors have collapsed: their mean cosine similarity is {found['user_similarity']:.4f} > "
-                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set user.trainable to false"
+                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set "
+                "creative.soft.normalize to standardize"
             )
     return found
 
