@@ -57,6 +57,10 @@ def build_backbone(
         model.pooler = None  # BERT's pooler serves sentence pairs; unused parameters would stall DDP
     if not word_embeddings:
         model.set_input_embeddings(None)
+    if attention == PACKED_ATTENTION:
+        from hllm_torchrec.modules.encoders.fused_llama import fuse_layers  # imports transformers
+
+        fuse_layers(model)
     return model
 
 
