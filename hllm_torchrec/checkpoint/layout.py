@@ -140,7 +140,7 @@ def examine(path: Path, *, check_hashes: bool, share: tuple[int, int] = (0, 1)) 
     try:
         marker = read_marker(path)
         return marker, _damage_of(path, marker, check_hashes, share)
-    # A damaged marker may have any content, so any of these can come from reading it.
+    # A damaged marker may have any content, so that its use may raise any of these errors.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if is_machine_error(error):
             raise
@@ -172,7 +172,10 @@ def _damage_of(path: Path, marker: dict[str, Any], check_hashes: bool, share: tu
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's marker: schema_version, step, metric, better, world_size, files; raises as `read_json`."""
+    """Return the marker of a checkpoint: schema_version, step, metric, better, world_size, files, sha256.
+
+    Raises as `read_checkpoint_json`.
+    """
     return read_checkpoint_json(path / MARKER)
 
 

@@ -209,7 +209,7 @@ class _PendingCheckpoint:
                     warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 writer = dcp.FileSystemWriter(path)
                 dcp.save(self.tensors, storage_writer=writer, planner=self.planner, process_group=group)
-        except CheckpointException as error:  # a BaseException: no ordinary handler would catch it
+        except CheckpointException as error:  # a BaseException, which `except Exception` would not catch
             no_room = any(is_disk_full(failure) for failure, _ in error.failures.values())
             # torch.save may hide the system's error behind its own, so the free space is checked as well.
             if no_room or coordination.run_on_rank_zero(lambda: shutil.disk_usage(path).free < NO_ROOM, group):

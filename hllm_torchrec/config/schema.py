@@ -80,7 +80,7 @@ class DataConfig:
     """Maximum number of events per pass. Longer user sequences are cut into overlapping pieces, in which an exposure
     sees between max_history / 2 and max_history earlier events, or all of them if there are fewer."""
     batch_users: int = 8
-    """User pieces per rank and step."""
+    """Number of user pieces (see max_history) per rank and step."""
     stochastic_length: float = 0.0
     """alpha of Stochastic Length (1.6 to 1.9 in the HSTU paper): in training, a history longer than
     max_history^(alpha / 2) is usually replaced by a subsample of that length. 0: off. All exposures and generative
@@ -268,7 +268,8 @@ class FeatureConfig:
     action_gate: bool = False
     """Scale an event's item features by 1 + gate(action), so that a bad rating can invert them."""
     time_depth: int = 6
-    """Components of year, month, day, hour, minute, second that are used; 0: no time."""
+    """Number of components that are used of year, month, day, hour, minute and second, in this order; 0: no time
+    features."""
     time_width: int = 32
     """Width of each component's table."""
     init_scale: float = 0.02
@@ -299,8 +300,8 @@ class TaskConfig:
     """Loss of one label (docs/tasks.md)."""
 
     loss: Literal["auto", "bce", "ordinal", "huber", "weighted_logistic"] = "auto"
-    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal one, huber for a regression.
-    weighted_logistic: the odds are the expected value of a label of at least 0, such as watch time."""
+    """auto: bce for a binary label, ordinal (a softmax over its values) for an ordinal label, huber for a regression.
+    weighted_logistic: the predicted odds are the expected value of a label of at least 0, such as watch time."""
     weight: float = 1.0
     """Weight of the label's mean loss in L_cls; 0 leaves it out."""
 
@@ -412,7 +413,7 @@ class OptimConfig:
     """Optimizers: AdamW for dense parts, an in-backward optimizer for sharded tables."""
 
     lr: float = 1e-3
-    """Learning rate of dense parts without a learning rate of their own."""
+    """Learning rate of the dense parts for which no other field sets one."""
     item_llm_lr: float = 1e-4
     """Learning rate of the Item LLM (the paper's setting)."""
     user_lr: float | None = None
@@ -481,7 +482,7 @@ class EvaluationConfig:
     patience: int = 0
     """Stop after this number of successive evaluations without improvement by `select_by`; 0: never."""
     batch_users: int = 16
-    """User pieces per rank and step."""
+    """Number of user pieces per rank and step."""
     history: Literal["request", "split"] = "request"
     """History of an exposure in a dataset that is split by time, for users with more than `data.max_history` events.
     request: the events that the scorer would read at that time (`window_start`), independent of the split; split: the
@@ -545,13 +546,13 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """Losses."""
     creative: CreativeConfig = field(default_factory=CreativeConfig)
-    """Personalized texts of items."""
+    """Creative LLM: personalized texts of items."""
     stages: tuple[StageConfig, ...] = (StageConfig(name="end to end"),)
     """Training stages, run in sequence."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Distribution and precision."""
+    """Parallelism and precision."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Validation."""
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
