@@ -142,7 +142,9 @@ def test_a_part_that_does_not_follow_the_rule_is_named(tmp_path):
             seal(root)
 
     refused(r"user \d+ has \d+ events, of which valid begins at .*leave_one_out divides at", rule="leave_one_out")
-    refused(r"has an event in train outside of the seconds that cut_timestamps give it", rule="time", cut_timestamps=[3, 39])
+    refused(
+        r"has an event in train outside of the seconds that cut_timestamps give it", rule="time", cut_timestamps=[3, 39]
+    )
     refused(r"split\.cut_timestamps must be the first second of valid", rule="time")
     refused(r"split\.rule is 'x'; time, leave_one_out or leave_last", rule="x")
     (root / "contract.yaml").write_text(text.replace("text_columns", "texts"))
