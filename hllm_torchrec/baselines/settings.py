@@ -47,7 +47,7 @@ class BaselinesConfig:
     """Settings of all baselines of `hllm baselines`.
 
     Raises:
-        ConfigError: values out of range, all of them.
+        ConfigError: values are out of range; the message lists all of them.
     """
 
     feedback_delay: int = 0

@@ -248,7 +248,7 @@ class HLLM(nn.Module):
 
     @property
     def encodes_items(self) -> bool:
-        """True if a step computes item vectors with the current weights of the Item LLM (if none: of the features)."""
+        """True if a step computes item vectors with current weights: of the Item LLM, or of the features (ID-only)."""
         return self.item_source is None or self.item_source.is_live
 
     def embed_items(self, item_ids: Tensor, source: ItemSource | None = None) -> Tensor:
@@ -509,7 +509,7 @@ class HLLM(nn.Module):
         """Generative loss, Eq. (1): positives are the next items; items: [U, E] item vectors without action or time."""
         exclude = None
         if self.mask_own_items:
-            # # A user's other items must not be negatives of the next item, so each prediction excludes all items of
+            # A user's other items must not be negatives of the next item, so each prediction excludes all items of
             # the full history of its piece, including events that Stochastic Length removed.
             sequences = sequence_of_position(batch.seq_offsets, batch.item_ids.numel())
             exclude = Exclusion(*batch.full_history, sequences[batch.next_rows])

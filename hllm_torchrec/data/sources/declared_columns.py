@@ -134,7 +134,7 @@ def read_declarations(events: EventColumns, path: Path) -> DeclaredColumns:
     """The declared columns of a mapping's events.
 
     Raises:
-        ValueError: naming the mapping's file and field.
+        ValueError: a declaration is wrong; the message names the mapping's file and field.
     """
     if events.labels and (events.label is not None or events.positive_from is not None):
         raise ValueError(f"{path}: events.labels replaces events.label and events.positive_from; leave these out")
