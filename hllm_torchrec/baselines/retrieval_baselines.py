@@ -90,7 +90,7 @@ def fit_ease(train: Histories, items: int, l2: float) -> ItemToItem:
     """Closed form of EASE, computed in float64.
 
     Raises:
-        ValueError: a catalogue too large for an N x N matrix.
+        ValueError: the catalogue is too large for an N x N matrix.
     """
     if items > MAX_EASE_ITEMS:
         raise ValueError(
@@ -134,7 +134,7 @@ def _counts(train: Histories, items: int) -> Floats:
 
 
 def candidate_settings(name: str, config: RetrievalBaselinesConfig) -> list[dict[str, float]]:
-    """Grid of settings to evaluate for a baseline."""
+    """The combinations of settings that are evaluated for a baseline."""
     if name == "popularity":
         return [{}]
     if name == "ease":

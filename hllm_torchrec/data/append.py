@@ -337,7 +337,7 @@ def _keys(user_ids: Ints, events: Events) -> np.ndarray:
 
 
 def _report_known(staged: Staged, table: pa.Table, known: np.ndarray) -> None:
-    """Count known events; raise ValueError naming the first one's file and row if the policy is "error"."""
+    """Count known events; if the policy is "error", raise ValueError with file and row of the first known event."""
     if staged.log.policy.duplicate_event == "error":
         path, row = staged.locate(int(table["order"].to_numpy()[known].min()))
         rows = np.full(known.size, row)

@@ -53,13 +53,13 @@ class BadRows:
     bad_time: str = "error"
     """A time that is not a number or date, or is outside 1970..2099 UTC."""
     duplicate_item: str = "error"
-    """An item that occurs again with a different text. "drop": the first text stays."""
+    """An item that occurs again with a different text. "drop": the first text is kept."""
     item_without_text: str = "keep"
     """An item whose text columns are all empty. "drop": its events are dropped too."""
     unknown_item: str = "error"
     """An event of an item that is not in the item file. "keep": the item is added without text."""
     duplicate_event: str = "keep"
-    """The same user and item in the same second again. "drop": the first stays."""
+    """An event with the same user, item and second as an earlier one. "drop": the first of them stays."""
     largest_share: float = 0.2
     """Maximum share of a table's rows that may be bad in one way; above it, "drop" and "keep" raise an error too."""
     chosen: frozenset[str] = frozenset()

@@ -2,7 +2,8 @@
 
 A batch holds pieces of users. A piece is a contiguous range of one user's events: its *history* (the input of the
 user encoder) and its *exposures* (labelled events to predict). An exposure sees only history of strictly earlier
-seconds (ranking) or earlier positions (leave-one-out retrieval); `query_visible` is the number of these positions.
+seconds (ranking; with a feedback delay, more than this delay earlier) or of earlier positions (leave-one-out
+retrieval); `query_visible` is the number of these positions.
 
 If actions are interleaved, an event takes two positions of the history, an item token and an action token. Both
 have the event's item id and second, and "positions" below are tokens.

@@ -170,7 +170,7 @@ class Dataset:
     def excluded_items(self) -> Ints:
         """Ascending ids of the items that are neither candidates nor negatives: forgotten and withdrawn ones."""
         forgotten, items = self.tombstones.numbers(ITEMS), self.items
-        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column's name
+        if ACTIVE not in items.column_names or not pa.types.is_boolean(items[ACTIVE].type):  # a text column
             return forgotten
         withdrawn = pc.invert(items[ACTIVE].fill_null(True)).to_numpy()
         return np.union1d(forgotten, 1 + np.flatnonzero(withdrawn))
@@ -428,7 +428,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
     """One row for each id 1..size, from the last table that has this id.
 
     Raises:
-        ValueError: an id is missing or beyond `size`; names the file that should have it.
+        ValueError: an id is missing or above `size`; the message names the file that should have the id.
     """
     base, added = len(tables[0]), np.concatenate([table[key].to_numpy() for table in tables[1:]])
     # If the appends only add new rows in order, concatenating the tables is enough.
@@ -438,7 +438,7 @@ def _newest_rows(tables: list[pa.Table], key: str, size: int, paths: Sequence[Pa
         raise ValueError(f"{paths[-1]}: {key} must lie in 1..{size}; {REMEDY}")
     row = np.full(size, -1, np.int64)
     row[:base] = np.arange(base)
-    row[added - 1] = base + np.arange(added.size)  # of repeated ids, the assignment keeps the last
+    row[added - 1] = base + np.arange(added.size)  # an id that is repeated in the table gets its last row
     if (row < 0).any():
         raise ValueError(f"{paths[-1]}: {key} {int((row < 0).argmax()) + 1} is missing; {REMEDY}")
     return pa.concat_tables(tables, promote_options="default").take(pa.array(row))

@@ -1,12 +1,12 @@
 """Negatives drawn for the ranking head from the catalogue, for data in which every event is positive.
 
 For each exposure, `count` items are drawn from the distribution q and added to its request with label 0; a draw of the
-exposure's own item is left out. Item j is then a negative of a request r_j = count * q_j times on average, instead of
-once if the complete catalogue were used as negatives. The loss corrects for this like for subsampled negatives
-(`data.task_targets`): z_train = z - log r_j, on positive and negative rows. Then z is the logit of P_j = P(a request
-chooses j), because the odds of a positive row of j in the sample are P_j / (r_j (1 - P_j)). This holds for any q above
-0. In evaluation the draws are uniform and the same for all runs, and each negative has the weight 1 / r, so that the
-metrics estimate those of ranking the complete catalogue.
+exposure's own item is left out. Item j is then a negative of a request r_j = count * q_j times on average; if the
+complete catalogue were used as negatives, it would be a negative once. The loss corrects for this like for subsampled
+negatives (`data.task_targets`): z_train = z - log r_j, on positive and negative rows. Then z is the logit of P_j = P(a
+request chooses j), because the odds of a positive row of j in the sample are P_j / (r_j (1 - P_j)). This holds for any
+q above 0. In evaluation the draws are uniform and the same for all runs, and each negative has the weight 1 / r, so
+that the metrics estimate those of ranking the complete catalogue.
 
     uniform      q_j = 1 / N
     popularity   q_j proportional to 1 + training events of j
@@ -56,8 +56,8 @@ class NegativeDraws:
     Args:
         items: ids [n] that may be drawn.
         count: draws per exposure.
-        candidates: hard: (items [n], offsets [users + 1]) of each user; for users without candidates all draws are
-            uniform.
+        candidates: for "hard" negatives, (items [n], offsets [users + 1]) of each user; for users without candidates
+            all draws are uniform.
     """
 
     def __init__(

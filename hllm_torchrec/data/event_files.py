@@ -53,7 +53,7 @@ class EventFile:
         """Map a file, and check its users and offsets; events are checked when they are read.
 
         Raises:
-            ValueError: the file is damaged or has another layout; names it.
+            ValueError: the file is damaged or has another layout; the message names the file.
         """
         with error_location(path), pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
             names = [column.name for column in rows.schema.columns]
@@ -126,7 +126,7 @@ class EventFile:
         return {name: every[name][where] for name in names}
 
     def check(self, rows: Ints, names: Iterable[str], table_rows: TableRows) -> None:
-        """Raise ValueError for a value of `rows` [k] that is not allowed; names file, row, column and value."""
+        """Raise ValueError with file, row, column and value for the first value of `rows` [k] that is not allowed."""
         first = int(rows[0]) if rows.size else 0
         place = f"{self.path}, from row {first} on" if first else str(self.path)
         lengths = self.lengths[rows]

@@ -105,8 +105,8 @@ def sort_partition(table: pa.Table, first_user: int, log: BadRowLog, locate: "Ro
     """Sort one partition by (user, timestamp, order) and apply the policy for duplicate events.
 
     Args:
-        table: columns `raw_user_id`, those of the dataset's events (`item` int64 is an item number) and `order`; rows
-            by ascending order.
+        table: has the columns `raw_user_id` and `order` and the columns of the dataset's events, of which `item` int64
+            is an item number; its rows are sorted by `order`.
         first_user: number of the partition's first user.
 
     Returns:

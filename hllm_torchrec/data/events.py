@@ -3,7 +3,7 @@
 Columns that a source declares (further labels, weights, context: `data.event_schema`) are in `extra`, by name, from
 preparation to scoring.
 
-Legend: n events of one user, T events of R users one after the other.
+Legend: n events of one user, T events of R users, concatenated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ def _column(single: str, stored: pa.DataType, dtype: type[np.generic], unknown: 
 
 @dataclass(frozen=True)
 class Events:
-    """Events of one user, or of several users one after the other, sorted by time within a user.
+    """Events of one user, or the concatenated events of several users, sorted by time within a user.
 
     All columns are [n]. A field's metadata becomes its entry of `EVENT_COLUMNS`. extra: declared columns by name,
     float32 (NaN: unknown) or int64 (0: unknown); empty if the dataset has none or they were not read.

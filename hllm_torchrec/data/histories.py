@@ -28,7 +28,8 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Histories(Sequences):
-    """Rows of a part's sequences, and the visibility rule of their exposures: earlier "second"s or "position"s.
+    """Rows of a part's sequences, and the rule by which an exposure sees only events from an earlier "second" or
+    "position".
 
     feedback_delay: seconds from an event until it may be seen; schema: schema of the dataset's events.
     """

@@ -163,7 +163,7 @@ def _moment(second: int | None) -> str:
 
 
 def check_not_empty(events: dict[str, int], split: Split) -> None:
-    """Raise ValueError naming the parts without an event."""
+    """Raise ValueError if parts have no event; the message names these parts."""
     empty = [part for part, count in events.items() if count == 0]
     if empty:
         raise ValueError(

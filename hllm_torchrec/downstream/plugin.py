@@ -179,7 +179,7 @@ def plug_into(
         return PluggedDLRM(
             kind(tables, dense_in_features + sum(widths), **options), dense_in_features, widths, way, dropout
         )
-    # # Each kind computes the size of its interaction from the tables' features. So pass a collection with one
+    # Each kind computes the size of its interaction from the tables' features. So pass a collection with one
     # placeholder table per store (on the meta device, never allocated), and replace it by the real collection
     # afterwards.
     configs = tables.embedding_bag_configs()

@@ -50,10 +50,9 @@ class ItemIndex:
     ) -> "ItemIndex":
         """Build an index of vectors [N, D], which are normalized.
 
-        kind: "flat" is exact and scores all items; "ivf" clusters items into `cells` cells (0: 4 sqrt(N)) and scores
-            only
-        the items of the `nprobe` (see `search`) cells nearest to the user. points_of_cell: number of items per cell in
-        the sample from which the cells are computed.
+        kind: "flat" is exact and scores all items; "ivf" clusters items into `cells` cells (0: 4 sqrt(N) cells) and
+            scores only the items of the cells nearest to the user, `nprobe` cells (see `search`). points_of_cell:
+            number of items per cell in the sample from which the cells are computed.
 
         Raises:
             ValueError: faiss is not installed, the numbers of ids and vectors differ, or there are more cells than

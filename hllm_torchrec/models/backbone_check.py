@@ -52,7 +52,7 @@ _DECODERS = "choose a decoder such as Llama, Mistral or Qwen, see docs/support.m
 
 
 def text_reading(config: "PreTrainedConfig", causal: bool | None = None) -> TextReading:
-    """Find an arrangement of texts with which a model gives each text the embedding that transformers gives it alone.
+    """Find an arrangement of texts with which embeddings equal those that transformers computes for each text alone.
 
     causal: required direction; None: that of the config.
 
