@@ -75,7 +75,7 @@ NOT_RUN: dict[str, str] = {
     "all training values are equal: item factors need ratings": "the same",
     "; --help lists all": "names the help",
     "timestamps: an event must be before the time of its request": "the inputs of a program of torch are to be corrected",
-    "is missing: it describes what the files cannot say; see `hllm seal --help`": "names the help",
+    "is missing: it has the facts that the files do not contain; see `hllm seal --help`": "names the help",
     "The port is --rdzv_port of torchx": "options of other programs",
     "no user has a vector; embed them first (hllm embed --users)": "names the command that writes such a store, which other cases run",
     "embed them with this one (hllm embed --users), and cluster them (hllm cluster)": "the same",
