@@ -101,7 +101,9 @@ def _requests(
     # Each creative is a cluster of its own, whose center is its user's vector.
     writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(source=source, rules=None))
     prompts = enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
-    return writer, [writer.requests(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts]
+    return writer, [
+        writer.requests(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts
+    ]
 
 
 def _write(writer: TitleWriter, asked: list[TitleRequest], experiment: Experiment) -> tuple[list[str], int]:
