@@ -130,7 +130,8 @@ def score_creatives(
 
     Args:
         conditions: some of CONDITIONS.
-        given: further conditions: name -> vectors [N, D] that stand for the users, such as centers of clusters.
+        given: further conditions: name -> vectors [N, D] that stand for the users with an earlier event, such as
+            centers of clusters.
         vectors: result of `creative_vectors`; None: it is computed here.
         most: score at most this many creatives, spread evenly over the part; 0: all.
     """
@@ -147,7 +148,7 @@ def score_creatives(
     if "shuffled" in conditions:
         donor = torch.from_numpy(other_users(vectors.user_ids))
         named["shuffled"] = (vectors.vectors[donor], ~known[donor])
-    named |= {name: (those, torch.zeros_like(known)) for name, those in (given or {}).items()}
+    named |= {name: (those, ~known) for name, those in (given or {}).items()}
     wanted = [*conditions, *(given or {})]
     nll: dict[str, Doubles] = {}
     for name in wanted:

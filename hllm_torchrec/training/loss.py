@@ -115,7 +115,10 @@ class StepStats:
 @dataclass(frozen=True)
 class StepCounts:
     """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets;
-    weighted tokens of responses, pairs of users and items to match, weighted tokens of profiles, and creatives."""
+    weighted tokens of responses, pairs of users and items to match, weighted tokens of profiles, and creatives.
+
+    labelled: whether the exposures of a task have a weight at all; its divisor is 1 otherwise.
+    """
 
     tasks: tuple[float, ...]
     targets: float
@@ -123,6 +126,7 @@ class StepCounts:
     pairs: float = 1.0
     profile_tokens: float = 1.0
     creatives: float = 1.0
+    labelled: tuple[bool, ...] = ()
 
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
@@ -132,8 +136,11 @@ def step_counts(batches: list[HybridBatch]) -> StepCounts:
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
         local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
-    counts = [count or 1.0 for count in global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()]
-    return StepCounts(tuple(counts[:-5]), *counts[-5:])
+    found = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    counts = [count or 1.0 for count in found]
+    targets, tokens, pairs, profile_tokens, creatives = counts[-5:]
+    labelled = tuple(count > 0 for count in found[:-5])
+    return StepCounts(tuple(counts[:-5]), targets, tokens, pairs, profile_tokens, creatives, labelled)
 
 
 def _creative_counts(batch: HybridBatch) -> tuple[float, float, float, float]:

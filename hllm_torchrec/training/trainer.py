@@ -25,6 +25,7 @@ from hllm_torchrec.config.schema import StageConfig
 from hllm_torchrec.data.batch import HybridBatch
 from hllm_torchrec.data.creative_loader import CreativeLoader
 from hllm_torchrec.data.loader import Loader
+from hllm_torchrec.distributed.collectives import global_sum
 from hllm_torchrec.distributed.preemption import PreemptionHandler
 from hllm_torchrec.distributed.wrappers import full_tensor
 from hllm_torchrec.embedding.hash_tables import take_hash_counts
@@ -51,7 +52,7 @@ from hllm_torchrec.training.optim import (
 from hllm_torchrec.training.resume import changed_settings, check_schedule
 from hllm_torchrec.training.stage_schedule import EpochSegment, RunSchedule
 from hllm_torchrec.training.step_guard import StepGuard
-from hllm_torchrec.training.throughput import StepMeter, snapshot_weights, summary_line
+from hllm_torchrec.training.throughput import StepMeter, snapshot_weights, summary_line, untrained_tasks
 from hllm_torchrec.training.wandb_sink import open_run_log
 
 
@@ -99,6 +100,7 @@ class Trainer:
         self.validation = experiment.loader("valid", self.config.evaluation.batch_users)
         self.loaders: dict[StageConfig, Loader | CreativeLoader] = {}
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
+        self.labelled: set[int] = set()  # numbers of the tasks that some step had labels for
         self.creative_alone = False  # True in a stage that trains nothing else
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
@@ -145,6 +147,8 @@ class Trainer:
             )
         if self.rank == 0:
             say(summary_line(self.step, self._item_llm_steps(), moved))
+            for line in untrained_tasks(self.config, [task.name for task in self.hllm.tasks], self.labelled):
+                say(line)
         return self.metrics | {"weights_moved": moved}
 
     def _train_segments(self) -> None:
@@ -197,6 +201,7 @@ class Trainer:
         self._set_learning_rates(self.schedule.learning_rate_ratio(self.step))
         batches = [batch.to(self.device, non_blocking=True) for batch in batches]
         counts, stats = step_counts(batches), StepStats()
+        self.labelled |= {n for n, labelled in enumerate(counts.labelled) if labelled}
         for batch, coming in pairwise([*batches, next_batches[0] if next_batches else None]):
             assert batch is not None
             with self._no_sync() if batch is not batches[-1] else nullcontext():
@@ -211,6 +216,8 @@ class Trainer:
                 # All ranks agree, so that none enters the collectives of a backward pass that others skip.
                 if refused := self.guard.rejects_loss(loss):
                     break
+                if (bias := self.hllm.position_bias) is not None and bias.sums is not None:
+                    bias.follow(global_sum(bias.sums))
                 # DDP, FSDP2 and the tables average gradients over ranks; the loss is divided by global counts already.
                 (loss * self.world_size).backward()
         # Refused: a nan norm makes `_describe` record a failure and clear the gradients of earlier micro-batches.

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from hllm_torchrec.creative.template import TemplateRule, write_by_template
 from hllm_torchrec.data.creative_table import split_by_user, write_table
@@ -45,6 +46,26 @@ def tokenizer_dir() -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     path = fixtures.folder() / "creative-tokenizer"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]").save_pretrained(path)
+    return path
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} [END] {% endfor %}"
+    "{% if add_generation_prompt %}word1{% endif %}"
+)
+
+
+@cache
+def tiny_model(chat: bool = True) -> Path:
+    """A tiny random Llama with a word-level tokenizer, whose template has special tokens."""
+    path = fixtures.folder() / f"local-writer-{chat}"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir())
+    tokenizer.chat_template = CHAT if chat else None
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {name: value for name, value in WRITER.items() if name != "model_type"}
+    config = LlamaConfig(**shape, max_position_embeddings=512, initializer_range=0.4, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 
