@@ -13,11 +13,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hllm_torchrec.common.terminal import say
 from hllm_torchrec.launch.creatives_build import add_build_options, run_build
 from hllm_torchrec.launch.creatives_import import add_import_options, run_import
 from hllm_torchrec.launch.entry import CommandParser, entry_point, natural
+
+if TYPE_CHECKING:
+    from hllm_torchrec.evaluation.creative_scores import CreativeVectors
+    from hllm_torchrec.models.experiment import Experiment
 
 
 def build_parser() -> CommandParser:
@@ -48,6 +53,7 @@ def build_parser() -> CommandParser:
         "--write", type=natural, default=0, metavar="N", help="write N texts and compare them (default: 0)"
     )
     evaluate.add_argument("--titles", type=Path, metavar="DIR", help="also the diversity of the titles of hllm create")
+    evaluate.add_argument("--lamp", type=Path, metavar="FILE", help="write predictions in LaMP's form to this file")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     titles = actions.add_parser("titles", help="print the titles of an item that hllm create wrote")
     titles.add_argument("--creatives", type=Path, required=True, metavar="DIR", help="folder of hllm create")
@@ -129,6 +135,8 @@ def _evaluate(args: argparse.Namespace) -> None:
                 found["users_among"] = rank_metrics(*user_ranks(experiment, vectors, args.users))
             if args.write:
                 found["written"] = written_texts(experiment, vectors, centers, args.write)
+            if args.lamp is not None:
+                _write_predictions(args.lamp, experiment, vectors)
         if titles is not None:
             found["titles"] = titles
         if rank() != 0:
@@ -143,6 +151,19 @@ def _evaluate(args: argparse.Namespace) -> None:
         say(f"  {name:<17} {one['mean']:8.4f}  95% over users [{one['interval'][0]:.4f}, {one['interval'][1]:.4f}]")
     for line in described(found):
         say(line)
+
+
+def _write_predictions(file: Path, experiment: "Experiment", vectors: "CreativeVectors") -> None:
+    from hllm_torchrec.common.atomic_files import replace_file
+    from hllm_torchrec.creative.imports.lamp import predictions
+    from hllm_torchrec.creative.written_texts import texts_of_part
+    from hllm_torchrec.data.creative_table import CreativeTable
+    from hllm_torchrec.distributed.coordination import rank
+
+    table = CreativeTable.open(experiment.dataset, experiment.config.creative.data)
+    found = predictions(str(table.manifest.get("writer")), texts_of_part(experiment, vectors))
+    if rank() == 0:
+        replace_file(file, json.dumps(found, indent=1))
 
 
 def _titles(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from hllm_torchrec.launch.entry import CommandParser, natural, positive
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from hllm_torchrec.creative.writing.pipeline import Checks
     from hllm_torchrec.creative.writing.writer import Writer
     from hllm_torchrec.data.dataset import Dataset
 
@@ -20,7 +21,7 @@ _ENDPOINT = ("base_url", "key_from", "at_once", "max_requests", "max_tokens")
 _SELECTION = ("facts", "history", "per_user", "users")
 _PARAMETERS = ("answer_tokens", "temperature", "seed")
 _RULES = ("longest", "added_words", "support", "alike", "allowed")
-_BY_MODEL = (*_SELECTION, *_PARAMETERS, *_RULES)
+_BY_MODEL = (*_SELECTION, *_PARAMETERS, *_RULES, "encoder", "least_cosine")
 _OPTIONS = {
     "template": _TEMPLATE,
     "openai": ("model", "judge", *_ENDPOINT, *_BY_MODEL),
@@ -72,6 +73,8 @@ def add_build_options(build: CommandParser) -> None:
     filters.add_argument("--added-words", type=natural, help="words that the source lacks, at most (default: 10)")
     filters.add_argument("--support", type=float, help="least share of words that the facts have (default: 1)")
     filters.add_argument("--allowed", type=Path, metavar="FILE", help="words that a text may have beside the facts'")
+    filters.add_argument("--encoder", metavar="DIR", help="sentence encoder (hllm fetch minilm) of --least-cosine")
+    filters.add_argument("--least-cosine", type=float, help="of a text and the item's facts (default: 0.5)")
     filters.add_argument(
         "--alike", type=float, help="share of common words that makes two texts of an item the same (default: 0.9)"
     )
@@ -107,10 +110,12 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} belongs to --writer {owners}, not to {args.writer}; leave it out"
             )
-    for name, most in (("support", 1.0), ("alike", 1.0), ("temperature", 2.0)):
+    for name, most in (("support", 1.0), ("alike", 1.0), ("least_cosine", 1.0), ("temperature", 2.0)):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= most:
-            raise ValueError(f"--{name} {value}: must be from 0 to {most:g}")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from 0 to {most:g}")
+    if args.least_cosine is not None and args.encoder is None:
+        raise ValueError(f"--least-cosine {args.least_cosine}: needs --encoder, the directory of a sentence encoder")
 
 
 def _given(args: argparse.Namespace, names: Iterable[str], **renamed: str) -> dict[str, Any]:
@@ -136,11 +141,11 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     selection = Selection(title=args.title, least=args.least, **_selected(args))
     parameters = Parameters(**_given(args, _PARAMETERS, answer_tokens="max_tokens"))
     rules, writer = _rules(args), _writer(args, args.model)
-    judge = None if args.judge is None else _writer(args, args.judge)
+    checks = _checks(args)
     wanted = list(wanted_texts(dataset, selection))
     if not wanted:
         raise ValueError(f"{dataset.root}: no like has {args.least} earlier ones and a title; lower --least")
-    for one in filter(None, (writer, judge)):
+    for one in filter(None, (writer, checks.judge)):
         if host := getattr(one, "leaves_machine", ""):
             users = len({one.raw_user for one in wanted})
             what = f"titles of up to {selection.history} choices of each of {users:,} users (no ids)"
@@ -148,13 +153,13 @@ def _by_model(args: argparse.Namespace, dataset: "Dataset") -> None:
     folder = answers_folder(dataset.root, args.name)
     folder.mkdir(parents=True, exist_ok=True)
     with answers_lock(folder):
-        built = build_by_writer(wanted, writer, folder, parameters, rules, judge)
+        built = build_by_writer(wanted, writer, folder, parameters, rules, checks)
     facts = {
         "writer": writer.name,
-        "judge": None if judge is None else judge.name,
+        "judge": None if checks.judge is None else checks.judge.name,
         "selection": vars(selection),
         "parameters": vars(parameters),
-        "filters": {**vars(rules), "allowed": len(rules.allowed)},
+        "filters": {**vars(rules), "allowed": len(rules.allowed), **_given(args, ("least_cosine",))},
         "prompts": prompts_hash(),
         "left_out": built.left_out,
     }
@@ -180,6 +185,15 @@ def _rules(args: argparse.Namespace) -> Any:
 
     found = _given(args, _RULES)
     return TextRules(**found | ({"allowed": tuple(read_list(args.allowed))} if args.allowed else {}))
+
+
+def _checks(args: argparse.Namespace) -> "Checks":
+    from hllm_torchrec.creative.writing.pipeline import Checks
+    from hllm_torchrec.creative.writing.text_cosine import TextCosine
+
+    judge = None if args.judge is None else _writer(args, args.judge)
+    encoder = None if args.encoder is None else TextCosine(args.encoder)
+    return Checks(judge, encoder, **_given(args, ("least_cosine",)))
 
 
 def _writer(args: argparse.Namespace, model: str | None) -> "Writer":

@@ -45,9 +45,9 @@ class NumberSums:
 
 
 def number_metrics(labels: _Doubles, predictions: _Doubles, weights: _Doubles | None = None) -> dict[str, float]:
-    """Metrics of predictions [n] of labels [n]; weights [n] above 0, None: 1 each. NaN where they are undefined.
+    """Compute the metrics of predictions [n] of labels [n]; weights [n] > 0, or None for 1 each.
 
-    `mean_label` and `mean_prediction` are those that calibration compares: their ratio is right at 1.
+    An undefined metric is NaN. For a calibrated model, `mean_prediction` / `mean_label` is 1.
     """
     if not labels.size:
         return dict.fromkeys(("mae", "rmse", "spearman", "xauc", "mean_label", "mean_prediction"), math.nan)
@@ -64,7 +64,7 @@ def number_metrics(labels: _Doubles, predictions: _Doubles, weights: _Doubles | 
 
 
 def spearman(labels: _Doubles, predictions: _Doubles, weights: _Doubles) -> float:
-    """Weighted Pearson correlation of the weighted middle ranks; NaN if one of both is constant."""
+    """Weighted Pearson correlation of the weighted mid-ranks; NaN if the labels or the predictions are constant."""
     ranks = [_middle_ranks(values, weights) for values in (labels, predictions)]
     first, second = (rank - np.average(rank, weights=weights) for rank in ranks)
     spread = math.sqrt(float((weights * first**2).sum() * (weights * second**2).sum()))
@@ -72,20 +72,24 @@ def spearman(labels: _Doubles, predictions: _Doubles, weights: _Doubles) -> floa
 
 
 def _middle_ranks(values: _Doubles, weights: _Doubles) -> _Doubles:
-    """[n] weight of all smaller values plus half of that of equal ones: a row repeated twice counts as weight 2."""
-    unique, place = np.unique(values, return_inverse=True)
-    mass = np.bincount(place, weights, minlength=unique.size)
-    ranks: _Doubles = (np.cumsum(mass) - mass / 2)[place]
+    """Weighted mid-rank of each value [n]: the weight of all smaller values plus half the weight of equal values.
+
+    A row of weight 2 is therefore equivalent to two rows of weight 1.
+    """
+    unique, index = np.unique(values, return_inverse=True)
+    mass = np.bincount(index, weights, minlength=unique.size)
+    ranks: _Doubles = (np.cumsum(mass) - mass / 2)[index]
     return ranks
 
 
 def xauc(labels: _Doubles, predictions: _Doubles, weights: _Doubles) -> float:
-    """Share of the pairs of rows with different labels that the predictions order alike; equal predictions count half.
+    """Share of the pairs of rows with different labels that the predictions order as the labels do.
 
-    Pairs weigh the product of their rows' weights. With labels 0 and 1 it is the AUC. O(n log^2 n).
+    Pairs with equal predictions count one half. The weight of a pair is the product of its rows' weights. With labels 0
+    and 1, XAUC is the AUC. O(n log^2 n).
     """
     rank = np.unique(predictions, return_inverse=True)[1].astype(np.int64)
-    # Within equal labels predictions descend, so that no pair of equal labels ascends.
+    # Rows with equal labels are sorted by descending prediction, so that `_ascending` does not count their pairs.
     order = np.lexsort((-rank, labels))
     y, r, w = labels[order], rank[order], weights[order]
     concordant = _ascending(r, w)
@@ -97,8 +101,8 @@ def xauc(labels: _Doubles, predictions: _Doubles, weights: _Doubles) -> float:
 
 def _equal_pairs(columns: list[NDArray], weights: _Doubles) -> float:
     """Weight of the pairs of different rows that are equal in all columns."""
-    place = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
-    total, squares = np.bincount(place, weights), np.bincount(place, weights**2)
+    index = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+    total, squares = np.bincount(index, weights), np.bincount(index, weights**2)
     return float((total**2 - squares).sum() / 2)
 
 
@@ -109,7 +113,7 @@ def _ascending(ranks: NDArray[np.int64], weights: _Doubles) -> float:
     width = 1
     while width < number:
         block, right = index // (2 * width), (index // width) % 2 == 1
-        # Sorted by (block, rank); of equal ranks the right half comes first, so that equal pairs do not count.
+        # Sort by (block, rank). Of equal ranks, those in the right half come first, so that their pairs do not count.
         order = np.argsort((block * high + ranks) * 2 + ~right, kind="stable")
         left_mass = np.where(right[order], 0.0, weights[order])
         before = np.cumsum(left_mass)

@@ -138,7 +138,9 @@ def step_counts(batches: list[HybridBatch]) -> StepCounts:
         local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
     found = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
     counts = [count or 1.0 for count in found]
-    return StepCounts(tuple(counts[:-5]), *counts[-5:], labelled=tuple(count > 0 for count in found[:-5]))
+    targets, tokens, pairs, profile_tokens, creatives = counts[-5:]
+    labelled = tuple(count > 0 for count in found[:-5])
+    return StepCounts(tuple(counts[:-5]), targets, tokens, pairs, profile_tokens, creatives, labelled)
 
 
 def _creative_counts(batch: HybridBatch) -> tuple[float, float, float, float]:
@@ -218,6 +220,8 @@ def describe_step(
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if config.creative.enabled:
+        # Where the mean of all users is subtracted, what they have in common does no harm.
+        alarm = alarm and config.creative.soft.normalize == "none"
         return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
     if objective.has_head:
         found["loss_cls"] = cls
@@ -261,7 +265,8 @@ def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, col
         if found["user_similarity"] > collapse_above:
             raise FloatingPointError(
                 f"user vectors have collapsed: their mean cosine similarity is {found['user_similarity']:.4f} > "
-                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set user.trainable to false"
+                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set "
+                "creative.soft.normalize to standardize"
             )
     return found
 

@@ -101,6 +101,7 @@ class Trainer:
         self.loaders: dict[StageConfig, Loader | CreativeLoader] = {}
         self.schedule = RunSchedule.of(self.config, self._epoch_steps)
         self.labelled: set[int] = set()  # numbers of the tasks that some step had labels for
+        self.creative_alone = False  # True in a stage that trains nothing else
         self.step, self.early_stopping = 0, EarlyStopping(self.config.evaluation.patience)
         self.earlier_steps = 0  # steps of the runs whose optimizers this one continues
         self.origin: dict[str, Any] | None = None  # checkpoint from which the run starts, and its ids, for the log
@@ -288,6 +289,7 @@ class Trainer:
         A run resumed within a cached stage fills the cache again. It is the same as before, because the Item LLM is
         not trained in such a stage.
         """
+        self.creative_alone = segment.stage.trains == "creative"
         cached = segment.stage.item_embeddings == "cached" and self.hllm.item_llm is not None
         if segment.is_first_of_stage or (cached and self.hllm.encodes_items):
             self.experiment.use_live_items()
@@ -300,13 +302,17 @@ class Trainer:
             self.log.write("stage", self.step, name=segment.stage.name, item_embeddings=segment.stage.item_embeddings)
 
     def _set_learning_rates(self, ratio: float) -> None:
+        others = 0.0 if self.creative_alone else ratio
         for group, rate in zip(self.dense_optim.param_groups, self.base_learning_rates, strict=True):
-            group["lr"] = rate * ratio
-        self.table_optim.set_ratio(ratio)
+            group["lr"] = rate * (ratio if group["name"].startswith("creative") else others)
+        self.table_optim.set_ratio(others)
 
     def _part_rates(self) -> dict[str, float]:
-        parts = self.hllm.named_backbones()
-        return {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
+        optim, parts = self.config.optim, self.hllm.named_backbones()
+        rates = {part.name: part.learning_rate for part in parts if part.learning_rate is not None}
+        if any(stage.trains == "creative" for stage in self.config.stages):  # parameter groups of their own
+            rates = {"creative": optim.lr, "creative_head": optim.lr} | rates
+        return rates
 
     def _log_start(self) -> None:
         if self.rank == 0:

@@ -20,7 +20,7 @@ the comparison: metrics of each arm on the test day, and paired differences from
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from scipy.stats import kendalltau
 
 from hllm_torchrec.config.loading import load_config
 from hllm_torchrec.data.batch import HybridBatch
+from hllm_torchrec.data.collate import Collator
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.events import Events, Piece
 from hllm_torchrec.data.predictions import save_predictions
@@ -128,10 +129,10 @@ def train(arm: str, output: Path, dataset: Dataset, seed: int, epochs: float) ->
     options = [f"--{n}={value if isinstance(value, str) else json.dumps(value)}" for n, value in settings.items()]
     with distributed_device() as device:
         trainer = build_trainer(load_config(options), device)
-        if arm.endswith("_raw"):
-            _leave_correction_out(trainer)
-        if arm.endswith("_file"):
-            _draw_once(trainer)
+        for end, change in CHANGES.items():
+            if arm.endswith(end):
+                loader = trainer._loader(trainer.config.stages[0])
+                loader.collator = ChangedCollator(loader.collator, change)
         metrics = trainer.run()
         _score(run, "test", device)
         if arm == "joint":
@@ -147,24 +148,34 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _leave_correction_out(trainer: Trainer) -> None:
-    """Train on what is left as if it were whole traffic."""
-    loader = trainer._loader(trainer.config.stages[0])
-    collate = loader.collator
+class ChangedCollator:
+    """The loader's collator, with batches changed by `change`."""
 
-    def without(pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
-        batch = collate(pieces, epoch, step, rank)
-        batch.logit_offset = None
-        return batch
+    def __init__(self, collator: Collator, change: Callable[..., HybridBatch]) -> None:
+        self._collator, self._change = collator, change
 
-    loader.collator = without  # type: ignore[assignment]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collator, name)
+
+    def __call__(self, pieces: Sequence[Piece], epoch: int, step: int, rank: int = 0) -> HybridBatch:
+        """The changed batch of the pieces."""
+        return self._change(self._collator, pieces, epoch, step, rank)
 
 
-def _draw_once(trainer: Trainer) -> None:
-    """Train on the negatives of the first epoch in all epochs: nothing else of a batch depends on the epoch here."""
-    loader = trainer._loader(trainer.config.stages[0])
-    collate = loader.collator
-    loader.collator = lambda pieces, epoch, step, rank=0: collate(pieces, 0, step, rank)  # type: ignore[assignment]
+def _without_correction(collate: Collator, pieces: Sequence[Piece], epoch: int, step: int, rank: int) -> HybridBatch:
+    """A batch that passes for whole traffic."""
+    batch = collate(pieces, epoch, step, rank)
+    batch.logit_offset = None
+    return batch
+
+
+def _of_first_draw(collate: Collator, pieces: Sequence[Piece], epoch: int, step: int, rank: int) -> HybridBatch:
+    """A batch with the negatives of the first epoch; nothing else of it depends on the epoch here."""
+    return collate(pieces, 0, step, rank)
+
+
+CHANGES = {"_raw": _without_correction, "_file": _of_first_draw}
+"""End of an arm's name -> how its batches are built."""
 
 
 def _score(run: Path, name: str, device: Any) -> None:

@@ -13,9 +13,11 @@ import pytest
 from hllm_torchrec.data.creative_table import WHOLE_HISTORY, CreativeTable
 from hllm_torchrec.data.dataset import Dataset
 from hllm_torchrec.data.split import SPLITS
+from hllm_torchrec.distributed.process_group import destroy_distributed
 from hllm_torchrec.launch import creatives
-from tests.helpers import fixtures
+from tests.helpers import creative_fixtures, fixtures
 from tests.helpers.creative_imports import creator_rows, lamp_files, write_creator
+from tests.helpers.training_fixtures import config, train
 
 
 def run(source: str, dataset: Path, *more: object, name: str = "published") -> int:
@@ -82,6 +84,7 @@ def test_lists_may_be_json_and_rows_without_a_text_are_counted(
 def test_lamp_becomes_a_dataset_with_the_last_pair_as_test(tmp_path: Path) -> None:
     (train, train_golds), (dev, dev_golds) = lamp_files(tmp_path, "train"), lamp_files(tmp_path, "dev")
     files = ["--questions", train, dev, "--outputs", train_golds, dev_golds]
+    change(train, lambda content: content[1].update(input="No instruction: an article\ud800"))
     assert run("lamp", tmp_path / "news", "--task", "LaMP-4", *files) == 0
     dataset = Dataset.open(tmp_path / "news")
     rows = rows_of(dataset)
@@ -91,6 +94,8 @@ def test_lamp_becomes_a_dataset_with_the_last_pair_as_test(tmp_path: Path) -> No
     (row,) = [row for row in rows if row["raw_item_id"] == "lamp-1-30"]
     assert (row["source"], row["description"], row["response"]) == (None, "News of opera: part 3.", "opera today")
     assert history(dataset, row["raw_user_id"]) == [f"1-dev3{k}" for k in (3, 2, 1, 0)]  # by date
+    (bare,) = [row for row in rows if row["raw_item_id"] == "lamp-0-10"]
+    assert bare["description"] == "No instruction: an article?"
     texts = dict(zip(dataset.items["raw_item_id"].to_pylist(), dataset.text(["title", "description"]).to_pylist()))
     assert texts["1-dev30"] == {"title": "opera 0", "description": "Text 0"}
 
@@ -219,3 +224,25 @@ def test_a_user_is_in_one_part(shop: Path, tmp_path: Path, capsys: pytest.Captur
     pq.write_table(pa.table({**TABLE, "part": ["train", "dev", "dev", "valid"]}), tmp_path / "mine.parquet")
     assert run("table", shop, "--files", tmp_path / "mine.parquet", name="mine") == 2
     assert "part 'dev': must be one of train, valid, test" in capsys.readouterr().err
+
+
+def test_a_run_on_lamp_writes_predictions_in_its_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (train_file, train_golds), (dev, dev_golds) = lamp_files(tmp_path, "train", count=12), lamp_files(tmp_path, "dev")
+    files = ["--questions", train_file, dev, "--outputs", train_golds, dev_golds]
+    assert run("lamp", tmp_path / "news", "--task", "LaMP-4", *files, "--fractions", 0.5, 0.5, 0) == 0
+    settings = {
+        **creative_fixtures.settings(max_steps=2),
+        "data__dataset": tmp_path / "news",
+        "creative__data": "published",
+        "creative__prompt": "{user}{description}",
+        "data__item_features": "[]",
+        "data__user_features": "[]",
+        "item_llm__text_keys": "[title, description]",
+    }
+    train(config(tmp_path / "run", **settings))
+    destroy_distributed()
+    assert creatives.main(["evaluate", "--run", str(tmp_path / "run"), "--lamp", str(tmp_path / "found.json")]) == 0
+    assert "5 texts of" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["task"] == "LaMP_4" and [one["id"] for one in found["golds"]] == [f"{i}0" for i in range(5)]
+    assert all(isinstance(one["output"], str) for one in found["golds"])

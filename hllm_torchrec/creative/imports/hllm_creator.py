@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from hllm_torchrec.common.hashing import hash_texts
-from hllm_torchrec.creative.imports.samples import Item, Sample
+from hllm_torchrec.creative.imports.samples import Item, Sample, text_of
 from hllm_torchrec.data.validation import error_location
 
 COLUMNS = ("item_id_list", "title_list", "original_title", "response")
@@ -47,12 +47,12 @@ def _sample(values: Mapping[str, Any], where: str) -> Sample:
     ids, titles = (_list(values[name], f"{where}, {name}") for name in ("item_id_list", "title_list"))
     if len(ids) != len(titles):
         raise ValueError(f"{where}: item_id_list has {len(ids)} entries, title_list {len(titles)}: must be as many")
-    title, description = _text(values["original_title"]), _text(values.get("original_description"))
+    title, description = text_of(values["original_title"]), text_of(values.get("original_description"))
     return Sample(
         history=tuple(Item(one, text) for one, text in zip(ids, titles, strict=True)),
         item=Item(f"t-{hash_texts([title, description])[:20]}", title, description),
-        response=_text(values["response"]),
-        profile=_text(values.get("user_profile")) or None,
+        response=text_of(values["response"]),
+        profile=text_of(values.get("user_profile")) or None,
     )
 
 
@@ -64,8 +64,4 @@ def _list(value: Any, where: str) -> list[str]:
             value = None
     if not isinstance(value, list) or any(isinstance(one, list | dict) for one in value):
         raise ValueError(f"{where}: must be a list of ids or titles")
-    return [_text(one) for one in value]
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    return [text_of(one) for one in value]

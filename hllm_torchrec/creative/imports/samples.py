@@ -29,6 +29,11 @@ _ITEMS = pa.schema([("item", pa.string()), ("title", pa.string()), ("description
 NO_HISTORY, NO_RESPONSE, NO_TEXT = "no history", "no text", "the item has no text"
 
 
+def text_of(value: Any) -> str:
+    """A JSON value as text; "" for null. Lone surrogates, which JSON can spell and no file can hold, become "?"."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
 @dataclass(frozen=True)
 class Item:
     """An item of a history, or one that a text is for."""
@@ -105,9 +110,10 @@ def import_samples(
     if table_path(dataset, name).exists():
         raise ValueError(f"--name {name}: {table_path(dataset, name)} exists; choose another, or remove it")
     parts = _parts(rows, fractions, origin)
-    facts = {"writer": origin, "left_out": dict(sorted(left_out.items())), "fractions": list(fractions)}
+    reasons = dict(sorted(left_out.items()))
+    facts = {"writer": origin, "left_out": reasons, "fractions": list(fractions)}
     path = write_table(dataset, name, parts, facts=facts)
-    return Imported(path, {split: len(part) for split, part in parts.items()}, facts["left_out"], source.conflicts)
+    return Imported(path, {split: len(part) for split, part in parts.items()}, reasons, source.conflicts)
 
 
 class _Source:

@@ -17,9 +17,10 @@ from hllm_torchrec.creative.writing import prompts
 from hllm_torchrec.creative.writing.answers import AnswerFile
 from hllm_torchrec.creative.writing.prompts import JUDGE, PROFILE, PROPOSE
 from hllm_torchrec.creative.writing.requests import Wanted
+from hllm_torchrec.creative.writing.text_cosine import TextCosine
 from hllm_torchrec.creative.writing.writer import Ask, Writer
 
-NO_POINT, UNCONFIRMED = "no selling point for the user", "not confirmed by the judge"
+NO_POINT, UNCONFIRMED, FAR = "no selling point for the user", "not confirmed by the judge", "far from the facts"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Parameters:
     max_tokens: int = 512
     temperature: float = 0.7
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Filters that use models.
+
+    judge: writer that must confirm each text twice; encoder: sentence encoder for the cosine of a text and the item's
+    facts, which must be at least `least_cosine`. None: no such filter.
+    """
+
+    judge: Writer | None = None
+    encoder: TextCosine | None = None
+    least_cosine: float = 0.5
 
 
 @dataclass
@@ -96,13 +110,13 @@ def build_by_writer(
     folder: Path,
     parameters: Parameters,
     rules: TextRules,
-    judge: Writer | None = None,
+    checks: Checks | None = None,
 ) -> Built:
     """Ask for a profile and a text for each of `wanted`, and filter the texts.
 
     Args:
         folder: of the files of answers; the caller holds its lock.
-        judge: writer that confirms each text twice; None: none.
+        checks: filters by models; None: no such filter.
 
     Raises:
         Preempted: the writer has reached a limit; the same call goes on from there.
@@ -117,8 +131,10 @@ def build_by_writer(
         if not answer["points"].strip():
             draft.reasons.append(NO_POINT)
     _filter([draft for draft in drafts if not draft.reasons], rules)
-    if judge is not None:
-        _judge([draft for draft in drafts if not draft.reasons], _Stages(folder, judge, parameters))
+    if checks is not None and checks.encoder is not None:
+        _compare([draft for draft in drafts if not draft.reasons], checks.encoder, checks.least_cosine)
+    if checks is not None and checks.judge is not None:
+        _judge([draft for draft in drafts if not draft.reasons], _Stages(folder, checks.judge, parameters))
     return _built(drafts, writer.name, stages.errors)
 
 
@@ -142,6 +158,14 @@ def _filter(drafts: Sequence[Draft], rules: TextRules) -> None:
         of_item = list(group)
         for draft, is_copy in zip(of_item, nearly_equal([d.text for d in of_item], rules.alike), strict=True):
             draft.reasons += [ALIKE] * is_copy
+
+
+def _compare(drafts: Sequence[Draft], encoder: TextCosine, least: float) -> None:
+    """Keep the drafts whose cosine with the item's facts is at least `least`."""
+    facts = ["\n".join(_item(draft).values()) for draft in drafts]
+    for draft, cosine in zip(drafts, encoder.cosines([d.text for d in drafts], facts) if drafts else [], strict=True):
+        draft.checks["cosine"] = cosine
+        draft.reasons += [FAR] * (cosine < least)
 
 
 def _judge(drafts: Sequence[Draft], stages: _Stages) -> None:

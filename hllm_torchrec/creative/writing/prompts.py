@@ -104,8 +104,13 @@ def _prompt(stage: str, data: Mapping[str, str], **values: object) -> str:
     return "\n\n".join([*parts, task, f"The JSON object has these fields, in this order, each a text:\n{fields}"])
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _one_line(text: str, most: int = 4096) -> str:
+    """A text of at most `most` characters without line ends."""
+    return " ".join(text[: 4 * most].split())[:most]
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def parse_answer(stage: str, text: str) -> dict[str, str] | None:
@@ -122,6 +127,7 @@ def parse_answer(stage: str, text: str) -> dict[str, str] | None:
     except (ValueError, RecursionError):
         return None
     fields = {name: found.get(name) for name in FIELDS[stage]} if isinstance(found, dict) else {}
-    if not fields or not all(isinstance(value, str) for value in fields.values()):
+    # A lone surrogate, which JSON can spell, is no character and cannot be written to a table.
+    if not fields or not all(isinstance(value, str) and _is_unicode(value) for value in fields.values()):
         return None
     return {name: str(value) for name, value in fields.items()}

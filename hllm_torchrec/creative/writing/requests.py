@@ -57,7 +57,8 @@ def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
     if problems := list(selection.problems(dataset)):
         raise ValueError("; ".join(problems))
     names = selection.facts or tuple(name for name in dataset.manifest["text_columns"] if name != selection.title)
-    texts = {name: ["", *column.to_pylist()] for name, column in _columns(dataset, (selection.title, *names))}
+    columns = dataset.text(list(dict.fromkeys((selection.title, *names))))
+    texts: dict[str, list[str]] = {name: ["", *columns[name].to_pylist()] for name in columns.column_names}
     titles, raw_items = texts[selection.title], ["", *dataset.items["raw_item_id"].to_pylist()]
     for user, raw_user in _users(dataset, selection):
         events = dataset.user_events(user)
@@ -77,11 +78,6 @@ def wanted_texts(dataset: Dataset, selection: Selection) -> Iterator[Wanted]:
                 titles[item],
                 {name: texts[name][item] for name in names},
             )
-
-
-def _columns(dataset: Dataset, names: tuple[str, ...]) -> Iterator[tuple[str, object]]:
-    table = dataset.text(list(dict.fromkeys(names)))
-    yield from zip(table.column_names, table.columns, strict=True)
 
 
 def _users(dataset: Dataset, selection: Selection) -> list[tuple[int, str]]:

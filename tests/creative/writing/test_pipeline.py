@@ -2,18 +2,30 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from hllm_torchrec.creative.filters import ALIKE, INSTRUCTION, UNSUPPORTED, TextRules
 from hllm_torchrec.creative.writing.answers import AnswerFile
-from hllm_torchrec.creative.writing.pipeline import NO_POINT, UNCONFIRMED, Built, Parameters, build_by_writer
+from hllm_torchrec.creative.writing.pipeline import (
+    FAR,
+    NO_POINT,
+    UNCONFIRMED,
+    Built,
+    Checks,
+    Parameters,
+    build_by_writer,
+)
 from hllm_torchrec.creative.writing.prompts import FIELDS, marks_in, parse_answer, propose_prompt
 from hllm_torchrec.creative.writing.requests import Selection, Wanted, wanted_texts
+from hllm_torchrec.creative.writing.text_cosine import TextCosine
 from hllm_torchrec.creative.writing.writer import Answer, Ask, check_writer, own_writer
 from hllm_torchrec.data.creative_table import split_by_user
-from tests.helpers import fixtures
+from tests.helpers import creative_fixtures, fixtures
 
 
 class Scripted:
@@ -45,7 +57,7 @@ def wanted(number: int = 3, description: str = "Hand picked leaves.") -> list[Wa
 
 
 def built(writer: Scripted, folder: Path, judge: Scripted | None = None, number: int = 3, **facts: str) -> Built:
-    return build_by_writer(wanted(number, **facts), writer, folder, Parameters(), TextRules(), judge)
+    return build_by_writer(wanted(number, **facts), writer, folder, Parameters(), TextRules(), Checks(judge))
 
 
 GOOD = ("Green tea: hand picked", "Hand picked green tea leaves", "Picked by hand: green tea leaves")
@@ -166,6 +178,44 @@ def test_the_judge_is_asked_twice_and_must_agree_twice(tmp_path: Path) -> None:
     assert len(silent.rows) == 0 and silent.left_out == {UNCONFIRMED: 3}
 
 
+@cache
+def encoder_dir() -> Path:
+    """A random BERT whose vectors are means of its states, and whose words are the shop's."""
+    path = fixtures.folder() / "sentence-encoder"
+    torch.manual_seed(0)
+    shape = {name: value for name, value in fixtures.BERT.items() if name != "model_type"}
+    BertModel(BertConfig(**shape)).save_pretrained(path)
+    PreTrainedTokenizerFast.from_pretrained(fixtures.tokenizer_dir()).save_pretrained(path)
+    (path / "modules.json").write_text(
+        json.dumps([{"path": "", "type": "sentence_transformers.models.Transformer"}])[:-1]
+        + ', {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]'
+    )
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return path
+
+
+def test_a_text_far_from_its_facts_is_dropped(tmp_path: Path) -> None:
+    encoder = TextCosine(str(encoder_dir()))
+    model, tokenizer = BertModel.from_pretrained(encoder_dir()).eval(), encoder.tokenizer
+    texts = ["word1 word2", "title word3", "word7"]
+    with torch.no_grad():
+        means = [model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].mean(0) for text in texts]
+    expected = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(means, means[::-1], strict=True)]
+    assert encoder.cosines(texts, texts[::-1]) == pytest.approx(expected, abs=1e-5)
+    item = {"description": "word1 word2 word3"}
+    asked = [Wanted(f"u{i}", "s", 9 + i, (f"word{i}",), "word4", item) for i in range(2)]
+    written = ["word3 word2 word1 word4", "word1"]
+    cosines = encoder.cosines(written, ["word4\nword1 word2 word3"] * 2)
+    least = sum(cosines) / 2
+    checks = Checks(encoder=encoder, least_cosine=least)
+    found = build_by_writer(asked, Scripted(written), tmp_path, Parameters(), TextRules(alike=0.0), checks)
+    assert found.left_out == {FAR: 1} and len(found.rows) == 1
+    assert dict(found.rows["checks"].to_pylist()[0])["cosine"] == pytest.approx(max(cosines))
+    with pytest.raises(ValueError, match=r"--encoder .*: says nothing of pooling; give a sentence encoder's directory"):
+        TextCosine(str(creative_fixtures.tiny_model()))
+
+
 class Obeys(Scripted):
     """A model that follows what an item's description says, and one that repeats marks."""
 
@@ -194,6 +244,7 @@ def test_a_description_that_gives_orders_gets_no_title(tmp_path: Path) -> None:
         ('{"verdict": "yes"}', None),
         ('{"reason": "", "verdict": "ye', None),
         ("[1, 2]", None),
+        ('{"reason": "", "verdict": "\\ud800"}', None),
         ("{" * 100_000, None),
         ("", None),
     ],
