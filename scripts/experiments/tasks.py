@@ -10,7 +10,7 @@ The shop has 504,000 exposures of 9,000 users in 14 days; day 13 is validation, 
     bias           joint with the position bias tower, which is left out at serving
     rate_25, rate_5      a quarter and a twentieth of the non-clicks, with the correction of the logit
     rate_25_raw, rate_5_raw   the same without it
-    rate_5_long, rate_5_slow   a twentieth, with twice the epochs, and with a third of the learning rate
+    rate_5_long, rate_5_slow   a twentieth, with twice the epochs; and with a third of the learning rate as well
     rate_5_equal   a twentieth, with four times the epochs: as many exposures as `joint` reads
     rate_5_file    a twentieth, the same one in all epochs: as in a file that was thinned out before
 
@@ -48,7 +48,6 @@ from hllm_torchrec.evaluation.offline_evaluation import EvaluationSettings
 from hllm_torchrec.evaluation.prediction_layout import describe_predictions
 from hllm_torchrec.evaluation.run_loader import load_run
 from hllm_torchrec.evaluation.scoring import score_split
-from hllm_torchrec.training.trainer import Trainer
 from hllm_torchrec.training.trainer_setup import build_trainer
 
 FULL = shop.Shop(
@@ -90,7 +89,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate_5_equal": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
     "rate_5_file": {"objective.tasks": EVERY, "data.negative_rate": 0.05},
 }
-LONGER = {"rate_5_long": 2, "rate_5_equal": 4}
+LONGER = {"rate_5_long": 2, "rate_5_slow": 2, "rate_5_equal": 4}
 """Factor on the epochs of an arm."""
 
 
