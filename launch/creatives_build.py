@@ -198,7 +198,7 @@ def _checks(args: argparse.Namespace) -> "Checks":
 
 def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
     from hllm_torchrec.creative.writing.openai_writer import Endpoint, OpenAIWriter
-    from hllm_torchrec.creative.writing.writer import own_writer
+    from hllm_torchrec.creative.writing.writer import custom_writer
 
     if args.writer == "openai":
         return OpenAIWriter(Endpoint(model=model or "", **{"base_url": "", **_given(args, _ENDPOINT)}))
@@ -208,7 +208,7 @@ def _writer(args: argparse.Namespace, model: str | None) -> "Writer":
         if model is None:
             raise ValueError("--model is missing: the directory of a language model")
         return LocalWriter(model)
-    return own_writer(args.writer)
+    return custom_writer(args.writer)
 
 
 def _write(
