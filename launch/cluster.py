@@ -1,10 +1,10 @@
-"""`hllm cluster`: clusters of the users of a store, and the cluster of every user.
+"""`hllm cluster`: fits clusters to the user vectors of a store, and assigns the users to them.
 
 hllm cluster --users stores/users --clusters 64 --output stores/clusters
 hllm cluster --users stores/users --output stores/clusters
 
-The second command assigns new and changed users to the clusters that are there, and keeps their titles. `--refit` fits
-again, with the settings given or those before; then `hllm create` writes the titles of the new clusters.
+The second command assigns new and changed users to the existing clusters, whose titles stay valid. `--refit` fits new
+clusters, with the given settings or the previous ones; then run `hllm create` for their titles.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def build_parser() -> CommandParser:
         "--users", type=Path, required=True, metavar="STORE", help="store of users (hllm embed --users)"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the clusters")
-    parser.add_argument("--clusters", type=positive, metavar="K", help="number of clusters; with it a fit's settings")
+    parser.add_argument("--clusters", type=positive, metavar="K", help="number of clusters of a fit")
     parser.add_argument(
         "--metric",
         choices=("euclidean", "cosine"),
@@ -48,10 +48,10 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fit or assign, and print what was found.
+    """Fit clusters or assign users, and print a summary.
 
     Raises:
-        ValueError: no store of users, or clusters of another fit without `--refit`.
+        ValueError: the store has no users, or the existing clusters do not fit and `--refit` is not given.
     """
     from hllm_torchrec.creative.cluster_fit import ClusterSettings, cluster_users
 

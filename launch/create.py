@@ -1,9 +1,9 @@
-"""`hllm create`: titles of a run's items for clusters of users, written once and looked up by a service.
+"""`hllm create`: generates titles of items for clusters of users, which a service then looks up.
 
 hllm create --run runs/creator/ml100k --clusters stores/clusters --top 8 --output stores/titles
 torchrun --nproc_per_node 2 -m hllm_torchrec.launch.create --run-dir runs/creator/ml100k ... --output stores/titles
 
-It can be repeated: what is there is not written again, and a job that was killed goes on.
+A repeated or restarted job generates only the titles that the folder lacks.
 """
 
 import argparse
@@ -21,9 +21,12 @@ def build_parser() -> CommandParser:
     parser.add_argument("--clusters", type=Path, required=True, metavar="DIR", help="clusters of hllm cluster")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the titles")
     parser.add_argument(
-        "--items", type=Path, metavar="FILE", help="raw item ids, one a line: the others' titles stay (default: all)"
+        "--items",
+        type=Path,
+        metavar="FILE",
+        help="raw item ids, one per line; titles of other items stay (default: all items)",
     )
-    pairs = parser.add_argument_group("clusters that an item gets a title for")
+    pairs = parser.add_argument_group("selection of clusters")
     pairs.add_argument(
         "--match",
         choices=("head", "predictor", "none"),
@@ -53,15 +56,15 @@ def build_parser() -> CommandParser:
         metavar="SHARE",
         help="least share of a title's names, numbers and content words that the item's texts have (default: 1)",
     )
-    texts.add_argument("--no-filters", action="store_true", help="keep every title that is whole and not empty")
+    texts.add_argument("--no-filters", action="store_true", help="accept every title that has an end and is not empty")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write what is missing, and print what was written and why titles were replaced.
+    """Generate the missing titles, and print counts and the reasons for replaced titles.
 
     Raises:
-        ValueError: no such run, clusters or items, or options that do not fit them.
+        ValueError: the run, the clusters or an item does not exist, or the options do not fit them.
     """
     from hllm_torchrec.common.text_files import read_list
     from hllm_torchrec.creative.clusters import Clusters
@@ -97,14 +100,19 @@ def run(args: argparse.Namespace) -> None:
     if rank() != 0:
         return
     say(
-        f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.written:,} of them new; "
+        f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
         f"{report.fallbacks:,} are the item's {args.source}"
     )
     for reason, number in report.reasons.items():
         say(f"replaced by it: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
-    say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
+    if report.equal_to_null == 1:
+        say("caution: every title for a cluster is the item's title for everybody: nothing is personal")
+    else:
+        say(f"{report.equal_to_null:.1%} of the titles for clusters equal the item's title for everybody")
+    if clusters.is_behind:
+        say("caution: the store of users has changed since they were clustered: assign them again (hllm cluster)")
 
 
 def _dense(dataset, raw_ids: list[str], file: Path):  # type: ignore[no-untyped-def]

@@ -46,11 +46,12 @@ class BaselinesConfig:
     """Settings of all baselines of `hllm baselines`.
 
     Raises:
-        ConfigError: values out of range, all of them.
+        ConfigError: values are out of range; the message lists all of them.
     """
 
     feedback_delay: int = 0
-    """Seconds from an event until a baseline may see it, as `data.feedback_delay` of a model; that of `dlrm` too."""
+    """Seconds from an event until a baseline may see it, like a model's `data.feedback_delay`. Also applies to `dlrm`.
+    """
     item_mean: ItemMeanConfig = field(default_factory=ItemMeanConfig)
     """Mean training label of the item."""
     running_bias: RunningBiasConfig = field(default_factory=RunningBiasConfig)

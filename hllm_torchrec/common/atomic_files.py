@@ -54,7 +54,7 @@ def atomic_folder(target: Path, *, replace: bool = False, marker: str | None = N
             try:
                 new.rename(target)
             except OSError:
-                # Another process was first: its folder is as good as this one.
+                # Another process has created `target` in the meantime; its content is assumed to be the same.
                 if replace or not target.is_dir():
                     raise
         sync_folder(target.parent)

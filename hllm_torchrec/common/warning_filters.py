@@ -16,9 +16,9 @@ _LOG_MESSAGES = {
 _WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     (FutureWarning, "`broadcast_buffers` is deprecated"),  # torchrec's call of DDP; the model has no buffers
     (FutureWarning, "Please use DTensor instead and we are deprecating ShardedTensor"),  # torchrec's tables
-    # FSDP2 warns about in-place changes of the logits; there are none.
+    # FSDP2 warns that in-place changes of the returned logits would be wrong; this library does not change them.
     (UserWarning, "FSDP2-wrapped module .* returned a view tensor"),
-    # FBGEMM's replicated tables are differentiated by a fallback; tests compare its gradients.
+    # Autograd uses a fallback for FBGEMM's replicated tables; tests compare its gradients.
     (UserWarning, "fbgemm::.* an autograd kernel was not registered to the Autograd key"),
 )
 

@@ -27,9 +27,10 @@ class SoftPromptConfig:
     """words: tokens are RMS-normalized and multiplied by a learned gain that starts at the word vectors' RMS; none: as
     published."""
     normalize: Literal["none", "standardize", "whiten"] = "none"
-    """Of user vectors, by statistics that are measured once, before the first step, as `item_llm.standardise` and
+    """Of user vectors, by statistics that are measured before the first step, as `item_llm.standardise` and
     `item_llm.whiten`: what is common to all users is subtracted, which would make their soft tokens nearly the same.
-    none: as published."""
+    In training the mean is that of the step's users, and gradients do not move what they have in common. none: as
+    published."""
     dropout: float = 0.15
     """Probability, in training, that a learned vector stands for the user: it answers for unknown users, and is what
     `creative_gap` compares with."""
@@ -164,6 +165,11 @@ def creative_problems(config: "Config") -> Iterator[str]:
     """Broken rules of `creative`, as 'field: value: rule; remedy'."""
     creative = config.creative
     if not creative.enabled:
+        if any(stage.trains == "creative" for stage in config.stages):
+            yield (
+                "stages: trains 'creative' with creative.enabled false: there is no Creative LLM to train; write "
+                "trains: all"
+            )
         return
     if not re.fullmatch(r"[\w-][\w.-]*", creative.data):
         yield (

@@ -145,7 +145,7 @@ def _moment_problems(config: "Config") -> Iterator[str]:
     except ValueError as error:
         yield f"data.train_since: {error}"
     if config.data.train_late_after is not None and config.data.train_since is None:
-        yield "data.train_late_after: without data.train_since there is nothing to be late for; give both"
+        yield "data.train_late_after: needs data.train_since, because only older events can be late; give both"
 
 
 TIMES = ("time_year", "time_month", "time_day", "time_hour", "time_minute", "time_second")
@@ -318,7 +318,7 @@ def _objective_problems(config: "Config") -> Iterator[str]:
                 "generative loss; set them, or leave it out"
             )
         if config.user.actions == "interleaved":
-            yield "objective.transitions: action tokens are no items; write user.actions: summed, or leave it out"
+            yield "objective.transitions: action tokens are not items; write user.actions: summed, or leave it out"
     if objective.mask_cosine_above is not None and objective.generative_loss != "infonce":
         yield (
             f"objective.mask_cosine_above: {objective.mask_cosine_above}: only for generative_loss infonce; leave it "

@@ -1,8 +1,9 @@
-"""k-means of the user vectors of a store: the fit, and the assignment of users who came later or have changed.
+"""k-means on the user vectors of a store, and the assignment of users to the fitted clusters.
 
-A fit reads at most SAMPLE users, mini-batches first and then whole passes, which also give centers without users to
-the farthest ones. Then all users are assigned, and clusters of fewer than `least` users are dissolved, the smallest
-first: their users go to the nearest other center. So the assignment is that of the nearest center in any case.
+A fit reads at most SAMPLE users: mini-batch k-means first, then a few iterations of Lloyd's algorithm on the whole
+sample, which move centers without users to the farthest users. Then all users of the store are assigned. While the
+smallest cluster has fewer than `least` users, its center is removed and its users are assigned to the nearest remaining
+center. Every user is therefore in the cluster of the nearest center.
 
 Legend: n users, D width of their vectors, K clusters.
 """
@@ -31,14 +32,18 @@ from hllm_torchrec.creative.mapped_table import hash_order
 from hllm_torchrec.store.store import EmbeddingStore
 
 SAMPLE = 131_072
-"""Users that a fit reads."""
+"""Maximum number of users that a fit reads."""
 _AT_ONCE = 65_536
 _MINI_BATCH, _PASSES, _TRIALS = 4096, 20, 3
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """clusters: K; center: of a cluster, for prompts; least: users of a cluster; seed: of the sample and the fit."""
+    """Settings of a fit.
+
+    clusters: K; center: vector of a cluster for prompts, the mean of its users or the medoid; least: minimum number of
+    users of a cluster; seed: of the sample and of k-means.
+    """
 
     clusters: int
     metric: Metric = "euclidean"
@@ -49,7 +54,11 @@ class ClusterSettings:
 
 @dataclass
 class ClusterReport:
-    """clusters: as written; new, moved, gone: users against the assignment before; notes: what deserves attention."""
+    """Result of `cluster_users`.
+
+    users: number of users in the store; new, moved, gone: number of users who were added, changed their cluster, or
+    left since the previous assignment (0 after a fit); notes: messages for the operator.
+    """
 
     clusters: Clusters
     users: int
@@ -60,7 +69,11 @@ class ClusterReport:
 
 
 class StoredUsers:
-    """Users of a store in the order of their ids' hashes. Raises ValueError: it holds no users, or other vectors."""
+    """The users of an embedding store, sorted by the hash of their ids.
+
+    Raises:
+        ValueError: the store is empty, or holds other vectors than users'.
+    """
 
     def __init__(self, path: Path) -> None:
         store = EmbeddingStore.open(path)
@@ -80,29 +93,31 @@ class StoredUsers:
         return len(self.raw_ids)
 
     def vectors(self, rows: Ints) -> Floats:
-        """Vectors [n, D] of users by their rows."""
+        """Return the vectors [n, D] of the users in the given rows [n]."""
         found: Floats = self._snapshot.gather(self._keys.take(pa.array(rows)))[0].numpy()
         if not np.isfinite(found).all():
             raise ValueError(f"{self.path}: a vector is no number; embed the users into a new store")
         return found
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
-        """Yield all rows with their vectors."""
+        """Yield the rows of all users and their vectors, in blocks."""
         for first in range(0, len(self), _AT_ONCE):
             rows = np.arange(first, min(first + _AT_ONCE, len(self)))
             yield rows, self.vectors(rows)
 
 
 def cluster_users(users: Path, output: Path, settings: ClusterSettings | None, refit: bool = False) -> ClusterReport:
-    """Fit clusters of a store's users, or assign its users to the clusters that `output` holds.
+    """Fit clusters to the users of a store, or assign the users to the clusters that `output` already holds.
 
     Args:
-        settings: of a fit; None: those of the clusters that are there.
-        refit: fit again, which makes titles of the earlier clusters invalid.
+        users: folder of the store.
+        output: folder of the clusters.
+        settings: settings of the fit; None: those of the clusters in `output`.
+        refit: fit new clusters even if `output` holds some. Titles of the previous clusters become invalid.
 
     Raises:
-        ValueError: no users, an `output` that holds something else, other settings or users of another model without
-            `refit`.
+        ValueError: the store has no users; `output` holds other files; or, without `refit`, the clusters in `output`
+            have other settings, or were fitted to vectors of another model.
     """
     stored = StoredUsers(users)
     if output.exists() and not (output / FILE).is_file() and any(output.iterdir()):
@@ -157,7 +172,10 @@ def _fit(stored: StoredUsers, output: Path, settings: ClusterSettings, old: Clus
 
 
 def _k_means(x: Doubles, clusters: int, seed: int) -> Floats:
-    """Fitted centers [K, D]. One thread: the sum over several has no fixed order, and a fit can be repeated."""
+    """Fit k-means to x [n, D]; returns the centers [K, D].
+
+    It runs on one thread: sums over several threads have no fixed order, and a repeated fit would differ.
+    """
     try:
         from sklearn.cluster import KMeans, MiniBatchKMeans
         from threadpoolctl import threadpool_limits
@@ -171,7 +189,10 @@ def _k_means(x: Doubles, clusters: int, seed: int) -> Floats:
 
 
 def _dissolved(stored: StoredUsers, centers: Centers, least: int) -> tuple[Floats, int]:
-    """Centers without those of fewer than `least` users (the last one stays), and their number."""
+    """Remove the centers of clusters with fewer than `least` users, except the last center.
+
+    Returns the remaining centers [K, D] and the number of removed ones.
+    """
     labels = np.concatenate([centers.assign(vectors)[0] for _, vectors in stored.blocks()])
     kept = np.ones(len(centers.fitted), bool)
     while kept.sum() > 1:
@@ -186,13 +207,16 @@ def _dissolved(stored: StoredUsers, centers: Centers, least: int) -> tuple[Float
 
 
 def _centers(stored: StoredUsers, centers: Centers, kind: str) -> tuple[Centers, list[str]]:
-    """With the center of each cluster: the mean of its users' vectors, or that of the nearest user, and these users."""
+    """Return `centers` with the vectors for prompts: the mean or the medoid (`kind`) of each cluster.
+
+    The second result is the list of the medoids' raw user ids, empty for means.
+    """
     clusters = len(centers.fitted)
     sums, counts = np.zeros((clusters, stored.width)), np.zeros(clusters)
     best, medoids = np.full(clusters, np.inf), np.zeros(clusters, np.int64)
     for rows, vectors in stored.blocks():
         labels, distances = centers.assign(vectors)
-        order = np.lexsort((distances, labels))  # by cluster, the nearest user first
+        order = np.lexsort((distances, labels))  # sorted by cluster, then by distance
         own, starts = np.unique(labels[order], return_index=True)
         sums[own] += np.add.reduceat(vectors[order].astype(np.float64), starts)
         counts += np.bincount(labels, minlength=clusters)
@@ -207,7 +231,7 @@ def _centers(stored: StoredUsers, centers: Centers, kind: str) -> tuple[Centers,
 def _assign(
     stored: StoredUsers, output: Path, centers: Centers, facts: dict[str, Any], old: Clusters | None
 ) -> ClusterReport:
-    """Assign all users of a store and write the clusters; against the assignment of `old`."""
+    """Assign all users of a store to `centers` and write the clusters; the report compares them with `old`."""
     found = [centers.assign(vectors) for _, vectors in stored.blocks()]
     labels = np.concatenate([one[0] for one in found]).astype(np.int32)
     distances = np.concatenate([one[1] for one in found]).astype(np.float32)
@@ -224,7 +248,7 @@ def _assign(
 
 
 def _compare(report: ClusterReport, old: Clusters, stored: StoredUsers, labels: np.ndarray) -> None:
-    """Add to a report how the assignment differs from an earlier one by the same centers."""
+    """Add to a report how its assignment differs from a previous one to the same centers."""
     before = np.array([old.of(raw) for raw in stored.raw_ids.to_pylist()])
     known = before != NO_CLUSTER
     report.new, report.moved = int((~known).sum()), int((before[known] != labels[known]).sum())

@@ -1,8 +1,8 @@
-"""Forgetting of users in clusters, and of items in titles: what `hllm forget` does with the folders of both.
+"""`hllm forget` in clusters of users and in titles of items.
 
-A user's assignment goes. The center of the cluster stays until the next fit (`hllm cluster --refit`): it is the mean of
-at least `least` users. A center that is a forgotten user's own vector (a medoid) is reported as left: only a fit
-replaces it and the titles that were written from it. An item's titles go.
+The assignment of a forgotten user is removed. The center of the user's cluster stays until the next fit (`hllm cluster
+--refit`), because it is the mean of at least `least` users. If the center is the vector of a forgotten user (a medoid),
+only a new fit can replace it, and `forget_users` says so. The titles of a forgotten item are removed.
 """
 
 from collections.abc import Collection
@@ -19,7 +19,10 @@ from hllm_torchrec.creative.titles import commit, committed, read_facts
 
 
 def forget_users(path: Path, users: Collection[str], dry_run: bool = False) -> tuple[int, str]:
-    """Remove users from clusters; returns how many were there, and what is left to do ("": nothing).
+    """Remove the assignments of users, given by raw ids.
+
+    Returns:
+        The number of users who were assigned, and what remains to be done by the operator ("" for nothing).
 
     Raises:
         ValueError: the clusters are damaged.
@@ -38,10 +41,13 @@ def forget_users(path: Path, users: Collection[str], dry_run: bool = False) -> t
 
 
 def forget_items(path: Path, items: Collection[str], dry_run: bool = False) -> int:
-    """Remove the titles of items, and titles that are not committed; returns how many titles were there.
+    """Remove the titles of items, given by raw ids, and all titles that are not committed yet.
+
+    Returns:
+        The number of committed titles of the items.
 
     Raises:
-        ValueError: the titles are damaged, or a job is writing there.
+        ValueError: the titles are damaged, or a job is writing to the folder.
     """
     titles = committed(path)
     gone = pc.is_in(titles["raw_item_id"], value_set=pa.array(list(items), pa.large_string()))
@@ -53,7 +59,7 @@ def forget_items(path: Path, items: Collection[str], dry_run: bool = False) -> i
             facts = {name: value for name, value in read_facts(path).items() if name != "files"}
             kept = titles.filter(pc.invert(gone))
             commit(path, kept, facts | {"titles": len(kept), "fallbacks": pc.sum(kept["fallback"]).as_py() or 0})
-        elif items:  # rounds name no items: whose titles they are is known to the job alone
+        elif items:  # rounds contain no item ids, so they are removed as a whole
             remove_folder(path / "rounds")
             (path / "rounds").mkdir()
     return found

@@ -11,16 +11,22 @@ from hllm_torchrec.evaluation.creative_scores import CreativeScores, CreativeVec
 from hllm_torchrec.metrics.bootstrap import user_mean_interval, user_ratio_interval
 
 CLUSTER = "cluster_"
-"""Beginning of the names of conditions in which the center of a user's cluster stands for the user."""
+"""Prefix of the names of conditions in which the user vector is replaced by the center of the user's cluster."""
 
 
 def centers_of(vectors: CreativeVectors, clusters: Sequence[Clusters], weights: str) -> dict[str, Tensor]:
-    """Condition -> center [N, D] of the cluster of each creative's user, as of the creative's second.
+    """Assign the user vector of each creative to a cluster, and return the centers as conditions of an evaluation.
 
-    weights: fingerprint of the model that computed the vectors.
+    Args:
+        vectors: user vectors [N, D] of the creatives, each as of the creative's second.
+        clusters: clusters to evaluate.
+        weights: fingerprint of the model that computed the vectors.
+
+    Returns:
+        Name of the condition -> centers [N, D].
 
     Raises:
-        ValueError: clusters of another model, or two of the same number.
+        ValueError: the clusters belong to another model, or two of them have the same number of clusters.
     """
     found: dict[str, Tensor] = {}
     for one in clusters:
@@ -67,7 +73,7 @@ def summarize(scores: CreativeScores, draws: int = 1000, seed: int = 0) -> dict[
 
 
 def described(found: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of what `hllm creatives evaluate` was asked to measure besides likelihoods."""
+    """Yield the lines that `hllm creatives evaluate` prints after the likelihoods, for what was measured."""
     for name, one in found["kept"].items():
         low, high = one["interval"]
         yield f"  kept by {name:<9} {one['share']:8.1%}  95% over users [{low:.1%}, {high:.1%}]"

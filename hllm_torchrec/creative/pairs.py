@@ -1,9 +1,8 @@
-"""Pairs of an item and a cluster of users that get a title: those whose match is predicted to be best.
+"""Selection of the clusters of users for which an item gets a title, by predicted probabilities.
 
-The match of a pair is the probability that the center of the cluster likes the item, by the late-fusion head of the run
-("head"), or by its Item-User Predictor ("predictor"). The head is trained where exposures are, so in the run from which
-a creator run started: if that run's user encoder was trained further, on texts, its head scores other vectors than it
-has learned from.
+The match of an item and a cluster is the probability that a user with the cluster's center as vector likes the item. It
+is predicted by the run's late-fusion head ("head") or by its Item-User Predictor ("predictor"). A run on texts does not
+train the head. If it trains the user encoder, the head reads other user vectors than those it was trained on.
 
 Legend: n items, K clusters, D width of users' vectors.
 """
@@ -25,14 +24,22 @@ Match = Literal["head", "predictor", "none"]
 
 @dataclass(frozen=True)
 class PairRule:
-    """match: what scores a pair; top: best clusters of an item that are kept (0: all); above: least match."""
+    """Rule of the selection.
+
+    match: predictor of the match, "none" for all clusters; top: number of clusters of an item with the largest match
+    (0: all); above: minimum match.
+    """
 
     match: Match = "head"
     top: int = 0
     above: float = 0.0
 
     def check(self, experiment: Experiment) -> None:
-        """Raise ValueError if a model cannot score pairs so, or the rule does nothing."""
+        """Check that a model can predict the match, and that the rule makes sense.
+
+        Raises:
+            ValueError: it cannot, or top and above are given without a match.
+        """
         hllm, evidence = experiment.hllm, experiment.evidence is not None
         if self.match == "none" and (self.top or self.above):
             raise ValueError("--match none scores no pairs: --top and --above need --match head or predictor")
@@ -44,18 +51,17 @@ class PairRule:
                 "--match predictor: the run was trained without it (creative.losses.match); write --match head or none"
             )
 
-    def kept(self, scores: Floats) -> np.ndarray:
-        """Mask [n, K] of the pairs with matches [n, K] that are kept; of equal ones the first clusters."""
-        keep = scores >= self.above
-        if self.top:
-            place = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable")
-            keep &= place < self.top
-        return keep
+    def selected(self, match: Floats) -> Ints:
+        """Return the ascending clusters that an item with matches [K] gets titles for; of equal ones the first."""
+        if self.match == "none":
+            return np.arange(match.size)
+        best = np.argsort(-match, kind="stable")[: self.top or None]
+        return np.sort(best[match[best] >= self.above])
 
 
 @torch.no_grad()
 def match_scores(experiment: Experiment, match: Match, centers: Floats, items: Ints) -> Floats:
-    """Match [n, K] of items by their dense ids [n] with centers [K, D]; NaN without a score. Collective."""
+    """Predict the match [n, K] of items (dense ids [n]) and centers [K, D]; NaN for "none". Collective."""
     if match == "none":
         return np.full((items.size, len(centers)), np.nan, np.float32)
     hllm, device = experiment.hllm, experiment.device
@@ -72,6 +78,6 @@ def match_scores(experiment: Experiment, match: Match, centers: Floats, items: I
         targets = vectors_by_features(experiment, collator, items)
         rows = [hllm.head(users, one.expand(len(users), -1)) for one in targets]
         logits = hllm.biased(torch.cat(rows)).view(items.size, -1)
-    # Rounded, so that the pairs that are kept do not depend on the number of ranks that encoded the items.
+    # Rounded, so that the selection does not depend on the number of ranks among which the items were encoded.
     found: Floats = logits.sigmoid().float().cpu().numpy().round(5)
     return found

@@ -1,8 +1,9 @@
-"""Measures of written texts: overlap with references, support by the item's facts, and diversity.
+"""Metrics of generated texts: overlap with reference texts, and diversity.
 
     ROUGE-n = F1 of the n-grams that two texts share        ROUGE-L = F1 of their longest common subsequence of words
 
-Words are compared without case. (The package `rouge-score` keeps ASCII words alone, and needs nltk.)
+Words are compared without case. (The package `rouge-score` is not used: it drops all letters outside of ASCII, and
+depends on nltk.)
 """
 
 from collections import Counter, defaultdict
@@ -16,13 +17,13 @@ from hllm_torchrec.creative.titles import Creatives
 
 
 def rouge_n(text: str, reference: str, n: int = 1) -> float:
-    """F1 of common n-grams; 0 where a text has none."""
+    """Return ROUGE-n, the F1 of the common n-grams of two texts; 0 if one of them has no n-gram."""
     own, other = (Counter(_n_grams(one, n)) for one in (text, reference))
     return _f1(sum((own & other).values()), sum(own.values()), sum(other.values()))
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words."""
+    """Return ROUGE-L, the F1 of the longest common subsequence of the words of two texts."""
     own, other = _n_grams(text, 1), _n_grams(reference, 1)
     longest = np.zeros(len(other) + 1, np.int64)
     for word in own:
@@ -42,16 +43,20 @@ def _n_grams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Share of different n-grams among all n-grams of texts; NaN without any."""
+    """Return the number of different n-grams of some texts over the number of all; NaN if there are none."""
     found = [gram for text in texts for gram in _n_grams(text, n)]
     return len(set(found)) / len(found) if found else float("nan")
 
 
 def diversity(items: Sequence[str], clusters: Sequence[int], texts: Sequence[str]) -> dict[str, float]:
-    """Diversity of the titles for clusters of each item, means over the items; the null titles have cluster -1.
+    """Compute the diversity of each item's titles for clusters, and average over the items.
 
-    distinct_1, distinct_2: over an item's titles; most_frequent: share of an item's most frequent title; equal_to_null:
-    share of titles that are the item's null title. NaN without titles for clusters.
+    Args:
+        items, clusters, texts: item, cluster (-1: null title) and text of each title.
+
+    Returns:
+        distinct_1, distinct_2: see `distinct`; most_frequent: share of the item's most frequent title; equal_to_null:
+        share of titles that equal the item's null title. NaN if no item has titles for clusters.
     """
     of_item: dict[str, list[str]] = defaultdict(list)
     null: dict[str, str] = {}
@@ -75,7 +80,7 @@ def diversity(items: Sequence[str], clusters: Sequence[int], texts: Sequence[str
 
 
 def describe_titles(creatives: Creatives) -> dict[str, Any]:
-    """Number of titles of a folder, share that is the item's own text, and `diversity`."""
+    """Return the number of titles, the share that was replaced by the item's source text, and the `diversity`."""
     columns = {name: creatives.titles[name].to_pylist() for name in ("raw_item_id", "cluster", "text")}
     fallbacks = creatives.titles["fallback"].to_numpy(zero_copy_only=False)
     return {

@@ -1,9 +1,9 @@
-"""`TitleWriter`: decodes titles for (item, cluster) pairs and checks them.
+"""`TitleWriter`: generates titles for pairs of an item and a cluster, and checks them.
 
-A title depends on its item, its center, the weights and the options alone: not on the other titles of a batch, their
-order, or the number of ranks, up to the rounding of sums, which decides only between tokens of equal probability. A
-title that breaks a rule of `filters` is drawn again, if titles are sampled, and else replaced by the item's source
-text, with the reasons.
+A title depends only on the item, the center of the cluster, the weights and the options. It does not depend on the
+other titles of a batch, their order or the number of ranks, except that the rounding of floating-point sums may decide
+between two tokens of practically equal probability. If a title breaks a rule of `filters`, it is sampled again (only
+with a temperature above 0, and at most `retries` times), and then replaced by the item's source text.
 
 Legend: B titles of a batch, K clusters, D width of users' vectors.
 """
@@ -18,7 +18,7 @@ from hllm_torchrec.common.arrays import Floats, Ints
 from hllm_torchrec.common.hashing import hash_json
 from hllm_torchrec.config.creative import PLACEHOLDER
 from hllm_torchrec.creative.clusters import NO_CLUSTER
-from hllm_torchrec.creative.filters import TextRules, check_text
+from hllm_torchrec.creative.filters import EMPTY, TextRules, check_text
 from hllm_torchrec.creative.pairs import PairRule
 from hllm_torchrec.data.creative_tokens import CreativeTokenizer, TextTokens, item_columns
 from hllm_torchrec.models.experiment import Experiment
@@ -26,14 +26,18 @@ from hllm_torchrec.models.parallelize import autocast
 from hllm_torchrec.modules.creative.decode import Decoded, DecodeOptions, decode
 
 BATCH_TOKENS = 16_384
-"""Positions of a batch of titles: prompts, soft tokens and responses."""
-CUT, EMPTY = "no end within the longest response", "empty"
+"""Maximum number of positions of a batch: prompts, soft tokens and responses."""
+CUT = "no end token within the maximum length"
 
 
 @dataclass(frozen=True)
 class CreateOptions:
-    """temperature, top_k, top_p: as `DecodeOptions`; seed, retries: of sampled titles; source: text column that stands
-    for a title that breaks a rule; rules: of the filters, None: a title must only be whole and not empty."""
+    """Options of `hllm create`.
+
+    pairs: clusters that each item gets titles for; temperature, top_k, top_p: see `DecodeOptions`; seed: of sampled
+    titles; retries: further samples if a title breaks a rule; source: text column that replaces such a title; rules:
+    limits of `filters.check_text`, None: a title must only have an end token and not be empty.
+    """
 
     pairs: PairRule = field(default_factory=PairRule)
     temperature: float = 0.0
@@ -46,14 +50,14 @@ class CreateOptions:
 
     @property
     def of_text(self) -> dict[str, Any]:
-        """The options that a title's text depends on."""
+        """Options on which the text of a title depends."""
         names = ("temperature", "top_k", "top_p", "seed", "retries") if self.temperature else ("temperature",)
         return {name: getattr(self, name) for name in names} | {"rules": self.rules and asdict(self.rules)}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A title to write. item: dense id; key: hash of all it depends on."""
+class TitleRequest:
+    """A title to generate. key: hash of everything that the title depends on; item: dense id; prompt: of the item."""
 
     key: str
     item: int
@@ -62,14 +66,14 @@ class Asked:
 
 
 class TitleWriter:
-    """Writes titles with a model in evaluation mode.
+    """Generates titles with a model that is in evaluation mode.
 
     Args:
         weights: fingerprint of the model's weights.
-        centers: [K, D] vectors that stand for the users of each cluster.
+        centers: [K, D] vector of each cluster.
 
     Raises:
-        ValueError: the prompt names a column that items do not have, or there is no such source text.
+        ValueError: the prompt names a column that only tables of texts have, or `options.source` is no text column.
     """
 
     def __init__(self, experiment: Experiment, weights: str, centers: Floats, options: CreateOptions) -> None:
@@ -97,27 +101,27 @@ class TitleWriter:
         self._depends = [weights, options.of_text, section.max_response_length, section.soft.tokens]
 
     def prompts(self, items: Ints) -> list[TextTokens]:
-        """Tokens of the prompts of items [n]."""
+        """Tokenize the prompts of items [n] (dense ids)."""
         texts = {name: [values[item] or "" for item in items] for name, values in self._columns.items()}
         return self.tokenizer.prompts(texts, items.size)
 
-    def asked(self, item: int, prompt: TextTokens, clusters: Sequence[int]) -> list[Asked]:
-        """Titles of an item for clusters, with their keys."""
+    def requests(self, item: int, prompt: TextTokens, clusters: Sequence[int]) -> list[TitleRequest]:
+        """Return the titles to generate for an item and some clusters, with their keys."""
         of_item = hash_json([self._depends, prompt.before, prompt.after, *self.facts(item)])
         keys = [hash_json([of_item, self._of_center[cluster], self._seed(item, cluster)])[:32] for cluster in clusters]
-        return [Asked(key, item, cluster, prompt) for key, cluster in zip(keys, clusters, strict=True)]
+        return [TitleRequest(key, item, cluster, prompt) for key, cluster in zip(keys, clusters, strict=True)]
 
     def facts(self, item: int) -> tuple[str, str]:
-        """Source text of an item, and the texts of its prompt, a line each: what a title may say."""
+        """Return what a title may state about an item: its source text, and the columns of the prompt, one per line."""
         return self._source[item] or "", "\n".join(values[item] or "" for values in self._columns.values())
 
     def _seed(self, item: int, cluster: int) -> str:
-        """What the draws of a sampled title depend on, beside the attempt; nothing for greedy ones."""
+        """Return the part of the seed of a sampled title that identifies it; an empty string for greedy decoding."""
         return f"{self.options.seed} {cluster} {self._raw_ids[item]}" if self.options.temperature else ""
 
     @torch.no_grad()
-    def write(self, batch: Sequence[Asked]) -> list[dict[str, Any]]:
-        """Rows of `titles.WRITTEN` of a batch of `batches`."""
+    def write(self, batch: Sequence[TitleRequest]) -> list[dict[str, Any]]:
+        """Generate the titles of a batch from `batches`; returns rows of `titles.WRITTEN`, one per key."""
         rows: dict[str, dict[str, Any]] = {}
         left = list(batch)
         for attempt in range(1 + self.options.retries if self.options.temperature else 1):
@@ -129,7 +133,7 @@ class TitleWriter:
                 rows[one.key] = {
                     "key": one.key,
                     "text": self.facts(one.item)[0] if reasons else text,
-                    "log_prob": round(float(found.log_prob[n]), 3),  # further digits depend on the batch
+                    "log_prob": round(float(found.log_prob[n]), 3),  # rounding errors depend on the batch
                     "tokens": len(ids),
                     "fallback": bool(reasons),
                     "reasons": "; ".join(reasons),
@@ -139,7 +143,7 @@ class TitleWriter:
                 break
         return list(rows.values())
 
-    def _decode(self, batch: Sequence[Asked], attempt: int) -> Decoded:
+    def _decode(self, batch: Sequence[TitleRequest], attempt: int) -> Decoded:
         device, hllm = self.experiment.device, self.experiment.hllm
         assert hllm.creative is not None and hllm.creative_head is not None
         items = list(dict.fromkeys(one.item for one in batch))
@@ -167,17 +171,21 @@ class TitleWriter:
         return check_text(text, *self.facts(item), self.options.rules, self._instructions).reasons
 
 
-def batches(asked: Sequence[Asked], response: int) -> Iterator[list[Asked]]:
-    """Yield titles in batches of about BATCH_TOKENS positions, of prompts of equal lengths; an item's stay together.
+def batches(requests: Sequence[TitleRequest], response: int) -> Iterator[list[TitleRequest]]:
+    """Yield batches of titles whose prompts have equal lengths, with at most BATCH_TOKENS positions.
 
-    response: positions of a response with its soft tokens.
+    The titles of an item are consecutive, so that its prompt is encoded once per batch.
+
+    Args:
+        requests: the titles to generate.
+        response: number of positions of soft tokens and response.
     """
 
-    def lengths(one: Asked) -> tuple[int, int]:
+    def lengths(one: TitleRequest) -> tuple[int, int]:
         return len(one.prompt.before), len(one.prompt.after)
 
-    batch: list[Asked] = []
-    for one in sorted(asked, key=lambda one: (*lengths(one), one.item, one.cluster)):
+    batch: list[TitleRequest] = []
+    for one in sorted(requests, key=lambda one: (*lengths(one), one.item, one.cluster)):
         is_full = (len(batch) + 1) * (sum(lengths(one)) + response) > BATCH_TOKENS
         if batch and (lengths(one) != lengths(batch[0]) or is_full):
             yield batch

@@ -1,14 +1,16 @@
-"""`Creatives`: the titles of items for clusters of users, looked up in microseconds.
+"""`Creatives`: titles of items for clusters of users, in memory-mapped files; a lookup takes microseconds.
 
-    <output>/creatives.json       what the folder is
-    <output>/titles/titles.json   origin, options, counts, hashes of the files
-    <output>/titles/titles.arrow  a row per item and cluster: the items in the order of their ids' hashes, each with its
-                                  null title (for users whose cluster has none) first, then by cluster
-    <output>/titles/items.arrow   raw_item_id of each item and its first row; hashes.npy: the order
-    <output>/rounds/*.parquet     titles that a job has written and not yet committed
-    <output>/lock                 held by the only job
+    <output>/creatives.json       marks the folder as one of titles
+    <output>/titles/titles.json   weights, clusters, options, counts, SHA-256 of the other files
+    <output>/titles/titles.arrow  one row per title. The rows of an item are consecutive and sorted by cluster; the
+                                  first is the null title, for all users without a title for their cluster
+    <output>/titles/items.arrow   raw_item_id and first row of each item, sorted by the hash of the id
+    <output>/titles/hashes.npy    the sorted hashes
+    <output>/rounds/*.parquet     titles that a job has generated and not yet committed
+    <output>/lock                 lock of the job that writes to the folder
 
-A job keeps rounds of titles, named by their keys, and commits all titles at its end in one step; a killed job goes on.
+A job (`generate`) saves the titles that it has generated in rounds, and at its end replaces the folder titles/ in one
+atomic step. A title is identified by its key, so a killed job continues with the titles that it lacks.
 """
 
 import json
@@ -28,7 +30,14 @@ import pyarrow.parquet as pq
 from hllm_torchrec.common.atomic_files import atomic_folder, remove_folder, replace_file, sync_folder
 from hllm_torchrec.common.hashing import hash_file
 from hllm_torchrec.creative.clusters import NO_CLUSTER, Clusters
-from hllm_torchrec.creative.mapped_table import RawIndex, hash_order, read_mapped, write_mapped
+from hllm_torchrec.creative.mapped_table import (
+    RawIndex,
+    check_files,
+    hash_order,
+    read_hashes,
+    read_mapped,
+    write_mapped,
+)
 from hllm_torchrec.data.validation import error_location, read_table
 
 MARKER, FILE = "creatives.json", "titles.json"
@@ -45,8 +54,9 @@ WRITTEN = pa.schema(
         pa.field("reasons", pa.large_string()),
     ]
 )
-"""A title that was written. key: hash of everything it depends on; log_prob: of its tokens, under the model's own
-distribution; fallback: the source text stands for it, because of `reasons`."""
+"""Columns of a generated title. key: hash of everything that the title depends on; log_prob: log-likelihood of the
+generated tokens; tokens: their number; fallback: text is the item's source text, because the generated one broke the
+rules in reasons."""
 SCHEMA = pa.schema(
     [
         pa.field("raw_item_id", pa.large_string()),
@@ -55,14 +65,14 @@ SCHEMA = pa.schema(
         *WRITTEN,
     ]
 )
-"""A title in its place. cluster: -1 for the null title; match: predicted probability that the cluster likes the item,
-null where pairs are not scored."""
+"""Columns of titles.arrow. cluster: -1 for the null title; match: predicted probability that users of the cluster like
+the item, null if it was not predicted."""
 _OF_ITEMS = pa.schema([pa.field("raw_item_id", pa.large_string()), pa.field("first", pa.int64())])
 
 
 @dataclass(frozen=True)
 class Title:
-    """A text of an item. cluster: whom it was written for, -1: everybody; fallback: it is the item's source text."""
+    """A title of an item for the users of a cluster (-1: the null title). Other fields: see `WRITTEN`."""
 
     item: str
     cluster: int
@@ -72,24 +82,30 @@ class Title:
 
 
 class Creatives:
-    """Titles in a folder, with the clusters whose titles they are; see `open`."""
+    """Titles that `hllm create` wrote to a folder, with their clusters of users; opened by `open`.
+
+    path: the folder; facts: contents of titles.json; clusters: their `Clusters`; titles: columns of titles.arrow.
+    """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], clusters: Clusters, titles: dict[str, pa.Array]) -> None:
         self.path, self.facts, self.clusters, self.titles = path, facts, clusters, titles
-        items = read_mapped(path / "titles" / _ITEMS, _OF_ITEMS, _REMEDY)
-        self._index = RawIndex(np.load(path / "titles" / _HASHES, mmap_mode="r"), items["raw_item_id"])
-        self._first = np.append(items["first"].to_numpy(), len(titles["cluster"]))
-        self._cluster = titles["cluster"].to_numpy()
+        files, self._cluster = path / "titles", titles["cluster"].to_numpy()
+        items = read_mapped(files / _ITEMS, _OF_ITEMS, _REMEDY)
+        hashes = read_hashes(files / _HASHES, len(items["first"]), _REMEDY)
+        self._index = RawIndex(hashes, items["raw_item_id"])
+        self._first = np.append(items["first"].to_numpy(), len(self._cluster))
+        if self._first[0] != 0 or (np.diff(self._first) < (len(self._first) > 1)).any():
+            raise ValueError(f"{files / _ITEMS}: the rows of the items are not in order; {_REMEDY}")
 
     def __len__(self) -> int:
         return len(self._cluster)
 
     @classmethod
     def open(cls, path: Path) -> "Creatives":
-        """Open the committed titles in a folder, and their clusters.
+        """Open the committed titles in a folder, and the clusters that they were generated for.
 
         Raises:
-            ValueError: there are none, they are damaged, or the clusters were fitted again since.
+            ValueError: the folder has no titles, a file is damaged, or the clusters have been fitted again.
         """
         facts = read_facts(path)
         clusters = Clusters.open((path / facts["clusters"]).resolve())
@@ -101,7 +117,10 @@ class Creatives:
         return cls(path, facts, clusters, read_mapped(path / "titles" / _TITLES, SCHEMA, _REMEDY))
 
     def get(self, user: str | None, item: str) -> Title:
-        """Title of an item for a user's cluster; the null title for a user, or a cluster, without one.
+        """Return the title of an item for a user, by raw ids.
+
+        It is the title for the user's cluster, or the null title if the user is None, is unknown, or belongs to a
+        cluster for which the item has no title.
 
         Raises:
             KeyError: the item has no titles.
@@ -112,19 +131,19 @@ class Creatives:
         return found
 
     def find(self, user: str | None, item: str) -> Title | None:
-        """As `get`; None for an item without titles."""
-        place = self._index.find(item)
-        if place < 0:
+        """Return the same as `get`, or None if the item has no titles."""
+        index = self._index.find(item)
+        if index < 0:
             return None
-        first, end = int(self._first[place]), int(self._first[place + 1])
+        first, end = int(self._first[index]), int(self._first[index + 1])
         cluster = NO_CLUSTER if user is None else self.clusters.of(user)
         row = bisect_left(self._cluster, cluster, first, end)
         return self._title(item, row if row < end and self._cluster[row] == cluster else first)
 
     def of_item(self, item: str) -> list[Title]:
-        """All titles of an item, the null title first; none if it has no titles."""
-        place = self._index.find(item)
-        rows = range(0) if place < 0 else range(int(self._first[place]), int(self._first[place + 1]))
+        """Return all titles of an item, the null title first; an empty list if the item has no titles."""
+        index = self._index.find(item)
+        rows = range(0) if index < 0 else range(int(self._first[index]), int(self._first[index + 1]))
         return [self._title(item, row) for row in rows]
 
     def _title(self, item: str, row: int) -> Title:
@@ -133,10 +152,10 @@ class Creatives:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of the committed titles in a folder, whose files are whole.
+    """Read titles.json of a folder, and verify the files that it lists.
 
     Raises:
-        ValueError: there are none, or they are damaged.
+        ValueError: the folder has no committed titles, or a file is damaged.
     """
     file = path / "titles" / FILE
     if not file.is_file():
@@ -146,18 +165,18 @@ def read_facts(path: Path) -> dict[str, Any]:
         if facts["format"] != _FORMAT:
             raise ValueError(f"its format is {facts['format']}, this version reads {_FORMAT}")
         files = {name: facts["files"][name] for name in (_TITLES, _ITEMS, _HASHES)}
-        assert isinstance(facts["clusters"], str) and isinstance(facts["centers"], str)
-    for name, digest in files.items():
-        if not (file.parent / name).is_file() or hash_file(file.parent / name) != digest:
-            raise ValueError(f"{file.parent / name}: missing or changed since it was written; {_REMEDY}")
-    return dict(facts)
+        if not isinstance(facts["clusters"], str) or "\0" in facts["clusters"]:
+            raise ValueError("it does not name its clusters")
+        facts = {**facts, "origin": dict(facts["origin"])}
+    check_files(file.parent, files, _REMEDY)
+    return facts
 
 
 def prepare_folder(path: Path) -> None:
-    """Make a folder of titles, or check that this one is.
+    """Create a folder for titles, if it does not exist.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the folder exists and holds other files.
     """
     if path.exists() and not (path / MARKER).is_file() and any(path.iterdir()):
         raise ValueError(f"--output {path}: holds something else than titles; name a new folder")
@@ -167,7 +186,7 @@ def prepare_folder(path: Path) -> None:
 
 
 def committed(path: Path) -> pa.Table:
-    """The committed titles, `SCHEMA`; none if nothing is committed."""
+    """Return the committed titles of a folder, a table with `SCHEMA`; it is empty if nothing was committed."""
     if not (path / "titles" / FILE).is_file():
         return SCHEMA.empty_table()
     read_facts(path)
@@ -175,7 +194,7 @@ def committed(path: Path) -> pa.Table:
 
 
 def written(path: Path) -> pa.Table:
-    """All titles that exist, committed or not, `WRITTEN`; each key once."""
+    """Return all titles of a folder, committed or not: a table with `WRITTEN`, with one row per key."""
     parts = [committed(path).select(WRITTEN.names), *_rounds(path)]
     found = pa.concat_tables(parts).combine_chunks()
     keys = found["key"].to_numpy(zero_copy_only=False)
@@ -192,7 +211,7 @@ def _rounds(path: Path) -> Iterator[pa.Table]:
 
 
 def write_round(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Keep titles, rows of `WRITTEN`, for a later commit; on the disk when it returns."""
+    """Save generated titles (rows of `WRITTEN`) for a later commit, and wait until they are on the disk."""
     if not rows:
         return
     beside = path / "rounds" / f"{secrets.token_hex(8)}.part"
@@ -204,14 +223,20 @@ def write_round(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def commit(path: Path, titles: pa.Table, facts: Mapping[str, Any]) -> None:
-    """Make titles, `SCHEMA` in any order, the committed ones in one step, and remove the rounds."""
+    """Replace the committed titles of a folder in one atomic step, and remove the rounds.
+
+    Args:
+        titles: table with `SCHEMA`, in any order.
+        facts: further entries of titles.json.
+    """
     raw_ids = pc.unique(titles["raw_item_id"]).to_pylist()
     hashes, order = hash_order(raw_ids)
-    place = pa.array(np.argsort(order))  # of each unique id in the order of the hashes
-    place = place.take(pc.index_in(titles["raw_item_id"], value_set=pa.array(raw_ids, pa.large_string())))
-    at = np.lexsort((titles["cluster"].to_numpy(), place.to_numpy()))
-    titles = titles.take(pa.array(at)).cast(SCHEMA)
-    first = np.searchsorted(place.to_numpy()[at], np.arange(len(raw_ids)))
+    rank_of_id = pa.array(np.argsort(order))  # position of each of raw_ids in the order of the hashes
+    ids = pc.index_in(titles["raw_item_id"], value_set=pa.array(raw_ids, pa.large_string()))
+    ranks = rank_of_id.take(ids).to_numpy()
+    sorting = np.lexsort((titles["cluster"].to_numpy(), ranks))
+    titles = titles.take(pa.array(sorting)).cast(SCHEMA)
+    first = np.searchsorted(ranks[sorting], np.arange(len(raw_ids)))
     items = pa.table([[raw_ids[i] for i in order], first], schema=_OF_ITEMS)
     with atomic_folder(path / "titles", replace=True, marker=FILE) as folder:
         write_mapped(folder / _TITLES, titles)

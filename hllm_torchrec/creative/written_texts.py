@@ -1,7 +1,8 @@
-"""Texts that a run writes for the creatives of a part, against the references, and what writing them costs.
+"""Evaluation of generated texts: a run generates texts for creatives of a split, and they are compared with references.
 
-A text is written for each creative and condition: with the right user, with the learned vector for unknown users
-(null), and with the centers of clusters that are given. The overlap of the null text is what the item alone gives.
+A text is generated for each creative under several conditions: with the vector of the right user, with the learned
+vector for unknown users (null), and with other given vectors, such as centers of clusters. The overlap of the null text
+with the reference is a baseline, because the null text is generated from the item alone.
 
 Legend: N creatives, D width of a user vector.
 """
@@ -21,7 +22,7 @@ from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.creative.clusters import NO_CLUSTER
 from hllm_torchrec.creative.support import support
 from hllm_torchrec.creative.text_metrics import rouge_l, rouge_n
-from hllm_torchrec.creative.title_writer import Asked, CreateOptions, TitleWriter, batches
+from hllm_torchrec.creative.title_writer import CreateOptions, TitleRequest, TitleWriter, batches
 from hllm_torchrec.distributed.array_collectives import gather_objects
 from hllm_torchrec.distributed.coordination import rank, world_size
 from hllm_torchrec.evaluation.creative_scores import CreativeVectors
@@ -38,16 +39,18 @@ def written_texts(
     most: int,
     source: str = "title",
 ) -> dict[str, Any]:
-    """Measures of the greedy texts of at most `most` creatives, spread evenly over the part. Collective.
+    """Generate texts greedily for at most `most` creatives, spread evenly over the split. Collective.
 
     Args:
-        conditions: name -> vectors [N, D] for the users; "right" and "null" are added.
-        source: text column with an item's own title.
+        vectors: user vectors of the creatives of a split.
+        conditions: name -> vectors [N, D] for the users, in addition to "right" and "null".
+        most: number of creatives.
+        source: text column with the title of an item.
 
     Returns:
-        For each condition the means of `MEASURES` and the share of texts that equal the null text; of each measure
-        right - null with a 95% interval over users; support of the references; `cost` on this rank: titles and tokens
-        per second, peak memory.
+        conditions: for each one the means of `MEASURES`, and the share of texts that equal the null text; right - null:
+        the mean difference of each measure with a 95% interval over users; support_of_references; cost: texts and
+        tokens per second and peak memory of this rank.
     """
     loader = vectors.loader
     experiment.hllm.eval()
@@ -59,7 +62,7 @@ def written_texts(
     seconds, tokens = 0.0, 0
     for name, users in {"right": vectors.vectors, "null": vectors.vectors, **conditions}.items():
         is_null = ~vectors.known[own] | (name == "null")
-        writer, asked = _asked(experiment, users[torch.from_numpy(own)], is_null, items, source)
+        writer, asked = _requests(experiment, users[torch.from_numpy(own)], is_null, items, source)
         began = time.perf_counter()
         texts[name], written = _write(writer, asked, experiment)
         seconds, tokens = seconds + time.perf_counter() - began, tokens + written
@@ -84,16 +87,16 @@ def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str 
     own = np.arange(rank(), len(loader), world_size())
     rows = loader.tokens.rows[own]
     users, is_null = vectors.vectors[torch.from_numpy(own)], ~vectors.known[own]
-    writer, asked = _asked(experiment, users, is_null, loader.part.item_ids[rows], source)
+    writer, asked = _requests(experiment, users, is_null, loader.part.item_ids[rows], source)
     raw_items = loader.part.rows["raw_item_id"].take(pa.array(rows)).to_pylist()
     texts, _ = _write(writer, asked, experiment)
     found = gather_objects(list(zip(own.tolist(), raw_items, texts, strict=True)))
     return [(raw, text) for _, raw, text in sorted(row for of_rank in found for row in of_rank)]
 
 
-def _asked(
+def _requests(
     experiment: Experiment, users: Tensor, is_null: np.ndarray, items: Ints, source: str
-) -> tuple[TitleWriter, list[Asked]]:
+) -> tuple[TitleWriter, list[TitleRequest]]:
     """Requests for a text for each of n items and users.
 
     users: user vectors [n, D]; is_null: bool [n], True where the learned vector replaces the user vector.
@@ -101,11 +104,13 @@ def _asked(
     # Each creative is a cluster of its own, whose center is its user's vector.
     writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(source=source, rules=None))
     prompts = enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
-    return writer, [writer.asked(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts]
+    return writer, [
+        writer.requests(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts
+    ]
 
 
-def _write(writer: TitleWriter, asked: list[Asked], experiment: Experiment) -> tuple[list[str], int]:
-    """Texts in the order of `asked`, and their number of tokens."""
+def _write(writer: TitleWriter, asked: list[TitleRequest], experiment: Experiment) -> tuple[list[str], int]:
+    """Generate texts; returns them in the order of the requests, and the number of their tokens."""
     section = experiment.config.creative
     rows = {
         row["key"]: row

@@ -1,7 +1,7 @@
-"""ID-only baseline: `torchrec.models.dlrm.DLRM` over IDs, user features, time, and the history as bags.
+"""ID-only baseline: `torchrec.models.dlrm.DLRM` with inputs from IDs, user features, time, and the history.
 
-Its personalized inputs come from the history before the exposure: the liked and the disliked items, each as one
-pooled bag, and numeric user features. Tables are sharded and updated as in the main model.
+The inputs from the history before the exposure are the liked and the disliked items, each as one pooled bag, and
+numeric user features. Tables are sharded and updated as in the main model.
 
 Legend: B rows of a batch.
 """
@@ -43,7 +43,7 @@ from hllm_torchrec.training.early_stopping import EarlyStopping
 from hllm_torchrec.training.optim import dense_optimizer, dense_step
 
 SCORED_ROWS = 8192
-"""Rows per batch in scoring."""
+"""Number of rows per batch in scoring."""
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ def build_dlrm(
                 pooling=PoolingType.MEAN,
             )
             for name, rows in tables.items()
-            if name not in sharers[1:]  # their features read the table of `item`
+            if name not in sharers[1:]  # their features use the table of `item`
         ],
         device=torch.device("meta"),
     )
@@ -142,11 +142,11 @@ class DLRMTrainer:
     """Trains and scores the DLRM on this rank. All methods are collective.
 
     Args:
-        data: source of batches of `dataset` and `config`; None: without stored vectors.
+        data: builds the batches of `dataset` and `config`; None: batches without stored vectors.
         way, vector_dropout: settings of stored vectors, if the batches contain any; see `plugin.plug_into`.
 
     Raises:
-        ConfigError: the configuration names an unknown feature.
+        ConfigError: the configuration has an unknown feature.
     """
 
     def __init__(
@@ -182,11 +182,11 @@ class DLRMTrainer:
         )
 
     def fit(self, checkpoints: Path) -> dict[str, float]:
-        """Train with early stopping on the validation AUC; load the best epoch's weights and return its metrics.
+        """Train with early stopping on the validation AUC; loads the best epoch's weights and returns its metrics.
 
-        If AUC is undefined (one class only), the log loss is used.
+        If the AUC is undefined (all labels are equal), early stopping uses the log loss.
 
-        checkpoints: directory for the best epoch's weights; emptied first.
+        checkpoints: directory for the best epoch's weights, which is emptied first.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -215,7 +215,7 @@ class DLRMTrainer:
         return best
 
     def train_epoch(self, epoch: int) -> float:
-        """Train on one pass over the training part; return the mean loss of its exposures."""
+        """Train for one pass over the training part; returns the mean loss of its exposures."""
         total = torch.zeros(2, dtype=torch.float64)
         no_rows = self.data.batch(self.data.empty_window(), np.empty(0, np.int64))
         for batch in _pad_to_equal_steps(self.data.training_batches(epoch), no_rows):
@@ -225,11 +225,11 @@ class DLRMTrainer:
         return loss / max(rows, 1.0)
 
     def train_step(self, batch: DLRMBatch) -> Tensor:
-        """Take one step on the sum of the tasks' mean losses over the global batch, each times its weight.
+        """Take one step on the weighted sum of the tasks' mean losses over the global batch.
 
         Returns:
-            [2]: this rank's share of the loss, times the number of exposures of all ranks, so that sums over ranks and
-                steps give the mean; this rank's number of exposures.
+            [2]: this rank's part of the loss multiplied by the number of exposures of all ranks, and this rank's number
+                of exposures; both are summed over ranks and steps to compute the mean loss.
         """
         outputs = self._outputs(batch)
         counts = global_sum(torch.cat([torch.tensor([float(len(outputs))]), batch.task_weights.sum(0).cpu()]))
@@ -242,19 +242,19 @@ class DLRMTrainer:
         # DDP averages gradients over ranks, so the factor world_size turns the average of sums into the global sum.
         (loss * coordination.world_size()).backward()
         dense_step(self.dense, self.config.clip_norm)
-        total = sum(own.item() * (share * rows) for own, share in zip(sums, shares, strict=True))
+        total = sum(value.item() * (share * rows) for value, share in zip(sums, shares, strict=True))
         return torch.tensor([total, len(outputs)], dtype=torch.float64)
 
     def _losses(self, outputs: Tensor, batch: DLRMBatch) -> list[Tensor]:
-        """Weighted sum of each task's losses over this rank's exposures, each [], as `HLLM` computes them."""
+        """Weighted sum [] of each task's losses over this rank's exposures, computed as in `HLLM`."""
         parts = list(outputs.split([task.outputs for task in self.tasks], dim=1))
         if batch.logit_offset is not None:
             parts[0] = parts[0] + batch.logit_offset[:, None]
-        # Labels that are not defined are NaN, and NaN times weight 0 is NaN.
+        # Undefined labels are NaN, and NaN times their weight 0 would be NaN.
         labels, found = batch.task_labels.nan_to_num(), []
-        for place, (task, own) in enumerate(zip(self.tasks, parts, strict=True)):
-            rows = task.losses(own, labels[:, place], self._scales[place])
-            found.append((rows * batch.task_weights[:, place]).sum())
+        for k, (task, predicted) in enumerate(zip(self.tasks, parts, strict=True)):
+            losses = task.losses(predicted, labels[:, k], self._scales[k])
+            found.append((losses * batch.task_weights[:, k]).sum())
         return found
 
     @torch.no_grad()
@@ -286,7 +286,7 @@ class DLRMTrainer:
 
 
 def _rows_in_order(windows: Iterable[Window]) -> Iterator[tuple[Window, Ints]]:
-    """Yield all exposures in batches; at least one batch, possibly without rows."""
+    """Yield (window, rows) of all exposures in batches; at least one batch, possibly without rows."""
     for window in windows:
         for at in range(0, max(window.exposures, 1), SCORED_ROWS):
             yield window, np.arange(at, min(at + SCORED_ROWS, window.exposures))
@@ -310,7 +310,7 @@ def run_dlrm(
     directory: `checkpoints/` with the best epoch's weights is written here.
 
     Raises:
-        ConfigError: the configuration names an unknown feature.
+        ConfigError: the configuration has an unknown feature.
         ValueError: a split is empty.
     """
     trainer = DLRMTrainer(dataset, config, device)

@@ -27,7 +27,7 @@ from hllm_torchrec.evaluation.prediction_files import (
     identities,
     seconds_of,
 )
-from hllm_torchrec.evaluation.prediction_layout import ColumnLayout, PredictionModel, label_of, task_columns
+from hllm_torchrec.evaluation.prediction_layout import RAW, ColumnLayout, PredictionModel, label_of, task_columns
 from hllm_torchrec.evaluation.prediction_pairing import PAIR_COLUMNS, PairedTables, Tables
 from hllm_torchrec.metrics.input_checks import WEIGHT_RANGE
 from hllm_torchrec.metrics.user_statistics import NO_USER
@@ -133,9 +133,9 @@ class PredictionRows:
             # Shared columns are read from the first model only; labels and ids from all, to check that they agree.
             columns += layout.all if place == 0 else [layout.label, *self._ids[model.name]]
             columns += PAIR_COLUMNS if paired else ()
-            for task, kind in layout.tasks.items():
-                if self._predicts(model.name, task):
-                    columns += [label_of(task), *task_columns(task, kind)]
+            for task in layout.tasks:
+                if found := self._task_columns(model, task):
+                    columns += [label_of(task), *found]
             self.readers[model.name] = RowReader(self.files[model.name], columns, folder, numbers)
         first = self.readers[models[0].name]
         for name, reader in self.readers.items():
@@ -147,20 +147,26 @@ class PredictionRows:
         self.rows = first.rows
         self.weighted, self.has_users = layout.weight is not None, layout.user is not None
 
-    def _predicts(self, model: str, task: str) -> bool:
-        """True if a model's files have the columns of a further task."""
-        wanted = {label_of(task), *task_columns(task, self.layout.tasks[task])}
-        return all(wanted <= set(column_names(file)) for file in self.files[model])
+    def _task_columns(self, model: PredictionModel, task: str) -> tuple[str, str] | None:
+        """Columns of a model's score and prediction for a further task; None if its files lack them.
+
+        A model before calibration has the probabilities before calibration, and no further tasks that have none.
+        """
+        score, prediction = task_columns(task, self.layout.tasks[task])
+        if model.probability is not None and model.probability.startswith(RAW):
+            prediction = f"{RAW}{prediction}"
+        wanted = {label_of(task), score, prediction}
+        has = all(wanted <= set(column_names(file)) for file in self.files[model.name])
+        return (score, prediction) if has else None
 
     def of_task(self, task: str) -> "PredictionRows":
         """The label, models and columns of a further task: of the models that predict it. It shares the open files."""
-        own, kind = copy(self), self.layout.tasks[task]
-        score, prediction = task_columns(task, kind)
+        own, binary = copy(self), self.layout.tasks[task] == "binary"
         own.layout = replace(self.layout, label=label_of(task), tasks={})
         own.models = [
-            replace(model, score=score, probability=prediction if kind == "binary" else None)
+            replace(model, score=found[0], probability=found[1] if binary else None)
             for model in self.models
-            if self._predicts(model.name, task)
+            if (found := self._task_columns(model, task))
         ]
         return own
 

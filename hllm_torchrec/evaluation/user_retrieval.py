@@ -1,8 +1,8 @@
-"""Retrieval of users by texts: which of 100 users was a text written for, by its likelihood with each of them?
+"""Retrieval of users by texts: the rank of the right user among others, by the likelihood of a text given each user.
 
     rank_n = 1 + number of other users m with log p(text_n | user_m, item_n) > log p(text_n | user_n, item_n)
 
-A tie counts half. A text that tells nothing about its user has the expected rank (others + 2) / 2.
+A tie adds one half. The expected rank is (candidates + 1) / 2 if the text does not depend on the user.
 """
 
 from typing import Any
@@ -17,20 +17,21 @@ from hllm_torchrec.evaluation.creative_scores import PER_BATCH, CreativeVectors,
 from hllm_torchrec.models.experiment import Experiment
 
 OTHERS = 99
-"""Other users beside the right one."""
+"""Number of candidates besides the right user."""
 
 
 def user_ranks(
     experiment: Experiment, vectors: CreativeVectors, most: int, others: int = OTHERS, seed: int = 0
 ) -> tuple[Doubles, int]:
-    """Ranks [n] of the right users of creatives, and the number of candidates that each is one of. Collective.
+    """Rank the right users of at most `most` creatives, spread evenly over those of users with events. Collective.
 
-    At most `most` creatives of users with an earlier event are ranked, spread evenly over the part.
+    The vector of another user is that of one of the other user's creatives, drawn at random.
 
-    Each other user is seen at the moment of one of the own creatives, drawn at random.
+    Returns:
+        Ranks [n], and the number of candidates per creative.
 
     Raises:
-        ValueError: the part has a single user.
+        ValueError: the split has fewer than two users with events.
     """
     random, known = np.random.default_rng(seed), np.flatnonzero(vectors.known)
     users = np.unique(vectors.user_ids[known])
@@ -61,7 +62,7 @@ def user_ranks(
 def _candidates(
     vectors: CreativeVectors, known: Ints, creative: int, users: Ints, others: int, random: np.random.Generator
 ) -> Ints:
-    """The creative, and one of each of some other users."""
+    """Return the index of the creative, and that of one creative of each of some other users."""
     of_others = known[vectors.user_ids[known] != vectors.user_ids[creative]]
     drawn = random.permutation(of_others)
     _, first = np.unique(vectors.user_ids[drawn], return_index=True)
@@ -70,7 +71,7 @@ def _candidates(
 
 
 def rank_metrics(ranks: Doubles, candidates: int) -> dict[str, Any]:
-    """Recall@1 (a tie for the first place counts its share) and MRR of ranks [n] among a number of users."""
+    """Return recall@1, MRR and mean of ranks [n]; a rank of 1.5 counts half for recall@1."""
     return {
         "creatives": int(ranks.size),
         "candidates": candidates,

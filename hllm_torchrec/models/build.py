@@ -47,14 +47,14 @@ def build_model(
         base_rate: share of positive training labels.
         table_device: "meta" when TorchRec will shard the tables.
         vector_width: V, width of the dense item features; 0 if there are none.
-        context: what is read of requests; None: nothing.
-        tasks: of the dataset's labels, see `models.tasks`; None: the first label alone, with this base rate.
+        context: inputs from the context of requests; None: no context.
+        tasks: tasks for the dataset's labels, see `models.tasks`; None: only the first label, with this base rate.
     """
-    # With stored embeddings the Item LLM is built (for its fingerprint and width) but never trained.
+    # With stored embeddings the Item LLM is built for its fingerprint and width, but is never trained.
     item_llm = build_text_llm("item_llm", config.item_llm, trains=not takes_stored_items(config))
     user = build_user_encoder(config.user)
     user.requires_grad_(config.user.trainable)
-    # After requires_grad_: with LoRA only the adapters and what is outside the backbone are trained.
+    # After requires_grad_: with LoRA, only the adapters and the weights outside of the backbone are trained.
     if user.backbone is not None and config.user.lora.rank and config.user.trainable:
         freeze_base_weights(user.backbone)
     features = HybridFeatures(
@@ -77,7 +77,7 @@ def build_model(
     creative = build_creative_llm(config.creative)
     model = HLLM(item_llm, width, features, user, config, base_rate, vector_width, evidence, tasks, context, creative)
     if creative is not None:
-        # Its batches have no exposures and no targets: these parts would only decay.
+        # Batches of creatives have no exposures and no targets, so weight decay alone would change these parts.
         unused = ("head", "value_head", "position_bias", "task_log_variances", "logit_scale")
         for name in (*unused, *(("project_next",) if model.fusion.query_is_user else ())):
             part = getattr(model, name, None)
@@ -87,7 +87,7 @@ def build_model(
 
 
 def build_user_encoder(user: UserEncoderConfig) -> UserEncoder:
-    """Build the user encoder: the User LLM, or the encoder that `user.encoder` names.
+    """Build the user encoder: the User LLM, or the encoder in `user.encoder`.
 
     Raises:
         ValueError: the shape is invalid for that encoder.
@@ -111,7 +111,7 @@ def _adapt(backbone: "PreTrainedModel", lora: LoRAConfig, section: str) -> None:
 
 
 def build_creative_llm(section: CreativeConfig) -> CreativeLLM | None:
-    """Build the LLM that writes texts; None if it is not enabled."""
+    """Build the Creative LLM, which writes texts; None if it is not enabled."""
     if not section.enabled:
         return None
     with configured_by("creative"):
@@ -144,9 +144,9 @@ def _flatten_logits(backbone: "PreTrainedModel", share: float) -> None:
 
 
 def build_text_llm(name: str, section: ItemLLMConfig, trains: bool) -> ItemLLM | None:
-    """Build the LLM of a section that reads text; None if it is not enabled.
+    """Build the LLM of a section for reading text; None if it is not enabled.
 
-    name: name of the section; trains: whether any stage of the configuration trains it.
+    name: name of the section; trains: True if a stage of the configuration trains the LLM.
     """
     if not section.enabled:
         return None

@@ -24,11 +24,14 @@ from hllm_torchrec.modules.losses.objectives import LogitScale, embedding_spread
 from hllm_torchrec.modules.losses.symmetric_nce import SymmetricNceOutput, symmetric_nce
 from hllm_torchrec.modules.precision import widen
 
+MOMENTUM = 0.1
+"""Share of a step's users in the mean that their normalization subtracts after training."""
+
 
 @dataclass
 class CreativeLosses:
     """Sums over a micro-batch of this rank, 0-d. negatives: of L_align, over all creatives, detached; spread: mean
-    cosine of the normalized user vectors, detached, None with fewer than two creatives."""
+    cosine of the users' vectors, detached, None with fewer than two creatives."""
 
     write: Tensor
     match: Tensor
@@ -78,6 +81,21 @@ class CreativeHead(nn.Module):
             if one.normalize is not None:
                 one.normalize.measure(users)
 
+    def _centered(self, users: Tensor, is_unknown: Tensor) -> Tensor:
+        """Users [N, D] shifted, so that their normalization subtracts the mean of the step's users on all ranks.
+
+        A writer that cannot write yet pulls all users in one direction: on MovieLens by half their spread in a step, so
+        that a mean that follows slowly is not theirs. Gradients through the mean leave out what all have in common.
+        """
+        everyone = all_gather_variable(torch.cat([widen(users), (~is_unknown)[:, None].to(widen(users).dtype)], 1))
+        rows, known = everyone[:, :-1], everyone[:, -1:].detach()
+        mean = (rows * known).sum(0) / known.sum().clamp(min=1)
+        for one in self._soft_prompts():
+            if one.normalize is not None:
+                one.normalize.mean.lerp_(mean.detach().to(one.normalize.mean.dtype), MOMENTUM * bool(known.any()))
+        assert self.soft_prompt.normalize is not None
+        return users + (self.soft_prompt.normalize.mean - mean).to(users.dtype)
+
     def _soft_prompts(self) -> list[SoftPrompt]:
         return [module for module in self.modules() if isinstance(module, SoftPrompt)]
 
@@ -85,8 +103,10 @@ class CreativeHead(nn.Module):
         """Losses of a batch of creatives; items: E [U, E] of the unique items."""
         creative = batch.creative
         assert creative is not None and batch.request_query is not None
-        users = users_QD[batch.request_query]
+        users = raw = users_QD[batch.request_query]
         is_unknown = is_null = batch.query_visible[batch.request_query] == 0
+        if self.training and self.section.soft.normalize != "none":
+            users = self._centered(users, is_unknown)
         if self.training and self.section.soft.dropout:
             is_null = is_null | (torch.rand(is_null.shape, device=is_null.device) < self.section.soft.dropout)
         output = self.write(llm, users, is_null, creative.texts)
@@ -101,9 +121,7 @@ class CreativeHead(nn.Module):
         if creative.profiles is not None and self.align is not None:
             found = self.align(llm, users, is_unknown, creative.profiles.responses(), creative.user_ids)
             align, negatives = found.loss_sum, (found.effective_negatives * found.count).detach()
-        spread = None
-        if users.shape[0] > 1:  # as the soft prompt reads them: what is common to all of them may be subtracted there
-            spread = embedding_spread(self.soft_prompt.normalized(users).detach())
+        spread = embedding_spread(raw.detach()) if raw.shape[0] > 1 else None
         # `users` also reaches the losses where every creative is null: a rank without users takes part.
         write = (output.nll * creative.weights).sum() + 0.0 * users.sum()
         return CreativeLosses(write, match, recon, align, negatives, spread)

@@ -293,7 +293,9 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
             continue
         if isinstance(module, CreativeLLM):
             # Gradients pass through a frozen one to the soft tokens, so its activations are saved all the same.
-            kinds = (decoder_activation_bytes(module.backbone.config, n, config) for n in _text_lengths(config.creative))
+            kinds = (
+                decoder_activation_bytes(module.backbone.config, n, config) for n in _text_lengths(config.creative)
+            )
             found[f"{part.title} activations"] = sum(kept.total(counts["creatives"], recomputes) for kept in kinds)
             continue
         length = max(1, round((counts["positions"] + counts["queries"]) / counts["pieces"]))
@@ -307,7 +309,7 @@ def _activations(model: HLLM, config: Config, counts: dict[str, float]) -> dict[
 
 
 def _text_lengths(creative: CreativeConfig) -> list[int]:
-    """Largest numbers of tokens of what the Creative LLM reads for a creative, one text for each loss that reads one."""
+    """Largest numbers of tokens of what the Creative LLM reads for a creative: a text for each loss that reads one."""
     longest = creative.max_prompt_length + creative.soft.tokens + creative.max_response_length
     losses = (creative.losses.recon, creative.losses.align)
     return [longest] + [1 + creative.profile.max_length for weight in losses if weight]

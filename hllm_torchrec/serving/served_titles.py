@@ -1,4 +1,4 @@
-"""Personalized titles in a service: those of `hllm create`, and of what it commits while the service runs."""
+"""`ServedTitles`: personalized titles of `hllm create` in a service, reloaded when the folder changes."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -11,13 +11,12 @@ from hllm_torchrec.creative.titles import Creatives
 
 
 class ServedTitles:
-    """Titles of a folder for users and items by raw ids.
+    """Titles of a folder, looked up by raw ids.
 
-    Titles and clusters have their own cadence: a new model does not invalidate them, and they are read anew without
-    loading a model.
+    They are reloaded independently of the model: a new model does not invalidate titles, and new titles need no model.
 
     Raises:
-        ValueError: as `Creatives.open`.
+        ValueError: see `Creatives.open`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,16 +25,16 @@ class ServedTitles:
         self._mark = self._find_mark()
 
     def of(self, user: str | None, items: Sequence[str]) -> list[str | None]:
-        """Title of each item for a user (None: an unknown one); None for an item without titles."""
+        """Return the title of each item for a user (None: an unknown user); None for an item without titles."""
         creatives = self._creatives
         found = (creatives.find(user, item) for item in items)
         return [None if title is None else title.text for title in found]
 
     def refresh(self) -> bool:
-        """Read the folder again if it has changed; True if it had.
+        """Reload the titles if the folder has changed; returns whether it had.
 
         Raises:
-            ValueError: what is there cannot be served; the titles in use stay.
+            ValueError: the titles in the folder cannot be opened. The previous ones stay in use.
         """
         mark = self._find_mark()
         if mark == self._mark:
@@ -51,7 +50,7 @@ class ServedTitles:
             raise UnavailableError(f"{self._path}: {error}") from error
 
     def watch(self, every: float, stop: threading.Event, say: Callable[[object], None]) -> None:
-        """`refresh` every so many seconds until `stop`; titles that are refused are reported once."""
+        """Call `refresh` every `every` seconds until `stop` is set; an error is reported once until it changes."""
         said = ""
         while not stop.wait(every):
             try:

@@ -63,7 +63,7 @@ class Service:
         return found, probabilities.tolist()
 
     def titles_of(self, user: str | None, items: Sequence[str]) -> list[str | None]:
-        """Title of each item for a user; a user who was forgotten here is an unknown one."""
+        """Return the title of each item for a user; a user whom this service has forgotten counts as unknown."""
         assert self.titles is not None
         log = self.engine.log
         is_unknown = user is None or (log is not None and log.is_forgotten(user))

@@ -40,7 +40,10 @@ class SegmentFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The committed state. version: number of commits; live: number of keys with a vector; runs: oldest first."""
+    """The committed state of a store.
+
+    version: number of commits and merges so far; live: number of keys with a vector; runs: segments, oldest first.
+    """
 
     version: int
     live: int

@@ -115,7 +115,10 @@ class StepStats:
 @dataclass(frozen=True)
 class StepCounts:
     """Divisors of a complete step on all ranks, above 0: weight of the exposures for each task; generative targets;
-    weighted tokens of responses, pairs of users and items to match, weighted tokens of profiles, and creatives."""
+    weighted tokens of responses, pairs of users and items to match, weighted tokens of profiles, and creatives.
+
+    labelled: whether the exposures of a task have a weight at all; its divisor is 1 otherwise.
+    """
 
     tasks: tuple[float, ...]
     targets: float
@@ -123,6 +126,7 @@ class StepCounts:
     pairs: float = 1.0
     profile_tokens: float = 1.0
     creatives: float = 1.0
+    labelled: tuple[bool, ...] = ()
 
 
 def step_counts(batches: list[HybridBatch]) -> StepCounts:
@@ -132,8 +136,9 @@ def step_counts(batches: list[HybridBatch]) -> StepCounts:
     for batch in batches:
         weights = batch.weights[:, None] if batch.task_weights is None else batch.task_weights
         local.append([*weights.sum(0).tolist(), float(batch.next_rows.numel()), *_creative_counts(batch)])
-    counts = [count or 1.0 for count in global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()]
-    return StepCounts(tuple(counts[:-5]), *counts[-5:])
+    found = global_sum(torch.tensor(local, dtype=torch.float64).sum(0)).tolist()
+    counts = [count or 1.0 for count in found]
+    return StepCounts(tuple(counts[:-5]), *counts[-5:], labelled=tuple(count > 0 for count in found[:-5]))
 
 
 def _creative_counts(batch: HybridBatch) -> tuple[float, float, float, float]:
@@ -213,6 +218,8 @@ def describe_step(
     weights, objective = LossWeights.of(config), config.objective
     found = {"loss": weights.classification * cls + weights.generative * gen + weights.value * value}
     if config.creative.enabled:
+        # Where the mean of all users is subtracted, what they have in common does no harm.
+        alarm = alarm and config.creative.soft.normalize == "none"
         return _describe_creatives(stats, weights, norm, objective.collapse_above if alarm else math.inf)
     if objective.has_head:
         found["loss_cls"] = cls
@@ -256,7 +263,8 @@ def _describe_creatives(stats: StepStats, weights: LossWeights, norm: float, col
         if found["user_similarity"] > collapse_above:
             raise FloatingPointError(
                 f"user vectors have collapsed: their mean cosine similarity is {found['user_similarity']:.4f} > "
-                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set user.trainable to false"
+                f"objective.collapse_above {collapse_above}; lower optim.user_lr, or set "
+                "creative.soft.normalize to standardize"
             )
     return found
 

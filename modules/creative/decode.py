@@ -77,9 +77,9 @@ def decode(
     generators: list[torch.Generator] | None = None,
     item_of: Tensor | None = None,
 ) -> Decoded:
-    """Write a response for each of B users of I items: before, soft tokens, after, then the response.
+    """Generate a response for each of B users, each for one of I items. The prompt is: before, soft tokens, after.
 
-    All prompts have the same number of positions, so nothing is padded, and a response depends on no other one.
+    All prompts have the same number of positions, so there is no padding, and responses are independent of each other.
 
     Args:
         llm: in evaluation mode.

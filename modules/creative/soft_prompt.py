@@ -53,11 +53,9 @@ class SoftPrompt(nn.Module):
 
     def forward(self, users: Tensor, is_null: Tensor) -> Tensor:
         """users [N, D], is_null [N] bool (an unknown user: `users` is not read) -> [N, k, C]."""
-        soft = self.project(self.normalized(users)).unflatten(-1, (self.tokens, self.width))
+        if self.normalize is not None:
+            users = self.normalize(users)
+        soft = self.project(users).unflatten(-1, (self.tokens, self.width))
         if self.gain is not None:
             soft = F.rms_norm(soft.float(), (self.width,), eps=1e-6) * self.gain
         return torch.where(is_null[:, None, None], self.null.to(soft.dtype), soft)
-
-    def normalized(self, users: Tensor) -> Tensor:
-        """Users [N, D] as the projection reads them."""
-        return users if self.normalize is None else self.normalize(users)

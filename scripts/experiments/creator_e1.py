@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from creator_tables import add_history, add_interests, write_next
+from creator_tables import add_history, add_interests, word_tokenizer, write_next
 from jobs import ROOT, run_job
 from sklearn.cluster import KMeans
 
@@ -67,17 +67,17 @@ WITHOUT_USER = ("A", "D")
 """Arms that never see a user vector."""
 WRITERS: dict[str, list[str]] = {
     "smollm2": [],
-    "scratch": [
+    "words": [
         "--creative.shape={model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 2, "
-        "num_attention_heads: 4, vocab_size: 49152, tie_word_embeddings: true}",
+        "num_attention_heads: 4, vocab_size: VOCABULARY, tie_word_embeddings: true}",
+        "--creative.pretrained=null",
         "--creative.layers=null",
         "--creative.freeze_words=false",
         "--optim.creative_lr=2.0e-3",
-        "--optim.user_lr=2.0e-4",
     ],
 }
-"""The first four layers of SmolLM2, or a small model with random weights and SmolLM2's tokenizer, at a tenth of the
-cost of a step."""
+"""The first layers of SmolLM2, or a small model from scratch whose tokens are the words of the catalogue, at a tenth of
+the cost of a step."""
 TABLE, FEATURE = "genres", "genres"
 AT_ONCE = 96
 
@@ -115,14 +115,25 @@ def train(arguments: argparse.Namespace, arm: str, seed: int) -> Path:
         "--resume=true",
     ]
     epochs = -(-arguments.steps // 200)  # more than enough: max_steps ends the run
-    own += [f"--stages=[{{name: writer, epochs: {epochs}, item_embeddings: cached}}]"]
-    own += [f"--creative.{'pretrained' if arguments.writer == 'smollm2' else 'tokenizer'}={models}"]
-    own += ["--creative.pretrained=null"] if arguments.writer == "scratch" else []
-    own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *WRITERS[arguments.writer], *ARMS[arm]]
+    own += [
+        f"--stages=[{{name: writer, epochs: {arguments.alone}, item_embeddings: cached, trains: creative}}, "
+        f"{{name: together, epochs: {epochs}, item_embeddings: cached}}]"
+    ]
+    own += ["--evaluation.checkpoint_every=100", "--evaluation.keep_last=1", *writer_options(arguments), *ARMS[arm]]
     own += arguments.options
     run_job("train", ["--config", str(config), *common, *own], work / f"{run.name}.log", work / f"{run.name}.done")
     (work / f"{run.name}.done").touch()
     return run
+
+
+def writer_options(arguments: argparse.Namespace) -> list[str]:
+    """Options of the writer; builds the tokenizer of words."""
+    if arguments.writer == "smollm2":
+        return [f"--creative.pretrained={arguments.models}", *WRITERS["smollm2"]]
+    folder = arguments.work / "words"
+    size = word_tokenizer(Dataset.open(arguments.dataset), folder)
+    options = [option.replace("VOCABULARY", str(size)) for option in WRITERS["words"]]
+    return [f"--creative.tokenizer={folder}", *options]
 
 
 class Choices:
@@ -305,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["A", "B"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=700, help="training steps of 32 texts")
+    parser.add_argument("--alone", type=float, default=0.2, help="epochs of them in which the writer learns alone")
     parser.add_argument("--evaluated", type=int, default=1500, help="texts of held-out users that are scored")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="whose users are held out")
     parser.add_argument("--clusters", nargs="*", type=int, default=[], help="numbers of clusters, such as 1 8 64 256")

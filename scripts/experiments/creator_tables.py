@@ -5,10 +5,16 @@ next       E2: the title and year of each film that a user liked, as a text abou
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Sequence as Sequence_
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from hllm_torchrec.common.arrays import Ints
 from hllm_torchrec.data.creative_table import CreativeTable, split_by_user, table_path, write_table
@@ -78,6 +84,20 @@ def write_next(dataset: Dataset, name: str, columns: Sequence[str] = ("title", "
     of_row = np.array(list(split_by_user(rows["raw_user_id"], FRACTIONS)))
     parts = {split: pa.table(rows).filter(pa.array(of_row == split)) for split in SPLITS}
     write_table(dataset, name, parts, facts={"writer": "next liked film"})
+
+
+def word_tokenizer(dataset: Dataset, folder: Path) -> int:
+    """Write a tokenizer of the words in the catalogue's texts, and of punctuation; returns its number of words."""
+    split = Sequence_([WhitespaceSplit(), Split(Regex(r"[(),:;.]"), "isolated")])
+    known = {"[UNK]": 0, "[END]": 1}
+    for name in dataset.manifest["text_columns"]:
+        for text in (*dataset.text([name])[name].to_pylist(), "Liked : Next film : Genre : ( ) , ; . Film Genres"):
+            for word, _ in split.pre_tokenize_str(text or ""):
+                known.setdefault(word, len(known))
+    tokenizer = Tokenizer(WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = split
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]").save_pretrained(folder)
+    return len(known)
 
 
 def _names(dataset: Dataset, columns: Sequence[str]) -> list[str]:

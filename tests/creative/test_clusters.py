@@ -99,7 +99,9 @@ def test_new_and_moved_users_are_assigned_to_the_clusters_that_are_there(tmp_pat
     with EmbeddingStore.open(tmp_path / "users").writer() as writer:
         writer.delete(["u92"])
         writer.commit()
+    assert before.is_behind
     report = cluster_users(tmp_path / "users", tmp_path / "clusters", None)
+    assert not report.clusters.is_behind
     assert (report.new, report.moved, report.gone, report.users) == (5, 2, 1, 97)
     now = Clusters.open(tmp_path / "clusters")
     assert now.fingerprint == before.fingerprint

@@ -15,7 +15,7 @@ from hllm_torchrec.creative import generate
 from hllm_torchrec.creative.clusters import Clusters
 from hllm_torchrec.creative.filters import TextRules
 from hllm_torchrec.creative.pairs import PairRule, match_scores
-from hllm_torchrec.creative.title_writer import CUT, Asked, CreateOptions, TitleWriter, batches
+from hllm_torchrec.creative.title_writer import CUT, CreateOptions, TitleRequest, TitleWriter, batches
 from hllm_torchrec.creative.titles import Creatives, written
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.run_loader import LoadedRun, load_run
@@ -48,9 +48,9 @@ def writer(of: LoadedRun, **options: object) -> TitleWriter:
     return TitleWriter(of.experiment, of.fingerprint, clusters().centers.centers, chosen)
 
 
-def asked(of: TitleWriter, items: np.ndarray) -> list[Asked]:
+def asked(of: TitleWriter, items: np.ndarray) -> list[TitleRequest]:
     prompts = zip(items.tolist(), of.prompts(items), strict=True)
-    return [one for item, prompt in prompts for one in of.asked(item, prompt, [-1, 0, 1, 2])]
+    return [one for item, prompt in prompts for one in of.requests(item, prompt, [-1, 0, 1, 2])]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -114,21 +114,29 @@ def test_filters_give_the_source_text_in_the_place_of_the_title() -> None:
 
 
 def written_on_ranks(world: str, output: str) -> int:
-    """What `hllm create` does with SAMPLED and --top 2, within the process group of the ranks."""
+    """`hllm create --top 2` with SAMPLED for TEN items, within the process group of the ranks."""
     of = load_run(Path(world) / "run", "best", init_distributed())
     options = CreateOptions(PairRule(top=2), temperature=1.0, retries=1, rules=None)
     with of.weights:
-        return generate.create_titles(of, Clusters.open(Path(world) / "clusters"), Path(output), options).written
+        given = of, Clusters.open(Path(world) / "clusters"), Path(output), options
+        return generate.create_titles(*given, np.arange(1, 11)).generated
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "titles").iterdir()}
 
 
 @pytest.mark.slow
 def test_two_ranks_write_the_bytes_of_one_and_a_killed_job_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "ids.txt").write_text("".join(f"s{n}\n" for n in range(10)))
     world()
-    done(create(tmp_path / "one", *SAMPLED, "--top", "2"))
-    whole = {file.name: file.read_bytes() for file in (tmp_path / "one" / "titles").iterdir()}
-    monkeypatch.setattr(generate, "ROUND_TITLES", 16)
+    line = create(tmp_path / "one", *SAMPLED, "--top", "2", "--items", str(tmp_path / "ids.txt"))
+    done(line)
+    assert "30 titles of 10 items, 30 of them new" in capsys.readouterr().out
+    whole = files_of(tmp_path / "one")
+    monkeypatch.setattr(generate, "ROUND_TITLES", 4)
     kept = generate.write_round
     rounds = []
 
@@ -139,23 +147,22 @@ def test_two_ranks_write_the_bytes_of_one_and_a_killed_job_goes_on(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "write_round", killed)
-    line = create(tmp_path / "two", *SAMPLED, "--top", "2")
+    line[line.index("--output") + 1] = str(tmp_path / "two")
     assert cli.main(line) == 130
     destroy_distributed()
     had = sum(rounds)
-    assert len(written(tmp_path / "two")) == had > 0
+    assert 0 < had == len(written(tmp_path / "two")) < 30
     with pytest.raises(ValueError, match="no titles .* write them with `hllm create`"):
         Creatives.open(tmp_path / "two")
     (tmp_path / "two" / "rounds" / "half.part").write_bytes(b"PAR1")  # a write that was killed
     capsys.readouterr()
     done(line)
-    assert f"{120 - had} of them new" in capsys.readouterr().out
-    assert {file.name: file.read_bytes() for file in (tmp_path / "two" / "titles").iterdir()} == whole
-    assert not any((tmp_path / "two" / "rounds").iterdir())
+    assert f"{30 - had} of them new" in capsys.readouterr().out
+    assert files_of(tmp_path / "two") == whole and not any((tmp_path / "two" / "rounds").iterdir())
     done(line)
-    assert "120 titles of 40 items, 0 of them new" in capsys.readouterr().out
-    run_ranks(written_on_ranks, 2, str(world()), str(tmp_path / "three"))
-    assert {file.name: file.read_bytes() for file in (tmp_path / "three" / "titles").iterdir()} == whole
+    assert "30 titles of 10 items, 0 of them new" in capsys.readouterr().out
+    assert run_ranks(written_on_ranks, 2, str(world()), str(tmp_path / "three")) == [30, 30]
+    assert files_of(tmp_path / "three") == whole
 
 
 def test_titles_of_some_items_leave_the_others_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,8 +238,9 @@ def test_pairs_are_those_that_the_scorer_ranks_first() -> None:
             wanted = torch.sigmoid(torch.from_numpy(scorer.score(own, items, midnight))).numpy()
             np.testing.assert_allclose(found[:, user - 1], wanted, atol=2e-3)  # the store's vectors are fp16
     rule = PairRule(top=3, above=0.4)
-    scores = np.array([[0.1, 0.9, 0.5, 0.5, 0.5], [0.1, 0.2, 0.3, 0.39, 0.4]], np.float32)
-    assert rule.kept(scores).tolist() == [[False, True, True, True, False], [False, False, False, False, True]]
+    assert rule.selected(np.array([0.1, 0.9, 0.5, 0.5, 0.5], np.float32)).tolist() == [1, 2, 3]
+    assert rule.selected(np.array([0.1, 0.2, 0.3, 0.39, 0.4], np.float32)).tolist() == [4]
+    assert PairRule("none").selected(np.full(3, np.nan, np.float32)).tolist() == [0, 1, 2]
 
 
 def _columns(dataset, events):  # type: ignore[no-untyped-def]
@@ -244,28 +252,29 @@ def _columns(dataset, events):  # type: ignore[no-untyped-def]
 
 
 def test_what_does_not_fit_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world()
-    (tmp_path / "ids.txt").write_text("s3\nsx\n")
+    of, new = loaded(), tmp_path / "new"
     facts = json.loads((copied("clusters", tmp_path) / "clusters.json").read_text())
     facts["source"]["weights"] = "another"
     (tmp_path / "clusters" / "clusters.json").write_text(json.dumps(facts))
-    new = tmp_path / "new"
-    cases = {
-        "holds something else than titles; name a new folder": create(tmp_path / "clusters"),
+    foreign, fitting = Clusters.open(tmp_path / "clusters"), clusters()
+    plain, unscored = CreateOptions(), CreateOptions(PairRule("none", top=1))
+    for said, given in {
+        "--output .*: holds something else than titles; name a new folder": (fitting, tmp_path / "clusters", plain),
+        "its users were embedded by another checkpoint than .*: embed them with": (foreign, new, plain),
+        "scores no pairs: --top and --above need --match head or predictor": (fitting, new, unscored),
+        "--source nothing: no text column of .*; it has title": (fitting, new, CreateOptions(source="nothing")),
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            generate.create_titles(of, *given)
+    destroy_distributed()
+    (tmp_path / "ids.txt").write_text("s3\nsx\n")
+    for said, line in {
         "no clusters of users .*; make them with `hllm cluster`": create(new, clusters="users"),
-        "its users were embedded by another checkpoint than .*: embed them": create(
-            new, clusters=str(tmp_path / "clusters")
-        ),
-        "scores no pairs: --top and --above need --match head or predictor": create(
-            new, "--match", "none", "--top", "1"
-        ),
-        "--source nothing: no text column of .*; it has title": create(new, "--source", "nothing"),
-        r"row 1: raw_item_id 'sx': not in ": create(new, "--items", str(tmp_path / "ids.txt")),
+        "row 1: raw_item_id 'sx': not in ": create(new, "--items", str(tmp_path / "ids.txt")),
         "--top-p above 0": create(new, "--top-p", "0"),
-    }
-    for said, line in cases.items():
+    }.items():
         assert cli.main(line) == 2, line
         destroy_distributed()
         errors = [one for one in capsys.readouterr().err.splitlines() if "error:" in one]
-        assert len(errors) == 1
-        assert re.search(said, errors[0]), errors
+        assert len(errors) == 1 and re.search(said, errors[0]), errors
+    assert not new.exists()

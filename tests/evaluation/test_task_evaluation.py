@@ -19,6 +19,7 @@ from tests.helpers.prediction_rows import ROWS, columns, write_parquet
 
 BINARY = tuple(f"t{number}" for number in range(5))
 NUMBERS = ("watch", "price")
+MEANS = ("mae", "rmse", "mean_label", "mean_prediction")
 TINY = 1 << 18
 """Bytes: far less than the rows need."""
 METRICS = ("auc", "auc_se", "clustered_se", "gauc", "log_loss", "calibration", "ece", "pr_auc")
@@ -125,10 +126,10 @@ def test_what_does_not_fit_is_read_again_from_where_it_was_spilled(
     assert watch == pytest.approx(other, rel=1e-12)
 
 
-def evaluate_on_ranks(folders: dict[str, Path]) -> dict[str, Any]:
+def evaluate_on_ranks(folders: dict[str, Path], memory: int = 1 << 30) -> dict[str, Any]:
     no_slices = dict.fromkeys(("timestamp", "history_length", "item_is_cold"), "NONE")
     models, layout = describe_predictions(folders, columns=no_slices)
-    return evaluate_files(models, layout, EvaluationSettings(), paired=True)[0]
+    return evaluate_files(models, layout, EvaluationSettings(memory=memory), paired=True)[0]
 
 
 def test_ranks_agree_and_read_each_row_once_between_them(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -142,6 +143,16 @@ def test_ranks_agree_and_read_each_row_once_between_them(folders: dict[str, Path
     assert one["tasks"]["watch"]["models"]["a"]["xauc"] == pytest.approx(
         expected["tasks"]["watch"]["models"]["a"]["xauc"], abs=1e-12
     )
+
+
+def test_numbers_of_more_rows_than_fit_are_ranked_on_a_sample(folders: dict[str, Path]) -> None:
+    few, every = (evaluate_on_ranks(folders, memory)["tasks"]["watch"] for memory in (1 << 16, 1 << 30))
+    assert few["rows"] == every["rows"] > 700 and 200 < few["rows_ranked"] <= 512 and "rows_ranked" not in every
+    for name in "ab":
+        own, whole = few["models"][name], every["models"][name]
+        assert [own[key] for key in MEANS] == pytest.approx([whole[key] for key in MEANS], rel=1e-12)
+        for key in ("spearman", "xauc"):
+            assert own[key] != whole[key] and own[key] == pytest.approx(whole[key], abs=0.01)
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -175,3 +186,23 @@ def test_labels_that_are_booleans_with_gaps_are_defined_where_they_are_known(tmp
             (("float", rows["label_t0"]), ("bool", pa.array(words)))]  # fmt: skip
     one, two = (evaluate({"a": folder}, False)["tasks"]["t0"] for folder in same)
     assert one == two
+
+
+def test_a_tiny_file_of_very_many_equal_rows_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    rows = 3_000_000
+    label = pa.concat_arrays(
+        [pa.repeat(pa.scalar(1.0, pa.float32()), 1), pa.repeat(pa.scalar(0.0, pa.float32()), rows - 1)]
+    )
+    table = pa.table([label, pa.repeat(pa.scalar(0.5, pa.float32()), rows)], ["label", "score"])
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=rows)
+    assert (tmp_path / "rows.parquet").stat().st_size < 25_000
+    del label, table
+    models, layout = describe_predictions({"a": tmp_path / "rows.parquet"})
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        found = evaluate_files(models, layout, EvaluationSettings(memory=1 << 24), paired=False)[0]
+    finally:
+        pa.set_memory_pool(before)
+    assert found["rows"] == rows and found["models"]["a"]["auc"] == 0.5 and found["models"]["a"]["positives"] == 1
+    assert 0 < pool.max_memory() < 1 << 22, "batches of 2^14 rows, not the row group"

@@ -103,6 +103,25 @@ def test_only_what_is_trainable_moves(tmp_path: Path) -> None:
         assert {"creative_head", *(["creative"] if moves else [])} <= changed
 
 
+def test_in_a_stage_of_the_writer_alone_nothing_else_moves(tmp_path: Path) -> None:
+    """Tables included."""
+    stages = [{"name": "alone", "epochs": 0.5, "item_embeddings": "cached", "trains": "creative"}]
+    trainer = build_trainer(config(tmp_path, **settings(stages=stages)), init_distributed())
+    before = {name: _whole(x).clone() for name, x in trainer.experiment.model_state().items()}
+    trainer.run()
+    after = trainer.experiment.model_state()
+    moved = {name.split(".")[0] for name, x in before.items() if not torch.equal(x, _whole(after[name]))}
+    assert moved == {"creative", "creative_head"}
+    with pytest.raises(ConfigError, match="trains 'creative' with creative.enabled false"):
+        config(tmp_path, stages=stages)
+
+
+def _whole(x: Any) -> torch.Tensor:
+    """A table's shards, or a tensor."""
+    shards = x.local_shards() if hasattr(x, "local_shards") else None
+    return x if shards is None else torch.cat([shard.tensor for shard in shards])
+
+
 def test_a_user_vector_reads_strictly_earlier_events_only(tmp_path: Path) -> None:
     """Of the creatives' own second and later, and of other users, nothing; of earlier ones, everything."""
     trainer = build_trainer(config(tmp_path, **settings()), init_distributed())
@@ -198,6 +217,27 @@ def test_without_users_the_loss_is_the_same_for_all_of_them(tmp_path: Path) -> N
         assert bool(torch.isclose(one, two, rtol=1e-6)) == same
     equal = users[:1].expand_as(users)
     assert head(llm, equal, None, batch).write == head(llm, equal.flip(0), None, batch).write
+
+
+def test_what_all_users_have_in_common_does_not_matter_in_training(tmp_path: Path) -> None:
+    """It is subtracted, its gradient is 0, and the mean that is subtracted afterwards follows it."""
+    hllm, batch = a_batch(tmp_path, creative__losses__recon="0.5", creative__losses__align="0.5")
+    head, llm = hllm.creative_head.train(), hllm.creative
+    head.section = dataclasses.replace(head.section, soft=dataclasses.replace(head.section.soft, dropout=0.0))
+    users = torch.randn(batch.query_times.numel(), hllm.user_vector_width)
+    shift = torch.zeros(hllm.user_vector_width, requires_grad=True)
+    losses = [head(llm, given, None, batch) for given in (users, users + 3 + shift)]
+    torch.testing.assert_close(losses[1].write, losses[0].write, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1].recon, losses[0].recon, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[1].align, losses[0].align, rtol=1e-4, atol=1e-4)
+    [slope] = torch.autograd.grad(losses[1].write + losses[1].align, shift)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-3)
+    means = []
+    for _ in range(60):
+        head(llm, users + 3, None, batch)
+        means.append(head.soft_prompt.normalize.mean.clone())
+    known = users[batch.request_query][batch.query_visible[batch.request_query] > 0] + 3
+    torch.testing.assert_close(means[-1], known.mean(0), rtol=0.05, atol=0.05)
 
 
 def test_profiles_that_are_read_must_exist_and_have_somebody_to_be_told_apart_from(tmp_path: Path) -> None:

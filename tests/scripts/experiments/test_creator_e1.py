@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from hllm_torchrec.config.creative import CreativeConfig
 from hllm_torchrec.creative.template import TemplateRule, write_by_template
 from hllm_torchrec.data.creative_table import CreativeTable, split_by_user, write_table
+from hllm_torchrec.data.creative_tokens import CreativeTokenizer
 from hllm_torchrec.data.split import SPLITS
 from hllm_torchrec.distributed.process_group import destroy_distributed, init_distributed
 from hllm_torchrec.evaluation.creative_scores import creative_vectors, score_creatives
@@ -85,3 +87,13 @@ def test_histories_as_texts_and_next_films_are_of_strictly_earlier_likes() -> No
         item = following.item_ids[row]
         assert text == f"{titles[item]} ({brands[item]})"
         assert len(liked_before(int(following.user_ids[row]), int(following.timestamps[row]))) >= 5
+
+
+def test_words_of_the_catalogue_are_one_token_each_and_come_back(tmp_path: Path) -> None:
+    dataset = creative_fixtures.shop()
+    size = creator_tables.word_tokenizer(dataset, tmp_path)
+    tokenizer = CreativeTokenizer(CreativeConfig(tokenizer=str(tmp_path), prompt="{title} ({brand}){user}"))
+    titles = dataset.text(["title"])["title"].to_pylist()[:20]
+    for title, ids in zip(titles, tokenizer.responses(titles), strict=True):
+        assert len(ids) == len(title.split()) + 1 and max(ids) < size
+        assert tokenizer.decode(ids) == title
