@@ -51,8 +51,13 @@ def support(text: str, facts: Iterable[str], allowed: Iterable[str] = ()) -> Sup
         allowed: further words that the text may contain.
     """
     known = {stem(word) for fact in (*facts, *allowed) for word in words(fact)}
-    content = [word for word in words(text) if stem(word) not in _FUNCTION_STEMS]
+    content = content_words(text)
     return Support(len(content), tuple(word for word in content if stem(word) not in known))
+
+
+def content_words(text: str) -> list[str]:
+    """Words and numbers of a text, except function words, in their order."""
+    return [word for word in words(text) if stem(word) not in _FUNCTION_STEMS]
 
 
 def words(text: str) -> list[str]:
