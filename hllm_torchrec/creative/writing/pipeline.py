@@ -23,17 +23,23 @@ from hllm_torchrec.creative.writing.requests import Wanted
 from hllm_torchrec.creative.writing.text_cosine import TextCosine
 from hllm_torchrec.creative.writing.writer import Ask, Writer
 
+_SEEDS = 1_000_003
+"""Difference of the seeds of two attempts."""
 NO_POINT, UNCONFIRMED, FAR = "no selling point for the user", "not confirmed by the judge", "far from the facts"
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of answers, which are part of their keys: largest number of tokens, temperature (0: the likeliest
-    tokens) and seed of sampling."""
+    """Parameters of answers, which are part of their keys, and the number of attempts.
+
+    max_tokens: largest number of tokens of an answer; temperature: of sampling, 0 for the likeliest tokens; seed: of
+    sampling; attempts: number of answers that are sampled until one has the JSON object that the prompt asks for.
+    """
 
     max_tokens: int = 512
     temperature: float = 0.7
     seed: int = 0
+    attempts: int = 3
 
 
 @dataclass(frozen=True)
@@ -93,30 +99,38 @@ class _Stages:
 
         of_item: the prompt contains the item, so that the answer is removed if the item is forgotten.
         """
-        limits = vars(self.parameters)
-        asks = [
-            Ask(
-                stage,
-                prompts.SYSTEM[stage],
-                prompt(draft),
-                draft.wanted.raw_user,
-                draft.wanted.raw_item if of_item else None,
-                **limits,
-            )
-            for draft in drafts
-        ]
-        texts, failed = AnswerFile(self.folder / f"{stage}.jsonl").ask(asks, self.writer)
-        for i, (draft, ask, text) in enumerate(zip(drafts, asks, texts, strict=True)):
-            answer = None if text is None else prompts.parse_answer(stage, text)
-            if i in failed:
-                self.errors.append(failed[i])
-                draft.reasons.append(f"{stage}: no answer")
-            elif answer is None:
-                draft.reasons.append(f"{stage}: no JSON of its fields")
-            elif any(mark in str(text) for mark in prompts.marks_in(ask.prompt)):
-                draft.reasons.append(INSTRUCTION)
-            else:
-                yield draft, answer
+        file, left = AnswerFile(self.folder / f"{stage}.jsonl"), list(drafts)
+        for attempt in range(self.parameters.attempts if self.parameters.temperature else 1):
+            asks = [self._ask(stage, draft, prompt(draft), attempt, of_item) for draft in left]
+            texts, failed = file.ask(asks, self.writer)
+            incomplete = []
+            for i, (draft, ask, text) in enumerate(zip(left, asks, texts, strict=True)):
+                answer = None if text is None else prompts.parse_answer(stage, text)
+                if i in failed:
+                    self.errors.append(failed[i])
+                    draft.reasons.append(f"{stage}: no answer")
+                elif answer is None:
+                    incomplete.append(draft)
+                elif any(mark in str(text) for mark in prompts.marks_in(ask.prompt)):
+                    draft.reasons.append(INSTRUCTION)
+                else:
+                    yield draft, answer
+            left = incomplete
+        for draft in left:
+            draft.reasons.append(f"{stage}: no JSON of its fields")
+
+    def _ask(self, stage: str, draft: Draft, prompt: str, attempt: int, of_item: bool) -> Ask:
+        wanted, parameters = draft.wanted, self.parameters
+        return Ask(
+            stage,
+            prompts.SYSTEM[stage],
+            prompt,
+            wanted.raw_user,
+            wanted.raw_item if of_item else None,
+            parameters.max_tokens,
+            parameters.temperature,
+            parameters.seed + attempt * _SEEDS,
+        )
 
 
 def build_by_writer(
@@ -142,7 +156,7 @@ def build_by_writer(
     for draft, answer in stages.ask(PROFILE, drafts, lambda d: prompts.profile_prompt(d.wanted.titles), of_item=False):
         draft.profile = answer
     for draft, answer in stages.ask(PROPOSE, [d for d in drafts if d.profile], lambda d: _propose(d, rules)):
-        draft.text = answer["title"]
+        draft.text = answer["title"].strip()
         if not answer["points"].strip():
             draft.reasons.append(NO_POINT)
     _filter([draft for draft in drafts if not draft.reasons], rules)

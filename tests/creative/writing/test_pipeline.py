@@ -145,6 +145,23 @@ def test_an_answer_without_its_fields_is_left_out(stages: dict[str, str], reason
     assert len(found.rows) == 0 and found.left_out == {reason: 3}
 
 
+def test_an_answer_without_its_fields_is_asked_for_again_with_another_seed(tmp_path: Path) -> None:
+    class Stutters(Scripted):
+        def answer(self, ask: Ask, number: int) -> str:
+            return "Sure!" if ask.seed < 2_000_000 and ask.user == "u1" else super().answer(ask, number)
+
+    writer = Stutters(GOOD[:1])
+    found = build_by_writer(wanted(), writer, tmp_path, Parameters(), TextRules(alike=0.0))
+    assert len(found.rows) == 3 and len(writer.asked) == 6 + 2 * 2
+    again = Stutters(GOOD[:1])
+    assert build_by_writer(wanted(), again, tmp_path, Parameters(), TextRules(alike=0.0)).rows.equals(found.rows)
+    assert not again.asked
+    # The likeliest tokens are the same at each attempt, and so one attempt is all there is.
+    greedy = Stutters(GOOD[:1])
+    left_out = build_by_writer(wanted(), greedy, tmp_path, Parameters(temperature=0.0), TextRules(alike=0.0)).left_out
+    assert left_out == {"profile: no JSON of its fields": 1} and len(greedy.asked) == 3 + 2
+
+
 def test_a_writer_without_an_answer_is_counted_and_asked_again(tmp_path: Path) -> None:
     class Fails(Scripted):
         def write(self, asked: Sequence[Ask]) -> Iterator[Answer]:
