@@ -81,7 +81,7 @@ def written_texts(
 
 
 def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str = "title") -> list[tuple[str, str]]:
-    """Raw item id and greedy text of each creative of the part, with its own user, in the part's order. Collective."""
+    """Raw item id and greedy text for each creative of the part, in the part's order. All ranks must call it."""
     loader = vectors.loader
     experiment.hllm.eval()
     own = np.arange(rank(), len(loader), world_size())
@@ -97,7 +97,10 @@ def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str 
 def _requests(
     experiment: Experiment, users: Tensor, is_null: np.ndarray, items: Ints, source: str
 ) -> tuple[TitleWriter, list[TitleRequest]]:
-    """Requests for one text for each of n items. users: [n, D]; is_null: bool [n], the learned vector stands for it."""
+    """Requests for a text for each of n items and users.
+
+    users: user vectors [n, D]; is_null: bool [n], True where the learned vector replaces the user vector.
+    """
     # Each creative is a cluster of its own, whose center is its user's vector.
     writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(source=source, rules=None))
     prompts = enumerate(zip(items.tolist(), writer.prompts(items), strict=True))

@@ -182,6 +182,8 @@ NOT_RUN: dict[str, str] = {
     "hllm serve": "help and what it prints",
     "measure the latencies of a running `hllm serve`": "help",
     "from sentence_transformers import": "text of a model card",
+    "from transformers import AutoModelForCausalLM": "text of a model card",
+    "The texts have no guarantee to be true": "text of a model card",
     "as `hllm init` wrote it": "text of a configuration",
     "written; train with `hllm train --config": "a line at the end of a job",
     "--output data/ml-100k": "help",
