@@ -97,11 +97,15 @@ def texts_of_part(experiment: Experiment, vectors: CreativeVectors, source: str 
 def _requests(
     experiment: Experiment, users: Tensor, is_null: np.ndarray, items: Ints, source: str
 ) -> tuple[TitleWriter, list[TitleRequest]]:
-    """Requests for one text for each of n items. users: [n, D]; is_null: bool [n], the learned vector stands for it."""
-    # Each creative is a cluster of its own, whose center is its user's vector.
+    """Return a request for one text for each of n items, and the writer.
+
+    users: [n, D] user vectors; is_null: bool [n], the learned vector replaces the user vector.
+    """
+    # Each creative is treated as a cluster with the user's vector as center.
     writer = TitleWriter(experiment, "", users.numpy(), CreateOptions(source=source, rules=None))
     prompts = enumerate(zip(items.tolist(), writer.prompts(items), strict=True))
-    return writer, [writer.requests(item, prompt, [NO_CLUSTER if is_null[n] else n])[0] for n, (item, prompt) in prompts]
+    clusters = [NO_CLUSTER if null else n for n, null in enumerate(is_null)]
+    return writer, [writer.requests(item, prompt, [clusters[n]])[0] for n, (item, prompt) in prompts]
 
 
 def _write(writer: TitleWriter, asked: list[TitleRequest], experiment: Experiment) -> tuple[list[str], int]:

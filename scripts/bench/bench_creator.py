@@ -284,7 +284,7 @@ def lookup(options: argparse.Namespace) -> dict[str, float]:
         table = pa.table(
             [[raw_users[n] for n in order], random.integers(titles - 1, size=users), random.random(users)], schema=USERS
         )
-        centers = Centers("euclidean", *(np.zeros(s, np.float32) for s in (2, (titles - 1, 2), (titles - 1, 2))))
+        centers = Centers("euclidean", *(np.ones(s, np.float32) for s in (2, 2, (titles - 1, 2), (titles - 1, 2))))
         facts = {"settings": {"metric": "euclidean"}, "source": {}}
         clusters = write_clusters(folder / "clusters", facts, centers, table, hashes)
         number = items * titles
