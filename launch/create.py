@@ -47,7 +47,7 @@ def build_parser() -> CommandParser:
         "--retries", type=natural, default=2, help="further draws of a sampled title that breaks a rule (default: 2)"
     )
     texts.add_argument(
-        "--source", default="title", metavar="COLUMN", help="text that stands for a title that breaks a rule: title"
+        "--source", metavar="COLUMN", help="text column that replaces a title that breaks a rule (default: title)"
     )
     texts.add_argument(
         "--support",
@@ -101,10 +101,10 @@ def run(args: argparse.Namespace) -> None:
         return
     say(
         f"{args.output}: {report.titles:,} titles of {report.items:,} items, {report.generated:,} of them new; "
-        f"{report.fallbacks:,} are the item's {args.source}"
+        f"{report.fallbacks:,} are the item's own text"
     )
     for reason, number in report.reasons.items():
-        say(f"replaced by it: {number:,}: {reason}")
+        say(f"replaced: {number:,}: {reason}")
     if report.too_long:
         say(f"left out: {report.too_long:,} items whose prompts are longer than creative.max_prompt_length")
     if report.equal_to_null == 1:

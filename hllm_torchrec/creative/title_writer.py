@@ -34,9 +34,10 @@ CUT = "no end token within the maximum length"
 class CreateOptions:
     """Options of `hllm create`.
 
-    pairs: clusters that each item gets titles for; temperature, top_k, top_p: see `DecodeOptions`; seed: of sampled
-    titles; retries: further samples if a title breaks a rule; source: text column that replaces such a title; rules:
-    limits of `filters.check_text`, None: a title must only have an end token and not be empty.
+    pairs: selection of the clusters that an item gets titles for; temperature, top_k, top_p: see `DecodeOptions`; seed:
+    of sampled titles; retries: further samples if a title breaks a rule; source: text column that replaces such a title
+    (None: title, or the dataset's first text column if it has no title); rules: limits of `filters.check_text`, None: a
+    title must only have an end token and not be empty.
     """
 
     pairs: PairRule = field(default_factory=PairRule)
@@ -45,7 +46,7 @@ class CreateOptions:
     top_p: float = 0.95
     seed: int = 0
     retries: int = 2
-    source: str = "title"
+    source: str | None = None
     rules: TextRules | None = field(default_factory=TextRules)
 
     @property
@@ -88,9 +89,10 @@ class TitleWriter:
                 "items: train with a prompt of text columns of the dataset"
             )
         texts = dataset.manifest["text_columns"]
-        if options.source not in texts:
-            raise ValueError(f"--source {options.source}: no text column of {dataset.root}; it has {', '.join(texts)}")
-        self._source = ["", *dataset.text([options.source])[options.source].to_pylist()]
+        source = options.source or ("title" if "title" in texts else texts[0])
+        if source not in texts:
+            raise ValueError(f"--source {source}: no text column of {dataset.root}; it has {', '.join(texts)}")
+        self._source = ["", *dataset.text([source])[source].to_pylist()]
         self._raw_ids = ["", *dataset.items["raw_item_id"].to_pylist()]
         self._instructions = [part for part in PLACEHOLDER.split(section.prompt)[::2] if part.strip()]
         self._decoding = DecodeOptions(
