@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(measure(options.measure, options.tiny))
         return {}
     torch.manual_seed(0)
-    models, rounds = Models(TINY if options.tiny else SHAPE), 2 if options.tiny else 5 if options.quick else 9
+    models, rounds = Models(TINY if options.tiny else SHAPE), 2 if options.tiny else 5 if options.quick else 7
     parts = training(models, options, rounds)
     say("training steps measured")
     parts |= decoding(models, options, rounds)
