@@ -67,7 +67,7 @@ class Models:
 
     def __init__(self, shape: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        self.plain = AutoModelForCausalLM.from_config(backbone_config(None, shape)).eval()
+        self.plain = AutoModelForCausalLM.from_config(backbone_config(None, shape), trust_remote_code=False).eval()
         backbone = build_backbone(None, shape)
         backbone.load_state_dict(self.plain.model.state_dict())
         self.ours = CreativeLLM(backbone).eval()
