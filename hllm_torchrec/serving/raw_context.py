@@ -79,5 +79,5 @@ class RawContext:
         return np.float32(value)
 
     def _id(self, name: str, value: ContextValue) -> int:
-        """Id of a categorical value, 0 if it is not known. It is read as `hllm prepare` reads a cell: see `category`."""
+        """Id of a categorical value, 0 if it is unknown. It is read as `hllm prepare` reads a cell: see `category`."""
         return self._ids[name].get(category(value), 0)
