@@ -49,7 +49,7 @@ ELSEWHERE: dict[str, str] = {
     "--match none scores no pairs: --top and --above need": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
     "--output □: holds something else than titles": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
     "--source □: no text column of □; it has □": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
-    "--temperature is at least 0, --top-p above 0": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
+    "--temperature and --guidance are 0 to 100, --top-p above 0": "tests/creative/test_generate.py::test_what_does_not_fit_is_one_line",
     "--clusters □: another one has □ clusters as well": "tests/creative/test_evaluation.py",
     "item_llm.items_at_once: □ keeps": "tests/planning/test_estimate.py",
     "correct it, or leave such rows out by --drop-bad": "tests/launch/test_creatives_import.py::test_a_row_that_does_not_fit_is_named_or_left_out",
